@@ -1,0 +1,1 @@
+"""The operator: reconciles FineTuneJobs. Imports the contract, never the trainer, never torch."""

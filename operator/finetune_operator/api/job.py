@@ -1,0 +1,287 @@
+"""FineTuneJob (`finetune-operator.io/v1alpha1`, short name `ftj`): the one source of the CRD, its docs and its checks.
+
+The parts that the trainer reads, too, stand in `finetune_contract.spec`.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from finetune_contract.spec import CheckpointInterval, DatasetSpec, ModelSpec, OutputSpec, SpecModel, TrainingSpec
+
+GROUP = "finetune-operator.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "FineTuneJob"
+PLURAL = "finetunejobs"
+SINGULAR = "finetunejob"
+SHORT_NAME = "ftj"
+
+Duration = str
+"""A length of time as a person writes it: '90s', '10m', '1h30m'."""
+DURATION_PATTERN = r"^([0-9]+h)?([0-9]+m)?([0-9]+s)?$"
+
+
+class Accelerator(StrEnum):
+    """What the ranks compute on."""
+
+    GPU = "gpu"
+    CPU = "cpu"
+
+
+class CpuBackend(StrEnum):
+    """How CPU ranks talk to each other."""
+
+    GLOO = "gloo"
+    CCL = "ccl"
+
+
+class CpuSpec(SpecModel):
+    """Settings of CPU training."""
+
+    backend: CpuBackend = Field(default=CpuBackend.GLOO, description="gloo (native torch) or ccl (oneCCL with IPEX)")
+
+
+class TopologySpec(SpecModel):
+    """How many machines, and what each is."""
+
+    accelerator: Accelerator = Field(default=Accelerator.GPU, description="what the ranks compute on")
+    nodes: int | None = Field(
+        default=None, ge=1, le=1000, description="number of pods; default 1, or give minNodes and maxNodes"
+    )
+    min_nodes: int | None = Field(default=None, ge=1, le=1000, description="fewest pods that the job may go on with")
+    max_nodes: int | None = Field(default=None, ge=1, le=1000, description="number of pods when there is room")
+    processes_per_node: int = Field(default=1, ge=1, le=64, description="ranks in each pod; on gpu, its GPUs")
+    resources: dict[str, str | int] | None = Field(
+        default=None,
+        description="resources of each pod, e.g. {cpu: 8, memory: 32Gi}; nvidia.com/gpu follows processesPerNode",
+    )
+    cpu: CpuSpec = Field(default=CpuSpec(), description="settings of CPU training")
+
+
+class PersistentVolumeClaim(SpecModel):
+    """A claim in the job's namespace, ReadWriteMany where there are several nodes."""
+
+    claim_name: str = Field(min_length=1, description="name of the claim")
+
+
+class HostPath(SpecModel):
+    """A folder of the node; the same on all nodes only where an administrator has seen to it."""
+
+    path: str = Field(min_length=1, description="absolute path on the node")
+
+
+class Nfs(SpecModel):
+    """An NFS export."""
+
+    server: str = Field(min_length=1, description="host name or address of the server")
+    path: str = Field(min_length=1, description="exported path")
+
+
+class StorageSpec(SpecModel):
+    """Where checkpoints are kept: exactly one of the volumes."""
+
+    persistent_volume_claim: PersistentVolumeClaim | None = Field(default=None, description="a claim")
+    host_path: HostPath | None = Field(default=None, description="a folder of the node")
+    nfs: Nfs | None = Field(default=None, description="an NFS export")
+
+
+class CheckpointSpec(SpecModel):
+    """Checkpoints: where, how often, how many."""
+
+    storage: StorageSpec | None = Field(default=None, description="volume shared by all pods; required on a cluster")
+    interval: CheckpointInterval = Field(default=CheckpointInterval(), description="how often to save; default: auto")
+    keep: int = Field(default=3, ge=1, le=1000, description="number of verified checkpoints to keep")
+
+
+class SpotSpec(SpecModel):
+    """Capacity that may be taken away."""
+
+    fallback_after: Duration | None = Field(
+        default=None,
+        pattern=DURATION_PATTERN,
+        description="ask for on-demand nodes after waiting so long for spot, e.g. 30m",
+    )
+
+
+class RecoverySpec(SpecModel):
+    """What to do when pods are lost."""
+
+    max_failures: int = Field(default=3, ge=0, le=1000, description="failures to survive; preemptions do not count")
+    spot: SpotSpec | None = Field(default=None, description="run on spot capacity")
+    hang_timeout: Duration | None = Field(
+        default=None,
+        pattern=DURATION_PATTERN,
+        description="longest time without a step; default: from the job's own steps",
+    )
+    notice_seconds: int = Field(
+        default=120,
+        ge=1,
+        le=86400,
+        description="time between notice and end that the capacity gives: the pods' grace period",
+    )
+
+
+class SecretRef(SpecModel):
+    """A Secret in the job's namespace whose keys become environment variables of the trainer."""
+
+    name: str = Field(min_length=1, description="name of the Secret")
+
+
+class FineTuneJobSpec(SpecModel):
+    """What a user asks for."""
+
+    model: ModelSpec = Field(description="the model to begin with")
+    dataset: DatasetSpec = Field(description="images and captions to learn from")
+    training: TrainingSpec = Field(description="what is trained, for how long and how")
+    topology: TopologySpec = Field(default=TopologySpec(), description="how many machines, and what each is")
+    checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="checkpoints: where, how often, how many")
+    recovery: RecoverySpec = Field(default=RecoverySpec(), description="what to do when pods are lost")
+    outputs: tuple[OutputSpec, ...] = Field(
+        default=(), max_length=8, description="files to write when all steps are trained"
+    )
+    suspend: bool = Field(default=False, description="save, stop and give the machines back until set to false")
+    queue_name: str | None = Field(default=None, description="queue that admits the job")
+    priority_class_name: str | None = Field(default=None, description="PriorityClass of the pods")
+    active_deadline_seconds: int | None = Field(
+        default=None, ge=1, description="fail the job when it takes longer in all"
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        default=None, ge=0, description="delete the job so long after its end"
+    )
+    secrets: tuple[SecretRef, ...] = Field(
+        default=(), max_length=16, description="Secrets for the trainer's environment"
+    )
+    pod_template: dict[str, Any] | None = Field(
+        default=None, description="PodTemplateSpec merged over the rendered pods"
+    )
+
+
+class Phase(StrEnum):
+    """Where a job is."""
+
+    PENDING = "Pending"
+    QUEUED = "Queued"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    RECOVERING = "Recovering"
+    EXPORTING = "Exporting"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    SUSPENDED = "Suspended"
+
+
+class StatusModel(SpecModel):
+    """Base of what the operator writes; fields that a newer operator wrote are kept out, not refused."""
+
+    model_config = SpecModel.model_config | {"extra": "ignore"}
+
+
+class Condition(StatusModel):
+    """A Kubernetes condition."""
+
+    type: str = Field(description="what the condition is about")
+    status: str = Field(description="True, False or Unknown")
+    reason: str = Field(description="why, in one CamelCase word")
+    message: str = Field(default="", description="why, in a sentence")
+    last_transition_time: datetime = Field(description="when status last changed")
+    observed_generation: int | None = Field(default=None, description="generation of the spec that it speaks of")
+
+
+class CheckpointStatus(StatusModel):
+    """The newest checkpoint that was committed and verified."""
+
+    step: int = Field(description="optimizer steps that it holds")
+    time: datetime = Field(description="when it was committed")
+    bytes: int = Field(description="its size")
+    attempt: int | None = Field(default=None, description="attempt that wrote it")
+
+
+class AttemptStatus(StatusModel):
+    """One line of the ledger: how an attempt began and why it ended."""
+
+    attempt: int = Field(description="number, from 1")
+    started_at: datetime = Field(description="when it was decided")
+    gang_complete: bool = Field(default=False, description="whether all its pods had been seen")
+    training_at: datetime | None = Field(default=None, description="when the first step of it was finished")
+    from_step: int | None = Field(default=None, description="step that it restored")
+    to_step: int | None = Field(default=None, description="last step that it was seen to finish")
+    ended_at: datetime | None = Field(default=None, description="when its end was seen")
+    reason: str | None = Field(default=None, description="why it ended, one of the documented reasons")
+    counts_as: str | None = Field(default=None, description="Preemption, Failure or nothing")
+    rank: int | None = Field(default=None, description="first rank that was lost or failed")
+    pod: str | None = Field(default=None, description="its pod")
+    node: str | None = Field(default=None, description="its node")
+    exit_code: int | None = Field(default=None, description="its exit code")
+    message: str | None = Field(default=None, description="its last words")
+    lost_steps: int | None = Field(default=None, description="steps that the next attempt had to do again")
+
+
+class OutputStatus(StatusModel):
+    """An output that was written whole."""
+
+    format: str = Field(description="file format")
+    to: str = Field(description="where it is")
+    bytes: int = Field(description="its size")
+    sha256: str | None = Field(default=None, description="hash of the file, where it is one file")
+
+
+class FineTuneJobStatus(StatusModel):
+    """How far the job is, what it lost, and when it will end."""
+
+    observed_generation: int | None = Field(
+        default=None, description="generation of the spec that this status speaks of"
+    )
+    phase: Phase | None = Field(default=None, description="where the job is")
+    reason: str | None = Field(default=None, description="why, in one CamelCase word")
+    message: str | None = Field(default=None, description="why, in a sentence")
+    conditions: tuple[Condition, ...] = Field(
+        default=(), description="Accepted, Running, Recovering, Complete, Failed ..."
+    )
+    attempt: int = Field(default=0, description="newest attempt; an older one may no longer commit")
+    step: int | None = Field(default=None, description="finished optimizer steps")
+    total_steps: int | None = Field(default=None, description="optimizer steps in all")
+    progress: str | None = Field(default=None, description="share of the steps, e.g. 40%")
+    eta: str | None = Field(default=None, description="time left at the present speed, e.g. 4m10s")
+    loss: float | None = Field(default=None, description="training loss, smoothed")
+    images_per_second: float | None = Field(default=None, description="images trained in a second, by all ranks")
+    last_checkpoint: CheckpointStatus | None = Field(default=None, description="newest verified checkpoint")
+    nodes: str | None = Field(default=None, description="pods that are up / pods asked for, e.g. 3/4")
+    preemptions: int = Field(default=0, description="attempts that capacity ended")
+    failures: int = Field(default=0, description="attempts that the program ended")
+    lost_steps: int = Field(default=0, description="steps that had to be done again")
+    goodput: float | None = Field(
+        default=None, description="share of the time since the start that went into kept steps"
+    )
+    start_time: datetime | None = Field(default=None, description="when the first attempt began")
+    completion_time: datetime | None = Field(default=None, description="when the job ended")
+    attempts: tuple[AttemptStatus, ...] = Field(default=(), description="the ledger: the newest attempts")
+    outputs: tuple[OutputStatus, ...] = Field(default=(), description="outputs that were written")
+
+
+class ObjectMeta(StatusModel):
+    """The part of Kubernetes' metadata that the operator reads."""
+
+    name: str
+    namespace: str = "default"
+    uid: str = ""
+    generation: int = 1
+    resource_version: str = ""
+    creation_timestamp: datetime | None = None
+    deletion_timestamp: datetime | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+
+
+class FineTuneJob(SpecModel):
+    """A fine-tuning job."""
+
+    api_version: str = API_VERSION
+    kind: str = KIND
+    metadata: ObjectMeta
+    spec: FineTuneJobSpec
+    status: FineTuneJobStatus = FineTuneJobStatus()

@@ -1,0 +1,1 @@
+"""Pure: (job, observed, now) -> Plan(actions, status). No clock, no socket, no file."""

@@ -1,0 +1,118 @@
+"""What `plan` is told and what it answers. Plain frozen data: a cluster, real or not, makes and carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from finetune_contract.beat import Beat, Termination
+from finetune_operator.api.job import FineTuneJobStatus
+
+Manifest = Mapping[str, Any]
+
+
+class PodPhase(StrEnum):
+    """Kubernetes' pod phases."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    UNKNOWN = "Unknown"
+
+
+@dataclass(frozen=True)
+class ObservedPod:
+    """What the plan reads of a pod; nothing else is kept in memory."""
+
+    name: str
+    uid: str
+    attempt: int
+    node_rank: int
+    phase: PodPhase
+    created_at: datetime
+    node: str | None = None
+    """Where it was scheduled; None while it waits for room."""
+    deleted_at: datetime | None = None
+    """When its deletion was asked for (Kubernetes' deletionTimestamp less the grace period)."""
+    grace: timedelta = timedelta(0)
+    """Its deletion grace period; meaningful while `deleted_at` is set."""
+    ready: bool = False
+    exit_code: int | None = None
+    termination: Termination | None = None
+    """The supervisor's last words, where it had time for them."""
+    disruption: str | None = None
+    """Reason of a True DisruptionTarget condition."""
+    reason: str | None = None
+    """status.reason, or the container's: Evicted, OOMKilled, ..."""
+    waiting: str | None = None
+    """Why it is not running yet: the scheduler's words or the container's waiting reason and message."""
+
+
+@dataclass(frozen=True)
+class ReceivedBeat:
+    """The newest beat of a pod and when it came, by the coordinator's clock."""
+
+    beat: Beat
+    received_at: datetime
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The world as it was last seen. May lag behind; never ahead."""
+
+    pods: tuple[ObservedPod, ...] = ()
+    beats: Mapping[str, ReceivedBeat] = field(default_factory=dict)
+    """By pod UID."""
+    services: frozenset[str] = frozenset()
+    """Names of the job's services that exist."""
+    configs: frozenset[str] = frozenset()
+    """Names of the job's ConfigMaps that exist."""
+
+
+@dataclass(frozen=True)
+class Create:
+    """Create an object. That it already exists is success."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class DeletePod:
+    """Delete a pod, only if it is still the one with this UID. That it is gone is success."""
+
+    name: str
+    uid: str
+    grace_seconds: int | None = None
+    """None: the pod's own grace period."""
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete the job itself (its time to live is over)."""
+
+
+Action = Create | DeletePod | DeleteJob
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a person wants to know. Emitted only after the status was written."""
+
+    reason: str
+    message: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass: the status to write first, then the actions, then the events."""
+
+    status: FineTuneJobStatus
+    actions: tuple[Action, ...] = ()
+    events: tuple[Event, ...] = ()
+    look_again: timedelta | None = None
+    """Plan anew after so long even if nothing happens; None: only when something does."""

@@ -1,0 +1,30 @@
+"""What an administrator decides for all jobs. Plain data, handed to `plan` and `build`; never read from inside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the operator, or of the local cluster."""
+
+    trainer_image_gpu: str = "ghcr.io/finetune-operator/trainer-cuda:0.1.0"
+    trainer_image_cpu: str = "ghcr.io/finetune-operator/trainer-cpu:0.1.0"
+    trainer_command: tuple[str, ...] = ("finetune-supervisor",)
+    coordinator_url: str = ""
+    """Where supervisors post their beats; empty: nowhere."""
+    coordinator_ca_config: str = ""
+    """ConfigMap with the key ca.crt of the coordinator's certificate authority; empty for plain HTTP."""
+    coordinator_audience: str = "finetune-coordinator"
+    """Audience that the pods' tokens are bound to."""
+    token_seconds: int = 3600
+    """Life of a pod's token before it is rotated."""
+    rendezvous_port: int = 29500
+    """Port of rank 0's rendezvous store inside the pod network."""
+    beat_seconds: float = 5.0
+    """Longest time between two beats of a supervisor."""
+    beat_timeout_seconds: float = 60.0
+    """A pod whose beats stay away so long, after the first, is shown as silent."""
+    max_attempts_kept: int = 20
+    """Length of the ledger in the status."""

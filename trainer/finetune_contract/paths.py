@@ -1,0 +1,30 @@
+"""The layout of a job's folder on shared storage. Both sides read it; only the trainer writes below it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CHECKPOINTS = "checkpoints"
+FENCE = "fence"
+VALIDATION = "validation"
+OUTPUTS = "outputs"
+MANIFEST = "manifest.json"
+"""Name of the file that makes a checkpoint count: it is verified against it."""
+
+
+def job_folder(namespace: str, job: str, uid: str) -> str:
+    """Name of a job's folder below the storage's root, e.g. 'default/circles-1f0c3a2b'.
+
+    The UID keeps a job that was deleted and made anew under the same name out of its predecessor's checkpoints.
+    """
+    return f"{namespace}/{job}-{uid[:8]}"
+
+
+def checkpoints(job_dir: Path) -> Path:
+    """Folder of the committed checkpoints."""
+    return job_dir / CHECKPOINTS
+
+
+def fence(job_dir: Path) -> Path:
+    """Folder of the attempt marks."""
+    return job_dir / FENCE

@@ -1,0 +1,1 @@
+"""The trainer: supervisor, training loop, methods, data and checkpoints. Imports the contract, never the operator."""
