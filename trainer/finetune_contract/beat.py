@@ -74,7 +74,7 @@ class RankReport(Wire):
     detail: str | None = Field(
         default=None, max_length=500, description="what the state is busy with, e.g. '12/64 images'"
     )
-    warnings: tuple[str, ...] = Field(default=(), description="sentences for a person, each sent once")
+    warnings: tuple[str, ...] = Field(default=(), description="newest sentences for a person; repeated in every beat")
     outputs: tuple[WrittenOutput, ...] = ()
 
 

@@ -1,0 +1,331 @@
+"""The supervisor over real processes: fake ranks that speak the contract, a real HTTP endpoint that records beats."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_contract.beat import RankEnd, RankState, Reply, Termination
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.run_spec import RunSpec
+from finetune_contract.spec import DatasetSpec, ModelSpec, TrainingSpec
+from finetune_trainer.supervisor.cores import Share, cgroup_quota, share_cores
+from finetune_trainer.supervisor.last_words import MAX_MESSAGE_BYTES, cause_first, fit, pod_exit_code
+
+DEADLINE_SECONDS = 20.0
+
+
+class Endpoint:
+    """Records beats and answers with what the test sets."""
+
+    def __init__(self) -> None:
+        self.beats: list[dict[str, Any]] = []
+        self.tokens: list[str | None] = []
+        self.reply = Reply()
+        self.news = threading.Condition()
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                with endpoint.news:
+                    endpoint.beats.append(json.loads(body))
+                    endpoint.tokens.append(self.headers.get("Authorization"))
+                    endpoint.news.notify_all()
+                answer = endpoint.reply.to_json().encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def wait(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        with self.news:
+            while True:
+                for beat in self.beats:
+                    if wanted(beat):
+                        return beat
+                assert self.news.wait(deadline - time.monotonic()), f"no such beat among {self.beats}"
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    served = Endpoint()
+    thread = threading.Thread(target=served.server.serve_forever, daemon=True)
+    thread.start()
+    yield served
+    served.server.shutdown()
+    served.server.server_close()
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, endpoint: Endpoint) -> Iterator[Start]:
+    """Start a supervisor whose ranks run the given Python text."""
+    spec = RunSpec(
+        namespace="default",
+        job="circles",
+        uid="1f0c3a2b-0000",
+        model=ModelSpec(base="base"),
+        dataset=DatasetSpec(source="data"),
+        training=TrainingSpec(),
+        global_batch=2,
+    )
+    (tmp_path / "run.json").write_text(spec.to_json())
+    (tmp_path / "token").write_text("sesame\n")
+    started: list[subprocess.Popen[str]] = []
+
+    def run(text: str, ranks: int = 2, **extra: str) -> subprocess.Popen[str]:
+        prelude = """
+            import os, sys, json, signal, time
+            rank = int(os.environ["RANK"])
+            def report(**what):
+                line = json.dumps({"rank": rank, **what}) + "\\n"
+                os.write(int(os.environ["FINETUNE_REPORT_FD"]), line.encode())
+        """
+        code = textwrap.dedent(prelude) + textwrap.dedent(text)
+        env = {
+            **os.environ,
+            "FINETUNE_RUN_SPEC": str(tmp_path / "run.json"),
+            "FINETUNE_ATTEMPT": "3",
+            "FINETUNE_POD_NAME": "circles-a3-n0",
+            "FINETUNE_POD_UID": "uid-1",
+            "FINETUNE_NODE_RANK": "1",
+            "FINETUNE_NUM_NODES": "2",
+            "FINETUNE_PROCESSES_PER_NODE": str(ranks),
+            "FINETUNE_COORDINATOR_URL": endpoint.url,
+            "FINETUNE_COORDINATOR_TOKEN": str(tmp_path / "token"),
+            "FINETUNE_BEAT_SECONDS": "0.2",
+            "FINETUNE_TERMINATION_LOG": str(tmp_path / "last-words"),
+            **extra,
+        }
+        command = [sys.executable, "-m", "finetune_trainer.supervisor", "--", sys.executable, "-c", code]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def last_words(tmp_path: Path) -> Termination:
+    return Termination.model_validate_json((tmp_path / "last-words").read_text())
+
+
+def test_ranks_get_torch_variables_and_their_own_cores(start: Start) -> None:
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"]
+    process = start(f"print(json.dumps([[os.environ[n] for n in {names}], sorted(os.sched_getaffinity(0))]))")
+    out, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    seen = sorted(json.loads(line.split("] ", 1)[1]) for line in out.splitlines())
+    num_cores = len(os.sched_getaffinity(0))
+    threads = str(max(1, num_cores // 2))
+    assert [environment for environment, _ in seen] == [["2", "4", "0", "2", threads], ["3", "4", "1", "2", threads]]
+    if num_cores % 2 == 0 and cgroup_quota() is None:
+        assert not set(seen[0][1]) & set(seen[1][1])
+    assert process.returncode == ExitCode.DONE
+
+
+def test_reports_travel_in_beats_with_the_pods_token(start: Start, endpoint: Endpoint) -> None:
+    process = start("report(state='Training', step=7, loss=0.5, warnings=['one']); report(state='Saving', step=8)")
+    process.communicate(timeout=DEADLINE_SECONDS)
+    beat = endpoint.beats[-1]
+    assert {rank["state"] for rank in beat["ranks"]} == {RankState.DONE}
+    assert [rank["step"] for rank in beat["ranks"]] == [8, 8]
+    assert beat["ranks"][0]["loss"] == 0.5, "what a later report leaves out stays as it was"
+    assert beat["ranks"][0]["warnings"] == ["one"]
+    assert [b["sequence"] for b in endpoint.beats] == list(range(1, len(endpoint.beats) + 1))
+    assert set(endpoint.tokens) == {"Bearer sesame"}
+
+
+def test_a_change_is_told_at_once_and_a_step_at_the_next_beat(start: Start, endpoint: Endpoint) -> None:
+    start("report(state='Loading'); report(state='Training', step=1); signal.pause()", FINETUNE_BEAT_SECONDS="3600")
+    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+
+
+def test_notice_reaches_all_ranks_and_they_have_their_time(start: Start, endpoint: Endpoint, tmp_path: Path) -> None:
+    process = start(
+        """
+        def save(*_):
+            time.sleep(1)  # longer than any patience but the pod's own
+            sys.exit(75)
+        signal.signal(signal.SIGTERM, save)
+        report(state='Training', step=5)
+        while True: signal.pause()
+        """
+    )
+    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.SAVED
+    words = last_words(tmp_path)
+    assert words.notice
+    assert words.step == 5
+    assert {end.exit_code for end in words.ends} == {ExitCode.SAVED}
+    assert endpoint.wait(lambda beat: beat["notice"])
+
+
+def test_the_first_bad_end_is_the_cause_and_carries_its_last_words(start: Start, tmp_path: Path) -> None:
+    process = start(
+        """
+        if rank == 3:
+            print("CUDA out of memory", file=sys.stderr); sys.exit(1)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(76))
+        while True: signal.pause()
+        """
+    )
+    assert process.wait(DEADLINE_SECONDS) == 1
+    words = last_words(tmp_path)
+    assert words.ends[0].rank == 3
+    assert words.ends[0].exit_code == 1
+    assert "CUDA out of memory" in words.ends[0].last_words
+
+
+def test_a_killed_rank_ends_the_pod_with_137_even_if_its_peer_hangs(start: Start, endpoint: Endpoint) -> None:
+    process = start(
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        report(state='Training', step=1, detail=str(os.getpid()))
+        while True: signal.pause()
+        """,
+        FINETUNE_BEAT_SECONDS="0.05",
+    )
+    beat = endpoint.wait(lambda beat: all(rank.get("detail") for rank in beat["ranks"]))
+    os.kill(int(beat["ranks"][0]["detail"]), signal.SIGKILL)
+    assert process.wait(DEADLINE_SECONDS) == 128 + signal.SIGKILL
+
+
+def test_ranks_die_with_their_supervisor(start: Start, endpoint: Endpoint) -> None:
+    process = start("report(state='Training', detail=str(os.getpid())); signal.pause()", FINETUNE_BEAT_SECONDS="0.05")
+    beat = endpoint.wait(lambda beat: all(rank.get("detail") for rank in beat["ranks"]))
+    descriptors = [os.pidfd_open(int(rank["detail"])) for rank in beat["ranks"]]
+    process.kill()
+    for descriptor in descriptors:
+        ready, _, _ = select.select([descriptor], [], [], DEADLINE_SECONDS)
+        assert ready, "a rank outlived its supervisor"
+        os.close(descriptor)
+
+
+def test_training_goes_on_without_a_coordinator(start: Start) -> None:
+    process = start("report(state='Training', step=1)", FINETUNE_COORDINATOR_URL="http://127.0.0.1:9")
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == ExitCode.DONE
+    assert err.count("training goes on") == 1
+
+
+def test_an_order_to_stop_is_a_notice(start: Start, endpoint: Endpoint) -> None:
+    process = start("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); report(state='Training'); signal.pause()")
+    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    endpoint.reply = Reply.model_validate({"order": "SaveAndStop"})
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.SAVED
+
+
+def test_a_superseded_supervisor_stops(start: Start, endpoint: Endpoint) -> None:
+    endpoint.reply = Reply(attempt=4)
+    process = start("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); signal.pause()")
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.SUPERSEDED
+
+
+def test_progress_bars_and_garbage_reports_do_no_harm(start: Start) -> None:
+    process = start(
+        "sys.stderr.write('1%\\r2%\\r' + 'x' * 300000); os.write(int(os.environ['FINETUNE_REPORT_FD']), b'?\\n')"
+    )
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == ExitCode.DONE
+    assert "sent no report" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("FINETUNE_ATTEMPT", "zero", "FINETUNE_ATTEMPT='zero' is not a whole number"),
+        ("FINETUNE_POD_NAME", "", "FINETUNE_POD_NAME is not set"),
+        ("FINETUNE_RUN_SPEC", "/nowhere/run.json", "cannot read /nowhere/run.json"),
+        ("FINETUNE_BEAT_SECONDS", "-1", "not a number of seconds"),
+    ],
+)
+def test_a_bad_environment_is_a_sentence(start: Start, name: str, value: str, words: str) -> None:
+    process = start("", **{name: value})
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == ExitCode.CONFIG
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "num_ranks", "expected"),
+    [
+        ({0, 1, 2, 3}, None, 2, [Share(2, frozenset({0, 1})), Share(2, frozenset({2, 3}))]),
+        ({4, 5, 6}, None, 2, [Share(1, frozenset({4})), Share(1, frozenset({5}))]),
+        ({0, 1, 2, 3}, 2.0, 2, [Share(1, None), Share(1, None)]),
+        ({0}, None, 2, [Share(1, None), Share(1, None)]),
+        ({0, 1}, 0.5, 1, [Share(1, None)]),
+        ({0, 1}, 4.0, 1, [Share(2, frozenset({0, 1}))]),
+    ],
+)
+def test_cores_are_shared_out(cores: set[int], quota: float | None, num_ranks: int, expected: list[Share]) -> None:
+    assert share_cores(frozenset(cores), quota, num_ranks) == expected
+
+
+def test_quota_is_read_from_both_cgroup_versions(tmp_path: Path) -> None:
+    assert cgroup_quota(tmp_path) is None
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("150000\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert cgroup_quota(tmp_path) == 1.5
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert cgroup_quota(tmp_path) is None
+    (tmp_path / "cpu.max").write_text("200000 100000\n")
+    assert cgroup_quota(tmp_path) == 2.0
+
+
+ends = st.lists(
+    st.builds(
+        RankEnd,
+        rank=st.integers(0, 10_000),
+        exit_code=st.sampled_from([0, 1, 64, 75, 76, 137, 143]),
+        last_words=st.text(max_size=2000),
+    ),
+    min_size=1,
+    max_size=64,
+)
+
+
+@given(ends)
+def test_last_words_always_fit_and_keep_the_cause(given_ends: list[RankEnd]) -> None:
+    text = fit(Termination(attempt=1, exit_code=pod_exit_code(given_ends), ends=cause_first(given_ends)))
+    assert len(text.encode()) <= MAX_MESSAGE_BYTES
+    kept = Termination.model_validate_json(text)
+    assert kept.ends[0].rank == cause_first(given_ends)[0].rank
+    assert kept.exit_code == pod_exit_code(given_ends)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([0, 0], 0), ([75, 75], 75), ([0, 75], 75), ([76, 137], 137), ([76, 75], 76), ([75, 1], 1), ([143, 76], 143)],
+)
+def test_pod_exit_code(codes: list[int], expected: int) -> None:
+    assert pod_exit_code([RankEnd(rank=rank, exit_code=code) for rank, code in enumerate(codes)]) == expected

@@ -1,0 +1,5 @@
+"""`python -m finetune_trainer.supervisor`."""
+
+from finetune_trainer.supervisor.main import main
+
+main()

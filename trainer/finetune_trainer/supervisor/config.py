@@ -1,0 +1,101 @@
+"""What the supervisor reads from its environment, once, at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_contract import environment
+from finetune_contract.run_spec import RunSpec
+
+
+class BadEnvironmentError(Exception):
+    """The pod's environment lacks or garbles something; the message is a sentence."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The place of this pod in its job."""
+
+    namespace: str
+    job: str
+    job_uid: str
+    pod: str
+    pod_uid: str
+    attempt: int
+    node_rank: int
+    num_nodes: int
+    processes_per_node: int
+    coordinator_url: str
+    coordinator_token: Path | None
+    coordinator_ca: Path | None
+    beat_seconds: float
+    termination_log: Path | None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the whole gang."""
+        return self.num_nodes * self.processes_per_node
+
+    def rank(self, local_rank: int) -> int:
+        """Global rank of a local one."""
+        return self.node_rank * self.processes_per_node + local_rank
+
+
+def read_config(env: Mapping[str, str]) -> Config:
+    """Read the environment that the operator's pod manifest sets.
+
+    Raises:
+        BadEnvironmentError: a variable is missing or no number, or the run specification cannot be read.
+    """
+    spec_path = Path(_text(env, environment.RUN_SPEC))
+    try:
+        spec = RunSpec.read(spec_path)
+    except (OSError, ValueError) as error:
+        raise BadEnvironmentError(f"{environment.RUN_SPEC}: cannot read {spec_path}: {error}") from error
+    return Config(
+        namespace=spec.namespace,
+        job=spec.job,
+        job_uid=spec.uid,
+        pod=_text(env, environment.POD_NAME),
+        pod_uid=_text(env, environment.POD_UID),
+        attempt=_count(env, environment.ATTEMPT),
+        node_rank=_count(env, environment.NODE_RANK, least=0),
+        num_nodes=_count(env, environment.NUM_NODES),
+        processes_per_node=_count(env, environment.PROCESSES_PER_NODE),
+        coordinator_url=env.get(environment.COORDINATOR_URL, ""),
+        coordinator_token=_path(env, environment.COORDINATOR_TOKEN),
+        coordinator_ca=_path(env, environment.COORDINATOR_CA),
+        beat_seconds=_seconds(env, environment.BEAT_SECONDS, default=5.0),
+        termination_log=_path(env, environment.TERMINATION_LOG),
+    )
+
+
+def _text(env: Mapping[str, str], name: str) -> str:
+    value = env.get(name, "")
+    if not value:
+        raise BadEnvironmentError(f"{name} is not set; the operator's pod manifest sets it")
+    return value
+
+
+def _path(env: Mapping[str, str], name: str) -> Path | None:
+    return Path(env[name]) if env.get(name) else None
+
+
+def _count(env: Mapping[str, str], name: str, least: int = 1) -> int:
+    text = _text(env, name)
+    if not text.isdecimal() or int(text) < least:
+        raise BadEnvironmentError(f"{name}={text!r} is not a whole number of {least} or more")
+    return int(text)
+
+
+def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(name) or str(default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise BadEnvironmentError(f"{name}={text!r} is not a number of seconds above zero")
+    return value

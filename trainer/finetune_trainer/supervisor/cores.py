@@ -1,0 +1,63 @@
+"""Each rank's share of the cores. Two thread pools on the same cores slow each other down several times."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank may compute on."""
+
+    num_threads: int
+    cores: frozenset[int] | None
+    """Cores to pin it to; None where the pod has a quota of time and no cores of its own."""
+
+
+def share_cores(cores: frozenset[int], quota: float | None, num_ranks: int) -> list[Share]:
+    """Divide the cores that this process may run on among the ranks.
+
+    Args:
+        cores: the process's affinity.
+        quota: CPU time that the cgroup grants, in cores; None: no limit.
+        num_ranks: ranks in this pod.
+
+    A quota below the number of cores says that others use them, too: then only the number of threads is shared out.
+    """
+    usable = len(cores) if quota is None else min(len(cores), max(1, int(quota)))
+    each = max(1, usable // num_ranks)
+    if usable < len(cores) or usable < num_ranks:
+        return [Share(each, None)] * num_ranks
+    ordered = sorted(cores)
+    return [Share(each, frozenset(ordered[i * each : (i + 1) * each])) for i in range(num_ranks)]
+
+
+def thread_environment(share: Share, env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that hold the thread pools to the share; what the user has set stays."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return {name: env.get(name) or str(share.num_threads) for name in names}
+
+
+def affinity() -> frozenset[int]:
+    """Cores that this process may run on."""
+    return frozenset(os.sched_getaffinity(0))
+
+
+def cgroup_quota(root: Path = CGROUP) -> float | None:
+    """CPU time that the cgroup grants, in cores, from cgroup v2 or v1; None where there is no limit to be found."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            limit = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if limit == "max" or int(limit) <= 0:
+        return None
+    return int(limit) / int(period)

@@ -1,0 +1,200 @@
+"""The supervisor's own life: start the ranks, beat, pass on what it is told, end with the right code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+from finetune_contract.beat import Beat, Order, RankEnd, RankReport, RankState, Reply, Termination
+from finetune_contract.exit_codes import ExitCode, describe
+from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorError
+from finetune_trainer.supervisor.config import BadEnvironmentError, Config, read_config
+from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
+from finetune_trainer.supervisor.last_words import FINE, cause_first, pod_exit_code, write_termination
+from finetune_trainer.supervisor.ranks import RankProcess, start_rank
+
+RANK_COMMAND = (sys.executable, "-m", "finetune_trainer.rank")
+PEER_SECONDS = 5.0
+"""How long the other ranks of the pod have once one of them ended badly: they cannot finish a step without it."""
+MIN_BEAT_GAP_SECONDS = 0.05
+"""Changes that come closer together share a beat."""
+FAREWELL_SECONDS = 2.0
+"""How long the end waits for the last beat to be taken."""
+
+
+class Supervisor:
+    """All ranks of one pod, from start to end."""
+
+    def __init__(self, config: Config, command: Sequence[str] = RANK_COMMAND) -> None:
+        self._config = config
+        self._command = command
+        self._ranks: list[RankProcess] = []
+        self._ends: list[RankEnd] = []
+        self._notice = False
+        self._superseded = False
+        self._changed = asyncio.Event()
+        self._sequence = 0
+        self._beat_seconds = config.beat_seconds
+
+    async def run(self) -> int:
+        """Start the ranks, see them to their end, and return the pod's exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_notice, signal.Signals(number).name)
+        if os.getpid() == 1:
+            loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
+        shares = share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
+        for local_rank, share in enumerate(shares):
+            self._ranks.append(await start_rank(self._config, local_rank, share, self._command, self._changed.set))
+        if self._notice:
+            self._signal_all(signal.SIGTERM)
+        beats = asyncio.create_task(self._beat_until_ended())
+        await asyncio.gather(*(self._see_to_end(rank) for rank in self._ranks))
+        self._changed.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(beats, FAREWELL_SECONDS)
+        return ExitCode.SUPERSEDED if self._superseded else pod_exit_code(self._ends)
+
+    async def _see_to_end(self, rank: RankProcess) -> None:
+        end = await rank.follow()
+        self._ends.append(end)
+        self._write_last_words()
+        _log(f"rank {end.rank} ended: {describe(end.exit_code)}")
+        if end.exit_code not in FINE:
+            self._end_soon()
+
+    def _end_soon(self) -> None:
+        """One rank is gone for good: the others get a notice and a short while."""
+        self._signal_all(signal.SIGTERM)
+        asyncio.get_running_loop().call_later(PEER_SECONDS, self._signal_all, signal.SIGKILL)
+
+    def _on_notice(self, source: str) -> None:
+        """SIGTERM has come, or the order to save and stop: the ranks have the whole grace period of the pod."""
+        if self._notice:
+            return
+        _log(f"notice ({source}): the ranks save and stop")
+        self._notice = True
+        self._signal_all(signal.SIGTERM)
+        self._write_last_words()
+        self._changed.set()
+
+    def _signal_all(self, number: int) -> None:
+        for rank in self._ranks:
+            rank.signal(number)
+
+    def _write_last_words(self) -> None:
+        """Written at the notice and at every end, for the last of them may be cut short by SIGKILL."""
+        steps = [rank.report.step for rank in self._ranks if rank.report.step is not None]
+        code = pod_exit_code(self._ends) if self._ends else 128 + signal.SIGKILL
+        termination = Termination(
+            attempt=self._config.attempt,
+            exit_code=code,
+            step=max(steps, default=None),
+            notice=self._notice,
+            ends=cause_first(self._ends),
+        )
+        write_termination(self._config.termination_log, termination)
+
+    async def _beat_until_ended(self) -> None:
+        """Beat at once when something changed and every few seconds otherwise; go on training when nobody answers."""
+        if not self._config.coordinator_url:
+            return
+        client = CoordinatorClient(
+            self._config.coordinator_url, self._config.coordinator_token, self._config.coordinator_ca
+        )
+        loop = asyncio.get_running_loop()
+        silent = False
+        thread = ThreadPoolExecutor(1, thread_name_prefix="beat")
+        while True:
+            self._changed.clear()
+            ended = len(self._ends) == len(self._ranks)
+            try:
+                reply = await loop.run_in_executor(thread, client.post, self._next_beat())
+                silent = _tell_change(silent, None)
+                self._obey(reply)
+            except CoordinatorError as error:
+                silent = _tell_change(silent, error)
+            if ended:
+                return
+            await asyncio.sleep(MIN_BEAT_GAP_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), self._beat_seconds)
+
+    def _next_beat(self) -> Beat:
+        self._sequence += 1
+        config = self._config
+        return Beat(
+            job=config.job,
+            namespace=config.namespace,
+            job_uid=config.job_uid,
+            pod=config.pod,
+            pod_uid=config.pod_uid,
+            attempt=config.attempt,
+            node_rank=config.node_rank,
+            sequence=self._sequence,
+            ranks=tuple(_with_end(rank) for rank in self._ranks),
+            ends=cause_first(self._ends),
+            notice=self._notice,
+        )
+
+    def _obey(self, reply: Reply) -> None:
+        self._beat_seconds = reply.beat_seconds or self._config.beat_seconds
+        if reply.attempt is not None and reply.attempt > self._config.attempt and not self._superseded:
+            _log(f"attempt {reply.attempt} has begun: this one ({self._config.attempt}) stops")
+            self._superseded = True
+            self._end_soon()
+        elif reply.order is Order.SAVE_AND_STOP:
+            self._on_notice("order of the coordinator")
+
+    def _reap_orphans(self) -> None:
+        """As PID 1, collect what grandchildren leave behind; our own ranks are asyncio's to collect."""
+        ours = {rank.pid for rank in self._ranks}
+        while (info := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and info.si_pid not in ours:
+            os.waitpid(info.si_pid, 0)
+
+
+def _with_end(rank: RankProcess) -> RankReport:
+    """The newest report of a rank, with the state that its end implies."""
+    if rank.end is None:
+        return rank.report
+    fine = {int(ExitCode.DONE): RankState.DONE, int(ExitCode.SAVED): RankState.SAVED}
+    return rank.report.model_copy(update={"state": fine.get(rank.end.exit_code, RankState.FAILED)})
+
+
+def _tell_change(was_silent: bool, error: CoordinatorError | None) -> bool:
+    if error is not None and not was_silent:
+        _log(f"the coordinator cannot be reached ({error}); training goes on")
+    if error is None and was_silent:
+        _log("the coordinator answers again")
+    return error is not None
+
+
+def _log(text: str) -> None:
+    print(f"[supervisor] {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run as `finetune-supervisor [-- COMMAND ...]`; the command of a rank is the trainer unless one is given."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command: Sequence[str] = RANK_COMMAND
+    if arguments:
+        if arguments[0] != "--" or len(arguments) == 1:
+            _log("usage: finetune-supervisor [-- COMMAND [ARGUMENT ...]]")
+            sys.exit(ExitCode.CONFIG)
+        command = arguments[1:]
+    try:
+        config = read_config(os.environ)
+    except BadEnvironmentError as error:
+        _log(str(error))
+        sys.exit(ExitCode.CONFIG)
+    code = asyncio.run(Supervisor(config, command).run())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: that would wait for a last beat that nobody answers.
+    os._exit(code)

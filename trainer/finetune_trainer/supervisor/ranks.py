@@ -1,0 +1,163 @@
+"""The rank processes below a supervisor: their environment, their pipes, their end."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import re
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from finetune_contract import environment
+from finetune_contract.beat import MAX_LAST_WORDS, RankEnd, RankReport, RankState
+from finetune_trainer.supervisor.config import Config
+from finetune_trainer.supervisor.cores import Share, thread_environment
+
+LAST_LINES = 40
+DRAIN_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+_LINE_END = re.compile(rb"[\r\n]+")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class RankProcess:
+    """One rank: its process and the newest of what it reported."""
+
+    def __init__(self, rank: int, process: Process, report_fd: int, on_change: Callable[[], None]) -> None:
+        self.rank = rank
+        self.report = RankReport(rank=rank, state=RankState.STARTING)
+        self.end: RankEnd | None = None
+        self._process = process
+        self._report_fd = report_fd
+        self._on_change = on_change
+        self._stderr: deque[str] = deque(maxlen=LAST_LINES)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the rank."""
+        return self._process.pid
+
+    def signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended."""
+        if self.end is None and self._process.returncode is None:
+            self._process.send_signal(number)
+
+    async def follow(self) -> RankEnd:
+        """Relay output and reports until the rank has ended; return how it did."""
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        readers = [
+            asyncio.create_task(self._relay(self._process.stdout, sys.stdout, None)),
+            asyncio.create_task(self._relay(self._process.stderr, sys.stderr, self._stderr)),
+            asyncio.create_task(self._take_reports()),
+        ]
+        code = await self._process.wait()
+        # What is in the pipes is read to the end, unless a child of the rank outlives it and holds them open.
+        _, open_still = await asyncio.wait(readers, timeout=DRAIN_SECONDS)
+        for reader in open_still:
+            reader.cancel()
+        words = "\n".join(self._stderr)[-MAX_LAST_WORDS:]
+        self.end = RankEnd(rank=self.rank, exit_code=code if code >= 0 else 128 - code, last_words=words)
+        self._on_change()
+        return self.end
+
+    async def _relay(self, stream: asyncio.StreamReader, to: object, keep: deque[str] | None) -> None:
+        async for line in read_lines(stream):
+            if keep is not None:
+                keep.append(line)
+            print(f"[rank {self.rank}] {line}", file=to, flush=True)  # type: ignore[call-overload]
+
+    async def _take_reports(self) -> None:
+        reader = asyncio.StreamReader(limit=2**20)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self._report_fd, "rb", buffering=0)
+        )
+        try:
+            async for line in read_lines(reader):
+                self._merge(line)
+        finally:
+            transport.close()
+
+    def _merge(self, line: str) -> None:
+        try:
+            news = RankReport.model_validate_json(line)
+        except ValueError:
+            print(f"[supervisor] rank {self.rank} sent no report: {line[:200]}", file=sys.stderr)  # noqa: T201
+            return
+        old = self.report
+        update = {name: getattr(news, name) for name in news.model_fields_set if getattr(news, name) is not None}
+        update["warnings"] = (*old.warnings, *(w for w in news.warnings if w not in old.warnings))[-5:]
+        update["outputs"] = news.outputs or old.outputs
+        # The detail belongs to the state that it was sent with.
+        update["detail"] = news.detail
+        self.report = old.model_copy(update=update)
+        if weighty(self.report) != weighty(old):
+            self._on_change()
+
+
+def weighty(report: RankReport) -> RankReport:
+    """What of a report is worth a beat at once: all but the counters that rise with every step."""
+    return report.model_copy(update={"step": None, "loss": None, "images_per_second": None, "detail": None})
+
+
+async def start_rank(
+    config: Config, local_rank: int, share: Share, command: Sequence[str], on_change: Callable[[], None]
+) -> RankProcess:
+    """Start one rank with torch's variables, its cores and a pipe for its reports."""
+    read_fd, write_fd = os.pipe()
+    rank = config.rank(local_rank)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=rank_environment(os.environ, config, local_rank, share, write_fd),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=PIPE,
+            stderr=PIPE,
+            pass_fds=(write_fd,),
+            preexec_fn=lambda: _prepare(share),
+        )
+    finally:
+        os.close(write_fd)
+    return RankProcess(rank, process, read_fd, on_change)
+
+
+def rank_environment(
+    env: Mapping[str, str], config: Config, local_rank: int, share: Share, report_fd: int
+) -> dict[str, str]:
+    """Environment of one rank: the pod's, less the coordinator's token, with torch's standard variables."""
+    inherited = {name: value for name, value in env.items() if name != environment.COORDINATOR_TOKEN}
+    return {
+        **inherited,
+        **thread_environment(share, env),
+        "RANK": str(config.rank(local_rank)),
+        "WORLD_SIZE": str(config.world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(config.processes_per_node),
+        "GROUP_RANK": str(config.node_rank),
+        "PYTHONUNBUFFERED": "1",
+        environment.REPORT_FD: str(report_fd),
+    }
+
+
+def _prepare(share: Share) -> None:
+    """Between fork and exec: two system calls and nothing else, for other threads may hold locks."""
+    # Without a PID namespace of its own a rank would outlive a supervisor that is killed.
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if share.cores is not None:
+        os.sched_setaffinity(0, share.cores)
+
+
+async def read_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines of a stream, ended by newline or carriage return (progress bars), of any length."""
+    rest = b""
+    while chunk := await stream.read(2**16):
+        *lines, rest = _LINE_END.split(rest + chunk)
+        for line in lines:
+            if line:
+                yield line.decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
