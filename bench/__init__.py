@@ -1,0 +1,1 @@
+"""Measurements and long checks. Each prints progress, a table for people, and JSON as its last line."""
