@@ -230,6 +230,18 @@ class OutputStatus(StatusModel):
     sha256: str | None = Field(default=None, description="hash of the file, where it is one file")
 
 
+class TallyStatus(StatusModel):
+    """Sums over all attempts, for the ledger keeps only the newest."""
+
+    failures_since_checkpoint: int = Field(
+        default=0, description="failures since the last newer checkpoint; maxFailures bounds them"
+    )
+    trained_steps: int = Field(default=0, description="optimizer steps seen to be finished, those done again included")
+    trained_seconds: float = Field(default=0, description="time in which they were trained")
+    step_time: datetime | None = Field(default=None, description="when the newest step was seen")
+    suspended_seconds: float = Field(default=0, description="time for which the job was suspended")
+
+
 class FineTuneJobStatus(StatusModel):
     """How far the job is, what it lost, and when it will end."""
 
@@ -260,6 +272,7 @@ class FineTuneJobStatus(StatusModel):
     start_time: datetime | None = Field(default=None, description="when the first attempt began")
     completion_time: datetime | None = Field(default=None, description="when the job ended")
     attempts: tuple[AttemptStatus, ...] = Field(default=(), description="the ledger: the newest attempts")
+    tally: TallyStatus = Field(default=TallyStatus(), description="sums over all attempts")
     outputs: tuple[OutputStatus, ...] = Field(default=(), description="outputs that were written")
 
 
