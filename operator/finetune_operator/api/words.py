@@ -1,0 +1,285 @@
+"""The words that people and programs meet: labels, condition types, reasons, and what each asks a person to do.
+
+Everything that writes or reads such a string takes it from here. docs/reference/reasons.md is generated from REASONS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from finetune_operator.api.job import GROUP
+
+OPERATOR = "finetune-operator"
+"""Our name as a field manager, an event source and the value of MANAGED_BY."""
+
+MANAGED_BY = "app.kubernetes.io/managed-by"
+"""Standard label; OPERATOR on everything that we create."""
+JOB = f"{GROUP}/job"
+"""Label of every child: the name of its job."""
+ATTEMPT = f"{GROUP}/attempt"
+"""Label of a pod: the number of its attempt."""
+NODE_RANK = f"{GROUP}/node-rank"
+"""Label of a pod: its index in the gang, from 0."""
+
+DISRUPTION_TARGET = "DisruptionTarget"
+"""Kubernetes' condition on a pod that is being taken away for no fault of its own."""
+CONTAINER = "trainer"
+"""Name of the container that runs the supervisor; podTemplate's container of this name is merged over it."""
+
+
+class ConditionType(StrEnum):
+    """Types of the job's conditions."""
+
+    ACCEPTED = "Accepted"
+    """The spec can be run. False: it is refused, and the message says what to write instead."""
+    RUNNING = "Running"
+    """All pods of the newest attempt are up and its ranks are at work."""
+    RECOVERING = "Recovering"
+    """An attempt was ended by capacity or by a failure and its successor is not training yet."""
+    COMPLETE = "Complete"
+    """All steps are trained and all outputs written. Final."""
+    FAILED = "Failed"
+    """The job ended without its model. Final."""
+    SUSPENDED = "Suspended"
+    """spec.suspend is true and no pod is left."""
+
+
+class CountsAs(StrEnum):
+    """What the end of an attempt is counted as. An end that is neither counts as nothing."""
+
+    PREEMPTION = "Preemption"
+    """Capacity ended it: spends nothing of recovery.maxFailures."""
+    FAILURE = "Failure"
+    """The program ended it: spends one of recovery.maxFailures."""
+
+
+class Reason(StrEnum):
+    """Why a job is where it is, and why an attempt ended: status.reason, conditions, the ledger and events."""
+
+    ACCEPTED = "Accepted"
+    INVALID_SPEC = "InvalidSpec"
+    NOT_SUPPORTED = "NotSupported"
+
+    QUEUED = "Queued"
+    WAITING_FOR_PODS = "WaitingForPods"
+    UNSCHEDULABLE = "Unschedulable"
+    IMAGE_PULL = "ImagePull"
+    CONTAINER_CONFIG = "ContainerConfig"
+    BACK_OFF = "BackOff"
+    SUSPENDING = "Suspending"
+    SUSPENDED = "Suspended"
+
+    LOADING = "Loading"
+    CACHING = "Caching"
+    RESTORING = "Restoring"
+    TRAINING = "Training"
+    SAVING = "Saving"
+    VALIDATING = "Validating"
+    EXPORTING = "Exporting"
+    SILENT = "Silent"
+
+    NOTICE_SAVED = "NoticeSaved"
+    PREEMPTED = "Preempted"
+    PREEMPTION_BY_SCHEDULER = "PreemptionByScheduler"
+    EVICTION_BY_EVICTION_API = "EvictionByEvictionAPI"
+    DELETION_BY_TAINT_MANAGER = "DeletionByTaintManager"
+    DELETION_BY_POD_GC = "DeletionByPodGC"
+    TERMINATION_BY_KUBELET = "TerminationByKubelet"
+    POD_DELETED = "PodDeleted"
+    POD_LOST = "PodLost"
+    NODE_LOST = "NodeLost"
+
+    PROCESS_FAILED = "ProcessFailed"
+    OUT_OF_MEMORY = "OutOfMemory"
+    EVICTED = "Evicted"
+    FABRIC_ERROR = "FabricError"
+    STORAGE_ERROR = "StorageError"
+    DATA_ERROR = "DataError"
+    CONFIGURATION_ERROR = "ConfigurationError"
+    HANG = "Hang"
+    SUPERSEDED = "Superseded"
+
+    FINISHED = "Finished"
+    MAX_FAILURES_EXCEEDED = "MaxFailuresExceeded"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+
+    ATTEMPT_STARTED = "AttemptStarted"
+    ATTEMPT_ENDED = "AttemptEnded"
+    CHECKPOINT_COMMITTED = "CheckpointCommitted"
+    TRAINER_WARNING = "TrainerWarning"
+    OUTPUT_WRITTEN = "OutputWritten"
+
+
+class Topic(StrEnum):
+    """What a reason speaks of; the sections of its documentation."""
+
+    SPEC = "Is the spec accepted?"
+    WAITING = "What does the job wait for?"
+    WORKING = "What is it doing?"
+    CAPACITY = "Why was an attempt taken away?"
+    FAILURE = "Why did an attempt fail?"
+    END = "How did the job end?"
+    EVENT = "Seen as events only"
+
+
+@dataclass(frozen=True)
+class ReasonDoc:
+    """What a reason means and what a person should do about it."""
+
+    topic: Topic
+    meaning: str
+    do: str
+    counts_as: CountsAs | None = None
+    """What an attempt that ended so is counted as; None: nothing."""
+    final: bool = False
+    """Whether trying again cannot help: the job fails at once."""
+
+
+NOTHING = "Nothing."
+_RESUMES = "Nothing: the next attempt goes on from the last checkpoint."
+
+
+def _capacity(meaning: str, do: str = _RESUMES) -> ReasonDoc:
+    return ReasonDoc(Topic.CAPACITY, meaning, do, CountsAs.PREEMPTION)
+
+
+def _failure(meaning: str, do: str, *, final: bool = False) -> ReasonDoc:
+    return ReasonDoc(Topic.FAILURE, meaning, do, CountsAs.FAILURE, final)
+
+
+REASONS: dict[Reason, ReasonDoc] = {
+    Reason.ACCEPTED: ReasonDoc(Topic.SPEC, "The spec can be run.", NOTHING),
+    Reason.INVALID_SPEC: ReasonDoc(
+        Topic.SPEC, "The spec contradicts itself or cannot be read.", "Write what the message says and apply again."
+    ),
+    Reason.NOT_SUPPORTED: ReasonDoc(
+        Topic.SPEC,
+        "The spec is right, but this version of the operator or of the trainer cannot do it.",
+        "Take the way that the message names, or a newer version.",
+    ),
+    Reason.QUEUED: ReasonDoc(
+        Topic.WAITING,
+        "The queue of spec.queueName has not admitted the job yet.",
+        "Look at the queue's quota; nothing of the job runs until it is admitted.",
+    ),
+    Reason.WAITING_FOR_PODS: ReasonDoc(
+        Topic.WAITING, "Pods of the newest attempt are created, placed or started.", NOTHING
+    ),
+    Reason.UNSCHEDULABLE: ReasonDoc(
+        Topic.WAITING,
+        "The scheduler has no room for a pod; the message holds its own words.",
+        "Add nodes, ask for less in topology.resources, or set recovery.spot.fallbackAfter.",
+    ),
+    Reason.IMAGE_PULL: ReasonDoc(
+        Topic.WAITING,
+        "A pod's image is not there yet; the message holds the kubelet's words.",
+        "On an error, put the image's name or the pull secret in podTemplate right.",
+    ),
+    Reason.CONTAINER_CONFIG: ReasonDoc(
+        Topic.WAITING,
+        "A pod cannot start, because a Secret, a ConfigMap or a volume that it names is missing.",
+        "Create what the message names; the pod starts by itself.",
+    ),
+    Reason.BACK_OFF: ReasonDoc(
+        Topic.WAITING,
+        "An attempt failed, and the next one waits so that it does not fail in a circle.",
+        "Read the last words of the failed attempt in the ledger.",
+    ),
+    Reason.SUSPENDING: ReasonDoc(Topic.WAITING, "spec.suspend is true; the ranks are saving their state.", NOTHING),
+    Reason.SUSPENDED: ReasonDoc(
+        Topic.WAITING,
+        "spec.suspend is true; the state is saved and the machines are given back.",
+        "Set spec.suspend to false to go on.",
+    ),
+    Reason.LOADING: ReasonDoc(Topic.WORKING, "The ranks read the model and the data set.", NOTHING),
+    Reason.CACHING: ReasonDoc(Topic.WORKING, "The ranks compute latents and text embeddings, once.", NOTHING),
+    Reason.RESTORING: ReasonDoc(Topic.WORKING, "The ranks verify a checkpoint and read it.", NOTHING),
+    Reason.TRAINING: ReasonDoc(Topic.WORKING, "Steps are being trained.", NOTHING),
+    Reason.SAVING: ReasonDoc(Topic.WORKING, "A checkpoint is being written.", NOTHING),
+    Reason.VALIDATING: ReasonDoc(
+        Topic.WORKING, "Validation pictures are drawn, or the held-out loss is taken.", NOTHING
+    ),
+    Reason.EXPORTING: ReasonDoc(Topic.WORKING, "All steps are trained; the outputs are being written.", NOTHING),
+    Reason.SILENT: ReasonDoc(
+        Topic.WORKING,
+        "A pod runs, but its supervisor has not been heard for a while.",
+        "Look at the network between the pod and the coordinator; training itself goes on.",
+    ),
+    Reason.NOTICE_SAVED: _capacity("A pod was told to stop, and its ranks saved their last step before they left."),
+    Reason.PREEMPTED: _capacity("A pod was taken away with notice; the cluster did not say by whom."),
+    Reason.PREEMPTION_BY_SCHEDULER: _capacity(
+        "A pod had to make room for one of a higher priority.",
+        "Nothing; where it happens too often, give the job a higher spec.priorityClassName.",
+    ),
+    Reason.EVICTION_BY_EVICTION_API: _capacity("A pod was evicted through the API, as kubectl drain does."),
+    Reason.DELETION_BY_TAINT_MANAGER: _capacity("A pod's node got a taint that the pod does not tolerate."),
+    Reason.DELETION_BY_POD_GC: _capacity("A pod's node is gone, and the pod was cleaned up after it."),
+    Reason.TERMINATION_BY_KUBELET: _capacity(
+        "A node ended the pod, because it shuts down or runs short of a resource.",
+        "Nothing on a shutdown; ask for more memory or ephemeral storage when the node ran short.",
+    ),
+    Reason.POD_DELETED: _capacity("Somebody deleted a pod of the attempt."),
+    Reason.POD_LOST: _capacity("A pod of the attempt is gone and said nothing, as when its node vanishes."),
+    Reason.NODE_LOST: _capacity("A pod's node is gone or no longer answers."),
+    Reason.PROCESS_FAILED: _failure(
+        "A rank ended with an error that has no better name.", "Read its last words in the ledger and the pod's log."
+    ),
+    Reason.OUT_OF_MEMORY: _failure(
+        "A rank ran out of memory, of the GPU or of the pod.",
+        "Halve training.batchSize and double training.gradientAccumulation, switch gradientCheckpointing on, or ask "
+        "for more memory in topology.resources.",
+    ),
+    Reason.EVICTED: _failure(
+        "The node ended the pod, because the pod used more of a resource than it had asked for.",
+        "Ask for more memory or ephemeral storage in topology.resources.",
+    ),
+    Reason.FABRIC_ERROR: _failure(
+        "A rank lost its peers in a collective, and no other cause was found.",
+        "Look at the network between the nodes; NCCL's or gloo's own words are in the ledger.",
+    ),
+    Reason.STORAGE_ERROR: _failure(
+        "Checkpoints or outputs could not be written or read.",
+        "Make room on checkpoint.storage, or see to it that all pods can write there.",
+    ),
+    Reason.DATA_ERROR: _failure(
+        "The data set cannot be used as the spec asks.", "Put spec.dataset right and create the job anew.", final=True
+    ),
+    Reason.CONFIGURATION_ERROR: _failure(
+        "The trainer cannot run what the spec asks for.",
+        "Write what the message says and create the job anew.",
+        final=True,
+    ),
+    Reason.HANG: _failure(
+        "No step was finished within recovery.hangTimeout.",
+        "Look at the rank and the node that the ledger names; raise recovery.hangTimeout where steps just take longer.",
+    ),
+    Reason.SUPERSEDED: ReasonDoc(
+        Topic.CAPACITY, "Ranks of an older attempt found that a newer one owns the checkpoints, and left.", NOTHING
+    ),
+    Reason.FINISHED: ReasonDoc(
+        Topic.END, "All steps are trained and all outputs written.", "Fetch what status.outputs names."
+    ),
+    Reason.MAX_FAILURES_EXCEEDED: ReasonDoc(
+        Topic.END,
+        "The program failed more often than recovery.maxFailures allows without a newer checkpoint in between.",
+        "Mend what the last attempts in the ledger died of; create the job anew.",
+    ),
+    Reason.DEADLINE_EXCEEDED: ReasonDoc(
+        Topic.END,
+        "The job took longer than spec.activeDeadlineSeconds.",
+        "Raise spec.activeDeadlineSeconds, or train fewer steps.",
+    ),
+    Reason.ATTEMPT_STARTED: ReasonDoc(Topic.EVENT, "An attempt was decided; its pods are being created.", NOTHING),
+    Reason.ATTEMPT_ENDED: ReasonDoc(
+        Topic.EVENT, "An attempt ended; the message names the cause, the rank and the node.", "See the cause."
+    ),
+    Reason.CHECKPOINT_COMMITTED: ReasonDoc(Topic.EVENT, "A first checkpoint was committed and verified.", NOTHING),
+    Reason.TRAINER_WARNING: ReasonDoc(
+        Topic.EVENT,
+        "The trainer noticed something, e.g. a corrupt checkpoint that it passed over.",
+        "Read the message.",
+    ),
+    Reason.OUTPUT_WRITTEN: ReasonDoc(Topic.EVENT, "An output was written whole.", NOTHING),
+}
+"""Every reason's documentation, in the order in which a person looks for it."""
