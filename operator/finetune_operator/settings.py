@@ -28,3 +28,17 @@ class Settings:
     """A pod whose beats stay away so long, after the first, is shown as silent."""
     max_attempts_kept: int = 20
     """Length of the ledger in the status."""
+    require_storage: bool = True
+    """Refuse a job without spec.checkpoint.storage. Local runs have a folder of their own for it."""
+    cache_claim: str = ""
+    """Claim, of this name in every namespace, for what all jobs share; empty: a folder on the job's own storage."""
+    trainer_user_id: int = 1000
+    """User and group that the trainer runs as and that volumes are given to."""
+    failure_backoff_seconds: float = 10.0
+    """Wait before the attempt that follows a first failure; it doubles with every further one."""
+    failure_backoff_max_seconds: float = 300.0
+    """Longest such wait."""
+    cause_seconds: float = 10.0
+    """How long a sign that is a mere consequence (a lost peer) waits for its cause to show."""
+    peer_grace_seconds: int = 2
+    """Grace period of pods that can no longer finish a step, because one of their gang is gone."""

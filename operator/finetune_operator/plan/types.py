@@ -42,6 +42,8 @@ class ObservedPod:
     """Its deletion grace period; meaningful while `deleted_at` is set."""
     ready: bool = False
     exit_code: int | None = None
+    finished_at: datetime | None = None
+    """When its container ended, where that is known."""
     termination: Termination | None = None
     """The supervisor's last words, where it had time for them."""
     disruption: str | None = None

@@ -1,0 +1,65 @@
+"""The trainer's environment (finetune_contract.environment), as Kubernetes writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_contract import environment, paths
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.names import pod_host
+from finetune_operator.build import layout
+from finetune_operator.build.fabric import backend, fabric_env
+from finetune_operator.build.run_spec import num_nodes
+from finetune_operator.build.volumes import cache_dir
+from finetune_operator.settings import Settings
+
+
+def build_env(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> list[dict[str, Any]]:
+    """All variables of the container `trainer`, those of Secrets aside."""
+    values = {
+        environment.RUN_SPEC: f"{layout.RUN}/{layout.RUN_SPEC_KEY}",
+        environment.ATTEMPT: str(attempt),
+        **_gang(job, attempt, node_rank, settings),
+        **_folders(job, settings),
+        **_coordinator(settings),
+        environment.GRACE_SECONDS: str(job.spec.recovery.notice_seconds),
+        environment.TERMINATION_LOG: layout.TERMINATION_LOG,
+        # The root file system is read-only: what libraries write into the home folder goes to scratch.
+        "HOME": layout.SCRATCH,
+        **fabric_env(job.spec.topology),
+    }
+    fields = {environment.POD_NAME: "metadata.name", environment.POD_UID: "metadata.uid"}
+    return [{"name": name, "value": value} for name, value in values.items()] + [
+        {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()
+    ]
+
+
+def _gang(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, str]:
+    topology = job.spec.topology
+    return {
+        environment.NODE_RANK: str(node_rank),
+        environment.NUM_NODES: str(num_nodes(job.spec)),
+        environment.PROCESSES_PER_NODE: str(topology.processes_per_node),
+        environment.MASTER_ADDR: pod_host(job.metadata.name, attempt, 0, job.metadata.namespace),
+        environment.MASTER_PORT: str(settings.rendezvous_port),
+        environment.BACKEND: backend(topology),
+    }
+
+
+def _folders(job: FineTuneJob, settings: Settings) -> dict[str, str]:
+    meta = job.metadata
+    return {
+        environment.CHECKPOINT_DIR: f"{layout.STORAGE}/{paths.job_folder(meta.namespace, meta.name, meta.uid)}",
+        environment.CACHE_DIR: cache_dir(settings),
+    }
+
+
+def _coordinator(settings: Settings) -> dict[str, str]:
+    url = settings.coordinator_url
+    ca = settings.coordinator_ca_config
+    return {
+        environment.COORDINATOR_URL: url,
+        environment.COORDINATOR_TOKEN: f"{layout.TOKEN}/{layout.TOKEN_FILE}" if url else "",
+        environment.COORDINATOR_CA: f"{layout.TOKEN}/{layout.CA_FILE}" if url and ca else "",
+        environment.BEAT_SECONDS: f"{settings.beat_seconds:g}",
+    }

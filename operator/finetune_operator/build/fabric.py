@@ -1,0 +1,29 @@
+"""How ranks talk to each other: torch's backend for a topology, and the environment that its library wants."""
+
+from __future__ import annotations
+
+from finetune_operator.api.job import Accelerator, CpuBackend, TopologySpec
+
+NCCL = "nccl"
+
+
+def backend(topology: TopologySpec) -> str:
+    """The torch.distributed backend: nccl on GPUs, on CPUs what the job asks for."""
+    return NCCL if topology.accelerator is Accelerator.GPU else topology.cpu.backend.value
+
+
+def fabric_env(topology: TopologySpec) -> dict[str, str]:
+    """Environment of the communication library. Gloo wants none."""
+    if topology.accelerator is Accelerator.GPU:
+        # A warning names the peer and the interface; NCCL's default says nothing at all.
+        return {"NCCL_DEBUG": "WARN"}
+    if topology.cpu.backend is CpuBackend.CCL:
+        return {
+            # Ranks are started by the supervisor, not by mpirun; it adds each rank's CCL_LOCAL_RANK.
+            "CCL_PROCESS_LAUNCHER": "none",
+            "CCL_LOCAL_SIZE": str(topology.processes_per_node),
+            "CCL_ATL_TRANSPORT": "ofi",
+            "FI_PROVIDER": "tcp",
+            "CCL_WORKER_COUNT": "1",
+        }
+    return {}

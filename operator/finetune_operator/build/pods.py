@@ -1,0 +1,100 @@
+"""One pod of a gang: the manifest that a real API server and the local cluster both get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_operator.api.job import Accelerator, FineTuneJob, TopologySpec
+from finetune_operator.api.names import pod_name, service_name
+from finetune_operator.api.words import CONTAINER
+from finetune_operator.build import layout
+from finetune_operator.build.env import build_env
+from finetune_operator.build.merge import merge
+from finetune_operator.build.metadata import build_metadata, pod_labels
+from finetune_operator.build.volumes import build_volumes
+from finetune_operator.settings import Settings
+
+GPU_RESOURCE = "nvidia.com/gpu"
+
+
+def build_pod(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
+    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it."""
+    identity = _identity(job, attempt, node_rank)
+    rendered = merge({"spec": _pod_spec(job, attempt, node_rank, settings)}, identity)
+    # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
+    # pod stays the one that the plan looks for.
+    return merge(merge(rendered, job.spec.pod_template or {}), identity)
+
+
+def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
+    name = pod_name(job.metadata.name, attempt, node_rank)
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": build_metadata(job, name, pod_labels(job.metadata.name, attempt, node_rank)),
+        "spec": {
+            "hostname": name,
+            "subdomain": service_name(job.metadata.name),
+            # A pod that ended is an attempt that ended: the next attempt has new pods.
+            "restartPolicy": "Never",
+        },
+    }
+
+
+def _pod_spec(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": job.spec.recovery.notice_seconds,
+        "securityContext": _pod_security(settings),
+        "containers": [_container(job, attempt, node_rank, settings)],
+        "volumes": [volume for volume, _ in build_volumes(job, settings)],
+    }
+    if job.spec.priority_class_name:
+        spec["priorityClassName"] = job.spec.priority_class_name
+    return spec
+
+
+def _container(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
+    topology = job.spec.topology
+    gpu = topology.accelerator is Accelerator.GPU
+    container: dict[str, Any] = {
+        "name": CONTAINER,
+        "image": settings.trainer_image_gpu if gpu else settings.trainer_image_cpu,
+        "command": list(settings.trainer_command),
+        "env": build_env(job, attempt, node_rank, settings),
+        "terminationMessagePath": layout.TERMINATION_LOG,
+        # Where the supervisor itself was killed, the end of the log is better than nothing.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "resources": _resources(topology),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [mount for _, mount in build_volumes(job, settings)],
+    }
+    if job.spec.secrets:
+        container["envFrom"] = [{"secretRef": {"name": secret.name}} for secret in job.spec.secrets]
+    return container
+
+
+def _resources(topology: TopologySpec) -> dict[str, Any]:
+    """Requests and limits are the same, so that a gang's slowest pod is not one whose node is crowded."""
+    amounts = {name: str(amount) for name, amount in (topology.resources or {}).items()}
+    if topology.accelerator is Accelerator.GPU:
+        amounts.setdefault(GPU_RESOURCE, str(topology.processes_per_node))
+    return {"requests": amounts, "limits": dict(amounts)} if amounts else {}
+
+
+def _pod_security(settings: Settings) -> dict[str, Any]:
+    """What the restricted Pod Security Standard asks for, and volumes that this user may write to."""
+    user = settings.trainer_user_id
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": user,
+        "runAsGroup": user,
+        "fsGroup": user,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }

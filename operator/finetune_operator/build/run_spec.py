@@ -1,0 +1,35 @@
+"""What the trainer is told of a job, and the numbers of its gang that follow from the spec."""
+
+from __future__ import annotations
+
+from finetune_contract.run_spec import RunSpec
+from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
+
+
+def num_nodes(spec: FineTuneJobSpec) -> int:
+    """Number of pods in the gang."""
+    return spec.topology.nodes or spec.topology.max_nodes or 1
+
+
+def global_batch(spec: FineTuneJobSpec) -> int:
+    """Samples in one optimizer step: fixed for the job, whatever becomes of the number of nodes."""
+    training = spec.training
+    num_ranks = num_nodes(spec) * spec.topology.processes_per_node
+    return training.batch_size * training.gradient_accumulation * num_ranks
+
+
+def build_run_spec(job: FineTuneJob) -> RunSpec:
+    """The run specification that all ranks of all attempts read."""
+    spec = job.spec
+    return RunSpec(
+        namespace=job.metadata.namespace,
+        job=job.metadata.name,
+        uid=job.metadata.uid,
+        model=spec.model,
+        dataset=spec.dataset,
+        training=spec.training,
+        global_batch=global_batch(spec),
+        checkpoint_interval=spec.checkpoint.interval,
+        keep=spec.checkpoint.keep,
+        outputs=spec.outputs,
+    )

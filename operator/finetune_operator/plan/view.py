@@ -1,0 +1,103 @@
+"""One pass's view of a job: what was observed, sorted by attempt and node rank. All policies read it; none changes it.
+
+"The attempt" is always the one that the status held when the pass began. A pass that raises `status.attempt` still
+looks at the pods of the old one, and creates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+
+from finetune_contract.beat import RankReport, RankState
+from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, FineTuneJobStatus, Phase
+from finetune_operator.build.run_spec import num_nodes
+from finetune_operator.plan.types import Observed, ObservedPod, PodPhase, ReceivedBeat
+from finetune_operator.settings import Settings
+
+ENDED = frozenset({PodPhase.SUCCEEDED, PodPhase.FAILED})
+FINISHED = frozenset({Phase.SUCCEEDED, Phase.FAILED})
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pass decides from."""
+
+    job: FineTuneJob
+    observed: Observed
+    now: datetime
+    settings: Settings
+
+    @property
+    def spec(self) -> FineTuneJobSpec:
+        """What the user asks for."""
+        return self.job.spec
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that the status held when this pass began; 0: none yet."""
+        return self.job.status.attempt
+
+    @cached_property
+    def num_nodes(self) -> int:
+        """Number of pods in the gang."""
+        return num_nodes(self.spec)
+
+    @cached_property
+    def pods(self) -> dict[int, ObservedPod]:
+        """The pods of the attempt, by node rank."""
+        mine = (pod for pod in self.observed.pods if pod.attempt == self.attempt)
+        return {pod.node_rank: pod for pod in sorted(mine, key=lambda pod: pod.node_rank)}
+
+    @cached_property
+    def older_pods(self) -> tuple[ObservedPod, ...]:
+        """Pods of attempts that are over."""
+        return tuple(pod for pod in self.observed.pods if pod.attempt < self.attempt)
+
+    @cached_property
+    def newest_attempt(self) -> int:
+        """The newest attempt that anything is known of."""
+        return max((pod.attempt for pod in self.observed.pods), default=0)
+
+    @cached_property
+    def beats(self) -> dict[int, ReceivedBeat]:
+        """The newest beats of the attempt, by node rank. Where its pod is seen, a beat is that very pod's."""
+        found = {}
+        for received in self.observed.beats.values():
+            beat = received.beat
+            pod = self.pods.get(beat.node_rank)
+            if beat.attempt == self.attempt and (pod is None or pod.uid == beat.pod_uid):
+                found[beat.node_rank] = received
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def reports(self) -> tuple[RankReport, ...]:
+        """What the ranks of the attempt say, by rank."""
+        reports = (report for received in self.beats.values() for report in received.beat.ranks)
+        return tuple(sorted(reports, key=lambda report: report.rank))
+
+    def is_done(self, node_rank: int) -> bool:
+        """Whether all ranks of a node have done all that was asked: its pod says so, or its last beat did."""
+        pod = self.pods.get(node_rank)
+        if pod is not None and pod.phase in ENDED:
+            return pod.phase is PodPhase.SUCCEEDED
+        received = self.beats.get(node_rank)
+        if received is None or len(received.beat.ranks) < self.spec.topology.processes_per_node:
+            return False
+        return all(report.state is RankState.DONE for report in received.beat.ranks)
+
+    def all_ended(self) -> bool:
+        """Whether no pod of the attempt runs, or can run, any more."""
+        return all(pod.phase in ENDED for pod in self.pods.values())
+
+
+def is_finished(status: FineTuneJobStatus) -> bool:
+    """Whether the job has come to its end."""
+    return status.phase in FINISHED
+
+
+def earliest(times: Iterable[datetime | None]) -> datetime | None:
+    """The first of some moments; None where there is none."""
+    return min((time for time in times if time is not None), default=None)
