@@ -1,0 +1,1 @@
+"""Checkpoints that cannot be lost: written aside, verified before they count, fenced by attempt."""

@@ -1,0 +1,95 @@
+"""A content-addressed store of named tensors: what frozen encoders made of images and captions.
+
+A folder of safetensors shards, each written aside and renamed, so that whatever is there is whole; shared by all ranks
+and all jobs with the same encoder. An item's key is the hash of all that its tensors depend on, so nothing in it ever
+becomes stale, and an interrupted map phase goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune_trainer.data.hashes import hash_text
+from finetune_trainer.errors import StorageError
+from finetune_trainer.files import sync_file, sync_folder
+
+_LOG = logging.getLogger(__name__)
+_SUFFIX = ".safetensors"
+
+Item = Mapping[str, Tensor]
+
+
+class TensorCache:
+    """The items of one encoder. Reading maps the files into memory; nothing is held beyond the pages in use."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shard_of: dict[str, Path] = {}
+        self._parts: dict[str, list[str]] = {}
+        self._seen: set[Path] = set()
+        self._open: dict[Path, Any] = {}
+
+    def refresh(self) -> None:
+        """Look for shards that were added since."""
+        for shard in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            if shard not in self._seen:
+                self._seen.add(shard)
+                self._index(shard)
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of the keys that no shard holds, each once, sorted."""
+        return sorted({key for key in keys if key not in self._shard_of})
+
+    def get(self, key: str) -> dict[str, Tensor]:
+        """The tensors of an item.
+
+        Raises:
+            KeyError: it is not here.
+        """
+        shard = self._shard_of[key]
+        if shard not in self._open:
+            self._open[shard] = safe_open(shard, framework="pt")
+        return {part: self._open[shard].get_tensor(f"{key}.{part}") for part in self._parts[key]}
+
+    def put(self, items: Mapping[str, Item]) -> None:
+        """Write items as one shard.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        shard = self._folder / f"{hash_text(*sorted(items))[:32]}{_SUFFIX}"
+        aside = self._folder / f".{shard.name}.{secrets.token_hex(4)}.writing"
+        tensors = {
+            f"{key}.{part}": tensor.contiguous().cpu() for key, item in items.items() for part, tensor in item.items()
+        }
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, aside)
+            sync_file(aside)
+            aside.replace(shard)
+            sync_folder(self._folder)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise StorageError(f"cache: cannot write {shard}: {error}") from error
+
+    def _index(self, shard: Path) -> None:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                names = sorted(file.keys())
+        except (OSError, SafetensorError) as error:
+            _LOG.warning("cache: %s is damaged and is computed anew: %s", shard, error)
+            return
+        for name in names:
+            key, _, part = name.partition(".")
+            if self._shard_of.setdefault(key, shard) == shard:
+                self._parts.setdefault(key, []).append(part)

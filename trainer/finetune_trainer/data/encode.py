@@ -1,0 +1,174 @@
+"""The map phase: what frozen encoders make of images and captions is computed once, by all ranks, into the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune_trainer.data.cache import Item, TensorCache
+from finetune_trainer.data.hashes import FileHashes, hash_text
+from finetune_trainer.data.images import View, to_pixels
+from finetune_trainer.data.source import FolderSource, Source, decode_sample
+from finetune_trainer.distributed.world import World
+from finetune_trainer.models.family import Family, ImageEncoder, TextEncoder
+
+SHARD_ITEMS = 256
+SHARD_SECONDS = 5.0
+"""At least so often what was computed is written, for a preemption loses what was not."""
+
+Progress = Callable[[int, int], None]
+"""Told how many of how many items this rank has done."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What the VAE says of an image: mean and standard deviation of the unscaled latents, float32 (C, h, w)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents (C, h, w) drawn with the given standard normal noise."""
+        return self.mean + self.std * noise
+
+
+def fill(
+    cache: TensorCache,
+    work: dict[str, int],
+    make_encoder: Callable[[], Callable[[int], Item]],
+    world: World,
+    progress: Progress,
+) -> None:
+    """Compute what the cache lacks, each rank its share, and wait until all is there.
+
+    Items are encoded one by one: in a batch their last bits would depend on their neighbours, and those on where a
+    killed map phase had stopped.
+
+    Args:
+        cache: where the items go.
+        work: key of each item wanted, and the number that the encoder knows it by.
+        make_encoder: reads the encoder; called only where something is missing.
+        world: the ranks.
+        progress: told after each item.
+    """
+    cache.refresh()
+    missing = cache.missing(work)
+    _encode([(key, work[key]) for key in missing[world.rank :: world.size]], cache, make_encoder, progress)
+    world.barrier()
+    cache.refresh()
+    # Where the ranks share no disk, each computes for itself what the others have computed for themselves.
+    _encode([(key, work[key]) for key in cache.missing(work)], cache, make_encoder, progress)
+    cache.refresh()
+
+
+def _encode(
+    work: Sequence[tuple[str, int]],
+    cache: TensorCache,
+    make_encoder: Callable[[], Callable[[int], Item]],
+    progress: Progress,
+) -> None:
+    if not work:
+        return
+    encode = make_encoder()
+    done: dict[str, Item] = {}
+    written_at = time.monotonic()
+    for count, (key, number) in enumerate(work, start=1):
+        done[key] = encode(number)
+        progress(count, len(work))
+        if len(done) == SHARD_ITEMS or time.monotonic() - written_at > SHARD_SECONDS or count == len(work):
+            cache.put(done)
+            done, written_at = {}, time.monotonic()
+
+
+class TextCache:
+    """Text embeddings by caption."""
+
+    def __init__(self, root: Path, family: Family, hashes: FileHashes, dtype: torch.dtype) -> None:
+        self._family = family
+        self._dtype = dtype
+        self._encoder_id = hash_text("text", hashes.of_files(family.text_encoder_files()), str(dtype))
+        self._cache = TensorCache(root / "text" / self._encoder_id[:32])
+
+    def fill(self, captions: Sequence[str], world: World, progress: Progress) -> None:
+        """Compute what is missing of these captions' embeddings."""
+        distinct = sorted(set(captions))
+
+        def make_encoder() -> Callable[[int], Item]:
+            encoder: TextEncoder = self._family.load_text_encoder(world.device)
+            return lambda number: {
+                name: value[0].to(self._dtype) for name, value in encoder.encode([distinct[number]]).items()
+            }
+
+        fill(self._cache, {self._key(text): i for i, text in enumerate(distinct)}, make_encoder, world, progress)
+
+    def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of captions that were filled in, stacked (n, ...)."""
+        items = [self._cache.get(self._key(caption)) for caption in captions]
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    def _key(self, caption: str) -> str:
+        return hash_text(self._encoder_id, caption)
+
+
+class LatentCache:
+    """Posteriors of the images of one source, for a few fixed views of each."""
+
+    def __init__(self, root: Path, family: Family, hashes: FileHashes, source: Source, resolution: int) -> None:
+        self._family = family
+        self._source = source
+        self._resolution = resolution
+        encoder_id = hash_text("latents", hashes.of_files(family.image_encoder_files()), str(resolution))
+        self._cache = TensorCache(root / "latents" / encoder_id[:32])
+        self._encoder_id = encoder_id
+        self._image_ids = [image_id(source, index, hashes) for index in range(len(source))]
+
+    def fill(self, views: Sequence[View], world: World, progress: Progress) -> None:
+        """Compute what is missing of the posteriors of every image in each of the views."""
+        numbers = [(index, view) for index in range(len(self._source)) for view in views]
+        work = {self._key(index, view): number for number, (index, view) in enumerate(numbers)}
+
+        def make_encoder() -> Callable[[int], Item]:
+            live = LiveLatents(self._family.load_image_encoder(world.device), self._source, self._resolution)
+
+            def encode(number: int) -> Item:
+                posterior = live.posterior(*numbers[number])
+                return {"mean": posterior.mean, "std": posterior.std}
+
+            return encode
+
+        fill(self._cache, work, make_encoder, world, progress)
+
+    def posterior(self, index: int, view: View) -> Posterior:
+        """Posterior of an image in a view that was filled in."""
+        item = self._cache.get(self._key(index, view))
+        return Posterior(item["mean"], item["std"])
+
+    def _key(self, index: int, view: View) -> str:
+        return hash_text(self._encoder_id, self._image_ids[index], f"{view.left} {view.top} {view.flip}")
+
+
+class LiveLatents:
+    """Posteriors computed when they are asked for: where a random crop makes each one new."""
+
+    def __init__(self, encoder: ImageEncoder, source: Source, resolution: int) -> None:
+        self._encoder = encoder
+        self._source = source
+        self._resolution = resolution
+
+    def posterior(self, index: int, view: View) -> Posterior:
+        """Posterior of an image in any view."""
+        pixels = to_pixels(decode_sample(self._source, index), self._resolution, view)
+        mean, std = self._encoder.encode(pixels.unsqueeze(0))
+        return Posterior(mean[0].float().cpu(), std[0].float().cpu())
+
+
+def image_id(source: Source, index: int, hashes: FileHashes) -> str:
+    """SHA-256 of an image's bytes."""
+    if isinstance(source, FolderSource):
+        return hashes.of_file(Path(source.name(index)))
+    return hash_text(source.image_bytes(index).hex())

@@ -1,0 +1,80 @@
+"""From an image file's bytes to the pixels that the VAE takes. Pure; called by sources and encoders."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
+
+
+@dataclass(frozen=True)
+class View:
+    """Which part of a resized image is seen, as fractions of the room there is to move, and whether mirrored.
+
+    Attributes:
+        left: 0 is the leftmost crop, 1 the rightmost.
+        top: 0 is the topmost crop, 1 the lowest.
+        flip: mirror left and right.
+    """
+
+    left: float = 0.5
+    top: float = 0.5
+    flip: bool = False
+
+
+CENTRE = View()
+
+
+def decode(data: bytes) -> Image.Image:
+    """Read an image as RGB, the way up that its EXIF says, transparent parts on white.
+
+    Raises:
+        OSError: the bytes are not a whole image of a known format.
+    """
+    with Image.open(io.BytesIO(data)) as file:
+        file.load()
+        return to_rgb(ImageOps.exif_transpose(file))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB with 8 bits a channel from whatever mode a file has."""
+    if image.mode in _SIXTEEN_BIT:
+        # Pillow clips 16-bit values at 255 in place of scaling them.
+        image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def is_square(data: bytes) -> bool:
+    """Whether width and height are equal; reads the header only.
+
+    Raises:
+        OSError: not an image.
+    """
+    with Image.open(io.BytesIO(data)) as file:
+        return bool(file.width == file.height)
+
+
+def to_pixels(image: Image.Image, resolution: int, view: View) -> Tensor:
+    """Resize the shorter side to `resolution`, crop a square, maybe mirror.
+
+    Returns:
+        float32 (3, resolution, resolution) in [-1, 1].
+    """
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = round((width - resolution) * view.left), round((height - resolution) * view.top)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    if view.flip:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)

@@ -1,0 +1,107 @@
+"""Gradients in flat buffers of a fixed layout, summed over the ranks together with the step's few common numbers.
+
+The layout follows from the parameters' order and sizes alone. It is the same in every attempt, so the order in which
+floats are added never depends on where a run began (torch's DDP lays its buckets out anew after the first step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor, nn
+
+from finetune_trainer.distributed.world import World
+
+BUCKET_NUMEL = 16 * 1024 * 1024
+"""Elements of a bucket (64 MiB): large enough that the start of a collective costs nothing beside it."""
+
+
+class Signal(IntEnum):
+    """Slots of the numbers that travel behind the gradients; each is summed over the ranks."""
+
+    LOSS = 0
+    """Sum of the samples' losses."""
+    SAMPLES = 1
+    """Number of samples that the losses were summed over."""
+    NOTICES = 2
+    """Ranks that have been told to stop."""
+    SAVE_DUE = 3
+    """1 where the clock of rank 0 says that a checkpoint is due."""
+
+
+class GradientBuckets:
+    """The gradients of the trained parameters as views into flat fp32 buffers.
+
+    Backward adds into the buffers directly; nothing is copied. The last buffer ends with one slot for each Signal, so
+    that agreeing on a loss, or to stop, costs no collective of its own.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        groups = assign_buckets([parameter.numel() for parameter in parameters], BUCKET_NUMEL)
+        self._buffers: list[Tensor] = []
+        for group in groups:
+            members = [parameters[index] for index in group]
+            is_last = group is groups[-1]
+            size = sum(p.numel() for p in members) + (len(Signal) if is_last else 0)
+            buffer = torch.zeros(size, dtype=torch.float32, device=device)
+            offset = 0
+            for parameter in members:
+                parameter.grad = buffer[offset : offset + parameter.numel()].view_as(parameter)
+                offset += parameter.numel()
+            self._buffers.append(buffer)
+        self.signals = self._buffers[-1][-len(Signal) :]
+        """The common numbers (len(Signal),): set before `reduce`, read after it."""
+
+    def clear(self) -> None:
+        """Set gradients and signals to zero for the next step."""
+        for buffer in self._buffers:
+            buffer.zero_()
+
+    def reduce(self, world: World) -> None:
+        """Sum gradients and signals over all ranks.
+
+        Raises:
+            FabricError: a peer was lost.
+        """
+        for buffer in self._buffers:
+            world.sum(buffer)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their common 2-norm is at most `max_norm`; 0 leaves them as they are.
+
+        Returns:
+            The norm before the scaling (scalar).
+        """
+        norms = [torch.linalg.vector_norm(part) for part in self._gradients()]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        if max_norm > 0:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for part in self._gradients():
+                part.mul_(scale)
+        return norm
+
+    def _gradients(self) -> list[Tensor]:
+        return [*self._buffers[:-1], self._buffers[-1][: -len(Signal)]]
+
+
+def assign_buckets(sizes: Sequence[int], bucket_numel: int) -> list[list[int]]:
+    """Group parameters, in order, into buckets of at most `bucket_numel` elements; a larger one gets its own.
+
+    Args:
+        sizes: elements of each parameter; at least one parameter.
+        bucket_numel: elements of a bucket.
+
+    Returns:
+        Indices of the parameters of each bucket.
+    """
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for index, size in enumerate(sizes):
+        if groups[-1] and filled + size > bucket_numel:
+            groups.append([])
+            filled = 0
+        groups[-1].append(index)
+        filled += size
+    return groups

@@ -1,0 +1,122 @@
+"""The world that a rank belongs to, and its collectives.
+
+One object stands for both one rank alone and many, so that nothing above asks how many there are. Every collective that
+fails because a peer is gone raises FabricError with one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finetune_contract import environment
+from finetune_trainer.errors import ConfigError, FabricError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Only a silent network needs it: a peer that dies closes its connection, which is seen at once. Ranks also wait this
+long for the slowest while latents are being computed."""
+
+_CPU_BACKENDS = ("gloo", "ccl")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among the others.
+
+    Attributes:
+        rank: number of this rank, from 0.
+        size: number of ranks.
+        local_rank: number of this rank on its node.
+        device: where this rank computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone writes what all share."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place; every rank gets the same bits."""
+        if self.size > 1:
+            with self._peers("all_reduce"):
+                dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.sum(torch.zeros(1, device=self.device))
+
+    def share(self, value: T) -> T:
+        """Give every rank the value that rank 0 holds; it must be picklable and small."""
+        if self.size == 1:
+            return value
+        box: list[T] = [value]
+        with self._peers("broadcast"):
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Give every rank the named tensors that rank 0 holds, as copies on the CPU; the others pass None."""
+        if self.size == 1:
+            assert tensors is not None
+            return dict(tensors)
+        header = None if tensors is None else [(name, value.shape, value.dtype) for name, value in tensors.items()]
+        header = self.share(header)
+        assert header is not None
+        shared: dict[str, Tensor] = {}
+        for name, shape, dtype in header:
+            value = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name]
+            moved = value.to(self.device).contiguous()
+            with self._peers("broadcast"):
+                dist.broadcast(moved, src=0)
+            shared[name] = moved.cpu()
+        return shared
+
+    def close(self) -> None:
+        """Leave the world in good order, when all ranks do."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _peers(self, what: str) -> Iterator[None]:
+        """Tell the loss of a peer from an error of our own: torch raises RuntimeError for both."""
+        try:
+            yield
+        except RuntimeError as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise FabricError(f"rank {self.rank} lost a peer in {what}: {first_line}") from error
+
+
+def join_world(env: Mapping[str, str]) -> World:
+    """Meet the other ranks, by torch's standard variables and the pod's backend.
+
+    Raises:
+        ConfigError: the backend is not there.
+        FabricError: the others did not come.
+    """
+    from accelerate import PartialState  # noqa: PLC0415  the rank answers SIGTERM before this slow import
+
+    size, rank = int(env.get("WORLD_SIZE", "1")), int(env.get("RANK", "0"))
+    backend = env.get(environment.BACKEND) or ("nccl" if torch.cuda.is_available() else "gloo")
+    options = {"backend": backend, "timeout": COLLECTIVE_TIMEOUT} if size > 1 else {}
+    try:
+        state = PartialState(cpu=backend in _CPU_BACKENDS, **options)
+    except ValueError as error:
+        raise ConfigError(f"{environment.BACKEND}: backend {backend!r} is not available here; {error}") from error
+    except RuntimeError as error:
+        raise FabricError(f"rank {rank} of {size} could not meet the others: {error}") from error
+    return World(state.process_index, state.num_processes, max(0, state.local_process_index), state.device)

@@ -1,0 +1,62 @@
+"""What the loop asks of a method: what is trained, what a batch's losses are, and how the result is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finetune_contract.spec import OutputFormat, TrainingSpec
+from finetune_trainer.data.batches import Batch
+from finetune_trainer.data.draws import Draws
+from finetune_trainer.models.family import Family
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method is made from.
+
+    Attributes:
+        family: the opened base model.
+        training: the manifest's settings.
+        draws: keyed draws, for weights that begin at random.
+        device: where to compute.
+        dtype: number format of frozen weights and of the forward pass.
+    """
+
+    family: Family
+    training: TrainingSpec
+    draws: Draws
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Method(Protocol):
+    """A fine-tuning method, made and ready to train."""
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is trained, by name, in a fixed order; float32. The loop owns their gradients and their optimizer."""
+        ...
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Loss of each sample, float32 (n,), with the graph for backward."""
+        ...
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        """The model's answer to noisy latents, for validation pictures."""
+        ...
+
+    def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
+        """Write the trained weights into an empty folder; the same weights give the same bytes.
+
+        Returns:
+            The files written.
+
+        Raises:
+            ConfigError: the method has no such format.
+        """
+        ...
