@@ -1,1 +1,1 @@
-"""The endpoint that supervisors beat to."""
+"""The HTTP endpoint that supervisors beat to. `beats` decides what counts; `server` alone knows HTTP."""

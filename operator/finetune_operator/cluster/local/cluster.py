@@ -1,0 +1,214 @@
+"""The local cluster: one job, its objects in files, its pods on this machine. Fulfils `cluster.protocol.Cluster`.
+
+Its owner holds the job's lock, so what is in memory is the truth and the files follow it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune_contract.beat import Beat, Reply
+from finetune_operator.api import words
+from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.cluster.local.endpoint import Endpoint
+from finetune_operator.cluster.local.files import Warn, recover, write_json
+from finetune_operator.cluster.local.home import Home
+from finetune_operator.cluster.local.jobs import store_job
+from finetune_operator.cluster.local.kubelet import Kubelet, World
+from finetune_operator.cluster.local.pod import stamp
+from finetune_operator.cluster.local.tasks import Tasks
+from finetune_operator.cluster.local.volumes import token_files
+from finetune_operator.cluster.observe import observe_pod
+from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
+from finetune_operator.coordinator.beats import BeatBook, PodIdentity
+from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed
+
+MAX_EVENTS = 200
+"""Events kept of a job; the oldest go first."""
+
+
+class LocalCluster:
+    """One job and all that belongs to it."""
+
+    def __init__(self, home: Home, job: FineTuneJob, now: Clock, tasks: Tasks, warn: Warn) -> None:
+        self._key = key_of(job)
+        self._folder = home.job(self._key)
+        self._job: FineTuneJob | None = job
+        self.book = BeatBook()
+        """What its supervisors said."""
+        self._now = now
+        self._warn = warn
+        self._writing = asyncio.Lock()
+        self.wake = asyncio.Event()
+        """Set by every change."""
+        self.endpoint = Endpoint(self._folder.endpoint, warn)
+        self._objects = {kind: _read_objects(self._folder.objects(kind), warn) for kind in ("ConfigMap", "Service")}
+        self._events = recover(self._folder.events, _events, warn) or []
+        self._identities: dict[str, PodIdentity] = {}
+        world = World(
+            now=now,
+            spawn=tasks.spawn,
+            changed=self.wake.set,
+            warn=warn,
+            configs=self._config_data,
+            master_port=self.endpoint.master_port,
+        )
+        self.kubelet = Kubelet(home, self._key, world)
+
+    @property
+    def job(self) -> FineTuneJob | None:
+        """The job; None once it was deleted."""
+        return self._job
+
+    # -- Cluster ------------------------------------------------------------------------------------------------------
+
+    async def get_job(self, key: JobKey) -> FineTuneJob | None:
+        """The job, if it is this one."""
+        return self._job if key == self._key else None
+
+    async def observe(self, job: FineTuneJob) -> Observed:
+        """What is there now. Deleted pods that have ended are shown once more, and then go."""
+        pods = self.kubelet.pods
+        seen = [observed for pod in pods if (observed := observe_pod(pod.value)) is not None]
+        await self.kubelet.collect(frozenset(pod.uid for pod in pods))
+        meta = job.metadata
+        return Observed(
+            pods=tuple(seen),
+            beats=self.book.of(meta.namespace, meta.name, oldest_attempt=job.status.attempt - 1),
+            services=frozenset(self._objects["Service"]),
+            configs=frozenset(self._objects["ConfigMap"]),
+        )
+
+    async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
+        """Write the status, unless the job has changed since it was read."""
+        async with self._writing:
+            if self._job is None or self._job.metadata.resource_version != job.metadata.resource_version:
+                raise ConflictError
+            await self._store(self._job.model_copy(update={"status": status}))
+
+    async def apply(self, job: FineTuneJob, action: Action) -> None:
+        """Carry out one action."""
+        if isinstance(action, Create):
+            await self._create(action.manifest)
+        elif isinstance(action, DeletePod):
+            await self.kubelet.delete(action.name, action.uid, action.grace_seconds)
+        else:
+            self._job = None
+            self.wake.set()
+
+    async def emit(self, job: FineTuneJob, event: Event) -> None:
+        """Keep an event for `finetune describe`; the same one again only counts."""
+        now = stamp(self._now())
+        kind = "Warning" if event.warning else "Normal"
+        for known in self._events:
+            if (known["type"], known["reason"], known["message"]) == (kind, event.reason, event.message):
+                known |= {"count": known["count"] + 1, "lastTimestamp": now}
+                break
+        else:
+            first = {"type": kind, "reason": event.reason, "message": event.message, "count": 1}
+            self._events.append({**first, "firstTimestamp": now, "lastTimestamp": now})
+        self._events = self._events[-MAX_EVENTS:]
+        try:
+            await asyncio.to_thread(write_json, self._folder.events, self._events)
+        except OSError as error:
+            self._warn(f"{self._folder.events} cannot be written: {error}")
+
+    async def whose_token(self, token: str) -> PodIdentity | None:
+        """The pod that a token was made for."""
+        digest = _digest(token)
+        if digest not in self._identities:
+            self._identities = await asyncio.to_thread(self._read_identities)
+        identity = self._identities.get(digest)
+        living = {pod.uid for pod in self.kubelet.pods}
+        return identity if identity is not None and identity.pod_uid in living else None
+
+    # -- for the runner -----------------------------------------------------------------------------------------------
+
+    async def suspend(self, suspend: bool) -> None:
+        """Set spec.suspend, as a user would with kubectl."""
+        async with self._writing:
+            if self._job is not None and self._job.spec.suspend != suspend:
+                spec = self._job.spec.model_copy(update={"suspend": suspend})
+                await self._store(with_spec(self._job, spec))
+
+    def answer(self, beat: Beat) -> Reply:
+        """What a supervisor is told: which attempt is the newest."""
+        return Reply(attempt=self._job.status.attempt if self._job else None)
+
+    # -- objects ------------------------------------------------------------------------------------------------------
+
+    async def _create(self, manifest: Manifest) -> None:
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        if kind == "Pod":
+            await self.kubelet.create(manifest)
+        elif name not in self._objects[kind]:
+            self._objects[kind][name] = manifest
+            await asyncio.to_thread(write_json, self._folder.objects(kind) / f"{name}.json", manifest)
+            self.kubelet.look_for_startable()
+            self.wake.set()
+
+    async def _store(self, job: FineTuneJob) -> None:
+        version = str(int(job.metadata.resource_version or 0) + 1)
+        job = job.model_copy(update={"metadata": job.metadata.model_copy(update={"resource_version": version})})
+        await asyncio.to_thread(store_job, self._folder, job)
+        self._job = job
+        self.wake.set()
+
+    def _config_data(self, name: str) -> Mapping[str, str] | None:
+        config = self._objects["ConfigMap"].get(name)
+        return None if config is None else config.get("data") or {}
+
+    def _read_identities(self) -> dict[str, PodIdentity]:
+        identities = {}
+        for pod in self.kubelet.pods:
+            job = (pod.value["metadata"].get("labels") or {}).get(words.JOB, self._key.name)
+            for path in token_files(pod.value, pod.files.folder):
+                try:
+                    token = path.read_text(encoding="utf-8")
+                except OSError:
+                    continue
+                identities[_digest(token)] = PodIdentity(self._key.namespace, job, pod.name, pod.uid)
+        return identities
+
+
+def key_of(job: FineTuneJob) -> JobKey:
+    """The key of a job."""
+    return JobKey(job.metadata.namespace, job.metadata.name)
+
+
+def with_spec(job: FineTuneJob, spec: FineTuneJobSpec) -> FineTuneJob:
+    """A job with another spec and so with the next generation."""
+    meta = job.metadata
+    return job.model_copy(
+        update={"spec": spec, "metadata": meta.model_copy(update={"generation": meta.generation + 1})}
+    )
+
+
+def _digest(token: str) -> str:
+    # Looked up by digest, so that the time of the look-up says nothing about a token.
+    return hashlib.sha256(token.strip().encode()).hexdigest()
+
+
+def _read_objects(folder: Path, warn: Warn) -> dict[str, Manifest]:
+    objects: dict[str, Manifest] = {}
+    for path in sorted(folder.glob("*.json")):
+        if (found := recover(path, _manifest, warn)) is not None:
+            objects[found["metadata"]["name"]] = found
+    return objects
+
+
+def _manifest(value: Any) -> Manifest:
+    if not isinstance(value, dict) or not isinstance(value["metadata"]["name"], str):
+        raise TypeError("it is no object")
+    return value
+
+
+def _events(value: Any) -> list[dict[str, Any]]:
+    for event in value:
+        if not isinstance(event["count"], int) or not isinstance(event["message"] + event["reason"], str):
+            raise TypeError("it is no list of events")
+    return list(value)
