@@ -7,15 +7,34 @@ into the FineTuneJob and generates the CRD from it. Names are those of the diffu
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
+
+MAX_STEPS = 100_000_000
+"""Most optimizer steps of a job."""
+MAX_SEED = 2**32 - 1
+"""Largest seed: every generator in use takes 32 bits."""
 
 
 class SpecModel(BaseModel):
     """Base of everything that a person writes: camelCase outside, unknown fields refused, immutable."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid", allow_inf_nan=False
+    )
+
+
+# Every text and list has a bound: the API server refuses rules (CEL) on fields whose cost it cannot bound.
+Location = Annotated[str, Field(min_length=1, max_length=1024)]
+"""A hub id, path or URL."""
+Word = Annotated[str, Field(min_length=1, max_length=128)]
+"""A name: of a column, a split, a branch, a token."""
+Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
+"""What a picture is described by."""
+Argument = Annotated[str, Field(max_length=4096)]
+"""One word of a command line; may be empty."""
 
 
 class Method(StrEnum):
@@ -70,27 +89,27 @@ class OutputFormat(StrEnum):
 class ModelSpec(SpecModel):
     """The model to begin with."""
 
-    base: str = Field(min_length=1, description="hub id, folder, single-file checkpoint or s3:// URL of the base model")
-    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
-    variant: str | None = Field(default=None, description="weight variant of the base, e.g. fp16")
-    vae: str | None = Field(default=None, description="another VAE in place of the base's own, hub id or folder")
+    base: Location = Field(description="hub id, folder, single-file checkpoint or s3:// URL of the base model")
+    revision: Word | None = Field(default=None, description="branch, tag or commit on the hub")
+    variant: Word | None = Field(default=None, description="weight variant of the base, e.g. fp16")
+    vae: Location | None = Field(default=None, description="another VAE in place of the base's own, hub id or folder")
 
 
 class Columns(SpecModel):
     """Names of the data set's columns."""
 
-    image: str = Field(default="image", min_length=1, description="column that holds the image")
-    caption: str = Field(default="text", min_length=1, description="column that holds the caption")
-    conditioning: str | None = Field(default=None, description="column that holds ControlNet's conditioning image")
+    image: Word = Field(default="image", description="column that holds the image")
+    caption: Word = Field(default="text", description="column that holds the caption")
+    conditioning: Word | None = Field(default=None, description="column that holds ControlNet's conditioning image")
 
 
 class DatasetSpec(SpecModel):
     """The images and captions to learn from."""
 
-    source: str = Field(min_length=1, description="hub id, folder with metadata.jsonl, .jsonl, .parquet or s3:// URL")
-    split: str = Field(default="train", min_length=1, description="split of the data set to train on")
+    source: Location = Field(description="hub id, folder with metadata.jsonl, .jsonl, .parquet or s3:// URL")
+    split: Word = Field(default="train", description="split of the data set to train on")
     columns: Columns = Field(default=Columns(), description="names of the columns")
-    max_samples: int | None = Field(default=None, ge=1, description="use only the first so many samples")
+    max_samples: int | None = Field(default=None, ge=1, le=2**53, description="use only the first so many samples")
 
 
 class LoraSpec(SpecModel):
@@ -101,9 +120,10 @@ class LoraSpec(SpecModel):
         default=None, gt=0, description="scale of the update is alpha / rank; default: the rank"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the input of the adapters")
-    target_modules: tuple[str, ...] = Field(
+    target_modules: tuple[Word, ...] = Field(
         default=("to_k", "to_q", "to_v", "to_out.0"),
         min_length=1,
+        max_length=64,
         description="suffixes of the UNet's modules to adapt",
     )
 
@@ -111,9 +131,11 @@ class LoraSpec(SpecModel):
 class DreamBoothSpec(SpecModel):
     """DreamBooth (https://arxiv.org/abs/2208.12242)."""
 
-    instance_prompt: str = Field(min_length=1, description="prompt that names the subject, e.g. 'a photo of sks dog'")
-    class_prompt: str | None = Field(default=None, description="prompt of the subject's class, for prior preservation")
-    num_class_images: int = Field(default=100, ge=1, description="class images for prior preservation")
+    instance_prompt: Prompt = Field(description="prompt that names the subject, e.g. 'a photo of sks dog'")
+    class_prompt: Prompt | None = Field(
+        default=None, description="prompt of the subject's class, for prior preservation"
+    )
+    num_class_images: int = Field(default=100, ge=1, le=100_000, description="class images for prior preservation")
     prior_loss_weight: float = Field(default=1.0, ge=0, description="weight of the prior preservation loss")
     train_text_encoder: bool = Field(default=False, description="train the text encoder besides the UNet")
 
@@ -121,15 +143,15 @@ class DreamBoothSpec(SpecModel):
 class TextualInversionSpec(SpecModel):
     """Textual inversion (https://arxiv.org/abs/2208.01618)."""
 
-    placeholder_token: str = Field(min_length=1, description="new token, e.g. <cat-toy>")
-    initializer_token: str = Field(min_length=1, description="word whose embedding the new token starts from")
+    placeholder_token: Word = Field(description="new token, e.g. <cat-toy>")
+    initializer_token: Word = Field(description="word whose embedding the new token starts from")
     num_vectors: int = Field(default=1, ge=1, le=64, description="vectors learnt for the token")
 
 
 class ControlNetSpec(SpecModel):
     """ControlNet (https://arxiv.org/abs/2302.05543)."""
 
-    base: str | None = Field(
+    base: Location | None = Field(
         default=None, description="ControlNet to begin with; default: a copy of the UNet's encoder"
     )
     conditioning_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples without the condition")
@@ -138,23 +160,23 @@ class ControlNetSpec(SpecModel):
 class ValidationSpec(SpecModel):
     """How to look at what is learnt."""
 
-    prompts: tuple[str, ...] = Field(
+    prompts: tuple[Prompt, ...] = Field(
         default=(), max_length=64, description="prompts drawn into one grid, before and after"
     )
-    split: str | None = Field(default=None, description="held-out split; its loss with fixed noise is reported")
+    split: Word | None = Field(default=None, description="held-out split; its loss with fixed noise is reported")
     steps: int | None = Field(
-        default=None, ge=1, description="steps between validations; default: at the start and the end"
+        default=None, ge=1, le=MAX_STEPS, description="steps between validations; default: at the start and the end"
     )
     num_inference_steps: int = Field(default=25, ge=1, le=1000, description="denoising steps for each picture")
-    guidance_scale: float = Field(default=7.5, ge=0, description="classifier-free guidance")
-    seed: int = Field(default=0, ge=0, description="seed of the pictures and of the held-out noise")
+    guidance_scale: float = Field(default=7.5, ge=0, le=100, description="classifier-free guidance")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of the pictures and of the held-out noise")
 
 
 class ScriptSpec(SpecModel):
     """An unmodified training script in place of a method."""
 
-    path: str = Field(min_length=1, description="file of the script inside the image or a volume")
-    args: tuple[str, ...] = Field(default=(), description="its command line arguments")
+    path: Location = Field(description="file of the script inside the image or a volume")
+    args: tuple[Argument, ...] = Field(default=(), max_length=256, description="its command line arguments")
 
 
 class TrainingSpec(SpecModel):
@@ -164,17 +186,21 @@ class TrainingSpec(SpecModel):
     script: ScriptSpec | None = Field(
         default=None, description="unmodified accelerate-style script, in place of method"
     )
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps to train; or give epochs")
-    epochs: int | None = Field(default=None, ge=1, description="passes over the data set; or give steps")
-    batch_size: int = Field(default=1, ge=1, description="samples in one forward pass of one rank")
-    gradient_accumulation: int = Field(default=1, ge=1, description="forward passes of one rank in one optimizer step")
-    learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="optimizer steps to train; or give epochs")
+    epochs: int | None = Field(default=None, ge=1, le=1_000_000, description="passes over the data set; or give steps")
+    batch_size: int = Field(default=1, ge=1, le=4096, description="samples in one forward pass of one rank")
+    gradient_accumulation: int = Field(
+        default=1, ge=1, le=4096, description="forward passes of one rank in one optimizer step"
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, le=10, description="peak learning rate")
     lr_scheduler: LrScheduler = Field(default=LrScheduler.CONSTANT, description="learning-rate schedule")
-    lr_warmup_steps: int = Field(default=0, ge=0, description="steps in which the learning rate rises from zero")
+    lr_warmup_steps: int = Field(
+        default=0, ge=0, le=MAX_STEPS, description="steps in which the learning rate rises from zero"
+    )
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's beta 1")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's beta 2")
     adam_weight_decay: float = Field(default=1e-2, ge=0, description="AdamW's weight decay")
-    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    adam_epsilon: float = Field(default=1e-8, gt=0, lt=1, description="AdamW's epsilon")
     max_grad_norm: float = Field(default=1.0, ge=0, description="gradient clipping by global norm; 0 switches it off")
     precision: Precision = Field(default=Precision.FP32, description="number format of forward and backward pass")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
@@ -188,8 +214,8 @@ class TrainingSpec(SpecModel):
         default=None, gt=0, description="Min-SNR loss weighting (https://arxiv.org/abs/2303.09556)"
     )
     ema: bool = Field(default=False, description="keep an exponential moving average of what is trained")
-    seed: int = Field(default=0, ge=0, description="seed of every draw")
-    memory_preset: str | None = Field(default=None, description="auto, or the memory to fit: 8GB, 12GB, ... cpu")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of every draw")
+    memory_preset: Word | None = Field(default=None, description="auto, or the memory to fit: 8GB, 12GB, ... cpu")
     lora: LoraSpec | None = Field(default=None, description="settings of the LoRA methods")
     dreambooth: DreamBoothSpec | None = Field(default=None, description="settings of the DreamBooth methods")
     textual_inversion: TextualInversionSpec | None = Field(default=None, description="settings of TextualInversion")
@@ -200,12 +226,12 @@ class TrainingSpec(SpecModel):
 class CheckpointInterval(SpecModel):
     """How often to save. Leave both out for `auto`."""
 
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps between checkpoints")
-    seconds: int | None = Field(default=None, ge=1, description="seconds between checkpoints")
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS, description="optimizer steps between checkpoints")
+    seconds: int | None = Field(default=None, ge=1, le=604_800, description="seconds between checkpoints")
 
 
 class OutputSpec(SpecModel):
     """A file or folder to write when all steps are trained."""
 
     format: OutputFormat = Field(description="file format")
-    to: str = Field(min_length=1, description="folder, s3:// URL or hub id (hub://owner/name) to write to")
+    to: Location = Field(description="folder, s3:// URL or hub id (hub://owner/name) to write to")

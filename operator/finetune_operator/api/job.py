@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from finetune_contract.spec import CheckpointInterval, DatasetSpec, ModelSpec, OutputSpec, SpecModel, TrainingSpec
+from finetune_operator.api.names import MAX_NODES
 
 GROUP = "finetune-operator.io"
 VERSION = "v1alpha1"
@@ -21,9 +22,21 @@ PLURAL = "finetunejobs"
 SINGULAR = "finetunejob"
 SHORT_NAME = "ftj"
 
-Duration = str
-"""A length of time as a person writes it: '90s', '10m', '1h30m'."""
-DURATION_PATTERN = r"^([0-9]+h)?([0-9]+m)?([0-9]+s)?$"
+Duration = Annotated[str, Field(max_length=32)]
+"""A length of time as a person writes it: '90s', '10m', '1h30m'. `rules` looks at its form, `duration` reads it."""
+ObjectName = Annotated[str, Field(min_length=1, max_length=253)]
+"""Name of a Kubernetes object. `rules` looks at its form."""
+Path = Annotated[str, Field(min_length=1, max_length=1024)]
+"""Absolute path."""
+Quantity = Annotated[str, Field(max_length=32)] | int
+"""Amount of a resource: 8, 500m, 32Gi. `rules` looks at its form."""
+MAX_SECONDS = 2**31 - 1
+"""Longest deadline or time to live, 68 years."""
+
+
+def list_map(key: str) -> dict[str, JsonValue]:
+    """Schema of a list whose items are told apart by `key`, so that writers of different items can share it."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
 
 class Accelerator(StrEnum):
@@ -51,13 +64,16 @@ class TopologySpec(SpecModel):
 
     accelerator: Accelerator = Field(default=Accelerator.GPU, description="what the ranks compute on")
     nodes: int | None = Field(
-        default=None, ge=1, le=1000, description="number of pods; default 1, or give minNodes and maxNodes"
+        default=None, ge=1, le=MAX_NODES, description="number of pods; default 1, or give minNodes and maxNodes"
     )
-    min_nodes: int | None = Field(default=None, ge=1, le=1000, description="fewest pods that the job may go on with")
-    max_nodes: int | None = Field(default=None, ge=1, le=1000, description="number of pods when there is room")
+    min_nodes: int | None = Field(
+        default=None, ge=1, le=MAX_NODES, description="fewest pods that the job may go on with"
+    )
+    max_nodes: int | None = Field(default=None, ge=1, le=MAX_NODES, description="number of pods when there is room")
     processes_per_node: int = Field(default=1, ge=1, le=64, description="ranks in each pod; on gpu, its GPUs")
-    resources: dict[str, str | int] | None = Field(
+    resources: dict[str, Quantity] | None = Field(
         default=None,
+        max_length=32,
         description="resources of each pod, e.g. {cpu: 8, memory: 32Gi}; nvidia.com/gpu follows processesPerNode",
     )
     cpu: CpuSpec = Field(default=CpuSpec(), description="settings of CPU training")
@@ -66,20 +82,20 @@ class TopologySpec(SpecModel):
 class PersistentVolumeClaim(SpecModel):
     """A claim in the job's namespace, ReadWriteMany where there are several nodes."""
 
-    claim_name: str = Field(min_length=1, description="name of the claim")
+    claim_name: ObjectName = Field(description="name of the claim")
 
 
 class HostPath(SpecModel):
     """A folder of the node; the same on all nodes only where an administrator has seen to it."""
 
-    path: str = Field(min_length=1, description="absolute path on the node")
+    path: Path = Field(description="absolute path on the node")
 
 
 class Nfs(SpecModel):
     """An NFS export."""
 
-    server: str = Field(min_length=1, description="host name or address of the server")
-    path: str = Field(min_length=1, description="exported path")
+    server: ObjectName = Field(description="host name or address of the server")
+    path: Path = Field(description="exported path")
 
 
 class StorageSpec(SpecModel):
@@ -103,7 +119,6 @@ class SpotSpec(SpecModel):
 
     fallback_after: Duration | None = Field(
         default=None,
-        pattern=DURATION_PATTERN,
         description="ask for on-demand nodes after waiting so long for spot, e.g. 30m",
     )
 
@@ -115,7 +130,6 @@ class RecoverySpec(SpecModel):
     spot: SpotSpec | None = Field(default=None, description="run on spot capacity")
     hang_timeout: Duration | None = Field(
         default=None,
-        pattern=DURATION_PATTERN,
         description="longest time without a step; default: from the job's own steps",
     )
     notice_seconds: int = Field(
@@ -129,7 +143,7 @@ class RecoverySpec(SpecModel):
 class SecretRef(SpecModel):
     """A Secret in the job's namespace whose keys become environment variables of the trainer."""
 
-    name: str = Field(min_length=1, description="name of the Secret")
+    name: ObjectName = Field(description="name of the Secret")
 
 
 class FineTuneJobSpec(SpecModel):
@@ -145,16 +159,19 @@ class FineTuneJobSpec(SpecModel):
         default=(), max_length=8, description="files to write when all steps are trained"
     )
     suspend: bool = Field(default=False, description="save, stop and give the machines back until set to false")
-    queue_name: str | None = Field(default=None, description="queue that admits the job")
-    priority_class_name: str | None = Field(default=None, description="PriorityClass of the pods")
+    queue_name: ObjectName | None = Field(default=None, description="queue that admits the job")
+    priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods")
     active_deadline_seconds: int | None = Field(
-        default=None, ge=1, description="fail the job when it takes longer in all"
+        default=None, ge=1, le=MAX_SECONDS, description="fail the job when it takes longer in all"
     )
     ttl_seconds_after_finished: int | None = Field(
-        default=None, ge=0, description="delete the job so long after its end"
+        default=None, ge=0, le=MAX_SECONDS, description="delete the job so long after its end"
     )
     secrets: tuple[SecretRef, ...] = Field(
-        default=(), max_length=16, description="Secrets for the trainer's environment"
+        default=(),
+        max_length=16,
+        description="Secrets for the trainer's environment",
+        json_schema_extra=list_map("name"),
     )
     pod_template: dict[str, Any] | None = Field(
         default=None, description="PodTemplateSpec merged over the rendered pods"
@@ -252,7 +269,9 @@ class FineTuneJobStatus(StatusModel):
     reason: str | None = Field(default=None, description="why, in one CamelCase word")
     message: str | None = Field(default=None, description="why, in a sentence")
     conditions: tuple[Condition, ...] = Field(
-        default=(), description="Accepted, Running, Recovering, Complete, Failed ..."
+        default=(),
+        description="Accepted, Running, Recovering, Complete, Failed, Suspended",
+        json_schema_extra=list_map("type"),
     )
     attempt: int = Field(default=0, description="newest attempt; an older one may no longer commit")
     step: int | None = Field(default=None, description="finished optimizer steps")
@@ -271,7 +290,9 @@ class FineTuneJobStatus(StatusModel):
     )
     start_time: datetime | None = Field(default=None, description="when the first attempt began")
     completion_time: datetime | None = Field(default=None, description="when the job ended")
-    attempts: tuple[AttemptStatus, ...] = Field(default=(), description="the ledger: the newest attempts")
+    attempts: tuple[AttemptStatus, ...] = Field(
+        default=(), description="the ledger: the newest attempts", json_schema_extra=list_map("attempt")
+    )
     tally: TallyStatus = Field(default=TallyStatus(), description="sums over all attempts")
     outputs: tuple[OutputStatus, ...] = Field(default=(), description="outputs that were written")
 
@@ -291,10 +312,12 @@ class ObjectMeta(StatusModel):
 
 
 class FineTuneJob(SpecModel):
-    """A fine-tuning job."""
+    """Fine-tunes a diffusion model on machines that may be taken away, and goes on from where it was."""
 
-    api_version: str = API_VERSION
-    kind: str = KIND
-    metadata: ObjectMeta
-    spec: FineTuneJobSpec
-    status: FineTuneJobStatus = FineTuneJobStatus()
+    api_version: str = Field(default=API_VERSION, description="version of this schema, finetune-operator.io/v1alpha1")
+    kind: str = Field(default=KIND, description="FineTuneJob")
+    metadata: ObjectMeta = Field(description="name, namespace, labels and annotations")
+    spec: FineTuneJobSpec = Field(description="what a user asks for")
+    status: FineTuneJobStatus = Field(
+        default=FineTuneJobStatus(), description="how far the job is, what it lost, and when it will end"
+    )
