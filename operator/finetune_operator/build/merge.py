@@ -31,8 +31,16 @@ EXCLUSIVE = frozenset({"env", "volumes"})
 """Lists whose items hold one of several sources: an item is replaced whole, for two sources in one are refused."""
 
 
+class MergeError(ValueError):
+    """A patch that cannot be laid over anything; the message says where and why."""
+
+
 def merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay a patch over an object; neither is changed."""
+    """Lay a patch over an object; neither is changed.
+
+    Raises:
+        MergeError: an item of a list that is merged by a key lacks that key.
+    """
     if patch.get(DIRECTIVE) == "replace":
         return {key: value for key, value in patch.items() if key != DIRECTIVE}
     merged = dict(base)
@@ -48,6 +56,9 @@ def _merge_value(key: str, base: Any, value: Any) -> Any:
     if isinstance(value, Mapping):
         return merge(base if isinstance(base, Mapping) else {}, value)
     if isinstance(value, list) and key in MERGE_KEYS:
+        for item in value:
+            if not isinstance(item, Mapping) or MERGE_KEYS[key] not in item:
+                raise MergeError(f"an item of {key} has no {MERGE_KEYS[key]}; write one, for items are merged by it")
         return _merge_items(base if isinstance(base, list) else [], value, MERGE_KEYS[key], key in EXCLUSIVE)
     return value
 

@@ -20,7 +20,7 @@ GPU_RESOURCE = "nvidia.com/gpu"
 def build_pod(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
     """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it."""
     identity = _identity(job, attempt, node_rank)
-    rendered = merge({"spec": _pod_spec(job, attempt, node_rank, settings)}, identity)
+    rendered = merge(identity, {"spec": _pod_spec(job, attempt, node_rank, settings)})
     # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
     # pod stays the one that the plan looks for.
     return merge(merge(rendered, job.spec.pod_template or {}), identity)

@@ -1,1 +1,5 @@
 """Pure: (job, observed, now) -> Plan(actions, status). No clock, no socket, no file."""
+
+from finetune_operator.plan.core import plan
+
+__all__ = ["plan"]

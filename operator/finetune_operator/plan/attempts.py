@@ -1,0 +1,60 @@
+"""When the next attempt begins. Beginning one only raises `status.attempt`: that number is the fence.
+
+Nothing of an attempt is created in the pass that begins it. The next pass, which reads the raised number back from
+the cluster, creates (see `gang`), so no pod is ever of an attempt that the status does not know.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.words import ConditionType, Reason
+from finetune_operator.plan import backoff, ledger
+from finetune_operator.plan.conditions import is_true
+from finetune_operator.plan.endings import close
+from finetune_operator.plan.revise import revise
+from finetune_operator.plan.view import View, is_finished
+
+
+def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Begin an attempt where the job may have one, the last one is settled, its pods are gone and its wait is over."""
+    if not may_begin(view, status) or view.observed.pods:
+        return status
+    due = _due(view, status)
+    if due is not None and view.now < due:
+        return status
+    return _begin(view, status, status.attempt + 1)
+
+
+def catch_up(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Step over attempts that the status does not know of, as after it was restored from a backup.
+
+    Where the job was merely read too early, the status write conflicts and nothing comes of it.
+    """
+    if view.newest_attempt <= status.attempt or is_finished(status):
+        return status
+    return _begin(view, close(status, Reason.SUPERSEDED, view.now), view.newest_attempt + 1)
+
+
+def may_begin(view: View, status: FineTuneJobStatus) -> bool:
+    """Whether the job waits for nothing but its next attempt."""
+    entry = ledger.current(status)
+    settled = entry is None or entry.reason is not None
+    return settled and not is_finished(status) and not view.spec.suspend and is_true(status, ConditionType.ACCEPTED)
+
+
+def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
+    """When an attempt may begin that has to wait."""
+    return _due(view, status) if may_begin(view, status) else None
+
+
+def _due(view: View, status: FineTuneJobStatus) -> datetime | None:
+    entry = ledger.current(status)
+    return backoff.next_attempt_at(entry, status, view.settings) if entry is not None else None
+
+
+def _begin(view: View, status: FineTuneJobStatus, attempt: int) -> FineTuneJobStatus:
+    status = ledger.begin(status, attempt, view.now, view.settings.max_attempts_kept)
+    # What was measured of the last attempt is not true of this one.
+    return revise(status, start_time=status.start_time or view.now, images_per_second=None, eta=None)

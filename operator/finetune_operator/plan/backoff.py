@@ -1,0 +1,26 @@
+"""How long the next attempt waits: not at all after a preemption, ever longer after failures without progress."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.words import CountsAs, Reason
+from finetune_operator.settings import Settings
+
+WITHOUT_DELAY = frozenset({Reason.SUSPENDED})
+"""Ends that count as nothing, and that no next attempt can run into at once."""
+
+
+def next_attempt_at(entry: AttemptStatus, status: FineTuneJobStatus, settings: Settings) -> datetime | None:
+    """When the attempt after an ended one may begin; None: as soon as its pods are gone."""
+    if entry.ended_at is None or entry.counts_as == CountsAs.PREEMPTION or entry.reason in WITHOUT_DELAY:
+        return None
+    return entry.ended_at + delay(status.tally.failures_since_checkpoint, settings)
+
+
+def delay(num_failures: int, settings: Settings) -> timedelta:
+    """Wait after the so-manieth failure since the last newer checkpoint: doubled each time, up to a bound."""
+    # 2**30 first delays are beyond any bound, and the power stays a small number.
+    doubled = settings.failure_backoff_seconds * 2 ** min(max(num_failures - 1, 0), 30)
+    return timedelta(seconds=min(doubled, settings.failure_backoff_max_seconds))

@@ -1,0 +1,26 @@
+"""Whether a failed attempt is the job's last: preemptions spend nothing, and a newer checkpoint restores the budget."""
+
+from __future__ import annotations
+
+from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.words import REASONS, CountsAs, Reason
+from finetune_operator.plan.finish import fail
+from finetune_operator.plan.ledger import current
+from finetune_operator.plan.view import View, is_finished
+
+
+def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Fail the job where trying again cannot help, or has not helped often enough."""
+    entry = current(status)
+    if entry is None or entry.reason is None or entry.counts_as != CountsAs.FAILURE or is_finished(status):
+        return status
+    reason = Reason(entry.reason)
+    words = f"rank {entry.rank} of attempt {entry.attempt}: {entry.message}"
+    if REASONS[reason].final:
+        return fail(view, status, reason, words)
+    allowed = view.spec.recovery.max_failures
+    if status.tally.failures_since_checkpoint <= allowed:
+        return status
+    since = f"since the checkpoint of step {status.last_checkpoint.step}" if status.last_checkpoint else "in all"
+    sentence = f"{status.tally.failures_since_checkpoint} failures {since}, {allowed} allowed; the last, {words}"
+    return fail(view, status, Reason.MAX_FAILURES_EXCEEDED, sentence)

@@ -1,0 +1,200 @@
+"""Why an attempt ended: the one table from what is observed of a pod to a cause, and the choice among several pods.
+
+Called by `endings`. In a gang one end is followed by others within a second; the table's order is the order of belief,
+and a row that is marked as a consequence is believed only when nothing better shows (see `endings`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune_contract.exit_codes import ExitCode, describe
+from finetune_operator.api.names import pod_name
+from finetune_operator.api.words import REASONS, CountsAs, Reason
+from finetune_operator.plan.types import ObservedPod, PodPhase
+from finetune_operator.plan.view import ENDED, View
+
+SIGTERM_EXIT = 143
+KUBELET_SHUTDOWN = frozenset({"Preempting", "Shutdown", "NodeShutdown", "Terminated", "TerminatedByKubelet"})
+"""status.reason of pods that a kubelet ended for the node's sake."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one node rank of the gang."""
+
+    node_rank: int
+    rank: int
+    """The rank of the whole world that ended first there; the node's first one where none did."""
+    pod: ObservedPod | None
+    """None: gone from a gang that was complete."""
+    code: int | None = None
+    """How the pod, or the first rank of it, ended."""
+    notice: bool = False
+    """Whether its supervisor has been told to stop."""
+    last_words: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: when it applies, and the reason that it gives."""
+
+    applies: Callable[[Facts], bool]
+    reason: Callable[[Facts], Reason]
+    consequence: bool = False
+    """Whether something else, on this pod or another one, must have come before."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why the attempt ended, as the ledger keeps it."""
+
+    reason: Reason
+    rank: int
+    pod: str
+    node: str | None = None
+    exit_code: int | None = None
+    last_words: str = ""
+    consequence: bool = False
+
+    @property
+    def counts_as(self) -> CountsAs | None:
+        """What the end is counted as; None: nothing."""
+        return REASONS[self.reason].counts_as
+
+
+def _always(reason: Reason) -> Callable[[Facts], Reason]:
+    return lambda _: reason
+
+
+def _code(*codes: int) -> Callable[[Facts], bool]:
+    return lambda facts: facts.code in codes
+
+
+def _pod(test: Callable[[ObservedPod], bool]) -> Callable[[Facts], bool]:
+    return lambda facts: facts.pod is not None and test(facts.pod)
+
+
+def _disruption(facts: Facts) -> Reason:
+    """Kubernetes' own word for who takes the pod away, where it is one that we document."""
+    word = facts.pod.disruption if facts.pod is not None else None
+    return Reason(word) if word in DISRUPTIONS else Reason.PREEMPTED
+
+
+DISRUPTIONS = frozenset(
+    {
+        Reason.PREEMPTION_BY_SCHEDULER,
+        Reason.EVICTION_BY_EVICTION_API,
+        Reason.DELETION_BY_TAINT_MANAGER,
+        Reason.DELETION_BY_POD_GC,
+        Reason.TERMINATION_BY_KUBELET,
+    }
+)
+
+TABLE: tuple[Row, ...] = (
+    # What would end every further attempt in the same way is said first, whatever else befell the gang.
+    Row(_code(ExitCode.CONFIG), _always(Reason.CONFIGURATION_ERROR)),
+    Row(_code(ExitCode.DATA), _always(Reason.DATA_ERROR)),
+    # Capacity, by the cluster's own word. It comes before exit codes: a save on notice may fail in many ways.
+    Row(_pod(lambda pod: pod.disruption is not None), _disruption),
+    Row(_pod(lambda pod: pod.reason in KUBELET_SHUTDOWN), _always(Reason.TERMINATION_BY_KUBELET)),
+    Row(_pod(lambda pod: pod.reason == "NodeLost"), _always(Reason.NODE_LOST)),
+    Row(lambda facts: facts.pod is None, _always(Reason.POD_LOST)),
+    # The operator deletes pods only of attempts that have ended: this was somebody else.
+    Row(_pod(lambda pod: pod.deleted_at is not None), _always(Reason.POD_DELETED)),
+    # The program. A kubelet that is short of something says DisruptionTarget, above; an eviction without that is for
+    # the pod's own excess.
+    Row(_pod(lambda pod: pod.reason == "Evicted"), _always(Reason.EVICTED)),
+    Row(_pod(lambda pod: pod.reason == "OOMKilled"), _always(Reason.OUT_OF_MEMORY)),
+    Row(lambda facts: "out of memory" in facts.last_words.lower(), _always(Reason.OUT_OF_MEMORY)),
+    Row(_code(ExitCode.STORAGE), _always(Reason.STORAGE_ERROR)),
+    Row(_code(ExitCode.SUPERSEDED), _always(Reason.SUPERSEDED)),
+    # Told to stop by someone who has not shown yet: perhaps another pod of the gang.
+    Row(_code(ExitCode.SAVED), _always(Reason.NOTICE_SAVED), consequence=True),
+    Row(_code(SIGTERM_EXIT), _always(Reason.PREEMPTED), consequence=True),
+    Row(lambda facts: facts.notice, _always(Reason.PREEMPTED), consequence=True),
+    # A peer was lost in a collective: that peer's own end is the cause.
+    Row(_code(ExitCode.FABRIC), _always(Reason.FABRIC_ERROR), consequence=True),
+    Row(lambda facts: facts.code not in (None, ExitCode.DONE), _always(Reason.PROCESS_FAILED)),
+    Row(_pod(lambda pod: pod.phase is PodPhase.FAILED), _always(Reason.PROCESS_FAILED)),
+)
+"""First row that applies to a pod: its sign. Lowest row among the pods: the cause of the attempt's end."""
+
+
+def find_cause(view: View, gang_complete: bool) -> Cause | None:
+    """Find what ended the attempt, or is about to end it; None where nothing is wrong.
+
+    Among pods of the same row the one that ended first is the cause, then the one of the lowest rank.
+    """
+    signs = []
+    for facts in _gang(view, gang_complete):
+        for index, row in enumerate(TABLE):
+            if row.applies(facts):
+                signs.append((_weight(row, index), _ended_at(facts, view), facts.node_rank, row, facts))
+                break
+    if not signs:
+        return None
+    *_, row, facts = min(signs, key=lambda sign: sign[:3])
+    return _cause(row, facts, view)
+
+
+def _weight(row: Row, index: int) -> tuple[bool, int]:
+    return row.consequence, index
+
+
+def _ended_at(facts: Facts, view: View) -> float:
+    ended_at = facts.pod.finished_at if facts.pod is not None else None
+    return (ended_at or view.now).timestamp()
+
+
+def _gang(view: View, gang_complete: bool) -> list[Facts]:
+    """Facts of every node rank that is there, or should be, and has not done all that was asked."""
+    gang = []
+    for node_rank in range(view.num_nodes):
+        pod = view.pods.get(node_rank)
+        if (pod is not None or gang_complete) and not view.is_done(node_rank):
+            gang.append(_facts(view, node_rank, pod))
+    return gang
+
+
+def _facts(view: View, node_rank: int, pod: ObservedPod | None) -> Facts:
+    received = view.beats.get(node_rank)
+    beat = received.beat if received is not None else None
+    termination = pod.termination if pod is not None and pod.phase in ENDED else None
+    ends = (termination.ends if termination else ()) or (beat.ends if beat else ())
+    first = ends[0] if ends else None
+    code = pod.exit_code if pod is not None else None
+    if code is None and termination is not None:
+        code = termination.exit_code
+    if code is None and first is not None:
+        code = first.exit_code
+    return Facts(
+        node_rank=node_rank,
+        rank=first.rank if first else node_rank * view.spec.topology.processes_per_node,
+        pod=pod,
+        code=code,
+        notice=bool((beat and beat.notice) or (termination and termination.notice)),
+        last_words=first.last_words if first else "",
+    )
+
+
+def _cause(row: Row, facts: Facts, view: View) -> Cause:
+    pod = facts.pod
+    return Cause(
+        reason=row.reason(facts),
+        rank=facts.rank,
+        pod=pod.name if pod else pod_name(view.job.metadata.name, view.attempt, facts.node_rank),
+        node=pod.node if pod else None,
+        exit_code=facts.code,
+        last_words=facts.last_words.strip() or _explain(facts),
+        consequence=row.consequence,
+    )
+
+
+def _explain(facts: Facts) -> str:
+    """What to say where no rank said anything."""
+    if facts.pod is None:
+        return "the pod is gone, and nothing was heard of its end"
+    words = [facts.pod.disruption, facts.pod.reason, describe(facts.code) if facts.code is not None else None]
+    return ", ".join(word for word in words if word)

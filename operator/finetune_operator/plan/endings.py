@@ -1,0 +1,91 @@
+"""When an attempt has ended: at the first sign of it, and with a cause as soon as one can be believed.
+
+Called once a pass. A sign that is a mere consequence (a rank that lost its peer) ends the attempt at once, but is
+written as its cause only after `Settings.cause_seconds`, or when all pods have ended: the peer's own end may be on
+its way. The counters rise with the cause, so each end counts once.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.names import pod_name
+from finetune_operator.api.words import REASONS, CountsAs, Reason
+from finetune_operator.plan.causes import Cause, find_cause
+from finetune_operator.plan.ledger import current, replace_current
+from finetune_operator.plan.revise import revise
+from finetune_operator.plan.view import View, is_finished
+
+
+def see_end(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Mark the attempt as ended when a sign of it shows, and write the cause once it is certain enough."""
+    entry = current(status)
+    if entry is None or entry.reason is not None or is_finished(status):
+        return status
+    cause = find_cause(view, entry.gang_complete)
+    if cause is None and entry.ended_at is None:
+        return status
+    if entry.ended_at is None:
+        entry = revise(entry, ended_at=view.now)
+        status = replace_current(status, entry)
+    if cause is None:
+        # The pod that gave the sign is gone from a gang that was never complete.
+        cause = Cause(Reason.POD_LOST, rank=0, pod=pod_name(view.job.metadata.name, view.attempt, 0))
+    if cause.consequence and view.now < believe_at(entry, view) and not view.all_ended():
+        return status
+    return settle(status, cause)
+
+
+def settle(status: FineTuneJobStatus, cause: Cause) -> FineTuneJobStatus:
+    """Write why the newest attempt ended, and count it."""
+    entry = current(status)
+    assert entry is not None
+    settled = revise(
+        entry,
+        reason=cause.reason.value,
+        counts_as=cause.counts_as.value if cause.counts_as else None,
+        rank=cause.rank,
+        pod=cause.pod,
+        node=cause.node,
+        exit_code=cause.exit_code,
+        message=cause.last_words or None,
+    )
+    return _count(replace_current(status, settled), cause.counts_as)
+
+
+def close(status: FineTuneJobStatus, reason: Reason, now: datetime) -> FineTuneJobStatus:
+    """End the newest attempt for a reason that is no pod's, unless it has ended for another one."""
+    entry = current(status)
+    if entry is None or entry.reason is not None:
+        return status
+    counts_as = REASONS[reason].counts_as
+    closed = revise(
+        entry,
+        ended_at=entry.ended_at or now,
+        reason=reason.value,
+        counts_as=counts_as.value if counts_as else None,
+    )
+    return _count(replace_current(status, closed), counts_as)
+
+
+def _count(status: FineTuneJobStatus, counts_as: CountsAs | None) -> FineTuneJobStatus:
+    if counts_as is CountsAs.PREEMPTION:
+        return revise(status, preemptions=status.preemptions + 1)
+    if counts_as is CountsAs.FAILURE:
+        tally = revise(status.tally, failures_since_checkpoint=status.tally.failures_since_checkpoint + 1)
+        return revise(status, failures=status.failures + 1, tally=tally)
+    return status
+
+
+def believe_at(entry: AttemptStatus, view: View) -> datetime:
+    """When a mere consequence is taken for the cause."""
+    return (entry.ended_at or view.now) + timedelta(seconds=view.settings.cause_seconds)
+
+
+def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
+    """When an end that has no cause yet must be looked at again."""
+    entry = current(status)
+    if entry is None or entry.ended_at is None or entry.reason is not None:
+        return None
+    return believe_at(entry, view)

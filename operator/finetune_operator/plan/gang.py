@@ -1,0 +1,45 @@
+"""The pods of the attempt: all of them or none. Which are missing, and when the gang has been complete."""
+
+from __future__ import annotations
+
+from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.names import config_name, service_name
+from finetune_operator.api.words import ConditionType
+from finetune_operator.build import build_config, build_pod, build_service
+from finetune_operator.plan.conditions import is_true
+from finetune_operator.plan.ledger import open_entry, replace_current
+from finetune_operator.plan.revise import revise
+from finetune_operator.plan.types import Create
+from finetune_operator.plan.view import View, is_finished
+
+
+def see_complete(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Remember that all pods of the attempt were there: from now on a missing one is lost.
+
+    Before, a missing pod may just not have been created, or not be visible yet.
+    """
+    entry = open_entry(status)
+    if entry is None or len(view.pods) < view.num_nodes:
+        return status
+    return replace_current(status, revise(entry, gang_complete=True))
+
+
+def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
+    """What the open attempt lacks. Names are deterministic, so that asking twice for one that is slow to show is fine.
+
+    Nothing is created while a pod of another attempt is left: two gangs never share the storage or the capacity.
+    """
+    entry = open_entry(status)
+    fenced = status.attempt == view.attempt and len(view.pods) == len(view.observed.pods)
+    if entry is None or not fenced or is_finished(status) or not is_true(status, ConditionType.ACCEPTED):
+        return ()
+    name = view.job.metadata.name
+    missing = []
+    if config_name(name) not in view.observed.configs:
+        missing.append(Create(build_config(view.job)))
+    if service_name(name) not in view.observed.services:
+        missing.append(Create(build_service(view.job, view.settings)))
+    if not entry.gang_complete:
+        ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods)
+        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings)) for rank in ranks]
+    return tuple(missing)

@@ -1,0 +1,191 @@
+"""The job's phase, reason and message: one line that tells a person where the job is and what it waits for.
+
+Derived anew in every pass from the ledger, the pods and what the ranks report. Times in a message are absolute, so
+that it changes only when something happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from finetune_contract.beat import RankState
+from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
+from finetune_operator.api.words import ConditionType, Reason
+from finetune_operator.plan import attempts, suspend
+from finetune_operator.plan.conditions import find, is_true
+from finetune_operator.plan.ledger import current
+from finetune_operator.plan.progress import up_over_wanted
+from finetune_operator.plan.revise import revise
+from finetune_operator.plan.types import PodPhase
+from finetune_operator.plan.view import View, earliest, is_finished
+
+ORDER = {
+    RankState.STARTING: Reason.LOADING,
+    RankState.LOADING: Reason.LOADING,
+    RankState.CACHING: Reason.CACHING,
+    RankState.RESTORING: Reason.RESTORING,
+    RankState.TRAINING: Reason.TRAINING,
+    RankState.VALIDATING: Reason.VALIDATING,
+    RankState.SAVING: Reason.SAVING,
+    RankState.SAVED: Reason.SAVING,
+    RankState.EXPORTING: Reason.EXPORTING,
+    RankState.DONE: Reason.EXPORTING,
+    RankState.FAILED: Reason.TRAINING,
+}
+"""What each state of a rank is called, earliest work first."""
+BEFORE_TRAINING = frozenset({Reason.LOADING, Reason.CACHING, Reason.RESTORING})
+PULLING = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "FailedMount")
+UNSCHEDULABLE = "Unschedulable"
+
+Line = tuple[Phase, Reason, str]
+
+
+def describe(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Write phase, reason and message. Those of a finished job stay."""
+    if is_finished(status):
+        return revise(status, nodes=up_over_wanted(view))
+    phase, reason, message = _line(view, status)
+    nodes = up_over_wanted(view) if status.attempt else None
+    return revise(status, phase=phase, reason=reason.value, message=message, nodes=nodes)
+
+
+def _line(view: View, status: FineTuneJobStatus) -> Line:
+    entry = current(status)
+    if suspend.is_suspended(view):
+        return Phase.SUSPENDED, Reason.SUSPENDED, _suspended(status)
+    if view.spec.suspend:
+        return status.phase or Phase.RUNNING, Reason.SUSPENDING, "the ranks save their state and stop"
+    if entry is None or entry.ended_at is not None:
+        refused = find(status, ConditionType.ACCEPTED)
+        if refused is not None and refused.status != "True":
+            return Phase.PENDING, Reason(refused.reason), refused.message
+    if entry is None:
+        return Phase.PENDING, Reason.WAITING_FOR_PODS, "waiting for the first attempt"
+    if entry.ended_at is not None:
+        return _ended(view, status, entry)
+    return _working(view, status, entry)
+
+
+def _suspended(status: FineTuneJobStatus) -> str:
+    at = f" at step {status.last_checkpoint.step}" if status.last_checkpoint else ""
+    return f"suspended{at}; set spec.suspend to false to go on"
+
+
+def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
+    """Between two attempts: why the last one ended, and what the next one waits for."""
+    if entry.reason is None:
+        return Phase.RECOVERING, Reason.FABRIC_ERROR, f"attempt {entry.attempt} ended; looking for the cause"
+    reason = Reason(entry.reason)
+    why = explain_end(entry)
+    if view.observed.pods:
+        return Phase.RECOVERING, reason, f"{why}; its pods are being cleared"
+    due = attempts.wake(view, status)
+    if due is not None and due > view.now:
+        return Phase.RECOVERING, Reason.BACK_OFF, f"{why}; the next attempt begins at {due:%H:%M:%S} UTC"
+    return Phase.RECOVERING, reason, why
+
+
+def explain_end(entry: AttemptStatus) -> str:
+    """Why an attempt ended, in a sentence: cause, rank, pod, node."""
+    where = ", ".join(word for word in (entry.pod, f"node {entry.node}" if entry.node else None) if word)
+    who = f": rank {entry.rank} ({where})" if entry.rank is not None and where else ""
+    last_line = (entry.message or "").strip().splitlines()[-1:]
+    words = f": {last_line[0]}" if last_line else ""
+    return f"attempt {entry.attempt} ended by {entry.reason}{who}{words}"
+
+
+def _working(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
+    """An attempt is open: its pods come up, then its ranks get to work."""
+    waiting_phase = Phase.RECOVERING if _was_training(status) else Phase.STARTING
+    if entry.attempt != view.attempt:
+        return waiting_phase, Reason.WAITING_FOR_PODS, f"attempt {entry.attempt} begins"
+    if not _all_up(view):
+        return _waiting(view, waiting_phase)
+    if not view.reports:
+        return _unheard(view, status, entry, waiting_phase)
+    if silent := _silent(view):
+        return status.phase or waiting_phase, Reason.SILENT, silent
+    return _at_work(view, status, entry, waiting_phase)
+
+
+def _at_work(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waiting_phase: Phase) -> Line:
+    """All pods run and speak: what their ranks are doing."""
+    reason = _stage(ORDER[report.state] for report in view.reports)
+    detail = _detail(view, status, reason)
+    if reason in BEFORE_TRAINING:
+        return waiting_phase, reason, detail
+    if reason is Reason.EXPORTING:
+        return Phase.EXPORTING, reason, detail
+    # Its first step is not done yet: an attempt has recovered only once it is.
+    trained = entry.training_at is not None
+    return (Phase.RUNNING if trained else waiting_phase), reason, detail
+
+
+def _stage(reasons: Iterable[Reason]) -> Reason:
+    """Until all ranks train, the gang is where its last one is; from then on, what any of them does beside training."""
+    by_order = sorted(reasons, key=list(ORDER.values()).index)
+    return by_order[0] if by_order[0] in BEFORE_TRAINING else by_order[-1]
+
+
+def _was_training(status: FineTuneJobStatus) -> bool:
+    """Whether any attempt has trained: only then is there something to recover."""
+    return status.step is not None
+
+
+def _all_up(view: View) -> bool:
+    up = (PodPhase.RUNNING, PodPhase.SUCCEEDED)
+    return len(view.pods) == view.num_nodes and all(pod.phase in up for pod in view.pods.values())
+
+
+def _waiting(view: View, phase: Phase) -> Line:
+    """Not all pods run: the words of the scheduler or the kubelet, where there are any."""
+    for pod in view.pods.values():
+        if pod.waiting:
+            return phase, _waiting_reason(pod.waiting), f"{pod.name}: {pod.waiting}"
+    return phase, Reason.WAITING_FOR_PODS, f"{up_over_wanted(view)} pods are up"
+
+
+def _waiting_reason(words: str) -> Reason:
+    if words.startswith(PULLING):
+        return Reason.IMAGE_PULL
+    if words.startswith(CONFIG_ERRORS):
+        return Reason.CONTAINER_CONFIG
+    return Reason.UNSCHEDULABLE if words.startswith(UNSCHEDULABLE) else Reason.WAITING_FOR_PODS
+
+
+def _unheard(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waiting_phase: Phase) -> Line:
+    """All pods run and none has beaten: just started, or the operator was restarted, or there is no coordinator."""
+    if entry.training_at is not None and status.phase in (Phase.RUNNING, Phase.EXPORTING):
+        return status.phase, Reason(status.reason or Reason.TRAINING), status.message or ""
+    if not view.settings.coordinator_url:
+        return Phase.RUNNING, Reason.TRAINING, "all pods run; there is no coordinator to hear of their progress"
+    return waiting_phase, Reason.LOADING, "all pods run; their supervisors have not been heard yet"
+
+
+def _detail(view: View, status: FineTuneJobStatus, reason: Reason) -> str:
+    details = (report.detail for report in view.reports if report.detail and ORDER[report.state] is reason)
+    detail = next(details, None)
+    step = f"step {status.step}" + (f" of {status.total_steps}" if status.total_steps else "")
+    if reason is Reason.TRAINING or detail is None:
+        return step if status.step is not None and reason not in BEFORE_TRAINING else reason.value.lower()
+    return detail
+
+
+def _silent(view: View) -> str | None:
+    """Say which pod has not been heard for too long, and since when."""
+    timeout = timedelta(seconds=view.settings.beat_timeout_seconds)
+    for received in view.beats.values():
+        if received.received_at + timeout <= view.now:
+            return f"{received.beat.pod} has not been heard since {received.received_at:%H:%M:%S} UTC"
+    return None
+
+
+def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
+    """When a pod that stays silent must be called so."""
+    if is_finished(status) or not is_true(status, ConditionType.RUNNING):
+        return None
+    timeout = timedelta(seconds=view.settings.beat_timeout_seconds)
+    late = (received.received_at + timeout for received in view.beats.values())
+    return earliest(time for time in late if time > view.now)

@@ -1,0 +1,50 @@
+"""What the API has a field for and this version cannot do yet. Refused with a sentence, never silently ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune_operator.api.job import FineTuneJobSpec
+from finetune_operator.settings import Settings
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One feature that is missing: when a spec asks for it, and what to write instead."""
+
+    asked: Callable[[FineTuneJobSpec], bool]
+    sentence: str
+
+
+GAPS = (
+    Gap(
+        lambda spec: spec.queue_name is not None,
+        "spec.queueName: queues are not supported by this version; leave it out.",
+    ),
+    Gap(
+        lambda spec: spec.topology.min_nodes is not None and spec.topology.min_nodes != spec.topology.max_nodes,
+        "spec.topology.minNodes: elastic jobs are not supported by this version; write nodes instead.",
+    ),
+    Gap(
+        lambda spec: spec.recovery.spot is not None,
+        "spec.recovery.spot: choosing capacity is not supported by this version; leave it out and select nodes in "
+        "podTemplate.",
+    ),
+    Gap(
+        lambda spec: spec.recovery.hang_timeout is not None,
+        "spec.recovery.hangTimeout: hangs are not detected by this version; leave it out.",
+    ),
+)
+
+NO_STORAGE = (
+    "spec.checkpoint.storage: the pods need a volume that they share; write persistentVolumeClaim, hostPath or nfs."
+)
+
+
+def find_unsupported(spec: FineTuneJobSpec, settings: Settings) -> list[str]:
+    """A sentence for each thing that the spec asks for in vain."""
+    sentences = [gap.sentence for gap in GAPS if gap.asked(spec)]
+    if settings.require_storage and spec.checkpoint.storage is None:
+        sentences.append(NO_STORAGE)
+    return sentences
