@@ -294,6 +294,7 @@ class FineTuneJobStatus(StatusModel):
         default=(), description="the ledger: the newest attempts", json_schema_extra=list_map("attempt")
     )
     tally: TallyStatus = Field(default=TallyStatus(), description="sums over all attempts")
+    warnings: tuple[str, ...] = Field(default=(), description="what the trainer warned of, the newest last")
     outputs: tuple[OutputStatus, ...] = Field(default=(), description="outputs that were written")
 
 
