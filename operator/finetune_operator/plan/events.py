@@ -18,6 +18,7 @@ def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Event, ...]
         *_acceptance(old, new),
         *_attempts(old, new),
         *_checkpoint(old, new),
+        *_warnings(old, new),
         *_outputs(old, new),
         *_end(old, new),
     )
@@ -61,6 +62,11 @@ def _checkpoint(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     if old.last_checkpoint is not None or new.last_checkpoint is None:
         return []
     return [Event(Reason.CHECKPOINT_COMMITTED, f"first checkpoint, of step {new.last_checkpoint.step}")]
+
+
+def _warnings(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    fresh = [warning for warning in new.warnings if warning not in old.warnings]
+    return [Event(Reason.TRAINER_WARNING, warning, warning=True) for warning in fresh]
 
 
 def _outputs(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:

@@ -21,6 +21,8 @@ from finetune_operator.plan.types import PodPhase
 from finetune_operator.plan.view import View, is_finished
 
 T = TypeVar("T")
+MAX_WARNINGS = 10
+"""Sentences of the trainer that the status keeps."""
 
 
 def read(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
@@ -32,6 +34,7 @@ def read(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     status = account_lost_steps(status)
     status = _read_checkpoint(view, status)
     status = _read_outputs(view, status)
+    status = _read_warnings(view, status)
     return _read_figures(view, status)
 
 
@@ -126,6 +129,17 @@ def _read_outputs(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
                 format=written.format, to=written.to, bytes=written.size_bytes, sha256=written.sha256
             )
     return revise(status, outputs=tuple(outputs.values()))
+
+
+def _read_warnings(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """What the ranks warn of, each sentence once: all of those that they repeat, and of the older ones what fits."""
+    said = list(dict.fromkeys(warning for report in view.reports for warning in report.warnings))[-MAX_WARNINGS:]
+    if set(said) <= set(status.warnings):
+        return status
+    others = [warning for warning in status.warnings if warning not in said]
+    known = [warning for warning in status.warnings if warning in said]
+    fresh = [warning for warning in said if warning not in known]
+    return revise(status, warnings=(*others, *known, *fresh)[-MAX_WARNINGS:])
 
 
 def _read_figures(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
