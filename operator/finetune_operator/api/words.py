@@ -106,6 +106,7 @@ class Reason(StrEnum):
 
     ATTEMPT_STARTED = "AttemptStarted"
     ATTEMPT_ENDED = "AttemptEnded"
+    RECOVERED = "Recovered"
     CHECKPOINT_COMMITTED = "CheckpointCommitted"
     TRAINER_WARNING = "TrainerWarning"
     OUTPUT_WRITTEN = "OutputWritten"
@@ -273,6 +274,11 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.ATTEMPT_STARTED: ReasonDoc(Topic.EVENT, "An attempt was decided; its pods are being created.", NOTHING),
     Reason.ATTEMPT_ENDED: ReasonDoc(
         Topic.EVENT, "An attempt ended; the message names the cause, the rank and the node.", "See the cause."
+    ),
+    Reason.RECOVERED: ReasonDoc(
+        Topic.EVENT,
+        "An attempt finished its first step after another one had ended; the message says what that cost.",
+        NOTHING,
     ),
     Reason.CHECKPOINT_COMMITTED: ReasonDoc(Topic.EVENT, "A first checkpoint was committed and verified.", NOTHING),
     Reason.TRAINER_WARNING: ReasonDoc(
