@@ -12,6 +12,10 @@ from finetune_operator.plan.phase import explain_end
 from finetune_operator.plan.types import Event
 
 
+TOLD_BY_PHASE = frozenset({Reason.FINISHED, Reason.DEADLINE_EXCEEDED, Reason.SUSPENDED})
+"""Ends of an attempt that the change of the job's phase tells of."""
+
+
 def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Event, ...]:
     """The events of one pass, in the order in which things happened."""
     return (
@@ -41,7 +45,7 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
             events.append(Event(Reason.ATTEMPT_STARTED, f"attempt {entry.attempt} begins"))
         if previous is not None and entry.training_at is not None and (before is None or before.training_at is None):
             events.append(_recovered(previous, entry))
-        if entry.reason not in (None, Reason.FINISHED) and (before is None or before.reason is None):
+        if entry.reason not in (None, *TOLD_BY_PHASE) and (before is None or before.reason is None):
             failed = entry.counts_as == CountsAs.FAILURE
             events.append(Event(entry.reason or Reason.ATTEMPT_ENDED, explain_end(entry), warning=failed))
     return events
@@ -54,7 +58,7 @@ def _recovered(previous: AttemptStatus, entry: AttemptStatus) -> Event:
     ]
     if previous.ended_at is not None and entry.training_at is not None:
         parts.append(f"{(entry.training_at - previous.ended_at).total_seconds():.1f} s")
-    return Event("Recovered", "; ".join(parts))
+    return Event(Reason.RECOVERED, "; ".join(parts))
 
 
 def _checkpoint(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
@@ -78,4 +82,4 @@ def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     ends = (Phase.SUCCEEDED, Phase.FAILED, Phase.SUSPENDED)
     if new.phase == old.phase or new.phase not in ends:
         return []
-    return [Event(new.phase.value, new.message or "", warning=new.phase is Phase.FAILED)]
+    return [Event(new.reason or new.phase.value, new.message or "", warning=new.phase is Phase.FAILED)]

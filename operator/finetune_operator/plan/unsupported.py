@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from finetune_contract.spec import Method
 from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.settings import Settings
 
@@ -18,6 +19,14 @@ class Gap:
 
 
 GAPS = (
+    Gap(
+        lambda spec: spec.training.script is not None,
+        "spec.training.script: scripts are not supported by this version; write a method instead.",
+    ),
+    Gap(
+        lambda spec: spec.training.method not in (None, Method.LORA),
+        "spec.training.method: this version trains LoRA only; write method: LoRA.",
+    ),
     Gap(
         lambda spec: spec.queue_name is not None,
         "spec.queueName: queues are not supported by this version; leave it out.",
