@@ -146,6 +146,8 @@ class CheckpointStore:
             self._on_stage("prune")
             self._prune(committed)
         except (OSError, SafetensorError) as error:
+            # A newer attempt sweeps away what an older one still writes: then that is the cause.
+            self._fence.check()
             raise _storage_error(error) from error
         except BadCheckpointError as error:
             raise StorageError(f"checkpoint {name} does not read back as written: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +25,8 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 class Lora:
     """LoRA on the UNet; see `Method`."""
 
+    formats: ClassVar = frozenset({OutputFormat.DIFFUSERS})
+
     def __init__(self, context: MethodContext) -> None:
         self._family = context.family
         self._schedule = context.family.schedule.to(context.device)
@@ -41,8 +43,11 @@ class Lora:
         self._unet.to(context.device)
         if context.training.gradient_checkpointing:
             self._unet.enable_gradient_checkpointing()
-        # Dropout and checkpointing follow the mode; nothing else in the UNet does.
-        self._unet.train()
+        self.set_training(True)
+
+    def set_training(self, training: bool) -> None:
+        """Switch dropout and gradient checkpointing on or off."""
+        self._unet.train(training)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The adapters' matrices."""
@@ -59,8 +64,7 @@ class Lora:
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
         """Write pytorch_lora_weights.safetensors as diffusers' load_lora_weights reads it."""
-        if output_format is not OutputFormat.DIFFUSERS:
-            raise ConfigError(f"outputs: LoRA has no format {output_format.value}; write diffusers")
+        assert output_format in self.formats
         from peft.utils import get_peft_model_state_dict  # noqa: PLC0415  slow to import
 
         config = self._unet.peft_config["default"].to_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,17 @@ class MethodContext:
 class Method(Protocol):
     """A fine-tuning method, made and ready to train."""
 
+    def __init__(self, context: MethodContext) -> None: ...
+
+    formats: ClassVar[frozenset[OutputFormat]]
+    """Formats that `export` knows."""
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What is trained, by name, in a fixed order; float32. The loop owns their gradients and their optimizer."""
+        ...
+
+    def set_training(self, training: bool) -> None:
+        """Switch what only training does (dropout, gradient checkpointing) on or off."""
         ...
 
     def losses(self, batch: Batch) -> Tensor:
@@ -51,12 +60,9 @@ class Method(Protocol):
         ...
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write the trained weights into an empty folder; the same weights give the same bytes.
+        """Write the trained weights into an empty folder in one of `formats`; the same weights give the same bytes.
 
         Returns:
             The files written.
-
-        Raises:
-            ConfigError: the method has no such format.
         """
         ...

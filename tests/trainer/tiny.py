@@ -1,0 +1,219 @@
+"""A Stable Diffusion base of a few thousand random weights, a data set of a few pictures, and runs of real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from finetune_contract import environment
+from finetune_contract.run_spec import RunSpec
+
+ROOT = Path(__file__).parents[2]
+RESOLUTION = 16
+NUM_SAMPLES = 7
+NUM_TOKENS = 8
+WIDTH = 16
+
+
+def write_base(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """Write the base model in diffusers' layout; the same weights every time."""
+    torch.manual_seed(0)
+    _write_tokenizer(folder / "tokenizer")
+    CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514,
+            max_position_embeddings=NUM_TOKENS,
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=512,
+            eos_token_id=513,
+            pad_token_id=513,
+        )
+    ).save_pretrained(folder / "text_encoder")
+    AutoencoderKL(
+        sample_size=RESOLUTION,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "vae")
+    UNet2DConditionModel(
+        sample_size=RESOLUTION // 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "unet")
+    PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        skip_prk_steps=True,
+        steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.34.0",
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "requires_safety_checker": False,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """CLIP's tokenizer without merges: every letter is a token."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder.mkdir(parents=True)
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": NUM_TOKENS,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_data(folder: Path, num_samples: int = NUM_SAMPLES, size: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Path:
+    """Write splits `train` and `test` of random pictures."""
+    for number, split in enumerate(("train", "test")):
+        random = np.random.default_rng(number)
+        (folder / split).mkdir(parents=True)
+        rows = []
+        for index in range(num_samples):
+            pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / split / f"{index}.png")
+            rows.append(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def make_spec(base: Path, data: Path, **training: Any) -> RunSpec:
+    """A run of six steps with a global batch of four; `training` overrides its settings, by their outside names."""
+    settings = {
+        "method": "LoRA",
+        "steps": 6,
+        "batchSize": 2,
+        "gradientAccumulation": 2,
+        "learningRate": 1e-2,
+        "resolution": RESOLUTION,
+        "lora": {"rank": 2},
+        **training,
+    }
+    return RunSpec.model_validate(
+        {
+            "namespace": "default",
+            "job": "tiny",
+            "uid": "1f0c3a2b-0000-0000-0000-000000000000",
+            "model": {"base": str(base)},
+            "dataset": {"source": str(data)},
+            "training": settings,
+            "globalBatch": 4,
+            "checkpointInterval": {"steps": 2},
+        }
+    )
+
+
+class Ranks:
+    """Real rank processes of one attempt."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        folder: Path,
+        attempt: int = 1,
+        world_size: int = 1,
+        command: Sequence[str] = ("-m", "finetune_trainer.rank"),
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        spec_file = folder / "run.json"
+        spec_file.write_text(spec.to_json(), encoding="utf-8")
+        port = _free_port()
+        self.job_dir = folder / "job"
+        self.processes: list[subprocess.Popen[str]] = []
+        self.readers: list[int] = []
+        for rank in range(world_size):
+            reader, writer = os.pipe()
+            env = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("trainer", "tests/trainer")),
+                "PYTHONUNBUFFERED": "1",
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                environment.RUN_SPEC: str(spec_file),
+                environment.ATTEMPT: str(attempt),
+                environment.CHECKPOINT_DIR: str(self.job_dir),
+                environment.CACHE_DIR: str(folder.parent / "cache"),
+                environment.BACKEND: "gloo",
+                environment.REPORT_FD: str(writer),
+                **(extra or {}),
+            }
+            process = subprocess.Popen(
+                [sys.executable, *command], env=env, pass_fds=(writer,), stderr=subprocess.PIPE, text=True
+            )
+            os.close(writer)
+            self.processes.append(process)
+            self.readers.append(reader)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit codes, by rank, when all have ended; kills them when that takes too long."""
+        try:
+            return [process.wait(timeout) for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL those that live."""
+        for process in self.processes:
+            process.kill()
+
+    def errors(self, rank: int = 0) -> str:
+        """What a rank has written to stderr; after its end."""
+        stderr = self.processes[rank].stderr
+        assert stderr is not None
+        return stderr.read()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""Writing what was trained to where the manifest wants it."""

@@ -1,0 +1,61 @@
+"""The outputs of a run: checked before it begins, written when its last step is done."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune_contract import paths
+from finetune_contract.beat import WrittenOutput
+from finetune_contract.spec import OutputFormat, OutputSpec
+from finetune_trainer.errors import ConfigError, StorageError
+from finetune_trainer.files import sync_file, sync_folder
+from finetune_trainer.methods.method import Method
+
+DEFAULT_OUTPUTS = (OutputSpec(format=OutputFormat.DIFFUSERS, to="."),)
+_WRITING = ".writing"
+
+
+def check_outputs(outputs: Sequence[OutputSpec], formats: frozenset[OutputFormat]) -> None:
+    """Refuse what could not be written at the end.
+
+    Raises:
+        ConfigError: an output has a format that the method lacks, or a place that is no folder.
+    """
+    for number, output in enumerate(outputs):
+        if output.format not in formats:
+            known = ", ".join(sorted(known.value for known in formats))
+            raise ConfigError(f"outputs[{number}].format: the method has no {output.format.value}; write {known}")
+        if "://" in output.to:
+            raise ConfigError(f"outputs[{number}].to: {output.to} cannot be written to; write a folder")
+
+
+def write_outputs(method: Method, outputs: Sequence[OutputSpec], job_dir: Path) -> tuple[WrittenOutput, ...]:
+    """Write all outputs; relative folders are below the job's. Doing it again writes the same bytes.
+
+    Raises:
+        StorageError: one could not be written.
+    """
+    return tuple(_write(method, output, job_dir) for output in outputs or DEFAULT_OUTPUTS)
+
+
+def _write(method: Method, output: OutputSpec, job_dir: Path) -> WrittenOutput:
+    folder = job_dir / paths.OUTPUTS / output.to
+    aside = folder / _WRITING
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        files = sorted(method.export(output.format, aside))
+        digest, size = hashlib.sha256(), 0
+        for file in files:
+            sync_file(file)
+            digest.update(file.read_bytes())
+            size += file.stat().st_size
+            file.replace(folder / file.name)
+        shutil.rmtree(aside)
+        sync_folder(folder)
+    except OSError as error:
+        raise StorageError(f"outputs: cannot write to {folder}: {error.strerror or error}") from error
+    return WrittenOutput(format=output.format.value, to=str(folder), size_bytes=size, sha256=digest.hexdigest())

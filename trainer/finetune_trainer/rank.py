@@ -1,0 +1,73 @@
+"""Entry point of one rank: `python -m finetune_trainer.rank`, started by the supervisor with torch's variables.
+
+Takes SIGTERM before anything slow is imported, and turns every end into an exit code of the contract.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+from finetune_contract import environment
+from finetune_contract.beat import RankState
+from finetune_contract.exit_codes import ExitCode
+from finetune_trainer.errors import RankError
+from finetune_trainer.train.notice import Notice
+from finetune_trainer.train.report import Reporter
+
+_LOG = logging.getLogger(__name__)
+
+
+def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], None] = lambda _: None) -> int:
+    """Run the rank that the environment describes.
+
+    Args:
+        env: torch's variables and those of `finetune_contract.environment`.
+        on_save_stage: see CheckpointStore.
+
+    Returns:
+        An exit code of the contract.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    fd = env.get(environment.REPORT_FD)
+    reporter = Reporter(int(env.get("RANK", "0")), int(fd) if fd else None)
+    notice = Notice(on_leave=lambda: reporter.state(RankState.SAVED))
+    notice.listen()
+    reporter.state(RankState.STARTING)
+    _prepare_libraries(env)
+    try:
+        # Seconds of imports, which a notice may interrupt.
+        from finetune_trainer.train.run import read_context, run_rank  # noqa: PLC0415
+
+        context = read_context(env, notice, reporter, on_save_stage)
+        code = run_rank(context, env)
+    except RankError as error:
+        reporter.state(RankState.FAILED)
+        _LOG.error("%s", error)
+        return error.code
+    except Exception:
+        reporter.state(RankState.FAILED)
+        _LOG.exception("the trainer has failed in a way that nothing expected")
+        return ExitCode.SOFTWARE
+    reporter.state(RankState.SAVED if code is ExitCode.SAVED else RankState.DONE)
+    return code
+
+
+def _prepare_libraries(env: Mapping[str, str]) -> None:
+    """Quiet the libraries' own bars, and keep the hub's files in the shared cache. Read when they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if environment.CACHE_DIR in env:
+        os.environ.setdefault("HF_HOME", os.path.join(env[environment.CACHE_DIR], "hub"))  # noqa: PTH118
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Tearing down torch takes up to a second and cannot matter any more.
+    os._exit(code)

@@ -1,0 +1,102 @@
+"""The state of a run: what a checkpoint holds, and how it goes in and out of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune_trainer.checkpoint.store import Snapshot
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.train.ema import Ema
+
+NUM_LOSSES = 20
+"""The reported loss is the mean over so many global batches."""
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training.
+
+    Attributes:
+        parameters: what is trained, by name.
+        optimizer: its optimizer.
+        ema: its moving average, or None.
+        step: finished optimizer steps.
+        losses: mean losses of the last global batches.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None = None
+    step: int = 0
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_LOSSES))
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over the last global batches; NaN before the first."""
+        return sum(self.losses) / len(self.losses) if self.losses else float("nan")
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this block the parameters hold their moving average, where one is kept."""
+        with contextlib.nullcontext() if self.ema is None else self.ema.in_place():
+            yield
+
+    def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
+        """The state as a checkpoint holds it.
+
+        Args:
+            about: what else a reader of state.json wants to know.
+        """
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            "model": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "optimizer": self._optimizer_tensors(),
+        }
+        if self.ema is not None:
+            tensors["ema"] = self.ema.tensors
+        return Snapshot(self.step, tensors, {**about, "step": self.step, "losses": list(self.losses)})
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ConfigError: it is of another model than the run specification asks for.
+        """
+        self._check(snapshot)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(snapshot.tensors["model"][name])
+            self.optimizer.state[parameter] = {}
+        for name, value in snapshot.tensors["optimizer"].items():
+            owner, _, key = name.rpartition(".")
+            parameter = self.parameters[owner]
+            # A clone, for what was read may be a view into a mapped file.
+            self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+        if self.ema is not None:
+            for name, average in self.ema.tensors.items():
+                average.copy_(snapshot.tensors["ema"][name])
+        self.step = snapshot.step
+        self.losses.clear()
+        self.losses.extend(snapshot.values["losses"])
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    def _check(self, snapshot: Snapshot) -> None:
+        have = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        found = {name: tuple(value.shape) for name, value in snapshot.tensors.get("model", {}).items()}
+        if have != found or (self.ema is not None and "ema" not in snapshot.tensors):
+            raise ConfigError(
+                "training: the checkpoints of this job hold other weights than training asks for now; undo the change, "
+                "or make a new job"
+            )

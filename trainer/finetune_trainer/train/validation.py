@@ -1,0 +1,174 @@
+"""Looking at what is learnt: the loss on held-out samples, and pictures of the manifest's prompts.
+
+Everything is drawn from the validation's own seed, so it is the same at every look, comparable from run to run, and
+disturbs no draw of training. The ranks share the work.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from finetune_contract import paths
+from finetune_contract.spec import ValidationSpec
+from finetune_trainer.data.batches import BatchMaker
+from finetune_trainer.data.draws import Draws, Purpose
+from finetune_trainer.data.encode import TextCache
+from finetune_trainer.data.order import SampleRef, micro_batches
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import StorageError
+from finetune_trainer.files import write_aside
+from finetune_trainer.methods.method import Method
+from finetune_trainer.models.family import Family, ImageEncoder
+from finetune_trainer.train.pictures import build_grid, draw_latents, to_picture
+
+_LOG = logging.getLogger(__name__)
+
+MAX_HELD_OUT = 64
+"""Held-out samples that the loss is taken of: the first so many."""
+NUM_TIMESTEPS = 4
+"""Timesteps that each is looked at, spread evenly over the schedule."""
+LOSSES = "losses.json"
+GRID = "before-after.png"
+_PICTURES = "pictures"
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Validates one run.
+
+    Attributes:
+        held_out: makes the held-out batches, with the validation's own draws; None where no split was named.
+        num_held_out: samples of the held-out split.
+        latent_size: height and width of a picture's latents.
+        batch_size: samples in one forward pass.
+    """
+
+    spec: ValidationSpec
+    world: World
+    method: Method
+    family: Family
+    text: TextCache
+    held_out: BatchMaker | None
+    num_held_out: int
+    latent_size: tuple[int, int]
+    batch_size: int
+    job_dir: Path
+    say: Callable[[str], None]
+
+    def __call__(self, step: int) -> None:
+        """Look at the model as it is after a step.
+
+        Raises:
+            StorageError: the results cannot be written.
+        """
+        self.method.set_training(False)
+        try:
+            if self.held_out is not None:
+                self._note_loss(step, self._held_out_loss(self.held_out))
+            if self.spec.prompts:
+                self._note_pictures(step, self._draw())
+        except OSError as error:
+            raise StorageError(f"validation: cannot write: {error}") from error
+        finally:
+            self.method.set_training(True)
+
+    @torch.no_grad()
+    def _held_out_loss(self, batches: BatchMaker) -> float:
+        """Mean over samples and timesteps. Each loss is computed by one rank, so the sum over ranks adds zeros."""
+        num_samples = min(MAX_HELD_OUT, self.num_held_out)
+        count = num_samples * NUM_TIMESTEPS
+        losses = torch.zeros(count, dtype=torch.float64, device=self.world.device)
+        mine = range(self.world.rank * count // self.world.size, (self.world.rank + 1) * count // self.world.size)
+        for part in micro_batches(mine, self.batch_size):
+            refs = [SampleRef(index % NUM_TIMESTEPS, index // NUM_TIMESTEPS) for index in part]
+            timesteps = [spread_timestep(ref, num_samples, self.family.schedule.num_timesteps) for ref in refs]
+            losses[part.start : part.stop] = self.method.losses(batches.make(refs, timesteps)).double()
+            self.say(f"held-out loss {part.stop - mine.start}/{len(mine)}")
+        return float(self.world.sum(losses).mean())
+
+    def _draw(self) -> Tensor:
+        """Pictures of all prompts, uint8 (prompts, 3, H, W), the same on every rank."""
+        vae: ImageEncoder = self.family.load_image_encoder(self.world.device)
+        prompts = self.spec.prompts
+        drawn: dict[int, Tensor] = {}
+        for number in range(self.world.rank, len(prompts), self.world.size):
+            self.say(f"picture {number + 1}/{len(prompts)}")
+            drawn[number] = self._draw_one(vae, number)
+        factor = self.family.latent_shape[1]
+        side = tuple(size * factor for size in self.latent_size)
+        pixels = torch.zeros((len(prompts), 3, *side), dtype=torch.uint8, device=self.world.device)
+        for number, picture in drawn.items():
+            pixels[number] = picture
+        return self.world.sum(pixels)
+
+    def _draw_one(self, vae: ImageEncoder, number: int) -> Tensor:
+        """The picture of one prompt, uint8 (3, H, W)."""
+        shape = (1, self.family.latent_shape[0], *self.latent_size)
+        noise = Draws(self.spec.seed).normal(Purpose.PICTURE, SampleRef(0, number), shape).to(self.world.device)
+        text = {
+            name: value.to(self.world.device) for name, value in self.text.get(["", self.spec.prompts[number]]).items()
+        }
+        latents = draw_latents(self.method, self.family.schedule, text, noise, self.spec)
+        return ((vae.decode(latents)[0] + 1) * 127.5).round().to(torch.uint8)
+
+    def _note_loss(self, step: int, loss: float) -> None:
+        if not self.world.is_first:
+            return
+        _LOG.info("held-out loss after step %d: %.5f", step, loss)
+        path = self.job_dir / paths.VALIDATION / LOSSES
+        # What a killed attempt noted of later steps is not so yet.
+        earlier = [entry for entry in read_losses(path) if entry["step"] < step]
+        write_aside(path, json.dumps([*earlier, {"step": step, "loss": loss}], indent=1).encode())
+
+    def _note_pictures(self, step: int, pixels: Tensor) -> None:
+        if not self.world.is_first:
+            return
+        folder = self.job_dir / paths.VALIDATION
+        pictures = [to_picture(each) for each in pixels]
+        for number, picture in enumerate(pictures):
+            _save_png(picture, folder / _PICTURES / f"step-{step:08d}-{number:02d}.png")
+        rows = [(f"step {step}", pictures)]
+        _save_png(build_grid(rows, self.spec.prompts), folder / f"step-{step:08d}.png")
+        before = [folder / _PICTURES / f"step-{0:08d}-{number:02d}.png" for number in range(len(pictures))]
+        if step > 0 and all(path.is_file() for path in before):
+            rows = [
+                ("before", [Image.open(path).convert("RGB") for path in before]),
+                (f"after\n{step} steps", pictures),
+            ]
+            _save_png(build_grid(rows, self.spec.prompts), folder / GRID)
+
+
+def spread_timestep(ref: SampleRef, num_samples: int, num_timesteps: int) -> int:
+    """Timestep of a held-out look: the looks of all samples together cover the schedule evenly.
+
+    Args:
+        ref: number of the look (as epoch), and sample.
+        num_samples: held-out samples.
+        num_timesteps: timesteps of the schedule.
+    """
+    place = ref.epoch + (ref.index + 0.5) / num_samples
+    return int(place / NUM_TIMESTEPS * num_timesteps)
+
+
+def read_losses(path: Path) -> list[dict[str, Any]]:
+    """The held-out losses noted so far, by step; none where there is no such file."""
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def _save_png(picture: Image.Image, path: Path) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    write_aside(path, buffer.getvalue())
