@@ -247,7 +247,7 @@ def _build(module: Module, package: str, target: Path, compiler: _Compiler, say:
     with _progress(say, f"{target.name} {module.version}") as progress:
         # The first command downloads modules; the packages that it names are those left to compile.
         stale = "{{if .Stale}}{{.ImportPath}}{{end}}"
-        listed = _output(compiler.start(module, "list", "-deps", "-f", stale, package))
+        listed = _output(compiler.start(module, "list", *BUILD_FLAGS, "-deps", "-f", stale, package))
         num_packages = sum("go: downloading" not in line for line in listed)
         flags = [*BUILD_FLAGS, "-v", f"-ldflags={module.ldflags}", "-o", str(aside)]
         num_compiled = 0
@@ -266,9 +266,13 @@ def _output(process: subprocess.Popen[str], on_line: Callable[[str], None] = lam
     lines = []
     with process:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            on_line(line)
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                on_line(line)
+        except BaseException:
+            process.terminate()
+            raise
     if process.returncode != 0:
         command = subprocess.list2cmdline(list(map(str, process.args)))  # type: ignore[arg-type]
         raise BuildError(f"{command} failed:\n{''.join(lines[-SHOWN_LINES:])}")
@@ -324,6 +328,8 @@ def main() -> None:
         programs = ensure_programs(say=functools.partial(print, flush=True))
     except BuildError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The next build goes on from here.")
     for name, path in programs.items():
         print(f"{name:24} {path}")
 

@@ -118,12 +118,19 @@ class ControlPlane:
 
     def stop_api_server(self, with_signal: signal.Signals = signal.SIGKILL) -> None:
         """The API server is down; its clients' connections break."""
+        # kwok gives up on what it is doing when a connection breaks, which no kubelet does: it has to start anew.
+        if "kwok" in self._components:
+            self._programs["kwok"].stop()
         self._programs["kube-apiserver"].stop(with_signal)
 
     def start_api_server(self) -> None:
         """The API server is up again, at the same address; returns when it serves."""
         self._programs["kube-apiserver"].start()
         self._wait_until_ready()
+        if "kwok" in self._components:
+            # The leases are held by the kwok that was there before; the new one would wait until they expire.
+            self.api.delete("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")
+            self._programs["kwok"].start()
 
     def program(self, name: str) -> Program:
         """One of the programs, for a test that stops, pauses or restarts it."""
