@@ -1,0 +1,94 @@
+"""Random pictures for training the VAE, so that it can show styles that the rest of the base model has never seen.
+
+Ellipses, boxes, polygons and rings, flat, striped or shaded, in any colours, on flat or shaded backgrounds. Called by
+`train_base` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from finetune_trainer.demo.circles import PALETTE, Colour
+
+_SUPERSAMPLING: Final = 4
+
+
+def paint_shapes(random: np.random.Generator, size: int) -> Image.Image:
+    """One to three random shapes on a random background: RGB, `size` x `size`, antialiased."""
+    scale = size * _SUPERSAMPLING
+    image = _fill(random, scale)
+    for _ in range(int(random.integers(1, 4))):
+        image.paste(_fill(random, scale), mask=_shape(random, scale))
+    return image.reduce(_SUPERSAMPLING)
+
+
+def _colour(random: np.random.Generator) -> Colour:
+    """A colour of the captions, or any other, with the same chance."""
+    if random.random() < 0.5:
+        return list(PALETTE.values())[int(random.integers(len(PALETTE)))]
+    red, green, blue = (int(value) for value in random.integers(0, 256, size=3))
+    return red, green, blue
+
+
+def _fill(random: np.random.Generator, scale: int) -> Image.Image:
+    """A whole picture of one colour, of stripes in two, or of a shade from one to another."""
+    first, second = _colour(random), _colour(random)
+    kind = random.random()
+    if kind < 0.5:
+        return Image.new("RGB", (scale, scale), first)
+    wave = _stripes(random, scale) if kind < 0.8 else _shade(random, scale)
+    picture = Image.new("RGB", (scale, scale), first)
+    picture.paste(second, mask=Image.fromarray((wave * 255).astype(np.uint8)))
+    return picture
+
+
+def _stripes(random: np.random.Generator, scale: int) -> npt.NDArray[np.float64]:
+    """Stripes of 1/16 to 1/5 of the side, half of them along an axis; values 0 and 1."""
+    width = random.uniform(1 / 16, 1 / 5)
+    return np.floor(_ramp(random, scale) / width + random.random()) % 2
+
+
+def _shade(random: np.random.Generator, scale: int) -> npt.NDArray[np.float64]:
+    """A linear shade from 0 to 1 across the picture."""
+    ramp = _ramp(random, scale)
+    shade: npt.NDArray[np.float64] = (ramp - ramp.min()) / (ramp.max() - ramp.min())
+    return shade
+
+
+def _ramp(random: np.random.Generator, scale: int) -> npt.NDArray[np.float64]:
+    """The position of each pixel along a direction, in sides of the picture."""
+    angle = random.integers(2) * np.pi / 2 if random.random() < 0.5 else random.uniform(0, np.pi)
+    across = np.arange(scale) / scale
+    ramp: npt.NDArray[np.float64] = np.cos(angle) * across[:, None] + np.sin(angle) * across[None, :]
+    return ramp
+
+
+def _shape(random: np.random.Generator, scale: int) -> Image.Image:
+    """The area of one random shape, 0 or 255, anywhere in the picture."""
+    mask = Image.new("L", (scale, scale))
+    draw = ImageDraw.Draw(mask)
+    x, y = random.uniform(0.15, 0.85, size=2) * scale
+    width, height = random.uniform(0.12, 0.40, size=2) * scale
+    if random.random() < 0.5:
+        height = width
+    box = (x - width, y - height, x + width, y + height)
+    painters: tuple[Callable[[], None], ...] = (
+        lambda: draw.ellipse(box, fill=255),
+        lambda: draw.rectangle(box, fill=255),
+        lambda: draw.ellipse(box, outline=255, width=int(max(4, width / 3))),
+        lambda: draw.polygon(_corners(random, x, y, width), fill=255),
+    )
+    painters[int(random.choice(len(painters), p=(0.4, 0.25, 0.15, 0.2)))]()
+    return mask
+
+
+def _corners(random: np.random.Generator, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    """The corners of a regular polygon with three to six of them, turned by chance."""
+    num_corners = int(random.integers(3, 7))
+    angles = random.uniform(0, 2 * np.pi) + np.arange(num_corners) * 2 * np.pi / num_corners
+    return [(x + radius * float(np.cos(angle)), y + radius * float(np.sin(angle))) for angle in angles]
