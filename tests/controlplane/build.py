@@ -13,9 +13,11 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -227,16 +229,28 @@ class _Compiler:
     environment: dict[str, str]
     work: Path
 
-    def start(self, module: Module, *arguments: str) -> subprocess.Popen[str]:
-        """Start `go` in a module's folder, its output and errors in one pipe."""
-        return subprocess.Popen(
-            [str(self.go), *arguments],
-            cwd=module.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def run(self, module: Module, *arguments: str, on_line: Callable[[str], None] = lambda _: None) -> list[str]:
+        """Run `go` in a module's folder.
+
+        Returns the lines that it wrote, each also handed over as it comes; raises BuildError where it fails.
+        """
+        command = [str(self.go), *arguments]
+        pipe, errors = subprocess.PIPE, subprocess.STDOUT
+        lines = []
+        with subprocess.Popen(
+            command, cwd=module.folder, env=self.environment, stdout=pipe, stderr=errors, text=True
+        ) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    lines.append(line)
+                    on_line(line)
+            except BaseException:
+                process.terminate()
+                raise
+        if process.returncode != 0:
+            raise BuildError(f"{shlex.join(command)} failed:\n{''.join(lines[-SHOWN_LINES:])}")
+        return lines
 
 
 def _build(module: Module, package: str, target: Path, compiler: _Compiler, say: Say) -> None:
@@ -244,39 +258,19 @@ def _build(module: Module, package: str, target: Path, compiler: _Compiler, say:
     target.parent.mkdir(parents=True, exist_ok=True)
     compiler.work.mkdir(parents=True, exist_ok=True)
     aside = compiler.work / target.name
+    flags = [*BUILD_FLAGS, f"-ldflags={module.ldflags}"]
     with _progress(say, f"{target.name} {module.version}") as progress:
         # The first command downloads modules; the packages that it names are those left to compile.
         stale = "{{if .Stale}}{{.ImportPath}}{{end}}"
-        listed = _output(compiler.start(module, "list", *BUILD_FLAGS, "-deps", "-f", stale, package))
+        listed = compiler.run(module, "list", *flags, "-deps", "-f", stale, package)
         num_packages = sum("go: downloading" not in line for line in listed)
-        flags = [*BUILD_FLAGS, "-v", f"-ldflags={module.ldflags}", "-o", str(aside)]
-        num_compiled = 0
+        compiled = itertools.count(1)
 
-        def count(_line: str) -> None:
-            nonlocal num_compiled
-            num_compiled += 1
-            progress.detail = f", {num_compiled} of {num_packages} packages"
+        def tell(_package: str) -> None:
+            progress.detail = f", {next(compiled)} of {num_packages} packages"
 
-        _output(compiler.start(module, "build", *flags, package), count)
+        compiler.run(module, "build", *flags, "-v", "-o", str(aside), package, on_line=tell)
     aside.replace(target)
-
-
-def _output(process: subprocess.Popen[str], on_line: Callable[[str], None] = lambda _: None) -> list[str]:
-    """Lines of a command's output, each also handed over as it comes; raises BuildError where the command fails."""
-    lines = []
-    with process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                lines.append(line)
-                on_line(line)
-        except BaseException:
-            process.terminate()
-            raise
-    if process.returncode != 0:
-        command = subprocess.list2cmdline(list(map(str, process.args)))  # type: ignore[arg-type]
-        raise BuildError(f"{command} failed:\n{''.join(lines[-SHOWN_LINES:])}")
-    return lines
 
 
 # --- one at a time, and not in silence -------------------------------------------------------------------------------
