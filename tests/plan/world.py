@@ -6,7 +6,6 @@ deletions as Kubernetes does.
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -217,6 +216,12 @@ class World:
         self.settle()
         self.run_all()
         self.settle()
+        return self
+
+    def created(self) -> World:
+        """The first attempt's pods have just been created; no pass has seen them yet."""
+        self.step()
+        self.step()
         return self
 
     def reasons(self) -> list[str]:

@@ -187,14 +187,14 @@ def _cause(row: Row, facts: Facts, view: View) -> Cause:
         pod=pod.name if pod else pod_name(view.job.metadata.name, view.attempt, facts.node_rank),
         node=pod.node if pod else None,
         exit_code=facts.code,
-        last_words=facts.last_words.strip() or _explain(facts),
+        last_words=facts.last_words.strip() or _cluster_words(facts, row.reason(facts)),
         consequence=row.consequence,
     )
 
 
-def _explain(facts: Facts) -> str:
-    """What to say where no rank said anything."""
+def _cluster_words(facts: Facts, reason: Reason) -> str:
+    """What the cluster says, where no rank said anything and the reason does not say it already."""
     if facts.pod is None:
-        return "the pod is gone, and nothing was heard of its end"
+        return ""
     words = [facts.pod.disruption, facts.pod.reason, describe(facts.code) if facts.code is not None else None]
-    return ", ".join(word for word in words if word)
+    return ", ".join(word for word in words if word and word != reason)

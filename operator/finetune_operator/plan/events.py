@@ -11,7 +11,6 @@ from finetune_operator.plan.conditions import find
 from finetune_operator.plan.phase import explain_end
 from finetune_operator.plan.types import Event
 
-
 TOLD_BY_PHASE = frozenset({Reason.FINISHED, Reason.DEADLINE_EXCEEDED, Reason.SUSPENDED})
 """Ends of an attempt that the change of the job's phase tells of."""
 

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_contract.beat import RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
-from finetune_operator.api.words import ConditionType, Reason
+from finetune_operator.api.words import REASONS, ConditionType, Reason
 from finetune_operator.plan import attempts, suspend
 from finetune_operator.plan.conditions import find, is_true
 from finetune_operator.plan.ledger import current
@@ -80,20 +80,22 @@ def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
     reason = Reason(entry.reason)
     why = explain_end(entry)
     if view.observed.pods:
-        return Phase.RECOVERING, reason, f"{why}; its pods are being cleared"
+        return Phase.RECOVERING, reason, f"{why} Its pods are being cleared."
     due = attempts.wake(view, status)
     if due is not None and due > view.now:
-        return Phase.RECOVERING, Reason.BACK_OFF, f"{why}; the next attempt begins at {due:%H:%M:%S} UTC"
+        return Phase.RECOVERING, Reason.BACK_OFF, f"{why} The next attempt begins at {due:%H:%M:%S} UTC."
     return Phase.RECOVERING, reason, why
 
 
 def explain_end(entry: AttemptStatus) -> str:
-    """Why an attempt ended, in a sentence: cause, rank, pod, node."""
-    where = ", ".join(word for word in (entry.pod, f"node {entry.node}" if entry.node else None) if word)
-    who = f": rank {entry.rank} ({where})" if entry.rank is not None and where else ""
+    """Why an attempt ended, for a person: how far it came, the rank that ended first, what that means, its words."""
+    step = f" at step {entry.to_step}" if entry.to_step is not None else ""
+    node = f" on {entry.node}" if entry.node else ""
+    who = f", rank {entry.rank} ({entry.pod}{node}) first" if entry.rank is not None else ""
+    meaning = REASONS[Reason(entry.reason)].meaning if entry.reason else ""
     last_line = (entry.message or "").strip().splitlines()[-1:]
-    words = f": {last_line[0]}" if last_line else ""
-    return f"attempt {entry.attempt} ended by {entry.reason}{who}{words}"
+    words = f" It said: {last_line[0]}" if last_line else ""
+    return f"attempt {entry.attempt} ended{step}{who}: {meaning}{words}"
 
 
 def _working(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
@@ -131,7 +133,7 @@ def _stage(reasons: Iterable[Reason]) -> Reason:
 
 def _was_training(status: FineTuneJobStatus) -> bool:
     """Whether any attempt has trained: only then is there something to recover."""
-    return status.step is not None
+    return status.tally.trained_steps > 0
 
 
 def _all_up(view: View) -> bool:

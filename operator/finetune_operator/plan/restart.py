@@ -13,7 +13,7 @@ from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.words import CountsAs, Reason
 from finetune_operator.plan.ledger import current
 from finetune_operator.plan.types import DeletePod, ObservedPod
-from finetune_operator.plan.view import ENDED, View, earliest, is_finished
+from finetune_operator.plan.view import ENDED, View, is_finished
 
 WITH_OWN_GRACE = frozenset({Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED})
 """Ends that are decided here: the deletion itself is the pods' notice."""
@@ -43,7 +43,8 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
     entry = current(status)
     if entry is None or entry.reason is None or is_finished(status) or not _may_save(entry, view):
         return None
-    return earliest([_notice_over_at(entry, view)]) if not view.all_ended() else None
+    running = any(pod.phase not in ENDED for pod in view.pods.values())
+    return _notice_over_at(entry, view) if running else None
 
 
 def _delete_settled(pod: ObservedPod, entry: AttemptStatus, view: View) -> DeletePod | None:

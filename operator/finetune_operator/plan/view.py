@@ -89,8 +89,8 @@ class View:
         return all(report.state is RankState.DONE for report in received.beat.ranks)
 
     def all_ended(self) -> bool:
-        """Whether no pod of the attempt runs, or can run, any more."""
-        return all(pod.phase in ENDED for pod in self.pods.values())
+        """Whether every pod of the gang has been seen to end: nobody is left who could show a better cause."""
+        return len(self.pods) >= self.num_nodes and all(pod.phase in ENDED for pod in self.pods.values())
 
 
 def is_finished(status: FineTuneJobStatus) -> bool:
