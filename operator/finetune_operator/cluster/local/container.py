@@ -19,6 +19,8 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_INTERFACE = "lo"
 TERMINATION_LOG = "/dev/termination-log"
 """Kubernetes' default terminationMessagePath."""
+SHARED_WITH_THIS_MACHINE = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108
+"""Where a pod has a folder of its own, but a path below one of these is likely to mean a file of this machine."""
 FROM_THIS_MACHINE = (
     *("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "SSL_CERT_FILE"),
@@ -134,7 +136,7 @@ class _Paths:
         """Rewrite a path that is mounted or lies below a mount, also behind the `=` of an option."""
         option, equals, value = text.partition("=") if text.startswith("-") else ("", "", text)
         for mounted, folder in self.mounts:
-            if value == mounted or value.startswith(mounted + "/"):
+            if value == mounted or (value.startswith(mounted + "/") and mounted not in SHARED_WITH_THIS_MACHINE):
                 return f"{option}{equals}{folder}{value[len(mounted) :]}"
         return text
 

@@ -81,3 +81,10 @@ def clear_folder(folder: JobFolder) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif path != folder.lock and ".broken-" not in path.name:
             path.unlink(missing_ok=True)
+
+
+def remove_job(home: Home, key: JobKey) -> None:
+    """Remove all of a job, its lock at last. The caller holds that."""
+    folder = home.job(key)
+    clear_folder(folder)
+    shutil.rmtree(folder.path, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
@@ -20,6 +21,7 @@ from finetune_operator.cluster.local.launch import (
     clear_away,
     cores_of_others,
     launch,
+    machine_environment,
     pod_folders,
     read_last_words,
     reap,
@@ -227,7 +229,7 @@ class Kubelet:
             master_port=self._world.master_port(pod.attempt),
             gpus=pod.gpus,
         )
-        container = build_container(pod.value, place, os.environ, resolve_command)
+        container = build_container(pod.value, place, machine_environment(), resolve_command)
         return launch(pod.files, container, pod.cores, self._log(pod))
 
     def _log(self, pod: Pod) -> Path:
@@ -237,25 +239,29 @@ class Kubelet:
         assert pod.processes is not None
         await wait_gone(pod.processes.shim)
         reap(pod.processes.shim.pid)
-        if self._pods.get(pod.name) is not pod:
-            return
+        async with self._turn:
+            if self._pods.get(pod.name) is not pod:
+                return
+            code = await asyncio.to_thread(self._read_exit_code, pod)
+            if code is None:
+                # Shim and container died together: nobody can say how, as when a machine fails.
+                await self._remove(pod)
+            else:
+                await self._ended(pod, code, await asyncio.to_thread(read_last_words, pod.files, self._log(pod)))
+
+    def _read_exit_code(self, pod: Pod) -> int | None:
         try:
-            code = await asyncio.to_thread(read_json, pod.files.exit, lambda value: int(value["exitCode"]))
+            return read_json(pod.files.exit, lambda value: int(value["exitCode"]))
         except BrokenFileError as error:
             self._world.warn(str(error))
-            code = None
-        if code is None:
-            # Shim and container died together: nobody can say how, as when a machine fails.
-            await self.vanish(pod.name)
-        else:
-            await self._ended(pod, code, await asyncio.to_thread(read_last_words, pod.files, self._log(pod)))
+            return None
 
     async def _ended(self, pod: Pod, code: int, message: str) -> None:
         self._disarm(pod)
+        await asyncio.to_thread(shutil.rmtree, temporary_folder(pod.files.folder), ignore_errors=True)
         pod.end(code, message, self._world.now())
-        if self._pods.get(pod.name) is pod:
-            await self._save(pod)
-            self.look_for_startable()
+        await self._save(pod)
+        self.look_for_startable()
 
     def _end(self, pod: Pod) -> None:
         """SIGTERM to the container's first process now, SIGKILL when the grace period is over.

@@ -40,6 +40,12 @@ def resolve_command(command: str) -> tuple[str, ...]:
     return (command,)
 
 
+def machine_environment() -> dict[str, str]:
+    """Our own environment, with the programs of this installation first: it stands in for the container's image."""
+    here = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)])}
+
+
 def temporary_folder(pod_folder: Path) -> Path:
     """A pod's folder for temporary files. Short, for sockets below it may have no more than 107 characters."""
     digest = hashlib.sha256(str(pod_folder).encode()).hexdigest()

@@ -1,0 +1,89 @@
+"""What the API has a field for and this version's trainer cannot do yet: one sentence each, never silently ignored.
+
+The plan refuses such a job with the reason NotSupported, and `finetune run` before it starts anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from finetune_contract.spec import Method, Optimizer, OutputFormat, Precision
+from finetune_operator.api.job import FineTuneJobSpec
+
+METHODS = frozenset({Method.LORA})
+OPTIMIZERS = frozenset({Optimizer.ADAMW})
+PRECISIONS = frozenset({Precision.FP32, Precision.BF16})
+OUTPUT_FORMATS = frozenset({OutputFormat.DIFFUSERS})
+REMOTE_SCHEMES = ("s3://", "gs://", "az://", "hub://")
+TABLE_FILES = (".jsonl", ".parquet", ".csv", ".arrow")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that the trainer lacks."""
+
+    field: str
+    asked: Callable[[FineTuneJobSpec], bool]
+    sentence: str
+
+
+MISSING = (
+    Missing(
+        "spec.training.script",
+        lambda spec: spec.training.script is not None,
+        "training scripts cannot be run by this version; write training.method: LoRA",
+    ),
+    Missing(
+        "spec.training.method",
+        lambda spec: spec.training.script is None and spec.training.method not in METHODS,
+        "this version trains LoRA only; write method: LoRA",
+    ),
+    Missing(
+        "spec.training.optimizer",
+        lambda spec: spec.training.optimizer not in OPTIMIZERS,
+        "this version has AdamW only; write optimizer: adamw",
+    ),
+    Missing(
+        "spec.training.precision",
+        lambda spec: spec.training.precision not in PRECISIONS,
+        "this version trains in fp32 and bf16; write precision: bf16",
+    ),
+    Missing(
+        "spec.training.memoryPreset",
+        lambda spec: spec.training.memory_preset is not None,
+        "this version has no presets; leave it out and set batchSize, precision and gradientCheckpointing",
+    ),
+    Missing(
+        "spec.model.base",
+        lambda spec: spec.model.base.startswith(REMOTE_SCHEMES),
+        "object storage is not supported by this version; write a folder in diffusers' layout or a hub id",
+    ),
+    Missing(
+        "spec.dataset.source",
+        lambda spec: spec.dataset.source.startswith(REMOTE_SCHEMES),
+        "object storage is not supported by this version; write a folder with metadata.jsonl or a hub id",
+    ),
+    Missing(
+        "spec.dataset.source",
+        lambda spec: spec.dataset.source.endswith(TABLE_FILES),
+        "single files are not supported by this version; write the folder that holds metadata.jsonl, or a hub id",
+    ),
+    Missing(
+        "spec.outputs",
+        lambda spec: any(output.format not in OUTPUT_FORMATS for output in spec.outputs),
+        "this version writes the format diffusers only; write format: diffusers",
+    ),
+    Missing(
+        "spec.outputs",
+        lambda spec: any(output.to.startswith(REMOTE_SCHEMES) for output in spec.outputs),
+        "this version writes to folders only; write a folder in to",
+    ),
+)
+
+
+def find_missing(spec: FineTuneJobSpec) -> Iterator[str]:
+    """A sentence, with the field before it, for each thing that a spec asks of the trainer in vain."""
+    for missing in MISSING:
+        if missing.asked(spec):
+            yield f"{missing.field}: {missing.sentence}."
