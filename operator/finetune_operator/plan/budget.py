@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.words import REASONS, CountsAs, Reason
+from finetune_operator.plan.explain import explain_end
 from finetune_operator.plan.finish import fail
 from finetune_operator.plan.ledger import current
 from finetune_operator.plan.view import View, is_finished
@@ -15,12 +16,12 @@ def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if entry is None or entry.reason is None or entry.counts_as != CountsAs.FAILURE or is_finished(status):
         return status
     reason = Reason(entry.reason)
-    words = f"rank {entry.rank} of attempt {entry.attempt}: {entry.message}"
     if REASONS[reason].final:
-        return fail(view, status, reason, words)
+        return fail(view, status, reason, explain_end(entry))
     allowed = view.spec.recovery.max_failures
     if status.tally.failures_since_checkpoint <= allowed:
         return status
     since = f"since the checkpoint of step {status.last_checkpoint.step}" if status.last_checkpoint else "in all"
-    sentence = f"{status.tally.failures_since_checkpoint} failures {since}, {allowed} allowed; the last, {words}"
+    num_failures = status.tally.failures_since_checkpoint
+    sentence = f"{num_failures} failures {since}, {allowed} allowed; the last: {explain_end(entry)}"
     return fail(view, status, Reason.MAX_FAILURES_EXCEEDED, sentence)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
 from finetune_operator.api.words import ConditionType, CountsAs, Reason
 from finetune_operator.plan.conditions import find
-from finetune_operator.plan.phase import explain_end
+from finetune_operator.plan.explain import explain_end
 from finetune_operator.plan.types import Event
 
 TOLD_BY_PHASE = frozenset({Reason.FINISHED, Reason.DEADLINE_EXCEEDED, Reason.SUSPENDED})

@@ -11,11 +11,11 @@ from datetime import datetime, timedelta
 
 from finetune_contract.beat import RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
-from finetune_operator.api.words import REASONS, ConditionType, Reason
+from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.plan import attempts, suspend
 from finetune_operator.plan.conditions import find, is_true
+from finetune_operator.plan.explain import explain_end
 from finetune_operator.plan.ledger import current
-from finetune_operator.plan.progress import up_over_wanted
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.types import PodPhase
 from finetune_operator.plan.view import View, earliest, is_finished
@@ -45,10 +45,18 @@ Line = tuple[Phase, Reason, str]
 def describe(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Write phase, reason and message. Those of a finished job stay."""
     if is_finished(status):
-        return revise(status, nodes=up_over_wanted(view))
+        return revise(status, nodes=nodes(view, status))
     phase, reason, message = _line(view, status)
-    nodes = up_over_wanted(view) if status.attempt else None
-    return revise(status, phase=phase, reason=reason.value, message=message, nodes=nodes)
+    return revise(status, phase=phase, reason=reason.value, message=message, nodes=nodes(view, status))
+
+
+def nodes(view: View, status: FineTuneJobStatus) -> str | None:
+    """Pods of the newest attempt that are up, over pods asked for, e.g. '3/4'; None before the first attempt."""
+    if status.attempt == 0:
+        return None
+    pods = view.pods.values() if status.attempt == view.attempt else ()
+    up = [pod for pod in pods if pod.phase is PodPhase.RUNNING and pod.deleted_at is None]
+    return f"{len(up)}/{view.num_nodes}"
 
 
 def _line(view: View, status: FineTuneJobStatus) -> Line:
@@ -87,24 +95,13 @@ def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
     return Phase.RECOVERING, reason, why
 
 
-def explain_end(entry: AttemptStatus) -> str:
-    """Why an attempt ended, for a person: how far it came, the rank that ended first, what that means, its words."""
-    step = f" at step {entry.to_step}" if entry.to_step is not None else ""
-    node = f" on {entry.node}" if entry.node else ""
-    who = f", rank {entry.rank} ({entry.pod}{node}) first" if entry.rank is not None else ""
-    meaning = REASONS[Reason(entry.reason)].meaning if entry.reason else ""
-    last_line = (entry.message or "").strip().splitlines()[-1:]
-    words = f" It said: {last_line[0]}" if last_line else ""
-    return f"attempt {entry.attempt} ended{step}{who}: {meaning}{words}"
-
-
 def _working(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
     """An attempt is open: its pods come up, then its ranks get to work."""
     waiting_phase = Phase.RECOVERING if _was_training(status) else Phase.STARTING
     if entry.attempt != view.attempt:
-        return waiting_phase, Reason.WAITING_FOR_PODS, f"attempt {entry.attempt} begins"
+        return waiting_phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
     if not _all_up(view):
-        return _waiting(view, waiting_phase)
+        return _waiting(view, status, waiting_phase)
     if not view.reports:
         return _unheard(view, status, entry, waiting_phase)
     if silent := _silent(view):
@@ -141,12 +138,12 @@ def _all_up(view: View) -> bool:
     return len(view.pods) == view.num_nodes and all(pod.phase in up for pod in view.pods.values())
 
 
-def _waiting(view: View, phase: Phase) -> Line:
+def _waiting(view: View, status: FineTuneJobStatus, phase: Phase) -> Line:
     """Not all pods run: the words of the scheduler or the kubelet, where there are any."""
     for pod in view.pods.values():
         if pod.waiting:
             return phase, _waiting_reason(pod.waiting), f"{pod.name}: {pod.waiting}"
-    return phase, Reason.WAITING_FOR_PODS, f"{up_over_wanted(view)} pods are up"
+    return phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
 
 
 def _waiting_reason(words: str) -> Reason:

@@ -17,7 +17,6 @@ from finetune_operator.api.words import CountsAs
 from finetune_operator.build import global_batch
 from finetune_operator.plan.ledger import account_lost_steps, current, replace_current
 from finetune_operator.plan.revise import revise
-from finetune_operator.plan.types import PodPhase
 from finetune_operator.plan.view import View, is_finished
 
 T = TypeVar("T")
@@ -27,8 +26,12 @@ MAX_WARNINGS = 10
 
 def read(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Write what the attempt's ranks report."""
+    if is_finished(status):
+        return status
+    total_steps = _first(report.total_steps for report in view.reports)
+    status = revise(status, total_steps=total_steps or status.total_steps or view.spec.training.steps)
     entry = current(status)
-    if entry is None or is_finished(status):
+    if entry is None:
         return status
     status = _read_steps(view, status, entry)
     status = account_lost_steps(status)
@@ -36,12 +39,6 @@ def read(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     status = _read_outputs(view, status)
     status = _read_warnings(view, status)
     return _read_figures(view, status)
-
-
-def up_over_wanted(view: View) -> str:
-    """Pods that are up over pods asked for, e.g. '3/4'."""
-    up = [pod for pod in view.pods.values() if pod.phase is PodPhase.RUNNING and pod.deleted_at is None]
-    return f"{len(up)}/{view.num_nodes}"
 
 
 def _read_steps(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> FineTuneJobStatus:
@@ -144,14 +141,11 @@ def _read_warnings(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
 def _read_figures(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Loss, speed, share and time left. What nobody reports any more stays as it was last seen."""
-    total_steps = _first(report.total_steps for report in view.reports) or status.total_steps
-    total_steps = total_steps or view.spec.training.steps
     loss = _first(report.loss for report in view.reports)
     speed = _first(report.images_per_second for report in view.reports if report.state in AT_SPEED)
-    step = status.step
+    step, total_steps = status.step, status.total_steps
     return revise(
         status,
-        total_steps=total_steps,
         loss=loss if loss is not None else status.loss,
         images_per_second=speed if speed is not None else status.images_per_second,
         progress=f"{100 * step // total_steps}%" if step is not None and total_steps else status.progress,

@@ -1,0 +1,275 @@
+"""Random lives of a job: the plan against a world in which pods appear late, die and are taken away.
+
+The operator is restarted before every pass, for `plan` keeps nothing: what survives is the status alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.plan.world import RankState, World, last_words, make_job, seconds
+
+from finetune_contract.beat import CommittedCheckpoint, RankEnd
+from finetune_contract.exit_codes import ExitCode
+from finetune_operator.api.job import FineTuneJobStatus, Phase
+from finetune_operator.api.words import ConditionType, Reason
+from finetune_operator.plan import plan
+from finetune_operator.plan.conditions import is_true
+from finetune_operator.plan.types import Create, DeletePod, ObservedPod, Plan, PodPhase
+
+DAY_SECONDS = 86400.0
+RANKS = st.integers(0, 2)
+FAILURES = st.sampled_from([1, 70, ExitCode.STORAGE, ExitCode.FABRIC, 137])
+DISRUPTIONS = st.sampled_from(["TerminationByKubelet", "DeletionByTaintManager", "EvictionByEvictionAPI", "New"])
+FINISHED = (Phase.SUCCEEDED, Phase.FAILED)
+
+
+class JobMachine(RuleBasedStateMachine):
+    """One job of three nodes, whatever may befall it, and what must hold after every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.num_injected_failures = 0
+        self.checkpoint = 0
+        self.step = 0
+        self.begun_at: dict[int, int] = {}
+
+    @initialize(max_failures=st.integers(0, 3), deadline=st.sampled_from([None, 3000]))
+    def apply_the_job(self, max_failures: int, deadline: int | None) -> None:
+        self.world = World(
+            make_job(
+                topology={"accelerator": "cpu", "nodes": 3},
+                recovery={"maxFailures": max_failures, "noticeSeconds": 60},
+                **({"activeDeadlineSeconds": deadline} if deadline else {}),
+            )
+        )
+
+    # passes
+
+    @rule(carried_out=st.floats(0, 1))
+    def one_pass(self, carried_out: float) -> None:
+        """A pass; the operator may die after some of its actions."""
+        world = self.world
+        decided = world.decide()
+        self.check(decided)
+        world.job = world.job.model_copy(update={"status": decided.status})
+        world.events += decided.events
+        for action in decided.actions[: round(carried_out * len(decided.actions))]:
+            world.apply(action)
+
+    @rule()
+    def a_pass_whose_write_conflicts(self) -> None:
+        self.check(self.world.decide())
+
+    @rule()
+    def passes_until_all_rests(self) -> None:
+        for _ in range(20):
+            decided = self.world.decide()
+            self.check(decided)
+            self.world.step()
+            if not decided.actions and decided.status == self.world.decide().status:
+                return
+        raise AssertionError("passes without time or news never come to rest")
+
+    # the world
+
+    @rule(number=st.sampled_from([0.1, 1.0, 3.0, 11.0, 61.0, 301.0]))
+    def time_goes_by(self, number: float) -> None:
+        self.world.tick(number)
+
+    @rule(node_rank=RANKS)
+    def a_pod_starts(self, node_rank: int) -> None:
+        pod = self.mine(node_rank)
+        if pod is not None and pod.phase is PodPhase.PENDING:
+            self.world.change(node_rank, phase=PodPhase.RUNNING, node=f"node-{node_rank}")
+
+    @rule()
+    def all_pods_start(self) -> None:
+        self.world.run_all()
+
+    @rule(node_rank=RANKS)
+    def a_pod_is_not_shown_yet(self, node_rank: int) -> None:
+        entry = self.status.attempts[-1] if self.status.attempts else None
+        pod = self.mine(node_rank)
+        # A pod that was seen once is not unseen again.
+        if pod is not None and entry is not None and not entry.gang_complete and pod.phase is PodPhase.PENDING:
+            self.world.hidden.add(pod.uid)
+
+    @rule()
+    def all_pods_are_shown(self) -> None:
+        self.world.hidden.clear()
+
+    @rule(num_steps=st.integers(1, 30), save=st.booleans())
+    def the_gang_trains(self, num_steps: int, save: bool) -> None:
+        pods = self.gang()
+        if len(pods) < 3 or any(pod.phase is not PodPhase.RUNNING for pod in pods):
+            return
+        attempt = self.status.attempt
+        if attempt not in self.begun_at:
+            self.begun_at[attempt] = self.step = self.checkpoint
+        self.step = min(100, self.step + num_steps)
+        committed = None
+        if save:
+            self.checkpoint = self.step
+            committed = CommittedCheckpoint(step=self.step, time=0, size_bytes=1, attempt=attempt)
+        for pod in pods:
+            self.world.beat(pod.node_rank, step=self.step, restored_step=self.begun_at[attempt], checkpoint=committed)
+
+    @rule()
+    def beats_are_lost(self) -> None:
+        self.world.beats.clear()
+
+    @rule(node_rank=RANKS)
+    def a_pod_is_gone_with_its_node(self, node_rank: int) -> None:
+        if (pod := self.mine(node_rank)) is not None:
+            self.world.vanish(pod.name)
+
+    @rule(node_rank=RANKS, disruption=st.one_of(st.none(), DISRUPTIONS))
+    def a_pod_is_taken_away_with_notice(self, node_rank: int, disruption: str | None) -> None:
+        if (pod := self.mine(node_rank)) is not None:
+            self.world.change(node_rank, disruption=disruption)
+            self.world.delete(pod.name, pod.uid, None)
+
+    @rule(node_rank=RANKS)
+    def a_supervisor_is_told_to_stop(self, node_rank: int) -> None:
+        pod = self.mine(node_rank)
+        if pod is not None and pod.phase is PodPhase.RUNNING:
+            self.world.beat(node_rank, RankState.SAVING, notice=True)
+
+    @rule()
+    def the_gang_saves_and_leaves(self) -> None:
+        if any(pod.deleted_at is not None for pod in self.gang()):
+            for pod in self.gang():
+                if pod.phase is PodPhase.RUNNING:
+                    self.world.exit(pod.node_rank, ExitCode.SAVED)
+
+    @rule(node_rank=RANKS, code=FAILURES, told=st.booleans())
+    def a_rank_fails(self, node_rank: int, code: int, told: bool) -> None:
+        pod = self.mine(node_rank)
+        if pod is None or pod.phase is not PodPhase.RUNNING:
+            return
+        self.num_injected_failures += 1
+        if told:
+            self.world.beat(node_rank, ends=(RankEnd(rank=node_rank, exit_code=code, last_words="bad"),))
+        else:
+            self.world.exit(node_rank, code, termination=last_words(pod.attempt, code, "bad", rank=node_rank))
+
+    @rule(value=st.booleans())
+    def spec_suspend(self, value: bool) -> None:
+        spec = self.world.job.spec.model_copy(update={"suspend": value})
+        self.world.job = self.world.job.model_copy(update={"spec": spec})
+
+    @precondition(lambda self: self.step >= 100)
+    @rule(node_rank=RANKS)
+    def a_pod_is_done(self, node_rank: int) -> None:
+        pod = self.mine(node_rank)
+        if pod is not None and pod.phase is PodPhase.RUNNING and self.status.attempt in self.begun_at:
+            self.world.exit(node_rank, 0)
+
+    # what must hold
+
+    def check(self, decided: Plan) -> None:
+        world, before, after = self.world, self.status, decided.status
+        self.check_fence(before, decided)
+        self.check_deletions(decided)
+        self.check_counts(before, after)
+        if before.phase in FINISHED:
+            assert after.phase is before.phase
+        assert after.phase is not None
+        assert after.reason is not None
+        # Deciding again from what was decided, with nothing new, changes nothing.
+        job = world.job.model_copy(update={"status": after})
+        again = plan(job, world.observed(), world.now, world.settings)
+        assert differences(after, again.status) == {}
+        assert again.events == ()
+        self.check_rest(job, again)
+
+    def check_fence(self, before: FineTuneJobStatus, decided: Plan) -> None:
+        after = decided.status
+        assert after.attempt >= before.attempt
+        created = [a.manifest for a in decided.actions if isinstance(a, Create) and a.manifest["kind"] == "Pod"]
+        names = {manifest["metadata"]["name"] for manifest in created}
+        seen = {pod.name for pod in self.world.observed().pods}
+        if created:
+            assert after.attempt == before.attempt
+            assert all(name.startswith(f"circles-a{before.attempt}-") for name in names | seen)
+            assert len(names | seen) <= 3
+
+    def check_deletions(self, decided: Plan) -> None:
+        entry = decided.status.attempts[-1] if decided.status.attempts else None
+        is_open = entry is not None and entry.ended_at is None
+        for action in decided.actions:
+            if isinstance(action, DeletePod):
+                pod = self.world.pods[action.name]
+                assert pod.uid == action.uid
+                assert pod.attempt < decided.status.attempt or not is_open
+
+    def check_counts(self, before: FineTuneJobStatus, after: FineTuneJobStatus) -> None:
+        assert after.preemptions >= before.preemptions
+        assert after.failures >= before.failures
+        assert after.failures <= self.num_injected_failures
+        assert after.preemptions + after.failures <= after.attempt
+        assert after.lost_steps >= before.lost_steps
+        assert after.tally.failures_since_checkpoint <= after.failures
+        allowed = self.world.job.spec.recovery.max_failures
+        if after.phase is Phase.FAILED and after.reason == Reason.MAX_FAILURES_EXCEEDED:
+            assert after.tally.failures_since_checkpoint == allowed + 1
+        elif after.phase is not Phase.FAILED:
+            assert after.tally.failures_since_checkpoint <= allowed or after.attempts[-1].reason is None
+
+    def check_rest(self, job: Any, decided: Plan) -> None:
+        """Until the moment that the plan asked to be woken at, time alone changes nothing."""
+        wait = decided.look_again.total_seconds() if decided.look_again is not None else 2 * DAY_SECONDS
+        later = plan(job, self.world.observed(), self.world.now + seconds(wait / 2), self.world.settings)
+        assert differences(decided.status, later.status) == {}
+        assert later.actions == decided.actions
+
+    @invariant()
+    def no_more_pods_than_asked_for(self) -> None:
+        assert len(self.gang()) <= 3
+
+    def teardown(self) -> None:
+        """Whatever has happened, once nothing more does, the job comes to its end."""
+        self.spec_suspend(False)
+        self.world.hidden.clear()
+        for _ in range(20):
+            self.passes_until_all_rests()
+            if self.status.phase in FINISHED:
+                return
+            self.world.run_all()
+            self.passes_until_all_rests()
+            if is_true(self.status, ConditionType.ACCEPTED) and len(self.gang()) == 3:
+                for pod in self.gang():
+                    if pod.phase is PodPhase.RUNNING and pod.deleted_at is None:
+                        self.world.exit(pod.node_rank, 0)
+            self.passes_until_all_rests()
+            self.world.tick(400)
+        raise AssertionError(f"the job never ended: {self.status}")
+
+    # helpers
+
+    @property
+    def status(self) -> FineTuneJobStatus:
+        return self.world.job.status
+
+    def gang(self) -> list[ObservedPod]:
+        return [pod for pod in self.world.pods.values() if pod.attempt == self.status.attempt]
+
+    def mine(self, node_rank: int) -> ObservedPod | None:
+        return next((pod for pod in self.gang() if pod.node_rank == node_rank), None)
+
+
+def differences(one: FineTuneJobStatus, other: FineTuneJobStatus) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, with both values."""
+    names = FineTuneJobStatus.model_fields
+    return {n: (getattr(one, n), getattr(other, n)) for n in names if getattr(one, n) != getattr(other, n)}
+
+
+TestJobMachine = JobMachine.TestCase
+TestJobMachine.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
