@@ -20,7 +20,7 @@ import signal
 import subprocess
 import tempfile
 import urllib.request
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -80,7 +80,7 @@ class ControlPlane:
         self._toleration_seconds = toleration_seconds
         self._audit = audit
         self._keep = folder is not None
-        self.folder = folder or Path(tempfile.mkdtemp(prefix="control-plane-"))
+        self.folder = folder.absolute() if folder else Path(tempfile.mkdtemp(prefix="control-plane-"))
         self._numbers = itertools.count()
         self._guard: Guard | None = None
         self._programs: dict[str, Program] = {}
@@ -117,20 +117,24 @@ class ControlPlane:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def stop_api_server(self, with_signal: signal.Signals = signal.SIGKILL) -> None:
-        """The API server is down; its clients' connections break."""
-        # kwok gives up on what it is doing when a connection breaks, which no kubelet does: it has to start anew.
-        if "kwok" in self._components:
-            self._programs["kwok"].stop()
+        """The API server is down; its clients' connections break.
+
+        The components are stopped too, and start anew with it: they can do nothing meanwhile, and would come back late.
+        kwok forgets what it was doing when its connection broke, the others try again after half a minute and more;
+        elsewhere they would have lost their leases and started anew.
+        """
+        for name in self._components:
+            self._programs[name].stop()
         self._programs["kube-apiserver"].stop(with_signal)
 
     def start_api_server(self) -> None:
-        """The API server is up again, at the same address; returns when it serves."""
+        """The API server is up again, at the same address, with the components; returns when it serves."""
         self._programs["kube-apiserver"].start()
         self._wait_until_ready()
-        if "kwok" in self._components:
-            # The leases are held by the kwok that was there before; the new one would wait until they expire.
-            self.api.delete("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")
-            self._programs["kwok"].start()
+        # The leases are held by the kwok that was there before: the new one would wait until they expire.
+        self.api.delete("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")
+        for name in self._components:
+            self._programs[name].start()
 
     def program(self, name: str) -> Program:
         """One of the programs, for a test that stops, pauses or restarts it."""
@@ -145,6 +149,9 @@ class ControlPlane:
         """Make the folder, the certificates, the configuration files and the programs' commands."""
         etcd_port, peer_port, api_port = free_ports(3)
         layout = self._layout = commands.Layout(self.folder, ensure_programs(), etcd_port, peer_port, api_port)
+        # What one in the same folder left that was killed.
+        shutil.rmtree(self.folder / "etcd", ignore_errors=True)
+        layout.audit_log.unlink(missing_ok=True)
         for name in ("logs", "kubeconfigs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.authority = Authority(self.folder / "pki", "test-bed")
@@ -205,7 +212,7 @@ class ControlPlane:
                 raise
             return False
 
-    def _wait(self, what: str, probe: Any) -> None:
+    def _wait(self, what: str, probe: Callable[[], object]) -> None:
         """Wait for a probe; where a program ends meanwhile or time is up, tell with all logs' last lines."""
 
         def look() -> bool:
