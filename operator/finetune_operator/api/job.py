@@ -73,7 +73,7 @@ class TopologySpec(SpecModel):
     processes_per_node: int = Field(default=1, ge=1, le=64, description="ranks in each pod; on gpu, its GPUs")
     resources: dict[str, Quantity] | None = Field(
         default=None,
-        max_length=32,
+        max_length=8,
         description="resources of each pod, e.g. {cpu: 8, memory: 32Gi}; nvidia.com/gpu follows processesPerNode",
     )
     cpu: CpuSpec = Field(default=CpuSpec(), description="settings of CPU training")
@@ -302,7 +302,7 @@ class ObjectMeta(StatusModel):
     """The part of Kubernetes' metadata that the operator reads."""
 
     name: str
-    namespace: str = "default"
+    namespace: Annotated[str, Field(max_length=63, pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = "default"
     uid: str = ""
     generation: int = 1
     resource_version: str = ""

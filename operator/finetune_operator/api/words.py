@@ -29,20 +29,25 @@ CONTAINER = "trainer"
 
 
 class ConditionType(StrEnum):
-    """Types of the job's conditions."""
+    """Types of the job's conditions; CONDITIONS says what each means."""
 
     ACCEPTED = "Accepted"
-    """The spec can be run. False: it is refused, and the message says what to write instead."""
     RUNNING = "Running"
-    """All pods of the newest attempt are up and its ranks are at work."""
     RECOVERING = "Recovering"
-    """An attempt was ended by capacity or by a failure and its successor is not training yet."""
     COMPLETE = "Complete"
-    """All steps are trained and all outputs written. Final."""
     FAILED = "Failed"
-    """The job ended without its model. Final."""
     SUSPENDED = "Suspended"
-    """spec.suspend is true and no pod is left."""
+
+
+CONDITIONS: dict[ConditionType, str] = {
+    ConditionType.ACCEPTED: "The spec can be run. False: it is refused, and the message says what to write instead.",
+    ConditionType.RUNNING: "All pods of the newest attempt are up and its ranks are at work.",
+    ConditionType.RECOVERING: "Capacity or a failure ended an attempt, and its successor is not training yet.",
+    ConditionType.COMPLETE: "All steps are trained and all outputs written. Final.",
+    ConditionType.FAILED: "The job ended without its model. Final.",
+    ConditionType.SUSPENDED: "spec.suspend is true and no pod is left.",
+}
+"""What each condition means where it is True."""
 
 
 class CountsAs(StrEnum):

@@ -1,0 +1,226 @@
+"""From the FineTuneJob models to the CustomResourceDefinition.
+
+Pydantic writes JSON schema; the API server takes structural schemas only: no references, no unions, no null, no titles,
+and a boolean beside the bound where JSON schema has an exclusive bound. The rewriter knows what our models use and
+refuses the rest, so that nothing is lost silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from finetune_operator.api import yaml_text
+from finetune_operator.api.job import GROUP, KIND, PLURAL, SHORT_NAME, SINGULAR, VERSION, FineTuneJob
+from finetune_operator.api.rule import Cause, Rule
+from finetune_operator.api.rules import RULES
+
+Schema = dict[str, Any]
+
+NAME = f"{PLURAL}.{GROUP}"
+"""Name of the definition."""
+FILE = f"crds/{GROUP}_{PLURAL}.yaml"
+"""Where it is committed, relative to the repository."""
+HEADER = "# Generated from the models in operator/finetune_operator/api by `make generate`. Do not edit.\n"
+
+_BOUNDS = ("minLength", "maxLength", "minItems", "maxItems", "maxProperties", "minimum", "maximum", "multipleOf")
+_KNOWN = {
+    *_BOUNDS,
+    *("$ref", "title", "description", "default", "type", "enum", "const", "format", "anyOf"),
+    *("exclusiveMinimum", "exclusiveMaximum", "properties", "required", "items", "additionalProperties"),
+}
+
+COLUMNS = (
+    ("Method", "string", ".spec.training.method", "what is trained", 0),
+    ("Phase", "string", ".status.phase", "where the job is", 0),
+    ("Step", "integer", ".status.step", "finished optimizer steps", 0),
+    ("Progress", "string", ".status.progress", "share of the steps", 0),
+    ("ETA", "string", ".status.eta", "time left at the present speed", 0),
+    ("Checkpoint", "date", ".status.lastCheckpoint.time", "age of the newest verified checkpoint", 0),
+    ("Nodes", "string", ".status.nodes", "pods that are up / pods asked for", 0),
+    ("Preemptions", "integer", ".status.preemptions", "attempts that capacity ended", 0),
+    ("Failures", "integer", ".status.failures", "attempts that the program ended", 0),
+    ("Age", "date", ".metadata.creationTimestamp", "time since the job was made", 0),
+    ("Loss", "number", ".status.loss", "training loss, smoothed", 1),
+    ("Images/s", "number", ".status.imagesPerSecond", "images trained in a second, by all ranks", 1),
+    ("Goodput", "number", ".status.goodput", "share of the time that went into kept steps", 1),
+    ("Message", "string", ".status.message", "why the job is where it is", 1),
+)
+"""Name, type, JSON path, description and priority of kubectl's columns; priority 1 is shown with -o wide."""
+
+
+class SchemaError(Exception):
+    """The models use something that a structural schema cannot say, or leave a field without a description."""
+
+
+def custom_resource_definition() -> Schema:
+    """The whole definition, as Kubernetes takes it."""
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": NAME},
+        "spec": {
+            "group": GROUP,
+            "names": {
+                "kind": KIND,
+                "listKind": f"{KIND}List",
+                "plural": PLURAL,
+                "singular": SINGULAR,
+                "shortNames": [SHORT_NAME],
+                "categories": ["all"],
+            },
+            "scope": "Namespaced",
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": [_column(*column) for column in COLUMNS],
+                    "schema": {"openAPIV3Schema": job_schema()},
+                }
+            ],
+        },
+    }
+
+
+def render() -> str:
+    """Write the definition as the file that is committed."""
+    return HEADER + yaml_text.dump(custom_resource_definition())
+
+
+@cache
+def job_schema() -> Schema:
+    """The structural schema of a FineTuneJob, with its rules. Shared: do not change it."""
+    raw = FineTuneJob.model_json_schema(by_alias=True)
+    definitions = raw.pop("$defs")
+    raw["properties"].pop("metadata")
+    schema = _structural(raw | {"required": ["spec"]}, definitions, KIND)
+    # Kubernetes has its own schema for metadata and takes no other, not even a description. Its own bound on names,
+    # repeated, keeps the cost of our rules on them low.
+    schema["properties"]["metadata"] = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 253}},
+    }
+    for name in ("apiVersion", "kind", "status"):
+        # What the operator did not say the API server should not say for it.
+        _drop_defaults(schema["properties"][name])
+    for rule in RULES:
+        _add_rule(schema, rule)
+    return schema
+
+
+def find(path: str) -> Schema:
+    """The part of the schema at a path, e.g. 'spec.outputs[].to'.
+
+    Raises:
+        KeyError: there is no such field.
+    """
+    return _find(job_schema(), path)
+
+
+def _find(schema: Schema, path: str) -> Schema:
+    for name in path.split(".") if path else ():
+        fields = schema.get("properties", {})
+        schema = fields[name.removesuffix("[]")] if fields else schema["additionalProperties"]
+        if name.endswith("[]"):
+            schema = schema["items"]
+    return schema
+
+
+def _column(name: str, kind: str, path: str, description: str, priority: int) -> Schema:
+    column: Schema = {"name": name, "type": kind, "jsonPath": path, "description": description}
+    return column | {"priority": priority} if priority else column
+
+
+def _add_rule(schema: Schema, rule: Rule[Any]) -> None:
+    place, field = ("", rule.path) if rule.scope.at_root else (rule.scope.path, rule.field)
+    entry: Schema = {"rule": rule.cel, "message": rule.sentence}
+    if rule.cause is not Cause.INVALID:
+        entry["reason"] = rule.cause.value
+    if field:
+        entry["fieldPath"] = f".{field}"
+    _find(schema, place).setdefault("x-kubernetes-validations", []).append(entry)
+
+
+def _drop_defaults(schema: Schema) -> None:
+    schema.pop("default", None)
+    for child in schema.get("properties", {}).values():
+        _drop_defaults(child)
+    if "items" in schema:
+        _drop_defaults(schema["items"])
+
+
+def _structural(raw: Mapping[str, Any], definitions: Mapping[str, Schema], path: str) -> Schema:
+    """Rewrite one node and what is below it."""
+    node = _resolve(raw, definitions)
+    if unknown := {key for key in node if key not in _KNOWN and not key.startswith("x-kubernetes-")}:
+        raise SchemaError(f"{path}: a structural schema has no {', '.join(sorted(unknown))}")
+    schema: Schema = {"description": node["description"]} if "description" in node else {}
+    if _is_int_or_string(node):
+        return schema | {"x-kubernetes-int-or-string": True}
+    if "type" not in node:
+        raise SchemaError(f"{path}: has no type")
+    schema["type"] = node["type"]
+    schema |= {key: node[key] for key in ("format", "enum") if key in node}
+    if "const" in node:
+        schema["enum"] = [node["const"]]
+    schema |= _bounds(node)
+    if node.get("default") is not None:
+        schema["default"] = _without_null(node["default"])
+    schema |= _children(node, definitions, path)
+    return schema | {key: value for key, value in node.items() if key.startswith("x-kubernetes-")}
+
+
+def _resolve(raw: Mapping[str, Any], definitions: Mapping[str, Schema]) -> Schema:
+    """Put a reference's target, or the one branch that is not null, in its place. What stands beside it has its say."""
+    node = dict(raw)
+    if "$ref" in node:
+        target = definitions[node.pop("$ref").removeprefix("#/$defs/")]
+        return _resolve({**target, **node}, definitions)
+    branches = [branch for branch in node.get("anyOf", ()) if branch.get("type") != "null"]
+    if len(branches) == 1:
+        del node["anyOf"]
+        return _resolve({**branches[0], **node}, definitions)
+    return node
+
+
+def _is_int_or_string(node: Mapping[str, Any]) -> bool:
+    return {branch.get("type") for branch in node.get("anyOf", ())} == {"integer", "string"}
+
+
+def _bounds(node: Mapping[str, Any]) -> Schema:
+    bounds = {key: node[key] for key in _BOUNDS if key in node}
+    for side in ("Minimum", "Maximum"):
+        if f"exclusive{side}" in node:
+            bounds[side.lower()] = node[f"exclusive{side}"]
+            bounds[f"exclusive{side}"] = True
+    return bounds
+
+
+def _without_null(default: object) -> object:
+    """A default as the API server takes it: whole, for rules look at it before its own fields' defaults are filled."""
+    if isinstance(default, Mapping):
+        return {name: _without_null(value) for name, value in default.items() if value is not None}
+    return default
+
+
+def _children(node: Mapping[str, Any], definitions: Mapping[str, Schema], path: str) -> Schema:
+    if node["type"] == "array":
+        return {"items": _structural(node["items"], definitions, f"{path}[]"), "x-kubernetes-list-type": "atomic"}
+    if node["type"] != "object":
+        return {}
+    if "properties" in node:
+        properties = {
+            name: _structural(child, definitions, f"{path}.{name}") for name, child in node["properties"].items()
+        }
+        for name, child in properties.items():
+            if not child.get("description"):
+                raise SchemaError(f"{path}.{name}: has no description")
+        return {"properties": properties} | ({"required": node["required"]} if "required" in node else {})
+    if node.get("additionalProperties") is True:
+        return {"x-kubernetes-preserve-unknown-fields": True}
+    if "additionalProperties" not in node:
+        return {}
+    return {"additionalProperties": _structural(node["additionalProperties"], definitions, f"{path}.*")}
