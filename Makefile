@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint verify format lock clean
+.PHONY: help install demo test lint verify format lock clean control-plane kill-demo bench-ranks
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -13,8 +13,23 @@ help: ## this list
 install: ## the virtual environment, from the locks
 	@$(PYTHON) tools/install.py $(VENV)
 
+demo: install ## a real FineTuneJob on this machine, no cluster: two ranks, one taken away halfway
+	@rm -rf .demo/state .demo/out
+	$(BIN)/python -m finetune_trainer.demo.circles .demo/data --style squares --num-train 64 --num-validation 16
+	$(BIN)/finetune run examples/lora-circles.yaml --home .demo/state --preempt rank=1,at-step=60
+
 test: install ## all tests
+	@$(BIN)/python -m tests.controlplane.build
 	$(BIN)/pytest
+
+control-plane: install ## a real API server, scheduler and kwok on loopback, until Ctrl-C; prints its kubeconfig
+	@$(BIN)/python -m tests.controlplane
+
+kill-demo: install ## 10 notices and 20 kills at random moments: the weights of the undisturbed run?
+	@$(BIN)/python -m bench.kill_demo
+
+bench-ranks: install ## two ranks on two cores beside one rank with two threads
+	@$(BIN)/python -m bench.ranks
 
 lint: install ## ruff, mypy strict, import-linter
 	$(BIN)/ruff format --check .
