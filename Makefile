@@ -37,6 +37,9 @@ lint: install ## ruff, mypy strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+verify: install ## regenerate what is generated; fail on a difference
+	$(BIN)/python tools/generate.py --check
+
 format: install ## put the code into form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
