@@ -1,6 +1,6 @@
 """What the API has a field for and this version's trainer cannot do yet: one sentence each, never silently ignored.
 
-The plan refuses such a job with the reason NotSupported, and `finetune run` before it starts anything.
+`finetune run` refuses such a job before it starts anything.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from finetune_contract.spec import Method, Optimizer, OutputFormat, Precision
+from finetune_contract.spec import Optimizer, OutputFormat, Precision
 from finetune_operator.api.job import FineTuneJobSpec
 
-METHODS = frozenset({Method.LORA})
 OPTIMIZERS = frozenset({Optimizer.ADAMW})
 PRECISIONS = frozenset({Precision.FP32, Precision.BF16})
 OUTPUT_FORMATS = frozenset({OutputFormat.DIFFUSERS})
@@ -29,16 +28,6 @@ class Missing:
 
 
 MISSING = (
-    Missing(
-        "spec.training.script",
-        lambda spec: spec.training.script is not None,
-        "training scripts cannot be run by this version; write training.method: LoRA",
-    ),
-    Missing(
-        "spec.training.method",
-        lambda spec: spec.training.script is None and spec.training.method not in METHODS,
-        "this version trains LoRA only; write method: LoRA",
-    ),
     Missing(
         "spec.training.optimizer",
         lambda spec: spec.training.optimizer not in OPTIMIZERS,

@@ -1,1 +1,1 @@
-"""The `finetune` command."""
+"""The command `finetune`."""

@@ -20,7 +20,8 @@ from finetune_operator.cluster.local.cluster import LocalCluster, key_of
 from finetune_operator.cluster.local.container import LOOPBACK
 from finetune_operator.cluster.local.endpoint import free_port
 from finetune_operator.cluster.local.faults import Fault, FaultKind
-from finetune_operator.cluster.local.home import CACHE_CLAIM, Home
+from finetune_operator.cluster.local.home import Home
+from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.cluster.local.tasks import Tasks
 from finetune_operator.cluster.protocol import Clock
 from finetune_operator.cluster.reconcile import Pass, drive, reconcile
@@ -28,15 +29,6 @@ from finetune_operator.coordinator.server import Coordinator
 from finetune_operator.plan.types import PodPhase
 from finetune_operator.settings import Settings
 
-LOCAL = Settings(
-    beat_seconds=0.5,
-    require_storage=False,
-    cache_claim=CACHE_CLAIM,
-    failure_backoff_seconds=1.0,
-    failure_backoff_max_seconds=60.0,
-    cause_seconds=3.0,
-)
-"""Settings that suit one machine: nothing travels far, and a person is watching."""
 FAULT_BEAT_SECONDS = 0.05
 """While a fault waits for its step, supervisors are asked to say every one."""
 NOTICE = "Pod was terminated in response to imminent node shutdown."

@@ -1,0 +1,116 @@
+"""`finetune logs`: what the pods of a job wrote, also when these are gone."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune_operator.api.names import pod_name
+from finetune_operator.cli.errors import Exit, UsageError
+from finetune_operator.cli.get import find
+from finetune_operator.cluster.local.home import Home, JobFolder
+from finetune_operator.cluster.local.inotify import FolderWatch
+from finetune_operator.cluster.local.lock import holder
+from finetune_operator.cluster.protocol import JobKey
+
+CHUNK_BYTES = 64 * 1024
+
+
+def logs(arguments: argparse.Namespace) -> Exit:
+    """Carry out `finetune logs`."""
+    home = Home(arguments.home)
+    key = JobKey(arguments.namespace, arguments.name)
+    job = find(home, key)
+    folder = home.job(key)
+    per_pod = job.spec.topology.processes_per_node
+    attempt = arguments.attempt or max(_attempts(folder, key.name), default=0)
+    if attempt == 0:
+        raise UsageError(f"job {key.name} has not started a pod yet")
+    node_rank = None if arguments.rank is None else arguments.rank // per_pod
+    paths = _files(folder, key.name, attempt, node_rank)
+    if not paths:
+        known = ", ".join(map(str, sorted(set(_attempts(folder, key.name)))))
+        raise UsageError(
+            f"job {key.name} has no log of attempt {attempt}, rank {arguments.rank}; its attempts: {known}"
+        )
+    wanted = line_filter(arguments.rank, per_pod)
+    if arguments.follow and holder(folder.lock) is not None:
+        asyncio.run(_follow(folder, key.name, paths, node_rank, wanted))
+    else:
+        for path in paths:
+            Tail(path, wanted).write_new()
+    return Exit.SUCCEEDED
+
+
+def line_filter(rank: int | None, per_pod: int) -> Callable[[str], bool]:
+    """Which lines of a pod's log to show: with a rank, its own and those of no rank."""
+    if rank is None or per_pod == 1:
+        return lambda line: True
+    own = f"[rank {rank}]"
+    return lambda line: not line.startswith("[rank ") or line.startswith(own)
+
+
+class Tail:
+    """A growing file, written to the terminal by whole lines."""
+
+    def __init__(self, path: Path, wanted: Callable[[str], bool]) -> None:
+        self._path = path
+        self._wanted = wanted
+        self._position = 0
+        self._rest = b""
+
+    def write_new(self) -> None:
+        """Write what came since the last time."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._position)
+                while chunk := file.read(CHUNK_BYTES):
+                    self._position += len(chunk)
+                    *lines, self._rest = (self._rest + chunk).split(b"\n")
+                    self._write(lines)
+        except FileNotFoundError:
+            return
+        sys.stdout.flush()
+
+    def _write(self, lines: list[bytes]) -> None:
+        for line in lines:
+            text = line.decode(errors="replace")
+            if self._wanted(text):
+                sys.stdout.write(text + "\n")
+
+
+async def _follow(
+    folder: JobFolder, name: str, paths: list[Path], node_rank: int | None, wanted: Callable[[str], bool]
+) -> None:
+    """Write what is there and what comes, of later attempts too, until nobody runs the job any more."""
+    tails = {path: Tail(path, wanted) for path in paths}
+    first = max(_attempts(folder, name))
+    with FolderWatch(folder.logs) as watch:
+        while True:
+            for attempt in sorted(set(_attempts(folder, name))):
+                for path in _files(folder, name, attempt, node_rank) if attempt >= first else ():
+                    tails.setdefault(path, Tail(path, wanted))
+            for tail in tails.values():
+                tail.write_new()
+            if holder(folder.lock) is None:
+                return
+            # The runner's end is no change of this folder: look for it now and then.
+            await watch.changed(timeout_seconds=1.0)
+
+
+def _files(folder: JobFolder, name: str, attempt: int, node_rank: int | None) -> list[Path]:
+    if node_rank is not None:
+        path = folder.logs / f"{pod_name(name, attempt, node_rank)}.log"
+        return [path] if path.exists() else []
+    found = folder.logs.glob(f"{name}-a{attempt}-n*.log")
+    return sorted(found, key=lambda path: int(path.stem.rpartition("-n")[2]))
+
+
+def _attempts(folder: JobFolder, name: str) -> list[int]:
+    pattern = re.compile(rf"{re.escape(name)}-a(\d+)-n\d+\.log")
+    names = [path.name for path in folder.logs.glob("*.log")]
+    return [int(match.group(1)) for match in map(pattern.fullmatch, names) if match]

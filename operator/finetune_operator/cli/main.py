@@ -1,0 +1,104 @@
+"""The command `finetune`: runs FineTuneJobs on this machine and looks after them as kubectl does on a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from finetune_operator.cli.delete import delete
+from finetune_operator.cli.describe import describe
+from finetune_operator.cli.errors import Exit, UsageError
+from finetune_operator.cli.get import get
+from finetune_operator.cli.logs import logs
+from finetune_operator.cli.run import run
+from finetune_operator.cli.validate import validate
+from finetune_operator.cluster.local.home import HOME_VARIABLE, default_home
+
+FAULT = "rank=R,at-step=S or rank=R,at-state=STATE"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Parse the command line, carry it out, and end with its exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        code = arguments.command(arguments)
+    except UsageError as error:
+        for sentence in str(error).splitlines():
+            sys.stderr.write(f"finetune: {sentence}\n")
+        code = Exit.USAGE
+    except KeyboardInterrupt:
+        code = Exit.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left; what is still buffered has no reader.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = Exit.SUCCEEDED
+    sys.exit(int(code))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="finetune", description=(__doc__ or "").partition(": ")[2])
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--home",
+        type=lambda text: Path(text).expanduser().absolute(),
+        default=default_home(),
+        help=f"state folder (default: ${HOME_VARIABLE}, else %(default)s)",
+    )
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("-n", "--namespace", default="default", help="namespace of the job (default: default)")
+    _add_run(commands.add_parser("run", parents=[common], help="run a job here, or go on with it"))
+    _add_get(commands.add_parser("get", parents=[common, named], help="list jobs, or show one"))
+    one = commands.add_parser("describe", parents=[common, named], help="show all that is known of a job")
+    one.add_argument("name", help="name of the job")
+    one.set_defaults(command=describe)
+    _add_logs(commands.add_parser("logs", parents=[common, named], help="show what a job's ranks wrote"))
+    gone = commands.add_parser("delete", parents=[common, named], help="stop a job and remove it and its checkpoints")
+    gone.add_argument("name", help="name of the job")
+    gone.set_defaults(command=delete)
+    check = commands.add_parser("validate", parents=[common], help="check a manifest and this machine; start nothing")
+    _add_manifest(check)
+    check.set_defaults(command=validate)
+    return top
+
+
+def _add_manifest(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", type=Path, help="manifest: YAML or JSON with one FineTuneJob")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="another value for a field of spec, e.g. training.steps=50 (repeatable)",
+    )
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    _add_manifest(command)
+    command.add_argument(
+        "--preempt", action="append", default=[], metavar="FAULT", help=f"take a rank's pod away with notice: {FAULT}"
+    )
+    command.add_argument(
+        "--kill", action="append", default=[], metavar="FAULT", help=f"let a rank's pod vanish without notice: {FAULT}"
+    )
+    command.add_argument("--plain", action="store_true", help="plain lines also in a terminal")
+    command.set_defaults(command=run)
+
+
+def _add_get(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", nargs="?", help="name of a job; default: all of the namespace")
+    command.add_argument("-o", "--output", choices=("wide", "json", "yaml"), help="form of the output")
+    command.set_defaults(command=get)
+
+
+def _add_logs(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", help="name of the job")
+    command.add_argument("--rank", type=int, help="only this rank's lines (default: all ranks)")
+    command.add_argument("--attempt", type=int, help="an earlier attempt (default: the newest)")
+    command.add_argument("-f", "--follow", action="store_true", help="go on until the job is no longer run")
+    command.set_defaults(command=logs)

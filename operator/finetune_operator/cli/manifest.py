@@ -1,0 +1,181 @@
+"""From a manifest file to a job: YAML, `--set`, paths made absolute, the API's own checks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.validate import InvalidJob, parse_job
+from finetune_operator.cli.errors import UsageError
+
+MAX_MANIFEST_BYTES = 1024 * 1024
+"""What the API server takes at most, too."""
+_URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
+def load_manifest(path: Path, settings: Sequence[str] = ()) -> FineTuneJob:
+    """Read a manifest into a job whose paths are absolute.
+
+    Args:
+        path: the YAML (or JSON) file; relative paths in it are relative to its folder.
+        settings: `--set` values, e.g. 'training.steps=50', below spec.
+
+    Raises:
+        UsageError: it cannot be read, or is no FineTuneJob.
+    """
+    document = _read_yaml(path)
+    for setting in settings:
+        _apply_setting(document, setting)
+    try:
+        job = parse_job(document)
+    except InvalidJob as error:
+        raise UsageError("\n".join(f"{path}: {sentence}" for sentence in error.sentences)) from error
+    return make_absolute(job, path.absolute().parent)
+
+
+def make_absolute(job: FineTuneJob, folder: Path) -> FineTuneJob:
+    """Make the job's paths independent of where the command was called."""
+    spec = job.spec
+    controlnet = spec.training.controlnet
+    if controlnet is not None and controlnet.base:
+        controlnet = controlnet.model_copy(update={"base": absolute_source(controlnet.base, folder)})
+    script = spec.training.script
+    if script is not None:
+        script = script.model_copy(update={"path": absolute_output(script.path, folder)})
+    model = {"base": absolute_source(spec.model.base, folder)}
+    if spec.model.vae:
+        model["vae"] = absolute_source(spec.model.vae, folder)
+    changes = {
+        "model": spec.model.model_copy(update=model),
+        "dataset": spec.dataset.model_copy(update={"source": absolute_source(spec.dataset.source, folder)}),
+        "training": spec.training.model_copy(update={"controlnet": controlnet, "script": script}),
+        "outputs": tuple(
+            output.model_copy(update={"to": absolute_output(output.to, folder)}) for output in spec.outputs
+        ),
+    }
+    return job.model_copy(update={"spec": spec.model_copy(update=changes)})
+
+
+def absolute_source(text: str, folder: Path) -> str:
+    """Make a path absolute; a hub id or a URL stays. 'owner/name' is a path where something is there to say so."""
+    if _URL.match(text) or (is_hub_id(text) and not is_local(text, folder)):
+        return text
+    return absolute_output(text, folder)
+
+
+def absolute_output(text: str, folder: Path) -> str:
+    """Make a path absolute; a URL stays."""
+    return text if _URL.match(text) else str(folder / Path(text).expanduser())
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a hub id: owner/name."""
+    return _HUB_ID.match(text) is not None
+
+
+def is_local(text: str, folder: Path) -> bool:
+    """Whether what looks like owner/name means a path here: it exists, or the folder that it lies in does."""
+    path = folder / text
+    return path.exists() or path.parent.is_dir()
+
+
+def is_url(text: str) -> bool:
+    """Whether it begins with a scheme, e.g. s3://."""
+    return _URL.match(text) is not None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise UsageError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: this is no manifest")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path} is a folder; name the manifest in it") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not text: a manifest is YAML or JSON in UTF-8") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    return _only_document(path, text)
+
+
+def _only_document(path: Path, text: str) -> dict[str, Any]:
+    try:
+        documents = [document for document in yaml.load_all(text, _UniqueKeys) if document is not None]
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no YAML: {_where(error)}") from error
+    if len(documents) != 1:
+        raise UsageError(f"{path} holds {len(documents)} documents; a local run takes a file with one FineTuneJob")
+    document = documents[0]
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} holds {type(document).__name__} where a FineTuneJob should be (kind: FineTuneJob)")
+    return document
+
+
+def _where(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}: {problem}" if mark else problem
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, and dates stay text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(getattr(key_node, "value", ""))
+            if key in seen and key != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands there twice", key_node.start_mark
+                )
+            seen.add(key)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+_UniqueKeys.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _apply_setting(document: dict[str, Any], setting: str) -> None:
+    path, equals, text = setting.partition("=")
+    names = path.strip().removeprefix("spec.").split(".")
+    if not equals or not all(names):
+        raise UsageError(f"--set {setting!r}: write FIELD=VALUE, e.g. --set training.steps=50")
+    place: Any = document.setdefault("spec", {})
+    for name in names[:-1]:
+        place = place.setdefault(name, {}) if isinstance(place, dict) else None
+        place = place if place is not None else {}
+    if not isinstance(place, dict):
+        raise UsageError(f"--set {setting!r}: {'.'.join(names[:-1])} is no group of fields")
+    try:
+        place[names[-1]] = yaml.load(text, _UniqueKeys)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {setting!r}: {_where(error)}") from error
+
+
+def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "spec") -> Iterable[str]:
+    """Name the fields in which two specs differ, e.g. 'spec.training.steps is 50 and would become 60'."""
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if before == after:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from describe_difference(before, after, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name} is {_short(before)} and would become {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = "unset" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,16 @@
+"""What an administrator decides on a cluster, as it suits one machine."""
+
+from __future__ import annotations
+
+from finetune_operator.cluster.local.home import CACHE_CLAIM
+from finetune_operator.settings import Settings
+
+LOCAL = Settings(
+    beat_seconds=0.5,
+    require_storage=False,
+    cache_claim=CACHE_CLAIM,
+    failure_backoff_seconds=1.0,
+    failure_backoff_max_seconds=60.0,
+    cause_seconds=3.0,
+)
+"""Nothing travels far, and a person is watching."""
