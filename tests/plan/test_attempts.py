@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.plan.world import World
-
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.words import Reason
 from finetune_operator.plan.types import Create, DeletePod, PodPhase
+from tests.plan.world import World
 
 
 def test_the_pass_that_begins_an_attempt_creates_nothing() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.world import World, seconds
 
 from finetune_operator.api.words import Reason
 from finetune_operator.plan.backoff import delay
 from finetune_operator.settings import Settings
+from tests.plan.world import World, seconds
 
 
 @pytest.mark.parametrize(

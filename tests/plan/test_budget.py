@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.world import START, World, last_words, make_job
 
 from finetune_contract.beat import CommittedCheckpoint
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import Phase
 from finetune_operator.api.words import Reason
+from tests.plan.world import START, World, last_words, make_job
 
 COMMITTED = CommittedCheckpoint(step=10, time=START.timestamp(), size_bytes=1000, attempt=1)
 

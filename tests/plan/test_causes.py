@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.plan.world import START, World, last_words, seconds
 
 from finetune_contract.beat import RankEnd
 from finetune_contract.exit_codes import ExitCode
@@ -14,6 +13,7 @@ from finetune_operator.api.words import CountsAs, Reason
 from finetune_operator.plan.causes import Cause, find_cause
 from finetune_operator.plan.types import PodPhase
 from finetune_operator.plan.view import View
+from tests.plan.world import START, World, last_words, seconds
 
 PREEMPTION, FAILURE = CountsAs.PREEMPTION, CountsAs.FAILURE
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tests.plan.world import World
-
 from finetune_operator.api.words import ConditionType
 from finetune_operator.plan.conditions import find, is_true
+from tests.plan.world import World
 
 
 def holding(world: World) -> set[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.world import World, make_job, seconds
 
 from finetune_operator.api.job import Phase
 from finetune_operator.api.words import Reason
 from finetune_operator.plan.types import DeletePod
+from tests.plan.world import World, make_job, seconds
 
 
 @pytest.mark.parametrize(("at_seconds", "over"), [(0, False), (59, False), (60, True), (61, True)])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.world import World, last_words
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import AttemptStatus
 from finetune_operator.api.words import Reason
+from tests.plan.world import World, last_words
 
 
 def entry_of(world: World) -> AttemptStatus:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.plan.world import RankState, World, make_job
-
 from finetune_contract.beat import WrittenOutput
+from tests.plan.world import RankState, World, make_job
 
 
 def told(world: World) -> list[str]:

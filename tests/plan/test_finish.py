@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from tests.plan.world import RankState, World
-
 from finetune_contract.beat import WrittenOutput
 from finetune_operator.api.job import Phase
 from finetune_operator.api.words import Reason
+from tests.plan.world import RankState, World
 
 
 def test_all_pods_succeeded() -> None:

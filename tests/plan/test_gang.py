@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.world import World, make_job
 
 from finetune_operator.plan.types import Create
+from tests.plan.world import World, make_job
 
 
 def names(world: World) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.world import START, World
 
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan import ledger
 from finetune_operator.plan.revise import revise
+from tests.plan.world import START, World
 
 
 def test_only_the_newest_attempts_are_kept() -> None:

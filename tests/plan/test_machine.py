@@ -10,7 +10,6 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.plan.world import RankState, World, last_words, make_job, seconds
 
 from finetune_contract.beat import CommittedCheckpoint, RankEnd
 from finetune_contract.exit_codes import ExitCode
@@ -19,6 +18,7 @@ from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.plan import plan
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.types import Create, DeletePod, ObservedPod, Plan, PodPhase
+from tests.plan.world import RankState, World, last_words, make_job, seconds
 
 DAY_SECONDS = 86400.0
 RANKS = st.integers(0, 2)
@@ -67,6 +67,8 @@ class JobMachine(RuleBasedStateMachine):
 
     @rule()
     def passes_until_all_rests(self) -> None:
+        # What is not shown is asked for again.
+        self.world.hidden.clear()
         for _ in range(20):
             decided = self.world.decide()
             self.check(decided)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.world import RankState, World, make_job
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import Phase
 from finetune_operator.api.words import Reason
 from finetune_operator.plan.types import PodPhase
 from finetune_operator.settings import Settings
+from tests.plan.world import RankState, World, make_job
 
 
 def line(world: World) -> tuple[Phase | None, str | None, str]:

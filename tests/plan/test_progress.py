@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.plan.world import START, RankState, World, last_words, make_job
 
 from finetune_contract.beat import CommittedCheckpoint, WrittenOutput
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.plan.progress import MAX_WARNINGS
 from finetune_operator.plan.types import PodPhase
+from tests.plan.world import START, RankState, World, last_words, make_job
 
 
 def settled(world: World) -> FineTuneJobStatus:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.world import World, make_job
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.plan.types import DeletePod
+from tests.plan.world import World, make_job
 
 
 def deletions(world: World) -> list[tuple[str, int | None]]:

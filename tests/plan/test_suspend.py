@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from tests.plan.world import World, make_job, seconds
-
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import Phase
 from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.types import DeletePod
+from tests.plan.world import World, make_job, seconds
 
 
 def suspend(world: World, value: bool) -> None:

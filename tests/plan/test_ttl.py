@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.world import World, make_job, seconds
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.plan.types import DeleteJob
+from tests.plan.world import World, make_job, seconds
 
 
 @pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.CONFIG])

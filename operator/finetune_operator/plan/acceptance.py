@@ -1,41 +1,59 @@
 """Whether the spec can be run: the condition Accepted. A job that is not accepted makes nothing.
 
-The same rules are in the CRD; they are checked again here, because a job may be older than a rule, and on the local
-cluster nobody else does.
+The CRD holds the same rules. They are checked again here, because a job may have been stored under an older
+definition, and because some things only the operator knows: its own settings, and what its trainer can do.
 """
 
 from __future__ import annotations
 
 from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.supported import find_missing
+from finetune_operator.api.validate import broken_rules
 from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.build import build_pod
 from finetune_operator.build.merge import MergeError
-from finetune_operator.plan.conditions import make, put
+from finetune_operator.plan.conditions import find, make, put
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.unsupported import find_unsupported
 from finetune_operator.plan.view import View, is_finished
 
 
 def check(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Write the condition Accepted, for the generation of the spec that was looked at."""
-    if is_finished(status):
+    """Write the condition Accepted, for the generation of the spec that was looked at.
+
+    What was accepted once stays so until the spec changes. What was refused is looked at in every pass: a newer
+    operator may take it.
+    """
+    if is_finished(status) or _is_accepted(view, status):
         return status
     reason, message = _judge(view)
     accepted = make(view, ConditionType.ACCEPTED, reason is Reason.ACCEPTED, reason.value, message)
     return revise(put(status, accepted), observed_generation=view.job.metadata.generation)
 
 
+def _is_accepted(view: View, status: FineTuneJobStatus) -> bool:
+    condition = find(status, ConditionType.ACCEPTED)
+    if condition is None or condition.status != "True":
+        return False
+    return condition.observed_generation == status.observed_generation == view.job.metadata.generation
+
+
 def _judge(view: View) -> tuple[Reason, str]:
-    if broken := _template_fault(view):
-        return Reason.INVALID_SPEC, broken
-    if unsupported := find_unsupported(view.spec, view.settings):
-        return Reason.NOT_SUPPORTED, " ".join(unsupported)
+    """All that is wrong, in one message: nobody should have to apply a manifest twice to hear the second sentence."""
+    if broken := [str(problem) for problem in broken_rules(view.job)] + _template_faults(view):
+        return Reason.INVALID_SPEC, _sentences(broken)
+    if missing := [*find_missing(view.spec), *find_unsupported(view.spec, view.settings)]:
+        return Reason.NOT_SUPPORTED, _sentences(missing)
     return Reason.ACCEPTED, "the spec can be run"
 
 
-def _template_fault(view: View) -> str | None:
+def _template_faults(view: View) -> list[str]:
     try:
         build_pod(view.job, 1, 0, view.settings)
     except MergeError as error:
-        return f"spec.podTemplate: {error}"
-    return None
+        return [f"spec.podTemplate: {error}"]
+    return []
+
+
+def _sentences(problems: list[str]) -> str:
+    return " ".join(problem.rstrip(".") + "." for problem in problems)

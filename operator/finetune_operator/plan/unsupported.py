@@ -1,4 +1,7 @@
-"""What the API has a field for and this version cannot do yet. Refused with a sentence, never silently ignored."""
+"""What the API has a field for and this version cannot do yet: refused with a sentence, never ignored.
+
+The details that its trainer cannot do stand in `api.supported`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class Gap:
 GAPS = (
     Gap(
         lambda spec: spec.training.script is not None,
-        "spec.training.script: scripts are not supported by this version; write a method instead.",
+        "spec.training.script: scripts cannot be run by this version; write method: LoRA instead.",
     ),
     Gap(
         lambda spec: spec.training.method not in (None, Method.LORA),
