@@ -1,0 +1,290 @@
+"""The real cluster: fulfils `cluster.protocol.Cluster` from caches, and writes through the API server.
+
+It wakes jobs itself: whatever changes in its caches, its nodes and its beats asks for a pass, by its urgency.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from finetune_contract.beat import Beat, Order, Reply
+from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.cluster.kube.beats import JobBeats
+from finetune_operator.cluster.kube.cache import Cache, Entry, ObjectKey
+from finetune_operator.cluster.kube.client import (
+    BAD_REQUEST,
+    CONFLICT,
+    MERGE,
+    NOT_FOUND,
+    ApiError,
+    Json,
+    KubeApi,
+)
+from finetune_operator.cluster.kube.events import EventSender
+from finetune_operator.cluster.kube.news import Urgency, pod_news
+from finetune_operator.cluster.kube.nodes import NodeBook, judge_pod
+from finetune_operator.cluster.kube.objects import (
+    BY_KIND,
+    JOBS,
+    PODS,
+    KubeChild,
+    KubeJob,
+    KubePod,
+    decode_child,
+    decode_job,
+    decode_pod,
+    owner_uid,
+    refusal_body,
+    status_body,
+)
+from finetune_operator.cluster.kube.queue import WorkQueue
+from finetune_operator.cluster.kube.reflector import key_of
+from finetune_operator.cluster.kube.throttle import ProgressThrottle
+from finetune_operator.cluster.kube.tokens import Bearer, TokenReviewer
+from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
+from finetune_operator.coordinator.beats import PodIdentity
+from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed, ObservedPod
+from finetune_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+SETTLE_SECONDS = 0.3
+"""How long good news of a job wait for more of them."""
+SILENT_BEATS = 3
+"""Beats that a pod on a lost node may miss before it is taken for lost, too."""
+REFUSED = frozenset({BAD_REQUEST, 403, 422})
+"""Answers to a create that a person must do something about."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often progress is written."""
+
+    seconds_per_job: float = 5.0
+    writes_per_second: float = 20.0
+
+
+@dataclass(frozen=True)
+class World:
+    """What the cluster works with."""
+
+    api: KubeApi
+    queue: WorkQueue[JobKey]
+    events: EventSender
+    clock: Clock
+
+
+class KubeCluster:
+    """Jobs, pods, services and ConfigMaps of the namespaces that the operator looks after."""
+
+    def __init__(self, world: World, settings: Settings, pace: Pace) -> None:
+        self._api = world.api
+        self._queue = world.queue
+        self._events = world.events
+        self._clock = world.clock
+        self._settings = settings
+        self._throttle: ProgressThrottle[JobKey] = ProgressThrottle(
+            pace.seconds_per_job, pace.writes_per_second, burst=pace.writes_per_second
+        )
+        self.jobs: Cache[KubeJob] = Cache(lambda job: job.key, self._job_changed)
+        self.pods: Cache[KubePod] = Cache(lambda pod: pod.job, self._pod_changed)
+        self.services: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
+        self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
+        self._children = {"Service": self.services, "ConfigMap": self.configs}
+        self.nodes = NodeBook(self._node_changed)
+        self.beats = JobBeats(self.wake)
+        self._reviewer = TokenReviewer(world.api, settings.coordinator_audience, self._find_pod)
+
+    # -- Cluster ------------------------------------------------------------------------------------------------------
+
+    async def get_job(self, key: JobKey) -> FineTuneJob | None:
+        """The job as last seen, own writes included."""
+        found = self.jobs.get(ObjectKey(*key))
+        if found is not None and found.job is None:
+            await self._refuse(found)
+        return found.job if found is not None else None
+
+    async def observe(self, job: FineTuneJob) -> Observed:
+        """What is cached of a job's children. Those of a predecessor under the same name are none of them."""
+        key, uid = _key(job), job.metadata.uid
+        judged = [self._judge(pod) for pod in self.pods.group(key) if pod.owner_uid == uid]
+        return Observed(
+            pods=tuple(pod for pod in judged if pod is not None),
+            beats=self.beats.of(*key, oldest_attempt=job.status.attempt - 1),
+            services=frozenset(child.name for child in self.services.group(key) if child.owner_uid == uid),
+            configs=frozenset(child.name for child in self.configs.group(key) if child.owner_uid == uid),
+        )
+
+    async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
+        """Write the status, unless the job has changed since it was read."""
+        path = JOBS.path(*_key(job), "status")
+        try:
+            written = await self._api.replace(path, status_body(job, status))
+        except ApiError as error:
+            if error.status in (CONFLICT, NOT_FOUND):
+                raise ConflictError(str(error)) from error
+            raise
+        self._put(self.jobs, decode_job(written), written)
+
+    async def apply(self, job: FineTuneJob, action: Action) -> None:
+        """Carry out one action."""
+        if isinstance(action, Create):
+            await self._create(job, action.manifest)
+        elif isinstance(action, DeletePod):
+            await self._delete_pod(job, action)
+        else:
+            await self._delete_job(job)
+
+    async def emit(self, job: FineTuneJob, event: Event) -> None:
+        """Hand an event to the sender."""
+        self._events.tell(job, event)
+
+    async def whose_token(self, token: str) -> PodIdentity | None:
+        """The pod that a token was issued to, by TokenReview."""
+        return await self._reviewer.whose(token)
+
+    # -- for the coordinator ------------------------------------------------------------------------------------------
+
+    def answer(self, beat: Beat) -> Reply:
+        """What a supervisor is told: the newest attempt, and to save where its node is about to go."""
+        found = self.jobs.get(ObjectKey(beat.namespace, beat.job))
+        pod = self.pods.get(ObjectKey(beat.namespace, beat.pod))
+        leaving = pod is not None and bool(self.nodes.of(pod.observed.node).leaving)
+        return Reply(
+            order=Order.SAVE_AND_STOP if leaving else Order.CONTINUE,
+            attempt=found.job.status.attempt if found is not None and found.job is not None else None,
+            beat_seconds=self._settings.beat_seconds,
+        )
+
+    # -- who wants a pass ---------------------------------------------------------------------------------------------
+
+    def wake(self, key: JobKey, urgency: Urgency) -> None:
+        """Ask for a pass, at once or later."""
+        if urgency is Urgency.NOW:
+            self._queue.add(key)
+        elif urgency is Urgency.SOON:
+            self._queue.add_after(key, SETTLE_SECONDS)
+        elif urgency is Urgency.PROGRESS:
+            self._queue.add_after(key, self._throttle.delay(key, asyncio.get_running_loop().time()))
+
+    def _job_changed(self, key: ObjectKey, old: KubeJob | None, new: KubeJob | None) -> None:
+        if new is None:
+            self.beats.forget(JobKey(*key))
+            self._throttle.forget(JobKey(*key))
+        self.wake(JobKey(*key), Urgency.NOW)
+
+    def _pod_changed(self, key: ObjectKey, old: KubePod | None, new: KubePod | None) -> None:
+        pod = new or old
+        assert pod is not None
+        self.wake(pod.job, pod_news(old, new))
+
+    def _child_changed(self, key: ObjectKey, old: KubeChild | None, new: KubeChild | None) -> None:
+        if new is None and old is not None:
+            self.wake(old.job, Urgency.SOON)
+
+    def _node_changed(self, name: str) -> None:
+        for pod in self.pods.values():
+            if pod.observed.node == name:
+                self.wake(pod.job, Urgency.NOW)
+
+    # -- in detail ----------------------------------------------------------------------------------------------------
+
+    def _judge(self, pod: KubePod) -> ObservedPod | None:
+        judged, look_again_at = judge_pod(
+            pod.observed,
+            self.nodes.of(pod.observed.node),
+            heard_at=self.beats.heard_at(pod.job, pod.observed.uid),
+            now=self._clock(),
+            silence=timedelta(seconds=SILENT_BEATS * self._settings.beat_seconds),
+        )
+        if look_again_at is not None:
+            self._queue.add_after(pod.job, (look_again_at - self._clock()).total_seconds())
+        return judged
+
+    def _find_pod(self, bearer: Bearer) -> PodIdentity | None:
+        pod = self.pods.get(ObjectKey(bearer.namespace, bearer.pod))
+        if pod is None or pod.observed.uid != bearer.pod_uid:
+            return None
+        return PodIdentity(bearer.namespace, pod.job.name, bearer.pod, bearer.pod_uid)
+
+    async def _create(self, job: FineTuneJob, manifest: Manifest) -> None:
+        kind, meta = manifest["kind"], manifest["metadata"]
+        try:
+            created = await self._api.create(BY_KIND[kind].path(meta["namespace"]), manifest)
+        except ApiError as error:
+            if error.already_exists:
+                await self._find_existing(job, manifest)
+                return
+            if error.status in REFUSED:
+                sentence = f"{kind} {meta['name']} was refused: {error.message}"
+                self._events.tell(job, Event("FailedCreate", sentence, warning=True))
+            raise
+        self._put_child(kind, created)
+
+    async def _find_existing(self, job: FineTuneJob, manifest: Manifest) -> None:
+        """It is there: ours, made before this process began or since; a predecessor's; or a stranger's."""
+        kind, meta = manifest["kind"], manifest["metadata"]
+        try:
+            found = await self._api.get(BY_KIND[kind].path(meta["namespace"], meta["name"]))
+        except ApiError as error:
+            if error.status == NOT_FOUND:
+                # It went in between, and its end is on its way here.
+                return
+            raise
+        if owner_uid(found) == job.metadata.uid:
+            self._put_child(kind, found)
+        elif not found["metadata"].get("deletionTimestamp"):
+            sentence = f"{kind} {meta['name']} is there already and is not of this job: delete it, or rename the job"
+            self._events.tell(job, Event("NameTaken", sentence, warning=True))
+            self._queue.add_after(_key(job), 60.0)
+
+    def _put_child(self, kind: str, thing: Json) -> None:
+        if kind == "Pod":
+            self._put(self.pods, decode_pod(thing), thing)
+        else:
+            self._put(self._children[kind], decode_child(thing), thing)
+
+    def _put(self, cache: Cache[Any], value: Any, thing: Json) -> None:
+        if value is not None:
+            cache.put_written(key_of(thing), Entry(int(thing["metadata"]["resourceVersion"]), value))
+
+    async def _delete_pod(self, job: FineTuneJob, action: DeletePod) -> None:
+        options: dict[str, Any] = {"preconditions": {"uid": action.uid}}
+        if action.grace_seconds is not None:
+            options["gracePeriodSeconds"] = action.grace_seconds
+        answer = await self._delete(PODS.path(job.metadata.namespace, action.name), options)
+        if answer is not None and answer.get("kind") == "Pod" and answer["metadata"].get("deletionTimestamp"):
+            self._put_child("Pod", answer)
+
+    async def _delete_job(self, job: FineTuneJob) -> None:
+        options = {"preconditions": {"uid": job.metadata.uid}, "propagationPolicy": "Background"}
+        await self._delete(JOBS.path(*_key(job)), options)
+
+    async def _delete(self, path: str, options: Mapping[str, Any]) -> Json | None:
+        """Delete an object; None where it is gone, or another one has taken its name."""
+        try:
+            return await self._api.delete(path, options)
+        except ApiError as error:
+            if error.status in (NOT_FOUND, CONFLICT):
+                return None
+            raise
+
+    async def _refuse(self, job: KubeJob) -> None:
+        """Say in the status why a job cannot be read."""
+        body = refusal_body(job, self._clock())
+        if body is None:
+            return
+        try:
+            await self._api.request("PATCH", JOBS.path(*job.key, "status"), body, content_type=MERGE)
+        except ApiError as error:
+            if error.status not in (CONFLICT, NOT_FOUND):
+                raise
+
+
+def _key(job: FineTuneJob) -> JobKey:
+    return JobKey(job.metadata.namespace, job.metadata.name)

@@ -1,0 +1,91 @@
+"""Events for `kubectl describe`: sent aside, one after the other, so that no pass waits for them.
+
+An event's name follows from what it says, so that a restarted operator, or a second one, does not say it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import OrderedDict
+from datetime import datetime
+
+from finetune_operator.api.job import API_VERSION, KIND, FineTuneJob
+from finetune_operator.api.words import OPERATOR
+from finetune_operator.cluster.kube.client import ApiError, Json, KubeApi, NotLeaderError
+from finetune_operator.cluster.kube.objects import EVENTS
+from finetune_operator.cluster.protocol import Clock
+from finetune_operator.plan.types import Event
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 10_000
+"""Events that may wait to be sent; further ones are dropped."""
+MAX_REMEMBERED = 20_000
+"""Names of events that are known to be there."""
+MAX_NOTE = 1024
+"""Longest note that the API takes."""
+
+
+class EventSender:
+    """Takes events and sends them."""
+
+    def __init__(self, api: KubeApi, clock: Clock, instance: str) -> None:
+        self._api = api
+        self._clock = clock
+        self._instance = instance
+        self._waiting: asyncio.Queue[Json] = asyncio.Queue(MAX_WAITING)
+        self._sent: OrderedDict[str, None] = OrderedDict()
+
+    def tell(self, job: FineTuneJob, event: Event) -> None:
+        """Take an event. One that was sent already is no news."""
+        body = build_event(job, event, self._clock(), self._instance)
+        name = body["metadata"]["name"]
+        if name in self._sent:
+            return
+        self._sent[name] = None
+        if len(self._sent) > MAX_REMEMBERED:
+            self._sent.popitem(last=False)
+        try:
+            self._waiting.put_nowait(body)
+        except asyncio.QueueFull:
+            log.warning("too many events wait to be sent; dropped: %s %s", event.reason, event.message)
+
+    async def run(self) -> None:
+        """Send for ever."""
+        while True:
+            body = await self._waiting.get()
+            try:
+                await self._api.create(EVENTS.path(body["metadata"]["namespace"]), body)
+            except NotLeaderError:
+                continue
+            except ApiError as error:
+                if not error.already_exists:
+                    log.warning("cannot tell the event %s of %s: %s", body["reason"], body["regarding"]["name"], error)
+
+
+def build_event(job: FineTuneJob, event: Event, now: datetime, instance: str) -> Json:
+    """An event of a job."""
+    meta = job.metadata
+    said = "\0".join((meta.uid, str(job.status.attempt), event.reason, event.message))
+    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"name": f"{meta.name}.{digest}", "namespace": meta.namespace},
+        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": f"{OPERATOR}.io/{OPERATOR}",
+        "reportingInstance": instance,
+        "action": event.reason,
+        "reason": event.reason,
+        "note": event.message if len(event.message) <= MAX_NOTE else event.message[: MAX_NOTE - 1] + "…",
+        "type": "Warning" if event.warning else "Normal",
+        "regarding": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": meta.name,
+            "namespace": meta.namespace,
+            "uid": meta.uid,
+        },
+    }

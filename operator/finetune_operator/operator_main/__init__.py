@@ -1,0 +1,1 @@
+"""The command `finetune-operator`: flags, logs, probes, and the process around Kopf."""
