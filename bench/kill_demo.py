@@ -239,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--notices", type=int, default=10, help="runs with a notice (default 10)")
     parser.add_argument("--kills", type=int, default=20, help="runs with a SIGKILL (default 20)")
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run (default 24)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default 40)")
     parser.add_argument("--save-every", type=int, default=5, help="steps between checkpoints (default 5)")
     parser.add_argument("--seed", type=int, default=None, help="seed of the moments; default: a new one, printed")
     args = parser.parse_args()
