@@ -27,7 +27,7 @@ HEADER = "# Generated from the models in operator/finetune_operator/api by `make
 _BOUNDS = ("minLength", "maxLength", "minItems", "maxItems", "maxProperties", "minimum", "maximum", "multipleOf")
 _KNOWN = {
     *_BOUNDS,
-    *("$ref", "title", "description", "default", "type", "enum", "const", "format", "anyOf"),
+    *("$ref", "$defs", "title", "description", "default", "type", "enum", "const", "format", "anyOf"),
     *("exclusiveMinimum", "exclusiveMaximum", "properties", "required", "items", "additionalProperties"),
 }
 
@@ -94,14 +94,17 @@ def render() -> str:
 def job_schema() -> Schema:
     """The structural schema of a FineTuneJob, with its rules. Shared: do not change it."""
     raw = FineTuneJob.model_json_schema(by_alias=True)
-    definitions = raw.pop("$defs")
-    raw["properties"].pop("metadata")
-    schema = _structural(raw | {"required": ["spec"]}, definitions, KIND)
     # Kubernetes has its own schema for metadata and takes no other, not even a description. Its own bound on names,
     # repeated, keeps the cost of our rules on them low.
-    schema["properties"]["metadata"] = {
+    metadata = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 253}}}
+    schema = {
+        "description": raw["description"],
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 253}},
+        "properties": {
+            name: metadata if name == "metadata" else structural(field, raw["$defs"], name)
+            for name, field in raw["properties"].items()
+        },
+        "required": ["spec"],
     }
     for name in ("apiVersion", "kind", "status"):
         # What the operator did not say the API server should not say for it.
@@ -152,8 +155,12 @@ def _drop_defaults(schema: Schema) -> None:
         _drop_defaults(schema["items"])
 
 
-def _structural(raw: Mapping[str, Any], definitions: Mapping[str, Schema], path: str) -> Schema:
-    """Rewrite one node and what is below it."""
+def structural(raw: Mapping[str, Any], definitions: Mapping[str, Schema], path: str) -> Schema:
+    """Rewrite one node of JSON schema, and what is below it, as a structural schema.
+
+    Raises:
+        SchemaError: it cannot be said so, or a field has no description.
+    """
     node = _resolve(raw, definitions)
     if unknown := {key for key in node if key not in _KNOWN and not key.startswith("x-kubernetes-")}:
         raise SchemaError(f"{path}: a structural schema has no {', '.join(sorted(unknown))}")
@@ -208,12 +215,12 @@ def _without_null(default: object) -> object:
 
 def _children(node: Mapping[str, Any], definitions: Mapping[str, Schema], path: str) -> Schema:
     if node["type"] == "array":
-        return {"items": _structural(node["items"], definitions, f"{path}[]"), "x-kubernetes-list-type": "atomic"}
+        return {"items": structural(node["items"], definitions, f"{path}[]"), "x-kubernetes-list-type": "atomic"}
     if node["type"] != "object":
         return {}
     if "properties" in node:
         properties = {
-            name: _structural(child, definitions, f"{path}.{name}") for name, child in node["properties"].items()
+            name: structural(child, definitions, f"{path}.{name}") for name, child in node["properties"].items()
         }
         for name, child in properties.items():
             if not child.get("description"):
@@ -223,4 +230,4 @@ def _children(node: Mapping[str, Any], definitions: Mapping[str, Schema], path: 
         return {"x-kubernetes-preserve-unknown-fields": True}
     if "additionalProperties" not in node:
         return {}
-    return {"additionalProperties": _structural(node["additionalProperties"], definitions, f"{path}.*")}
+    return {"additionalProperties": structural(node["additionalProperties"], definitions, f"{path}.*")}

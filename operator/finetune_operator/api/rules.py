@@ -370,7 +370,8 @@ _TOPOLOGY = (
                 and str((topology.resources or {})[GPU_RESOURCE]) == str(topology.processes_per_node)
             )
         ),
-        f"{GPU_RESOURCE} follows processesPerNode, and is none on cpu; leave it out and write processesPerNode",
+        f"resources has {GPU_RESOURCE}, which follows processesPerNode and is none on cpu; leave it out and write "
+        "processesPerNode",
     ),
     Rule(
         TOPOLOGY,

@@ -1,0 +1,173 @@
+"""Good manifests for the tests, and how to change one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from finetune_operator.api.job import API_VERSION, KIND
+
+Document = dict[str, Any]
+
+GONE = object()
+"""In a patch: the field is taken away."""
+
+
+def patched(document: Document, patch: dict[str, Any]) -> Document:
+    """A copy with fields set by their dotted paths."""
+    document = copy.deepcopy(document)
+    for path, value in patch.items():
+        *parents, name = path.split(".")
+        place = document
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        if value is GONE:
+            place.pop(name)
+        else:
+            place[name] = copy.deepcopy(value)
+    return document
+
+
+SMALLEST: Document = {
+    "apiVersion": API_VERSION,
+    "kind": KIND,
+    "metadata": {"name": "circles"},
+    "spec": {
+        "model": {"base": "runwayml/stable-diffusion-v1-5"},
+        "dataset": {"source": "lambdalabs/naruto-blip-captions"},
+        "training": {"method": "LoRA", "steps": 200},
+    },
+}
+
+DREAMBOOTH = patched(
+    SMALLEST,
+    {"spec.training.method": "DreamBooth", "spec.training.dreambooth": {"instancePrompt": "a photo of sks dog"}},
+)
+TEXTUAL_INVERSION = patched(
+    SMALLEST,
+    {
+        "spec.training.method": "TextualInversion",
+        "spec.training.textualInversion": {"placeholderToken": "<cat-toy>", "initializerToken": "toy"},
+    },
+)
+CONTROLNET = patched(
+    SMALLEST,
+    {
+        "spec.training.method": "ControlNet",
+        "spec.training.controlnet": {"conditioningDropout": 0.1},
+        "spec.dataset.columns": {"conditioning": "edges"},
+    },
+)
+SCRIPT = patched(
+    SMALLEST,
+    {
+        "spec.training": {
+            "script": {"path": "/scripts/train_text_to_image_lora.py", "args": ["--max_train_steps=200", ""]}
+        }
+    },
+)
+FULL = patched(
+    SMALLEST,
+    {
+        "metadata.labels": {"team": "pictures"},
+        "spec.model": {"base": "s3://models/sdxl.safetensors", "revision": "fp16", "variant": "fp16", "vae": "a/vae"},
+        "spec.dataset": {
+            "source": "/data/circles",
+            "split": "train",
+            "columns": {"image": "picture", "caption": "words", "conditioning": "edges"},
+            "maxSamples": 1000,
+        },
+        "spec.training": {
+            "method": "DreamBoothLoRA",
+            "epochs": 3,
+            "batchSize": 4,
+            "gradientAccumulation": 2,
+            "learningRate": 2e-5,
+            "lrScheduler": "cosine",
+            "lrWarmupSteps": 10,
+            "adamBeta1": 0.8,
+            "adamBeta2": 0.99,
+            "adamWeightDecay": 0,
+            "adamEpsilon": 1e-6,
+            "maxGradNorm": 0,
+            "precision": "bf16",
+            "gradientCheckpointing": True,
+            "resolution": 1024,
+            "centerCrop": True,
+            "randomFlip": True,
+            "optimizer": "adamw8bit",
+            "snrGamma": 5,
+            "ema": True,
+            "seed": 7,
+            "memoryPreset": "24GB",
+            "lora": {"rank": 16, "alpha": 32, "dropout": 0.1, "targetModules": ["to_q", "to_v"]},
+            "dreambooth": {
+                "instancePrompt": "a photo of sks dog",
+                "classPrompt": "a photo of a dog",
+                "numClassImages": 200,
+                "priorLossWeight": 0.5,
+                "trainTextEncoder": True,
+            },
+            "validation": {
+                "prompts": ["a photo of sks dog in Paris"],
+                "split": "validation",
+                "steps": 50,
+                "numInferenceSteps": 30,
+                "guidanceScale": 5,
+                "seed": 1,
+            },
+        },
+        "spec.topology": {
+            "accelerator": "gpu",
+            "minNodes": 2,
+            "maxNodes": 8,
+            "processesPerNode": 4,
+            "resources": {"cpu": "7500m", "memory": "64Gi", "nvidia.com/gpu": 4, "rdma/hca": 1},
+        },
+        "spec.checkpoint": {
+            "storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}},
+            "interval": {"seconds": 300},
+            "keep": 5,
+        },
+        "spec.recovery": {
+            "maxFailures": 0,
+            "spot": {"fallbackAfter": "30m"},
+            "hangTimeout": "1h30m",
+            "noticeSeconds": 30,
+        },
+        "spec.outputs": [
+            {"format": "diffusers", "to": "/checkpoints/out"},
+            {"format": "kohya", "to": "s3://models/dog"},
+            {"format": "merged", "to": "hub://owner/dog"},
+        ],
+        "spec.suspend": True,
+        "spec.queueName": "pictures",
+        "spec.priorityClassName": "spot",
+        "spec.activeDeadlineSeconds": 86400,
+        "spec.ttlSecondsAfterFinished": 3600,
+        "spec.secrets": [{"name": "hub-token"}],
+        "spec.podTemplate": {"spec": {"nodeSelector": {"zone": "a"}, "tolerations": []}},
+    },
+)
+CPU_NODES = patched(
+    TEXTUAL_INVERSION,
+    {
+        "spec.topology": {"accelerator": "cpu", "nodes": 4, "processesPerNode": 4, "cpu": {"backend": "ccl"}},
+        "spec.training.memoryPreset": "cpu",
+        "spec.checkpoint.storage.nfs": {"server": "nfs.example.com", "path": "/exports/checkpoints"},
+    },
+)
+HOST_PATH = patched(SMALLEST, {"spec.checkpoint": {"storage": {"hostPath": {"path": "/mnt/checkpoints"}}}})
+
+GOOD: dict[str, Document] = {
+    "smallest": SMALLEST,
+    "dreambooth": DREAMBOOTH,
+    "textual-inversion": TEXTUAL_INVERSION,
+    "controlnet": CONTROLNET,
+    "script": SCRIPT,
+    "full": FULL,
+    "cpu-nodes": CPU_NODES,
+    "host-path": HOST_PATH,
+    "longest-name": patched(SMALLEST, {"metadata.name": "c" * 51}),
+    "nulls": patched(SMALLEST, {"spec.topology": None, "spec.outputs": None, "spec.training.epochs": None}),
+}

@@ -1,0 +1,136 @@
+"""Random manifests for hypothesis: each field of the spec alone is right, together they may break any rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hypothesis import strategies as st
+
+from finetune_operator.api import crd
+from finetune_operator.api.validate import InvalidJob, parse_job
+from tests.api.manifests import GOOD, Document, patched
+
+Schema = Mapping[str, Any]
+Change = tuple[str, Any]
+
+NAMES = st.sampled_from(["a", "circles", "hub-token", "a.b", "Not_A_Name", "-", "x" * 60])
+DURATIONS = st.sampled_from(["90s", "10m", "1h30m", "0s", "", "10 minutes", "1.5h", "30m1h"])
+PLACES = st.sampled_from(["out", "/out", "s3://b/x", "s3://", "hub://a/b", "hub://a", "ftp://x/y", "https://x.y/z"])
+PATHS = st.sampled_from(["/a", "/a/b", "a", "", "/a/../b", "/..", "/a..b", "../a"])
+RESOURCES = st.dictionaries(
+    st.sampled_from(["cpu", "memory", "nvidia.com/gpu", "hugepages-2Mi", "memroy", "/", "a/b"]),
+    st.sampled_from([1, 2, 0, -1, "1", "2", "500m", "32Gi", "32GB", "1.5", ".5", "1e3", "1E", "", "-1", "+1", "1 "]),
+    max_size=4,
+)
+# What only a rule tells right from wrong: random values would hardly ever be right.
+SPECIAL: dict[str, st.SearchStrategy[Any]] = {
+    "spec.queueName": NAMES,
+    "spec.priorityClassName": NAMES,
+    "spec.secrets[].name": NAMES,
+    "spec.checkpoint.storage.persistentVolumeClaim.claimName": NAMES,
+    "spec.recovery.hangTimeout": DURATIONS,
+    "spec.recovery.spot.fallbackAfter": DURATIONS,
+    "spec.outputs[].to": PLACES,
+    "spec.model.base": PLACES,
+    "spec.dataset.source": PLACES,
+    "spec.checkpoint.storage.hostPath.path": PATHS.filter(bool),
+    "spec.checkpoint.storage.nfs.path": PATHS.filter(bool),
+    "spec.training.memoryPreset": st.sampled_from(["auto", "cpu", "16GB", "16 GB", "0GB", "12345GB"]),
+    "spec.training.validation.split": st.sampled_from(["train", "validation"]),
+    "spec.dataset.columns.image": st.sampled_from(["image", "text", "edges"]),
+    "spec.dataset.columns.caption": st.sampled_from(["image", "text", "edges"]),
+    "spec.dataset.columns.conditioning": st.sampled_from(["image", "text", "edges"]),
+    "spec.training.textualInversion.placeholderToken": st.sampled_from(["<cat>", "toy", "a b", "a\tb"]),
+    "spec.training.textualInversion.initializerToken": st.sampled_from(["toy", "<cat>"]),
+    "spec.topology.resources": RESOURCES,
+    "spec.podTemplate": st.just({"spec": {"nodeSelector": {"zone": "a"}}}),
+}
+MAX_TEXT = 12
+
+
+def values(path: str, schema: Schema) -> st.SearchStrategy[Any]:
+    """What fits a field's schema."""
+    if path in SPECIAL:
+        return SPECIAL[path]
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if schema["type"] == "array":
+        return st.lists(values(f"{path}[]", schema["items"]), min_size=schema.get("minItems", 0), max_size=3)
+    if schema["type"] == "object":
+        return _objects(path, schema)
+    return _scalars(schema)
+
+
+def _objects(path: str, schema: Schema) -> st.SearchStrategy[Any]:
+    fields = {name: values(f"{path}.{name}", field) for name, field in schema["properties"].items()}
+    required = schema.get("required", ())
+    return st.fixed_dictionaries(
+        {name: value for name, value in fields.items() if name in required},
+        optional={name: value for name, value in fields.items() if name not in required},
+    )
+
+
+def _scalars(schema: Schema) -> st.SearchStrategy[Any]:
+    match schema["type"]:
+        case "boolean":
+            return st.booleans()
+        case "string":
+            # Nothing that JSON or YAML would have to escape: this is not a test of theirs.
+            text = st.characters(categories=("L", "N", "P"))
+            return st.text(text, min_size=schema.get("minLength", 0), max_size=MAX_TEXT)
+        case "integer":
+            factor = schema.get("multipleOf", 1)
+            low, high = schema["minimum"] // factor, schema["maximum"] // factor
+            # Small numbers meet the bounds that fields set each other.
+            small = st.integers(low, min(low + 5, high))
+            return (small | st.integers(low, high)).map(lambda number: number * factor)
+        case _:
+            return st.floats(
+                schema["minimum"],
+                schema.get("maximum", 1000),
+                exclude_min=schema.get("exclusiveMinimum", False),
+                exclude_max=schema.get("exclusiveMaximum", False),
+                allow_subnormal=False,
+            )
+
+
+def _leaves(path: str, schema: Schema) -> Iterator[tuple[str, Schema]]:
+    """Fields that are changed one by one; those of an optional part go together, for some are required."""
+    for name, field in schema["properties"].items():
+        below = f"{path}.{name}"
+        if "properties" in field and not field.get("required"):
+            yield from _leaves(below, field)
+        else:
+            yield below, field
+
+
+def _changes() -> st.SearchStrategy[Change]:
+    leaves = [leaf for leaf in _leaves("spec", crd.find("spec")) if leaf[0] not in ("spec.model", "spec.dataset")]
+    for part in ("spec.model", "spec.dataset"):
+        leaves += _leaves(part, crd.find(part))
+    return st.one_of([st.tuples(st.just(path), values(path, schema)) for path, schema in leaves])
+
+
+CHANGES = st.lists(_changes(), max_size=12)
+BASES = st.sampled_from([base for name, base in GOOD.items() if name not in ("longest-name", "nulls")])
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> Document:
+    """Manifests in which every field by itself is right."""
+    return patched(draw(BASES), dict(draw(CHANGES)))
+
+
+@st.composite
+def valid_documents(draw: st.DrawFn) -> Document:
+    """Manifests that are right as a whole: of the changes, those that keep them so."""
+    document: Document = draw(BASES)
+    for change in draw(CHANGES):
+        changed = patched(document, dict([change]))
+        try:
+            parse_job(changed)
+        except InvalidJob:
+            continue
+        document = changed
+    return document

@@ -1,0 +1,220 @@
+"""The CRD is what a structural schema may be, and the committed files are what the models say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field
+
+from finetune_contract.spec import SpecModel
+from finetune_operator.api import crd, yaml_text
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.names import MAX_JOB_NAME
+from finetune_operator.api.rule import Cause
+from finetune_operator.api.rules import RULES
+from tests.api.manifests import FULL
+from tools import generate
+
+FORBIDDEN = {"$ref", "$defs", "anyOf", "allOf", "oneOf", "not", "title", "const", "nullable"}
+TYPES = {"object", "array", "string", "integer", "number", "boolean"}
+
+
+def nodes(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield path, schema
+    for name, child in schema.get("properties", {}).items():
+        yield from nodes(f"{path}.{name}", child)
+    for key in ("items", "additionalProperties"):
+        if key in schema:
+            yield from nodes(f"{path}.{key}", schema[key])
+
+
+NODES = dict(nodes("", crd.job_schema()))
+
+
+def test_every_node_is_structural() -> None:
+    for path, node in NODES.items():
+        assert not FORBIDDEN & set(node), path
+        assert node.get("type") in TYPES or node["x-kubernetes-int-or-string"], path
+
+
+def test_every_field_is_described() -> None:
+    fields = {path: node for path, node in NODES.items() if not path.endswith(("items", "additionalProperties"))}
+    assert not [path for path, node in fields.items() if not node.get("description") and "metadata" not in path]
+
+
+def test_exclusive_bounds_are_booleans_beside_the_bound() -> None:
+    rate = crd.find("spec.training.learningRate")
+    assert (rate["minimum"], rate["exclusiveMinimum"], rate["maximum"]) == (0, True, 10)
+    assert "exclusiveMaximum" not in rate
+
+
+def test_every_text_and_list_of_the_spec_is_bounded() -> None:
+    for path, node in nodes("spec", crd.find("spec")):
+        if node.get("type") == "string":
+            assert "maxLength" in node or "enum" in node, path
+        if node.get("type") == "array":
+            assert "maxItems" in node, path
+        if "additionalProperties" in node:
+            assert "maxProperties" in node, path
+
+
+def test_defaults_are_those_of_the_models_and_the_status_has_none() -> None:
+    assert crd.find("spec.training.batchSize")["default"] == 1
+    assert crd.find("spec.topology")["default"] == {
+        "accelerator": "gpu",
+        "processesPerNode": 1,
+        "cpu": {"backend": "gloo"},
+    }
+    assert not [path for path, node in nodes("status", crd.find("status")) if "default" in node]
+
+
+def test_maps_and_free_parts() -> None:
+    resources = crd.find("spec.topology.resources")
+    assert resources["additionalProperties"] == {"x-kubernetes-int-or-string": True}
+    template = crd.find("spec.podTemplate")
+    assert (template["type"], template["x-kubernetes-preserve-unknown-fields"]) == ("object", True)
+    assert "properties" not in template
+    conditions = crd.find("status.conditions")
+    assert (conditions["x-kubernetes-list-type"], conditions["x-kubernetes-list-map-keys"]) == ("map", ["type"])
+    assert crd.find("status.startTime")["format"] == "date-time"
+
+
+def test_columns() -> None:
+    names = [name.upper() for name, _, _, _, priority in crd.COLUMNS if not priority]
+    assert " ".join(names) == "METHOD PHASE STEP PROGRESS ETA CHECKPOINT NODES PREEMPTIONS FAILURES AGE"
+    assert [name for name, _, _, _, priority in crd.COLUMNS if priority] == ["Loss", "Images/s", "Goodput", "Message"]
+
+
+@pytest.mark.parametrize("path", [path for _, _, path, _, _ in crd.COLUMNS if not path.startswith(".metadata")])
+def test_a_column_shows_a_field_that_is_there(path: str) -> None:
+    assert crd.find(path.removeprefix("."))
+
+
+def test_names() -> None:
+    spec = crd.custom_resource_definition()["spec"]
+    assert spec["names"]["shortNames"] == ["ftj"]
+    assert spec["names"]["categories"] == ["all"]
+    assert spec["versions"][0]["subresources"] == {"status": {}}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.path}: {rule.sentence[:30]}")
+def test_a_rule_blames_a_field_that_is_there_and_says_what_to_write(rule: Any) -> None:
+    assert crd.find(rule.path)
+    assert "write" in rule.sentence or "leave" in rule.sentence
+    assert "\n" not in rule.sentence
+    assert rule.path.removesuffix("[]").rpartition(".")[2] in rule.sentence
+    place = "" if rule.scope.at_root else rule.scope.path
+    (entry,) = (entry for entry in crd.find(place)["x-kubernetes-validations"] if entry["message"] == rule.sentence)
+    assert entry["rule"] == rule.cel
+    assert entry.get("reason", Cause.INVALID) == rule.cause
+
+
+def test_the_limit_on_names_is_that_of_the_longest_child() -> None:
+    assert any(f"<= {MAX_JOB_NAME}" in rule.cel for rule in RULES)
+
+
+class Colour(StrEnum):
+    """A colour."""
+
+    RED = "red"
+
+
+class Inner(SpecModel):
+    """An inner part."""
+
+    colour: Colour = Field(default=Colour.RED, description="a colour")
+
+
+class Undescribed(SpecModel):
+    """A part with a field that says nothing."""
+
+    size: int = 1
+
+
+class Union(SpecModel):
+    """A part with a field of two kinds."""
+
+    size: int | bool = Field(default=1, description="a size")
+
+
+class Exotic(SpecModel):
+    """A part with a pattern, which rules should say instead."""
+
+    size: str = Field(default="1", description="a size", pattern="^[0-9]$")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [(Undescribed, "no description"), (Union, "anyOf|no type"), (Exotic, "has no pattern")]
+)
+def test_what_cannot_be_said_is_refused(model: type[SpecModel], words: str) -> None:
+    raw = model.model_json_schema()
+    with pytest.raises(crd.SchemaError, match=words):
+        crd.structural(raw, raw.get("$defs", {}), model.__name__)
+
+
+def test_references_are_put_in_place_and_what_stands_beside_them_counts() -> None:
+    class Outer(SpecModel):
+        """An outer part."""
+
+        inner: Inner | None = Field(default=None, description="what the outer part has it for")
+
+    raw = Outer.model_json_schema()
+    assert crd.structural(raw, raw["$defs"], "Outer")["properties"] == {
+        "inner": {
+            "description": "what the outer part has it for",
+            "type": "object",
+            "properties": {"colour": {"description": "a colour", "type": "string", "enum": ["red"], "default": "red"}},
+        }
+    }
+
+
+def test_the_definition_is_written_so_that_it_is_read_back() -> None:
+    assert yaml_text.load(crd.render()) == crd.custom_resource_definition()
+
+
+def test_the_full_manifest_uses_every_field_of_the_spec() -> None:
+    """So that a test with it is a test of all fields."""
+    given = FineTuneJob.model_validate(FULL).spec.model_dump(by_alias=True, exclude_unset=True)
+    # Alternatives of what it has.
+    others = {
+        *("training.steps", "training.script", "training.textualInversion", "training.controlnet"),
+        *("topology.nodes", "topology.cpu", "checkpoint.storage.hostPath", "checkpoint.storage.nfs"),
+        "checkpoint.interval.steps",
+    }
+    assert set(missing("", crd.find("spec"), given)) == others
+
+
+def missing(path: str, schema: dict[str, Any], value: dict[str, Any]) -> Iterator[str]:
+    for name, field in schema["properties"].items():
+        below = f"{path}.{name}".removeprefix(".")
+        if name not in value:
+            yield below
+        elif "properties" in field:
+            yield from missing(below, field, value[name])
+
+
+def test_generated_files_are_those_that_are_committed() -> None:
+    assert generate.differences(generate.ROOT) == ""
+
+
+def test_a_difference_is_shown_and_mended(tmp_path: Path) -> None:
+    generate.write(tmp_path)
+    path = tmp_path / crd.FILE
+    path.write_text(path.read_text().replace("- ftj", "- job"))
+    difference = generate.differences(tmp_path)
+    assert f"--- {crd.FILE}" in difference
+    assert "-      - job" in difference
+    assert "+      - ftj" in difference
+    generate.write(tmp_path)
+    assert generate.differences(tmp_path) == ""
+
+
+def test_the_command_checks() -> None:
+    command = [sys.executable, str(generate.ROOT / "tools/generate.py"), "--check"]
+    assert subprocess.run(command, check=False, capture_output=True, timeout=60).returncode == 0
