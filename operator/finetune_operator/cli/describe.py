@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +19,7 @@ from finetune_operator.cli.table import block, columns, indented
 from finetune_operator.cluster.local.files import BrokenFileError, read_json
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.jobs import storage_folder
+from finetune_operator.cluster.local.lock import holder
 from finetune_operator.cluster.protocol import JobKey
 
 NONE = "<none>"
@@ -33,26 +35,32 @@ def describe(arguments: argparse.Namespace) -> Exit:
     except BrokenFileError as error:
         sys.stderr.write(f"finetune: warning: {error}\n")
         events = []
-    sys.stdout.write(description(job, events, str(storage_folder(home, job)), utc_now()))
+    runner = holder(home.job(key).lock)
+    place = Place(str(storage_folder(home, job)), f"process {runner.pid}" if runner else NONE)
+    sys.stdout.write(description(job, events, place, utc_now()))
     return Exit.SUCCEEDED
 
 
-def description(job: FineTuneJob, events: list[dict[str, Any]], folder: str, now: datetime) -> str:
-    """A job in full.
+@dataclass(frozen=True)
+class Place:
+    """What is true of a job on this machine only."""
 
-    Args:
-        job: as stored.
-        events: as the local cluster keeps them.
-        folder: where its checkpoints lie.
-        now: the time, for ages.
-    """
+    folder: str
+    """Where its checkpoints lie."""
+    runner: str
+    """Who drives it now."""
+
+
+def description(job: FineTuneJob, events: list[dict[str, Any]], place: Place, now: datetime) -> str:
+    """A job in full, its ages counted from `now`."""
     meta = job.metadata
     head = [
         ("Name", meta.name),
         ("Namespace", meta.namespace),
         ("Labels", "\n".join(f"{name}={value}" for name, value in sorted(meta.labels.items())) or NONE),
         ("Created", _time(meta.creation_timestamp, now)),
-        ("Folder", folder),
+        ("Folder", place.folder),
+        ("Run by", place.runner),
     ]
     parts = [block(head), "Spec:\n", block(_spec(job), 2), "Status:\n", block(_status(job.status, now), 2)]
     parts += ["Conditions:\n", indented(_conditions(job.status.conditions, now))]

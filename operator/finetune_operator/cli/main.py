@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,12 @@ from finetune_operator.cli.describe import describe
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.get import get
 from finetune_operator.cli.logs import logs
+from finetune_operator.cli.out import tell
 from finetune_operator.cli.run import run
 from finetune_operator.cli.validate import validate
 from finetune_operator.cluster.local.home import HOME_VARIABLE, default_home
 
+DNS_LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 FAULT = "rank=R,at-step=S or rank=R,at-state=STATE"
 
 
@@ -30,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         for sentence in str(error).splitlines():
             sys.stderr.write(f"finetune: {sentence}\n")
         code = Exit.USAGE
+    except BrokenPipeError:
+        tell(sys.stdout, "")
+        code = Exit.SUCCEEDED
+    except OSError as error:
+        sys.stderr.write(f"finetune: {error}\n")
+        code = Exit.USAGE
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has left; what is still buffered has no reader.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = Exit.SUCCEEDED
     sys.exit(int(code))
 
 
@@ -51,20 +55,29 @@ def parser() -> argparse.ArgumentParser:
         help=f"state folder (default: ${HOME_VARIABLE}, else %(default)s)",
     )
     named = argparse.ArgumentParser(add_help=False)
-    named.add_argument("-n", "--namespace", default="default", help="namespace of the job (default: default)")
+    named.add_argument(
+        "-n", "--namespace", type=_name, default="default", help="namespace of the job (default: default)"
+    )
     _add_run(commands.add_parser("run", parents=[common], help="run a job here, or go on with it"))
     _add_get(commands.add_parser("get", parents=[common, named], help="list jobs, or show one"))
     one = commands.add_parser("describe", parents=[common, named], help="show all that is known of a job")
-    one.add_argument("name", help="name of the job")
+    one.add_argument("name", type=_name, help="name of the job")
     one.set_defaults(command=describe)
     _add_logs(commands.add_parser("logs", parents=[common, named], help="show what a job's ranks wrote"))
     gone = commands.add_parser("delete", parents=[common, named], help="stop a job and remove it and its checkpoints")
-    gone.add_argument("name", help="name of the job")
+    gone.add_argument("name", type=_name, help="name of the job")
     gone.set_defaults(command=delete)
     check = commands.add_parser("validate", parents=[common], help="check a manifest and this machine; start nothing")
     _add_manifest(check)
     check.set_defaults(command=validate)
     return top
+
+
+def _name(text: str) -> str:
+    """A name that can be one of an object, and so of a folder."""
+    if not re.fullmatch(DNS_LABEL, text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: it has lower-case letters, digits and dashes")
+    return text
 
 
 def _add_manifest(command: argparse.ArgumentParser) -> None:
@@ -91,13 +104,13 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 
 def _add_get(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", nargs="?", help="name of a job; default: all of the namespace")
+    command.add_argument("name", type=_name, nargs="?", help="name of a job; default: all of the namespace")
     command.add_argument("-o", "--output", choices=("wide", "json", "yaml"), help="form of the output")
     command.set_defaults(command=get)
 
 
 def _add_logs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", help="name of the job")
+    command.add_argument("name", type=_name, help="name of the job")
     command.add_argument("--rank", type=int, help="only this rank's lines (default: all ranks)")
     command.add_argument("--attempt", type=int, help="an earlier attempt (default: the newest)")
     command.add_argument("-f", "--follow", action="store_true", help="go on until the job is no longer run")

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from finetune_operator.api.job import FineTuneJobStatus, Phase
 from finetune_operator.cli import story
+from finetune_operator.cli.out import tell
 from finetune_operator.cluster.protocol import Clock
 from finetune_operator.cluster.reconcile import Pass
 
@@ -30,7 +31,7 @@ class PlainView:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._out.flush()
+        return
 
     def see(self, seen: Pass) -> None:
         """Write what is new in a pass."""
@@ -44,13 +45,11 @@ class PlainView:
 
     def say(self, line: str) -> None:
         """Write a line with the time of day."""
-        self._out.write(f"{self._now().astimezone():%H:%M:%S}  {line}\n")
-        self._out.flush()
+        tell(self._out, f"{self._now().astimezone():%H:%M:%S}  {line}\n")
 
     def warn(self, sentence: str) -> None:
         """Write a warning."""
-        self._err.write(f"finetune: warning: {sentence}\n")
-        self._err.flush()
+        tell(self._err, f"finetune: warning: {sentence}\n")
 
     def _is_time(self) -> bool:
         """Whether progress is due: the first step, the last one, and every few seconds in between."""

@@ -16,6 +16,7 @@ from finetune_operator.build import num_nodes
 from finetune_operator.cli import preflight, words
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import describe_difference, load_manifest
+from finetune_operator.cli.out import tell
 from finetune_operator.cli.plain import PlainView
 from finetune_operator.cli.view import LiveView
 from finetune_operator.cluster.local import jobs
@@ -142,8 +143,8 @@ def _fixed(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _already_finished(job: FineTuneJob) -> Exit:
     name, phase = job.metadata.name, job.status.phase
-    print(f"{name} has {phase} already: {job.status.message or ''}")  # noqa: T201
-    print(f"To run it anew: finetune delete {name}, then this command again.")  # noqa: T201
+    tell(sys.stdout, f"{name} has {phase} already: {job.status.message or ''}\n")
+    tell(sys.stdout, f"To run it anew: finetune delete {name}, then this command again.\n")
     return Exit.SUCCEEDED if phase is Phase.SUCCEEDED else Exit.FAILED
 
 
@@ -152,7 +153,8 @@ def _headline(job: FineTuneJob, home: Home) -> str:
     topology = job.spec.topology
     nodes = words.plural(num_nodes(job.spec), "node")
     ranks = words.plural(topology.processes_per_node, "rank")
-    begun = f", goes on from attempt {job.status.attempt}" if job.status.attempt else ""
+    checkpoint = job.status.last_checkpoint
+    begun = f", going on from step {checkpoint.step}" if checkpoint else ""
     what = f"{words.method(job)} on {nodes} of {ranks} ({topology.accelerator}){begun}"
     return f"{job.metadata.name}: {what}; state in {home.path}"
 
@@ -161,20 +163,20 @@ def _conclude(seen: Pass, home: Home, file: Path) -> Exit:
     """The last line: how it ended, how long it took, what it lost, where the outputs are."""
     job = seen.job
     if job is None:
-        print("the job was deleted: its time to live was over")  # noqa: T201
+        tell(sys.stdout, "the job was deleted: its time to live was over\n")
         return Exit.SUCCEEDED
     name, status = job.metadata.name, job.status
     if status.phase is Phase.SUCCEEDED:
         outputs = ", ".join(output.to for output in status.outputs) or str(jobs.storage_folder(home, job))
-        print(f"{name} Succeeded in {_took(job)}: {_tally(job)}; outputs in {outputs}")  # noqa: T201
+        tell(sys.stdout, f"{name} Succeeded in {_took(job)}: {_tally(job)}; outputs in {outputs}\n")
         return Exit.SUCCEEDED
     if status.phase is Phase.FAILED:
-        print(f"{name} Failed after {_took(job)}: {status.message} ({_tally(job)})")  # noqa: T201
-        print(f"Its logs: finetune logs {name}")  # noqa: T201
+        tell(sys.stdout, f"{name} Failed after {_took(job)}: {status.message} ({_tally(job)})\n")
+        tell(sys.stdout, f"Its logs: finetune logs {name}\n")
         return Exit.FAILED
     step = status.last_checkpoint.step if status.last_checkpoint else 0
     where = f"at step {step}, which is saved" if step else "before its first checkpoint"
-    print(f"{name} is suspended {where}; the same command goes on: finetune run {file}")  # noqa: T201
+    tell(sys.stdout, f"{name} is suspended {where}; the same command goes on: finetune run {file}\n")
     return Exit.INTERRUPTED
 
 
@@ -199,4 +201,4 @@ def _tally(job: FineTuneJob) -> str:
 
 
 def _warn(sentence: str) -> None:
-    print(f"finetune: warning: {sentence}", file=sys.stderr)  # noqa: T201
+    tell(sys.stderr, f"finetune: warning: {sentence}\n")

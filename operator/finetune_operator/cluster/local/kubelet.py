@@ -181,7 +181,11 @@ class Kubelet:
             self._startable.clear()
             for pod in self.pods:
                 async with self._turn:
-                    if self._pods.get(pod.name) is pod and not pod.ended and pod.processes is None:
+                    if self._pods.get(pod.name) is not pod or pod.ended or pod.processes is not None:
+                        continue
+                    if pod.deleted:
+                        await self._remove(pod)
+                    else:
                         await self._start(pod)
 
     async def _start(self, pod: Pod) -> None:

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Protocol
 
@@ -29,6 +30,7 @@ from finetune_operator.coordinator.server import Coordinator
 from finetune_operator.plan.types import PodPhase
 from finetune_operator.settings import Settings
 
+RETRY = timedelta(seconds=5)
 FAULT_BEAT_SECONDS = 0.05
 """While a fault waits for its step, supervisors are asked to say every one."""
 NOTICE = "Pod was terminated in response to imminent node shutdown."
@@ -95,7 +97,7 @@ class LocalRun:
             try:
                 await cluster.suspend(self.interrupted)
                 settings = await self._start(cluster, coordinator)
-                passes = drive(partial(reconcile, cluster, key_of(self._job), settings, self._now), cluster.wake)
+                passes = drive(partial(self._pass, cluster, settings), cluster.wake)
                 return await self._follow(cluster, passes)
             finally:
                 self._cluster = self._tasks = None
@@ -119,11 +121,21 @@ class LocalRun:
                     )
         return replace(self._settings, coordinator_url=f"http://{LOOPBACK}:{port}")
 
+    async def _pass(self, cluster: LocalCluster, settings: Settings) -> Pass:
+        """One pass; a disk that is full now may have room later, and meanwhile the pods go on."""
+        try:
+            return await reconcile(cluster, key_of(self._job), settings, self._now)
+        except OSError as error:
+            self._audience.warn(f"the state cannot be written ({error}); trying again in {RETRY.seconds} s")
+            return Pass(cluster.job, await cluster.observe(cluster.job or self._job), look_again=RETRY)
+
     async def _follow(self, cluster: LocalCluster, passes: AsyncGenerator[Pass, None]) -> Pass:
         async with aclosing(passes):
             async for seen in passes:
                 self._audience.see(seen)
                 if self._is_over(seen):
+                    for fault in self._faults:
+                        self._audience.warn(f"{fault} did not come about: the job was over first")
                     return seen
                 await self._cause_faults(cluster, seen)
         raise AssertionError("passes never end")
