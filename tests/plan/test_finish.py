@@ -88,3 +88,24 @@ def test_the_message_says_what_it_cost() -> None:
         world.exit(rank, 0)
     world.settle()
     assert world.job.status.message == "100 steps trained in 2 attempts; 5 steps done twice"
+
+
+def test_a_last_beat_that_comes_late_still_tells_of_the_outputs() -> None:
+    world = World().running()
+    for rank in (0, 1):
+        world.exit(rank, 0)
+    world.settle()
+    world.beat(0, RankState.DONE, outputs=(WrittenOutput(format="diffusers", to="/out", size_bytes=10),))
+    world.settle()
+    assert world.job.status.phase is Phase.SUCCEEDED
+    assert len(world.job.status.outputs) == 1
+
+
+def test_a_sidecar_does_not_keep_the_job_running() -> None:
+    """The trainer's container has ended; the pod still runs, for its sidecar does. The pods go with the job's end."""
+    world = World().running()
+    for rank in (0, 1):
+        world.change(rank, exit_code=0)
+    world.step()
+    assert world.job.status.phase is Phase.SUCCEEDED
+    assert all(pod.deleted_at is not None for pod in world.pods.values())

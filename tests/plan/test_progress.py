@@ -157,3 +157,16 @@ def test_nodes_that_are_up() -> None:
     assert settled(world).nodes == "1/2"
     world.change(1, phase=PodPhase.RUNNING)
     assert settled(world).nodes == "2/2"
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf"), 1e18, -1e18])
+def test_numbers_that_no_status_can_hold_are_left_out(time: float) -> None:
+    world = World().running()
+    committed = CommittedCheckpoint(step=10, time=time, size_bytes=1, attempt=1)
+    world.beat(0, step=10, loss=time, images_per_second=float("inf"), checkpoint=committed)
+    status = settled(world)
+    assert status.last_checkpoint is not None
+    assert status.last_checkpoint.time == START
+    assert status.loss in (None, time)
+    assert status.loss != float("inf")
+    assert status.images_per_second is None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from finetune_operator.api.job import FineTuneJobStatus
-from finetune_operator.api.words import REASONS, CountsAs, Reason
-from finetune_operator.plan.explain import explain_end
+from finetune_operator.api.words import CountsAs, Reason
+from finetune_operator.plan.explain import explain_end, is_final
 from finetune_operator.plan.finish import fail
 from finetune_operator.plan.ledger import current
 from finetune_operator.plan.view import View, is_finished
@@ -15,9 +15,8 @@ def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     entry = current(status)
     if entry is None or entry.reason is None or entry.counts_as != CountsAs.FAILURE or is_finished(status):
         return status
-    reason = Reason(entry.reason)
-    if REASONS[reason].final:
-        return fail(view, status, reason, explain_end(entry))
+    if is_final(entry.reason):
+        return fail(view, status, entry.reason, explain_end(entry))
     allowed = view.spec.recovery.max_failures
     if status.tally.failures_since_checkpoint <= allowed:
         return status

@@ -13,7 +13,7 @@ from finetune_contract.exit_codes import ExitCode, describe
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.words import REASONS, CountsAs, Reason
 from finetune_operator.plan.types import ObservedPod, PodPhase
-from finetune_operator.plan.view import ENDED, View
+from finetune_operator.plan.view import View, has_ended
 
 SIGTERM_EXIT = 143
 KUBELET_SHUTDOWN = frozenset({"Preempting", "Shutdown", "NodeShutdown", "Terminated", "TerminatedByKubelet"})
@@ -161,7 +161,7 @@ def _gang(view: View, gang_complete: bool) -> list[Facts]:
 def _facts(view: View, node_rank: int, pod: ObservedPod | None) -> Facts:
     received = view.beats.get(node_rank)
     beat = received.beat if received is not None else None
-    termination = pod.termination if pod is not None and pod.phase in ENDED else None
+    termination = pod.termination if pod is not None and has_ended(pod) else None
     ends = (termination.ends if termination else ()) or (beat.ends if beat else ())
     first = ends[0] if ends else None
     code = pod.exit_code if pod is not None else None

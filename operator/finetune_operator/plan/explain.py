@@ -5,13 +5,25 @@ from __future__ import annotations
 from finetune_operator.api.job import AttemptStatus
 from finetune_operator.api.words import REASONS, Reason
 
+MAX_WORDS = 300
+"""Characters of a rank's last line that a message holds; the ledger has all of its words."""
+
 
 def explain_end(entry: AttemptStatus) -> str:
     """Why an attempt ended, for a person: how far it came, the rank that ended first, what that means, its words."""
     step = f" at step {entry.to_step}" if entry.to_step is not None else ""
     node = f" on {entry.node}" if entry.node else ""
     who = f", rank {entry.rank} ({entry.pod}{node}) first" if entry.rank is not None else ""
-    meaning = REASONS[Reason(entry.reason)].meaning if entry.reason else ""
     last_line = (entry.message or "").strip().splitlines()[-1:]
-    words = f" It said: {last_line[0]}" if last_line else ""
-    return f"attempt {entry.attempt} ended{step}{who}: {meaning}{words}"
+    words = f" It said: {last_line[0][:MAX_WORDS]}" if last_line else ""
+    return f"attempt {entry.attempt} ended{step}{who}: {_meaning(entry.reason)}{words}"
+
+
+def is_final(reason: str | None) -> bool:
+    """Whether trying again cannot help."""
+    return reason in REASONS and REASONS[Reason(reason)].final
+
+
+def _meaning(reason: str | None) -> str:
+    """The reason's documentation. One that a newer operator wrote stands for itself."""
+    return REASONS[Reason(reason)].meaning if reason in REASONS else f"{reason}."

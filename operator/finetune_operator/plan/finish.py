@@ -31,12 +31,12 @@ def judge_success(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     )
 
 
-def fail(view: View, status: FineTuneJobStatus, reason: Reason, message: str) -> FineTuneJobStatus:
+def fail(view: View, status: FineTuneJobStatus, reason: str, message: str) -> FineTuneJobStatus:
     """End the job without its model."""
     return revise(
         status,
         phase=Phase.FAILED,
-        reason=reason.value,
+        reason=str(reason),
         message=message,
         eta=None,
         completion_time=view.now,

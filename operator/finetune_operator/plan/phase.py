@@ -39,7 +39,7 @@ PULLING = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeve
 CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "FailedMount")
 UNSCHEDULABLE = "Unschedulable"
 
-Line = tuple[Phase, Reason, str]
+Line = tuple[Phase, str, str]
 
 
 def describe(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
@@ -47,7 +47,7 @@ def describe(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if is_finished(status):
         return revise(status, nodes=nodes(view, status))
     phase, reason, message = _line(view, status)
-    return revise(status, phase=phase, reason=reason.value, message=message, nodes=nodes(view, status))
+    return revise(status, phase=phase, reason=str(reason), message=message, nodes=nodes(view, status))
 
 
 def nodes(view: View, status: FineTuneJobStatus) -> str | None:
@@ -68,7 +68,7 @@ def _line(view: View, status: FineTuneJobStatus) -> Line:
     if entry is None or entry.ended_at is not None:
         refused = find(status, ConditionType.ACCEPTED)
         if refused is not None and refused.status != "True":
-            return Phase.PENDING, Reason(refused.reason), refused.message
+            return Phase.PENDING, refused.reason, refused.message
     if entry is None:
         return Phase.PENDING, Reason.WAITING_FOR_PODS, "waiting for the first attempt"
     if entry.ended_at is not None:
@@ -85,14 +85,13 @@ def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
     """Between two attempts: why the last one ended, and what the next one waits for."""
     if entry.reason is None:
         return Phase.RECOVERING, Reason.FABRIC_ERROR, f"attempt {entry.attempt} ended; looking for the cause"
-    reason = Reason(entry.reason)
     why = explain_end(entry)
     if view.observed.pods:
-        return Phase.RECOVERING, reason, f"{why} Its pods are being cleared."
+        return Phase.RECOVERING, entry.reason, f"{why} Its pods are being cleared."
     due = attempts.wake(view, status)
     if due is not None and due > view.now:
         return Phase.RECOVERING, Reason.BACK_OFF, f"{why} The next attempt begins at {due:%H:%M:%S} UTC."
-    return Phase.RECOVERING, reason, why
+    return Phase.RECOVERING, entry.reason, why
 
 
 def _working(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
@@ -157,7 +156,7 @@ def _waiting_reason(words: str) -> Reason:
 def _unheard(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waiting_phase: Phase) -> Line:
     """All pods run and none has beaten: just started, or the operator was restarted, or there is no coordinator."""
     if entry.training_at is not None and status.phase in (Phase.RUNNING, Phase.EXPORTING):
-        return status.phase, Reason(status.reason or Reason.TRAINING), status.message or ""
+        return status.phase, status.reason or Reason.TRAINING, status.message or ""
     if not view.settings.coordinator_url:
         return Phase.RUNNING, Reason.TRAINING, "all pods run; there is no coordinator to hear of their progress"
     return waiting_phase, Reason.LOADING, "all pods run; their supervisors have not been heard yet"

@@ -6,13 +6,14 @@ never falls; over attempts it does, by the steps that were lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TypeVar
 
 from finetune_contract.beat import RankState
 from finetune_operator.api.duration import format_seconds
-from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJobStatus, OutputStatus
+from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJobStatus, OutputStatus, Phase
 from finetune_operator.api.words import CountsAs
 from finetune_operator.build import global_batch
 from finetune_operator.plan.ledger import account_lost_steps, current, replace_current
@@ -27,7 +28,7 @@ MAX_WARNINGS = 10
 def read(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Write what the attempt's ranks report."""
     if is_finished(status):
-        return status
+        return _read_results(view, status) if status.phase is Phase.SUCCEEDED else status
     total_steps = _first(report.total_steps for report in view.reports)
     status = revise(status, total_steps=total_steps or status.total_steps or view.spec.training.steps)
     entry = current(status)
@@ -35,10 +36,16 @@ def read(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         return status
     status = _read_steps(view, status, entry)
     status = account_lost_steps(status)
+    return _read_figures(view, _read_results(view, status))
+
+
+def _read_results(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """What stays of a job. The last beat may come after its pod was seen to end."""
+    if current(status) is None:
+        return status
     status = _read_checkpoint(view, status)
     status = _read_outputs(view, status)
-    status = _read_warnings(view, status)
-    return _read_figures(view, status)
+    return _read_warnings(view, status)
 
 
 def _read_steps(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> FineTuneJobStatus:
@@ -105,7 +112,7 @@ def _read_checkpoint(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus
         return status
     checkpoint = CheckpointStatus(
         step=newest.step,
-        time=datetime.fromtimestamp(newest.time, UTC),
+        time=_moment(newest.time, view.now),
         bytes=newest.size_bytes,
         attempt=newest.attempt,
     )
@@ -141,8 +148,8 @@ def _read_warnings(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
 def _read_figures(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Loss, speed, share and time left. What nobody reports any more stays as it was last seen."""
-    loss = _first(report.loss for report in view.reports)
-    speed = _first(report.images_per_second for report in view.reports if report.state in AT_SPEED)
+    loss = _first(_finite(report.loss) for report in view.reports)
+    speed = _first(_finite(report.images_per_second) for report in view.reports if report.state in AT_SPEED)
     step, total_steps = status.step, status.total_steps
     return revise(
         status,
@@ -160,6 +167,19 @@ def _eta(view: View, step: int | None, total_steps: int | None, speed: float | N
     if step is None or total_steps is None or not speed:
         return None
     return format_seconds(max(0, total_steps - step) * global_batch(view.spec) / speed)
+
+
+def _finite(number: float | None) -> float | None:
+    """A number that JSON can hold and that equals itself; None for any other."""
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _moment(seconds: float, otherwise: datetime) -> datetime:
+    """Seconds since the epoch by another machine's clock, however far that is off."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        return otherwise
 
 
 def _first(values: Iterable[T | None]) -> T | None:

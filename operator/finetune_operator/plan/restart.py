@@ -13,7 +13,7 @@ from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.words import CountsAs, Reason
 from finetune_operator.plan.ledger import current
 from finetune_operator.plan.types import DeletePod, ObservedPod
-from finetune_operator.plan.view import ENDED, View, is_finished
+from finetune_operator.plan.view import ENDED, View, has_ended, is_finished
 
 WITH_OWN_GRACE = frozenset({Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED})
 """Ends that are decided here: the deletion itself is the pods' notice."""
@@ -43,13 +43,13 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
     entry = current(status)
     if entry is None or entry.reason is None or is_finished(status) or not _may_save(entry, view):
         return None
-    running = any(pod.phase not in ENDED for pod in view.pods.values())
+    running = any(not has_ended(pod) for pod in view.pods.values())
     return _notice_over_at(entry, view) if running else None
 
 
 def _delete_settled(pod: ObservedPod, entry: AttemptStatus, view: View) -> DeletePod | None:
     grace = view.settings.peer_grace_seconds
-    if pod.phase in ENDED:
+    if has_ended(pod):
         return _delete(pod, grace)
     if entry.reason in WITH_OWN_GRACE:
         return _delete(pod, None)
@@ -66,7 +66,7 @@ def _may_save(entry: AttemptStatus, view: View) -> bool:
     """Whether the ranks that still run can finish a step together: they had notice, and none has ended badly."""
     if entry.counts_as != CountsAs.PREEMPTION or entry.reason in SUDDEN:
         return False
-    return all(pod.exit_code in GOOD_ENDS for pod in view.pods.values() if pod.phase in ENDED)
+    return all(pod.exit_code in GOOD_ENDS for pod in view.pods.values() if has_ended(pod))
 
 
 def _notice_over_at(entry: AttemptStatus, view: View) -> datetime:

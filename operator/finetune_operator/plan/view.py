@@ -81,8 +81,8 @@ class View:
     def is_done(self, node_rank: int) -> bool:
         """Whether all ranks of a node have done all that was asked: its pod says so, or its last beat did."""
         pod = self.pods.get(node_rank)
-        if pod is not None and pod.phase in ENDED:
-            return pod.phase is PodPhase.SUCCEEDED
+        if pod is not None and has_ended(pod):
+            return pod.phase is not PodPhase.FAILED and not pod.exit_code
         received = self.beats.get(node_rank)
         if received is None or len(received.beat.ranks) < self.spec.topology.processes_per_node:
             return False
@@ -90,7 +90,12 @@ class View:
 
     def all_ended(self) -> bool:
         """Whether every pod of the gang has been seen to end: nobody is left who could show a better cause."""
-        return len(self.pods) >= self.num_nodes and all(pod.phase in ENDED for pod in self.pods.values())
+        return len(self.pods) >= self.num_nodes and all(has_ended(pod) for pod in self.pods.values())
+
+
+def has_ended(pod: ObservedPod) -> bool:
+    """Whether the trainer's container has ended; a sidecar may keep the pod itself running."""
+    return pod.phase in ENDED or pod.exit_code is not None
 
 
 def is_finished(status: FineTuneJobStatus) -> bool:
