@@ -76,7 +76,7 @@ class Supervisor:
 
     def _on_notice(self, source: str) -> None:
         """SIGTERM has come, or the order to save and stop: the ranks have the whole grace period of the pod."""
-        if self._notice:
+        if self._notice or (self._ranks and len(self._ends) == len(self._ranks)):
             return
         _log(f"notice ({source}): the ranks save and stop")
         self._notice = True
