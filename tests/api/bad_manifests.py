@@ -64,7 +64,7 @@ BAD = (
     Bad("number-for-bool", {"spec.suspend": 1}, "spec.suspend", "write true or false"),
     Bad("number-for-text", {"spec.model.revision": 7}, "spec.model.revision", "write a text"),
     Bad("text-for-fields", {"spec.model": "sd15"}, "spec.model", "must be of type object"),
-    Bad("fields-for-list", {"spec.outputs": {"format": "webui"}}, "spec.outputs", "must be of type array"),
+    Bad("text-for-list", {"spec.outputs": "webui"}, "spec.outputs", "must be of type array"),
     Bad("nothing-in-list", {"spec.outputs": [None]}, "spec.outputs[0]", "must be of type object"),
     Bad("fraction-of-cpu", {"spec.topology.resources": {"cpu": 0.5}}, "spec.topology.resources.cpu", "e.g. 8, 500m"),
     # Values out of bounds.

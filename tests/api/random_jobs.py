@@ -109,7 +109,11 @@ def _changes() -> st.SearchStrategy[Change]:
     leaves = [leaf for leaf in _leaves("spec", crd.find("spec")) if leaf[0] not in ("spec.model", "spec.dataset")]
     for part in ("spec.model", "spec.dataset"):
         leaves += _leaves(part, crd.find(part))
-    return st.one_of([st.tuples(st.just(path), values(path, schema)) for path, schema in leaves])
+    given = [st.tuples(st.just(path), values(path, schema)) for path, schema in leaves]
+    # Null is how a patch takes a field away; several methods have no other way to lose theirs.
+    optional = [path for path, _ in leaves if path not in ("spec.model.base", "spec.dataset.source")]
+    taken = st.tuples(st.sampled_from(["spec.training.method", "spec.training.steps", *optional]), st.none())
+    return st.one_of(*given, *[taken] * 4)
 
 
 CHANGES = st.lists(_changes(), max_size=12)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 
 from finetune_operator.api import yaml_text
 from finetune_operator.api.validate import parse_job
@@ -14,6 +14,7 @@ from tests.api.manifests import SMALLEST, Document, patched
 from tests.api.random_jobs import valid_documents
 
 
+@settings(deadline=None)
 @given(valid_documents())
 def test_a_job_survives_yaml(document: Document) -> None:
     job = parse_job(document)

@@ -1,0 +1,239 @@
+"""A real API server takes the CRD, and says with it what `parse_job` says without it."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from finetune_operator.api import crd, yaml_text
+from finetune_operator.api.job import (
+    API_VERSION,
+    AttemptStatus,
+    CheckpointStatus,
+    Condition,
+    FineTuneJobStatus,
+    OutputStatus,
+    Phase,
+    TallyStatus,
+)
+from finetune_operator.api.rules import RULES
+from finetune_operator.api.validate import InvalidJob, Problem, parse_job
+from tests.api.bad_manifests import BAD, Bad
+from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
+from tests.api.random_jobs import documents
+from tests.controlplane.api import Api, ApiError
+from tests.controlplane.process import wait_for
+from tests.controlplane.server import ControlPlane, KubectlError
+
+pytestmark = pytest.mark.cluster
+
+CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+STATUS = FineTuneJobStatus(
+    observed_generation=1,
+    phase=Phase.RUNNING,
+    reason="Training",
+    message="Steps are being trained.",
+    conditions=(
+        Condition(
+            type="Running",
+            status="True",
+            reason="Training",
+            message="All is well.",
+            last_transition_time=NOW,
+            observed_generation=1,
+        ),
+    ),
+    attempt=2,
+    step=40,
+    total_steps=200,
+    progress="20%",
+    eta="4m10s",
+    loss=0.125,
+    images_per_second=3.5,
+    last_checkpoint=CheckpointStatus(step=40, time=NOW, bytes=2**40, attempt=1),
+    nodes="3/4",
+    preemptions=1,
+    failures=0,
+    lost_steps=0,
+    goodput=0.97,
+    start_time=NOW,
+    completion_time=NOW,
+    attempts=(
+        AttemptStatus(
+            attempt=1,
+            started_at=NOW,
+            gang_complete=True,
+            training_at=NOW,
+            from_step=0,
+            to_step=40,
+            ended_at=NOW,
+            reason="NoticeSaved",
+            counts_as="Preemption",
+            rank=1,
+            pod="circles-a1-n1",
+            node="node-1",
+            exit_code=75,
+            message="saved on notice",
+            lost_steps=0,
+        ),
+        AttemptStatus(attempt=2, started_at=NOW),
+    ),
+    tally=TallyStatus(
+        failures_since_checkpoint=0, trained_steps=40, trained_seconds=20.5, step_time=NOW, suspended_seconds=0
+    ),
+    warnings=("a corrupt checkpoint was passed over",),
+    outputs=(OutputStatus(format="diffusers", to="/out", bytes=3, sha256="0" * 64),),
+)
+"""A status with every field."""
+
+
+@pytest.fixture(scope="module")
+def api(control_plane: ControlPlane) -> Api:
+    """The API server, with the CRD as it is committed."""
+    control_plane.kubectl("apply", "--server-side", "-f", "-", stdin=crd.render())
+    wait_for("the CRD is established", lambda: condition(control_plane.api, "Established") == "True")
+    return control_plane.api
+
+
+def condition(api: Api, kind: str) -> str | None:
+    found = api.get(f"{CRDS}/{crd.NAME}")["status"]["conditions"] or []
+    return next((str(each["status"]) for each in found if each["type"] == kind), None)
+
+
+def jobs(namespace: str) -> str:
+    return f"/apis/{API_VERSION}/namespaces/{namespace}/finetunejobs"
+
+
+def refusal(api: Api, document: Document, namespace: str = "default") -> str:
+    """What the API server says to a manifest; empty where it takes it. Nothing is stored."""
+    try:
+        api.create(f"{jobs(namespace)}?dryRun=All&fieldValidation=Strict", document)
+    except ApiError as error:
+        return error.message
+    return ""
+
+
+def told(message: str, problem: Problem) -> bool:
+    """Whether an API server's message says what we say of a problem; in its own words where it has some."""
+    if problem.sentence in message:
+        return True
+    words = problem.sentence.split("; ")[0]
+    return re.sub(r"^Invalid value: .*: (?=should|must)", "", words) in message
+
+
+def test_the_definition_is_accepted_as_it_is(api: Api) -> None:
+    assert condition(api, "NamesAccepted") == "True"
+    assert condition(api, "NonStructuralSchema") in (None, "False")
+    stored = api.get(f"{CRDS}/{crd.NAME}")["spec"]["versions"][0]
+    assert stored["schema"]["openAPIV3Schema"] == crd.job_schema()
+    assert (
+        stored["additionalPrinterColumns"]
+        == crd.custom_resource_definition()["spec"]["versions"][0]["additionalPrinterColumns"]
+    )
+
+
+@pytest.mark.parametrize("document", GOOD.values(), ids=GOOD.keys())
+def test_a_good_manifest_is_taken(api: Api, document: Document) -> None:
+    assert refusal(api, document) == ""
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD if bad.kubectl_knows], ids=lambda bad: bad.name)
+def test_a_bad_manifest_is_refused_with_the_same_sentence(api: Api, bad: Bad) -> None:
+    message = refusal(api, bad.document)
+    assert bad.field in message
+    with pytest.raises(InvalidJob) as caught:
+        parse_job(bad.document)
+    assert [problem for problem in caught.value.problems if not told(message, problem)] == []
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD if not bad.kubectl_knows], ids=lambda bad: bad.name)
+def test_what_is_no_finetunejob_is_refused_in_kubectls_own_words(
+    api: Api, control_plane: ControlPlane, bad: Bad
+) -> None:
+    with pytest.raises(KubectlError):
+        control_plane.kubectl("apply", "--dry-run=server", "-f", "-", stdin=yaml_text.dump(bad.document))
+
+
+def test_kubectl_apply_prints_our_sentence(api: Api, control_plane: ControlPlane) -> None:
+    document = patched(SMALLEST, {"spec.training.epochs": 3, "spec.recovery.hangTimeout": "soon"})
+    with pytest.raises(KubectlError) as caught:
+        control_plane.kubectl("apply", "-f", "-", stdin=yaml_text.dump(document))
+    assert (
+        "spec.training.epochs: Forbidden: steps and epochs contradict each other; leave one of" in caught.value.stderr
+    )
+    assert 'spec.recovery.hangTimeout: Invalid value: "soon": hangTimeout is not a length of' in caught.value.stderr
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(document=documents())
+def test_the_api_server_and_python_judge_random_manifests_alike(api: Api, document: Document) -> None:
+    try:
+        parse_job(document)
+        ours: set[str] = set()
+    except InvalidJob as error:
+        ours = {problem.sentence for problem in error.problems}
+    message = refusal(api, document)
+    theirs = {rule.sentence for rule in RULES if rule.sentence in message}
+    assert theirs == ours
+    assert bool(message) == bool(ours), message
+
+
+@pytest.mark.parametrize("document", GOOD.values(), ids=GOOD.keys())
+def test_the_api_server_fills_the_defaults_that_python_fills(api: Api, document: Document) -> None:
+    stored = api.create(f"{jobs('default')}?dryRun=All", document)
+    expected = parse_job(document).spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    assert stored["spec"] == expected
+    assert parse_job(stored).spec == parse_job(document).spec
+
+
+def test_a_status_is_stored_whole_and_shown_in_columns(api: Api, control_plane: ControlPlane, namespace: str) -> None:
+    api.create(jobs(namespace), FULL)
+    assert (
+        columns(control_plane, namespace)
+        == "NAME METHOD PHASE STEP PROGRESS ETA CHECKPOINT NODES PREEMPTIONS FAILURES AGE"
+    )
+    written = STATUS.model_dump(mode="json", by_alias=True, exclude_none=True)
+    stored = api.patch(f"{jobs(namespace)}/circles/status", {"status": written})
+    assert stored["status"] == written
+    assert parse_job(stored).status == STATUS
+    header, row = control_plane.kubectl("get", "ftj", "-n", namespace, "-o", "wide").splitlines()
+    assert header.split()[-4:] == ["LOSS", "IMAGES/S", "GOODPUT", "MESSAGE"]
+    cells = row.split()
+    assert cells[:6] == ["circles", "DreamBoothLoRA", "Running", "40", "20%", "4m10s"]
+    assert re.fullmatch(r"\d+[dh]\w*|-?\d+.*", cells[6])
+    assert cells[7:10] == ["3/4", "1", "0"]
+    assert row.endswith("Steps are being trained.")
+    assert cells[11:14] == ["0.125", "3.5", "0.97"]
+
+
+def columns(control_plane: ControlPlane, namespace: str) -> str:
+    return " ".join(control_plane.kubectl("get", "ftj", "-n", namespace).splitlines()[0].split())
+
+
+def test_a_job_is_listed_among_all(api: Api, control_plane: ControlPlane, namespace: str) -> None:
+    api.create(jobs(namespace), SMALLEST)
+
+    def listed() -> bool:
+        # kubectl learns what there is by discovery, which lags behind the definition.
+        return "finetunejob.finetune-operator.io/circles" in control_plane.kubectl("get", "all", "-n", namespace)
+
+    wait_for("kubectl get all lists the job", listed)
+
+
+def test_a_phase_that_is_none_is_refused(api: Api, namespace: str) -> None:
+    api.create(jobs(namespace), SMALLEST)
+    with pytest.raises(ApiError, match=r"status\.phase: Unsupported value"):
+        api.patch(f"{jobs(namespace)}/circles/status", {"status": {"phase": "Resting"}})
+
+
+def test_explain_describes_fields(api: Api, control_plane: ControlPlane) -> None:
+    wait_for("the schema is published", lambda: "batchSize" in control_plane.kubectl("explain", "ftj.spec.training"))
+    text = control_plane.kubectl("explain", "ftj.spec.training")
+    assert "samples in one forward pass of one rank" in text
+    text = control_plane.kubectl("explain", "ftj.spec.training.method")
+    assert "fine-tuning method; required unless script is given" in text
+    assert "DreamBoothLoRA" in text
