@@ -12,9 +12,9 @@ from typing import Any
 from finetune_operator.api.job import AttemptStatus, Condition, FineTuneJob, FineTuneJobStatus
 from finetune_operator.build import num_nodes
 from finetune_operator.cli import words
+from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.errors import Exit
 from finetune_operator.cli.get import find
-from finetune_operator.cli.run import utc_now
 from finetune_operator.cli.table import block, columns, indented
 from finetune_operator.cluster.local.files import BrokenFileError, read_json
 from finetune_operator.cluster.local.home import Home

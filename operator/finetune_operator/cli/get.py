@@ -13,8 +13,8 @@ import yaml
 
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cli import words
+from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.errors import Exit, UsageError
-from finetune_operator.cli.run import utc_now
 from finetune_operator.cli.table import columns
 from finetune_operator.cluster.local.files import BrokenFileError
 from finetune_operator.cluster.local.home import Home

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from finetune_operator.cli.delete import delete
-from finetune_operator.cli.describe import describe
 from finetune_operator.cli.errors import Exit, UsageError
-from finetune_operator.cli.get import get
-from finetune_operator.cli.logs import logs
 from finetune_operator.cli.out import tell
-from finetune_operator.cli.run import run
-from finetune_operator.cli.validate import validate
 from finetune_operator.cluster.local.home import HOME_VARIABLE, default_home
 
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
@@ -27,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Parse the command line, carry it out, and end with its exit code."""
     arguments = parser().parse_args(argv)
     try:
-        code = arguments.command(arguments)
+        code = _carry_out(arguments)
     except UsageError as error:
         for sentence in str(error).splitlines():
             sys.stderr.write(f"finetune: {sentence}\n")
@@ -41,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         code = Exit.INTERRUPTED
     sys.exit(int(code))
+
+
+def _carry_out(arguments: argparse.Namespace) -> Exit:
+    """Import only the module of the command that is asked for: `get` needs no HTTP server."""
+    module = importlib.import_module(f"finetune_operator.cli.{arguments.command}")
+    code: Exit = getattr(module, arguments.command)(arguments)
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,14 +64,14 @@ def parser() -> argparse.ArgumentParser:
     _add_get(commands.add_parser("get", parents=[common, named], help="list jobs, or show one"))
     one = commands.add_parser("describe", parents=[common, named], help="show all that is known of a job")
     one.add_argument("name", type=_name, help="name of the job")
-    one.set_defaults(command=describe)
+    one.set_defaults(command="describe")
     _add_logs(commands.add_parser("logs", parents=[common, named], help="show what a job's ranks wrote"))
     gone = commands.add_parser("delete", parents=[common, named], help="stop a job and remove it and its checkpoints")
     gone.add_argument("name", type=_name, help="name of the job")
-    gone.set_defaults(command=delete)
+    gone.set_defaults(command="delete")
     check = commands.add_parser("validate", parents=[common], help="check a manifest and this machine; start nothing")
     _add_manifest(check)
-    check.set_defaults(command=validate)
+    check.set_defaults(command="validate")
     return top
 
 
@@ -100,13 +102,13 @@ def _add_run(command: argparse.ArgumentParser) -> None:
         "--kill", action="append", default=[], metavar="FAULT", help=f"let a rank's pod vanish without notice: {FAULT}"
     )
     command.add_argument("--plain", action="store_true", help="plain lines also in a terminal")
-    command.set_defaults(command=run)
+    command.set_defaults(command="run")
 
 
 def _add_get(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", type=_name, nargs="?", help="name of a job; default: all of the namespace")
     command.add_argument("-o", "--output", choices=("wide", "json", "yaml"), help="form of the output")
-    command.set_defaults(command=get)
+    command.set_defaults(command="get")
 
 
 def _add_logs(command: argparse.ArgumentParser) -> None:
@@ -114,4 +116,4 @@ def _add_logs(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rank", type=int, help="only this rank's lines (default: all ranks)")
     command.add_argument("--attempt", type=int, help="an earlier attempt (default: the newest)")
     command.add_argument("-f", "--follow", action="store_true", help="go on until the job is no longer run")
-    command.set_defaults(command=logs)
+    command.set_defaults(command="logs")

@@ -7,13 +7,13 @@ import asyncio
 import os
 import signal
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, Phase
 from finetune_operator.build import num_nodes
 from finetune_operator.cli import preflight, words
+from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import describe_difference, load_manifest
 from finetune_operator.cli.out import tell
@@ -32,11 +32,6 @@ MUTABLE = ("suspend", "recovery", "activeDeadlineSeconds", "ttlSecondsAfterFinis
 
 
 View = PlainView | LiveView
-
-
-def utc_now() -> datetime:
-    """The clock."""
-    return datetime.now(UTC)
 
 
 def run(arguments: argparse.Namespace) -> Exit:
