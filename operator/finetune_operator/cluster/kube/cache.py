@@ -68,6 +68,11 @@ class Cache(Generic[T]):
         """
         return self._seen.get(scope, 0)
 
+    def knows(self, key: ObjectKey, version: int) -> bool:
+        """Whether this version of an object, or a newer one, is here: then it need not be read."""
+        entry = self._entries.get(key)
+        return entry is not None and entry.version >= version
+
     def replace(self, scope: str, values: Iterable[tuple[ObjectKey, Entry[T]]], version: int) -> None:
         """Take a whole list as of a version: what is not in it is gone, unless it was written later."""
         listed = dict(values)

@@ -23,6 +23,9 @@ from finetune_operator.cluster.kube.clock import ServerClock
 Json = dict[str, Any]
 
 JSON = "application/json"
+PARTIAL_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+PARTIAL = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+"""Media types of objects without their spec, data and status: what is not asked for need not be read."""
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 
@@ -90,12 +93,12 @@ class KubeApi:
         return await self.request("GET", path, query=query, accept=accept)
 
     async def create(self, path: str, manifest: Mapping[str, Any]) -> Json:
-        """Create an object in the collection at `path`."""
-        return await self.request("POST", path, manifest)
+        """Create an object in the collection at `path`; return its metadata."""
+        return await self.request("POST", path, manifest, accept=PARTIAL)
 
     async def replace(self, path: str, manifest: Mapping[str, Any]) -> Json:
-        """Replace an object, or its status, if it still has the manifest's resource version."""
-        return await self.request("PUT", path, manifest)
+        """Replace an object, or its status, if it still has the manifest's resource version; return its metadata."""
+        return await self.request("PUT", path, manifest, accept=PARTIAL)
 
     async def apply(self, path: str, manifest: Mapping[str, Any], manager: str) -> Json:
         """Apply an object on the server's side; what other managers wrote into our fields is overwritten."""
@@ -199,6 +202,8 @@ async def connect(kubeconfig: Path | None, context: str | None = None, num_conne
         )
         loader.load_and_set(configuration)
     configuration.connection_pool_maxsize = num_connections
+    # Or each request would look for proxies and passwords in the environment, in a thread of its own.
+    configuration.client_session_kwargs = {"trust_env": False}
     return ApiClient(configuration)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune_contract.beat import Beat, Order, Reply
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.build import num_nodes
 from finetune_operator.cluster.kube.beats import JobBeats
 from finetune_operator.cluster.kube.cache import Cache, Entry, ObjectKey
 from finetune_operator.cluster.kube.client import (
@@ -36,11 +37,12 @@ from finetune_operator.cluster.kube.objects import (
     KubeJob,
     KubePod,
     decode_child,
-    decode_job,
+    decode_created,
     decode_pod,
     owner_uid,
     refusal_body,
     status_body,
+    with_status,
 )
 from finetune_operator.cluster.kube.queue import WorkQueue
 from finetune_operator.cluster.kube.reflector import key_of
@@ -95,7 +97,7 @@ class KubeCluster:
         self.pods: Cache[KubePod] = Cache(lambda pod: pod.job, self._pod_changed)
         self.services: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
-        self._children = {"Service": self.services, "ConfigMap": self.configs}
+        self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
         self.nodes = NodeBook(self._node_changed)
         self.beats = JobBeats(self.wake)
         self._reviewer = TokenReviewer(world.api, settings.coordinator_audience, self._find_pod)
@@ -129,7 +131,7 @@ class KubeCluster:
             if error.status in (CONFLICT, NOT_FOUND):
                 raise ConflictError(str(error)) from error
             raise
-        self._put(self.jobs, decode_job(written), written)
+        self._put(self.jobs, with_status(job, status, written), written)
 
     async def apply(self, job: FineTuneJob, action: Action) -> None:
         """Carry out one action."""
@@ -170,7 +172,8 @@ class KubeCluster:
         elif urgency is Urgency.SOON:
             self._queue.add_after(key, SETTLE_SECONDS)
         elif urgency is Urgency.PROGRESS:
-            self._queue.add_after(key, self._throttle.delay(key, asyncio.get_running_loop().time()))
+            delay = self._throttle.delay(key, asyncio.get_running_loop().time())
+            self._queue.add_after(key, max(SETTLE_SECONDS, delay))
 
     def _job_changed(self, key: ObjectKey, old: KubeJob | None, new: KubeJob | None) -> None:
         if new is None:
@@ -181,7 +184,21 @@ class KubeCluster:
     def _pod_changed(self, key: ObjectKey, old: KubePod | None, new: KubePod | None) -> None:
         pod = new or old
         assert pod is not None
-        self.wake(pod.job, pod_news(old, new))
+        urgency = pod_news(old, new)
+        if urgency is Urgency.SOON and not self._is_whole(pod):
+            # The others are on their way, and each step of theirs would cost a write.
+            urgency = Urgency.PROGRESS
+        self.wake(pod.job, urgency)
+
+    def _is_whole(self, pod: KubePod) -> bool:
+        """Whether a pod's gang has come to a milestone: all of it is there, or all of it is ready."""
+        found = self.jobs.get(ObjectKey(*pod.job))
+        if found is None or found.job is None:
+            return False
+        attempt = pod.observed.attempt
+        gang = [other.observed for other in self.pods.group(pod.job) if other.observed.attempt == attempt]
+        num_ready = sum(other.ready for other in gang)
+        return len(gang) == num_nodes(found.job.spec) and num_ready in (0, len(gang))
 
     def _child_changed(self, key: ObjectKey, old: KubeChild | None, new: KubeChild | None) -> None:
         if new is None and old is not None:
@@ -224,7 +241,7 @@ class KubeCluster:
                 sentence = f"{kind} {meta['name']} was refused: {error.message}"
                 self._events.tell(job, Event("FailedCreate", sentence, warning=True))
             raise
-        self._put_child(kind, created)
+        self._put(self._children[kind], decode_created(kind, created), created)
 
     async def _find_existing(self, job: FineTuneJob, manifest: Manifest) -> None:
         """It is there: ours, made before this process began or since; a predecessor's; or a stranger's."""
@@ -237,17 +254,11 @@ class KubeCluster:
                 return
             raise
         if owner_uid(found) == job.metadata.uid:
-            self._put_child(kind, found)
+            self._put(self._children[kind], decode_pod(found) if kind == "Pod" else decode_child(found), found)
         elif not found["metadata"].get("deletionTimestamp"):
             sentence = f"{kind} {meta['name']} is there already and is not of this job: delete it, or rename the job"
             self._events.tell(job, Event("NameTaken", sentence, warning=True))
             self._queue.add_after(_key(job), 60.0)
-
-    def _put_child(self, kind: str, thing: Json) -> None:
-        if kind == "Pod":
-            self._put(self.pods, decode_pod(thing), thing)
-        else:
-            self._put(self._children[kind], decode_child(thing), thing)
 
     def _put(self, cache: Cache[Any], value: Any, thing: Json) -> None:
         if value is not None:
@@ -259,7 +270,7 @@ class KubeCluster:
             options["gracePeriodSeconds"] = action.grace_seconds
         answer = await self._delete(PODS.path(job.metadata.namespace, action.name), options)
         if answer is not None and answer.get("kind") == "Pod" and answer["metadata"].get("deletionTimestamp"):
-            self._put_child("Pod", answer)
+            self._put(self.pods, decode_pod(answer), answer)
 
     async def _delete_job(self, job: FineTuneJob) -> None:
         options = {"preconditions": {"uid": job.metadata.uid}, "propagationPolicy": "Background"}

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from finetune_operator.api import job as api
 from finetune_operator.api import words
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus, ObjectMeta
 from finetune_operator.cluster.kube.client import Json
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import JobKey
@@ -21,9 +21,6 @@ MANAGED_BY = f"{api.GROUP}/managed-by"
 
 OWNED = f"{words.MANAGED_BY}={words.OPERATOR}"
 """Label selector of all that the operator creates."""
-PARTIAL_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-PARTIAL = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
-"""Media types of objects without their spec, data and status."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,11 @@ def decode_pod(pod: Json) -> KubePod | None:
     return KubePod(child.job, child.owner_uid, observed) if observed is not None and child is not None else None
 
 
+def decode_created(kind: str, meta: Json) -> KubePod | KubeChild | None:
+    """Read an object that was created just now from its metadata alone: nobody has done anything with it yet."""
+    return decode_pod({**meta, "spec": {}, "status": {}}) if kind == "Pod" else decode_child(meta)
+
+
 def decode_child(thing: Json) -> KubeChild | None:
     """Read an object's metadata; None where it is no job's."""
     meta = thing["metadata"]
@@ -124,6 +126,13 @@ def explain(error: ValidationError) -> str:
     fault = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in fault["loc"])
     return f"{where}: {fault['msg']}; write it as the present version of the FineTuneJob asks for"
+
+
+def with_status(job: FineTuneJob, status: FineTuneJobStatus, written: Json) -> KubeJob:
+    """The job as it is stored after a status write that was taken, from the metadata that came back."""
+    meta = ObjectMeta.model_validate(written["metadata"])
+    stored = job.model_copy(update={"metadata": meta, "status": status})
+    return KubeJob(JobKey(meta.namespace, meta.name), meta.uid, meta.resource_version, stored)
 
 
 def status_body(job: FineTuneJob, status: FineTuneJobStatus) -> Json:

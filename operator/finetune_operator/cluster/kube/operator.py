@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_operator.cluster.kube import objects
-from finetune_operator.cluster.kube.client import KubeApi, RequestHook, connect
+from finetune_operator.cluster.kube.client import PARTIAL, PARTIAL_LIST, KubeApi, RequestHook, connect
 from finetune_operator.cluster.kube.clock import ServerClock
 from finetune_operator.cluster.kube.cluster import KubeCluster, Pace, World
 from finetune_operator.cluster.kube.coordinator import SecureCoordinator
@@ -201,7 +201,7 @@ class Operator:
 def _sources(cluster: KubeCluster) -> list[tuple[Source[Any], Any]]:
     """What is watched, and the cache that it fills."""
     owned = {"labelSelector": objects.OWNED}
-    partial = {"query": owned, "list_accept": objects.PARTIAL_LIST, "watch_accept": objects.PARTIAL}
+    partial = {"query": owned, "list_accept": PARTIAL_LIST, "watch_accept": PARTIAL}
     return [
         (Source(objects.JOBS, objects.decode_job), cluster.jobs),
         (Source(objects.PODS, objects.decode_pod, query=owned), cluster.pods),

@@ -112,6 +112,10 @@ class Reflector(Generic[T]):
         if kind == "BOOKMARK":
             self._cache.see_version(self._scope, version)
             return
+        if kind != "DELETED" and self._cache.knows(key_of(thing), version):
+            # Our own write, which was read back from its answer.
+            self._cache.see_version(self._scope, version)
+            return
         item = self._read(thing) if kind != "DELETED" else None
         if item is None:
             self._cache.see_deleted(self._scope, key_of(thing), version)
