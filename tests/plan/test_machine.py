@@ -5,6 +5,7 @@ The operator is restarted before every pass, for `plan` keeps nothing: what surv
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -18,7 +19,7 @@ from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.plan import plan
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.types import Create, DeletePod, ObservedPod, Plan, PodPhase
-from tests.plan.world import RankState, World, last_words, make_job, seconds
+from tests.plan.world import SETTINGS, RankState, World, last_words, make_job, seconds
 
 DAY_SECONDS = 86400.0
 RANKS = st.integers(0, 2)
@@ -45,7 +46,8 @@ class JobMachine(RuleBasedStateMachine):
                 topology={"accelerator": "cpu", "nodes": 3},
                 recovery={"maxFailures": max_failures, "noticeSeconds": 60},
                 **({"activeDeadlineSeconds": deadline} if deadline else {}),
-            )
+            ),
+            settings=replace(SETTINGS, max_attempts_kept=3),
         )
 
     # passes
@@ -120,6 +122,12 @@ class JobMachine(RuleBasedStateMachine):
             committed = CommittedCheckpoint(step=self.step, time=0, size_bytes=1, attempt=attempt)
         for pod in pods:
             self.world.beat(pod.node_rank, step=self.step, restored_step=self.begun_at[attempt], checkpoint=committed)
+
+    @rule(node_rank=RANKS, state=st.sampled_from(RankState))
+    def a_rank_says_what_it_does(self, node_rank: int, state: RankState) -> None:
+        pod = self.mine(node_rank)
+        if pod is not None and pod.phase is PodPhase.RUNNING and state is not RankState.DONE:
+            self.world.beat(node_rank, state, warnings=(f"{state} on rank {node_rank}",))
 
     @rule()
     def beats_are_lost(self) -> None:

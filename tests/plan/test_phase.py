@@ -98,10 +98,26 @@ def test_recovering_until_the_next_attempts_first_step() -> None:
     assert line(world)[0] is Phase.RUNNING
 
 
-def test_an_attempt_that_fails_before_any_step_has_nothing_to_recover() -> None:
+def test_what_was_suspended_starts_again_and_has_nothing_to_recover() -> None:
     world = World().running()
+    world.train_to(10)
+    world.settle()
+    for value in (True, False):
+        spec = world.job.spec.model_copy(update={"suspend": value})
+        world.job = world.job.model_copy(update={"spec": spec})
+        world.step()
+    assert line(world)[:2] == (Phase.STARTING, Reason.SUSPENDED)
     world.pods.clear()
     assert line(world)[0] is Phase.STARTING
+
+
+def test_a_pod_that_is_silent_while_it_loads() -> None:
+    world = World().running()
+    world.beat_all(RankState.LOADING)
+    look_again = world.settle().look_again
+    assert look_again is not None
+    world.tick(look_again.total_seconds())
+    assert line(world)[:2] == (Phase.STARTING, Reason.SILENT)
 
 
 def test_a_restarted_operator_that_has_heard_nothing_yet_believes_the_status() -> None:

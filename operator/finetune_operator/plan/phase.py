@@ -13,14 +13,15 @@ from finetune_contract.beat import RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
 from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.plan import attempts, suspend
-from finetune_operator.plan.conditions import find, is_true
+from finetune_operator.plan.causes import find_cause
+from finetune_operator.plan.conditions import find
 from finetune_operator.plan.explain import explain_end
-from finetune_operator.plan.ledger import current
+from finetune_operator.plan.ledger import current, open_entry
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.types import PodPhase
 from finetune_operator.plan.view import View, earliest, is_finished
 
-ORDER = {
+STATES = {
     RankState.STARTING: Reason.LOADING,
     RankState.LOADING: Reason.LOADING,
     RankState.CACHING: Reason.CACHING,
@@ -33,7 +34,17 @@ ORDER = {
     RankState.DONE: Reason.EXPORTING,
     RankState.FAILED: Reason.TRAINING,
 }
-"""What each state of a rank is called, earliest work first."""
+"""What each state of a rank is called."""
+STAGES = (
+    Reason.LOADING,
+    Reason.CACHING,
+    Reason.RESTORING,
+    Reason.TRAINING,
+    Reason.VALIDATING,
+    Reason.SAVING,
+    Reason.EXPORTING,
+)
+"""The work of a rank in the order in which it first comes to it."""
 BEFORE_TRAINING = frozenset({Reason.LOADING, Reason.CACHING, Reason.RESTORING})
 PULLING = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "FailedMount")
@@ -84,33 +95,38 @@ def _suspended(status: FineTuneJobStatus) -> str:
 def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
     """Between two attempts: why the last one ended, and what the next one waits for."""
     if entry.reason is None:
-        return Phase.RECOVERING, Reason.FABRIC_ERROR, f"attempt {entry.attempt} ended; looking for the cause"
+        guess = find_cause(view, entry.gang_complete)
+        reason = guess.reason if guess is not None else Reason.POD_LOST
+        return Phase.RECOVERING, reason, f"attempt {entry.attempt} ended; looking for the cause"
+    # After an end that counts as nothing, such as a suspension that was taken back, there is nothing to recover from.
+    phase = Phase.RECOVERING if entry.counts_as else Phase.STARTING
     why = explain_end(entry)
     if view.observed.pods:
-        return Phase.RECOVERING, entry.reason, f"{why} Its pods are being cleared."
+        return phase, entry.reason, f"{why} Its pods are being cleared."
     due = attempts.wake(view, status)
     if due is not None and due > view.now:
-        return Phase.RECOVERING, Reason.BACK_OFF, f"{why} The next attempt begins at {due:%H:%M:%S} UTC."
-    return Phase.RECOVERING, entry.reason, why
+        return phase, Reason.BACK_OFF, f"{why} The next attempt begins at {due:%H:%M:%S} UTC."
+    return phase, entry.reason, why
 
 
 def _working(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
     """An attempt is open: its pods come up, then its ranks get to work."""
-    waiting_phase = Phase.RECOVERING if _was_training(status) else Phase.STARTING
+    waiting_phase = Phase.RECOVERING if _is_recovery(status) else Phase.STARTING
     if entry.attempt != view.attempt:
         return waiting_phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
     if not _all_up(view):
         return _waiting(view, status, waiting_phase)
     if not view.reports:
         return _unheard(view, status, entry, waiting_phase)
+    phase, reason, message = _at_work(view, status, entry, waiting_phase)
     if silent := _silent(view):
-        return status.phase or waiting_phase, Reason.SILENT, silent
-    return _at_work(view, status, entry, waiting_phase)
+        return phase, Reason.SILENT, silent
+    return phase, reason, message
 
 
 def _at_work(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waiting_phase: Phase) -> Line:
     """All pods run and speak: what their ranks are doing."""
-    reason = _stage(ORDER[report.state] for report in view.reports)
+    reason = _stage(STATES[report.state] for report in view.reports)
     detail = _detail(view, status, reason)
     if reason in BEFORE_TRAINING:
         return waiting_phase, reason, detail
@@ -123,13 +139,13 @@ def _at_work(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waitin
 
 def _stage(reasons: Iterable[Reason]) -> Reason:
     """Until all ranks train, the gang is where its last one is; from then on, what any of them does beside training."""
-    by_order = sorted(reasons, key=list(ORDER.values()).index)
+    by_order = sorted(reasons, key=STAGES.index)
     return by_order[0] if by_order[0] in BEFORE_TRAINING else by_order[-1]
 
 
-def _was_training(status: FineTuneJobStatus) -> bool:
-    """Whether any attempt has trained: only then is there something to recover."""
-    return status.tally.trained_steps > 0
+def _is_recovery(status: FineTuneJobStatus) -> bool:
+    """Whether capacity or a failure ended the attempt before this one."""
+    return len(status.attempts) > 1 and status.attempts[-2].counts_as is not None
 
 
 def _all_up(view: View) -> bool:
@@ -163,7 +179,7 @@ def _unheard(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waitin
 
 
 def _detail(view: View, status: FineTuneJobStatus, reason: Reason) -> str:
-    details = (report.detail for report in view.reports if report.detail and ORDER[report.state] is reason)
+    details = (report.detail for report in view.reports if report.detail and STATES[report.state] is reason)
     detail = next(details, None)
     step = f"step {status.step}" + (f" of {status.total_steps}" if status.total_steps else "")
     if reason is Reason.TRAINING or detail is None:
@@ -182,7 +198,7 @@ def _silent(view: View) -> str | None:
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
     """When a pod that stays silent must be called so."""
-    if is_finished(status) or not is_true(status, ConditionType.RUNNING):
+    if is_finished(status) or open_entry(status) is None:
         return None
     timeout = timedelta(seconds=view.settings.beat_timeout_seconds)
     late = (received.received_at + timeout for received in view.beats.values())

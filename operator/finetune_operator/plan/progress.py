@@ -86,9 +86,11 @@ def _tally_steps(
     if to_step is None or before is None or to_step <= before:
         return status
     tally = status.tally
-    # The time of an attempt's first look holds its loading, too: it is not counted.
-    known = entry.to_step is not None and entry.training_at is not None and tally.step_time is not None
-    seconds = (seen_at - tally.step_time).total_seconds() if known and tally.step_time else 0.0
+    seconds = 0.0
+    # The time before an attempt's first step is that of its loading, and is not counted.
+    if entry.training_at is not None:
+        since = max(entry.training_at, tally.step_time or entry.training_at)
+        seconds = (seen_at - since).total_seconds()
     tally = revise(
         tally,
         trained_steps=tally.trained_steps + to_step - before,

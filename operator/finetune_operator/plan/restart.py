@@ -17,7 +17,7 @@ from finetune_operator.plan.view import ENDED, View, has_ended, is_finished
 
 WITH_OWN_GRACE = frozenset({Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED})
 """Ends that are decided here: the deletion itself is the pods' notice."""
-SUDDEN = frozenset({Reason.POD_LOST, Reason.NODE_LOST})
+SUDDEN = frozenset({Reason.POD_LOST, Reason.NODE_LOST, Reason.DELETION_BY_POD_GC})
 """Ends by capacity that came without notice."""
 GOOD_ENDS = frozenset({None, ExitCode.DONE, ExitCode.SAVED})
 
