@@ -217,8 +217,10 @@ _TRAINING = (
     Rule(
         TRAINING,
         "lrWarmupSteps",
-        "!has(self.steps) || self.lrWarmupSteps < self.steps",
-        lambda training: training.steps is None or training.lr_warmup_steps < training.steps,
+        "!has(self.steps) || self.lrWarmupSteps == 0 || self.lrWarmupSteps < self.steps",
+        lambda training: (
+            not training.steps or not training.lr_warmup_steps or training.lr_warmup_steps < training.steps
+        ),
         "lrWarmupSteps leaves no step at the full learning rate; write fewer than steps",
     ),
     Rule(
