@@ -1,13 +1,8 @@
-"""A Stable Diffusion base of a few thousand random weights, a data set of a few pictures, and runs of real ranks."""
+"""A Stable Diffusion base of a few thousand random weights, a data set of a few pictures, and a run over them."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +10,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from finetune_contract import environment
 from finetune_contract.run_spec import RunSpec
 
-ROOT = Path(__file__).parents[2]
 RESOLUTION = 16
 NUM_SAMPLES = 7
 NUM_TOKENS = 8
@@ -89,8 +83,6 @@ def write_base(folder: Path, prediction_type: str = "epsilon") -> Path:
 
 def _write_tokenizer(folder: Path) -> None:
     """CLIP's tokenizer without merges: every letter is a token."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
     folder.mkdir(parents=True)
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -145,75 +137,3 @@ def make_spec(base: Path, data: Path, **training: Any) -> RunSpec:
             "checkpointInterval": {"steps": 2},
         }
     )
-
-
-class Ranks:
-    """Real rank processes of one attempt."""
-
-    def __init__(
-        self,
-        spec: RunSpec,
-        folder: Path,
-        attempt: int = 1,
-        world_size: int = 1,
-        command: Sequence[str] = ("-m", "finetune_trainer.rank"),
-        extra: Mapping[str, str] | None = None,
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        spec_file = folder / "run.json"
-        spec_file.write_text(spec.to_json(), encoding="utf-8")
-        port = _free_port()
-        self.job_dir = folder / "job"
-        self.processes: list[subprocess.Popen[str]] = []
-        self.readers: list[int] = []
-        for rank in range(world_size):
-            reader, writer = os.pipe()
-            env = {
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("trainer", "tests/trainer")),
-                "PYTHONUNBUFFERED": "1",
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                environment.RUN_SPEC: str(spec_file),
-                environment.ATTEMPT: str(attempt),
-                environment.CHECKPOINT_DIR: str(self.job_dir),
-                environment.CACHE_DIR: str(folder.parent / "cache"),
-                environment.BACKEND: "gloo",
-                environment.REPORT_FD: str(writer),
-                **(extra or {}),
-            }
-            process = subprocess.Popen(
-                [sys.executable, *command], env=env, pass_fds=(writer,), stderr=subprocess.PIPE, text=True
-            )
-            os.close(writer)
-            self.processes.append(process)
-            self.readers.append(reader)
-
-    def wait(self, timeout: float = 120) -> list[int]:
-        """Exit codes, by rank, when all have ended; kills them when that takes too long."""
-        try:
-            return [process.wait(timeout) for process in self.processes]
-        finally:
-            self.kill()
-
-    def kill(self) -> None:
-        """SIGKILL those that live."""
-        for process in self.processes:
-            process.kill()
-
-    def errors(self, rank: int = 0) -> str:
-        """What a rank has written to stderr; after its end."""
-        stderr = self.processes[rank].stderr
-        assert stderr is not None
-        return stderr.read()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

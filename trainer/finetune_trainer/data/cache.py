@@ -35,14 +35,13 @@ class TensorCache:
         self._folder = folder
         self._shard_of: dict[str, Path] = {}
         self._parts: dict[str, list[str]] = {}
-        self._seen: set[Path] = set()
+        self._indexed: set[Path] = set()
         self._open: dict[Path, Any] = {}
 
     def refresh(self) -> None:
         """Look for shards that were added since."""
         for shard in sorted(self._folder.glob(f"*{_SUFFIX}")):
-            if shard not in self._seen:
-                self._seen.add(shard)
+            if shard not in self._indexed:
                 self._index(shard)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
@@ -89,6 +88,7 @@ class TensorCache:
         except (OSError, SafetensorError) as error:
             _LOG.warning("cache: %s is damaged and is computed anew: %s", shard, error)
             return
+        self._indexed.add(shard)
         for name in names:
             key, _, part = name.partition(".")
             if self._shard_of.setdefault(key, shard) == shard:

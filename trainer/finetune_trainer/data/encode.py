@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -171,4 +172,5 @@ def image_id(source: Source, index: int, hashes: FileHashes) -> str:
     """SHA-256 of an image's bytes."""
     if isinstance(source, FolderSource):
         return hashes.of_file(Path(source.name(index)))
-    return hash_text(source.image_bytes(index).hex())
+    with source.open(index) as file:
+        return hashlib.sha256(file.read()).hexdigest()

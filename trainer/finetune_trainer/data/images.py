@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 import torch
@@ -31,15 +31,15 @@ class View:
 CENTRE = View()
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(file: IO[bytes]) -> Image.Image:
     """Read an image as RGB, the way up that its EXIF says, transparent parts on white.
 
     Raises:
-        OSError: the bytes are not a whole image of a known format.
+        OSError: it is not a whole image of a known format.
     """
-    with Image.open(io.BytesIO(data)) as file:
-        file.load()
-        return to_rgb(ImageOps.exif_transpose(file))
+    with Image.open(file) as image:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -53,14 +53,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def is_square(data: bytes) -> bool:
+def is_square(file: IO[bytes]) -> bool:
     """Whether width and height are equal; reads the header only.
 
     Raises:
         OSError: not an image.
     """
-    with Image.open(io.BytesIO(data)) as file:
-        return bool(file.width == file.height)
+    with Image.open(file) as image:
+        return bool(image.width == image.height)
 
 
 def to_pixels(image: Image.Image, resolution: int, view: View) -> Tensor:

@@ -5,10 +5,12 @@ Opened once at the start. Whatever is wrong with it ends the rank with the sente
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from PIL import Image
 
@@ -31,7 +33,7 @@ class Source(Protocol):
         """Caption of a sample."""
         ...
 
-    def image_bytes(self, index: int) -> bytes:
+    def open(self, index: int) -> IO[bytes]:
         """The encoded image (PNG, JPEG, ...) of a sample, as stored."""
         ...
 
@@ -54,14 +56,14 @@ class FolderSource:
         """Caption of a sample."""
         return self._rows[index][1]
 
-    def image_bytes(self, index: int) -> bytes:
-        """Bytes of the image file.
+    def open(self, index: int) -> IO[bytes]:
+        """The image file.
 
         Raises:
             DataError: it cannot be read.
         """
         try:
-            return (self._folder / self._rows[index][0]).read_bytes()
+            return (self._folder / self._rows[index][0]).open("rb")
         except OSError as error:
             raise DataError(f"dataset.source: image {self.name(index)} cannot be read: {error.strerror}") from error
 
@@ -86,17 +88,17 @@ class TableSource:
         value = self._table[index][self._caption_column]
         return str(value[0] if isinstance(value, list) else value)
 
-    def image_bytes(self, index: int) -> bytes:
-        """Bytes of the image.
+    def open(self, index: int) -> IO[bytes]:
+        """The image file within the row, or that the row names.
 
         Raises:
             DataError: the row holds none.
         """
         cell = self._table[index][self._image_column]
         if isinstance(cell, Mapping) and cell.get("bytes"):
-            return bytes(cell["bytes"])
-        if isinstance(cell, Mapping) and cell.get("path"):
-            return Path(cell["path"]).read_bytes()
+            return io.BytesIO(cell["bytes"])
+        if isinstance(cell, Mapping) and cell.get("path") and Path(cell["path"]).is_file():
+            return Path(cell["path"]).open("rb")
         raise DataError(f"dataset.columns.image: {self.name(index)} holds no image in column {self._image_column!r}")
 
     def name(self, index: int) -> str:
@@ -199,7 +201,27 @@ def decode_sample(source: Source, index: int) -> Image.Image:
     Raises:
         DataError: it is broken.
     """
+    with source.open(index) as file, _whole_image(source, index):
+        return images.decode(file)
+
+
+def all_square(source: Source) -> bool:
+    """Whether every image is square, so that there is nothing to crop; reads their headers.
+
+    Raises:
+        DataError: one is broken.
+    """
+    return all(_is_square(source, index) for index in range(len(source)))
+
+
+def _is_square(source: Source, index: int) -> bool:
+    with source.open(index) as file, _whole_image(source, index):
+        return images.is_square(file)
+
+
+@contextlib.contextmanager
+def _whole_image(source: Source, index: int) -> Iterator[None]:
     try:
-        return images.decode(source.image_bytes(index))
+        yield
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"dataset.source: {source.name(index)} is not a whole image: {error}") from error

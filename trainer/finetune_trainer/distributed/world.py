@@ -7,6 +7,7 @@ fails because a peer is gone raises FabricError with one sentence.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -101,6 +102,12 @@ class World:
             raise FabricError(f"rank {self.rank} lost a peer in {what}: {first_line}") from error
 
 
+def _load_backend(backend: str) -> None:
+    """oneCCL is a backend only once its binding was imported."""
+    if backend == "ccl":
+        importlib.import_module("oneccl_bindings_for_pytorch")
+
+
 def join_world(env: Mapping[str, str]) -> World:
     """Meet the other ranks, by torch's standard variables and the pod's backend.
 
@@ -112,11 +119,14 @@ def join_world(env: Mapping[str, str]) -> World:
 
     size, rank = int(env.get("WORLD_SIZE", "1")), int(env.get("RANK", "0"))
     backend = env.get(environment.BACKEND) or ("nccl" if torch.cuda.is_available() else "gloo")
-    options = {"backend": backend, "timeout": COLLECTIVE_TIMEOUT} if size > 1 else {}
     try:
-        state = PartialState(cpu=backend in _CPU_BACKENDS, **options)
-    except ValueError as error:
-        raise ConfigError(f"{environment.BACKEND}: backend {backend!r} is not available here; {error}") from error
+        if size > 1:
+            _load_backend(backend)
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        # Finds the device of this rank, and takes the process group as it is.
+        state = PartialState(cpu=backend in _CPU_BACKENDS)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{environment.BACKEND}: {backend!r} is not available here: {error}") from error
     except RuntimeError as error:
         raise FabricError(f"rank {rank} of {size} could not meet the others: {error}") from error
     return World(state.process_index, state.num_processes, max(0, state.local_process_index), state.device)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune_contract.spec import LoraSpec, OutputFormat
@@ -18,6 +17,7 @@ from finetune_trainer.data.order import SampleRef
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.loss import diffusion_losses
 from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.tensor_file import write_tensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
@@ -72,10 +72,10 @@ class Lora:
         path = folder / WEIGHTS_NAME
         # peft holds the target modules as a set, whose order differs from process to process.
         metadata = {f"unet.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        save_file(
-            {f"unet.{name}": value.detach().cpu().contiguous() for name, value in sorted(state.items())},
+        write_tensors(
             path,
-            metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True, default=str)},
+            {f"unet.{name}": value for name, value in state.items()},
+            {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True, default=str)},
         )
         return [path]
 

@@ -50,6 +50,8 @@ def find_folder(name: str, revision: str | None, field: str) -> Path:
         raise ConfigError(f"{field}: {name} is a pickle, which can run code when it is read; convert it to safetensors")
     if path.is_file():
         raise ConfigError(f"{field}: {name} is a single file; write a folder in diffusers' layout or a hub id")
+    if "://" in name:
+        raise ConfigError(f"{field}: {name} cannot be read from there; write a folder or a hub id")
     if name.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"{field}: there is no folder {name}; write one that the job's pods can see, or a hub id")
     return _fetch(name, revision, field)

@@ -18,7 +18,8 @@ class NoiseSchedule:
     """A discrete noise schedule (DDPM, https://arxiv.org/abs/2006.11239).
 
     Attributes:
-        alphas_cumprod: share of the signal's variance that is left at each timestep, float32 (num_timesteps,).
+        alphas_cumprod: share of the signal's variance that is left at each timestep, float64 (num_timesteps,): at the
+            first timesteps 1 - alphas_cumprod is so small that float32 would lose three digits of it.
         prediction_type: "epsilon" (the noise) or "v_prediction" (https://arxiv.org/abs/2202.00512).
     """
 
@@ -50,7 +51,7 @@ class NoiseSchedule:
         alphas = self.alphas_cumprod[timesteps]
         snr = alphas / (1 - alphas)
         divisor = snr if self.prediction_type == "epsilon" else snr + 1
-        return snr.clamp(max=gamma) / divisor
+        return (snr.clamp(max=gamma) / divisor).float()
 
     def to(self, device: torch.device) -> NoiseSchedule:
         """The same on a device."""
@@ -58,7 +59,7 @@ class NoiseSchedule:
 
     def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas_cumprod[timesteps].view(-1, *([1] * (like.dim() - 1)))
-        return alphas.sqrt(), (1 - alphas).sqrt()
+        return alphas.sqrt().to(like.dtype), (1 - alphas).sqrt().to(like.dtype)
 
 
 def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
@@ -80,12 +81,12 @@ def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def _betas(kind: str, config: Mapping[str, Any], count: int) -> Tensor:
-    """Variances of the steps, float32 (count,)."""
+    """Variances of the steps, float64 (count,)."""
     start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
     if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float32)
+        return torch.tensor(config["trained_betas"], dtype=torch.float64)
     if kind == "linear":
-        return torch.linspace(start, end, count, dtype=torch.float32)
+        return torch.linspace(start, end, count, dtype=torch.float64)
     if kind == "scaled_linear":
-        return torch.linspace(math.sqrt(start), math.sqrt(end), count, dtype=torch.float32) ** 2
+        return torch.linspace(math.sqrt(start), math.sqrt(end), count, dtype=torch.float64) ** 2
     raise ConfigError(f"model.base: its scheduler has beta_schedule {kind!r}; use a base with linear or scaled_linear")

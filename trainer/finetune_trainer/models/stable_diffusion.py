@@ -44,7 +44,9 @@ class StableDiffusion:
         """The VAE in fp32."""
         from diffusers import AutoencoderKL  # noqa: PLC0415  slow to import
 
-        vae = self._load("VAE", lambda options: AutoencoderKL.from_pretrained(self._vae_folder, **options))
+        vae = self._load(
+            "VAE", lambda options: AutoencoderKL.from_pretrained(self._vae_folder, torch_dtype=torch.float32, **options)
+        )
         return VaeEncoder(vae.to(device), self.latent_scale)
 
     def load_text_encoder(self, device: torch.device) -> ClipEncoder:

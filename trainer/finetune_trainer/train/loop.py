@@ -135,7 +135,7 @@ class Loop:
             batch = self.batches.make([sample_at(seed, self.num_samples, position) for position in part])
             torch.manual_seed(self.draws.torch_seed(Purpose.DROPOUT, SampleRef(step, part.start)))
             loss = self.method.losses(batch).sum()
-            (loss / global_batch).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss / global_batch)
             self.buckets.signals[Signal.LOSS] += loss.detach()
             self.buckets.signals[Signal.SAMPLES] += len(part)
 

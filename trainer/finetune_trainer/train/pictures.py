@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -14,7 +15,8 @@ from finetune_contract.spec import ValidationSpec
 from finetune_trainer.methods.method import Method
 from finetune_trainer.models.noise_schedule import NoiseSchedule
 
-_CELL = 224
+_CELL = 192
+"""Pictures are enlarged to at least so many pixels."""
 _MARGIN = 12
 _FONT_SIZE = 15
 _LINE = 20
@@ -41,11 +43,11 @@ def draw_latents(
     Returns:
         Scaled latents (1, C, h, w).
     """
-    alphas = schedule.alphas_cumprod.to(noise.device)
+    alphas = schedule.alphas_cumprod.tolist()
     timesteps = torch.linspace(schedule.num_timesteps - 1, 0, spec.num_inference_steps + 1).round().long().tolist()
     latents = noise
     for now, then in pairwise(timesteps):
-        signal, sigma = alphas[now].sqrt(), (1 - alphas[now]).sqrt()
+        signal, sigma = math.sqrt(alphas[now]), math.sqrt(1 - alphas[now])
         both = torch.full((2,), now, dtype=torch.int64, device=noise.device)
         plain, guided = method.predict(latents.expand(2, -1, -1, -1), both, text).float().chunk(2)
         answer = plain + spec.guidance_scale * (guided - plain)
@@ -53,7 +55,7 @@ def draw_latents(
             clean, direction = (latents - sigma * answer) / signal, answer
         else:
             clean, direction = signal * latents - sigma * answer, signal * answer + sigma * latents
-        latents = alphas[then].sqrt() * clean + (1 - alphas[then]).sqrt() * direction
+        latents = math.sqrt(alphas[then]) * clean + math.sqrt(1 - alphas[then]) * direction
     return latents
 
 
@@ -65,14 +67,17 @@ def to_picture(pixels: Tensor) -> Image.Image:
 def build_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str]) -> Image.Image:
     """Rows of pictures with a label at the left, one column for each caption.
 
-    Small pictures are enlarged without smoothing, so that what is seen is what was drawn.
+    Small pictures are enlarged without smoothing, so that what is seen is what was drawn. All are square and of one
+    size.
     """
     font = ImageFont.load_default(_FONT_SIZE)
-    cell = max(_CELL, *(picture.width for _, pictures in rows for picture in pictures))
+    width = rows[0][1][0].width
+    factor = max(1, -(-_CELL // width))
+    cell = width * factor
     wrapped = [_wrap(caption, cell, font) for caption in captions]
     top = _MARGIN + _LINE * max(len(lines) for lines in wrapped)
-    width = _LABEL_WIDTH + len(captions) * (cell + _MARGIN)
-    grid = Image.new("RGB", (width, top + len(rows) * (cell + _MARGIN)), "white")
+    size = (_LABEL_WIDTH + len(captions) * (cell + _MARGIN), top + len(rows) * (cell + _MARGIN))
+    grid = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(grid)
     for column, lines in enumerate(wrapped):
         left = _LABEL_WIDTH + column * (cell + _MARGIN)
@@ -82,13 +87,10 @@ def build_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequ
         y = top + number * (cell + _MARGIN)
         canvas.multiline_text((_MARGIN, y + cell // 2 - _LINE), label, "black", font=font)
         for column, picture in enumerate(pictures):
-            grid.paste(_enlarge(picture, cell), (_LABEL_WIDTH + column * (cell + _MARGIN), y))
+            grid.paste(
+                picture.resize((cell, cell), Image.Resampling.NEAREST), (_LABEL_WIDTH + column * (cell + _MARGIN), y)
+            )
     return grid
-
-
-def _enlarge(picture: Image.Image, cell: int) -> Image.Image:
-    factor = max(1, cell // picture.width)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:

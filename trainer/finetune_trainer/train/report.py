@@ -30,11 +30,11 @@ class Reporter:
         if fd is not None:
             os.set_blocking(fd, False)
 
-    def state(self, state: RankState, detail: str | None = None) -> None:
-        """Enter a state."""
-        if state is not self._report.state:
-            _LOG.info("%s%s", state.value.lower(), f": {detail}" if detail else "")
-        self._send(state=state, detail=detail and detail[:MAX_DETAIL])
+    def state(self, state: RankState) -> None:
+        """Enter a state, unless it is in it."""
+        if state is not self._report.state or not math.isfinite(self._sent_at):
+            _LOG.info("%s", state.value.lower())
+            self._send(state=state, detail=None)
 
     def detail(self, text: str) -> None:
         """Say what the state is busy with; sent seldom."""

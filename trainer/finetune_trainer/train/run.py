@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,9 +20,8 @@ from finetune_trainer.data.batches import Augmentation, BatchMaker, Latents
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.encode import LatentCache, LiveLatents, TextCache
 from finetune_trainer.data.hashes import FileHashes
-from finetune_trainer.data.images import is_square
 from finetune_trainer.data.order import total_steps
-from finetune_trainer.data.source import Source, open_source
+from finetune_trainer.data.source import Source, all_square, open_source
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.world import World, join_world
 from finetune_trainer.errors import ConfigError
@@ -132,6 +132,8 @@ class _Run:
         look = self._look(method, state, held_out_batches, 0 if held_out is None else len(held_out))
         if state.step == 0:
             look(0)
+        gc.freeze()
+        gc.enable()
         with self._context.notice.held():
             done = self._loop(method, state, batches, checkpointer, look).run()
             if not done:
@@ -154,7 +156,7 @@ class _Run:
     def _batches(self) -> BatchMaker:
         """Batches of the training split, with its latents in the cache unless each drawing is a new one."""
         training = self._spec.training
-        random_crop = not training.center_crop and not self._all_square()
+        random_crop = not training.center_crop and not all_square(self._source)
         augmentation = Augmentation(random_crop, training.random_flip)
         latents: Latents
         if random_crop:
@@ -169,9 +171,6 @@ class _Run:
         return BatchMaker(
             self._source, latents, self._text, self._family, self._draws, augmentation, self._world.device
         )
-
-    def _all_square(self) -> bool:
-        return all(is_square(self._source.image_bytes(index)) for index in range(len(self._source)))
 
     def _latent_cache(self, source: Source, augmentation: Augmentation) -> LatentCache:
         cache = LatentCache(self._context.cache_dir, self._family, self._hashes, source, self._spec.training.resolution)

@@ -1,0 +1,31 @@
+"""Fixtures of the trainer's tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before torch is imported, here and in every rank.
+os.environ["OMP_NUM_THREADS"] = "1"
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("trainer", deadline=None)
+settings.load_profile("trainer")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base model."""
+    from tests.trainer import tiny  # noqa: PLC0415  slow to import
+
+    return tiny.write_base(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set."""
+    from tests.trainer import tiny  # noqa: PLC0415  slow to import
+
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "data")

@@ -1,0 +1,62 @@
+"""When to save."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_contract.spec import CheckpointInterval
+from finetune_trainer.checkpoint.interval import MAX_AUTO_SECONDS, MIN_AUTO_SECONDS, SaveClock, auto_seconds, save_due
+
+AUTO = CheckpointInterval()
+STEPS = CheckpointInterval(steps=20)
+SECONDS = CheckpointInterval(seconds=60)
+EITHER = CheckpointInterval(steps=20, seconds=60)
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps_since", "seconds_since", "due"),
+    [
+        (STEPS, 19, 1e9, False),
+        (STEPS, 20, 0, True),
+        (STEPS, 25, 0, True),
+        (SECONDS, 1, 59, False),
+        (SECONDS, 1, 60, True),
+        (SECONDS, 0, 1e9, False),
+        (EITHER, 20, 0, True),
+        (EITHER, 1, 60, True),
+        (EITHER, 19, 59, False),
+        (AUTO, 1, 1, False),
+        (AUTO, 1, 1e9, True),
+        (AUTO, 0, 1e9, False),
+    ],
+)
+def test_save_due(interval: CheckpointInterval, steps_since: int, seconds_since: float, due: bool) -> None:
+    assert save_due(interval, SaveClock(steps_since, seconds_since, None)) is due
+
+
+def test_auto_follows_the_measured_cost() -> None:
+    assert not save_due(AUTO, SaveClock(1, 100, save_seconds=10))
+    assert save_due(AUTO, SaveClock(1, 100, save_seconds=0.01))
+
+
+def test_auto_is_young_and_daly() -> None:
+    assert auto_seconds(2.0, 7200.0) == pytest.approx((2 * 2 * 7200) ** 0.5 - 2)
+
+
+@given(cost=st.floats(0, 1e4), mtbf=st.floats(1, 1e7))
+def test_auto_keeps_its_bounds(cost: float, mtbf: float) -> None:
+    assert MIN_AUTO_SECONDS <= auto_seconds(cost, mtbf) <= MAX_AUTO_SECONDS
+
+
+@given(cost=st.floats(0.1, 20), mtbf=st.floats(600, 1e5))
+def test_auto_loses_nearly_the_least(cost: float, mtbf: float) -> None:
+    """Loss per second of work: a save for each interval, and half an interval for each interruption."""
+
+    def loss(seconds: float) -> float:
+        return cost / seconds + (seconds + cost) / (2 * mtbf)
+
+    chosen = auto_seconds(cost, mtbf)
+    best = min(loss(MIN_AUTO_SECONDS * 1.05**number) for number in range(107))
+    assert loss(chosen) <= best * 1.1 + 1e-9 or chosen in (MIN_AUTO_SECONDS, MAX_AUTO_SECONDS)

@@ -1,0 +1,270 @@
+"""Checkpoints: what is committed, what counts as whole, what is chosen and what goes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune_contract import paths
+from finetune_trainer.checkpoint.fence import Fence
+from finetune_trainer.checkpoint.manifest import FORMAT_VERSION
+from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
+from finetune_trainer.errors import StorageError, SupersededError
+
+UID = "1f0c3a2b"
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+def open_store(
+    job_dir: Path, attempt: int = 1, keep: int = 3, on_stage: Callable[[str], None] = lambda _: None
+) -> CheckpointStore:
+    store = CheckpointStore(job_dir, UID, attempt, keep, on_stage)
+    store.open()
+    return store
+
+
+def snapshot(step: int) -> Snapshot:
+    tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"w.exp_avg": torch.ones(3)}}
+    return Snapshot(step, tensors, {"losses": [0.5], "step": step})
+
+
+def names(job_dir: Path) -> list[str]:
+    return sorted(entry.name for entry in paths.checkpoints(job_dir).iterdir())
+
+
+def choose(job_dir: Path, attempt: int = 9) -> tuple[Committed | None, list[str]]:
+    warnings: list[str] = []
+    return open_store(job_dir, attempt).choose(warnings.append), warnings
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    committed = open_store(tmp_path, attempt=2).save(snapshot(40), 12.5)
+    assert committed.folder.name == "step-00000040-a2"
+    assert sorted(entry.name for entry in committed.folder.iterdir()) == sorted([*FILES, "manifest.json"])
+    manifest = json.loads((committed.folder / "manifest.json").read_text())
+    assert (manifest["job_uid"], manifest["attempt"], manifest["step"], manifest["time"]) == (UID, 2, 40, 12.5)
+    chosen, warnings = choose(tmp_path)
+    assert warnings == []
+    assert chosen == committed
+    loaded = open_store(tmp_path, attempt=9).load(committed)
+    assert loaded.step == 40
+    assert loaded.values == {"losses": [0.5], "step": 40}
+    assert loaded.tensors["model"]["w"].tolist() == [40.0] * 3
+
+
+def test_nothing_to_choose(tmp_path: Path) -> None:
+    assert choose(tmp_path) == (None, [])
+
+
+def test_the_newest_step_is_chosen_and_of_equals_the_newest_attempt(tmp_path: Path) -> None:
+    open_store(tmp_path, attempt=1).save(snapshot(10), 0)
+    open_store(tmp_path, attempt=2).save(snapshot(10), 0)
+    open_store(tmp_path, attempt=3).save(snapshot(9), 0)
+    chosen, _ = choose(tmp_path)
+    assert chosen is not None
+    assert chosen.folder.name == "step-00000010-a2"
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def _edit_manifest(**changes: object) -> Callable[[Path], None]:
+    def edit(file: Path) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}), encoding="utf-8")
+
+    return edit
+
+
+def _replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = [
+    *[(name, _flip, f"{name} has other contents than its SHA-256 says") for name in FILES],
+    *[
+        (name, lambda file: file.write_bytes(file.read_bytes()[:-1]), f"{name} has .* bytes in place of")
+        for name in FILES
+    ],
+    *[(name, lambda file: file.write_bytes(b""), f"{name} has 0 bytes in place of") for name in FILES],
+    *[(name, lambda file: file.unlink(), f"{name} is missing") for name in (*FILES, "manifest.json")],
+    ("manifest.json", lambda file: file.write_bytes(b""), "manifest.json is damaged"),
+    ("manifest.json", lambda file: file.write_bytes(file.read_bytes()[:50]), "manifest.json is damaged"),
+    ("manifest.json", lambda file: file.write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
+    ("manifest.json", _edit_manifest(job_uid="other"), r"manifest.json belongs to another job \(other\)"),
+    ("manifest.json", _edit_manifest(format_version=FORMAT_VERSION + 1), "manifest.json has format 2, .* up to 1"),
+    ("manifest.json", _edit_manifest(step="many"), "manifest.json is damaged"),
+    ("model.safetensors", _replace_by_folder, "model.safetensors (has|cannot)"),
+    ("manifest.json", _replace_by_folder, "manifest.json cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "sentence"), DAMAGES)
+def test_damaged_checkpoint_is_skipped_with_a_warning(
+    tmp_path: Path, name: str, damage: Callable[[Path], object], sentence: str
+) -> None:
+    store = open_store(tmp_path)
+    store.save(snapshot(1), 0)
+    newest = store.save(snapshot(2), 0)
+    damage(newest.folder / name)
+    chosen, (warning,) = choose(tmp_path)
+    assert chosen is not None
+    assert chosen.manifest.step == 1
+    assert re.search(f"^checkpoint step-00000002-a1 is skipped: {sentence}", warning), warning
+
+
+def test_extra_files_are_no_harm(tmp_path: Path) -> None:
+    committed = open_store(tmp_path).save(snapshot(1), 0)
+    (committed.folder / ".nfs0001").write_bytes(b"x")
+    (paths.checkpoints(tmp_path) / "notes.txt").touch()
+    assert choose(tmp_path)[0] is not None
+
+
+def test_older_ones_go_only_beyond_keep(tmp_path: Path) -> None:
+    store = open_store(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        store.save(snapshot(step), 0)
+    assert names(tmp_path) == ["step-00000002-a1", "step-00000003-a1"]
+
+
+def test_damaged_newer_one_does_not_push_out_the_good(tmp_path: Path) -> None:
+    """Attempt 1 left a damaged checkpoint of step 9; attempt 2 goes on from step 1 and keeps one."""
+    store = open_store(tmp_path, keep=2)
+    store.save(snapshot(1), 0)
+    _flip(store.save(snapshot(9), 0).folder / "state.json")
+    following = open_store(tmp_path, attempt=2, keep=1)
+    following.save(snapshot(2), 0)
+    assert names(tmp_path) == ["step-00000002-a2", "step-00000009-a1"]
+    chosen, (warning,) = choose(tmp_path)
+    assert chosen is not None
+    assert chosen.manifest.step == 2
+    assert "step-00000009-a1" in warning
+
+
+def test_damaged_one_of_the_same_name_is_replaced(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    _flip(store.save(snapshot(1), 0).folder / "state.json")
+    store.save(snapshot(1), 0)
+    assert choose(tmp_path)[1] == []
+
+
+def test_leftovers_are_swept(tmp_path: Path) -> None:
+    open_store(tmp_path)
+    for name in (".writing-step-00000001-a1", ".deleting-step-00000001-a1"):
+        (paths.checkpoints(tmp_path) / name).mkdir()
+    open_store(tmp_path, attempt=2)
+    assert names(tmp_path) == []
+
+
+def test_superseded_attempt_commits_nothing(tmp_path: Path) -> None:
+    store = open_store(tmp_path, attempt=1)
+    store.save(snapshot(1), 0)
+    open_store(tmp_path, attempt=2)
+    with pytest.raises(SupersededError, match="attempt 2 has begun: attempt 1 writes nothing more"):
+        store.save(snapshot(2), 0)
+    assert choose(tmp_path)[0] is not None
+    assert [name for name in names(tmp_path) if not name.startswith(".")] == ["step-00000001-a1"]
+
+
+@pytest.mark.parametrize("stage", ["write optimizer", "write manifest", "check the fence"])
+def test_superseded_during_a_save(tmp_path: Path, stage: str) -> None:
+    """The newer attempt sweeps away what the older one still writes."""
+
+    def supersede(now: str) -> None:
+        if now == stage:
+            open_store(tmp_path, attempt=2)
+
+    with pytest.raises(SupersededError):
+        open_store(tmp_path, attempt=1, on_stage=supersede).save(snapshot(1), 0)
+    assert names(tmp_path) in ([], [".writing-step-00000001-a1"])
+
+
+def test_superseded_before_pruning_deletes_nothing(tmp_path: Path) -> None:
+    def supersede(now: str) -> None:
+        if now == "prune":
+            open_store(tmp_path, attempt=2)
+
+    open_store(tmp_path, keep=1).save(snapshot(1), 0)
+    with pytest.raises(SupersededError):
+        open_store(tmp_path, keep=1, on_stage=supersede).save(snapshot(2), 0)
+    assert names(tmp_path) == ["step-00000001-a1", "step-00000002-a1"]
+
+
+def test_superseded_at_the_start(tmp_path: Path) -> None:
+    Fence(tmp_path, 3).mark()
+    with pytest.raises(SupersededError):
+        open_store(tmp_path, attempt=2)
+
+
+def test_the_same_attempt_may_begin_again(tmp_path: Path) -> None:
+    open_store(tmp_path, attempt=2).save(snapshot(1), 0)
+    open_store(tmp_path, attempt=2).save(snapshot(2), 0)
+    assert (paths.fence(tmp_path) / "attempt-00000002").exists()
+
+
+def test_unwritable_storage_is_named(tmp_path: Path) -> None:
+    (tmp_path / "job").write_text("a file", encoding="utf-8")
+    with pytest.raises(StorageError, match=r"checkpoint storage: .*job"):
+        open_store(tmp_path / "job")
+
+
+def test_storage_that_does_not_keep_what_was_written(tmp_path: Path) -> None:
+    def damage(stage: str) -> None:
+        if stage == "read back":
+            _flip(paths.checkpoints(tmp_path) / "step-00000002-a1" / "model.safetensors")
+
+    open_store(tmp_path, keep=1).save(snapshot(1), 0)
+    with pytest.raises(StorageError, match="step-00000002-a1 does not read back as written: model"):
+        open_store(tmp_path, keep=1, on_stage=damage).save(snapshot(2), 0)
+    chosen, _ = choose(tmp_path)
+    assert chosen is not None
+    assert chosen.manifest.step == 1
+
+
+def _save_twice(job_dir: Path, stage: str) -> None:
+    def die(now: str) -> None:
+        if now.startswith(stage) and (paths.checkpoints(job_dir) / "step-00000001-a1").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store = CheckpointStore(job_dir, UID, 1, 1, die)
+    store.open()
+    store.save(snapshot(1), 0)
+    store.save(snapshot(2), 0)
+
+
+STAGES = (
+    "write model",
+    "write optimizer",
+    "write state",
+    "write manifest",
+    "check the fence",
+    "rename",
+    "read back",
+    "prune",
+    "remove",
+    "delete",
+)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_within_a_save_loses_no_committed_checkpoint(tmp_path: Path, stage: str) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_save_twice, args=(tmp_path, stage))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    chosen, warnings = choose(tmp_path)
+    assert warnings == []
+    assert chosen is not None
+    assert chosen.manifest.step in (1, 2)
+    assert all(name.startswith("step-") for name in names(tmp_path))

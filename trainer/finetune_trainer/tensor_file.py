@@ -1,0 +1,34 @@
+"""Safetensors files whose bytes follow from their contents alone.
+
+The library's own writer puts metadata in the order of a hash map, which differs from process to process; two runs that
+trained the same weights would write different files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+_LENGTH_BYTES = 8
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write named tensors with metadata, sorted.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    plain = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    end = _LENGTH_BYTES + int.from_bytes(plain[:_LENGTH_BYTES], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(plain[_LENGTH_BYTES:end])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # Offsets count from the end of the header, which is padded so that the data is aligned.
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little"))
+        file.write(text)
+        file.write(memoryview(plain)[end:])
