@@ -27,7 +27,7 @@ from finetune_operator.cluster.kube.client import (
     KubeApi,
 )
 from finetune_operator.cluster.kube.events import EventSender
-from finetune_operator.cluster.kube.news import Urgency, pod_news
+from finetune_operator.cluster.kube.news import Gang, Urgency, is_over, is_progress, pod_news
 from finetune_operator.cluster.kube.nodes import NodeBook, judge_pod
 from finetune_operator.cluster.kube.objects import (
     BY_KIND,
@@ -123,14 +123,21 @@ class KubeCluster:
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
-        """Write the status, unless the job has changed since it was read."""
-        path = JOBS.path(*_key(job), "status")
+        """Write the status, unless the job has changed since it was read. Mere progress waits until it may be written.
+
+        What is not written yet follows anew from what is observed, so nothing is lost when it waits.
+        """
+        key, now = _key(job), asyncio.get_running_loop().time()
+        if is_progress(job.status, status) and (wait := self._throttle.delay(key, now)) > 0:
+            self._queue.add_after(key, wait)
+            return
         try:
-            written = await self._api.replace(path, status_body(job, status))
+            written = await self._api.replace(JOBS.path(*key, "status"), status_body(job, status))
         except ApiError as error:
             if error.status in (CONFLICT, NOT_FOUND):
                 raise ConflictError(str(error)) from error
             raise
+        self._throttle.wrote(key, now)
         self._put(self.jobs, with_status(job, status, written), written)
 
     async def apply(self, job: FineTuneJob, action: Action) -> None:
@@ -184,21 +191,21 @@ class KubeCluster:
     def _pod_changed(self, key: ObjectKey, old: KubePod | None, new: KubePod | None) -> None:
         pod = new or old
         assert pod is not None
-        urgency = pod_news(old, new)
-        if urgency is Urgency.SOON and not self._is_whole(pod):
-            # The others are on their way, and each step of theirs would cost a write.
-            urgency = Urgency.PROGRESS
-        self.wake(pod.job, urgency)
+        gang = self._gang(pod)
+        self.wake(pod.job, pod_news(old, new, gang) if gang is not None else Urgency.NOW)
 
-    def _is_whole(self, pod: KubePod) -> bool:
-        """Whether a pod's gang has come to a milestone: all of it is there, or all of it is ready."""
+    def _gang(self, pod: KubePod) -> Gang | None:
+        """What a pod's attempt has come to; None where its job is not known."""
         found = self.jobs.get(ObjectKey(*pod.job))
         if found is None or found.job is None:
-            return False
-        attempt = pod.observed.attempt
-        gang = [other.observed for other in self.pods.group(pod.job) if other.observed.attempt == attempt]
-        num_ready = sum(other.ready for other in gang)
-        return len(gang) == num_nodes(found.job.spec) and num_ready in (0, len(gang))
+            return None
+        pods = [other.observed for other in self.pods.group(pod.job) if other.observed.attempt == pod.observed.attempt]
+        return Gang(
+            size=num_nodes(found.job.spec),
+            num_pods=len(pods),
+            num_ready=sum(other.ready for other in pods),
+            over=is_over(found.job.status, pod.observed.attempt),
+        )
 
     def _child_changed(self, key: ObjectKey, old: KubeChild | None, new: KubeChild | None) -> None:
         if new is None and old is not None:
