@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.controlplane.api import ApiError
-from tests.controlplane.process import LOOPBACK, free_ports, wait_for
-from tests.controlplane.server import ControlPlane
 
 from finetune_operator.api import crd
 from finetune_operator.api.job import API_VERSION, KIND, PLURAL
+from tests.controlplane.api import ApiError
+from tests.controlplane.process import LOOPBACK, free_ports, wait_for
+from tests.controlplane.server import ControlPlane
 
 RULES = Path(__file__).parents[2] / "charts" / "finetune-operator" / "files" / "rules.yaml"
 ACCOUNT = "finetune-operator"
@@ -58,7 +58,7 @@ def _grant(api: Any, kind: str, root: str, name: str, rules: Any) -> None:
     subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": HOME}
     reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
     version = "rbac.authorization.k8s.io/v1"
-    objects = (
+    objects: tuple[dict[str, Any], ...] = (
         {"apiVersion": version, "kind": kind, "metadata": {"name": name}, "rules": rules},
         {
             "apiVersion": version,
@@ -152,10 +152,9 @@ class Jobs:
             return status if status.get("phase") == phase else None
 
         try:
-            status: dict[str, Any] = wait_for(f"{name} is {phase}", look, seconds)
+            return wait_for(f"{name} is {phase}", look, seconds) or {}
         except TimeoutError as error:
             raise TimeoutError(f"{error}; its status: {self.status(name)}; pods: {sorted(self.pods())}") from None
-        return status
 
     def wait_attempt(self, name: str, attempt: int, seconds: float = 30.0) -> dict[str, Any]:
         """Wait until an attempt runs; return the status."""
@@ -164,8 +163,7 @@ class Jobs:
             status = self.status(name)
             return status if status.get("attempt") == attempt and status.get("phase") == "Running" else None
 
-        status: dict[str, Any] = wait_for(f"attempt {attempt} of {name} runs", look, seconds)
-        return status
+        return wait_for(f"attempt {attempt} of {name} runs", look, seconds) or {}
 
 
 @dataclass
