@@ -26,25 +26,30 @@ def test_a_write_for_another_reason_counts_too() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 19), st.floats(0.0, 0.2)), min_size=1, max_size=400),
+    st.lists(st.tuples(st.integers(0, 19), st.floats(0.0, 0.2)), min_size=1, max_size=200),
     st.floats(0.5, 20.0),
     st.integers(1, 10),
 )
 def test_all_jobs_together_keep_within_the_budget(news: list[tuple[int, float]], rate: float, burst: int) -> None:
     """In no stretch of time are there more writes than the burst and what the rate allows in it."""
     throttle: ProgressThrottle[int] = ProgressThrottle(1.0, rate, float(burst))
-    now, writes, due = 100.0, [], dict[int, float]()
+    now, writes, due = 100.0, list[float](), dict[int, float]()
     for key, pause in news:
         now += pause
-        for waiting in [waiting for waiting, moment in due.items() if moment <= now]:
-            writes.append(due.pop(waiting))
-            throttle.wrote(waiting, now)
-        due[key] = now + throttle.delay(key, now)
-    writes += due.values()
-    writes.sort()
+        due.setdefault(key, now)
+    while due:
+        key = min(due, key=lambda waiting: due[waiting])
+        now = due.pop(key)
+        if (wait := throttle.delay(key, now)) > 1e-9:
+            due[key] = now + wait
+        else:
+            throttle.wrote(key, now)
+            writes.append(now)
+            if len(writes) < 100:
+                due[key] = now
     for first, start in enumerate(writes):
         for last in range(first, len(writes)):
-            assert last - first + 1 <= burst + (writes[last] - start) * rate + 1.01
+            assert last - first + 1 <= burst + (writes[last] - start) * rate + 0.01
 
 
 def test_a_pod_that_beats_too_often_is_refused_until_it_has_been_quiet() -> None:

@@ -30,12 +30,16 @@ class ProgressThrottle(Generic[K]):
         self._reserved.pop(key, None)
 
     def delay(self, key: K, now: float) -> float:
-        """In how many seconds a key's progress may be written; 0: now. That moment is kept for it until it is."""
+        """In how many seconds a key's progress may be written; 0: now.
+
+        A key whose own distance is kept and that waits for the bucket has its place there until it writes.
+        """
         moment = self._reserved.get(key)
         if moment is None:
-            written_at = self._written_at.get(key)
-            earliest = now if written_at is None else written_at + self._seconds
-            moment = self._reserved[key] = max(now, earliest, self._take_token(now))
+            wait = self._written_at.get(key, now - self._seconds) + self._seconds - now
+            if wait > 0:
+                return wait
+            moment = self._reserved[key] = self._take_token(now)
         return max(0.0, moment - now)
 
     def forget(self, key: K) -> None:
