@@ -30,7 +30,7 @@ def _checkpoint_age(job: FineTuneJob, now: datetime) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else str(value)
+    return "" if value is None else repr(value).removesuffix(".0")
 
 
 COLUMNS: tuple[Column, ...] = (
