@@ -206,7 +206,7 @@ def test_refused_with_a_sentence(spotless: Bed, change: Change, field: str, word
         (b"", "holds 0 documents"),
         (b"kind: FineTuneJob\n---\nkind: FineTuneJob\n", "holds 2 documents"),
         (b"kind: [", "is no YAML: line 1"),
-        (b"kind: a\nkind: b\n", "'kind' stands there twice"),
+        (b"kind: a\nkind: b\n", "key 'kind' stands there twice"),
         (b"- 1\n", "holds list where a FineTuneJob should be"),
         (b"\xff\xfe", "is not text"),
         (b"a: &a [*a]\n", "kind"),
