@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
 
+from finetune_operator.api.edits import fixed_part, forbidden_edits
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, Phase
 from finetune_operator.build import num_nodes
 from finetune_operator.cli import preflight
@@ -19,8 +19,6 @@ from finetune_operator.cluster.local.faults import Fault, FaultKind, parse_fault
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.lock import LockedError, hold
 
-MUTABLE = ("suspend", "recovery", "activeDeadlineSeconds", "ttlSecondsAfterFinished", "priorityClassName")
-"""Fields of spec that may differ from one `finetune run` to the next of the same job."""
 FINISHED = frozenset({Phase.SUCCEEDED, Phase.FAILED})
 
 
@@ -90,7 +88,8 @@ def _take_or_create(home: Home, manifest: FineTuneJob) -> FineTuneJob:
         return jobs.create_job(home, manifest, utc_now)
     old = stored.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     new = manifest.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
-    if differences := list(describe_difference(_fixed(old), _fixed(new))):
+    if forbidden_edits(stored, manifest):
+        differences = describe_difference(fixed_part(old), fixed_part(new))
         name = stored.metadata.name
         raise UsageError(
             f"job {name} exists with another spec: {'; '.join(differences)}. "
@@ -100,10 +99,6 @@ def _take_or_create(home: Home, manifest: FineTuneJob) -> FineTuneJob:
         stored = jobs.with_spec(stored, manifest.spec)
         jobs.store_job(home.job(jobs.key_of(stored)), stored)
     return stored
-
-
-def _fixed(spec: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in spec.items() if name not in MUTABLE}
 
 
 def _already_finished(job: FineTuneJob) -> Exit:
