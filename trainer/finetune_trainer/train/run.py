@@ -108,38 +108,35 @@ class _Run:
         self._dtype = DTYPES[spec.training.precision]
         self._family: Family = open_base(spec.model)
         self._source = open_source(spec.dataset, spec.dataset.split, spec.dataset.max_samples)
+        self._total_steps = total_steps(spec.training.steps, spec.training.epochs, len(self._source), spec.global_batch)
         self._hashes = FileHashes(context.cache_dir / "hashes.json")
         self._text = TextCache(context.cache_dir, self._family, self._hashes, self._dtype)
 
     def to_its_end(self) -> ExitCode:
-        """Cache, load, restore, train, validate, export."""
-        training = self._spec.training
-        self._context.reporter.state(RankState.CACHING)
+        """Cache, load, restore, train, export."""
+        context, training = self._context, self._spec.training
+        context.reporter.state(RankState.CACHING)
         held_out = self._open_held_out()
         self._cache_text(held_out)
         batches = self._batches()
         held_out_batches = None if held_out is None else self._held_out_batches(held_out)
         if self._world.is_first:
             self._hashes.keep()
-        self._context.reporter.state(RankState.LOADING)
+        context.reporter.state(RankState.LOADING)
         method = method_class(training.method)(
             MethodContext(self._family, training, self._draws, self._world.device, self._dtype)
         )
         state = self._state(method)
         checkpointer = self._checkpointer()
-        self._context.reporter.state(RankState.RESTORING)
+        context.reporter.state(RankState.RESTORING)
         checkpointer.restore(state)
-        look = self._look(method, state, held_out_batches, 0 if held_out is None else len(held_out))
-        if state.step == 0:
-            look(0)
+        loop = self._loop(method, state, batches, checkpointer, self._validator(method, held_out_batches))
+        # What was made so far lives on; only what a step makes is worth looking through for garbage.
         gc.freeze()
         gc.enable()
-        with self._context.notice.held():
-            done = self._loop(method, state, batches, checkpointer, look).run()
-            if not done:
+        with context.notice.held():
+            if not loop.run():
                 return ExitCode.SAVED
-        look(state.step)
-        with self._context.notice.held():
             self._export(method, state)
         self._world.close()
         return ExitCode.DONE
@@ -207,34 +204,24 @@ class _Run:
             )
         return Checkpointer(self._spec, self._world, store, context.reporter)
 
-    def _look(
-        self, method: Method, state: TrainState, held_out: BatchMaker | None, num_held_out: int
-    ) -> Callable[[int], None]:
-        """Validation, with the averaged weights where they are kept."""
+    def _validator(self, method: Method, held_out: BatchMaker | None) -> Validator | None:
         validation = self._spec.training.validation
         if validation is None:
-            return lambda _: None
+            return None
         side = self._spec.training.resolution // self._family.latent_shape[1]
-        validator = Validator(
+        return Validator(
             spec=validation,
             world=self._world,
             method=method,
             family=self._family,
             text=self._text,
             held_out=held_out,
-            num_held_out=num_held_out,
             latent_size=(side, side),
             batch_size=self._spec.training.batch_size,
+            total_steps=self._total_steps,
             job_dir=self._context.job_dir,
             say=self._context.reporter.detail,
         )
-
-        def look(step: int) -> None:
-            self._context.reporter.state(RankState.VALIDATING)
-            with state.averaged():
-                validator(step)
-
-        return look
 
     def _loop(
         self,
@@ -242,11 +229,8 @@ class _Run:
         state: TrainState,
         batches: BatchMaker,
         checkpointer: Checkpointer,
-        look: Callable[[int], None],
+        validator: Validator | None,
     ) -> Loop:
-        training = self._spec.training
-        num_samples = len(self._source)
-        steps = total_steps(training.steps, training.epochs, num_samples, self._spec.global_batch)
         return Loop(
             spec=self._spec,
             world=self._world,
@@ -255,13 +239,12 @@ class _Run:
             draws=self._draws,
             state=state,
             buckets=GradientBuckets(list(method.parameters().values()), self._world.device),
-            learning_rate=learning_rate(training, steps),
+            learning_rate=learning_rate(self._spec.training, self._total_steps),
             checkpointer=checkpointer,
             notice=self._context.notice,
             reporter=self._context.reporter,
-            validate=look,
-            num_samples=num_samples,
-            total_steps=steps,
+            validator=validator,
+            total_steps=self._total_steps,
         )
 
     def _export(self, method: Method, state: TrainState) -> None:
