@@ -153,8 +153,32 @@ def test_topologies(topology: dict[str, Any], image: str, backend: str, resource
     assert image in trainer(pod)["image"]
     assert env_of(pod)[environment.BACKEND] == backend
     asked = trainer(pod)["resources"]
-    assert asked.get("requests", {}) == asked.get("limits", {})
+    assert asked["requests"] == {"cpu": env_of(pod)[environment.PROCESSES_PER_NODE]} | asked.get("limits", {})
     assert resources.items() <= asked.get("limits", {}).items()
+
+
+def test_cores_are_asked_for_where_nobody_says_how_many() -> None:
+    topology = {"accelerator": "cpu", "processesPerNode": 4, "resources": {"memory": "8Gi"}}
+    assert trainer(pod_of(topology=topology))["resources"] == {
+        "requests": {"memory": "8Gi", "cpu": "4"},
+        "limits": {"memory": "8Gi"},
+    }
+    assert trainer(pod_of(settings=Settings(cores_per_rank=0)))["resources"] == {}
+
+
+@pytest.mark.parametrize(
+    ("topology", "size"),
+    [
+        ({"accelerator": "cpu"}, "4096Mi"),
+        ({"accelerator": "gpu", "processesPerNode": 8}, "32768Mi"),
+        ({"accelerator": "gpu", "resources": {"memory": "64Gi"}}, "32768Mi"),
+        ({"accelerator": "cpu", "resources": {"memory": "1e9"}}, "476Mi"),
+        ({"accelerator": "cpu", "resources": {"memory": 1}}, "1Mi"),
+    ],
+)
+def test_shared_memory_has_a_bound(topology: dict[str, Any], size: str) -> None:
+    shared = volume(pod_of(topology=topology), "shared-memory")
+    assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": size}
 
 
 def test_the_fabrics_environment() -> None:

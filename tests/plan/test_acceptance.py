@@ -18,7 +18,7 @@ LORA = {"method": "LoRA", "steps": 10}
 REFUSED = [
     ({"queueName": "gpus"}, Reason.NOT_SUPPORTED, "spec.queueName"),
     ({"topology": CPU | {"minNodes": 1, "maxNodes": 4}}, Reason.NOT_SUPPORTED, "spec.topology.minNodes"),
-    ({"recovery": {"spot": {"fallbackAfter": "30m"}}}, Reason.NOT_SUPPORTED, "spec.recovery.spot"),
+    ({"recovery": {"spot": {"fallbackAfter": "30m"}}}, Reason.NOT_SUPPORTED, "write spot: {} to wait"),
     ({"recovery": {"hangTimeout": "30m"}}, Reason.NOT_SUPPORTED, "spec.recovery.hangTimeout"),
     ({"training": {"method": "Full", "steps": 10}}, Reason.NOT_SUPPORTED, "spec.training.method"),
     ({"training": LORA | {"epochs": 3}}, Reason.INVALID_SPEC, "spec.training"),

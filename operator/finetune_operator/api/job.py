@@ -131,7 +131,7 @@ class RecoverySpec(SpecModel):
     """What to do when pods are lost."""
 
     max_failures: int = Field(default=3, ge=0, le=1000, description="failures to survive; preemptions do not count")
-    spot: SpotSpec | None = Field(default=None, description="run on spot capacity")
+    spot: SpotSpec | None = Field(default=None, description="run on spot nodes only; {} is enough")
     hang_timeout: Duration | None = Field(
         default=None,
         description="longest time without a step; default: from the job's own steps",

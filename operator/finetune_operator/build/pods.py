@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.job import Accelerator, FineTuneJob, TopologySpec
+from finetune_operator.api.job import Accelerator, FineTuneJob
 from finetune_operator.api.names import pod_name, service_name
 from finetune_operator.api.words import CONTAINER
 from finetune_operator.build import layout
 from finetune_operator.build.env import build_env
 from finetune_operator.build.merge import merge
 from finetune_operator.build.metadata import build_metadata, pod_labels
+from finetune_operator.build.placement import build_placement
+from finetune_operator.build.resources import build_resources
 from finetune_operator.build.volumes import build_volumes
 from finetune_operator.settings import Settings
-
-GPU_RESOURCE = "nvidia.com/gpu"
 
 
 def build_pod(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
@@ -49,6 +49,7 @@ def _pod_spec(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings
         "securityContext": _pod_security(settings),
         "containers": [_container(job, attempt, node_rank, settings)],
         "volumes": [volume for volume, _ in build_volumes(job, settings)],
+        **build_placement(job),
     }
     if job.spec.priority_class_name:
         spec["priorityClassName"] = job.spec.priority_class_name
@@ -66,7 +67,7 @@ def _container(job: FineTuneJob, attempt: int, node_rank: int, settings: Setting
         "terminationMessagePath": layout.TERMINATION_LOG,
         # Where the supervisor itself was killed, the end of the log is better than nothing.
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "resources": _resources(topology),
+        "resources": build_resources(topology, settings.cores_per_rank),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -77,14 +78,6 @@ def _container(job: FineTuneJob, attempt: int, node_rank: int, settings: Setting
     if job.spec.secrets:
         container["envFrom"] = [{"secretRef": {"name": secret.name}} for secret in job.spec.secrets]
     return container
-
-
-def _resources(topology: TopologySpec) -> dict[str, Any]:
-    """Requests and limits are the same, so that a gang's slowest pod is not one whose node is crowded."""
-    amounts = {name: str(amount) for name, amount in (topology.resources or {}).items()}
-    if topology.accelerator is Accelerator.GPU:
-        amounts.setdefault(GPU_RESOURCE, str(topology.processes_per_node))
-    return {"requests": amounts, "limits": dict(amounts)} if amounts else {}
 
 
 def _pod_security(settings: Settings) -> dict[str, Any]:
