@@ -26,7 +26,7 @@ def test_follow_goes_on_until_nobody_runs_the_job(bed: Bed) -> None:
     bed.ranks("--step-seconds", "0.02")
     process = bed.start("--preempt", "rank=1,at-step=20")
     bed.until_step(1)
-    command = [FINETUNE, "logs", "-f", KEY.name, "--home", str(bed.home.path)]
+    command = [FINETUNE, "logs", "-f", KEY.name, "--attempt", "1", "--home", str(bed.home.path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as follower:
         output, _ = follower.communicate(timeout=PATIENCE_SECONDS)
     process.communicate(timeout=PATIENCE_SECONDS)
