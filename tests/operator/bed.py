@@ -174,6 +174,7 @@ class OperatorProcess:
     log: Path
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "finetune_operator.operator_main.main")
     probe_port: int = 0
     coordinator_port: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -183,7 +184,7 @@ class OperatorProcess:
         self.probe_port, self.coordinator_port = (
             (self.probe_port, self.coordinator_port) if self.probe_port else free_ports(2)
         )
-        command = [sys.executable, "-m", "finetune_operator.operator_main.main", "run", *self._flags()]
+        command = [sys.executable, *self.program, "run", *self._flags()]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.environment}
@@ -240,6 +241,16 @@ class OperatorProcess:
         code = self.process.wait(STOP_SECONDS)
         self.process = None
         return code
+
+    def pause(self) -> None:
+        """SIGSTOP: its clock goes on, it does not."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, where it still runs."""

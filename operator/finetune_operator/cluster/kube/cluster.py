@@ -79,6 +79,7 @@ class World:
     queue: WorkQueue[JobKey]
     events: EventSender
     clock: Clock
+    nodes: NodeBook
 
 
 class KubeCluster:
@@ -98,7 +99,7 @@ class KubeCluster:
         self.services: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
-        self.nodes = NodeBook(self._node_changed)
+        self._nodes = world.nodes
         self.beats = JobBeats(self.wake)
         self._reviewer = TokenReviewer(world.api, settings.coordinator_audience, self._find_pod)
 
@@ -163,7 +164,7 @@ class KubeCluster:
         """What a supervisor is told: the newest attempt, and to save where its node is about to go."""
         found = self.jobs.get(ObjectKey(beat.namespace, beat.job))
         pod = self.pods.get(ObjectKey(beat.namespace, beat.pod))
-        leaving = pod is not None and bool(self.nodes.of(pod.observed.node).leaving)
+        leaving = pod is not None and bool(self._nodes.of(pod.observed.node).leaving)
         return Reply(
             order=Order.SAVE_AND_STOP if leaving else Order.CONTINUE,
             attempt=found.job.status.attempt if found is not None and found.job is not None else None,
@@ -211,7 +212,8 @@ class KubeCluster:
         if new is None and old is not None:
             self.wake(old.job, Urgency.SOON)
 
-    def _node_changed(self, name: str) -> None:
+    def node_changed(self, name: str) -> None:
+        """Wake all jobs with a pod on a node."""
         for pod in self.pods.values():
             if pod.observed.node == name:
                 self.wake(pod.job, Urgency.NOW)
@@ -221,7 +223,7 @@ class KubeCluster:
     def _judge(self, pod: KubePod) -> ObservedPod | None:
         judged, look_again_at = judge_pod(
             pod.observed,
-            self.nodes.of(pod.observed.node),
+            self._nodes.of(pod.observed.node),
             heard_at=self.beats.heard_at(pod.job, pod.observed.uid),
             now=self._clock(),
             silence=timedelta(seconds=SILENT_BEATS * self._settings.beat_seconds),
