@@ -65,10 +65,14 @@ REFUSED = frozenset({BAD_REQUEST, 403, 422})
 
 @dataclass(frozen=True)
 class Pace:
-    """How often progress is written."""
+    """How often progress is heard and written."""
 
     seconds_per_job: float = 5.0
+    """Least time between two writes of one job's progress."""
     writes_per_second: float = 20.0
+    """Most such writes of all jobs together."""
+    beats_per_second: float = 500.0
+    """Most beats that are asked for: with very many pods, each beats less often."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class KubeCluster:
         self._events = world.events
         self._clock = world.clock
         self._settings = settings
+        self._pace = pace
         self._throttle: ProgressThrottle[JobKey] = ProgressThrottle(
             pace.seconds_per_job, pace.writes_per_second, burst=pace.writes_per_second
         )
@@ -168,7 +173,7 @@ class KubeCluster:
         return Reply(
             order=Order.SAVE_AND_STOP if leaving else Order.CONTINUE,
             attempt=found.job.status.attempt if found is not None and found.job is not None else None,
-            beat_seconds=self._settings.beat_seconds,
+            beat_seconds=self._beat_seconds(),
         )
 
     # -- who wants a pass ---------------------------------------------------------------------------------------------
@@ -226,7 +231,7 @@ class KubeCluster:
             self._nodes.of(pod.observed.node),
             heard_at=self.beats.heard_at(pod.job, pod.observed.uid),
             now=self._clock(),
-            silence=timedelta(seconds=SILENT_BEATS * self._settings.beat_seconds),
+            silence=timedelta(seconds=SILENT_BEATS * self._beat_seconds()),
         )
         if look_again_at is not None:
             self._queue.add_after(pod.job, (look_again_at - self._clock()).total_seconds())
@@ -237,6 +242,12 @@ class KubeCluster:
         if pod is None or pod.observed.uid != bearer.pod_uid:
             return None
         return PodIdentity(bearer.namespace, pod.job.name, bearer.pod, bearer.pod_uid)
+
+    def _beat_seconds(self) -> float:
+        """Time between two beats that supervisors are asked for; never so long that they would look silent."""
+        wanted = max(self._settings.beat_seconds, len(self.pods) / self._pace.beats_per_second)
+        longest = max(self._settings.beat_seconds, self._settings.beat_timeout_seconds / SILENT_BEATS)
+        return round(min(wanted, longest), 1)
 
     async def _create(self, job: FineTuneJob, manifest: Manifest) -> None:
         kind, meta = manifest["kind"], manifest["metadata"]
@@ -262,9 +273,10 @@ class KubeCluster:
                 # It went in between, and its end is on its way here.
                 return
             raise
+        # A predecessor's goes with it, and its end wakes the job.
         if owner_uid(found) == job.metadata.uid:
             self._put(self._children[kind], decode_pod(found) if kind == "Pod" else decode_child(found), found)
-        elif not found["metadata"].get("deletionTimestamp"):
+        elif not owner_uid(found):
             sentence = f"{kind} {meta['name']} is there already and is not of this job: delete it, or rename the job"
             self._events.tell(job, Event("NameTaken", sentence, warning=True))
             self._queue.add_after(_key(job), 60.0)
