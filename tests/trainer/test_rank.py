@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -223,7 +224,18 @@ def test_bad_runs_end_with_a_sentence(bad_run: tuple[Ranks, ExitCode, str]) -> N
     assert ranks.reports()[-1]["state"] == "Failed"
 
 
-def test_run_spec_that_is_none(base: Path, data: Path, tmp_path: Path) -> None:
-    ranks = Ranks(tiny.make_spec(base, data), tmp_path / "job", extra={environment.RUN_SPEC: str(tmp_path / "no.json")})
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "FINETUNE_RUN_SPEC: .* cannot be read: No such file"),
+        ("{", "FINETUNE_RUN_SPEC: Invalid JSON"),
+        ('{"globalBatch": 0}', "namespace: Field required"),
+    ],
+)
+def test_run_spec_that_is_none(base: Path, data: Path, tmp_path: Path, text: str | None, sentence: str) -> None:
+    file = tmp_path / "other.json"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    ranks = Ranks(tiny.make_spec(base, data), tmp_path / "job", extra={environment.RUN_SPEC: str(file)})
     assert ranks.run() == [ExitCode.CONFIG]
-    assert "no.json is no run specification" in ranks.stderr()
+    assert re.match(sentence, ranks.stderr().splitlines()[-1]), ranks.stderr()

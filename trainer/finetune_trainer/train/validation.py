@@ -33,8 +33,6 @@ from finetune_trainer.train.pictures import build_grid, draw_latents, to_picture
 
 _LOG = logging.getLogger(__name__)
 
-MAX_HELD_OUT = 64
-"""Held-out samples that the loss is taken of: the first so many."""
 NUM_TIMESTEPS = 4
 """Timesteps that each is looked at, spread evenly over the schedule."""
 LOSSES = "losses.json"
