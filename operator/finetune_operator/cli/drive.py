@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune_contract import paths
 from finetune_operator.api.job import FineTuneJob, Phase
 from finetune_operator.cli import preflight, summary
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.errors import Exit
+from finetune_operator.cli.looks import looks
 from finetune_operator.cli.out import tell
 from finetune_operator.cli.plain import PlainView
 from finetune_operator.cli.view import LiveView
@@ -57,6 +59,10 @@ def _conclude(job: FineTuneJob | None, home: Home, file: Path) -> Exit:
     if job is None:
         tell(sys.stdout, "the job was deleted: its time to live was over\n")
         return Exit.SUCCEEDED
-    outputs = ", ".join(output.to for output in job.status.outputs) or str(jobs.storage_folder(home, job))
+    folder = jobs.storage_folder(home, job)
+    outputs = ", ".join(output.to for output in job.status.outputs) or str(folder)
+    if job.status.phase is Phase.SUCCEEDED:
+        for line in looks(folder / paths.VALIDATION):
+            tell(sys.stdout, line + "\n")
     tell(sys.stdout, summary.end(job, outputs, file, utc_now()) + "\n")
     return ENDS.get(job.status.phase or Phase.PENDING, Exit.INTERRUPTED)
