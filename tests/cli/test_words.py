@@ -87,7 +87,7 @@ def test_ages_are_kubectls(seconds: float, text: str) -> None:
 def test_story_of_a_loss() -> None:
     old = RUNNING.status.model_copy(update={"attempts": RUNNING.status.attempts[:0], "warnings": ()})
     lines = list(story.happened(old, RUNNING.status))
-    assert lines[0].startswith("attempt 1 ended at step 67, rank 1 (circles-a1-n1 on local-1)")
+    assert lines[0].startswith("attempt 1 ended at step 67 because of rank 1 (circles-a1-n1 on local-1)")
     assert lines[0].endswith("It counts as a preemption.")
     assert lines[1:] == [
         "attempt 2 begins",
