@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_operator.cli.main import main
 from tests.cli.bed import Bed
 
 Change = Callable[[dict[str, Any], Path], object]
@@ -141,6 +142,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "a duration in words": (put("recovery.hangTimeout", "a while"), "spec.recovery.hangTimeout", "10m"),
     "negative failures": (put("recovery.maxFailures", -1), "spec.recovery.maxFailures", "0"),
     "queue": (put("queueName", "team"), "spec.queueName", "leave it out"),
+    "another manager": (put("managedBy", "example.org/other"), "spec.managedBy", "leave managedBy out"),
     "suspended": (put("suspend", True), "spec.suspend", "leave it out"),
     "unknown output": (put("outputs", [{"format": "gguf", "to": "out"}]), "spec.outputs[0].format", "diffusers"),
     "output without a place": (put("outputs", [{"format": "diffusers"}]), "spec.outputs[0].to", ""),
@@ -179,25 +181,49 @@ CASES: dict[str, tuple[Change, str, str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Finetune:
+    """The command, called within this process: a refusal takes milliseconds, and there are many."""
+
+    def __init__(self, bed: Bed, capture: pytest.CaptureFixture[str]) -> None:
+        self._bed = bed
+        self._capture = capture
+
+    def __call__(self, command: str, *arguments: str) -> Result:
+        with pytest.raises(SystemExit) as end:
+            main([command, *arguments, "--home", str(self._bed.home.path)])
+        out, err = self._capture.readouterr()
+        assert isinstance(end.value.code, int)
+        return Result(end.value.code, out, err)
+
+    def run(self, *arguments: str) -> Result:
+        return self("run", str(self._bed.manifest), *arguments)
+
+
 @pytest.fixture
-def spotless(bed: Bed) -> Bed:
-    bed.document = copy.deepcopy(bed.document)
-    return bed
+def finetune(bed: Bed, capsys: pytest.CaptureFixture[str]) -> Finetune:
+    return Finetune(bed, capsys)
 
 
 @pytest.mark.parametrize(("change", "field", "words"), CASES.values(), ids=CASES.keys())
-def test_refused_with_a_sentence(spotless: Bed, change: Change, field: str, words: str) -> None:
-    change(spotless.document, spotless.folder)
-    spotless.write()
-    result = spotless.run()
+def test_refused_with_a_sentence(bed: Bed, finetune: Finetune, change: Change, field: str, words: str) -> None:
+    change(bed.document, bed.folder)
+    bed.write()
+    result = finetune.run()
     assert result.returncode == 2, result.stdout
     blamed = [line for line in result.stderr.splitlines() if f": {field}" in line]
     assert blamed, result.stderr
     assert words in blamed[0]
-    assert result.stderr.startswith(f"finetune: {spotless.manifest}: ")
+    assert result.stderr.startswith(f"finetune: {bed.manifest}: ")
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
-    assert not spotless.home.path.exists()
+    assert not bed.home.path.exists()
 
 
 @pytest.mark.parametrize(
@@ -214,9 +240,9 @@ def test_refused_with_a_sentence(spotless: Bed, change: Change, field: str, word
     ],
     ids=["empty", "two", "cut", "twice", "list", "bytes", "cycle", "code"],
 )
-def test_files_that_are_no_manifest(bed: Bed, content: bytes, words: str) -> None:
+def test_files_that_are_no_manifest(bed: Bed, finetune: Finetune, content: bytes, words: str) -> None:
     bed.manifest.write_bytes(content)
-    result = bed.run()
+    result = finetune.run()
     assert result.returncode == 2
     assert words in result.stderr
     assert "Traceback" not in result.stderr
@@ -238,8 +264,8 @@ def test_files_that_are_no_manifest(bed: Bed, content: bytes, words: str) -> Non
         (["--set", "training.stepz=1"], "spec.training.stepz"),
     ],
 )
-def test_command_lines(bed: Bed, arguments: list[str], words: str) -> None:
-    result = bed.run(*arguments)
+def test_command_lines(bed: Bed, finetune: Finetune, arguments: list[str], words: str) -> None:
+    result = finetune.run(*arguments)
     assert result.returncode == 2
     assert words in result.stderr
     assert not bed.home.path.exists()
@@ -253,8 +279,8 @@ def test_a_file_that_is_not_there(bed: Bed) -> None:
 
 @pytest.mark.parametrize("command", ["describe", "logs", "delete", "get"])
 @pytest.mark.parametrize("name", ["nothing", "../..", "/etc"])
-def test_jobs_that_are_not_there(bed: Bed, command: str, name: str) -> None:
-    result = bed.call(command, name)
+def test_jobs_that_are_not_there(finetune: Finetune, command: str, name: str) -> None:
+    result = finetune(command, name)
     assert result.returncode == 2
     assert result.stderr
     assert "Traceback" not in result.stderr
