@@ -130,9 +130,20 @@ def documents(draw: st.DrawFn) -> Document:
 
 @st.composite
 def valid_documents(draw: st.DrawFn) -> Document:
-    """Manifests that are right as a whole: of the changes, those that keep them so."""
-    document: Document = draw(BASES)
-    for change in draw(CHANGES):
+    """Manifests that are right as a whole."""
+    return _valid(draw(BASES), draw(CHANGES))
+
+
+@st.composite
+def valid_edits(draw: st.DrawFn) -> tuple[Document, Document]:
+    """Two manifests of a job that are right, the second one a small edit of the first."""
+    document: Document = draw(valid_documents())
+    return document, _valid(document, draw(st.lists(_changes(), max_size=3)))
+
+
+def _valid(document: Document, changes: list[Change]) -> Document:
+    """A manifest with those of some changes that keep it right."""
+    for change in changes:
         changed = patched(document, dict([change]))
         try:
             parse_job(changed)

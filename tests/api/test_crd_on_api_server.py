@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import uuid
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from finetune_operator.api import crd, edits, yaml_text
 from finetune_operator.api.job import (
@@ -23,7 +25,7 @@ from finetune_operator.api.rules import RULES
 from finetune_operator.api.validate import InvalidJob, Problem, parse_job
 from tests.api.bad_manifests import BAD, Bad
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
-from tests.api.random_jobs import documents
+from tests.api.random_jobs import documents, valid_edits
 from tests.api.test_edits import ALLOWED, CHANGES
 from tests.controlplane.api import Api, ApiError
 from tests.controlplane.process import wait_for
@@ -281,6 +283,21 @@ def test_before_the_first_attempt_all_but_the_manager_may_change(api: Api, names
     api.create(jobs(namespace), FULL)
     for path, patch in CHANGES.items():
         assert bool(edit(api, namespace, patched(FULL, patch))) == (path == "spec.managedBy"), path
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edited=valid_edits(), attempt=st.integers(0, 2))
+def test_the_api_server_and_python_judge_random_edits_alike(
+    api: Api, namespace: str, edited: tuple[Document, Document], attempt: int
+) -> None:
+    name = f"job-{uuid.uuid4().hex[:12]}"
+    before, after = (patched(document, {"metadata": {"name": name}}) for document in edited)
+    api.create(jobs(namespace), before)
+    stored = api.patch(f"{jobs(namespace)}/{name}/status", {"status": {"attempt": attempt}})
+    ours = edits.forbidden_edits(parse_job(stored), parse_job(after))
+    message = edit(api, namespace, after)
+    assert [fixed for fixed in edits.FIXED if fixed.sentence in message] == ours
+    assert bool(message) == bool(ours), message
 
 
 def test_kubectl_apply_says_what_to_do_instead(api: Api, begun: str, control_plane: ControlPlane) -> None:
