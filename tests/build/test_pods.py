@@ -10,6 +10,7 @@ import pytest
 from finetune_contract import environment
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.build import build_pod
+from finetune_operator.build.merge import MergeError
 from finetune_operator.settings import Settings
 from tests.plan.world import make_job
 
@@ -248,6 +249,25 @@ def test_a_pod_template_cannot_make_it_another_pod() -> None:
         "spec": {"hostname": "other", "subdomain": None, "restartPolicy": "Always"},
     }
     assert pod_of(podTemplate=template) == pod_of()
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({"containers": [{"name": "trainer", "image": "mine"}]}, "containers is no field of a PodTemplateSpec; write"),
+        (
+            {"spec": {"containers": [{"name": "trainer", "$patch": "delete"}]}},
+            "takes the container trainer away; leave",
+        ),
+        ({"spec": {"containers": "trainer"}}, "takes the container trainer away"),
+        ({"spec": {"containers": None}}, "takes the container trainer away"),
+        ({"spec": "nodeSelector"}, "takes the container trainer away"),
+        ({"spec": {"$patch": "replace", "containers": [{"name": "other"}]}}, "takes the container trainer away"),
+    ],
+)
+def test_a_pod_template_that_leaves_no_trainer_is_refused(template: dict[str, Any], words: str) -> None:
+    with pytest.raises(MergeError, match=words):
+        pod_of(podTemplate=template)
 
 
 def test_a_manifest_is_the_same_every_time_and_plain_json() -> None:

@@ -54,6 +54,12 @@ def test_a_real_cluster_wants_storage() -> None:
     assert accepted(world).status == "True"
 
 
+def test_spot_alone_is_accepted_and_rendered() -> None:
+    world = World(make_job(recovery={"spot": {}}))
+    assert accepted(world).status == "True"
+    assert len(world.pods) == 2
+
+
 def test_all_that_is_wrong_is_said_at_once() -> None:
     world = World(make_job(queueName="gpus", recovery={"hangTimeout": "30m"}))
     message = accepted(world).message

@@ -9,21 +9,40 @@ from finetune_operator.api.names import pod_name, service_name
 from finetune_operator.api.words import CONTAINER
 from finetune_operator.build import layout
 from finetune_operator.build.env import build_env
-from finetune_operator.build.merge import merge
+from finetune_operator.build.merge import MergeError, merge
 from finetune_operator.build.metadata import build_metadata, pod_labels
 from finetune_operator.build.placement import build_placement
 from finetune_operator.build.resources import build_resources
 from finetune_operator.build.volumes import build_volumes
 from finetune_operator.settings import Settings
 
+TEMPLATE_FIELDS = ("metadata", "spec")
+
 
 def build_pod(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
-    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it."""
+    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it.
+
+    Raises:
+        MergeError: the template cannot be laid over it, or leaves no pod that trains.
+    """
     identity = _identity(job, attempt, node_rank)
     rendered = merge(identity, {"spec": _pod_spec(job, attempt, node_rank, settings)})
     # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
     # pod stays the one that the plan looks for.
-    return merge(merge(rendered, job.spec.pod_template or {}), identity)
+    pod = merge(merge(rendered, _template(job)), identity)
+    containers = pod["spec"].get("containers")
+    if not isinstance(containers, list) or CONTAINER not in (container["name"] for container in containers):
+        raise MergeError(f"it takes the container {CONTAINER} away; leave it in and write only what is to differ in it")
+    return pod
+
+
+def _template(job: FineTuneJob) -> dict[str, Any]:
+    """The job's PodTemplateSpec. The API server would leave out without a word what it has no field for."""
+    template = job.spec.pod_template or {}
+    for name in template:
+        if name not in TEMPLATE_FIELDS:
+            raise MergeError(f"{name} is no field of a PodTemplateSpec; write it below spec or metadata")
+    return template
 
 
 def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
