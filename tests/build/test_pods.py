@@ -261,6 +261,7 @@ def test_a_pod_template_cannot_make_it_another_pod() -> None:
         ),
         ({"spec": {"containers": "trainer"}}, "takes the container trainer away"),
         ({"spec": {"containers": None}}, "takes the container trainer away"),
+        ({"spec": {"$patch": "replace", "containers": [{"image": "mine"}, "trainer"]}}, "takes the container trainer"),
         ({"spec": "nodeSelector"}, "takes the container trainer away"),
         ({"spec": {"$patch": "replace", "containers": [{"name": "other"}]}}, "takes the container trainer away"),
     ],

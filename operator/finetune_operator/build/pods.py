@@ -30,8 +30,7 @@ def build_pod(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings
     # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
     # pod stays the one that the plan looks for.
     pod = merge(merge(rendered, _template(job)), identity)
-    containers = pod["spec"].get("containers")
-    if not isinstance(containers, list) or CONTAINER not in (container["name"] for container in containers):
+    if not _has_trainer(pod):
         raise MergeError(f"it takes the container {CONTAINER} away; leave it in and write only what is to differ in it")
     return pod
 
@@ -43,6 +42,14 @@ def _template(job: FineTuneJob) -> dict[str, Any]:
         if name not in TEMPLATE_FIELDS:
             raise MergeError(f"{name} is no field of a PodTemplateSpec; write it below spec or metadata")
     return template
+
+
+def _has_trainer(pod: dict[str, Any]) -> bool:
+    """Whether the container that trains is there; what a template puts in its place may have any form."""
+    containers = pod["spec"].get("containers")
+    if not isinstance(containers, list):
+        return False
+    return any(isinstance(container, dict) and container.get("name") == CONTAINER for container in containers)
 
 
 def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
