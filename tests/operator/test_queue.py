@@ -3,7 +3,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from finetune_operator.cluster.kube.queue import Backoff, WorkQueue
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_operator.cluster.kube.queue import CALM_SHARE, Backoff, Lanes, WorkQueue
 
 DEADLINE_SECONDS = 10.0
 
@@ -77,6 +80,30 @@ def test_closing_wakes_all_workers_and_takes_nothing_more() -> None:
         assert await queue.get() is None
 
     run(test)
+
+
+def test_urgent_keys_come_first_and_calm_ones_have_their_turn() -> None:
+    lanes: Lanes[str] = Lanes()
+    assert lanes.put("calm", urgent=False)
+    for number in range(2 * CALM_SHARE):
+        assert lanes.put(f"urgent-{number}", urgent=True)
+    order = [lanes.pop() for _ in range(len(lanes))]
+    assert order.index("calm") == CALM_SHARE - 1
+    order.remove("calm")
+    assert order == [f"urgent-{number}" for number in range(2 * CALM_SHARE)]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=60), st.data())
+def test_each_key_is_handed_out_once_for_all_that_was_asked(asked: list[tuple[str, bool]], data: st.DataObject) -> None:
+    lanes: Lanes[str] = Lanes()
+    waiting: set[str] = set()
+    for key, urgent in asked:
+        assert lanes.put(key, urgent=urgent) == (key not in waiting)
+        waiting.add(key)
+        if data.draw(st.booleans()):
+            waiting.remove(lanes.pop())
+        assert len(lanes) == len(waiting)
+    assert sorted(lanes.pop() for _ in range(len(lanes))) == sorted(waiting)
 
 
 def test_backoff_doubles_up_to_its_bound_and_starts_anew_after_a_success() -> None:

@@ -93,7 +93,9 @@ class Term:
         self._shared = shared
         options, settings = shared.options, shared.settings
         self.queue: WorkQueue[JobKey] = WorkQueue()
-        self._events = EventSender(shared.api, shared.clock, options.identity)
+        self._events = EventSender(
+            shared.api, shared.clock, options.identity, busy=lambda: self.queue.depth > options.num_workers
+        )
         world = World(shared.api, self.queue, self._events, shared.clock, shared.nodes)
         self.cluster = KubeCluster(world, settings, options.pace)
         passes = Passes(self.cluster, self.queue, settings, shared.clock, shared.watcher)
