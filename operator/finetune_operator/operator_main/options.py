@@ -96,6 +96,7 @@ GROUPS: dict[str, tuple[_Flag, ...]] = {
     "jobs": (
         _Flag("trainer-image-gpu", _DEFAULTS.trainer_image_gpu, "image of GPU pods"),
         _Flag("trainer-image-cpu", _DEFAULTS.trainer_image_cpu, "image of CPU pods"),
+        _Flag("cores-per-rank", _DEFAULTS.cores_per_rank, "cores of a rank where a job does not say", int),
         _Flag("rendezvous-port", _DEFAULTS.rendezvous_port, "port of rank 0's rendezvous store", int),
         _Flag("cache-claim", "", "claim, in each job's namespace, for what jobs share; default: the job's storage"),
         _Flag("trainer-user-id", _DEFAULTS.trainer_user_id, "user and group of the trainer", int),
