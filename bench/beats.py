@@ -42,7 +42,6 @@ class Tally:
 
     latencies: list[float] = field(default_factory=list)
     refused: int = 0
-    connected: int = 0
 
 
 @dataclass
@@ -59,7 +58,6 @@ class Supervisor:
         """Beat for ever, at a phase of its own."""
         await asyncio.sleep(random.uniform(0, self.beat_seconds))
         reader, writer = await asyncio.open_connection(LOOPBACK, port, ssl=context, server_hostname=LOOPBACK)
-        self.tally.connected += 1
         try:
             while True:
                 started = time.monotonic()
@@ -142,7 +140,7 @@ async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLConte
         tasks = [asyncio.create_task(one.run(operator.coordinator_port, context)) for one in all_of_them]
 
         async def settled() -> bool:
-            return tally.connected == len(tasks) and len(tally.latencies) > 3 * len(tasks)
+            return all(one.sequence > 2 for one in all_of_them)
 
         await bench.wait("all supervisors beat", settled)
         refused_at_first = tally.refused

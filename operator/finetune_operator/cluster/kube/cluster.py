@@ -156,8 +156,15 @@ class KubeCluster:
             await self._delete_job(job)
 
     async def emit(self, job: FineTuneJob, event: Event) -> None:
-        """Hand an event to the sender."""
+        """Hand an event to the sender, and log it."""
         self._events.tell(job, event)
+        found = self.jobs.get(ObjectKey(*_key(job)))
+        status = found.job.status if found is not None and found.job is not None else job.status
+        about: dict[str, Any] = {"job": str(_key(job)), "attempt": status.attempt, "reason": event.reason}
+        ended = next((entry for entry in status.attempts if entry.reason == event.reason), None)
+        if ended is not None and ended.rank is not None:
+            about |= {"attempt": ended.attempt, "rank": ended.rank}
+        log.log(logging.WARNING if event.warning else logging.INFO, "%s", event.message, extra=about)
 
     async def whose_token(self, token: str) -> PodIdentity | None:
         """The pod that a token was issued to, by TokenReview."""
