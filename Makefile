@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo bench-ranks
+.PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo bench-ranks bench-operator bench-beats
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -15,8 +15,8 @@ install: ## the virtual environment, from the locks
 
 demo: install ## a real FineTuneJob on this machine, no cluster: two ranks, one taken away halfway
 	@rm -rf .demo/state .demo/out
-	$(BIN)/python -m finetune_trainer.demo.circles .demo/data --style squares --num-train 64 --num-validation 16
-	$(BIN)/finetune run examples/lora-circles.yaml --home .demo/state --preempt rank=1,at-step=60
+	$(BIN)/python -m finetune_trainer.demo.circles .demo/data --style squares --num-train 256 --num-validation 16
+	$(BIN)/finetune run examples/lora-circles.yaml --home .demo/state --preempt rank=1,at-step=125
 
 test: install ## all tests
 	@$(BIN)/python -m tests.controlplane.build
@@ -36,6 +36,12 @@ lint: install ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-operator: install ## 1,000 jobs of 4 pods on a real API server, beside a bare loop that creates the same pods
+	@$(BIN)/python -m bench.operator
+
+bench-beats: install ## 4,000 supervisors beating over TLS
+	@$(BIN)/python -m bench.beats
 
 generate: install ## write the CRD and the reference from the models
 	$(BIN)/python tools/generate.py

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.cluster.kube.objects import MANAGED_BY
 from tests.controlplane.process import wait_for
 from tests.operator.bed import Jobs, OperatorProcess, build_job, running
 from tests.operator.conftest import NewOperator
@@ -115,13 +114,11 @@ def test_a_job_of_the_same_name_starts_anew(jobs: Jobs, new_operator: NewOperato
 def test_jobs_of_another_controller_are_left_alone(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()):
         job = build_job("theirs")
-        job["metadata"]["annotations"] = {MANAGED_BY: "kueue.example.com"}
+        job["spec"]["managedBy"] = "kueue.x-k8s.io/multikueue"
         jobs.create(job)
         jobs.create(build_job("ours"))
         jobs.wait_phase("ours", "Running")
         assert jobs.status("theirs") == {}
-        jobs.patch("theirs", {"metadata": {"annotations": {MANAGED_BY: None}}})
-        jobs.wait_phase("theirs", "Running")
 
 
 def test_a_node_that_vanishes_takes_its_pods_with_it(jobs: Jobs, new_operator: NewOperator) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from finetune_operator.api.job import CONTROLLER
 from finetune_operator.cluster.kube.clock import ServerClock
 from finetune_operator.cluster.kube.events import MAX_NOTE, build_event
 from finetune_operator.cluster.kube.objects import (
     JOBS,
-    MANAGED_BY,
     decode_child,
     decode_job,
     decode_pod,
@@ -43,9 +43,8 @@ def test_jobs_that_are_deleted_or_somebody_elses_are_not_kept() -> None:
     job = stored()
     assert decode_job(job) is not None
     assert decode_job({**job, "metadata": {**job["metadata"], "deletionTimestamp": "2026-01-01T00:00:00Z"}}) is None
-    assert decode_job({**job, "metadata": {**job["metadata"], "annotations": {MANAGED_BY: "kueue"}}}) is None
-    ours = {**job, "metadata": {**job["metadata"], "annotations": {MANAGED_BY: "finetune-operator"}}}
-    assert decode_job(ours) is not None
+    assert decode_job({**job, "spec": {**job["spec"], "managedBy": "kueue.x-k8s.io/multikueue"}}) is None
+    assert decode_job({**job, "spec": {**job["spec"], "managedBy": CONTROLLER}}) is not None
 
 
 def test_a_job_that_cannot_be_read_says_so_once() -> None:

@@ -11,13 +11,11 @@ from pydantic import ValidationError
 from finetune_operator.api import job as api
 from finetune_operator.api import words
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus, ObjectMeta
+from finetune_operator.api.managed import is_ours
 from finetune_operator.cluster.kube.client import Json
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.types import ObservedPod
-
-MANAGED_BY = f"{api.GROUP}/managed-by"
-"""Annotation of a job that another controller takes care of, as `spec.managedBy` of a batch Job."""
 
 OWNED = f"{words.MANAGED_BY}={words.OPERATOR}"
 """Label selector of all that the operator creates."""
@@ -83,8 +81,7 @@ class KubeChild:
 def decode_job(thing: Json) -> KubeJob | None:
     """Read a job; None where it is being deleted or is another controller's."""
     meta = thing["metadata"]
-    other = (meta.get("annotations") or {}).get(MANAGED_BY, words.OPERATOR)
-    if meta.get("deletionTimestamp") or other != words.OPERATOR:
+    if meta.get("deletionTimestamp") or not is_ours(thing):
         return None
     key = JobKey(meta["namespace"], meta["name"])
     try:
