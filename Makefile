@@ -14,7 +14,7 @@ install: ## the virtual environment, from the locks
 	@$(PYTHON) tools/install.py $(VENV)
 
 demo: install ## a real FineTuneJob on this machine, no cluster: two ranks, one taken away halfway
-	@rm -rf .demo/state .demo/out
+	@rm -rf .demo
 	$(BIN)/python -m finetune_trainer.demo.circles .demo/data --style squares --num-train 256 --num-validation 16
 	$(BIN)/finetune run examples/lora-circles.yaml --home .demo/state --preempt rank=1,at-step=125
 
