@@ -1,6 +1,6 @@
 """Trains the base model of the demo from scratch and saves it as a diffusers folder in half precision.
 
-The folder in `examples/base-circles` was made by this command, on one thread::
+On one thread, for a model like the one in `examples/base-circles`::
 
     python -m finetune_trainer.demo.train_base --out examples/base-circles
 """
