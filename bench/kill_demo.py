@@ -143,7 +143,7 @@ class Bed:
         try:
             if not self._wait_for_moment(case, home, process):
                 return False
-            victims = list(_victims(case.target, process.pid))
+            victims = _wait_for_victims(case.target, process)
             for victim in victims:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     victim.send_signal(signal.SIGKILL)
@@ -211,9 +211,21 @@ def _poll(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool
     return False
 
 
+def _wait_for_victims(target: str, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Processes to kill. The moment may come before they are there: then they are hit as soon as they are."""
+    victims: list[psutil.Process] = []
+    while not victims and process.poll() is None:
+        victims = list(_victims(target, process.pid))
+        time.sleep(SAVE_POLL_SECONDS)
+    return victims
+
+
 def _victims(target: str, runner: int) -> Iterator[psutil.Process]:
     """Processes to kill, parents first, so that none can tell of its child's death."""
-    tree = [psutil.Process(runner), *psutil.Process(runner).children(recursive=True)]
+    try:
+        tree = [psutil.Process(runner), *psutil.Process(runner).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
     if target == "tree":
         yield from tree
         return
