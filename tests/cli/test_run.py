@@ -48,7 +48,8 @@ def test_a_killed_pod_costs_at_most_a_checkpoint_interval(bed: Bed) -> None:
     status = bed.status()
     assert (status["preemptions"], status["failures"]) == (1, 0)
     assert status["attempts"][0]["reason"] == "PodLost"
-    assert 0 < status["lostSteps"] <= 10
+    # The kill comes at step 25 or, on a busy machine, a little later: perhaps just behind a checkpoint.
+    assert 0 <= status["lostSteps"] <= 10
 
 
 def test_faults_at_a_state_and_in_a_row(bed: Bed) -> None:
