@@ -227,7 +227,8 @@ def test_the_operators_clock_is_wrong(jobs: Jobs, new_operator: NewOperator, sec
     operator = new_operator()
     operator.program = ("-c", SKEWED.format(seconds=seconds))
     with running(operator):
-        jobs.create(build_job("circles", activeDeadlineSeconds=120))
+        # kwok's survivors never leave by themselves: they are left to save for as long as the notice is.
+        jobs.create(build_job("circles", activeDeadlineSeconds=120, recovery={"noticeSeconds": 1}))
         jobs.wait_phase("circles", "Running")
         jobs.delete_pod("circles-a1-n1", grace_seconds=None)
         check(jobs, "circles", attempts=2, preemptions=1)
