@@ -253,6 +253,8 @@ class TallyStatus(StatusModel):
     failures_since_checkpoint: int = Field(
         default=0, description="failures since the last newer checkpoint; maxFailures bounds them"
     )
+    failed_step: int | None = Field(default=None, description="step that the last attempt failed after")
+    failures_at_step: int = Field(default=0, description="failures in a row after that step")
     trained_steps: int = Field(default=0, description="optimizer steps seen to be finished, those done again included")
     trained_seconds: float = Field(default=0, description="time in which they were trained")
     step_time: datetime | None = Field(default=None, description="when the newest step was seen")

@@ -51,7 +51,9 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
 
 def _due(view: View, status: FineTuneJobStatus) -> datetime | None:
     entry = ledger.current(status)
-    return backoff.next_attempt_at(entry, status, view.settings) if entry is not None else None
+    if entry is None:
+        return None
+    return backoff.next_attempt_at(entry, status, view.settings, view.job.metadata.uid)
 
 
 def _begin(view: View, status: FineTuneJobStatus, attempt: int) -> FineTuneJobStatus:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from finetune_contract.exit_codes import ExitCode, describe
 from finetune_operator.api.names import pod_name
@@ -137,6 +138,19 @@ def find_cause(view: View, gang_complete: bool) -> Cause | None:
         return None
     *_, row, facts = min(signs, key=lambda sign: sign[:3])
     return _cause(row, facts, view)
+
+
+def find_silent(view: View, since: datetime) -> Cause | None:
+    """Find a pod that should run, and has not been heard since its peers lost it: its machine no longer answers.
+
+    None where nobody has been heard since: then it is the coordinator that is out of reach.
+    """
+    heard = {rank for rank, received in view.beats.items() if received.received_at >= since}
+    gang = _gang(view, gang_complete=True)
+    silent = [facts for facts in gang if facts.node_rank not in heard and facts.pod and not has_ended(facts.pod)]
+    if not heard or not silent:
+        return None
+    return _cause(Row(lambda _: True, _always(Reason.NODE_LOST)), silent[0], view)
 
 
 def _weight(row: Row, index: int) -> tuple[bool, int]:

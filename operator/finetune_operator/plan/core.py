@@ -17,6 +17,7 @@ from finetune_operator.plan import (
     finish,
     gang,
     goodput,
+    nodes,
     phase,
     progress,
     restart,
@@ -76,17 +77,18 @@ def plan(job: FineTuneJob, observed: Observed, now: datetime, settings: Settings
     if job.metadata.deletion_timestamp is not None:
         # All that belongs to it goes with it, for it owns them.
         return Plan(job.status)
-    view = View(job, observed, now, settings)
+    view = View(job, nodes.judge(observed, now, settings), now, settings)
     status = job.status
     for policy in POLICIES:
         status = policy(view, status)
-    actions = tuple(action for decide in ACTIONS for action in decide(view, status))
+    actions = [action for decide in ACTIONS for action in decide(view, status)]
+    actions += [action for action in nodes.force_delete(observed) if action not in actions]
     # What was due has been done in this pass.
-    wakes = (wake(view, status) for wake in WAKES)
+    wakes = (nodes.wake(observed, now, settings), *(wake(view, status) for wake in WAKES))
     wake_at = earliest(time for time in wakes if time is not None and time > now)
     return Plan(
         status=status,
-        actions=actions,
+        actions=tuple(actions),
         events=events.between(job.status, status),
         look_again=wake_at - now if wake_at is not None else None,
     )
