@@ -41,7 +41,7 @@ class Invariants:
         if old.phase in FINISHED:
             self._require(new.phase is old.phase, name, f"it was {old.phase} and is {new.phase}")
         if new.attempt > old.attempt:
-            self.counts["attempts"] += 1
+            self.counts["attempts in place" if new.attempts[-1].pod_attempts else "attempts of a whole gang"] += 1
 
     def pod_created(self, job: FineTuneJob, pod: ObservedPod) -> None:
         """Only of the newest attempt, no more than asked for, and beside none of an older one."""

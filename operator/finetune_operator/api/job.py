@@ -224,6 +224,10 @@ class AttemptStatus(StatusModel):
     attempt: int = Field(description="number, from 1")
     started_at: datetime = Field(description="when it was decided")
     gang_complete: bool = Field(default=False, description="whether all its pods had been seen")
+    pod_attempts: tuple[int, ...] = Field(
+        default=(),
+        description="for each node rank the attempt that its pod was made for, where pods of earlier ones were kept",
+    )
     training_at: datetime | None = Field(default=None, description="when the first step of it was finished")
     from_step: int | None = Field(default=None, description="step that it restored")
     to_step: int | None = Field(default=None, description="last step that it was seen to finish")

@@ -8,7 +8,7 @@ from finetune_operator.api.job import Accelerator, FineTuneJob, TopologySpec
 from finetune_operator.api.names import pod_name, service_name
 from finetune_operator.api.words import CONTAINER
 from finetune_operator.build import layout
-from finetune_operator.build.env import build_env
+from finetune_operator.build.env import Place, build_env
 from finetune_operator.build.merge import merge
 from finetune_operator.build.metadata import build_metadata, pod_labels
 from finetune_operator.build.volumes import build_volumes
@@ -17,10 +17,21 @@ from finetune_operator.settings import Settings
 GPU_RESOURCE = "nvidia.com/gpu"
 
 
-def build_pod(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
-    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it."""
+def build_pod(
+    job: FineTuneJob, attempt: int, node_rank: int, settings: Settings, first_pod_attempt: int | None = None
+) -> dict[str, Any]:
+    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it.
+
+    Args:
+        job: whose pod it is.
+        attempt: that it is made for.
+        node_rank: its place in the gang.
+        settings: the administrator's.
+        first_pod_attempt: attempt that node rank 0's pod was made for, where that one was kept; default: this one.
+    """
     identity = _identity(job, attempt, node_rank)
-    rendered = merge(identity, {"spec": _pod_spec(job, attempt, node_rank, settings)})
+    env = build_env(job, Place(attempt, node_rank, first_pod_attempt or attempt), settings)
+    rendered = merge(identity, {"spec": _pod_spec(job, env, settings)})
     # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
     # pod stays the one that the plan looks for.
     return merge(merge(rendered, job.spec.pod_template or {}), identity)
@@ -41,13 +52,13 @@ def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
     }
 
 
-def _pod_spec(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
+def _pod_spec(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": job.spec.recovery.notice_seconds,
         "securityContext": _pod_security(settings),
-        "containers": [_container(job, attempt, node_rank, settings)],
+        "containers": [_container(job, env, settings)],
         "volumes": [volume for volume, _ in build_volumes(job, settings)],
     }
     if job.spec.priority_class_name:
@@ -55,14 +66,14 @@ def _pod_spec(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings
     return spec
 
 
-def _container(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
+def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     topology = job.spec.topology
     gpu = topology.accelerator is Accelerator.GPU
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": settings.trainer_image_gpu if gpu else settings.trainer_image_cpu,
         "command": list(settings.trainer_command),
-        "env": build_env(job, attempt, node_rank, settings),
+        "env": env,
         "terminationMessagePath": layout.TERMINATION_LOG,
         # Where the supervisor itself was killed, the end of the log is better than nothing.
         "terminationMessagePolicy": "FallbackToLogsOnError",

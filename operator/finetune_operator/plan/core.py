@@ -17,6 +17,7 @@ from finetune_operator.plan import (
     finish,
     gang,
     goodput,
+    in_place,
     nodes,
     phase,
     progress,
@@ -50,7 +51,7 @@ POLICIES: tuple[Policy, ...] = (
 
 ACTIONS: tuple[Callable[[View, FineTuneJobStatus], tuple[Action, ...]], ...] = (
     gang.create_missing,
-    restart.delete_old,
+    lambda view, status: restart.delete_old(view, status, in_place.survivors(view, status)),
     ttl.delete_job,
 )
 
@@ -58,6 +59,7 @@ WAKES: tuple[Callable[[View, FineTuneJobStatus], datetime | None], ...] = (
     deadline.deadline,
     endings.wake,
     attempts.wake,
+    in_place.wake,
     restart.wake,
     phase.wake,
     ttl.wake,

@@ -40,6 +40,7 @@ def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     if service_name(name) not in view.observed.services:
         missing.append(Create(build_service(view.job, view.settings)))
     if not entry.gang_complete:
-        ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods)
-        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings)) for rank in ranks]
+        first = view.pod_attempts[0]
+        ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
+        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, first)) for rank in ranks]
     return tuple(missing)

@@ -133,6 +133,7 @@ def rank_environment(
     return {
         **inherited,
         **thread_environment(share, env),
+        **dict(config.rendezvous),
         "RANK": str(config.rank(local_rank)),
         "WORLD_SIZE": str(config.world_size),
         "LOCAL_RANK": str(local_rank),

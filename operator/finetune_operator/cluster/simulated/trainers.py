@@ -18,7 +18,7 @@ from finetune_operator.cluster.simulated.model import BrokenInvariantError, SimP
 BEAT_SECONDS = 5.0
 HEARD_SECONDS = 60.0
 """A supervisor that was answered within this time trusts that it will be told of a new world."""
-HOLD_SECONDS = 600.0
+HOLD_SECONDS = 120.0
 COLLECTIVE_TIMEOUT_SECONDS = 900.0
 """A rank that waits for a peer that fell silent gives up after so long."""
 HOLDING = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
@@ -252,7 +252,6 @@ class Supervisor:
         self.beat_soon()
         if code in HOLDING and heard and not self._noticed:
             self._waiting = True
-            self._later(HOLD_SECONDS, partial(self._end, code))
         else:
             self._later(self._engine.rng.uniform(0.1, 3.0), partial(self._end, code, reason))
 
@@ -312,6 +311,8 @@ class Supervisor:
         if self._alive:
             self._post()
             self._engine.after(BEAT_SECONDS, self._beat_again)
+            if self._waiting and self._engine.time - self.heard_at > HOLD_SECONDS:
+                self._end(self._ends[0].exit_code)
 
     def _post(self) -> None:
         self._sequence += 1
