@@ -218,6 +218,21 @@ class CheckpointStatus(StatusModel):
     attempt: int | None = Field(default=None, description="attempt that wrote it")
 
 
+class AttemptSeconds(StatusModel):
+    """Where the time of a restart goes, in seconds. What is not there has not come about."""
+
+    teardown: float | None = Field(
+        default=None, description="from the end of the attempt before to this one's start, its back-off included"
+    )
+    queueing: float | None = Field(default=None, description="until all pods had a node")
+    pulling: float | None = Field(default=None, description="from there until all containers ran")
+    restoring: float | None = Field(default=None, description="from there until the ranks began to train")
+    first_step: float | None = Field(default=None, description="from there until the first step was finished")
+    detection: float | None = Field(
+        default=None, description="from the end of its first container until that was seen, where both are known"
+    )
+
+
 class AttemptStatus(StatusModel):
     """One line of the ledger: how an attempt began and why it ended."""
 
@@ -229,6 +244,7 @@ class AttemptStatus(StatusModel):
         description="for each node rank the attempt that its pod was made for, where pods of earlier ones were kept",
     )
     training_at: datetime | None = Field(default=None, description="when the first step of it was finished")
+    progress_at: datetime | None = Field(default=None, description="when anything was last seen to go on")
     from_step: int | None = Field(default=None, description="step that it restored")
     to_step: int | None = Field(default=None, description="last step that it was seen to finish")
     ended_at: datetime | None = Field(default=None, description="when its end was seen")
@@ -239,6 +255,7 @@ class AttemptStatus(StatusModel):
     node: str | None = Field(default=None, description="its node")
     exit_code: int | None = Field(default=None, description="its exit code")
     message: str | None = Field(default=None, description="its last words")
+    seconds: AttemptSeconds = Field(default=AttemptSeconds(), description="where its time went beside training")
     lost_steps: int | None = Field(default=None, description="steps that the next attempt had to do again")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from finetune_operator.api.job import Accelerator, FineTuneJob, TopologySpec
@@ -17,21 +19,26 @@ from finetune_operator.settings import Settings
 GPU_RESOURCE = "nvidia.com/gpu"
 
 
-def build_pod(
-    job: FineTuneJob, attempt: int, node_rank: int, settings: Settings, first_pod_attempt: int | None = None
-) -> dict[str, Any]:
-    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it.
+@dataclass(frozen=True)
+class Surroundings:
+    """What a pod's place depends on beside its own numbers."""
 
-    Args:
-        job: whose pod it is.
-        attempt: that it is made for.
-        node_rank: its place in the gang.
-        settings: the administrator's.
-        first_pod_attempt: attempt that node rank 0's pod was made for, where that one was kept; default: this one.
-    """
+    first_pod_attempt: int | None = None
+    """Attempt that node rank 0's pod was made for, where that one was kept; None: this pod's own."""
+    avoid: tuple[str, ...] = ()
+    """Names of nodes to be taken only where there are no others."""
+
+
+ALONE = Surroundings()
+
+
+def build_pod(
+    job: FineTuneJob, attempt: int, node_rank: int, settings: Settings, around: Surroundings = ALONE
+) -> dict[str, Any]:
+    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it."""
     identity = _identity(job, attempt, node_rank)
-    env = build_env(job, Place(attempt, node_rank, first_pod_attempt or attempt), settings)
-    rendered = merge(identity, {"spec": _pod_spec(job, env, settings)})
+    env = build_env(job, Place(attempt, node_rank, around.first_pod_attempt or attempt), settings)
+    rendered = merge(identity, {"spec": _pod_spec(job, env, settings) | _affinity(around.avoid)})
     # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
     # pod stays the one that the plan looks for.
     return merge(merge(rendered, job.spec.pod_template or {}), identity)
@@ -64,6 +71,15 @@ def _pod_spec(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -
     if job.spec.priority_class_name:
         spec["priorityClassName"] = job.spec.priority_class_name
     return spec
+
+
+def _affinity(avoid: Sequence[str]) -> dict[str, Any]:
+    """A preference, for a job that fits on no other node must not wait for ever."""
+    if not avoid:
+        return {}
+    term = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": list(avoid)}]}
+    weighted = [{"weight": 100, "preference": term}]
+    return {"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": weighted}}}
 
 
 def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:

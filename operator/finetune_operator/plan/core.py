@@ -17,12 +17,14 @@ from finetune_operator.plan import (
     finish,
     gang,
     goodput,
+    hangs,
     in_place,
     nodes,
     phase,
     progress,
     restart,
     suspend,
+    timing,
     ttl,
 )
 from finetune_operator.plan.types import Action, Observed, Plan
@@ -39,11 +41,14 @@ POLICIES: tuple[Policy, ...] = (
     finish.judge_success,  # Is all done?
     deadline.judge,  # Is its time over?
     suspend.stop,  # Is it to stop for now?
+    hangs.judge,  # Does it stand still?
     endings.see_end,  # Has the attempt ended, and why?
     budget.judge,  # Was that one failure too many?
     attempts.begin,  # May the next attempt begin?
     attempts.catch_up,  # Are there attempts that the status does not know?
+    timing.measure,  # Where did the time of its start go?
     phase.describe,  # Where is it, in words?
+    hangs.note,  # Does anything go on?
     conditions.derive,  # What holds, and since when?
     goodput.measure,  # What share of the time was of use?
 )
@@ -57,6 +62,7 @@ ACTIONS: tuple[Callable[[View, FineTuneJobStatus], tuple[Action, ...]], ...] = (
 
 WAKES: tuple[Callable[[View, FineTuneJobStatus], datetime | None], ...] = (
     deadline.deadline,
+    hangs.wake,
     endings.wake,
     attempts.wake,
     in_place.wake,

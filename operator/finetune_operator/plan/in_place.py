@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.words import Reason
 from finetune_operator.plan.ledger import current
 from finetune_operator.plan.nodes import SILENT_BEATS
 from finetune_operator.plan.restart import WITH_OWN_GRACE, may_save, notice_over_at
@@ -25,8 +26,10 @@ def survivors(view: View, status: FineTuneJobStatus) -> frozenset[int]:
     """Node ranks whose pods are kept: they run, and their supervisors are heard and want nothing but a peer."""
     if not _is_worth_it(view, status):
         return frozenset()
-    kept = frozenset(rank for rank, pod in view.pods.items() if _survives(view, rank, pod))
-    # Where none is lost, the gang itself is at fault: a hang, or a fabric that failed between well pods.
+    entry = current(status)
+    hung = entry.pod if entry is not None and entry.reason == Reason.HANG else None
+    kept = frozenset(rank for rank, pod in view.pods.items() if pod.name != hung and _survives(view, rank, pod))
+    # Where none is lost, the gang itself is at fault: a fabric that failed between well pods.
     return kept if len(kept) < view.num_nodes else frozenset()
 
 

@@ -43,10 +43,6 @@ GAPS = (
         "spec.recovery.spot: choosing capacity is not supported by this version; leave it out and select nodes in "
         "podTemplate.",
     ),
-    Gap(
-        lambda spec: spec.recovery.hang_timeout is not None,
-        "spec.recovery.hangTimeout: hangs are not detected by this version; leave it out.",
-    ),
 )
 
 NO_STORAGE = (

@@ -27,6 +27,8 @@ MIN_BEAT_GAP_SECONDS = 0.05
 """Changes that come closer together share a beat."""
 HOLDABLE = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
 """Ends of ranks after which their pod is still good for another world."""
+STACK_SECONDS = 0.2
+"""How long a rank that is to be ended has to write its threads' stacks."""
 ENDED_BY_US = frozenset({128 + signal.SIGTERM, 128 + signal.SIGKILL})
 FAREWELL_SECONDS = 2.0
 """How long the end waits for the last beat to be taken."""
@@ -215,7 +217,8 @@ class Supervisor:
             # The old world is over, even where a rank does not know yet that it waits in vain.
             self._world = world
             self._decided.set()
-            self._signal_all(signal.SIGKILL)
+            self._signal_all(signal.SIGUSR1)
+            asyncio.get_running_loop().call_later(STACK_SECONDS, self._end_hung)
         elif reply.attempt is not None and reply.attempt > self._config.attempt and not self._superseded:
             _log(f"attempt {reply.attempt} has begun: this one ({self._config.attempt}) stops")
             self._superseded = True
@@ -223,6 +226,10 @@ class Supervisor:
             self._end_soon()
         elif reply.order is Order.SAVE_AND_STOP:
             self._on_order()
+
+    def _end_hung(self) -> None:
+        if self._world is not None:
+            self._signal_all(signal.SIGKILL)
 
     def _reap_orphans(self) -> None:
         """As PID 1, collect what grandchildren leave behind; our own ranks are asyncio's to collect."""

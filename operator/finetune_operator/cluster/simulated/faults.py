@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from finetune_contract.beat import RankState
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.cluster.simulated.model import Node
 from finetune_operator.cluster.simulated.world import World
@@ -80,6 +81,15 @@ def break_fabric(world: World) -> None:
             member.fail(ExitCode.FABRIC, "Connection reset by peer")
 
 
+def hang(world: World) -> None:
+    """The ranks of a gang wait for each other for ever."""
+    supervisor = world.some_supervisor()
+    gang = supervisor.gang if supervisor is not None else None
+    if supervisor is not None and gang is not None and gang.state is RankState.TRAINING and not gang.broken:
+        world.count_failure(supervisor.pod.job)
+        gang.hang()
+
+
 def evict_pod(world: World) -> None:
     """Somebody drains a node, or deletes a pod."""
     rng = world.engine.rng
@@ -146,6 +156,7 @@ FAULTS = (
     Fault(0.5, take_quota),
     Fault(4, fail_program),
     Fault(1, break_fabric),
+    Fault(1, hang),
     Fault(2, evict_pod),
     Fault(1, restart_operator),
     Fault(1, break_watch),
