@@ -63,6 +63,8 @@ class Workload:
     load_seconds: float = 10.0
     restore_seconds: float = 2.0
     export_seconds: float = 5.0
+    saves_on_notice: bool = True
+    """False: SIGTERM just ends a rank, as it does with most training scripts."""
 
 
 @dataclass

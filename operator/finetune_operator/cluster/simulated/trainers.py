@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from signal import SIGTERM
 
 from finetune_contract.beat import Beat, CommittedCheckpoint, Order, RankEnd, RankReport, RankState, Reply, Termination
 from finetune_contract.exit_codes import ExitCode
@@ -220,6 +221,11 @@ class Supervisor:
             self._stop_ranks()
 
     def _stop_ranks(self) -> None:
+        if not self._storage.workload.saves_on_notice:
+            if self._noticed:
+                self._leave_gang(silent=False)
+                self.rank_ended(128 + SIGTERM)
+            return
         if self.gang is not None and self.gang.restored_step is not None:
             self.gang.stop()
         elif not self._ends:
