@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint verify format lock clean control-plane kill-demo bench-ranks
+.PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo bench-ranks
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -36,6 +36,9 @@ lint: install ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+generate: install ## write the CRD and the reference from the models
+	$(BIN)/python tools/generate.py
 
 verify: install ## regenerate what is generated; fail on a difference
 	$(BIN)/python tools/generate.py --check

@@ -52,6 +52,7 @@ class Bench:
 
     @property
     def pods_in_all(self) -> int:
+        """Pods of all jobs together."""
         return self.num_jobs * self.num_pods
 
     def note(self, what: str, value: str) -> None:

@@ -36,7 +36,7 @@ def register(operator: Operator, *, watch_nodes: bool = True) -> kopf.OperatorRe
         await operator.stop()
 
     async def see_node(type: str | None, name: str, body: kopf.Body, **_: Any) -> None:
-        operator.cluster.nodes.see(name, GONE if type == "DELETED" else read_node(body))
+        operator.nodes.see(name, GONE if type == "DELETED" else read_node(body))
 
     kopf.on.startup(registry=registry)(start)
     kopf.on.login(registry=registry)(login)

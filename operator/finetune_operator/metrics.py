@@ -150,13 +150,14 @@ class State(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Read the caches."""
-        operator = self._operator
-        yield GaugeMetricFamily("finetune_leader", "1 where this replica leads.", value=float(operator.leads))
-        if not operator.leads:
+        term = self._operator.term
+        leads = term is not None and term.works
+        yield GaugeMetricFamily("finetune_leader", "1 where this replica leads.", value=float(leads))
+        if term is None or not leads:
             return
-        yield GaugeMetricFamily("finetune_queue_depth", "Jobs that wait for a pass.", value=operator.queue.depth)
-        yield CounterMetricFamily("finetune_beats", "Beats that were taken.", value=operator.cluster.beats.num_taken)
-        yield from job_metrics([kept.job for kept in operator.cluster.jobs.values() if kept.job], datetime.now(UTC))
+        yield GaugeMetricFamily("finetune_queue_depth", "Jobs that wait for a pass.", value=term.queue.depth)
+        yield CounterMetricFamily("finetune_beats", "Beats that were taken.", value=term.cluster.beats.num_taken)
+        yield from job_metrics([kept.job for kept in term.cluster.jobs.values() if kept.job], datetime.now(UTC))
 
 
 def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:

@@ -32,6 +32,8 @@ class Settings:
     """Refuse a job without spec.checkpoint.storage. Local runs have a folder of their own for it."""
     cache_claim: str = ""
     """Claim, of this name in every namespace, for what all jobs share; empty: a folder on the job's own storage."""
+    cores_per_rank: int = 1
+    """Cores that a pod asks for, for each of its ranks, where topology.resources has no cpu; 0: none."""
     trainer_user_id: int = 1000
     """User and group that the trainer runs as and that volumes are given to."""
     failure_backoff_seconds: float = 10.0

@@ -90,6 +90,7 @@ BAD = (
     ),
     # Rules about one text.
     Bad("queue-name", {"spec.queueName": "My Queue"}, "spec.queueName", "lower-case letters"),
+    Bad("manager", {"spec.managedBy": "kueue"}, "spec.managedBy", "write its domain and name"),
     Bad("priority-class", {"spec.priorityClassName": "High_"}, "spec.priorityClassName", "lower-case letters"),
     Bad("secret-name", {"spec.secrets": [{"name": "HF_TOKEN"}]}, "spec.secrets[0].name", "lower-case letters"),
     Bad(

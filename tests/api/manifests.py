@@ -146,6 +146,7 @@ FULL = patched(
         "spec.activeDeadlineSeconds": 86400,
         "spec.ttlSecondsAfterFinished": 3600,
         "spec.secrets": [{"name": "hub-token"}],
+        "spec.managedBy": "finetune-operator.io/finetunejob-controller",
         "spec.podTemplate": {"spec": {"nodeSelector": {"zone": "a"}, "tolerations": []}},
     },
 )

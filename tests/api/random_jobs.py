@@ -15,6 +15,7 @@ Schema = Mapping[str, Any]
 Change = tuple[str, Any]
 
 NAMES = st.sampled_from(["a", "circles", "hub-token", "a.b", "Not_A_Name", "-", "x" * 60])
+MANAGERS = st.sampled_from(["a/b", "kueue.x-k8s.io/multikueue", "a", "a/", "/b", "A/b", "a.b/C_d", "a/b/c"])
 DURATIONS = st.sampled_from(["90s", "10m", "1h30m", "0s", "", "10 minutes", "1.5h", "30m1h"])
 PLACES = st.sampled_from(["out", "/out", "s3://b/x", "s3://", "hub://a/b", "hub://a", "ftp://x/y", "https://x.y/z"])
 PATHS = st.sampled_from(["/a", "/a/b", "a", "", "/a/../b", "/..", "/a..b", "../a"])
@@ -29,6 +30,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "spec.priorityClassName": NAMES,
     "spec.secrets[].name": NAMES,
     "spec.checkpoint.storage.persistentVolumeClaim.claimName": NAMES,
+    "spec.managedBy": MANAGERS,
     "spec.recovery.hangTimeout": DURATIONS,
     "spec.recovery.spot.fallbackAfter": DURATIONS,
     "spec.outputs[].to": PLACES,
@@ -128,9 +130,20 @@ def documents(draw: st.DrawFn) -> Document:
 
 @st.composite
 def valid_documents(draw: st.DrawFn) -> Document:
-    """Manifests that are right as a whole: of the changes, those that keep them so."""
-    document: Document = draw(BASES)
-    for change in draw(CHANGES):
+    """Manifests that are right as a whole."""
+    return _valid(draw(BASES), draw(CHANGES))
+
+
+@st.composite
+def valid_edits(draw: st.DrawFn) -> tuple[Document, Document]:
+    """Two manifests of a job that are right, the second one a small edit of the first."""
+    document: Document = draw(valid_documents())
+    return document, _valid(document, draw(st.lists(_changes(), max_size=3)))
+
+
+def _valid(document: Document, changes: list[Change]) -> Document:
+    """A manifest with those of some changes that keep it right."""
+    for change in changes:
         changed = patched(document, dict([change]))
         try:
             parse_job(changed)

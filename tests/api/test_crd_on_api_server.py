@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import uuid
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from finetune_operator.api import crd, yaml_text
+from finetune_operator.api import crd, edits, yaml_text
 from finetune_operator.api.job import (
     API_VERSION,
     AttemptStatus,
@@ -23,7 +25,8 @@ from finetune_operator.api.rules import RULES
 from finetune_operator.api.validate import InvalidJob, Problem, parse_job
 from tests.api.bad_manifests import BAD, Bad
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
-from tests.api.random_jobs import documents
+from tests.api.random_jobs import documents, valid_edits
+from tests.api.test_edits import ALLOWED, CHANGES
 from tests.controlplane.api import Api, ApiError
 from tests.controlplane.process import wait_for
 from tests.controlplane.server import ControlPlane, KubectlError
@@ -222,6 +225,89 @@ def test_a_job_is_listed_among_all(api: Api, control_plane: ControlPlane, namesp
         return "finetunejob.finetune-operator.io/circles" in control_plane.kubectl("get", "all", "-n", namespace)
 
     wait_for("kubectl get all lists the job", listed)
+
+
+@pytest.mark.parametrize("steps", ["200.0", "2e2", "200"])
+def test_a_whole_number_may_be_written_as_a_float(api: Api, control_plane: ControlPlane, steps: str) -> None:
+    text = yaml_text.dump(SMALLEST).replace("steps: 200", f"steps: {steps}")
+    stored = control_plane.kubectl("apply", "--dry-run=server", "-o", "json", "-f", "-", stdin=text)
+    assert yaml_text.load(stored)["spec"]["training"]["steps"] == 200
+    assert parse_job(yaml_text.load(text)).spec.training.steps == 200
+
+
+@pytest.mark.parametrize("steps", ["200.5", "1e30", "'200'"])
+def test_another_number_may_not(api: Api, control_plane: ControlPlane, steps: str) -> None:
+    text = yaml_text.dump(SMALLEST).replace("steps: 200", f"steps: {steps}")
+    with pytest.raises(KubectlError, match=r"spec\.training\.steps"):
+        control_plane.kubectl("apply", "--dry-run=server", "-f", "-", stdin=text)
+    with pytest.raises(InvalidJob, match=r"spec\.training\.steps"):
+        parse_job(yaml_text.load(text))
+
+
+def edit(api: Api, namespace: str, document: Document) -> str:
+    """What the API server says to an edit of a stored job; empty where it takes it. Nothing is stored."""
+    path = f"{jobs(namespace)}/{document['metadata']['name']}"
+    stored = api.get(path)
+    try:
+        api.request("PUT", f"{path}?dryRun=All", {**document, "metadata": stored["metadata"]})
+    except ApiError as error:
+        return error.message
+    return ""
+
+
+@pytest.fixture
+def begun(api: Api, namespace: str) -> str:
+    """A namespace with FULL in it, whose first attempt has begun."""
+    api.create(jobs(namespace), FULL)
+    api.patch(f"{jobs(namespace)}/circles/status", {"status": {"attempt": 1}})
+    return namespace
+
+
+def test_what_is_fixed_stays_once_the_job_has_begun(api: Api, begun: str) -> None:
+    for path, patch in CHANGES.items():
+        edited = patched(FULL, patch)
+        expected = edits.forbidden_edits(parse_job({**FULL, "status": {"attempt": 1}}), parse_job(edited))
+        message = edit(api, begun, edited)
+        assert path in [fixed.path for fixed in expected]
+        for fixed in edits.FIXED:
+            assert (f"{fixed.path}: Forbidden: {fixed.sentence}" in message) == (fixed in expected), message
+
+
+def test_the_rest_may_change_at_any_time(api: Api, begun: str) -> None:
+    assert {path: edit(api, begun, patched(FULL, patch)) for path, patch in ALLOWED.items()} == dict.fromkeys(
+        ALLOWED, ""
+    )
+
+
+def test_before_the_first_attempt_all_but_the_manager_may_change(api: Api, namespace: str) -> None:
+    api.create(jobs(namespace), FULL)
+    for path, patch in CHANGES.items():
+        assert bool(edit(api, namespace, patched(FULL, patch))) == (path == "spec.managedBy"), path
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edited=valid_edits(), attempt=st.integers(0, 2))
+def test_the_api_server_and_python_judge_random_edits_alike(
+    api: Api, namespace: str, edited: tuple[Document, Document], attempt: int
+) -> None:
+    name = f"job-{uuid.uuid4().hex[:12]}"
+    before, after = (patched(document, {"metadata": {"name": name}}) for document in edited)
+    api.create(jobs(namespace), before)
+    stored = api.patch(f"{jobs(namespace)}/{name}/status", {"status": {"attempt": attempt}})
+    ours = edits.forbidden_edits(parse_job(stored), parse_job(after))
+    message = edit(api, namespace, after)
+    assert [fixed for fixed in edits.FIXED if fixed.sentence in message] == ours
+    assert bool(message) == bool(ours), message
+
+
+def test_kubectl_apply_says_what_to_do_instead(api: Api, begun: str, control_plane: ControlPlane) -> None:
+    document = patched(FULL, {"spec.training.epochs": 4, "metadata.namespace": begun})
+    with pytest.raises(KubectlError) as caught:
+        control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=yaml_text.dump(document))
+    assert (
+        "spec.training: Forbidden: training cannot change once the job has begun: the checkpoints go on with the old "
+        "settings; write the change into a new job with another name" in caught.value.stderr
+    )
 
 
 def test_a_phase_that_is_none_is_refused(api: Api, namespace: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from finetune_contract import environment
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.build import build_pod
+from finetune_operator.build.merge import MergeError
 from finetune_operator.settings import Settings
 from tests.plan.world import make_job
 
@@ -153,8 +154,32 @@ def test_topologies(topology: dict[str, Any], image: str, backend: str, resource
     assert image in trainer(pod)["image"]
     assert env_of(pod)[environment.BACKEND] == backend
     asked = trainer(pod)["resources"]
-    assert asked.get("requests", {}) == asked.get("limits", {})
+    assert asked["requests"] == {"cpu": env_of(pod)[environment.PROCESSES_PER_NODE]} | asked.get("limits", {})
     assert resources.items() <= asked.get("limits", {}).items()
+
+
+def test_cores_are_asked_for_where_nobody_says_how_many() -> None:
+    topology = {"accelerator": "cpu", "processesPerNode": 4, "resources": {"memory": "8Gi"}}
+    assert trainer(pod_of(topology=topology))["resources"] == {
+        "requests": {"memory": "8Gi", "cpu": "4"},
+        "limits": {"memory": "8Gi"},
+    }
+    assert trainer(pod_of(settings=Settings(cores_per_rank=0)))["resources"] == {}
+
+
+@pytest.mark.parametrize(
+    ("topology", "size"),
+    [
+        ({"accelerator": "cpu"}, "4096Mi"),
+        ({"accelerator": "gpu", "processesPerNode": 8}, "32768Mi"),
+        ({"accelerator": "gpu", "resources": {"memory": "64Gi"}}, "32768Mi"),
+        ({"accelerator": "cpu", "resources": {"memory": "1e9"}}, "476Mi"),
+        ({"accelerator": "cpu", "resources": {"memory": 1}}, "1Mi"),
+    ],
+)
+def test_shared_memory_has_a_bound(topology: dict[str, Any], size: str) -> None:
+    shared = volume(pod_of(topology=topology), "shared-memory")
+    assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": size}
 
 
 def test_the_fabrics_environment() -> None:
@@ -224,6 +249,26 @@ def test_a_pod_template_cannot_make_it_another_pod() -> None:
         "spec": {"hostname": "other", "subdomain": None, "restartPolicy": "Always"},
     }
     assert pod_of(podTemplate=template) == pod_of()
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({"containers": [{"name": "trainer", "image": "mine"}]}, "containers is no field of a PodTemplateSpec; write"),
+        (
+            {"spec": {"containers": [{"name": "trainer", "$patch": "delete"}]}},
+            "takes the container trainer away; leave",
+        ),
+        ({"spec": {"containers": "trainer"}}, "takes the container trainer away"),
+        ({"spec": {"containers": None}}, "takes the container trainer away"),
+        ({"spec": {"$patch": "replace", "containers": [{"image": "mine"}, "trainer"]}}, "takes the container trainer"),
+        ({"spec": "nodeSelector"}, "takes the container trainer away"),
+        ({"spec": {"$patch": "replace", "containers": [{"name": "other"}]}}, "takes the container trainer away"),
+    ],
+)
+def test_a_pod_template_that_leaves_no_trainer_is_refused(template: dict[str, Any], words: str) -> None:
+    with pytest.raises(MergeError, match=words):
+        pod_of(podTemplate=template)
 
 
 def test_a_manifest_is_the_same_every_time_and_plain_json() -> None:

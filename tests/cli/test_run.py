@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import subprocess
 
 import pytest
@@ -112,6 +114,17 @@ def test_pods_outlive_their_runner_and_are_adopted(bed: Bed) -> None:
     bed.until(lambda: bed.checkpoint() > alone + 3)
     assert "0 restarts" in summary(bed.run())
     assert len(bed.status()["attempts"]) == 1
+
+
+def test_pods_whose_coordinator_has_to_move_save_and_start_again(bed: Bed) -> None:
+    bed.ranks("--step-seconds", "0.05", "--steps", "60")
+    process = bed.start()
+    bed.until_step(3)
+    process.kill()
+    finish(process)
+    port = json.loads(bed.home.job(KEY).endpoint.read_text())["coordinator"]
+    with socket.create_server(("127.0.0.1", port)):
+        assert "1 restart (1 preemption, 0 failures), 0 steps lost" in summary(bed.run())
 
 
 def test_an_end_that_nobody_saw_is_read(bed: Bed) -> None:

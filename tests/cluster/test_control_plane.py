@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from tests.controlplane import nodes
 from tests.controlplane.api import ApiError
 from tests.controlplane.process import wait_for

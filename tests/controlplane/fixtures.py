@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Generator, Iterator
 
 import pytest
+
 from tests.controlplane.build import ensure_programs
 from tests.controlplane.server import ControlPlane
 

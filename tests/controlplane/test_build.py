@@ -6,6 +6,7 @@ import concurrent.futures
 from pathlib import Path
 
 import pytest
+
 from tests.controlplane import build
 
 # Says a version; lists no package; writes the file that it is told to build, and its name into a list.

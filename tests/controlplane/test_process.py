@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.controlplane.process import Guard, Program, free_ports, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]

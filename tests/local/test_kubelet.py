@@ -246,6 +246,24 @@ def test_pods_of_a_gang_have_cores_of_their_own(bed: Bed) -> None:
     asyncio.run(check())
 
 
+def test_a_pod_waits_for_the_cores_of_the_attempt_before(bed: Bed) -> None:
+    async def check() -> None:
+        async with bed.kubelet() as kubelet:
+            first = await started(bed, kubelet, SAVES_ON_NOTICE)
+            await kubelet.create(bed.python("pass", name="circles-a2-n0"))
+            second = kubelet.get("circles-a2-n0")
+            assert second is not None
+            await bed.until(lambda: "containerStatuses" in second.value["status"])
+            waiting = second.value["status"]["containerStatuses"][0]["state"]["waiting"]
+            assert waiting["reason"] == "Unschedulable"
+            assert not second.ended
+            await kubelet.delete(first.name, first.uid)
+            await bed.until(lambda: second.ended)
+            assert second.phase is PodPhase.SUCCEEDED
+
+    asyncio.run(check())
+
+
 @pytest.mark.parametrize(
     ("command", "code", "words"),
     [(["/nowhere/trainer"], 127, "/nowhere/trainer"), (["/"], 126, "/"), ([], 128, "no command")],

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.controlplane.api import ApiError
-from tests.controlplane.process import LOOPBACK, free_ports, wait_for
-from tests.controlplane.server import ControlPlane
 
 from finetune_operator.api import crd
 from finetune_operator.api.job import API_VERSION, KIND, PLURAL
+from tests.controlplane.api import ApiError
+from tests.controlplane.process import LOOPBACK, free_ports, wait_for
+from tests.controlplane.server import ControlPlane
 
 RULES = Path(__file__).parents[2] / "charts" / "finetune-operator" / "files" / "rules.yaml"
 ACCOUNT = "finetune-operator"
@@ -58,7 +58,7 @@ def _grant(api: Any, kind: str, root: str, name: str, rules: Any) -> None:
     subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": HOME}
     reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
     version = "rbac.authorization.k8s.io/v1"
-    objects = (
+    objects: tuple[dict[str, Any], ...] = (
         {"apiVersion": version, "kind": kind, "metadata": {"name": name}, "rules": rules},
         {
             "apiVersion": version,
@@ -152,10 +152,9 @@ class Jobs:
             return status if status.get("phase") == phase else None
 
         try:
-            status: dict[str, Any] = wait_for(f"{name} is {phase}", look, seconds)
+            return wait_for(f"{name} is {phase}", look, seconds) or {}
         except TimeoutError as error:
             raise TimeoutError(f"{error}; its status: {self.status(name)}; pods: {sorted(self.pods())}") from None
-        return status
 
     def wait_attempt(self, name: str, attempt: int, seconds: float = 30.0) -> dict[str, Any]:
         """Wait until an attempt runs; return the status."""
@@ -164,8 +163,7 @@ class Jobs:
             status = self.status(name)
             return status if status.get("attempt") == attempt and status.get("phase") == "Running" else None
 
-        status: dict[str, Any] = wait_for(f"attempt {attempt} of {name} runs", look, seconds)
-        return status
+        return wait_for(f"attempt {attempt} of {name} runs", look, seconds) or {}
 
 
 @dataclass
@@ -176,6 +174,7 @@ class OperatorProcess:
     log: Path
     flags: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "finetune_operator.operator_main.main")
     probe_port: int = 0
     coordinator_port: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -185,7 +184,7 @@ class OperatorProcess:
         self.probe_port, self.coordinator_port = (
             (self.probe_port, self.coordinator_port) if self.probe_port else free_ports(2)
         )
-        command = [sys.executable, "-m", "finetune_operator.operator_main.main", "run", *self._flags()]
+        command = [sys.executable, *self.program, "run", *self._flags()]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.environment}
@@ -242,6 +241,16 @@ class OperatorProcess:
         code = self.process.wait(STOP_SECONDS)
         self.process = None
         return code
+
+    def pause(self) -> None:
+        """SIGSTOP: its clock goes on, it does not."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, where it still runs."""

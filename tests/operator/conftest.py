@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.controlplane.server import ControlPlane
 from tests.operator.bed import ACCOUNT, HOME, Jobs, OperatorProcess, install
 

@@ -37,12 +37,12 @@ def test_the_story_of_a_preempted_job() -> None:
         "Accepted: the spec can be run",
         "AttemptStarted: attempt 1 begins",
         "CheckpointCommitted: first checkpoint, of step 40",
-        "TerminationByKubelet: attempt 1 ended at step 40, rank 1 (circles-a1-n1 on node-1) first: "
+        "TerminationByKubelet: attempt 1 ended at step 40 because of rank 1 (circles-a1-n1 on node-1): "
         "A node ended the pod, because it shuts down or runs short of a resource.",
         "AttemptStarted: attempt 2 begins",
         "Recovered: attempt 2 went on at step 40; 0 steps lost; 3.2 s",
         "OutputWritten: diffusers written to /out",
-        "Finished: 100 steps trained in 2 attempts; 0 steps done twice",
+        "Finished: 100 steps trained in 2 attempts; no steps done twice",
     ]
     assert not any(event.warning for event in world.events)
 

@@ -70,13 +70,13 @@ def test_running_from_the_first_step_on() -> None:
     world.train_to(0)
     assert line(world)[0] is Phase.STARTING
     world.train_to(1)
-    assert line(world) == (Phase.RUNNING, Reason.TRAINING, "step 1 of 100")
+    assert line(world) == (Phase.RUNNING, Reason.TRAINING, "training: step 1 of 100")
 
 
 def test_details_are_shown() -> None:
     world = World().running()
     world.beat_all(RankState.CACHING, detail="12/64 images")
-    assert line(world) == (Phase.STARTING, Reason.CACHING, "12/64 images")
+    assert line(world) == (Phase.STARTING, Reason.CACHING, "caching latents and text embeddings: 12/64 images")
 
 
 def test_recovering_until_the_next_attempts_first_step() -> None:

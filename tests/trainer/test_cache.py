@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from finetune_trainer.data.hashes import FileHashes, hash_text
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 
+T = TypeVar("T")
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
@@ -42,6 +45,17 @@ def test_damaged_shard_is_computed_anew(tmp_path: Path, caplog: pytest.LogCaptur
     assert shard.name in caplog.text
     fill(cache, {"a": 0}, lambda: lambda _: item(2.0), ALONE, lambda *_: None)
     assert cache.get("a")["mean"].tolist() == [2.0, 2.0]
+
+
+def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
+    for name, age in ((".old.safetensors.1.writing", 7200), (".new.safetensors.2.writing", 60)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    TensorCache(tmp_path).put({"a": item(1.0)})
+    TensorCache(tmp_path).sweep(now=1e9)
+    assert not list(tmp_path.glob(".old*"))
+    assert list(tmp_path.glob(".new*"))
+    assert list(tmp_path.glob("*.safetensors"))
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:
@@ -89,12 +103,21 @@ def test_interrupted_fill_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class _Pair(World):
-    """Two ranks in two threads, for which only the barrier is needed."""
+    """Two ranks in two threads."""
 
     meeting = threading.Barrier(2)
+    box: ClassVar[list[Any]] = [None]
 
     def barrier(self) -> None:
         self.meeting.wait(10)
+
+    def share(self, value: T) -> T:
+        if self.is_first:
+            self.box[0] = value
+        self.barrier()
+        shared: T = self.box[0]
+        self.barrier()
+        return shared
 
 
 @pytest.mark.parametrize("shared", [True, False])

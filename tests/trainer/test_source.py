@@ -52,6 +52,7 @@ def test_other_columns(tmp_path: Path) -> None:
     [
         ([{"file_name": "a.png", "caption": "x"}], r"dataset\.columns\.caption: .* columns are caption, file_name"),
         ([{"path": "a.png", "text": "x"}], r"dataset\.columns\.image: .* columns are path, text"),
+        ([{"file_name": "a.png", "text": None}], r"dataset\.columns\.caption: .*:1 holds None, not a text"),
         (["words"], r"metadata\.jsonl:1 is not a JSON object"),
         ([], r"dataset\.source: .* holds no samples"),
     ],

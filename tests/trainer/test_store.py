@@ -234,13 +234,11 @@ def test_storage_that_does_not_keep_what_was_written(tmp_path: Path) -> None:
 
 def _save_twice(job_dir: Path, stage: str) -> None:
     def die(now: str) -> None:
-        if now.startswith(stage) and (paths.checkpoints(job_dir) / "step-00000001-a1").exists():
+        if now.startswith(stage):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    store = CheckpointStore(job_dir, UID, 1, 1, die)
-    store.open()
-    store.save(snapshot(1), 0)
-    store.save(snapshot(2), 0)
+    open_store(job_dir).save(snapshot(1), 0)
+    open_store(job_dir, keep=1, on_stage=die).save(snapshot(2), 0)
 
 
 STAGES = (

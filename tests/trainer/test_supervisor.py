@@ -24,7 +24,7 @@ from finetune_contract.beat import RankEnd, RankState, Reply, Termination
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import DatasetSpec, ModelSpec, TrainingSpec
-from finetune_trainer.supervisor.cores import Share, cgroup_quota, share_cores
+from finetune_trainer.supervisor.cores import Share, ccl_environment, cgroup_quota, share_cores
 from finetune_trainer.supervisor.last_words import MAX_MESSAGE_BYTES, cause_first, fit, pod_exit_code
 
 DEADLINE_SECONDS = 20.0
@@ -362,6 +362,21 @@ def test_a_bad_environment_is_a_sentence(start: Start, name: str, value: str, wo
 )
 def test_cores_are_shared_out(cores: set[int], quota: float | None, num_ranks: int, expected: list[Share]) -> None:
     assert share_cores(frozenset(cores), quota, num_ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (
+            Share(4, frozenset({4, 5, 6, 7})),
+            {"CCL_LOCAL_RANK": "1", "CCL_WORKER_AFFINITY": "7", "OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"},
+        ),
+        (Share(1, frozenset({3})), {"CCL_LOCAL_RANK": "1"}),
+        (Share(2, None), {"CCL_LOCAL_RANK": "1"}),
+    ],
+)
+def test_oneccl_gets_a_core_that_the_compute_threads_leave_free(share: Share, expected: dict[str, str]) -> None:
+    assert ccl_environment(share, 1) == expected
 
 
 def test_quota_is_read_from_both_cgroup_versions(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from finetune_operator.api import yaml_text
+from finetune_operator.api import edits, yaml_text
 from finetune_operator.api.job import GROUP, KIND, PLURAL, SHORT_NAME, SINGULAR, VERSION, FineTuneJob
 from finetune_operator.api.rule import Cause, Rule
 from finetune_operator.api.rules import RULES
@@ -111,6 +111,8 @@ def job_schema() -> Schema:
         _drop_defaults(schema["properties"][name])
     for rule in RULES:
         _add_rule(schema, rule)
+    for fixed in edits.FIXED:
+        _add_entry(schema, fixed.cel, fixed.sentence, edits.CAUSE, fixed.path)
     return schema
 
 
@@ -139,12 +141,16 @@ def _column(name: str, kind: str, path: str, description: str, priority: int) ->
 
 def _add_rule(schema: Schema, rule: Rule[Any]) -> None:
     place, field = ("", rule.path) if rule.scope.at_root else (rule.scope.path, rule.field)
-    entry: Schema = {"rule": rule.cel, "message": rule.sentence}
-    if rule.cause is not Cause.INVALID:
-        entry["reason"] = rule.cause.value
+    _add_entry(_find(schema, place), rule.cel, rule.sentence, rule.cause, field)
+
+
+def _add_entry(place: Schema, cel: str, sentence: str, cause: Cause, field: str) -> None:
+    entry: Schema = {"rule": cel, "message": sentence}
+    if cause is not Cause.INVALID:
+        entry["reason"] = cause.value
     if field:
         entry["fieldPath"] = f".{field}"
-    _find(schema, place).setdefault("x-kubernetes-validations", []).append(entry)
+    place.setdefault("x-kubernetes-validations", []).append(entry)
 
 
 def _drop_defaults(schema: Schema) -> None:

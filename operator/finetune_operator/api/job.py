@@ -21,11 +21,15 @@ KIND = "FineTuneJob"
 PLURAL = "finetunejobs"
 SINGULAR = "finetunejob"
 SHORT_NAME = "ftj"
+CONTROLLER = f"{GROUP}/finetunejob-controller"
+"""This operator, as `spec.managedBy` names it."""
 
 Duration = Annotated[str, Field(max_length=32)]
 """A length of time as a person writes it: '90s', '10m', '1h30m'. `rules` looks at its form, `duration` reads it."""
 ObjectName = Annotated[str, Field(min_length=1, max_length=253)]
 """Name of a Kubernetes object. `rules` looks at its form."""
+ManagerName = Annotated[str, Field(min_length=1, max_length=63)]
+"""Name of a controller with its domain before it. `rules` looks at its form."""
 Path = Annotated[str, Field(min_length=1, max_length=1024)]
 """Absolute path."""
 Quantity = Annotated[str, Field(max_length=32)] | int
@@ -127,7 +131,7 @@ class RecoverySpec(SpecModel):
     """What to do when pods are lost."""
 
     max_failures: int = Field(default=3, ge=0, le=1000, description="failures to survive; preemptions do not count")
-    spot: SpotSpec | None = Field(default=None, description="run on spot capacity")
+    spot: SpotSpec | None = Field(default=None, description="run on spot nodes only; {} is enough")
     hang_timeout: Duration | None = Field(
         default=None,
         description="longest time without a step; default: from the job's own steps",
@@ -173,8 +177,14 @@ class FineTuneJobSpec(SpecModel):
         description="Secrets for the trainer's environment",
         json_schema_extra=list_map("name"),
     )
+    managed_by: ManagerName = Field(
+        default=CONTROLLER,
+        description="controller that takes care of the job; the operator leaves the job of another one alone",
+    )
     pod_template: dict[str, Any] | None = Field(
-        default=None, description="PodTemplateSpec merged over the rendered pods"
+        default=None,
+        description="PodTemplateSpec merged over the rendered pods by Kubernetes' strategic rules: containers, env and "
+        "volumes by name, other lists (tolerations, command) whole",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune_operator.api import crd, words
+from finetune_operator.api import crd, edits, words
 from finetune_operator.api.job import API_VERSION, KIND, SHORT_NAME
 from finetune_operator.api.rules import RULES
 
@@ -39,7 +39,7 @@ def render_job() -> str:
             lines += ["", f"## {path}", "", f"{_sentence(schema['description'])}", "", *_fields(schema)]
     lines += ["", "## Rules", "", "| field | what is refused, and what to write instead |", "|-|-|"]
     lines += [f"| `{rule.path}` | {_cell(rule.sentence)} |" for rule in RULES]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_edits()]) + "\n"
 
 
 def render_reasons() -> str:
@@ -64,6 +64,27 @@ def render_reasons() -> str:
             for reason, doc in reasons.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _edits() -> list[str]:
+    return [
+        "",
+        "## Edits",
+        "",
+        "Before its first attempt begins, all of a job but `managedBy` may change. From then on what the trainer and "
+        "its checkpoints depend on stays; `kubectl apply` and `finetune run` refuse to change it.",
+        "",
+        "| field | what is refused, and what to do instead |",
+        "|-|-|",
+        *(f"| `{fixed.path}` | {_cell(fixed.sentence)} |" for fixed in edits.FIXED),
+        "",
+        "The rest may change at any time. To have a change at once that takes effect with the next attempt, suspend "
+        "the job and resume it.",
+        "",
+        "| field | takes effect |",
+        "|-|-|",
+        *(f"| `{path}` | {when} |" for path, when in edits.CHANGEABLE.items()),
+    ]
 
 
 def _counts(doc: words.ReasonDoc) -> str:

@@ -57,6 +57,7 @@ DNS_LABEL = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 DNS_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 QUANTITY = "^[+]?([0-9]+([.][0-9]*)?|[.][0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]{1,3})?$"
 RESOURCE = "^(cpu|memory|ephemeral-storage|hugepages-.+|.+/.+)$"
+MANAGER = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[a-zA-Z0-9]([-._a-zA-Z0-9]*[a-zA-Z0-9])?$"
 MEMORY_PRESET = "^(auto|cpu|[1-9][0-9]{0,3}GB)$"
 
 
@@ -143,6 +144,12 @@ _NAMES = (
     _object_name("spec.queueName"),
     _object_name("spec.priorityClassName"),
     _object_name("spec.secrets[].name"),
+    form(
+        "spec.managedBy",
+        MANAGER,
+        "managedBy is not the name of a controller; write its domain and name, e.g. kueue.x-k8s.io/multikueue, or "
+        "leave it out for this operator",
+    ),
     _object_name("spec.checkpoint.storage.persistentVolumeClaim.claimName"),
 )
 

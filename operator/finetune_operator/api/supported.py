@@ -1,6 +1,6 @@
 """What the API has a field for and this version's trainer cannot do yet: one sentence each, never silently ignored.
 
-`finetune run` refuses such a job before it starts anything.
+The plan refuses such a job with the reason NotSupported, and `finetune run` before it starts anything.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from finetune_operator.api.rules import RULES
 from finetune_operator.api.sentences import describe_error, document_path
 
 Manifest = Mapping[str, Any]
+MAX_WHOLE = 2.0**53
+"""From here on a float does not hold every whole number."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def parse_job(document: object, *, source: str = "") -> FineTuneJob:
     if problems:
         # What another kind's fields should be is not ours to say.
         raise InvalidJob(problems, source)
-    manifest: Manifest = _without_null(document)
+    manifest: Manifest = _as_stored(document)
     job: FineTuneJob | None = None
     try:
         job = FineTuneJob.model_validate_json(_json(manifest), strict=True, by_alias=True, by_name=False)
@@ -95,12 +97,18 @@ def _not_ours(document: Manifest) -> Iterator[Problem]:
             yield Problem(field, f"Invalid value: {json.dumps(found, default=str)}: write {field}: {expected}")
 
 
-def _without_null(value: Any) -> Any:
-    """Leave out fields that are null, as the API server does; an item of a list is something that should be there."""
+def _as_stored(value: Any) -> Any:
+    """A document as kubectl sends it and the API server reads it.
+
+    Fields that are null are left out (an item of a list is something that should be there), and 200.0 is the whole
+    number that it is.
+    """
     if isinstance(value, Mapping):
-        return {name: _without_null(below) for name, below in value.items() if below is not None}
+        return {name: _as_stored(below) for name, below in value.items() if below is not None}
     if isinstance(value, (list, tuple)):
-        return [_without_null(item) for item in value]
+        return [_as_stored(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_WHOLE:
+        return int(value)
     return value
 
 

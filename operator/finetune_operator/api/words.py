@@ -176,12 +176,14 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.UNSCHEDULABLE: ReasonDoc(
         Topic.WAITING,
         "The scheduler has no room for a pod; the message holds its own words.",
-        "Add nodes, ask for less in topology.resources, or set recovery.spot.fallbackAfter.",
+        "Add nodes; or ask for less in topology.resources or leave recovery.spot out, then suspend the job and "
+        "resume it.",
     ),
     Reason.IMAGE_PULL: ReasonDoc(
         Topic.WAITING,
         "A pod's image is not there yet; the message holds the kubelet's words.",
-        "On an error, put the image's name or the pull secret in podTemplate right.",
+        "On an error, put the image's name or the pull secret in podTemplate right, then suspend the job and "
+        "resume it.",
     ),
     Reason.CONTAINER_CONFIG: ReasonDoc(
         Topic.WAITING,
@@ -234,8 +236,8 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.OUT_OF_MEMORY: _failure(
         "A rank ran out of memory, of the GPU or of the pod.",
-        "Halve training.batchSize and double training.gradientAccumulation, switch gradientCheckpointing on, or ask "
-        "for more memory in topology.resources.",
+        "Ask for more memory in topology.resources; or, in a new job, halve training.batchSize and double "
+        "training.gradientAccumulation, or switch gradientCheckpointing on.",
     ),
     Reason.EVICTED: _failure(
         "The node ended the pod, because the pod used more of a resource than it had asked for.",
@@ -280,7 +282,7 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.DEADLINE_EXCEEDED: ReasonDoc(
         Topic.END,
         "The job took longer than spec.activeDeadlineSeconds.",
-        "Raise spec.activeDeadlineSeconds, or train fewer steps.",
+        "In a new job, raise spec.activeDeadlineSeconds or train fewer steps.",
     ),
     Reason.ATTEMPT_STARTED: ReasonDoc(Topic.EVENT, "An attempt was decided; its pods are being created.", NOTHING),
     Reason.ATTEMPT_ENDED: ReasonDoc(

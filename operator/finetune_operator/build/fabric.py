@@ -19,7 +19,7 @@ def fabric_env(topology: TopologySpec) -> dict[str, str]:
         return {"NCCL_DEBUG": "WARN"}
     if topology.cpu.backend is CpuBackend.CCL:
         return {
-            # Ranks are started by the supervisor, not by mpirun; it adds each rank's CCL_LOCAL_RANK.
+            # Ranks are started by the supervisor, not by mpirun; it adds each rank's CCL_LOCAL_RANK and the worker's core.
             "CCL_PROCESS_LAUNCHER": "none",
             "CCL_LOCAL_SIZE": str(topology.processes_per_node),
             "CCL_ATL_TRANSPORT": "ofi",

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.api.job import Accelerator, FineTuneJob, TopologySpec
+from finetune_operator.api.job import Accelerator, FineTuneJob
 from finetune_operator.api.names import pod_name, service_name
 from finetune_operator.api.words import CONTAINER
 from finetune_operator.build import layout
 from finetune_operator.build.env import Place, build_env
-from finetune_operator.build.merge import merge
+from finetune_operator.build.merge import MergeError, merge
 from finetune_operator.build.metadata import build_metadata, pod_labels
+from finetune_operator.build.placement import build_placement
+from finetune_operator.build.resources import build_resources
 from finetune_operator.build.volumes import build_volumes
 from finetune_operator.settings import Settings
 
-GPU_RESOURCE = "nvidia.com/gpu"
+TEMPLATE_FIELDS = ("metadata", "spec")
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,37 @@ ALONE = Surroundings()
 def build_pod(
     job: FineTuneJob, attempt: int, node_rank: int, settings: Settings, around: Surroundings = ALONE
 ) -> dict[str, Any]:
-    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it."""
+    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it.
+
+    Raises:
+        MergeError: the template cannot be laid over it, or leaves no pod that trains.
+    """
     identity = _identity(job, attempt, node_rank)
     env = build_env(job, Place(attempt, node_rank, around.first_pod_attempt or attempt), settings)
-    rendered = merge(identity, {"spec": _pod_spec(job, env, settings) | _affinity(around.avoid)})
+    rendered = merge(merge(identity, {"spec": _pod_spec(job, env, settings)}), {"spec": _affinity(around.avoid)})
     # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
     # pod stays the one that the plan looks for.
-    return merge(merge(rendered, job.spec.pod_template or {}), identity)
+    pod = merge(merge(rendered, _template(job)), identity)
+    if not _has_trainer(pod):
+        raise MergeError(f"it takes the container {CONTAINER} away; leave it in and write only what is to differ in it")
+    return pod
+
+
+def _template(job: FineTuneJob) -> dict[str, Any]:
+    """The job's PodTemplateSpec. The API server would leave out without a word what it has no field for."""
+    template = job.spec.pod_template or {}
+    for name in template:
+        if name not in TEMPLATE_FIELDS:
+            raise MergeError(f"{name} is no field of a PodTemplateSpec; write it below spec or metadata")
+    return template
+
+
+def _has_trainer(pod: dict[str, Any]) -> bool:
+    """Whether the container that trains is there; what a template puts in its place may have any form."""
+    containers = pod["spec"].get("containers")
+    if not isinstance(containers, list):
+        return False
+    return any(isinstance(container, dict) and container.get("name") == CONTAINER for container in containers)
 
 
 def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
@@ -67,6 +93,7 @@ def _pod_spec(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -
         "securityContext": _pod_security(settings),
         "containers": [_container(job, env, settings)],
         "volumes": [volume for volume, _ in build_volumes(job, settings)],
+        **build_placement(job),
     }
     if job.spec.priority_class_name:
         spec["priorityClassName"] = job.spec.priority_class_name
@@ -93,7 +120,7 @@ def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) 
         "terminationMessagePath": layout.TERMINATION_LOG,
         # Where the supervisor itself was killed, the end of the log is better than nothing.
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "resources": _resources(topology),
+        "resources": build_resources(topology, settings.cores_per_rank),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -104,14 +131,6 @@ def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) 
     if job.spec.secrets:
         container["envFrom"] = [{"secretRef": {"name": secret.name}} for secret in job.spec.secrets]
     return container
-
-
-def _resources(topology: TopologySpec) -> dict[str, Any]:
-    """Requests and limits are the same, so that a gang's slowest pod is not one whose node is crowded."""
-    amounts = {name: str(amount) for name, amount in (topology.resources or {}).items()}
-    if topology.accelerator is Accelerator.GPU:
-        amounts.setdefault(GPU_RESOURCE, str(topology.processes_per_node))
-    return {"requests": amounts, "limits": dict(amounts)} if amounts else {}
 
 
 def _pod_security(settings: Settings) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.job import FineTuneJob, StorageSpec
+from finetune_operator.api.job import FineTuneJob, StorageSpec, TopologySpec
 from finetune_operator.api.names import config_name
 from finetune_operator.build import layout
+from finetune_operator.build.resources import shared_memory_size
 from finetune_operator.settings import Settings
 
 Volume = dict[str, Any]
@@ -17,8 +18,7 @@ def build_volumes(job: FineTuneJob, settings: Settings) -> list[tuple[Volume, di
     volumes = [
         _mounted("checkpoints", _storage(job.spec.checkpoint.storage), layout.STORAGE),
         _mounted("run", {"configMap": {"name": config_name(job.metadata.name)}}, layout.RUN, read_only=True),
-        # Without a size limit it may take the container's memory limit, which it counts towards.
-        _mounted("shared-memory", {"emptyDir": {"medium": "Memory"}}, layout.SHARED_MEMORY),
+        _mounted("shared-memory", _shared_memory(job.spec.topology), layout.SHARED_MEMORY),
         _mounted("scratch", {"emptyDir": {}}, layout.SCRATCH),
     ]
     if settings.cache_claim:
@@ -50,6 +50,10 @@ def _storage(storage: StorageSpec | None) -> dict[str, Any]:
     if storage.nfs is not None:
         return {"nfs": {"server": storage.nfs.server, "path": storage.nfs.path}}
     return {"emptyDir": {}}
+
+
+def _shared_memory(topology: TopologySpec) -> dict[str, Any]:
+    return {"emptyDir": {"medium": "Memory", "sizeLimit": shared_memory_size(topology)}}
 
 
 def _claim(name: str) -> dict[str, Any]:

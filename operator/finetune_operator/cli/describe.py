@@ -144,7 +144,7 @@ def _attempt(entry: AttemptStatus, now: datetime) -> list[str]:
     return [
         str(entry.attempt),
         words.age(entry.started_at, now) + " ago",
-        words.seconds((entry.ended_at or now) - entry.started_at),
+        words.seconds(((entry.ended_at or now) - entry.started_at).total_seconds()),
         f"{first}-{last}" if first or last else "",
         entry.reason or ("" if entry.ended_at is None else "?"),
         entry.counts_as or "",

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
-import yaml
-
+from finetune_operator.api import yaml_text
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cli import words
 from finetune_operator.cli.clock import utc_now
@@ -30,7 +29,7 @@ def _checkpoint_age(job: FineTuneJob, now: datetime) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else str(value)
+    return "" if value is None else repr(value).removesuffix(".0")
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -105,8 +104,7 @@ def _document(jobs: list[FineTuneJob], arguments: argparse.Namespace) -> str:
         value = as_object(jobs[0])
     if arguments.output == "json":
         return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-    return text
+    return yaml_text.dump(value)
 
 
 def _all(home: Home, namespace: str) -> Iterator[FineTuneJob]:

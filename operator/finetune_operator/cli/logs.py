@@ -39,7 +39,7 @@ def logs(arguments: argparse.Namespace) -> Exit:
         )
     wanted = line_filter(arguments.rank, per_pod)
     if arguments.follow and holder(folder.lock) is not None:
-        asyncio.run(_follow(folder, key.name, paths, node_rank, wanted))
+        asyncio.run(_follow(folder, key.name, attempt, node_rank, wanted))
     else:
         for path in paths:
             Tail(path, wanted).write_new()
@@ -84,19 +84,18 @@ class Tail:
 
 
 async def _follow(
-    folder: JobFolder, name: str, paths: list[Path], node_rank: int | None, wanted: Callable[[str], bool]
+    folder: JobFolder, name: str, first: int, node_rank: int | None, wanted: Callable[[str], bool]
 ) -> None:
-    """Write what is there and what comes, of later attempts too, until nobody runs the job any more."""
-    tails = {path: Tail(path, wanted) for path in paths}
-    first = max(_attempts(folder, name))
+    """Write what is there and what comes, of this attempt and later ones, until nobody runs the job any more."""
+    tails: dict[Path, Tail] = {}
     with FolderWatch(folder.logs) as watch:
         while True:
+            # Looked for before the files are read: what a runner wrote before its end is not missed.
+            running = holder(folder.lock) is not None
             for attempt in sorted(set(_attempts(folder, name))):
                 for path in _files(folder, name, attempt, node_rank) if attempt >= first else ():
-                    tails.setdefault(path, Tail(path, wanted))
-            for tail in tails.values():
-                tail.write_new()
-            if holder(folder.lock) is None:
+                    tails.setdefault(path, Tail(path, wanted)).write_new()
+            if not running:
                 return
             # The runner's end is no change of this folder: look for it now and then.
             await watch.changed(timeout_seconds=1.0)

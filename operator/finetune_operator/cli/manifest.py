@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from finetune_operator.api import yaml_text
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.validate import InvalidJob, parse_job
 from finetune_operator.cli.errors import UsageError
@@ -71,7 +73,7 @@ def absolute_source(text: str, folder: Path) -> str:
 
 def absolute_output(text: str, folder: Path) -> str:
     """Make a path absolute; a URL stays."""
-    return text if _URL.match(text) else str(folder / Path(text).expanduser())
+    return text if _URL.match(text) else os.path.normpath(folder / Path(text).expanduser())
 
 
 def is_hub_id(text: str) -> bool:
@@ -108,7 +110,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _only_document(path: Path, text: str) -> dict[str, Any]:
     try:
-        documents = [document for document in yaml.load_all(text, _UniqueKeys) if document is not None]
+        documents = list(yaml_text.load_all(text))
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is no YAML: {_where(error)}") from error
     if len(documents) != 1:
@@ -125,28 +127,6 @@ def _where(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}: {problem}" if mark else problem
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, and dates stay text."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(getattr(key_node, "value", ""))
-            if key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands there twice", key_node.start_mark
-                )
-            seen.add(key)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-_UniqueKeys.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
 def _apply_setting(document: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
     names = path.strip().removeprefix("spec.").split(".")
@@ -159,7 +139,7 @@ def _apply_setting(document: dict[str, Any], setting: str) -> None:
     if not isinstance(place, dict):
         raise UsageError(f"--set {setting!r}: {'.'.join(names[:-1])} is no group of fields")
     try:
-        place[names[-1]] = yaml.load(text, _UniqueKeys)  # noqa: S506  a SafeLoader
+        place[names[-1]] = yaml_text.load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {setting!r}: {_where(error)}") from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_contract.spec import DatasetSpec, ModelSpec, OutputSpec
-from finetune_operator.api.job import Accelerator, FineTuneJob, FineTuneJobSpec, StorageSpec, TopologySpec
+from finetune_operator.api.job import CONTROLLER, Accelerator, FineTuneJob, FineTuneJobSpec, StorageSpec, TopologySpec
 from finetune_operator.api.supported import find_missing
 from finetune_operator.build import build_pod, num_nodes
 from finetune_operator.build.merge import MergeError
@@ -73,6 +73,8 @@ def remarks(spec: FineTuneJobSpec) -> Iterator[str]:
 def _faults(spec: FineTuneJobSpec, home: Home, machine: Machine) -> Iterator[str]:
     missing = [*find_unsupported(spec, LOCAL), *find_missing(spec)]
     yield from missing
+    if spec.managed_by != CONTROLLER:
+        yield f"spec.managedBy: {spec.managed_by} does not run here; leave managedBy out"
     if spec.suspend:
         yield "spec.suspend: a suspended job does not run; leave it out, and stop the run with Ctrl-C instead"
     yield from _topology(spec, machine)

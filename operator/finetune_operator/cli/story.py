@@ -48,6 +48,10 @@ def progress(status: FineTuneJobStatus) -> str:
     return ", ".join(parts)
 
 
+SILENT_ENDS = frozenset({None, Reason.FINISHED, Reason.SUSPENDED})
+"""Ends of attempts that other lines speak of."""
+
+
 def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[str]:
     known = {entry.attempt: entry for entry in old.attempts}
     for entry in new.attempts:
@@ -56,7 +60,7 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[str]:
             yield f"attempt {entry.attempt} begins"
         if entry.from_step and (before is None or before.from_step is None):
             yield f"attempt {entry.attempt} goes on at step {entry.from_step}"
-        if entry.reason not in (None, Reason.FINISHED) and (before is None or before.reason is None):
+        if entry.reason not in SILENT_ENDS and (before is None or before.reason is None):
             yield _end(entry)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from finetune_operator.api.duration import format_seconds
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
@@ -49,10 +49,9 @@ def age(since: datetime | None, now: datetime) -> str:
     return f"{total // large}{unit}" + (f"{rest}{small_unit}" if rest else "")
 
 
-def seconds(length: timedelta) -> str:
+def seconds(length: float) -> str:
     """A length of time; with a decimal where it is short."""
-    total = length.total_seconds()
-    return f"{total:.1f} s" if total < 10 else format_seconds(total)
+    return f"{length:.1f} s" if length < 10 else format_seconds(length)
 
 
 def loss(value: float | None) -> str:

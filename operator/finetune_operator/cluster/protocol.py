@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.cluster.key import JobKey
 from finetune_operator.coordinator.beats import PodIdentity
 from finetune_operator.plan.types import Action, Event, Observed
 
-
-class JobKey(NamedTuple):
-    """Names a job."""
-
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}"
+__all__ = ["Clock", "Cluster", "ConflictError", "JobKey"]
 
 
 class ConflictError(Exception):

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     add_flags(run)
     options = read_options(parser, arguments)
     logs.set_up(options.log_format, options.log_level)
+    # Each supervisor keeps a connection.
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     sys.exit(asyncio.run(run_operator(options)))
 
 

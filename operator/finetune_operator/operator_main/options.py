@@ -86,6 +86,7 @@ GROUPS: dict[str, tuple[_Flag, ...]] = {
         _Flag("coordinator-audience", _DEFAULTS.coordinator_audience, "audience of the supervisors' tokens"),
         _Flag("token-seconds", _DEFAULTS.token_seconds, "life of a supervisor's token", int),
         _Flag("beat-seconds", _DEFAULTS.beat_seconds, "longest time between two beats", float),
+        _Flag("beats-per-second", 500.0, "beats that are asked for in all; with more pods, each beats seldomer", float),
         _Flag("beat-timeout-seconds", _DEFAULTS.beat_timeout_seconds, "silence that is shown as such", float),
     ),
     "progress in the status": (
@@ -95,6 +96,7 @@ GROUPS: dict[str, tuple[_Flag, ...]] = {
     "jobs": (
         _Flag("trainer-image-gpu", _DEFAULTS.trainer_image_gpu, "image of GPU pods"),
         _Flag("trainer-image-cpu", _DEFAULTS.trainer_image_cpu, "image of CPU pods"),
+        _Flag("cores-per-rank", _DEFAULTS.cores_per_rank, "cores of a rank where a job does not say", int),
         _Flag("rendezvous-port", _DEFAULTS.rendezvous_port, "port of rank 0's rendezvous store", int),
         _Flag("cache-claim", "", "claim, in each job's namespace, for what jobs share; default: the job's storage"),
         _Flag("trainer-user-id", _DEFAULTS.trainer_user_id, "user and group of the trainer", int),
@@ -154,7 +156,7 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
             num_workers=given.num_workers,
             lease=_lease(given, namespace, identity),
             coordinator=_coordinator(given, namespace),
-            pace=Pace(given.progress_seconds, given.progress_writes_per_second),
+            pace=Pace(given.progress_seconds, given.progress_writes_per_second, given.beats_per_second),
         ),
         settings=Settings(**{name: value for name, value in vars(given).items() if name in SETTINGS}),
         probe_host=given.probe_host,

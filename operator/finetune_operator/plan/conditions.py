@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune_operator.api.job import Condition, FineTuneJobStatus, Phase
 from finetune_operator.api.words import ConditionType
+from finetune_operator.plan.explain import explain_reason
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.view import View
 
@@ -58,7 +59,7 @@ def derive(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
             continue
         # A condition speaks of what changes it; progress in the message would rewrite it with every step.
         reason = status.reason or str(status.phase)
-        message = (status.message or "") if holds and status.phase in FINAL else ""
+        message = (status.message or "") if holds and status.phase in FINAL else explain_reason(reason)
         old = find(status, kind)
         if old is not None and old.status == ("True" if holds else "False"):
             reason, message = old.reason, old.message

@@ -13,10 +13,10 @@ def explain_end(entry: AttemptStatus) -> str:
     """Why an attempt ended, for a person: how far it came, the rank that ended first, what that means, its words."""
     step = f" at step {entry.to_step}" if entry.to_step is not None else ""
     node = f" on {entry.node}" if entry.node else ""
-    who = f", rank {entry.rank} ({entry.pod}{node}) first" if entry.rank is not None else ""
+    who = f" because of rank {entry.rank} ({entry.pod}{node})" if entry.rank is not None else ""
     last_line = (entry.message or "").strip().splitlines()[-1:]
     words = f" It said: {last_line[0][:MAX_WORDS]}" if last_line else ""
-    return f"attempt {entry.attempt} ended{step}{who}: {_meaning(entry.reason)}{words}"
+    return f"attempt {entry.attempt} ended{step}{who}: {explain_reason(entry.reason)}{words}"
 
 
 def is_final(reason: str | None) -> bool:
@@ -24,6 +24,6 @@ def is_final(reason: str | None) -> bool:
     return reason in REASONS and REASONS[Reason(reason)].final
 
 
-def _meaning(reason: str | None) -> str:
-    """The reason's documentation. One that a newer operator wrote stands for itself."""
+def explain_reason(reason: str | None) -> str:
+    """What a reason means. One that a newer operator wrote stands for itself."""
     return REASONS[Reason(reason)].meaning if reason in REASONS else f"{reason}."

@@ -46,5 +46,7 @@ def fail(view: View, status: FineTuneJobStatus, reason: str, message: str) -> Fi
 def _success_message(status: FineTuneJobStatus) -> str:
     steps = f"{status.total_steps} steps trained" if status.total_steps else "all steps trained"
     return (
-        f"{steps} in {status.attempt} attempts; {status.lost_steps} steps done twice" if status.attempt > 1 else steps
+        f"{steps} in {status.attempt} attempts; {status.lost_steps or 'no'} steps done twice"
+        if status.attempt > 1
+        else steps
     )

@@ -45,7 +45,18 @@ STAGES = (
     Reason.EXPORTING,
 )
 """The work of a rank in the order in which it first comes to it."""
+DOING = {
+    Reason.LOADING: "loading the model and the data set",
+    Reason.CACHING: "caching latents and text embeddings",
+    Reason.RESTORING: "restoring the newest checkpoint",
+    Reason.TRAINING: "training",
+    Reason.VALIDATING: "validating",
+    Reason.SAVING: "saving a checkpoint",
+    Reason.EXPORTING: "writing the outputs",
+}
+"""What a person is told of each; `kubectl get` shows no reason."""
 BEFORE_TRAINING = frozenset({Reason.LOADING, Reason.CACHING, Reason.RESTORING})
+BESIDE_TRAINING = frozenset({Reason.VALIDATING, Reason.SAVING})
 PULLING = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "FailedMount")
 UNSCHEDULABLE = "Unschedulable"
@@ -58,7 +69,14 @@ def describe(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if is_finished(status):
         return revise(status, nodes=nodes(view, status))
     phase, reason, message = _line(view, status)
-    return revise(status, phase=phase, reason=str(reason), message=message, nodes=nodes(view, status))
+    status = revise(status, phase=phase, reason=str(reason), message=message, nodes=nodes(view, status))
+    return _without_old_figures(status, trains=phase is Phase.RUNNING and not view.spec.suspend)
+
+
+def _without_old_figures(status: FineTuneJobStatus, *, trains: bool) -> FineTuneJobStatus:
+    """Speed and time left are those of now. The last speed stays for a job that is at its end."""
+    speed = status.images_per_second if trains or status.phase is Phase.EXPORTING else None
+    return revise(status, images_per_second=speed, eta=status.eta if trains else None)
 
 
 def nodes(view: View, status: FineTuneJobStatus) -> str | None:
@@ -179,12 +197,12 @@ def _unheard(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waitin
 
 
 def _detail(view: View, status: FineTuneJobStatus, reason: Reason) -> str:
+    """What the gang is doing, in words, and how far it is with that."""
     details = (report.detail for report in view.reports if report.detail and STATES[report.state] is reason)
     detail = next(details, None)
-    step = f"step {status.step}" + (f" of {status.total_steps}" if status.total_steps else "")
-    if reason is Reason.TRAINING or detail is None:
-        return step if status.step is not None and reason not in BEFORE_TRAINING else reason.value.lower()
-    return detail
+    if status.step is not None and (reason is Reason.TRAINING or (detail is None and reason in BESIDE_TRAINING)):
+        detail = f"step {status.step}" + (f" of {status.total_steps}" if status.total_steps else "")
+    return f"{DOING[reason]}: {detail}" if detail else DOING[reason]
 
 
 def _silent(view: View) -> str | None:

@@ -151,8 +151,8 @@ def _read_warnings(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
 def _read_figures(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Loss, speed, share and time left. What nobody reports any more stays as it was last seen."""
-    loss = _first(_finite(report.loss) for report in view.reports)
-    speed = _first(_finite(report.images_per_second) for report in view.reports if report.state in AT_SPEED)
+    loss = _first(_figure(report.loss) for report in view.reports)
+    speed = _first(_figure(report.images_per_second) for report in view.reports if report.state in AT_SPEED)
     step, total_steps = status.step, status.total_steps
     return revise(
         status,
@@ -172,9 +172,9 @@ def _eta(view: View, step: int | None, total_steps: int | None, speed: float | N
     return format_seconds(max(0, total_steps - step) * global_batch(view.spec) / speed)
 
 
-def _finite(number: float | None) -> float | None:
-    """A number that JSON can hold and that equals itself; None for any other."""
-    return number if number is not None and math.isfinite(number) else None
+def _figure(number: float | None) -> float | None:
+    """A number as people read it, with four digits; None for one that JSON cannot hold."""
+    return float(f"{number:.4g}") if number is not None and math.isfinite(number) else None
 
 
 def _moment(seconds: float, otherwise: datetime) -> datetime:

@@ -39,9 +39,9 @@ GAPS = (
         "spec.topology.minNodes: elastic jobs are not supported by this version; write nodes instead.",
     ),
     Gap(
-        lambda spec: spec.recovery.spot is not None,
-        "spec.recovery.spot: choosing capacity is not supported by this version; leave it out and select nodes in "
-        "podTemplate.",
+        lambda spec: spec.recovery.spot is not None and spec.recovery.spot.fallback_after is not None,
+        "spec.recovery.spot.fallbackAfter: this version does not change to on-demand nodes; write spot: {} to wait for "
+        "spot nodes.",
     ),
 )
 

@@ -24,6 +24,7 @@ from finetune_trainer.files import sync_file, sync_folder
 
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
+_LEFTOVER_SECONDS = 3600.0
 
 Item = Mapping[str, Tensor]
 
@@ -37,6 +38,17 @@ class TensorCache:
         self._parts: dict[str, list[str]] = {}
         self._indexed: set[Path] = set()
         self._open: dict[Path, Any] = {}
+
+    def sweep(self, now: float) -> None:
+        """Remove what killed ranks have left half written; what is younger may still be at work.
+
+        Args:
+            now: seconds since the epoch.
+        """
+        for aside in self._folder.glob(".*.writing"):
+            with contextlib.suppress(OSError):
+                if now - aside.stat().st_mtime > _LEFTOVER_SECONDS:
+                    aside.unlink()
 
     def refresh(self) -> None:
         """Look for shards that were added since."""

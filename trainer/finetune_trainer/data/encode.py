@@ -57,8 +57,11 @@ def fill(
         world: the ranks.
         progress: told after each item.
     """
+    if world.is_first:
+        cache.sweep(time.time())
     cache.refresh()
-    missing = cache.missing(work)
+    # One list for all: what a rank finds missing depends on what the others have written by then.
+    missing = world.share(cache.missing(work))
     _encode([(key, work[key]) for key in missing[world.rank :: world.size]], cache, make_encoder, progress)
     world.barrier()
     cache.refresh()

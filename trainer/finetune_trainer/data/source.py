@@ -14,7 +14,7 @@ from typing import IO, Any, Protocol
 
 from PIL import Image
 
-from finetune_contract.spec import DatasetSpec
+from finetune_contract.spec import Columns, DatasetSpec
 from finetune_trainer.data import images
 from finetune_trainer.errors import DataError
 
@@ -78,15 +78,23 @@ class TableSource:
     def __init__(self, table: Any, image_column: str, caption_column: str) -> None:
         self._table = table
         self._image_column = image_column
-        self._caption_column = caption_column
+        # A column by itself: a row would be read with its image.
+        self._captions = table[caption_column]
 
     def __len__(self) -> int:
         return len(self._table)
 
     def caption(self, index: int) -> str:
-        """Caption of a sample; the first where a row holds several."""
-        value = self._table[index][self._caption_column]
-        return str(value[0] if isinstance(value, list) else value)
+        """Caption of a sample; the first where a row holds several.
+
+        Raises:
+            DataError: it is no text.
+        """
+        value = self._captions[index]
+        first = value[0] if isinstance(value, list) and value else value
+        if not isinstance(first, str):
+            raise DataError(f"dataset.columns.caption: {self.name(index)} holds {value!r}, not a text")
+        return first
 
     def open(self, index: int) -> IO[bytes]:
         """The image file within the row, or that the row names.
@@ -164,12 +172,15 @@ def _parse_row(line: str, where: str, spec: DatasetSpec) -> tuple[str, str]:
         raise DataError(f"dataset.source: {where} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"dataset.source: {where} is not a JSON object")
-    image = spec.columns.image if spec.columns.image in row else _FILE_NAME
-    if image not in row:
-        raise DataError(_no_column("image", spec.columns.image, row, where))
-    if spec.columns.caption not in row:
-        raise DataError(_no_column("caption", spec.columns.caption, row, where))
-    return str(row[image]), str(row[spec.columns.caption])
+    # What the `datasets` library calls the column of a folder, unless the manifest names another.
+    is_default = spec.columns.image == Columns().image and spec.columns.image not in row
+    image, caption = _FILE_NAME if is_default else spec.columns.image, spec.columns.caption
+    for field, column in (("image", image), ("caption", caption)):
+        if column not in row:
+            raise DataError(_no_column(field, column, row, where))
+        if not isinstance(row[column], str):
+            raise DataError(f"dataset.columns.{field}: column {column!r} in {where} holds {row[column]!r}, not a text")
+    return row[image], row[caption]
 
 
 def _open_table(spec: DatasetSpec, split: str, max_samples: int | None) -> TableSource:
@@ -223,5 +234,5 @@ def _is_square(source: Source, index: int) -> bool:
 def _whole_image(source: Source, index: int) -> Iterator[None]:
     try:
         yield
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"dataset.source: {source.name(index)} is not a whole image: {error}") from error

@@ -43,6 +43,18 @@ def thread_environment(share: Share, env: Mapping[str, str]) -> dict[str, str]:
     return {name: env.get(name) or str(share.num_threads) for name in names}
 
 
+def ccl_environment(share: Share, local_rank: int) -> dict[str, str]:
+    """What oneCCL wants of each rank: its number on the node, and a core for its worker thread.
+
+    The worker gets the last core of the share, and the compute threads leave it free; with one core they share it.
+    """
+    variables = {"CCL_LOCAL_RANK": str(local_rank)}
+    if share.cores is not None and len(share.cores) > 1:
+        variables["CCL_WORKER_AFFINITY"] = str(max(share.cores))
+        variables["OMP_NUM_THREADS"] = variables["MKL_NUM_THREADS"] = str(share.num_threads - 1)
+    return variables
+
+
 def affinity() -> frozenset[int]:
     """Cores that this process may run on."""
     return frozenset(os.sched_getaffinity(0))

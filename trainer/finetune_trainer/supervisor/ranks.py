@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from finetune_contract import environment
 from finetune_contract.beat import MAX_LAST_WORDS, RankEnd, RankReport, RankState
 from finetune_trainer.supervisor.config import Config
-from finetune_trainer.supervisor.cores import Share, thread_environment
+from finetune_trainer.supervisor.cores import Share, ccl_environment, thread_environment
 
+CCL = "ccl"
 LAST_LINES = 40
 DRAIN_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
@@ -130,9 +131,11 @@ def rank_environment(
 ) -> dict[str, str]:
     """Environment of one rank: the pod's, less the coordinator's token, with torch's standard variables."""
     inherited = {name: value for name, value in env.items() if name != environment.COORDINATOR_TOKEN}
+    fabric = ccl_environment(share, local_rank) if env.get(environment.BACKEND) == CCL else {}
     return {
+        **fabric,
         **inherited,
-        **thread_environment(share, env),
+        **thread_environment(share, {**fabric, **env}),
         **dict(config.rendezvous),
         "RANK": str(config.rank(local_rank)),
         "WORLD_SIZE": str(config.world_size),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from finetune_trainer.train.optimizer import LearningRate, set_learning_rate
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.saving import Checkpointer
 from finetune_trainer.train.state import TrainState
+from finetune_trainer.train.validation import Validator
 
 SPEED_STEPS = 20
 """Images per second are measured over so many steps."""
@@ -46,11 +46,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Loop:
-    """Trains from the step that the state is at.
-
-    Attributes:
-        validate: called after every finished step with nothing unsaved, where `validation_due` says so.
-    """
+    """Trains from the step that the state is at."""
 
     spec: RunSpec
     world: World
@@ -63,8 +59,7 @@ class Loop:
     checkpointer: Checkpointer
     notice: Notice
     reporter: Reporter
-    validate: Callable[[int], None]
-    num_samples: int
+    validator: Validator | None
     total_steps: int
 
     def run(self) -> bool:
@@ -76,25 +71,24 @@ class Loop:
         Raises:
             RankError: training cannot go on.
         """
-        finished_at = deque([time.monotonic()], maxlen=SPEED_STEPS + 1)
+        step_seconds: deque[float] = deque(maxlen=SPEED_STEPS)
         self.reporter.begin(self.state.step, self.total_steps)
+        self._look_if_due()
         while self.state.step < self.total_steps:
-            # Saving has its own state; this is where training goes on after it.
+            # Saving and validating have states of their own; this is where training goes on after them.
             self.reporter.state(RankState.TRAINING)
+            began = time.monotonic()
             result = self.train_step()
-            finished_at.append(time.monotonic())
-            self.reporter.progress(self.state.step, self.state.mean_loss, self._speed(finished_at))
-            if result.stop:
+            step_seconds.append(time.monotonic() - began)
+            self.reporter.progress(self.state.step, self.state.mean_loss, self._speed(step_seconds))
+            is_last = self.state.step == self.total_steps
+            if is_last or result.stop or self._look_due():
                 self.checkpointer.save_and_wait(self.state)
-                return self.state.step == self.total_steps
-            validation_due = self._validation_due()
-            if result.save or validation_due:
+            elif result.save:
                 self.checkpointer.save(self.state)
-            if validation_due:
-                self._validate()
-                finished_at.clear()
-                finished_at.append(time.monotonic())
-        self.checkpointer.save_and_wait(self.state)
+            if result.stop and not is_last:
+                return False
+            self._look_if_due()
         return True
 
     def train_step(self) -> StepResult:
@@ -132,25 +126,25 @@ class Loop:
         seed, global_batch = self.spec.training.seed, self.spec.global_batch
         positions = rank_share(step, global_batch, self.world.rank, self.world.size)
         for part in micro_batches(positions, self.spec.training.batch_size):
-            batch = self.batches.make([sample_at(seed, self.num_samples, position) for position in part])
+            batch = self.batches.make([sample_at(seed, len(self.batches.source), position) for position in part])
             torch.manual_seed(self.draws.torch_seed(Purpose.DROPOUT, SampleRef(step, part.start)))
             loss = self.method.losses(batch).sum()
             torch.autograd.backward(loss / global_batch)
             self.buckets.signals[Signal.LOSS] += loss.detach()
             self.buckets.signals[Signal.SAMPLES] += len(part)
 
-    def _validation_due(self) -> bool:
-        validation = self.spec.training.validation
-        steps = validation.steps if validation is not None else None
-        return steps is not None and self.state.step % steps == 0 and self.state.step < self.total_steps
+    def _look_due(self) -> bool:
+        return self.validator is not None and self.validator.due(self.state.step)
 
-    def _validate(self) -> None:
-        # The step is committed: a notice need not wait for the pictures.
-        self.world.barrier()
-        with self.notice.released():
-            self.validate(self.state.step)
+    def _look_if_due(self) -> None:
+        """Validate the state, which is committed, unless an earlier attempt has."""
+        if self.validator is None or not self._look_due() or self.validator.is_noted(self.state.step):
+            return
+        self.reporter.state(RankState.VALIDATING)
+        # Nothing is unsaved: a notice need not wait for the pictures.
+        with self.notice.released(), self.state.averaged():
+            self.validator.look(self.state.step)
 
-    def _speed(self, finished_at: deque[float]) -> float | None:
+    def _speed(self, step_seconds: deque[float]) -> float:
         """Images per second of the whole world over the last steps."""
-        seconds = finished_at[-1] - finished_at[0]
-        return self.spec.global_batch * (len(finished_at) - 1) / seconds if seconds > 0 else None
+        return self.spec.global_batch * len(step_seconds) / sum(step_seconds)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from finetune_contract import environment
 from finetune_contract.beat import RankState
@@ -16,12 +17,9 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Precision
 from finetune_trainer.checkpoint.store import CheckpointStore
-from finetune_trainer.data.batches import Augmentation, BatchMaker, Latents
 from finetune_trainer.data.draws import Draws
-from finetune_trainer.data.encode import LatentCache, LiveLatents, TextCache
-from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.order import total_steps
-from finetune_trainer.data.source import Source, all_square, open_source
+from finetune_trainer.data.prepare import Preparation, PreparedData
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.world import World, join_world
 from finetune_trainer.errors import ConfigError
@@ -37,7 +35,7 @@ from finetune_trainer.train.optimizer import learning_rate, make_optimizer
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.saving import Checkpointer
 from finetune_trainer.train.state import TrainState
-from finetune_trainer.train.validation import MAX_HELD_OUT, Validator
+from finetune_trainer.train.validation import Validator
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 
@@ -100,99 +98,50 @@ class _Run:
     """One rank's run, its parts made in order."""
 
     def __init__(self, context: RankContext, world: World) -> None:
-        spec = context.spec
         self._context = context
         self._world = world
-        self._spec = spec
-        self._draws = Draws(spec.training.seed)
-        self._dtype = DTYPES[spec.training.precision]
-        self._family: Family = open_base(spec.model)
-        self._source = open_source(spec.dataset, spec.dataset.split, spec.dataset.max_samples)
-        self._hashes = FileHashes(context.cache_dir / "hashes.json")
-        self._text = TextCache(context.cache_dir, self._family, self._hashes, self._dtype)
+        self._spec = context.spec
+        self._dtype = DTYPES[context.spec.training.precision]
+        self._family: Family = open_base(context.spec.model)
 
     def to_its_end(self) -> ExitCode:
-        """Cache, load, restore, train, validate, export."""
-        training = self._spec.training
-        self._context.reporter.state(RankState.CACHING)
-        held_out = self._open_held_out()
-        self._cache_text(held_out)
-        batches = self._batches()
-        held_out_batches = None if held_out is None else self._held_out_batches(held_out)
-        if self._world.is_first:
-            self._hashes.keep()
-        self._context.reporter.state(RankState.LOADING)
-        method = method_class(training.method)(
-            MethodContext(self._family, training, self._draws, self._world.device, self._dtype)
-        )
+        """Cache, load, restore, train, export."""
+        context = self._context
+        context.reporter.state(RankState.CACHING)
+        data = self._prepare_data()
+        context.reporter.state(RankState.LOADING)
+        method = self._method()
         state = self._state(method)
         checkpointer = self._checkpointer()
-        self._context.reporter.state(RankState.RESTORING)
+        context.reporter.state(RankState.RESTORING)
         checkpointer.restore(state)
-        look = self._look(method, state, held_out_batches, 0 if held_out is None else len(held_out))
-        if state.step == 0:
-            look(0)
+        loop = self._loop(method, state, data, checkpointer)
+        # What was made so far lives on; only what a step makes is worth looking through for garbage.
         gc.freeze()
         gc.enable()
-        with self._context.notice.held():
-            done = self._loop(method, state, batches, checkpointer, look).run()
-            if not done:
+        with context.notice.held():
+            if not loop.run():
                 return ExitCode.SAVED
-        look(state.step)
-        with self._context.notice.held():
             self._export(method, state)
         self._world.close()
         return ExitCode.DONE
 
-    def _cache_text(self, held_out: Source | None) -> None:
-        captions = [self._source.caption(index) for index in range(len(self._source))]
-        if held_out is not None:
-            captions += [held_out.caption(index) for index in range(len(held_out))]
-        validation = self._spec.training.validation
-        if validation is not None and validation.prompts:
-            captions += ["", *validation.prompts]
-        self._text.fill(captions, self._world, lambda done, of: self._context.reporter.detail(f"{done}/{of} captions"))
+    def _prepare_data(self) -> PreparedData:
+        context = self._context
+        return Preparation(
+            spec=self._spec,
+            family=self._family,
+            world=self._world,
+            dtype=self._dtype,
+            cache_dir=context.cache_dir,
+            say=context.reporter.detail,
+            warn=context.reporter.warn,
+        ).run()
 
-    def _batches(self) -> BatchMaker:
-        """Batches of the training split, with its latents in the cache unless each drawing is a new one."""
+    def _method(self) -> Method:
         training = self._spec.training
-        random_crop = not training.center_crop and not all_square(self._source)
-        augmentation = Augmentation(random_crop, training.random_flip)
-        latents: Latents
-        if random_crop:
-            self._context.reporter.warn(
-                "training.centerCrop: images are not square and are cropped at random, so they are encoded anew in "
-                "every step; centerCrop: true lets them be encoded once"
-            )
-            encoder = self._family.load_image_encoder(self._world.device)
-            latents = LiveLatents(encoder, self._source, training.resolution)
-        else:
-            latents = self._latent_cache(self._source, augmentation)
-        return BatchMaker(
-            self._source, latents, self._text, self._family, self._draws, augmentation, self._world.device
-        )
-
-    def _latent_cache(self, source: Source, augmentation: Augmentation) -> LatentCache:
-        cache = LatentCache(self._context.cache_dir, self._family, self._hashes, source, self._spec.training.resolution)
-        cache.fill(
-            augmentation.fixed_views(),
-            self._world,
-            lambda done, of: self._context.reporter.detail(f"{done}/{of} images"),
-        )
-        return cache
-
-    def _open_held_out(self) -> Source | None:
-        validation = self._spec.training.validation
-        if validation is None or validation.split is None:
-            return None
-        return open_source(self._spec.dataset, validation.split, MAX_HELD_OUT)
-
-    def _held_out_batches(self, held_out: Source) -> BatchMaker:
-        assert self._spec.training.validation is not None
-        draws = Draws(self._spec.training.validation.seed)
-        augmentation = Augmentation(random_crop=False, random_flip=False)
-        latents = self._latent_cache(held_out, augmentation)
-        return BatchMaker(held_out, latents, self._text, self._family, draws, augmentation, self._world.device)
+        context = MethodContext(self._family, training, Draws(training.seed), self._world.device, self._dtype)
+        return method_class(training.method)(context)
 
     def _state(self, method: Method) -> TrainState:
         parameters = method.parameters()
@@ -207,61 +156,43 @@ class _Run:
             )
         return Checkpointer(self._spec, self._world, store, context.reporter)
 
-    def _look(
-        self, method: Method, state: TrainState, held_out: BatchMaker | None, num_held_out: int
-    ) -> Callable[[int], None]:
-        """Validation, with the averaged weights where they are kept."""
-        validation = self._spec.training.validation
-        if validation is None:
-            return lambda _: None
-        side = self._spec.training.resolution // self._family.latent_shape[1]
-        validator = Validator(
-            spec=validation,
-            world=self._world,
-            method=method,
-            family=self._family,
-            text=self._text,
-            held_out=held_out,
-            num_held_out=num_held_out,
-            latent_size=(side, side),
-            batch_size=self._spec.training.batch_size,
-            job_dir=self._context.job_dir,
-            say=self._context.reporter.detail,
-        )
-
-        def look(step: int) -> None:
-            self._context.reporter.state(RankState.VALIDATING)
-            with state.averaged():
-                validator(step)
-
-        return look
-
-    def _loop(
-        self,
-        method: Method,
-        state: TrainState,
-        batches: BatchMaker,
-        checkpointer: Checkpointer,
-        look: Callable[[int], None],
-    ) -> Loop:
+    def _loop(self, method: Method, state: TrainState, data: PreparedData, checkpointer: Checkpointer) -> Loop:
         training = self._spec.training
-        num_samples = len(self._source)
+        num_samples = len(data.batches.source)
         steps = total_steps(training.steps, training.epochs, num_samples, self._spec.global_batch)
         return Loop(
             spec=self._spec,
             world=self._world,
             method=method,
-            batches=batches,
-            draws=self._draws,
+            batches=data.batches,
+            draws=Draws(training.seed),
             state=state,
             buckets=GradientBuckets(list(method.parameters().values()), self._world.device),
             learning_rate=learning_rate(training, steps),
             checkpointer=checkpointer,
             notice=self._context.notice,
             reporter=self._context.reporter,
-            validate=look,
-            num_samples=num_samples,
+            validator=self._validator(method, data, steps),
             total_steps=steps,
+        )
+
+    def _validator(self, method: Method, data: PreparedData, steps: int) -> Validator | None:
+        training = self._spec.training
+        if training.validation is None:
+            return None
+        side = training.resolution // self._family.latent_shape[1]
+        return Validator(
+            spec=training.validation,
+            world=self._world,
+            method=method,
+            family=self._family,
+            text=data.text,
+            held_out=data.held_out,
+            latent_size=(side, side),
+            batch_size=training.batch_size,
+            total_steps=steps,
+            job_dir=self._context.job_dir,
+            say=self._context.reporter.detail,
         )
 
     def _export(self, method: Method, state: TrainState) -> None:
@@ -292,6 +223,10 @@ def read_context(
         raise ConfigError(f"{environment.ATTEMPT} is no number: {error}") from error
     try:
         spec = RunSpec.read(spec_file)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{environment.RUN_SPEC}: {spec_file} is no run specification: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or environment.RUN_SPEC
+        raise ConfigError(f"{where}: {first['msg']} (in the run specification {spec_file})") from error
+    except OSError as error:
+        raise ConfigError(f"{environment.RUN_SPEC}: {spec_file} cannot be read: {error.strerror}") from error
     return RankContext(spec, attempt, job_dir, cache_dir, notice, reporter, on_save_stage)

@@ -33,8 +33,6 @@ from finetune_trainer.train.pictures import build_grid, draw_latents, to_picture
 
 _LOG = logging.getLogger(__name__)
 
-MAX_HELD_OUT = 64
-"""Held-out samples that the loss is taken of: the first so many."""
 NUM_TIMESTEPS = 4
 """Timesteps that each is looked at, spread evenly over the schedule."""
 LOSSES = "losses.json"
@@ -48,7 +46,6 @@ class Validator:
 
     Attributes:
         held_out: makes the held-out batches, with the validation's own draws; None where no split was named.
-        num_held_out: samples of the held-out split.
         latent_size: height and width of a picture's latents.
         batch_size: samples in one forward pass.
     """
@@ -59,14 +56,22 @@ class Validator:
     family: Family
     text: TextCache
     held_out: BatchMaker | None
-    num_held_out: int
     latent_size: tuple[int, int]
     batch_size: int
+    total_steps: int
     job_dir: Path
     say: Callable[[str], None]
 
-    def __call__(self, step: int) -> None:
-        """Look at the model as it is after a step.
+    def due(self, step: int) -> bool:
+        """Whether the model is looked at after a step: the untrained one, the trained one, and those between."""
+        return step in (0, self.total_steps) or (self.spec.steps is not None and step % self.spec.steps == 0)
+
+    def is_noted(self, step: int) -> bool:
+        """Whether an earlier attempt has noted all results of a step; every rank gets the same answer."""
+        return self.world.share(self._is_noted(step))
+
+    def look(self, step: int) -> None:
+        """Look at the model as it is after a step, and note what is seen.
 
         Raises:
             StorageError: the results cannot be written.
@@ -82,10 +87,15 @@ class Validator:
         finally:
             self.method.set_training(True)
 
+    def _is_noted(self, step: int) -> bool:
+        folder = self.job_dir / paths.VALIDATION
+        has_loss = self.held_out is None or any(entry["step"] == step for entry in read_losses(folder / LOSSES))
+        return has_loss and (not self.spec.prompts or (folder / _grid_name(step)).is_file())
+
     @torch.no_grad()
     def _held_out_loss(self, batches: BatchMaker) -> float:
         """Mean over samples and timesteps. Each loss is computed by one rank, so the sum over ranks adds zeros."""
-        num_samples = min(MAX_HELD_OUT, self.num_held_out)
+        num_samples = len(batches.source)
         count = num_samples * NUM_TIMESTEPS
         losses = torch.zeros(count, dtype=torch.float64, device=self.world.device)
         mine = range(self.world.rank * count // self.world.size, (self.world.rank + 1) * count // self.world.size)
@@ -138,7 +148,7 @@ class Validator:
         for number, picture in enumerate(pictures):
             _save_png(picture, folder / _PICTURES / f"step-{step:08d}-{number:02d}.png")
         rows = [(f"step {step}", pictures)]
-        _save_png(build_grid(rows, self.spec.prompts), folder / f"step-{step:08d}.png")
+        _save_png(build_grid(rows, self.spec.prompts), folder / _grid_name(step))
         before = [folder / _PICTURES / f"step-{0:08d}-{number:02d}.png" for number in range(len(pictures))]
         if step > 0 and all(path.is_file() for path in before):
             rows = [
@@ -146,6 +156,10 @@ class Validator:
                 (f"after\n{step} steps", pictures),
             ]
             _save_png(build_grid(rows, self.spec.prompts), folder / GRID)
+
+
+def _grid_name(step: int) -> str:
+    return f"step-{step:08d}.png"
 
 
 def spread_timestep(ref: SampleRef, num_samples: int, num_timesteps: int) -> int:

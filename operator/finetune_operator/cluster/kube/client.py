@@ -178,6 +178,7 @@ class KubeApi:
         self, method: str, path: str, body: Any, headers: dict[str, str], silence_seconds: float | None = None
     ) -> aiohttp.ClientResponse:
         """Send by the client's own pool, with its own credentials."""
+        headers["User-Agent"] = self._client.user_agent
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence_seconds)
         url = self._client.configuration.host + path

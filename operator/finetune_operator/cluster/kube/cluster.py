@@ -27,7 +27,7 @@ from finetune_operator.cluster.kube.client import (
     KubeApi,
 )
 from finetune_operator.cluster.kube.events import EventSender
-from finetune_operator.cluster.kube.news import Urgency, pod_news
+from finetune_operator.cluster.kube.news import Gang, Urgency, is_over, is_progress, pod_news
 from finetune_operator.cluster.kube.nodes import NodeBook, judge_pod
 from finetune_operator.cluster.kube.objects import (
     BY_KIND,
@@ -66,10 +66,14 @@ REFUSED = frozenset({BAD_REQUEST, 403, 422})
 
 @dataclass(frozen=True)
 class Pace:
-    """How often progress is written."""
+    """How often progress is heard and written."""
 
     seconds_per_job: float = 5.0
+    """Least time between two writes of one job's progress."""
     writes_per_second: float = 20.0
+    """Most such writes of all jobs together."""
+    beats_per_second: float = 500.0
+    """Most beats that are asked for: with very many pods, each beats less often."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class World:
     queue: WorkQueue[JobKey]
     events: EventSender
     clock: Clock
+    nodes: NodeBook
 
 
 class KubeCluster:
@@ -91,6 +96,7 @@ class KubeCluster:
         self._events = world.events
         self._clock = world.clock
         self._settings = settings
+        self._pace = pace
         self._throttle: ProgressThrottle[JobKey] = ProgressThrottle(
             pace.seconds_per_job, pace.writes_per_second, burst=pace.writes_per_second
         )
@@ -99,7 +105,7 @@ class KubeCluster:
         self.services: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
-        self.nodes = NodeBook(self._node_changed)
+        self._nodes = world.nodes
         self.beats = JobBeats(self.wake)
         self._reviewer = TokenReviewer(world.api, settings.coordinator_audience, self._find_pod)
 
@@ -124,14 +130,21 @@ class KubeCluster:
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
-        """Write the status, unless the job has changed since it was read."""
-        path = JOBS.path(*_key(job), "status")
+        """Write the status, unless the job has changed since it was read. Mere progress waits until it may be written.
+
+        What is not written yet follows anew from what is observed, so nothing is lost when it waits.
+        """
+        key, now = _key(job), asyncio.get_running_loop().time()
+        if is_progress(job.status, status) and (wait := self._throttle.delay(key, now)) > 0:
+            self._queue.add_after(key, wait)
+            return
         try:
-            written = await self._api.replace(path, status_body(job, status))
+            written = await self._api.replace(JOBS.path(*key, "status"), status_body(job, status))
         except ApiError as error:
             if error.status in (CONFLICT, NOT_FOUND):
                 raise ConflictError(str(error)) from error
             raise
+        self._throttle.wrote(key, now)
         self._put(self.jobs, with_status(job, status, written), written)
 
     async def apply(self, job: FineTuneJob, action: Action) -> None:
@@ -144,8 +157,15 @@ class KubeCluster:
             await self._delete_job(job)
 
     async def emit(self, job: FineTuneJob, event: Event) -> None:
-        """Hand an event to the sender."""
+        """Hand an event to the sender, and log it."""
         self._events.tell(job, event)
+        found = self.jobs.get(ObjectKey(*_key(job)))
+        status = found.job.status if found is not None and found.job is not None else job.status
+        about: dict[str, Any] = {"job": str(_key(job)), "attempt": status.attempt, "reason": event.reason}
+        ended = next((entry for entry in status.attempts if entry.reason == event.reason), None)
+        if ended is not None and ended.rank is not None:
+            about |= {"attempt": ended.attempt, "rank": ended.rank}
+        log.log(logging.WARNING if event.warning else logging.INFO, "%s", event.message, extra=about)
 
     async def whose_token(self, token: str) -> PodIdentity | None:
         """The pod that a token was issued to, by TokenReview."""
@@ -157,9 +177,10 @@ class KubeCluster:
         """What a supervisor is told: the newest attempt, and to save where its node is about to go."""
         found = self.jobs.get(ObjectKey(beat.namespace, beat.job))
         pod = self.pods.get(ObjectKey(beat.namespace, beat.pod))
-        leaving = pod is not None and bool(self.nodes.of(pod.observed.node).leaving)
+        leaving = pod is not None and bool(self._nodes.of(pod.observed.node).leaving)
         reply = reply_to(found.job if found is not None else None, beat, self._settings)
-        return reply.model_copy(update={"order": Order.SAVE_AND_STOP}) if leaving else reply
+        order = Order.SAVE_AND_STOP if leaving else reply.order
+        return reply.model_copy(update={"order": order, "beat_seconds": self._beat_seconds()})
 
     # -- who wants a pass ---------------------------------------------------------------------------------------------
 
@@ -182,27 +203,28 @@ class KubeCluster:
     def _pod_changed(self, key: ObjectKey, old: KubePod | None, new: KubePod | None) -> None:
         pod = new or old
         assert pod is not None
-        urgency = pod_news(old, new)
-        if urgency is Urgency.SOON and not self._is_whole(pod):
-            # The others are on their way, and each step of theirs would cost a write.
-            urgency = Urgency.PROGRESS
-        self.wake(pod.job, urgency)
+        gang = self._gang(pod)
+        self.wake(pod.job, pod_news(old, new, gang) if gang is not None else Urgency.NOW)
 
-    def _is_whole(self, pod: KubePod) -> bool:
-        """Whether a pod's gang has come to a milestone: all of it is there, or all of it is ready."""
+    def _gang(self, pod: KubePod) -> Gang | None:
+        """What a pod's attempt has come to; None where its job is not known."""
         found = self.jobs.get(ObjectKey(*pod.job))
         if found is None or found.job is None:
-            return False
-        attempt = pod.observed.attempt
-        gang = [other.observed for other in self.pods.group(pod.job) if other.observed.attempt == attempt]
-        num_ready = sum(other.ready for other in gang)
-        return len(gang) == num_nodes(found.job.spec) and num_ready in (0, len(gang))
+            return None
+        pods = [other.observed for other in self.pods.group(pod.job) if other.observed.attempt == pod.observed.attempt]
+        return Gang(
+            size=num_nodes(found.job.spec),
+            num_pods=len(pods),
+            num_ready=sum(other.ready for other in pods),
+            over=is_over(found.job.status, pod.observed.attempt),
+        )
 
     def _child_changed(self, key: ObjectKey, old: KubeChild | None, new: KubeChild | None) -> None:
         if new is None and old is not None:
             self.wake(old.job, Urgency.SOON)
 
-    def _node_changed(self, name: str) -> None:
+    def node_changed(self, name: str) -> None:
+        """Wake all jobs with a pod on a node."""
         for pod in self.pods.values():
             if pod.observed.node == name:
                 self.wake(pod.job, Urgency.NOW)
@@ -212,10 +234,10 @@ class KubeCluster:
     def _judge(self, pod: KubePod) -> ObservedPod | None:
         judged, look_again_at = judge_pod(
             pod.observed,
-            self.nodes.of(pod.observed.node),
+            self._nodes.of(pod.observed.node),
             heard_at=self.beats.heard_at(pod.job, pod.observed.uid),
             now=self._clock(),
-            silence=timedelta(seconds=SILENT_BEATS * self._settings.beat_seconds),
+            silence=timedelta(seconds=SILENT_BEATS * self._beat_seconds()),
         )
         if look_again_at is not None:
             self._queue.add_after(pod.job, (look_again_at - self._clock()).total_seconds())
@@ -226,6 +248,12 @@ class KubeCluster:
         if pod is None or pod.observed.uid != bearer.pod_uid:
             return None
         return PodIdentity(bearer.namespace, pod.job.name, bearer.pod, bearer.pod_uid)
+
+    def _beat_seconds(self) -> float:
+        """Time between two beats that supervisors are asked for; never so long that they would look silent."""
+        wanted = max(self._settings.beat_seconds, len(self.pods) / self._pace.beats_per_second)
+        longest = max(self._settings.beat_seconds, self._settings.beat_timeout_seconds / SILENT_BEATS)
+        return round(min(wanted, longest), 1)
 
     async def _create(self, job: FineTuneJob, manifest: Manifest) -> None:
         kind, meta = manifest["kind"], manifest["metadata"]
@@ -251,9 +279,10 @@ class KubeCluster:
                 # It went in between, and its end is on its way here.
                 return
             raise
+        # A predecessor's goes with it, and its end wakes the job.
         if owner_uid(found) == job.metadata.uid:
             self._put(self._children[kind], decode_pod(found) if kind == "Pod" else decode_child(found), found)
-        elif not found["metadata"].get("deletionTimestamp"):
+        elif not owner_uid(found):
             sentence = f"{kind} {meta['name']} is there already and is not of this job: delete it, or rename the job"
             self._events.tell(job, Event("NameTaken", sentence, warning=True))
             self._queue.add_after(_key(job), 60.0)

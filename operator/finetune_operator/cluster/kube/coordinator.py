@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from asyncio import sslproto
 
 from aiohttp import web
 
@@ -17,6 +18,8 @@ from finetune_operator.coordinator.server import SHUTDOWN_SECONDS, Coordinator, 
 BEATS_PER_SECOND = 2.0
 BURST_BEATS = 30.0
 """A supervisor beats at every change of its ranks: a start has many of them, close together."""
+TLS_BUFFER_BYTES = 32 * 1024
+"""Two TLS records. asyncio would set 256 KiB aside for each connection: a gigabyte for 4,000 supervisors."""
 
 
 class SecureCoordinator(Coordinator):
@@ -37,6 +40,7 @@ class SecureCoordinator(Coordinator):
         app = web.Application(client_max_size=MAX_BEAT_BYTES)
         app.router.add_post(BEAT_PATH, self._post_beat)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+        sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
         await runner.setup()
         try:
             await web.TCPSite(runner, host, port, ssl_context=context).start()

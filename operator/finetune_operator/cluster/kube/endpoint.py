@@ -6,11 +6,17 @@ there; all beats come to it from then on.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from dataclasses import dataclass
 
 from finetune_operator.api import words
-from finetune_operator.cluster.kube.client import Json, KubeApi
+from finetune_operator.cluster.kube.client import ApiError, Json, KubeApi
 from finetune_operator.cluster.kube.objects import ENDPOINT_SLICES
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,22 @@ class Endpoint:
 
 
 async def publish(api: KubeApi, endpoint: Endpoint) -> None:
-    """Put this replica into the service.
+    """Put this replica into the service; try again while the API server cannot take it.
 
     Raises:
-        ApiError: it could not be written.
+        ApiError: it is refused.
     """
     path = ENDPOINT_SLICES.path(endpoint.namespace, endpoint.service)
-    await api.apply(path, build_slice(endpoint), manager=words.OPERATOR)
+    while True:
+        try:
+            await api.apply(path, build_slice(endpoint), manager=words.OPERATOR)
+        except ApiError as error:
+            if not error.passing:
+                raise
+            log.warning("cannot write the coordinator's endpoint yet: %s", error)
+            await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
+        else:
+            return
 
 
 def build_slice(endpoint: Endpoint) -> Json:

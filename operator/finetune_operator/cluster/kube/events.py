@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from datetime import datetime
 
 from finetune_operator.api.job import API_VERSION, KIND, FineTuneJob
@@ -24,6 +25,9 @@ MAX_WAITING = 10_000
 """Events that may wait to be sent; further ones are dropped."""
 MAX_REMEMBERED = 20_000
 """Names of events that are known to be there."""
+MAX_LOOKS = 50
+LOOK_SECONDS = 0.1
+"""How often, and how far apart, an event looks whether more important writes wait, before it goes all the same."""
 MAX_NOTE = 1024
 """Longest note that the API takes."""
 
@@ -31,10 +35,15 @@ MAX_NOTE = 1024
 class EventSender:
     """Takes events and sends them."""
 
-    def __init__(self, api: KubeApi, clock: Clock, instance: str) -> None:
+    def __init__(self, api: KubeApi, clock: Clock, instance: str, busy: Callable[[], bool]) -> None:
+        """Take what it works with.
+
+        busy: whether more important writes wait; events wait for them, but not for ever.
+        """
         self._api = api
         self._clock = clock
         self._instance = instance
+        self._busy = busy
         self._waiting: asyncio.Queue[Json] = asyncio.Queue(MAX_WAITING)
         self._sent: OrderedDict[str, None] = OrderedDict()
 
@@ -56,6 +65,7 @@ class EventSender:
         """Send for ever."""
         while True:
             body = await self._waiting.get()
+            await self._let_others_go_first()
             try:
                 await self._api.create(EVENTS.path(body["metadata"]["namespace"]), body)
             except NotLeaderError:
@@ -63,6 +73,12 @@ class EventSender:
             except ApiError as error:
                 if not error.already_exists:
                     log.warning("cannot tell the event %s of %s: %s", body["reason"], body["regarding"]["name"], error)
+
+    async def _let_others_go_first(self) -> None:
+        for _ in range(MAX_LOOKS):
+            if not self._busy():
+                return
+            await asyncio.sleep(LOOK_SECONDS)
 
 
 def build_event(job: FineTuneJob, event: Event, now: datetime, instance: str) -> Json:

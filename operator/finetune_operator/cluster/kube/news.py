@@ -5,10 +5,13 @@ Later changes of the same job are then seen in one pass and cost one status writ
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 from finetune_contract.beat import Beat, RankReport, RankState
+from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.objects import KubePod
+from finetune_operator.plan.ledger import current
 from finetune_operator.plan.types import ObservedPod
 from finetune_operator.plan.view import ENDED
 
@@ -24,20 +27,70 @@ class Urgency(Enum):
     NEVER = "never"
 
 
-def pod_news(old: KubePod | None, new: KubePod | None) -> Urgency:
-    """Judge a change of a pod: bad news at once, for every second of them is paid for by a whole gang."""
+@dataclass(frozen=True)
+class Gang:
+    """What the pods of an attempt have come to."""
+
+    size: int
+    num_pods: int
+    num_ready: int
+    over: bool
+    """Whether the attempt's end is in the status: its pods are only being cleared away."""
+
+    @property
+    def at_milestone(self) -> bool:
+        """Whether all of them are there, or all of them are ready."""
+        return self.num_pods == self.size and self.num_ready in (0, self.size)
+
+
+def is_over(status: FineTuneJobStatus, attempt: int) -> bool:
+    """Whether an attempt's end and its cause are in the status."""
+    entry = current(status)
+    return entry is None or attempt < entry.attempt or (attempt == entry.attempt and entry.reason is not None)
+
+
+def pod_news(old: KubePod | None, new: KubePod | None, gang: Gang) -> Urgency:
+    """Judge a change of a pod, and what its gang has come to by it.
+
+    Bad news at once, for every second of them is paid for by a whole gang. Of a gang that is being cleared away the
+    ends count, and the last pod. Of one that is being made, the milestones: each step between would cost a write.
+    """
     if new is None:
-        return Urgency.NOW
+        return Urgency.PROGRESS if gang.over and gang.num_pods else Urgency.NOW
     if old is not None and old.observed == new.observed:
         return Urgency.NEVER
+    if gang.over:
+        ended = new.observed.phase in ENDED and (old is None or old.observed.phase not in ENDED)
+        return Urgency.NOW if ended else Urgency.PROGRESS
     bad = _bad(new.observed)
-    return Urgency.NOW if bad and (old is None or bad != _bad(old.observed)) else Urgency.SOON
+    if bad and (old is None or bad != _bad(old.observed)):
+        return Urgency.NOW
+    return Urgency.SOON if gang.at_milestone else Urgency.PROGRESS
 
 
 def _bad(pod: ObservedPod) -> tuple[object, ...]:
     """All that tells of an end; empty where nothing does."""
     signs = (pod.deleted_at, pod.disruption, pod.exit_code, pod.reason, pod.phase if pod.phase in ENDED else None)
     return signs if any(sign is not None for sign in signs) else ()
+
+
+PROGRESS = frozenset(
+    {"step", "progress", "eta", "loss", "images_per_second", "nodes", "message", "goodput", "last_checkpoint", "tally"}
+)
+"""Fields of the status that change all the time while nothing begins or ends."""
+
+
+def is_progress(old: FineTuneJobStatus, new: FineTuneJobStatus) -> bool:
+    """Whether one status differs from another one in nothing but progress."""
+    changed = {name for name, value in new if getattr(old, name) != value}
+    if "attempts" in changed and _milestones(old) == _milestones(new):
+        changed.remove("attempts")
+    return changed <= PROGRESS
+
+
+def _milestones(status: FineTuneJobStatus) -> list[AttemptStatus]:
+    """The ledger without the one number of it that is progress."""
+    return [entry.model_copy(update={"to_step": None}) for entry in status.attempts]
 
 
 def beat_news(old: Beat | None, new: Beat) -> Urgency:

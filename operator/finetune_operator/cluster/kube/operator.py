@@ -1,19 +1,20 @@
 """Puts the parts of the operator together, and says in which order they live.
 
-A replica waits for the lease with nothing in its hands; one that gets it lists, watches, listens and works. So taking
-over is the same as starting, and there is one way to do it. A replica that loses the lease ends.
+A replica waits for the lease with nothing in its hands; one that gets it lists, watches, listens and works: a `Term`.
+One that loses it drops all of that and waits again. So taking over is the same as starting, and there is one way to do
+it (docs/adr/0005-a-standby-holds-nothing.md).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune_operator.api import words
 from finetune_operator.cluster.kube import objects
 from finetune_operator.cluster.kube.client import PARTIAL, PARTIAL_LIST, KubeApi, RequestHook, connect
 from finetune_operator.cluster.kube.clock import ServerClock
@@ -22,6 +23,7 @@ from finetune_operator.cluster.kube.coordinator import SecureCoordinator
 from finetune_operator.cluster.kube.endpoint import Endpoint, publish
 from finetune_operator.cluster.kube.events import EventSender
 from finetune_operator.cluster.kube.lease import Elector, LeaseOptions
+from finetune_operator.cluster.kube.nodes import NodeBook
 from finetune_operator.cluster.kube.queue import WorkQueue
 from finetune_operator.cluster.kube.reflector import Reflector, Source
 from finetune_operator.cluster.kube.tls import ServerCertificate
@@ -71,8 +73,97 @@ class OperatorOptions:
     pace: Pace = field(default_factory=Pace)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What a replica has before it leads, and keeps when it leads no more."""
+
+    options: OperatorOptions
+    settings: Settings
+    watcher: PassWatcher
+    api: KubeApi
+    clock: ServerClock
+    nodes: NodeBook
+    certificate: ServerCertificate | None
+
+
+class Term:
+    """One time of leading: its caches, its queue, its endpoint. Nothing of it is used again."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        options, settings = shared.options, shared.settings
+        self.queue: WorkQueue[JobKey] = WorkQueue()
+        self._events = EventSender(
+            shared.api, shared.clock, options.identity, busy=lambda: self.queue.depth > options.num_workers
+        )
+        world = World(shared.api, self.queue, self._events, shared.clock, shared.nodes)
+        self.cluster = KubeCluster(world, settings, options.pace)
+        passes = Passes(self.cluster, self.queue, settings, shared.clock, shared.watcher)
+        self._workers = Workers(passes, options.num_workers)
+        self._coordinator = SecureCoordinator(self.cluster, shared.clock)
+        self._reflectors = [
+            Reflector(shared.api, source, cache, scope)
+            for source, cache in _sources(self.cluster)
+            for scope in options.namespaces or ("",)
+        ]
+        self.works = False
+        """Whether its caches are complete and passes are made."""
+        self._finished = asyncio.Event()
+
+    async def run(self) -> None:
+        """List and watch, listen, work; until it is cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for reflector in self._reflectors:
+                    tasks.create_task(reflector.run())
+                # A pass decides from all caches: one that is not complete yet would look like lost pods.
+                for reflector in self._reflectors:
+                    await reflector.synced.wait()
+                log.info("%d jobs and %d pods are known", len(self.cluster.jobs), len(self.cluster.pods))
+                await self._listen(tasks)
+                tasks.create_task(self._events.run())
+                self.works = True
+                await self._workers.run()
+                self._finished.set()
+                # The queue is closed: what is left waits for its end.
+                await asyncio.Event().wait()
+        finally:
+            self.works = False
+            await self._coordinator.stop()
+
+    async def finish(self) -> None:
+        """Begin no more passes, and wait for those that are under way."""
+        self.queue.close()
+        if self.works:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FINISH_SECONDS):
+                    await self._finished.wait()
+
+    def is_alive(self, now: float) -> bool:
+        """Whether all its tasks show signs of life."""
+        listening = all(now - reflector.tried_at < DEAD_SECONDS for reflector in self._reflectors)
+        return not self.works or (listening and self._workers.longest_pass_seconds(now) < DEAD_SECONDS)
+
+    def is_fresh(self, now: float) -> bool:
+        """Whether it knows the present."""
+        return self.works and all(now - reflector.fresh_at < STALE_SECONDS for reflector in self._reflectors)
+
+    async def _listen(self, tasks: asyncio.TaskGroup) -> None:
+        options, certificate = self._shared.options.coordinator, self._shared.certificate
+        if options is None:
+            return
+        context = None
+        if certificate is not None:
+            context = certificate.context
+            tasks.create_task(certificate.follow())
+        port = await self._coordinator.listen(options.host, options.port, context)
+        log.info("taking beats on port %d%s", port, "" if context else ", without TLS")
+        if options.service:
+            await publish(self._shared.api, Endpoint(options.namespace, options.service, options.address, port))
+
+
 class Operator:
-    """The running operator; `start`, then `stop`."""
+    """One replica; `start`, then `stop`."""
 
     def __init__(
         self, options: OperatorOptions, settings: Settings, watcher: PassWatcher, hooks: tuple[RequestHook, ...] = ()
@@ -81,11 +172,11 @@ class Operator:
         self._settings = settings
         self._watcher = watcher
         self._hooks = hooks
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._reflectors: list[Reflector[Any]] = []
-        self._work: asyncio.Task[None] | None = None
-        self.leads = False
-        """Whether this replica has the lease, its caches and its endpoint."""
+        self._elector: Elector | None = None
+        self._life: asyncio.Task[None] | None = None
+        self.nodes = NodeBook(self._node_changed)
+        self.term: Term | None = None
+        """The present time of leading; None while it waits for the lease."""
         self.failed = False
         """Whether it cannot go on; the log says why."""
         self.ended = asyncio.Event()
@@ -98,102 +189,69 @@ class Operator:
             ConfigException: there are no credentials for an API server.
             OSError, ssl.SSLError: the coordinator's certificate cannot be read.
         """
-        options = self._options
-        clock = ServerClock()
+        options, clock = self._options, ServerClock()
         self.client = await connect(options.kubeconfig, options.context)
-        self.api = KubeApi(self.client, clock, self._hooks)
-        self.queue: WorkQueue[JobKey] = WorkQueue()
-        self._events = EventSender(self.api, clock, options.identity)
-        self.cluster = KubeCluster(World(self.api, self.queue, self._events, clock), self._settings, options.pace)
-        self._workers = Workers(
-            Passes(self.cluster, self.queue, self._settings, clock, self._watcher), options.num_workers
-        )
-        self._coordinator = SecureCoordinator(self.cluster, clock)
-        self._elector = Elector(self.api, options.lease, clock) if options.lease else None
-        self._certificate = _certificate(options.coordinator)
-        self._spawn(self._live(), "operator")
+        self.client.user_agent = f"{words.OPERATOR}/{options.identity}"
+        self._api = KubeApi(self.client, clock, self._hooks)
+        certificate = _certificate(options.coordinator)
+        if options.lease is not None:
+            self._elector = Elector(self._api, options.lease, clock)
+            self._api.may_write = self._elector.may_write
+        shared = Shared(options, self._settings, self._watcher, self._api, clock, self.nodes, certificate)
+        self._life = asyncio.create_task(self._live(shared))
+        self._life.add_done_callback(self._life_ended)
 
     async def stop(self) -> None:
         """Finish the passes that are under way, give the lease back, and end."""
-        self.queue.close()
-        if self._work is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(FINISH_SECONDS):
-                    await asyncio.wait([self._work])
-        self.leads = False
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._coordinator.stop()
+        if self.term is not None:
+            await self.term.finish()
+        if self._life is not None:
+            self._life.cancel()
+            await asyncio.gather(self._life, return_exceptions=True)
         if self._elector is not None:
             await self._elector.release()
-        await self.api.close()
+        await self._api.close()
         self.ended.set()
 
+    @property
+    def leads(self) -> bool:
+        """Whether this replica has the lease, its caches and its endpoint."""
+        return self.term is not None and self.term.works
+
     def is_alive(self) -> bool:
-        """Whether all tasks show signs of life: the answer to a liveness probe."""
-        now = asyncio.get_running_loop().time()
-        if self.failed or not self.leads:
-            return not self.failed
-        listening = all(now - reflector.tried_at < DEAD_SECONDS for reflector in self._reflectors)
-        return listening and self._workers.longest_pass_seconds(now) < DEAD_SECONDS
+        """Answer a liveness probe."""
+        return not self.failed and (self.term is None or self.term.is_alive(asyncio.get_running_loop().time()))
 
     def is_ready(self) -> bool:
-        """Whether it knows the present: the answer to a readiness probe. One that waits for the lease need not."""
-        now = asyncio.get_running_loop().time()
-        return self.is_alive() and all(now - reflector.fresh_at < STALE_SECONDS for reflector in self._reflectors)
+        """Answer a readiness probe. A replica that waits for the lease is ready to take over."""
+        return not self.failed and (self.term is None or self.term.is_fresh(asyncio.get_running_loop().time()))
 
-    async def _live(self) -> None:
-        """From the lease to the work, until the lease is lost."""
-        if self._elector is not None:
-            await self._elector.acquire()
-            self.api.may_write = self._elector.may_write
-            self._spawn(self._hold(self._elector), "lease")
-        self._reflectors = [
-            Reflector(self.api, source, cache, scope)
-            for source, cache in _sources(self.cluster)
-            for scope in self._options.namespaces or ("",)
-        ]
-        for reflector in self._reflectors:
-            self._spawn(reflector.run(), "reflector")
-        # A pass decides from all caches: one that is not complete yet would look like lost pods.
-        for reflector in self._reflectors:
-            await reflector.synced.wait()
-        log.info("%d jobs and %d pods are known", len(self.cluster.jobs), len(self.cluster.pods))
-        await self._listen()
-        self._spawn(self._events.run(), "events")
-        self._work = self._spawn(self._workers.run(), "workers")
-        self.leads = True
+    async def _live(self, shared: Shared) -> None:
+        """Lead whenever the lease is ours."""
+        while True:
+            if self._elector is not None:
+                await self._elector.acquire()
+            self.term = Term(shared)
+            work = asyncio.create_task(self.term.run())
+            hold = asyncio.create_task(self._elector.hold() if self._elector else asyncio.Event().wait())
+            try:
+                await asyncio.wait({work, hold}, return_when=asyncio.FIRST_COMPLETED)
+                if work.done():
+                    await work
+            finally:
+                for task in (work, hold):
+                    task.cancel()
+                await asyncio.gather(work, hold, return_exceptions=True)
+                self.term = None
 
-    async def _hold(self, elector: Elector) -> None:
-        await elector.hold()
-        raise RuntimeError("another replica may be leading")
+    def _node_changed(self, name: str) -> None:
+        if self.term is not None:
+            self.term.cluster.node_changed(name)
 
-    async def _listen(self) -> None:
-        options = self._options.coordinator
-        if options is None:
+    def _life_ended(self, life: asyncio.Task[None]) -> None:
+        if life.cancelled():
             return
-        context = None
-        if self._certificate is not None:
-            context = self._certificate.context
-            self._spawn(self._certificate.follow(), "certificate")
-        port = await self._coordinator.listen(options.host, options.port, context)
-        log.info("taking beats on port %d%s", port, "" if context else ", without TLS")
-        if options.service:
-            await publish(self.api, Endpoint(options.namespace, options.service, options.address, port))
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Run a task; where it breaks, the operator cannot go on."""
-        task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        log.critical("%s: %s", task.get_name(), error, exc_info=error)
+        log.critical("the operator cannot go on", exc_info=life.exception())
         self.failed = True
         self.ended.set()
 

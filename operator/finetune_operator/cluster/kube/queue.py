@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+
+CALM_SHARE = 8
+"""Every so many-th pass is a calm one, however many urgent ones wait."""
 
 
 class Backoff(Generic[K]):
@@ -29,17 +33,57 @@ class Backoff(Generic[K]):
         self._errors.pop(key, None)
 
 
+class Lanes(Generic[K]):
+    """Pure: who is next. Urgent keys come first, calm ones whenever it is their turn, each lane in its order."""
+
+    def __init__(self) -> None:
+        self._urgent: deque[K] = deque()
+        self._calm: deque[K] = deque()
+        self._is_urgent: dict[K, bool] = {}
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self._is_urgent)
+
+    def put(self, key: K, *, urgent: bool) -> bool:
+        """Put a key in its lane; say whether it is new. One that has become urgent changes lanes."""
+        known = self._is_urgent.get(key)
+        if known or known is urgent:
+            return False
+        self._is_urgent[key] = urgent
+        # What a calm key leaves in the other lane is passed over when it is met.
+        (self._urgent if urgent else self._calm).append(key)
+        return known is None
+
+    def pop(self) -> K:
+        """Take the next key.
+
+        Raises:
+            IndexError: there is none.
+        """
+        self._turn = (self._turn + 1) % CALM_SHARE
+        lanes = (self._calm, self._urgent) if self._turn == 0 else (self._urgent, self._calm)
+        for lane in lanes:
+            while lane:
+                key = lane.popleft()
+                if self._is_urgent.get(key) is (lane is self._urgent):
+                    del self._is_urgent[key]
+                    return key
+        raise IndexError
+
+
 class WorkQueue(Generic[K]):
-    """Keys in the order in which they were first asked for.
+    """Keys whose jobs want a pass.
 
     A key that is asked for while its pass is under way comes again after it. A pass sees everything, so it takes the
     place of whatever was asked for before it began, later passes included.
     """
 
     def __init__(self) -> None:
-        self._ready: asyncio.Queue[K | None] = asyncio.Queue()
-        self._waiting: set[K] = set()
-        """Keys in `_ready`, and those that go there when their pass is done."""
+        self._ready: Lanes[K] = Lanes()
+        self._num_ready = asyncio.Semaphore(0)
+        self._again: dict[K, bool] = {}
+        """Keys that are to come again after the pass that is under way, and whether that is urgent."""
         self._working: set[K] = set()
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._closed = False
@@ -47,19 +91,20 @@ class WorkQueue(Generic[K]):
     @property
     def depth(self) -> int:
         """Number of keys that wait for a pass."""
-        return len(self._waiting)
+        return len(self._ready) + len(self._again)
 
-    def add(self, key: K) -> None:
+    def add(self, key: K, *, urgent: bool = True) -> None:
         """Ask for a pass now."""
-        if key in self._waiting or self._closed:
+        if self._closed:
             return
-        self._waiting.add(key)
-        if key not in self._working:
-            self._ready.put_nowait(key)
+        if key in self._working:
+            self._again[key] = urgent or self._again.get(key, False)
+        elif self._ready.put(key, urgent=urgent):
+            self._num_ready.release()
 
     def add_after(self, key: K, seconds: float) -> None:
-        """Ask for a pass in a while; an earlier wish stays."""
-        if key in self._waiting or self._closed:
+        """Ask for a pass in a while, a calm one; an earlier wish stays."""
+        if self._closed:
             return
         loop = asyncio.get_running_loop()
         due = loop.time() + max(0.0, seconds)
@@ -72,12 +117,12 @@ class WorkQueue(Generic[K]):
 
     async def get(self) -> K | None:
         """The next key; its pass is under way until `done`. None: the queue is closed."""
-        key = await self._ready.get()
-        if key is None or self._closed:
-            # Left for the next one that asks.
-            self._ready.put_nowait(None)
+        await self._num_ready.acquire()
+        if self._closed:
+            # For the next one that asks.
+            self._num_ready.release()
             return None
-        self._waiting.discard(key)
+        key = self._ready.pop()
         self._working.add(key)
         if timer := self._timers.pop(key, None):
             timer.cancel()
@@ -86,17 +131,18 @@ class WorkQueue(Generic[K]):
     def done(self, key: K) -> None:
         """A pass is over."""
         self._working.discard(key)
-        if key in self._waiting:
-            self._ready.put_nowait(key)
+        urgent = self._again.pop(key, None)
+        if urgent is not None:
+            self.add(key, urgent=urgent)
 
     def close(self) -> None:
         """Hand out no more keys."""
         self._closed = True
-        self._ready.put_nowait(None)
+        self._num_ready.release()
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
 
     def _ring(self, key: K) -> None:
         self._timers.pop(key, None)
-        self.add(key)
+        self.add(key, urgent=False)

@@ -1,7 +1,7 @@
 """How often mere progress may be written into statuses. Pure: the time is handed in.
 
 Every watcher of FineTuneJobs pays for a status write, etcd most of all, so there is a bound for the whole operator,
-and one for each job. What begins or ends something does not come here.
+and one for each job. What begins or ends something does not wait for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class ProgressThrottle(Generic[K]):
-    """A least distance in time for each key, and a token bucket for all of them together."""
+    """A least distance from each key's last write, and a token bucket for all of them together."""
 
     def __init__(self, seconds_per_key: float, writes_per_second: float, burst: float) -> None:
         self._seconds = seconds_per_key
@@ -21,23 +21,31 @@ class ProgressThrottle(Generic[K]):
         self._burst = burst
         self._tokens = burst
         self._filled_at = 0.0
-        self._due: dict[K, float] = {}
+        self._written_at: dict[K, float] = {}
+        self._reserved: dict[K, float] = {}
+
+    def wrote(self, key: K, now: float) -> None:
+        """A status was written, for whatever reason: the progress until now is in it."""
+        self._written_at[key] = now
+        self._reserved.pop(key, None)
 
     def delay(self, key: K, now: float) -> float:
-        """Reserve the next write of a key's progress; say in how many seconds it may happen.
+        """In how many seconds a key's progress may be written; 0: now.
 
-        Asked again before that, it answers with the same moment.
+        A key whose own distance is kept and that waits for the bucket has its place there until it writes.
         """
-        due = self._due.get(key)
-        if due is not None and due > now:
-            return due - now
-        earliest = now if due is None else max(now, due + self._seconds)
-        self._due[key] = max(earliest, self._take_token(now))
-        return self._due[key] - now
+        moment = self._reserved.get(key)
+        if moment is None:
+            wait = self._written_at.get(key, now - self._seconds) + self._seconds - now
+            if wait > 0:
+                return wait
+            moment = self._reserved[key] = self._take_token(now)
+        return max(0.0, moment - now)
 
     def forget(self, key: K) -> None:
         """Drop what is kept of a key."""
-        self._due.pop(key, None)
+        self._written_at.pop(key, None)
+        self._reserved.pop(key, None)
 
     def _take_token(self, now: float) -> float:
         """Take a token; say when it is there. The bucket may owe: then the moment lies ahead."""

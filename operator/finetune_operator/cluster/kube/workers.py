@@ -73,7 +73,7 @@ class Workers:
         try:
             seen = await reconcile(passes.cluster, key, passes.settings, passes.clock)
         except NotLeaderError:
-            # The process is about to end; whoever leads next makes this pass.
+            # This time of leading is over; whoever leads next makes this pass.
             return
         except Exception as error:  # one job's trouble must not become another one's
             self._come_again(key, error)

@@ -13,12 +13,12 @@ from typing import Any
 
 from finetune_contract.beat import Beat, Reply
 from finetune_operator.api import words
-from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
 from finetune_operator.cluster.local.container import LOOPBACK
 from finetune_operator.cluster.local.endpoint import Endpoint
 from finetune_operator.cluster.local.files import Warn, recover, write_json
 from finetune_operator.cluster.local.home import Home
-from finetune_operator.cluster.local.jobs import store_job
+from finetune_operator.cluster.local.jobs import key_of, store_job, with_spec
 from finetune_operator.cluster.local.kubelet import Kubelet, World
 from finetune_operator.cluster.local.pod import stamp
 from finetune_operator.cluster.local.settings import LOCAL
@@ -181,19 +181,6 @@ class LocalCluster:
                     continue
                 identities[_digest(token)] = PodIdentity(self._key.namespace, job, pod.name, pod.uid)
         return identities
-
-
-def key_of(job: FineTuneJob) -> JobKey:
-    """The key of a job."""
-    return JobKey(job.metadata.namespace, job.metadata.name)
-
-
-def with_spec(job: FineTuneJob, spec: FineTuneJobSpec) -> FineTuneJob:
-    """A job with another spec and so with the next generation."""
-    meta = job.metadata
-    return job.model_copy(
-        update={"spec": spec, "metadata": meta.model_copy(update={"generation": meta.generation + 1})}
-    )
 
 
 def _digest(token: str) -> str:

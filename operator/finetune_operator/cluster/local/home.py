@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_operator.cluster.protocol import JobKey
+from finetune_operator.cluster.key import JobKey
 
 HOME_VARIABLE = "FINETUNE_HOME"
 CACHE_CLAIM = "finetune-cache"

@@ -8,11 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from finetune_contract.paths import job_folder
-from finetune_operator.api.job import FineTuneJob, ObjectMeta
+from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, ObjectMeta
 from finetune_operator.cluster.local.files import Warn, read_json, recover, write_json
 from finetune_operator.cluster.local.home import Home, JobFolder
 from finetune_operator.cluster.local.launch import clear_away, pod_folders
 from finetune_operator.cluster.protocol import Clock, JobKey
+
+
+def key_of(job: FineTuneJob) -> JobKey:
+    """The key of a job."""
+    return JobKey(job.metadata.namespace, job.metadata.name)
+
+
+def with_spec(job: FineTuneJob, spec: FineTuneJobSpec) -> FineTuneJob:
+    """A job with another spec and so with the next generation."""
+    meta = job.metadata
+    return job.model_copy(
+        update={"spec": spec, "metadata": meta.model_copy(update={"generation": meta.generation + 1})}
+    )
 
 
 def parse_stored(value: Any) -> FineTuneJob:
@@ -45,7 +58,7 @@ def take_job(home: Home, key: JobKey, warn: Warn) -> FineTuneJob | None:
 
 def create_job(home: Home, job: FineTuneJob, now: Clock) -> FineTuneJob:
     """Store a job as the API server would: a fresh identity, no status. What a lost one left behind goes."""
-    key = JobKey(job.metadata.namespace, job.metadata.name)
+    key = key_of(job)
     clear_folder(home.job(key))
     meta = ObjectMeta(
         name=key.name,

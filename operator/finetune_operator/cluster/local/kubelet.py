@@ -123,9 +123,9 @@ class Kubelet:
 
     async def collect(self, uids: frozenset[str]) -> None:
         """Remove those deleted pods whose end has been seen: they go only after somebody could read how they ended."""
-        for pod in self.pods:
-            if pod.uid in uids and pod.deleted and pod.ended:
-                async with self._turn:
+        async with self._turn:
+            for pod in self.pods:
+                if pod.uid in uids and pod.deleted and pod.ended:
                     await self._remove(pod)
 
     def look_for_startable(self) -> None:

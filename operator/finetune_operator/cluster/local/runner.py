@@ -18,11 +18,12 @@ from finetune_operator.api.job import FineTuneJob, Phase
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.words import Reason
 from finetune_operator.build import num_nodes
-from finetune_operator.cluster.local.cluster import LocalCluster, key_of
+from finetune_operator.cluster.local.cluster import LocalCluster
 from finetune_operator.cluster.local.container import LOOPBACK
 from finetune_operator.cluster.local.endpoint import free_port
 from finetune_operator.cluster.local.faults import Fault, FaultKind
 from finetune_operator.cluster.local.home import Home
+from finetune_operator.cluster.local.jobs import key_of
 from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.cluster.local.tasks import Tasks
 from finetune_operator.cluster.protocol import Clock

@@ -1,0 +1,64 @@
+"""What a pod asks for of its node, and how much of its memory may be shared memory."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Any
+
+from finetune_operator.api.job import Accelerator, TopologySpec
+
+GPU_RESOURCE = "nvidia.com/gpu"
+MEMORY = "memory"
+MEBIBYTE = 2**20
+SHARED_MEMORY_PER_RANK_BYTES = 4 * 2**30
+"""Bound of /dev/shm for each rank where the pod has no memory limit: data loaders' batches and NCCL's buffers fit."""
+
+_QUANTITY = re.compile(r"^\+?([0-9.]+)([KMGTPE]i|[numkMGTPE]?|[eE][-+]?[0-9]+)$")
+_SCALES = {
+    unit: Decimal(1000) ** power for power, unit in enumerate(("n", "u", "m", "", "k", "M", "G", "T", "P", "E"), -3)
+}
+_SCALES |= {f"{unit}i": Decimal(1024) ** power for power, unit in enumerate("KMGTPE", 1)}
+
+
+def build_resources(topology: TopologySpec, cores_per_rank: int) -> dict[str, Any]:
+    """What is asked for is also the limit, so that a gang's slowest pod is not one whose node is crowded.
+
+    The cores that a pod is given where nobody asked for any are no limit: a rank may take what is idle.
+    """
+    amounts = {name: str(amount) for name, amount in (topology.resources or {}).items()}
+    if topology.accelerator is Accelerator.GPU:
+        amounts.setdefault(GPU_RESOURCE, str(topology.processes_per_node))
+    requests = dict(amounts)
+    if cores_per_rank:
+        requests.setdefault("cpu", str(cores_per_rank * topology.processes_per_node))
+    resources = {"requests": requests, "limits": amounts}
+    return {name: value for name, value in resources.items() if value}
+
+
+def shared_memory_size(topology: TopologySpec) -> str:
+    """Size limit of /dev/shm, as a quantity.
+
+    It counts towards the memory limit of the pod, so half of that is left for the program, as on any Linux machine.
+    """
+    memory = (topology.resources or {}).get(MEMORY)
+    if memory is None:
+        num_bytes = Decimal(SHARED_MEMORY_PER_RANK_BYTES * topology.processes_per_node)
+    else:
+        num_bytes = parse_quantity(str(memory)) / 2
+    return f"{max(1, int(num_bytes // MEBIBYTE))}Mi"
+
+
+def parse_quantity(text: str) -> Decimal:
+    """Read a Kubernetes quantity, e.g. '32Gi' as 34359738368.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = _QUANTITY.match(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a Kubernetes quantity; write e.g. 8, 500m or 32Gi")
+    number, unit = Decimal(match[1]), match[2]
+    if unit not in _SCALES:
+        return number * Decimal(10) ** int(unit[1:])
+    return number * _SCALES[unit]

@@ -1,0 +1,100 @@
+"""A state folder that breaks halfway never makes the next start fail."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.bed import KEY, PATIENCE_SECONDS, Bed
+
+GARBAGE = {
+    "empty": b"",
+    "truncated": b'{"metadata": {"name": "circ',
+    "not text": b"\xff\xfe\x00\x80",
+    "another type": b"[1, 2]",
+    "null": b"null",
+    "another object": b'{"hello": "world"}',
+}
+
+
+@pytest.fixture
+def stopped(bed: Bed) -> Bed:
+    """A job that was interrupted, with a checkpoint."""
+    bed.ranks("--step-seconds", "0.02")
+    process = bed.start()
+    bed.until_step(12)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130
+    return bed
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
+def test_a_broken_job_falls_back_to_the_version_before(stopped: Bed, garbage: bytes) -> None:
+    path = stopped.home.job(KEY).job
+    path.write_bytes(garbage)
+    assert KEY.name in stopped.call("get").stderr
+    assert stopped.call("describe", KEY.name).returncode == 2
+    result = stopped.run()
+    assert result.returncode == 0, result.stderr
+    assert f"{path} " in result.stderr
+    assert "set aside as job.json.broken-1" in result.stderr
+    assert path.with_name("job.json.broken-1").read_bytes() == garbage
+    # It is still the same job, and went on from its checkpoint.
+    assert (stopped.status()["attempts"][-1]["fromStep"]) >= 10
+
+
+def spoil(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(b'{"cut')
+
+
+def both_copies(folder: Path) -> None:
+    spoil("job.json")(folder)
+    spoil("job.json.previous")(folder)
+
+
+def job_is_a_folder(folder: Path) -> None:
+    (folder / "job.json").unlink()
+    (folder / "job.json").mkdir()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "events": spoil("events.json"),
+    "endpoint": spoil("endpoint.json"),
+    "config": spoil("configmaps/circles-run.json"),
+    "service": spoil("services/circles.json"),
+    "lock": spoil("lock"),
+    "both copies of the job": both_copies,
+    "the job is a folder": job_is_a_folder,
+    "no job": lambda folder: (folder / "job.json").unlink(),
+    "no folder": shutil.rmtree,
+    "no configs": lambda folder: shutil.rmtree(folder / "configmaps"),
+    "a leftover of a write": lambda folder: (folder / ".job.json.new").write_bytes(b'{"cut'),
+    "a pod without files": lambda folder: (folder / "pods/circles-a1-n0").mkdir(parents=True),
+    "a stray file among the pods": lambda folder: (folder / "pods/x").write_text(""),
+    "a stray file among the jobs": lambda folder: (folder.parent / "x").write_text(""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_the_next_start_works(stopped: Bed, damage: Callable[[Path], object]) -> None:
+    damage(stopped.home.job(KEY).path)
+    assert stopped.call("get").returncode == 0
+    result = stopped.run()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert stopped.checkpoint() == 40
+    assert stopped.call("describe", KEY.name).returncode == 0
+    assert stopped.call("delete", KEY.name).returncode == 0
+
+
+def test_a_home_that_is_a_file(bed: Bed) -> None:
+    bed.home.path.write_text("")
+    result = bed.run()
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"finetune: --home: {bed.home.path} cannot be made or used")
+    assert len(result.stderr.splitlines()) == 1

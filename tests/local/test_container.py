@@ -1,0 +1,170 @@
+"""What a pod manifest means on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.build import build_pod
+from finetune_operator.cluster.local.container import Container, Place, UnsupportedError, build_container, expand
+from finetune_operator.cluster.local.settings import LOCAL
+
+PLACE = Place(
+    folders={"checkpoints": Path("/state/storage"), "data": Path("/disk/data")},
+    termination_log=Path("/state/pods/p/termination-log"),
+    temporary=Path("/tmp/finetune-1"),
+    node="local-0",
+    master_port=15_001,
+)
+MACHINE = {"PATH": "/bin", "HOME": "/home/me", "SECRET": "x", "LANG": "C.UTF-8"}
+
+
+def build(**container: Any) -> Container:
+    value = {"name": "trainer", "command": ["true"], **container}
+    pod = {
+        "metadata": {"name": "circles-a1-n0", "namespace": "default", "uid": "uid-1", "labels": {"a/b": "c"}},
+        "spec": {"subdomain": "circles", "containers": [value]},
+    }
+    return build_container(pod, PLACE, MACHINE, lambda command: (f"/venv/bin/{command}",))
+
+
+def variables(*entries: dict[str, Any], **container: Any) -> dict[str, str]:
+    return dict(build(env=list(entries), **container).environment)
+
+
+def test_only_what_stands_in_for_the_image_is_inherited() -> None:
+    env = build().environment
+    assert env["PATH"] == "/bin"
+    assert "SECRET" not in env
+    assert env["TMPDIR"] == "/tmp/finetune-1"
+    assert env["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_paths_below_mounts_are_rewritten() -> None:
+    mounts = [
+        {"name": "checkpoints", "mountPath": "/finetune/storage"},
+        {"name": "data", "mountPath": "/finetune/storage/data", "subPath": "train"},
+    ]
+    container = build(
+        command=["train", "/finetune/storage"],
+        args=[
+            "--out=/finetune/storage/x",
+            "--data",
+            "/finetune/storage/data/y",
+            "/finetune/storages",
+            "a=/finetune/storage",
+        ],
+        env=[
+            {"name": "EXACT", "value": "/finetune/storage"},
+            {"name": "LOG", "value": "/dev/termination-log"},
+            {"name": "OTHER", "value": "/finetune"},
+        ],
+        volumeMounts=mounts,
+        workingDir="/finetune/storage/work",
+    )
+    assert container.argv == (
+        "/venv/bin/train",
+        "/state/storage",
+        "--out=/state/storage/x",
+        "--data",
+        "/disk/data/train/y",
+        "/finetune/storages",
+        "a=/finetune/storage",
+    )
+    assert container.environment["EXACT"] == "/state/storage"
+    assert container.environment["LOG"] == "/state/pods/p/termination-log"
+    assert container.environment["OTHER"] == "/finetune"
+    assert container.working_folder == Path("/state/storage/work")
+
+
+def test_a_mounted_tmp_is_the_pods_own_but_files_below_it_are_the_machines() -> None:
+    env = variables(
+        {"name": "HOME", "value": "/tmp"},
+        {"name": "FILE", "value": "/tmp/mine.py"},
+        volumeMounts=[{"name": "data", "mountPath": "/tmp"}],
+    )
+    assert (env["HOME"], env["FILE"], env["TMPDIR"]) == ("/disk/data", "/tmp/mine.py", "/disk/data")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("circles-a1-n0.circles", "127.0.0.1"),
+        ("circles-a1-n0.circles.default", "127.0.0.1"),
+        ("circles-a1-n0.circles.default.svc", "127.0.0.1"),
+        ("circles-a1-n0.circles.default.svc.cluster.local", "127.0.0.1"),
+        ("tcp://circles-a1-n1.circles.default.svc:29500", "tcp://127.0.0.1:29500"),
+        ("circles", "circles"),
+        ("a.circles.example.org", "a.circles.example.org"),
+        ("x.b.circles", "x.b.circles"),
+    ],
+)
+def test_host_names_of_the_gang_are_the_loopback(text: str, expected: str) -> None:
+    assert variables({"name": "HOST", "value": text})["HOST"] == expected
+
+
+def test_the_rendezvous_port_is_one_that_is_free_here() -> None:
+    assert variables({"name": "MASTER_PORT", "value": "29500"})["MASTER_PORT"] == "15001"
+    assert "MASTER_PORT" not in variables()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("metadata.name", "circles-a1-n0"),
+        ("metadata.uid", "uid-1"),
+        ("metadata.namespace", "default"),
+        ("metadata.labels['a/b']", "c"),
+        ("metadata.annotations['none']", ""),
+        ("spec.nodeName", "local-0"),
+        ("status.podIP", "127.0.0.1"),
+    ],
+)
+def test_the_downward_api(path: str, value: str) -> None:
+    assert variables({"name": "X", "valueFrom": {"fieldRef": {"fieldPath": path}}})["X"] == value
+
+
+@pytest.mark.parametrize(
+    "source", [{"fieldRef": {"fieldPath": "status.qosClass"}}, {"secretKeyRef": {"name": "s", "key": "k"}}]
+)
+def test_what_this_machine_does_not_have(source: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"variable X: .* does not exist on this machine"):
+        variables({"name": "X", "valueFrom": source})
+
+
+def test_a_pod_without_a_command() -> None:
+    with pytest.raises(UnsupportedError, match="no command"):
+        build(command=[])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("$(A)/x", "1/x"), ("$(B)", "$(B)"), ("$$(A)", "$(A)"), ("$A", "$A"), ("$(A)$(A)", "11"), ("$$", "$")],
+)
+def test_references(text: str, expected: str) -> None:
+    assert expand(text, {"A": "1"}) == expected
+
+
+def test_a_pod_as_the_operator_builds_it() -> None:
+    spec = {
+        "model": {"base": "a/b"},
+        "dataset": {"source": "c/d"},
+        "training": {"method": "LoRA", "steps": 1},
+        "topology": {"accelerator": "cpu", "nodes": 2},
+    }
+    job = FineTuneJob.model_validate({"metadata": {"name": "circles", "uid": "1f0c3a2b-x"}, "spec": spec})
+    pod = build_pod(job, 3, 1, LOCAL)
+    pod["metadata"]["uid"] = "uid-2"
+    folders = {volume["name"]: Path("/state") / volume["name"] for volume in pod["spec"]["volumes"]}
+    place = Place(folders, Path("/state/last-words"), Path("/tmp/x"), "local-1", 15_002)
+    env = build_container(pod, place, MACHINE, lambda command: (command,)).environment
+    assert env["FINETUNE_CHECKPOINT_DIR"] == "/state/checkpoints/default/circles-1f0c3a2b"
+    assert env["FINETUNE_CACHE_DIR"] == "/state/cache"
+    assert env["FINETUNE_RUN_SPEC"] == "/state/run/run.json"
+    assert env["FINETUNE_TERMINATION_LOG"] == "/state/last-words"
+    assert env["FINETUNE_POD_UID"] == "uid-2"
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("127.0.0.1", "15002")
+    assert not any("/finetune/" in value for value in env.values())

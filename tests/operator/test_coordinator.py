@@ -1,0 +1,225 @@
+"""Beats over TLS with tokens that the API server reviews, as a supervisor in a pod would send them."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_contract.beat import BEAT_PATH, Beat, RankReport, RankState
+from finetune_operator.cluster.kube.tls import ServerCertificate
+from finetune_operator.cluster.kube.tokens import expiry, read_review
+from tests.controlplane.pki import Authority
+from tests.controlplane.process import LOOPBACK, wait_for
+from tests.controlplane.server import ControlPlane
+from tests.operator.bed import HOME, Jobs, OperatorProcess, build_job, running
+from tests.operator.conftest import NewOperator
+
+AUDIENCE = "finetune-coordinator"
+SERVICE = "finetune-coordinator"
+
+
+@dataclass
+class Talk:
+    """A running job of two pods, and a way to beat for them."""
+
+    jobs: Jobs
+    operator: OperatorProcess
+    context: ssl.SSLContext
+
+    def token(self, pod: str, audience: str = AUDIENCE) -> str:
+        bound = self.jobs.pods()[pod]
+        return self.jobs.control_plane.token_for("default", self.jobs.namespace, audiences=[audience], pod=bound)
+
+    def beat(self, pod: str, sequence: int, **report: Any) -> Beat:
+        meta = self.jobs.pods()[pod]["metadata"]
+        given = {"rank": int(pod[-1]), "state": RankState.TRAINING, "step": sequence, "total_steps": 100}
+        return Beat(
+            job="circles",
+            namespace=self.jobs.namespace,
+            job_uid=meta["ownerReferences"][0]["uid"],
+            pod=pod,
+            pod_uid=meta["uid"],
+            attempt=int(meta["labels"]["finetune-operator.io/attempt"]),
+            node_rank=int(pod[-1]),
+            sequence=sequence,
+            ranks=(RankReport.model_validate(given | report),),
+        )
+
+    def post(self, beat: Beat, token: str) -> tuple[int, str]:
+        connection = http.client.HTTPSConnection(LOOPBACK, self.operator.coordinator_port, context=self.context)
+        try:
+            connection.request("POST", BEAT_PATH, beat.to_json(), {"Authorization": f"Bearer {token}"})
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        finally:
+            connection.close()
+
+
+def tls_flags(cluster: ControlPlane) -> tuple[str, ...]:
+    certificate = cluster.authority.issue("coordinator", hosts=[LOOPBACK])
+    return (
+        f"--coordinator-tls-cert={certificate.certificate}",
+        f"--coordinator-tls-key={certificate.key}",
+        f"--coordinator-service={SERVICE}",
+        "--pod-ip=10.0.0.1",
+        "--coordinator-url=https://finetune-coordinator.finetune-system.svc:8443",
+        "--progress-seconds=0.5",
+    )
+
+
+@pytest.fixture
+def talk(jobs: Jobs, new_operator: NewOperator) -> Iterator[Talk]:
+    cluster = jobs.control_plane
+    with running(new_operator(*tls_flags(cluster))) as operator:
+        jobs.create(build_job("circles"))
+        wait_for("the pods run", lambda: all_run(jobs))
+        yield Talk(jobs, operator, ssl.create_default_context(cafile=str(cluster.authority.certificate)))
+
+
+def all_run(jobs: Jobs) -> bool:
+    pods = jobs.pods().values()
+    return len(pods) == 2 and all(pod["status"]["phase"] == "Running" for pod in pods)
+
+
+@pytest.mark.cluster
+def test_beats_become_progress(talk: Talk) -> None:
+    tokens = {rank: talk.token(f"circles-a1-n{rank}") for rank in range(2)}
+    for rank, token in tokens.items():
+        status, answer = talk.post(talk.beat(f"circles-a1-n{rank}", 40), token)
+        assert status == 200
+        assert json.loads(answer) == {"order": "Continue", "attempt": 1, "beatSeconds": 5.0}
+    wait_for("the step is shown", lambda: talk.jobs.status("circles").get("step") == 40)
+    status_now = talk.jobs.wait_phase("circles", "Running")
+    assert (status_now["progress"], status_now["totalSteps"]) == ("40%", 100)
+    assert talk.operator.metric("finetune_beats_total") == 2
+    # The done ranks' words count at once, whatever becomes of their pods.
+    for rank, token in tokens.items():
+        talk.post(talk.beat(f"circles-a1-n{rank}", 100, state=RankState.DONE), token)
+    talk.jobs.wait_phase("circles", "Succeeded")
+
+
+@pytest.mark.cluster
+def test_who_may_speak_for_whom(talk: Talk) -> None:
+    beat = talk.beat("circles-a1-n0", 1)
+    assert talk.post(beat, talk.token("circles-a1-n0"))[0] == 200
+    assert talk.post(beat, talk.token("circles-a1-n1"))[0] == 403
+    assert talk.post(beat, talk.token("circles-a1-n0", audience="somebody-else"))[0] == 401
+    assert talk.post(beat, "no.such.token")[0] == 401
+    unbound = talk.jobs.control_plane.token_for("default", talk.jobs.namespace, audiences=[AUDIENCE])
+    assert talk.post(beat, unbound)[0] == 401
+
+
+@pytest.mark.cluster
+def test_a_token_dies_with_its_pod(talk: Talk) -> None:
+    beat, token = talk.beat("circles-a1-n0", 1), talk.token("circles-a1-n0")
+    assert talk.post(beat, token)[0] == 200
+    talk.jobs.delete_pod("circles-a1-n0")
+    wait_for("the token is refused", lambda: talk.post(beat, token)[0] == 401)
+
+
+@pytest.mark.cluster
+def test_a_pod_that_beats_without_end_is_held_back(talk: Talk) -> None:
+    token = talk.token("circles-a1-n0")
+    beats = [talk.beat("circles-a1-n0", 1)] * 60
+    answers = {talk.post(beat, token)[0] for beat in beats}
+    assert answers == {200, 429}
+
+
+@pytest.mark.cluster
+def test_the_leader_is_the_endpoint_of_the_service(jobs: Jobs, new_operator: NewOperator) -> None:
+    flags = tls_flags(jobs.control_plane)
+    first = new_operator(*flags, "--identity=first")
+    second = new_operator(*flags, "--pod-ip=10.0.0.2", "--identity=second")
+    with running(first):
+        assert endpoint(jobs.control_plane) == ("10.0.0.1", first.coordinator_port)
+        second.start()
+        wait_for("the second one waits", lambda: second.get("/readyz")[0] == 200)
+        assert endpoint(jobs.control_plane) == ("10.0.0.1", first.coordinator_port)
+        first.kill()
+        second.wait_ready()
+        assert endpoint(jobs.control_plane) == ("10.0.0.2", second.coordinator_port)
+
+
+def endpoint(cluster: ControlPlane) -> tuple[str, int]:
+    found = cluster.api.get(f"/apis/discovery.k8s.io/v1/namespaces/{HOME}/endpointslices/{SERVICE}")
+    ((address,),) = (one["addresses"] for one in found["endpoints"])
+    return address, found["ports"][0]["port"]
+
+
+def test_a_renewed_certificate_is_served_to_new_connections(tmp_path: Path) -> None:
+    old = Authority(tmp_path / "old", "old").issue("server", hosts=[LOOPBACK])
+    authority = Authority(tmp_path / "new", "new")
+    new = authority.issue("server", hosts=[LOOPBACK])
+
+    async def serve() -> None:
+        certificate = ServerCertificate(old.certificate, old.key)
+        follower = asyncio.create_task(certificate.follow(look_seconds=0.01))
+        server = await asyncio.start_server(lambda _, writer: writer.close(), LOOPBACK, 0, ssl=certificate.context)
+        port = server.sockets[0].getsockname()[1]
+        trusts_new = ssl.create_default_context(cafile=str(authority.certificate))
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await asyncio.open_connection(LOOPBACK, port, ssl=trusts_new)
+        # A file at a time, as a volume of a Secret does not, but a person may.
+        old.certificate.write_bytes(new.certificate.read_bytes())
+        old.key.write_bytes(new.key.read_bytes())
+        async with asyncio.timeout(20):
+            while not await accepted(port, trusts_new):
+                pass
+        follower.cancel()
+        server.close()
+
+    asyncio.run(serve())
+
+
+async def accepted(port: int, context: ssl.SSLContext) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(LOOPBACK, port, ssl=context)
+    except ssl.SSLError:
+        await asyncio.sleep(0.01)
+        return False
+    writer.close()
+    return True
+
+
+def review(**status: Any) -> dict[str, Any]:
+    return {"status": status}
+
+
+POD_USER = {
+    "username": "system:serviceaccount:team:trainer",
+    "extra": {"authentication.kubernetes.io/pod-name": ["p"], "authentication.kubernetes.io/pod-uid": ["u"]},
+}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        review(authenticated=False),
+        review(authenticated=True, audiences=["other"], user=POD_USER),
+        review(authenticated=True, audiences=[AUDIENCE], user={"username": "admin"}),
+        review(authenticated=True, audiences=[AUDIENCE], user={**POD_USER, "username": "admin"}),
+        review(authenticated=True, user=POD_USER),
+    ],
+)
+def test_reviews_that_name_no_pod(answer: dict[str, Any]) -> None:
+    assert read_review(answer, AUDIENCE) is None
+
+
+def test_a_review_names_the_pod() -> None:
+    bearer = read_review(review(authenticated=True, audiences=[AUDIENCE], user=POD_USER), AUDIENCE)
+    assert bearer is not None
+    assert (bearer.namespace, bearer.pod, bearer.pod_uid) == ("team", "p", "u")
+
+
+@pytest.mark.parametrize(("token", "end"), [("x", 0.0), ("a.b.c", 0.0), ("a.eyJleHAiOiAxMjN9.c", 123.0)])
+def test_when_a_token_ends(token: str, end: float) -> None:
+    assert expiry(token) == end

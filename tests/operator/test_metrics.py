@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJob, FineTuneJobStatus, Phase
+from finetune_operator.cluster.protocol import JobKey
+from finetune_operator.metrics import History, job_metrics
+from tests.operator.bed import build_job
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+KEY = JobKey("team", "circles")
+
+
+def job(**status: Any) -> FineTuneJob:
+    made = build_job("circles")
+    made["metadata"]["uid"] = "u"
+    return FineTuneJob.model_validate(made).model_copy(update={"status": FineTuneJobStatus(**status)})
+
+
+def at(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
+
+
+FIRST = AttemptStatus(attempt=1, started_at=NOW)
+ENDED = FIRST.model_copy(update={"ended_at": at(10), "reason": "PodLost"})
+SECOND = AttemptStatus(attempt=2, started_at=at(12))
+TRAINING = SECOND.model_copy(update={"training_at": at(19)})
+
+
+def test_a_restart_is_counted_once_with_its_cause_and_its_parts() -> None:
+    registry = CollectorRegistry()
+    history = History(registry)
+    for attempts in ((FIRST,), (ENDED,), (ENDED, SECOND), (ENDED, TRAINING), (ENDED, TRAINING)):
+        history.see(KEY, job(attempts=attempts, lost_steps=7 if len(attempts) == 2 else 0))
+    sample = registry.get_sample_value
+    assert sample("finetune_attempts_ended_total", {"reason": "PodLost"}) == 1
+    assert sample("finetune_recovery_seconds_sum", {"part": "clear"}) == 2
+    assert sample("finetune_recovery_seconds_sum", {"part": "start"}) == 7
+    assert sample("finetune_lost_steps_total") == 7
+
+
+def test_what_was_there_before_this_process_is_not_counted() -> None:
+    registry = CollectorRegistry()
+    history = History(registry)
+    history.see(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
+    history.see(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
+    history.see(KEY, None)
+    history.see(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
+    assert registry.get_sample_value("finetune_attempts_ended_total", {"reason": "PodLost"}) is None
+    assert registry.get_sample_value("finetune_lost_steps_total") == 0
+
+
+def test_gauges_over_all_jobs() -> None:
+    checkpoint = CheckpointStatus(step=1, time=NOW, bytes=100)
+    newer = CheckpointStatus(step=1, time=at(50), bytes=11)
+    jobs = [
+        job(phase=Phase.RUNNING, images_per_second=2.0, goodput=0.5, last_checkpoint=checkpoint),
+        job(phase=Phase.RUNNING, images_per_second=3.0, goodput=1.0, last_checkpoint=newer),
+        job(phase=Phase.SUCCEEDED, images_per_second=9.0, goodput=0.1),
+        job(),
+    ]
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in job_metrics(jobs, at(60))
+        for sample in family.samples
+    }
+    assert found == {
+        ("finetune_jobs", "Running", "LoRA"): 2,
+        ("finetune_jobs", "Succeeded", "LoRA"): 1,
+        ("finetune_jobs", "Pending", "LoRA"): 1,
+        ("finetune_images_per_second",): 5.0,
+        ("finetune_goodput_ratio",): 0.75,
+        ("finetune_checkpoint_bytes",): 111,
+        ("finetune_oldest_checkpoint_age_seconds",): 60,
+    }

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from finetune_contract.beat import Beat, CommittedCheckpoint, RankEnd, RankReport, RankState
+from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
+from finetune_operator.cluster.kube.news import Gang, Urgency, beat_news, is_over, is_progress, pod_news
+from finetune_operator.cluster.kube.nodes import GONE, HEALTHY, NodeBook, NodeState, judge_pod, read_node
+from finetune_operator.cluster.kube.objects import KubePod
+from finetune_operator.cluster.protocol import JobKey
+from finetune_operator.plan.types import ObservedPod, PodPhase
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+POD = ObservedPod("job-a1-n0", "uid", 1, 0, PodPhase.RUNNING, NOW, node="node-1", ready=True)
+PENDING = replace(POD, phase=PodPhase.PENDING, node=None, ready=False)
+MAKING = Gang(size=4, num_pods=2, num_ready=1, over=False)
+WHOLE = Gang(size=4, num_pods=4, num_ready=4, over=False)
+CLEARING = Gang(size=4, num_pods=2, num_ready=2, over=True)
+
+
+def kept(pod: ObservedPod | None) -> KubePod | None:
+    return None if pod is None else KubePod(JobKey("ns", "job"), "owner", pod)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "gang", "urgency"),
+    [
+        (None, PENDING, MAKING, Urgency.PROGRESS),
+        (None, PENDING, replace(WHOLE, num_ready=0), Urgency.SOON),
+        (PENDING, PENDING, MAKING, Urgency.NEVER),
+        (PENDING, POD, MAKING, Urgency.PROGRESS),
+        (PENDING, POD, WHOLE, Urgency.SOON),
+        (POD, replace(POD, deleted_at=NOW), WHOLE, Urgency.NOW),
+        (POD, replace(POD, disruption="EvictionByEvictionAPI"), WHOLE, Urgency.NOW),
+        (POD, replace(POD, phase=PodPhase.FAILED, exit_code=1), MAKING, Urgency.NOW),
+        (None, replace(POD, phase=PodPhase.FAILED), MAKING, Urgency.NOW),
+        (POD, None, MAKING, Urgency.NOW),
+        (POD, replace(POD, deleted_at=NOW), CLEARING, Urgency.PROGRESS),
+        (POD, replace(POD, phase=PodPhase.FAILED), CLEARING, Urgency.NOW),
+        (POD, None, CLEARING, Urgency.PROGRESS),
+        (POD, None, replace(CLEARING, num_pods=0), Urgency.NOW),
+    ],
+)
+def test_pods(old: ObservedPod | None, new: ObservedPod | None, gang: Gang, urgency: Urgency) -> None:
+    assert pod_news(kept(old), kept(new), gang) is urgency
+
+
+def beat(state: RankState = RankState.TRAINING, step: int = 1, **more: Any) -> Beat:
+    given: dict[str, Any] = {
+        "job": "job",
+        "namespace": "ns",
+        "job_uid": "owner",
+        "pod": "job-a1-n0",
+        "pod_uid": "uid",
+        "attempt": 1,
+        "node_rank": 0,
+        "sequence": 1,
+        "ranks": (RankReport(rank=0, state=state, step=step),),
+    }
+    return Beat(**given | more)
+
+
+FIRST_CHECKPOINT = (
+    RankReport(
+        rank=0,
+        state=RankState.TRAINING,
+        step=1,
+        checkpoint=CommittedCheckpoint(step=1, time=0.0, size_bytes=1, attempt=1),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "urgency"),
+    [
+        (None, beat(), Urgency.SOON),
+        (None, beat(RankState.FAILED), Urgency.NOW),
+        (beat(), beat(sequence=2), Urgency.NEVER),
+        (beat(), beat(step=2), Urgency.PROGRESS),
+        (beat(RankState.LOADING), beat(), Urgency.SOON),
+        (beat(), beat(ranks=FIRST_CHECKPOINT), Urgency.SOON),
+        (beat(), beat(RankState.DONE), Urgency.NOW),
+        (beat(), beat(notice=True), Urgency.NOW),
+        (beat(), beat(ends=(RankEnd(rank=0, exit_code=1),)), Urgency.NOW),
+        (beat(notice=True), beat(notice=True, step=2), Urgency.PROGRESS),
+    ],
+)
+def test_beats(old: Beat | None, new: Beat, urgency: Urgency) -> None:
+    assert beat_news(old, new) is urgency
+
+
+STATUS = FineTuneJobStatus(phase=Phase.RUNNING, attempt=1, attempts=(AttemptStatus(attempt=1, started_at=NOW),))
+ENTRY = STATUS.attempts[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "progress"),
+    [
+        ({}, True),
+        ({"step": 3, "eta": "4m", "loss": 0.1}, True),
+        ({"attempts": (ENTRY.model_copy(update={"to_step": 3}),)}, True),
+        ({"attempts": (ENTRY.model_copy(update={"gang_complete": True}),)}, False),
+        ({"step": 3, "phase": Phase.EXPORTING}, False),
+        ({"attempt": 2}, False),
+    ],
+)
+def test_progress(changes: dict[str, Any], progress: bool) -> None:
+    assert is_progress(STATUS, STATUS.model_copy(update=changes)) is progress
+
+
+def test_an_attempt_is_over_with_its_cause_or_with_the_next_one() -> None:
+    assert not is_over(STATUS, 1)
+    assert is_over(STATUS, 0)
+    assert is_over(STATUS.model_copy(update={"attempts": (ENTRY.model_copy(update={"reason": "PodLost"}),)}), 1)
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+SILENCE = timedelta(seconds=15)
+
+
+def node(ready: str = "True", *taints: str) -> dict[str, Any]:
+    return {
+        "spec": {"taints": [{"key": key, "effect": "NoSchedule"} for key in taints]},
+        "status": {"conditions": [{"type": "Ready", "status": ready}]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("seen", "state"),
+    [
+        (node(), HEALTHY),
+        (node("False"), HEALTHY),
+        (node("Unknown"), NodeState(lost=True)),
+        (node("True", "example.com/other", "karpenter.sh/disrupted"), NodeState(leaving="karpenter.sh/disrupted")),
+        ({}, HEALTHY),
+    ],
+)
+def test_what_is_read_of_a_node(seen: dict[str, Any], state: NodeState) -> None:
+    assert read_node(seen) == state
+
+
+def test_nodes_tell_of_changes_only() -> None:
+    told: list[str] = []
+    book = NodeBook(told.append)
+    for state in (HEALTHY, GONE, GONE, HEALTHY, HEALTHY):
+        book.see("node-1", state)
+    assert told == ["node-1", "node-1"]
+    assert book.of(None) == HEALTHY
+
+
+def judge(pod: ObservedPod, state: NodeState, heard: float | None = None) -> tuple[ObservedPod | None, datetime | None]:
+    heard_at = NOW - timedelta(seconds=heard) if heard is not None else None
+    return judge_pod(pod, state, heard_at=heard_at, now=NOW, silence=SILENCE)
+
+
+def test_a_pod_on_a_lost_node_is_lost_once_it_is_silent() -> None:
+    assert judge(POD, GONE, heard=3) == (POD, NOW + timedelta(seconds=12))
+    assert judge(POD, GONE, heard=16) == (replace(POD, reason="NodeLost"), None)
+    assert judge(POD, GONE) == (replace(POD, reason="NodeLost"), None)
+    done = replace(POD, phase=PodPhase.SUCCEEDED)
+    assert judge(done, GONE) == (done, None)
+
+
+def test_a_pod_that_hangs_in_its_deletion_on_a_lost_node_counts_as_gone_when_its_grace_is_over() -> None:
+    deleted = replace(POD, deleted_at=NOW - timedelta(seconds=10), grace=timedelta(seconds=30))
+    assert judge(deleted, GONE)[1] == NOW + timedelta(seconds=20)
+    assert judge(replace(deleted, grace=timedelta(seconds=10)), GONE) == (None, None)
+    assert judge(replace(deleted, grace=timedelta(0)), HEALTHY)[0] is not None
+
+
+def test_a_taint_that_announces_the_end_is_a_disruption_of_the_pods_there() -> None:
+    judged, _ = judge(POD, NodeState(leaving="karpenter.sh/disrupted"))
+    assert judged is not None
+    assert judged.disruption == "karpenter.sh/disrupted"

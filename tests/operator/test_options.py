@@ -1,0 +1,99 @@
+"""The command line: what every flag means, what the environment says, what is refused; and the log lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune_operator.operator_main.kill_switch import KillSwitch
+from finetune_operator.operator_main.logs import JsonFormatter, TextFormatter
+from finetune_operator.operator_main.options import GROUPS, SETTINGS, RunOptions, add_flags, read_options
+from finetune_operator.settings import Settings
+
+NOT_FLAGS = {"trainer_command", "require_storage"}
+"""What an image and a cluster leave no choice in."""
+
+
+def parse(*arguments: str, **environment: str) -> RunOptions:
+    parser = argparse.ArgumentParser(prog="finetune-operator")
+    add_flags(parser, environment)
+    return read_options(parser, arguments)
+
+
+def test_without_flags_the_settings_are_the_defaults() -> None:
+    options = parse()
+    assert options.settings == Settings()
+    assert options.operator.namespaces == ()
+    assert options.operator.lease is not None
+    assert options.operator.coordinator is not None
+
+
+def test_every_setting_is_a_flag_and_every_flag_is_explained() -> None:
+    flags = [flag for group in GROUPS.values() for flag in group]
+    assert SETTINGS - {flag.name.replace("-", "_") for flag in flags} == NOT_FLAGS
+    parser = argparse.ArgumentParser()
+    add_flags(parser, {})
+    text = " ".join(parser.format_help().split())
+    for flag in flags:
+        assert f"--{flag.name}" in text
+        assert flag.variable in text
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
+    assert parse(FINETUNE_NUM_WORKERS="7").operator.num_workers == 7
+    assert parse("--num-workers=3", FINETUNE_NUM_WORKERS="7").operator.num_workers == 3
+    assert parse("--namespaces=a, b,").operator.namespaces == ("a", "b")
+    assert parse("--leader-election=false").operator.lease is None
+    assert parse("--coordinator=false").operator.coordinator is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--coordinator-tls-cert=x",), "go together"),
+        (("--coordinator-service=x",), "--pod-ip"),
+        (("--num-workers=0",), "1 or more"),
+        (("--leader-election=perhaps",), "neither true nor false"),
+        (("--log-format=xml",), "--log-format"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(*arguments)
+    assert words in capsys.readouterr().err
+
+
+def record(**fields: object) -> logging.LogRecord:
+    made = logging.LogRecord("finetune", logging.WARNING, str(Path(__file__)), 1, "it %s", ("broke",), None)
+    made.__dict__.update(fields)
+    return made
+
+
+def test_json_lines_carry_the_job_the_attempt_and_the_rank() -> None:
+    line = json.loads(JsonFormatter().format(record(job="team/circles", attempt=2, rank=0)))
+    assert (line["level"], line["message"]) == ("warning", "it broke")
+    assert (line["job"], line["attempt"], line["rank"]) == ("team/circles", 2, 0)
+
+
+def test_text_lines_name_the_fields_before_the_trace() -> None:
+    try:
+        raise ValueError("why")
+    except ValueError:
+        broken = record(job="team/circles")
+        broken.exc_info = sys.exc_info()
+    head, *trace = TextFormatter().format(broken).splitlines()
+    assert head.endswith("it broke job=team/circles")
+    assert trace[-1] == "ValueError: why"
+
+
+@pytest.mark.parametrize("where", ["", "before", "before:0", "during:1"])
+def test_a_kill_switch_that_makes_no_sense(where: str) -> None:
+    with pytest.raises(ValueError):
+        KillSwitch(where)
