@@ -77,3 +77,22 @@ def test_other_work_than_steps_may_take_its_time_too() -> None:
     world = training("60s")
     standing_still(world, 600, RankState.SAVING)
     assert world.job.status.attempts[0].reason is None
+
+
+def test_an_operator_that_was_away_hears_of_the_steps_first() -> None:
+    world = training("60s")
+    world.now += seconds(600)
+    world.beats.clear()
+    world.settle()
+    world.train_to(90)
+    world.settle()
+    assert world.job.status.attempts[0].reason is None
+
+
+def test_after_a_long_save_the_time_of_a_step_begins_anew() -> None:
+    world = training("60s")
+    standing_still(world, 600, RankState.SAVING)
+    standing_still(world, 55)
+    assert world.job.status.attempts[0].reason is None
+    standing_still(world, 10)
+    assert world.job.status.attempts[0].reason == Reason.HANG

@@ -146,12 +146,14 @@ def find_cause(view: View, gang_complete: bool) -> Cause | None:
 def find_silent(view: View, since: datetime) -> Cause | None:
     """Find a pod that should run, and has not been heard since its peers lost it: its machine no longer answers.
 
-    None where nobody has been heard since: then it is the coordinator that is out of reach.
+    None where nobody has spoken since: then it is the coordinator that is out of reach.
     """
     heard = {rank for rank, received in view.beats.items() if received.received_at >= since}
     gang = _gang(view, gang_complete=True)
     silent = [facts for facts in gang if facts.node_rank not in heard and facts.pod and not has_ended(facts.pod)]
-    if not heard or not silent:
+    # A pod that has ended has spoken, too: its node told of it.
+    spoke = heard or any(facts.pod is not None and has_ended(facts.pod) for facts in gang)
+    if not spoke or not silent:
         return None
     return _cause(Row(lambda _: True, _always(Reason.NODE_LOST)), silent[0], view)
 

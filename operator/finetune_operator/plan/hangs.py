@@ -35,7 +35,7 @@ def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if entry is None or entry.attempt != view.attempt or is_finished(status):
         return status
     over_at = _over_at(view, status, entry)
-    if over_at is None or view.now < over_at:
+    if over_at is None or view.now < over_at or _has_moved(view, entry):
         return status
     lagging = min(view.reports, key=lambda report: (report.step or 0, report.rank))
     status = replace_current(status, revise(entry, ended_at=view.now))
@@ -68,7 +68,16 @@ def _over_at(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> dat
         return None
     if any(report.state in OVER for report in view.reports):
         return None
+    training = all(report.state in AT_STEPS for report in view.reports)
+    if training and status.reason != Reason.TRAINING:
+        # It comes from other work, or from silence: its time begins once that is noted.
+        return None
     return entry.progress_at + timedelta(seconds=_timeout_seconds(view, status))
+
+
+def _has_moved(view: View, entry: AttemptStatus) -> bool:
+    """Whether this very pass has read of a newer step, as the first one of an operator that was away does."""
+    return entry.to_step != view.job.status.attempts[-1].to_step
 
 
 def _timeout_seconds(view: View, status: FineTuneJobStatus) -> float:

@@ -50,6 +50,8 @@ class Supervisor:
         self._world: NewWorld | None = None
         self._heard_at = -math.inf
         self._kill: asyncio.TimerHandle | None = None
+        self._tried = asyncio.Event()
+        """Set once a first beat was answered, or was not."""
         self._changed = asyncio.Event()
         self._decided = asyncio.Event()
         """Set by whatever a supervisor that waits for a new world waits for."""
@@ -94,6 +96,8 @@ class Supervisor:
         """Where the ranks lost a peer, or saved for the sake of one, wait until the operator names a new world."""
         loop = asyncio.get_running_loop()
         if self._world is None and self._ends[0].exit_code in HOLDABLE:
+            if self._config.coordinator_url:
+                await self._tried.wait()
             self._waiting = True
             self._changed.set()
             while not (self._world or self._notice or self._superseded):
@@ -186,6 +190,7 @@ class Supervisor:
                 self._obey(reply)
             except CoordinatorError as error:
                 silent = _tell_change(silent, error)
+            self._tried.set()
             if ended:
                 return
             await asyncio.sleep(MIN_BEAT_GAP_SECONDS)
