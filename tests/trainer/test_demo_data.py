@@ -162,7 +162,7 @@ def test_merges_make_each_word_one_token(words: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def base() -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, torch_dtype=torch.float32)
+    return StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None).to(torch.float32)
 
 
 def test_the_shipped_base_is_small_and_holds_no_pickle() -> None:

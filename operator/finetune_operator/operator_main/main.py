@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import kopf
 
-from finetune_operator.cluster.kube.client import RequestHook
+from finetune_operator.cluster.kube.client import RequestHook, SetupError
 from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.handlers import register
 from finetune_operator.metrics import Metrics
@@ -22,6 +22,9 @@ from finetune_operator.operator_main.kill_switch import VARIABLE, KillSwitch
 from finetune_operator.operator_main.options import RunOptions, add_flags, read_options
 
 log = logging.getLogger(__name__)
+
+EXIT_SETUP = 2
+"""Exit code where the operator could not begin: trying again as it is will not help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -52,6 +55,11 @@ async def run_operator(options: RunOptions) -> int:
         hooks.append(KillSwitch(where))
     operator = Operator(options.operator, options.settings, metrics, tuple(hooks))
     metrics.look_at(operator)
+    try:
+        await operator.prepare()
+    except SetupError as error:
+        log.critical("%s", error)
+        return EXIT_SETUP
     checks = {"/livez": operator.is_alive, "/readyz": operator.is_ready}
     runner = await probes.serve(options.probe_host, options.probe_port, checks, metrics.registry)
     try:

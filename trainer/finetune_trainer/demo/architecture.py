@@ -71,7 +71,7 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_scheduler() -> PNDMScheduler:
     """The noise schedule of SD 1.x, with its default sampler."""
-    return PNDMScheduler(
+    scheduler = PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
@@ -81,3 +81,6 @@ def build_scheduler() -> PNDMScheduler:
         steps_offset=1,
         prediction_type="epsilon",
     )
+    # PNDM has no such setting, but DDIM and DDPM take theirs from this file, and clipping latents ruins the pictures.
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler

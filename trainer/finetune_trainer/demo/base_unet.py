@@ -32,7 +32,7 @@ def train_unet(pipeline: StableDiffusionPipeline, num_steps: int, seed: int) -> 
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     weights = loss_weights(schedule.alphas_cumprod)
     trained = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, num_steps, pct_start=0.05)
     for step in range(num_steps):
         rows = torch.randint(len(latents), (_BATCH_SIZE,))

@@ -52,7 +52,7 @@ def train_vae(num_steps: int, seed: int) -> AutoencoderKL:
     vae = build_vae()
     _let_colours_through(vae)
     pictures = _pictures(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, num_steps, pct_start=0.05)
     for step, pixels in enumerate(_batches(pictures, num_steps, seed)):
         posterior = vae.encode(pixels).latent_dist

@@ -64,6 +64,7 @@ def save_base(pipeline: StableDiffusionPipeline, folder: Path) -> int:
         part = Path(aside)
         pipeline.to(torch.float16).save_pretrained(part, safe_serialization=True)
         write_tokenizer(part / "tokenizer", NUM_TOKENS)
+        _forget_origin(part)
         num_bytes = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
         if num_bytes > _MAX_BYTES:
             raise ValueError(f"the model takes {num_bytes} bytes; make its parts smaller than {_MAX_BYTES} in all")
@@ -75,12 +76,20 @@ def save_base(pipeline: StableDiffusionPipeline, folder: Path) -> int:
     return num_bytes
 
 
+def _forget_origin(folder: Path) -> None:
+    """Take out of the configurations where on this machine the parts were loaded from."""
+    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def score_base(folder: Path, grid: Path | None = None) -> dict[str, float]:
     """Draw every caption once with the saved model; the shares of right colours and of clean circles.
 
     The pictures are written to `grid` where one is named, a row for each colour of the circle.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)
     captions = all_captions()
     images = sample_images(pipeline, captions)
     if grid is not None:
@@ -99,14 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to save the model to")
     parser.add_argument("--grid", type=Path, help="PNG file for one picture of every caption")
     parser.add_argument("--vae", type=Path, help="folder of a model whose VAE is kept and not trained again")
-    parser.add_argument("--vae-steps", type=int, default=3000, help="training steps of the VAE (default: 3000)")
-    parser.add_argument("--unet-steps", type=int, default=12000, help="training steps of the UNet (default: 12000)")
+    parser.add_argument("--vae-steps", type=int, default=9000, help="training steps of the VAE (default: 9000)")
+    parser.add_argument("--unet-steps", type=int, default=6000, help="training steps of the UNet (default: 6000)")
     parser.add_argument("--num-threads", type=int, default=1, help="threads to train with (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the draws (default: 0)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(options.num_threads)
-    vae = options.vae and AutoencoderKL.from_pretrained(options.vae, subfolder="vae", torch_dtype=torch.float32)
+    vae = options.vae and AutoencoderKL.from_pretrained(options.vae, subfolder="vae").to(torch.float32)
     pipeline = train_base(vae_steps=options.vae_steps, unet_steps=options.unet_steps, seed=options.seed, vae=vae)
     num_bytes = save_base(pipeline, options.out)
     _LOG.info("saved %s, %.1f MB", options.out, num_bytes / 1e6)

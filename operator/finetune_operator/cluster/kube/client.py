@@ -60,6 +60,10 @@ class ApiError(Exception):
         return self.status == CONFLICT and self.reason == "AlreadyExists"
 
 
+class SetupError(Exception):
+    """What the operator was told about its surroundings is wrong; the message says what."""
+
+
 class NotLeaderError(Exception):
     """This process may not write any more: another one may be leading by now."""
 
@@ -191,17 +195,23 @@ async def connect(kubeconfig: Path | None, context: str | None = None, num_conne
     """A client from a kubeconfig, or from what a pod is given where there is none.
 
     Raises:
-        ConfigException: neither can be read.
+        SetupError: neither can be read.
     """
     configuration = Configuration()
-    if kubeconfig is not None:
-        await config.load_kube_config(str(kubeconfig), context, client_configuration=configuration)
-    else:
-        loader = config.incluster_config.InClusterConfigLoader(
-            token_filename=config.incluster_config.SERVICE_TOKEN_FILENAME,
-            cert_filename=config.incluster_config.SERVICE_CERT_FILENAME,
+    try:
+        if kubeconfig is not None:
+            await config.load_kube_config(str(kubeconfig), context, client_configuration=configuration)
+        else:
+            loader = config.incluster_config.InClusterConfigLoader(
+                token_filename=config.incluster_config.SERVICE_TOKEN_FILENAME,
+                cert_filename=config.incluster_config.SERVICE_CERT_FILENAME,
+            )
+            loader.load_and_set(configuration)
+    except (config.ConfigException, OSError) as error:
+        source = (
+            f"the kubeconfig {kubeconfig}" if kubeconfig else "this pod's service account, for want of --kubeconfig"
         )
-        loader.load_and_set(configuration)
+        raise SetupError(f"cannot read {source}: {error}") from error
     configuration.connection_pool_maxsize = num_connections
     # Or each request would look for proxies and passwords in the environment, in a thread of its own.
     configuration.client_session_kwargs = {"trust_env": False}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from finetune_operator.api import words
 from finetune_operator.cluster.kube import objects
-from finetune_operator.cluster.kube.client import PARTIAL, PARTIAL_LIST, KubeApi, RequestHook, connect
+from finetune_operator.cluster.kube.client import PARTIAL, PARTIAL_LIST, KubeApi, RequestHook, SetupError, connect
 from finetune_operator.cluster.kube.clock import ServerClock
 from finetune_operator.cluster.kube.cluster import KubeCluster, Pace, World
 from finetune_operator.cluster.kube.coordinator import SecureCoordinator
@@ -163,7 +164,7 @@ class Term:
 
 
 class Operator:
-    """One replica; `start`, then `stop`."""
+    """One replica; `prepare`, `start`, then `stop`."""
 
     def __init__(
         self, options: OperatorOptions, settings: Settings, watcher: PassWatcher, hooks: tuple[RequestHook, ...] = ()
@@ -182,23 +183,25 @@ class Operator:
         self.ended = asyncio.Event()
         """Set when it has failed, and when it has stopped."""
 
-    async def start(self) -> None:
-        """Connect, and begin to wait for the lease.
+    async def prepare(self) -> None:
+        """Read the credentials and the certificate; nothing is sent yet.
 
         Raises:
-            ConfigException: there are no credentials for an API server.
-            OSError, ssl.SSLError: the coordinator's certificate cannot be read.
+            SetupError: one of them cannot be read.
         """
         options, clock = self._options, ServerClock()
+        certificate = _certificate(options.coordinator)
         self.client = await connect(options.kubeconfig, options.context)
         self.client.user_agent = f"{words.OPERATOR}/{options.identity}"
         self._api = KubeApi(self.client, clock, self._hooks)
-        certificate = _certificate(options.coordinator)
         if options.lease is not None:
             self._elector = Elector(self._api, options.lease, clock)
             self._api.may_write = self._elector.may_write
-        shared = Shared(options, self._settings, self._watcher, self._api, clock, self.nodes, certificate)
-        self._life = asyncio.create_task(self._live(shared))
+        self._shared = Shared(options, self._settings, self._watcher, self._api, clock, self.nodes, certificate)
+
+    async def start(self) -> None:
+        """Begin to wait for the lease."""
+        self._life = asyncio.create_task(self._live(self._shared))
         self._life.add_done_callback(self._life_ended)
 
     async def stop(self) -> None:
@@ -271,4 +274,7 @@ def _sources(cluster: KubeCluster) -> list[tuple[Source[Any], Any]]:
 def _certificate(options: CoordinatorOptions | None) -> ServerCertificate | None:
     if options is None or options.certificate is None or options.key is None:
         return None
-    return ServerCertificate(options.certificate, options.key)
+    try:
+        return ServerCertificate(options.certificate, options.key)
+    except (OSError, ssl.SSLError) as error:
+        raise SetupError(f"cannot load the coordinator's certificate {options.certificate}: {error}") from error
