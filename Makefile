@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo bench-ranks bench-operator bench-beats
+.PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo simulate bench-ranks \
+        bench-operator bench-beats bench-spot
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -30,6 +31,12 @@ kill-demo: install ## 10 notices and 20 kills at random moments: the weights of 
 
 bench-ranks: install ## two ranks on two cores beside one rank with two threads
 	@$(BIN)/python -m bench.ranks
+
+simulate: install ## a million random events against the simulated cluster; a broken invariant prints its replay
+	@$(BIN)/python -m tests.simulation --events 1000000
+
+bench-spot: install ## goodput on spot capacity: no operator, upstream practice, this operator
+	@$(BIN)/python -m bench.spot
 
 lint: install ## ruff, mypy strict, import-linter
 	$(BIN)/ruff format --check .

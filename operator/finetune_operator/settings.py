@@ -40,6 +40,11 @@ class Settings:
     """Wait before the attempt that follows a first failure; it doubles with every further one."""
     failure_backoff_max_seconds: float = 300.0
     """Longest such wait."""
+    same_step_failures: int = 3
+    """So many failures in a row at the same step end a job, whatever recovery.maxFailures still allows."""
+    hold_seconds: float = 120.0
+    """How long a supervisor whose ranks lost a peer goes on waiting for a new world while nobody answers it; 0: pods of
+    an attempt that has ended are never kept."""
     cause_seconds: float = 10.0
     """How long a sign that is a mere consequence (a lost peer) waits for its cause to show."""
     peer_grace_seconds: int = 2

@@ -19,7 +19,6 @@ REFUSED = [
     ({"queueName": "gpus"}, Reason.NOT_SUPPORTED, "spec.queueName"),
     ({"topology": CPU | {"minNodes": 1, "maxNodes": 4}}, Reason.NOT_SUPPORTED, "spec.topology.minNodes"),
     ({"recovery": {"spot": {"fallbackAfter": "30m"}}}, Reason.NOT_SUPPORTED, "write spot: {} to wait"),
-    ({"recovery": {"hangTimeout": "30m"}}, Reason.NOT_SUPPORTED, "spec.recovery.hangTimeout"),
     ({"training": {"method": "Full", "steps": 10}}, Reason.NOT_SUPPORTED, "spec.training.method"),
     ({"training": LORA | {"epochs": 3}}, Reason.INVALID_SPEC, "spec.training"),
     ({"topology": CPU, "training": LORA | {"precision": "fp16"}}, Reason.INVALID_SPEC, "precision"),
@@ -61,10 +60,10 @@ def test_spot_alone_is_accepted_and_rendered() -> None:
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    world = World(make_job(queueName="gpus", recovery={"hangTimeout": "30m"}))
+    world = World(make_job(queueName="gpus", recovery={"spot": {"fallbackAfter": "30m"}}))
     message = accepted(world).message
     assert "queueName" in message
-    assert "hangTimeout" in message
+    assert "recovery.spot" in message
 
 
 def test_a_corrected_spec_is_accepted() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune_operator.api.words import Reason
-from finetune_operator.plan.backoff import delay
+from finetune_operator.plan.backoff import delay, jitter
 from finetune_operator.settings import Settings
 from tests.plan.world import World, seconds
 
@@ -26,14 +26,24 @@ def test_the_next_attempt_waits_and_says_so() -> None:
     decided = world.settle()
     assert world.job.status.attempt == 1
     assert world.job.status.reason == Reason.BACK_OFF
-    assert "12:00:10" in (world.job.status.message or "")
-    assert decided.look_again == seconds(10)
-    world.tick(9)
+    wait = decided.look_again
+    assert wait is not None
+    assert seconds(8) <= wait <= seconds(12)
+    assert f"{world.now + wait:%H:%M:%S}" in (world.job.status.message or "")
+    world.tick(wait.total_seconds() - 0.1)
     world.settle()
     assert world.job.status.attempt == 1
-    world.tick(1)
+    world.tick(0.1)
     world.settle()
     assert world.job.status.attempt == 2
+
+
+def test_jobs_that_fail_together_do_not_come_back_together() -> None:
+    factors = {jitter(f"uid-{number}", 1) for number in range(100)}
+    assert len(factors) == 100
+    assert 0.8 <= min(factors) < 0.85
+    assert 1.15 < max(factors) <= 1.2
+    assert jitter("uid-1", 1) == jitter("uid-1", 1) != jitter("uid-1", 2)
 
 
 def test_a_preempted_job_does_not_wait() -> None:

@@ -99,3 +99,29 @@ def test_an_error_that_would_come_again_ends_the_job_at_once(code: ExitCode, rea
     assert (status.phase, status.reason, status.failures) == (Phase.FAILED, reason, 1)
     assert "died in attempt 1" in (status.message or "")
     assert world.events[-1].warning
+
+
+def test_failing_over_and_over_at_the_same_step_ends_the_job_early() -> None:
+    world = World(make_job(recovery={"maxFailures": 100}))
+    for num_failures in (1, 2, 3):
+        assert world.job.status.phase is not Phase.FAILED
+        world.running()
+        world.train_to(17)
+        world.step()
+        fail(world)
+        assert world.job.status.tally.failures_at_step == num_failures
+    status = world.job.status
+    assert (status.phase, status.reason) == (Phase.FAILED, Reason.SAME_STEP_FAILURES)
+    assert "3 failures in a row after step 17" in (status.message or "")
+
+
+def test_failures_at_other_steps_or_before_the_first_one_are_not_at_the_same_step() -> None:
+    world = World(make_job(recovery={"maxFailures": 100}))
+    for step in (None, None, None, None, 17, 18, 17, 18):
+        world.running()
+        if step is not None:
+            world.train_to(step)
+            world.step()
+        fail(world)
+        assert world.job.status.tally.failures_at_step == 1
+    assert world.job.status.phase is not Phase.FAILED

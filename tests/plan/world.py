@@ -29,7 +29,8 @@ from finetune_operator.plan.types import (
 from finetune_operator.settings import Settings
 
 START = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
-SETTINGS = Settings(coordinator_url="http://coordinator", require_storage=False)
+SETTINGS = Settings(coordinator_url="http://coordinator", require_storage=False, hold_seconds=0)
+"""Whole gangs; test_in_place is about the others."""
 
 
 def make_job(**spec: Any) -> FineTuneJob:
@@ -176,7 +177,7 @@ class World:
 
     def beat(self, node_rank: int, state: RankState = RankState.TRAINING, **report: Any) -> None:
         """A supervisor with one rank beats."""
-        told = {key: report.pop(key) for key in ("notice", "ends") if key in report}
+        told = {key: report.pop(key) for key in ("notice", "ends", "waiting") if key in report}
         self.sequence += 1
         pod = self.pod(node_rank)
         beat = Beat(

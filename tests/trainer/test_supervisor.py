@@ -250,6 +250,80 @@ def test_a_superseded_supervisor_stops(start: Start, endpoint: Endpoint) -> None
     assert process.wait(DEADLINE_SECONDS) == ExitCode.SUPERSEDED
 
 
+WORLD_4 = {"attempt": 4, "nodeRank": 0, "numNodes": 3, "masterAddr": "here", "masterPort": 7}
+HOLD = {"FINETUNE_HOLD_SECONDS": "60", "FINETUNE_BEAT_SECONDS": "0.05"}
+
+
+def test_after_a_lost_peer_the_ranks_start_anew_in_the_world_that_is_named(start: Start, endpoint: Endpoint) -> None:
+    process = start(
+        """
+        if os.environ["FINETUNE_ATTEMPT"] == "3":
+            sys.exit(76)
+        names = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FINETUNE_NUM_NODES"]
+        report(state='Training', detail=' '.join(os.environ[name] for name in names))
+        """,
+        **HOLD,
+    )
+    waiting = endpoint.wait(lambda beat: beat["waiting"])
+    assert {end["exitCode"] for end in waiting["ends"]} == {ExitCode.FABRIC}
+    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
+    last = endpoint.beats[-1]
+    assert (last["attempt"], last["nodeRank"], last["waiting"]) == (4, 0, False)
+    assert {rank["detail"] for rank in last["ranks"]} == {"0 6 here 7 3", "1 6 here 7 3"}
+
+
+def test_ranks_that_hang_are_ended_for_a_new_world(start: Start, endpoint: Endpoint) -> None:
+    process = start(
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        report(state='Training')
+        while os.environ["FINETUNE_ATTEMPT"] == "3": signal.pause()
+        """,
+        **HOLD,
+    )
+    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
+
+
+def test_a_supervisor_that_waits_leaves_on_notice(start: Start, endpoint: Endpoint, tmp_path: Path) -> None:
+    process = start("sys.exit(76)", **HOLD)
+    endpoint.wait(lambda beat: beat["waiting"])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.FABRIC
+    assert last_words(tmp_path).notice
+
+
+def test_nobody_waits_for_a_world_where_nobody_answers(start: Start) -> None:
+    process = start("sys.exit(76)", FINETUNE_COORDINATOR_URL="http://127.0.0.1:9", **HOLD)
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.FABRIC
+
+
+def test_a_rank_that_failed_by_itself_ends_the_pod(start: Start, endpoint: Endpoint) -> None:
+    process = start("sys.exit(1)", **HOLD)
+    assert process.wait(DEADLINE_SECONDS) == 1
+    assert not any(beat["waiting"] for beat in endpoint.beats)
+
+
+def test_ordered_to_save_the_pod_waits_for_what_comes_after(start: Start, endpoint: Endpoint) -> None:
+    process = start(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        report(state='Training')
+        while os.environ["FINETUNE_ATTEMPT"] == "3": signal.pause()
+        """,
+        **HOLD,
+    )
+    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    endpoint.reply = Reply.model_validate({"order": "SaveAndStop"})
+    saved = endpoint.wait(lambda beat: beat["waiting"])
+    assert {end["exitCode"] for end in saved["ends"]} == {ExitCode.SAVED}
+    assert not saved["notice"]
+    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
+
+
 def test_progress_bars_and_garbage_reports_do_no_harm(start: Start) -> None:
     process = start(
         "sys.stderr.write('1%\\r2%\\r' + 'x' * 300000); os.write(int(os.environ['FINETUNE_REPORT_FD']), b'?\\n')"

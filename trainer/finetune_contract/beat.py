@@ -122,6 +122,9 @@ class Beat(Wire):
     ranks: tuple[RankReport, ...] = ()
     ends: tuple[RankEnd, ...] = ()
     notice: bool = Field(default=False, description="this pod has been told to stop")
+    waiting: bool = Field(
+        default=False, description="its ranks have ended for want of a peer; it waits for a new world"
+    )
 
 
 class Order(StrEnum):
@@ -131,13 +134,24 @@ class Order(StrEnum):
     SAVE_AND_STOP = "SaveAndStop"
 
 
+class NewWorld(Wire):
+    """The place of a pod that is kept in the attempt after its own: its ranks are started anew there."""
+
+    attempt: int = Field(ge=1)
+    node_rank: int = Field(ge=0)
+    num_nodes: int = Field(ge=1)
+    master_addr: str = Field(description="host of rank 0")
+    master_port: int = Field(ge=1, le=65535)
+
+
 class Reply(Wire):
     """The coordinator's answer to a beat."""
 
     order: Order = Order.CONTINUE
     attempt: int | None = Field(
-        default=None, description="the job's newest attempt; a supervisor of an older one stops"
+        default=None, description="the job's newest attempt; a supervisor of an older one stops, unless it has a world"
     )
+    world: NewWorld | None = Field(default=None, description="where this pod's ranks belong in the newest attempt")
     beat_seconds: float | None = Field(default=None, gt=0, description="asks for another interval between beats")
 
 

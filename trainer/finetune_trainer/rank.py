@@ -5,9 +5,11 @@ Takes SIGTERM before anything slow is imported, and turns every end into an exit
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 
@@ -33,6 +35,8 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     """
     # Importing makes hundreds of thousands of objects that live on: looking for garbage among them costs a second.
     gc.disable()
+    # Asked for by the supervisor before it ends a rank that stands still: every thread's stack, into the log.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     fd = env.get(environment.REPORT_FD)
     reporter = Reporter(int(env.get("RANK", "0")), int(fd) if fd else None)

@@ -228,13 +228,33 @@ class CheckpointStatus(StatusModel):
     attempt: int | None = Field(default=None, description="attempt that wrote it")
 
 
+class AttemptSeconds(StatusModel):
+    """Where the time of a restart goes, in seconds. What is not there has not come about."""
+
+    teardown: float | None = Field(
+        default=None, description="from the end of the attempt before to this one's start, its back-off included"
+    )
+    queueing: float | None = Field(default=None, description="until all pods had a node")
+    pulling: float | None = Field(default=None, description="from there until all containers ran")
+    restoring: float | None = Field(default=None, description="from there until the ranks began to train")
+    first_step: float | None = Field(default=None, description="from there until the first step was finished")
+    detection: float | None = Field(
+        default=None, description="from the end of its first container until that was seen, where both are known"
+    )
+
+
 class AttemptStatus(StatusModel):
     """One line of the ledger: how an attempt began and why it ended."""
 
     attempt: int = Field(description="number, from 1")
     started_at: datetime = Field(description="when it was decided")
     gang_complete: bool = Field(default=False, description="whether all its pods had been seen")
+    pod_attempts: tuple[int, ...] = Field(
+        default=(),
+        description="for each node rank the attempt that its pod was made for, where pods of earlier ones were kept",
+    )
     training_at: datetime | None = Field(default=None, description="when the first step of it was finished")
+    progress_at: datetime | None = Field(default=None, description="when anything was last seen to go on")
     from_step: int | None = Field(default=None, description="step that it restored")
     to_step: int | None = Field(default=None, description="last step that it was seen to finish")
     ended_at: datetime | None = Field(default=None, description="when its end was seen")
@@ -245,6 +265,7 @@ class AttemptStatus(StatusModel):
     node: str | None = Field(default=None, description="its node")
     exit_code: int | None = Field(default=None, description="its exit code")
     message: str | None = Field(default=None, description="its last words")
+    seconds: AttemptSeconds = Field(default=AttemptSeconds(), description="where its time went beside training")
     lost_steps: int | None = Field(default=None, description="steps that the next attempt had to do again")
 
 
@@ -263,6 +284,8 @@ class TallyStatus(StatusModel):
     failures_since_checkpoint: int = Field(
         default=0, description="failures since the last newer checkpoint; maxFailures bounds them"
     )
+    failed_step: int | None = Field(default=None, description="step that the last attempt failed after")
+    failures_at_step: int = Field(default=0, description="failures in a row after that step")
     trained_steps: int = Field(default=0, description="optimizer steps seen to be finished, those done again included")
     trained_seconds: float = Field(default=0, description="time in which they were trained")
     step_time: datetime | None = Field(default=None, description="when the newest step was seen")

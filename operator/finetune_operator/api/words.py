@@ -107,6 +107,7 @@ class Reason(StrEnum):
 
     FINISHED = "Finished"
     MAX_FAILURES_EXCEEDED = "MaxFailuresExceeded"
+    SAME_STEP_FAILURES = "SameStepFailures"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
 
     ATTEMPT_STARTED = "AttemptStarted"
@@ -272,6 +273,11 @@ REASONS: dict[Reason, ReasonDoc] = {
         Topic.END,
         "The program failed more often than recovery.maxFailures allows without a newer checkpoint in between.",
         "Mend what the last attempts in the ledger died of; create the job anew.",
+    ),
+    Reason.SAME_STEP_FAILURES: ReasonDoc(
+        Topic.END,
+        "The program failed several times in a row after the same step: trying again will not help.",
+        "Read the last words in the ledger: a sample of that step, or the state that it comes to, is the likely cause.",
     ),
     Reason.DEADLINE_EXCEEDED: ReasonDoc(
         Topic.END,

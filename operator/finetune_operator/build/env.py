@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from finetune_contract import environment, paths
@@ -14,12 +15,22 @@ from finetune_operator.build.volumes import cache_dir
 from finetune_operator.settings import Settings
 
 
-def build_env(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Place:
+    """Where a pod belongs."""
+
+    attempt: int
+    node_rank: int
+    first_pod_attempt: int
+    """Attempt that the pod of node rank 0 was made for: the others meet there."""
+
+
+def build_env(job: FineTuneJob, place: Place, settings: Settings) -> list[dict[str, Any]]:
     """All variables of the container `trainer`, those of Secrets aside."""
     values = {
         environment.RUN_SPEC: f"{layout.RUN}/{layout.RUN_SPEC_KEY}",
-        environment.ATTEMPT: str(attempt),
-        **_gang(job, attempt, node_rank, settings),
+        environment.ATTEMPT: str(place.attempt),
+        **_gang(job, place, settings),
         **_folders(job, settings),
         **_coordinator(settings),
         environment.GRACE_SECONDS: str(job.spec.recovery.notice_seconds),
@@ -34,13 +45,13 @@ def build_env(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings
     ]
 
 
-def _gang(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, str]:
+def _gang(job: FineTuneJob, place: Place, settings: Settings) -> dict[str, str]:
     topology = job.spec.topology
     return {
-        environment.NODE_RANK: str(node_rank),
+        environment.NODE_RANK: str(place.node_rank),
         environment.NUM_NODES: str(num_nodes(job.spec)),
         environment.PROCESSES_PER_NODE: str(topology.processes_per_node),
-        environment.MASTER_ADDR: pod_host(job.metadata.name, attempt, 0, job.metadata.namespace),
+        environment.MASTER_ADDR: pod_host(job.metadata.name, place.first_pod_attempt, 0, job.metadata.namespace),
         environment.MASTER_PORT: str(settings.rendezvous_port),
         environment.BACKEND: backend(topology),
     }
@@ -62,4 +73,5 @@ def _coordinator(settings: Settings) -> dict[str, str]:
         environment.COORDINATOR_TOKEN: f"{layout.TOKEN}/{layout.TOKEN_FILE}" if url else "",
         environment.COORDINATOR_CA: f"{layout.TOKEN}/{layout.CA_FILE}" if url and ca else "",
         environment.BEAT_SECONDS: f"{settings.beat_seconds:g}",
+        environment.HOLD_SECONDS: f"{settings.hold_seconds:g}",
     }

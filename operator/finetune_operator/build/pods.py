@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from finetune_operator.api.job import Accelerator, FineTuneJob
 from finetune_operator.api.names import pod_name, service_name
 from finetune_operator.api.words import CONTAINER
 from finetune_operator.build import layout
-from finetune_operator.build.env import build_env
+from finetune_operator.build.env import Place, build_env
 from finetune_operator.build.merge import MergeError, merge
 from finetune_operator.build.metadata import build_metadata, pod_labels
 from finetune_operator.build.placement import build_placement
@@ -19,14 +21,30 @@ from finetune_operator.settings import Settings
 TEMPLATE_FIELDS = ("metadata", "spec")
 
 
-def build_pod(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Surroundings:
+    """What a pod's place depends on beside its own numbers."""
+
+    first_pod_attempt: int | None = None
+    """Attempt that node rank 0's pod was made for, where that one was kept; None: this pod's own."""
+    avoid: tuple[str, ...] = ()
+    """Names of nodes to be taken only where there are no others."""
+
+
+ALONE = Surroundings()
+
+
+def build_pod(
+    job: FineTuneJob, attempt: int, node_rank: int, settings: Settings, around: Surroundings = ALONE
+) -> dict[str, Any]:
     """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it.
 
     Raises:
         MergeError: the template cannot be laid over it, or leaves no pod that trains.
     """
     identity = _identity(job, attempt, node_rank)
-    rendered = merge(identity, {"spec": _pod_spec(job, attempt, node_rank, settings)})
+    env = build_env(job, Place(attempt, node_rank, around.first_pod_attempt or attempt), settings)
+    rendered = merge(merge(identity, {"spec": _pod_spec(job, env, settings)}), {"spec": _affinity(around.avoid)})
     # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
     # pod stays the one that the plan looks for.
     pod = merge(merge(rendered, _template(job)), identity)
@@ -67,13 +85,13 @@ def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
     }
 
 
-def _pod_spec(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
+def _pod_spec(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": job.spec.recovery.notice_seconds,
         "securityContext": _pod_security(settings),
-        "containers": [_container(job, attempt, node_rank, settings)],
+        "containers": [_container(job, env, settings)],
         "volumes": [volume for volume, _ in build_volumes(job, settings)],
         **build_placement(job),
     }
@@ -82,14 +100,23 @@ def _pod_spec(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings
     return spec
 
 
-def _container(job: FineTuneJob, attempt: int, node_rank: int, settings: Settings) -> dict[str, Any]:
+def _affinity(avoid: Sequence[str]) -> dict[str, Any]:
+    """A preference, for a job that fits on no other node must not wait for ever."""
+    if not avoid:
+        return {}
+    term = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": list(avoid)}]}
+    weighted = [{"weight": 100, "preference": term}]
+    return {"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": weighted}}}
+
+
+def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     topology = job.spec.topology
     gpu = topology.accelerator is Accelerator.GPU
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": settings.trainer_image_gpu if gpu else settings.trainer_image_cpu,
         "command": list(settings.trainer_command),
-        "env": build_env(job, attempt, node_rank, settings),
+        "env": env,
         "terminationMessagePath": layout.TERMINATION_LOG,
         # Where the supervisor itself was killed, the end of the log is better than nothing.
         "terminationMessagePolicy": "FallbackToLogsOnError",

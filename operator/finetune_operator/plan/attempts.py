@@ -10,7 +10,7 @@ from datetime import datetime
 
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.words import ConditionType, Reason
-from finetune_operator.plan import backoff, ledger
+from finetune_operator.plan import backoff, in_place, ledger
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.endings import close
 from finetune_operator.plan.revise import revise
@@ -18,13 +18,21 @@ from finetune_operator.plan.view import View, is_finished
 
 
 def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Begin an attempt where the job may have one, the last one is settled, its pods are gone and its wait is over."""
-    if not may_begin(view, status) or view.observed.pods:
+    """Begin an attempt where the job may have one, the last one is settled and its wait is over.
+
+    Of the pods of the last one only those may be left that are kept.
+    """
+    if not may_begin(view, status):
+        return status
+    kept = in_place.survivors(view, status)
+    if len(view.observed.pods) > len(kept) or in_place.is_saving(view, status, kept):
         return status
     due = _due(view, status)
     if due is not None and view.now < due:
         return status
-    return _begin(view, status, status.attempt + 1)
+    attempt = status.attempt + 1
+    pod_attempts = in_place.pod_attempts(view, kept, attempt)
+    return _begin(view, status, attempt, pod_attempts)
 
 
 def catch_up(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
@@ -51,10 +59,14 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
 
 def _due(view: View, status: FineTuneJobStatus) -> datetime | None:
     entry = ledger.current(status)
-    return backoff.next_attempt_at(entry, status, view.settings) if entry is not None else None
+    if entry is None:
+        return None
+    return backoff.next_attempt_at(entry, status, view.settings, view.job.metadata.uid)
 
 
-def _begin(view: View, status: FineTuneJobStatus, attempt: int) -> FineTuneJobStatus:
-    status = ledger.begin(status, attempt, view.now, view.settings.max_attempts_kept)
+def _begin(
+    view: View, status: FineTuneJobStatus, attempt: int, pod_attempts: tuple[int, ...] = ()
+) -> FineTuneJobStatus:
+    status = ledger.begin(status, attempt, view.now, view.settings.max_attempts_kept, pod_attempts)
     # What was measured of the last attempt is not true of this one.
     return revise(status, start_time=status.start_time or view.now, images_per_second=None, eta=None)

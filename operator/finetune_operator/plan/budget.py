@@ -1,4 +1,7 @@
-"""Whether a failed attempt is the job's last: preemptions spend nothing, and a newer checkpoint restores the budget."""
+"""Whether a failed attempt is the job's last: preemptions spend nothing, and a newer checkpoint restores the budget.
+
+One that fails over and over after the very same step ends early: the step itself is at fault.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,14 @@ def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         return status
     if is_final(entry.reason):
         return fail(view, status, entry.reason, explain_end(entry))
+    tally = status.tally
+    if tally.failures_at_step >= view.settings.same_step_failures and tally.failed_step is not None:
+        sentence = f"{tally.failures_at_step} failures in a row after step {tally.failed_step}; {explain_end(entry)}"
+        return fail(view, status, Reason.SAME_STEP_FAILURES, sentence)
     allowed = view.spec.recovery.max_failures
-    if status.tally.failures_since_checkpoint <= allowed:
+    if tally.failures_since_checkpoint <= allowed:
         return status
     since = f"since the checkpoint of step {status.last_checkpoint.step}" if status.last_checkpoint else "in all"
-    num_failures = status.tally.failures_since_checkpoint
+    num_failures = tally.failures_since_checkpoint
     sentence = f"{num_failures} failures {since}, {allowed} allowed; the last: {explain_end(entry)}"
     return fail(view, status, Reason.MAX_FAILURES_EXCEEDED, sentence)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from finetune_contract.exit_codes import ExitCode, describe
 from finetune_operator.api.names import pod_name
@@ -34,6 +35,8 @@ class Facts:
     notice: bool = False
     """Whether its supervisor has been told to stop."""
     last_words: str = ""
+    stayed_behind: bool = False
+    """Whether it was kept for the attempt, and ended without having come to it."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ TABLE: tuple[Row, ...] = (
     Row(_pod(lambda pod: pod.reason in KUBELET_SHUTDOWN), _always(Reason.TERMINATION_BY_KUBELET)),
     Row(_pod(lambda pod: pod.reason == "NodeLost"), _always(Reason.NODE_LOST)),
     Row(lambda facts: facts.pod is None, _always(Reason.POD_LOST)),
+    Row(lambda facts: facts.stayed_behind, _always(Reason.POD_LOST)),
     # The operator deletes pods only of attempts that have ended: this was somebody else.
     Row(_pod(lambda pod: pod.deleted_at is not None), _always(Reason.POD_DELETED)),
     # The program. A kubelet that is short of something says DisruptionTarget, above; an eviction without that is for
@@ -139,6 +143,21 @@ def find_cause(view: View, gang_complete: bool) -> Cause | None:
     return _cause(row, facts, view)
 
 
+def find_silent(view: View, since: datetime) -> Cause | None:
+    """Find a pod that should run, and has not been heard since its peers lost it: its machine no longer answers.
+
+    None where nobody has spoken since: then it is the coordinator that is out of reach.
+    """
+    heard = {rank for rank, received in view.beats.items() if received.received_at >= since}
+    gang = _gang(view, gang_complete=True)
+    silent = [facts for facts in gang if facts.node_rank not in heard and facts.pod and not has_ended(facts.pod)]
+    # A pod that has ended has spoken, too: its node told of it.
+    spoke = heard or any(facts.pod is not None and has_ended(facts.pod) for facts in gang)
+    if not spoke or not silent:
+        return None
+    return _cause(Row(lambda _: True, _always(Reason.NODE_LOST)), silent[0], view)
+
+
 def _weight(row: Row, index: int) -> tuple[bool, int]:
     return row.consequence, index
 
@@ -153,7 +172,8 @@ def _gang(view: View, gang_complete: bool) -> list[Facts]:
     gang = []
     for node_rank in range(view.num_nodes):
         pod = view.pods.get(node_rank)
-        if (pod is not None or gang_complete) and not view.is_done(node_rank):
+        expected = gang_complete or view.is_kept(node_rank)
+        if (pod is not None or expected) and not view.is_done(node_rank):
             gang.append(_facts(view, node_rank, pod))
     return gang
 
@@ -176,6 +196,7 @@ def _facts(view: View, node_rank: int, pod: ObservedPod | None) -> Facts:
         code=code,
         notice=bool((beat and beat.notice) or (termination and termination.notice)),
         last_words=first.last_words if first else "",
+        stayed_behind=termination is not None and termination.attempt < view.attempt,
     )
 
 
@@ -184,7 +205,7 @@ def _cause(row: Row, facts: Facts, view: View) -> Cause:
     return Cause(
         reason=row.reason(facts),
         rank=facts.rank,
-        pod=pod.name if pod else pod_name(view.job.metadata.name, view.attempt, facts.node_rank),
+        pod=pod.name if pod else pod_name(view.job.metadata.name, view.pod_attempts[facts.node_rank], facts.node_rank),
         node=pod.node if pod else None,
         exit_code=facts.code,
         last_words=facts.last_words.strip() or _cluster_words(facts, row.reason(facts)),

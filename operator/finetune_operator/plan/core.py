@@ -17,10 +17,14 @@ from finetune_operator.plan import (
     finish,
     gang,
     goodput,
+    hangs,
+    in_place,
+    nodes,
     phase,
     progress,
     restart,
     suspend,
+    timing,
     ttl,
 )
 from finetune_operator.plan.types import Action, Observed, Plan
@@ -37,11 +41,14 @@ POLICIES: tuple[Policy, ...] = (
     finish.judge_success,  # Is all done?
     deadline.judge,  # Is its time over?
     suspend.stop,  # Is it to stop for now?
+    hangs.judge,  # Does it stand still?
     endings.see_end,  # Has the attempt ended, and why?
     budget.judge,  # Was that one failure too many?
     attempts.begin,  # May the next attempt begin?
     attempts.catch_up,  # Are there attempts that the status does not know?
+    timing.measure,  # Where did the time of its start go?
     phase.describe,  # Where is it, in words?
+    hangs.note,  # Does anything go on?
     conditions.derive,  # What holds, and since when?
     goodput.measure,  # What share of the time was of use?
 )
@@ -49,14 +56,16 @@ POLICIES: tuple[Policy, ...] = (
 
 ACTIONS: tuple[Callable[[View, FineTuneJobStatus], tuple[Action, ...]], ...] = (
     gang.create_missing,
-    restart.delete_old,
+    lambda view, status: restart.delete_old(view, status, in_place.survivors(view, status)),
     ttl.delete_job,
 )
 
 WAKES: tuple[Callable[[View, FineTuneJobStatus], datetime | None], ...] = (
     deadline.deadline,
+    hangs.wake,
     endings.wake,
     attempts.wake,
+    in_place.wake,
     restart.wake,
     phase.wake,
     ttl.wake,
@@ -76,17 +85,18 @@ def plan(job: FineTuneJob, observed: Observed, now: datetime, settings: Settings
     if job.metadata.deletion_timestamp is not None:
         # All that belongs to it goes with it, for it owns them.
         return Plan(job.status)
-    view = View(job, observed, now, settings)
+    view = View(job, nodes.judge(observed, now, settings), now, settings)
     status = job.status
     for policy in POLICIES:
         status = policy(view, status)
-    actions = tuple(action for decide in ACTIONS for action in decide(view, status))
+    actions = [action for decide in ACTIONS for action in decide(view, status)]
+    actions += [action for action in nodes.force_delete(observed) if action not in actions]
     # What was due has been done in this pass.
-    wakes = (wake(view, status) for wake in WAKES)
+    wakes = (nodes.wake(observed, now, settings), *(wake(view, status) for wake in WAKES))
     wake_at = earliest(time for time in wakes if time is not None and time > now)
     return Plan(
         status=status,
-        actions=actions,
+        actions=tuple(actions),
         events=events.between(job.status, status),
         look_again=wake_at - now if wake_at is not None else None,
     )

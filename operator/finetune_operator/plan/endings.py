@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, TallyStatus
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.words import REASONS, CountsAs, Reason
-from finetune_operator.plan.causes import Cause, find_cause
+from finetune_operator.plan.causes import Cause, find_cause, find_silent
 from finetune_operator.plan.ledger import current, replace_current
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.view import View, is_finished
@@ -34,6 +34,9 @@ def see_end(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         cause = Cause(Reason.POD_LOST, rank=0, pod=pod_name(view.job.metadata.name, view.attempt, 0))
     if cause.consequence and view.now < believe_at(entry, view) and not view.all_ended():
         return status
+    if cause.consequence and entry.ended_at is not None and not view.all_ended():
+        # Every supervisor tells of its rank's end at once; one that has not is the peer that was lost.
+        cause = find_silent(view, entry.ended_at) or cause
     return settle(status, cause)
 
 
@@ -73,9 +76,21 @@ def _count(status: FineTuneJobStatus, counts_as: CountsAs | None) -> FineTuneJob
     if counts_as is CountsAs.PREEMPTION:
         return revise(status, preemptions=status.preemptions + 1)
     if counts_as is CountsAs.FAILURE:
-        tally = revise(status.tally, failures_since_checkpoint=status.tally.failures_since_checkpoint + 1)
-        return revise(status, failures=status.failures + 1, tally=tally)
+        return revise(status, failures=status.failures + 1, tally=_tally_failure(status))
     return status
+
+
+def _tally_failure(status: FineTuneJobStatus) -> TallyStatus:
+    """A failure more, since the checkpoint and at its step. An attempt that did not begin to train is at no step."""
+    entry, tally = current(status), status.tally
+    assert entry is not None
+    same = entry.to_step is not None and entry.to_step == tally.failed_step
+    return revise(
+        tally,
+        failures_since_checkpoint=tally.failures_since_checkpoint + 1,
+        failed_step=entry.to_step,
+        failures_at_step=tally.failures_at_step + 1 if same else 1,
+    )
 
 
 def believe_at(entry: AttemptStatus, view: View) -> datetime:

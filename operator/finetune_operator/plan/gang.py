@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.names import config_name, service_name
-from finetune_operator.api.words import ConditionType
-from finetune_operator.build import build_config, build_pod, build_service
+from finetune_operator.api.words import ConditionType, Reason
+from finetune_operator.build import Surroundings, build_config, build_pod, build_service
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.ledger import open_entry, replace_current
 from finetune_operator.plan.revise import revise
@@ -40,6 +40,12 @@ def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     if service_name(name) not in view.observed.services:
         missing.append(Create(build_service(view.job, view.settings)))
     if not entry.gang_complete:
-        ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods)
-        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings)) for rank in ranks]
+        around = Surroundings(view.pod_attempts[0], _hung_nodes(status))
+        ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
+        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, around)) for rank in ranks]
     return tuple(missing)
+
+
+def _hung_nodes(status: FineTuneJobStatus) -> tuple[str, ...]:
+    """Nodes on which a rank of this job stood still."""
+    return tuple(sorted({old.node for old in status.attempts if old.reason == Reason.HANG and old.node}))

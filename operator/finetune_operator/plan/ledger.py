@@ -28,9 +28,11 @@ def replace_current(status: FineTuneJobStatus, entry: AttemptStatus) -> FineTune
     return revise(status, attempts=(*status.attempts[:-1], entry))
 
 
-def begin(status: FineTuneJobStatus, attempt: int, now: datetime, max_kept: int) -> FineTuneJobStatus:
-    """Add an attempt, and drop the oldest ones above the bound."""
-    entry = AttemptStatus(attempt=attempt, started_at=now)
+def begin(
+    status: FineTuneJobStatus, attempt: int, now: datetime, max_kept: int, pod_attempts: tuple[int, ...] = ()
+) -> FineTuneJobStatus:
+    """Add an attempt, perhaps with pods of earlier ones, and drop the oldest entries above the bound."""
+    entry = AttemptStatus(attempt=attempt, started_at=now, pod_attempts=pod_attempts)
     return revise(status, attempt=attempt, attempts=(*status.attempts, entry)[-max_kept:])
 
 

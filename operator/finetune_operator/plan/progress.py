@@ -67,7 +67,8 @@ def _read_steps(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> 
 def _seen_steps(view: View) -> list[int | None]:
     """Finished steps by the newest word of each rank, or of its supervisor at the end."""
     terminations = (pod.termination for pod in view.pods.values())
-    return [report.step for report in view.reports] + [end.step for end in terminations if end is not None]
+    ends = [end.step for end in terminations if end is not None and end.attempt == view.attempt]
+    return [report.step for report in view.reports] + ends
 
 
 def _newest_beat_at(view: View) -> datetime:

@@ -1,4 +1,4 @@
-"""Clearing an attempt that has ended, so that the next one can begin: the whole gang goes.
+"""Clearing an attempt that has ended, so that the next one can begin: what is not kept in place goes.
 
 With notice, the ranks agree on a step, save and leave by themselves; they have until the notice is over. Suspended
 ones are given that notice here. After a sudden loss no step can be finished any more, so the survivors go at once.
@@ -22,8 +22,8 @@ SUDDEN = frozenset({Reason.POD_LOST, Reason.NODE_LOST, Reason.DELETION_BY_POD_GC
 GOOD_ENDS = frozenset({None, ExitCode.DONE, ExitCode.SAVED})
 
 
-def delete_old(view: View, status: FineTuneJobStatus) -> tuple[DeletePod, ...]:
-    """The pods to delete now. Nothing is deleted twice, and no pod of an attempt that is open."""
+def delete_old(view: View, status: FineTuneJobStatus, kept: frozenset[int] = frozenset()) -> tuple[DeletePod, ...]:
+    """The pods to delete now. Nothing is deleted twice, no pod of an attempt that is open, and none that is kept."""
     grace = view.settings.peer_grace_seconds
     doomed = [_delete(pod, grace) for pod in view.older_pods]
     entry = current(status)
@@ -34,17 +34,17 @@ def delete_old(view: View, status: FineTuneJobStatus) -> tuple[DeletePod, ...]:
         running = [pod for pod in view.pods.values() if pod.phase not in ENDED]
         doomed += [_delete(pod, _running_grace(entry, view)) for pod in running]
     elif entry.reason is not None:
-        doomed += [_delete_settled(pod, entry, view) for pod in view.pods.values()]
+        doomed += [_delete_settled(pod, entry, view) for rank, pod in view.pods.items() if rank not in kept]
     return _some(doomed)
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
     """When survivors that are still saving must be looked at again."""
     entry = current(status)
-    if entry is None or entry.reason is None or is_finished(status) or not _may_save(entry, view):
+    if entry is None or entry.reason is None or is_finished(status) or not may_save(entry, view):
         return None
     running = any(not has_ended(pod) for pod in view.pods.values())
-    return _notice_over_at(entry, view) if running else None
+    return notice_over_at(entry, view) if running else None
 
 
 def _delete_settled(pod: ObservedPod, entry: AttemptStatus, view: View) -> DeletePod | None:
@@ -53,7 +53,7 @@ def _delete_settled(pod: ObservedPod, entry: AttemptStatus, view: View) -> Delet
         return _delete(pod, grace)
     if entry.reason in WITH_OWN_GRACE:
         return _delete(pod, None)
-    if _may_save(entry, view) and view.now < _notice_over_at(entry, view):
+    if may_save(entry, view) and view.now < notice_over_at(entry, view):
         return None
     return _delete(pod, grace)
 
@@ -62,14 +62,14 @@ def _running_grace(entry: AttemptStatus, view: View) -> int | None:
     return None if entry.reason in WITH_OWN_GRACE else view.settings.peer_grace_seconds
 
 
-def _may_save(entry: AttemptStatus, view: View) -> bool:
+def may_save(entry: AttemptStatus, view: View) -> bool:
     """Whether the ranks that still run can finish a step together: they had notice, and none has ended badly."""
     if entry.counts_as != CountsAs.PREEMPTION or entry.reason in SUDDEN:
         return False
     return all(pod.exit_code in GOOD_ENDS for pod in view.pods.values() if has_ended(pod))
 
 
-def _notice_over_at(entry: AttemptStatus, view: View) -> datetime:
+def notice_over_at(entry: AttemptStatus, view: View) -> datetime:
     """When the notice of the pods that are taken away is over; where they are gone, as long as it is for any."""
     noticed = [pod.deleted_at + pod.grace for pod in view.pods.values() if pod.deleted_at is not None]
     seconds = view.spec.recovery.notice_seconds

@@ -63,6 +63,18 @@ class ReceivedBeat:
 
 
 @dataclass(frozen=True)
+class ObservedNode:
+    """What matters of a node that is not simply well."""
+
+    lost: bool = False
+    """The control plane does not hear of it (Ready is Unknown)."""
+    gone: bool = False
+    """The API shows no such node any more."""
+    leaving: str = ""
+    """The taint that announces its end; empty where none does."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """The world as it was last seen. May lag behind; never ahead."""
 
@@ -73,6 +85,8 @@ class Observed:
     """Names of the job's services that exist."""
     configs: frozenset[str] = frozenset()
     """Names of the job's ConfigMaps that exist."""
+    nodes: Mapping[str, ObservedNode] = field(default_factory=dict)
+    """Nodes of the job's pods that are not simply well, by name. A node that is not here is well."""
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,6 @@ GAPS = (
         "spec.recovery.spot.fallbackAfter: this version does not change to on-demand nodes; write spot: {} to wait for "
         "spot nodes.",
     ),
-    Gap(
-        lambda spec: spec.recovery.hang_timeout is not None,
-        "spec.recovery.hangTimeout: hangs are not detected by this version; leave it out.",
-    ),
 )
 
 NO_STORAGE = (

@@ -46,15 +46,27 @@ class View:
         return num_nodes(self.spec)
 
     @cached_property
+    def pod_attempts(self) -> tuple[int, ...]:
+        """For each node rank the attempt that its pod was made for: an earlier one where the pod was kept."""
+        return member_attempts(self.job.status, self.num_nodes)
+
+    def is_kept(self, node_rank: int) -> bool:
+        """Whether a node rank's pod was taken over from an earlier attempt: it is never created."""
+        return self.pod_attempts[node_rank] != self.attempt
+
+    @cached_property
     def pods(self) -> dict[int, ObservedPod]:
         """The pods of the attempt, by node rank."""
-        mine = (pod for pod in self.observed.pods if pod.attempt == self.attempt)
+        mine = (pod for pod in self.observed.pods if self._is_member(pod))
         return {pod.node_rank: pod for pod in sorted(mine, key=lambda pod: pod.node_rank)}
+
+    def _is_member(self, pod: ObservedPod) -> bool:
+        return pod.node_rank < self.num_nodes and pod.attempt == self.pod_attempts[pod.node_rank]
 
     @cached_property
     def older_pods(self) -> tuple[ObservedPod, ...]:
-        """Pods of attempts that are over."""
-        return tuple(pod for pod in self.observed.pods if pod.attempt < self.attempt)
+        """Pods of attempts that are over, those that were kept aside."""
+        return tuple(pod for pod in self.observed.pods if pod.attempt < self.attempt and not self._is_member(pod))
 
     @cached_property
     def newest_attempt(self) -> int:
@@ -96,6 +108,12 @@ class View:
 def has_ended(pod: ObservedPod) -> bool:
     """Whether the trainer's container has ended; a sidecar may keep the pod itself running."""
     return pod.phase in ENDED or pod.exit_code is not None
+
+
+def member_attempts(status: FineTuneJobStatus, num_nodes: int) -> tuple[int, ...]:
+    """For each node rank of the newest attempt, the attempt that its pod was made for."""
+    kept = status.attempts[-1].pod_attempts if status.attempts else ()
+    return kept if len(kept) == num_nodes else (status.attempt,) * num_nodes
 
 
 def is_finished(status: FineTuneJobStatus) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune_contract import environment
+from finetune_contract.beat import NewWorld
 from finetune_contract.run_spec import RunSpec
 
 
@@ -32,11 +33,32 @@ class Config:
     coordinator_ca: Path | None
     beat_seconds: float
     termination_log: Path | None
+    hold_seconds: float = 0.0
+    """How long to wait for a new world while nobody answers; 0: not at all."""
+    rendezvous: tuple[tuple[str, str], ...] = ()
+    """Variables of a world that was named later than the pod's manifest."""
 
     @property
     def world_size(self) -> int:
         """Number of ranks of the whole gang."""
         return self.num_nodes * self.processes_per_node
+
+    def moved(self, world: NewWorld) -> Config:
+        """The same pod in a later attempt."""
+        where = {
+            environment.MASTER_ADDR: world.master_addr,
+            environment.MASTER_PORT: str(world.master_port),
+            environment.ATTEMPT: str(world.attempt),
+            environment.NODE_RANK: str(world.node_rank),
+            environment.NUM_NODES: str(world.num_nodes),
+        }
+        return replace(
+            self,
+            attempt=world.attempt,
+            node_rank=world.node_rank,
+            num_nodes=world.num_nodes,
+            rendezvous=tuple(where.items()),
+        )
 
     def rank(self, local_rank: int) -> int:
         """Global rank of a local one."""
@@ -69,6 +91,7 @@ def read_config(env: Mapping[str, str]) -> Config:
         coordinator_ca=_path(env, environment.COORDINATOR_CA),
         beat_seconds=_seconds(env, environment.BEAT_SECONDS, default=5.0),
         termination_log=_path(env, environment.TERMINATION_LOG),
+        hold_seconds=_seconds(env, environment.HOLD_SECONDS, default=0.0, least=0.0),
     )
 
 
@@ -90,12 +113,12 @@ def _count(env: Mapping[str, str], name: str, least: int = 1) -> int:
     return int(text)
 
 
-def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
+def _seconds(env: Mapping[str, str], name: str, default: float, least: float = 0.001) -> float:
     text = env.get(name) or str(default)
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if value <= 0:
-        raise BadEnvironmentError(f"{name}={text!r} is not a number of seconds above zero")
+        value = -1.0
+    if value < least:
+        raise BadEnvironmentError(f"{name}={text!r} is not a number of seconds of {least:g} or more")
     return value

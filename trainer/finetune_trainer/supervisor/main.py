@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
-from finetune_contract.beat import Beat, Order, RankEnd, RankReport, RankState, Reply, Termination
+from finetune_contract.beat import Beat, NewWorld, Order, RankEnd, RankReport, RankState, Reply, Termination
 from finetune_contract.exit_codes import ExitCode, describe
 from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorError
 from finetune_trainer.supervisor.config import BadEnvironmentError, Config, read_config
@@ -24,6 +25,11 @@ PEER_SECONDS = 5.0
 """How long the other ranks of the pod have once one of them ended badly: they cannot finish a step without it."""
 MIN_BEAT_GAP_SECONDS = 0.05
 """Changes that come closer together share a beat."""
+HOLDABLE = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
+"""Ends of ranks after which their pod is still good for another world."""
+STACK_SECONDS = 0.2
+"""How long a rank that is to be ended has to write its threads' stacks."""
+ENDED_BY_US = frozenset({128 + signal.SIGTERM, 128 + signal.SIGKILL})
 FAREWELL_SECONDS = 2.0
 """How long the end waits for the last beat to be taken."""
 
@@ -37,32 +43,84 @@ class Supervisor:
         self._ranks: list[RankProcess] = []
         self._ends: list[RankEnd] = []
         self._notice = False
+        self._ordered = False
         self._superseded = False
+        self._waiting = False
+        self._over = False
+        self._world: NewWorld | None = None
+        self._heard_at = -math.inf
+        self._kill: asyncio.TimerHandle | None = None
+        self._tried = asyncio.Event()
+        """Set once a first beat was answered, or was not."""
         self._changed = asyncio.Event()
+        self._decided = asyncio.Event()
+        """Set by whatever a supervisor that waits for a new world waits for."""
         self._sequence = 0
         self._beat_seconds = config.beat_seconds
 
     async def run(self) -> int:
-        """Start the ranks, see them to their end, and return the pod's exit code."""
+        """Run the ranks, in one world after the other, and return the pod's exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_notice, signal.Signals(number).name)
         if os.getpid() == 1:
             loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
-        shares = share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
-        for local_rank, share in enumerate(shares):
-            self._ranks.append(await start_rank(self._config, local_rank, share, self._command, self._changed.set))
-        if self._notice:
-            self._signal_all(signal.SIGTERM)
+        await self._start_ranks()
         beats = asyncio.create_task(self._beat_until_ended())
-        await asyncio.gather(*(self._see_to_end(rank) for rank in self._ranks))
+        await self._see_all_to_end()
+        while await self._new_world_comes():
+            await self._start_ranks()
+            self._changed.set()
+            await self._see_all_to_end()
+        self._over = True
         self._changed.set()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(beats, FAREWELL_SECONDS)
         return ExitCode.SUPERSEDED if self._superseded else pod_exit_code(self._ends)
 
+    async def _start_ranks(self) -> None:
+        self._ranks, self._ends = [], []
+        shares = share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
+        for local_rank, share in enumerate(shares):
+            self._ranks.append(await start_rank(self._config, local_rank, share, self._command, self._changed.set))
+        if self._notice:
+            self._signal_all(signal.SIGTERM)
+
+    async def _see_all_to_end(self) -> None:
+        await asyncio.gather(*(self._see_to_end(rank) for rank in self._ranks))
+        if self._kill is not None:
+            # It must not hit the ranks that come after these.
+            self._kill.cancel()
+
+    async def _new_world_comes(self) -> bool:
+        """Where the ranks lost a peer, or saved for the sake of one, wait until the operator names a new world."""
+        loop = asyncio.get_running_loop()
+        if self._world is None and self._ends[0].exit_code in HOLDABLE:
+            if self._config.coordinator_url:
+                await self._tried.wait()
+            self._waiting = True
+            self._changed.set()
+            while not (self._world or self._notice or self._superseded):
+                left = self._heard_at + self._config.hold_seconds - loop.time()
+                if left <= 0:
+                    break
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._decided.wait(), left)
+                self._decided.clear()
+            self._waiting = False
+        world, self._world = self._world, None
+        if world is None or self._notice or self._superseded:
+            return False
+        _log(f"attempt {world.attempt}: the ranks start anew as node {world.node_rank} of {world.num_nodes}")
+        self._config = self._config.moved(world)
+        self._ordered = False
+        return True
+
     async def _see_to_end(self, rank: RankProcess) -> None:
         end = await rank.follow()
+        if self._ends and self._ends[0].exit_code == ExitCode.FABRIC and end.exit_code in ENDED_BY_US:
+            # Ended by this supervisor, for want of the same peer.
+            end = end.model_copy(update={"exit_code": int(ExitCode.FABRIC)})
         self._ends.append(end)
         self._write_last_words()
         _log(f"rank {end.rank} ended: {describe(end.exit_code)}")
@@ -72,17 +130,28 @@ class Supervisor:
     def _end_soon(self) -> None:
         """One rank is gone for good: the others get a notice and a short while."""
         self._signal_all(signal.SIGTERM)
-        asyncio.get_running_loop().call_later(PEER_SECONDS, self._signal_all, signal.SIGKILL)
+        self._kill = asyncio.get_running_loop().call_later(PEER_SECONDS, self._signal_all, signal.SIGKILL)
 
     def _on_notice(self, source: str) -> None:
-        """SIGTERM has come, or the order to save and stop: the ranks have the whole grace period of the pod."""
-        if self._notice or (self._ranks and len(self._ends) == len(self._ranks)):
+        """SIGTERM has come: the ranks have the whole grace period of the pod, and the pod ends with them."""
+        all_ended = bool(self._ranks) and len(self._ends) == len(self._ranks)
+        if self._notice or (all_ended and not self._waiting):
             return
         _log(f"notice ({source}): the ranks save and stop")
         self._notice = True
+        self._decided.set()
         self._signal_all(signal.SIGTERM)
         self._write_last_words()
         self._changed.set()
+
+    def _on_order(self) -> None:
+        """A peer has notice: the ranks save, and the pod waits for what comes after."""
+        if not self._config.hold_seconds:
+            self._on_notice("order of the coordinator")
+        elif not self._ordered and not self._notice and len(self._ends) < len(self._ranks):
+            _log("the coordinator asks to save: another pod has notice")
+            self._ordered = True
+            self._signal_all(signal.SIGTERM)
 
     def _signal_all(self, number: int) -> None:
         for rank in self._ranks:
@@ -113,13 +182,15 @@ class Supervisor:
         thread = ThreadPoolExecutor(1, thread_name_prefix="beat")
         while True:
             self._changed.clear()
-            ended = len(self._ends) == len(self._ranks)
+            ended = self._over
             try:
                 reply = await loop.run_in_executor(thread, client.post, self._next_beat())
                 silent = _tell_change(silent, None)
+                self._heard_at = loop.time()
                 self._obey(reply)
             except CoordinatorError as error:
                 silent = _tell_change(silent, error)
+            self._tried.set()
             if ended:
                 return
             await asyncio.sleep(MIN_BEAT_GAP_SECONDS)
@@ -141,16 +212,29 @@ class Supervisor:
             ranks=tuple(_with_end(rank) for rank in self._ranks),
             ends=cause_first(self._ends),
             notice=self._notice,
+            waiting=self._waiting,
         )
 
     def _obey(self, reply: Reply) -> None:
         self._beat_seconds = reply.beat_seconds or self._config.beat_seconds
-        if reply.attempt is not None and reply.attempt > self._config.attempt and not self._superseded:
+        world = reply.world
+        if world is not None and world.attempt > self._config.attempt and not self._notice:
+            # The old world is over, even where a rank does not know yet that it waits in vain.
+            self._world = world
+            self._decided.set()
+            self._signal_all(signal.SIGUSR1)
+            asyncio.get_running_loop().call_later(STACK_SECONDS, self._end_hung)
+        elif reply.attempt is not None and reply.attempt > self._config.attempt and not self._superseded:
             _log(f"attempt {reply.attempt} has begun: this one ({self._config.attempt}) stops")
             self._superseded = True
+            self._decided.set()
             self._end_soon()
         elif reply.order is Order.SAVE_AND_STOP:
-            self._on_notice("order of the coordinator")
+            self._on_order()
+
+    def _end_hung(self) -> None:
+        if self._world is not None:
+            self._signal_all(signal.SIGKILL)
 
     def _reap_orphans(self) -> None:
         """As PID 1, collect what grandchildren leave behind; our own ranks are asyncio's to collect."""

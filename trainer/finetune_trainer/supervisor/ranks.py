@@ -136,6 +136,7 @@ def rank_environment(
         **fabric,
         **inherited,
         **thread_environment(share, {**fabric, **env}),
+        **dict(config.rendezvous),
         "RANK": str(config.rank(local_rank)),
         "WORLD_SIZE": str(config.world_size),
         "LOCAL_RANK": str(local_rank),

@@ -50,6 +50,7 @@ from finetune_operator.cluster.kube.throttle import ProgressThrottle
 from finetune_operator.cluster.kube.tokens import Bearer, TokenReviewer
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
+from finetune_operator.plan.replies import reply_to
 from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed, ObservedPod
 from finetune_operator.settings import Settings
 
@@ -177,11 +178,9 @@ class KubeCluster:
         found = self.jobs.get(ObjectKey(beat.namespace, beat.job))
         pod = self.pods.get(ObjectKey(beat.namespace, beat.pod))
         leaving = pod is not None and bool(self._nodes.of(pod.observed.node).leaving)
-        return Reply(
-            order=Order.SAVE_AND_STOP if leaving else Order.CONTINUE,
-            attempt=found.job.status.attempt if found is not None and found.job is not None else None,
-            beat_seconds=self._beat_seconds(),
-        )
+        reply = reply_to(found.job if found is not None else None, beat, self._settings)
+        order = Order.SAVE_AND_STOP if leaving else reply.order
+        return reply.model_copy(update={"order": order, "beat_seconds": self._beat_seconds()})
 
     # -- who wants a pass ---------------------------------------------------------------------------------------------
 

@@ -14,17 +14,20 @@ from typing import Any
 from finetune_contract.beat import Beat, Reply
 from finetune_operator.api import words
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.cluster.local.container import LOOPBACK
 from finetune_operator.cluster.local.endpoint import Endpoint
 from finetune_operator.cluster.local.files import Warn, recover, write_json
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.jobs import key_of, store_job, with_spec
 from finetune_operator.cluster.local.kubelet import Kubelet, World
 from finetune_operator.cluster.local.pod import stamp
+from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.cluster.local.tasks import Tasks
 from finetune_operator.cluster.local.volumes import token_files
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import BeatBook, PodIdentity
+from finetune_operator.plan.replies import reply_to
 from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed
 
 MAX_EVENTS = 200
@@ -136,8 +139,13 @@ class LocalCluster:
                 await self._store(with_spec(self._job, spec))
 
     def answer(self, beat: Beat) -> Reply:
-        """What a supervisor is told: which attempt is the newest."""
-        return Reply(attempt=self._job.status.attempt if self._job else None)
+        """What a supervisor is told. All pods are on this machine, and each attempt meets at a port of its own."""
+        reply = reply_to(self._job, beat, LOCAL)
+        if reply.world is None:
+            return reply
+        port = self.endpoint.master_port(reply.world.attempt)
+        here = reply.world.model_copy(update={"master_addr": LOOPBACK, "master_port": port})
+        return reply.model_copy(update={"world": here})
 
     # -- objects ------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from finetune_contract.beat import Beat, Reply
 from finetune_operator.api.job import FineTuneJob, Phase
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.words import Reason
+from finetune_operator.build import num_nodes
 from finetune_operator.cluster.local.cluster import LocalCluster
 from finetune_operator.cluster.local.container import LOOPBACK
 from finetune_operator.cluster.local.endpoint import free_port
@@ -29,6 +30,7 @@ from finetune_operator.cluster.protocol import Clock
 from finetune_operator.cluster.reconcile import Pass, drive, reconcile
 from finetune_operator.coordinator.server import Coordinator
 from finetune_operator.plan.types import PodPhase
+from finetune_operator.plan.view import member_attempts
 from finetune_operator.settings import Settings
 
 RETRY = timedelta(seconds=5)
@@ -155,7 +157,9 @@ class LocalRun:
         beats = [received.beat for received in seen.observed.beats.values() if received.beat.attempt == attempt]
         reports = [report for beat in beats for report in beat.ranks]
         for fault in self._faults:
-            name = pod_name(seen.job.metadata.name, attempt, fault.rank // seen.job.spec.topology.processes_per_node)
+            node_rank = fault.rank // seen.job.spec.topology.processes_per_node
+            members = member_attempts(seen.job.status, num_nodes(seen.job.spec))
+            name = pod_name(seen.job.metadata.name, members[node_rank], node_rank)
             if not fault.is_due(reports) or cluster.kubelet.get(name) is None:
                 continue
             self._faults = tuple(other for other in self._faults if other is not fault)
