@@ -50,6 +50,7 @@ def test_a_lost_peer_without_a_cause_is_the_fabrics_fault_in_the_end() -> None:
     decided = world.step()
     assert decided.look_again is not None
     world.tick(decided.look_again.total_seconds())
+    world.beat(1)
     world.step()
     assert entry_of(world).reason == Reason.FABRIC_ERROR
     assert world.job.status.failures == 1

@@ -69,7 +69,9 @@ class Invariants:
         """One attempt commits at a time, and the committed steps never fall."""
         self.counts["checkpoints"] += 1
         before = self._committed.get(job_name, (0, 0))
-        self._require((attempt, step) > before, job_name, f"{(attempt, step)} was committed after {before}")
+        self._require(
+            attempt >= before[0], job_name, f"attempt {attempt} committed after attempt {before[0]} had committed"
+        )
         self._require(step > before[1], job_name, f"step {step} was committed after step {before[1]}")
         self._committed[job_name] = (attempt, step)
         job = self.world.server.jobs.get(job_name)

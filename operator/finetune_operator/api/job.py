@@ -251,6 +251,7 @@ class AttemptStatus(StatusModel):
     gang_complete: bool = Field(default=False, description="whether all its pods had been seen")
     pod_attempts: tuple[int, ...] = Field(
         default=(),
+        exclude_if=lambda value: not value,
         description="for each node rank the attempt that its pod was made for, where pods of earlier ones were kept",
     )
     training_at: datetime | None = Field(default=None, description="when the first step of it was finished")

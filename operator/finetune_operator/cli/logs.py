@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_name
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.get import find
@@ -27,19 +28,20 @@ def logs(arguments: argparse.Namespace) -> Exit:
     job = find(home, key)
     folder = home.job(key)
     per_pod = job.spec.topology.processes_per_node
-    attempt = arguments.attempt or max(_attempts(folder, key.name), default=0)
+    made = _attempts(folder, key.name)
+    attempt = arguments.attempt or max(made, default=0)
     if attempt == 0:
         raise UsageError(f"job {key.name} has not started a pod yet")
     node_rank = None if arguments.rank is None else arguments.rank // per_pod
-    paths = _files(folder, key.name, attempt, node_rank)
+    paths = _files(folder, job, attempt, node_rank)
     if not paths:
-        known = ", ".join(map(str, sorted(set(_attempts(folder, key.name)))))
+        known = ", ".join(map(str, sorted(made | {entry.attempt for entry in job.status.attempts})))
         raise UsageError(
             f"job {key.name} has no log of attempt {attempt}, rank {arguments.rank}; its attempts: {known}"
         )
     wanted = line_filter(arguments.rank, per_pod)
     if arguments.follow and holder(folder.lock) is not None:
-        asyncio.run(_follow(folder, key.name, attempt, node_rank, wanted))
+        asyncio.run(_follow(home, key, attempt, node_rank, wanted))
     else:
         for path in paths:
             Tail(path, wanted).write_new()
@@ -83,17 +85,17 @@ class Tail:
                 sys.stdout.write(text + "\n")
 
 
-async def _follow(
-    folder: JobFolder, name: str, first: int, node_rank: int | None, wanted: Callable[[str], bool]
-) -> None:
+async def _follow(home: Home, key: JobKey, first: int, node_rank: int | None, wanted: Callable[[str], bool]) -> None:
     """Write what is there and what comes, of this attempt and later ones, until nobody runs the job any more."""
+    folder = home.job(key)
     tails: dict[Path, Tail] = {}
     with FolderWatch(folder.logs) as watch:
         while True:
             # Looked for before the files are read: what a runner wrote before its end is not missed.
             running = holder(folder.lock) is not None
-            for attempt in sorted(set(_attempts(folder, name))):
-                for path in _files(folder, name, attempt, node_rank) if attempt >= first else ():
+            job = find(home, key)
+            for attempt in sorted(_attempts(folder, key.name) | {first}):
+                for path in _files(folder, job, attempt, node_rank) if attempt >= first else ():
                     tails.setdefault(path, Tail(path, wanted)).write_new()
             if not running:
                 return
@@ -101,15 +103,24 @@ async def _follow(
             await watch.changed(timeout_seconds=1.0)
 
 
-def _files(folder: JobFolder, name: str, attempt: int, node_rank: int | None) -> list[Path]:
-    if node_rank is not None:
-        path = folder.logs / f"{pod_name(name, attempt, node_rank)}.log"
-        return [path] if path.exists() else []
-    found = folder.logs.glob(f"{name}-a{attempt}-n*.log")
-    return sorted(found, key=lambda path: int(path.stem.rpartition("-n")[2]))
+def _files(folder: JobFolder, job: FineTuneJob, attempt: int, node_rank: int | None) -> list[Path]:
+    """The logs of the pods that an attempt has or had, one of a kept pod's earlier attempts included."""
+    name = job.metadata.name
+    kept = next((entry.pod_attempts for entry in job.status.attempts if entry.attempt == attempt), ())
+    if kept:
+        paths = [folder.logs / f"{pod_name(name, made_for, rank)}.log" for rank, made_for in enumerate(kept)]
+    else:
+        found = folder.logs.glob(f"{name}-a{attempt}-n*.log")
+        paths = sorted(found, key=_node_rank)
+    return [path for path in paths if path.exists() and node_rank in (None, _node_rank(path))]
 
 
-def _attempts(folder: JobFolder, name: str) -> list[int]:
+def _node_rank(path: Path) -> int:
+    return int(path.stem.rpartition("-n")[2])
+
+
+def _attempts(folder: JobFolder, name: str) -> set[int]:
+    """The attempts that pods were made for."""
     pattern = re.compile(rf"{re.escape(name)}-a(\d+)-n\d+\.log")
     names = [path.name for path in folder.logs.glob("*.log")]
-    return [int(match.group(1)) for match in map(pattern.fullmatch, names) if match]
+    return {int(match.group(1)) for match in map(pattern.fullmatch, names) if match}
