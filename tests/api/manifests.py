@@ -132,6 +132,7 @@ FULL = patched(
         "spec.recovery": {
             "maxFailures": 0,
             "spot": {"fallbackAfter": "30m"},
+            "shrinkAfter": "3m",
             "hangTimeout": "1h30m",
             "noticeSeconds": 30,
         },

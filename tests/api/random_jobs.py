@@ -33,6 +33,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "spec.managedBy": MANAGERS,
     "spec.recovery.hangTimeout": DURATIONS,
     "spec.recovery.spot.fallbackAfter": DURATIONS,
+    "spec.recovery.shrinkAfter": DURATIONS,
     "spec.outputs[].to": PLACES,
     "spec.model.base": PLACES,
     "spec.dataset.source": PLACES,

@@ -27,7 +27,6 @@ CHANGES: dict[str, Any] = {
         "spec.topology.minNodes": GONE,
         "spec.topology.maxNodes": GONE,
     },
-    "spec.topology.minNodes": {"spec.topology.minNodes": 1},
     "spec.topology.maxNodes": {"spec.topology.maxNodes": 6},
     "spec.topology.processesPerNode": {
         "spec.topology.processesPerNode": 2,
@@ -48,6 +47,8 @@ CHANGES: dict[str, Any] = {
 """An edit of FULL that changes each fixed field."""
 
 ALLOWED: dict[str, Any] = {
+    "spec.topology.minNodes": {"spec.topology.minNodes": 1},
+    "spec.recovery.shrinkAfter": {"spec.recovery.shrinkAfter": "90s"},
     "spec.topology.resources": {"spec.topology.resources": {"memory": "128Gi"}},
     "spec.recovery.maxFailures": {"spec.recovery.maxFailures": 9},
     "spec.recovery.spot": {"spec.recovery.spot": GONE},
@@ -112,7 +113,6 @@ def test_a_sentence_names_the_field_and_what_to_do() -> None:
 def test_the_fixed_part_of_a_spec() -> None:
     assert edits.fixed_part(FULL["spec"])["topology"] == {
         "accelerator": "gpu",
-        "minNodes": 2,
         "maxNodes": 8,
         "processesPerNode": 4,
     }

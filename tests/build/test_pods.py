@@ -59,7 +59,10 @@ def test_identity() -> None:
 
 
 def test_all_of_the_contracts_environment_is_set() -> None:
-    names = {value for name, value in vars(environment).items() if name.isupper()} - {environment.REPORT_FD}
+    names = {value for name, value in vars(environment).items() if name.isupper()} - {
+        environment.REPORT_FD,
+        environment.STANDBY,
+    }
     assert names <= env_of(pod_of()).keys()
 
 

@@ -17,8 +17,6 @@ LORA = {"method": "LoRA", "steps": 10}
 
 REFUSED = [
     ({"queueName": "gpus"}, Reason.NOT_SUPPORTED, "spec.queueName"),
-    ({"topology": CPU | {"minNodes": 1, "maxNodes": 4}}, Reason.NOT_SUPPORTED, "spec.topology.minNodes"),
-    ({"recovery": {"spot": {"fallbackAfter": "30m"}}}, Reason.NOT_SUPPORTED, "write spot: {} to wait"),
     ({"training": {"method": "Full", "steps": 10}}, Reason.NOT_SUPPORTED, "spec.training.method"),
     ({"training": LORA | {"epochs": 3}}, Reason.INVALID_SPEC, "spec.training"),
     ({"topology": CPU, "training": LORA | {"precision": "fp16"}}, Reason.INVALID_SPEC, "precision"),
@@ -53,17 +51,18 @@ def test_a_real_cluster_wants_storage() -> None:
     assert accepted(world).status == "True"
 
 
-def test_spot_alone_is_accepted_and_rendered() -> None:
-    world = World(make_job(recovery={"spot": {}}))
+@pytest.mark.parametrize("spot", [{}, {"fallbackAfter": "30m"}])
+def test_spot_is_accepted_and_rendered(spot: dict[str, str]) -> None:
+    world = World(make_job(recovery={"spot": spot}))
     assert accepted(world).status == "True"
     assert len(world.pods) == 2
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    world = World(make_job(queueName="gpus", recovery={"spot": {"fallbackAfter": "30m"}}))
+    world = World(make_job(queueName="gpus", training={"method": "Full", "steps": 10}))
     message = accepted(world).message
     assert "queueName" in message
-    assert "recovery.spot" in message
+    assert "training.method" in message
 
 
 def test_a_corrected_spec_is_accepted() -> None:

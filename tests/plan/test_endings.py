@@ -56,6 +56,19 @@ def test_a_lost_peer_without_a_cause_is_the_fabrics_fault_in_the_end() -> None:
     assert world.job.status.failures == 1
 
 
+def test_a_peer_that_fell_silent_is_lost_with_its_node() -> None:
+    world = World().running()
+    world.beat_all()
+    world.tick(1)
+    world.exit(0, ExitCode.FABRIC)
+    world.step()
+    world.tick(world.settings.cause_seconds)
+    world.step()
+    entry = entry_of(world)
+    assert (entry.reason, entry.pod, entry.node) == (Reason.NODE_LOST, "circles-a1-n1", "node-1")
+    assert (world.job.status.preemptions, world.job.status.failures) == (1, 0)
+
+
 def test_nobody_is_waited_for_once_all_pods_have_ended() -> None:
     world = World().running()
     world.exit(0, ExitCode.FABRIC)

@@ -48,6 +48,10 @@ def test_only_the_lost_pod_is_replaced() -> None:
     assert world.job.status.attempt == 2
     assert world.job.status.attempts[-1].pod_attempts == (1, 2, 1)
     assert names(world) == ["circles-a1-n0", "circles-a1-n2", "circles-a2-n1"]
+    # Not before the new pod runs: nobody knows how long it waits for a node and its image.
+    assert reply(world, first) == Reply(beat_seconds=1.0)
+    world.run_all()
+    world.settle()
     told = reply(world, first).world
     assert told is not None
     assert (told.attempt, told.node_rank, told.num_nodes) == (2, 0, 3)
@@ -102,10 +106,22 @@ def test_a_pod_that_fell_silent_is_not_kept() -> None:
     assert decided.look_again is not None
 
 
+def test_a_loss_while_the_lost_pod_waits_for_room_is_replaced_as_well() -> None:
+    world = world_of()
+    world.vanish(world.pod(1).name)
+    wait_for_world(world, 0, 2)
+    world.settle()
+    world.vanish("circles-a1-n2")
+    world.settle()
+    assert world.job.status.attempts[-1].pod_attempts == (1, 3, 3)
+
+
 def test_where_it_failed_in_place_the_whole_gang_goes() -> None:
     world = world_of()
     world.vanish(world.pod(1).name)
     wait_for_world(world, 0, 2)
+    world.settle()
+    world.run_all()
     world.settle()
     world.vanish("circles-a2-n1")
     world.settle()

@@ -15,6 +15,19 @@ from finetune_operator.cluster.simulated.model import Workload
 from finetune_operator.cluster.simulated.world import World
 from tests.simulation.invariants import Invariants
 
+SIZES: tuple[dict[str, int], ...] = (
+    {"nodes": 1},
+    {"nodes": 2},
+    {"nodes": 3},
+    {"minNodes": 1, "maxNodes": 3},
+    {"minNodes": 2, "maxNodes": 4},
+)
+SPOT: tuple[dict[str, Any], ...] = (
+    {},
+    {"spot": {}},
+    {"spot": {"fallbackAfter": "1m"}},
+    {"spot": {"fallbackAfter": "30m"}},
+)
 CALM_SECONDS = 12 * 3600.0
 IDLE_SECONDS = 3600.0
 
@@ -47,7 +60,8 @@ def run_episode(seed: int | str, max_events: int, cause: Callable[[World], str] 
     invariants = Invariants()
     rng = random.Random(f"{seed}-shape")
     num_jobs = rng.randint(1, 8)
-    world = World(seed, invariants, num_nodes=rng.randint(3, 3 * num_jobs))
+    num_nodes, num_on_demand = rng.randint(3, 3 * num_jobs), rng.choice([0, 2, 8])
+    world = World(seed, invariants, num_nodes=num_nodes, num_on_demand=num_on_demand)
     invariants.world = world
     for number in range(num_jobs):
         world.engine.after(rng.uniform(0, 300), partial(_make_random_job, world, f"j{number}", rng.randrange(2**32)))
@@ -115,9 +129,11 @@ def _make_random_job(world: World, name: str, seed: int) -> None:
         load_seconds=rng.choice([3.0, 20.0, 120.0]),
     )
     spec: dict[str, Any] = {
-        "topology": {"accelerator": "cpu", "nodes": rng.choice([1, 2, 2, 3])},
-        "recovery": {"maxFailures": rng.choice([0, 1, 3]), "noticeSeconds": rng.choice([30, 120])},
+        "topology": {"accelerator": "cpu", **rng.choice(SIZES)},
+        "recovery": {"maxFailures": rng.choice([0, 1, 3]), "noticeSeconds": rng.choice([30, 120]), **rng.choice(SPOT)},
     }
+    if "minNodes" in spec["topology"]:
+        spec["recovery"]["shrinkAfter"] = rng.choice(["30s", "5m"])
     if rng.random() < 0.1:
         spec["activeDeadlineSeconds"] = 3600
     world.make_job(name, work, **spec)

@@ -9,6 +9,7 @@ from finetune_operator.api.words import Reason
 from finetune_operator.cluster.simulated.model import BrokenInvariantError, SimPod
 from finetune_operator.cluster.simulated.world import World
 from finetune_operator.plan.types import ObservedPod, PodPhase
+from finetune_operator.plan.view import members_of
 
 FINISHED = (Phase.SUCCEEDED, Phase.FAILED)
 ENDED = (PodPhase.SUCCEEDED, PodPhase.FAILED)
@@ -41,6 +42,8 @@ class Invariants:
         if old.phase in FINISHED:
             self._require(new.phase is old.phase, name, f"it was {old.phase} and is {new.phase}")
         if new.attempt > old.attempt:
+            if new.attempts[-1].nodes:
+                self.counts["attempts of fewer nodes"] += 1
             self.counts["attempts in place" if new.attempts[-1].pod_attempts else "attempts of a whole gang"] += 1
 
     def pod_created(self, job: FineTuneJob, pod: ObservedPod) -> None:
@@ -51,14 +54,22 @@ class Invariants:
         self._require(job.status.phase not in FINISHED, name, f"{pod.name} was made after the end")
         living = [other.seen for other in self.world.server.pods.values() if other.job == name and self._counts(other)]
         asked = job.spec.topology.nodes or job.spec.topology.max_nodes or 1
-        self._require(len(living) <= asked, name, f"{len(living)} pods instead of {asked}: {[p.name for p in living]}")
-        ranks = Counter(other.node_rank for other in living)
-        self._require(max(ranks.values()) == 1, name, "two pods of one node rank")
+        # Each pod that fell back from spot may have one beside it that waits for a spot node to take over.
+        allowed = asked + sum(other.fell_back for other in living)
+        names = [other.name for other in living]
+        self._require(len(living) <= allowed, name, f"{len(living)} pods instead of {allowed}: {names}")
+        members = set(members_of(job.status, job.spec))
+        self._require(len(members) == (job.status.attempts[-1].nodes or asked), name, f"members {members}")
+        gang = [other for other in living if (other.attempt, other.node_rank) in members]
+        self._require(len(gang) <= asked, name, f"{len(gang)} pods in the gang instead of {asked}: {names}")
+        least = job.spec.topology.min_nodes or asked
+        self._require(least <= len(members) <= asked, name, f"{len(members)} nodes, not {least} to {asked}")
 
     def pod_deleted(self, job: FineTuneJob, pod: ObservedPod) -> None:
         """The operator ends no pod of an attempt that is at work."""
         entry = job.status.attempts[-1] if job.status.attempts else None
-        at_work = entry is not None and entry.ended_at is None and entry.attempt == pod.attempt
+        gang = members_of(job.status, job.spec)
+        at_work = entry is not None and entry.ended_at is None and (pod.attempt, pod.node_rank) in gang
         self._require(
             not at_work or pod.deleted_at is not None or job.status.phase in FINISHED,
             job.metadata.name,

@@ -33,6 +33,8 @@ GRACE_SECONDS = "FINETUNE_GRACE_SECONDS"
 HOLD_SECONDS = "FINETUNE_HOLD_SECONDS"
 """How long a supervisor whose ranks lost a peer goes on waiting for a new world while nobody answers it; 0: not at
 all."""
+STANDBY = "FINETUNE_STANDBY"
+"""1: start no ranks; the pod waits for the operator to name a world that it belongs to."""
 CHECKPOINT_DIR = "FINETUNE_CHECKPOINT_DIR"
 """Folder of this job on the shared storage: checkpoints, fence, validation pictures, outputs."""
 CACHE_DIR = "FINETUNE_CACHE_DIR"

@@ -60,7 +60,6 @@ FIXED = (
     Fixed("spec.training", "the checkpoints go on with the old settings"),
     Fixed("spec.topology.accelerator", "the global batch was chosen for the old one"),
     Fixed("spec.topology.nodes", _GLOBAL_BATCH, optional=True),
-    Fixed("spec.topology.minNodes", _GLOBAL_BATCH, optional=True),
     Fixed("spec.topology.maxNodes", _GLOBAL_BATCH, optional=True),
     Fixed("spec.topology.processesPerNode", _GLOBAL_BATCH),
     Fixed("spec.topology.cpu", "all attempts add up gradients in the same way"),
@@ -75,9 +74,11 @@ AT_ONCE = "at once"
 NEXT_ATTEMPT = "with the next attempt"
 
 CHANGEABLE = {
+    "spec.topology.minNodes": AT_ONCE,
     "spec.topology.resources": NEXT_ATTEMPT,
     "spec.recovery.maxFailures": AT_ONCE,
     "spec.recovery.spot": NEXT_ATTEMPT,
+    "spec.recovery.shrinkAfter": AT_ONCE,
     "spec.recovery.hangTimeout": AT_ONCE,
     "spec.recovery.noticeSeconds": NEXT_ATTEMPT,
     "spec.suspend": AT_ONCE,

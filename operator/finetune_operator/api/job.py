@@ -131,7 +131,11 @@ class RecoverySpec(SpecModel):
     """What to do when pods are lost."""
 
     max_failures: int = Field(default=3, ge=0, le=1000, description="failures to survive; preemptions do not count")
-    spot: SpotSpec | None = Field(default=None, description="run on spot nodes only; {} is enough")
+    spot: SpotSpec | None = Field(default=None, description="run on spot nodes; {} is enough")
+    shrink_after: Duration | None = Field(
+        default=None,
+        description="go on with fewer nodes, but minNodes at least, after waiting so long for room; default: 5m",
+    )
     hang_timeout: Duration | None = Field(
         default=None,
         description="longest time without a step; default: from the job's own steps",
@@ -243,6 +247,15 @@ class AttemptSeconds(StatusModel):
     )
 
 
+class Capacity(StrEnum):
+    """What kind of nodes a pod asks for."""
+
+    SPOT = "spot"
+    """Spot nodes and no others."""
+    ANY = "any"
+    """Spot nodes where there are some, others where there are none."""
+
+
 class AttemptStatus(StatusModel):
     """One line of the ledger: how an attempt began and why it ended."""
 
@@ -258,6 +271,19 @@ class AttemptStatus(StatusModel):
     progress_at: datetime | None = Field(default=None, description="when anything was last seen to go on")
     from_step: int | None = Field(default=None, description="step that it restored")
     to_step: int | None = Field(default=None, description="last step that it was seen to finish")
+    nodes: int | None = Field(default=None, description="number of its pods, where that is not maxNodes")
+    pod_ranks: tuple[int, ...] = Field(
+        default=(), description="for each node rank the number in its pod's name, where these are not the same"
+    )
+    pod_nodes: tuple[str, ...] = Field(
+        default=(), description="for each node rank the node of its pod, while the attempt is at work"
+    )
+    capacity: Capacity | None = Field(
+        default=None, description="what its new pods ask for; not there: what recovery.spot says"
+    )
+    next_nodes: int | None = Field(
+        default=None, description="number of pods that the next attempt begins with, where its end decided that"
+    )
     ended_at: datetime | None = Field(default=None, description="when its end was seen")
     reason: str | None = Field(default=None, description="why it ended, one of the documented reasons")
     counts_as: str | None = Field(default=None, description="Preemption, Failure or nothing")

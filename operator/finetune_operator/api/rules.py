@@ -423,6 +423,7 @@ _CHECKPOINT = (
 )
 
 _RECOVERY = (
+    _duration("spec.recovery.shrinkAfter"),
     _duration("spec.recovery.hangTimeout"),
     _duration("spec.recovery.spot.fallbackAfter"),
 )

@@ -22,6 +22,9 @@ ATTEMPT = f"{GROUP}/attempt"
 NODE_RANK = f"{GROUP}/node-rank"
 """Label of a pod: its index in the gang, from 0."""
 
+CAPACITY = f"{GROUP}/capacity"
+"""Label of a pod that asks for other nodes than the job's spec alone would have it: a `Capacity`."""
+
 DISRUPTION_TARGET = "DisruptionTarget"
 """Kubernetes' condition on a pod that is being taken away for no fault of its own."""
 CONTAINER = "trainer"
@@ -105,6 +108,12 @@ class Reason(StrEnum):
     HANG = "Hang"
     SUPERSEDED = "Superseded"
 
+    SHRUNK = "Shrunk"
+    GROWN = "Grown"
+    FELL_BACK = "FellBack"
+    BACK_TO_SPOT = "BackToSpot"
+    PODS_LATE = "PodsLate"
+
     FINISHED = "Finished"
     MAX_FAILURES_EXCEEDED = "MaxFailuresExceeded"
     SAME_STEP_FAILURES = "SameStepFailures"
@@ -126,6 +135,7 @@ class Topic(StrEnum):
     WORKING = "What is it doing?"
     CAPACITY = "Why was an attempt taken away?"
     FAILURE = "Why did an attempt fail?"
+    REGROUP = "Why was the gang put together anew?"
     END = "How did the job end?"
     EVENT = "Seen as events only"
 
@@ -153,6 +163,10 @@ def _capacity(meaning: str, do: str = _RESUMES) -> ReasonDoc:
 
 def _failure(meaning: str, do: str, *, final: bool = False) -> ReasonDoc:
     return ReasonDoc(Topic.FAILURE, meaning, do, CountsAs.FAILURE, final)
+
+
+def _regroup(meaning: str, do: str = NOTHING) -> ReasonDoc:
+    return ReasonDoc(Topic.REGROUP, meaning, do)
 
 
 REASONS: dict[Reason, ReasonDoc] = {
@@ -266,6 +280,20 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.SUPERSEDED: ReasonDoc(
         Topic.CAPACITY, "Ranks of an older attempt found that a newer one owns the checkpoints, and left.", NOTHING
     ),
+    Reason.SHRUNK: _regroup(
+        "There was no room for some pods for recovery.shrinkAfter; the job goes on with fewer.",
+        "Nothing: it grows back when there is room. Add nodes to have it faster.",
+    ),
+    Reason.GROWN: _regroup("There is room for more pods again; all saved, and the job goes on with more."),
+    Reason.FELL_BACK: _regroup(
+        "There were no spot nodes for recovery.spot.fallbackAfter; pods without a node now ask for any.",
+        "Nothing: the job goes back to spot nodes when there are some. Until then the others cost more.",
+    ),
+    Reason.BACK_TO_SPOT: _regroup("Spot nodes are there again; all saved, and the job goes on there."),
+    Reason.PODS_LATE: _regroup(
+        "Ranks gave up waiting for a pod that had no node or no image yet; they wait anew.",
+        "Read what the late pod waits for in the job's message.",
+    ),
     Reason.FINISHED: ReasonDoc(
         Topic.END, "All steps are trained and all outputs written.", "Fetch what status.outputs names."
     ),
@@ -302,3 +330,6 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.OUTPUT_WRITTEN: ReasonDoc(Topic.EVENT, "An output was written whole.", NOTHING),
 }
 """Every reason's documentation, in the order in which a person looks for it."""
+
+REGROUPS = frozenset(reason for reason, doc in REASONS.items() if doc.topic is Topic.REGROUP)
+"""Ends of an attempt that were decided for the sake of another gang: no pod is to blame, and they count as nothing."""

@@ -10,7 +10,6 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host
 from finetune_operator.build import layout
 from finetune_operator.build.fabric import backend, fabric_env
-from finetune_operator.build.run_spec import num_nodes
 from finetune_operator.build.volumes import cache_dir
 from finetune_operator.settings import Settings
 
@@ -21,8 +20,12 @@ class Place:
 
     attempt: int
     node_rank: int
-    first_pod_attempt: int
-    """Attempt that the pod of node rank 0 was made for: the others meet there."""
+    num_nodes: int
+    """Pods of the gang."""
+    first_pod: tuple[int, int]
+    """Attempt and number of node rank 0's pod: the others meet there."""
+    stands_by: bool = False
+    """Whether it waits for the next world instead of going to work."""
 
 
 def build_env(job: FineTuneJob, place: Place, settings: Settings) -> list[dict[str, Any]]:
@@ -49,11 +52,12 @@ def _gang(job: FineTuneJob, place: Place, settings: Settings) -> dict[str, str]:
     topology = job.spec.topology
     return {
         environment.NODE_RANK: str(place.node_rank),
-        environment.NUM_NODES: str(num_nodes(job.spec)),
+        environment.NUM_NODES: str(max(place.num_nodes, place.node_rank + 1)),
         environment.PROCESSES_PER_NODE: str(topology.processes_per_node),
-        environment.MASTER_ADDR: pod_host(job.metadata.name, place.first_pod_attempt, 0, job.metadata.namespace),
+        environment.MASTER_ADDR: pod_host(job.metadata.name, *place.first_pod, job.metadata.namespace),
         environment.MASTER_PORT: str(settings.rendezvous_port),
         environment.BACKEND: backend(topology),
+        **({environment.STANDBY: "1"} if place.stands_by else {}),
     }
 
 

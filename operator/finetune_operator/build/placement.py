@@ -1,6 +1,7 @@
 """Where the pods of a gang go: near each other or apart, on spot nodes or on any, and what they put up with there.
 
-Wishes, but for spot: a gang that cannot be placed ideally trains more slowly, one that is not placed not at all.
+Wishes, but for spot (which is one, too, for pods that fell back from it): a gang that cannot be placed ideally trains
+more slowly, one that is not placed not at all.
 `spec.podTemplate` is laid over this; a list without a merge key, such as tolerations, replaces ours as a whole.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_operator.api import words
-from finetune_operator.api.job import Accelerator, FineTuneJob
+from finetune_operator.api.job import Accelerator, Capacity, FineTuneJob
 from finetune_operator.build.resources import GPU_RESOURCE
 from finetune_operator.build.run_spec import num_nodes
 
@@ -26,24 +27,25 @@ SPOT_LABELS = (
 """How Karpenter, EKS, GKE and AKS label their spot nodes. AKS taints them so, too; elsewhere administrators do."""
 
 
-def build_placement(job: FineTuneJob) -> dict[str, Any]:
-    """The fields of a PodSpec that say where the pod goes; only those that say something."""
+def build_placement(job: FineTuneJob, capacity: Capacity | None = None) -> dict[str, Any]:
+    """The fields of a PodSpec that say where the pod goes; only those that say something.
+
+    Args:
+        job: whose pod it is.
+        capacity: the nodes that it may take, where that is not simply what the spec says.
+    """
     fields = {
-        "affinity": _affinity(job),
+        "affinity": _affinity(job, capacity),
         "topologySpreadConstraints": _spread(job),
         "tolerations": _tolerations(job),
     }
     return {name: value for name, value in fields.items() if value}
 
 
-def _affinity(job: FineTuneJob) -> dict[str, Any]:
+def _affinity(job: FineTuneJob, capacity: Capacity | None) -> dict[str, Any]:
     affinity: dict[str, Any] = {}
     if job.spec.recovery.spot is not None:
-        terms = [
-            {"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]} for key, value in SPOT_LABELS
-        ]
-        # Terms are alternatives: no node has the labels of two providers.
-        affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+        affinity["nodeAffinity"] = _spot_affinity(capacity)
     if _is_gpu(job) and num_nodes(job.spec) > 1:
         # Gradients travel between the pods in every step: within a zone they are faster and cost nothing.
         near = {"labelSelector": _siblings(job), "topologyKey": ZONE}
@@ -51,6 +53,17 @@ def _affinity(job: FineTuneJob) -> dict[str, Any]:
             "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": near}]
         }
     return affinity
+
+
+def _spot_affinity(capacity: Capacity | None) -> dict[str, Any]:
+    """Spot nodes and no others, or only rather than others."""
+    terms = [{"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]} for key, value in SPOT_LABELS]
+    if capacity is Capacity.ANY:
+        # Karpenter, too, tries what is preferred first, and lets go of it where it cannot be had.
+        weighted = [{"weight": 50, "preference": term} for term in terms]
+        return {"preferredDuringSchedulingIgnoredDuringExecution": weighted}
+    # Terms are alternatives: no node has the labels of two providers.
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
 
 
 def _spread(job: FineTuneJob) -> list[dict[str, Any]]:

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.api.job import Accelerator, FineTuneJob
+from finetune_operator.api.job import Accelerator, Capacity, FineTuneJob
 from finetune_operator.api.names import pod_name, service_name
-from finetune_operator.api.words import CONTAINER
+from finetune_operator.api.words import CAPACITY, CONTAINER
 from finetune_operator.build import layout
 from finetune_operator.build.env import Place, build_env
 from finetune_operator.build.merge import MergeError, merge
 from finetune_operator.build.metadata import build_metadata, pod_labels
 from finetune_operator.build.placement import build_placement
 from finetune_operator.build.resources import build_resources
+from finetune_operator.build.run_spec import num_nodes
 from finetune_operator.build.volumes import build_volumes
 from finetune_operator.settings import Settings
 
@@ -25,8 +26,14 @@ TEMPLATE_FIELDS = ("metadata", "spec")
 class Surroundings:
     """What a pod's place depends on beside its own numbers."""
 
-    first_pod_attempt: int | None = None
-    """Attempt that node rank 0's pod was made for, where that one was kept; None: this pod's own."""
+    num_nodes: int | None = None
+    """Pods of its gang; None: as many as the spec asks for."""
+    first_pod: tuple[int, int] | None = None
+    """Attempt and number of node rank 0's pod, where that one was kept; None: it is of this pod's attempt."""
+    capacity: Capacity | None = None
+    """Nodes that it may take, where that is not simply what the spec says."""
+    stands_by: bool = False
+    """Whether it belongs to no gang yet: its ranks wait for the next world."""
     avoid: tuple[str, ...] = ()
     """Names of nodes to be taken only where there are no others."""
 
@@ -43,8 +50,13 @@ def build_pod(
         MergeError: the template cannot be laid over it, or leaves no pod that trains.
     """
     identity = _identity(job, attempt, node_rank)
-    env = build_env(job, Place(attempt, node_rank, around.first_pod_attempt or attempt), settings)
-    rendered = merge(merge(identity, {"spec": _pod_spec(job, env, settings)}), {"spec": _affinity(around.avoid)})
+    if around.capacity is not None:
+        identity["metadata"]["labels"][CAPACITY] = around.capacity.value
+    size = around.num_nodes or num_nodes(job.spec)
+    place = Place(attempt, node_rank, size, around.first_pod or (attempt, 0), around.stands_by)
+    spec = _pod_spec(job, build_env(job, place, settings), settings, around.capacity)
+    _avoid(spec, around.avoid)
+    rendered = merge(identity, {"spec": spec})
     # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
     # pod stays the one that the plan looks for.
     pod = merge(merge(rendered, _template(job)), identity)
@@ -85,7 +97,9 @@ def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
     }
 
 
-def _pod_spec(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+def _pod_spec(
+    job: FineTuneJob, env: list[dict[str, Any]], settings: Settings, capacity: Capacity | None
+) -> dict[str, Any]:
     spec: dict[str, Any] = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -93,20 +107,22 @@ def _pod_spec(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -
         "securityContext": _pod_security(settings),
         "containers": [_container(job, env, settings)],
         "volumes": [volume for volume, _ in build_volumes(job, settings)],
-        **build_placement(job),
+        **build_placement(job, capacity),
     }
     if job.spec.priority_class_name:
         spec["priorityClassName"] = job.spec.priority_class_name
     return spec
 
 
-def _affinity(avoid: Sequence[str]) -> dict[str, Any]:
-    """A preference, for a job that fits on no other node must not wait for ever."""
-    if not avoid:
-        return {}
-    term = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": list(avoid)}]}
-    weighted = [{"weight": 100, "preference": term}]
-    return {"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": weighted}}}
+def _avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:
+    """Add a preference: a job that fits on no other node must not wait for ever."""
+    if not nodes:
+        return
+    term = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": list(nodes)}]}
+    affinity = spec.setdefault("affinity", {}).setdefault("nodeAffinity", {})
+    affinity.setdefault("preferredDuringSchedulingIgnoredDuringExecution", []).append(
+        {"weight": 100, "preference": term}
+    )
 
 
 def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:

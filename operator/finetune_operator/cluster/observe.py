@@ -9,6 +9,7 @@ from typing import Any
 from finetune_contract.beat import MAX_LAST_WORDS, RankEnd, Termination
 from finetune_contract.environment import PROCESSES_PER_NODE
 from finetune_operator.api import words
+from finetune_operator.api.job import Capacity
 from finetune_operator.plan.types import ObservedPod, PodPhase
 
 Json = Mapping[str, Any]
@@ -45,6 +46,7 @@ def observe_pod(pod: Json) -> ObservedPod | None:
         termination=_termination(terminated, attempt, pod, node_rank),
         disruption=_disruption(status),
         reason=status.get("reason") or terminated.get("reason"),
+        fell_back=labels.get(words.CAPACITY) == Capacity.ANY,
         waiting=_waiting(status, state),
     )
 

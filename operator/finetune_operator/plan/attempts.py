@@ -10,7 +10,8 @@ from datetime import datetime
 
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.words import ConditionType, Reason
-from finetune_operator.plan import backoff, in_place, ledger
+from finetune_operator.build import num_nodes
+from finetune_operator.plan import backoff, capacity, elastic, in_place, ledger
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.endings import close
 from finetune_operator.plan.revise import revise
@@ -30,9 +31,14 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     due = _due(view, status)
     if due is not None and view.now < due:
         return status
-    attempt = status.attempt + 1
-    pod_attempts = in_place.pod_attempts(view, kept, attempt)
-    return _begin(view, status, attempt, pod_attempts)
+    size = elastic.next_size(view, status, len(kept))
+    members = in_place.members_of_next(view, kept, size) if kept else None
+    kind = capacity.of_next(status) if view.spec.recovery.spot is not None else None
+    status = _begin(view, status, status.attempt + 1)
+    entry = ledger.current(status)
+    assert entry is not None
+    entry = revise(entry, nodes=size if size != num_nodes(view.spec) else None, capacity=kind)
+    return ledger.replace_current(status, entry if members is None else ledger.with_members(entry, members))
 
 
 def catch_up(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
@@ -64,9 +70,7 @@ def _due(view: View, status: FineTuneJobStatus) -> datetime | None:
     return backoff.next_attempt_at(entry, status, view.settings, view.job.metadata.uid)
 
 
-def _begin(
-    view: View, status: FineTuneJobStatus, attempt: int, pod_attempts: tuple[int, ...] = ()
-) -> FineTuneJobStatus:
-    status = ledger.begin(status, attempt, view.now, view.settings.max_attempts_kept, pod_attempts)
+def _begin(view: View, status: FineTuneJobStatus, attempt: int) -> FineTuneJobStatus:
+    status = ledger.begin(status, attempt, view.now, view.settings.max_attempts_kept)
     # What was measured of the last attempt is not true of this one.
     return revise(status, start_time=status.start_time or view.now, images_per_second=None, eta=None)

@@ -205,7 +205,7 @@ def _cause(row: Row, facts: Facts, view: View) -> Cause:
     return Cause(
         reason=row.reason(facts),
         rank=facts.rank,
-        pod=pod.name if pod else pod_name(view.job.metadata.name, view.pod_attempts[facts.node_rank], facts.node_rank),
+        pod=pod.name if pod else pod_name(view.job.metadata.name, *view.members[facts.node_rank]),
         node=pod.node if pod else None,
         exit_code=facts.code,
         last_words=facts.last_words.strip() or _cluster_words(facts, row.reason(facts)),

@@ -10,8 +10,10 @@ from finetune_operator.plan import (
     acceptance,
     attempts,
     budget,
+    capacity,
     conditions,
     deadline,
+    elastic,
     endings,
     events,
     finish,
@@ -22,7 +24,9 @@ from finetune_operator.plan import (
     nodes,
     phase,
     progress,
+    regroup,
     restart,
+    standby,
     suspend,
     timing,
     ttl,
@@ -43,6 +47,9 @@ POLICIES: tuple[Policy, ...] = (
     suspend.stop,  # Is it to stop for now?
     hangs.judge,  # Does it stand still?
     endings.see_end,  # Has the attempt ended, and why?
+    elastic.shrink,  # Will fewer nodes do?
+    capacity.fall_back,  # Will any nodes do?
+    regroup.judge,  # Is there better capacity?
     budget.judge,  # Was that one failure too many?
     attempts.begin,  # May the next attempt begin?
     attempts.catch_up,  # Are there attempts that the status does not know?
@@ -57,6 +64,7 @@ POLICIES: tuple[Policy, ...] = (
 ACTIONS: tuple[Callable[[View, FineTuneJobStatus], tuple[Action, ...]], ...] = (
     gang.create_missing,
     lambda view, status: restart.delete_old(view, status, in_place.survivors(view, status)),
+    standby.delete_unwanted,
     ttl.delete_job,
 )
 
@@ -67,6 +75,10 @@ WAKES: tuple[Callable[[View, FineTuneJobStatus], datetime | None], ...] = (
     attempts.wake,
     in_place.wake,
     restart.wake,
+    elastic.wake,
+    capacity.wake,
+    standby.wake,
+    regroup.wake,
     phase.wake,
     ttl.wake,
 )

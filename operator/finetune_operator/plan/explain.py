@@ -15,7 +15,8 @@ def explain_end(entry: AttemptStatus) -> str:
     node = f" on {entry.node}" if entry.node else ""
     who = f" because of rank {entry.rank} ({entry.pod}{node})" if entry.rank is not None else ""
     last_line = (entry.message or "").strip().splitlines()[-1:]
-    words = f" It said: {last_line[0][:MAX_WORDS]}" if last_line else ""
+    said = " It said:" if entry.rank is not None else ""
+    words = f"{said} {last_line[0][:MAX_WORDS]}" if last_line else ""
     return f"attempt {entry.attempt} ended{step}{who}: {explain_reason(entry.reason)}{words}"
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.build import Surroundings, build_config, build_pod, build_service
+from finetune_operator.plan import standby
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.ledger import open_entry, replace_current
 from finetune_operator.plan.revise import revise
@@ -30,7 +33,8 @@ def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     Nothing is created while a pod of another attempt is left: two gangs never share the storage or the capacity.
     """
     entry = open_entry(status)
-    fenced = status.attempt == view.attempt and len(view.pods) == len(view.observed.pods)
+    num_mine = len(view.pods) + len(view.standbys)
+    fenced = status.attempt == view.attempt and num_mine == len(view.observed.pods)
     if entry is None or not fenced or is_finished(status) or not is_true(status, ConditionType.ACCEPTED):
         return ()
     name = view.job.metadata.name
@@ -39,10 +43,16 @@ def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
         missing.append(Create(build_config(view.job)))
     if service_name(name) not in view.observed.services:
         missing.append(Create(build_service(view.job, view.settings)))
+    around = Surroundings(
+        num_nodes=view.num_nodes, first_pod=view.members[0], avoid=_hung_nodes(status), capacity=entry.capacity
+    )
     if not entry.gang_complete:
-        around = Surroundings(view.pod_attempts[0], _hung_nodes(status))
         ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
         missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, around)) for rank in ranks]
+    for number, kind in standby.wanted(view, status).items():
+        if number not in view.standbys:
+            beside = replace(around, capacity=kind, stands_by=True)
+            missing.append(Create(build_pod(view.job, view.attempt, number, view.settings, beside)))
     return tuple(missing)
 
 

@@ -6,6 +6,7 @@ here are used by the policies; they decide nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
@@ -28,12 +29,20 @@ def replace_current(status: FineTuneJobStatus, entry: AttemptStatus) -> FineTune
     return revise(status, attempts=(*status.attempts[:-1], entry))
 
 
-def begin(
-    status: FineTuneJobStatus, attempt: int, now: datetime, max_kept: int, pod_attempts: tuple[int, ...] = ()
-) -> FineTuneJobStatus:
-    """Add an attempt, perhaps with pods of earlier ones, and drop the oldest entries above the bound."""
-    entry = AttemptStatus(attempt=attempt, started_at=now, pod_attempts=pod_attempts)
+def begin(status: FineTuneJobStatus, attempt: int, now: datetime, max_kept: int) -> FineTuneJobStatus:
+    """Add an attempt, and drop the oldest entries above the bound."""
+    entry = AttemptStatus(attempt=attempt, started_at=now)
     return revise(status, attempt=attempt, attempts=(*status.attempts, entry)[-max_kept:])
+
+
+def with_members(entry: AttemptStatus, members: Sequence[tuple[int, int]]) -> AttemptStatus:
+    """An entry whose pods were made for these attempts, under these numbers, by node rank."""
+    numbers = tuple(number for _, number in members)
+    return revise(
+        entry,
+        pod_attempts=tuple(attempt for attempt, _ in members),
+        pod_ranks=numbers if numbers != tuple(range(len(numbers))) else (),
+    )
 
 
 def end(status: FineTuneJobStatus, now: datetime) -> FineTuneJobStatus:

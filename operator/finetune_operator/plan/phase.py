@@ -11,14 +11,15 @@ from datetime import datetime, timedelta
 
 from finetune_contract.beat import RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
-from finetune_operator.api.words import ConditionType, Reason
+from finetune_operator.api.words import REGROUPS, ConditionType, Reason
+from finetune_operator.build import num_nodes
 from finetune_operator.plan import attempts, suspend
 from finetune_operator.plan.causes import find_cause
 from finetune_operator.plan.conditions import find
 from finetune_operator.plan.explain import explain_end
 from finetune_operator.plan.ledger import current, open_entry
 from finetune_operator.plan.revise import revise
-from finetune_operator.plan.types import PodPhase
+from finetune_operator.plan.types import IMAGE_ERRORS, PodPhase
 from finetune_operator.plan.view import View, earliest, is_finished
 
 STATES = {
@@ -57,7 +58,6 @@ DOING = {
 """What a person is told of each; `kubectl get` shows no reason."""
 BEFORE_TRAINING = frozenset({Reason.LOADING, Reason.CACHING, Reason.RESTORING})
 BESIDE_TRAINING = frozenset({Reason.VALIDATING, Reason.SAVING})
-PULLING = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "FailedMount")
 UNSCHEDULABLE = "Unschedulable"
 
@@ -85,7 +85,7 @@ def nodes(view: View, status: FineTuneJobStatus) -> str | None:
         return None
     pods = view.pods.values() if status.attempt == view.attempt else ()
     up = [pod for pod in pods if pod.phase is PodPhase.RUNNING and pod.deleted_at is None]
-    return f"{len(up)}/{view.num_nodes}"
+    return f"{len(up)}/{num_nodes(view.spec)}"
 
 
 def _line(view: View, status: FineTuneJobStatus) -> Line:
@@ -117,7 +117,7 @@ def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
         reason = guess.reason if guess is not None else Reason.POD_LOST
         return Phase.RECOVERING, reason, f"attempt {entry.attempt} ended; looking for the cause"
     # After an end that counts as nothing, such as a suspension that was taken back, there is nothing to recover from.
-    phase = Phase.RECOVERING if entry.counts_as else Phase.STARTING
+    phase = Phase.RECOVERING if _interrupts(status, entry) else Phase.STARTING
     why = explain_end(entry)
     if view.observed.pods:
         return phase, entry.reason, f"{why} Its pods are being cleared."
@@ -163,7 +163,14 @@ def _stage(reasons: Iterable[Reason]) -> Reason:
 
 def _is_recovery(status: FineTuneJobStatus) -> bool:
     """Whether capacity or a failure ended the attempt before this one."""
-    return len(status.attempts) > 1 and status.attempts[-2].counts_as is not None
+    return len(status.attempts) > 1 and _interrupts(status, status.attempts[-2])
+
+
+def _interrupts(status: FineTuneJobStatus, entry: AttemptStatus) -> bool:
+    """Whether there is something to recover from after an attempt: it, or one that it was to follow, has trained."""
+    if entry.reason in REGROUPS:
+        return any(old.training_at is not None for old in status.attempts)
+    return entry.counts_as is not None
 
 
 def _all_up(view: View) -> bool:
@@ -180,7 +187,7 @@ def _waiting(view: View, status: FineTuneJobStatus, phase: Phase) -> Line:
 
 
 def _waiting_reason(words: str) -> Reason:
-    if words.startswith(PULLING):
+    if words.startswith(IMAGE_ERRORS):
         return Reason.IMAGE_PULL
     if words.startswith(CONFIG_ERRORS):
         return Reason.CONTAINER_CONFIG

@@ -10,42 +10,71 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host, pod_name
 from finetune_operator.api.words import CountsAs
 from finetune_operator.plan.ledger import current
-from finetune_operator.plan.restart import SUDDEN
+from finetune_operator.plan.restart import SAVED_FOR, SUDDEN
+from finetune_operator.plan.view import members_of
 from finetune_operator.settings import Settings
+
+WAITING_BEAT_SECONDS = 1.0
+"""Time between two beats of a supervisor that waits for its new world, which may be ready at any moment."""
 
 
 def reply_to(job: FineTuneJob | None, beat: Beat, settings: Settings) -> Reply:
     """Answer a beat; a job that is not known (not yet seen, or gone) has no orders."""
     if job is None or beat.job_uid != job.metadata.uid:
         return Reply()
+    member, world = _is_kept(job, beat), _new_world(job, beat, settings)
+    hurried = beat.waiting and (_is_between(job) or (member and beat.attempt < job.status.attempt))
     return Reply(
         order=Order.SAVE_AND_STOP if _should_save(job, beat) else Order.CONTINUE,
-        attempt=job.status.attempt,
-        world=_new_world(job, beat, settings),
-        beat_seconds=settings.beat_seconds,
+        # One that is kept hears of the newest attempt together with its world: without one it would stop.
+        attempt=None if member and world is None and beat.attempt < job.status.attempt else job.status.attempt,
+        world=world,
+        beat_seconds=min(WAITING_BEAT_SECONDS, settings.beat_seconds) if hurried else settings.beat_seconds,
     )
 
 
-def _should_save(job: FineTuneJob, beat: Beat) -> bool:
-    """Whether a peer has notice: the state is saved while all are there, whoever else may lose its machine."""
+def _is_between(job: FineTuneJob) -> bool:
+    """Whether the newest attempt has ended: its successor is near."""
     entry = current(job.status)
-    if entry is None or entry.attempt != beat.attempt or entry.ended_at is None:
+    return entry is not None and entry.ended_at is not None
+
+
+def _should_save(job: FineTuneJob, beat: Beat) -> bool:
+    """Whether a peer has notice, or better capacity is at hand: the state is saved while all are there."""
+    entry = current(job.status)
+    if entry is None or entry.attempt != beat.attempt or entry.ended_at is None or beat.waiting:
         return False
+    if entry.reason in SAVED_FOR:
+        return True
     return entry.counts_as == CountsAs.PREEMPTION and entry.reason not in SUDDEN
 
 
+def _is_kept(job: FineTuneJob, beat: Beat) -> bool:
+    """Whether a pod belongs to the newest attempt, although it may not know."""
+    return _rank_of(job, beat) is not None
+
+
+def _rank_of(job: FineTuneJob, beat: Beat) -> int | None:
+    names = [pod_name(job.metadata.name, *member) for member in members_of(job.status, job.spec)]
+    return names.index(beat.pod) if beat.pod in names else None
+
+
 def _new_world(job: FineTuneJob, beat: Beat, settings: Settings) -> NewWorld | None:
-    """Where a pod belongs that was kept, until it has come there; None: it has, or it was not kept."""
+    """Where a pod belongs that was kept, until it has come there; None: it has, or it was not kept.
+
+    It is told only once the containers of all run: ranks that wait for a peer too long give up, and until a pod has
+    a node and its image, nobody knows for how long.
+    """
     entry, name = current(job.status), job.metadata.name
-    if entry is None or entry.ended_at is not None or beat.attempt >= entry.attempt:
+    if entry is None or entry.ended_at is not None or beat.attempt >= entry.attempt or entry.seconds.pulling is None:
         return None
-    attempts = entry.pod_attempts
-    if beat.node_rank >= len(attempts) or beat.pod != pod_name(name, attempts[beat.node_rank], beat.node_rank):
+    rank, members = _rank_of(job, beat), members_of(job.status, job.spec)
+    if rank is None:
         return None
     return NewWorld(
         attempt=entry.attempt,
-        node_rank=beat.node_rank,
-        num_nodes=len(attempts),
-        master_addr=pod_host(name, attempts[0], 0, job.metadata.namespace),
+        node_rank=rank,
+        num_nodes=len(members),
+        master_addr=pod_host(name, *members[0], job.metadata.namespace),
         master_port=settings.rendezvous_port,
     )

@@ -11,6 +11,8 @@ from typing import Any
 from finetune_contract.beat import Beat, Termination
 from finetune_operator.api.job import FineTuneJobStatus
 
+IMAGE_ERRORS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
+"""How a kubelet's words begin that cannot pull an image."""
 Manifest = Mapping[str, Any]
 
 
@@ -50,6 +52,8 @@ class ObservedPod:
     """Reason of a True DisruptionTarget condition."""
     reason: str | None = None
     """status.reason, or the container's: Evicted, OOMKilled, ..."""
+    fell_back: bool = False
+    """Whether it may take other nodes than spot although the job asks for spot."""
     waiting: str | None = None
     """Why it is not running yet: the scheduler's words or the container's waiting reason and message."""
 

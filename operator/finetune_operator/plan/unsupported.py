@@ -34,15 +34,6 @@ GAPS = (
         lambda spec: spec.queue_name is not None,
         "spec.queueName: queues are not supported by this version; leave it out.",
     ),
-    Gap(
-        lambda spec: spec.topology.min_nodes is not None and spec.topology.min_nodes != spec.topology.max_nodes,
-        "spec.topology.minNodes: elastic jobs are not supported by this version; write nodes instead.",
-    ),
-    Gap(
-        lambda spec: spec.recovery.spot is not None and spec.recovery.spot.fallback_after is not None,
-        "spec.recovery.spot.fallbackAfter: this version does not change to on-demand nodes; write spot: {} to wait for "
-        "spot nodes.",
-    ),
 )
 
 NO_STORAGE = (

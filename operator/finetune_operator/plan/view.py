@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from typing import NamedTuple
 
 from finetune_contract.beat import RankReport, RankState
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, FineTuneJobStatus, Phase
@@ -19,6 +20,13 @@ from finetune_operator.settings import Settings
 
 ENDED = frozenset({PodPhase.SUCCEEDED, PodPhase.FAILED})
 FINISHED = frozenset({Phase.SUCCEEDED, Phase.FAILED})
+
+
+class Member(NamedTuple):
+    """Names a pod of the job: the attempt that it was made for, and the number in its name."""
+
+    attempt: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -41,32 +49,38 @@ class View:
         return self.job.status.attempt
 
     @cached_property
-    def num_nodes(self) -> int:
-        """Number of pods in the gang."""
-        return num_nodes(self.spec)
+    def members(self) -> tuple[Member, ...]:
+        """The pod of each node rank of the attempt."""
+        return members_of(self.job.status, self.spec)
 
-    @cached_property
-    def pod_attempts(self) -> tuple[int, ...]:
-        """For each node rank the attempt that its pod was made for: an earlier one where the pod was kept."""
-        return member_attempts(self.job.status, self.num_nodes)
+    @property
+    def num_nodes(self) -> int:
+        """Number of pods in the attempt's gang."""
+        return len(self.members)
 
     def is_kept(self, node_rank: int) -> bool:
         """Whether a node rank's pod was taken over from an earlier attempt: it is never created."""
-        return self.pod_attempts[node_rank] != self.attempt
+        return self.members[node_rank].attempt != self.attempt
 
     @cached_property
     def pods(self) -> dict[int, ObservedPod]:
-        """The pods of the attempt, by node rank."""
-        mine = (pod for pod in self.observed.pods if self._is_member(pod))
-        return {pod.node_rank: pod for pod in sorted(mine, key=lambda pod: pod.node_rank)}
+        """The pods of the attempt, by node rank in its world."""
+        seen = {Member(pod.attempt, pod.node_rank): pod for pod in self.observed.pods}
+        return {rank: seen[member] for rank, member in enumerate(self.members) if member in seen}
 
-    def _is_member(self, pod: ObservedPod) -> bool:
-        return pod.node_rank < self.num_nodes and pod.attempt == self.pod_attempts[pod.node_rank]
+    @cached_property
+    def standbys(self) -> dict[int, ObservedPod]:
+        """Pods of the attempt that belong to no rank of it and wait for the next world, by the number in their name."""
+        mine = set(self.members)
+        extra = (pod for pod in self.observed.pods if pod.attempt == self.attempt)
+        return {pod.node_rank: pod for pod in extra if Member(pod.attempt, pod.node_rank) not in mine}
 
     @cached_property
     def older_pods(self) -> tuple[ObservedPod, ...]:
         """Pods of attempts that are over, those that were kept aside."""
-        return tuple(pod for pod in self.observed.pods if pod.attempt < self.attempt and not self._is_member(pod))
+        mine = set(self.members)
+        older = (pod for pod in self.observed.pods if pod.attempt < self.attempt)
+        return tuple(pod for pod in older if Member(pod.attempt, pod.node_rank) not in mine)
 
     @cached_property
     def newest_attempt(self) -> int:
@@ -80,9 +94,15 @@ class View:
         for received in self.observed.beats.values():
             beat = received.beat
             pod = self.pods.get(beat.node_rank)
+            if beat.node_rank >= self.num_nodes:
+                continue
             if beat.attempt == self.attempt and (pod is None or pod.uid == beat.pod_uid):
                 found[beat.node_rank] = received
         return dict(sorted(found.items()))
+
+    def heard(self, pod: ObservedPod) -> ReceivedBeat | None:
+        """The newest beat of a pod, whatever attempt it speaks of: one that is kept may not have come to this one."""
+        return self.observed.beats.get(pod.uid)
 
     @cached_property
     def reports(self) -> tuple[RankReport, ...]:
@@ -110,10 +130,21 @@ def has_ended(pod: ObservedPod) -> bool:
     return pod.phase in ENDED or pod.exit_code is not None
 
 
-def member_attempts(status: FineTuneJobStatus, num_nodes: int) -> tuple[int, ...]:
-    """For each node rank of the newest attempt, the attempt that its pod was made for."""
+def members_of(status: FineTuneJobStatus, spec: FineTuneJobSpec) -> tuple[Member, ...]:
+    """The pod of each node rank of the newest attempt."""
+    entry = status.attempts[-1] if status.attempts else None
+    size = (entry.nodes if entry is not None else None) or num_nodes(spec)
+    attempts = entry.pod_attempts if entry is not None else ()
+    ranks = entry.pod_ranks if entry is not None else ()
+    attempts = attempts if len(attempts) == size else (status.attempt,) * size
+    ranks = ranks if len(ranks) == size else tuple(range(size))
+    return tuple(map(Member, attempts, ranks))
+
+
+def oldest_attempt(status: FineTuneJobStatus) -> int:
+    """The oldest attempt whose beats still matter: pods that are kept may not have come to the newest one yet."""
     kept = status.attempts[-1].pod_attempts if status.attempts else ()
-    return kept if len(kept) == num_nodes else (status.attempt,) * num_nodes
+    return min((status.attempt, *kept)) - 1
 
 
 def is_finished(status: FineTuneJobStatus) -> bool:

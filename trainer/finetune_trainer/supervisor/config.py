@@ -35,6 +35,8 @@ class Config:
     termination_log: Path | None
     hold_seconds: float = 0.0
     """How long to wait for a new world while nobody answers; 0: not at all."""
+    stands_by: bool = False
+    """Whether it has no ranks to start before a world is named."""
     rendezvous: tuple[tuple[str, str], ...] = ()
     """Variables of a world that was named later than the pod's manifest."""
 
@@ -92,6 +94,7 @@ def read_config(env: Mapping[str, str]) -> Config:
         beat_seconds=_seconds(env, environment.BEAT_SECONDS, default=5.0),
         termination_log=_path(env, environment.TERMINATION_LOG),
         hold_seconds=_seconds(env, environment.HOLD_SECONDS, default=0.0, least=0.0),
+        stands_by=env.get(environment.STANDBY) == "1",
     )
 
 

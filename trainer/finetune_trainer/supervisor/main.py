@@ -65,7 +65,9 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_notice, signal.Signals(number).name)
         if os.getpid() == 1:
             loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
-        await self._start_ranks()
+        self._heard_at = loop.time() if self._config.stands_by else self._heard_at
+        if not self._config.stands_by:
+            await self._start_ranks()
         beats = asyncio.create_task(self._beat_until_ended())
         await self._see_all_to_end()
         while await self._new_world_comes():
@@ -76,7 +78,9 @@ class Supervisor:
         self._changed.set()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(beats, FAREWELL_SECONDS)
-        return ExitCode.SUPERSEDED if self._superseded else pod_exit_code(self._ends)
+        if self._superseded:
+            return ExitCode.SUPERSEDED
+        return pod_exit_code(self._ends) if self._ends else ExitCode.SAVED
 
     async def _start_ranks(self) -> None:
         self._ranks, self._ends = [], []
@@ -95,7 +99,7 @@ class Supervisor:
     async def _new_world_comes(self) -> bool:
         """Where the ranks lost a peer, or saved for the sake of one, wait until the operator names a new world."""
         loop = asyncio.get_running_loop()
-        if self._world is None and self._ends[0].exit_code in HOLDABLE:
+        if self._world is None and (not self._ends or self._ends[0].exit_code in HOLDABLE):
             if self._config.coordinator_url:
                 await self._tried.wait()
             self._waiting = True

@@ -14,7 +14,6 @@ from typing import Any
 
 from finetune_contract.beat import Beat, Order, Reply
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
-from finetune_operator.build import num_nodes
 from finetune_operator.cluster.kube.beats import JobBeats
 from finetune_operator.cluster.kube.cache import Cache, Entry, ObjectKey
 from finetune_operator.cluster.kube.client import (
@@ -52,6 +51,7 @@ from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed, ObservedPod
+from finetune_operator.plan.view import members_of, oldest_attempt
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class KubeCluster:
         judged = [self._judge(pod) for pod in self.pods.group(key) if pod.owner_uid == uid]
         return Observed(
             pods=tuple(pod for pod in judged if pod is not None),
-            beats=self.beats.of(*key, oldest_attempt=job.status.attempt - 1),
+            beats=self.beats.of(*key, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child.name for child in self.services.group(key) if child.owner_uid == uid),
             configs=frozenset(child.name for child in self.configs.group(key) if child.owner_uid == uid),
         )
@@ -180,7 +180,10 @@ class KubeCluster:
         leaving = pod is not None and bool(self._nodes.of(pod.observed.node).leaving)
         reply = reply_to(found.job if found is not None else None, beat, self._settings)
         order = Order.SAVE_AND_STOP if leaving else reply.order
-        return reply.model_copy(update={"order": order, "beat_seconds": self._beat_seconds()})
+        seconds = self._beat_seconds()
+        if beat.waiting and reply.beat_seconds is not None:
+            seconds = min(seconds, reply.beat_seconds)
+        return reply.model_copy(update={"order": order, "beat_seconds": seconds})
 
     # -- who wants a pass ---------------------------------------------------------------------------------------------
 
@@ -213,7 +216,7 @@ class KubeCluster:
             return None
         pods = [other.observed for other in self.pods.group(pod.job) if other.observed.attempt == pod.observed.attempt]
         return Gang(
-            size=num_nodes(found.job.spec),
+            size=len(members_of(found.job.status, found.job.spec)),
             num_pods=len(pods),
             num_ready=sum(other.ready for other in pods),
             over=is_over(found.job.status, pod.observed.attempt),

@@ -29,6 +29,7 @@ from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import BeatBook, PodIdentity
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed
+from finetune_operator.plan.view import oldest_attempt
 
 MAX_EVENTS = 200
 """Events kept of a job; the oldest go first."""
@@ -81,7 +82,7 @@ class LocalCluster:
         meta = job.metadata
         return Observed(
             pods=tuple(seen),
-            beats=self.book.of(meta.namespace, meta.name, oldest_attempt=job.status.attempt - 1),
+            beats=self.book.of(meta.namespace, meta.name, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(self._objects["Service"]),
             configs=frozenset(self._objects["ConfigMap"]),
         )

@@ -17,7 +17,6 @@ from finetune_contract.beat import Beat, Reply
 from finetune_operator.api.job import FineTuneJob, Phase
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.words import Reason
-from finetune_operator.build import num_nodes
 from finetune_operator.cluster.local.cluster import LocalCluster
 from finetune_operator.cluster.local.container import LOOPBACK
 from finetune_operator.cluster.local.endpoint import free_port
@@ -30,7 +29,7 @@ from finetune_operator.cluster.protocol import Clock
 from finetune_operator.cluster.reconcile import Pass, drive, reconcile
 from finetune_operator.coordinator.server import Coordinator
 from finetune_operator.plan.types import PodPhase
-from finetune_operator.plan.view import member_attempts
+from finetune_operator.plan.view import members_of
 from finetune_operator.settings import Settings
 
 RETRY = timedelta(seconds=5)
@@ -158,8 +157,10 @@ class LocalRun:
         reports = [report for beat in beats for report in beat.ranks]
         for fault in self._faults:
             node_rank = fault.rank // seen.job.spec.topology.processes_per_node
-            members = member_attempts(seen.job.status, num_nodes(seen.job.spec))
-            name = pod_name(seen.job.metadata.name, members[node_rank], node_rank)
+            members = members_of(seen.job.status, seen.job.spec)
+            if node_rank >= len(members):
+                continue
+            name = pod_name(seen.job.metadata.name, *members[node_rank])
             if not fault.is_due(reports) or cluster.kubelet.get(name) is None:
                 continue
             self._faults = tuple(other for other in self._faults if other is not fault)

@@ -63,6 +63,28 @@ def take_quota(world: World) -> None:
     world.engine.after(rng.uniform(60, 3600), world.fill_up)
 
 
+def change_capacity(world: World) -> None:
+    """Spot nodes become scarce for hours, or plenty."""
+    rng = world.engine.rng
+    world.num_nodes = rng.randint(0, world.normal_num_nodes + 2)
+    world.fill_up()
+    num_there = [node for node in world.server.nodes.values() if node.up and node.spot]
+    for node in num_there[world.num_nodes :]:
+        world.kubelets.preempt(node, rng.choice([5.0, 30.0, 120.0]), tainted=False)
+    world.engine.after(rng.uniform(600, 4 * 3600), lambda: _restore_capacity(world))
+
+
+def _restore_capacity(world: World) -> None:
+    world.num_nodes = max(world.num_nodes, world.normal_num_nodes)
+    world.fill_up()
+
+
+def stall_pulls(world: World) -> None:
+    """The registry is slow for a while."""
+    world.kubelets.pull_seconds = 900.0
+    world.engine.after(world.engine.rng.uniform(60, 1800), lambda: setattr(world.kubelets, "pull_seconds", 5.0))
+
+
 def fail_program(world: World) -> None:
     """A rank ends with an error of its own."""
     rng = world.engine.rng
@@ -154,6 +176,8 @@ FAULTS = (
     Fault(2, vanish),
     Fault(2, cut_node_off),
     Fault(0.5, take_quota),
+    Fault(0.5, change_capacity),
+    Fault(0.3, stall_pulls),
     Fault(4, fail_program),
     Fault(1, break_fabric),
     Fault(1, hang),

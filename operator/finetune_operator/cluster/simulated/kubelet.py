@@ -48,7 +48,7 @@ class Kubelets:
         for pod in self._waiting:
             if self._server.pods.get(pod.seen.name) is not pod:
                 continue
-            node = next((node for node in self._server.nodes.values() if _has_room(node)), None)
+            node = self._room_for(pod)
             if node is None:
                 still.append(pod)
                 if pod.seen.waiting != NO_ROOM:
@@ -59,6 +59,11 @@ class Kubelets:
             self._server.change(pod, node=node.name, waiting="ContainerCreating")
             self._engine.after(self._engine.rng.expovariate(1 / self.pull_seconds), lambda pod=pod: self._run(pod))  # type: ignore[misc]
         self._waiting = still
+
+    def _room_for(self, pod: SimPod) -> Node | None:
+        """A node for a pod; spot ones before others, as everybody prefers them."""
+        free = [node for node in self._server.nodes.values() if _has_room(node) and (node.spot or not pod.spot_only)]
+        return next((node for node in free if node.spot), free[0] if free else None)
 
     def _run(self, pod: SimPod) -> None:
         node = pod.node

@@ -19,6 +19,10 @@ class SimPod:
     grace_seconds: int
     num_nodes: int = 1
     """Pods of its gang, as its manifest says."""
+    spot_only: bool = False
+    """Whether it goes to no other nodes than spot."""
+    stands_by: bool = False
+    """Whether its manifest gives it no rank yet."""
     node: Node | None = None
     running: bool = False
     """Whether its processes live, whatever the API says."""

@@ -20,6 +20,7 @@ from finetune_operator.cluster.simulated.server import ApiError, Server, Watch
 from finetune_operator.coordinator.beats import BeatBook, PodIdentity
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.plan.types import Action, Create, DeletePod, Event, Observed
+from finetune_operator.plan.view import oldest_attempt
 from finetune_operator.settings import Settings
 
 T = TypeVar("T")
@@ -159,7 +160,7 @@ class SimOperator:
         nodes = self.watch.nodes
         return Observed(
             pods=pods,
-            beats=self._book.of("default", name, oldest_attempt=job.status.attempt - 1),
+            beats=self._book.of("default", name, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child for kind, child in children if kind == "Service"),
             configs=frozenset(child for kind, child in children if kind == "ConfigMap"),
             nodes={pod.node: nodes[pod.node] for pod in pods if pod.node in nodes} if nodes else {},

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune_contract import environment
 from finetune_operator.api import words
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import Capacity, FineTuneJob, FineTuneJobStatus
 from finetune_operator.cluster.protocol import ConflictError
 from finetune_operator.cluster.simulated.engine import Engine
 from finetune_operator.cluster.simulated.model import Node, SimPod, Storage, Watchdog
@@ -180,18 +180,26 @@ class Server:
         if (known := self.pods.get(meta["name"])) is not None:
             return key, known.seen
         self._num_created += 1
+        spec = manifest["spec"]
+        env = {item["name"]: item.get("value") for item in spec["containers"][0]["env"]}
+        labels = meta["labels"]
         seen = ObservedPod(
             name=meta["name"],
             uid=f"pod-{self._num_created}",
-            attempt=int(meta["labels"][words.ATTEMPT]),
-            node_rank=int(meta["labels"][words.NODE_RANK]),
+            attempt=int(labels[words.ATTEMPT]),
+            node_rank=int(labels[words.NODE_RANK]),
             phase=PodPhase.PENDING,
             created_at=self.engine.now(),
+            fell_back=labels.get(words.CAPACITY) == Capacity.ANY,
         )
-        spec = manifest["spec"]
-        env = {item["name"]: item.get("value") for item in spec["containers"][0]["env"]}
+        affinity = spec.get("affinity", {}).get("nodeAffinity", {})
         pod = SimPod(
-            job.metadata.name, seen, spec["terminationGracePeriodSeconds"], int(env[environment.NUM_NODES] or 1)
+            job.metadata.name,
+            seen,
+            spec["terminationGracePeriodSeconds"],
+            int(env[environment.NUM_NODES] or 1),
+            spot_only="requiredDuringSchedulingIgnoredDuringExecution" in affinity,
+            stands_by=env.get(environment.STANDBY) == "1",
         )
         self.pods[seen.name] = pod
         self._watchdog.pod_created(self.jobs[pod.job], seen)

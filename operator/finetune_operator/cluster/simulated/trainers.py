@@ -197,14 +197,20 @@ class Supervisor:
         self._storage = trainers.storage[pod.job]
         self._noticed = False
         self._ends: tuple[RankEnd, ...] = ()
-        self._waiting = False
+        self._waiting = pod.stands_by
         self._alive = True
         self._life = 0
         self._sequence = 0
         self._soon = False
+        self._beat_seconds = BEAT_SECONDS
+        self._num_timers = 0
         pod.end = self._killed
         pod.notice = self._on_notice
-        self._start_ranks()
+        if pod.stands_by:
+            # It has as long as any that waits for a new world.
+            self.heard_at = self._engine.time
+        else:
+            self._start_ranks()
         self._beat_again()
 
     # -- what happens to it -------------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ class Supervisor:
         self._noticed = True
         self.beat_soon()
         if self._waiting:
-            self._end(self._ends[0].exit_code)
+            self._give_up()
         else:
             self._stop_ranks()
 
@@ -316,15 +322,33 @@ class Supervisor:
     def _beat_again(self) -> None:
         if self._alive:
             self._post()
-            self._engine.after(BEAT_SECONDS, self._beat_again)
+            self._set_timer()
             if self._waiting and self._engine.time - self.heard_at > HOLD_SECONDS:
-                self._end(self._ends[0].exit_code)
+                self._give_up()
+
+    def _set_timer(self) -> None:
+        """Beat after a while; an earlier timer comes to nothing."""
+        self._num_timers += 1
+        number = self._num_timers
+
+        def beat() -> None:
+            if number == self._num_timers:
+                self._beat_again()
+
+        self._engine.after(self._beat_seconds, beat)
+
+    def _give_up(self) -> None:
+        self._end(self._ends[0].exit_code if self._ends else ExitCode.SAVED)
 
     def _post(self) -> None:
         self._sequence += 1
         reply = self._trainers.post(self, self._beat())
         if reply is not None:
             self.heard_at = self._engine.time
+            wanted = reply.beat_seconds or BEAT_SECONDS
+            if self._alive and wanted != self._beat_seconds:
+                self._beat_seconds = wanted
+                self._set_timer()
             self._obey(reply)
 
     def _obey(self, reply: Reply) -> None:
@@ -340,12 +364,13 @@ class Supervisor:
             self._leave_gang(silent=False)
             self._ends = self._ends or (RankEnd.model_construct(rank=self.node_rank, exit_code=77, last_words=""),)
             self._later(1.0, partial(self._end, ExitCode.SUPERSEDED))
-        elif reply.order is Order.SAVE_AND_STOP and not self._ends:
+        elif reply.order is Order.SAVE_AND_STOP and not self._ends and not self._waiting:
             self._stop_ranks()
 
     def _beat(self) -> Beat:
         # Built without a look at each field, which is the larger part of what a beat costs.
         gang, storage = self.gang, self._storage
+        stands_by = self._waiting and not self._ends
         report = RankReport.model_construct(
             rank=self.node_rank,
             state=self._state(),
@@ -368,7 +393,7 @@ class Supervisor:
             attempt=self.attempt,
             node_rank=self.node_rank,
             sequence=self._sequence,
-            ranks=(report,),
+            ranks=() if stands_by else (report,),
             ends=self._ends,
             notice=self._noticed,
             waiting=self._waiting,

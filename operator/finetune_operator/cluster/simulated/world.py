@@ -21,7 +21,14 @@ SIMULATED = Settings(coordinator_url="https://coordinator:8443", require_storage
 class World:
     """A cluster, its jobs, and an operator that may be dead at the moment."""
 
-    def __init__(self, seed: int | str, watchdog: Watchdog, num_nodes: int, settings: Settings = SIMULATED) -> None:
+    def __init__(
+        self,
+        seed: int | str,
+        watchdog: Watchdog,
+        num_nodes: int,
+        settings: Settings = SIMULATED,
+        num_on_demand: int = 0,
+    ) -> None:
         self.engine = Engine(seed)
         self.settings = settings
         self.watchdog = watchdog
@@ -32,6 +39,9 @@ class World:
         self.weather = Weather()
         self.operator: SimOperator | None = None
         self.num_nodes = num_nodes
+        """Spot nodes that there should be."""
+        self.num_on_demand = num_on_demand
+        """Other nodes that there should be."""
         self.num_passes = 0
         """Of operators that have died."""
         self.failures_caused: dict[str, int] = {}
@@ -41,6 +51,7 @@ class World:
         self.deaf_share = 0.0
         self.calm = False
         """Nothing more goes wrong."""
+        self.normal_num_nodes = num_nodes
         self._num_made = 0
         self.fill_up()
         self._start_operator()
@@ -93,9 +104,11 @@ class World:
     # -- nodes --------------------------------------------------------------------------------------------------------
 
     def fill_up(self) -> None:
-        """Nodes come until there are as many as there should be."""
-        while sum(node.up for node in self.server.nodes.values()) < self.num_nodes:
-            self.kubelets.add_node(skew_seconds=self.engine.rng.gauss(0, 5))
+        """Nodes come until there are as many of each kind as there should be."""
+        for spot, wanted in ((True, self.num_nodes), (False, self.num_on_demand)):
+            num_there = sum(node.up and node.spot is spot for node in self.server.nodes.values())
+            for _ in range(wanted - num_there):
+                self.kubelets.add_node(spot=spot, skew_seconds=self.engine.rng.gauss(0, 5))
 
     def replace_node_later(self) -> None:
         """A lost node is replaced, sooner or later."""
@@ -147,5 +160,5 @@ class World:
         for node in list(self.server.nodes.values()):
             if not node.up:
                 self.kubelets.remove_node(node)
-        self.num_nodes += 10
+        self.num_nodes = max(self.num_nodes, self.normal_num_nodes) + 10
         self.fill_up()
