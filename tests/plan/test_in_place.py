@@ -11,7 +11,7 @@ from finetune_contract.beat import Order, RankEnd, RankState, Reply
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.words import Reason
 from finetune_operator.plan.replies import reply_to
-from finetune_operator.plan.types import Create, ObservedPod
+from finetune_operator.plan.types import Create, ObservedPod, PodPhase
 from tests.plan.world import SETTINGS, World, last_words, make_job, seconds
 
 HOLDING = replace(SETTINGS, hold_seconds=120)
@@ -172,3 +172,48 @@ def test_a_stranger_of_the_same_name_gets_no_orders() -> None:
     beat = world.beats[world.pod(0).uid].beat
     other = world.job.model_copy(update={"metadata": world.job.metadata.model_copy(update={"uid": "another"})})
     assert reply_to(other, beat, HOLDING) == reply_to(None, beat, HOLDING) == Reply()
+
+
+GAVE_UP = RankEnd(rank=0, exit_code=ExitCode.FABRIC, last_words="rank 0 of 3 could not meet the others")
+
+
+def waiting_for_image() -> World:
+    """Two of three pods run and their ranks gave up; the third pulls its image still."""
+    world = World(make_job(topology={"accelerator": "cpu", "nodes": 3}), settings=HOLDING)
+    world.settle()
+    late = world.pod(2).name
+    world.run_all()
+    world.pods[late] = replace(world.pods[late], phase=PodPhase.PENDING, waiting="ContainerCreating")
+    world.settle()
+    world.tick(1800)
+    for node_rank in (0, 1):
+        world.beat(node_rank, RankState.FAILED, ends=(GAVE_UP,), waiting=True)
+    world.settle()
+    return world
+
+
+def test_nothing_restarts_while_images_still_pull() -> None:
+    world = waiting_for_image()
+    world.tick(20)
+    for node_rank in (0, 1):
+        world.beat(node_rank, RankState.FAILED, ends=(GAVE_UP,), waiting=True)
+    world.settle()
+    assert world.job.status.attempt == 1
+    assert world.job.status.attempts[0].ended_at is None
+    assert len(world.pods) == 3
+
+
+def test_once_the_image_is_there_all_begin_anew_in_their_pods_and_nothing_is_counted() -> None:
+    world = waiting_for_image()
+    world.run_all()
+    for _ in range(3):
+        for node_rank in (0, 1):
+            world.beat(node_rank, RankState.FAILED, ends=(GAVE_UP,), waiting=True)
+        world.beat(2, RankState.LOADING)
+        world.settle()
+        world.tick(5)
+    first, second = world.job.status.attempts
+    assert (first.reason, first.counts_as) == (Reason.PODS_LATE, None)
+    assert second.pod_attempts == (1, 1, 1)
+    assert (world.job.status.preemptions, world.job.status.failures) == (0, 0)
+    assert len(world.pods) == 3

@@ -67,6 +67,8 @@ class World:
     services: set[str] = field(default_factory=set)
     configs: set[str] = field(default_factory=set)
     events: list[Event] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)
+    """Manifests of all pods, by name."""
     deleted: bool = False
     num_created: int = 0
     sequence: int = 0
@@ -117,6 +119,7 @@ class World:
                 return
             self.num_created += 1
             labels = manifest["metadata"]["labels"]
+            self.made[name] = manifest
             self.pods[name] = ObservedPod(
                 name=name,
                 uid=f"uid-{self.num_created}",
@@ -124,6 +127,7 @@ class World:
                 node_rank=int(labels[words.NODE_RANK]),
                 phase=PodPhase.PENDING,
                 created_at=self.now,
+                fell_back=words.CAPACITY in labels,
             )
         else:
             (self.services if manifest["kind"] == "Service" else self.configs).add(name)
@@ -178,18 +182,28 @@ class World:
     def beat(self, node_rank: int, state: RankState = RankState.TRAINING, **report: Any) -> None:
         """A supervisor with one rank beats."""
         told = {key: report.pop(key) for key in ("notice", "ends", "waiting") if key in report}
-        self.sequence += 1
         pod = self.pod(node_rank)
+        self._say(pod, pod.attempt, node_rank, (RankReport(rank=node_rank, state=state, **report),), told)
+
+    def say(self, pod: ObservedPod, rank: int | None, **report: Any) -> None:
+        """A supervisor beats that trains as this rank of the newest attempt; None: it stands by."""
+        told = {"waiting": report.pop("waiting", False) or rank is None}
+        attempt = pod.attempt if told["waiting"] else self.job.status.attempt
+        reports = () if rank is None else (RankReport(rank=rank, state=RankState.TRAINING, restored_step=0, **report),)
+        self._say(pod, attempt, pod.node_rank if rank is None else rank, reports, told)
+
+    def _say(self, pod: ObservedPod, attempt: int, node_rank: int, ranks: tuple[RankReport, ...], told: Any) -> None:
+        self.sequence += 1
         beat = Beat(
             job="circles",
             namespace="default",
             job_uid=self.job.metadata.uid,
             pod=pod.name,
             pod_uid=pod.uid,
-            attempt=pod.attempt,
+            attempt=attempt,
             node_rank=node_rank,
             sequence=self.sequence,
-            ranks=(RankReport(rank=node_rank, state=state, **report),),
+            ranks=ranks,
             **told,
         )
         self.beats[pod.uid] = ReceivedBeat(beat, self.now)

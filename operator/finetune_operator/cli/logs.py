@@ -106,13 +106,15 @@ async def _follow(home: Home, key: JobKey, first: int, node_rank: int | None, wa
 def _files(folder: JobFolder, job: FineTuneJob, attempt: int, node_rank: int | None) -> list[Path]:
     """The logs of the pods that an attempt has or had, one of a kept pod's earlier attempts included."""
     name = job.metadata.name
-    kept = next((entry.pod_attempts for entry in job.status.attempts if entry.attempt == attempt), ())
-    if kept:
-        paths = [folder.logs / f"{pod_name(name, made_for, rank)}.log" for rank, made_for in enumerate(kept)]
+    entry = next((entry for entry in job.status.attempts if entry.attempt == attempt), None)
+    if entry is not None and entry.pod_attempts:
+        numbers = entry.pod_ranks or range(len(entry.pod_attempts))
+        members = enumerate(zip(entry.pod_attempts, numbers, strict=True))
+        paths = {rank: folder.logs / f"{pod_name(name, *member)}.log" for rank, member in members}
     else:
         found = folder.logs.glob(f"{name}-a{attempt}-n*.log")
-        paths = sorted(found, key=_node_rank)
-    return [path for path in paths if path.exists() and node_rank in (None, _node_rank(path))]
+        paths = {_node_rank(path): path for path in sorted(found, key=_node_rank)}
+    return [path for rank, path in paths.items() if path.exists() and node_rank in (None, rank)]
 
 
 def _node_rank(path: Path) -> int:

@@ -10,10 +10,10 @@ import hashlib
 from datetime import datetime, timedelta
 
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
-from finetune_operator.api.words import CountsAs, Reason
+from finetune_operator.api.words import REGROUPS, CountsAs, Reason
 from finetune_operator.settings import Settings
 
-WITHOUT_DELAY = frozenset({Reason.SUSPENDED})
+WITHOUT_DELAY = REGROUPS | {Reason.SUSPENDED}
 """Ends that count as nothing, and that no next attempt can run into at once."""
 
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from finetune_contract.exit_codes import ExitCode, describe
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.words import REASONS, CountsAs, Reason
+from finetune_operator.plan.ledger import current
 from finetune_operator.plan.types import ObservedPod, PodPhase
 from finetune_operator.plan.view import View, has_ended
 
@@ -35,6 +36,8 @@ class Facts:
     notice: bool = False
     """Whether its supervisor has been told to stop."""
     last_words: str = ""
+    met_nobody: bool = False
+    """Whether the pods of the attempt have never all been up together."""
     stayed_behind: bool = False
     """Whether it was kept for the attempt, and ended without having come to it."""
 
@@ -118,6 +121,8 @@ TABLE: tuple[Row, ...] = (
     Row(_code(ExitCode.SAVED), _always(Reason.NOTICE_SAVED), consequence=True),
     Row(_code(SIGTERM_EXIT), _always(Reason.PREEMPTED), consequence=True),
     Row(lambda facts: facts.notice, _always(Reason.PREEMPTED), consequence=True),
+    # Ranks that gave up waiting for a pod that had no node or image yet: there was no peer to lose.
+    Row(lambda facts: facts.code == ExitCode.FABRIC and facts.met_nobody, _always(Reason.PODS_LATE), consequence=True),
     # A peer was lost in a collective: that peer's own end is the cause.
     Row(_code(ExitCode.FABRIC), _always(Reason.FABRIC_ERROR), consequence=True),
     Row(lambda facts: facts.code not in (None, ExitCode.DONE), _always(Reason.PROCESS_FAILED)),
@@ -133,6 +138,8 @@ def find_cause(view: View, gang_complete: bool) -> Cause | None:
     """
     signs = []
     for facts in _gang(view, gang_complete):
+        if is_late(view, facts):
+            continue
         for index, row in enumerate(TABLE):
             if row.applies(facts):
                 signs.append((_weight(row, index), _ended_at(facts, view), facts.node_rank, row, facts))
@@ -150,12 +157,16 @@ def find_silent(view: View, since: datetime) -> Cause | None:
     """
     heard = {rank for rank, received in view.beats.items() if received.received_at >= since}
     gang = _gang(view, gang_complete=True)
-    silent = [facts for facts in gang if facts.node_rank not in heard and facts.pod and not has_ended(facts.pod)]
+    silent = [facts for facts in gang if facts.node_rank not in heard and _should_speak(facts.pod)]
     # A pod that has ended has spoken, too: its node told of it.
     spoke = heard or any(facts.pod is not None and has_ended(facts.pod) for facts in gang)
     if not spoke or not silent:
         return None
     return _cause(Row(lambda _: True, _always(Reason.NODE_LOST)), silent[0], view)
+
+
+def _should_speak(pod: ObservedPod | None) -> bool:
+    return pod is not None and pod.phase is PodPhase.RUNNING and not has_ended(pod)
 
 
 def _weight(row: Row, index: int) -> tuple[bool, int]:
@@ -196,8 +207,26 @@ def _facts(view: View, node_rank: int, pod: ObservedPod | None) -> Facts:
         code=code,
         notice=bool((beat and beat.notice) or (termination and termination.notice)),
         last_words=first.last_words if first else "",
+        met_nobody=_has_never_met(view),
         stayed_behind=termination is not None and termination.attempt < view.attempt,
     )
+
+
+def _has_never_met(view: View) -> bool:
+    """Whether some pod of the attempt has not run yet."""
+    entry = current(view.job.status)
+    return entry is not None and entry.attempt == view.attempt and entry.seconds.pulling is None
+
+
+def is_late(view: View, facts: Facts) -> bool:
+    """Whether a rank waits in vain for pods that are still to come: nothing has ended, and nothing restarts.
+
+    Once they run, the attempt ends, and the next one begins with all of them.
+    """
+    pod = facts.pod
+    if pod is None or has_ended(pod) or facts.code != ExitCode.FABRIC or not facts.met_nobody:
+        return False
+    return any(other.phase is PodPhase.PENDING for other in view.pods.values())
 
 
 def _cause(row: Row, facts: Facts, view: View) -> Cause:

@@ -63,7 +63,9 @@ def _delete_settled(pod: ObservedPod, entry: AttemptStatus, view: View) -> Delet
     if entry.reason in WITH_OWN_GRACE:
         # Where a rank has ended badly meanwhile, the others can save no step that they share any more.
         return _delete(pod, None if _all_ended_well(view) else grace)
-    if may_save(entry, view) and view.now < notice_over_at(entry, view):
+    received = view.heard(pod)
+    has_saved = received is not None and received.beat.waiting
+    if may_save(entry, view) and view.now < notice_over_at(entry, view) and not has_saved:
         return None
     return _delete(pod, grace)
 

@@ -22,6 +22,8 @@ HEARD_SECONDS = 60.0
 HOLD_SECONDS = 120.0
 COLLECTIVE_TIMEOUT_SECONDS = 900.0
 """A rank that waits for a peer that fell silent gives up after so long."""
+RENDEZVOUS_SECONDS = 1800.0
+"""A rank that the others do not come to gives up after so long."""
 HOLDING = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
 """Ends of ranks after which a supervisor can wait for a new world: their pod itself is well."""
 END_STATES: dict[int, RankState] = {ExitCode.DONE: RankState.DONE, ExitCode.SAVED: RankState.SAVED}
@@ -75,6 +77,13 @@ class Gang:
                 return
             self._enter(RankState.RESTORING)
             self._later(self._storage.workload.restore_seconds, self._restored)
+        else:
+            self._engine.after(RENDEZVOUS_SECONDS, partial(self._give_up, member))
+
+    def _give_up(self, member: Supervisor) -> None:
+        """A rank that has waited too long for the others."""
+        if self.members.get(member.node_rank) is member and self.state is RankState.LOADING and not self.broken:
+            self._exit(member, ExitCode.FABRIC, "could not meet the others")
 
     def leave(self, member: Supervisor, *, silent: bool) -> None:
         """A rank is gone. The others see a closed connection, or nothing for a long time."""
