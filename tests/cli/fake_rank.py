@@ -99,6 +99,7 @@ def train(args: argparse.Namespace) -> None:
     for step in range(begin + 1, args.steps + 1):
         if peers.agree_to_stop():
             save(step - 1)
+            report("Saved", step=step - 1)
             sys.exit(ExitCode.SAVED)
         time.sleep(args.step_seconds)  # the step's work
         report("Training", step=step, totalSteps=args.steps, loss=round(1 / step, 3), imagesPerSecond=8.0)

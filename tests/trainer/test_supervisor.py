@@ -244,6 +244,32 @@ def test_an_order_to_stop_is_a_notice(start: Start, endpoint: Endpoint) -> None:
     assert process.wait(DEADLINE_SECONDS) == ExitCode.SAVED
 
 
+LATE = """
+        class Late:
+            def __del__(self):
+                # Python has taken its signal handlers away by now.
+                report(state=LAST, detail="late")
+                signal.pause()
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        late = Late()
+"""
+
+
+@pytest.mark.parametrize(("state", "code"), [("Saved", ExitCode.SAVED), ("Done", ExitCode.DONE), ("Training", 143)])
+def test_an_order_that_meets_a_rank_on_its_way_out(start: Start, endpoint: Endpoint, state: str, code: int) -> None:
+    process = start(LATE.replace("LAST", repr(state)))
+    endpoint.wait(lambda beat: all(rank.get("detail") == "late" for rank in beat["ranks"]))
+    endpoint.reply = Reply.model_validate({"order": "SaveAndStop"})
+    assert process.wait(DEADLINE_SECONDS) == code
+
+
+def test_an_order_that_meets_a_rank_before_it_listens(start: Start, endpoint: Endpoint) -> None:
+    process = start("report(state='Starting', detail='early'); signal.pause()", FINETUNE_BEAT_SECONDS="0.05")
+    endpoint.wait(lambda beat: all(rank.get("detail") == "early" for rank in beat["ranks"]))
+    endpoint.reply = Reply.model_validate({"order": "SaveAndStop"})
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.SAVED
+
+
 def test_a_superseded_supervisor_stops(start: Start, endpoint: Endpoint) -> None:
     endpoint.reply = Reply(attempt=4)
     process = start("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); signal.pause()")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from finetune_contract.beat import RankState
+from finetune_contract.exit_codes import ExitCode
 from finetune_contract.spec import LrScheduler, TrainingSpec
 from finetune_trainer.data.order import SampleRef
 from finetune_trainer.errors import ConfigError
@@ -179,13 +180,13 @@ def _leave(held: bool, report: Path) -> None:
     notice = Notice(on_leave)
     notice.listen()
     if held:
-        with notice.held():
-            os.kill(os.getpid(), signal.SIGTERM)
-            while not notice.given:
-                pass
-            report.write_text("held", encoding="utf-8")
-    else:
-        os.kill(os.getpid(), signal.SIGTERM)
+        notice.hold()
+    os.kill(os.getpid(), signal.SIGTERM)
+    if held:
+        while not notice.given:
+            pass
+        report.write_text("held", encoding="utf-8")
+        os._exit(ExitCode.STORAGE)
     # A C call that no Python handler can interrupt.
     reader, _ = os.pipe()
     os.read(reader, 1)
@@ -198,8 +199,8 @@ def test_notice_ends_the_process_unless_it_is_held(held: bool, tmp_path: Path) -
         _leave(held, tmp_path / "report")
         os._exit(1)
     _, status = os.waitpid(process_id, 0)
-    assert os.waitstatus_to_exitcode(status) == 75
-    assert (tmp_path / "report").read_text() == "leaving"
+    assert os.waitstatus_to_exitcode(status) == (ExitCode.STORAGE if held else ExitCode.SAVED)
+    assert (tmp_path / "report").read_text() == ("held" if held else "leaving")
 
 
 def test_grid_has_a_row_for_each_label_and_a_column_for_each_caption() -> None:

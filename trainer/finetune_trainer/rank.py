@@ -51,10 +51,12 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
         context = read_context(env, notice, reporter, on_save_stage)
         code = run_rank(context, env)
     except RankError as error:
+        notice.hold()
         reporter.state(RankState.FAILED)
         _LOG.error("%s", error)
         return error.code
     except Exception:
+        notice.hold()
         reporter.state(RankState.FAILED)
         _LOG.exception("the trainer has failed in a way that nothing expected")
         return ExitCode.SOFTWARE

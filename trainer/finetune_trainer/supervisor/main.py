@@ -134,6 +134,8 @@ class Supervisor:
     def _end_soon(self) -> None:
         """One rank is gone for good: the others get a notice and a short while."""
         self._signal_all(signal.SIGTERM)
+        if self._kill is not None:
+            self._kill.cancel()
         self._kill = asyncio.get_running_loop().call_later(PEER_SECONDS, self._signal_all, signal.SIGKILL)
 
     def _on_notice(self, source: str) -> None:

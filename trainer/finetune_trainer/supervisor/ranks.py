@@ -14,12 +14,15 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from finetune_contract import environment
 from finetune_contract.beat import MAX_LAST_WORDS, RankEnd, RankReport, RankState
+from finetune_contract.exit_codes import ExitCode
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import Share, ccl_environment, thread_environment
 
 CCL = "ccl"
 LAST_LINES = 40
 DRAIN_SECONDS = 1.0
+WITHOUT_STATE = frozenset({RankState.STARTING, RankState.LOADING, RankState.CACHING, RankState.RESTORING})
+"""States in which a rank has nothing to save."""
 _PR_SET_PDEATHSIG = 1
 _LINE_END = re.compile(rb"[\r\n]+")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -32,6 +35,8 @@ class RankProcess:
         self.rank = rank
         self.report = RankReport(rank=rank, state=RankState.STARTING)
         self.end: RankEnd | None = None
+        self._told = False
+        """Whether this supervisor has sent it SIGTERM."""
         self._process = process
         self._report_fd = report_fd
         self._on_change = on_change
@@ -45,6 +50,7 @@ class RankProcess:
     def signal(self, number: int) -> None:
         """Send a signal, unless the process has ended."""
         if self.end is None and self._process.returncode is None:
+            self._told = self._told or number == signal.SIGTERM
             self._process.send_signal(number)
 
     async def follow(self) -> RankEnd:
@@ -62,7 +68,8 @@ class RankProcess:
         for reader in open_still:
             reader.cancel()
         words = "\n".join(self._stderr)[-MAX_LAST_WORDS:]
-        self.end = RankEnd(rank=self.rank, exit_code=code if code >= 0 else 128 - code, last_words=words)
+        code = true_exit_code(code if code >= 0 else 128 - code, self.report.state, told=self._told)
+        self.end = RankEnd(rank=self.rank, exit_code=code, last_words=words)
         self._on_change()
         return self.end
 
@@ -98,6 +105,24 @@ class RankProcess:
         self.report = old.model_copy(update=update)
         if weighty(self.report) != weighty(old):
             self._on_change()
+
+
+def true_exit_code(code: int, state: RankState, *, told: bool) -> int:
+    """What the end of a rank means that our SIGTERM may have caught where it could not answer.
+
+    Python takes its handlers away before the process is gone, and has none before the rank's first lines: there the
+    signal's default action ends a rank that has said what became of its state, or that has none yet.
+
+    Args:
+        code: of the process; 128+n where signal n ended it.
+        state: the last that it reported.
+        told: whether SIGTERM was sent to it from here.
+    """
+    if code != 128 + signal.SIGTERM or not told:
+        return code
+    if state is RankState.DONE:
+        return ExitCode.DONE
+    return ExitCode.SAVED if state is RankState.SAVED or state in WITHOUT_STATE else code
 
 
 def weighty(report: RankReport) -> RankReport:

@@ -43,18 +43,16 @@ class Notice:
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader, writer), daemon=True, name="notice").start()
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """In this block the notice only sets the flag: there is state to save."""
+    def hold(self) -> None:
+        """From now on the notice only sets the flag: there is state to save, or the rank ends by a code of its own.
+
+        It is not let go again: a save that failed must not look like one that was committed.
+        """
         self._set_held(True)
-        try:
-            yield
-        finally:
-            self._set_held(False)
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """In this block inside a held one, nothing is unsaved: the notice ends the rank at once."""
+        """In this block of a rank that holds it nothing is unsaved: the notice ends the rank at once."""
         self._set_held(False)
         try:
             yield

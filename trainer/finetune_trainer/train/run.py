@@ -119,10 +119,10 @@ class _Run:
         # What was made so far lives on; only what a step makes is worth looking through for garbage.
         gc.freeze()
         gc.enable()
-        with context.notice.held():
-            if not loop.run():
-                return ExitCode.SAVED
-            self._export(method, state)
+        context.notice.hold()
+        if not loop.run():
+            return ExitCode.SAVED
+        self._export(method, state)
         self._world.close()
         return ExitCode.DONE
 
