@@ -233,7 +233,8 @@ def _victims(target: str, runner: int) -> Iterator[psutil.Process]:
     for process in tree:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             env = process.environ()
-            if kind == "rank" and env.get("RANK") == number:
+            # A forked rank has the environment of its fork server, and a name of its own.
+            if kind == "rank" and process.name() == f"rank {number}":
                 yield process
             if kind == "pod" and env.get("FINETUNE_NODE_RANK") == number:
                 yield process

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from finetune_contract import environment
 from finetune_contract.beat import RankState
 from finetune_contract.exit_codes import ExitCode
+from finetune_trainer import libraries
 from finetune_trainer.errors import RankError
 from finetune_trainer.train.notice import Notice
 from finetune_trainer.train.report import Reporter
@@ -43,7 +44,7 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     notice = Notice(on_leave=lambda: reporter.state(RankState.SAVED))
     notice.listen()
     reporter.state(RankState.STARTING)
-    _prepare_libraries(env)
+    libraries.prepare(env)
     try:
         # Seconds of imports, which a notice may interrupt.
         from finetune_trainer.train.run import read_context, run_rank  # noqa: PLC0415
@@ -62,16 +63,6 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
         return ExitCode.SOFTWARE
     reporter.state(RankState.SAVED if code is ExitCode.SAVED else RankState.DONE)
     return code
-
-
-def _prepare_libraries(env: Mapping[str, str]) -> None:
-    """Quiet the libraries' own bars, and keep the hub's files in the shared cache. Read when they are imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    if environment.CACHE_DIR in env:
-        os.environ.setdefault("HF_HOME", os.path.join(env[environment.CACHE_DIR], "hub"))  # noqa: PTH118
 
 
 if __name__ == "__main__":

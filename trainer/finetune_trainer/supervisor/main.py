@@ -18,7 +18,7 @@ from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorErr
 from finetune_trainer.supervisor.config import BadEnvironmentError, Config, read_config
 from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
 from finetune_trainer.supervisor.last_words import FINE, cause_first, pod_exit_code, write_termination
-from finetune_trainer.supervisor.ranks import RankProcess, start_rank
+from finetune_trainer.supervisor.ranks import RankProcess, Starter
 
 RANK_COMMAND = (sys.executable, "-m", "finetune_trainer.rank")
 PEER_SECONDS = 5.0
@@ -53,6 +53,7 @@ class Supervisor:
         self._tried = asyncio.Event()
         """Set once a first beat was answered, or was not."""
         self._changed = asyncio.Event()
+        self._starter = Starter(command, self._changed.set)
         self._decided = asyncio.Event()
         """Set by whatever a supervisor that waits for a new world waits for."""
         self._sequence = 0
@@ -65,6 +66,8 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_notice, signal.Signals(number).name)
         if os.getpid() == 1:
             loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
+        shares = share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
+        self._starter = await Starter.ready(self._command, shares[0], self._changed.set)
         self._heard_at = loop.time() if self._config.stands_by else self._heard_at
         if not self._config.stands_by:
             await self._start_ranks()
@@ -86,7 +89,7 @@ class Supervisor:
         self._ranks, self._ends = [], []
         shares = share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
         for local_rank, share in enumerate(shares):
-            self._ranks.append(await start_rank(self._config, local_rank, share, self._command, self._changed.set))
+            self._ranks.append(await self._starter.start(self._config, local_rank, share))
         if self._notice:
             self._signal_all(signal.SIGTERM)
 
@@ -245,6 +248,8 @@ class Supervisor:
     def _reap_orphans(self) -> None:
         """As PID 1, collect what grandchildren leave behind; our own ranks are asyncio's to collect."""
         ours = {rank.pid for rank in self._ranks}
+        if self._starter.server is not None and self._starter.server.pid is not None:
+            ours.add(self._starter.server.pid)
         while (info := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and info.si_pid not in ours:
             os.waitpid(info.si_pid, 0)
 

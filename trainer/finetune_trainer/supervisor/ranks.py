@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import re
@@ -11,18 +12,21 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from finetune_contract import environment
 from finetune_contract.beat import MAX_LAST_WORDS, RankEnd, RankReport, RankState
 from finetune_contract.exit_codes import ExitCode
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import Share, ccl_environment, thread_environment
+from finetune_trainer.supervisor.forks import ForkedProcess, ForkServer, NotForkedError, module_of
 
 CCL = "ccl"
 LAST_LINES = 40
 DRAIN_SECONDS = 1.0
 WITHOUT_STATE = frozenset({RankState.STARTING, RankState.LOADING, RankState.CACHING, RankState.RESTORING})
 """States in which a rank has nothing to save."""
+AnyProcess = Process | ForkedProcess
 _PR_SET_PDEATHSIG = 1
 _LINE_END = re.compile(rb"[\r\n]+")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -31,15 +35,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class RankProcess:
     """One rank: its process and the newest of what it reported."""
 
-    def __init__(self, rank: int, process: Process, report_fd: int, on_change: Callable[[], None]) -> None:
+    def __init__(self, rank: int, process: AnyProcess, start: Start, report_fd: int) -> None:
         self.rank = rank
         self.report = RankReport(rank=rank, state=RankState.STARTING)
         self.end: RankEnd | None = None
         self._told = False
         """Whether this supervisor has sent it SIGTERM."""
         self._process = process
+        self._start = start
         self._report_fd = report_fd
-        self._on_change = on_change
         self._stderr: deque[str] = deque(maxlen=LAST_LINES)
 
     @property
@@ -55,6 +59,7 @@ class RankProcess:
 
     async def follow(self) -> RankEnd:
         """Relay output and reports until the rank has ended; return how it did."""
+        await self._see_begun()
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         readers = [
@@ -70,8 +75,18 @@ class RankProcess:
         words = "\n".join(self._stderr)[-MAX_LAST_WORDS:]
         code = true_exit_code(code if code >= 0 else 128 - code, self.report.state, told=self._told)
         self.end = RankEnd(rank=self.rank, exit_code=code, last_words=words)
-        self._on_change()
+        self._start.on_change()
         return self.end
+
+    async def _see_begun(self) -> None:
+        """Where the fork server has ended in place of forking, start the rank without it."""
+        if isinstance(self._process, ForkedProcess):
+            try:
+                await self._process.begun()
+            except NotForkedError:
+                print("[supervisor] ranks are started without the fork server", file=sys.stderr, flush=True)  # noqa: T201
+                self._process = await self._start.execute()
+        self._start.close()
 
     async def _relay(self, stream: asyncio.StreamReader, to: object, keep: deque[str] | None) -> None:
         async for line in read_lines(stream):
@@ -104,7 +119,7 @@ class RankProcess:
         update["detail"] = news.detail
         self.report = old.model_copy(update=update)
         if weighty(self.report) != weighty(old):
-            self._on_change()
+            self._start.on_change()
 
 
 def true_exit_code(code: int, state: RankState, *, told: bool) -> int:
@@ -130,25 +145,77 @@ def weighty(report: RankReport) -> RankReport:
     return report.model_copy(update={"step": None, "loss": None, "images_per_second": None, "detail": None})
 
 
-async def start_rank(
-    config: Config, local_rank: int, share: Share, command: Sequence[str], on_change: Callable[[], None]
-) -> RankProcess:
-    """Start one rank with torch's variables, its cores and a pipe for its reports."""
-    read_fd, write_fd = os.pipe()
-    rank = config.rank(local_rank)
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            env=rank_environment(os.environ, config, local_rank, share, write_fd),
+@dataclass(frozen=True)
+class Start:
+    """All that it takes to start one rank."""
+
+    command: Sequence[str]
+    env: Mapping[str, str]
+    share: Share
+    on_change: Callable[[], None]
+    report_fd: int
+    """The rank's end of the pipe for its reports."""
+
+    async def fork(self, server: ForkServer | None) -> ForkedProcess | None:
+        """Have the rank forked; None where that cannot be."""
+        module = module_of(self.command)
+        if server is None or module is None:
+            return None
+        try:
+            return await server.fork(module, self.env, self.share.cores)
+        except OSError:
+            return None
+
+    async def execute(self) -> Process:
+        """Start the rank by its command."""
+        return await asyncio.create_subprocess_exec(
+            *self.command,
+            env=self.env,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=PIPE,
             stderr=PIPE,
-            pass_fds=(write_fd,),
-            preexec_fn=lambda: _prepare(share),
+            pass_fds=(self.report_fd,),
+            preexec_fn=lambda: _prepare(self.share),
         )
-    finally:
-        os.close(write_fd)
-    return RankProcess(rank, process, read_fd, on_change)
+
+    def close(self) -> None:
+        """The rank holds its end of the pipe: ours would hide its end."""
+        os.close(self.report_fd)
+
+
+@dataclass(frozen=True)
+class Starter:
+    """Starts the ranks of one pod: forked where there is a server for it, else by their command."""
+
+    command: Sequence[str]
+    on_change: Callable[[], None]
+    server: ForkServer | None = None
+
+    @classmethod
+    async def ready(cls, command: Sequence[str], share: Share, on_change: Callable[[], None]) -> Starter:
+        """Begin to import what all ranks want, unless they run a program that cannot be forked."""
+        server = None
+        if module_of(command) is not None:
+            inherited = {name: value for name, value in os.environ.items() if name != environment.COORDINATOR_TOKEN}
+            with contextlib.suppress(OSError):
+                server = await ForkServer.find(
+                    {**inherited, **thread_environment(share, inherited)},
+                    lambda: _prepare(Share(share.num_threads, None)),
+                )
+        return cls(command, on_change, server)
+
+    async def start(self, config: Config, local_rank: int, share: Share) -> RankProcess:
+        """Start one rank with torch's variables, its cores and a pipe for its reports."""
+        read_fd, write_fd = os.pipe()
+        env = rank_environment(os.environ, config, local_rank, share, write_fd)
+        start = Start(self.command, env, share, self.on_change, write_fd)
+        try:
+            process = await start.fork(self.server) or await start.execute()
+        except BaseException:
+            os.close(read_fd)
+            start.close()
+            raise
+        return RankProcess(config.rank(local_rank), process, start, read_fd)
 
 
 def rank_environment(
