@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -9,10 +9,10 @@ import pytest
 from finetune_contract.beat import Beat, CommittedCheckpoint, RankEnd, RankReport, RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
 from finetune_operator.cluster.kube.news import Gang, Urgency, beat_news, is_over, is_progress, pod_news
-from finetune_operator.cluster.kube.nodes import GONE, HEALTHY, NodeBook, NodeState, judge_pod, read_node
+from finetune_operator.cluster.kube.nodes import GONE, HEALTHY, NodeBook, read_node
 from finetune_operator.cluster.kube.objects import KubePod
 from finetune_operator.cluster.protocol import JobKey
-from finetune_operator.plan.types import ObservedPod, PodPhase
+from finetune_operator.plan.types import ObservedNode, ObservedPod, PodPhase
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POD = ObservedPod("job-a1-n0", "uid", 1, 0, PodPhase.RUNNING, NOW, node="node-1", ready=True)
@@ -120,8 +120,6 @@ def test_an_attempt_is_over_with_its_cause_or_with_the_next_one() -> None:
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
 
-SILENCE = timedelta(seconds=15)
-
 
 def node(ready: str = "True", *taints: str) -> dict[str, Any]:
     return {
@@ -135,12 +133,12 @@ def node(ready: str = "True", *taints: str) -> dict[str, Any]:
     [
         (node(), HEALTHY),
         (node("False"), HEALTHY),
-        (node("Unknown"), NodeState(lost=True)),
-        (node("True", "example.com/other", "karpenter.sh/disrupted"), NodeState(leaving="karpenter.sh/disrupted")),
+        (node("Unknown"), ObservedNode(lost=True)),
+        (node("True", "example.com/other", "karpenter.sh/disrupted"), ObservedNode(leaving="karpenter.sh/disrupted")),
         ({}, HEALTHY),
     ],
 )
-def test_what_is_read_of_a_node(seen: dict[str, Any], state: NodeState) -> None:
+def test_what_is_read_of_a_node(seen: dict[str, Any], state: ObservedNode) -> None:
     assert read_node(seen) == state
 
 
@@ -151,29 +149,3 @@ def test_nodes_tell_of_changes_only() -> None:
         book.see("node-1", state)
     assert told == ["node-1", "node-1"]
     assert book.of(None) == HEALTHY
-
-
-def judge(pod: ObservedPod, state: NodeState, heard: float | None = None) -> tuple[ObservedPod | None, datetime | None]:
-    heard_at = NOW - timedelta(seconds=heard) if heard is not None else None
-    return judge_pod(pod, state, heard_at=heard_at, now=NOW, silence=SILENCE)
-
-
-def test_a_pod_on_a_lost_node_is_lost_once_it_is_silent() -> None:
-    assert judge(POD, GONE, heard=3) == (POD, NOW + timedelta(seconds=12))
-    assert judge(POD, GONE, heard=16) == (replace(POD, reason="NodeLost"), None)
-    assert judge(POD, GONE) == (replace(POD, reason="NodeLost"), None)
-    done = replace(POD, phase=PodPhase.SUCCEEDED)
-    assert judge(done, GONE) == (done, None)
-
-
-def test_a_pod_that_hangs_in_its_deletion_on_a_lost_node_counts_as_gone_when_its_grace_is_over() -> None:
-    deleted = replace(POD, deleted_at=NOW - timedelta(seconds=10), grace=timedelta(seconds=30))
-    assert judge(deleted, GONE)[1] == NOW + timedelta(seconds=20)
-    assert judge(replace(deleted, grace=timedelta(seconds=10)), GONE) == (None, None)
-    assert judge(replace(deleted, grace=timedelta(0)), HEALTHY)[0] is not None
-
-
-def test_a_taint_that_announces_the_end_is_a_disruption_of_the_pods_there() -> None:
-    judged, _ = judge(POD, NodeState(leaving="karpenter.sh/disrupted"))
-    assert judged is not None
-    assert judged.disruption == "karpenter.sh/disrupted"

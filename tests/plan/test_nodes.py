@@ -13,6 +13,7 @@ from finetune_operator.plan import nodes, plan
 from finetune_operator.plan.types import DeletePod, Observed, ObservedNode
 from tests.plan.world import World, seconds
 
+WELL = ObservedNode()
 LOST = ObservedNode(lost=True)
 GONE = ObservedNode(lost=True, gone=True)
 LEAVING = ObservedNode(leaving="aws-node-termination-handler/spot-itn")
@@ -63,8 +64,9 @@ def test_a_pod_that_nobody_is_left_to_end_is_deleted_by_force() -> None:
     pod = world.pod(1)
     world.change(1, deleted_at=world.now, grace=seconds(30))
     force = DeletePod(pod.name, pod.uid, grace_seconds=0)
-    for node, forced in ((LOST, False), (GONE, True)):
-        decided = plan(world.job, replace(world.observed(), nodes={"node-1": node}), world.now, world.settings)
+    for node, later, forced in ((LOST, 0, False), (LOST, 330, True), (GONE, 0, True), (WELL, 3600, False)):
+        now = world.now + seconds(later)
+        decided = plan(world.job, replace(world.observed(), nodes={"node-1": node}), now, world.settings)
         assert (force in decided.actions) is forced
 
 

@@ -102,7 +102,7 @@ def plan(job: FineTuneJob, observed: Observed, now: datetime, settings: Settings
     for policy in POLICIES:
         status = policy(view, status)
     actions = [action for decide in ACTIONS for action in decide(view, status)]
-    actions += [action for action in nodes.force_delete(observed) if action not in actions]
+    actions += [action for action in nodes.force_delete(observed, now) if action not in actions]
     # What was due has been done in this pass.
     wakes = (nodes.wake(observed, now, settings), *(wake(view, status) for wake in WAKES))
     wake_at = earliest(time for time in wakes if time is not None and time > now)

@@ -15,7 +15,7 @@ from finetune_operator.api.words import Reason
 from finetune_operator.plan.causes import Cause
 from finetune_operator.plan.endings import settle
 from finetune_operator.plan.ledger import open_entry, replace_current
-from finetune_operator.plan.nodes import SILENT_BEATS
+from finetune_operator.plan.nodes import silence
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.view import View, is_finished
 
@@ -93,8 +93,8 @@ def _timeout_seconds(view: View, status: FineTuneJobStatus) -> float:
 
 def _all_heard(view: View) -> bool:
     """Whether every supervisor has spoken lately. Its beats come on while its ranks stand still."""
-    silence = timedelta(seconds=SILENT_BEATS * view.settings.beat_seconds)
-    heard = [received for received in view.beats.values() if view.now < received.received_at + silence]
+    limit = silence(view.observed, view.settings)
+    heard = [received for received in view.beats.values() if view.now < received.received_at + limit]
     return len(heard) == view.num_nodes
 
 

@@ -8,14 +8,14 @@ whole gang.
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.words import REGROUPS, Reason
 from finetune_operator.plan import elastic
 from finetune_operator.plan.ledger import current
-from finetune_operator.plan.nodes import SILENT_BEATS
+from finetune_operator.plan.nodes import silence
 from finetune_operator.plan.restart import WITH_OWN_GRACE, may_save, notice_over_at
 from finetune_operator.plan.types import IMAGE_ERRORS, ObservedPod, PodPhase
 from finetune_operator.plan.view import Member, View, earliest, has_ended, is_finished
@@ -119,4 +119,4 @@ def _silent_at(view: View, pod: ObservedPod) -> datetime | None:
     received = view.heard(pod)
     if received is None:
         return None
-    return received.received_at + timedelta(seconds=SILENT_BEATS * view.settings.beat_seconds)
+    return received.received_at + silence(view.observed, view.settings)

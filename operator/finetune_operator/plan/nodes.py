@@ -21,6 +21,8 @@ NODE_LOST = "NodeLost"
 """Kubernetes' own word for the status of a pod whose node does not answer."""
 OVERDUE = timedelta(seconds=10)
 """How much longer than its grace period the deletion of a pod may take on a node that seems well."""
+UNREACHABLE = timedelta(minutes=5)
+"""How long a deletion may be overdue on a node that is out of reach, which may come back."""
 WELL = ObservedNode()
 
 
@@ -32,13 +34,13 @@ def judge(observed: Observed, now: datetime, settings: Settings) -> Observed:
     return replace(observed, pods=tuple(pod for pod in judged if pod is not None))
 
 
-def force_delete(observed: Observed) -> tuple[DeletePod, ...]:
-    """Pods whose deletion nobody is left to carry out: their Node object is gone."""
-    return tuple(
-        DeletePod(pod.name, pod.uid, grace_seconds=0)
-        for pod in observed.pods
-        if pod.deleted_at is not None and _node(pod, observed.nodes).gone
-    )
+def force_delete(observed: Observed, now: datetime) -> tuple[DeletePod, ...]:
+    """Pods whose deletion nobody is left to carry out: their node is gone, or out of reach for too long.
+
+    A process that may live on there is of an attempt that is fenced, and its name is not used again.
+    """
+    moments = ((pod, _force_at(pod, _node(pod, observed.nodes))) for pod in observed.pods)
+    return tuple(DeletePod(pod.name, pod.uid, grace_seconds=0) for pod, at in moments if at is not None and at <= now)
 
 
 def wake(observed: Observed, now: datetime, settings: Settings) -> datetime | None:
@@ -46,7 +48,8 @@ def wake(observed: Observed, now: datetime, settings: Settings) -> datetime | No
     moments: list[datetime | None] = []
     for pod in observed.pods:
         if pod.phase not in ENDED and (pod.deleted_at is not None or _is_lost(_node(pod, observed.nodes))):
-            moments += [_silent_at(pod, observed, settings), _gone_at(pod, _node(pod, observed.nodes))]
+            node = _node(pod, observed.nodes)
+            moments += [_silent_at(pod, observed, settings), _gone_at(pod, node), _force_at(pod, node)]
     return earliest(moment for moment in moments if moment is not None and moment > now)
 
 
@@ -77,7 +80,19 @@ def _silent_at(pod: ObservedPod, observed: Observed, settings: Settings) -> date
     received = observed.beats.get(pod.uid)
     if received is None:
         return None
-    return received.received_at + timedelta(seconds=SILENT_BEATS * settings.beat_seconds)
+    return received.received_at + silence(observed, settings)
+
+
+def silence(observed: Observed, settings: Settings) -> timedelta:
+    """How long a pod that lives is silent at most."""
+    return timedelta(seconds=SILENT_BEATS * max(settings.beat_seconds, observed.beat_seconds))
+
+
+def _force_at(pod: ObservedPod, node: ObservedNode) -> datetime | None:
+    """When a deletion must be forced; None: its kubelet will see to it."""
+    if pod.deleted_at is None or not _is_lost(node):
+        return None
+    return pod.deleted_at if node.gone else pod.deleted_at + pod.grace + UNREACHABLE
 
 
 def _gone_at(pod: ObservedPod, node: ObservedNode) -> datetime | None:

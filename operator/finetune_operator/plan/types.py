@@ -91,6 +91,8 @@ class Observed:
     """Names of the job's ConfigMaps that exist."""
     nodes: Mapping[str, ObservedNode] = field(default_factory=dict)
     """Nodes of the job's pods that are not simply well, by name. A node that is not here is well."""
+    beat_seconds: float = 0.0
+    """Time between two beats that supervisors are asked for, where that is longer than the settings say."""
 
 
 @dataclass(frozen=True)

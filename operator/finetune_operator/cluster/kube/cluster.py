@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from finetune_contract.beat import Beat, Order, Reply
@@ -27,7 +26,7 @@ from finetune_operator.cluster.kube.client import (
 )
 from finetune_operator.cluster.kube.events import EventSender
 from finetune_operator.cluster.kube.news import Gang, Urgency, is_over, is_progress, pod_news
-from finetune_operator.cluster.kube.nodes import NodeBook, judge_pod
+from finetune_operator.cluster.kube.nodes import HEALTHY, NodeBook
 from finetune_operator.cluster.kube.objects import (
     BY_KIND,
     JOBS,
@@ -49,8 +48,9 @@ from finetune_operator.cluster.kube.throttle import ProgressThrottle
 from finetune_operator.cluster.kube.tokens import Bearer, TokenReviewer
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
+from finetune_operator.plan.nodes import SILENT_BEATS
 from finetune_operator.plan.replies import reply_to
-from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed, ObservedPod
+from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed
 from finetune_operator.plan.view import members_of, oldest_attempt
 from finetune_operator.settings import Settings
 
@@ -58,8 +58,6 @@ log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 0.3
 """How long good news of a job wait for more of them."""
-SILENT_BEATS = 3
-"""Beats that a pod on a lost node may miss before it is taken for lost, too."""
 REFUSED = frozenset({BAD_REQUEST, 403, 422})
 """Answers to a create that a person must do something about."""
 
@@ -121,9 +119,12 @@ class KubeCluster:
     async def observe(self, job: FineTuneJob) -> Observed:
         """What is cached of a job's children. Those of a predecessor under the same name are none of them."""
         key, uid = _key(job), job.metadata.uid
-        judged = [self._judge(pod) for pod in self.pods.group(key) if pod.owner_uid == uid]
+        pods = tuple(pod.observed for pod in self.pods.group(key) if pod.owner_uid == uid)
+        nodes = {pod.node: state for pod in pods if pod.node and (state := self._nodes.of(pod.node)) != HEALTHY}
         return Observed(
-            pods=tuple(pod for pod in judged if pod is not None),
+            pods=pods,
+            nodes=nodes,
+            beat_seconds=self._beat_seconds(),
             beats=self.beats.of(*key, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child.name for child in self.services.group(key) if child.owner_uid == uid),
             configs=frozenset(child.name for child in self.configs.group(key) if child.owner_uid == uid),
@@ -214,12 +215,20 @@ class KubeCluster:
         found = self.jobs.get(ObjectKey(*pod.job))
         if found is None or found.job is None:
             return None
-        pods = [other.observed for other in self.pods.group(pod.job) if other.observed.attempt == pod.observed.attempt]
+        members = members_of(found.job.status, found.job.spec)
+        pods = [other.observed for other in self.pods.group(pod.job)]
+        attempt = pod.observed.attempt
+        if (attempt, pod.observed.node_rank) in members:
+            # Perhaps one that was kept: it is as important as the newest.
+            attempt = found.job.status.attempt
+            pods = [other for other in pods if (other.attempt, other.node_rank) in members]
+        else:
+            pods = [other for other in pods if other.attempt == attempt]
         return Gang(
-            size=len(members_of(found.job.status, found.job.spec)),
+            size=len(members),
             num_pods=len(pods),
             num_ready=sum(other.ready for other in pods),
-            over=is_over(found.job.status, pod.observed.attempt),
+            over=is_over(found.job.status, attempt),
         )
 
     def _child_changed(self, key: ObjectKey, old: KubeChild | None, new: KubeChild | None) -> None:
@@ -233,18 +242,6 @@ class KubeCluster:
                 self.wake(pod.job, Urgency.NOW)
 
     # -- in detail ----------------------------------------------------------------------------------------------------
-
-    def _judge(self, pod: KubePod) -> ObservedPod | None:
-        judged, look_again_at = judge_pod(
-            pod.observed,
-            self._nodes.of(pod.observed.node),
-            heard_at=self.beats.heard_at(pod.job, pod.observed.uid),
-            now=self._clock(),
-            silence=timedelta(seconds=SILENT_BEATS * self._beat_seconds()),
-        )
-        if look_again_at is not None:
-            self._queue.add_after(pod.job, (look_again_at - self._clock()).total_seconds())
-        return judged
 
     def _find_pod(self, bearer: Bearer) -> PodIdentity | None:
         pod = self.pods.get(ObjectKey(bearer.namespace, bearer.pod))
