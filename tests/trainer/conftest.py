@@ -24,6 +24,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny base of each family."""
+    from tests.trainer import tiny  # noqa: PLC0415  slow to import
+
+    folder = tmp_path_factory.mktemp("families")
+    others = {family: tiny.write_base(folder / family, family=family) for family in tiny.FAMILIES if family != "sd1"}
+    return {"sd1": base, **others}
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny data set."""
     from tests.trainer import tiny  # noqa: PLC0415  slow to import

@@ -14,8 +14,9 @@ from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.encode import LatentCache, LiveLatents, TextCache
 from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.images import View
+from finetune_trainer.data.open_source import open_source
 from finetune_trainer.data.order import SampleRef
-from finetune_trainer.data.source import Source, open_source
+from finetune_trainer.data.source import Source
 from finetune_trainer.distributed.world import World
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.family import Family
@@ -75,7 +76,7 @@ def test_batches_do_not_depend_on_how_they_are_cut(
     text.fill([source.caption(index) for index in range(len(source))], ALONE, silent)
     latents = LatentCache(tmp_path, family, hashes, source, tiny.RESOLUTION)
     latents.fill(VIEWS, ALONE, silent)
-    maker = BatchMaker(source, latents, text, family, Draws(3), Augmentation(False, True), CPU)
+    maker = BatchMaker(source, latents, text, family, Draws(3), Augmentation(False, True), CPU, tiny.RESOLUTION)
     refs = [SampleRef(epoch, index) for epoch in range(2) for index in range(3)]
     whole = maker.make(refs)
     for number, ref in enumerate(refs):

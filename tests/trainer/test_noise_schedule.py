@@ -68,7 +68,7 @@ def test_losses_agree_with_the_formulas(prediction_type: str, gamma: float | Non
     batch = make_batch()
     schedule = read_schedule({**CONFIG, "prediction_type": prediction_type})
 
-    def half(noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor]) -> Tensor:
+    def half(noisy: Tensor, timesteps: Tensor) -> Tensor:
         return noisy / 2
 
     losses = diffusion_losses(batch, schedule, half, gamma)

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from finetune_contract.spec import Columns, DatasetSpec
-from finetune_trainer.data.source import all_square, decode_sample, open_source
+from finetune_trainer.data.open_source import open_source
+from finetune_trainer.data.source import all_square, decode_sample
+from finetune_trainer.data.table import open_table
 from finetune_trainer.errors import DataError
 from tests.trainer import tiny
 
@@ -105,13 +107,11 @@ def test_table_of_the_datasets_library(tmp_path: Path) -> None:
     (tmp_path / "repo" / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files: data/train.parquet\n---\n", encoding="utf-8"
     )
-    from finetune_trainer.data.source import _open_table  # noqa: PLC0415  a folder would be read by itself
-
     spec = DatasetSpec(source=str(tmp_path / "repo"))
-    source = _open_table(spec, "train", None)
+    source = open_table(spec, "train", None, True)
     assert [source.caption(index) for index in range(len(source))] == ["one", "two"]
     assert decode_sample(source, 1).getpixel((0, 0)) == (0, 0, 255)
     with pytest.raises(DataError, match=r"dataset\.columns\.caption: .*'words'.* columns are image, text"):
-        _open_table(spec.model_copy(update={"columns": Columns(caption="words")}), "train", None)
+        open_table(spec.model_copy(update={"columns": Columns(caption="words")}), "train", None, True)
     with pytest.raises(DataError, match=r"dataset\.source: cannot load split 'test'"):
-        _open_table(spec, "test", None)
+        open_table(spec, "test", None, True)

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finetune_contract.run_spec import RunSpec
 
@@ -21,24 +21,21 @@ NUM_TOKENS = 8
 WIDTH = 16
 
 
-def write_base(folder: Path, prediction_type: str = "epsilon") -> Path:
+FAMILIES = ("sd1", "sd2", "sdxl")
+"""What `write_base` can write: SD 1.x, SD 2.x (v-prediction, linear projections, heads by level), SDXL."""
+
+
+def write_base(folder: Path, prediction_type: str = "epsilon", family: str = "sd1") -> Path:
     """Write the base model in diffusers' layout; the same weights every time."""
     torch.manual_seed(0)
+    if family == "sd2":
+        prediction_type = "v_prediction"
+    is_xl = family == "sdxl"
     _write_tokenizer(folder / "tokenizer")
-    CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=514,
-            max_position_embeddings=NUM_TOKENS,
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            bos_token_id=512,
-            eos_token_id=513,
-            pad_token_id=513,
-        )
-    ).save_pretrained(folder / "text_encoder")
+    CLIPTextModel(text_config(2 if is_xl else 1)).save_pretrained(folder / "text_encoder")
+    if is_xl:
+        _write_tokenizer(folder / "tokenizer_2")
+        CLIPTextModelWithProjection(text_config(2)).save_pretrained(folder / "text_encoder_2")
     AutoencoderKL(
         sample_size=RESOLUTION,
         block_out_channels=(8, 8),
@@ -53,9 +50,10 @@ def write_base(folder: Path, prediction_type: str = "epsilon") -> Path:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=8,
+        attention_head_dim=(1, 2) if family != "sd1" else 8,
+        use_linear_projection=family != "sd1",
         norm_num_groups=4,
+        **xl_config(is_xl),
     ).save_pretrained(folder / "unet")
     PNDMScheduler(
         beta_start=0.00085,
@@ -77,8 +75,43 @@ def write_base(folder: Path, prediction_type: str = "epsilon") -> Path:
         "vae": ["diffusers", "AutoencoderKL"],
         "requires_safety_checker": False,
     }
+    if is_xl:
+        del index["safety_checker"], index["requires_safety_checker"]
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": True,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def text_config(num_layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=514,
+        max_position_embeddings=NUM_TOKENS,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+def xl_config(is_xl: bool) -> dict[str, Any]:
+    if not is_xl:
+        return {"cross_attention_dim": WIDTH}
+    return {
+        "cross_attention_dim": 2 * WIDTH,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
+        "transformer_layers_per_block": (1, 2),
+    }
 
 
 def _write_tokenizer(folder: Path) -> None:
@@ -108,7 +141,9 @@ def write_data(folder: Path, num_samples: int = NUM_SAMPLES, size: tuple[int, in
         for index in range(num_samples):
             pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / split / f"{index}.png")
-            rows.append(json.dumps({"file_name": f"{index}.png", "text": f"picture {index}"}))
+            Image.fromarray(pixels[:, :, ::-1]).save(folder / split / f"edges-{index}.png")
+            row = {"file_name": f"{index}.png", "text": f"picture {index}", "edges": f"edges-{index}.png"}
+            rows.append(json.dumps(row))
         (folder / split / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
 
@@ -122,16 +157,17 @@ def make_spec(base: Path, data: Path, **training: Any) -> RunSpec:
         "gradientAccumulation": 2,
         "learningRate": 1e-2,
         "resolution": RESOLUTION,
-        "lora": {"rank": 2},
+        **({"lora": {"rank": 2}} if "method" not in training else {}),
         **training,
     }
+    columns = {"conditioning": "edges"} if settings["method"] == "ControlNet" else {}
     return RunSpec.model_validate(
         {
             "namespace": "default",
             "job": "tiny",
             "uid": "1f0c3a2b-0000-0000-0000-000000000000",
             "model": {"base": str(base)},
-            "dataset": {"source": str(data)},
+            "dataset": {"source": str(data), "columns": columns},
             "training": settings,
             "globalBatch": 4,
             "checkpointInterval": {"steps": 2},

@@ -76,6 +76,21 @@ class Optimizer(StrEnum):
     PRODIGY = "prodigy"
 
 
+class BiasStrategy(StrEnum):
+    """Which timesteps are drawn more often."""
+
+    EARLIER = "earlier"
+    LATER = "later"
+    RANGE = "range"
+
+
+class LearnableProperty(StrEnum):
+    """What a new token stands for."""
+
+    OBJECT = "object"
+    STYLE = "style"
+
+
 class OutputFormat(StrEnum):
     """File formats of what was trained."""
 
@@ -126,6 +141,8 @@ class LoraSpec(SpecModel):
         max_length=64,
         description="suffixes of the UNet's modules to adapt",
     )
+    use_dora: bool = Field(default=False, description="DoRA (https://arxiv.org/abs/2402.09353): learn magnitudes, too")
+    train_text_encoder: bool = Field(default=False, description="adapt the text encoders besides the UNet")
 
 
 class DreamBoothSpec(SpecModel):
@@ -137,7 +154,7 @@ class DreamBoothSpec(SpecModel):
     )
     num_class_images: int = Field(default=100, ge=1, le=100_000, description="class images for prior preservation")
     prior_loss_weight: float = Field(default=1.0, ge=0, description="weight of the prior preservation loss")
-    train_text_encoder: bool = Field(default=False, description="train the text encoder besides the UNet")
+    train_text_encoder: bool = Field(default=False, description="train the text encoders besides the UNet")
 
 
 class TextualInversionSpec(SpecModel):
@@ -146,6 +163,10 @@ class TextualInversionSpec(SpecModel):
     placeholder_token: Word = Field(description="new token, e.g. <cat-toy>")
     initializer_token: Word = Field(description="word whose embedding the new token starts from")
     num_vectors: int = Field(default=1, ge=1, le=64, description="vectors learnt for the token")
+    learnable_property: LearnableProperty = Field(
+        default=LearnableProperty.OBJECT,
+        description="object or style: the sentences that a caption without the token is replaced by",
+    )
 
 
 class ControlNetSpec(SpecModel):
@@ -155,6 +176,16 @@ class ControlNetSpec(SpecModel):
         default=None, description="ControlNet to begin with; default: a copy of the UNet's encoder"
     )
     conditioning_dropout: float = Field(default=0.0, ge=0, le=1, description="share of samples without the condition")
+
+
+class TimestepBiasSpec(SpecModel):
+    """Timesteps that are drawn more often than the others."""
+
+    strategy: BiasStrategy = Field(description="earlier, later, or the range from begin to end")
+    multiplier: float = Field(default=2.0, gt=0, le=1000, description="how much more often they are drawn")
+    portion: float = Field(default=0.25, gt=0, le=1, description="share of the timesteps that earlier and later mean")
+    begin: int = Field(default=0, ge=0, le=100_000, description="first timestep of the range")
+    end: int = Field(default=1000, ge=1, le=100_000, description="timestep after the last of the range")
 
 
 class ValidationSpec(SpecModel):
@@ -213,6 +244,16 @@ class TrainingSpec(SpecModel):
     snr_gamma: float | None = Field(
         default=None, gt=0, description="Min-SNR loss weighting (https://arxiv.org/abs/2303.09556)"
     )
+    noise_offset: float = Field(
+        default=0.0, ge=0, le=1, description="noise that is the same all over a channel, added to the noise"
+    )
+    input_perturbation: float = Field(
+        default=0.0, ge=0, le=1, description="noise added to the input only (https://arxiv.org/abs/2301.11706)"
+    )
+    caption_dropout: float = Field(
+        default=0.0, ge=0, le=1, description="share of samples whose caption is replaced by the empty one"
+    )
+    timestep_bias: TimestepBiasSpec | None = Field(default=None, description="timesteps that are drawn more often")
     ema: bool = Field(default=False, description="keep an exponential moving average of what is trained")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of every draw")
     memory_preset: Word | None = Field(default=None, description="auto, or the memory to fit: 8GB, 12GB, ... cpu")

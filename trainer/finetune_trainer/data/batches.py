@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from finetune_trainer.data.captions import Captions, OwnCaptions
 from finetune_trainer.data.draws import Draws, Purpose
-from finetune_trainer.data.encode import Posterior, TextCache
-from finetune_trainer.data.images import View
+from finetune_trainer.data.encode import Posterior
+from finetune_trainer.data.images import View, micro_conditioning, to_pixels
+from finetune_trainer.data.noising import Noising
 from finetune_trainer.data.order import SampleRef
-from finetune_trainer.data.source import Source
+from finetune_trainer.data.source import Source, decode_conditioning
 from finetune_trainer.models.family import Family
+
+SIZES = "sizes"
+"""Name in `Batch.text` of what SDXL is told of each image's size, float32 (n, 6)."""
+_PRIOR_OFFSET = 1 << 40
+"""Added to a sample's index in the draws of its class image, so that no two draws share a key."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +31,14 @@ class Batch:
 
     Attributes:
         latents: clean scaled latents, float32 (n, C, h, w).
-        noise: standard normal, the same shape.
+        noise: the noise that is learnt, the same shape.
         timesteps: int64 (n,).
         captions: n captions.
-        text: what the family's text encoder made of the captions, by name, first dimension n.
+        text: what the family's text encoder made of the captions, by name, first dimension n; only the sizes where
+            the method encodes captions itself.
+        mixed: the noise that is mixed into the latents, where it is not `noise`.
+        weights: weight of each sample's loss, float32 (n,); None where all are 1.
+        conditioning: ControlNet's condition, float32 (n, 3, H, W) in [0, 1].
     """
 
     latents: Tensor
@@ -34,6 +46,9 @@ class Batch:
     timesteps: Tensor
     captions: tuple[str, ...]
     text: dict[str, Tensor]
+    mixed: Tensor | None = None
+    weights: Tensor | None = None
+    conditioning: Tensor | None = None
 
 
 class Latents(Protocol):
@@ -41,6 +56,14 @@ class Latents(Protocol):
 
     def posterior(self, index: int, view: View) -> Posterior:
         """Posterior of an image in a view."""
+        ...
+
+
+class Texts(Protocol):
+    """Where embeddings come from: the cache, or the method that trains the encoder."""
+
+    def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of captions by name, stacked (n, ...)."""
         ...
 
 
@@ -64,36 +87,140 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One drawing of a sample, on the CPU; see `Batch`."""
+
+    latents: Tensor
+    noise: Tensor
+    mixed: Tensor
+    timestep: int
+    caption: str
+    sizes: Tensor
+    weight: float
+    conditioning: Tensor | None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """ControlNet's condition: read from the source in the view of its image.
+
+    Attributes:
+        resolution: side of the square.
+        dropout: share of drawings that get an empty one.
+    """
+
+    resolution: int
+    dropout: float = 0.0
+
+    def read(self, source: Source, ref: SampleRef, view: View, size: tuple[int, int], draws: Draws) -> Tensor:
+        """Condition of one drawing of a sample whose image is of (width, height), float32 (3, H, W) in [0, 1]."""
+        if self.dropout > 0 and draws.uniform(Purpose.CONDITION, ref, 1)[0] < self.dropout:
+            return torch.zeros(3, self.resolution, self.resolution)
+        image = decode_conditioning(source, ref.index)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        return (to_pixels(image, self.resolution, view, Image.Resampling.BILINEAR) + 1) / 2
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Class images for prior preservation: each sample brings one along.
+
+    Attributes:
+        batches: makes their samples.
+        weight: of their loss.
+    """
+
+    batches: BatchMaker
+    weight: float
+
+    def sample(self, draws: Draws, ref: SampleRef) -> Sample:
+        """The class image that one drawing of a sample is paired with."""
+        index = draws.integer(Purpose.PRIOR, ref, len(self.batches.source))
+        key = SampleRef(ref.epoch, _PRIOR_OFFSET + ref.index)
+        return self.batches.sample(index, key, None, self.weight)
+
+
+@dataclass(frozen=True)
 class BatchMaker:
-    """Makes the micro-batches of a run."""
+    """Makes the micro-batches of a run.
+
+    Attributes:
+        text: embeddings; None where the method encodes captions itself.
+        resolution: side of the square that is trained on.
+        captions: chooses each sample's caption.
+        caption_dropout: share of drawings with the empty caption.
+        noising: draws noise and timesteps.
+        prior: class images for prior preservation.
+        conditioning: reads ControlNet's condition.
+    """
 
     source: Source
     latents: Latents
-    text: TextCache
+    text: Texts | None
     family: Family
     draws: Draws
     augmentation: Augmentation
     device: torch.device
+    resolution: int
+    captions: Captions = field(default_factory=OwnCaptions)
+    caption_dropout: float = 0.0
+    noising: Noising = field(default_factory=Noising)
+    prior: Prior | None = None
+    conditioning: Conditioning | None = None
 
     def make(self, refs: Sequence[SampleRef], timesteps: Sequence[int] | None = None) -> Batch:
-        """The micro-batch of these samples; timesteps are drawn unless given."""
-        draws = self.draws
-        if timesteps is None:
-            count = self.family.schedule.num_timesteps
-            timesteps = [draws.integer(Purpose.TIMESTEP, ref, count) for ref in refs]
-        latents = torch.stack([self._sample(ref) for ref in refs])
-        noise = torch.stack([draws.normal(Purpose.NOISE, ref, tuple(latents.shape[1:])) for ref in refs])
-        captions = tuple(self.source.caption(ref.index) for ref in refs)
+        """The micro-batch of these samples, their class images behind them; timesteps are drawn unless given."""
+        given = [None] * len(refs) if timesteps is None else timesteps
+        samples = [self.sample(ref.index, ref, timestep) for ref, timestep in zip(refs, given, strict=True)]
+        if self.prior is not None:
+            samples += [self.prior.sample(self.draws, ref) for ref in refs]
+        captions = tuple(sample.caption for sample in samples)
+        text = {} if self.text is None else self.text.get(captions)
+        text[SIZES] = torch.stack([sample.sizes for sample in samples])
+        conditions = [sample.conditioning for sample in samples if sample.conditioning is not None]
+        is_perturbed = any(sample.mixed is not sample.noise for sample in samples)
         return Batch(
-            latents=latents.to(self.device),
-            noise=noise.to(self.device),
-            timesteps=torch.tensor(timesteps, dtype=torch.int64, device=self.device),
+            latents=self._stack([sample.latents for sample in samples]),
+            noise=self._stack([sample.noise for sample in samples]),
+            timesteps=torch.tensor([sample.timestep for sample in samples], dtype=torch.int64, device=self.device),
             captions=captions,
-            text={name: value.to(self.device) for name, value in self.text.get(captions).items()},
+            text={name: value.to(self.device) for name, value in text.items()},
+            mixed=self._stack([sample.mixed for sample in samples]) if is_perturbed else None,
+            weights=torch.tensor([sample.weight for sample in samples], device=self.device) if self.prior else None,
+            conditioning=self._stack(conditions) if conditions else None,
         )
 
-    def _sample(self, ref: SampleRef) -> Tensor:
-        """Scaled latents (C, h, w) of one drawing of a sample."""
-        posterior = self.latents.posterior(ref.index, self.augmentation.view(self.draws, ref))
-        noise = self.draws.normal(Purpose.LATENT, ref, tuple(posterior.mean.shape))
-        return posterior.sample(noise) * self.family.latent_scale
+    def sample(self, index: int, key: SampleRef, timestep: int | None = None, weight: float = 1.0) -> Sample:
+        """One drawing of sample `index`, with the draws of `key`."""
+        draws = self.draws
+        view = self.augmentation.view(draws, key)
+        posterior = self.latents.posterior(index, view)
+        shape = tuple(posterior.mean.shape)
+        latents = posterior.sample(draws.normal(Purpose.LATENT, key, shape)) * self.family.latent_scale
+        noise = self.noising.noise(draws, key, shape)
+        if timestep is None:
+            timestep = self.noising.timestep(draws, key, self.family.schedule.num_timesteps)
+        return Sample(
+            latents=latents,
+            noise=noise,
+            mixed=self.noising.mixed(draws, key, noise),
+            timestep=timestep,
+            caption=self._caption(SampleRef(key.epoch, index), key),
+            sizes=micro_conditioning(posterior.size, self.resolution, view),
+            weight=weight,
+            conditioning=self._condition(SampleRef(key.epoch, index), view, posterior.size),
+        )
+
+    def _caption(self, ref: SampleRef, key: SampleRef) -> str:
+        if self.caption_dropout > 0 and self.draws.uniform(Purpose.CAPTION, key, 1)[0] < self.caption_dropout:
+            return ""
+        return self.captions.caption(self.source, ref, self.draws)
+
+    def _condition(self, ref: SampleRef, view: View, size: tuple[int, int]) -> Tensor | None:
+        if self.conditioning is None:
+            return None
+        return self.conditioning.read(self.source, ref, view, size, self.draws)
+
+    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(tensors)).to(self.device)

@@ -31,7 +31,19 @@ class Purpose(IntEnum):
     DROPOUT = 7
     """Keyed by (step, position) in place of (epoch, sample)."""
     PICTURE = 8
-    """Noise that a validation picture starts from."""
+    """Noise that a validation picture or a class image starts from."""
+    OFFSET = 9
+    """Noise offset."""
+    PERTURBATION = 10
+    """Noise added to the input only."""
+    CAPTION = 11
+    """Whether a caption is dropped."""
+    SENTENCE = 12
+    """Sentence around a new token."""
+    PRIOR = 13
+    """Class image that a sample is paired with."""
+    CONDITION = 14
+    """Whether ControlNet's condition is dropped."""
 
 
 class Draws:

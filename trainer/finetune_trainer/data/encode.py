@@ -14,9 +14,10 @@ from torch import Tensor
 from finetune_trainer.data.cache import Item, TensorCache
 from finetune_trainer.data.hashes import FileHashes, hash_text
 from finetune_trainer.data.images import View, to_pixels
-from finetune_trainer.data.source import FolderSource, Source, decode_sample
+from finetune_trainer.data.source import Source, decode_sample
 from finetune_trainer.distributed.world import World
-from finetune_trainer.models.family import Family, ImageEncoder, TextEncoder
+from finetune_trainer.models.family import Family, ImageEncoder
+from finetune_trainer.models.text import TextEncoder
 
 SHARD_ITEMS = 256
 SHARD_SECONDS = 5.0
@@ -28,10 +29,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the VAE says of an image: mean and standard deviation of the unscaled latents, float32 (C, h, w)."""
+    """What the VAE says of an image.
+
+    Attributes:
+        mean: of the unscaled latents, float32 (C, h, w).
+        std: their standard deviation, the same shape.
+        size: width and height of the image as stored.
+    """
 
     mean: Tensor
     std: Tensor
+    size: tuple[int, int]
 
     def sample(self, noise: Tensor) -> Tensor:
         """Latents (C, h, w) drawn with the given standard normal noise."""
@@ -104,9 +112,12 @@ class TextCache:
 
         def make_encoder() -> Callable[[int], Item]:
             encoder: TextEncoder = self._family.load_text_encoder(world.device)
-            return lambda number: {
-                name: value[0].to(self._dtype) for name, value in encoder.encode([distinct[number]]).items()
-            }
+
+            @torch.no_grad()
+            def encode(number: int) -> Item:
+                return {name: value[0].to(self._dtype) for name, value in encoder.encode([distinct[number]]).items()}
+
+            return encode
 
         fill(self._cache, {self._key(text): i for i, text in enumerate(distinct)}, make_encoder, world, progress)
 
@@ -126,7 +137,7 @@ class LatentCache:
         self._family = family
         self._source = source
         self._resolution = resolution
-        encoder_id = hash_text("latents", hashes.of_files(family.image_encoder_files()), str(resolution))
+        encoder_id = hash_text("latents with sizes", hashes.of_files(family.image_encoder_files()), str(resolution))
         self._cache = TensorCache(root / "latents" / encoder_id[:32])
         self._encoder_id = encoder_id
         self._image_ids = [image_id(source, index, hashes) for index in range(len(source))]
@@ -141,7 +152,7 @@ class LatentCache:
 
             def encode(number: int) -> Item:
                 posterior = live.posterior(*numbers[number])
-                return {"mean": posterior.mean, "std": posterior.std}
+                return {"mean": posterior.mean, "std": posterior.std, "size": torch.tensor(posterior.size)}
 
             return encode
 
@@ -150,7 +161,8 @@ class LatentCache:
     def posterior(self, index: int, view: View) -> Posterior:
         """Posterior of an image in a view that was filled in."""
         item = self._cache.get(self._key(index, view))
-        return Posterior(item["mean"], item["std"])
+        width, height = item["size"].tolist()
+        return Posterior(item["mean"], item["std"], (width, height))
 
     def _key(self, index: int, view: View) -> str:
         return hash_text(self._encoder_id, self._image_ids[index], f"{view.left} {view.top} {view.flip}")
@@ -166,14 +178,15 @@ class LiveLatents:
 
     def posterior(self, index: int, view: View) -> Posterior:
         """Posterior of an image in any view."""
-        pixels = to_pixels(decode_sample(self._source, index), self._resolution, view)
-        mean, std = self._encoder.encode(pixels.unsqueeze(0))
-        return Posterior(mean[0].float().cpu(), std[0].float().cpu())
+        image = decode_sample(self._source, index)
+        mean, std = self._encoder.encode(to_pixels(image, self._resolution, view).unsqueeze(0))
+        return Posterior(mean[0].float().cpu(), std[0].float().cpu(), image.size)
 
 
 def image_id(source: Source, index: int, hashes: FileHashes) -> str:
     """SHA-256 of an image's bytes."""
-    if isinstance(source, FolderSource):
-        return hashes.of_file(Path(source.name(index)))
+    path = source.file(index)
+    if path is not None:
+        return hashes.of_file(path)
     with source.open(index) as file:
         return hashlib.sha256(file.read()).hexdigest()

@@ -63,18 +63,53 @@ def is_square(file: IO[bytes]) -> bool:
         return bool(image.width == image.height)
 
 
-def to_pixels(image: Image.Image, resolution: int, view: View) -> Tensor:
+@dataclass(frozen=True)
+class Crop:
+    """Where a square is cut: from an image resized to width x height, at left and top, in pixels."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def crop_of(size: tuple[int, int], resolution: int, view: View) -> Crop:
+    """The crop that a view means for an image of (width, height): its shorter side becomes `resolution`."""
+    scale = resolution / min(size)
+    width, height = (max(resolution, round(side * scale)) for side in size)
+    return Crop(width, height, round((width - resolution) * view.left), round((height - resolution) * view.top))
+
+
+def to_pixels(
+    image: Image.Image, resolution: int, view: View, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Tensor:
     """Resize the shorter side to `resolution`, crop a square, maybe mirror.
 
     Returns:
         float32 (3, resolution, resolution) in [-1, 1].
     """
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = round((width - resolution) * view.left), round((height - resolution) * view.top)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    crop = crop_of(image.size, resolution, view)
+    if (crop.width, crop.height) != image.size:
+        image = image.resize((crop.width, crop.height), resample)
+    image = image.crop((crop.left, crop.top, crop.left + resolution, crop.top + resolution))
     if view.flip:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def micro_conditioning(size: tuple[int, int], resolution: int, view: View) -> Tensor:
+    """What SDXL is told of an image's size (https://arxiv.org/abs/2307.01952, section 2.2).
+
+    The crop is counted in the mirrored image where the view is mirrored, as it is what the model sees.
+
+    Args:
+        size: width and height of the image as stored.
+        resolution: side of the square that is trained on.
+        view: part of it that is seen.
+
+    Returns:
+        float32 (6,): height and width as stored, top and left of the crop, height and width of the crop.
+    """
+    crop = crop_of(size, resolution, view)
+    left = crop.width - resolution - crop.left if view.flip else crop.left
+    return torch.tensor([size[1], size[0], crop.top, left, resolution, resolution], dtype=torch.float32)

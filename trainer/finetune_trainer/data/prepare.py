@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,20 @@ from pathlib import Path
 import torch
 
 from finetune_contract.run_spec import RunSpec
-from finetune_trainer.data.batches import Augmentation, BatchMaker, Latents
+from finetune_trainer.data.batches import Augmentation, BatchMaker, Conditioning, Latents, Prior
+from finetune_trainer.data.captions import Captions, OnePrompt
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.encode import LatentCache, LiveLatents, TextCache
 from finetune_trainer.data.hashes import FileHashes
-from finetune_trainer.data.source import Source, all_square, open_source
+from finetune_trainer.data.noising import Noising
+from finetune_trainer.data.open_source import open_source
+from finetune_trainer.data.prior import ClassImages
+from finetune_trainer.data.source import Source, all_square
 from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import DataError
 from finetune_trainer.models.family import Family
 
+SINGLE_FILES = (".jsonl", ".parquet")
 MAX_HELD_OUT = 64
 """Samples of the held-out split that are looked at: the first so many."""
 LIVE_WARNING = (
@@ -32,7 +39,7 @@ class PreparedData:
     Attributes:
         batches: batches of the training split.
         held_out: batches of the held-out split, with draws of their own; None where none is named.
-        text: embeddings of all captions and prompts.
+        text: embeddings of all captions and prompts, where the method does not compute them itself.
     """
 
     batches: BatchMaker
@@ -41,11 +48,29 @@ class PreparedData:
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What a method asks of the data.
+
+    Attributes:
+        captions: how samples are captioned.
+        needs_captions: whether the data set must have captions.
+        caches_text: whether embeddings are computed once; if not, the method encodes captions itself.
+        conditioning: whether batches bring conditioning images.
+    """
+
+    captions: Captions
+    needs_captions: bool = True
+    caches_text: bool = True
+    conditioning: bool = False
+
+
+@dataclass(frozen=True)
 class Preparation:
     """How the data of a run is made ready; all ranks take part.
 
     Attributes:
         spec: the run.
+        demand: what the method asks for.
         family: the base model, whose frozen encoders are used.
         world: the ranks.
         dtype: number format of the text embeddings.
@@ -55,6 +80,7 @@ class Preparation:
     """
 
     spec: RunSpec
+    demand: Demand
     family: Family
     world: World
     dtype: torch.dtype
@@ -70,48 +96,105 @@ class Preparation:
             StorageError: the cache cannot be written.
         """
         dataset, training = self.spec.dataset, self.spec.training
-        source = open_source(dataset, dataset.split, dataset.max_samples)
+        source = open_source(dataset, dataset.split, dataset.max_samples, self.demand.needs_captions)
         held_out = self._open_held_out()
         hashes = FileHashes(self.cache_dir / "hashes.json")
         text = TextCache(self.cache_dir, self.family, hashes, self.dtype)
-        text.fill(self._texts(source, held_out), self.world, self._progress("captions"))
+        if self.demand.caches_text:
+            text.fill(self._texts(source, held_out), self.world, self._progress("captions"))
         random_crop = not training.center_crop and not all_square(source)
-        augmentation = Augmentation(random_crop, training.random_flip)
-        latents: Latents
         if random_crop:
             self.warn(LIVE_WARNING)
-            latents = LiveLatents(self.family.load_image_encoder(self.world.device), source, training.resolution)
-        else:
-            latents = self._cached_latents(source, augmentation, hashes)
-        draws = Draws(training.seed)
-        batches = BatchMaker(source, latents, text, self.family, draws, augmentation, self.world.device)
-        prepared = PreparedData(batches, self._held_out_batches(held_out, text, hashes), text)
+        augmentation = Augmentation(random_crop, training.random_flip)
+        batches = self._batches(source, text, hashes, augmentation)
+        prepared = PreparedData(
+            dataclasses.replace(
+                batches,
+                caption_dropout=training.caption_dropout,
+                noising=Noising.of(training),
+                prior=self._prior(text, hashes),
+                conditioning=self._conditioning(training.controlnet.conditioning_dropout if training.controlnet else 0),
+            ),
+            self._held_out_batches(held_out, text, hashes),
+            text,
+        )
         if self.world.is_first:
             hashes.keep()
         return prepared
+
+    def _batches(self, source: Source, text: TextCache, hashes: FileHashes, augmentation: Augmentation) -> BatchMaker:
+        """Plain batches of a source."""
+        training = self.spec.training
+        latents: Latents
+        if augmentation.random_crop:
+            latents = LiveLatents(self.family.load_image_encoder(self.world.device), source, training.resolution)
+        else:
+            latents = self._cached_latents(source, augmentation, hashes)
+        return BatchMaker(
+            source=source,
+            latents=latents,
+            text=text if self.demand.caches_text else None,
+            family=self.family,
+            draws=Draws(training.seed),
+            augmentation=augmentation,
+            device=self.world.device,
+            resolution=training.resolution,
+            captions=self.demand.captions,
+        )
+
+    def _prior(self, text: TextCache, hashes: FileHashes) -> Prior | None:
+        """Class images, where prior preservation is asked for."""
+        training = self.spec.training
+        spec = training.dreambooth
+        if spec is None or spec.class_prompt is None:
+            return None
+        images = ClassImages(
+            family=self.family,
+            prompt=spec.class_prompt,
+            count=spec.num_class_images,
+            resolution=training.resolution,
+            dtype=self.dtype,
+            root=self.cache_dir,
+            world=self.world,
+            say=self._progress("class images"),
+        ).open(hashes)
+        batches = self._batches(images, text, hashes, Augmentation(random_crop=False, random_flip=False))
+        batches = dataclasses.replace(batches, captions=OnePrompt(spec.class_prompt), noising=Noising.of(training))
+        return Prior(batches, spec.prior_loss_weight)
+
+    def _conditioning(self, dropout: float) -> Conditioning | None:
+        return Conditioning(self.spec.training.resolution, dropout) if self.demand.conditioning else None
 
     def _open_held_out(self) -> Source | None:
         validation = self.spec.training.validation
         if validation is None or validation.split is None:
             return None
-        return open_source(self.spec.dataset, validation.split, MAX_HELD_OUT)
+        dataset = self.spec.dataset
+        if dataset.source.endswith(SINGLE_FILES):
+            raise DataError(
+                f"training.validation.split: {dataset.source} is one file, which has no splits; write a folder with a "
+                "folder for each split as source, or leave split out"
+            )
+        return open_source(dataset, validation.split, MAX_HELD_OUT, self.demand.needs_captions)
 
     def _texts(self, *sources: Source | None) -> Sequence[str]:
-        """All texts that the model is shown: captions, prompts, and for guidance the empty one."""
-        texts = [source.caption(index) for source in sources if source is not None for index in range(len(source))]
-        validation = self.spec.training.validation
-        if validation is not None and validation.prompts:
-            texts += ["", *validation.prompts]
+        """All texts that the model is shown: captions, prompts, and for guidance and dropout the empty one."""
+        training = self.spec.training
+        texts = [text for source in sources if source is not None for text in self.demand.captions.every(source)]
+        if training.dreambooth is not None and training.dreambooth.class_prompt is not None:
+            texts.append(training.dreambooth.class_prompt)
+        if training.caption_dropout > 0:
+            texts.append("")
+        if training.validation is not None and training.validation.prompts:
+            texts += ["", *training.validation.prompts]
         return texts
 
     def _held_out_batches(self, held_out: Source | None, text: TextCache, hashes: FileHashes) -> BatchMaker | None:
         validation = self.spec.training.validation
         if held_out is None or validation is None:
             return None
-        augmentation = Augmentation(random_crop=False, random_flip=False)
-        latents = self._cached_latents(held_out, augmentation, hashes)
-        draws = Draws(validation.seed)
-        return BatchMaker(held_out, latents, text, self.family, draws, augmentation, self.world.device)
+        batches = self._batches(held_out, text, hashes, Augmentation(random_crop=False, random_flip=False))
+        return dataclasses.replace(batches, draws=Draws(validation.seed), conditioning=self._conditioning(0))
 
     def _cached_latents(self, source: Source, augmentation: Augmentation, hashes: FileHashes) -> LatentCache:
         cache = LatentCache(self.cache_dir, self.family, hashes, source, self.spec.training.resolution)

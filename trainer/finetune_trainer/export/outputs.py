@@ -16,6 +16,7 @@ from finetune_trainer.methods.method import Method
 
 DEFAULT_OUTPUTS = (OutputSpec(format=OutputFormat.DIFFUSERS, to="."),)
 _WRITING = ".writing"
+_BLOCK = 1 << 24
 
 
 def check_outputs(outputs: Sequence[OutputSpec], formats: frozenset[OutputFormat]) -> None:
@@ -51,9 +52,13 @@ def _write(method: Method, output: OutputSpec, job_dir: Path) -> WrittenOutput:
         digest, size = hashlib.sha256(), 0
         for file in files:
             sync_file(file)
-            digest.update(file.read_bytes())
+            with file.open("rb") as content:
+                while block := content.read(_BLOCK):
+                    digest.update(block)
             size += file.stat().st_size
-            file.replace(folder / file.name)
+            target = folder / file.relative_to(aside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
         shutil.rmtree(aside)
         sync_folder(folder)
     except OSError as error:

@@ -3,95 +3,102 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from finetune_contract.spec import LoraSpec, OutputFormat
-from finetune_trainer.data.batches import Batch
-from finetune_trainer.data.draws import Purpose
-from finetune_trainer.data.order import SampleRef
+from finetune_contract.spec import LoraSpec, OutputFormat, TrainingSpec
 from finetune_trainer.errors import ConfigError
-from finetune_trainer.methods.loss import diffusion_losses
+from finetune_trainer.methods.kohya import to_kohya
 from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.methods.unet_method import UNetMethod
 from finetune_trainer.tensor_file import write_tensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+TEXT_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""What is adapted of a text encoder."""
 
 
-class Lora:
-    """LoRA on the UNet; see `Method`."""
+class Lora(UNetMethod):
+    """LoRA on the UNet, and on the text encoders where asked; see `Method`."""
 
-    formats: ClassVar = frozenset({OutputFormat.DIFFUSERS})
+    formats: ClassVar = frozenset({OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI})
 
     def __init__(self, context: MethodContext) -> None:
-        self._family = context.family
-        self._schedule = context.family.schedule.to(context.device)
-        self._snr_gamma = context.training.snr_gamma
-        self._device_type = context.device.type
-        self._dtype = context.dtype
-        self._unet = context.family.load_unet(context.dtype)
-        self._unet.requires_grad_(False)
-        torch.manual_seed(context.draws.torch_seed(Purpose.INIT, SampleRef(0, 0)))
-        _add_adapter(self._unet, context.training.lora or LoraSpec())
-        self._parameters = {name: p for name, p in self._unet.named_parameters() if p.requires_grad}
-        for parameter in self._parameters.values():
-            parameter.data = parameter.data.float()
-        self._unet.to(context.device)
-        if context.training.gradient_checkpointing:
-            self._unet.enable_gradient_checkpointing()
-        self.set_training(True)
+        super().__init__(context)
+        self._spec = context.training.lora or LoraSpec()
+        _add_adapter(self._unet, self._spec)
+        self._adapted: dict[str, Any] = {"unet": self._unet}
+        if self.encodes_text(context.training):
+            for part in self._load_text(context.dtype).parts:
+                part.model.add_adapter(_config(self._spec, TEXT_MODULES))
+                self._adapted[part.name] = part.model
+                self._modules.append(part.model)
+        self._finish(
+            {
+                name if module is self._unet else f"{prefix}.{name}": parameter
+                for prefix, module in self._adapted.items()
+                for name, parameter in module.named_parameters()
+                if parameter.requires_grad
+            }
+        )
 
-    def set_training(self, training: bool) -> None:
-        """Switch dropout and gradient checkpointing on or off."""
-        self._unet.train(training)
-
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The adapters' matrices."""
-        return self._parameters
-
-    def losses(self, batch: Batch) -> Tensor:
-        """Loss of each sample, float32 (n,)."""
-        return diffusion_losses(batch, self._schedule, self.predict, self._snr_gamma)
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]) -> Tensor:
-        """The adapted UNet's answer to noisy latents."""
-        hidden = {name: value.to(self._dtype) for name, value in text.items()}
-        return self._family.predict(self._unet, noisy.to(self._dtype), timesteps, hidden)
+    @staticmethod
+    def encodes_text(training: TrainingSpec) -> bool:
+        """Whether the text encoders are adapted."""
+        return training.lora is not None and training.lora.train_text_encoder
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write pytorch_lora_weights.safetensors as diffusers' load_lora_weights reads it."""
+        """Write one file: as diffusers' load_lora_weights reads it, or as kohya's scripts and the web UIs name it."""
         assert output_format in self.formats
-        from peft.utils import get_peft_model_state_dict  # noqa: PLC0415  slow to import
-
-        config = self._unet.peft_config["default"].to_dict()
-        state = get_peft_model_state_dict(self._unet)
         path = folder / WEIGHTS_NAME
-        # peft holds the target modules as a set, whose order differs from process to process.
-        metadata = {f"unet.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        write_tensors(
-            path,
-            {f"unet.{name}": value for name, value in state.items()},
-            {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True, default=str)},
-        )
+        if output_format is OutputFormat.DIFFUSERS:
+            write_tensors(path, self._state(), {"format": "pt", "lora_adapter_metadata": self._metadata()})
+            return [path]
+        alpha = self._spec.alpha if self._spec.alpha is not None else self._spec.rank
+        path = folder / "lora.safetensors"
+        write_tensors(path, to_kohya(self._state(), alpha, self._unet.config), {"format": "pt"})
         return [path]
 
+    def _state(self) -> dict[str, Tensor]:
+        """All adapters by diffusers' names."""
+        from peft.utils import get_peft_model_state_dict  # noqa: PLC0415  slow to import
 
-def _add_adapter(unet: Any, spec: LoraSpec) -> None:
+        state: dict[str, Tensor] = {}
+        for prefix, module in self._adapted.items():
+            # Some releases of transformers have this level and some do not; the files' names have it.
+            inner = "" if module is self._unet or hasattr(module, "text_model") else "text_model."
+            state |= {f"{prefix}.{inner}{name}": value for name, value in get_peft_model_state_dict(module).items()}
+        return state
+
+    def _metadata(self) -> str:
+        metadata: dict[str, Any] = {}
+        for prefix, module in self._adapted.items():
+            config = module.peft_config["default"].to_dict()
+            # peft holds the target modules as a set, whose order differs from process to process.
+            metadata |= {
+                f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()
+            }
+        return json.dumps(metadata, sort_keys=True, default=str)
+
+
+def _config(spec: LoraSpec, target_modules: tuple[str, ...]) -> Any:
     from peft import LoraConfig  # noqa: PLC0415  slow to import
 
-    config = LoraConfig(
+    return LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha if spec.alpha is not None else spec.rank,
         lora_dropout=spec.dropout,
         init_lora_weights="gaussian",
-        target_modules=list(spec.target_modules),
+        use_dora=spec.use_dora,
+        target_modules=list(target_modules),
     )
+
+
+def _add_adapter(unet: Any, spec: LoraSpec) -> None:
     try:
-        unet.add_adapter(config)
+        unet.add_adapter(_config(spec, spec.target_modules))
     except ValueError as error:
         known = sorted(
             {name.rsplit(".", 1)[-1] for name, module in unet.named_modules() if isinstance(module, nn.Linear)}

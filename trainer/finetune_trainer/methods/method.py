@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune_contract.spec import OutputFormat, TrainingSpec
-from finetune_trainer.data.batches import Batch
+from finetune_trainer.data.batches import Batch, Texts
+from finetune_trainer.data.captions import Captions
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.models.family import Family
 
@@ -42,6 +43,22 @@ class Method(Protocol):
 
     formats: ClassVar[frozenset[OutputFormat]]
     """Formats that `export` knows."""
+    needs_captions: ClassVar[bool]
+    """Whether the data set must have captions."""
+    needs_conditioning: ClassVar[bool]
+    """Whether batches bring conditioning images."""
+    text: Texts | None
+    """Embeddings that the method computes itself, with their graph; None where those of the cache serve."""
+
+    @staticmethod
+    def captions(training: TrainingSpec) -> Captions:
+        """How samples are captioned."""
+        ...
+
+    @staticmethod
+    def encodes_text(training: TrainingSpec) -> bool:
+        """Whether `text` will be there: text encoders are trained, so nothing of them can be cached."""
+        ...
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What is trained, by name, in a fixed order; float32. The loop owns their gradients and their optimizer."""
@@ -55,7 +72,9 @@ class Method(Protocol):
         """Loss of each sample, float32 (n,), with the graph for backward."""
         ...
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], conditioning: Tensor | None = None
+    ) -> Tensor:
         """The model's answer to noisy latents, for validation pictures."""
         ...
 

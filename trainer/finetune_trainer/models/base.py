@@ -10,12 +10,16 @@ from finetune_contract.spec import ModelSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.models.family import Family
 from finetune_trainer.models.stable_diffusion import StableDiffusion
+from finetune_trainer.models.stable_diffusion_xl import StableDiffusionXl
 
 _INDEX = "model_index.json"
 _PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
 """What is fetched of a hub repository: never pickles."""
 
-FAMILIES: dict[str, type[Family]] = {"StableDiffusionPipeline": StableDiffusion}
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXl,
+}
 """Families by the pipeline class that a base's model_index.json names."""
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune_trainer.models.noise_schedule import NoiseSchedule
+from finetune_trainer.models.text import TextEncoder
 
 
 class ImageEncoder(Protocol):
@@ -21,14 +22,6 @@ class ImageEncoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels (n, 3, H, W) in [-1, 1] of scaled latents."""
-        ...
-
-
-class TextEncoder(Protocol):
-    """The frozen text encoder with its tokenizer."""
-
-    def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What the UNet takes of captions, by name; first dimension n."""
         ...
 
 
@@ -52,8 +45,8 @@ class Family(Protocol):
         """The VAE in fp32."""
         ...
 
-    def load_text_encoder(self, device: torch.device) -> TextEncoder:
-        """The text encoder in fp32."""
+    def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TextEncoder:
+        """All text encoders with their tokenizers, frozen."""
         ...
 
     def image_encoder_files(self) -> list[Path]:
@@ -61,9 +54,21 @@ class Family(Protocol):
         ...
 
     def text_encoder_files(self) -> list[Path]:
-        """Files that the text encoder's output depends on."""
+        """Files that the text encoders' output depends on."""
         ...
 
-    def predict(self, unet: nn.Module, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor]) -> Tensor:
-        """The UNet's answer (n, C, h, w) to noisy latents (n, C, h, w) at timesteps (n,)."""
+    def unet_files(self) -> list[Path]:
+        """Files that the UNet's output depends on."""
+        ...
+
+    def conditions(self, text: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments, of the UNet and of a ControlNet alike, that tell it the text and the image's size."""
+        ...
+
+    def write_pipeline(self, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
+        """Write the whole pipeline in diffusers' layout: trained modules by the names of their folders, the rest as is.
+
+        Returns:
+            The files written.
+        """
         ...

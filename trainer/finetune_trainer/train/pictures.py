@@ -1,19 +1,12 @@
-"""Pictures drawn with the model as it is, and the grid that a person compares them in."""
+"""The grid that a person compares pictures in."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-from finetune_contract.spec import ValidationSpec
-from finetune_trainer.methods.method import Method
-from finetune_trainer.models.noise_schedule import NoiseSchedule
 
 _CELL = 192
 """Pictures are enlarged to at least so many pixels."""
@@ -21,42 +14,6 @@ _MARGIN = 12
 _FONT_SIZE = 15
 _LINE = 20
 _LABEL_WIDTH = 110
-
-
-@torch.no_grad()
-def draw_latents(
-    method: Method,
-    schedule: NoiseSchedule,
-    text: Mapping[str, Tensor],
-    noise: Tensor,
-    spec: ValidationSpec,
-) -> Tensor:
-    """Sample latents by deterministic DDIM (https://arxiv.org/abs/2010.02502) with classifier-free guidance.
-
-    Args:
-        method: the model.
-        schedule: its noise schedule.
-        text: embeddings of the empty prompt and of the prompt, first dimension 2.
-        noise: where to begin, (1, C, h, w).
-        spec: number of steps, and weight of the prompt (https://arxiv.org/abs/2207.12598).
-
-    Returns:
-        Scaled latents (1, C, h, w).
-    """
-    alphas = schedule.alphas_cumprod.tolist()
-    timesteps = torch.linspace(schedule.num_timesteps - 1, 0, spec.num_inference_steps + 1).round().long().tolist()
-    latents = noise
-    for now, then in pairwise(timesteps):
-        signal, sigma = math.sqrt(alphas[now]), math.sqrt(1 - alphas[now])
-        both = torch.full((2,), now, dtype=torch.int64, device=noise.device)
-        plain, guided = method.predict(latents.expand(2, -1, -1, -1), both, text).float().chunk(2)
-        answer = plain + spec.guidance_scale * (guided - plain)
-        if schedule.prediction_type == "epsilon":
-            clean, direction = (latents - sigma * answer) / signal, answer
-        else:
-            clean, direction = signal * latents - sigma * answer, signal * answer + sigma * latents
-        latents = math.sqrt(alphas[then]) * clean + math.sqrt(1 - alphas[then]) * direction
-    return latents
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

@@ -19,7 +19,7 @@ from finetune_contract.spec import Precision
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import total_steps
-from finetune_trainer.data.prepare import Preparation, PreparedData
+from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.world import World, join_world
 from finetune_trainer.errors import ConfigError
@@ -127,9 +127,16 @@ class _Run:
         return ExitCode.DONE
 
     def _prepare_data(self) -> PreparedData:
-        context = self._context
+        context, training = self._context, self._spec.training
+        method = method_class(training.method)
         return Preparation(
             spec=self._spec,
+            demand=Demand(
+                captions=method.captions(training),
+                needs_captions=method.needs_captions,
+                caches_text=not method.encodes_text(training),
+                conditioning=method.needs_conditioning,
+            ),
             family=self._family,
             world=self._world,
             dtype=self._dtype,
@@ -186,7 +193,8 @@ class _Run:
             world=self._world,
             method=method,
             family=self._family,
-            text=data.text,
+            text=method.text or data.text,
+            batches=data.batches,
             held_out=data.held_out,
             latent_size=(side, side),
             batch_size=training.batch_size,

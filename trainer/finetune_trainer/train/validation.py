@@ -6,6 +6,7 @@ disturbs no draw of training. The ranks share the work.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -20,16 +21,18 @@ from torch import Tensor
 
 from finetune_contract import paths
 from finetune_contract.spec import ValidationSpec
-from finetune_trainer.data.batches import BatchMaker
+from finetune_trainer.data.batches import SIZES, BatchMaker, Texts
 from finetune_trainer.data.draws import Draws, Purpose
-from finetune_trainer.data.encode import TextCache
+from finetune_trainer.data.images import CENTRE, micro_conditioning
 from finetune_trainer.data.order import SampleRef, micro_batches
+from finetune_trainer.data.source import decode_sample
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import write_aside
 from finetune_trainer.methods.method import Method
 from finetune_trainer.models.family import Family, ImageEncoder
-from finetune_trainer.train.pictures import build_grid, draw_latents, to_picture
+from finetune_trainer.models.sampling import draw_latents
+from finetune_trainer.train.pictures import build_grid, to_picture
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,6 +48,8 @@ class Validator:
     """Validates one run.
 
     Attributes:
+        text: embeddings of the prompts.
+        batches: makes the training batches; pictures take their conditions from the same samples.
         held_out: makes the held-out batches, with the validation's own draws; None where no split was named.
         latent_size: height and width of a picture's latents.
         batch_size: samples in one forward pass.
@@ -54,7 +59,8 @@ class Validator:
     world: World
     method: Method
     family: Family
-    text: TextCache
+    text: Texts
+    batches: BatchMaker
     held_out: BatchMaker | None
     latent_size: tuple[int, int]
     batch_size: int
@@ -106,6 +112,7 @@ class Validator:
             self.say(f"held-out loss {part.stop - mine.start}/{len(mine)}")
         return float(self.world.sum(losses).mean())
 
+    @torch.no_grad()
     def _draw(self) -> Tensor:
         """Pictures of all prompts, uint8 (prompts, 3, H, W), the same on every rank."""
         vae: ImageEncoder = self.family.load_image_encoder(self.world.device)
@@ -123,13 +130,33 @@ class Validator:
 
     def _draw_one(self, vae: ImageEncoder, number: int) -> Tensor:
         """The picture of one prompt, uint8 (3, H, W)."""
-        shape = (1, self.family.latent_shape[0], *self.latent_size)
-        noise = Draws(self.spec.seed).normal(Purpose.PICTURE, SampleRef(0, number), shape).to(self.world.device)
-        text = {
-            name: value.to(self.world.device) for name, value in self.text.get(["", self.spec.prompts[number]]).items()
-        }
-        latents = draw_latents(self.method, self.family.schedule, text, noise, self.spec)
+        device = self.world.device
+        channels, factor, _ = self.family.latent_shape
+        shape = (1, channels, *self.latent_size)
+        noise = Draws(self.spec.seed).normal(Purpose.PICTURE, SampleRef(0, number), shape).to(device)
+        resolution = self.latent_size[0] * factor
+        size = micro_conditioning((resolution, resolution), resolution, CENTRE)
+        text = {**self.text.get(["", self.spec.prompts[number]]), SIZES: size.expand(2, -1)}
+        text = {name: value.to(device) for name, value in text.items()}
+        condition = self._condition(number)
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            return self.method.predict(noisy, timesteps, text, condition)
+
+        spec = self.spec
+        latents = draw_latents(predict, self.family.schedule, noise, spec.num_inference_steps, spec.guidance_scale)
         return ((vae.decode(latents)[0] + 1) * 127.5).round().to(torch.uint8)
+
+    def _condition(self, number: int) -> Tensor | None:
+        """What a picture is conditioned on, (2, 3, H, W): prompt i takes the condition of sample i."""
+        batches = self.held_out or self.batches
+        if batches.conditioning is None:
+            return None
+        plain = dataclasses.replace(batches.conditioning, dropout=0.0)
+        ref = SampleRef(0, number % len(batches.source))
+        size = decode_sample(batches.source, ref.index).size
+        condition = plain.read(batches.source, ref, CENTRE, size, batches.draws)
+        return condition.to(self.world.device).expand(2, -1, -1, -1)
 
     def _note_loss(self, step: int, loss: float) -> None:
         if not self.world.is_first:

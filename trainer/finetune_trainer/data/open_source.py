@@ -1,0 +1,40 @@
+"""Opening the data set that a manifest names, whatever kind it is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_contract.spec import DatasetSpec
+from finetune_trainer.data.folder import open_folder, open_jsonl
+from finetune_trainer.data.source import Source
+from finetune_trainer.data.table import open_table
+from finetune_trainer.errors import DataError
+
+
+def open_source(spec: DatasetSpec, split: str, max_samples: int | None = None, needs_captions: bool = True) -> Source:
+    """Open one split of a data set. A single .jsonl or .parquet file is one split, whatever its name.
+
+    Args:
+        spec: the manifest's data set.
+        split: name of the split.
+        max_samples: open only the first so many.
+        needs_captions: whether images without captions are refused.
+
+    Raises:
+        DataError: it is not there, has no such split or column, or holds no sample.
+    """
+    path = Path(spec.source)
+    source: Source
+    if path.is_dir():
+        source = open_folder(path, spec, split, max_samples, needs_captions)
+    elif path.suffix == ".jsonl":
+        source = open_jsonl(path, spec, max_samples)
+    elif spec.source.startswith(("/", "./", "../", "~")) and not path.is_file():
+        raise DataError(
+            f"dataset.source: there is no folder or file {spec.source}; write one that the job's pods can see"
+        )
+    else:
+        source = open_table(spec, split, max_samples, needs_captions)
+    if len(source) == 0:
+        raise DataError(f"dataset.source: split {split!r} of {spec.source} holds no samples")
+    return source
