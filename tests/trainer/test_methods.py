@@ -1,13 +1,19 @@
-"""Every method on every family: trained end to end by real ranks, and resumed bit for bit."""
+"""Every method on every family: trained end to end, and resumed bit for bit."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
+from finetune_trainer.train.notice import Notice
+from finetune_trainer.train.report import Reporter
+from finetune_trainer.train.run import RankContext, run_rank
 from tests.trainer import tiny
 from tests.trainer.methods import SETTINGS
 from tests.trainer.ranks import Ranks
@@ -22,8 +28,18 @@ OPTIONS = {
     "noiseOffset": 0.1,
     "inputPerturbation": 0.1,
     "snrGamma": 5,
+    "timestepBias": {"strategy": "later"},
 }
 CASES = [(method, family) for method in SETTINGS for family in tiny.FAMILIES]
+ON_TWO_RANKS = [(method, tiny.FAMILIES[number % 3]) for number, method in enumerate(SETTINGS)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _restored_settings() -> Iterator[None]:
+    """A rank that runs in this process changes torch for all that comes after it."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +48,61 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("methods")
 
 
-def world_size_of(case: tuple[str, str]) -> int:
-    """Every method runs on one rank and on two, every family too; not each with each."""
-    return 1 + CASES.index(case) % 2
+class KilledError(Exception):
+    """Stands for a sudden death of the rank that runs in this process."""
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} on {case[1]}")
-def test_stopped_and_resumed_ends_with_the_same_bytes(
-    case: tuple[str, str], bases: dict[str, Path], data: Path, folder: Path, tmp_path: Path
-) -> None:
-    method, family = case
-    world_size = world_size_of(case)
-    spec = tiny.make_spec(bases[family], data, **OPTIONS, **SETTINGS[method])
-    whole = Ranks(spec, folder / f"{method}-{family}", world_size=world_size)
-    # Killed as the checkpoint after two steps is there, and the one after four is not.
-    halves = Ranks(spec, folder / f"{method}-{family}-halves", world_size=world_size, kill_at=("rename", 1))
-    for ranks in (whole.start(), halves.start()):
-        ranks.wait()
-    assert [process.exitcode for process in whole.processes] == [ExitCode.DONE] * world_size, whole.stderr()
-    rest = Ranks(spec, halves.folder, 2, world_size)
-    assert rest.run() == [ExitCode.DONE] * world_size, rest.stderr()
-    assert any(report.get("restoredStep") == 2 for report in rest.reports())
-    assert read_outputs(rest) == read_outputs(whole)
-    del tmp_path
+def run_here(spec: RunSpec, job_dir: Path, attempt: int = 1, dies_after_saves: int | None = None) -> None:
+    """One rank in this process; dies as it is about to commit another checkpoint after so many."""
+    saves = []
+
+    def on_save_stage(stage: str) -> None:
+        if stage.startswith("rename"):
+            saves.append(stage)
+            if len(saves) - 1 == dies_after_saves:
+                raise KilledError
+
+    cache = job_dir.parent / "cache"
+    context = RankContext(spec, attempt, job_dir, cache, Notice(), Reporter(0, None), on_save_stage)
+    assert run_rank(context, {"OMP_NUM_THREADS": "1"}) is ExitCode.DONE
 
 
-def read_outputs(ranks: Ranks) -> dict[str, bytes]:
-    folder = ranks.job_dir / "outputs"
+def read_outputs(job_dir: Path) -> dict[str, bytes]:
+    folder = job_dir / "outputs"
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} on {case[1]}")
+def test_killed_and_resumed_ends_with_the_same_bytes(
+    case: tuple[str, str], bases: dict[str, Path], data: Path, folder: Path
+) -> None:
+    method, family = case
+    spec = tiny.make_spec(bases[family], data, **OPTIONS, **SETTINGS[method])
+    whole, halves = folder / f"{method}-{family}", folder / f"{method}-{family}-halves"
+    run_here(spec, whole)
+    with pytest.raises(KilledError):
+        run_here(spec, halves, dies_after_saves=1)
+    run_here(spec, halves, attempt=2)
+    assert read_outputs(halves) == read_outputs(whole)
+    assert read_outputs(whole)
+
+
+@pytest.mark.parametrize("case", ON_TWO_RANKS, ids=lambda case: f"{case[0]} on {case[1]}")
+def test_on_two_ranks(case: tuple[str, str], bases: dict[str, Path], data: Path, folder: Path) -> None:
+    method, family = case
+    spec = tiny.make_spec(bases[family], data, **OPTIONS, **SETTINGS[method])
+    halves = Ranks(spec, folder / f"{method}-{family}-two", world_size=2, kill_at=("rename", 1))
+    halves.run()
+    rest = Ranks(spec, halves.folder, 2, 2)
+    whole = Ranks(spec, folder / f"{method}-{family}-whole", world_size=2)
+    for ranks in (rest.start(), whole.start()):
+        assert ranks.wait() == [ExitCode.DONE] * 2, ranks.stderr()
+    assert any(report.get("restoredStep") == 2 for report in rest.reports())
+    assert read_outputs(rest.job_dir) == read_outputs(whole.job_dir)
+
+
 def test_textual_inversion_saves_kilobytes(base: Path, data: Path, folder: Path) -> None:
-    spec: RunSpec = tiny.make_spec(base, data, steps=2, **SETTINGS["TextualInversion"])
-    ranks = Ranks(spec, folder / "small")
-    assert ranks.run() == [ExitCode.DONE], ranks.stderr()
-    (checkpoint,) = (ranks.job_dir / "checkpoints").iterdir()
+    spec = tiny.make_spec(base, data, steps=2, **SETTINGS["TextualInversion"])
+    run_here(spec, folder / "small")
+    (checkpoint,) = (folder / "small" / "checkpoints").iterdir()
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 8192

@@ -244,14 +244,14 @@ class TrainingSpec(SpecModel):
     snr_gamma: float | None = Field(
         default=None, gt=0, description="Min-SNR loss weighting (https://arxiv.org/abs/2303.09556)"
     )
-    noise_offset: float = Field(
-        default=0.0, ge=0, le=1, description="noise that is the same all over a channel, added to the noise"
+    noise_offset: float | None = Field(
+        default=None, gt=0, le=1, description="noise that is the same all over a channel, added to the noise"
     )
-    input_perturbation: float = Field(
-        default=0.0, ge=0, le=1, description="noise added to the input only (https://arxiv.org/abs/2301.11706)"
+    input_perturbation: float | None = Field(
+        default=None, gt=0, le=1, description="noise added to the input only (https://arxiv.org/abs/2301.11706)"
     )
-    caption_dropout: float = Field(
-        default=0.0, ge=0, le=1, description="share of samples whose caption is replaced by the empty one"
+    caption_dropout: float | None = Field(
+        default=None, gt=0, le=1, description="share of samples whose caption is replaced by the empty one"
     )
     timestep_bias: TimestepBiasSpec | None = Field(default=None, description="timesteps that are drawn more often")
     ema: bool = Field(default=False, description="keep an exponential moving average of what is trained")

@@ -23,6 +23,7 @@ from finetune_contract.spec import (
     OutputFormat,
     Precision,
     TextualInversionSpec,
+    TimestepBiasSpec,
     TrainingSpec,
     ValidationSpec,
 )
@@ -44,6 +45,7 @@ COLUMNS = Scope("spec.dataset.columns", Columns)
 TRAINING = Scope("spec.training", TrainingSpec)
 DREAMBOOTH = Scope("spec.training.dreambooth", DreamBoothSpec)
 TEXTUAL_INVERSION = Scope("spec.training.textualInversion", TextualInversionSpec)
+TIMESTEP_BIAS = Scope("spec.training.timestepBias", TimestepBiasSpec)
 VALIDATION = Scope("spec.training.validation", ValidationSpec)
 TOPOLOGY = Scope("spec.topology", TopologySpec)
 STORAGE = Scope("spec.checkpoint.storage", StorageSpec)
@@ -296,6 +298,13 @@ _TRAINING = (
         "self.initializerToken != self.placeholderToken",
         lambda inversion: inversion.initializer_token != inversion.placeholder_token,
         "initializerToken is the new token itself; write a word that the text encoder knows, e.g. toy",
+    ),
+    Rule(
+        TIMESTEP_BIAS,
+        "end",
+        "self.begin < self.end",
+        lambda bias: bias.begin < bias.end,
+        "end is not after begin, so the range holds no timestep; write e.g. begin: 200 and end: 600",
     ),
     Rule(
         SPEC,

@@ -8,14 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from finetune_contract.spec import Optimizer, OutputFormat, Precision
+from finetune_contract.spec import Method, Optimizer, OutputFormat, Precision
 from finetune_operator.api.job import FineTuneJobSpec
 
 OPTIMIZERS = frozenset({Optimizer.ADAMW})
 PRECISIONS = frozenset({Precision.FP32, Precision.BF16})
-OUTPUT_FORMATS = frozenset({OutputFormat.DIFFUSERS})
+DIFFUSERS_ONLY = frozenset({OutputFormat.DIFFUSERS})
+LORA_FORMATS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI})
+OUTPUT_FORMATS = {
+    Method.LORA: LORA_FORMATS,
+    Method.DREAMBOOTH_LORA: LORA_FORMATS,
+    Method.TEXTUAL_INVERSION: frozenset({OutputFormat.DIFFUSERS, OutputFormat.WEBUI}),
+}
+"""Formats of each method's output, where it has more than `DIFFUSERS_ONLY`."""
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "hub://")
-TABLE_FILES = (".jsonl", ".parquet", ".csv", ".arrow")
+TABLE_FILES = (".csv", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,13 @@ MISSING = (
     Missing(
         "spec.dataset.source",
         lambda spec: spec.dataset.source.endswith(TABLE_FILES),
-        "single files are not supported by this version; write the folder that holds metadata.jsonl, or a hub id",
+        "of single files this version reads .jsonl and .parquet; write one of these, a folder or a hub id",
     ),
     Missing(
         "spec.outputs",
-        lambda spec: any(output.format not in OUTPUT_FORMATS for output in spec.outputs),
-        "this version writes the format diffusers only; write format: diffusers",
+        lambda spec: any(output.format not in _formats(spec) for output in spec.outputs),
+        "this version writes diffusers for every method, kohya and webui for a LoRA, webui for TextualInversion; write "
+        "format: diffusers",
     ),
     Missing(
         "spec.outputs",
@@ -69,6 +77,11 @@ MISSING = (
         "this version writes to folders only; write a folder in to",
     ),
 )
+
+
+def _formats(spec: FineTuneJobSpec) -> frozenset[OutputFormat]:
+    method = spec.training.method
+    return DIFFUSERS_ONLY if method is None else OUTPUT_FORMATS.get(method, DIFFUSERS_ONLY)
 
 
 def find_missing(spec: FineTuneJobSpec) -> Iterator[str]:

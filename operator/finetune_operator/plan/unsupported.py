@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetune_contract.spec import Method
 from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.settings import Settings
 
@@ -25,10 +24,6 @@ GAPS = (
     Gap(
         lambda spec: spec.training.script is not None,
         "spec.training.script: scripts cannot be run by this version; write method: LoRA instead.",
-    ),
-    Gap(
-        lambda spec: spec.training.method not in (None, Method.LORA),
-        "spec.training.method: this version trains LoRA only; write method: LoRA.",
     ),
     Gap(
         lambda spec: spec.queue_name is not None,

@@ -29,7 +29,7 @@ class Noising:
     @classmethod
     def of(cls, training: TrainingSpec) -> Noising:
         """What the manifest asks for."""
-        return cls(training.noise_offset, training.input_perturbation, training.timestep_bias)
+        return cls(training.noise_offset or 0.0, training.input_perturbation or 0.0, training.timestep_bias)
 
     def timestep(self, draws: Draws, ref: SampleRef, num_timesteps: int) -> int:
         """Timestep of a drawing."""

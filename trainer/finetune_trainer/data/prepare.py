@@ -110,7 +110,7 @@ class Preparation:
         prepared = PreparedData(
             dataclasses.replace(
                 batches,
-                caption_dropout=training.caption_dropout,
+                caption_dropout=training.caption_dropout or 0.0,
                 noising=Noising.of(training),
                 prior=self._prior(text, hashes),
                 conditioning=self._conditioning(training.controlnet.conditioning_dropout if training.controlnet else 0),
@@ -183,7 +183,7 @@ class Preparation:
         texts = [text for source in sources if source is not None for text in self.demand.captions.every(source)]
         if training.dreambooth is not None and training.dreambooth.class_prompt is not None:
             texts.append(training.dreambooth.class_prompt)
-        if training.caption_dropout > 0:
+        if training.caption_dropout is not None:
             texts.append("")
         if training.validation is not None and training.validation.prompts:
             texts += ["", *training.validation.prompts]
