@@ -206,6 +206,12 @@ BAD = (
         "spec.dataset.columns.conditioning",
         "with the conditioning images",
     ),
+    Bad(
+        "empty-timestep-range",
+        {"spec.training.timestepBias": {"strategy": "range", "begin": 600, "end": 200}},
+        "spec.training.timestepBias.end",
+        "begin: 200 and end: 600",
+    ),
     Bad("nothing-to-validate", {"spec.training.validation": {"steps": 5}}, "spec.training.validation.prompts", "write"),
     Bad(
         "validated-on-training-set",
