@@ -29,6 +29,7 @@ class Ranks:
     Attributes:
         folder: the job's folder is `folder/job`; the cache is beside it.
         kill_at: stage of a save at which a rank kills itself, as SIGKILL would, and how many times it comes before.
+        kill_rank: the rank that does; default: whichever comes there first.
     """
 
     spec: RunSpec
@@ -36,6 +37,7 @@ class Ranks:
     attempt: int = 1
     world_size: int = 1
     kill_at: tuple[str, int] | None = None
+    kill_rank: int | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
 
     def start(self) -> Ranks:
@@ -44,7 +46,7 @@ class Ranks:
         (self.folder / "run.json").write_text(self.spec.to_json(), encoding="utf-8")
         port = free_port()
         self.processes = [
-            _CONTEXT.Process(target=_rank, args=(self._environment(rank, port), self._log(rank), self.kill_at))
+            _CONTEXT.Process(target=_rank, args=(self._environment(rank, port), self._log(rank), self._kill_at(rank)))
             for rank in range(self.world_size)
         ]
         for process in self.processes:
@@ -102,6 +104,9 @@ class Ranks:
     def weights(self) -> bytes:
         """The exported LoRA."""
         return (self.job_dir / "outputs" / "pytorch_lora_weights.safetensors").read_bytes()
+
+    def _kill_at(self, rank: int) -> tuple[str, int] | None:
+        return self.kill_at if self.kill_rank in (None, rank) else None
 
     def _log(self, rank: int) -> Path:
         return self.folder / f"a{self.attempt}-r{rank}.log"

@@ -111,8 +111,8 @@ class _Pair(World):
     def barrier(self) -> None:
         self.meeting.wait(10)
 
-    def share(self, value: T) -> T:
-        if self.is_first:
+    def share(self, value: T, source: int = 0) -> T:
+        if self.rank == source:
             self.box[0] = value
         self.barrier()
         shared: T = self.box[0]

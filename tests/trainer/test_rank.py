@@ -163,7 +163,9 @@ def test_damaged_newest_checkpoint_is_passed_over(base: Path, data: Path, tmp_pa
     assert following.run() == [ExitCode.DONE] * 2
     last = following.reports()[-1]
     assert last["restoredStep"] == 4
-    assert "step-00000006-a1 is skipped: optimizer.safetensors" in last["warnings"][0]
+    assert "step-00000006-a1 is damaged: optimizer.safetensors" in last["warnings"][0]
+    assert last["corruptCheckpoints"] == 1
+    assert (ranks.job_dir / "checkpoints" / "corrupt-step-00000006-a1-1" / "reason.txt").is_file()
     reference = Ranks(spec, tmp_path / "reference", world_size=2)
     assert reference.run() == [ExitCode.DONE] * 2
     assert following.weights() == reference.weights()

@@ -19,14 +19,16 @@ pytestmark = pytest.mark.trainer
 STEPS = 12
 SETTINGS = {"steps": STEPS, "ema": True, "randomFlip": True, "lora": {"rank": 2, "dropout": 0.1}}
 STAGES = (
+    "copy",
     "write ema",
     "write model",
     "write optimizer",
+    "read back",
     "write state",
     "write manifest",
     "check the fence",
     "rename",
-    "read back",
+    "check the fence again",
     "prune",
     "remove",
     "delete",

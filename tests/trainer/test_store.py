@@ -16,6 +16,8 @@ import torch
 from finetune_contract import paths
 from finetune_trainer.checkpoint.fence import Fence
 from finetune_trainer.checkpoint.manifest import FORMAT_VERSION
+from finetune_trainer.checkpoint.retention import Retention
+from finetune_trainer.checkpoint.split import take_part
 from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
 from finetune_trainer.errors import StorageError, SupersededError
 
@@ -26,7 +28,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 def open_store(
     job_dir: Path, attempt: int = 1, keep: int = 3, on_stage: Callable[[str], None] = lambda _: None
 ) -> CheckpointStore:
-    store = CheckpointStore(job_dir, UID, attempt, keep, on_stage)
+    store = CheckpointStore(job_dir, UID, attempt, Retention(keep), on_stage)
     store.open()
     return store
 
@@ -102,16 +104,18 @@ DAMAGES = [
     ("manifest.json", lambda file: file.write_bytes(b""), "manifest.json is damaged"),
     ("manifest.json", lambda file: file.write_bytes(file.read_bytes()[:50]), "manifest.json is damaged"),
     ("manifest.json", lambda file: file.write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
-    ("manifest.json", _edit_manifest(job_uid="other"), r"manifest.json belongs to another job \(other\)"),
-    ("manifest.json", _edit_manifest(format_version=FORMAT_VERSION + 1), "manifest.json has format 2, .* up to 1"),
     ("manifest.json", _edit_manifest(step="many"), "manifest.json is damaged"),
-    ("model.safetensors", _replace_by_folder, "model.safetensors (has|cannot)"),
-    ("manifest.json", _replace_by_folder, "manifest.json cannot be read"),
+    ("model.safetensors", _replace_by_folder, "model.safetensors (has|is missing)"),
+    ("manifest.json", _replace_by_folder, "manifest.json is missing"),
+]
+FOREIGN = [
+    (_edit_manifest(job_uid="other"), r"manifest.json belongs to another job \(other\)"),
+    (_edit_manifest(format_version=FORMAT_VERSION + 1), "manifest.json has format 3, and this trainer reads up to 2"),
 ]
 
 
 @pytest.mark.parametrize(("name", "damage", "sentence"), DAMAGES)
-def test_damaged_checkpoint_is_skipped_with_a_warning(
+def test_damaged_checkpoint_is_set_aside_with_the_reason(
     tmp_path: Path, name: str, damage: Callable[[Path], object], sentence: str
 ) -> None:
     store = open_store(tmp_path)
@@ -121,7 +125,32 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(
     chosen, (warning,) = choose(tmp_path)
     assert chosen is not None
     assert chosen.manifest.step == 1
+    assert re.search(f"^checkpoint step-00000002-a1 is damaged: {sentence}", warning), warning
+    assert warning.endswith("set aside as corrupt-step-00000002-a1-1")
+    aside = paths.checkpoints(tmp_path) / "corrupt-step-00000002-a1-1"
+    assert (aside / "reason.txt").read_text().strip() in warning
+    assert names(tmp_path) == [aside.name, "step-00000001-a1"]
+    assert open_store(tmp_path, 9).num_corrupt() == 1
+    # It is not looked at again, and never deleted.
+    chosen, warnings = choose(tmp_path)
+    assert chosen is not None
+    assert warnings == []
+    open_store(tmp_path, 9, keep=1).save(snapshot(3), 0)
+    assert names(tmp_path) == [aside.name, "step-00000003-a9"]
+
+
+@pytest.mark.parametrize(("damage", "sentence"), FOREIGN)
+def test_checkpoint_that_is_not_ours_to_judge_is_left_alone(
+    tmp_path: Path, damage: Callable[[Path], object], sentence: str
+) -> None:
+    store = open_store(tmp_path)
+    store.save(snapshot(1), 0)
+    damage(store.save(snapshot(2), 0).folder / "manifest.json")
+    chosen, (warning,) = choose(tmp_path)
+    assert chosen is not None
+    assert chosen.manifest.step == 1
     assert re.search(f"^checkpoint step-00000002-a1 is skipped: {sentence}", warning), warning
+    assert names(tmp_path) == ["step-00000001-a1", "step-00000002-a1"]
 
 
 def test_extra_files_are_no_harm(tmp_path: Path) -> None:
@@ -149,7 +178,7 @@ def test_damaged_newer_one_does_not_push_out_the_good(tmp_path: Path) -> None:
     chosen, (warning,) = choose(tmp_path)
     assert chosen is not None
     assert chosen.manifest.step == 2
-    assert "step-00000009-a1" in warning
+    assert "step-00000009-a1 is damaged" in warning
 
 
 def test_damaged_one_of_the_same_name_is_replaced(tmp_path: Path) -> None:
@@ -157,6 +186,47 @@ def test_damaged_one_of_the_same_name_is_replaced(tmp_path: Path) -> None:
     _flip(store.save(snapshot(1), 0).folder / "state.json")
     store.save(snapshot(1), 0)
     assert choose(tmp_path)[1] == []
+    assert names(tmp_path) == ["corrupt-step-00000001-a1-1", "step-00000001-a1"]
+
+
+def test_two_survivors_write_the_same_step(tmp_path: Path) -> None:
+    """The first rename counts; the other finds a whole one, and is content."""
+    store = open_store(tmp_path)
+    first = store.save(snapshot(1), 0, "-r1")
+    assert store.save(snapshot(1), 1, "-r2").folder == first.folder
+    assert names(tmp_path) == ["step-00000001-a1"]
+
+
+def test_a_step_is_claimed_once(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert store.claim(4)
+    assert not store.claim(4)
+    assert store.claim(5)
+    assert not store.holds(4)
+    store.save(snapshot(4), 0)
+    assert store.holds(4)
+    assert not store.holds(5)
+
+
+def test_parts_of_several_writers_make_one_checkpoint(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), snapshot(3)
+    parts = [store.write_part(3, take_part(state.tensors, part, 2), part, 2) for part in (1, 0)]
+    committed = store.commit(state, [entry for part in parts for entry in part], 0)
+    assert choose(tmp_path) == (committed, [])
+    loaded = store.load(committed)
+    assert {group: sorted(each) for group, each in loaded.tensors.items()} == {
+        "model": ["w"],
+        "optimizer": ["w.exp_avg"],
+    }
+
+
+def test_a_part_that_is_missing_is_no_checkpoint(tmp_path: Path) -> None:
+    store, state = open_store(tmp_path), snapshot(3)
+    files = store.write_part(3, take_part(state.tensors, 0, 2), 0, 2)
+    lost = [entry.model_copy(update={"name": "optimizer-00002-of-00002.safetensors"}) for entry in files]
+    with pytest.raises(StorageError, match=r"optimizer-00002-of-00002\.safetensors is missing"):
+        store.commit(state, [*files, *lost], 0)
+    assert choose(tmp_path) == (None, [])
 
 
 def test_leftovers_are_swept(tmp_path: Path) -> None:
@@ -177,7 +247,7 @@ def test_superseded_attempt_commits_nothing(tmp_path: Path) -> None:
     assert [name for name in names(tmp_path) if not name.startswith(".")] == ["step-00000001-a1"]
 
 
-@pytest.mark.parametrize("stage", ["write optimizer", "write manifest", "check the fence"])
+@pytest.mark.parametrize("stage", ["write optimizer", "read back", "write manifest", "check the fence"])
 def test_superseded_during_a_save(tmp_path: Path, stage: str) -> None:
     """The newer attempt sweeps away what the older one still writes."""
 
@@ -219,13 +289,25 @@ def test_unwritable_storage_is_named(tmp_path: Path) -> None:
         open_store(tmp_path / "job")
 
 
+def test_superseded_behind_the_rename_does_not_count(tmp_path: Path) -> None:
+    def supersede(now: str) -> None:
+        if now == "check the fence again":
+            open_store(tmp_path, attempt=2)
+
+    open_store(tmp_path, keep=1).save(snapshot(1), 0)
+    with pytest.raises(SupersededError):
+        open_store(tmp_path, keep=1, on_stage=supersede).save(snapshot(2), 0)
+    # The newer attempt has seen neither or both: nothing was deleted.
+    assert names(tmp_path) == ["step-00000001-a1", "step-00000002-a1"]
+
+
 def test_storage_that_does_not_keep_what_was_written(tmp_path: Path) -> None:
     def damage(stage: str) -> None:
         if stage == "read back":
-            _flip(paths.checkpoints(tmp_path) / "step-00000002-a1" / "model.safetensors")
+            _flip(paths.checkpoints(tmp_path) / ".writing-step-00000002-a1" / "model.safetensors")
 
     open_store(tmp_path, keep=1).save(snapshot(1), 0)
-    with pytest.raises(StorageError, match="step-00000002-a1 does not read back as written: model"):
+    with pytest.raises(StorageError, match="what was written does not read back: model"):
         open_store(tmp_path, keep=1, on_stage=damage).save(snapshot(2), 0)
     chosen, _ = choose(tmp_path)
     assert chosen is not None
@@ -244,11 +326,12 @@ def _save_twice(job_dir: Path, stage: str) -> None:
 STAGES = (
     "write model",
     "write optimizer",
+    "read back",
     "write state",
     "write manifest",
     "check the fence",
     "rename",
-    "read back",
+    "check the fence again",
     "prune",
     "remove",
     "delete",

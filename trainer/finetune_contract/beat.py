@@ -58,6 +58,8 @@ class CommittedCheckpoint(Wire):
     time: float = Field(description="when it was committed, seconds since the epoch")
     size_bytes: int = Field(ge=0)
     attempt: int = Field(ge=1)
+    stall_seconds: float | None = Field(default=None, ge=0, description="for how long the loop stood still for it")
+    durable_seconds: float | None = Field(default=None, ge=0, description="from its step until it was durable")
 
 
 class RankReport(Wire):
@@ -71,6 +73,12 @@ class RankReport(Wire):
     loss: float | None = Field(default=None, description="mean over the last global batches; NaN is sent as absent")
     images_per_second: float | None = Field(default=None, ge=0, description="of the whole world")
     checkpoint: CommittedCheckpoint | None = None
+    checkpoint_error: str | None = Field(
+        default=None, description="why no newer checkpoint can be written; empty: it can again"
+    )
+    corrupt_checkpoints: int | None = Field(
+        default=None, ge=0, description="damaged checkpoints that were set aside in the life of the job"
+    )
     detail: str | None = Field(
         default=None, max_length=500, description="what the state is busy with, e.g. '12/64 images'"
     )

@@ -45,3 +45,6 @@ REPORT_FD = "FINETUNE_REPORT_FD"
 """Set by the supervisor for each rank: the descriptor of the pipe that takes its reports."""
 FORK_SERVER = "FINETUNE_FORK_SERVER"
 """Address of a fork server that the pods of one machine share; empty: each supervisor starts its own."""
+MIN_PART_BYTES = "FINETUNE_MIN_PART_BYTES"
+"""Smallest part of a checkpoint that a rank of its own writes; a state smaller than two of them is written by rank 0
+alone."""

@@ -15,6 +15,11 @@ LOSSES = "losses.json"
 MANIFEST = "manifest.json"
 """Name of the file that makes a checkpoint count: it is verified against it."""
 
+CORRUPT = "corrupt-"
+"""Before the name of a checkpoint that was found damaged and set aside."""
+CORRUPT_REASON = "reason.txt"
+"""Name of the file in it that says what was wrong."""
+
 
 def job_folder(namespace: str, job: str, uid: str) -> str:
     """Name of a job's folder below the storage's root, e.g. 'default/circles-1f0c3a2b'.

@@ -31,6 +31,11 @@ class RunSpec(SpecModel):
     global_batch: int = Field(ge=1, description="samples in one optimizer step, whatever the number of ranks")
     checkpoint_interval: CheckpointInterval = CheckpointInterval()
     keep: int = Field(default=3, ge=1)
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    keep_best: bool = False
+    max_stale_seconds: float = Field(
+        default=1800.0, gt=0, description="longest time to train on while no checkpoint can be written"
+    )
     outputs: tuple[OutputSpec, ...] = ()
 
     @classmethod

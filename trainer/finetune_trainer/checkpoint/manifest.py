@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune_contract import paths
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: one file for each group of tensors. 2: a group may be split over several."""
+VERIFY_THREADS = 4
 
 
 class FileEntry(BaseModel):
@@ -41,33 +44,28 @@ class BadCheckpointError(Exception):
     """A folder is no whole checkpoint of this job; the text names the file and what is wrong with it."""
 
 
-def describe_files(folder: Path, names: Iterable[str]) -> tuple[FileEntry, ...]:
-    """Sizes and hashes of files, sorted by name.
-
-    Raises:
-        OSError: one cannot be read.
-    """
-    return tuple(
-        FileEntry(name=name, size_bytes=(folder / name).stat().st_size, sha256=_sha256(folder / name))
-        for name in sorted(names)
-    )
+class ForeignCheckpointError(BadCheckpointError):
+    """It is not for this trainer to judge: of another job, of a newer format, or not readable at the moment."""
 
 
 def verify(folder: Path, job_uid: str) -> Manifest:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        BadCheckpointError: it is not whole, not this job's, or of a newer format.
+        ForeignCheckpointError: it is not this job's, of a newer format, or cannot be read at the moment.
+        BadCheckpointError: it is not whole.
     """
     manifest = read_manifest(folder)
     if manifest.format_version > FORMAT_VERSION:
-        raise BadCheckpointError(
+        raise ForeignCheckpointError(
             f"{paths.MANIFEST} has format {manifest.format_version}, and this trainer reads up to {FORMAT_VERSION}"
         )
     if manifest.job_uid != job_uid:
-        raise BadCheckpointError(f"{paths.MANIFEST} belongs to another job ({manifest.job_uid})")
+        raise ForeignCheckpointError(f"{paths.MANIFEST} belongs to another job ({manifest.job_uid})")
     for entry in manifest.files:
-        _verify_file(folder, entry)
+        verify_size(folder, entry)
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        list(pool.map(lambda entry: verify_file(folder, entry), manifest.files))
     return manifest
 
 
@@ -75,32 +73,57 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
-        BadCheckpointError: there is none that can be read.
+        ForeignCheckpointError: it cannot be read at the moment.
+        BadCheckpointError: there is none, or it is damaged.
     """
     try:
         return Manifest.model_validate_json((folder / paths.MANIFEST).read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise BadCheckpointError(f"{paths.MANIFEST} is missing") from error
     except OSError as error:
-        raise BadCheckpointError(f"{paths.MANIFEST} cannot be read: {error.strerror}") from error
+        raise ForeignCheckpointError(f"{paths.MANIFEST} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         raise BadCheckpointError(f"{paths.MANIFEST} is damaged") from error
 
 
-def _verify_file(folder: Path, entry: FileEntry) -> None:
-    path = folder / entry.name
+def verify_size(folder: Path, entry: FileEntry) -> None:
+    """Check that a file is there with its size.
+
+    Raises:
+        ForeignCheckpointError: it cannot be looked at.
+        BadCheckpointError: it is missing, or has another size.
+    """
     try:
-        size = path.stat().st_size
-        if size != entry.size_bytes:
-            raise BadCheckpointError(f"{entry.name} has {size} bytes in place of {entry.size_bytes}")
-        if _sha256(path) != entry.sha256:
-            raise BadCheckpointError(f"{entry.name} has other contents than its SHA-256 says")
+        size = (folder / entry.name).stat().st_size
     except FileNotFoundError as error:
         raise BadCheckpointError(f"{entry.name} is missing") from error
     except OSError as error:
-        raise BadCheckpointError(f"{entry.name} cannot be read: {error.strerror}") from error
+        raise ForeignCheckpointError(f"{entry.name} cannot be read: {error.strerror}") from error
+    if size != entry.size_bytes:
+        raise BadCheckpointError(f"{entry.name} has {size} bytes in place of {entry.size_bytes}")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def verify_file(folder: Path, entry: FileEntry, from_disk: bool = False) -> None:
+    """Check a file against its size and hash.
+
+    Args:
+        folder: where it is.
+        entry: what it should be.
+        from_disk: ask the system to forget what it has of the file in memory, so that the disk is read.
+
+    Raises:
+        ForeignCheckpointError: it cannot be read.
+        BadCheckpointError: it is missing, or has other contents.
+    """
+    verify_size(folder, entry)
+    try:
+        with (folder / entry.name).open("rb") as file:
+            if from_disk:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise BadCheckpointError(f"{entry.name} is missing") from error
+    except OSError as error:
+        raise ForeignCheckpointError(f"{entry.name} cannot be read: {error.strerror}") from error
+    if found != entry.sha256:
+        raise BadCheckpointError(f"{entry.name} has other contents than its SHA-256 says")

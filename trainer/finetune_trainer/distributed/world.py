@@ -61,29 +61,35 @@ class World:
         """Wait until all ranks are here."""
         self.sum(torch.zeros(1, device=self.device))
 
-    def share(self, value: T) -> T:
-        """Give every rank the value that rank 0 holds; it must be picklable and small."""
+    def gather_numbers(self, number: int) -> list[int]:
+        """Tell all ranks a number of each, by rank."""
+        numbers = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        numbers[self.rank] = number
+        return [int(each) for each in self.sum(numbers).tolist()]
+
+    def share(self, value: T, source: int = 0) -> T:
+        """Give every rank the value that one holds, rank 0 unless another is named; picklable and small."""
         if self.size == 1:
             return value
         box: list[T] = [value]
         with self._peers("broadcast"):
-            dist.broadcast_object_list(box, src=0, device=self.device)
+            dist.broadcast_object_list(box, src=source, device=self.device)
         return box[0]
 
-    def share_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Give every rank the named tensors that rank 0 holds, as copies on the CPU; the others pass None."""
+    def share_tensors(self, tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
+        """Give every rank the named tensors that one rank holds, as copies on the CPU; the others pass None."""
         if self.size == 1:
             assert tensors is not None
             return dict(tensors)
         header = None if tensors is None else [(name, value.shape, value.dtype) for name, value in tensors.items()]
-        header = self.share(header)
+        header = self.share(header, source)
         assert header is not None
         shared: dict[str, Tensor] = {}
         for name, shape, dtype in header:
             value = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name]
             moved = value.to(self.device).contiguous()
             with self._peers("broadcast"):
-                dist.broadcast(moved, src=0)
+                dist.broadcast(moved, src=source)
             shared[name] = moved.cpu()
         return shared
 

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
@@ -27,9 +27,11 @@ MIN_BEAT_GAP_SECONDS = 0.05
 """Changes that come closer together share a beat."""
 HOLDABLE = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
 """Ends of ranks after which their pod is still good for another world."""
-STACK_SECONDS = 0.2
-"""How long a rank that is to be ended has to write its threads' stacks."""
-ENDED_BY_US = frozenset({128 + signal.SIGTERM, 128 + signal.SIGKILL})
+STACK_SECONDS = 0.5
+"""How long a rank that is to be ended has to write its threads' stacks, and to begin to save what it holds."""
+RESCUE_SECONDS = 60.0
+"""How long a rank that saves for a lost peer may take."""
+ENDED_BY_US = frozenset({128 + signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGUSR2})
 FAREWELL_SECONDS = 2.0
 """How long the end waits for the last beat to be taken."""
 
@@ -137,9 +139,12 @@ class Supervisor:
     def _end_soon(self) -> None:
         """One rank is gone for good: the others get a notice and a short while."""
         self._signal_all(signal.SIGTERM)
+        self._kill_later(PEER_SECONDS, self._end_hung)
+
+    def _kill_later(self, seconds: float, kill: Callable[[], None]) -> None:
         if self._kill is not None:
             self._kill.cancel()
-        self._kill = asyncio.get_running_loop().call_later(PEER_SECONDS, self._signal_all, signal.SIGKILL)
+        self._kill = asyncio.get_running_loop().call_later(seconds, kill)
 
     def _on_notice(self, source: str) -> None:
         """SIGTERM has come: the ranks have the whole grace period of the pod, and the pod ends with them."""
@@ -229,10 +234,11 @@ class Supervisor:
         world = reply.world
         if world is not None and world.attempt > self._config.attempt and not self._notice:
             # The old world is over, even where a rank does not know yet that it waits in vain.
+            if self._world is None:
+                self._signal_all(signal.SIGUSR1)
+                self._end_hung()
             self._world = world
             self._decided.set()
-            self._signal_all(signal.SIGUSR1)
-            asyncio.get_running_loop().call_later(STACK_SECONDS, self._end_hung)
         elif reply.attempt is not None and reply.attempt > self._config.attempt and not self._superseded:
             _log(f"attempt {reply.attempt} has begun: this one ({self._config.attempt}) stops")
             self._superseded = True
@@ -242,8 +248,20 @@ class Supervisor:
             self._on_order()
 
     def _end_hung(self) -> None:
-        if self._world is not None:
-            self._signal_all(signal.SIGKILL)
+        """Tell the ranks that a peer is gone for good. They save what they hold; those that do not are killed."""
+        self._signal_all(signal.SIGUSR2)
+        # These ranks only: those of the next world are not to be hit.
+        ranks, deadline = tuple(self._ranks), asyncio.get_running_loop().time() + RESCUE_SECONDS
+        self._kill_later(STACK_SECONDS, lambda: self._kill_unless_saving(ranks, deadline))
+
+    def _kill_unless_saving(self, ranks: Sequence[RankProcess], deadline: float) -> None:
+        is_over = asyncio.get_running_loop().time() >= deadline
+        saving = [rank for rank in ranks if rank.end is None and rank.report.state is RankState.SAVING]
+        for rank in ranks:
+            if is_over or rank not in saving:
+                rank.signal(signal.SIGKILL)
+        if saving and not is_over:
+            self._kill_later(STACK_SECONDS, lambda: self._kill_unless_saving(saving, deadline))
 
     def _reap_orphans(self) -> None:
         """As PID 1, collect what grandchildren leave behind; our own ranks are asyncio's to collect."""

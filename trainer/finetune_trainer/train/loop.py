@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -82,7 +83,7 @@ class Loop:
             step_seconds.append(time.monotonic() - began)
             self.reporter.progress(self.state.step, self.state.mean_loss, self._speed(step_seconds))
             is_last = self.state.step == self.total_steps
-            if is_last or result.stop or self._look_due():
+            if is_last or result.stop:
                 self.checkpointer.save_and_wait(self.state)
             elif result.save:
                 self.checkpointer.save(self.state)
@@ -113,12 +114,15 @@ class Loop:
                 f"training.learningRate: loss {loss} and gradient norm {norm_value} in step {step} are not finite; "
                 "use a lower learning rate, or precision fp32"
             )
-        set_learning_rate(self.state.optimizer, self.learning_rate(step))
-        self.state.optimizer.step()
-        self.state.step = step + 1
-        self.state.losses.append(loss)
-        if self.state.ema is not None:
-            self.state.ema.update(step + 1)
+        self.checkpointer.before_update()
+        with self.state.updating():
+            set_learning_rate(self.state.optimizer, self.learning_rate(step))
+            self.state.optimizer.step()
+            self.state.step = step + 1
+            self.state.losses.append(loss)
+            if self.state.ema is not None:
+                self.state.ema.update(step + 1)
+            self.checkpointer.updated()
         return StepResult(loss, notices > 0, save_due > 0)
 
     def _accumulate(self, step: int) -> None:
@@ -137,12 +141,13 @@ class Loop:
         return self.validator is not None and self.validator.due(self.state.step)
 
     def _look_if_due(self) -> None:
-        """Validate the state, which is committed, unless an earlier attempt has."""
+        """Validate the state unless an earlier attempt has. It is committed first."""
         if self.validator is None or not self._look_due() or self.validator.is_noted(self.state.step):
             return
+        is_saved = self.checkpointer.try_to_save(self.state)
         self.reporter.state(RankState.VALIDATING)
-        # Nothing is unsaved: a notice need not wait for the pictures.
-        with self.notice.released(), self.state.averaged():
+        # Where nothing is unsaved a notice need not wait for the pictures.
+        with self.notice.released() if is_saved else contextlib.nullcontext(), self.state.averaged():
             self.validator.look(self.state.step)
 
     def _speed(self, step_seconds: deque[float]) -> float:

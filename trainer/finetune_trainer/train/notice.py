@@ -2,6 +2,9 @@
 
 During training it only sets a flag, and the loop stops when all ranks agree. Before that there is nothing to save (what
 the map phase has written stays), so the rank leaves at once, even from the middle of an import or a rendezvous.
+
+SIGUSR2 says that a peer is gone for good and the collective that this rank may hang in will never end: what can be
+saved is saved, beside the thread that hangs, and the rank leaves.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterator
 from finetune_contract.exit_codes import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ORPHANED = signal.SIGUSR2
 
 
 class Notice:
@@ -26,6 +30,7 @@ class Notice:
         self._lock = threading.Lock()
         self._given = False
         self._held = False
+        self._on_orphaned: Callable[[], None] = lambda: None
 
     @property
     def given(self) -> bool:
@@ -36,7 +41,7 @@ class Notice:
         """Take the signals from now on. Main thread only."""
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        for number in SIGNALS:
+        for number in (*SIGNALS, ORPHANED):
             signal.signal(number, lambda *_: None)
         # Python runs handlers between bytecodes, and a rank may sit in a C call for minutes (a rendezvous). The
         # descriptor is written by the C-level handler, so a thread hears of it in any case.
@@ -59,6 +64,10 @@ class Notice:
         finally:
             self._set_held(True)
 
+    def when_orphaned(self, save: Callable[[], None]) -> None:
+        """Call this when a peer is gone for good, in a thread of its own."""
+        self._on_orphaned = save
+
     def give(self) -> None:
         """Take note of it; ends the process unless it is held."""
         with self._lock:
@@ -80,6 +89,9 @@ class Notice:
     def _watch(self, reader: socket.socket, writer: socket.socket) -> None:
         # The writer is held here, for the descriptor that signals write to must stay open.
         while data := reader.recv(16):
+            if ORPHANED in data:
+                self._on_orphaned()
+                os._exit(ExitCode.FABRIC)
             if any(number in SIGNALS for number in data):
                 self.give()
         writer.close()

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,16 @@ MAX_DETAIL = 500
 
 
 class Reporter:
-    """Sends the newest report. A pipe that is full or gone never holds training up: each line says all anew."""
+    """Sends the newest report. A pipe that is full or gone never holds training up: each line says all anew.
+
+    The loop's thread and the writer's use the same one.
+    """
 
     def __init__(self, rank: int, fd: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._fd = fd
         self._clock = clock
         self._sent_at = -math.inf
+        self._lock = threading.RLock()
         self._report = RankReport(rank=rank, state=RankState.STARTING)
         if fd is not None:
             os.set_blocking(fd, False)
@@ -53,6 +58,15 @@ class Reporter:
         """Say what was committed and verified."""
         self._send(checkpoint=checkpoint)
 
+    def checkpoint_error(self, text: str) -> None:
+        """Say why no newer checkpoint can be written; an empty text: it can."""
+        if text != (self._report.checkpoint_error or ""):
+            self._send(checkpoint_error=text)
+
+    def corrupt_checkpoints(self, number: int) -> None:
+        """Say how many damaged checkpoints lie set aside."""
+        self._send(corrupt_checkpoints=number)
+
     def outputs(self, outputs: tuple[WrittenOutput, ...]) -> None:
         """Say what was written."""
         self._send(outputs=outputs)
@@ -60,17 +74,20 @@ class Reporter:
     def warn(self, text: str) -> None:
         """Tell a person something."""
         _LOG.warning("%s", text)
-        self._send(warnings=(*self._report.warnings, text)[-NUM_WARNINGS:])
+        with self._lock:
+            self._send(warnings=(*self._report.warnings, text)[-NUM_WARNINGS:])
 
     def _send_seldom(self, **news: Any) -> None:
-        self._report = self._report.model_copy(update=news)
-        if self._clock() - self._sent_at >= MIN_GAP_SECONDS:
-            self._send()
+        with self._lock:
+            self._report = self._report.model_copy(update=news)
+            if self._clock() - self._sent_at >= MIN_GAP_SECONDS:
+                self._send()
 
     def _send(self, **news: Any) -> None:
-        self._report = self._report.model_copy(update=news)
-        self._sent_at = self._clock()
-        if self._fd is not None:
-            # Full: the next line says the same. Gone: so is the supervisor, and this process soon.
-            with contextlib.suppress(BlockingIOError, BrokenPipeError):
-                os.write(self._fd, self._report.to_json().encode() + b"\n")
+        with self._lock:
+            self._report = self._report.model_copy(update=news)
+            self._sent_at = self._clock()
+            if self._fd is not None:
+                # Full: the next line says the same. Gone: so is the supervisor, and this process soon.
+                with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                    os.write(self._fd, self._report.to_json().encode() + b"\n")

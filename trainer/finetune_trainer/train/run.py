@@ -11,18 +11,20 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from finetune_contract import environment
+from finetune_contract import environment, paths
 from finetune_contract.beat import RankState
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Precision
+from finetune_trainer.checkpoint.retention import Retention
+from finetune_trainer.checkpoint.split import MIN_PART_BYTES
 from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import total_steps
 from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.world import World, join_world
-from finetune_trainer.errors import ConfigError
+from finetune_trainer.errors import ConfigError, FabricError
 from finetune_trainer.export.outputs import check_outputs, write_outputs
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class
@@ -33,9 +35,9 @@ from finetune_trainer.train.loop import Loop
 from finetune_trainer.train.notice import Notice
 from finetune_trainer.train.optimizer import learning_rate, make_optimizer
 from finetune_trainer.train.report import Reporter
-from finetune_trainer.train.saving import Checkpointer
+from finetune_trainer.train.saving import Checkpointer, SaveOptions
 from finetune_trainer.train.state import TrainState
-from finetune_trainer.train.validation import Validator
+from finetune_trainer.train.validation import LOSSES, Validator, best_validation
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
 
@@ -52,6 +54,7 @@ class RankContext:
         notice: SIGTERM.
         reporter: the way to the supervisor.
         on_save_stage: see CheckpointStore.
+        min_part_bytes: see Checkpointer.
     """
 
     spec: RunSpec
@@ -61,6 +64,7 @@ class RankContext:
     notice: Notice
     reporter: Reporter
     on_save_stage: Callable[[str], None] = lambda _: None
+    min_part_bytes: int = MIN_PART_BYTES
 
 
 def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitCode:
@@ -115,13 +119,18 @@ class _Run:
         checkpointer = self._checkpointer()
         context.reporter.state(RankState.RESTORING)
         checkpointer.restore(state)
+        context.notice.when_orphaned(lambda: checkpointer.rescue(state))
         loop = self._loop(method, state, data, checkpointer)
         # What was made so far lives on; only what a step makes is worth looking through for garbage.
         gc.freeze()
         gc.enable()
         context.notice.hold()
-        if not loop.run():
-            return ExitCode.SAVED
+        try:
+            if not loop.run():
+                return ExitCode.SAVED
+        except FabricError:
+            checkpointer.rescue(state)
+            raise
         self._export(method, state)
         self._world.close()
         return ExitCode.DONE
@@ -156,12 +165,19 @@ class _Run:
         return TrainState(parameters, optimizer, Ema(parameters) if self._spec.training.ema else None)
 
     def _checkpointer(self) -> Checkpointer:
-        context, store = self._context, None
-        if self._world.is_first:
-            store = CheckpointStore(
-                context.job_dir, self._spec.uid, context.attempt, self._spec.keep, context.on_save_stage
-            )
-        return Checkpointer(self._spec, self._world, store, context.reporter)
+        context = self._context
+        store = CheckpointStore(
+            context.job_dir,
+            self._spec.uid,
+            context.attempt,
+            Retention(self._spec.keep, self._spec.keep_every_steps, self._spec.keep_best),
+            context.on_save_stage,
+        )
+        options = SaveOptions(
+            best=lambda: best_validation(context.job_dir / paths.VALIDATION / LOSSES),
+            min_part_bytes=context.min_part_bytes,
+        )
+        return Checkpointer(self._spec, self._world, store, context.reporter, options)
 
     def _loop(self, method: Method, state: TrainState, data: PreparedData, checkpointer: Checkpointer) -> Loop:
         training = self._spec.training
@@ -237,4 +253,5 @@ def read_context(
         raise ConfigError(f"{where}: {first['msg']} (in the run specification {spec_file})") from error
     except OSError as error:
         raise ConfigError(f"{environment.RUN_SPEC}: {spec_file} cannot be read: {error.strerror}") from error
-    return RankContext(spec, attempt, job_dir, cache_dir, notice, reporter, on_save_stage)
+    min_part_bytes = int(env.get(environment.MIN_PART_BYTES, MIN_PART_BYTES))
+    return RankContext(spec, attempt, job_dir, cache_dir, notice, reporter, on_save_stage, min_part_bytes)

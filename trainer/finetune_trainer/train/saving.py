@@ -1,118 +1,291 @@
-"""Saving from the loop: rank 0 writes, and all ranks know why."""
+"""Saving beside the loop: the loop stands still only until the state is copied, and mostly not even for that."""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 from finetune_contract.beat import CommittedCheckpoint, RankState
 from finetune_contract.run_spec import RunSpec
+from finetune_trainer.checkpoint.host_copy import HostCopy
 from finetune_trainer.checkpoint.interval import SaveClock, save_due
-from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
+from finetune_trainer.checkpoint.split import MIN_PART_BYTES, num_parts, total_bytes
+from finetune_trainer.checkpoint.store import BEST, CheckpointStore, Committed, Snapshot
+from finetune_trainer.distributed.channel import Channel
 from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import FabricError, StorageError
 from finetune_trainer.train.report import Reporter
+from finetune_trainer.train.rescue import Rescue
+from finetune_trainer.train.save_task import SaveTask, Share, Writer
 from finetune_trainer.train.state import TrainState
+from finetune_trainer.train.storage import Role, choose_checkpoint, open_storage
+from finetune_trainer.train.trouble import Trouble
+
+WRITER_NICENESS = 10
+"""The writer's thread yields to those that train."""
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """What a run, a test or a measurement may want otherwise.
+
+    Attributes:
+        best: the best validation so far, {"step", "loss"}.
+        clock: monotonic seconds.
+        min_part_bytes: smallest part of a checkpoint that a rank of its own writes.
+    """
+
+    best: Callable[[], Mapping[str, Any] | None] = lambda: None
+    clock: Callable[[], float] = time.monotonic
+    min_part_bytes: int = MIN_PART_BYTES
 
 
 class Checkpointer:
-    """The checkpoints of a run, as the loop sees them.
+    """The checkpoints of a run, as the loop sees them. Every rank has one, and all call the same methods.
 
     Args:
-        store: the storage; None on every rank but 0.
-        clock: monotonic seconds.
+        store: the storage, as this rank sees it.
+        options: what is seldom given.
     """
 
     def __init__(
         self,
         spec: RunSpec,
         world: World,
-        store: CheckpointStore | None,
+        store: CheckpointStore,
         reporter: Reporter,
-        clock: Callable[[], float] = time.monotonic,
+        options: SaveOptions | None = None,
     ) -> None:
         self._spec = spec
         self._world = world
         self._store = store
         self._reporter = reporter
-        self._clock = clock
-        self._saved_step = 0
-        self._saved_at = clock()
-        self._save_seconds: float | None = None
+        self._options = options or SaveOptions()
+        self._clock = self._options.clock
+        self._role = Role(world.rank, (0,), own_disk=False)
+        self._copy = HostCopy(world.device)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer", initializer=_yield_to_training)
+        self._writer: Writer | None = None
+        self._rescue: Rescue | None = None
+        self._task: SaveTask | None = None
+        self._begun_step = 0
+        """Step that was last saved, or is being saved."""
+        self._safe_step = 0
+        """Step that all ranks know to be committed."""
+        self._saved_at = self._clock()
+        """When the state of the newest checkpoint was that of the loop."""
+        self._cost_seconds: float | None = None
+        self._trouble = Trouble(spec.max_stale_seconds, reporter)
 
     def restore(self, state: TrainState) -> None:
-        """Go on from the newest checkpoint that verifies, if there is one; rank 0 reads, and tells the others all.
+        """Go on from the newest checkpoint that verifies, if there is one.
 
         Raises:
             ConfigError: it is of another model than the run specification asks for.
-            StorageError: the storage cannot be read.
+            StorageError: the storage cannot be written or read.
             SupersededError: a newer attempt has begun.
+            FabricError: a peer was lost.
         """
-        snapshot: Snapshot | None = None
-        if self._store is not None:
-            self._store.open()
-            committed = self._store.choose(self._reporter.warn)
-            if committed is not None:
-                snapshot = self._store.load(committed)
-                self._report(committed)
-        snapshot = _share(snapshot, self._world)
+        self._role = open_storage(self._store, self._world)
+        found, snapshot = choose_checkpoint(self._store, self._role, self._world, self._reporter.warn)
+        if found is not None:
+            self._report(found)
+        if self._role.chooses and (number := self._store.num_corrupt()):
+            self._reporter.corrupt_checkpoints(number)
         if snapshot is not None:
             state.restore(snapshot)
-        self._saved_step = state.step
+        channel = Channel(self._world) if len(self._role.sharing) > 1 else None
+        self._writer = Writer(self._store, self._copy, channel, self._committed)
+        self._copy.mark()
+        if self._world.size > 1:
+            self._rescue = Rescue(self._world.rank, self._store, self._reporter, self._rescued, self._report)
+        self._begun_step = self._safe_step = state.step
         self._saved_at = self._clock()
 
     def due(self, step: int) -> bool:
-        """Whether the state after this step should be saved. Only rank 0 knows: the clocks of the ranks differ."""
-        if self._store is None:
+        """Whether the state after this step should be saved. Only rank 0 knows: the clocks of the ranks differ.
+
+        The next save is not due before the last is over.
+
+        Raises:
+            StorageError: nothing could be saved for longer than is allowed.
+            SupersededError: a newer attempt has begun.
+        """
+        self._look_at_last()
+        if not self._world.is_first:
             return False
-        clock = SaveClock(step - self._saved_step, self._clock() - self._saved_at, self._save_seconds)
+        now = self._clock()
+        since = now - self._saved_at
+        if self._task is not None:
+            self._trouble.slow(self._task.step, now - self._task.begun_at, since)
+            return False
+        if self._trouble.text:
+            self._trouble.check(since)
+            return self._trouble.retry_due(now)
+        clock = SaveClock(step - self._begun_step, since, self._cost_seconds)
         return save_due(self._spec.checkpoint_interval, clock)
 
     def save(self, state: TrainState) -> None:
-        """Commit the state, unless it is committed already.
+        """Begin to save the state, unless that was begun already; `before_update` waits for what must be waited for."""
+        began = self._clock()
+        if state.step == self._begun_step:
+            return
+        if self._task is not None and not self._task.future.done() and self._role.own_disk:
+            # A slower disk than rank 0's: it saves less often.
+            return
+        self._wait_for_last()
+        self._begun_step = state.step
+        if not self._role.writes:
+            return
+        snapshot = self._snapshot(state)
+        share = self._share(snapshot)
+        if share.part is None:
+            return
+        assert self._writer is not None
+        task = SaveTask(snapshot, share, began)
+        self._task = task
+        task.future = self._pool.submit(self._writer.carry_out, task)
+        task.stall_seconds = self._clock() - began
+
+    def updated(self) -> None:
+        """The state has changed: from here on it may be copied as it is."""
+        self._copy.mark()
+
+    def before_update(self) -> None:
+        """Wait until the state may change."""
+        task = self._task
+        if task is not None and not task.copied.is_set():
+            began = self._clock()
+            task.copied.wait()
+            task.stall_seconds += self._clock() - began
+
+    def save_and_wait(self, state: TrainState) -> None:
+        """Commit the state, and return on every rank only when it is committed. Tries for as long as is allowed.
 
         Raises:
             StorageError: it cannot be written.
             SupersededError: a newer attempt has begun.
+            FabricError: a peer was lost.
         """
-        if state.step == self._saved_step:
-            return
-        self._saved_step = state.step
-        if self._store is None:
-            return
+        pause = 1.0
+        while not self.try_to_save(state):
+            give_up = self._world.is_first and self._trouble.is_over(self._clock() - self._saved_at + pause)
+            if any(self._world.gather_numbers(int(give_up))):
+                raise StorageError(self._trouble.sentence())
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+    def try_to_save(self, state: TrainState) -> bool:
+        """Save the state and wait for it; say on every rank whether it is committed.
+
+        Raises:
+            SupersededError: a newer attempt has begun.
+            FabricError: a peer was lost.
+        """
+        if state.step == self._safe_step:
+            return True
         self._reporter.state(RankState.SAVING)
-        began = self._clock()
+        self._finish_last()
+        self.save(state)
+        self._finish_last()
+        is_safe = not self._world.is_first or not self._trouble.text
+        if all(self._world.gather_numbers(int(is_safe))):
+            self._safe_step = state.step
+            return True
+        self._begun_step = -1
+        return False
+
+    def rescue(self, state: TrainState) -> None:
+        """A peer is gone, and the loop with it: save the last finished step, if no one has. From any thread; once.
+
+        Never raises: what is lost is no more than without it.
+        """
+        if self._rescue is not None:
+            self._rescue.run(state, self._task)
+
+    def _share(self, snapshot: Snapshot) -> Share:
+        """What this rank does in a save of this state."""
+        rank, sharing = self._role.rank, self._role.sharing
+        if self._role.own_disk:
+            return Share(0, (rank,), rank)
+        writers = sharing[: num_parts(total_bytes(snapshot.tensors), len(sharing), self._options.min_part_bytes)]
+        return Share(writers.index(rank) if rank in writers else None, writers, rank)
+
+    def _snapshot(self, state: TrainState) -> Snapshot:
         about = {
             "cursor": state.step * self._spec.global_batch,
             "global_batch": self._spec.global_batch,
             "seed": self._spec.training.seed,
             "world_size": self._world.size,
+            BEST: self._options.best(),
         }
-        self._report(self._store.save(state.snapshot(about), time.time()))
-        self._saved_at = self._clock()
-        self._save_seconds = self._saved_at - began
+        return state.snapshot(about)
 
-    def save_and_wait(self, state: TrainState) -> None:
-        """Commit the state, and return on every rank only when it is committed."""
-        self.save(state)
+    def _finish_last(self) -> None:
+        """Wait on all ranks for the end of the save that is under way."""
+        if self._task is not None:
+            self._task.written.wait()
+        # Behind this no part is missing: the one who commits waits for nobody who may be gone.
         self._world.barrier()
+        self._wait_for_last()
 
-    def _report(self, committed: Committed) -> None:
+    def _rescued(self, state: TrainState) -> Snapshot:
+        """The state in the host's memory, whatever the GPU still waits for."""
+        snapshot = self._snapshot(state)
+        return Snapshot(snapshot.step, self._copy.take_out(snapshot.tensors), snapshot.values)
+
+    def _wait_for_last(self) -> None:
+        if self._task is not None:
+            _settle(self._task.future)
+            self._look_at_last()
+
+    def _look_at_last(self) -> None:
+        """Take in how the last save ended, if it has."""
+        task = self._task
+        if task is None or not task.future.done():
+            return
+        self._task = None
+        error = task.future.exception()
+        if error is None:
+            if task.share.commits:
+                self._trouble.clear()
+                self._saved_at = task.begun_at
+                self._cost_seconds = task.stall_seconds + task.work_seconds
+        elif isinstance(error, StorageError | FabricError):
+            self._trouble.note(str(error), self._clock())
+        else:
+            raise error
+
+    def _committed(self, task: SaveTask, committed: Committed) -> None:
+        """Told by the writer's thread."""
+        self._report(committed, task.stall_seconds, self._clock() - task.begun_at)
+
+    def _report(
+        self, committed: Committed, stall_seconds: float | None = None, durable_seconds: float | None = None
+    ) -> None:
         manifest = committed.manifest
         self._reporter.checkpoint(
             CommittedCheckpoint(
-                step=manifest.step, time=manifest.time, size_bytes=committed.size_bytes, attempt=manifest.attempt
+                step=manifest.step,
+                time=manifest.time,
+                size_bytes=committed.size_bytes,
+                attempt=manifest.attempt,
+                stall_seconds=stall_seconds,
+                durable_seconds=durable_seconds,
             )
         )
 
 
-def _share(snapshot: Snapshot | None, world: World) -> Snapshot | None:
-    """Give every rank what rank 0 has read, so that no disk need be shared."""
-    header = None
-    if snapshot is not None:
-        header = (snapshot.step, dict(snapshot.values), sorted(snapshot.tensors))
-    header = world.share(header)
-    if header is None:
-        return None
-    step, values, groups = header
-    tensors = {group: world.share_tensors(None if snapshot is None else snapshot.tensors[group]) for group in groups}
-    return Snapshot(step, tensors, values)
+def _settle(future: Future[Any]) -> None:
+    """Wait for the end of a save, however it ends."""
+    future.exception()
+
+
+def _yield_to_training() -> None:
+    """On Linux each thread has a niceness of its own."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)

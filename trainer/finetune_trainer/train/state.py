@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ class TrainState:
     ema: Ema | None = None
     step: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_LOSSES))
+    whole: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the parameters are not those of the last finished step; whoever else holds it may read them."""
+    torn: bool = False
+    """An update broke off in the middle: the parameters are of no step."""
 
     @property
     def mean_loss(self) -> float:
@@ -43,9 +48,20 @@ class TrainState:
         return sum(self.losses) / len(self.losses) if self.losses else float("nan")
 
     @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """The block that takes the state from one step to the next."""
+        with self.whole:
+            self.torn = True
+            yield
+            self.torn = False
+
+    @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Within this block the parameters hold their moving average, where one is kept."""
-        with contextlib.nullcontext() if self.ema is None else self.ema.in_place():
+        if self.ema is None:
+            yield
+            return
+        with self.whole, self.ema.in_place():
             yield
 
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:

@@ -209,6 +209,11 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
         return []
 
 
+def best_validation(path: Path) -> dict[str, Any] | None:
+    """The lowest held-out loss noted so far, {"step", "loss"}; None where none was."""
+    return min(read_losses(path), key=lambda entry: float(entry["loss"]), default=None)
+
+
 def _save_png(picture: Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, "png")
