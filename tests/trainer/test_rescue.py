@@ -55,7 +55,7 @@ def _undisturbed(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 def last_step(ranks: Ranks) -> int:
     """The newest step that any rank has told of."""
-    told = [report.get("step", 0) for rank in range(ranks.world_size) for report in ranks.reports(rank)]
+    told: list[int] = [report.get("step", 0) for rank in range(ranks.world_size) for report in ranks.reports(rank)]
     return max(told)
 
 
