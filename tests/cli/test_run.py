@@ -58,6 +58,20 @@ def test_faults_at_a_state_and_in_a_row(bed: Bed) -> None:
     assert bed.status()["attempt"] == 3
 
 
+def test_an_elastic_job_shrinks_and_grows_back(bed: Bed) -> None:
+    topology = bed.document["spec"]["topology"]
+    topology |= {"minNodes": 1, "maxNodes": topology.pop("nodes")}
+    bed.document["spec"]["recovery"] = {"shrinkAfter": "1s", "noticeSeconds": 30}
+    bed.ranks("--steps", "600", "--step-seconds", "0.01")
+    last = summary(bed.run("--room", "nodes=1,at-step=20", "--room", "nodes=2,at-step=60"))
+    assert "0 steps lost" in last
+    attempts = bed.status()["attempts"]
+    assert [entry["reason"] for entry in attempts] == ["TerminationByKubelet", "Shrunk", "Grown", "Finished"]
+    assert [entry.get("nodes", 2) for entry in attempts] == [2, 2, 1, 2]
+    # No sooner than the checkpoint of the one before, and not a step later.
+    assert [entry.get("fromStep") for entry in attempts[2:]] == [attempts[0]["toStep"], attempts[2]["toStep"]]
+
+
 def test_a_failing_rank_spends_failures_and_says_its_last_words(bed: Bed) -> None:
     bed.document["spec"]["recovery"] = {"maxFailures": 1}
     bed.ranks("--fail-at", "5")

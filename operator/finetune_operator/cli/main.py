@@ -16,6 +16,7 @@ from finetune_operator.cluster.local.home import HOME_VARIABLE, default_home
 
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 FAULT = "rank=R,at-step=S or rank=R,at-state=STATE"
+ROOM = "nodes=N,at-step=S"
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -100,6 +101,9 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--kill", action="append", default=[], metavar="FAULT", help=f"let a rank's pod vanish without notice: {FAULT}"
+    )
+    command.add_argument(
+        "--room", action="append", default=[], metavar="ROOM", help=f"let there be room for so many pods: {ROOM}"
     )
     command.add_argument("--plain", action="store_true", help="plain lines also in a terminal")
     command.set_defaults(command="run")

@@ -15,7 +15,7 @@ from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import describe_difference, load_manifest
 from finetune_operator.cli.out import tell
 from finetune_operator.cluster.local import jobs
-from finetune_operator.cluster.local.faults import Fault, FaultKind, parse_fault
+from finetune_operator.cluster.local.faults import Fault, FaultKind, parse_fault, parse_room
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.lock import LockedError, hold
 
@@ -51,11 +51,12 @@ def read_faults(arguments: argparse.Namespace, spec: FineTuneJobSpec) -> list[Fa
     try:
         faults = [parse_fault(FaultKind.PREEMPT, text) for text in arguments.preempt]
         faults += [parse_fault(FaultKind.KILL, text) for text in arguments.kill]
+        faults += [parse_room(text) for text in arguments.room]
     except ValueError as error:
         raise UsageError(str(error)) from error
     num_ranks = num_nodes(spec) * spec.topology.processes_per_node
     for fault in faults:
-        if fault.rank >= num_ranks:
+        if fault.rank >= num_ranks and fault.kind is not FaultKind.ROOM:
             raise UsageError(f"--{fault.kind}: there is no rank {fault.rank}; the job's ranks are 0 to {num_ranks - 1}")
     return faults
 

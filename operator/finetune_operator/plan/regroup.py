@@ -18,9 +18,6 @@ from finetune_operator.plan.ledger import current, open_entry, replace_current
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.view import View, is_finished
 
-SETTLED = timedelta(minutes=2)
-"""An attempt trains so long before it is interrupted for better capacity, which costs some seconds each time; and so
-much must at least be left to do."""
 BUSY = frozenset({RankState.TRAINING, RankState.SAVING, RankState.VALIDATING})
 
 
@@ -50,11 +47,11 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
     entry = open_entry(status)
     if entry is None or entry.training_at is None or not standby.ready(view):
         return None
-    return entry.training_at + SETTLED
+    return entry.training_at + timedelta(seconds=view.settings.regroup_seconds)
 
 
 def _is_settled(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> bool:
-    if entry.training_at is None or view.now < entry.training_at + SETTLED:
+    if entry.training_at is None or view.now < entry.training_at + timedelta(seconds=view.settings.regroup_seconds):
         return False
     if not view.reports or not all(report.state in BUSY for report in view.reports):
         return False
@@ -62,4 +59,4 @@ def _is_settled(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> 
     if total is None or not tally.trained_steps:
         return True
     left_seconds = (total - (status.step or 0)) * tally.trained_seconds / tally.trained_steps
-    return left_seconds > SETTLED.total_seconds()
+    return left_seconds > view.settings.regroup_seconds

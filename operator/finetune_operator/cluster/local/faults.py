@@ -16,6 +16,8 @@ class FaultKind(StrEnum):
     """Taken away with notice."""
     KILL = "kill"
     """Gone at once, as with its node."""
+    ROOM = "room"
+    """From then on there is room for so many pods; those beyond are taken away with notice."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Fault:
 
     kind: FaultKind
     rank: int
+    """Whose pod it is done to. With ROOM: the number of pods."""
     at_step: int | None = None
     """As soon as so many steps are finished."""
     at_state: RankState | None = None
@@ -37,7 +40,8 @@ class Fault:
 
     def __str__(self) -> str:
         moment = f"step {self.at_step}" if self.at_step is not None else f"state {self.at_state}"
-        return f"{self.kind} of rank {self.rank} at {moment}"
+        whom = f"for {self.rank} pods" if self.kind is FaultKind.ROOM else f"of rank {self.rank}"
+        return f"{self.kind} {whom} at {moment}"
 
 
 EXAMPLE = "rank=1,at-step=40"
@@ -63,6 +67,22 @@ def parse_fault(kind: FaultKind, text: str) -> Fault:
     if state is None:
         raise ValueError(f"--{kind}: at-state={values['at-state']!r} is none of {', '.join(RankState)}")
     return Fault(kind, rank, at_state=state)
+
+
+ROOM_EXAMPLE = "nodes=1,at-step=40"
+
+
+def parse_room(text: str) -> Fault:
+    """Read what follows `--room`.
+
+    Raises:
+        ValueError: with a sentence that says what to write.
+    """
+    values = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    if set(values) != {"nodes", "at-step"}:
+        raise ValueError(f"--room {text!r}: give nodes and at-step, e.g. {ROOM_EXAMPLE!r}")
+    nodes, step = (_count(FaultKind.ROOM, name, values[name]) for name in ("nodes", "at-step"))
+    return Fault(FaultKind.ROOM, nodes, at_step=step)
 
 
 def _count(kind: FaultKind, name: str, text: str) -> int:

@@ -62,6 +62,7 @@ class Kubelet:
         self._folder = home.job(key)
         self._world = world
         self._pods: dict[str, Pod] = {}
+        self._room: int | None = None
         self._kills: dict[str, asyncio.TimerHandle] = {}
         self._startable = asyncio.Event()
         # One pod is started, deleted or taken away at a time: none of them meets a pod that is half of another.
@@ -86,8 +87,7 @@ class Kubelet:
         if name in self._pods:
             return False
         files = PodFiles(self._folder.pods / name)
-        node_rank = name.rpartition("-n")[2]
-        pod = Pod.new(manifest, str(uuid.uuid4()), self._world.now(), f"local-{node_rank}", files)
+        pod = Pod.new(manifest, str(uuid.uuid4()), self._world.now(), files)
         self._pods[name] = pod
         await self._save(pod)
         self.look_for_startable()
@@ -120,6 +120,14 @@ class Kubelet:
         async with self._turn:
             if pod := self._pods.get(name):
                 await self._remove(pod)
+
+    async def set_room(self, num_pods: int, reason: str, message: str) -> None:
+        """From now on there is room for so many pods: of those that run, the ones beyond are taken away with notice."""
+        self._room = num_pods
+        running = [pod for pod in self.pods if pod.processes is not None and not pod.ended and not pod.deleted]
+        for pod in running[num_pods:]:
+            await self.preempt(pod.name, reason, message)
+        self.look_for_startable()
 
     async def collect(self, uids: frozenset[str]) -> None:
         """Remove those deleted pods whose end has been seen: they go only after somebody could read how they ended."""
@@ -191,6 +199,8 @@ class Kubelet:
     async def _start(self, pod: Pod) -> None:
         if missing := missing_configs(pod.value, self._world.configs):
             await self._wait(pod, "ContainerCreating", f'configmap "{missing[0]}" not found')
+        elif not self._has_room():
+            await self._wait(pod, "Unschedulable", f"there is room for {self._room} pods")
         elif not await self._assign(pod):
             await self._wait(
                 pod, "Unschedulable", "earlier pods of this job still have the cores or GPUs that it needs"
@@ -208,6 +218,10 @@ class Kubelet:
             await self._save(pod)
             self._world.spawn(self._watch(pod))
 
+    def _has_room(self) -> bool:
+        there = [pod for pod in self.pods if pod.processes is not None and not pod.ended]
+        return self._room is None or len(there) < self._room
+
     async def _assign(self, pod: Pod) -> bool:
         """Give the pod cores and devices that no sibling has; False while there are too few."""
         container = main_container(pod.value)
@@ -218,7 +232,7 @@ class Kubelet:
         gpus = choose_gpus(self._gpus, [other.gpus for other in siblings], wanted_gpus(container))
         if cores is None or gpus is None:
             return False
-        pod.assign(cores, gpus)
+        pod.assign(f"local-{pod.name.rpartition('-n')[2]}", cores, gpus)
         return True
 
     def _launch(self, pod: Pod) -> Mapping[str, Any]:

@@ -78,11 +78,11 @@ class Pod:
         self.processes: Processes | None = None
 
     @classmethod
-    def new(cls, manifest: Manifest, uid: str, now: datetime, node: str, files: PodFiles) -> Pod:
-        """A pod as the API server stores it when it is created and at once scheduled."""
+    def new(cls, manifest: Manifest, uid: str, now: datetime, files: PodFiles) -> Pod:
+        """A pod as the API server stores it when it is created."""
         value = copy.deepcopy(dict(manifest))
         value["metadata"] = {**value["metadata"], "uid": uid, "creationTimestamp": stamp(now)}
-        value["spec"] = {**value["spec"], "nodeName": node}
+        value["spec"] = {**value["spec"]}
         value["status"] = {"phase": PodPhase.PENDING.value, "conditions": []}
         return cls(value, files)
 
@@ -162,8 +162,9 @@ class Pod:
         """Attempt that it belongs to."""
         return int(self.variable(environment.ATTEMPT) or 1)
 
-    def assign(self, cores: frozenset[int], gpus: tuple[str, ...]) -> None:
-        """Give it cores and devices of its own."""
+    def assign(self, node: str, cores: frozenset[int], gpus: tuple[str, ...]) -> None:
+        """Schedule it: give it a node, with cores and devices of its own."""
+        self.value["spec"]["nodeName"] = node
         annotations = {CORES: ",".join(map(str, sorted(cores))), GPUS: ",".join(gpus)}
         metadata = self.value["metadata"]
         metadata["annotations"] = {**(metadata.get("annotations") or {}), **annotations}

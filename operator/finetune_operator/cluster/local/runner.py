@@ -156,6 +156,11 @@ class LocalRun:
         beats = [received.beat for received in seen.observed.beats.values() if received.beat.attempt == attempt]
         reports = [report for beat in beats for report in beat.ranks]
         for fault in self._faults:
+            if fault.kind is FaultKind.ROOM:
+                if fault.is_due(reports):
+                    self._faults = tuple(other for other in self._faults if other is not fault)
+                    await cluster.kubelet.set_room(fault.rank, Reason.TERMINATION_BY_KUBELET, NOTICE)
+                continue
             node_rank = fault.rank // seen.job.spec.topology.processes_per_node
             members = members_of(seen.job.status, seen.job.spec)
             if node_rank >= len(members):

@@ -12,6 +12,7 @@ LOCAL = Settings(
     failure_backoff_seconds=1.0,
     failure_backoff_max_seconds=60.0,
     cause_seconds=3.0,
+    regroup_seconds=1.0,
     # Pods that ask for none share the machine evenly.
     cores_per_rank=0,
 )
