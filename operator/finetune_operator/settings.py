@@ -16,6 +16,8 @@ class Settings:
     """Where supervisors post their beats; empty: nowhere."""
     coordinator_ca_config: str = ""
     """ConfigMap with the key ca.crt of the coordinator's certificate authority; empty for plain HTTP."""
+    coordinator_ca_in_run: bool = False
+    """That authority comes to the pods in each job's own ConfigMap; the operator keeps it up to date there."""
     coordinator_audience: str = "finetune-coordinator"
     """Audience that the pods' tokens are bound to."""
     token_seconds: int = 3600

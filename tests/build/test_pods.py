@@ -118,6 +118,13 @@ def test_storage(storage: dict[str, Any] | None, source: dict[str, Any]) -> None
     assert volume(pod_of(checkpoint=checkpoint), "checkpoints") == {"name": "checkpoints", **source}
 
 
+def test_the_authority_is_in_the_jobs_own_config_where_the_operator_keeps_it_there() -> None:
+    pod = pod_of(settings=Settings(coordinator_url="https://coordinator:8443", coordinator_ca_in_run=True))
+    _, ca = volume(pod, "token")["projected"]["sources"]
+    assert ca["configMap"] == {"name": "circles-run", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+    assert env_of(pod)[environment.COORDINATOR_CA] == "/finetune/token/ca.crt"
+
+
 def test_the_cache_is_on_the_storage_unless_there_is_a_claim_for_it() -> None:
     assert env_of(pod_of())[environment.CACHE_DIR] == "/finetune/storage/.cache"
     shared = pod_of(settings=Settings(cache_claim="cache"))

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +52,13 @@ class Module:
     """Go package by program name."""
     stamped: tuple[str, ...] = ()
     """String variables that hold a program's own version."""
+    root: Path = MODULES
+    """Folder that holds its folder."""
 
     @property
     def folder(self) -> Path:
         """Where its `go.mod` is."""
-        return MODULES / self.name
+        return self.root / self.name
 
     @functools.cached_property
     def go_mod(self) -> str:
@@ -94,6 +96,14 @@ KUBERNETES = Module(
 ETCD = Module(name="etcd", requires="go.etcd.io/etcd/server/v3", packages={"etcd": "go.etcd.io/etcd/server/v3"})
 KWOK = Module(name="kwok", requires="sigs.k8s.io/kwok", packages={"kwok": "sigs.k8s.io/kwok/cmd/kwok"})
 ALL_MODULES = (ETCD, KUBERNETES, KWOK)
+"""What every control plane needs."""
+HELM = Module(
+    name="helm",
+    requires="helm.sh/helm/v4",
+    packages={"helm": "helm.sh/helm/v4/cmd/helm"},
+    stamped=("helm.sh/helm/v4/internal/version.version",),
+)
+"""For the tests of the chart."""
 
 
 def cache_folder() -> Path:
@@ -112,26 +122,29 @@ def versions() -> dict[str, str]:
     return {name: module.version for module in ALL_MODULES for name in module.packages}
 
 
-def ensure_programs(say: Say = say_on_stderr, cache: Path | None = None) -> dict[str, Path]:
-    """Path of each program by name, building those that are not in the cache.
+def ensure_programs(
+    say: Say = say_on_stderr, cache: Path | None = None, modules: Sequence[Module] = ALL_MODULES
+) -> dict[str, Path]:
+    """Path of each program of the modules by name, building those that are not in the cache.
 
     Raises BuildError where there is no way to get a toolchain, or where a build breaks.
     """
     cache = cache or cache_folder()
     go_version, go = _find_toolchain(cache)
-    programs = _programs(cache, go_version)
+    programs = _programs(cache, go_version, modules)
     if _missing(programs):
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(cache / "lock", say):
             # Another process may have built them while this one waited.
             if _missing(programs):
-                _build_missing(programs, go if go.exists() else _install_toolchain(go, say), cache / "work", say)
+                compiler = go if go.exists() else _install_toolchain(go, say)
+                _build_missing(modules, programs, compiler, cache / "work", say)
     return programs
 
 
-def _programs(cache: Path, go_version: str) -> dict[str, Path]:
+def _programs(cache: Path, go_version: str, modules: Sequence[Module]) -> dict[str, Path]:
     """Where each program is or will be."""
-    return {name: cache / module.key(go_version) / "bin" / name for module in ALL_MODULES for name in module.packages}
+    return {name: cache / module.key(go_version) / "bin" / name for module in modules for name in module.packages}
 
 
 def _missing(programs: dict[str, Path]) -> bool:
@@ -204,16 +217,17 @@ def _go_environment(build_cache: Path | None = None) -> dict[str, str]:
 # --- the build -------------------------------------------------------------------------------------------------------
 
 
-def _build_missing(programs: dict[str, Path], go: Path, work: Path, say: Say) -> None:
+def _build_missing(modules: Sequence[Module], programs: dict[str, Path], go: Path, work: Path, say: Say) -> None:
     """Build what is not there yet.
 
     The compiler's cache grows to gigabytes and serves this one build: it is removed at the end, and kept where the
     build breaks, so that the next try goes on from there.
     """
     started = time.monotonic()
-    say("Building the control plane from its Go modules, once (5 to 10 minutes on two cores):")
+    missing = ", ".join(name for name, path in programs.items() if not path.exists())
+    say(f"Building {missing} from their Go modules, once (all of them: 5 to 15 minutes on two cores):")
     environment = _go_environment(work / "go-build")
-    for module in ALL_MODULES:
+    for module in modules:
         for name, package in module.packages.items():
             if not programs[name].exists():
                 _build(module, package, programs[name], _Compiler(go, environment, work), say)

@@ -15,8 +15,8 @@ from finetune_operator.operator_main.logs import JsonFormatter, TextFormatter
 from finetune_operator.operator_main.options import GROUPS, SETTINGS, RunOptions, add_flags, read_options
 from finetune_operator.settings import Settings
 
-NOT_FLAGS = {"trainer_command", "require_storage"}
-"""What an image and a cluster leave no choice in."""
+NOT_FLAGS = {"trainer_command", "require_storage", "coordinator_ca_in_run"}
+"""What an image, a cluster and other flags leave no choice in."""
 
 
 def parse(*arguments: str, **environment: str) -> RunOptions:
@@ -57,6 +57,9 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
     [
         (("--coordinator-tls-cert=x",), "go together"),
         (("--coordinator-service=x",), "--pod-ip"),
+        (("--coordinator-tls-secret=x", "--coordinator-tls-cert=y", "--coordinator-tls-key=z"), "takes the place of"),
+        (("--coordinator-tls-secret=x",), "--coordinator-url"),
+        (("--coordinator-ca=x", "--coordinator-ca-config=y"), "leave it out"),
         (("--num-workers=0",), "1 or more"),
         (("--leader-election=perhaps",), "neither true nor false"),
         (("--log-format=xml",), "--log-format"),

@@ -71,7 +71,7 @@ def _folders(job: FineTuneJob, settings: Settings) -> dict[str, str]:
 
 def _coordinator(settings: Settings) -> dict[str, str]:
     url = settings.coordinator_url
-    ca = settings.coordinator_ca_config
+    ca = settings.coordinator_ca_config or settings.coordinator_ca_in_run
     return {
         environment.COORDINATOR_URL: url,
         environment.COORDINATOR_TOKEN: f"{layout.TOKEN}/{layout.TOKEN_FILE}" if url else "",

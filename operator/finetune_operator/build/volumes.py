@@ -24,7 +24,7 @@ def build_volumes(job: FineTuneJob, settings: Settings) -> list[tuple[Volume, di
     if settings.cache_claim:
         volumes.append(_mounted("cache", _claim(settings.cache_claim), layout.CACHE))
     if settings.coordinator_url:
-        volumes.append(_mounted("token", _token(settings), layout.TOKEN, read_only=True))
+        volumes.append(_mounted("token", _token(job, settings), layout.TOKEN, read_only=True))
     return volumes
 
 
@@ -60,7 +60,7 @@ def _claim(name: str) -> dict[str, Any]:
     return {"persistentVolumeClaim": {"claimName": name}}
 
 
-def _token(settings: Settings) -> dict[str, Any]:
+def _token(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
     """A token that only the coordinator takes, beside the authority that the coordinator's certificate is from."""
     sources: list[dict[str, Any]] = [
         {
@@ -71,7 +71,8 @@ def _token(settings: Settings) -> dict[str, Any]:
             }
         }
     ]
-    if settings.coordinator_ca_config:
+    own = config_name(job.metadata.name) if settings.coordinator_ca_in_run else ""
+    if config := settings.coordinator_ca_config or own:
         items = [{"key": layout.CA_FILE, "path": layout.CA_FILE}]
-        sources.append({"configMap": {"name": settings.coordinator_ca_config, "items": items}})
+        sources.append({"configMap": {"name": config, "items": items}})
     return {"projected": {"sources": sources}}

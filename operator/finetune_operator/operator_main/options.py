@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from finetune_operator.cluster.kube.cluster import Pace
 from finetune_operator.cluster.kube.lease import LeaseOptions
@@ -79,6 +80,8 @@ GROUPS: dict[str, tuple[_Flag, ...]] = {
         _Flag("coordinator-port", 8443, "port to take beats on", int),
         _Flag("coordinator-tls-cert", None, "certificate, PEM; loaded anew when it changes; default: plain HTTP", Path),
         _Flag("coordinator-tls-key", None, "its private key, PEM", Path),
+        _Flag("coordinator-ca", None, "its authority, PEM; the operator hands it to each job's pods", Path),
+        _Flag("coordinator-tls-secret", "", "in place of files: Secret in which it keeps an authority of its own"),
         _Flag("coordinator-service", "", "Service without selector whose endpoint the leader becomes; default: none"),
         _Flag("pod-ip", "", "this pod's address, for that service"),
         _Flag("coordinator-url", "", "where supervisors post their beats; default: nowhere"),
@@ -143,6 +146,14 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
     given = parser.parse_args(arguments)
     if (given.coordinator_tls_cert is None) != (given.coordinator_tls_key is None):
         parser.error("--coordinator-tls-cert and --coordinator-tls-key go together: give both, or none for plain HTTP")
+    if given.coordinator_tls_secret and (given.coordinator_tls_cert or given.coordinator_ca):
+        parser.error(
+            "--coordinator-tls-secret takes the place of --coordinator-tls-cert and --coordinator-ca: give one"
+        )
+    if given.coordinator_tls_secret and not urlsplit(given.coordinator_url).hostname:
+        parser.error("--coordinator-tls-secret needs --coordinator-url: the certificate is for the host in it")
+    if given.coordinator_ca_config and (given.coordinator_tls_secret or given.coordinator_ca):
+        parser.error("--coordinator-ca-config is for an authority that somebody else hands out: leave it out")
     if given.coordinator_service and not given.pod_ip:
         parser.error("--coordinator-service needs --pod-ip: the address that supervisors are to be sent to")
     if given.num_workers < 1:
@@ -160,13 +171,19 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
             coordinator=_coordinator(given, namespace),
             pace=Pace(given.progress_seconds, given.progress_writes_per_second, given.beats_per_second),
         ),
-        settings=Settings(**{name: value for name, value in vars(given).items() if name in SETTINGS}),
+        settings=_settings(given),
         probe_host=given.probe_host,
         probe_port=given.probe_port,
         log_format=given.log_format,
         log_level=given.log_level,
         watch_nodes=given.watch_nodes,
     )
+
+
+def _settings(given: argparse.Namespace) -> Settings:
+    values = {name: value for name, value in vars(given).items() if name in SETTINGS}
+    in_run = bool(given.coordinator_tls_secret or given.coordinator_ca)
+    return Settings(**values, coordinator_ca_in_run=in_run)
 
 
 def _lease(given: argparse.Namespace, namespace: str, identity: str) -> LeaseOptions | None:
@@ -183,6 +200,9 @@ def _coordinator(given: argparse.Namespace, namespace: str) -> CoordinatorOption
         port=given.coordinator_port,
         certificate=given.coordinator_tls_cert,
         key=given.coordinator_tls_key,
+        authority=given.coordinator_ca,
+        secret=given.coordinator_tls_secret,
+        hosts=tuple(filter(None, [urlsplit(given.coordinator_url).hostname])),
         namespace=namespace,
         service=given.coordinator_service,
         address=given.pod_ip,

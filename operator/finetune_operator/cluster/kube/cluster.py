@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune_contract.beat import Beat, Order, Reply
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.build import layout
 from finetune_operator.cluster.kube.beats import JobBeats
 from finetune_operator.cluster.kube.cache import Cache, Entry, ObjectKey
 from finetune_operator.cluster.kube.client import (
@@ -20,6 +21,7 @@ from finetune_operator.cluster.kube.client import (
     CONFLICT,
     MERGE,
     NOT_FOUND,
+    PARTIAL,
     ApiError,
     Json,
     KubeApi,
@@ -29,6 +31,7 @@ from finetune_operator.cluster.kube.news import Gang, Urgency, is_over, is_progr
 from finetune_operator.cluster.kube.nodes import HEALTHY, NodeBook
 from finetune_operator.cluster.kube.objects import (
     BY_KIND,
+    CONFIGS,
     JOBS,
     PODS,
     KubeChild,
@@ -105,6 +108,8 @@ class KubeCluster:
         self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
         self._nodes = world.nodes
         self.beats = JobBeats(self.wake)
+        self.authority = ""
+        """Certificates that supervisors are to trust, PEM; where not empty, each job's ConfigMap holds them."""
         self._reviewer = TokenReviewer(world.api, settings.coordinator_audience, self._find_pod)
 
     # -- Cluster ------------------------------------------------------------------------------------------------------
@@ -186,6 +191,16 @@ class KubeCluster:
             seconds = min(seconds, reply.beat_seconds)
         return reply.model_copy(update={"order": order, "beat_seconds": seconds})
 
+    async def tell_authority(self) -> None:
+        """Write the authority into the ConfigMaps that are there already; it is in all later ones from the start."""
+        for key in [ObjectKey(child.job.namespace, child.name) for child in self.configs.values()]:
+            change = {"data": {layout.CA_FILE: self.authority}}
+            try:
+                await self._api.request("PATCH", CONFIGS.path(*key), change, content_type=MERGE, accept=PARTIAL)
+            except ApiError as error:
+                if error.status != NOT_FOUND:
+                    log.warning("the ConfigMap %s/%s has not got the authority: %s", *key, error)
+
     # -- who wants a pass ---------------------------------------------------------------------------------------------
 
     def wake(self, key: JobKey, urgency: Urgency) -> None:
@@ -257,6 +272,8 @@ class KubeCluster:
 
     async def _create(self, job: FineTuneJob, manifest: Manifest) -> None:
         kind, meta = manifest["kind"], manifest["metadata"]
+        if kind == "ConfigMap" and self.authority:
+            manifest = {**manifest, "data": {**manifest["data"], layout.CA_FILE: self.authority}}
         try:
             created = await self._api.create(BY_KIND[kind].path(meta["namespace"]), manifest)
         except ApiError as error:

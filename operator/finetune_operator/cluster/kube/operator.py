@@ -23,11 +23,12 @@ from finetune_operator.cluster.kube.cluster import KubeCluster, Pace, World
 from finetune_operator.cluster.kube.coordinator import SecureCoordinator
 from finetune_operator.cluster.kube.endpoint import Endpoint, publish
 from finetune_operator.cluster.kube.events import EventSender
+from finetune_operator.cluster.kube.keeper import CertificateKeeper
 from finetune_operator.cluster.kube.lease import Elector, LeaseOptions
 from finetune_operator.cluster.kube.nodes import NodeBook
 from finetune_operator.cluster.kube.queue import WorkQueue
 from finetune_operator.cluster.kube.reflector import Reflector, Source
-from finetune_operator.cluster.kube.tls import ServerCertificate
+from finetune_operator.cluster.kube.tls import LOOK_SECONDS, ServerCertificate
 from finetune_operator.cluster.kube.workers import Passes, PassWatcher, Workers
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.settings import Settings
@@ -50,6 +51,12 @@ class CoordinatorOptions:
     port: int = 8443
     certificate: Path | None = None
     key: Path | None = None
+    authority: Path | None = None
+    """The authority that the certificate is from, for the supervisors; None: they know it by themselves."""
+    secret: str = ""
+    """Secret in which the operator keeps an authority and a certificate of its own, in place of those files."""
+    hosts: tuple[str, ...] = ()
+    """Names that its own certificate is for."""
     namespace: str = ""
     service: str = ""
     """Service without a selector that leads to the replica that leads; empty: nobody is told where it is."""
@@ -153,6 +160,11 @@ class Term:
         options, certificate = self._shared.options.coordinator, self._shared.certificate
         if options is None:
             return
+        if options.secret:
+            certificate = await self._own_certificate(options, tasks)
+        elif options.authority is not None:
+            self.cluster.authority = options.authority.read_text()
+            tasks.create_task(self._follow_authority(options.authority))
         context = None
         if certificate is not None:
             context = certificate.context
@@ -161,6 +173,32 @@ class Term:
         log.info("taking beats on port %d%s", port, "" if context else ", without TLS")
         if options.service:
             await publish(self._shared.api, Endpoint(options.namespace, options.service, options.address, port))
+
+    async def _own_certificate(self, options: CoordinatorOptions, tasks: asyncio.TaskGroup) -> ServerCertificate:
+        keeper = CertificateKeeper(
+            self._shared.api, options.namespace, options.secret, options.hosts, self._shared.clock
+        )
+        await keeper.load()
+
+        def tell(bundle: str) -> None:
+            self.cluster.authority = bundle
+            tasks.create_task(self.cluster.tell_authority())
+
+        # Those of a leader before this one may not have heard of it all.
+        tell(keeper.bundle)
+        tasks.create_task(keeper.follow(tell))
+        return ServerCertificate(keeper.certificate, keeper.key)
+
+    async def _follow_authority(self, path: Path) -> None:
+        """Tell the jobs of an authority that is in a file, and of each change."""
+        told = ""
+        while True:
+            if self.cluster.authority != told:
+                told = self.cluster.authority
+                await self.cluster.tell_authority()
+            await asyncio.sleep(LOOK_SECONDS)
+            with suppress(OSError):
+                self.cluster.authority = await asyncio.to_thread(path.read_text)
 
 
 class Operator:

@@ -1,0 +1,95 @@
+{{- define "finetune.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "finetune.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride }}
+{{- else if contains (include "finetune.name" .) .Release.Name }}
+{{- .Release.Name | trunc 50 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name (include "finetune.name" .) | trunc 50 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{- define "finetune.selector" -}}
+app.kubernetes.io/name: {{ include "finetune.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "finetune.labels" -}}
+{{ include "finetune.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "finetune.serviceAccount" -}}
+{{- if .Values.serviceAccount.create }}
+{{- default (include "finetune.fullname" .) .Values.serviceAccount.name }}
+{{- else }}
+{{- required "serviceAccount.name: name the account to use, or set serviceAccount.create to true" .Values.serviceAccount.name }}
+{{- end }}
+{{- end }}
+
+{{- define "finetune.image" -}}
+{{- if .Values.image.digest }}
+{{- printf "%s@%s" .Values.image.repository .Values.image.digest }}
+{{- else }}
+{{- printf "%s:%s" .Values.image.repository (default .Chart.AppVersion .Values.image.tag) }}
+{{- end }}
+{{- end }}
+
+{{- define "finetune.coordinator" -}}
+{{ include "finetune.fullname" . }}-coordinator
+{{- end }}
+
+{{- define "finetune.coordinatorHost" -}}
+{{ include "finetune.coordinator" . }}.{{ .Release.Namespace }}.svc
+{{- end }}
+
+{{- /* The Secret with the coordinator's certificate. */}}
+{{- define "finetune.tlsSecret" -}}
+{{- if eq .Values.coordinator.tls.mode "secret" }}
+{{- required "coordinator.tls.secretName: mode secret needs the name of a Secret with tls.crt, tls.key and ca.crt" .Values.coordinator.tls.secretName }}
+{{- else }}
+{{- include "finetune.fullname" . }}-tls
+{{- end }}
+{{- end }}
+
+{{- define "finetune.securityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "finetune.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "finetune.subjects" -}}
+subjects:
+  - kind: ServiceAccount
+    name: {{ include "finetune.serviceAccount" . }}
+    namespace: {{ .Release.Namespace }}
+{{- end }}
+
+{{- /* Flags that the chart sets itself: the same ones below `flags` would say two things at once. */}}
+{{- define "finetune.checks" -}}
+{{- $own := list "namespaces" "watch-nodes" "leader-election" "lease-name" "lease-namespace" "coordinator" "coordinator-port" "coordinator-tls-cert" "coordinator-tls-key" "coordinator-ca" "coordinator-tls-secret" "coordinator-ca-config" "coordinator-service" "coordinator-url" "pod-ip" "trainer-image-gpu" "trainer-image-cpu" "trainer-user-id" "cores-per-rank" "cache-claim" "probe-port" "log-format" "log-level" }}
+{{- range $name, $_ := .Values.flags }}
+{{- if has $name $own }}
+{{- fail (printf "flags.%s: the chart sets this flag from a value of its own; see values.yaml" $name) }}
+{{- end }}
+{{- end }}
+{{- if and (eq .Values.coordinator.tls.mode "certManager") (not .Values.coordinator.tls.issuerRef.name) }}
+{{- fail "coordinator.tls.issuerRef.name: mode certManager needs the name of an Issuer or ClusterIssuer" }}
+{{- end }}
+{{- if and .Values.podDisruptionBudget.enabled (gt (int .Values.replicas) 1) (ge (int .Values.podDisruptionBudget.minAvailable) (int .Values.replicas)) }}
+{{- fail "podDisruptionBudget.minAvailable: give less than replicas, or no node with the operator can be drained" }}
+{{- end }}
+{{- end }}

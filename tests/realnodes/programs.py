@@ -1,0 +1,36 @@
+"""The programs of real nodes: a kubelet and CoreDNS from their Go modules, beside those of the control plane.
+
+Called by `cluster`, and as `python -m tests.realnodes.programs` to build all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from tests.controlplane.build import ALL_MODULES, HELM, Module, ensure_programs, say_on_stderr
+
+MODULES = Path(__file__).resolve().parent / "go"
+KUBELET = Module(
+    name="kubelet",
+    requires="k8s.io/kubernetes",
+    packages={"kubelet": "k8s.io/kubernetes/cmd/kubelet"},
+    stamped=("k8s.io/component-base/version.gitVersion", "k8s.io/client-go/pkg/version.gitVersion"),
+    root=MODULES,
+)
+COREDNS = Module(
+    name="coredns",
+    requires="github.com/coredns/coredns",
+    packages={"coredns": "github.com/coredns/coredns"},
+    root=MODULES,
+)
+
+
+def ensure_all(say: functools.partial[None] | None = None) -> dict[str, Path]:
+    """Path of each program by name; a cold build takes 10 to 20 minutes on two cores."""
+    return ensure_programs(say or say_on_stderr, modules=(*ALL_MODULES, HELM, KUBELET, COREDNS))
+
+
+if __name__ == "__main__":
+    for name, path in ensure_all(functools.partial(print, flush=True)).items():
+        print(f"{name:24} {path}")
