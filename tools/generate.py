@@ -16,6 +16,8 @@ from finetune_operator.api import crd, reference
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED: dict[str, Callable[[], str]] = {
     crd.FILE: crd.render,
+    # Helm reads no file outside of its chart.
+    "charts/finetune-operator/files/crd.yaml": crd.render,
     reference.JOB_FILE: reference.render_job,
     reference.REASONS_FILE: reference.render_reasons,
 }

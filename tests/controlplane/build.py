@@ -333,7 +333,7 @@ def _lock(path: Path, say: Say) -> Iterator[None]:
 def main() -> None:
     """Build what is missing and print where each program is."""
     try:
-        programs = ensure_programs(say=functools.partial(print, flush=True))
+        programs = ensure_programs(say=functools.partial(print, flush=True), modules=(*ALL_MODULES, HELM))
     except BuildError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.controlplane.build import ensure_programs
+from tests.controlplane.build import ALL_MODULES, HELM, ensure_programs
 from tests.controlplane.server import ControlPlane
 
 
@@ -33,8 +33,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Build the programs before the first test: a cold build takes longer than a test may."""
-    if not session.config.option.collectonly and any(map(_uses_control_plane, session.items)):
+    if session.config.option.collectonly:
+        return
+    if any(map(_uses_control_plane, session.items)):
         ensure_programs()
+    if any("helm" in getattr(item, "fixturenames", ()) for item in session.items):
+        ensure_programs(modules=(*ALL_MODULES, HELM))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,8 +11,8 @@ import logging
 from dataclasses import dataclass
 
 from finetune_operator.api import words
-from finetune_operator.cluster.kube.client import ApiError, Json, KubeApi
-from finetune_operator.cluster.kube.objects import ENDPOINT_SLICES
+from finetune_operator.cluster.kube.client import NOT_FOUND, ApiError, Json, KubeApi
+from finetune_operator.cluster.kube.objects import ENDPOINT_SLICES, SERVICES
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ async def publish(api: KubeApi, endpoint: Endpoint) -> None:
     path = ENDPOINT_SLICES.path(endpoint.namespace, endpoint.service)
     while True:
         try:
-            await api.apply(path, build_slice(endpoint), manager=words.OPERATOR)
+            uid = await _service_uid(api, endpoint)
+            await api.apply(path, build_slice(endpoint, uid), manager=words.OPERATOR)
         except ApiError as error:
             if not error.passing:
                 raise
@@ -48,8 +49,20 @@ async def publish(api: KubeApi, endpoint: Endpoint) -> None:
             return
 
 
-def build_slice(endpoint: Endpoint) -> Json:
-    """The slice with one endpoint."""
+async def _service_uid(api: KubeApi, endpoint: Endpoint) -> str:
+    try:
+        service = await api.get(SERVICES.path(endpoint.namespace, endpoint.service))
+    except ApiError as error:
+        if error.status != NOT_FOUND:
+            raise
+        return ""
+    uid: str = service["metadata"]["uid"]
+    return uid
+
+
+def build_slice(endpoint: Endpoint, service_uid: str = "") -> Json:
+    """The slice with one endpoint. It goes with its service, where that one's UID is known."""
+    owner = {"apiVersion": "v1", "kind": "Service", "name": endpoint.service, "uid": service_uid}
     return {
         "apiVersion": "discovery.k8s.io/v1",
         "kind": "EndpointSlice",
@@ -60,6 +73,7 @@ def build_slice(endpoint: Endpoint) -> Json:
                 "kubernetes.io/service-name": endpoint.service,
                 "endpointslice.kubernetes.io/managed-by": words.OPERATOR,
             },
+            "ownerReferences": [owner] if service_uid else [],
         },
         "addressType": "IPv6" if ":" in endpoint.address else "IPv4",
         "endpoints": [{"addresses": [endpoint.address], "conditions": {"ready": True}}],

@@ -98,6 +98,7 @@ class CertificateKeeper:
             "labels": {words.MANAGED_BY: words.OPERATOR},
         }
         data = {name: base64.b64encode(text.encode()).decode() for name, text in to_secret(material).items()}
+        meta = {key: value for key, value in meta.items() if key != "managedFields"}
         body = {"apiVersion": "v1", "kind": "Secret", "type": "Opaque", "metadata": meta, "data": data}
         if stored:
             await self._api.replace(SECRETS.path(self._namespace, self._name), body)

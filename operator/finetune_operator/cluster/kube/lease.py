@@ -146,13 +146,15 @@ class Elector:
         self._tenure.see(holder, version, asyncio.get_running_loop().time())
 
     async def _write(self, spec: dict[str, Any]) -> None:
-        meta = {"namespace": self._options.namespace, "name": self._options.name}
+        meta: Json = {"namespace": self._options.namespace, "name": self._options.name}
         body: Json = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec}
         if not self._lease:
             collection = LEASES.path(self._options.namespace)
             self._lease = await self._request("POST", collection, {**body, "metadata": meta})
             return
-        meta["resourceVersion"] = self._lease["metadata"]["resourceVersion"]
+        # Labels and annotations are somebody else's: of whoever made it, such as a chart.
+        found = self._lease["metadata"]
+        meta |= {key: found[key] for key in ("resourceVersion", "labels", "annotations") if key in found}
         self._lease = await self._request("PUT", self._path, {**body, "metadata": meta})
 
     async def _request(self, method: str, path: str, body: Json | None = None) -> Json:

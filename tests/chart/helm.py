@@ -1,0 +1,81 @@
+"""Helm against the test bed, and what it renders as objects."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CHART = Path(__file__).parents[2] / "charts" / "finetune-operator"
+RELEASE = "ftj"
+HOME = "finetune-system"
+NAME = "ftj-finetune-operator"
+"""Full name of the release."""
+SECONDS = 120
+
+Object = dict[str, Any]
+Values = Mapping[str, Any]
+
+
+class HelmError(RuntimeError):
+    """Helm failed; the message is what it wrote to its error stream."""
+
+
+@dataclass(frozen=True)
+class Helm:
+    """One helm, with folders of its own."""
+
+    program: Path
+    folder: Path
+    kubeconfig: Path | None = None
+
+    def run(self, *arguments: str, values: Values | None = None, stdin: str = "") -> str:
+        """What it prints."""
+        if values is not None:
+            arguments = (*arguments, "--values", "-")
+            stdin = json.dumps(values)
+        homes = {f"HELM_{name}_HOME": str(self.folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
+        # Without a kubeconfig it is to reach no cluster at all.
+        environment = {**os.environ, **homes, "KUBECONFIG": str(self.kubeconfig or self.folder / "none")}
+        result = subprocess.run(
+            [str(self.program), *arguments],
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        if result.returncode != 0:
+            raise HelmError(result.stderr)
+        return result.stdout
+
+    def render(self, values: Values | None = None, *, crds: bool = False) -> list[Object]:
+        """The chart's objects, those of `helm test` included."""
+        shown = {"crds": {"install": crds}, **(values or {})}
+        text = self.run("template", RELEASE, str(CHART), "--namespace", HOME, values=shown)
+        return [thing for thing in yaml.safe_load_all(text) if thing]
+
+
+def one(objects: list[Object], kind: str, name: str = "") -> Object:
+    """The one object of a kind (and a name)."""
+    found = [thing for thing in objects if thing["kind"] == kind and name in ("", thing["metadata"]["name"])]
+    assert len(found) == 1, [(thing["kind"], thing["metadata"]["name"]) for thing in found or objects]
+    return found[0]
+
+
+def kinds(objects: list[Object]) -> set[str]:
+    return {thing["kind"] for thing in objects}
+
+
+def operator_args(objects: list[Object]) -> list[str]:
+    """The command line of the operator."""
+    (container,) = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    args: list[str] = container["args"]
+    return args

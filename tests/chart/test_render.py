@@ -1,0 +1,244 @@
+"""What the chart renders for which values."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_operator.operator_main.options import add_flags, read_options
+from tests.chart.helm import CHART, HOME, NAME, Helm, HelmError, Object, kinds, one, operator_args
+
+ROOT = CHART.parents[1]
+MONITORING = {"serviceMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}}
+
+
+def test_the_chart_is_linted(helm: Helm) -> None:
+    assert "0 chart(s) failed" in helm.run("lint", "--strict", str(CHART))
+
+
+def test_what_is_made_by_default(helm: Helm) -> None:
+    objects = helm.render(crds=True)
+    assert kinds(objects) == {
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "ConfigMap",
+        "CustomResourceDefinition",
+        "Deployment",
+        "Lease",
+        "NetworkPolicy",
+        "Pod",
+        "PodDisruptionBudget",
+        "Role",
+        "RoleBinding",
+        "Secret",
+        "Service",
+        "ServiceAccount",
+    }
+    assert one(objects, "Deployment")["spec"]["replicas"] == 2
+
+
+def test_the_crd_is_the_one_that_is_generated(helm: Helm) -> None:
+    """To the last digit: Helm would write a float in other words."""
+    rendered = one(helm.render(crds=True), "CustomResourceDefinition")
+    committed = yaml.safe_load((ROOT / "crds/finetune-operator.io_finetunejobs.yaml").read_text())
+    assert rendered["spec"] == committed["spec"]
+    assert rendered["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    lost = one(helm.render({"crds": {"keep": False}}), "CustomResourceDefinition")
+    assert "helm.sh/resource-policy" not in (lost["metadata"].get("annotations") or {})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"namespaces": ["team-a", "team-b"], "watchNodes": False},
+        {"coordinator": {"enabled": False}},
+        {"coordinator": {"tls": {"mode": "secret", "secretName": "given"}}},
+        {"coordinator": {"port": 9000, "tls": {"mode": "certManager", "issuerRef": {"name": "ca"}}}},
+        {"trainer": {"cacheClaim": "shared", "coresPerRank": 2, "userId": 2000}, "flags": {"lease-seconds": 10}},
+        {"logs": {"format": "text", "level": "debug"}, "flags": {"beat-seconds": 2.5, "num-workers": 4}},
+    ],
+    ids=str,
+)
+def test_the_operator_takes_the_flags(helm: Helm, values: dict[str, Any]) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, {"FINETUNE_POD_IP": "10.0.0.1"})
+    command, *flags = operator_args(helm.render(values))
+    assert command == "run"
+    options = read_options(parser, flags)
+    assert list(options.operator.namespaces) == values.get("namespaces", [])
+    trainer = values.get("trainer", {})
+    assert options.settings.trainer_user_id == trainer.get("userId", 1000)
+    assert options.settings.cache_claim == trainer.get("cacheClaim", "")
+    coordinator = options.operator.coordinator
+    if values.get("coordinator", {}).get("enabled", True):
+        assert coordinator is not None
+        assert coordinator.hosts == (f"{NAME}-coordinator.{HOME}.svc",)
+        assert options.settings.coordinator_ca_in_run
+        assert (coordinator.certificate is None) == bool(coordinator.secret)
+    else:
+        assert coordinator is None
+
+
+def rules(objects: list[Object], kind: str, suffix: str = "") -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = one(objects, kind, NAME + suffix)["rules"]
+    return found
+
+
+def resources(objects: list[Object], kind: str, suffix: str = "") -> set[str]:
+    return {name for rule in rules(objects, kind, suffix) for name in rule["resources"]}
+
+
+def test_the_role_is_that_of_the_file(helm: Helm) -> None:
+    file = yaml.safe_load((CHART / "files/rules.yaml").read_text())
+    objects = helm.render()
+    assert rules(objects, "ClusterRole", "-jobs") == file["jobs"]
+    assert rules(objects, "ClusterRole", "-cluster") == file["cluster"]
+    secrets = [rule for rule in rules(objects, "Role") if rule["resources"] == ["secrets"]]
+    assert secrets == [
+        {"apiGroups": [""], "resources": ["secrets"], "resourceNames": [f"{NAME}-tls"], "verbs": ["get", "update"]}
+    ]
+
+
+def test_with_namespaces_nothing_but_reviews_and_nodes_is_cluster_wide(helm: Helm) -> None:
+    objects = helm.render({"namespaces": ["team-a", "team-b"], "rbac": {"aggregate": False}})
+    roles = [thing for thing in objects if thing["kind"] == "Role" and thing["metadata"]["name"] == f"{NAME}-jobs"]
+    assert [thing["metadata"]["namespace"] for thing in roles] == ["team-a", "team-b"]
+    assert [thing["metadata"]["name"] for thing in objects if thing["kind"] == "ClusterRole"] == [f"{NAME}-cluster"]
+    assert resources(objects, "ClusterRole", "-cluster") == {"nodes", "tokenreviews"}
+    few = helm.render({"namespaces": ["team-a"], "watchNodes": False, "rbac": {"aggregate": False}})
+    assert resources(few, "ClusterRole", "-cluster") == {"tokenreviews"}
+    none = helm.render({"watchNodes": False, "coordinator": {"enabled": False}})
+    assert f"{NAME}-cluster" not in {thing["metadata"]["name"] for thing in none}
+
+
+@pytest.mark.parametrize("mode", ["secret", "certManager"])
+def test_a_certificate_of_others_is_mounted(helm: Helm, mode: str) -> None:
+    given = {"secret": {"secretName": "given"}, "certManager": {"issuerRef": {"name": "ca", "kind": "ClusterIssuer"}}}
+    objects = helm.render({"coordinator": {"tls": {"mode": mode, **given[mode]}}})
+    pod = one(objects, "Deployment")["spec"]["template"]["spec"]
+    secret = next(volume for volume in pod["volumes"] if volume["name"] == "tls")["secret"]["secretName"]
+    assert secret == ("given" if mode == "secret" else f"{NAME}-tls")
+    assert "Secret" not in kinds(objects)
+    assert "secrets" not in resources(objects, "Role")
+    if mode == "certManager":
+        certificate = one(objects, "Certificate")["spec"]
+        assert certificate["secretName"] == secret
+        assert certificate["dnsNames"] == [f"{NAME}-coordinator.{HOME}.svc"]
+
+
+def test_an_image_by_digest(helm: Helm) -> None:
+    digest = "sha256:" + "0" * 64
+    objects = helm.render({"image": {"repository": "registry:5000/op", "tag": "v9", "digest": digest}})
+    images = {
+        container["image"]
+        for pod in (one(objects, "Deployment")["spec"]["template"], one(objects, "Pod"))
+        for container in pod["spec"]["containers"]
+    }
+    assert images == {f"registry:5000/op@{digest}"}
+
+
+def test_one_replica_has_no_disruption_budget(helm: Helm) -> None:
+    assert "PodDisruptionBudget" not in kinds(helm.render({"replicas": 1}))
+
+
+def test_the_services_lead_to_the_operators_pods_only(helm: Helm) -> None:
+    objects = helm.render()
+    pod = one(objects, "Deployment")["spec"]["template"]
+    selector = one(objects, "Service", f"{NAME}-metrics")["spec"]["selector"]
+    assert selector.items() <= pod["metadata"]["labels"].items()
+    assert not selector.items() <= one(objects, "Pod")["metadata"]["labels"].items()
+    assert "selector" not in one(objects, "Service", f"{NAME}-coordinator")["spec"]
+
+
+def test_claims_outlive_the_chart_unless_told_otherwise(helm: Helm) -> None:
+    claims = [{"name": "a", "size": "1Gi", "storageClassName": "efs"}, {"name": "b", "size": "5Ti", "keep": False}]
+    objects = helm.render({"storage": {"claims": claims}})
+    kept, lost = one(objects, "PersistentVolumeClaim", "a"), one(objects, "PersistentVolumeClaim", "b")
+    assert kept["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert kept["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert "helm.sh/resource-policy" not in (lost["metadata"].get("annotations") or {})
+
+
+def metric_names() -> set[str]:
+    """Every name that the operator can expose."""
+    text = (ROOT / "operator/finetune_operator/metrics.py").read_text()
+    names = set(re.findall(r'"(finetune_\w+)"', text))
+    return names | {name + suffix for name in names for suffix in ("_total", "_bucket", "_count", "_sum")}
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_exist(helm: Helm) -> None:
+    objects = helm.render({"metrics": MONITORING})
+    alerts = one(objects, "PrometheusRule")["spec"]["groups"][0]["rules"]
+    dashboard = json.loads(one(objects, "ConfigMap", f"{NAME}-dashboard")["data"]["finetune-operator.json"])
+    asked = [alert["expr"] for alert in alerts]
+    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    used = {name for expression in asked for name in re.findall(r"\bfinetune_\w+", expression)}
+    assert used <= metric_names()
+    assert len(used) > 10
+    labels = one(objects, "Service", f"{NAME}-metrics")["metadata"]["labels"]
+    wanted = one(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
+    assert wanted.items() <= labels.items()
+
+
+def test_every_alert_has_its_place_in_the_documentation(helm: Helm) -> None:
+    alerts = one(helm.render({"metrics": MONITORING}), "PrometheusRule")["spec"]["groups"][0]["rules"]
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    for alert in alerts:
+        assert f"### {alert['alert']}\n" in page
+        assert alert["annotations"]["runbook_url"].endswith("#" + alert["alert"].lower())
+        assert alert["annotations"]["summary"]
+        assert alert["annotations"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"replicas": 0}, "/replicas"),
+        ({"replica": 3}, "'replica' not allowed"),
+        ({"coordinator": {"tls": {"mode": "none"}}}, "'own', 'certManager', 'secret'"),
+        ({"coordinator": {"port": 0}}, "/coordinator/port"),
+        ({"coordinator": {"tls": {"mode": "secret"}}}, "mode secret needs the name of a Secret"),
+        ({"coordinator": {"tls": {"mode": "certManager"}}}, "mode certManager needs the name of an Issuer"),
+        ({"namespaces": ["Team_A"]}, "/namespaces/0"),
+        ({"image": {"repository": "a:b"}}, "/image/repository"),
+        ({"image": {"digest": "abc"}}, "/image/digest"),
+        ({"storage": {"claims": [{"name": "x"}]}}, "'size'"),
+        ({"storage": {"claims": [{"name": "x", "size": "much"}]}}, "/storage/claims/0/size"),
+        ({"serviceAccount": {"create": False}}, "name the account to use"),
+        ({"flags": {"coordinator-url": "http://x"}}, "the chart sets this flag from a value of its own"),
+        ({"flags": {"--lease-seconds": 3}}, "invalid propertyName '--lease-seconds'"),
+        ({"podDisruptionBudget": {"minAvailable": 2}}, "or no node with the operator can be drained"),
+        ({"metrics": {"prometheusRule": {"goodputRatio": 60}}}, "/metrics/prometheusRule/goodputRatio"),
+        ({"trainer": {"images": {"gpu": "untagged"}}}, "/trainer/images/gpu"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_refused_with_a_sentence(helm: Helm, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(HelmError) as caught:
+        helm.render(values)
+    assert words in str(caught.value)
+
+
+def test_every_value_is_in_the_schema(helm: Helm) -> None:
+    """A value that the schema does not know could not be set by anybody."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert missing(values, schema, Path()) == []
+
+
+def missing(values: dict[str, Any], schema: dict[str, Any], where: Path) -> list[str]:
+    properties = schema.get("properties")
+    if properties is None:
+        return []
+    lost = [str(where / name) for name in values if name not in properties]
+    for name, value in values.items():
+        if isinstance(value, dict) and name in properties:
+            lost += missing(value, properties[name], where / name)
+    return lost
