@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.chart.helm import CHART, HOME, NAME, RELEASE, Helm, operator_args
+from tests.chart.helm import CHART, HOME, NAME, RELEASE, Helm, Values, operator_args
 from tests.controlplane.api import ApiError
 from tests.controlplane.process import LOOPBACK, free_ports, wait_for
 from tests.controlplane.server import ControlPlane
@@ -34,9 +34,9 @@ def release(cluster_helm: Helm, control_plane: ControlPlane) -> Iterator[Helm]:
         cluster_helm.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
 
 
-def install(helm: Helm, chart: Path = CHART, **values: Any) -> None:
+def install(helm: Helm, values: Values | None = None, chart: Path = CHART) -> None:
     command = ("upgrade", "--install", RELEASE, str(chart), "--namespace", HOME)
-    helm.run(*command, "--wait", "--timeout", "90s", values=values)
+    helm.run(*command, "--wait", "--timeout", "90s", values=values or {})
 
 
 class ChartOperator(OperatorProcess):
@@ -93,8 +93,8 @@ def test_from_install_to_uninstall(release: Helm, control_plane: ControlPlane, n
 
     # An upgrade: other values, another Deployment, the same CRD, Secret and jobs.
     authority = secret(control_plane)
-    values = {"logs": {"level": "debug"}, "flags": {"progress-seconds": 1}, "replicas": 1}
-    install(release, **values)
+    values: dict[str, Any] = {"logs": {"level": "debug"}, "flags": {"progress-seconds": 1}, "replicas": 1}
+    install(release, values)
     assert secret(control_plane) == authority
     with running(operator_of(release, control_plane, tmp_path / "new.log", values)):
         jobs.create(build_job("squares"))
@@ -139,7 +139,7 @@ def test_an_upgrade_brings_the_new_crd(cluster_helm: Helm, control_plane: Contro
     definition = yaml.safe_load((old / "files/crd.yaml").read_text())
     del definition["spec"]["versions"][0]["additionalPrinterColumns"]
     (old / "files/crd.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
-    install(cluster_helm, old)
+    install(cluster_helm, chart=old)
     assert "additionalPrinterColumns" not in control_plane.api.get(path)["spec"]["versions"][0]
     install(cluster_helm)
     assert control_plane.api.get(path)["spec"]["versions"][0]["additionalPrinterColumns"]
@@ -149,6 +149,6 @@ def test_an_upgrade_brings_the_new_crd(cluster_helm: Helm, control_plane: Contro
 def test_without_keep_the_crd_and_all_jobs_go(release: Helm, control_plane: ControlPlane, namespace: str) -> None:
     jobs = Jobs(control_plane, namespace)
     jobs.create(build_job("circles"))
-    install(release, crds={"keep": False})
+    install(release, {"crds": {"keep": False}})
     release.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
     wait_for("the CRD is gone", lambda: "finetunejobs" not in control_plane.kubectl("get", "crd", "--output=name"), 60)

@@ -120,7 +120,10 @@ def test_with_namespaces_nothing_but_reviews_and_nodes_is_cluster_wide(helm: Hel
 
 @pytest.mark.parametrize("mode", ["secret", "certManager"])
 def test_a_certificate_of_others_is_mounted(helm: Helm, mode: str) -> None:
-    given = {"secret": {"secretName": "given"}, "certManager": {"issuerRef": {"name": "ca", "kind": "ClusterIssuer"}}}
+    given: dict[str, dict[str, Any]] = {
+        "secret": {"secretName": "given"},
+        "certManager": {"issuerRef": {"name": "ca", "kind": "ClusterIssuer"}},
+    }
     objects = helm.render({"coordinator": {"tls": {"mode": mode, **given[mode]}}})
     pod = one(objects, "Deployment")["spec"]["template"]["spec"]
     secret = next(volume for volume in pod["volumes"] if volume["name"] == "tls")["secret"]["secretName"]
