@@ -26,6 +26,8 @@ class Settings:
     """Port of rank 0's rendezvous store inside the pod network."""
     beat_seconds: float = 5.0
     """Longest time between two beats of a supervisor."""
+    standstill_seconds: float = 3600.0
+    """Loading, caching, saving and the like may show nothing new for so long; recovery.hangTimeout is for steps."""
     beat_timeout_seconds: float = 60.0
     """A pod whose beats stay away so long, after the first, is shown as silent."""
     max_attempts_kept: int = 20

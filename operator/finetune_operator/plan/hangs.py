@@ -23,8 +23,6 @@ STEPS = 20
 """By default a step may take so many times as long as the job's own steps took so far."""
 MIN_SECONDS = 300.0
 """And never less than this: a save or a look at validation pictures comes between two steps."""
-LOADING_SECONDS = 3600.0
-"""Loading, caching and the like may stand still for so long; only they know what they wait for."""
 AT_STEPS = frozenset({RankState.TRAINING})
 OVER = frozenset({RankState.DONE, RankState.SAVED, RankState.FAILED})
 
@@ -82,12 +80,12 @@ def _has_moved(view: View, entry: AttemptStatus) -> bool:
 
 def _timeout_seconds(view: View, status: FineTuneJobStatus) -> float:
     if any(report.state not in AT_STEPS for report in view.reports):
-        return LOADING_SECONDS
+        return view.settings.standstill_seconds
     asked, tally = view.spec.recovery.hang_timeout, status.tally
     if asked is not None:
         return float(parse_seconds(asked))
     if tally.trained_steps == 0:
-        return LOADING_SECONDS
+        return view.settings.standstill_seconds
     return max(MIN_SECONDS, STEPS * tally.trained_seconds / tally.trained_steps)
 
 

@@ -84,6 +84,11 @@ class LocalRun:
             self._tasks.spawn(self._stop(self._cluster, kill=self._num_interrupts > 1))
 
     @property
+    def cluster(self) -> LocalCluster | None:
+        """The cluster that it runs on; None before and after. Benches look at its pods."""
+        return self._cluster
+
+    @property
     def interrupted(self) -> bool:
         """Whether it was asked to stop."""
         return self._num_interrupts > 0
