@@ -102,7 +102,7 @@ async def run_all(args: argparse.Namespace, folder: Path) -> tuple[list[list[obj
     in_place, whole_gang = (None, None) if args.no_times else await time_restarts(folder / "timed")
     print(f"  {time.monotonic() - began:.0f} s in all", flush=True)
     num_cells = sum(len(line) == len(HEADER) for line in rows)
-    result = {
+    result: dict[str, object] = {
         "cells": num_cells,
         "wrong": num_wrong,
         "in_place_seconds": in_place,

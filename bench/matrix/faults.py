@@ -121,7 +121,9 @@ class Disk:
         subprocess.run(["mount", "-o", "remount,ro", str(self.folder)], check=True)
 
     def heal(self) -> None:
-        """Make room, and let it be written to."""
+        """Make room, and let it be written to; unless it is gone by now."""
+        if not self.folder.is_mount():
+            return
         subprocess.run(["mount", "-o", "remount,rw", str(self.folder)], check=True)
         (self.folder / ".filler").unlink(missing_ok=True)
 

@@ -138,7 +138,7 @@ def main() -> None:
     """Run the trainer's rank, aimed."""
     aim = Aim(dict(os.environ))
     AimedReporter.aim = aim
-    rank.Reporter = AimedReporter  # type: ignore[misc]
+    rank.Reporter = AimedReporter  # type: ignore[attr-defined]
     if aim.stage in {"first step", "training", "saving"} or aim.attempt > 1:
         aim_loop(aim)
     code = rank.main(os.environ, lambda stage: aim.reach("saving") if stage == SAVE_STAGE else None)

@@ -121,7 +121,7 @@ class Bed:
         spec["model"]["base"] = str(ROOT / "examples/base-circles")
         spec["dataset"]["source"] = str(self._data)
         validation = {"split": "validation", "steps": NUM_STEPS // 2}
-        training = {"steps": NUM_STEPS, "batchSize": 2, "lrWarmupSteps": 2}
+        training: dict[str, Any] = {"steps": NUM_STEPS, "batchSize": 2, "lrWarmupSteps": 2}
         if cell is None or cell.stage == "validating":
             training["validation"] = validation
         else:

@@ -7,10 +7,12 @@ peers on a step when one of them has notice, and ends with the trainer's exit co
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
 import sys
+import threading
 import time
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -102,12 +104,23 @@ def train(args: argparse.Namespace) -> None:
             report("Saved", step=step - 1)
             sys.exit(ExitCode.SAVED)
         time.sleep(args.step_seconds)  # the step's work
+        if args.hang_at == step and ATTEMPT == 1 and args.rank in (None, RANK):
+            hang(args.hang)
         report("Training", step=step, totalSteps=args.steps, loss=round(1 / step, 3), imagesPerSecond=8.0)
         if args.fail_at == step:
             print(f"step {step} is not for me", file=sys.stderr)
             sys.exit(args.fail_with)
         if step % args.save_every == 0:
             save(step)
+
+
+def hang(how: str) -> None:
+    """Stand still for good."""
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    lock = threading.Lock()
+    with lock, lock:
+        pass
 
 
 def main() -> None:
@@ -117,8 +130,12 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=10)
     parser.add_argument("--fail-at", type=int)
     parser.add_argument("--fail-with", type=int, default=ExitCode.SOFTWARE)
+    parser.add_argument("--hang-at", type=int)
+    parser.add_argument("--hang", choices=("stop", "deadlock"), default="deadlock")
+    parser.add_argument("--rank", type=int, help="the rank that hangs; default: all")
     parser.add_argument("--deaf", action="store_true", help="ignore SIGTERM")
     args = parser.parse_args()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if args.deaf else on_notice)
     FOLDER.mkdir(parents=True, exist_ok=True)
     report("Loading")

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from finetune_operator.cluster.local import jobs
 from tests.cli.bed import FINETUNE, KEY, PATIENCE_SECONDS, Bed
 
 
@@ -83,6 +84,23 @@ def test_a_failing_rank_spends_failures_and_says_its_last_words(bed: Bed) -> Non
     assert status["phase"] == "Failed"
     assert status["failures"] == 2
     assert bed.run().returncode == 1
+
+
+@pytest.mark.parametrize(("how", "trace"), [("stop", "T (stopped)"), ("deadlock", "in hang")])
+def test_a_rank_that_stands_still_is_named_and_its_stack_is_kept(bed: Bed, how: str, trace: str) -> None:
+    bed.document["spec"]["recovery"] = {"hangTimeout": "2s"}
+    bed.ranks("--hang-at", "15", "--hang", how, "--rank", "1")
+    assert "1 restart (0 preemptions, 1 failure)" in summary(bed.run())
+    first, second = bed.status()["attempts"]
+    assert (first["reason"], first["rank"], first["pod"]) == ("Hang", 1, "circles-a1-n1")
+    # The one that waits for it is kept, and only starts its ranks anew.
+    assert second["podAttempts"] == [1, 2]
+    job = bed.job()
+    assert job is not None
+    folder = jobs.storage_folder(bed.home, job)
+    assert f"{folder.parent.name}/{folder.name}/hangs/attempt-1" in first["message"]
+    assert trace in (folder / "hangs/attempt-1/rank-1.txt").read_text()
+    assert "agree_to_stop" in (folder / "hangs/attempt-1/rank-0.txt").read_text()
 
 
 def test_a_configuration_error_ends_the_job_at_once(bed: Bed) -> None:

@@ -244,6 +244,33 @@ def test_an_order_to_stop_is_a_notice(start: Start, endpoint: Endpoint) -> None:
     assert process.wait(DEADLINE_SECONDS) == ExitCode.SAVED
 
 
+def test_what_ranks_that_stand_still_were_doing_is_kept(start: Start, endpoint: Endpoint, tmp_path: Path) -> None:
+    process = start(
+        """
+        import faulthandler, threading
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        lock = threading.Lock()
+        def take_it_twice():
+            with lock, lock: pass
+        if os.environ["FINETUNE_ATTEMPT"] == "3":
+            report(state='Training', step=7)
+            if rank == 3: os.kill(os.getpid(), signal.SIGSTOP)
+            take_it_twice()
+        """,
+        FINETUNE_CHECKPOINT_DIR=str(tmp_path / "job"),
+        **HOLD,
+    )
+    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    # The new world comes at once: what was asked for is written before the ranks are ended.
+    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4, "stacks": True})
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
+    folder = tmp_path / "job" / "hangs" / "attempt-3"
+    deadlocked, stopped = (folder / "rank-2.txt").read_text(), (folder / "rank-3.txt").read_text()
+    assert "training at step 7" in deadlocked
+    assert "in take_it_twice" in deadlocked
+    assert "process state: T (stopped)" in stopped
+
+
 LATE = """
         class Late:
             def __del__(self):

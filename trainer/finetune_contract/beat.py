@@ -161,6 +161,7 @@ class Reply(Wire):
     )
     world: NewWorld | None = Field(default=None, description="where this pod's ranks belong in the newest attempt")
     beat_seconds: float | None = Field(default=None, gt=0, description="asks for another interval between beats")
+    stacks: bool = Field(default=False, description="nothing goes on: what every rank is doing is to be kept")
 
 
 RankReport.model_rebuild()

@@ -7,6 +7,8 @@ from pathlib import Path
 CHECKPOINTS = "checkpoints"
 FENCE = "fence"
 VALIDATION = "validation"
+HANGS = "hangs"
+"""Stacks of the ranks of attempts that stood still: attempt-N/rank-R.txt."""
 OUTPUTS = "outputs"
 GRID = "before-after.png"
 """Name of the picture, below VALIDATION, that shows the prompts before and after."""
@@ -32,6 +34,16 @@ def job_folder(namespace: str, job: str, uid: str) -> str:
 def checkpoints(job_dir: Path) -> Path:
     """Folder of the committed checkpoints."""
     return job_dir / CHECKPOINTS
+
+
+def hang_folder(attempt: int) -> str:
+    """Name, below the job's folder, of the folder with the stacks of an attempt that stood still."""
+    return f"{HANGS}/attempt-{attempt}"
+
+
+def stack_file(job_dir: Path, attempt: int, rank: int) -> Path:
+    """File with the stacks of one rank."""
+    return job_dir / hang_folder(attempt) / f"rank-{rank}.txt"
 
 
 def fence(job_dir: Path) -> Path:

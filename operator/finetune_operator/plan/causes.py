@@ -18,6 +18,8 @@ from finetune_operator.plan.types import ObservedPod, PodPhase
 from finetune_operator.plan.view import View, has_ended
 
 SIGTERM_EXIT = 143
+OUT_OF_MEMORY_WORDS = ("out of memory", "memoryerror", "cannot allocate memory", "can't allocate memory")
+"""What CUDA, Python, the C library and torch's allocator say when there is none left."""
 KUBELET_SHUTDOWN = frozenset({"Preempting", "Shutdown", "NodeShutdown", "Terminated", "TerminatedByKubelet"})
 """status.reason of pods that a kubelet ended for the node's sake."""
 
@@ -88,6 +90,12 @@ def _disruption(facts: Facts) -> Reason:
     return Reason(word) if word in DISRUPTIONS else Reason.PREEMPTED
 
 
+def _says(facts: Facts, words: tuple[str, ...]) -> bool:
+    """Whether the last words hold one of these."""
+    last_words = facts.last_words.lower()
+    return any(word in last_words for word in words)
+
+
 DISRUPTIONS = frozenset(
     {
         Reason.PREEMPTION_BY_SCHEDULER,
@@ -114,7 +122,7 @@ TABLE: tuple[Row, ...] = (
     # the pod's own excess.
     Row(_pod(lambda pod: pod.reason == "Evicted"), _always(Reason.EVICTED)),
     Row(_pod(lambda pod: pod.reason == "OOMKilled"), _always(Reason.OUT_OF_MEMORY)),
-    Row(lambda facts: "out of memory" in facts.last_words.lower(), _always(Reason.OUT_OF_MEMORY)),
+    Row(lambda facts: _says(facts, OUT_OF_MEMORY_WORDS), _always(Reason.OUT_OF_MEMORY)),
     Row(_code(ExitCode.STORAGE), _always(Reason.STORAGE_ERROR)),
     Row(_code(ExitCode.SUPERSEDED), _always(Reason.SUPERSEDED)),
     # Told to stop by someone who has not shown yet: perhaps another pod of the gang.

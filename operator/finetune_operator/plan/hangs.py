@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from finetune_contract import paths
 from finetune_contract.beat import RankReport, RankState
 from finetune_operator.api.duration import parse_seconds
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
@@ -100,7 +101,12 @@ def _cause(view: View, entry: AttemptStatus, lagging: RankReport) -> Cause:
     node_rank = lagging.rank // view.spec.topology.processes_per_node
     pod = view.pods.get(node_rank)
     since = entry.progress_at or view.now
-    words = f"{lagging.state.value.lower()} at step {lagging.step or 0} since {since:%H:%M:%S} UTC"
+    meta = view.job.metadata
+    folder = f"{paths.job_folder(meta.namespace, meta.name, meta.uid)}/{paths.hang_folder(entry.attempt)}"
+    words = (
+        f"{lagging.state.value.lower()} at step {lagging.step or 0} since {since:%H:%M:%S} UTC; what every rank was "
+        f"doing is in {folder} on the job's storage"
+    )
     return Cause(
         Reason.HANG,
         rank=lagging.rank,

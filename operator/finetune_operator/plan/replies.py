@@ -8,7 +8,7 @@ from __future__ import annotations
 from finetune_contract.beat import Beat, NewWorld, Order, Reply
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host, pod_name
-from finetune_operator.api.words import CountsAs
+from finetune_operator.api.words import CountsAs, Reason
 from finetune_operator.plan.ledger import current
 from finetune_operator.plan.restart import SAVED_FOR, SUDDEN
 from finetune_operator.plan.view import members_of
@@ -29,8 +29,14 @@ def reply_to(job: FineTuneJob | None, beat: Beat, settings: Settings) -> Reply:
         # One that is kept hears of the newest attempt together with its world: without one it would stop.
         attempt=None if member and world is None and beat.attempt < job.status.attempt else job.status.attempt,
         world=world,
+        stacks=_stood_still(job, beat.attempt),
         beat_seconds=min(WAITING_BEAT_SECONDS, settings.beat_seconds) if hurried else settings.beat_seconds,
     )
+
+
+def _stood_still(job: FineTuneJob, attempt: int) -> bool:
+    """Whether an attempt ended because nothing went on in it."""
+    return any(entry.attempt == attempt and entry.reason == Reason.HANG for entry in job.status.attempts)
 
 
 def _is_between(job: FineTuneJob) -> bool:

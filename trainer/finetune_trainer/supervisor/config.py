@@ -33,6 +33,8 @@ class Config:
     coordinator_ca: Path | None
     beat_seconds: float
     termination_log: Path | None
+    job_dir: Path | None = None
+    """The job's folder on the shared storage."""
     hold_seconds: float = 0.0
     """How long to wait for a new world while nobody answers; 0: not at all."""
     stands_by: bool = False
@@ -93,6 +95,7 @@ def read_config(env: Mapping[str, str]) -> Config:
         coordinator_ca=_path(env, environment.COORDINATOR_CA),
         beat_seconds=_seconds(env, environment.BEAT_SECONDS, default=5.0),
         termination_log=_path(env, environment.TERMINATION_LOG),
+        job_dir=_path(env, environment.CHECKPOINT_DIR),
         hold_seconds=_seconds(env, environment.HOLD_SECONDS, default=0.0, least=0.0),
         stands_by=env.get(environment.STANDBY) == "1",
     )

@@ -19,6 +19,7 @@ from finetune_trainer.supervisor.config import BadEnvironmentError, Config, read
 from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
 from finetune_trainer.supervisor.last_words import FINE, cause_first, pod_exit_code, write_termination
 from finetune_trainer.supervisor.ranks import RankProcess, Starter
+from finetune_trainer.supervisor.stacks import keep_stacks
 
 RANK_COMMAND = (sys.executable, "-m", "finetune_trainer.rank")
 PEER_SECONDS = 5.0
@@ -27,8 +28,10 @@ MIN_BEAT_GAP_SECONDS = 0.05
 """Changes that come closer together share a beat."""
 HOLDABLE = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
 """Ends of ranks after which their pod is still good for another world."""
-STACK_SECONDS = 0.5
-"""How long a rank that is to be ended has to write its threads' stacks, and to begin to save what it holds."""
+BEGIN_SECONDS = 0.5
+"""How long a rank that is to be ended has to begin to save what it holds."""
+STACK_SECONDS = 0.05
+"""How often it is looked whether the stacks of ranks that are to be ended are kept."""
 RESCUE_SECONDS = 60.0
 """How long a rank that saves for a lost peer may take."""
 ENDED_BY_US = frozenset({128 + signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGUSR2})
@@ -56,6 +59,8 @@ class Supervisor:
         """Set once a first beat was answered, or was not."""
         self._changed = asyncio.Event()
         self._starter = Starter(command, self._changed.set)
+        self._stacks: asyncio.Task[None] | None = None
+        """Keeps what the ranks of this attempt were doing while nothing went on."""
         self._decided = asyncio.Event()
         """Set by whatever a supervisor that waits for a new world waits for."""
         self._sequence = 0
@@ -123,6 +128,7 @@ class Supervisor:
         _log(f"attempt {world.attempt}: the ranks start anew as node {world.node_rank} of {world.num_nodes}")
         self._config = self._config.moved(world)
         self._ordered = False
+        self._stacks = None
         return True
 
     async def _see_to_end(self, rank: RankProcess) -> None:
@@ -232,10 +238,11 @@ class Supervisor:
     def _obey(self, reply: Reply) -> None:
         self._beat_seconds = reply.beat_seconds or self._config.beat_seconds
         world = reply.world
+        if reply.stacks and self._stacks is None:
+            self._stacks = asyncio.create_task(self._keep_stacks())
         if world is not None and world.attempt > self._config.attempt and not self._notice:
             # The old world is over, even where a rank does not know yet that it waits in vain.
             if self._world is None:
-                self._signal_all(signal.SIGUSR1)
                 self._end_hung()
             self._world = world
             self._decided.set()
@@ -247,12 +254,19 @@ class Supervisor:
         elif reply.order is Order.SAVE_AND_STOP:
             self._on_order()
 
+    async def _keep_stacks(self) -> None:
+        for path in await keep_stacks(self._config, self._ranks):
+            _log(f"nothing goes on; what the rank was doing is in {path}")
+
     def _end_hung(self) -> None:
         """Tell the ranks that a peer is gone for good. They save what they hold; those that do not are killed."""
+        if self._stacks is not None and not self._stacks.done():
+            self._kill_later(STACK_SECONDS, self._end_hung)
+            return
         self._signal_all(signal.SIGUSR2)
         # These ranks only: those of the next world are not to be hit.
         ranks, deadline = tuple(self._ranks), asyncio.get_running_loop().time() + RESCUE_SECONDS
-        self._kill_later(STACK_SECONDS, lambda: self._kill_unless_saving(ranks, deadline))
+        self._kill_later(BEGIN_SECONDS, lambda: self._kill_unless_saving(ranks, deadline))
 
     def _kill_unless_saving(self, ranks: Sequence[RankProcess], deadline: float) -> None:
         is_over = asyncio.get_running_loop().time() >= deadline
@@ -261,7 +275,7 @@ class Supervisor:
             if is_over or rank not in saving:
                 rank.signal(signal.SIGKILL)
         if saving and not is_over:
-            self._kill_later(STACK_SECONDS, lambda: self._kill_unless_saving(saving, deadline))
+            self._kill_later(BEGIN_SECONDS, lambda: self._kill_unless_saving(saving, deadline))
 
     def _reap_orphans(self) -> None:
         """As PID 1, collect what grandchildren leave behind; our own ranks are asyncio's to collect."""

@@ -45,6 +45,10 @@ class RankProcess:
         self._start = start
         self._report_fd = report_fd
         self._stderr: deque[str] = deque(maxlen=LAST_LINES)
+        self._has_reported = False
+        self._collected: list[str] | None = None
+        self._collects = asyncio.Event()
+        """Set by every line that is collected."""
 
     @property
     def pid(self) -> int:
@@ -52,7 +56,9 @@ class RankProcess:
         return self._process.pid
 
     def signal(self, number: int) -> None:
-        """Send a signal, unless the process has ended."""
+        """Send a signal, unless the process has ended. One that no handler takes yet would end it."""
+        if number == signal.SIGUSR1 and not self._has_reported:
+            return
         if self.end is None and self._process.returncode is None:
             self._told = self._told or number == signal.SIGTERM
             self._process.send_signal(number)
@@ -88,10 +94,29 @@ class RankProcess:
                 self._process = await self._start.execute()
         self._start.close()
 
+    async def collect_stderr(self, number: int, quiet_seconds: float) -> list[str]:
+        """Send a signal that makes the rank write to stderr; return the lines, once none has come for so long."""
+        self._collected = []
+        self.signal(number)
+        while True:
+            self._collects.clear()
+            try:
+                await asyncio.wait_for(self._collects.wait(), quiet_seconds)
+            except TimeoutError:
+                break
+        lines, self._collected = self._collected, None
+        return lines
+
+    def _collect(self, line: str) -> None:
+        if self._collected is not None:
+            self._collected.append(line)
+            self._collects.set()
+
     async def _relay(self, stream: asyncio.StreamReader, to: object, keep: deque[str] | None) -> None:
         async for line in read_lines(stream):
             if keep is not None:
                 keep.append(line)
+                self._collect(line)
             print(f"[rank {self.rank}] {line}", file=to, flush=True)  # type: ignore[call-overload]
 
     async def _take_reports(self) -> None:
@@ -112,6 +137,7 @@ class RankProcess:
             print(f"[supervisor] rank {self.rank} sent no report: {line[:200]}", file=sys.stderr)  # noqa: T201
             return
         old = self.report
+        self._has_reported = True
         update = {name: getattr(news, name) for name in news.model_fields_set if getattr(news, name) is not None}
         update["warnings"] = (*old.warnings, *(w for w in news.warnings if w not in old.warnings))[-5:]
         update["outputs"] = news.outputs or old.outputs
