@@ -38,6 +38,9 @@ TIMED = tuple(
 """Faults after which pods can be kept: done twice, once in place and once with the whole gang anew."""
 
 
+WAITING_AT_ONCE = 3
+
+
 def choose(args: argparse.Namespace) -> list[Cell]:
     """The cells that the command line asks for."""
     return [
@@ -47,20 +50,29 @@ def choose(args: argparse.Namespace) -> list[Cell]:
     ]
 
 
-async def run_cells(bed: Bed, cells: Sequence[Cell]) -> tuple[list[list[object]], int]:
-    """Run cells, one after the other; return the rows of the table and how many are wrong."""
-    rows: list[list[object]] = []
-    num_wrong = 0
-    for number, cell in enumerate(cells, 1):
+async def run_cells(bed: Bed, cells: Sequence[Cell], jobs: int) -> tuple[list[list[object]], int]:
+    """Run cells; return the rows of the table, in the order of the cells, and how many are wrong."""
+    rows: dict[Cell, list[object]] = {}
+    wrong: list[str] = []
+
+    async def run_one(cell: Cell, turns: asyncio.Semaphore) -> None:
+        async with turns:
+            outcome = await bed.run(cell)
+        fault = verdict(cell, outcome.status, outcome.same_weights)
+        if fault:
+            wrong.append(cell.name)
+        rows[cell] = row(cell, outcome, fault)
+        print(f"  {len(rows)}/{len(cells)} {cell.name}: {outcome.seconds:.1f} s, {fault or 'right'}", flush=True)
+
+    for cell in cells:
         if reason := meaningless(cell):
-            rows.append([cell.fault, cell.target, cell.stage, f"not run: {reason}", "", "", "", ""])
-            continue
-        outcome = await bed.run(cell)
-        wrong = verdict(cell, outcome.status, outcome.same_weights)
-        num_wrong += bool(wrong)
-        rows.append(row(cell, outcome, wrong))
-        print(f"  {number}/{len(cells)} {cell.name}: {outcome.seconds:.1f} s, {wrong or 'right'}", flush=True)
-    return rows, num_wrong
+            rows[cell] = [cell.fault, cell.target, cell.stage, f"not run: {reason}", "", "", "", "", ""]
+    # Where only time can show the fault, several cells wait side by side.
+    for waits, at_once in ((False, jobs), (True, jobs * WAITING_AT_ONCE)):
+        turns = asyncio.Semaphore(at_once)
+        chosen = [cell for cell in cells if cell not in rows and cell.stands_still is waits]
+        await asyncio.gather(*(run_one(cell, turns) for cell in chosen))
+    return [rows[cell] for cell in cells], len(wrong)
 
 
 def row(cell: Cell, outcome: Outcome, wrong: str) -> list[object]:
@@ -97,11 +109,11 @@ async def run_all(args: argparse.Namespace, folder: Path) -> tuple[list[list[obj
     bed = Bed(folder)
     truth = await bed.run(None)
     print(f"  undisturbed: {truth.seconds:.1f} s, weights {bed.truth[:12]}", flush=True)
-    rows, num_wrong = await run_cells(bed, choose(args))
+    rows, num_wrong = await run_cells(bed, choose(args), args.jobs)
     bed.close()
     in_place, whole_gang = (None, None) if args.no_times else await time_restarts(folder / "timed")
     print(f"  {time.monotonic() - began:.0f} s in all", flush=True)
-    num_cells = sum(len(line) == len(HEADER) for line in rows)
+    num_cells = sum(line[-1] != "" for line in rows)
     result: dict[str, object] = {
         "cells": num_cells,
         "wrong": num_wrong,
@@ -125,6 +137,7 @@ def main() -> None:
     parser.add_argument("--faults", **words(FAULTS), help=f"of {', '.join(FAULTS)}")  # type: ignore[arg-type]
     parser.add_argument("--ranks", **words(TARGETS), help=f"of {', '.join(TARGETS)}")  # type: ignore[arg-type]
     parser.add_argument("--stages", **words(STAGES), help=f"of {', '.join(STAGES)}")  # type: ignore[arg-type]
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once (default 1); those that wait: thrice that")
     parser.add_argument("--no-times", action="store_true", help="leave the seconds of restarts out")
     args = parser.parse_args()
     if os.geteuid() != 0:

@@ -99,6 +99,8 @@ class Disk:
 
     folder: Path
     megabytes: int
+    covered: bool = False
+    """Whether a second, read-only mount of it lies over it."""
 
     def __enter__(self) -> Disk:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +109,7 @@ class Disk:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.heal()
         subprocess.run(["umount", "-l", str(self.folder)], check=False)
 
     def fill(self) -> None:
@@ -116,14 +119,20 @@ class Disk:
                 file.write(bytes(4096))
 
     def make_read_only(self) -> None:
-        """As a kernel does with a file system whose disk fails. Files that are open for writing stand in the way of
-        an ordinary remount, so writers are ended by what they meet."""
-        subprocess.run(["mount", "-o", "remount,ro", str(self.folder)], check=True)
+        """As a kernel does with a file system whose disk fails."""
+        if subprocess.run(["mount", "-o", "remount,ro", str(self.folder)], check=False, capture_output=True).returncode:
+            # Files that are open for writing, as logs are, stand in the way: they stay, and nothing new can be written.
+            subprocess.run(["mount", "--bind", str(self.folder), str(self.folder)], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(self.folder)], check=True)
+            self.covered = True
 
     def heal(self) -> None:
         """Make room, and let it be written to; unless it is gone by now."""
         if not self.folder.is_mount():
             return
+        if self.covered:
+            subprocess.run(["umount", "-l", str(self.folder)], check=True)
+            self.covered = False
         subprocess.run(["mount", "-o", "remount,rw", str(self.folder)], check=True)
         (self.folder / ".filler").unlink(missing_ok=True)
 

@@ -172,7 +172,7 @@ class Bed:
             job = create_job(home, self.job(cell, ground), utc_now)
             settings = replace(SETTINGS, hold_seconds=SETTINGS.hold_seconds if in_place else 0.0)
             if cell is not None and cell.stands_still:
-                settings = replace(settings, standstill_seconds=6.0)
+                settings = replace(settings, standstill_seconds=6.0, beat_timeout_seconds=4.0)
             watch = Watch()
             run = LocalRun(home, job, watch, utc_now, settings)
             ground.run = run

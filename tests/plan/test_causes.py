@@ -133,9 +133,17 @@ def test_last_words_and_rank_come_from_the_supervisor() -> None:
     assert (cause.rank, cause.last_words) == (7, "RuntimeError: bad")
 
 
-def test_a_gpu_out_of_memory_is_known_by_its_words() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory.",
+        "MemoryError",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory",
+        "OSError: [Errno 12] Cannot allocate memory",
+    ],
+)
+def test_memory_that_ran_out_is_known_by_its_words(words: str) -> None:
     world = World().running()
-    words = "torch.OutOfMemoryError: CUDA out of memory."
     world.exit(1, ExitCode.SOFTWARE, termination=last_words(1, ExitCode.SOFTWARE, words))
     cause = cause_of(world)
     assert cause is not None

@@ -27,6 +27,7 @@ from finetune_operator.plan import (
     regroup,
     restart,
     standby,
+    stragglers,
     suspend,
     timing,
     ttl,
@@ -46,6 +47,7 @@ POLICIES: tuple[Policy, ...] = (
     deadline.judge,  # Is its time over?
     suspend.stop,  # Is it to stop for now?
     hangs.judge,  # Does it stand still?
+    stragglers.judge,  # Does it wait for a pod that nobody hears of?
     endings.see_end,  # Has the attempt ended, and why?
     elastic.shrink,  # Will fewer nodes do?
     capacity.fall_back,  # Will any nodes do?
@@ -71,6 +73,7 @@ ACTIONS: tuple[Callable[[View, FineTuneJobStatus], tuple[Action, ...]], ...] = (
 WAKES: tuple[Callable[[View, FineTuneJobStatus], datetime | None], ...] = (
     deadline.deadline,
     hangs.wake,
+    stragglers.wake,
     endings.wake,
     attempts.wake,
     in_place.wake,
