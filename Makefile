@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo simulate bench-ranks \
+.PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot
 
 help: ## this list
@@ -31,6 +31,9 @@ kill-demo: install ## 10 notices and 20 kills at random moments: the weights of 
 
 bench-ranks: install ## two ranks on two cores beside one rank with two threads
 	@$(BIN)/python -m bench.ranks
+
+kill-matrix: install ## every fault at every rank and stage, on real processes: the right end each time? (root)
+	@$(BIN)/python -m bench.kill_matrix
 
 simulate: install ## a million random events against the simulated cluster; a broken invariant prints its replay
 	@$(BIN)/python -m tests.simulation --events 1000000

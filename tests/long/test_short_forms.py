@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,18 @@ def last_line(*command: str) -> dict[str, Any]:
 def test_kill_demo() -> None:
     result = last_line("bench.kill_demo", "--notices", "1", "--kills", "3", "--steps", "12", "--save-every", "3")
     assert result == {"notices": 1, "kills": 3, "different_weights": 0, "lost_after_notice": 0}
+
+
+@pytest.mark.trainer
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts small disks and puts filters on connections")
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ("--faults", "SIGKILL", "full disk", "--ranks", "rank 0", "--stages", "saving"),
+        ("--faults", "partition", "--ranks", "rank 1", "--stages", "training"),
+    ],
+)
+def test_kill_matrix(cells: tuple[str, ...]) -> None:
+    result = last_line("bench.kill_matrix", "--no-times", *cells)
+    assert (result["wrong"], result["cells"]) == (0, 2 if "SIGKILL" in cells else 1)
