@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.matrix.cells import FAULTS, STAGES, TARGETS, Cell, all_cells, meaningless, verdict
-from bench.matrix.run import Bed, Outcome, median
+from bench.matrix.run import Bed, MomentMissedError, Outcome, median
 from bench.report import finish
 
 TIMED = tuple(
@@ -57,8 +57,11 @@ async def run_cells(bed: Bed, cells: Sequence[Cell], jobs: int) -> tuple[list[li
 
     async def run_one(cell: Cell, turns: asyncio.Semaphore) -> None:
         async with turns:
-            outcome = await bed.run(cell)
-        fault = verdict(cell, outcome.status, outcome.same_weights)
+            try:
+                outcome = await bed.run(cell)
+                fault = verdict(cell, outcome.status, outcome.same_weights)
+            except (MomentMissedError, OSError) as error:
+                outcome, fault = Outcome({}, None, 0.0, None, None), str(error)
         if fault:
             wrong.append(cell.name)
         rows[cell] = row(cell, outcome, fault)

@@ -44,6 +44,10 @@ POLL_SECONDS = 0.005
 SETTINGS = replace(LOCAL, failure_backoff_seconds=0.2, cause_seconds=1.5)
 
 
+class MomentMissedError(Exception):
+    """A run never came to the stage of its cell."""
+
+
 @dataclass
 class Outcome:
     """What a cell ended with."""
@@ -284,7 +288,9 @@ class Strike:
         async with asyncio.timeout(CELL_SECONDS):
             while not reached():
                 if self._task.done():
-                    raise RuntimeError(f"{self._cell.name}: the run was over before its moment: {self._task.result()}")
+                    job = self._task.result().job
+                    words = job.status.message if job is not None else "it is gone"
+                    raise MomentMissedError(f"the run was over before its moment: {words}")
                 await asyncio.sleep(POLL_SECONDS)
 
     # -- who ----------------------------------------------------------------------------------------------------------
