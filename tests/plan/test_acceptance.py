@@ -17,7 +17,6 @@ LORA = {"method": "LoRA", "steps": 10}
 
 REFUSED = [
     ({"queueName": "gpus"}, Reason.NOT_SUPPORTED, "spec.queueName"),
-    ({"training": {"method": "Full", "steps": 10}}, Reason.NOT_SUPPORTED, "spec.training.method"),
     ({"training": LORA | {"epochs": 3}}, Reason.INVALID_SPEC, "spec.training"),
     ({"topology": CPU, "training": LORA | {"precision": "fp16"}}, Reason.INVALID_SPEC, "precision"),
     ({"podTemplate": {"spec": {"containers": [{"image": "mine"}]}}}, Reason.INVALID_SPEC, "spec.podTemplate"),
@@ -59,10 +58,10 @@ def test_spot_is_accepted_and_rendered(spot: dict[str, str]) -> None:
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    world = World(make_job(queueName="gpus", training={"method": "Full", "steps": 10}))
+    world = World(make_job(queueName="gpus"), settings=Settings(coordinator_url="https://coordinator"))
     message = accepted(world).message
     assert "queueName" in message
-    assert "training.method" in message
+    assert "checkpoint.storage" in message
 
 
 def test_a_corrected_spec_is_accepted() -> None:

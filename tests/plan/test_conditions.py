@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from finetune_contract.beat import CommittedCheckpoint
 from finetune_operator.api.words import ConditionType
 from finetune_operator.plan.conditions import find, is_true
-from tests.plan.world import World
+from tests.plan.world import World, make_job
 
 
 def holding(world: World) -> set[str]:
@@ -63,3 +64,35 @@ def test_a_condition_says_why_and_of_which_generation() -> None:
     assert complete is not None
     assert (complete.reason, complete.observed_generation) == ("Finished", 1)
     assert complete.message
+
+
+def saved(world: World, save_seconds: float, step: int) -> None:
+    checkpoint = CommittedCheckpoint(
+        step=step, time=0, size_bytes=1, attempt=1, durable_seconds=save_seconds, interval_seconds=90.0
+    )
+    world.beat(0, step=step, restored_step=0, checkpoint=checkpoint)
+    world.settle()
+
+
+def test_a_notice_too_short_to_save_in_is_said_once() -> None:
+    world = World(make_job(recovery={"noticeSeconds": 30})).running()
+    saved(world, 3, 10)
+    assert find(world.job.status, ConditionType.NOTICE_TOO_SHORT) is None
+    for step in (20, 30):
+        saved(world, 45 + step / 10, step)
+    condition = find(world.job.status, ConditionType.NOTICE_TOO_SHORT)
+    assert condition is not None
+    assert (condition.status, condition.message) == ("True", "a step and its save took 47 s; the notice is 30 s")
+    assert world.reasons().count("SaveTakesLonger") == 1
+    saved(world, 3, 40)
+    condition = find(world.job.status, ConditionType.NOTICE_TOO_SHORT)
+    assert condition is not None
+    assert condition.status == "False"
+
+
+def test_the_interval_between_checkpoints_is_shown() -> None:
+    world = World().running()
+    saved(world, 3, 10)
+    assert world.job.status.checkpoint_interval_seconds == 90
+    assert world.job.status.last_checkpoint is not None
+    assert world.job.status.last_checkpoint.save_seconds == 3

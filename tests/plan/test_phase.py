@@ -87,7 +87,7 @@ def test_recovering_until_the_next_attempts_first_step() -> None:
     world.step()
     phase, reason, message = line(world)
     assert (phase, reason) == (Phase.RECOVERING, Reason.POD_LOST)
-    assert "rank 1 (circles-a1-n1)" in message
+    assert "rank 1 (circles-a1-n1 on node-1)" in message
     world.tick(2)
     assert line(world)[0] is Phase.RECOVERING
     world.run_all()

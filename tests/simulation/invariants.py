@@ -32,7 +32,10 @@ class Invariants:
         self._require(new != old, name, "a status was written that says nothing new")
         self._require(new.attempt >= old.attempt, name, "the attempt fell")
         self._require(new.preemptions >= old.preemptions, name, "the preemptions fell")
-        self._require(new.failures >= old.failures, name, "the failures fell")
+        ends_before = old.preemptions + old.failures
+        self._require(new.preemptions + new.failures >= ends_before, name, "the preemptions and failures fell")
+        if new.failures < old.failures:
+            self.counts["failures put right"] += 1
         self._require(new.lost_steps >= old.lost_steps, name, "the lost steps fell")
         self._require(bool(new.phase and new.reason and new.message is not None), name, "no phase, reason or message")
         ends = new.preemptions + new.failures

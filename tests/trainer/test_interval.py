@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_contract.interval import (
+    DEFAULT_MTBF_SECONDS,
+    MAX_AUTO_SECONDS,
+    MIN_AUTO_SECONDS,
+    auto_seconds,
+    estimate_mtbf_seconds,
+)
 from finetune_contract.spec import CheckpointInterval
-from finetune_trainer.checkpoint.interval import MAX_AUTO_SECONDS, MIN_AUTO_SECONDS, SaveClock, auto_seconds, save_due
+from finetune_trainer.checkpoint.interval import SaveClock, save_due
 
 AUTO = CheckpointInterval()
 STEPS = CheckpointInterval(steps=20)
@@ -60,3 +67,15 @@ def test_auto_loses_nearly_the_least(cost: float, mtbf: float) -> None:
     chosen = auto_seconds(cost, mtbf)
     best = min(loss(MIN_AUTO_SECONDS * 1.05**number) for number in range(107))
     assert loss(chosen) <= best * 1.1 + 1e-9 or chosen in (MIN_AUTO_SECONDS, MAX_AUTO_SECONDS)
+
+
+def test_auto_saves_more_often_where_interruptions_are_frequent() -> None:
+    often, seldom = (SaveClock(1, 60, save_seconds=1, mtbf_seconds=mtbf) for mtbf in (600, 86_400))
+    assert save_due(AUTO, often)
+    assert not save_due(AUTO, seldom)
+
+
+def test_the_rate_is_the_assumed_one_at_first_and_the_observed_one_in_the_end() -> None:
+    assert estimate_mtbf_seconds(0, 0) == DEFAULT_MTBF_SECONDS
+    assert estimate_mtbf_seconds(10 * 600, 10) < 0.2 * DEFAULT_MTBF_SECONDS
+    assert estimate_mtbf_seconds(100 * 600, 100) == pytest.approx(600, rel=0.15)

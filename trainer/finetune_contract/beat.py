@@ -60,6 +60,7 @@ class CommittedCheckpoint(Wire):
     attempt: int = Field(ge=1)
     stall_seconds: float | None = Field(default=None, ge=0, description="for how long the loop stood still for it")
     durable_seconds: float | None = Field(default=None, ge=0, description="from its step until it was durable")
+    interval_seconds: float | None = Field(default=None, ge=0, description="time until the next one is due")
 
 
 class RankReport(Wire):
@@ -150,6 +151,7 @@ class NewWorld(Wire):
     num_nodes: int = Field(ge=1)
     master_addr: str = Field(description="host of rank 0")
     master_port: int = Field(ge=1, le=65535)
+    mtbf_seconds: float | None = Field(default=None, gt=0, description="mean time between interruptions so far")
 
 
 class Reply(Wire):

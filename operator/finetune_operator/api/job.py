@@ -230,6 +230,7 @@ class CheckpointStatus(StatusModel):
     time: datetime = Field(description="when it was committed")
     bytes: int = Field(description="its size")
     attempt: int | None = Field(default=None, description="attempt that wrote it")
+    save_seconds: float | None = Field(default=None, description="from its step until it was durable")
 
 
 class AttemptSeconds(StatusModel):
@@ -272,14 +273,17 @@ class AttemptStatus(StatusModel):
     from_step: int | None = Field(default=None, description="step that it restored")
     to_step: int | None = Field(default=None, description="last step that it was seen to finish")
     nodes: int | None = Field(default=None, description="number of its pods, where that is not maxNodes")
-    pod_ranks: tuple[int, ...] = Field(
-        default=(), description="for each node rank the number in its pod's name, where these are not the same"
+    pod_ranks: tuple[int, ...] | None = Field(
+        default=None, description="for each node rank the number in its pod's name, where these are not the same"
     )
-    pod_nodes: tuple[str, ...] = Field(
-        default=(), description="for each node rank the node of its pod, while the attempt is at work"
+    pod_nodes: tuple[str, ...] | None = Field(
+        default=None, description="for each node rank the node of its pod, while the attempt is at work"
     )
     capacity: Capacity | None = Field(
         default=None, description="what its new pods ask for; not there: what recovery.spot says"
+    )
+    mtbf_seconds: float | None = Field(
+        default=None, description="mean time between the job's interruptions when it began, as told to its ranks"
     )
     next_nodes: int | None = Field(
         default=None, description="number of pods that the next attempt begins with, where its end decided that"
@@ -330,7 +334,7 @@ class FineTuneJobStatus(StatusModel):
     message: str | None = Field(default=None, description="why, in a sentence")
     conditions: tuple[Condition, ...] = Field(
         default=(),
-        description="Accepted, Running, Recovering, Complete, Failed, Suspended",
+        description="Accepted, Running, Recovering, Complete, Failed, Suspended, NoticeTooShort",
         json_schema_extra=list_map("type"),
     )
     attempt: int = Field(default=0, description="newest attempt; an older one may no longer commit")
@@ -341,6 +345,10 @@ class FineTuneJobStatus(StatusModel):
     loss: float | None = Field(default=None, description="training loss, smoothed")
     images_per_second: float | None = Field(default=None, description="images trained in a second, by all ranks")
     last_checkpoint: CheckpointStatus | None = Field(default=None, description="newest verified checkpoint")
+    checkpoint_interval_seconds: float | None = Field(
+        default=None,
+        description="time between checkpoints; with auto it follows from their cost and the rate of interruptions",
+    )
     nodes: str | None = Field(default=None, description="pods that are up / pods asked for, e.g. 3/4")
     preemptions: int = Field(default=0, description="attempts that capacity ended")
     failures: int = Field(default=0, description="attempts that the program ended")

@@ -40,6 +40,7 @@ class ConditionType(StrEnum):
     COMPLETE = "Complete"
     FAILED = "Failed"
     SUSPENDED = "Suspended"
+    NOTICE_TOO_SHORT = "NoticeTooShort"
 
 
 CONDITIONS: dict[ConditionType, str] = {
@@ -49,6 +50,8 @@ CONDITIONS: dict[ConditionType, str] = {
     ConditionType.COMPLETE: "All steps are trained and all outputs written. Final.",
     ConditionType.FAILED: "The job ended without its model. Final.",
     ConditionType.SUSPENDED: "spec.suspend is true and no pod is left.",
+    ConditionType.NOTICE_TOO_SHORT: "A save takes longer than recovery.noticeSeconds: a preemption may cost the steps "
+    "since the last checkpoint. Give more notice where the capacity has it, or faster storage.",
 }
 """What each condition means where it is True."""
 
@@ -86,6 +89,8 @@ class Reason(StrEnum):
     VALIDATING = "Validating"
     EXPORTING = "Exporting"
     SILENT = "Silent"
+    SAVE_TAKES_LONGER = "SaveTakesLonger"
+    SAVE_IN_TIME = "SaveInTime"
 
     NOTICE_SAVED = "NoticeSaved"
     PREEMPTED = "Preempted"
@@ -229,6 +234,12 @@ REASONS: dict[Reason, ReasonDoc] = {
         "A pod runs, but its supervisor has not been heard for a while.",
         "Look at the network between the pod and the coordinator; training itself goes on.",
     ),
+    Reason.SAVE_TAKES_LONGER: ReasonDoc(
+        Topic.WORKING,
+        "The last save took longer than recovery.noticeSeconds; the message has both figures.",
+        "Raise recovery.noticeSeconds where the capacity gives more notice, or use faster storage.",
+    ),
+    Reason.SAVE_IN_TIME: ReasonDoc(Topic.WORKING, "A save fits into recovery.noticeSeconds again.", NOTHING),
     Reason.NOTICE_SAVED: _capacity("A pod was told to stop, and its ranks saved their last step before they left."),
     Reason.PREEMPTED: _capacity("A pod was taken away with notice; the cluster did not say by whom."),
     Reason.PREEMPTION_BY_SCHEDULER: _capacity(

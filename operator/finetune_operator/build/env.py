@@ -26,6 +26,8 @@ class Place:
     """Attempt and number of node rank 0's pod: the others meet there."""
     stands_by: bool = False
     """Whether it waits for the next world instead of going to work."""
+    mtbf_seconds: float | None = None
+    """Mean time between the job's interruptions so far; None: not known."""
 
 
 def build_env(job: FineTuneJob, place: Place, settings: Settings) -> list[dict[str, Any]]:
@@ -57,6 +59,7 @@ def _gang(job: FineTuneJob, place: Place, settings: Settings) -> dict[str, str]:
         environment.MASTER_ADDR: pod_host(job.metadata.name, *place.first_pod, job.metadata.namespace),
         environment.MASTER_PORT: str(settings.rendezvous_port),
         environment.BACKEND: backend(topology),
+        **({environment.MTBF_SECONDS: f"{place.mtbf_seconds:g}"} if place.mtbf_seconds else {}),
         **({environment.STANDBY: "1"} if place.stands_by else {}),
     }
 

@@ -32,6 +32,8 @@ class Surroundings:
     """Attempt and number of node rank 0's pod, where that one was kept; None: it is of this pod's attempt."""
     capacity: Capacity | None = None
     """Nodes that it may take, where that is not simply what the spec says."""
+    mtbf_seconds: float | None = None
+    """Mean time between the job's interruptions so far."""
     stands_by: bool = False
     """Whether it belongs to no gang yet: its ranks wait for the next world."""
     avoid: tuple[str, ...] = ()
@@ -53,7 +55,7 @@ def build_pod(
     if around.capacity is not None:
         identity["metadata"]["labels"][CAPACITY] = around.capacity.value
     size = around.num_nodes or num_nodes(job.spec)
-    place = Place(attempt, node_rank, size, around.first_pod or (attempt, 0), around.stands_by)
+    place = Place(attempt, node_rank, size, around.first_pod or (attempt, 0), around.stands_by, around.mtbf_seconds)
     spec = _pod_spec(job, build_env(job, place, settings), settings, around.capacity)
     _avoid(spec, around.avoid)
     rendered = merge(identity, {"spec": spec})

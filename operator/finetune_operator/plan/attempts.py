@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from finetune_contract.interval import estimate_mtbf_seconds
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.build import num_nodes
-from finetune_operator.plan import backoff, capacity, elastic, in_place, ledger
+from finetune_operator.plan import backoff, budget, capacity, elastic, in_place, ledger
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.endings import close
 from finetune_operator.plan.revise import revise
@@ -23,7 +24,7 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
     Of the pods of the last one only those may be left that are kept.
     """
-    if not may_begin(view, status):
+    if not may_begin(view, status) or budget.is_waiting(view, status):
         return status
     kept = in_place.survivors(view, status)
     if len(view.observed.pods) > len(kept) or in_place.is_saving(view, status, kept):
@@ -37,7 +38,12 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     status = _begin(view, status, status.attempt + 1)
     entry = ledger.current(status)
     assert entry is not None
-    entry = revise(entry, nodes=size if size != num_nodes(view.spec) else None, capacity=kind)
+    entry = revise(
+        entry,
+        nodes=size if size != num_nodes(view.spec) else None,
+        capacity=kind,
+        mtbf_seconds=_mtbf_seconds(view, status),
+    )
     return ledger.replace_current(status, entry if members is None else ledger.with_members(entry, members))
 
 
@@ -68,6 +74,12 @@ def _due(view: View, status: FineTuneJobStatus) -> datetime | None:
     if entry is None:
         return None
     return backoff.next_attempt_at(entry, status, view.settings, view.job.metadata.uid)
+
+
+def _mtbf_seconds(view: View, status: FineTuneJobStatus) -> float:
+    """Mean time between interruptions, the time of suspensions aside."""
+    elapsed_seconds = (view.now - (status.start_time or view.now)).total_seconds() - status.tally.suspended_seconds
+    return round(estimate_mtbf_seconds(elapsed_seconds, status.preemptions + status.failures))
 
 
 def _begin(view: View, status: FineTuneJobStatus, attempt: int) -> FineTuneJobStatus:

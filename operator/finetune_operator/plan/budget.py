@@ -7,16 +7,29 @@ from __future__ import annotations
 
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.words import CountsAs, Reason
+from finetune_operator.plan import reclassify
 from finetune_operator.plan.explain import explain_end, is_final
 from finetune_operator.plan.finish import fail
 from finetune_operator.plan.ledger import current
 from finetune_operator.plan.view import View, is_finished
 
 
+def is_waiting(view: View, status: FineTuneJobStatus) -> bool:
+    """Whether a failure would be the job's last, and may still turn out to be none: nothing begins before that."""
+    entry = current(status)
+    if entry is None or not reclassify.may_turn_out(view, entry):
+        return False
+    tally = status.tally
+    at_step = tally.failed_step is not None and tally.failures_at_step >= view.settings.same_step_failures
+    return at_step or tally.failures_since_checkpoint > view.spec.recovery.max_failures
+
+
 def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Fail the job where trying again cannot help, or has not helped often enough."""
     entry = current(status)
     if entry is None or entry.reason is None or entry.counts_as != CountsAs.FAILURE or is_finished(status):
+        return status
+    if is_waiting(view, status):
         return status
     if is_final(entry.reason):
         return fail(view, status, entry.reason, explain_end(entry))

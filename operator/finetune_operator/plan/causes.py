@@ -243,11 +243,18 @@ def _cause(row: Row, facts: Facts, view: View) -> Cause:
         reason=row.reason(facts),
         rank=facts.rank,
         pod=pod.name if pod else pod_name(view.job.metadata.name, *view.members[facts.node_rank]),
-        node=pod.node if pod else None,
+        node=pod.node if pod else _noted_node(view, facts.node_rank),
         exit_code=facts.code,
         last_words=facts.last_words.strip() or _cluster_words(facts, row.reason(facts)),
         consequence=row.consequence,
     )
+
+
+def _noted_node(view: View, node_rank: int) -> str | None:
+    """Where a pod was that is gone."""
+    entry = current(view.job.status)
+    nodes = entry.pod_nodes if entry is not None and entry.attempt == view.attempt else None
+    return nodes[node_rank] if nodes is not None and node_rank < len(nodes) else None
 
 
 def _cluster_words(facts: Facts, reason: Reason) -> str:

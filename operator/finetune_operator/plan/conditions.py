@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune_operator.api.job import Condition, FineTuneJobStatus, Phase
-from finetune_operator.api.words import ConditionType
+from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.plan.explain import explain_reason
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.view import View
@@ -65,6 +65,24 @@ def derive(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
             reason, message = old.reason, old.message
         status = put(status, make(view, kind, holds, reason, message))
     return status
+
+
+def judge_notice(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Say whether a step and the save after it fit into the notice that the capacity gives, by what they last took."""
+    checkpoint, tally = status.last_checkpoint, status.tally
+    if checkpoint is None or checkpoint.save_seconds is None:
+        return status
+    step_seconds = tally.trained_seconds / tally.trained_steps if tally.trained_steps else 0.0
+    seconds, notice = checkpoint.save_seconds + step_seconds, view.spec.recovery.notice_seconds
+    too_long, old = seconds > notice, find(status, ConditionType.NOTICE_TOO_SHORT)
+    if not too_long and old is None:
+        return status
+    if old is not None and old.status == ("True" if too_long else "False"):
+        # The figures differ with every save.
+        return status
+    reason = Reason.SAVE_TAKES_LONGER if too_long else Reason.SAVE_IN_TIME
+    message = f"a step and its save took {seconds:.0f} s; the notice is {notice} s"
+    return put(status, make(view, ConditionType.NOTICE_TOO_SHORT, too_long, reason.value, message))
 
 
 FINAL = PHASE_OF[ConditionType.COMPLETE] | PHASE_OF[ConditionType.FAILED]

@@ -24,6 +24,7 @@ from finetune_operator.plan import (
     nodes,
     phase,
     progress,
+    reclassify,
     regroup,
     restart,
     standby,
@@ -52,6 +53,7 @@ POLICIES: tuple[Policy, ...] = (
     elastic.shrink,  # Will fewer nodes do?
     capacity.fall_back,  # Will any nodes do?
     regroup.judge,  # Is there better capacity?
+    reclassify.look,  # Was a lost peer's machine lost?
     budget.judge,  # Was that one failure too many?
     attempts.begin,  # May the next attempt begin?
     attempts.catch_up,  # Are there attempts that the status does not know?
@@ -59,6 +61,7 @@ POLICIES: tuple[Policy, ...] = (
     phase.describe,  # Where is it, in words?
     hangs.note,  # Does anything go on?
     conditions.derive,  # What holds, and since when?
+    conditions.judge_notice,  # Is the notice long enough to save in?
     goodput.measure,  # What share of the time was of use?
 )
 """Each reads the view and what the ones before it wrote, and answers for one question of the status."""
@@ -75,6 +78,7 @@ WAKES: tuple[Callable[[View, FineTuneJobStatus], datetime | None], ...] = (
     hangs.wake,
     stragglers.wake,
     endings.wake,
+    reclassify.wake,
     attempts.wake,
     in_place.wake,
     restart.wake,

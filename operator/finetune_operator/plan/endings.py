@@ -53,6 +53,8 @@ def settle(status: FineTuneJobStatus, cause: Cause) -> FineTuneJobStatus:
         node=cause.node,
         exit_code=cause.exit_code,
         message=cause.last_words or None,
+        # A fabric's failure may turn out to be a machine's.
+        pod_nodes=entry.pod_nodes if cause.reason is Reason.FABRIC_ERROR else None,
     )
     return _count(replace_current(status, settled), cause.counts_as)
 
@@ -68,6 +70,7 @@ def close(status: FineTuneJobStatus, reason: Reason, now: datetime) -> FineTuneJ
         ended_at=entry.ended_at or now,
         reason=reason.value,
         counts_as=counts_as.value if counts_as else None,
+        pod_nodes=None,
     )
     return _count(replace_current(status, closed), counts_as)
 

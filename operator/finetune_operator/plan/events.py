@@ -22,6 +22,7 @@ def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Event, ...]
         *_attempts(old, new),
         *_checkpoint(old, new),
         *_warnings(old, new),
+        *_notice(old, new),
         *_outputs(old, new),
         *_end(old, new),
     )
@@ -70,6 +71,13 @@ def _checkpoint(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
 def _warnings(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     fresh = [warning for warning in new.warnings if warning not in old.warnings]
     return [Event(Reason.TRAINER_WARNING, warning, warning=True) for warning in fresh]
+
+
+def _notice(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    before, after = (find(status, ConditionType.NOTICE_TOO_SHORT) for status in (old, new))
+    if after is None or after.status != "True" or (before is not None and before.status == "True"):
+        return []
+    return [Event(after.reason, after.message, warning=True)]
 
 
 def _outputs(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:

@@ -15,16 +15,23 @@ from finetune_operator.plan.revise import revise
 from finetune_operator.plan.types import Create
 from finetune_operator.plan.view import View, is_finished
 
+MAX_NODES_NOTED = 64
+"""Of larger gangs the ledger does not hold each pod's node: it must stay small."""
+
 
 def see_complete(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Remember that all pods of the attempt were there: from now on a missing one is lost.
+    """Remember that all pods of the attempt were there, and on which nodes: from now on a missing one is lost.
 
     Before, a missing pod may just not have been created, or not be visible yet.
     """
     entry = open_entry(status)
-    if entry is None or len(view.pods) < view.num_nodes:
+    if entry is None or entry.attempt != view.attempt or len(view.pods) < view.num_nodes:
         return status
-    return replace_current(status, revise(entry, gang_complete=True))
+    entry = revise(entry, gang_complete=True)
+    nodes = tuple(pod.node for pod in view.pods.values() if pod.node is not None)
+    if len(nodes) == view.num_nodes <= MAX_NODES_NOTED:
+        entry = revise(entry, pod_nodes=nodes)
+    return replace_current(status, entry)
 
 
 def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
@@ -44,7 +51,11 @@ def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     if service_name(name) not in view.observed.services:
         missing.append(Create(build_service(view.job, view.settings)))
     around = Surroundings(
-        num_nodes=view.num_nodes, first_pod=view.members[0], avoid=_hung_nodes(status), capacity=entry.capacity
+        num_nodes=view.num_nodes,
+        first_pod=view.members[0],
+        avoid=_hung_nodes(status),
+        capacity=entry.capacity,
+        mtbf_seconds=entry.mtbf_seconds,
     )
     if not entry.gang_complete:
         ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))

@@ -41,7 +41,7 @@ def with_members(entry: AttemptStatus, members: Sequence[tuple[int, int]]) -> At
     return revise(
         entry,
         pod_attempts=tuple(attempt for attempt, _ in members),
-        pod_ranks=numbers if numbers != tuple(range(len(numbers))) else (),
+        pod_ranks=numbers if numbers != tuple(range(len(numbers))) else None,
     )
 
 

@@ -118,7 +118,10 @@ def _read_checkpoint(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus
         time=_moment(newest.time, view.now),
         bytes=newest.size_bytes,
         attempt=newest.attempt,
+        save_seconds=_figure(newest.durable_seconds) if newest.durable_seconds is not None else None,
     )
+    if newest.interval_seconds is not None:
+        status = revise(status, checkpoint_interval_seconds=newest.interval_seconds)
     entry = current(status)
     assert entry is not None
     # Where the attempt has failed after it, that failure is one since the checkpoint.

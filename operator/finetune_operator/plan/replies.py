@@ -83,4 +83,5 @@ def _new_world(job: FineTuneJob, beat: Beat, settings: Settings) -> NewWorld | N
         num_nodes=len(members),
         master_addr=pod_host(name, *members[0], job.metadata.namespace),
         master_port=settings.rendezvous_port,
+        mtbf_seconds=entry.mtbf_seconds,
     )

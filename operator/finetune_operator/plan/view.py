@@ -135,7 +135,7 @@ def members_of(status: FineTuneJobStatus, spec: FineTuneJobSpec) -> tuple[Member
     entry = status.attempts[-1] if status.attempts else None
     size = (entry.nodes if entry is not None else None) or num_nodes(spec)
     attempts = entry.pod_attempts if entry is not None else ()
-    ranks = entry.pod_ranks if entry is not None else ()
+    ranks = (entry.pod_ranks if entry is not None else None) or ()
     attempts = attempts if len(attempts) == size else (status.attempt,) * size
     ranks = ranks if len(ranks) == size else tuple(range(size))
     return tuple(map(Member, attempts, ranks))

@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from finetune_contract.interval import DEFAULT_MTBF_SECONDS, auto_seconds
 from finetune_contract.spec import CheckpointInterval
 
-DEFAULT_MTBF_SECONDS = 2 * 3600.0
-"""Mean time between interruptions that `auto` assumes: spot capacity that loses a tenth of its nodes a day, some dozens
-of them together."""
 FIRST_SAVE_SECONDS = 0.5
 """What `auto` takes a save to cost before one has been measured."""
-MIN_AUTO_SECONDS = 10.0
-MAX_AUTO_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -24,11 +20,13 @@ class SaveClock:
         steps_since: finished steps since the last checkpoint.
         seconds_since: seconds since the last checkpoint, or since the loop began.
         save_seconds: what the last save cost, or None.
+        mtbf_seconds: mean time between interruptions, as far as the operator has seen.
     """
 
     steps_since: int
     seconds_since: float
     save_seconds: float | None
+    mtbf_seconds: float = DEFAULT_MTBF_SECONDS
 
 
 def save_due(interval: CheckpointInterval, clock: SaveClock) -> bool:
@@ -37,23 +35,14 @@ def save_due(interval: CheckpointInterval, clock: SaveClock) -> bool:
         return False
     if interval.steps is not None and clock.steps_since >= interval.steps:
         return True
+    return clock.seconds_since >= due_seconds(interval, clock)
+
+
+def due_seconds(interval: CheckpointInterval, clock: SaveClock) -> float:
+    """Seconds between two checkpoints, as it stands; infinite where only steps count."""
     if interval.seconds is not None:
-        return clock.seconds_since >= interval.seconds
+        return float(interval.seconds)
     if interval.steps is not None:
-        return False
+        return math.inf
     cost = FIRST_SAVE_SECONDS if clock.save_seconds is None else clock.save_seconds
-    return clock.seconds_since >= auto_seconds(cost, DEFAULT_MTBF_SECONDS)
-
-
-def auto_seconds(save_seconds: float, mtbf_seconds: float) -> float:
-    """Seconds of work between checkpoints that lose the least time to saving and to repeated work together.
-
-    Young's first-order optimum sqrt(2 C M) with Daly's correction for the save itself, sqrt(2 C M) - C (J. Daly, "A
-    higher order estimate of the optimum checkpoint interval", 2006), within bounds.
-
-    Args:
-        save_seconds: what one save costs (C).
-        mtbf_seconds: mean time between interruptions (M).
-    """
-    best = math.sqrt(2 * save_seconds * mtbf_seconds) - save_seconds
-    return min(MAX_AUTO_SECONDS, max(MIN_AUTO_SECONDS, best))
+    return auto_seconds(cost, clock.mtbf_seconds)

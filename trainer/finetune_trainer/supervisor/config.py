@@ -55,6 +55,7 @@ class Config:
             environment.ATTEMPT: str(world.attempt),
             environment.NODE_RANK: str(world.node_rank),
             environment.NUM_NODES: str(world.num_nodes),
+            **({environment.MTBF_SECONDS: f"{world.mtbf_seconds:g}"} if world.mtbf_seconds else {}),
         }
         return replace(
             self,

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from finetune_contract import environment, paths
 from finetune_contract.beat import RankState
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Precision
 from finetune_trainer.checkpoint.retention import Retention
@@ -55,6 +56,7 @@ class RankContext:
         reporter: the way to the supervisor.
         on_save_stage: see CheckpointStore.
         min_part_bytes: see Checkpointer.
+        mtbf_seconds: see Checkpointer.
     """
 
     spec: RunSpec
@@ -65,6 +67,7 @@ class RankContext:
     reporter: Reporter
     on_save_stage: Callable[[str], None] = lambda _: None
     min_part_bytes: int = MIN_PART_BYTES
+    mtbf_seconds: float = DEFAULT_MTBF_SECONDS
 
 
 def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitCode:
@@ -175,6 +178,7 @@ class _Run:
         )
         options = SaveOptions(
             best=lambda: best_validation(context.job_dir / paths.VALIDATION / LOSSES),
+            mtbf_seconds=context.mtbf_seconds,
             min_part_bytes=context.min_part_bytes,
         )
         return Checkpointer(self._spec, self._world, store, context.reporter, options)
@@ -254,4 +258,5 @@ def read_context(
     except OSError as error:
         raise ConfigError(f"{environment.RUN_SPEC}: {spec_file} cannot be read: {error.strerror}") from error
     min_part_bytes = int(env.get(environment.MIN_PART_BYTES, MIN_PART_BYTES))
-    return RankContext(spec, attempt, job_dir, cache_dir, notice, reporter, on_save_stage, min_part_bytes)
+    mtbf_seconds = float(env.get(environment.MTBF_SECONDS) or DEFAULT_MTBF_SECONDS)
+    return RankContext(spec, attempt, job_dir, cache_dir, notice, reporter, on_save_stage, min_part_bytes, mtbf_seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_contract.beat import CommittedCheckpoint, RankState
+from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.checkpoint.host_copy import HostCopy
-from finetune_trainer.checkpoint.interval import SaveClock, save_due
+from finetune_trainer.checkpoint.interval import SaveClock, due_seconds, save_due
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES, num_parts, total_bytes
 from finetune_trainer.checkpoint.store import BEST, CheckpointStore, Committed, Snapshot
 from finetune_trainer.distributed.channel import Channel
@@ -37,11 +39,13 @@ class SaveOptions:
     Attributes:
         best: the best validation so far, {"step", "loss"}.
         clock: monotonic seconds.
+        mtbf_seconds: mean time between interruptions, as far as the operator has seen.
         min_part_bytes: smallest part of a checkpoint that a rank of its own writes.
     """
 
     best: Callable[[], Mapping[str, Any] | None] = lambda: None
     clock: Callable[[], float] = time.monotonic
+    mtbf_seconds: float = DEFAULT_MTBF_SECONDS
     min_part_bytes: int = MIN_PART_BYTES
 
 
@@ -127,8 +131,15 @@ class Checkpointer:
         if self._trouble.text:
             self._trouble.check(since)
             return self._trouble.retry_due(now)
-        clock = SaveClock(step - self._begun_step, since, self._cost_seconds)
-        return save_due(self._spec.checkpoint_interval, clock)
+        return save_due(self._spec.checkpoint_interval, self._save_clock(step - self._begun_step, since))
+
+    def _save_clock(self, steps_since: int = 0, seconds_since: float = 0.0) -> SaveClock:
+        return SaveClock(steps_since, seconds_since, self._cost_seconds, self._options.mtbf_seconds)
+
+    def _interval_seconds(self) -> float | None:
+        """Seconds between two checkpoints, where they are counted in seconds."""
+        seconds = due_seconds(self._spec.checkpoint_interval, self._save_clock())
+        return round(seconds, 1) if math.isfinite(seconds) else None
 
     def save(self, state: TrainState) -> None:
         """Begin to save the state, unless that was begun already; `before_update` waits for what must be waited for."""
@@ -277,6 +288,7 @@ class Checkpointer:
                 attempt=manifest.attempt,
                 stall_seconds=stall_seconds,
                 durable_seconds=durable_seconds,
+                interval_seconds=self._interval_seconds(),
             )
         )
 
