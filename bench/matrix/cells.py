@@ -45,6 +45,11 @@ class Cell:
         return self.fault in {"hang", "partition"}
 
     @property
+    def keeps_every_step(self) -> bool:
+        """Whether somebody holds the state of the last step and lives, or has the time to save it."""
+        return self.fault == "notice" or (self.fault in {"SIGKILL", "exit 1", "memory"} and self.target != "all")
+
+    @property
     def stays(self) -> bool:
         """Whether the fault is there for every attempt, so that the job must fail and say why."""
         return self.fault in DISK and self.target == "all"
@@ -94,14 +99,20 @@ def verdict(cell: Cell, status: dict[str, Any], same_weights: bool | None) -> st
         status: of the job at its end.
         same_weights: whether the output is that of the undisturbed run; None: there is none.
     """
-    attempts = status.get("attempts", [])
-    first = attempts[0].get("reason") if attempts else None
     if cell.stays:
         return _failed_rightly(cell, status)
     if status.get("phase") != "Succeeded":
         return f"{status.get('phase')}: {str(status.get('message'))[-300:]}"
     if not same_weights:
         return "other weights"
+    if cell.keeps_every_step and status.get("lostSteps"):
+        return f"{status['lostSteps']} steps lost"
+    return _wrong_cause(cell, status)
+
+
+def _wrong_cause(cell: Cell, status: dict[str, Any]) -> str:
+    attempts = status.get("attempts", [])
+    first = attempts[0].get("reason") if attempts else None
     if first in {None, "Finished"}:
         return "" if may_pass(cell) else "the fault did nothing"
     if first not in reasons(cell):

@@ -155,6 +155,16 @@ def test_all_are_asked_to_save_when_one_has_notice() -> None:
     assert world.job.status.attempt == 1
 
 
+def test_survivors_of_a_sudden_loss_are_told_that_their_peer_is_gone() -> None:
+    world = world_of()
+    survivor = world.pod(0)
+    assert not reply(world, survivor).peer_lost
+    world.vanish(world.pod(1).name)
+    world.step()
+    told = reply(world, survivor)
+    assert (told.peer_lost, told.order, told.world) == (True, Order.CONTINUE, None)
+
+
 def test_without_a_coordinator_nobody_is_kept() -> None:
     world = World(make_job(), settings=replace(HOLDING, coordinator_url=""))
     world.running()

@@ -341,6 +341,26 @@ def test_ranks_that_hang_are_ended_for_a_new_world(start: Start, endpoint: Endpo
     assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
 
 
+def test_ranks_that_wait_for_a_lost_peer_in_vain_end_when_the_coordinator_says_so(
+    start: Start, endpoint: Endpoint
+) -> None:
+    process = start(
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        report(state='Training')
+        while os.environ["FINETUNE_ATTEMPT"] == "3": signal.pause()
+        """,
+        **HOLD,
+    )
+    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    endpoint.reply = Reply(attempt=3, peer_lost=True)
+    waiting = endpoint.wait(lambda beat: beat["waiting"])
+    assert {end["exitCode"] for end in waiting["ends"]} == {ExitCode.FABRIC}
+    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
+
+
 def test_a_supervisor_that_waits_leaves_on_notice(start: Start, endpoint: Endpoint, tmp_path: Path) -> None:
     process = start("sys.exit(76)", **HOLD)
     endpoint.wait(lambda beat: beat["waiting"])

@@ -163,6 +163,9 @@ class Reply(Wire):
     )
     world: NewWorld | None = Field(default=None, description="where this pod's ranks belong in the newest attempt")
     beat_seconds: float | None = Field(default=None, gt=0, description="asks for another interval between beats")
+    peer_lost: bool = Field(
+        default=False, description="the attempt is over for want of a peer: no collective of it will end any more"
+    )
     stacks: bool = Field(default=False, description="nothing goes on: what every rank is doing is to be kept")
 
 

@@ -10,7 +10,7 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host, pod_name
 from finetune_operator.api.words import CountsAs, Reason
 from finetune_operator.plan.ledger import current
-from finetune_operator.plan.restart import SAVED_FOR, SUDDEN
+from finetune_operator.plan.restart import SAVED_FOR, SUDDEN, WITH_OWN_GRACE
 from finetune_operator.plan.view import members_of
 from finetune_operator.settings import Settings
 
@@ -29,9 +29,18 @@ def reply_to(job: FineTuneJob | None, beat: Beat, settings: Settings) -> Reply:
         # One that is kept hears of the newest attempt together with its world: without one it would stop.
         attempt=None if member and world is None and beat.attempt < job.status.attempt else job.status.attempt,
         world=world,
+        peer_lost=_has_lost_peer(job, beat),
         stacks=_stood_still(job, beat.attempt),
         beat_seconds=min(WAITING_BEAT_SECONDS, settings.beat_seconds) if hurried else settings.beat_seconds,
     )
+
+
+def _has_lost_peer(job: FineTuneJob, beat: Beat) -> bool:
+    """Whether the ranks wait in vain: where a machine vanishes, nothing else tells their collectives for minutes."""
+    entry = next((entry for entry in job.status.attempts if entry.attempt == beat.attempt), None)
+    if entry is None or entry.counts_as is None or beat.waiting:
+        return False
+    return entry.reason not in WITH_OWN_GRACE and not _should_save(job, beat)
 
 
 def _stood_still(job: FineTuneJob, attempt: int) -> bool:

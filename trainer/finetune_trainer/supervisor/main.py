@@ -49,6 +49,7 @@ class Supervisor:
         self._ends: list[RankEnd] = []
         self._notice = False
         self._ordered = False
+        self._orphaned = False
         self._superseded = False
         self._waiting = False
         self._over = False
@@ -127,13 +128,14 @@ class Supervisor:
             return False
         _log(f"attempt {world.attempt}: the ranks start anew as node {world.node_rank} of {world.num_nodes}")
         self._config = self._config.moved(world)
-        self._ordered = False
+        self._ordered = self._orphaned = False
         self._stacks = None
         return True
 
     async def _see_to_end(self, rank: RankProcess) -> None:
         end = await rank.follow()
-        if self._ends and self._ends[0].exit_code == ExitCode.FABRIC and end.exit_code in ENDED_BY_US:
+        want_a_peer = self._orphaned or (self._ends and self._ends[0].exit_code == ExitCode.FABRIC)
+        if want_a_peer and end.exit_code in ENDED_BY_US:
             # Ended by this supervisor, for want of the same peer.
             end = end.model_copy(update={"exit_code": int(ExitCode.FABRIC)})
         self._ends.append(end)
@@ -172,6 +174,13 @@ class Supervisor:
             _log("the coordinator asks to save: another pod has notice")
             self._ordered = True
             self._signal_all(signal.SIGTERM)
+
+    def _on_lost_peer(self) -> None:
+        """A peer is gone, which the ranks may not know: they save what they hold, and the pod waits for a new world."""
+        if self._config.hold_seconds and not (self._orphaned or self._notice) and len(self._ends) < len(self._ranks):
+            _log("the coordinator says that a peer is gone: the ranks end")
+            self._orphaned = True
+            self._end_hung()
 
     def _signal_all(self, number: int) -> None:
         for rank in self._ranks:
@@ -253,6 +262,8 @@ class Supervisor:
             self._end_soon()
         elif reply.order is Order.SAVE_AND_STOP:
             self._on_order()
+        elif reply.peer_lost:
+            self._on_lost_peer()
 
     async def _keep_stacks(self) -> None:
         for path in await keep_stacks(self._config, self._ranks):
