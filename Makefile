@@ -6,7 +6,7 @@ export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
-        bench-operator bench-beats bench-spot
+        bench-operator bench-beats bench-spot bench-train
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -40,6 +40,9 @@ simulate: install ## a million random events against the simulated cluster; a br
 
 bench-spot: install ## goodput on spot capacity: no operator, upstream practice, this operator
 	@$(BIN)/python -m bench.spot
+
+bench-train: install ## images/s and memory of each method beside its floor and a plain loop
+	@$(BIN)/python -m bench.train
 
 lint: install ## ruff, mypy strict, import-linter
 	$(BIN)/ruff format --check .

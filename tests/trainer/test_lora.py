@@ -189,3 +189,17 @@ def test_writing_again_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_written_are_refused_early(output: dict[str, str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         check_outputs([OutputSpec.model_validate(output)], Lora.formats)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_short_way_is_pefts(base: Path, dtype: torch.dtype) -> None:
+    """Same answers and gradients as peft's own layers give, which a dropout of almost nothing keeps."""
+    short, long = make_lora(base, dtype), make_lora(base, dtype, lora={"rank": 2, "alpha": 6, "dropout": 1e-9})
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.01}
+    for lora in (short, long):
+        torch.manual_seed(0)
+        for parameter in lora.parameters().values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        torch.autograd.backward(lora.losses(make_batch()).sum())
+    for name, parameter in short.parameters().items():
+        torch.testing.assert_close(parameter.grad, long.parameters()[name].grad, **tolerance)

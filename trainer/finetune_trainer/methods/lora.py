@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from finetune_contract.spec import LoraSpec, OutputFormat, TrainingSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.kohya import to_kohya
+from finetune_trainer.methods.lora_linear import use_fast_linears
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.unet_method import UNetMethod
 from finetune_trainer.tensor_file import write_tensors
@@ -29,10 +30,12 @@ class Lora(UNetMethod):
         super().__init__(context)
         self._spec = context.training.lora or LoraSpec()
         _add_adapter(self._unet, self._spec)
+        use_fast_linears(self._unet)
         self._adapted: dict[str, Any] = {"unet": self._unet}
         if self.encodes_text(context.training):
             for part in self._load_text(context.dtype).parts:
                 part.model.add_adapter(_config(self._spec, TEXT_MODULES))
+                use_fast_linears(part.model)
                 self._adapted[part.name] = part.model
                 self._modules.append(part.model)
         self._finish(
@@ -69,7 +72,10 @@ class Lora(UNetMethod):
         for prefix, module in self._adapted.items():
             # Some releases of transformers have this level and some do not; the files' names have it.
             inner = "" if module is self._unet or hasattr(module, "text_model") else "text_model."
-            state |= {f"{prefix}.{inner}{name}": value for name, value in get_peft_model_state_dict(module).items()}
+            for name, value in get_peft_model_state_dict(module).items():
+                # The loader of text encoders wants the level that peft leaves out.
+                is_bare = module is not self._unet and name.endswith(".lora_magnitude_vector")
+                state[f"{prefix}.{inner}{name}{'.weight' if is_bare else ''}"] = value
         return state
 
     def _metadata(self) -> str:

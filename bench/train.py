@@ -1,0 +1,254 @@
+"""Training speed of each method at the SD 1.5 and SDXL architectures, paired with its floor and with a plain loop.
+
+`make bench-train`. Random weights, 256 px, batch 1, bf16. Ours is the product's own loop over its own cache; the floor
+is forward, backward and a fused optimizer on a batch that is ready; the plain loop does what the usual scripts do in
+every step. The three take turns, step by step, in one process. Options::
+
+    python -m bench.train --methods LoRA ControlNet --families sd15 --pairs 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from bench.report import finish
+from bench.train_models import UNETS, RandomFamily
+from bench.train_plain import Floor, Plain
+from finetune_contract.run_spec import RunSpec
+from finetune_trainer.data.draws import Draws
+from finetune_trainer.data.order import SampleRef
+from finetune_trainer.data.prepare import Demand, Preparation
+from finetune_trainer.distributed.buckets import GradientBuckets
+from finetune_trainer.distributed.world import World
+from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.methods.registry import method_class
+from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.notice import Notice
+from finetune_trainer.train.optimizer import learning_rate, make_optimizer
+from finetune_trainer.train.report import Reporter
+from finetune_trainer.train.saving import Checkpointer
+from finetune_trainer.train.state import TrainState
+
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
+NUM_IMAGES = 4
+METHODS: dict[str, dict[str, Any]] = {
+    "Full": {},
+    "LoRA": {"lora": {"rank": 4}},
+    "DreamBooth": {"dreambooth": {"instancePrompt": "a photo of sks dog"}},
+    "DreamBoothLoRA": {"lora": {"rank": 4}, "dreambooth": {"instancePrompt": "a photo of sks dog"}},
+    "TextualInversion": {"textualInversion": {"placeholderToken": "<cat>", "initializerToken": "a"}},
+    "ControlNet": {},
+}
+KEYS = {
+    "Full": "full",
+    "LoRA": "lora",
+    "DreamBooth": "dreambooth",
+    "DreamBoothLoRA": "dreambooth_lora",
+    "TextualInversion": "textual_inversion",
+    "ControlNet": "controlnet",
+}
+NEEDED_GIB = {("sdxl", "Full"): 47, ("sdxl", "DreamBooth"): 47, ("sdxl", "ControlNet"): 29}
+"""Weights, gradients and AdamW's moments in fp32, where a machine may lack that much."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """The product's loop, with its first step done."""
+
+    loop: Loop
+    first_step_seconds: float
+    peak_bytes: int
+
+    def step(self) -> None:
+        """One step of the product's loop, as it is in a rank."""
+        self.loop.train_step()
+
+
+def write_data(folder: Path, resolution: int) -> Path:
+    """A few pictures with captions and conditioning images."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(NUM_IMAGES):
+        for name in (f"{index}.png", f"edges-{index}.png"):
+            Image.fromarray(random.integers(0, 256, (resolution, resolution, 3), dtype=np.uint8)).save(folder / name)
+        rows.append({"file_name": f"{index}.png", "text": f"picture {index}", "edges": f"edges-{index}.png"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def make_spec(method: str, data: Path, resolution: int) -> RunSpec:
+    """The run of one method."""
+    columns = {"conditioning": "edges"} if method == "ControlNet" else {}
+    training = {"method": method, "steps": 1000, "resolution": resolution, "precision": "bf16", "learningRate": 1e-6}
+    return RunSpec.model_validate(
+        {
+            "namespace": "bench",
+            "job": "bench",
+            "uid": "bench",
+            "model": {"base": "random"},
+            "dataset": {"source": str(data), "columns": columns},
+            "training": {**training, **METHODS[method]},
+            "globalBatch": 1,
+        }
+    )
+
+
+def make_ours(family: RandomFamily, spec: RunSpec, cache: Path) -> Ours:
+    """Prepare the data and the loop as a rank does, and train the first step."""
+    began = time.monotonic()
+    loop = make_loop(family, spec, cache)
+    loop.train_step()
+    return Ours(loop, time.monotonic() - began, peak_bytes())
+
+
+def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
+    """Prepare the data and the loop as a rank does. Memory is measured from when the data are ready."""
+    world, training, reporter = World(0, 1, 0, CPU), spec.training, Reporter(0, None)
+    kind = method_class(training.method)
+    demand = Demand(
+        kind.captions(training), kind.needs_captions, not kind.encodes_text(training), kind.needs_conditioning
+    )
+    data = Preparation(spec, demand, family, world, DTYPE, cache, lambda _: None, lambda _: None).run()
+    gc.collect()
+    forget_peak()
+    method = kind(MethodContext(family, training, Draws(0), CPU, DTYPE))
+    parameters = method.parameters()
+    state = TrainState(parameters, make_optimizer(training, parameters.values()))
+    return Loop(
+        spec=spec,
+        world=world,
+        method=method,
+        batches=data.batches,
+        draws=Draws(0),
+        state=state,
+        buckets=GradientBuckets(list(parameters.values()), CPU),
+        learning_rate=learning_rate(training, 1000),
+        checkpointer=Checkpointer(spec, world, None, reporter),
+        notice=Notice(),
+        reporter=reporter,
+        validator=None,
+        total_steps=1000,
+    )
+
+
+def forget_peak() -> None:
+    """Let the kernel measure this process's peak memory anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Peak resident memory since the last `forget_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+def measure(step: Callable[[], None]) -> float:
+    """Seconds of one step."""
+    began = time.monotonic()
+    step()
+    return time.monotonic() - began
+
+
+def run_case(family_name: str, method: str, pairs: int, resolution: int) -> dict[str, float]:
+    """Measure one method on one family: medians over the pairs."""
+    diffusers.utils.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        return run_in(Path(folder), family_name, method, pairs, resolution)
+
+
+def run_in(folder: Path, family_name: str, method: str, pairs: int, resolution: int) -> dict[str, float]:
+    """Measure in an empty folder."""
+    family = RandomFamily(family_name)
+    data = folder / "data"
+    spec = make_spec(method, data if data.is_dir() else write_data(data, resolution), resolution)
+    ours = make_ours(family, spec, folder / "cache" / family_name)
+    times: dict[str, list[float]] = {"ours": [], "floor": [], "plain": []}
+    if method in ("Full", "DreamBooth"):
+        # Three optimizers' states of it do not fit side by side: one after the other, ours on both sides.
+        times["ours"] = [measure(ours.step) for _ in range(pairs)]
+        floor = Floor(ours.loop.method, ours.loop.batches.make([SampleRef(0, 0)]))
+        first, peak = ours.first_step_seconds, ours.peak_bytes
+        del ours
+        gc.collect()
+        floor.step()
+        times["floor"] = [measure(floor.step) for _ in range(pairs)]
+        del floor
+        gc.collect()
+        plain = Plain(family, method, sorted(data.glob("[0-9]*.png")), resolution)
+        plain.step()
+        times["plain"] = [measure(plain.step) for _ in range(pairs)]
+    else:
+        # The floor has the same weights with gradients of its own.
+        first, peak = ours.first_step_seconds, ours.peak_bytes
+        twin = make_loop(family, spec, folder / "cache" / family_name)
+        floor = Floor(twin.method, twin.batches.make([SampleRef(0, 0)]))
+        del twin
+        plain = Plain(family, method, sorted(data.glob("[0-9]*.png")), resolution)
+        floor.step()
+        plain.step()
+        for _ in range(pairs):
+            for name, step in (("ours", ours.step), ("floor", floor.step), ("plain", plain.step)):
+                times[name].append(measure(step))
+                gc.collect()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "images_per_second": 1 / medians["ours"],
+        "over_floor": medians["ours"] / medians["floor"],
+        "speedup": medians["plain"] / medians["ours"],
+        "first_step_seconds": first,
+        "peak_gib": peak / 2**30,
+        **{f"{name}_seconds": value for name, value in medians.items()},
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, and print a table and one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.train", description=main.__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which (default: all)")
+    parser.add_argument("--families", nargs="+", choices=UNETS, default=["sd15", "sdxl"], help="which")
+    parser.add_argument("--pairs", type=int, default=5, help="steps of each measured (default: 5)")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels (default: 256)")
+    options = parser.parse_args(arguments)
+    rows: list[list[object]] = []
+    result: dict[str, float] = {}
+    for family in options.families:
+        for method in options.methods:
+            needed = NEEDED_GIB.get((family, method))
+            if needed is not None and psutil.virtual_memory().total < needed * 2**30:
+                rows.append([family, method, f"does not fit: AdamW in fp32 takes {needed} GiB"])
+                continue
+            # A process for each: what one has left in memory would count as another's.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                figures = pool.apply(run_case, (family, method, options.pairs, options.resolution))
+            key = KEYS[method] if family == "sd15" else f"{family}_{KEYS[method]}"
+            result |= {f"{key}_{name}": round(value, 3) for name, value in figures.items()}
+            rows.append([family, method, *(f"{value:.2f}" for value in figures.values())])
+            print(family, method, json.dumps({name: round(value, 3) for name, value in figures.items()}), flush=True)
+    header = ["family", "method", "images/s", "ours/floor", "plain/ours", "first step s", "peak GiB"]
+    finish([*header, "ours s", "floor s", "plain s"], [row + [""] * (10 - len(row)) for row in rows], result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What `bench.train` measures against: the bare floor, and a plain loop like the usual scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel
+from peft import LoraConfig
+from PIL import Image
+from torch import Tensor, nn
+
+from bench.train_models import RandomFamily
+from finetune_trainer.data.batches import Batch
+from finetune_trainer.methods.method import Method
+
+_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+class Floor:
+    """Forward, backward and a fused optimizer over just what is trained, on a batch that is ready."""
+
+    def __init__(self, method: Method, batch: Batch) -> None:
+        self._method = method
+        self._batch = batch
+        self._parameters = list(method.parameters().values())
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-6, fused=True)
+
+    def step(self) -> None:
+        """One step."""
+        self._method.losses(self._batch).mean().backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+class Plain:
+    """Image and text encoded, and the loss read, in every step; unfused AdamW; no channels last."""
+
+    def __init__(self, family: RandomFamily, method: str, images: Sequence[Path], resolution: int) -> None:
+        self._family = family
+        self._method = method
+        self._images = list(images)
+        self._resolution = resolution
+        self._steps = 0
+        self._dtype = torch.bfloat16
+        self._vae = family.load_vae(self._dtype).requires_grad_(False)
+        trains_table = method == "TextualInversion"
+        self._text = family.load_text_encoder(torch.device("cpu"), torch.float32 if trains_table else self._dtype)
+        trains_unet = method in ("Full", "DreamBooth")
+        self._unet = family.load_unet(torch.float32 if trains_unet else self._dtype).requires_grad_(trains_unet).train()
+        self._controlnet: Any = None
+        self._parameters = self._trained()
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-6)
+        self._table: Tensor | None = None
+        if trains_table:
+            self._table = self._parameters[0].detach().clone()
+
+    def _trained(self) -> list[nn.Parameter]:
+        if self._method == "TextualInversion":
+            tables = [part.core.embeddings.token_embedding.weight for part in self._text.parts]
+            return [table.requires_grad_(True) for table in tables]
+        if self._method == "ControlNet":
+            self._controlnet = ControlNetModel.from_unet(self._unet).float().train()
+            return list(self._controlnet.parameters())
+        if "LoRA" in self._method:
+            self._unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=_TARGETS))
+        return [parameter for parameter in self._unet.parameters() if parameter.requires_grad]
+
+    def step(self) -> None:
+        """One step."""
+        self._steps += 1
+        pixels = self._pixels(self._images[self._steps % len(self._images)])
+        with torch.no_grad():
+            latents = self._vae.encode(pixels.to(self._dtype)).latent_dist.sample() * self._family.latent_scale
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(1000, (len(latents),))
+        noisy = self._family.schedule.add_noise(latents, noise, timesteps)
+        with torch.autocast("cpu", self._dtype):
+            text = self._encode([f"picture {self._steps}"])
+            loss = nn.functional.mse_loss(self._predict(noisy, timesteps, text, pixels).float(), noise.float())
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._table is not None:
+            # All but the new row are put back.
+            with torch.no_grad():
+                self._parameters[0][1:] = self._table[1:]
+        loss.detach().item()
+
+    def _pixels(self, path: Path) -> Tensor:
+        image = Image.open(path).convert("RGB").resize((self._resolution, self._resolution))
+        return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div(127.5).sub(1).unsqueeze(0)
+
+    def _encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        with torch.set_grad_enabled(self._method == "TextualInversion"):
+            text = self._text.encode(captions)
+        side = self._resolution
+        return {**text, "sizes": torch.tensor([[side, side, 0, 0, side, side]] * len(captions), dtype=torch.float32)}
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], pixels: Tensor) -> Tensor:
+        conditions = self._family.conditions(text, self._dtype)
+        if self._controlnet is not None:
+            down, middle = self._controlnet(
+                noisy, timesteps, controlnet_cond=pixels.to(self._dtype), return_dict=False, **conditions
+            )
+            conditions |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        answer: Tensor = self._unet(noisy, timesteps, return_dict=False, **conditions)[0]
+        return answer
