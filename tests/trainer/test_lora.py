@@ -195,7 +195,7 @@ def test_outputs_that_cannot_be_written_are_refused_early(output: dict[str, str]
 def test_the_short_way_is_pefts(base: Path, dtype: torch.dtype) -> None:
     """Same answers and gradients as peft's own layers give, which a dropout of almost nothing keeps."""
     short, long = make_lora(base, dtype), make_lora(base, dtype, lora={"rank": 2, "alpha": 6, "dropout": 1e-9})
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.01}
+    tolerance: Any = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.01}
     for lora in (short, long):
         torch.manual_seed(0)
         for parameter in lora.parameters().values():

@@ -22,7 +22,7 @@ from finetune_trainer.models.base import open_base
 from tests.trainer import tiny
 from tests.trainer.methods import CPU, make_batch, make_method
 
-EXACT = {"rtol": 1e-5, "atol": 1e-5}
+EXACT: Any = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def alphas(base: Path) -> np.ndarray[Any, np.dtype[np.float64]]:

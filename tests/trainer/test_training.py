@@ -52,7 +52,7 @@ def test_the_rate_of_a_step_does_not_depend_on_the_steps_before() -> None:
 
 
 def test_unknown_optimizer() -> None:
-    with pytest.raises(ConfigError, match=r"training\.optimizer: prodigy is not available; use adamw"):
+    with pytest.raises(ConfigError, match=r"training\.optimizer: prodigy is not available; use adamw or adafactor"):
         make_optimizer(make_training(optimizer="prodigy"), [nn.Parameter(torch.zeros(1))])
 
 
@@ -68,10 +68,10 @@ def test_average_follows_the_parameters() -> None:
     assert parameter.tolist() == [1.0, 1.0]
 
 
-def make_state(with_ema: bool = True) -> TrainState:
+def make_state(with_ema: bool = True, **training: Any) -> TrainState:
     torch.manual_seed(0)
     parameters = {"a": nn.Parameter(torch.randn(3)), "b.c": nn.Parameter(torch.randn(2, 2))}
-    optimizer = make_optimizer(make_training(), parameters.values())
+    optimizer = make_optimizer(make_training(**training), parameters.values())
     return TrainState(parameters, optimizer, Ema(parameters) if with_ema else None)
 
 
@@ -86,8 +86,9 @@ def step(state: TrainState) -> None:
     state.ema.update(state.step)
 
 
-def test_restored_state_goes_on_bit_for_bit() -> None:
-    one, other = make_state(), make_state()
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_restored_state_goes_on_bit_for_bit(optimizer: str) -> None:
+    one, other = make_state(optimizer=optimizer), make_state(optimizer=optimizer)
     for _ in range(3):
         step(one)
     snapshot = one.snapshot({"seed": 0})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from finetune_contract.spec import Method, Optimizer, OutputFormat, Precision
 from finetune_operator.api.job import FineTuneJobSpec
 
-OPTIMIZERS = frozenset({Optimizer.ADAMW})
+OPTIMIZERS = frozenset({Optimizer.ADAMW, Optimizer.ADAFACTOR})
 PRECISIONS = frozenset({Precision.FP32, Precision.BF16})
 DIFFUSERS_ONLY = frozenset({OutputFormat.DIFFUSERS})
 LORA_FORMATS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI})
@@ -38,7 +38,7 @@ MISSING = (
     Missing(
         "spec.training.optimizer",
         lambda spec: spec.training.optimizer not in OPTIMIZERS,
-        "this version has AdamW only; write optimizer: adamw",
+        "this version has AdamW and Adafactor; write optimizer: adamw",
     ),
     Missing(
         "spec.training.precision",

@@ -20,8 +20,13 @@ def make_optimizer(training: TrainingSpec, parameters: Iterable[nn.Parameter]) -
     Raises:
         ConfigError: it is not there.
     """
+    if training.optimizer is OptimizerName.ADAFACTOR:
+        # https://arxiv.org/abs/1804.04235; its second moments take rows and columns in place of whole matrices.
+        return torch.optim.Adafactor(
+            list(parameters), lr=training.learning_rate, weight_decay=training.adam_weight_decay
+        )
     if training.optimizer is not OptimizerName.ADAMW:
-        raise ConfigError(f"training.optimizer: {training.optimizer.value} is not available; use adamw")
+        raise ConfigError(f"training.optimizer: {training.optimizer.value} is not available; use adamw or adafactor")
     return torch.optim.AdamW(
         list(parameters),
         lr=training.learning_rate,
