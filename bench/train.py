@@ -32,6 +32,7 @@ from bench.report import finish
 from bench.train_models import UNETS, RandomFamily
 from bench.train_plain import Floor, Plain
 from finetune_contract.run_spec import RunSpec
+from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import SampleRef
 from finetune_trainer.data.prepare import Demand, Preparation
@@ -108,6 +109,7 @@ def make_spec(method: str, data: Path, resolution: int) -> RunSpec:
             "dataset": {"source": str(data), "columns": columns},
             "training": {**training, **METHODS[method]},
             "globalBatch": 1,
+            "checkpointInterval": {"seconds": 604_800},
         }
     )
 
@@ -133,6 +135,8 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
     method = kind(MethodContext(family, training, Draws(0), CPU, DTYPE))
     parameters = method.parameters()
     state = TrainState(parameters, make_optimizer(training, parameters.values()))
+    checkpointer = Checkpointer(spec, world, CheckpointStore(cache.parent / "job", spec.uid, 1, spec.keep), reporter)
+    checkpointer.restore(state)
     return Loop(
         spec=spec,
         world=world,
@@ -142,7 +146,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         state=state,
         buckets=GradientBuckets(list(parameters.values()), CPU),
         learning_rate=learning_rate(training, 1000),
-        checkpointer=Checkpointer(spec, world, None, reporter),
+        checkpointer=checkpointer,
         notice=Notice(),
         reporter=reporter,
         validator=None,

@@ -20,7 +20,7 @@ from tests.trainer.ranks import Ranks
 
 pytestmark = pytest.mark.trainer
 
-STEPS = 4
+STEPS = 6
 OPTIONS = {
     "steps": STEPS,
     "randomFlip": True,
@@ -48,23 +48,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("methods")
 
 
-class KilledError(Exception):
-    """Stands for a sudden death of the rank that runs in this process."""
-
-
-def run_here(spec: RunSpec, job_dir: Path, attempt: int = 1, dies_after_saves: int | None = None) -> None:
-    """One rank in this process; dies as it is about to commit another checkpoint after so many."""
-    saves = []
+def run_here(spec: RunSpec, job_dir: Path, attempt: int = 1, stops: bool = False) -> ExitCode:
+    """One rank in this process; told to stop as its first checkpoint is committed, where it `stops`."""
+    notice = Notice()
 
     def on_save_stage(stage: str) -> None:
-        if stage.startswith("rename"):
-            saves.append(stage)
-            if len(saves) - 1 == dies_after_saves:
-                raise KilledError
+        if stops and stage.startswith("rename"):
+            notice.give()
 
     cache = job_dir.parent / "cache"
-    context = RankContext(spec, attempt, job_dir, cache, Notice(), Reporter(0, None), on_save_stage)
-    assert run_rank(context, {"OMP_NUM_THREADS": "1"}) is ExitCode.DONE
+    context = RankContext(spec, attempt, job_dir, cache, notice, Reporter(0, None), on_save_stage)
+    return run_rank(context, {"OMP_NUM_THREADS": "1"})
 
 
 def read_outputs(job_dir: Path) -> dict[str, bytes]:
@@ -73,16 +67,15 @@ def read_outputs(job_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} on {case[1]}")
-def test_killed_and_resumed_ends_with_the_same_bytes(
+def test_stopped_and_resumed_ends_with_the_same_bytes(
     case: tuple[str, str], bases: dict[str, Path], data: Path, folder: Path
 ) -> None:
     method, family = case
     spec = tiny.make_spec(bases[family], data, **OPTIONS, **SETTINGS[method])
     whole, halves = folder / f"{method}-{family}", folder / f"{method}-{family}-halves"
-    run_here(spec, whole)
-    with pytest.raises(KilledError):
-        run_here(spec, halves, dies_after_saves=1)
-    run_here(spec, halves, attempt=2)
+    assert run_here(spec, whole) is ExitCode.DONE
+    assert run_here(spec, halves, stops=True) is ExitCode.SAVED
+    assert run_here(spec, halves, attempt=2) is ExitCode.DONE
     assert read_outputs(halves) == read_outputs(whole)
     assert read_outputs(whole)
 
@@ -97,12 +90,14 @@ def test_on_two_ranks(case: tuple[str, str], bases: dict[str, Path], data: Path,
     whole = Ranks(spec, folder / f"{method}-{family}-whole", world_size=2)
     for ranks in (rest.start(), whole.start()):
         assert ranks.wait() == [ExitCode.DONE] * 2, ranks.stderr()
-    assert any(report.get("restoredStep") == 2 for report in rest.reports())
+    assert any(report.get("restoredStep", 0) > 0 for report in rest.reports())
     assert read_outputs(rest.job_dir) == read_outputs(whole.job_dir)
 
 
 def test_textual_inversion_saves_kilobytes(base: Path, data: Path, folder: Path) -> None:
     spec = tiny.make_spec(base, data, steps=2, **SETTINGS["TextualInversion"])
-    run_here(spec, folder / "small")
-    (checkpoint,) = (folder / "small" / "checkpoints").iterdir()
-    assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 8192
+    assert run_here(spec, folder / "small") is ExitCode.DONE
+    checkpoints = [path for path in (folder / "small" / "checkpoints").iterdir() if path.name.startswith("step-")]
+    for checkpoint in checkpoints:
+        assert sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) < 10_000
+    assert checkpoints

@@ -25,7 +25,7 @@ from tests.trainer.methods import CPU, make_batch, make_method
 EXACT: Any = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def alphas(base: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
+def alphas(base: Path) -> Any:
     config = json.loads((base / "scheduler" / "scheduler_config.json").read_text())
     betas = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000, dtype=np.float64) ** 2
     return np.cumprod(1 - betas)
@@ -42,7 +42,8 @@ def plain_loss(base: Path, batch: Batch, answer: Any, is_v: bool, gamma: float |
         snr = (a / (1 - a)).view(-1)
         errors = errors * (snr.clamp(max=gamma) / (snr + 1 if is_v else snr)).float()
     weights = torch.ones(len(errors)) if batch.weights is None else batch.weights
-    return (errors * weights).sum() / len(errors)
+    loss: Tensor = (errors * weights).sum() / len(errors)
+    return loss
 
 
 def conditions(batch: Batch, family: str) -> dict[str, Any]:
