@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
+.PHONY: cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
 .PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train
 
@@ -43,6 +44,31 @@ bench-spot: install ## goodput on spot capacity: no operator, upstream practice,
 
 bench-train: install ## images/s and memory of each method beside its floor and a plain loop
 	@$(BIN)/python -m bench.train
+
+cluster-test: install ## real kubelets and containers on this machine (root): faults in mid-training, seconds to recover
+	@$(BIN)/python -m tests.realnodes
+
+# Any OCI builder; VERSION and REVISION go into the labels, BUILD_ARGS to the builder.
+BUILDER ?= docker
+VERSION ?= 0.1.0
+REVISION ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+REGISTRY ?= ghcr.io/finetune-operator
+define build-image
+	$(BUILDER) build --file images/$(1).Dockerfile --tag $(REGISTRY)/$(1):$(VERSION) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_ARGS) .
+endef
+
+image-operator: ## the operator's image, under 150 MiB
+	$(call build-image,operator)
+
+image-trainer-cpu: ## the trainer for CPU nodes; BUILD_ARGS='--build-arg TORCH_CPU_INDEX=...' for a small one
+	$(call build-image,trainer-cpu)
+
+image-trainer-cpu-ipex: ## the trainer with IPEX and oneCCL; needs BUILD_ARGS='--build-arg ONECCL_INDEX=...'
+	$(call build-image,trainer-cpu-ipex)
+
+image-trainer-cuda: ## the trainer for GPUs
+	$(call build-image,trainer-cuda)
 
 lint: install ## ruff, mypy strict, import-linter
 	$(BIN)/ruff format --check .

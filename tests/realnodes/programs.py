@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from tests.controlplane.build import ALL_MODULES, HELM, Module, ensure_programs, say_on_stderr
+from tests.controlplane.build import ALL_MODULES, HELM, Module, Say, ensure_programs, say_on_stderr
 
 MODULES = Path(__file__).resolve().parent / "go"
 KUBELET = Module(
     name="kubelet",
     requires="k8s.io/kubernetes",
-    packages={"kubelet": "k8s.io/kubernetes/cmd/kubelet"},
+    packages={name: f"k8s.io/kubernetes/cmd/{name}" for name in ("kubelet", "kube-proxy")},
     stamped=("k8s.io/component-base/version.gitVersion", "k8s.io/client-go/pkg/version.gitVersion"),
     root=MODULES,
 )
@@ -26,9 +26,9 @@ COREDNS = Module(
 )
 
 
-def ensure_all(say: functools.partial[None] | None = None) -> dict[str, Path]:
+def ensure_all(say: Say = say_on_stderr) -> dict[str, Path]:
     """Path of each program by name; a cold build takes 10 to 20 minutes on two cores."""
-    return ensure_programs(say or say_on_stderr, modules=(*ALL_MODULES, HELM, KUBELET, COREDNS))
+    return ensure_programs(say, modules=(*ALL_MODULES, HELM, KUBELET, COREDNS))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+# The trainer for GPUs: torch with CUDA and NCCL in its own wheels. Not root. The node brings the driver.
+#   make image-trainer-cuda        or: docker build -f images/trainer-cuda.Dockerfile -t finetune-trainer-cuda .
+# The base is pinned by its version. To pin it by digest give PYTHON_IMAGE=python@sha256:...
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+WORKDIR /src
+# Some builders come with authorities of their own.
+ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
+COPY requirements/bootstrap.txt requirements/trainer.txt requirements/
+RUN python -m venv /build \
+ && /build/bin/pip install --no-cache-dir --require-hashes -r requirements/bootstrap.txt \
+ && python -m venv --without-pip /app \
+ && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --require-hashes \
+        -r requirements/trainer.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY operator operator
+COPY trainer trainer
+COPY images/sbom.py images/
+# One distribution holds both sides; of the operator's, the trainer imports nothing.
+RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python --out-dir /wheel . \
+ && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --no-deps /wheel/*.whl \
+ && rm -rf /app/lib/python3*/site-packages/finetune_operator \
+ && python images/sbom.py /app/share/sbom/finetune-trainer-cuda.spdx.json finetune-trainer-cuda /app/lib/python3*/site-packages
+
+FROM ${PYTHON_IMAGE}
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="finetune-trainer-cuda" \
+      org.opencontainers.image.description="Trains FineTuneJobs on GPUs" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="https://github.com/finetune-operator/finetune-operator" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /app /app
+# All that is written goes to volumes: the root file system is read-only in the pods.
+ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# The user that the operator's pods run as.
+USER 1000:1000
+WORKDIR /tmp
+ENTRYPOINT ["finetune-supervisor"]

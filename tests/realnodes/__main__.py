@@ -1,0 +1,203 @@
+"""`make cluster-test`: the chart and a job on real nodes, and everything that may happen to them.
+
+Prints a table and, as its last line, JSON: {"faults", "wrong", "median_recovery_seconds"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.chart.helm import CHART, HOME, RELEASE, Helm
+from tests.controlplane.build import HELM, ensure_programs
+from tests.realnodes import security
+from tests.realnodes.builder import OPERATOR, TRAINER, Builder
+from tests.realnodes.cluster import RealCluster, in_own_network, work_folder
+from tests.realnodes.faults import FAULTS, Fault, Scene
+from tests.realnodes.job import FAULT_STEP, TEAM, Bed
+from tests.realnodes.programs import ensure_all
+from tests.realnodes.runtime import MissingError, check_machine, ensure_runtime
+
+NUM_NODES = 3
+VALUES: dict[str, Any] = {
+    "image": {"repository": OPERATOR.split(":")[0], "tag": OPERATOR.split(":")[1], "pullPolicy": "Never"},
+    "trainer": {"images": {"cpu": TRAINER, "gpu": TRAINER}},
+    # The operator is to outlast what the faults do to pods of no priority.
+    "priorityClassName": "system-cluster-critical",
+    "flags": {"progress-seconds": 0.5, "lease-seconds": 5, "beat-seconds": 1, "failure-backoff-seconds": 1},
+    "tolerations": [{"key": "finetune.test/termination", "operator": "Exists"}],
+}
+
+
+@dataclass
+class Result:
+    """What one fault came to."""
+
+    name: str
+    cause: str
+    seconds: float
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """One cluster, from the chart's installation to its end."""
+
+    cluster: RealCluster
+    helm: Helm
+    bed: Bed
+    upgrades: int = 0
+
+    def install(self, **changes: Any) -> None:
+        """Install or upgrade the chart."""
+        command = ("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME, "--create-namespace")
+        self.helm.run(*command, "--wait", "--timeout", "100s", values={**VALUES, **changes})
+
+    def upgrade(self) -> None:
+        """Another Deployment: all replicas are replaced."""
+        self.upgrades += 1
+        self.install(podAnnotations={"upgrade": str(self.upgrades)})
+
+    def undisturbed(self) -> tuple[str, float, list[str]]:
+        """The weights that every other run must end with; the seconds; and what is wrong in the pods."""
+        started = time.monotonic()
+        self.bed.create("undisturbed")
+        self.bed.create("neighbour")
+        self.bed.wait_step("undisturbed", 1)
+        wrong = self._look_inside()
+        self.cluster.kubectl("--namespace", TEAM, "delete", "ftj", "neighbour", "--wait=false")
+        status = self.bed.wait_end("undisturbed")
+        assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
+        assert status["attempt"] == 1, json.dumps(status["attempts"], indent=1)
+        return self.bed.weights("undisturbed"), time.monotonic() - started, wrong
+
+    def suffer(self, name: str, fault: Fault, weights: str) -> Result:
+        """One job, one fault in its middle."""
+        job = f"fault-{list(FAULTS).index(name)}"
+        self.bed.create(job)
+        before = self.bed.wait_step(job, FAULT_STEP)
+        struck = time.monotonic()
+        undo = fault.strike(Scene(self.cluster, self.bed, job, self.upgrade))
+        seconds = self.bed.wait_next_step(job, before) - struck
+        status = self.bed.wait_end(job)
+        undo()
+        return Result(name, *self._judge(job, fault, status, seconds, weights))
+
+    def _judge(
+        self, job: str, fault: Fault, status: dict[str, Any], seconds: float, weights: str
+    ) -> tuple[str, float, list[str]]:
+        wrong = []
+        if status["phase"] != "Succeeded":
+            wrong.append(f"it ended {status['phase']}: {status.get('message')}")
+        elif self.bed.weights(job) != weights:
+            wrong.append("its weights are not those of the undisturbed run")
+        causes = [entry["reason"] for entry in status["attempts"] if entry.get("reason") not in (None, "Finished")]
+        if fault.causes and not fault.causes & set(causes):
+            wrong.append(f"the ledger says {causes}, none of {sorted(fault.causes)}")
+        if not fault.causes and status["attempt"] != 1:
+            wrong.append(f"attempts ended, though no pod of it was touched: {causes}")
+        return ", ".join(causes) or "-", seconds, wrong
+
+    def _look_inside(self) -> list[str]:
+        pod = self.bed.pods("undisturbed")[0]["metadata"]["name"]
+        neighbour = self.bed.pods("neighbour")[0]
+        owner = neighbour["metadata"]["ownerReferences"][0]
+        other = {"job": owner["name"], "job_uid": owner["uid"]}
+        other |= {"pod": neighbour["metadata"]["name"], "uid": neighbour["metadata"]["uid"]}
+        return list(security.differences(security.look_inside(self.cluster, pod, other)))
+
+    def uninstall(self) -> list[str]:
+        """Uninstall, delete the jobs; what is left then."""
+        self.helm.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
+        self.cluster.kubectl("--namespace", TEAM, "delete", "ftj", "--all", "--timeout=60s")
+        listed = "pods,services,configmaps,secrets,leases,endpointslices"
+        self.cluster.kubectl("--namespace", TEAM, "wait", "--for=delete", "pods", "--all", "--timeout=90s")
+        left = self.cluster.kubectl("get", listed, "--namespace", TEAM, "--output=name").split()
+        left += self.cluster.kubectl("get", listed, "--namespace", HOME, "--output=name").split()
+        return [thing for thing in left if "kube-root-ca" not in thing]
+
+
+def run(chosen: list[str], folder: Path) -> int:
+    """Everything; returns the exit code."""
+    say = tell
+    check_machine()
+    # These need the machine's network.
+    ensure_all(say)
+    ensure_runtime(say)
+    builder = Builder(say)
+    builder.ensure()
+    helm = ensure_programs(modules=(HELM,))["helm"]
+    in_own_network()
+    started = time.monotonic()
+    cluster = RealCluster(NUM_NODES, folder, say)
+    with cluster:
+        cluster.start_nodes()
+        say(f"{NUM_NODES} nodes are ready after {time.monotonic() - started:.0f} s")
+        one = Run(cluster, Helm(helm, folder / "helm", cluster.kubeconfig), Bed(cluster, folder / "shared"))
+        one.install()
+        say("the chart is installed")
+        say(" ".join(one.helm.run("test", RELEASE, "--namespace", HOME, "--logs").split("\n")[-4:]))
+        one.bed.prepare()
+        return report(one, chosen, say)
+
+
+def report(one: Run, chosen: list[str], say: Callable[[str], None]) -> int:
+    """Run the jobs, print the table and the last line."""
+    weights, seconds, wrong = one.undisturbed()
+    say(f"undisturbed: {seconds:.0f} s; from inside a pod: {'; '.join(wrong) or 'nothing that it must not'}")
+    results = []
+    for name in chosen:
+        result = one.suffer(name, FAULTS[name], weights)
+        say(f"{name}: {result.seconds:.1f} s, {result.cause} {'; '.join(result.wrong) or 'right'}")
+        results.append(result)
+    left = one.uninstall()
+    if left:
+        wrong.append(f"left behind: {left}")
+    print(f"\n  {'fault':26} {'to the next step':>16}  {'the ledger says':44} verdict")
+    for result in results:
+        print(f"  {result.name:26} {result.seconds:>14.1f} s  {result.cause:44} {'; '.join(result.wrong) or 'right'}")
+    for sentence in wrong:
+        print(f"  wrong: {sentence}")
+    num_wrong = len(wrong) + sum(bool(result.wrong) for result in results)
+    median = round(statistics.median(result.seconds for result in results), 1)
+    print(json.dumps({"faults": len(results), "wrong": num_wrong, "median_recovery_seconds": median}))
+    return 1 if num_wrong else 0
+
+
+def tell(line: str) -> None:
+    """Progress, at once."""
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
+
+
+def main() -> int:
+    """Parse, run, clean up."""
+    parser = argparse.ArgumentParser(prog="python -m tests.realnodes", description=__doc__)
+    parser.add_argument("--faults", default="", help="some of them, by commas: " + ", ".join(FAULTS))
+    parser.add_argument("--keep", action="store_true", help="keep logs and volumes")
+    options = parser.parse_args()
+    chosen = [name.strip() for name in options.faults.split(",") if name.strip()] or list(FAULTS)
+    if unknown := [name for name in chosen if name not in FAULTS]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(FAULTS)}")
+    folder = work_folder()
+    try:
+        return run(chosen, folder)
+    except MissingError as error:
+        print(f"SKIPPED: {error}", file=sys.stderr)
+        return 0
+    finally:
+        if options.keep:
+            print(f"kept: {folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
