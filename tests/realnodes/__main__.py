@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.chart.helm import CHART, HOME, RELEASE, Helm
 from tests.controlplane.build import HELM, ensure_programs
-from tests.realnodes import security
+from tests.realnodes import archive, security
 from tests.realnodes.builder import OPERATOR, TRAINER, Builder
 from tests.realnodes.cluster import RealCluster, in_own_network, work_folder
 from tests.realnodes.faults import FAULTS, Fault, Scene
@@ -86,10 +86,10 @@ class Run:
         before = self.bed.wait_step(job, FAULT_STEP)
         struck = time.monotonic()
         undo = fault.strike(Scene(self.cluster, self.bed, job, self.upgrade))
-        seconds = self.bed.wait_next_step(job, before) - struck
+        stepped = self.bed.wait_next_attempt(job, before["attempt"]) if fault.causes else self.bed.wait_news(job)
         status = self.bed.wait_end(job)
         undo()
-        return Result(name, *self._judge(job, fault, status, seconds, weights))
+        return Result(name, *self._judge(job, fault, status, stepped - struck, weights))
 
     def _judge(
         self, job: str, fault: Fault, status: dict[str, Any], seconds: float, weights: str
@@ -132,8 +132,9 @@ def run(chosen: list[str], folder: Path) -> int:
     # These need the machine's network.
     ensure_all(say)
     ensure_runtime(say)
-    builder = Builder(say)
-    builder.ensure()
+    operator = Builder(say).ensure() / "operator.tar"
+    wrong = list(archive.operator_faults(operator))
+    say(f"the operator's image: {archive.size_mib(operator):.0f} MiB unpacked; {'; '.join(wrong) or 'as it should be'}")
     helm = ensure_programs(modules=(HELM,))["helm"]
     in_own_network()
     started = time.monotonic()
@@ -146,13 +147,14 @@ def run(chosen: list[str], folder: Path) -> int:
         say("the chart is installed")
         say(" ".join(one.helm.run("test", RELEASE, "--namespace", HOME, "--logs").split("\n")[-4:]))
         one.bed.prepare()
-        return report(one, chosen, say)
+        return report(one, chosen, wrong, say)
 
 
-def report(one: Run, chosen: list[str], say: Callable[[str], None]) -> int:
+def report(one: Run, chosen: list[str], wrong: list[str], say: Callable[[str], None]) -> int:
     """Run the jobs, print the table and the last line."""
-    weights, seconds, wrong = one.undisturbed()
-    say(f"undisturbed: {seconds:.0f} s; from inside a pod: {'; '.join(wrong) or 'nothing that it must not'}")
+    weights, seconds, inside = one.undisturbed()
+    say(f"undisturbed: {seconds:.0f} s; from inside a pod: {'; '.join(inside) or 'nothing that it must not'}")
+    wrong = wrong + inside
     results = []
     for name in chosen:
         result = one.suffer(name, FAULTS[name], weights)

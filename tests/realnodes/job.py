@@ -95,18 +95,28 @@ class Bed:
 
         return wait_for(f"{name} ends", look, RUN_SECONDS)
 
-    def wait_next_step(self, name: str, before: dict[str, Any]) -> float:
-        """Wait until a later attempt trains, or this one goes on; returns the time on this machine's clock."""
-        attempt, step = before["attempt"], before["step"]
+    def wait_next_attempt(self, name: str, attempt: int) -> float:
+        """Wait until a later attempt has finished a step; returns the time on this machine's clock."""
 
         def look() -> bool:
             status = self.status(name)
+            if status.get("phase") in ("Succeeded", "Failed") and status["attempt"] == attempt:
+                raise AssertionError(f"{name} ended, and its attempt {attempt} was never taken away")
             newest = (status.get("attempts") or [{}])[-1]
-            if newest.get("attempt", 0) > attempt:
-                return newest.get("trainingAt") is not None
-            return (status.get("step") or 0) > step + 1 or status.get("phase") == "Succeeded"
+            return newest.get("attempt", 0) > attempt and newest.get("trainingAt") is not None
 
         wait_for(f"{name} takes its next step", look, RUN_SECONDS)
+        return time.monotonic()
+
+    def wait_news(self, name: str) -> float:
+        """Wait until the status tells of a step that it did not tell of yet; returns the time."""
+        step = self.status(name).get("step") or 0
+
+        def look() -> bool:
+            status = self.status(name)
+            return (status.get("step") or 0) > step or status.get("phase") == "Succeeded"
+
+        wait_for(f"{name} tells of its next step", look, RUN_SECONDS)
         return time.monotonic()
 
     def weights(self, name: str) -> str:
