@@ -52,7 +52,6 @@ def test_the_cpu_image_takes_torch_from_its_own_index_and_the_rest_from_the_lock
     # No hash is left over from an entry that went.
     entry = r"^\S+==[^\n]*\\\n(?: +--hash=\S+ \\\n)* +--hash=\S+\n"
     assert re.sub(entry, "", filtered, flags=re.MULTILINE).strip() == ""
-    assert len(re.findall(entry, filtered, re.MULTILINE)) == len(names)
 
 
 def test_an_sbom_names_every_distribution(tmp_path: Path) -> None:
