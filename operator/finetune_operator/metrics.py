@@ -15,11 +15,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from finetune_operator.api.job import AttemptStatus, FineTuneJob, FineTuneJobStatus, Phase
+from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJob, FineTuneJobStatus, Phase
+from finetune_operator.api.words import ConditionType
 from finetune_operator.cluster.kube.client import ApiError
 from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.cluster.reconcile import Pass
+from finetune_operator.plan.conditions import is_true
 
 RUNNING = frozenset({Phase.RUNNING, Phase.EXPORTING})
 PASS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -90,6 +92,7 @@ class _Known(NamedTuple):
     trained: int
     """The newest attempt whose first step was counted."""
     lost_steps: int
+    corrupt_checkpoints: int
 
 
 class History:
@@ -101,6 +104,9 @@ class History:
             "finetune_attempts_ended", "Attempts that ended, by cause.", ("reason",), registry=registry
         )
         self._lost_steps = Counter("finetune_lost_steps", "Steps that had to be trained again.", registry=registry)
+        self._corrupt = Counter(
+            "finetune_corrupt_checkpoints", "Checkpoints that were found damaged and set aside.", registry=registry
+        )
         self._recovery = Histogram(
             "finetune_recovery_seconds",
             "Time from an attempt's end to the next one's decision (clear), and from there to its first step (start).",
@@ -115,12 +121,19 @@ class History:
             self._known.pop(key, None)
             return
         status = job.status
-        new = _Known(job.metadata.uid, _newest(status, "reason"), _newest(status, "training_at"), status.lost_steps)
+        new = _Known(
+            job.metadata.uid,
+            _newest(status, "reason"),
+            _newest(status, "training_at"),
+            status.lost_steps,
+            status.corrupt_checkpoints or 0,
+        )
         known = self._known.get(key)
         self._known[key] = new
         if known is None or known.uid != new.uid:
             return
         self._lost_steps.inc(max(0, new.lost_steps - known.lost_steps))
+        self._corrupt.inc(max(0, new.corrupt_checkpoints - known.corrupt_checkpoints))
         for previous, entry in zip((None, *status.attempts), status.attempts, strict=False):
             if entry.attempt > known.ended and entry.reason is not None:
                 self._ended.labels(entry.reason).inc()
@@ -183,6 +196,11 @@ def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
         "Size of the newest checkpoints of the running jobs, together.",
         value=sum(checkpoint.bytes for checkpoint in checkpoints),
     )
+    yield from _save_costs(checkpoints)
+    stale = sum(is_true(status, ConditionType.CHECKPOINT_STALE) for status in running)
+    yield GaugeMetricFamily(
+        "finetune_checkpoint_stale_jobs", "Running jobs that cannot write a newer checkpoint.", value=stale
+    )
     if checkpoints:
         oldest = min(checkpoint.time for checkpoint in checkpoints)
         yield GaugeMetricFamily(
@@ -190,3 +208,21 @@ def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
             "Age of the oldest of them: what the unluckiest job would lose.",
             value=max(0.0, (now - oldest).total_seconds()),
         )
+
+
+def _save_costs(checkpoints: list[CheckpointStatus]) -> Iterator[Metric]:
+    """What the newest checkpoints cost: the mean, for their number has no bound."""
+    for name, what, figures in (
+        (
+            "finetune_checkpoint_stall_seconds",
+            "Mean time for which training stood still for the newest checkpoints of the running jobs.",
+            [checkpoint.stall_seconds for checkpoint in checkpoints if checkpoint.stall_seconds is not None],
+        ),
+        (
+            "finetune_checkpoint_durable_seconds",
+            "Mean time from their step until they were verified.",
+            [checkpoint.save_seconds for checkpoint in checkpoints if checkpoint.save_seconds is not None],
+        ),
+    ):
+        if figures:
+            yield GaugeMetricFamily(name, what, value=sum(figures) / len(figures))

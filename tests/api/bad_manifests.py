@@ -104,6 +104,8 @@ BAD = (
     Bad("preset", {"spec.training.memoryPreset": "16 GB"}, "spec.training.memoryPreset", "write auto, cpu or"),
     Bad("duration", {"spec.recovery.hangTimeout": "10 minutes"}, "spec.recovery.hangTimeout", "e.g. 90s, 10m or 1h30m"),
     Bad("no-time", {"spec.recovery.hangTimeout": "0s"}, "spec.recovery.hangTimeout", "e.g. 90s, 10m or 1h30m"),
+    Bad("stale", {"spec.checkpoint.maxStale": "never"}, "spec.checkpoint.maxStale", "e.g. 90s, 10m or 1h30m"),
+    Bad("best-of-nothing", {"spec.checkpoint.keepBest": True}, "spec.checkpoint.keepBest", "add training.validation"),
     Bad("shrink-no-unit", {"spec.recovery.shrinkAfter": "30"}, "spec.recovery.shrinkAfter", "write e.g. 90s"),
     Bad("no-unit", {"spec.recovery.spot.fallbackAfter": "30"}, "spec.recovery.spot.fallbackAfter", "write e.g. 90s"),
     Bad(

@@ -139,6 +139,9 @@ FULL = patched(
             "storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}},
             "interval": {"seconds": 300},
             "keep": 5,
+            "keepEvery": 1000,
+            "keepBest": True,
+            "maxStale": "1h",
         },
         "spec.recovery": {
             "maxFailures": 0,

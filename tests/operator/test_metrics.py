@@ -54,7 +54,7 @@ def test_what_was_there_before_this_process_is_not_counted() -> None:
 
 
 def test_gauges_over_all_jobs() -> None:
-    checkpoint = CheckpointStatus(step=1, time=NOW, bytes=100)
+    checkpoint = CheckpointStatus(step=1, time=NOW, bytes=100, stall_seconds=0.02, save_seconds=2.0)
     newer = CheckpointStatus(step=1, time=at(50), bytes=11)
     jobs = [
         job(phase=Phase.RUNNING, images_per_second=2.0, goodput=0.5, last_checkpoint=checkpoint),
@@ -74,5 +74,8 @@ def test_gauges_over_all_jobs() -> None:
         ("finetune_images_per_second",): 5.0,
         ("finetune_goodput_ratio",): 0.75,
         ("finetune_checkpoint_bytes",): 111,
+        ("finetune_checkpoint_stall_seconds",): 0.02,
+        ("finetune_checkpoint_durable_seconds",): 2.0,
+        ("finetune_checkpoint_stale_jobs",): 0,
         ("finetune_oldest_checkpoint_age_seconds",): 60,
     }

@@ -45,6 +45,7 @@ ONE_POD = [
     ({"exit_code": ExitCode.CONFIG}, Reason.CONFIGURATION_ERROR, FAILURE),
     ({"exit_code": ExitCode.DATA}, Reason.DATA_ERROR, FAILURE),
     ({"exit_code": ExitCode.STORAGE}, Reason.STORAGE_ERROR, FAILURE),
+    ({"exit_code": ExitCode.STALE}, Reason.CHECKPOINT_STALE, FAILURE),
     ({"exit_code": ExitCode.FABRIC}, Reason.FABRIC_ERROR, FAILURE),
     ({"exit_code": ExitCode.SUPERSEDED}, Reason.SUPERSEDED, None),
     ({"reason": "Evicted"}, Reason.EVICTED, FAILURE),

@@ -25,6 +25,8 @@ class ExitCode(IntEnum):
     """Checkpoints or outputs can no longer be written or read."""
     SAVED = 75
     """Stopped on notice: the state of the last finished step is committed. Start again to go on."""
+    STALE = 78
+    """No checkpoint could be written for longer than is allowed."""
     FABRIC = 76
     """A peer or the connection to it was lost in a collective."""
     SUPERSEDED = 77
@@ -51,6 +53,7 @@ _WORDS = {
     ExitCode.SOFTWARE: "uncaught exception",
     ExitCode.STORAGE: "storage error",
     ExitCode.SAVED: "saved on notice",
+    ExitCode.STALE: "no checkpoint for too long",
     ExitCode.FABRIC: "lost a peer",
     ExitCode.SUPERSEDED: "superseded by a newer attempt",
 }

@@ -34,6 +34,12 @@ class StorageError(RankError):
     code = ExitCode.STORAGE
 
 
+class StaleError(RankError):
+    """No checkpoint could be written for longer than is allowed: going on would lose more."""
+
+    code = ExitCode.STALE
+
+
 class FabricError(RankError):
     """A peer or the connection to it was lost in a collective."""
 

@@ -11,7 +11,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, JsonValue
 
-from finetune_contract.spec import CheckpointInterval, DatasetSpec, ModelSpec, OutputSpec, SpecModel, TrainingSpec
+from finetune_contract.spec import (
+    MAX_STEPS,
+    CheckpointInterval,
+    DatasetSpec,
+    ModelSpec,
+    OutputSpec,
+    SpecModel,
+    TrainingSpec,
+)
 from finetune_operator.api.names import MAX_NODES
 
 GROUP = "finetune-operator.io"
@@ -116,6 +124,19 @@ class CheckpointSpec(SpecModel):
     storage: StorageSpec | None = Field(default=None, description="volume shared by all pods; required on a cluster")
     interval: CheckpointInterval = Field(default=CheckpointInterval(), description="how often to save; default: auto")
     keep: int = Field(default=3, ge=1, le=1000, description="number of verified checkpoints to keep")
+    keep_every: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="besides, keep the first checkpoint at or behind each multiple of so many steps",
+    )
+    keep_best: bool = Field(
+        default=False, description="besides, keep the checkpoint of the lowest held-out loss; needs validation.split"
+    )
+    max_stale: Duration | None = Field(
+        default=None,
+        description="longest time to train on while no checkpoint can be written; then the attempt fails; default 30m",
+    )
 
 
 class SpotSpec(SpecModel):
@@ -231,6 +252,7 @@ class CheckpointStatus(StatusModel):
     bytes: int = Field(description="its size")
     attempt: int | None = Field(default=None, description="attempt that wrote it")
     save_seconds: float | None = Field(default=None, description="from its step until it was durable")
+    stall_seconds: float | None = Field(default=None, description="time for which training stood still for it")
 
 
 class AttemptSeconds(StatusModel):
@@ -334,7 +356,7 @@ class FineTuneJobStatus(StatusModel):
     message: str | None = Field(default=None, description="why, in a sentence")
     conditions: tuple[Condition, ...] = Field(
         default=(),
-        description="Accepted, Running, Recovering, Complete, Failed, Suspended, NoticeTooShort",
+        description="Accepted, Running, Recovering, Complete, Failed, Suspended, NoticeTooShort, CheckpointStale",
         json_schema_extra=list_map("type"),
     )
     attempt: int = Field(default=0, description="newest attempt; an older one may no longer commit")
@@ -349,6 +371,7 @@ class FineTuneJobStatus(StatusModel):
         default=None,
         description="time between checkpoints; with auto it follows from their cost and the rate of interruptions",
     )
+    corrupt_checkpoints: int | None = Field(default=None, description="damaged checkpoints that were set aside")
     nodes: str | None = Field(default=None, description="pods that are up / pods asked for, e.g. 3/4")
     preemptions: int = Field(default=0, description="attempts that capacity ended")
     failures: int = Field(default=0, description="attempts that the program ended")

@@ -431,6 +431,22 @@ _CHECKPOINT = (
     ),
 )
 
+_RETENTION = (
+    _duration("spec.checkpoint.maxStale"),
+    Rule(
+        SPEC,
+        "checkpoint.keepBest",
+        "!has(self.checkpoint) || !has(self.checkpoint.keepBest) || !self.checkpoint.keepBest || "
+        "(has(self.training.validation) && has(self.training.validation.split))",
+        lambda spec: (
+            not spec.checkpoint.keep_best
+            or (spec.training.validation is not None and spec.training.validation.split is not None)
+        ),
+        "the best checkpoint is found by the held-out loss; add training.validation.split, or leave keepBest out",
+        Cause.FORBIDDEN,
+    ),
+)
+
 _RECOVERY = (
     _duration("spec.recovery.shrinkAfter"),
     _duration("spec.recovery.hangTimeout"),
@@ -472,5 +488,14 @@ _OUTPUTS = (
     ),
 )
 
-RULES: tuple[Rule[Any], ...] = (*_NAMES, *_DATA, *_TRAINING, *_TOPOLOGY, *_CHECKPOINT, *_RECOVERY, *_OUTPUTS)
+RULES: tuple[Rule[Any], ...] = (
+    *_NAMES,
+    *_DATA,
+    *_TRAINING,
+    *_TOPOLOGY,
+    *_CHECKPOINT,
+    *_RETENTION,
+    *_RECOVERY,
+    *_OUTPUTS,
+)
 """All rules, in the order in which a manifest is written."""

@@ -41,6 +41,7 @@ class ConditionType(StrEnum):
     FAILED = "Failed"
     SUSPENDED = "Suspended"
     NOTICE_TOO_SHORT = "NoticeTooShort"
+    CHECKPOINT_STALE = "CheckpointStale"
 
 
 CONDITIONS: dict[ConditionType, str] = {
@@ -52,6 +53,7 @@ CONDITIONS: dict[ConditionType, str] = {
     ConditionType.SUSPENDED: "spec.suspend is true and no pod is left.",
     ConditionType.NOTICE_TOO_SHORT: "A save takes longer than recovery.noticeSeconds: a preemption may cost the steps "
     "since the last checkpoint. Give more notice where the capacity has it, or faster storage.",
+    ConditionType.CHECKPOINT_STALE: "Training goes on, but no newer checkpoint can be written; the message says why.",
 }
 """What each condition means where it is True."""
 
@@ -108,6 +110,8 @@ class Reason(StrEnum):
     EVICTED = "Evicted"
     FABRIC_ERROR = "FabricError"
     STORAGE_ERROR = "StorageError"
+    CHECKPOINT_STALE = "CheckpointStale"
+    CHECKPOINT_WRITTEN = "CheckpointWritten"
     DATA_ERROR = "DataError"
     CONFIGURATION_ERROR = "ConfigurationError"
     HANG = "Hang"
@@ -276,6 +280,11 @@ REASONS: dict[Reason, ReasonDoc] = {
         "Checkpoints or outputs could not be written or read.",
         "Make room on checkpoint.storage, or see to it that all pods can write there.",
     ),
+    Reason.CHECKPOINT_STALE: _failure(
+        "No checkpoint could be written for longer than checkpoint.maxStale: going on would have lost more.",
+        "Make room on checkpoint.storage, or see to it that it can be written; the message says what was wrong.",
+    ),
+    Reason.CHECKPOINT_WRITTEN: ReasonDoc(Topic.WORKING, "Checkpoints can be written again.", NOTHING),
     Reason.DATA_ERROR: _failure(
         "The data set cannot be used as the spec asks.", "Put spec.dataset right and create the job anew.", final=True
     ),

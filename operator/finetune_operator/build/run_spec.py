@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from finetune_contract.run_spec import RunSpec
+from finetune_operator.api.duration import parse_seconds
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
+
+DEFAULT_MAX_STALE = "30m"
+"""How long a job trains on without a checkpoint where the spec does not say."""
 
 
 def num_nodes(spec: FineTuneJobSpec) -> int:
@@ -31,5 +35,8 @@ def build_run_spec(job: FineTuneJob) -> RunSpec:
         global_batch=global_batch(spec),
         checkpoint_interval=spec.checkpoint.interval,
         keep=spec.checkpoint.keep,
+        keep_every_steps=spec.checkpoint.keep_every,
+        keep_best=spec.checkpoint.keep_best,
+        max_stale_seconds=parse_seconds(spec.checkpoint.max_stale or DEFAULT_MAX_STALE),
         outputs=spec.outputs,
     )

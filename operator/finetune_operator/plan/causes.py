@@ -124,6 +124,7 @@ TABLE: tuple[Row, ...] = (
     Row(_pod(lambda pod: pod.reason == "OOMKilled"), _always(Reason.OUT_OF_MEMORY)),
     Row(lambda facts: _says(facts, OUT_OF_MEMORY_WORDS), _always(Reason.OUT_OF_MEMORY)),
     Row(_code(ExitCode.STORAGE), _always(Reason.STORAGE_ERROR)),
+    Row(_code(ExitCode.STALE), _always(Reason.CHECKPOINT_STALE)),
     Row(_code(ExitCode.SUPERSEDED), _always(Reason.SUPERSEDED)),
     # Told to stop by someone who has not shown yet: perhaps another pod of the gang.
     Row(_code(ExitCode.SAVED), _always(Reason.NOTICE_SAVED), consequence=True),

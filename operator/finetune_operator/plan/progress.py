@@ -16,6 +16,7 @@ from finetune_operator.api.duration import format_seconds
 from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJobStatus, OutputStatus, Phase
 from finetune_operator.api.words import CountsAs
 from finetune_operator.build import global_batch
+from finetune_operator.plan import stale
 from finetune_operator.plan.ledger import account_lost_steps, current, replace_current
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.view import View, is_finished
@@ -43,7 +44,7 @@ def _read_results(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """What stays of a job. The last beat may come after its pod was seen to end."""
     if current(status) is None:
         return status
-    status = _read_checkpoint(view, status)
+    status = stale.note(view, _read_checkpoint(view, status))
     status = _read_outputs(view, status)
     return _read_warnings(view, status)
 
@@ -119,6 +120,7 @@ def _read_checkpoint(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus
         bytes=newest.size_bytes,
         attempt=newest.attempt,
         save_seconds=_figure(newest.durable_seconds) if newest.durable_seconds is not None else None,
+        stall_seconds=_figure(newest.stall_seconds),
     )
     if newest.interval_seconds is not None:
         status = revise(status, checkpoint_interval_seconds=newest.interval_seconds)

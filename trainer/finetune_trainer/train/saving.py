@@ -20,7 +20,7 @@ from finetune_trainer.checkpoint.split import MIN_PART_BYTES, num_parts, total_b
 from finetune_trainer.checkpoint.store import BEST, CheckpointStore, Committed, Snapshot
 from finetune_trainer.distributed.channel import Channel
 from finetune_trainer.distributed.world import World
-from finetune_trainer.errors import FabricError, StorageError
+from finetune_trainer.errors import FabricError, StaleError, StorageError
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.rescue import Rescue
 from finetune_trainer.train.save_task import SaveTask, Share, Writer
@@ -117,7 +117,7 @@ class Checkpointer:
         The next save is not due before the last is over.
 
         Raises:
-            StorageError: nothing could be saved for longer than is allowed.
+            StaleError: nothing could be saved for longer than is allowed.
             SupersededError: a newer attempt has begun.
         """
         self._look_at_last()
@@ -179,7 +179,7 @@ class Checkpointer:
         """Commit the state, and return on every rank only when it is committed. Tries for as long as is allowed.
 
         Raises:
-            StorageError: it cannot be written.
+            StaleError: nothing could be saved for longer than is allowed.
             SupersededError: a newer attempt has begun.
             FabricError: a peer was lost.
         """
@@ -187,7 +187,7 @@ class Checkpointer:
         while not self.try_to_save(state):
             give_up = self._world.is_first and self._trouble.is_over(self._clock() - self._saved_at + pause)
             if any(self._world.gather_numbers(int(give_up))):
-                raise StorageError(self._trouble.sentence())
+                raise StaleError(self._trouble.sentence())
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
 

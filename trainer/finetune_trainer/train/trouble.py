@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_trainer.errors import StorageError
+from finetune_trainer.errors import StaleError
 from finetune_trainer.train.report import Reporter
 
 SLOW_SECONDS = 120.0
@@ -39,22 +39,22 @@ class Trouble:
         """A save has been under way for so long.
 
         Raises:
-            StorageError: longer than is allowed.
+            StaleError: longer than is allowed.
         """
         if seconds > SLOW_SECONDS:
             text = f"checkpoint storage: the save of step {step} is not done after {SLOW_SECONDS:g} s"
             self._reporter.checkpoint_error(text)
             if self.is_over(since):
-                raise StorageError(f"{text}; {self._limit()}")
+                raise StaleError(f"{text}; {self._limit()}")
 
     def check(self, since: float) -> None:
         """Go on only while no more would be lost than is allowed.
 
         Raises:
-            StorageError: it would be more.
+            StaleError: it would be more.
         """
         if self.text and self.is_over(since):
-            raise StorageError(self.sentence())
+            raise StaleError(self.sentence())
 
     def retry_due(self, now: float) -> bool:
         """Whether to try again after a failure."""
