@@ -153,6 +153,30 @@ def _rank(env: dict[str, str], log: Path, kill_at: tuple[str, int] | None) -> No
             if len(seen) > kill_at[1]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    if "TEST_LOG_BATCHES" in env:
+        _log_batches(log.with_suffix(".batches"))
     code = rank.main(os.environ, on_save_stage)
     sys.stderr.flush()
     os._exit(code)
+
+
+def _log_batches(path: Path) -> None:
+    """Write down the samples of every step that this rank makes."""
+    from finetune_trainer.data.batches import BatchMaker  # noqa: PLC0415  the tests themselves need no torch
+    from finetune_trainer.train.loop import Loop  # noqa: PLC0415
+
+    make, accumulate = BatchMaker.make, Loop._accumulate
+    step = 0
+
+    def noting_accumulate(self: Any, number: int) -> None:
+        nonlocal step
+        step = number
+        accumulate(self, number)
+
+    def noting_make(self: Any, refs: Any, *more: Any) -> Any:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "refs": [(ref.epoch, ref.index) for ref in refs]}) + "\n")
+        return make(self, refs, *more)
+
+    Loop._accumulate = noting_accumulate  # type: ignore[method-assign]
+    BatchMaker.make = noting_make  # type: ignore[method-assign]
