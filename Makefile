@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 .PHONY: cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
 .PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
-        bench-operator bench-beats bench-spot bench-train
+        bench-operator bench-beats bench-spot bench-train kill-saves bench-checkpoint
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -29,6 +29,12 @@ control-plane: install ## a real API server, scheduler and kwok on loopback, unt
 
 kill-demo: install ## 10 notices and 20 kills at random moments: the weights of the undisturbed run?
 	@$(BIN)/python -m bench.kill_demo
+
+kill-saves: install ## 200 SIGKILLs at random moments, half of them inside a save: does every run end with the same weights?
+	@$(BIN)/python -m bench.kill_saves
+
+bench-checkpoint: install ## how long a save holds training up, beside accelerate's; bytes, and time to durable
+	@$(BIN)/python -m bench.checkpoint
 
 bench-ranks: install ## two ranks on two cores beside one rank with two threads
 	@$(BIN)/python -m bench.ranks

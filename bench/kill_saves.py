@@ -113,15 +113,10 @@ class Bed:
 LOGGED = {**SPLIT, "TEST_LOG_BATCHES": "1"}
 
 
-def checkpoint_state(job_dir: Path) -> tuple[int, list[str]]:
-    """Step of the newest checkpoint that is whole, and the damaged ones; judged here by hashes alone."""
-    newest, damaged = 0, []
-    for folder in paths.checkpoints(job_dir).glob("step-*"):
-        if _is_whole(folder):
-            newest = max(newest, int(folder.name.split("-")[1]))
-        else:
-            damaged.append(folder.name)
-    return newest, damaged
+def newest_whole(job_dir: Path, damaged: set[str]) -> int:
+    """Step of the newest checkpoint that is whole; judged here by hashes, and by what was damaged on purpose."""
+    folders = [folder for folder in paths.checkpoints(job_dir).glob("step-*") if folder.name not in damaged]
+    return max((int(folder.name.split("-")[1]) for folder in folders if _is_whole(folder)), default=0)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -148,15 +143,17 @@ class Run:
         self._attempt = 0
         self._expected = 0
         """Step that the next attempt has to begin at, at least."""
+        self._damaged: set[str] = set()
 
     def to_its_end(self) -> Ranks:
         """Kill attempt after attempt; let the last one finish."""
         while True:
             self._attempt += 1
             ranks = Ranks(self._spec, self._folder, self._attempt, world_size=self._sizes(self._attempt), extra=LOGGED)
-            whole, _ = checkpoint_state(ranks.job_dir) if ranks.job_dir.exists() else (0, [])
+            whole = newest_whole(ranks.job_dir, self._damaged)
+            expected, self._expected = self._expected, 0
             done = self._disturb(ranks) if self._left > 0 else self._finish(ranks)
-            self._check_choice(ranks, whole)
+            self._check_choice(ranks, whole, expected)
             if done:
                 self._bed.tally.runs += 1
                 return ranks
@@ -235,7 +232,7 @@ class Run:
         told = [report.get("step", 0) for rank in range(ranks.world_size) for report in ranks.reports(rank)]
         self._expected = max(told, default=0) if survived and kind != "inside a save" else 0
 
-    def _check_choice(self, ranks: Ranks, whole: int) -> None:
+    def _check_choice(self, ranks: Ranks, whole: int, expected: int) -> None:
         """The attempt began at the newest checkpoint that was whole, and lost nothing that could be saved."""
         tally = self._bed.tally
         begun = [report["restoredStep"] for report in ranks.reports() if "restoredStep" in report]
@@ -244,12 +241,11 @@ class Run:
         if begun[0] != whole:
             tally.corrupt_chosen += 1
             print(f"  {self._name}, attempt {ranks.attempt}: began at {begun[0]}, not at {whole}", flush=True)
-        if begun[0] < self._expected:
-            tally.lost += self._expected - begun[0]
-            print(f"  {self._name}, attempt {ranks.attempt}: lost {self._expected - begun[0]} steps", flush=True)
+        if begun[0] < expected:
+            tally.lost += expected - begun[0]
+            print(f"  {self._name}, attempt {ranks.attempt}: lost {expected - begun[0]} steps", flush=True)
             for log in sorted(ranks.folder.glob(f"a{ranks.attempt - 1}-r*.log")):
                 print(f"{log.name}:\n{log.read_text()}", flush=True)
-        self._expected = 0
 
     def _maybe_damage(self, ranks: Ranks) -> None:
         rng = self._bed.rng
@@ -260,6 +256,7 @@ class Run:
         data = bytearray(file.read_bytes())
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         file.write_bytes(data)
+        self._damaged.add(found[-1].name)
         self._bed.tally.kinds["damaged checkpoint"] += 1
         self._expected = 0
 

@@ -42,3 +42,18 @@ def test_kill_demo() -> None:
 def test_kill_matrix(cells: tuple[str, ...]) -> None:
     result = last_line("bench.kill_matrix", "--no-times", *cells)
     assert (result["wrong"], result["cells"]) == (0, 2 if "SIGKILL" in cells else 1)
+
+
+@pytest.mark.trainer
+@pytest.mark.timeout(900)
+def test_kill_saves() -> None:
+    assert last_line("bench.kill_saves", "--kills", "8") == {"kills": 8, "different_weights": 0, "corrupt_chosen": 0}
+
+
+@pytest.mark.trainer
+@pytest.mark.timeout(900)
+def test_bench_checkpoint() -> None:
+    """How fast it is says nothing on a busy machine; that it measures does."""
+    result = last_line("bench.checkpoint", "--width", "32", "--rounds", "1", "--no-limit")
+    assert set(result) == {"stall_ratio_full", "stall_ratio_lora", "durable_over_raw_write"}
+    assert all(value > 0 for value in result.values())

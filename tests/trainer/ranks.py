@@ -178,5 +178,5 @@ def _log_batches(path: Path) -> None:
             file.write(json.dumps({"step": step, "refs": [(ref.epoch, ref.index) for ref in refs]}) + "\n")
         return make(self, refs, *more)
 
-    Loop._accumulate = noting_accumulate  # type: ignore[method-assign]
-    BatchMaker.make = noting_make  # type: ignore[method-assign]
+    Loop._accumulate = noting_accumulate  # type: ignore[method-assign, assignment]
+    BatchMaker.make = noting_make  # type: ignore[method-assign, assignment]

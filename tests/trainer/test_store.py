@@ -9,13 +9,14 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from finetune_contract import paths
+from finetune_contract.manifest import FORMAT_VERSION, Manifest
 from finetune_trainer.checkpoint.fence import Fence
-from finetune_trainer.checkpoint.manifest import FORMAT_VERSION
 from finetune_trainer.checkpoint.retention import Retention
 from finetune_trainer.checkpoint.split import take_part
 from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
@@ -81,9 +82,10 @@ def _flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def _edit_manifest(**changes: object) -> Callable[[Path], None]:
+def _edit_manifest(sealed: bool = True, **changes: Any) -> Callable[[Path], None]:
     def edit(file: Path) -> None:
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}), encoding="utf-8")
+        text = json.dumps({**json.loads(file.read_text()), **changes})
+        file.write_text(Manifest.model_validate_json(text).sealed().model_dump_json() if sealed else text)
 
     return edit
 
@@ -104,7 +106,9 @@ DAMAGES = [
     ("manifest.json", lambda file: file.write_bytes(b""), "manifest.json is damaged"),
     ("manifest.json", lambda file: file.write_bytes(file.read_bytes()[:50]), "manifest.json is damaged"),
     ("manifest.json", lambda file: file.write_bytes(b"\xff\xfe"), "manifest.json is damaged"),
-    ("manifest.json", _edit_manifest(step="many"), "manifest.json is damaged"),
+    ("manifest.json", _edit_manifest(False, step="many"), "manifest.json is damaged"),
+    ("manifest.json", _edit_manifest(False, step=1), "manifest.json is damaged"),
+    ("manifest.json", _edit_manifest(False, job_uid="other"), "manifest.json is damaged"),
     ("model.safetensors", _replace_by_folder, "model.safetensors (has|is missing)"),
     ("manifest.json", _replace_by_folder, "manifest.json is missing"),
 ]

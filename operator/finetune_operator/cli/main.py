@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     gone = commands.add_parser("delete", parents=[common, named], help="stop a job and remove it and its checkpoints")
     gone.add_argument("name", type=_name, help="name of the job")
     gone.set_defaults(command="delete")
+    kept = commands.add_parser("checkpoints", parents=[common, named], help="list, verify or compare checkpoints")
+    _add_checkpoints(kept)
     check = commands.add_parser("validate", parents=[common], help="check a manifest and this machine; start nothing")
     _add_manifest(check)
     check.set_defaults(command="validate")
@@ -113,6 +115,25 @@ def _add_get(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", type=_name, nargs="?", help="name of a job; default: all of the namespace")
     command.add_argument("-o", "--output", choices=("wide", "json", "yaml"), help="form of the output")
     command.set_defaults(command="get")
+
+
+def _add_checkpoints(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(title="actions", required=True, metavar="ACTION", dest="action")
+    of = argparse.ArgumentParser(add_help=False)
+    of.add_argument("name", type=_name, nargs="?", help="name of a job of this machine")
+    of.add_argument(
+        "--folder", type=Path, help="in place of a job: the folder of a job on some storage, or its checkpoints folder"
+    )
+    actions.add_parser("list", parents=[of], help="all checkpoints, those that were set aside, too").set_defaults(
+        names=[]
+    )
+    check = actions.add_parser("verify", parents=[of], help="read every file, and compare it with its manifest")
+    check.add_argument("--checkpoint", dest="names", action="append", default=[], help="only this one: name or step")
+    compare = actions.add_parser("diff", parents=[of], help="how one checkpoint differs from another")
+    compare.add_argument(
+        "--checkpoints", dest="names", nargs=2, required=True, metavar=("OLD", "NEW"), help="name or step"
+    )
+    command.set_defaults(command="checkpoints")
 
 
 def _add_logs(command: argparse.ArgumentParser) -> None:

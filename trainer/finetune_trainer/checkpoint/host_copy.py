@@ -15,6 +15,9 @@ from torch import Tensor
 
 from finetune_trainer.checkpoint.split import Groups, size_bytes
 
+SMALL_NUMEL = 32 * 1024
+"""Torch copies a tensor of fewer elements in the thread that asks for it."""
+
 
 class HostCopy:
     """The buffers of one rank: as much host memory as it writes of the state."""
@@ -61,8 +64,16 @@ class HostCopy:
     def _copy_all(self, wanted: Mapping[tuple[str, str], Tensor]) -> None:
         for key in self._buffers.keys() - wanted.keys():
             del self._buffers[key]
+        small: list[tuple[Tensor, Tensor]] = []
         for key, tensor in wanted.items():
-            _copy(tensor.detach(), self._buffer(key, tensor))
+            source, target = tensor.detach(), self._buffer(key, tensor)
+            if source.is_cpu and source.numel() < SMALL_NUMEL:
+                small.append((source, target))
+            else:
+                _copy(source, target)
+        if small:
+            # One call for all of them: each would give the interpreter away, and wait for it again.
+            torch._foreach_copy_([target for _, target in small], [source for source, _ in small])
 
     def _buffer(self, key: tuple[str, str], like: Tensor) -> Tensor:
         buffer = self._buffers.get(key)

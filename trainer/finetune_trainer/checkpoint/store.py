@@ -26,8 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune_contract import paths
-from finetune_trainer.checkpoint.fence import Fence
-from finetune_trainer.checkpoint.manifest import (
+from finetune_contract.manifest import (
     BadCheckpointError,
     FileEntry,
     ForeignCheckpointError,
@@ -36,6 +35,7 @@ from finetune_trainer.checkpoint.manifest import (
     verify_file,
     verify_size,
 )
+from finetune_trainer.checkpoint.fence import Fence
 from finetune_trainer.checkpoint.retention import Retention, removable
 from finetune_trainer.checkpoint.split import Groups, file_name, group_of
 from finetune_trainer.checkpoint.tensor_stream import write_stream
@@ -296,7 +296,8 @@ class CheckpointStore:
             # Another rank's part was read back by that rank; here it must be seen, too.
             verify_size(aside, file)
         self.on_stage("write manifest")
-        manifest = Manifest(job_uid=self._job_uid, attempt=self._attempt, step=snapshot.step, time=time, files=ordered)
+        plain = Manifest(job_uid=self._job_uid, attempt=self._attempt, step=snapshot.step, time=time, files=ordered)
+        manifest = plain.sealed()
         (aside / paths.MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         sync_file(aside / paths.MANIFEST)
         sync_folder(aside)

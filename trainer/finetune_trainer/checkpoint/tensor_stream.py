@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune_trainer.checkpoint.manifest import FileEntry
+from finetune_contract.manifest import FileEntry
 
 CHUNK_BYTES = 8 * 1024 * 1024
 FLUSH_BYTES = 64 * 1024 * 1024

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
 
+from finetune_contract.manifest import FileEntry
 from finetune_trainer.checkpoint.host_copy import HostCopy
-from finetune_trainer.checkpoint.manifest import FileEntry
 from finetune_trainer.checkpoint.split import take_part
 from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
 from finetune_trainer.distributed.channel import Channel

@@ -28,8 +28,8 @@ from finetune_trainer.train.state import TrainState
 from finetune_trainer.train.storage import Role, choose_checkpoint, open_storage
 from finetune_trainer.train.trouble import Trouble
 
-WRITER_NICENESS = 10
-"""The writer's thread yields to those that train."""
+WRITER_NICENESS = 5
+"""The writer's thread yields to those that train; not much, for it may hold the interpreter that they wait for."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Checkpointer:
         self._saved_at = self._clock()
         """When the state of the newest checkpoint was that of the loop."""
         self._cost_seconds: float | None = None
+        self._size_bytes: int | None = None
         self._trouble = Trouble(spec.max_stale_seconds, reporter)
 
     def restore(self, state: TrainState) -> None:
@@ -224,7 +225,9 @@ class Checkpointer:
         rank, sharing = self._role.rank, self._role.sharing
         if self._role.own_disk:
             return Share(0, (rank,), rank)
-        writers = sharing[: num_parts(total_bytes(snapshot.tensors), len(sharing), self._options.min_part_bytes)]
+        if self._size_bytes is None:
+            self._size_bytes = total_bytes(snapshot.tensors)
+        writers = sharing[: num_parts(self._size_bytes, len(sharing), self._options.min_part_bytes)]
         return Share(writers.index(rank) if rank in writers else None, writers, rank)
 
     def _snapshot(self, state: TrainState) -> Snapshot:

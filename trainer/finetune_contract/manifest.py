@@ -38,6 +38,20 @@ class Manifest(BaseModel):
     time: float
     """When it was written, seconds since the epoch."""
     files: tuple[FileEntry, ...]
+    sha256: str = ""
+    """Of the manifest itself without this field; empty in format 1."""
+
+    def sealed(self) -> Manifest:
+        """The same manifest with its own hash."""
+        return self.model_copy(update={"sha256": self._digest()})
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether it says what it said when it was sealed."""
+        return self.format_version == 1 or self.sha256 == self._digest()
+
+    def _digest(self) -> str:
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
 
 
 class BadCheckpointError(Exception):
@@ -60,6 +74,8 @@ def verify(folder: Path, job_uid: str) -> Manifest:
         raise ForeignCheckpointError(
             f"{paths.MANIFEST} has format {manifest.format_version}, and this trainer reads up to {FORMAT_VERSION}"
         )
+    if not manifest.is_intact:
+        raise BadCheckpointError(f"{paths.MANIFEST} is damaged")
     if manifest.job_uid != job_uid:
         raise ForeignCheckpointError(f"{paths.MANIFEST} belongs to another job ({manifest.job_uid})")
     for entry in manifest.files:

@@ -1,0 +1,111 @@
+"""`finetune checkpoints`: what people are shown of checkpoints, whole and damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune_contract import paths
+from finetune_operator.cli.errors import Exit
+from finetune_operator.cli.main import main
+from finetune_trainer.checkpoint.retention import Retention
+from finetune_trainer.checkpoint.store import CheckpointStore, Snapshot
+
+
+@pytest.fixture(name="job_dir")
+def _job_dir(tmp_path: Path) -> Path:
+    store = CheckpointStore(tmp_path, "uid", 1, Retention())
+    store.open()
+    for step in (2, 4):
+        tensors = {
+            "model": {"w": torch.full((2, 3), float(step))},
+            "optimizer": {"w.exp_avg": torch.ones(3)},
+        }
+        store.save(Snapshot(step, tensors, {"losses": [1.0 / step], "step": step, "seed": 0}), 1e9)
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoints", *arguments])
+    assert isinstance(ended.value.code, int)
+    out = capsys.readouterr()
+    return ended.value.code, out.out + out.err
+
+
+def damage(job_dir: Path, step: int) -> None:
+    file = paths.checkpoints(job_dir) / f"step-{step:08d}-a1" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+
+def test_list(job_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(job_dir, 4)
+    store = CheckpointStore(job_dir, "uid", 2, Retention())
+    store.open()
+    store.choose(lambda _: None)
+    code, text = run(capsys, "list", "--folder", str(job_dir))
+    assert code == Exit.SUCCEEDED
+    header, good, bad = text.splitlines()
+    assert header.split() == ["NAME", "STEP", "ATTEMPT", "SIZE", "AGE", "STATE"]
+    assert good.split()[:3] == ["step-00000002-a1", "2", "1"]
+    assert good.endswith("committed")
+    assert bad.startswith("corrupt-step-00000004-a1-1")
+    assert bad.endswith("set aside: model.safetensors has other contents than its SHA-256 says")
+    assert run(capsys, "list", "--folder", str(job_dir / "checkpoints"))[1] == text
+
+
+def test_verify(job_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "verify", "--folder", str(job_dir)) == (
+        Exit.SUCCEEDED,
+        "step-00000004-a1: whole\nstep-00000002-a1: whole\n",
+    )
+    damage(job_dir, 4)
+    code, text = run(capsys, "verify", "--folder", str(job_dir))
+    assert code == Exit.FAILED
+    assert text.splitlines()[0] == (
+        "step-00000004-a1: DAMAGED: model.safetensors has other contents than its SHA-256 says"
+    )
+    assert run(capsys, "verify", "--folder", str(job_dir), "--checkpoint", "2")[0] == Exit.SUCCEEDED
+
+
+def test_diff(job_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run(capsys, "diff", "--folder", str(job_dir), "--checkpoints", "2", "step-00000004-a1")
+    assert code == Exit.SUCCEEDED
+    assert text.splitlines() == [
+        "step-00000002-a1 -> step-00000004-a1: +2 steps",
+        "the same 2 tensors in both",
+        "losses: mean 0.5 of 1 -> mean 0.25 of 1",
+        "step: 2 -> 4",
+        "the same bytes in both: optimizer.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["list"], "name a job, or give a folder with --folder"),
+        (["list", "circles"], "no job circles in namespace default"),
+        (["verify", "--folder", ".", "--checkpoint", "9"], "no checkpoint 9; there are none"),
+    ],
+)
+def test_what_is_not_there(
+    tmp_path: Path,
+    arguments: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
+    code, text = run(capsys, *arguments)
+    assert code == Exit.USAGE
+    assert sentence in text
+
+
+def test_no_checkpoints_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "list", "--folder", str(tmp_path)) == (
+        Exit.SUCCEEDED,
+        f"No checkpoints in {tmp_path / 'checkpoints'}.\n",
+    )
