@@ -1,12 +1,14 @@
 """`make cluster-test`: the chart and a job on real nodes, and everything that may happen to them.
 
-Prints a table and, as its last line, JSON: {"faults", "wrong", "median_recovery_seconds"}.
+Prints a table and, as its last line, JSON: {"faults", "wrong", "median_recovery_seconds"}. With KUBECONFIG set it runs
+against that cluster instead, without the faults that need its machines; `user_cluster` says what it asks for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -17,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from tests.chart.helm import CHART, HOME, RELEASE, Helm
-from tests.controlplane.build import HELM, ensure_programs
+from tests.controlplane.build import ALL_MODULES, HELM, ensure_programs
 from tests.realnodes import archive, security
 from tests.realnodes.builder import OPERATOR, TRAINER, Builder
 from tests.realnodes.cluster import RealCluster, in_own_network, work_folder
 from tests.realnodes.faults import FAULTS, Fault, Scene
-from tests.realnodes.job import FAULT_STEP, TEAM, Bed
+from tests.realnodes.job import FAULT_STEP, Bed
 from tests.realnodes.programs import ensure_all
 from tests.realnodes.runtime import MissingError, check_machine, ensure_runtime
+from tests.realnodes.store import TEAM, ClaimStore, Cluster, FolderStore
+from tests.realnodes.user_cluster import UserCluster, image_from
 
 NUM_NODES = 3
 VALUES: dict[str, Any] = {
@@ -51,15 +55,16 @@ class Result:
 class Run:
     """One cluster, from the chart's installation to its end."""
 
-    cluster: RealCluster
+    cluster: Cluster
     helm: Helm
     bed: Bed
+    values: dict[str, Any]
     upgrades: int = 0
 
     def install(self, **changes: Any) -> None:
         """Install or upgrade the chart."""
         command = ("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME, "--create-namespace")
-        self.helm.run(*command, "--wait", "--timeout", "100s", values={**VALUES, **changes})
+        self.helm.run(*command, "--wait", "--timeout", "100s", values={**self.values, **changes})
 
     def upgrade(self) -> None:
         """Another Deployment: all replicas are replaced."""
@@ -117,12 +122,15 @@ class Run:
     def uninstall(self) -> list[str]:
         """Uninstall, delete the jobs; what is left then."""
         self.helm.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
-        self.cluster.kubectl("--namespace", TEAM, "delete", "ftj", "--all", "--timeout=60s")
+        self.cluster.kubectl("--namespace", TEAM, "delete", "ftj", "--all", "--timeout=90s", timeout_seconds=100)
         listed = "pods,services,configmaps,secrets,leases,endpointslices"
-        self.cluster.kubectl("--namespace", TEAM, "wait", "--for=delete", "pods", "--all", "--timeout=90s")
+        of_jobs = "--selector=finetune-operator.io/job"
+        self.cluster.kubectl(
+            "--namespace", TEAM, "wait", "--for=delete", "pods", of_jobs, "--timeout=90s", timeout_seconds=100
+        )
         left = self.cluster.kubectl("get", listed, "--namespace", TEAM, "--output=name").split()
         left += self.cluster.kubectl("get", listed, "--namespace", HOME, "--output=name").split()
-        return [thing for thing in left if "kube-root-ca" not in thing]
+        return [thing for thing in left if thing not in ("configmap/kube-root-ca.crt", "pod/carrier")]
 
 
 def run(chosen: list[str], folder: Path) -> int:
@@ -142,12 +150,37 @@ def run(chosen: list[str], folder: Path) -> int:
     with cluster:
         cluster.start_nodes()
         say(f"{NUM_NODES} nodes are ready after {time.monotonic() - started:.0f} s")
-        one = Run(cluster, Helm(helm, folder / "helm", cluster.kubeconfig), Bed(cluster, folder / "shared"))
+        bed = Bed(cluster, FolderStore(folder / "shared"))
+        one = Run(cluster, Helm(helm, folder / "helm", cluster.kubeconfig), bed, VALUES)
         one.install()
         say("the chart is installed")
         say(" ".join(one.helm.run("test", RELEASE, "--namespace", HOME, "--logs").split("\n")[-4:]))
         one.bed.prepare()
         return report(one, chosen, wrong, say)
+
+
+def run_elsewhere(kubeconfig: Path, chosen: list[str], folder: Path) -> int:
+    """The same on a cluster of the user's; returns the exit code."""
+    operator, trainer = image_from("FINETUNE_OPERATOR_IMAGE"), image_from("FINETUNE_TRAINER_IMAGE")
+    skipped = [name for name in chosen if FAULTS[name].own_machines]
+    if skipped:
+        tell(f"SKIPPED, for they need the machines of the nodes: {', '.join(skipped)}")
+    programs = ensure_programs(modules=(*ALL_MODULES, HELM))
+    cluster = UserCluster(programs["kubectl"], kubeconfig)
+    repository, _, tag = operator.rpartition(":")
+    values = {
+        **VALUES,
+        "image": {"repository": repository, "tag": tag},
+        "trainer": {"images": {"cpu": trainer, "gpu": trainer}},
+    }
+    store = ClaimStore(trainer, os.environ.get("FINETUNE_STORAGE_CLASS"), folder / "shared")
+    one = Run(cluster, Helm(programs["helm"], folder / "helm", kubeconfig), Bed(cluster, store), values)
+    one.install()
+    try:
+        one.bed.prepare()
+        return report(one, [name for name in chosen if name not in skipped], [], tell)
+    finally:
+        cluster.kubectl("delete", "namespace", TEAM, "--wait=false")
 
 
 def report(one: Run, chosen: list[str], wrong: list[str], say: Callable[[str], None]) -> int:
@@ -190,7 +223,8 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(FAULTS)}")
     folder = work_folder()
     try:
-        return run(chosen, folder)
+        kubeconfig = os.environ.get("KUBECONFIG")
+        return run_elsewhere(Path(kubeconfig), chosen, folder) if kubeconfig else run(chosen, folder)
     except MissingError as error:
         print(f"SKIPPED: {error}", file=sys.stderr)
         return 0

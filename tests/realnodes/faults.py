@@ -9,7 +9,8 @@ from typing import Any
 
 from tests.chart.helm import HOME, NAME
 from tests.realnodes.cluster import RealCluster
-from tests.realnodes.job import TEAM, Bed
+from tests.realnodes.job import Bed
+from tests.realnodes.store import TEAM, Cluster
 
 FAULT_TAINT = "finetune.test/termination=true:NoExecute"
 PRIORITY = "urgent"
@@ -26,10 +27,16 @@ exit 1
 class Scene:
     """A job in mid-training on real nodes."""
 
-    cluster: RealCluster
+    cluster: Cluster
     bed: Bed
     job: str
     upgrade: Callable[[], None]
+
+    @property
+    def machines(self) -> RealCluster:
+        """The cluster as one whose machines may be touched."""
+        assert isinstance(self.cluster, RealCluster)
+        return self.cluster
 
     @property
     def pod(self) -> dict[str, Any]:
@@ -59,6 +66,8 @@ class Fault:
     """Does it; returns what undoes it after the job has ended."""
     causes: frozenset[str]
     """Reasons that the ledger may give; empty: no attempt may end."""
+    own_machines: bool = False
+    """Whether it touches the nodes' machines, or must know how full they are."""
 
 
 def drain(scene: Scene) -> Callable[[], None]:
@@ -109,19 +118,19 @@ def delete_at_once(scene: Scene) -> Callable[[], None]:
 
 
 def kill_container(scene: Scene) -> Callable[[], None]:
-    node = next(node for node in scene.cluster.nodes if node.name == scene.node)
+    node = next(node for node in scene.machines.nodes if node.name == scene.node)
     node.inside("bash", "-c", KILL, scene.pod_name)
     return nothing
 
 
 def kill_node(scene: Scene) -> Callable[[], None]:
-    node = next(node for node in scene.cluster.nodes if node.name == scene.node)
+    node = next(node for node in scene.machines.nodes if node.name == scene.node)
     node.kill()
-    scene.cluster.wait_ready(node.name, ready=False)
+    scene.machines.wait_ready(node.name, ready=False)
 
     def back() -> None:
         node.start()
-        scene.cluster.wait_ready(node.name)
+        scene.machines.wait_ready(node.name)
 
     return back
 
@@ -152,10 +161,12 @@ NOTICED = {"NoticeSaved", "Preempted"}
 FAULTS: dict[str, Fault] = {
     "kubectl drain": Fault(drain, frozenset(NOTICED | {"EvictionByEvictionAPI"})),
     "termination taint": Fault(taint, frozenset(NOTICED | {"DeletionByTaintManager"})),
-    "higher priority": Fault(outrank, frozenset(NOTICED | {"PreemptionByScheduler"})),
+    "higher priority": Fault(outrank, frozenset(NOTICED | {"PreemptionByScheduler"}), own_machines=True),
     "delete --grace-period=0": Fault(delete_at_once, frozenset({"PodDeleted", "PodLost"})),
-    "SIGKILL of a container": Fault(kill_container, frozenset({"ProcessFailed", "OutOfMemory"})),
-    "SIGKILL of a node": Fault(kill_node, frozenset({"NodeLost", "PodLost", "DeletionByTaintManager"})),
+    "SIGKILL of a container": Fault(kill_container, frozenset({"ProcessFailed", "OutOfMemory"}), own_machines=True),
+    "SIGKILL of a node": Fault(
+        kill_node, frozenset({"NodeLost", "PodLost", "DeletionByTaintManager"}), own_machines=True
+    ),
     "operator's pod deleted": Fault(delete_operator, frozenset()),
     "helm upgrade": Fault(upgrade, frozenset()),
 }

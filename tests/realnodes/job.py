@@ -2,66 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from finetune_operator.api.job import API_VERSION, KIND
 from tests.controlplane.process import wait_for
-from tests.realnodes.builder import ROOT
+from tests.realnodes.store import CLAIM, MOUNT, OUTPUTS, TEAM, Cluster, Object, Store, apply
 
-TEAM = "team-a"
-CLAIM, PACKAGES = "finetune", "packages"
 STEPS, SAVE_EVERY, FAULT_STEP = 60, 20, 26
-USER = 1000
 RUN_SECONDS = 300.0
-OUTPUTS = "outputs"
-
-
-class Cluster(Protocol):
-    """What is asked of a cluster: kubectl."""
-
-    def kubectl(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = 60.0) -> str:
-        """What it prints."""
 
 
 @dataclass
 class Bed:
-    """The namespace of the jobs, and the folder behind their claim."""
+    """The namespace of the jobs, and their volume."""
 
     cluster: Cluster
-    shared: Path
+    store: Store
 
     def prepare(self) -> None:
-        """The model and the data on the volume, the volumes, and a namespace that enforces the restricted standard."""
-        data = self.shared / "data"
-        self.shared.mkdir(parents=True)
-        make = ("-m", "finetune_trainer.demo.circles", str(data), "--style", "squares")
-        counts = ("--num-train", "64", "--num-validation", "8")
-        subprocess.run([sys.executable, *make, *counts], check=True, capture_output=True)
-        shutil.copytree(ROOT / "examples/base-circles", self.shared / "base")
-        for path in (self.shared, *self.shared.rglob("*")):
-            os.chown(path, USER, USER)
+        """The volume with the model and the data, in a namespace that enforces the restricted standard."""
         enforce = {"pod-security.kubernetes.io/enforce": "restricted"}
-        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": TEAM, "labels": enforce}})
-        packages = Path(sysconfig.get_path("platlib"))
-        for name, folder in ((CLAIM, self.shared), (PACKAGES, packages)):
-            self.apply(volume(name, folder))
-            self.apply(claim(name))
-
-    def apply(self, thing: dict[str, Any]) -> None:
-        self.cluster.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
+        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": TEAM, "labels": enforce}}
+        apply(self.cluster, namespace)
+        self.store.prepare(self.cluster)
 
     def create(self, name: str) -> None:
-        self.apply(build_job(name))
+        apply(self.cluster, build_job(name, self.store.pod_template))
 
     def status(self, name: str) -> dict[str, Any]:
         got = self.cluster.kubectl("--namespace", TEAM, "get", "ftj", name, "--output=json")
@@ -121,30 +90,25 @@ class Bed:
 
     def weights(self, name: str) -> str:
         """Hash of what was trained, file by file."""
-        folder = self.shared / OUTPUTS / name
-        files = sorted(folder.rglob("*.safetensors"))
-        assert files, f"no weights below {folder}"
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        found = self.store.weights(self.cluster, name)
+        assert found, f"{name} has written no weights"
+        return found
 
 
-def build_job(name: str) -> dict[str, Any]:
+def build_job(name: str, pod_template: Object) -> Object:
     """One rank on each of two nodes."""
     apart = {
         "topologyKey": "kubernetes.io/hostname",
         "labelSelector": {"matchLabels": {"finetune-operator.io/job": name}},
     }
-    container = {
-        "name": "trainer",
-        "env": [{"name": "PYTHONPATH", "value": "/packages"}, {"name": "OMP_NUM_THREADS", "value": "1"}],
-        "volumeMounts": [{"name": PACKAGES, "mountPath": "/packages", "readOnly": True}],
-    }
+    template = {"affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}}
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
         "metadata": {"name": name, "namespace": TEAM},
         "spec": {
-            "model": {"base": "/finetune/storage/base"},
-            "dataset": {"source": "/finetune/storage/data"},
+            "model": {"base": f"{MOUNT}/base"},
+            "dataset": {"source": f"{MOUNT}/data"},
             "training": {
                 "method": "LoRA",
                 "steps": STEPS,
@@ -159,43 +123,7 @@ def build_job(name: str) -> dict[str, Any]:
                 "interval": {"steps": SAVE_EVERY},
             },
             "recovery": {"noticeSeconds": 30},
-            "outputs": [{"format": "diffusers", "to": f"/finetune/storage/{OUTPUTS}/{name}"}],
-            "podTemplate": {
-                "spec": {
-                    "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}},
-                    "containers": [container],
-                    "volumes": [{"name": PACKAGES, "persistentVolumeClaim": {"claimName": PACKAGES, "readOnly": True}}],
-                }
-            },
-        },
-    }
-
-
-def volume(name: str, folder: Path) -> dict[str, Any]:
-    """A folder that all nodes see, as NFS is."""
-    return {
-        "apiVersion": "v1",
-        "kind": "PersistentVolume",
-        "metadata": {"name": name},
-        "spec": {
-            "capacity": {"storage": "10Gi"},
-            "accessModes": ["ReadWriteMany"],
-            "storageClassName": "",
-            "claimRef": {"name": name, "namespace": TEAM},
-            "hostPath": {"path": str(folder)},
-        },
-    }
-
-
-def claim(name: str) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "PersistentVolumeClaim",
-        "metadata": {"name": name, "namespace": TEAM},
-        "spec": {
-            "accessModes": ["ReadWriteMany"],
-            "storageClassName": "",
-            "volumeName": name,
-            "resources": {"requests": {"storage": "1Gi"}},
+            "outputs": [{"format": "diffusers", "to": f"{MOUNT}/{OUTPUTS}/{name}"}],
+            "podTemplate": {"spec": {**template, **pod_template}},
         },
     }

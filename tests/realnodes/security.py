@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from tests.realnodes.job import TEAM, Cluster
+from tests.realnodes.store import TEAM, Cluster
 
 INSIDE = r"""
 import json, os, ssl, sys, urllib.error, urllib.request

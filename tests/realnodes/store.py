@@ -1,0 +1,188 @@
+"""The volume of the jobs: how the model and the data come onto it, and how the weights are read back."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tests.realnodes.builder import ROOT
+
+TEAM = "team-a"
+CLAIM, PACKAGES = "finetune", "packages"
+OUTPUTS = "outputs"
+USER = 1000
+MOUNT = "/finetune/storage"
+HASH = (
+    "import hashlib, pathlib, sys; files = sorted(pathlib.Path(sys.argv[1]).rglob('*.safetensors'));"
+    "print(hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest() if files else '')"
+)
+UNPACK = (
+    "import base64, io, sys, tarfile; packed = io.BytesIO(base64.b64decode(sys.stdin.read()));"
+    "tarfile.open(fileobj=packed).extractall(sys.argv[1], filter='data')"
+)
+
+Object = dict[str, Any]
+
+
+class Cluster(Protocol):
+    """What is asked of a cluster: kubectl."""
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = 60.0) -> str:
+        """What it prints."""
+
+
+class Store(Protocol):
+    """A volume that all pods of a job see."""
+
+    @property
+    def pod_template(self) -> Object:
+        """What pods need besides."""
+
+    def prepare(self, cluster: Cluster) -> None:
+        """Make the claim, and put the model and the data on it."""
+
+    def weights(self, cluster: Cluster, job: str) -> str:
+        """Hash of what a job trained, file by file; empty where there is nothing."""
+
+
+def apply(cluster: Cluster, thing: Object) -> None:
+    cluster.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
+
+
+@dataclass
+class FolderStore:
+    """A folder of this machine, which every node of it sees; torch comes from the environment of the tests."""
+
+    folder: Path
+
+    @property
+    def pod_template(self) -> Object:
+        container = {
+            "name": "trainer",
+            "env": [{"name": "PYTHONPATH", "value": "/packages"}, {"name": "OMP_NUM_THREADS", "value": "1"}],
+            "volumeMounts": [{"name": PACKAGES, "mountPath": "/packages", "readOnly": True}],
+        }
+        packages = {"name": PACKAGES, "persistentVolumeClaim": {"claimName": PACKAGES, "readOnly": True}}
+        return {"containers": [container], "volumes": [packages]}
+
+    def prepare(self, cluster: Cluster) -> None:
+        self.folder.mkdir(parents=True)
+        fill(self.folder)
+        for path in (self.folder, *self.folder.rglob("*")):
+            os.chown(path, USER, USER)
+        for name, folder in ((CLAIM, self.folder), (PACKAGES, Path(sysconfig.get_path("platlib")))):
+            apply(cluster, volume(name, folder))
+            apply(cluster, claim(name, storage_class="", volume_name=name))
+
+    def weights(self, cluster: Cluster, job: str) -> str:
+        files = sorted((self.folder / OUTPUTS / job).rglob("*.safetensors"))
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else ""
+
+
+@dataclass
+class ClaimStore:
+    """A claim on a cluster of the user's, by a storage class that many nodes can write to; a pod carries things."""
+
+    image: str
+    storage_class: str | None
+    work: Path
+
+    @property
+    def pod_template(self) -> Object:
+        return {}
+
+    def prepare(self, cluster: Cluster) -> None:
+        apply(cluster, claim(CLAIM, storage_class=self.storage_class))
+        apply(cluster, carrier(self.image))
+        waiting = ("wait", "--for=condition=Ready", "pod/carrier", "--timeout=300s")
+        cluster.kubectl("--namespace", TEAM, *waiting, timeout_seconds=310)
+        fill(self.work)
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for name in ("base", "data"):
+                archive.add(self.work / name, name)
+        # kubectl is given text here: the archive travels as base64.
+        text = base64.b64encode(packed.getvalue()).decode()
+        self._run(cluster, "-i", "carrier", "--", "python", "-c", UNPACK, MOUNT, stdin=text)
+
+    def weights(self, cluster: Cluster, job: str) -> str:
+        return self._run(cluster, "carrier", "--", "python", "-c", HASH, f"{MOUNT}/{OUTPUTS}/{job}").strip()
+
+    @staticmethod
+    def _run(cluster: Cluster, *arguments: str, stdin: str | None = None) -> str:
+        return cluster.kubectl("--namespace", TEAM, "exec", *arguments, stdin=stdin, timeout_seconds=300)
+
+
+def fill(folder: Path) -> None:
+    """Put the demo's model and data into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make = ("-m", "finetune_trainer.demo.circles", str(folder / "data"), "--style", "squares")
+    counts = ("--num-train", "64", "--num-validation", "8")
+    subprocess.run([sys.executable, *make, *counts], check=True, capture_output=True)
+    shutil.copytree(ROOT / "examples/base-circles", folder / "base")
+
+
+def volume(name: str, folder: Path) -> Object:
+    """A folder that all nodes see, as NFS is."""
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": name},
+        "spec": {
+            "capacity": {"storage": "10Gi"},
+            "accessModes": ["ReadWriteMany"],
+            "storageClassName": "",
+            "claimRef": {"name": name, "namespace": TEAM},
+            "hostPath": {"path": str(folder)},
+        },
+    }
+
+
+def claim(name: str, *, storage_class: str | None, volume_name: str = "") -> Object:
+    """A claim; without a class by the cluster's default one."""
+    spec: Object = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+    if storage_class is not None:
+        spec["storageClassName"] = storage_class
+    if volume_name:
+        spec["volumeName"] = volume_name
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name, "namespace": TEAM},
+        "spec": spec,
+    }
+
+
+def carrier(image: str) -> Object:
+    """A pod that holds the claim and does nothing, as restricted as those of jobs."""
+    container = {
+        "name": "carrier",
+        "image": image,
+        "command": ["python", "-c", "import signal; signal.pause()"],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": [{"name": CLAIM, "mountPath": MOUNT}],
+    }
+    security = {"runAsNonRoot": True, "runAsUser": USER, "fsGroup": USER, "seccompProfile": {"type": "RuntimeDefault"}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "carrier", "namespace": TEAM},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "terminationGracePeriodSeconds": 1,
+            "securityContext": security,
+            "containers": [container],
+            "volumes": [{"name": CLAIM, "persistentVolumeClaim": {"claimName": CLAIM}}],
+        },
+    }
