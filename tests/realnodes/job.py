@@ -11,7 +11,7 @@ from finetune_operator.api.job import API_VERSION, KIND
 from tests.controlplane.process import wait_for
 from tests.realnodes.store import CLAIM, MOUNT, OUTPUTS, TEAM, Cluster, Object, Store, apply
 
-STEPS, SAVE_EVERY, FAULT_STEP = 60, 20, 26
+STEPS, SAVE_EVERY, FAULT_STEP = 40, 10, 14
 RUN_SECONDS = 300.0
 
 

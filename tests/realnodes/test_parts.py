@@ -1,0 +1,98 @@
+"""The parts of the cluster test that need no cluster: its lists, what it refuses, and its look into an image."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from finetune_operator.api.words import Reason
+from tests.realnodes import archive, security
+from tests.realnodes.faults import FAULTS
+from tests.realnodes.job import FAULT_STEP, SAVE_EVERY, STEPS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_ledger_can_say_what_is_expected_of_it() -> None:
+    reasons = {reason.value for reason in Reason}
+    for name, fault in FAULTS.items():
+        assert fault.causes <= reasons, name
+    assert len(FAULTS) == 8
+
+
+def test_a_fault_falls_between_two_checkpoints_and_long_before_the_end() -> None:
+    assert FAULT_STEP % SAVE_EVERY
+    assert FAULT_STEP < STEPS - SAVE_EVERY
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.realnodes", *arguments]
+    given = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
+
+
+def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:
+    result = run("--faults", "earthquake")
+    assert result.returncode == 2
+    assert "kubectl drain" in result.stderr
+
+
+def test_what_is_missing_is_said_aloud() -> None:
+    """Without the tools on PATH; with KUBECONFIG, without the images."""
+    result = run(PATH="/nowhere", KUBECONFIG="")
+    assert result.stderr.startswith("SKIPPED: ")
+    assert run(KUBECONFIG="/nowhere").stderr.startswith("SKIPPED: FINETUNE_OPERATOR_IMAGE: give name:tag")
+
+
+def test_every_difference_is_told() -> None:
+    assert list(security.differences(dict(security.EXPECTED))) == []
+    found = {**security.EXPECTED, "read the API, its token": 200}
+    assert list(security.differences(found)) == ["read the API, its token: 200, not 401"]
+
+
+def image(path: Path, files: dict[str, bytes], user: str) -> Path:
+    layer = pack(files)
+    config = json.dumps({"config": {"User": user}}).encode()
+    manifest = json.dumps([{"Config": "config.json", "Layers": ["layer.tar"]}]).encode()
+    path.write_bytes(pack({"manifest.json": manifest, "config.json": config, "layer.tar": layer}))
+    return path
+
+
+def pack(files: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as opened:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            opened.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+SBOM = {"usr/share/sbom/x.spdx.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("files", "user", "words"),
+    [
+        (SBOM, "65532:65532", []),
+        ({}, "65532", ["has no SBOM"]),
+        (SBOM, "0:0", ["runs as root"]),
+        (SBOM, "", ["runs as root"]),
+        ({**SBOM, "app/torch/__init__.py": b""}, "1", ["holds app/torch/"]),
+        ({**SBOM, "usr/bin/sh": b""}, "1", ["holds usr/bin/sh"]),
+        ({**SBOM, "large": bytes(151 << 20)}, "1", ["151 MiB"]),
+    ],
+    ids=range(7),
+)
+def test_an_image_is_looked_into(tmp_path: Path, files: dict[str, bytes], user: str, words: list[str]) -> None:
+    faults = list(archive.operator_faults(image(tmp_path / "image.tar", files, user)))
+    assert len(faults) == len(words)
+    for fault, word in zip(faults, words, strict=True):
+        assert word in fault
