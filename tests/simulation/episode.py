@@ -127,6 +127,9 @@ def _make_random_job(world: World, name: str, seed: int) -> None:
         save_steps=rng.choice([10, 50, 500]),
         save_seconds=rng.choice([0.5, 5.0, 60.0]),
         load_seconds=rng.choice([3.0, 20.0, 120.0]),
+        warm_load_seconds=rng.choice([None, 2.0]),
+        stall_seconds=rng.choice([None, 0.1]),
+        rescues=rng.random() < 0.5,
     )
     spec: dict[str, Any] = {
         "topology": {"accelerator": "cpu", **rng.choice(SIZES)},

@@ -24,6 +24,8 @@ class Kubelets:
     def __init__(self, engine: Engine, server: Server, start: Callable[[SimPod], None]) -> None:
         self.pull_seconds = 5.0
         """Mean time from a node to a running container."""
+        self.cached_seconds: float | None = None
+        """The same where the node has run one before; None: the same."""
         self._engine = engine
         self._server = server
         self._start = start
@@ -57,7 +59,9 @@ class Kubelets:
             node.pods.add(pod.seen.name)
             pod.node = node
             self._server.change(pod, node=node.name, waiting="ContainerCreating")
-            self._engine.after(self._engine.rng.expovariate(1 / self.pull_seconds), lambda pod=pod: self._run(pod))  # type: ignore[misc]
+            mean = self.cached_seconds if node.has_image and self.cached_seconds is not None else self.pull_seconds
+            node.has_image = True
+            self._engine.after(self._engine.rng.expovariate(1 / mean), lambda pod=pod: self._run(pod))  # type: ignore[misc]
         self._waiting = still
 
     def _room_for(self, pod: SimPod) -> Node | None:

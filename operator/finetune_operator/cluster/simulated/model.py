@@ -67,6 +67,14 @@ class Workload:
     load_seconds: float = 10.0
     restore_seconds: float = 2.0
     export_seconds: float = 5.0
+    stall_seconds: float | None = None
+    """For how long a save holds up the steps, where it goes on beside them; None: all the time."""
+    warm_load_seconds: float | None = None
+    """Loading again in a pod that has loaded before; None: as long as at first."""
+    full_size: int | None = None
+    """Nodes that a step of `step_seconds` is done by; fewer take longer in proportion. None: it does not matter."""
+    rescues: bool = False
+    """Whether survivors save the last finished step when a peer dies suddenly."""
     saves_on_notice: bool = True
     """False: SIGTERM just ends a rank, as it does with most training scripts."""
 
@@ -118,5 +126,6 @@ class Node:
     """How far its clock is off."""
     pods: set[str] = field(default_factory=set)
     """Names of the pods that are bound to it."""
+    has_image: bool = False
     started: list[SimPod] = field(default_factory=list)
     """Pods whose processes were started here."""

@@ -57,13 +57,18 @@ class Gang:
         self.broken = False
 
     @property
+    def _step_seconds(self) -> float:
+        work = self._storage.workload
+        return work.step_seconds * (work.full_size or self.size) / self.size
+
+    @property
     def step(self) -> int:
         """Finished steps."""
         if self.hung_step is not None:
             return self.hung_step
         if self.state is not RankState.TRAINING:
             return self._from_step
-        elapsed = (self._engine.time - self._from_time) / self._storage.workload.step_seconds
+        elapsed = (self._engine.time - self._from_time) / self._step_seconds
         return min(self._until_step, self._from_step + int(elapsed + 1e-6))
 
     def join(self, member: Supervisor) -> None:
@@ -103,7 +108,15 @@ class Gang:
 
     def _lost_peer(self, member: Supervisor) -> None:
         if self.members.get(member.node_rank) is member:
+            self._rescue()
             self._exit(member, ExitCode.FABRIC, "lost a peer")
+
+    def _rescue(self) -> None:
+        """The first of the survivors saves the step that all have finished."""
+        storage = self._storage
+        unsaved = self.restored_step is not None and self._from_step > storage.step
+        if storage.workload.rescues and unsaved and storage.commit(self.attempt, self._from_step):
+            self._trainers.watchdog.committed(self._job, self.attempt, self._from_step)
 
     def _exit(self, member: Supervisor, code: int, words: str = "") -> None:
         member.rank_ended(code, words)
@@ -140,7 +153,7 @@ class Gang:
     def _advance_to(self, step: int) -> None:
         self._life += 1
         self._until_step = step
-        due = self._from_time + (step - self._from_step) * self._storage.workload.step_seconds
+        due = self._from_time + (step - self._from_step) * self._step_seconds
         self._later(max(0.0, due - self._engine.time), partial(self._reached, step))
 
     def _reached(self, step: int) -> None:
@@ -150,8 +163,24 @@ class Gang:
 
     def _save(self) -> None:
         self._enter(RankState.SAVING)
-        seconds = self._storage.workload.save_seconds if self._from_step > self._storage.step else 0.0
-        self._later(seconds, self._saved)
+        work, is_new = self._storage.workload, self._from_step > self._storage.step
+        if work.stall_seconds is not None and is_new and not self.stopping and self._from_step < work.total_steps:
+            self._engine.after(work.save_seconds, partial(self._commit_beside, self._from_step))
+            self._later(min(work.stall_seconds, work.save_seconds), self._go_on)
+            return
+        self._later(work.save_seconds if is_new else 0.0, self._saved)
+
+    def _commit_beside(self, step: int) -> None:
+        """A save that went on beside the steps is over."""
+        if not self.broken and step > self._storage.step and self._storage.commit(self.attempt, step):
+            self._trainers.watchdog.committed(self._job, self.attempt, step)
+
+    def _go_on(self) -> None:
+        if self.stopping:
+            self._save()
+            return
+        self._enter(RankState.TRAINING)
+        self._train()
 
     def _saved(self) -> None:
         if self._from_step > self._storage.step:
@@ -213,6 +242,7 @@ class Supervisor:
         self._soon = False
         self._beat_seconds = BEAT_SECONDS
         self._num_timers = 0
+        self._is_cold = True
         pod.end = self._killed
         pod.notice = self._on_notice
         if pod.stands_by:
@@ -295,7 +325,9 @@ class Supervisor:
         self._ends = ()
         self._waiting = False
         work = self._storage.workload
-        self._later(self._engine.rng.uniform(0.5, 1.5) * work.load_seconds, self._join)
+        seconds = work.load_seconds if self._is_cold or work.warm_load_seconds is None else work.warm_load_seconds
+        self._is_cold = False
+        self._later(self._engine.rng.uniform(0.5, 1.5) * seconds, self._join)
 
     def _join(self) -> None:
         self.gang = self._trainers.gang(self.pod.job, self.attempt, self.num_nodes)
