@@ -7,7 +7,7 @@ not a matter of practice (nodes, images, loading, the time of a step and of a sa
 - upstream: a checkpoint every 500 steps (the default of the diffusers scripts), SIGTERM ends the ranks, and the whole
   gang is started anew. Pods are deleted and made again at once: no back-off and no hung survivors are held against it.
 - ours: checkpoints beside the loop at the interval that `auto` finds; all save on notice; survivors save when a peer
-  dies suddenly; survivors keep their pods and go on with fewer nodes after `shrinkAfter` until the replacement stands by.
+  dies suddenly; survivors keep their pods and go on with fewer nodes after `shrinkAfter`, until the new one stands by.
 
 Goodput is the time of the steps that the model is made of, at full speed, over the time that the job took.
 

@@ -57,3 +57,11 @@ def test_bench_checkpoint() -> None:
     result = last_line("bench.checkpoint", "--width", "32", "--rounds", "1", "--no-limit")
     assert set(result) == {"stall_ratio_full", "stall_ratio_lora", "durable_over_raw_write"}
     assert all(value > 0 for value in result.values())
+
+
+def test_bench_spot(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("seconds,node,notice_seconds\n900,1,120\n1500,0,0\n", encoding="utf-8")
+    result = last_line("bench.spot", "--hours", "0.5", "--nodes", "4", "--trace", str(trace))
+    assert result.keys() == {"none", "upstream", "ours"}
+    assert result["none"] <= result["upstream"] < result["ours"] <= 1
