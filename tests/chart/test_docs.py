@@ -11,7 +11,17 @@ from finetune_operator.api.words import REASONS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = ("install", "first-job", "storage", "sizing", "security", "upgrade", "troubleshooting", "comparison")
+PAGES = (
+    "install",
+    "first-job",
+    "recovery",
+    "storage",
+    "sizing",
+    "security",
+    "upgrade",
+    "troubleshooting",
+    "comparison",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
