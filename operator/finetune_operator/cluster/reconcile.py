@@ -7,7 +7,7 @@ status writes included: the pass that raises the attempt creates nothing, the on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,7 +15,7 @@ from datetime import timedelta
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cluster.protocol import Clock, Cluster, ConflictError, JobKey
 from finetune_operator.plan import plan
-from finetune_operator.plan.types import Observed
+from finetune_operator.plan.types import Action, Create, Observed
 from finetune_operator.settings import Settings
 
 
@@ -42,11 +42,28 @@ async def reconcile(cluster: Cluster, key: JobKey, settings: Settings, now: Cloc
         except ConflictError:
             # The newer object has already asked for another pass. Acting on the older one could undo what it says.
             return Pass(job, observed)
-    for action in decided.actions:
-        await cluster.apply(job, action)
+    error = await act(cluster, job, decided.actions)
     for event in decided.events:
         await cluster.emit(job, event)
+    if error is not None:
+        raise error
     return Pass(job.model_copy(update={"status": decided.status}), observed, decided.look_again)
+
+
+async def act(cluster: Cluster, job: FineTuneJob, actions: Sequence[Action]) -> Exception | None:
+    """Carry out the actions; return the first error.
+
+    A pod that a quota refuses must not keep others from being deleted, which may be what makes room.
+    """
+    first: Exception | None = None
+    for action in actions:
+        if first is not None and isinstance(action, Create):
+            continue
+        try:
+            await cluster.apply(job, action)
+        except Exception as error:
+            first = first or error
+    return first
 
 
 async def drive(reconcile_once: Callable[[], Awaitable[Pass]], wake: asyncio.Event) -> AsyncGenerator[Pass, None]:

@@ -79,6 +79,13 @@ def _restore_capacity(world: World) -> None:
     world.fill_up()
 
 
+def set_quota(world: World) -> None:
+    """An administrator bounds the number of pods for a while; those that are there stay."""
+    rng = world.engine.rng
+    world.server.quota = rng.randint(0, world.normal_num_nodes)
+    world.engine.after(rng.uniform(60, 3600), lambda: setattr(world.server, "quota", None))
+
+
 def stall_pulls(world: World) -> None:
     """The registry is slow for a while."""
     world.kubelets.pull_seconds = 900.0
@@ -177,6 +184,7 @@ FAULTS = (
     Fault(2, cut_node_off),
     Fault(0.5, take_quota),
     Fault(0.5, change_capacity),
+    Fault(0.3, set_quota),
     Fault(0.3, stall_pulls),
     Fault(4, fail_program),
     Fault(1, break_fabric),

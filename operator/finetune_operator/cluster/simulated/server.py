@@ -109,6 +109,8 @@ class Server:
         self.storage: dict[str, Storage] = {}
         """By the job's name, on disks that outlive all nodes."""
         self.watches: list[Watch] = []
+        self.quota: int | None = None
+        """Most pods that may exist; None: no bound."""
         self.num_writes = 0
         """Writes that the operator asked for."""
         self.pod_changed: Callable[[SimPod], None] = lambda _: None
@@ -179,6 +181,8 @@ class Server:
             return key, True
         if (known := self.pods.get(meta["name"])) is not None:
             return key, known.seen
+        if self.quota is not None and len(self.pods) >= self.quota:
+            raise ApiError("exceeded quota")
         self._num_created += 1
         spec = manifest["spec"]
         env = {item["name"]: item.get("value") for item in spec["containers"][0]["env"]}
@@ -212,7 +216,8 @@ class Server:
         self.num_writes += 1
         pod = self.pods.get(name)
         if pod is not None and pod.seen.uid == uid:
-            self._watchdog.pod_deleted(self.jobs[pod.job], pod.seen)
+            if (job := self.jobs.get(pod.job)) is not None:
+                self._watchdog.pod_deleted(job, pod.seen)
             self._mark_deleted(pod, grace_seconds)
 
     def evict(self, pod: SimPod, disruption: str | None) -> None:

@@ -152,6 +152,7 @@ class World:
         """From now on nothing goes wrong, and all that is broken is mended."""
         self.calm = True
         self.good_weather()
+        self.server.quota = None
         self.deaf_until = 0.0
         if self.operator is not None:
             self.operator.watch.lag_seconds = 0.1
