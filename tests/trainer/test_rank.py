@@ -73,6 +73,17 @@ def test_final_report(base: Path, data: Path, tmp_path: Path) -> None:
     assert last["checkpoint"]["step"] == 6
     assert last["loss"] > 0
     assert last["imagesPerSecond"] > 0
+    newest = ranks.job_dir / "checkpoints" / "step-00000006-a1"
+    assert {entry.name for entry in newest.iterdir()} == {
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    }
+    for name in ("model", "optimizer"):
+        assert all("lora_" in key for key in load_file(newest / f"{name}.safetensors"))
+    assert last["checkpoint"]["stallSeconds"] >= 0
+    assert last["checkpoint"]["durableSeconds"] > 0
     (output,) = last["outputs"]
     assert output["sizeBytes"] == len(ranks.weights())
 

@@ -73,12 +73,13 @@ class Rescue:
                 _LOG.exception("step %d could not be saved for the lost peer", state.step)
 
     def _save(self, state: TrainState, task: SaveTask | None, claim_seconds: float) -> None:
+        # A rank that says so is given the time.
+        self._reporter.state(RankState.SAVING)
         if task is not None:
             task.abandoned.set()
             task.future.exception()
         if state.step == 0 or self._store.holds(state.step):
             return
-        self._reporter.state(RankState.SAVING)
         snapshot = self._snapshot(state)
         seconds = claim_seconds + total_bytes(snapshot.tensors) / SLOWEST_BYTES_PER_SECOND
         if not self._store.claim(state.step) and self._other_saves(state.step, seconds):

@@ -244,8 +244,9 @@ class Checkpointer:
         """Wait on all ranks for the end of the save that is under way."""
         if self._task is not None:
             self._task.written.wait()
-        # Behind this no part is missing: the one who commits waits for nobody who may be gone.
-        self._world.barrier()
+        # Behind this no part is missing: the one who commits waits for nobody who may be gone. Not a barrier: on a GPU
+        # that would only be queued.
+        self._world.gather_numbers(0)
         self._wait_for_last()
 
     def _rescued(self, state: TrainState) -> Snapshot:

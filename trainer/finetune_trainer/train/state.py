@@ -89,7 +89,8 @@ class TrainState:
         for name, parameter in self.parameters.items():
             parameter.copy_(snapshot.tensors["model"][name])
             self.optimizer.state[parameter] = {}
-        for name, value in snapshot.tensors["optimizer"].items():
+        # An optimizer without state has no tensors, and so no file.
+        for name, value in snapshot.tensors.get("optimizer", {}).items():
             owner, _, key = name.rpartition(".")
             parameter = self.parameters[owner]
             # A clone, for what was read may be a view into a mapped file.
