@@ -26,6 +26,16 @@ def test_the_service_is_headless_and_tells_of_pods_that_are_not_ready() -> None:
     assert service["metadata"]["ownerReferences"] == pod["metadata"]["ownerReferences"]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "ranks"), [({"nodes": 3}, [0]), ({"minNodes": 2, "maxNodes": 3}, [0, 1, 2]), ({}, [0])]
+)
+def test_the_service_selects_the_pods_that_may_be_the_meeting_point(nodes: dict[str, Any], ranks: list[int]) -> None:
+    job = make_job(topology={"accelerator": "cpu"} | nodes)
+    selector = build_service(job, SETTINGS)["spec"]["selector"].items()
+    pods = [build_pod(job, 1, rank, SETTINGS)["metadata"]["labels"] for rank in range(num_nodes(job.spec))]
+    assert [rank for rank, labels in enumerate(pods) if selector <= labels.items()] == ranks
+
+
 def test_the_run_specification_can_be_read_back() -> None:
     job = make_job(outputs=[{"format": "diffusers", "to": "/out"}], checkpoint={"interval": {"steps": 10}, "keep": 2})
     config = build_config(job)

@@ -135,6 +135,15 @@ def unschedulable() -> Story:
     return story
 
 
+def gated() -> Story:
+    story = _begin()
+    story.tick(1)
+    for node_rank in range(4):
+        story.change(node_rank, waiting="SchedulingGated: Scheduling is blocked due to non-empty scheduling gates")
+    story.settle()
+    return story
+
+
 def pulling() -> Story:
     story = _begin()
     story.tick(40)
@@ -283,7 +292,8 @@ def suspended() -> Story:
 
 SCENES: dict[str, Callable[[], Story]] = {
     "pending-refused": refused,
-    "starting-unschedulable": unschedulable,
+    "queued-unschedulable": unschedulable,
+    "queued-gated": gated,
     "starting-image-pull": pulling,
     "starting-loading": loading,
     "starting-caching": caching,
@@ -306,7 +316,8 @@ SCENES: dict[str, Callable[[], Story]] = {
 
 EXPECTED_REASONS = {
     "pending-refused": Reason.NOT_SUPPORTED,
-    "starting-unschedulable": Reason.UNSCHEDULABLE,
+    "queued-unschedulable": Reason.UNSCHEDULABLE,
+    "queued-gated": Reason.QUEUED,
     "starting-image-pull": Reason.IMAGE_PULL,
     "starting-loading": Reason.LOADING,
     "starting-caching": Reason.CACHING,

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.controlplane.process import wait_for
 from tests.controlplane.server import ControlPlane
-from tests.operator.bed import ACCOUNT, HOME, Jobs, OperatorProcess, install
+from tests.operator.bed import ACCOUNT, HOME, Jobs, OperatorProcess, build_job, install, running
+from tests.operator.talk import Talk, tls_context, tls_flags
 
 NewOperator = Callable[..., OperatorProcess]
 
@@ -42,3 +44,17 @@ def new_operator(bed: ControlPlane, namespace: str, tmp_path: Path) -> Iterator[
     yield new
     for process in made:
         process.kill()
+
+
+@pytest.fixture
+def talk(jobs: Jobs, new_operator: NewOperator) -> Iterator[Talk]:
+    cluster = jobs.control_plane
+    with running(new_operator(*tls_flags(cluster))) as operator:
+        jobs.create(build_job("circles"))
+        wait_for("the pods run", lambda: all_run(jobs))
+        yield Talk(jobs, operator, tls_context(cluster))
+
+
+def all_run(jobs: Jobs) -> bool:
+    pods = jobs.pods().values()
+    return len(pods) == 2 and all(pod["status"]["phase"] == "Running" for pod in pods)

@@ -3,90 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import ssl
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_contract.beat import BEAT_PATH, Beat, RankReport, RankState
+from finetune_contract.beat import RankState
 from finetune_operator.cluster.kube.tls import ServerCertificate
 from finetune_operator.cluster.kube.tokens import expiry, read_review
 from tests.controlplane.pki import Authority
 from tests.controlplane.process import LOOPBACK, wait_for
 from tests.controlplane.server import ControlPlane
-from tests.operator.bed import HOME, Jobs, OperatorProcess, build_job, running
+from tests.operator.bed import HOME, Jobs, running
 from tests.operator.conftest import NewOperator
-
-AUDIENCE = "finetune-coordinator"
-SERVICE = "finetune-coordinator"
-
-
-@dataclass
-class Talk:
-    """A running job of two pods, and a way to beat for them."""
-
-    jobs: Jobs
-    operator: OperatorProcess
-    context: ssl.SSLContext
-
-    def token(self, pod: str, audience: str = AUDIENCE) -> str:
-        bound = self.jobs.pods()[pod]
-        return self.jobs.control_plane.token_for("default", self.jobs.namespace, audiences=[audience], pod=bound)
-
-    def beat(self, pod: str, sequence: int, **report: Any) -> Beat:
-        meta = self.jobs.pods()[pod]["metadata"]
-        given = {"rank": int(pod[-1]), "state": RankState.TRAINING, "step": sequence, "total_steps": 100}
-        return Beat(
-            job="circles",
-            namespace=self.jobs.namespace,
-            job_uid=meta["ownerReferences"][0]["uid"],
-            pod=pod,
-            pod_uid=meta["uid"],
-            attempt=int(meta["labels"]["finetune-operator.io/attempt"]),
-            node_rank=int(pod[-1]),
-            sequence=sequence,
-            ranks=(RankReport.model_validate(given | report),),
-        )
-
-    def post(self, beat: Beat, token: str) -> tuple[int, str]:
-        connection = http.client.HTTPSConnection(LOOPBACK, self.operator.coordinator_port, context=self.context)
-        try:
-            connection.request("POST", BEAT_PATH, beat.to_json(), {"Authorization": f"Bearer {token}"})
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        finally:
-            connection.close()
-
-
-def tls_flags(cluster: ControlPlane) -> tuple[str, ...]:
-    certificate = cluster.authority.issue("coordinator", hosts=[LOOPBACK])
-    return (
-        f"--coordinator-tls-cert={certificate.certificate}",
-        f"--coordinator-tls-key={certificate.key}",
-        f"--coordinator-service={SERVICE}",
-        "--pod-ip=10.0.0.1",
-        "--coordinator-url=https://finetune-coordinator.finetune-system.svc:8443",
-        "--progress-seconds=0.5",
-    )
-
-
-@pytest.fixture
-def talk(jobs: Jobs, new_operator: NewOperator) -> Iterator[Talk]:
-    cluster = jobs.control_plane
-    with running(new_operator(*tls_flags(cluster))) as operator:
-        jobs.create(build_job("circles"))
-        wait_for("the pods run", lambda: all_run(jobs))
-        yield Talk(jobs, operator, ssl.create_default_context(cafile=str(cluster.authority.certificate)))
-
-
-def all_run(jobs: Jobs) -> bool:
-    pods = jobs.pods().values()
-    return len(pods) == 2 and all(pod["status"]["phase"] == "Running" for pod in pods)
+from tests.operator.talk import AUDIENCE, SERVICE, Talk, tls_flags
 
 
 @pytest.mark.cluster

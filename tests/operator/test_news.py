@@ -9,10 +9,12 @@ import pytest
 from finetune_contract.beat import Beat, CommittedCheckpoint, RankEnd, RankReport, RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
 from finetune_operator.cluster.kube.news import Gang, Urgency, beat_news, is_over, is_progress, pod_news
-from finetune_operator.cluster.kube.nodes import GONE, HEALTHY, NodeBook, read_node
+from finetune_operator.cluster.kube.nodes import GONE, HEALTHY, MAX_GONE, NodeBook, read_node
 from finetune_operator.cluster.kube.objects import KubePod
+from finetune_operator.cluster.kube.pace import BeatPace
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.types import ObservedNode, ObservedPod, PodPhase
+from finetune_operator.settings import Settings
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POD = ObservedPod("job-a1-n0", "uid", 1, 0, PodPhase.RUNNING, NOW, node="node-1", ready=True)
@@ -30,7 +32,8 @@ def kept(pod: ObservedPod | None) -> KubePod | None:
     ("old", "new", "gang", "urgency"),
     [
         (None, PENDING, MAKING, Urgency.PROGRESS),
-        (None, PENDING, replace(WHOLE, num_ready=0), Urgency.SOON),
+        (None, PENDING, replace(WHOLE, num_ready=0), Urgency.PROGRESS),
+        (None, PENDING, replace(WHOLE, num_ready=3), Urgency.PROGRESS),
         (PENDING, PENDING, MAKING, Urgency.NEVER),
         (PENDING, POD, MAKING, Urgency.PROGRESS),
         (PENDING, POD, WHOLE, Urgency.SOON),
@@ -128,13 +131,27 @@ def node(ready: str = "True", *taints: str) -> dict[str, Any]:
     }
 
 
+def leaving(taint: str) -> ObservedNode:
+    return ObservedNode(leaving=taint)
+
+
+AWS = "aws-node-termination-handler/spot-itn"
+GKE = "cloud.google.com/impending-node-termination"
+AKS = "remediator.kubernetes.azure.com/unschedulable"
+
+
 @pytest.mark.parametrize(
     ("seen", "state"),
     [
         (node(), HEALTHY),
         (node("False"), HEALTHY),
         (node("Unknown"), ObservedNode(lost=True)),
-        (node("True", "example.com/other", "karpenter.sh/disrupted"), ObservedNode(leaving="karpenter.sh/disrupted")),
+        (node("True", "example.com/other", "karpenter.sh/disrupted"), leaving("karpenter.sh/disrupted")),
+        (node("True", "node.kubernetes.io/unreachable"), ObservedNode(lost=True)),
+        (node("True", "node.kubernetes.io/unschedulable"), HEALTHY),
+        (node("True", AWS), leaving(AWS)),
+        (node("True", GKE), leaving(GKE)),
+        (node("True", AKS), leaving(AKS)),
         ({}, HEALTHY),
     ],
 )
@@ -149,3 +166,25 @@ def test_nodes_tell_of_changes_only() -> None:
         book.see("node-1", state)
     assert told == ["node-1", "node-1"]
     assert book.of(None) == HEALTHY
+
+
+def test_nodes_that_went_are_not_remembered_for_ever() -> None:
+    book = NodeBook(lambda _: None)
+    for number in range(MAX_GONE + 2):
+        book.see(f"node-{number}", GONE)
+    assert book.of("node-1") == HEALTHY
+    assert book.of("node-2") == GONE
+
+
+# --- beats -----------------------------------------------------------------------------------------------------------
+
+
+def test_with_more_pods_each_beats_less_often_and_is_waited_for_longer() -> None:
+    pace = BeatPace(Settings(), beats_per_second=500)
+    assert pace.ask(100, 0.0) == 5.0
+    assert pace.ask(4000, 1.0) == pace.expected(1.0) == 8.0
+    assert pace.ask(10**6, 2.0) == pace.expected(2.0) == 20.0
+    # Who was asked before does not know yet.
+    assert pace.ask(100, 3.0) == 5.0
+    assert pace.expected(22.9) == 20.0
+    assert pace.expected(23.1) == 5.0

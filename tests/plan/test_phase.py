@@ -28,20 +28,21 @@ def test_pods_are_coming_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "reason"),
+    ("waiting", "phase", "reason"),
     [
-        ("Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", Reason.UNSCHEDULABLE),
-        ("ImagePullBackOff: Back-off pulling image", Reason.IMAGE_PULL),
-        ("ErrImagePull: not found", Reason.IMAGE_PULL),
-        ("CreateContainerConfigError: secret 'hub' not found", Reason.CONTAINER_CONFIG),
-        ("ContainerCreating", Reason.WAITING_FOR_PODS),
+        ("Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", Phase.QUEUED, Reason.UNSCHEDULABLE),
+        ("SchedulingGated: Scheduling is blocked due to non-empty scheduling gates", Phase.QUEUED, Reason.QUEUED),
+        ("ImagePullBackOff: Back-off pulling image", Phase.STARTING, Reason.IMAGE_PULL),
+        ("ErrImagePull: not found", Phase.STARTING, Reason.IMAGE_PULL),
+        ("CreateContainerConfigError: secret 'hub' not found", Phase.STARTING, Reason.CONTAINER_CONFIG),
+        ("ContainerCreating", Phase.STARTING, Reason.WAITING_FOR_PODS),
     ],
 )
-def test_what_pods_wait_for_in_the_clusters_own_words(waiting: str, reason: Reason) -> None:
+def test_what_pods_wait_for_in_the_clusters_own_words(waiting: str, phase: Phase, reason: Reason) -> None:
     world = World()
     world.settle()
     world.change(1, waiting=waiting)
-    assert line(world) == (Phase.STARTING, reason, f"circles-a1-n1: {waiting}")
+    assert line(world) == (phase, reason, f"circles-a1-n1: {waiting}")
 
 
 WORK = [

@@ -5,6 +5,10 @@ attempt to the next. So what they depend on stays; what only the operator reads,
 Before the first attempt everything may: a job that was refused is mended and applied again.
 
 `status.attempt` rises with the resource version, before anything of the attempt exists. So no edit can slip in between.
+
+The API server looks at all rules in every write, those of the status included: comparing whole specs there would cost
+more than all the rest of the write. A write that changes the message of the status can only be one of the status, for
+an edit keeps the stored status, whatever it says of it; and a write of the status keeps the stored spec.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.rule import Cause
 
 CAUSE = Cause.FORBIDDEN
+_BEFORE_THE_FIRST_ATTEMPT = "oldSelf.?status.?attempt.orValue(0) == 0"
+_WRITES_STATUS = "self.status.message != oldSelf.status.message"
 _ELSE = "write the change into a new job with another name"
 
 
@@ -49,7 +55,9 @@ class Fixed:
         stays = f"{new} == {old}"
         if self.optional:
             stays = f"has({new}) == has({old}) && (!has({new}) || {stays})"
-        return stays if self.always else f"oldSelf.?status.?attempt.orValue(0) == 0 || {stays}"
+        if self.always:
+            return stays
+        return f"{_BEFORE_THE_FIRST_ATTEMPT} || {_WRITES_STATUS} || {stays}"
 
 
 _GLOBAL_BATCH = "the global batch follows from it"

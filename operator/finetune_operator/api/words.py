@@ -134,6 +134,8 @@ class Reason(StrEnum):
     CHECKPOINT_COMMITTED = "CheckpointCommitted"
     TRAINER_WARNING = "TrainerWarning"
     OUTPUT_WRITTEN = "OutputWritten"
+    FAILED_CREATE = "FailedCreate"
+    NAME_TAKEN = "NameTaken"
 
 
 class Topic(StrEnum):
@@ -190,7 +192,7 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.QUEUED: ReasonDoc(
         Topic.WAITING,
-        "The queue of spec.queueName has not admitted the job yet.",
+        "A pod has a scheduling gate: the queue that put it there has not admitted it yet.",
         "Look at the queue's quota; nothing of the job runs until it is admitted.",
     ),
     Reason.WAITING_FOR_PODS: ReasonDoc(
@@ -348,6 +350,17 @@ REASONS: dict[Reason, ReasonDoc] = {
         "Read the message.",
     ),
     Reason.OUTPUT_WRITTEN: ReasonDoc(Topic.EVENT, "An output was written whole.", NOTHING),
+    Reason.FAILED_CREATE: ReasonDoc(
+        Topic.EVENT,
+        "The cluster refused a pod or another object of the job: a quota, a webhook, a Pod Security Standard, or a "
+        "field of podTemplate that does not exist. It is tried again, ever more seldom.",
+        "Do what the message asks for; put podTemplate right where it is at fault.",
+    ),
+    Reason.NAME_TAKEN: ReasonDoc(
+        Topic.EVENT,
+        "An object that the job needs is there already and belongs to somebody else.",
+        "Delete that object, or create the job anew under another name.",
+    ),
 }
 """Every reason's documentation, in the order in which a person looks for it."""
 

@@ -58,18 +58,19 @@ def build_pod(
     place = Place(attempt, node_rank, size, around.first_pod or (attempt, 0), around.stands_by, around.mtbf_seconds)
     spec = _pod_spec(job, build_env(job, place, settings), settings, around.capacity)
     _avoid(spec, around.avoid)
-    rendered = merge(identity, {"spec": spec})
+    pod = {**identity, "spec": spec | identity["spec"]}
+    if not job.spec.pod_template:
+        return pod
     # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
     # pod stays the one that the plan looks for.
-    pod = merge(merge(rendered, _template(job)), identity)
+    pod = merge(merge(pod, _template(job.spec.pod_template)), identity)
     if not _has_trainer(pod):
         raise MergeError(f"it takes the container {CONTAINER} away; leave it in and write only what is to differ in it")
     return pod
 
 
-def _template(job: FineTuneJob) -> dict[str, Any]:
+def _template(template: dict[str, Any]) -> dict[str, Any]:
     """The job's PodTemplateSpec. The API server would leave out without a word what it has no field for."""
-    template = job.spec.pod_template or {}
     for name in template:
         if name not in TEMPLATE_FIELDS:
             raise MergeError(f"{name} is no field of a PodTemplateSpec; write it below spec or metadata")

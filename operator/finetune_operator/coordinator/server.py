@@ -5,6 +5,7 @@ The cluster starts it and injects whose a token is, what to answer, and whom to 
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 
@@ -47,8 +48,8 @@ class Coordinator:
         self._clock = clock
         self._runner: web.AppRunner | None = None
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; port 0 takes a free one. Return the port.
+    async def start(self, host: str, port: int, context: ssl.SSLContext | None = None) -> int:
+        """Listen, over plain HTTP where there is no context; port 0 takes a free one. Return the port.
 
         Raises:
             OSError: the port is taken.
@@ -58,7 +59,7 @@ class Coordinator:
         app.router.add_post(BEAT_PATH, self._post_beat)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
         await runner.setup()
-        site = web.TCPSite(runner, host, port)
+        site = web.TCPSite(runner, host, port, ssl_context=context)
         try:
             await site.start()
         except OSError:

@@ -60,6 +60,9 @@ BEFORE_TRAINING = frozenset({Reason.LOADING, Reason.CACHING, Reason.RESTORING})
 BESIDE_TRAINING = frozenset({Reason.VALIDATING, Reason.SAVING})
 CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "FailedMount")
 UNSCHEDULABLE = "Unschedulable"
+GATED = "SchedulingGated"
+FOR_ROOM = frozenset({Reason.UNSCHEDULABLE, Reason.QUEUED})
+"""Waits that only the cluster can end, with room or a queue's leave."""
 
 Line = tuple[Phase, str, str]
 
@@ -182,7 +185,9 @@ def _waiting(view: View, status: FineTuneJobStatus, phase: Phase) -> Line:
     """Not all pods run: the words of the scheduler or the kubelet, where there are any."""
     for pod in view.pods.values():
         if pod.waiting:
-            return phase, _waiting_reason(pod.waiting), f"{pod.name}: {pod.waiting}"
+            reason = _waiting_reason(pod.waiting)
+            queued = phase is Phase.STARTING and reason in FOR_ROOM
+            return Phase.QUEUED if queued else phase, reason, f"{pod.name}: {pod.waiting}"
     return phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
 
 
@@ -191,6 +196,8 @@ def _waiting_reason(words: str) -> Reason:
         return Reason.IMAGE_PULL
     if words.startswith(CONFIG_ERRORS):
         return Reason.CONTAINER_CONFIG
+    if words.startswith(GATED):
+        return Reason.QUEUED
     return Reason.UNSCHEDULABLE if words.startswith(UNSCHEDULABLE) else Reason.WAITING_FOR_PODS
 
 

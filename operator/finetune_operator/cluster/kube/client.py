@@ -8,7 +8,6 @@ all of them: the count, the server's clock, and that only a leader writes.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from urllib.parse import urlencode
 import aiohttp
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
+from pydantic_core import from_json
 
 from finetune_operator.cluster.kube.clock import ServerClock
 
@@ -28,6 +28,9 @@ PARTIAL = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 """Media types of objects without their spec, data and status: what is not asked for need not be read."""
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
+
+STRICT = {"fieldValidation": "Strict"}
+"""Or the API server would leave out, without a word, what `spec.podTemplate` has misspelt."""
 
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 40.0
@@ -97,8 +100,8 @@ class KubeApi:
         return await self.request("GET", path, query=query, accept=accept)
 
     async def create(self, path: str, manifest: Mapping[str, Any]) -> Json:
-        """Create an object in the collection at `path`; return its metadata."""
-        return await self.request("POST", path, manifest, accept=PARTIAL)
+        """Create an object in the collection at `path`; return its metadata. A field that does not exist is refused."""
+        return await self.request("POST", path, manifest, query=STRICT, accept=PARTIAL)
 
     async def replace(self, path: str, manifest: Mapping[str, Any]) -> Json:
         """Replace an object, or its status, if it still has the manifest's resource version; return its metadata."""
@@ -152,7 +155,7 @@ class KubeApi:
         self._clock.hear(response.headers.get("Date"))
         if status >= BAD_REQUEST:
             raise _error(status, response.headers, data)
-        answer: Json = json.loads(data)
+        answer: Json = from_json(data, cache_strings="keys")
         return answer
 
     async def watch(self, path: str, query: Mapping[str, str], accept: str = JSON) -> AsyncGenerator[Json, None]:
@@ -172,7 +175,7 @@ class KubeApi:
                 if response.status >= BAD_REQUEST:
                     raise _error(response.status, response.headers, await response.read())
                 async for line in response.content:
-                    yield json.loads(line)
+                    yield from_json(line, cache_strings="keys")
             finally:
                 response.close()
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
@@ -239,7 +242,7 @@ def _url(path: str, query: Mapping[str, str] | None) -> str:
 
 def _error(status: int, headers: Mapping[str, str], data: bytes) -> ApiError:
     try:
-        answer = json.loads(data)
+        answer = from_json(data)
     except ValueError:
         answer = None
     if not isinstance(answer, dict):

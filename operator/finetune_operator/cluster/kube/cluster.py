@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune_contract.beat import Beat, Order, Reply
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.words import Reason
 from finetune_operator.build import layout
 from finetune_operator.cluster.kube.beats import JobBeats
 from finetune_operator.cluster.kube.cache import Cache, Entry, ObjectKey
@@ -27,7 +28,7 @@ from finetune_operator.cluster.kube.client import (
     KubeApi,
 )
 from finetune_operator.cluster.kube.events import EventSender
-from finetune_operator.cluster.kube.news import Gang, Urgency, is_over, is_progress, pod_news
+from finetune_operator.cluster.kube.news import Gang, Urgency, is_over, is_progress, job_news, pod_news
 from finetune_operator.cluster.kube.nodes import HEALTHY, NodeBook
 from finetune_operator.cluster.kube.objects import (
     BY_KIND,
@@ -45,13 +46,13 @@ from finetune_operator.cluster.kube.objects import (
     status_body,
     with_status,
 )
+from finetune_operator.cluster.kube.pace import BeatPace
 from finetune_operator.cluster.kube.queue import WorkQueue
 from finetune_operator.cluster.kube.reflector import key_of
 from finetune_operator.cluster.kube.throttle import ProgressThrottle
 from finetune_operator.cluster.kube.tokens import Bearer, TokenReviewer
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
-from finetune_operator.plan.nodes import SILENT_BEATS
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed
 from finetune_operator.plan.view import members_of, oldest_attempt
@@ -61,6 +62,10 @@ log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 0.3
 """How long good news of a job wait for more of them."""
+MAX_SETTLE_SECONDS = 5.0
+"""And at most, while very many jobs wait for a pass: what creates pods comes before what merely tells of them."""
+BUSY_DEPTH = 16
+"""Jobs that wait for a pass when good news begin to wait longer."""
 REFUSED = frozenset({BAD_REQUEST, 403, 422})
 """Answers to a create that a person must do something about."""
 
@@ -97,7 +102,7 @@ class KubeCluster:
         self._events = world.events
         self._clock = world.clock
         self._settings = settings
-        self._pace = pace
+        self._beat_pace = BeatPace(settings, pace.beats_per_second)
         self._throttle: ProgressThrottle[JobKey] = ProgressThrottle(
             pace.seconds_per_job, pace.writes_per_second, burst=pace.writes_per_second
         )
@@ -129,7 +134,7 @@ class KubeCluster:
         return Observed(
             pods=pods,
             nodes=nodes,
-            beat_seconds=self._beat_seconds(),
+            beat_seconds=self._beat_pace.expected(asyncio.get_running_loop().time()),
             beats=self.beats.of(*key, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child.name for child in self.services.group(key) if child.owner_uid == uid),
             configs=frozenset(child.name for child in self.configs.group(key) if child.owner_uid == uid),
@@ -186,7 +191,7 @@ class KubeCluster:
         leaving = pod is not None and bool(self._nodes.of(pod.observed.node).leaving)
         reply = reply_to(found.job if found is not None else None, beat, self._settings)
         order = Order.SAVE_AND_STOP if leaving else reply.order
-        seconds = self._beat_seconds()
+        seconds = self._beat_pace.ask(len(self.pods), asyncio.get_running_loop().time())
         if beat.waiting and reply.beat_seconds is not None:
             seconds = min(seconds, reply.beat_seconds)
         return reply.model_copy(update={"order": order, "beat_seconds": seconds})
@@ -207,17 +212,20 @@ class KubeCluster:
         """Ask for a pass, at once or later."""
         if urgency is Urgency.NOW:
             self._queue.add(key)
-        elif urgency is Urgency.SOON:
-            self._queue.add_after(key, SETTLE_SECONDS)
-        elif urgency is Urgency.PROGRESS:
-            delay = self._throttle.delay(key, asyncio.get_running_loop().time())
-            self._queue.add_after(key, max(SETTLE_SECONDS, delay))
+        elif urgency is not Urgency.NEVER:
+            delay = 0.0
+            if urgency is Urgency.PROGRESS:
+                delay = self._throttle.delay(key, asyncio.get_running_loop().time())
+            self._queue.add_after(key, max(self._settle_seconds(), delay))
+
+    def _settle_seconds(self) -> float:
+        return min(SETTLE_SECONDS * max(1.0, self._queue.depth / BUSY_DEPTH), MAX_SETTLE_SECONDS)
 
     def _job_changed(self, key: ObjectKey, old: KubeJob | None, new: KubeJob | None) -> None:
         if new is None:
             self.beats.forget(JobKey(*key))
             self._throttle.forget(JobKey(*key))
-        self.wake(JobKey(*key), Urgency.NOW)
+        self.wake(JobKey(*key), job_news(old, new))
 
     def _pod_changed(self, key: ObjectKey, old: KubePod | None, new: KubePod | None) -> None:
         pod = new or old
@@ -264,12 +272,6 @@ class KubeCluster:
             return None
         return PodIdentity(bearer.namespace, pod.job.name, bearer.pod, bearer.pod_uid)
 
-    def _beat_seconds(self) -> float:
-        """Time between two beats that supervisors are asked for; never so long that they would look silent."""
-        wanted = max(self._settings.beat_seconds, len(self.pods) / self._pace.beats_per_second)
-        longest = max(self._settings.beat_seconds, self._settings.beat_timeout_seconds / SILENT_BEATS)
-        return round(min(wanted, longest), 1)
-
     async def _create(self, job: FineTuneJob, manifest: Manifest) -> None:
         kind, meta = manifest["kind"], manifest["metadata"]
         if kind == "ConfigMap" and self.authority:
@@ -282,7 +284,7 @@ class KubeCluster:
                 return
             if error.status in REFUSED:
                 sentence = f"{kind} {meta['name']} was refused: {error.message}"
-                self._events.tell(job, Event("FailedCreate", sentence, warning=True))
+                self._events.tell(job, Event(Reason.FAILED_CREATE, sentence, warning=True))
             raise
         self._put(self._children[kind], decode_created(kind, created), created)
 
@@ -301,7 +303,7 @@ class KubeCluster:
             self._put(self._children[kind], decode_pod(found) if kind == "Pod" else decode_child(found), found)
         elif not owner_uid(found):
             sentence = f"{kind} {meta['name']} is there already and is not of this job: delete it, or rename the job"
-            self._events.tell(job, Event("NameTaken", sentence, warning=True))
+            self._events.tell(job, Event(Reason.NAME_TAKEN, sentence, warning=True))
             self._queue.add_after(_key(job), 60.0)
 
     def _put(self, cache: Cache[Any], value: Any, thing: Json) -> None:

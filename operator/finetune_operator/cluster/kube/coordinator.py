@@ -6,14 +6,11 @@ import asyncio
 import ssl
 from asyncio import sslproto
 
-from aiohttp import web
-
-from finetune_contract.beat import BEAT_PATH, MAX_BEAT_BYTES
 from finetune_operator.cluster.kube.cluster import KubeCluster
 from finetune_operator.cluster.kube.limits import RateLimit
 from finetune_operator.cluster.protocol import Clock
 from finetune_operator.coordinator.beats import PodIdentity
-from finetune_operator.coordinator.server import SHUTDOWN_SECONDS, Coordinator, Refused
+from finetune_operator.coordinator.server import Coordinator, Refused
 
 BEATS_PER_SECOND = 2.0
 BURST_BEATS = 30.0
@@ -31,25 +28,14 @@ class SecureCoordinator(Coordinator):
         # The book tells the cluster of news by itself: it alone knows how urgent they are.
         super().__init__(cluster.beats, self._review_within_limit, cluster.answer, lambda *_: None, clock)
 
-    async def listen(self, host: str, port: int, context: ssl.SSLContext | None) -> int:
-        """Listen, over plain HTTP where there is no context; port 0 takes a free one. Return the port.
+    async def start(self, host: str, port: int, context: ssl.SSLContext | None = None) -> int:
+        """Listen, with small buffers for TLS.
 
         Raises:
             OSError: the port is taken.
         """
-        app = web.Application(client_max_size=MAX_BEAT_BYTES)
-        app.router.add_post(BEAT_PATH, self._post_beat)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
         sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, host, port, ssl_context=context).start()
-        except OSError:
-            await runner.cleanup()
-            raise
-        self._runner = runner
-        bound: int = runner.addresses[0][1]
-        return bound
+        return await super().start(host, port, context)
 
     async def _review_within_limit(self, token: str) -> PodIdentity | None:
         identity = await self._cluster.whose_token(token)

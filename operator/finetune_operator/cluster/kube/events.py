@@ -72,7 +72,9 @@ class EventSender:
                 continue
             except ApiError as error:
                 if not error.already_exists:
-                    log.warning("cannot tell the event %s of %s: %s", body["reason"], body["regarding"]["name"], error)
+                    log.warning(
+                        "cannot tell the event %s of %s: %s", body["reason"], body["involvedObject"]["name"], error
+                    )
 
     async def _let_others_go_first(self) -> None:
         for _ in range(MAX_LOOKS):
@@ -86,22 +88,26 @@ def build_event(job: FineTuneJob, event: Event, now: datetime, instance: str) ->
     meta = job.metadata
     said = "\0".join((meta.uid, str(job.status.attempt), event.reason, event.message))
     digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+    time = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
-        "apiVersion": "events.k8s.io/v1",
+        "apiVersion": "v1",
         "kind": "Event",
         "metadata": {"name": f"{meta.name}.{digest}", "namespace": meta.namespace},
-        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        "reportingController": f"{OPERATOR}.io/{OPERATOR}",
-        "reportingInstance": instance,
-        "action": event.reason,
-        "reason": event.reason,
-        "note": event.message if len(event.message) <= MAX_NOTE else event.message[: MAX_NOTE - 1] + "…",
-        "type": "Warning" if event.warning else "Normal",
-        "regarding": {
+        "involvedObject": {
             "apiVersion": API_VERSION,
             "kind": KIND,
             "name": meta.name,
             "namespace": meta.namespace,
             "uid": meta.uid,
         },
+        "type": "Warning" if event.warning else "Normal",
+        "reason": event.reason,
+        "message": event.message if len(event.message) <= MAX_NOTE else event.message[: MAX_NOTE - 1] + "…",
+        # What `kubectl describe` sorts and counts by; the newer API leaves them out.
+        "firstTimestamp": time,
+        "lastTimestamp": time,
+        "count": 1,
+        "source": {"component": OPERATOR},
+        "reportingComponent": f"{OPERATOR}.io/{OPERATOR}",
+        "reportingInstance": instance,
     }

@@ -10,7 +10,7 @@ from enum import Enum
 
 from finetune_contract.beat import Beat, RankReport, RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
-from finetune_operator.cluster.kube.objects import KubePod
+from finetune_operator.cluster.kube.objects import KubeJob, KubePod
 from finetune_operator.plan.ledger import current
 from finetune_operator.plan.types import ObservedPod
 from finetune_operator.plan.view import ENDED
@@ -38,9 +38,9 @@ class Gang:
     """Whether the attempt's end is in the status: its pods are only being cleared away."""
 
     @property
-    def at_milestone(self) -> bool:
-        """Whether all of them are there, or all of them are ready."""
-        return self.num_pods == self.size and self.num_ready in (0, self.size)
+    def is_ready(self) -> bool:
+        """Whether all of them are."""
+        return self.num_ready == self.num_pods == self.size
 
 
 def is_over(status: FineTuneJobStatus, attempt: int) -> bool:
@@ -53,7 +53,7 @@ def pod_news(old: KubePod | None, new: KubePod | None, gang: Gang) -> Urgency:
     """Judge a change of a pod, and what its gang has come to by it.
 
     Bad news at once, for every second of them is paid for by a whole gang. Of a gang that is being cleared away the
-    ends count, and the last pod. Of one that is being made, the milestones: each step between would cost a write.
+    ends count, and the last pod. Of one that is being made, that all are ready: each step before would cost a write.
     """
     if new is None:
         return Urgency.PROGRESS if gang.over and gang.num_pods else Urgency.NOW
@@ -65,13 +65,32 @@ def pod_news(old: KubePod | None, new: KubePod | None, gang: Gang) -> Urgency:
     bad = _bad(new.observed)
     if bad and (old is None or bad != _bad(old.observed)):
         return Urgency.NOW
-    return Urgency.SOON if gang.at_milestone else Urgency.PROGRESS
+    return Urgency.SOON if gang.is_ready else Urgency.PROGRESS
 
 
 def _bad(pod: ObservedPod) -> tuple[object, ...]:
     """All that tells of an end; empty where nothing does."""
     signs = (pod.deleted_at, pod.disruption, pod.exit_code, pod.reason, pod.phase if pod.phase in ENDED else None)
     return signs if any(sign is not None for sign in signs) else ()
+
+
+def job_news(old: KubeJob | None, new: KubeJob | None) -> Urgency:
+    """Judge a change of a job, our own status writes included.
+
+    At once where its attempts have begun or ended, for then there is something to do; and after every edit of it. A
+    status that tells of anything else seldom leads to another one.
+    """
+    if old is None or new is None or old.job is None or new.job is None or old.uid != new.uid:
+        return Urgency.NOW
+    if old.job.metadata.generation != new.job.metadata.generation:
+        return Urgency.NOW
+    same = _course(old.job.status) == _course(new.job.status)
+    return Urgency.SOON if same else Urgency.NOW
+
+
+def _course(status: FineTuneJobStatus) -> list[object]:
+    """What attempts there were, and how each of them ended."""
+    return [status.attempt, *((entry.attempt, entry.ended_at, entry.reason) for entry in status.attempts)]
 
 
 PROGRESS = frozenset(

@@ -16,10 +16,18 @@ LEAVING_TAINTS = frozenset(
         "cloud.google.com/impending-node-termination",
         "remediator.kubernetes.azure.com/unschedulable",
         "karpenter.sh/disrupted",
+        "karpenter.sh/disruption",
         "ToBeDeletedByClusterAutoscaler",
     }
 )
-"""Taints of nodes that are about to go: of Kubernetes, the clouds' termination handlers and the autoscalers."""
+"""Taints of nodes that are about to go: of Kubernetes, the clouds' termination handlers and the autoscalers.
+
+A node that is merely closed to new pods (`kubectl cordon`) is none of them: what runs there may stay.
+"""
+UNREACHABLE = "node.kubernetes.io/unreachable"
+"""The node controller's taint of a node that it does not hear of."""
+MAX_GONE = 10_000
+"""Nodes that went, of which that is remembered: their pods are cleaned up long before so many more have gone."""
 
 
 HEALTHY = ObservedNode()
@@ -33,8 +41,9 @@ def read_node(node: Any) -> ObservedNode:
     """
     conditions = node.get("status", {}).get("conditions") or ()
     unknown = any(item["type"] == "Ready" and item["status"] == "Unknown" for item in conditions)
-    taints = (taint["key"] for taint in node.get("spec", {}).get("taints") or ())
-    return ObservedNode(lost=unknown, leaving=next((key for key in taints if key in LEAVING_TAINTS), ""))
+    taints = [taint["key"] for taint in node.get("spec", {}).get("taints") or ()]
+    leaving = next((key for key in taints if key in LEAVING_TAINTS), "")
+    return ObservedNode(lost=unknown or UNREACHABLE in taints, leaving=leaving)
 
 
 class NodeBook:
@@ -52,8 +61,15 @@ class NodeBook:
             del self._states[name]
         else:
             self._states[name] = state
+        if state == GONE:
+            self._forget()
         self._changed(name)
 
     def of(self, name: str | None) -> ObservedNode:
         """The state of a node; one that nothing is known of is well."""
         return self._states.get(name, HEALTHY) if name else HEALTHY
+
+    def _forget(self) -> None:
+        gone = [name for name, state in self._states.items() if state == GONE]
+        for name in gone[: max(0, len(gone) - MAX_GONE)]:
+            del self._states[name]

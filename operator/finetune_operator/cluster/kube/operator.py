@@ -169,7 +169,7 @@ class Term:
         if certificate is not None:
             context = certificate.context
             tasks.create_task(certificate.follow())
-        port = await self._coordinator.listen(options.host, options.port, context)
+        port = await self._coordinator.start(options.host, options.port, context)
         log.info("taking beats on port %d%s", port, "" if context else ", without TLS")
         if options.service:
             await publish(self._shared.api, Endpoint(options.namespace, options.service, options.address, port))
