@@ -11,120 +11,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import resource
 import ssl
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
 
 import psutil
 
-from bench.operator import CONNECTIONS, Bench, requests
+from bench.operator import CONNECTIONS, Bench, coordinator_flags, requests, supervisors
 from bench.report import finish
-from finetune_contract.beat import BEAT_PATH, Beat, RankReport, RankState, Reply
-from finetune_operator.cluster.kube.client import PARTIAL_LIST, Json, KubeApi, connect
+from bench.supervisors import Tally
+from finetune_operator.cluster.kube.client import Json, KubeApi, connect
 from finetune_operator.cluster.kube.clock import ServerClock
-from finetune_operator.cluster.kube.objects import PODS
-from finetune_operator.settings import Settings
-from tests.controlplane.process import LOOPBACK
 from tests.controlplane.server import ControlPlane
 from tests.operator.bed import ACCOUNT, HOME, OperatorProcess, install, running
+from tests.operator.talk import tls_context
 
-PAGE = 500
-
-
-@dataclass
-class Tally:
-    """What the supervisors have seen."""
-
-    latencies: list[float] = field(default_factory=list)
-    refused: int = 0
-
-
-@dataclass
-class Supervisor:
-    """One pod's end of the channel."""
-
-    pod: Json
-    token: str
-    tally: Tally
-    sequence: int = 0
-    beat_seconds: float = Settings().beat_seconds
-
-    async def run(self, port: int, context: ssl.SSLContext) -> None:
-        """Beat for ever, at a phase of its own."""
-        await asyncio.sleep(random.uniform(0, self.beat_seconds))
-        reader, writer = await asyncio.open_connection(LOOPBACK, port, ssl=context, server_hostname=LOOPBACK)
-        try:
-            while True:
-                started = time.monotonic()
-                status, body = await self._post(reader, writer)
-                self.tally.latencies.append(time.monotonic() - started)
-                if status == 200:
-                    self.beat_seconds = Reply.model_validate_json(body).beat_seconds or self.beat_seconds
-                else:
-                    self.tally.refused += 1
-                await asyncio.sleep(self.beat_seconds - (time.monotonic() - started))
-        finally:
-            writer.close()
-
-    async def _post(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, bytes]:
-        body = self._beat().to_json().encode()
-        head = (
-            f"POST {BEAT_PATH} HTTP/1.1\r\nHost: {LOOPBACK}\r\nAuthorization: Bearer {self.token}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
-        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-        headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
-        return int(lines[0].split(" ")[1]), await reader.readexactly(int(headers["content-length"]))
-
-    def _beat(self) -> Beat:
-        self.sequence += 1
-        meta, labels = self.pod["metadata"], self.pod["metadata"]["labels"]
-        report = RankReport(
-            rank=0, state=RankState.TRAINING, step=self.sequence, total_steps=100_000, loss=0.1, images_per_second=9.5
-        )
-        return Beat(
-            job=labels["finetune-operator.io/job"],
-            namespace=meta["namespace"],
-            job_uid=meta["ownerReferences"][0]["uid"],
-            pod=meta["name"],
-            pod_uid=meta["uid"],
-            attempt=int(labels["finetune-operator.io/attempt"]),
-            node_rank=int(labels["finetune-operator.io/node-rank"]),
-            sequence=self.sequence,
-            ranks=(report,),
-        )
-
-
-async def supervisors(bench: Bench, namespace: str, tally: Tally) -> list[Supervisor]:
-    """One for each pod, with a token of its own."""
-    pods: list[Json] = []
-    token = ""
-    while True:
-        page = await bench.api.get(PODS.path(namespace), {"limit": str(PAGE), "continue": token}, PARTIAL_LIST)
-        pods += page["items"]
-        token = page["metadata"].get("continue") or ""
-        if not token:
-            break
-    made: list[Supervisor] = []
-
-    async def make(pod: Json) -> None:
-        meta = pod["metadata"]
-        reference = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
-        audiences = [Settings().coordinator_audience]
-        spec = {"audiences": audiences, "expirationSeconds": 3600, "boundObjectRef": reference}
-        request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
-        path = f"/api/v1/namespaces/{namespace}/serviceaccounts/default/token"
-        answer = await bench.api.request("POST", path, request)
-        made.append(Supervisor(pod, answer["status"]["token"], tally))
-
-    await bench.each(make(pod) for pod in pods)
-    return made
+CONNECT_SECONDS = 20.0
+"""Over so long the supervisors' first beats are spread, as the starts of their pods would be."""
 
 
 async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLContext, seconds: float) -> Json:
@@ -136,13 +42,18 @@ async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLConte
         assert operator.process is not None
         process = psutil.Process(operator.process.pid)
         await bench.wait("all pods are created", lambda: bench.count(namespace, bench.pods_in_all))
-        all_of_them = await supervisors(bench, namespace, tally)
-        tasks = [asyncio.create_task(one.run(operator.coordinator_port, context)) for one in all_of_them]
+        bench.say("all pods are created; tokens for their supervisors")
+        all_of_them = await supervisors(bench, await bench.pods(namespace), tally, steady=False)
+        bench.say("the supervisors begin to beat")
+        tasks = [
+            asyncio.create_task(one.run(operator.coordinator_port, context, CONNECT_SECONDS)) for one in all_of_them
+        ]
 
         async def settled() -> bool:
             return all(one.sequence > 2 for one in all_of_them)
 
         await bench.wait("all supervisors beat", settled)
+        bench.say("all beat regularly; measuring")
         refused_at_first = tally.refused
         tally.latencies.clear()
         before, writes = process.cpu_times(), sum(requests(operator, writes_only=True).values())
@@ -186,19 +97,13 @@ async def main() -> None:
     components = {"kube-controller-manager"}
     with tempfile.TemporaryDirectory() as folder, ControlPlane(components) as control_plane:
         install(control_plane)
-        certificate = control_plane.authority.issue("coordinator", hosts=[LOOPBACK])
         client = await connect(control_plane.kubeconfig, num_connections=CONNECTIONS)
         operator = OperatorProcess(
             control_plane.kubeconfig_for(ACCOUNT, HOME, expiration_seconds=7200),
             Path(folder) / "operator.log",
-            (
-                "--lease-seconds=15",
-                f"--coordinator-tls-cert={certificate.certificate}",
-                f"--coordinator-tls-key={certificate.key}",
-                "--coordinator-url=https://coordinator.invalid",
-            ),
+            coordinator_flags(control_plane),
         )
-        context = ssl.create_default_context(cafile=str(control_plane.authority.certificate))
+        context = tls_context(control_plane)
         bench = Bench(control_plane, KubeApi(client, ServerClock()), options.jobs, options.nodes_per_job)
         try:
             result = await measure(bench, operator, context, options.seconds)

@@ -84,7 +84,7 @@ def test_an_event_that_says_the_same_has_the_same_name() -> None:
         return str(build_event(kept.job, Event("Accepted", message), NOW, "me")["metadata"]["name"])
 
     assert name("a") == name("a") != name("b")
-    assert len(build_event(kept.job, Event("Accepted", "x" * 5000), NOW, "me")["note"]) == MAX_NOTE
+    assert len(build_event(kept.job, Event("Accepted", "x" * 5000), NOW, "me")["message"]) == MAX_NOTE
 
 
 def test_the_servers_clock_counts_where_it_is_far_from_ours() -> None:

@@ -1,0 +1,136 @@
+"""Supervisors without ranks: thousands of them in one process, each with a pod's token and a connection of its own.
+
+Used by the benches of the operator and of its coordinator. What a real one sends and obeys, they send and obey; that
+their ranks train, or have lost a peer, is said to them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import ssl
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_contract.beat import BEAT_PATH, Beat, RankEnd, RankReport, RankState, Reply
+from finetune_contract.exit_codes import ExitCode
+from finetune_operator.api import words
+from finetune_operator.settings import Settings
+from tests.controlplane.process import LOOPBACK
+
+RETRY_SECONDS = 1.0
+TOTAL_STEPS = 100_000
+
+
+@dataclass
+class Tally:
+    """What the supervisors have seen."""
+
+    latencies: list[float] = field(default_factory=list)
+    """Seconds from each beat to its answer."""
+    refused: int = 0
+    unanswered: int = 0
+    num_connected: int = 0
+
+
+class Supervisor:
+    """One pod's end of the channel."""
+
+    def __init__(self, pod: dict[str, Any], token: str, tally: Tally, *, steady: bool = True) -> None:
+        """Take a pod as the API shows it.
+
+        steady: nothing changes from beat to beat; otherwise each tells of another step.
+        """
+        meta, labels = pod["metadata"], pod["metadata"]["labels"]
+        self.job: str = labels[words.JOB]
+        self.pod: str = meta["name"]
+        self.attempt = int(labels[words.ATTEMPT])
+        self.sequence = 0
+        self._given = {
+            "job": self.job,
+            "namespace": meta["namespace"],
+            "job_uid": meta["ownerReferences"][0]["uid"],
+            "pod": meta["name"],
+            "pod_uid": meta["uid"],
+            "node_rank": int(labels[words.NODE_RANK]),
+        }
+        self._token = token
+        self._tally = tally
+        self._steady = steady
+        self._step = 1
+        self._lost_a_peer = False
+        self._changed = asyncio.Event()
+        self.beat_seconds = Settings().beat_seconds
+
+    async def run(self, port: int, context: ssl.SSLContext, spread_seconds: float | None = None) -> None:
+        """Beat for ever; the first time within `spread_seconds` (default: the time between two beats)."""
+        spread = self.beat_seconds if spread_seconds is None else spread_seconds
+        await asyncio.sleep(random.uniform(0, spread))
+        while True:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                await self._talk(port, context)
+            self._tally.unanswered += 1
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def lose_a_peer(self) -> None:
+        """Its ranks have ended, for one of another pod is gone: it waits for a new world, and says so at once."""
+        self._lost_a_peer = True
+        self._changed.set()
+
+    async def _talk(self, port: int, context: ssl.SSLContext) -> None:
+        reader, writer = await asyncio.open_connection(LOOPBACK, port, ssl=context, server_hostname=LOOPBACK)
+        self._tally.num_connected += 1
+        try:
+            while True:
+                self._changed.clear()
+                started = time.monotonic()
+                status, body = await self._post(reader, writer)
+                self._tally.latencies.append(time.monotonic() - started)
+                if status == 200:
+                    self._obey(Reply.model_validate_json(body))
+                else:
+                    self._tally.refused += 1
+                with contextlib.suppress(TimeoutError):
+                    left = self.beat_seconds - (time.monotonic() - started)
+                    await asyncio.wait_for(self._changed.wait(), max(0.0, left))
+        finally:
+            self._tally.num_connected -= 1
+            writer.close()
+
+    def _obey(self, reply: Reply) -> None:
+        self.beat_seconds = reply.beat_seconds or self.beat_seconds
+        if reply.world is not None and reply.world.attempt > self.attempt:
+            self.attempt = reply.world.attempt
+            self._given["node_rank"] = reply.world.node_rank
+            self._lost_a_peer = False
+            self._step += 1
+            self._changed.set()
+
+    async def _post(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, bytes]:
+        body = self._beat().to_json().encode()
+        head = (
+            f"POST {BEAT_PATH} HTTP/1.1\r\nHost: {LOOPBACK}\r\nAuthorization: Bearer {self._token}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+        return int(lines[0].split(" ")[1]), await reader.readexactly(int(headers["content-length"]))
+
+    def _beat(self) -> Beat:
+        self.sequence += 1
+        rank = self._given["node_rank"]
+        step = self._step if self._steady else self.sequence
+        state = RankState.FAILED if self._lost_a_peer else RankState.TRAINING
+        report = RankReport(rank=rank, state=state, step=step, total_steps=TOTAL_STEPS, loss=0.1, images_per_second=9.5)
+        end = RankEnd(rank=rank, exit_code=ExitCode.FABRIC, last_words="a peer is gone")
+        return Beat(
+            **self._given,
+            attempt=self.attempt,
+            sequence=self.sequence,
+            ranks=(report,),
+            ends=(end,) if self._lost_a_peer else (),
+            waiting=self._lost_a_peer,
+        )
