@@ -108,6 +108,8 @@ GROUPS: dict[str, tuple[_Flag, ...]] = {
         _Flag("failure-backoff-max-seconds", _DEFAULTS.failure_backoff_max_seconds, "longest such wait", float),
         _Flag("same-step-failures", _DEFAULTS.same_step_failures, "failures in a row at one step that end a job", int),
         _Flag("hold-seconds", _DEFAULTS.hold_seconds, "how long an unanswered supervisor waits for a new world", float),
+        _Flag("regroup-seconds", _DEFAULTS.regroup_seconds, "training between two changes to better capacity", float),
+        _Flag("standstill-seconds", _DEFAULTS.standstill_seconds, "how long loading or saving may stand still", float),
         _Flag("cause-seconds", _DEFAULTS.cause_seconds, "how long a lost peer waits for its cause to show", float),
         _Flag("peer-grace-seconds", _DEFAULTS.peer_grace_seconds, "grace of pods whose gang is broken", int),
     ),
