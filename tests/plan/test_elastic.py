@@ -63,6 +63,7 @@ def test_it_waits_for_room_first() -> None:
     hear(world)
     decided = world.settle()
     assert decided.look_again is not None
+    assert (world.job.status.message or "").endswith("it goes on without them at 12:05:00 UTC")
     world.tick(299)
     hear(world)
     world.settle()

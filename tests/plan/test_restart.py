@@ -6,7 +6,7 @@ import pytest
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.plan.types import DeletePod
-from tests.plan.world import World, make_job
+from tests.plan.world import RankState, World, make_job
 
 
 def deletions(world: World) -> list[tuple[str, int | None]]:
@@ -96,3 +96,27 @@ def test_running_pods_of_a_job_that_failed_go_and_finished_ones_stay_for_their_l
     world.tick(2)
     world.settle()
     assert list(world.pods) == ["circles-a1-n1"]
+
+
+def test_where_the_pod_with_the_notice_is_gone_nobody_waits_for_the_rest_of_it() -> None:
+    world = noticed()
+    world.step()
+    world.vanish("circles-a1-n1")
+    assert deletions(world) == [("n0", 2)]
+
+
+def test_but_a_save_that_is_under_way_is_waited_for() -> None:
+    world = noticed()
+    world.beat(0, RankState.SAVING, step=10, restored_step=0)
+    world.step()
+    world.vanish("circles-a1-n1")
+    assert deletions(world) == []
+
+
+def test_where_a_rank_fails_while_the_job_is_suspended_the_others_have_nothing_left_to_save() -> None:
+    world = World().running()
+    spec = world.job.spec.model_copy(update={"suspend": True})
+    world.job = world.job.model_copy(update={"spec": spec})
+    assert deletions(world) == [("n0", None), ("n1", None)]
+    world.exit(1, 1)
+    assert deletions(world) == [("n0", 2)]

@@ -13,7 +13,7 @@ from finetune_contract.beat import RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
 from finetune_operator.api.words import REGROUPS, ConditionType, Reason
 from finetune_operator.build import num_nodes
-from finetune_operator.plan import attempts, suspend
+from finetune_operator.plan import attempts, capacity, elastic, suspend
 from finetune_operator.plan.causes import find_cause
 from finetune_operator.plan.conditions import find
 from finetune_operator.plan.explain import explain_end
@@ -136,7 +136,8 @@ def _working(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Lin
     if entry.attempt != view.attempt:
         return waiting_phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
     if not _all_up(view):
-        return _waiting(view, status, waiting_phase)
+        phase, reason, message = _waiting(view, status, waiting_phase)
+        return phase, reason, message + _patience(view, entry)
     if not view.reports:
         return _unheard(view, status, entry, waiting_phase)
     phase, reason, message = _at_work(view, status, entry, waiting_phase)
@@ -189,6 +190,18 @@ def _waiting(view: View, status: FineTuneJobStatus, phase: Phase) -> Line:
             queued = phase is Phase.STARTING and reason in FOR_ROOM
             return Phase.QUEUED if queued else phase, reason, f"{pod.name}: {pod.waiting}"
     return phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
+
+
+def _patience(view: View, entry: AttemptStatus) -> str:
+    """Until when room is waited for, where something else is done then."""
+    least = view.spec.topology.min_nodes or view.num_nodes
+    shrink_at, fallback_at = elastic.shrink_at(view, entry), capacity.fallback_at(view, entry)
+    words = ""
+    if shrink_at is not None and shrink_at > view.now and len(elastic.placed(view)) >= least:
+        words += f"; it goes on without them at {shrink_at:%H:%M:%S} UTC"
+    if fallback_at is not None and fallback_at > view.now:
+        words += f"; it takes any node at {fallback_at:%H:%M:%S} UTC"
+    return words
 
 
 def _waiting_reason(words: str) -> Reason:
