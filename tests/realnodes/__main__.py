@@ -61,13 +61,13 @@ class Run:
     values: dict[str, Any]
     upgrades: int = 0
 
-    def install(self, **changes: Any) -> None:
+    def install(self, *more: str, **changes: Any) -> None:
         """Install or upgrade the chart."""
         command = ("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME, "--create-namespace")
-        self.helm.run(*command, "--wait", "--timeout", "100s", values={**self.values, **changes})
+        self.helm.run(*command, *more, values={**self.values, **changes})
 
     def upgrade(self) -> None:
-        """Another Deployment: all replicas are replaced."""
+        """Another Deployment: all replicas are replaced, and nobody waits for that."""
         self.upgrades += 1
         self.install(podAnnotations={"upgrade": str(self.upgrades)})
 
@@ -152,7 +152,7 @@ def run(chosen: list[str], folder: Path) -> int:
         say(f"{NUM_NODES} nodes are ready after {time.monotonic() - started:.0f} s")
         bed = Bed(cluster, FolderStore(folder / "shared"))
         one = Run(cluster, Helm(helm, folder / "helm", cluster.kubeconfig), bed, VALUES)
-        one.install()
+        one.install("--wait", "--timeout", "100s")
         say("the chart is installed")
         say(" ".join(one.helm.run("test", RELEASE, "--namespace", HOME, "--logs").split("\n")[-4:]))
         one.bed.prepare()
@@ -175,7 +175,7 @@ def run_elsewhere(kubeconfig: Path, chosen: list[str], folder: Path) -> int:
     }
     store = ClaimStore(trainer, os.environ.get("FINETUNE_STORAGE_CLASS"), folder / "shared")
     one = Run(cluster, Helm(programs["helm"], folder / "helm", kubeconfig), Bed(cluster, store), values)
-    one.install()
+    one.install("--wait", "--timeout", "100s")
     try:
         one.bed.prepare()
         return report(one, [name for name in chosen if name not in skipped], [], tell)

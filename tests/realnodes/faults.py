@@ -146,7 +146,8 @@ def delete_operator(scene: Scene) -> Callable[[], None]:
 
 def upgrade(scene: Scene) -> Callable[[], None]:
     scene.upgrade()
-    return nothing
+    rolled_out = ("rollout", "status", f"deployment/{NAME}", "--timeout=100s")
+    return lambda: void(scene.kubectl("--namespace", HOME, *rolled_out))
 
 
 def void(_: object) -> None:
