@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_operator.api import crd, reference
+from finetune_operator.api import crd, reference, words
 
 ROOT = Path(__file__).resolve().parents[1]
+TROUBLESHOOTING = "docs/troubleshooting.md"
 GENERATED: dict[str, Callable[[], str]] = {
     crd.FILE: crd.render,
     # Helm reads no file outside of its chart.
@@ -45,6 +47,12 @@ def differences(root: Path) -> str:
     return "".join(lines)
 
 
+def untold_reasons(root: Path) -> list[str]:
+    """Reasons that a person can meet and docs/troubleshooting.md has no section on."""
+    told = set(re.findall(r"^### (\w+)$", _read(root / TROUBLESHOOTING), re.MULTILINE))
+    return [reason.value for reason in words.REASONS if reason.value not in told]
+
+
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
@@ -56,6 +64,9 @@ def main() -> int:
     if not parser.parse_args().check:
         write(ROOT)
         return 0
+    if untold := untold_reasons(ROOT):
+        print(f"{TROUBLESHOOTING}: write a section '### <reason>' on {', '.join(untold)}", file=sys.stderr)
+        return 1
     if difference := differences(ROOT):
         sys.stdout.write(difference)
         print("generated files differ: run `make generate` and commit what it writes", file=sys.stderr)
