@@ -16,6 +16,7 @@ from finetune_operator.cli import story, words
 from finetune_operator.cluster.protocol import Clock
 from finetune_operator.cluster.reconcile import Pass
 from finetune_operator.plan.types import Observed, ObservedPod
+from finetune_operator.plan.view import members_of
 
 REFRESH_PER_SECOND = 4
 STYLES = {
@@ -139,8 +140,10 @@ def _ranks(job: FineTuneJob, observed: Observed, reports: dict[int, RankReport])
     for column in ("RANK", "NODE", "STATE", "STEP", ""):
         table.add_column(column, no_wrap=True, overflow="ellipsis")
     per_pod = job.spec.topology.processes_per_node
-    pods = sorted((pod for pod in observed.pods if pod.attempt == job.status.attempt), key=lambda pod: pod.node_rank)
-    rows = [(rank, pod) for pod in pods for rank in range(pod.node_rank * per_pod, (pod.node_rank + 1) * per_pod)]
+    seen = {(pod.attempt, pod.node_rank): pod for pod in observed.pods}
+    members = enumerate(members_of(job.status, job.spec))
+    pods = [(node_rank, seen[member]) for node_rank, member in members if member in seen]
+    rows = [(rank, pod) for first, pod in pods for rank in range(first * per_pod, (first + 1) * per_pod)]
     for rank, pod in rows[:MAX_RANKS]:
         table.add_row(*_rank_row(rank, pod, reports.get(rank)))
     if len(rows) > MAX_RANKS:
