@@ -48,7 +48,7 @@ class MomentMissedError(Exception):
     """A run never came to the stage of its cell."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """What a cell ended with."""
 
@@ -197,14 +197,12 @@ class Bed:
                     await asyncio.to_thread(remove_job, home, key_of(job))
             status = seen.job.status.model_dump(mode="json", by_alias=True, exclude_none=True) if seen.job else {}
             weights = ground.weights()
+            fault_to_step = ground.first_step_after(struck_at) if struck_at is not None else None
         same = None if not weights else weights == self.truth
         if cell is None:
             self.truth, same = weights, True
-        outcome = Outcome(status, same, time.monotonic() - began, None, None)
-        if struck_at is not None:
-            outcome.fault_to_step = ground.first_step_after(struck_at)
-            outcome.fault_to_end_seen = watch.ended_at - struck_at if watch.ended_at is not None else None
-        return outcome
+        seen_after = watch.ended_at - struck_at if struck_at is not None and watch.ended_at is not None else None
+        return Outcome(status, same, time.monotonic() - began, fault_to_step, seen_after)
 
 
 class Ground:
