@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import select
@@ -169,6 +170,23 @@ def test_a_server_that_ends_before_it_forks(folder: Path, monkeypatch: pytest.Mo
             return await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
 
     assert asyncio.run(life()).exit_code == 7
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="wants another user")
+def test_another_user_has_no_orders_to_give(server: tuple[ForkServer, int]) -> None:
+    stranger = os.fork()
+    if stranger == 0:
+        turned_away = False
+        with contextlib.suppress(OSError):
+            os.setuid(65534)
+            connection = socket.socket(socket.AF_UNIX)
+            connection.settimeout(PATIENCE_SECONDS)
+            connection.connect("\0" + server[0].address[1:])
+            turned_away = connection.recv(1) == b""
+        os._exit(0 if turned_away else 1)
+    _, status = os.waitpid(stranger, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert run("forked_rank", server[0]).exit_code == 7
 
 
 def test_orders_that_are_none_end_nothing(server: tuple[ForkServer, int]) -> None:

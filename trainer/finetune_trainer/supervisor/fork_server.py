@@ -19,6 +19,7 @@ import runpy
 import selectors
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import traceback
@@ -72,6 +73,7 @@ class Server:
     def _take_order(self, connection: socket.socket) -> None:
         client = Client(connection)
         try:
+            check_peer(connection)
             order, descriptors = receive_order(connection)
         except (OSError, ValueError):
             connection.close()
@@ -112,6 +114,17 @@ class Server:
         for client in self._clients:
             client.connection.close()
             os.close(client.descriptor)
+
+
+def check_peer(connection: socket.socket) -> None:
+    """Take orders of this very user only: a socket without a file has no permissions of its own.
+
+    Raises:
+        PermissionError: it is somebody else.
+    """
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if user != os.getuid():
+        raise PermissionError(f"user {user} has no orders to give here")
 
 
 def receive_order(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
