@@ -25,7 +25,8 @@ Where the figures come from:
   alike. A GPU image of some gigabytes is pulled in 90 s on a new node; nodes keep it.
 - Steps: ControlNet on SDXL, 190k images x 20 epochs in 3,306 min on 8 A100 (field reports) is 19 images a second: 1.7 s
   for a global batch of 32.
-- Loading 40 s in a new pod and 12 s in one that is kept (libraries are imported, files are in the page cache), a save
+- Loading 40 s in a new pod and 12 s in one that is kept or has stood by (libraries are imported, files are in the page
+  cache), a save
   of 3 s, of which ours holds up the steps for 0.3 s (it copies the state and writes beside the loop), upstream's for
   all of it: assumptions for some gigabytes of weights and a shared file system; each is a flag.
 

@@ -39,6 +39,8 @@ class Config:
     """How long to wait for a new world while nobody answers; 0: not at all."""
     stands_by: bool = False
     """Whether it has no ranks to start before a world is named."""
+    model_base: str = ""
+    """The base model, as the run specification names it."""
     rendezvous: tuple[tuple[str, str], ...] = ()
     """Variables of a world that was named later than the pod's manifest."""
 
@@ -98,6 +100,7 @@ def read_config(env: Mapping[str, str]) -> Config:
         termination_log=_path(env, environment.TERMINATION_LOG),
         job_dir=_path(env, environment.CHECKPOINT_DIR),
         hold_seconds=_seconds(env, environment.HOLD_SECONDS, default=0.0, least=0.0),
+        model_base=spec.model.base,
         stands_by=env.get(environment.STANDBY) == "1",
     )
 

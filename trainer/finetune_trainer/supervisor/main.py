@@ -19,6 +19,7 @@ from finetune_trainer.supervisor.config import BadEnvironmentError, Config, read
 from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
 from finetune_trainer.supervisor.last_words import FINE, cause_first, pod_exit_code, write_termination
 from finetune_trainer.supervisor.ranks import RankProcess, Starter
+from finetune_trainer.supervisor.read_ahead import read_ahead
 from finetune_trainer.supervisor.stacks import keep_stacks
 
 RANK_COMMAND = (sys.executable, "-m", "finetune_trainer.rank")
@@ -77,7 +78,9 @@ class Supervisor:
         shares = share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
         self._starter = await Starter.ready(self._command, shares[0], self._changed.set)
         self._heard_at = loop.time() if self._config.stands_by else self._heard_at
-        if not self._config.stands_by:
+        if self._config.stands_by:
+            read_ahead(self._config.model_base)
+        else:
             await self._start_ranks()
         beats = asyncio.create_task(self._beat_until_ended())
         await self._see_all_to_end()

@@ -242,7 +242,8 @@ class Supervisor:
         self._soon = False
         self._beat_seconds = BEAT_SECONDS
         self._num_timers = 0
-        self._is_cold = True
+        # One that stands by imports the libraries and reads the model's files meanwhile.
+        self._is_cold = not pod.stands_by
         pod.end = self._killed
         pod.notice = self._on_notice
         if pod.stands_by:
