@@ -18,10 +18,11 @@ from torch import nn
 
 from finetune_contract import paths
 from finetune_contract.spec import CheckpointInterval
+from finetune_trainer.checkpoint import tensor_stream
 from finetune_trainer.checkpoint.host_copy import SMALL_NUMEL, HostCopy
 from finetune_trainer.checkpoint.retention import Retention, removable
 from finetune_trainer.checkpoint.split import file_name, group_of, num_parts, take_part
-from finetune_trainer.checkpoint.store import CheckpointStore
+from finetune_trainer.checkpoint.store import BEST, CheckpointStore, Snapshot
 from finetune_trainer.checkpoint.tensor_stream import write_stream
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StaleError, SupersededError
@@ -241,8 +242,9 @@ def test_streams_are_safetensors(
         assert torch.equal(loaded[name], tensor)
 
 
-def test_streams_take_tensors_as_they_lie(tmp_path: Path) -> None:
-    """Strides, and sizes beyond a chunk."""
+def test_streams_take_tensors_as_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides, and sizes beyond a chunk; the disk begins early."""
+    monkeypatch.setattr(tensor_stream, "FLUSH_BYTES", tensor_stream.CHUNK_BYTES // 2)
     large = torch.arange(5_000_000, dtype=torch.float32)
     tensors = {
         "large": large,
@@ -298,6 +300,15 @@ STEPS = [(step, 1) for step in (10, 20, 30, 40, 50)]
 )
 def test_what_may_go(retention: Retention, best: int | None, gone: list[int]) -> None:
     assert [step for step, _ in removable([*STEPS, (60, 1)], (60, 1), retention, best)] == gone
+
+
+def test_the_best_stays(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, "uid", 1, Retention(keep=1, best=True))
+    store.open()
+    for step in (1, 2, 3):
+        values = {BEST: {"step": 2 if step > 1 else 1, "loss": 1 / step}}
+        store.save(Snapshot(step, {"model": {"w": torch.ones(1)}}, values), 0)
+    assert names(tmp_path) == ["step-00000002-a1", "step-00000003-a1"]
 
 
 def test_newer_ones_are_not_touched() -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -53,22 +54,25 @@ def write_stream(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     digest = hashlib.sha256()
     size = 0
-    with path.open("wb", buffering=_BUFFER_BYTES) as file:
+    flush: Future[None] | None = None
+    # A thread starts with the first early flush: a small file has none.
+    with path.open("wb", buffering=_BUFFER_BYTES) as file, ThreadPoolExecutor(1) as flusher:
         for data in (_header(ordered), *(_view(tensor) for _, tensor in ordered)):
             for start in range(0, len(data), CHUNK_BYTES):
                 chunk = data[start : start + CHUNK_BYTES]
                 digest.update(chunk)
                 file.write(chunk)
                 before, size = size, size + len(chunk)
-                if before // FLUSH_BYTES != size // FLUSH_BYTES:
-                    _flush_early(file.fileno())
+                if before // FLUSH_BYTES != size // FLUSH_BYTES and (flush is None or flush.done()):
+                    if flush is not None:
+                        # An error of the disk is told once.
+                        flush.result()
+                    flush = flusher.submit(os.fdatasync, file.fileno())
         file.flush()
+        if flush is not None:
+            flush.result()
         os.fsync(file.fileno())
     return FileEntry(name=path.name, size_bytes=size, sha256=digest.hexdigest())
-
-
-def _flush_early(descriptor: int) -> None:
-    os.fdatasync(descriptor)
 
 
 def _header(ordered: list[tuple[str, Tensor]]) -> memoryview:

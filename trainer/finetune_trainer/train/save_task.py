@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -71,7 +72,12 @@ class SaveTask:
 
 
 class Writer:
-    """What the writer's thread needs to carry a save out."""
+    """What the writer's thread needs to carry a save out.
+
+    Args:
+        on_commit: told of what was committed.
+        last_values: values of state.json that must be read from somewhere; the loop is not to wait for them.
+    """
 
     def __init__(
         self,
@@ -79,11 +85,13 @@ class Writer:
         copy: HostCopy,
         channel: Channel | None,
         on_commit: Callable[[SaveTask, Committed], None],
+        last_values: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._store = store
         self._copy = copy
         self._channel = channel
         self._on_commit = on_commit
+        self._last_values = last_values
 
     def carry_out(self, task: SaveTask) -> Committed | None:
         """Copy, write, and commit where this rank does.
@@ -121,7 +129,8 @@ class Writer:
             files += tuple(
                 entry for rank, word in zip(share.writers[1:], words, strict=True) for entry in _files(rank, word)
             )
-            return self._store.commit(Snapshot(task.step, {}, snapshot.values), files, time.time())
+            values = {**snapshot.values, **self._last_values()}
+            return self._store.commit(Snapshot(task.step, {}, values), files, time.time())
         assert self._channel is not None
         try:
             files = self._store.write_part(task.step, mine, share.part, parts)

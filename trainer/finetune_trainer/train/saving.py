@@ -105,7 +105,7 @@ class Checkpointer:
         if snapshot is not None:
             state.restore(snapshot)
         channel = Channel(self._world) if len(self._role.sharing) > 1 else None
-        self._writer = Writer(self._store, self._copy, channel, self._committed)
+        self._writer = Writer(self._store, self._copy, channel, self._committed, self._last_values)
         self._copy.mark()
         if self._world.size > 1:
             self._rescue = Rescue(self._world.rank, self._store, self._reporter, self._rescued, self._report)
@@ -236,9 +236,11 @@ class Checkpointer:
             "global_batch": self._spec.global_batch,
             "seed": self._spec.training.seed,
             "world_size": self._world.size,
-            BEST: self._options.best(),
         }
         return state.snapshot(about)
+
+    def _last_values(self) -> dict[str, Any]:
+        return {BEST: self._options.best()}
 
     def _finish_last(self) -> None:
         """Wait on all ranks for the end of the save that is under way."""
@@ -252,7 +254,8 @@ class Checkpointer:
     def _rescued(self, state: TrainState) -> Snapshot:
         """The state in the host's memory, whatever the GPU still waits for."""
         snapshot = self._snapshot(state)
-        return Snapshot(snapshot.step, self._copy.take_out(snapshot.tensors), snapshot.values)
+        values = {**snapshot.values, **self._last_values()}
+        return Snapshot(snapshot.step, self._copy.take_out(snapshot.tensors), values)
 
     def _wait_for_last(self) -> None:
         if self._task is not None:
