@@ -12,6 +12,7 @@ STAGES = ("loading", "caching", "first step", "training", "saving", "validating"
 DISK = ("full disk", "read-only")
 NOTICES = frozenset({"TerminationByKubelet", "NoticeSaved", "Preempted"})
 LOST = frozenset({"PodLost", "NodeLost"})
+NOT_SAVED = frozenset({"StorageError", "CheckpointStale"})
 FAILED = frozenset({"MaxFailuresExceeded", "SameStepFailures"})
 DISK_WORDS = {"full disk": "no space left", "read-only": "read-only"}
 
@@ -75,8 +76,8 @@ def reasons(cell: Cell) -> frozenset[str]:
         "hang": frozenset({"Hang"}) if cell.target != "supervisor" else LOST,
         "memory": frozenset({"OutOfMemory"}) if cell.target != "supervisor" else frozenset({"ProcessFailed"}),
         "exit 1": frozenset({"ProcessFailed"}),
-        "full disk": frozenset({"StorageError"}),
-        "read-only": frozenset({"StorageError"}),
+        "full disk": NOT_SAVED,
+        "read-only": NOT_SAVED,
         "partition": frozenset({"Hang", "FabricError"}) | LOST,
     }
     return by_fault[cell.fault]

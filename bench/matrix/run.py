@@ -135,6 +135,8 @@ class Bed:
         spec["checkpoint"] = {
             "interval": {"steps": SAVE_EVERY},
             "keep": 2,
+            # Training goes on without checkpoints for as long as this.
+            "maxStale": "5s",
             "storage": {"hostPath": {"path": str(ground.shared)}},
         }
         hang = "5s" if cell is not None and cell.stands_still else "2m"
