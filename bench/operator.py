@@ -43,7 +43,6 @@ CONNECTIONS = 16
 """Requests of the bare loop, and of who makes and deletes things here, at a time."""
 POLL_SECONDS = 0.25
 LIMIT_SECONDS = 900.0
-IDLE_SECONDS = 60.0
 CONNECT_SECONDS = 15.0
 """Over so long the supervisors' first beats are spread, as the starts of their pods would be."""
 PAGE = 500
@@ -59,6 +58,7 @@ class Bench:
     api: KubeApi
     num_jobs: int
     num_pods: int
+    idle_seconds: float = 60.0
     rows: list[tuple[str, str]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -290,7 +290,7 @@ async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLConte
         cpu = process.cpu_times()
         bench.note("memory", f"{rss:.0f} MiB, {cpu.user + cpu.system:.1f} CPU seconds")
         await bench.wait("events are sent", lambda: quiet(operator))
-        idle = await idle_writes(operator)
+        idle = await idle_writes(bench, operator)
         bench.note("writes while idle", f"{idle:.0f} per minute, while all beat")
         recover = await recovery(bench, operator, gangs, namespace)
         rss = max(rss, process.memory_info().rss / 2**20)
@@ -307,11 +307,11 @@ async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLConte
     }
 
 
-async def idle_writes(operator: OperatorProcess) -> float:
-    """Writes in a minute in which nothing changes, the lease aside."""
+async def idle_writes(bench: Bench, operator: OperatorProcess) -> float:
+    """Writes per minute while nothing changes, the lease aside."""
     before = sum(requests(operator, writes_only=True).values())
-    await asyncio.sleep(IDLE_SECONDS)
-    return (sum(requests(operator, writes_only=True).values()) - before) * 60 / IDLE_SECONDS
+    await asyncio.sleep(bench.idle_seconds)
+    return (sum(requests(operator, writes_only=True).values()) - before) * 60 / bench.idle_seconds
 
 
 async def recovery(bench: Bench, operator: OperatorProcess, gangs: Gangs, namespace: str) -> float:
@@ -351,6 +351,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.operator", description=__doc__)
     parser.add_argument("--jobs", type=int, default=1000, help="number of FineTuneJobs (default: 1000)")
     parser.add_argument("--nodes-per-job", type=int, default=4, help="pods of each (default: 4)")
+    parser.add_argument("--idle-seconds", type=float, default=60.0, help="time without any change (default: 60)")
     options = parser.parse_args()
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
@@ -363,7 +364,8 @@ async def main() -> None:
             Path(folder) / "operator.log",
             coordinator_flags(control_plane),
         )
-        bench = Bench(control_plane, KubeApi(client, ServerClock()), options.jobs, options.nodes_per_job)
+        api = KubeApi(client, ServerClock())
+        bench = Bench(control_plane, api, options.jobs, options.nodes_per_job, options.idle_seconds)
         try:
             result = await measure(bench, operator, tls_context(control_plane))
         except BaseException:

@@ -273,6 +273,13 @@ def test_what_is_fixed_stays_once_the_job_has_begun(api: Api, begun: str) -> Non
             assert (f"{fixed.path}: Forbidden: {fixed.sentence}" in message) == (fixed in expected), message
 
 
+def test_an_edit_that_brings_a_status_along_is_refused_all_the_same(api: Api, begun: str) -> None:
+    """The rules let a write pass that changes the message of the status: an edit cannot."""
+    api.patch(f"{jobs(begun)}/circles/status", {"status": {"message": "training"}})
+    edited = patched(FULL, {"spec.training.seed": 77}) | {"status": {"attempt": 1, "message": "another one"}}
+    assert "spec.training: Forbidden" in edit(api, begun, edited)
+
+
 def test_the_rest_may_change_at_any_time(api: Api, begun: str) -> None:
     assert {path: edit(api, begun, patched(FULL, patch)) for path, patch in ALLOWED.items()} == dict.fromkeys(
         ALLOWED, ""

@@ -65,3 +65,23 @@ def test_bench_spot(tmp_path: Path) -> None:
     result = last_line("bench.spot", "--hours", "0.5", "--nodes", "4", "--trace", str(trace))
     assert result.keys() == {"none", "upstream", "ours"}
     assert result["none"] <= result["upstream"] < result["ours"] <= 1
+
+
+@pytest.mark.cluster
+def test_bench_operator() -> None:
+    result = last_line("bench.operator", "--jobs", "4", "--nodes-per-job", "2", "--idle-seconds", "5")
+    measured = {"create_rate_ratio", "recover_seconds", "rss_mib", "requests_per_job"}
+    assert {key: value for key, value in result.items() if key not in measured} == {
+        "jobs": 4,
+        "pods": 8,
+        "idle_writes_per_minute": 0.0,
+    }
+    assert measured <= result.keys()
+
+
+@pytest.mark.cluster
+def test_bench_beats() -> None:
+    result = last_line("bench.beats", "--jobs", "2", "--nodes-per-job", "2", "--seconds", "5")
+    assert result["supervisors"] == 4
+    assert result["beats_per_second"] >= 0
+    assert {"cores", "p99_ms", "rss_mib", "writes_per_second"} < result.keys()

@@ -22,7 +22,9 @@ from finetune_operator.api.rule import Cause
 
 CAUSE = Cause.FORBIDDEN
 _BEFORE_THE_FIRST_ATTEMPT = "oldSelf.?status.?attempt.orValue(0) == 0"
-_WRITES_STATUS = "self.status.message != oldSelf.status.message"
+_WRITES_STATUS = (
+    "has(self.status.message) && has(oldSelf.status.message) && self.status.message != oldSelf.status.message"
+)
 _ELSE = "write the change into a new job with another name"
 
 
