@@ -27,9 +27,9 @@ Where the figures come from:
 - Steps: ControlNet on SDXL, 190k images x 20 epochs in 3,306 min on 8 A100 (field reports) is 19 images a second: 1.7 s
   for a global batch of 32.
 - Loading takes 60 s in a new pod (some gigabytes of weights from a shared file system, and the libraries) and 12 s in
-  one that is kept or has stood by (libraries are imported, files are in the page cache); a save takes 3 s, of which ours
-  holds up the steps for 0.3 s (it copies the state and writes beside the loop), upstream's for all of it. These are
-  assumptions; each is a flag.
+  one that is kept or has stood by (libraries are imported, files are in the page cache); a save takes 3 s, of which
+  ours holds up the steps for 0.3 s (it copies the state and writes beside the loop), upstream's for all of it. These
+  are assumptions; each is a flag.
 
 A CSV has the columns seconds, node and notice_seconds. The last line is JSON: the goodput of each, in the headline
 scenario or the CSV's.
