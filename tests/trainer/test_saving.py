@@ -96,15 +96,17 @@ def full(stage: str) -> None:
 
 def test_the_loop_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
     """The save is held up behind its copy; ten more steps change the state; what is saved is the step's own."""
-    loop, go_on = Loop(tmp_path), threading.Event()
+    loop, held, go_on = Loop(tmp_path), threading.Event(), threading.Event()
 
     def hold(stage: str) -> None:
         if stage.startswith("write model"):
+            held.set()
             go_on.wait(30)
 
     loop.on_stage = hold
     for _ in range(11):
         loop.step()
+    assert held.wait(30)
     assert names(tmp_path) == [".writing-step-00000001-a1"]
     go_on.set()
     loop.settle()
