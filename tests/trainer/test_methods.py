@@ -48,16 +48,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("methods")
 
 
-def run_here(spec: RunSpec, job_dir: Path, attempt: int = 1, stops: bool = False) -> ExitCode:
-    """One rank in this process; told to stop as its first checkpoint is committed, where it `stops`."""
+class StoppingReporter(Reporter):
+    """Gives notice when a step is done."""
+
+    def __init__(self, notice: Notice, step: int) -> None:
+        super().__init__(0, None)
+        self._notice = notice
+        self._last = step
+
+    def progress(self, step: int, loss: float, images_per_second: float | None) -> None:
+        super().progress(step, loss, images_per_second)
+        if step == self._last:
+            self._notice.give()
+
+
+def run_here(spec: RunSpec, job_dir: Path, attempt: int = 1, stop_at: int | None = None) -> ExitCode:
+    """One rank in this process; given notice after a step, where one is named."""
     notice = Notice()
-
-    def on_save_stage(stage: str) -> None:
-        if stops and stage.startswith("rename"):
-            notice.give()
-
-    cache = job_dir.parent / "cache"
-    context = RankContext(spec, attempt, job_dir, cache, notice, Reporter(0, None), on_save_stage)
+    reporter = Reporter(0, None) if stop_at is None else StoppingReporter(notice, stop_at)
+    context = RankContext(spec, attempt, job_dir, job_dir.parent / "cache", notice, reporter)
     return run_rank(context, {"OMP_NUM_THREADS": "1"})
 
 
@@ -74,7 +83,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(
     spec = tiny.make_spec(bases[family], data, **OPTIONS, **SETTINGS[method])
     whole, halves = folder / f"{method}-{family}", folder / f"{method}-{family}-halves"
     assert run_here(spec, whole) is ExitCode.DONE
-    assert run_here(spec, halves, stops=True) is ExitCode.SAVED
+    assert run_here(spec, halves, stop_at=2) is ExitCode.SAVED
     assert run_here(spec, halves, attempt=2) is ExitCode.DONE
     assert read_outputs(halves) == read_outputs(whole)
     assert read_outputs(whole)
