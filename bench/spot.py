@@ -61,7 +61,7 @@ SCENARIOS = (
     ("Bamboo, 33 % an hour", 0.33),
 )
 """Published rates: the share of the nodes that is interrupted in an hour."""
-HEADLINE = 1
+HEADLINE = 2
 """The scenario of the JSON."""
 NOTICE_SECONDS = 120.0
 SUDDEN_SHARE = 0.1
