@@ -393,10 +393,9 @@ class Strike:
     def _heal_later(self) -> None:
         assert self._ground.disk is not None
         heal = self._ground.disk.heal
-        if self._hits_supervisor:
+        if not self._cell.stays:
+            # Training outlives a disk that takes nothing for a while.
             asyncio.get_running_loop().call_later(HEAL_SECONDS, heal)
-        elif not self._cell.stays:
-            self._watch.on_end.append(heal)
 
 
 def median(values: list[float]) -> float | None:
