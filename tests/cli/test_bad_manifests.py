@@ -96,7 +96,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "unknown method": (put("training.method", "Magic"), "spec.training.method", "LoRA"),
     "no method": (drop("training.method"), "spec.training", "method"),
     "method and script": (put("training.script", {"path": "train.py"}), "spec.training", "script"),
-    "another method": (put("training.method", "Full"), "spec.training.method", "LoRA"),
+    "a script": (put("training", {"script": {"path": "train.py"}}), "spec.training.script", "method: LoRA"),
     "no length": (drop("training.steps"), "spec.training", "steps"),
     "two lengths": (put("training.epochs", 3), "spec.training", "epochs"),
     "no steps": (put("training.steps", 0), "spec.training.steps", "1"),
