@@ -186,9 +186,10 @@ class Checkpointer:
         """
         pause = 1.0
         while not self.try_to_save(state):
-            give_up = self._world.is_first and self._trouble.is_over(self._clock() - self._saved_at + pause)
-            if any(self._world.gather_numbers(int(give_up))):
-                raise StaleError(self._trouble.sentence())
+            over = self._world.is_first and self._trouble.is_over(self._clock() - self._saved_at + pause)
+            # All say why: whoever ends first is taken for the cause.
+            if why := self._world.share(self._trouble.sentence() if over else ""):
+                raise StaleError(why)
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
 
