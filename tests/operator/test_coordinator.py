@@ -20,6 +20,9 @@ from tests.operator.bed import HOME, Jobs, running
 from tests.operator.conftest import NewOperator
 from tests.operator.talk import AUDIENCE, SERVICE, Talk, tls_flags
 
+QUIET = {"peerLost": False, "stacks": False}
+"""What a reply holds where nothing is wrong."""
+
 
 @pytest.mark.cluster
 def test_beats_become_progress(talk: Talk) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from finetune_contract.beat import Beat, CommittedCheckpoint, RankEnd, RankReport, RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
+from finetune_operator.cluster.kube.beats import JobBeats
 from finetune_operator.cluster.kube.news import Gang, Urgency, beat_news, is_over, is_progress, pod_news
 from finetune_operator.cluster.kube.nodes import GONE, HEALTHY, MAX_GONE, NodeBook, read_node
 from finetune_operator.cluster.kube.objects import KubePod
@@ -105,7 +106,7 @@ ENTRY = STATUS.attempts[0]
     [
         ({}, True),
         ({"step": 3, "eta": "4m", "loss": 0.1}, True),
-        ({"attempts": (ENTRY.model_copy(update={"to_step": 3}),)}, True),
+        ({"attempts": (ENTRY.model_copy(update={"to_step": 3, "progress_at": NOW}),)}, True),
         ({"attempts": (ENTRY.model_copy(update={"gang_complete": True}),)}, False),
         ({"step": 3, "phase": Phase.EXPORTING}, False),
         ({"attempt": 2}, False),
@@ -177,6 +178,26 @@ def test_nodes_that_went_are_not_remembered_for_ever() -> None:
 
 
 # --- beats -----------------------------------------------------------------------------------------------------------
+
+
+def test_many_that_wait_beat_no_more_often_than_all_may() -> None:
+    pace = BeatPace(Settings(), beats_per_second=500)
+    assert pace.hurry(1.0, 3) == 1.0
+    assert pace.hurry(1.0, 3000) == 24.0
+
+
+def test_those_who_wait_are_counted_until_they_wait_no_more() -> None:
+    book, told = JobBeats(lambda *_: None), beat()
+    for uid in ("a", "b", "c"):
+        book.take(told.model_copy(update={"pod_uid": uid, "waiting": True}), NOW)
+    assert book.num_waiting == 3
+    book.take(told.model_copy(update={"pod_uid": "a", "sequence": told.sequence + 1}), NOW)
+    assert book.num_waiting == 2
+    book.of(told.namespace, told.job, oldest_attempt=told.attempt + 1)
+    assert book.num_waiting == 0
+    book.take(told.model_copy(update={"waiting": True}), NOW)
+    book.forget(JobKey(told.namespace, told.job))
+    assert book.num_waiting == 0
 
 
 def test_with_more_pods_each_beats_less_often_and_is_waited_for_longer() -> None:

@@ -20,6 +20,7 @@ class JobBeats(BeatBook):
         super().__init__()
         self._told = told
         self._jobs: dict[JobKey, dict[str, ReceivedBeat]] = {}
+        self._waiting: set[str] = set()
         self.num_taken = 0
         """Beats that were kept so far."""
 
@@ -32,6 +33,7 @@ class JobBeats(BeatBook):
             return False
         self.num_taken += 1
         pods[beat.pod_uid] = ReceivedBeat(beat, received_at)
+        (self._waiting.add if beat.waiting else self._waiting.discard)(beat.pod_uid)
         urgency = beat_news(known.beat if known else None, beat)
         if urgency is not Urgency.NEVER:
             self._told(key, urgency)
@@ -42,7 +44,13 @@ class JobBeats(BeatBook):
         pods = self._jobs.get(JobKey(namespace, job), {})
         for uid in [uid for uid, got in pods.items() if got.beat.attempt < oldest_attempt]:
             del pods[uid]
+            self._waiting.discard(uid)
         return MappingProxyType(dict(pods))
+
+    @property
+    def num_waiting(self) -> int:
+        """Pods whose ranks wait for a new world."""
+        return len(self._waiting)
 
     def heard_at(self, key: JobKey, pod_uid: str) -> datetime | None:
         """When a pod was last heard."""
@@ -51,4 +59,4 @@ class JobBeats(BeatBook):
 
     def forget(self, key: JobKey) -> None:
         """Drop all beats of a job that is gone."""
-        self._jobs.pop(key, None)
+        self._waiting.difference_update(self._jobs.pop(key, {}))

@@ -193,7 +193,7 @@ class KubeCluster:
         order = Order.SAVE_AND_STOP if leaving else reply.order
         seconds = self._beat_pace.ask(len(self.pods), asyncio.get_running_loop().time())
         if beat.waiting and reply.beat_seconds is not None:
-            seconds = min(seconds, reply.beat_seconds)
+            seconds = min(seconds, self._beat_pace.hurry(reply.beat_seconds, self.beats.num_waiting))
         return reply.model_copy(update={"order": order, "beat_seconds": seconds})
 
     async def tell_authority(self) -> None:

@@ -108,8 +108,8 @@ def is_progress(old: FineTuneJobStatus, new: FineTuneJobStatus) -> bool:
 
 
 def _milestones(status: FineTuneJobStatus) -> list[AttemptStatus]:
-    """The ledger without the one number of it that is progress."""
-    return [entry.model_copy(update={"to_step": None}) for entry in status.attempts]
+    """The ledger without what of it is progress."""
+    return [entry.model_copy(update={"to_step": None, "progress_at": None}) for entry in status.attempts]
 
 
 def beat_news(old: Beat | None, new: Beat) -> Urgency:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from finetune_operator.plan.nodes import SILENT_BEATS
 from finetune_operator.settings import Settings
 
+WAITING_SHARE = 0.25
+"""Of all beats that are asked for, those of pods that wait and therefore beat more often."""
+
 
 class BeatPace:
     """The interval that is asked for, and the one that a pod may still keep that was asked before."""
@@ -27,6 +30,13 @@ class BeatPace:
             self._kept_until = now + self._kept
         self._asked = asked
         return asked
+
+    def hurry(self, seconds: float, num_waiting: int) -> float:
+        """Seconds between two beats of each of so many pods that would beat every so many seconds while they wait.
+
+        When a thousand jobs lose a pod at a time, their passes must not wait for the beats of all the other pods.
+        """
+        return max(seconds, round(num_waiting / (WAITING_SHARE * self._rate), 1))
 
     def expected(self, now: float) -> float:
         """The longest interval that a pod may keep to now: what is silent for much longer is silent."""
