@@ -71,7 +71,8 @@ def meaningless(cell: Cell) -> str | None:
 def reasons(cell: Cell) -> frozenset[str]:
     """Reasons that the ledger may give for the end of the first attempt; empty: any."""
     by_fault = {
-        "notice": NOTICES,
+        # A supervisor that nobody tells why may be gone before its last words are read.
+        "notice": NOTICES | LOST if cell.target == "supervisor" else NOTICES,
         "SIGKILL": LOST if cell.target == "all" else frozenset({"ProcessFailed"}),
         "hang": frozenset({"Hang"}) if cell.target != "supervisor" else LOST,
         "memory": frozenset({"OutOfMemory"}) if cell.target != "supervisor" else frozenset({"ProcessFailed"}),
@@ -86,8 +87,8 @@ def reasons(cell: Cell) -> frozenset[str]:
 def may_pass(cell: Cell) -> bool:
     """Whether the first attempt may come to its end in spite of the fault."""
     # Training does not need the operator, nor a supervisor that answers, nor the disk that these two write to.
-    if (cell.fault, cell.stage) == ("notice", "exporting"):
-        # All is trained and committed: the export is over before the notice is.
+    if cell.stage == "exporting" and (cell.fault == "notice" or cell.target in {"rank 1", "supervisor"}):
+        # All is trained and committed, and rank 0 alone writes the outputs: they may be there before the fault is seen.
         return True
     if cell.fault in DISK:
         # Training goes on and saves again once the disk takes it.
