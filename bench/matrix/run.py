@@ -394,7 +394,9 @@ class Strike:
         assert self._ground.disk is not None
         heal = self._ground.disk.heal
         if not self._cell.stays:
-            # Training outlives a disk that takes nothing for a while.
+            # Training outlives a disk that takes nothing for a while. An attempt that has not begun to train does not:
+            # the next one finds the disk mended.
+            self._watch.on_end.append(heal)
             asyncio.get_running_loop().call_later(HEAL_SECONDS, heal)
 
 
