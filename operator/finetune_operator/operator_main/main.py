@@ -18,6 +18,7 @@ from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.handlers import register
 from finetune_operator.metrics import Metrics
 from finetune_operator.operator_main import logs, probes
+from finetune_operator.operator_main.collector import Collector
 from finetune_operator.operator_main.kill_switch import VARIABLE, KillSwitch
 from finetune_operator.operator_main.options import RunOptions, add_flags, read_options
 
@@ -64,12 +65,13 @@ async def run_operator(options: RunOptions) -> int:
     runner = await probes.serve(options.probe_host, options.probe_port, checks, metrics.registry)
     try:
         # One that has failed is ended by the same way as one that is told to stop, and its exit code says which.
-        await kopf.operator(
-            registry=register(operator, watch_nodes=options.watch_nodes),
-            clusterwide=True,
-            standalone=True,
-            stop_flag=operator.ended,
-        )
+        with Collector(asyncio.get_running_loop()):
+            await kopf.operator(
+                registry=register(operator, watch_nodes=options.watch_nodes),
+                clusterwide=True,
+                standalone=True,
+                stop_flag=operator.ended,
+            )
     except Exception:
         log.exception("the operator cannot go on")
         return 1

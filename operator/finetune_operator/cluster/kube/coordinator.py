@@ -15,9 +15,9 @@ from finetune_operator.coordinator.server import Coordinator, Refused
 BEATS_PER_SECOND = 2.0
 BURST_BEATS = 30.0
 """A supervisor beats at every change of its ranks: a start has many of them, close together."""
-TLS_BUFFER_BYTES = 4 * 1024
-"""For each connection. asyncio would set 256 KiB aside: a gigabyte for 4,000 supervisors. Beats are smaller than this;
-anything larger is read in several turns."""
+TLS_BUFFER_BYTES = 2 * 1024
+"""For each connection. asyncio would set 256 KiB aside: a gigabyte for 4,000 supervisors. What is larger
+is read in several turns."""
 
 
 class SecureCoordinator(Coordinator):
