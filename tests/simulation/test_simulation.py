@@ -31,6 +31,7 @@ def test_a_million_events_break_nothing(seed: int) -> None:
 # A failing life is a seed and a list of names: short enough to be read without shrinking, which would take minutes.
 @settings(
     max_examples=25,
+    derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],

@@ -77,7 +77,7 @@ def test_missing_split_names_those_that_exist(data: Path) -> None:
 
 
 def test_missing_folder() -> None:
-    with pytest.raises(DataError, match=r"dataset\.source: there is no folder /nowhere"):
+    with pytest.raises(DataError, match=r"dataset\.source: there is no folder or file /nowhere"):
         open_source(DatasetSpec(source="/nowhere"), "train")
 
 

@@ -26,6 +26,7 @@ from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import DatasetSpec, ModelSpec, TrainingSpec
 from finetune_trainer.supervisor.cores import Share, ccl_environment, cgroup_quota, share_cores
 from finetune_trainer.supervisor.last_words import MAX_MESSAGE_BYTES, cause_first, fit, pod_exit_code
+from finetune_trainer.supervisor.ranks import send_signal
 
 DEADLINE_SECONDS = 20.0
 
@@ -492,3 +493,13 @@ def test_last_words_always_fit_and_keep_the_cause(given_ends: list[RankEnd]) -> 
 )
 def test_pod_exit_code(codes: list[int], expected: int) -> None:
     assert pod_exit_code([RankEnd(rank=rank, exit_code=code) for rank, code in enumerate(codes)]) == expected
+
+
+def test_a_signal_to_a_process_that_has_just_ended_leaves_its_exit_code() -> None:
+    ended: Any = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(76)"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    send_signal(ended, signal.SIGTERM)
+    # For asyncio's watcher, which waits in a thread of its own.
+    _, status = os.waitpid(ended.pid, 0)
+    ended.returncode = os.waitstatus_to_exitcode(status)
+    assert ended.returncode == ExitCode.FABRIC

@@ -61,7 +61,7 @@ class RankProcess:
             return
         if self.end is None and self._process.returncode is None:
             self._told = self._told or number == signal.SIGTERM
-            self._process.send_signal(number)
+            send_signal(self._process, number)
 
     async def follow(self) -> RankEnd:
         """Relay output and reports until the rank has ended; return how it did."""
@@ -146,6 +146,19 @@ class RankProcess:
         self.report = old.model_copy(update=update)
         if weighty(self.report) != weighty(old):
             self._start.on_change()
+
+
+def send_signal(process: Process | ForkedProcess, number: int) -> None:
+    """Send a signal to a process that may have just ended.
+
+    asyncio's own way looks first whether it has, and takes the exit code away from asyncio's watcher, which then tells
+    of 255.
+    """
+    if isinstance(process, ForkedProcess):
+        process.send_signal(number)
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, number)
 
 
 def true_exit_code(code: int, state: RankState, *, told: bool) -> int:
