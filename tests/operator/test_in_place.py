@@ -103,7 +103,9 @@ def test_only_the_lost_pod_is_replaced(jobs: Jobs, talk: Talk) -> None:
         home = f"circles-a1-n0.circles.{jobs.namespace}.svc"
         for rank in (0, 2):
             expected = NewWorld(attempt=2, node_rank=rank, num_nodes=NUM_PODS, master_addr=home, master_port=29500)
-            assert worlds[f"circles-a1-n{rank}"] == expected
+            # How often something was lost so far depends on how long that took.
+            world = worlds[f"circles-a1-n{rank}"].model_copy(update={"mtbf_seconds": None})
+            assert world == expected
         wait_for("it is replaced", lambda: all_run(jobs, {"circles-a1-n0", "circles-a2-n1", "circles-a1-n2"}))
         assert {name: uid for name, uid in uids(jobs).items() if name in before} == {
             name: uid for name, uid in before.items() if name != "circles-a1-n1"
