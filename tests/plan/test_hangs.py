@@ -96,3 +96,17 @@ def test_after_a_long_save_the_time_of_a_step_begins_anew() -> None:
     assert world.job.status.attempts[0].reason is None
     standing_still(world, 10)
     assert world.job.status.attempts[0].reason == Reason.HANG
+
+
+@pytest.mark.parametrize("state", [RankState.LOADING, RankState.TRAINING])
+def test_a_gang_is_not_blamed_for_the_hours_in_which_its_pods_waited(state: RankState) -> None:
+    """A beat may come before the news that its pod runs, which waited for a node all the time."""
+    world = World(make_job(recovery={"hangTimeout": "60s"}))
+    world.settle()
+    world.now += seconds(4 * 3600)
+    world.settle()
+    for _ in range(2):
+        world.beat_all(state, step=10 if state is RankState.TRAINING else None, restored_step=10)
+        world.settle()
+        assert world.job.status.attempts[0].reason is None
+        world.run_all()

@@ -13,6 +13,7 @@ from finetune_contract.beat import RankReport, RankState
 from finetune_operator.api.duration import parse_seconds
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.words import Reason
+from finetune_operator.plan import phase
 from finetune_operator.plan.causes import Cause
 from finetune_operator.plan.endings import settle
 from finetune_operator.plan.ledger import open_entry, replace_current
@@ -34,7 +35,7 @@ def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if entry is None or entry.attempt != view.attempt or is_finished(status):
         return status
     over_at = _over_at(view, status, entry)
-    if over_at is None or view.now < over_at or _has_moved(view, entry):
+    if over_at is None or view.now < over_at or _is_news(view, status, entry):
         return status
     lagging = min(view.reports, key=lambda report: (report.step or 0, report.rank))
     status = replace_current(status, revise(entry, ended_at=view.now))
@@ -63,20 +64,21 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
 
 def _over_at(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> datetime | None:
     """When it is a hang; None where that cannot be said."""
-    if entry.progress_at is None or not _all_heard(view):
+    # While the pods are not seen to run, the status speaks of that: beats may come before their pods do.
+    if entry.progress_at is None or not view.all_up() or not _all_heard(view):
         return None
     if any(report.state in OVER for report in view.reports):
-        return None
-    training = all(report.state in AT_STEPS for report in view.reports)
-    if training and status.reason != Reason.TRAINING:
-        # It comes from other work, or from silence: its time begins once that is noted.
         return None
     return entry.progress_at + timedelta(seconds=_timeout_seconds(view, status))
 
 
-def _has_moved(view: View, entry: AttemptStatus) -> bool:
-    """Whether this very pass has read of a newer step, as the first one of an operator that was away does."""
-    return entry.to_step != view.job.status.attempts[-1].to_step
+def _is_news(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> bool:
+    """Whether this very pass has read of a newer step, or of other work than the last one.
+
+    The time of what the gang does begins once it is noted, however late its beats or its pods come to be seen.
+    """
+    old, told = view.job.status, phase.describe(view, status)
+    return (told.reason, told.message, entry.to_step) != (old.reason, old.message, old.attempts[-1].to_step)
 
 
 def _timeout_seconds(view: View, status: FineTuneJobStatus) -> float:

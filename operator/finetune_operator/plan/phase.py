@@ -135,7 +135,7 @@ def _working(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Lin
     waiting_phase = Phase.RECOVERING if _is_recovery(status) else Phase.STARTING
     if entry.attempt != view.attempt:
         return waiting_phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
-    if not _all_up(view):
+    if not view.all_up():
         phase, reason, message = _waiting(view, status, waiting_phase)
         return phase, reason, message + _patience(view, entry)
     if not view.reports:
@@ -175,11 +175,6 @@ def _interrupts(status: FineTuneJobStatus, entry: AttemptStatus) -> bool:
     if entry.reason in REGROUPS:
         return any(old.training_at is not None for old in status.attempts)
     return entry.counts_as is not None
-
-
-def _all_up(view: View) -> bool:
-    up = (PodPhase.RUNNING, PodPhase.SUCCEEDED)
-    return len(view.pods) == view.num_nodes and all(pod.phase in up for pod in view.pods.values())
 
 
 def _waiting(view: View, status: FineTuneJobStatus, phase: Phase) -> Line:

@@ -9,10 +9,8 @@ from finetune_contract.beat import RankState
 from finetune_operator.api.job import AttemptSeconds, AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.ledger import current, replace_current
 from finetune_operator.plan.revise import revise
-from finetune_operator.plan.types import PodPhase
-from finetune_operator.plan.view import View
+from finetune_operator.plan.view import UP, View
 
-UP = frozenset({PodPhase.RUNNING, PodPhase.SUCCEEDED})
 AT_WORK = frozenset({RankState.TRAINING, RankState.SAVING, RankState.VALIDATING, RankState.EXPORTING, RankState.DONE})
 
 

@@ -18,6 +18,7 @@ from finetune_operator.build.run_spec import num_nodes
 from finetune_operator.plan.types import Observed, ObservedPod, PodPhase, ReceivedBeat
 from finetune_operator.settings import Settings
 
+UP = frozenset({PodPhase.RUNNING, PodPhase.SUCCEEDED})
 ENDED = frozenset({PodPhase.SUCCEEDED, PodPhase.FAILED})
 FINISHED = frozenset({Phase.SUCCEEDED, Phase.FAILED})
 
@@ -119,6 +120,10 @@ class View:
         if received is None or len(received.beat.ranks) < self.spec.topology.processes_per_node:
             return False
         return all(report.state is RankState.DONE for report in received.beat.ranks)
+
+    def all_up(self) -> bool:
+        """Whether every pod of the gang is seen to run, or to have done its work."""
+        return len(self.pods) == self.num_nodes and all(pod.phase in UP for pod in self.pods.values())
 
     def all_ended(self) -> bool:
         """Whether every pod of the gang has been seen to end: nobody is left who could show a better cause."""
