@@ -49,7 +49,7 @@ class Settings:
     hold_seconds: float = 120.0
     """How long a supervisor whose ranks lost a peer goes on waiting for a new world while nobody answers it; 0: pods of
     an attempt that has ended are never kept."""
-    regroup_seconds: float = 120.0
+    regroup_seconds: float = 60.0
     """An attempt trains so long before it is interrupted for better capacity (more nodes, or spot ones again), which
     costs some seconds each time; and so much must at least be left to do."""
     cause_seconds: float = 10.0

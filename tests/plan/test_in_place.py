@@ -227,3 +227,26 @@ def test_once_the_image_is_there_all_begin_anew_in_their_pods_and_nothing_is_cou
     assert second.pod_attempts == (1, 1, 1)
     assert (world.job.status.preemptions, world.job.status.failures) == (0, 0)
     assert len(world.pods) == 3
+
+
+@pytest.mark.parametrize(
+    ("waited", "reason"), [(1740, Reason.PODS_LATE), (60, Reason.FABRIC_ERROR)], ids=["late pod", "fabric"]
+)
+def test_ranks_that_give_up_as_the_last_pod_comes_blame_its_wait(waited: float, reason: Reason) -> None:
+    world = World(make_job(topology={"accelerator": "cpu", "nodes": 3}), settings=HOLDING)
+    world.settle()
+    late = world.pod(2).name
+    world.run_all()
+    world.pods[late] = replace(world.pods[late], phase=PodPhase.PENDING, waiting="ContainerCreating")
+    world.settle()
+    world.tick(waited)
+    world.run_all()
+    world.settle()
+    world.tick(1800 - waited)
+    while world.job.status.attempts[0].reason is None:
+        for node_rank in (0, 1):
+            world.beat(node_rank, RankState.FAILED, ends=(GAVE_UP,), waiting=True)
+        world.beat(2, RankState.LOADING)
+        world.tick(5)
+        world.settle()
+    assert world.job.status.attempts[0].reason == reason

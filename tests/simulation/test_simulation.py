@@ -50,6 +50,14 @@ def named(names: str) -> list[Fault]:
         "set_quota suspend change_capacity suspend die set_quota preempt set_quota vanish suspend lag set_quota",
     ),
 )
+# The last pod came just when the others' ranks gave up waiting: no failure of the fabric.
+@example(
+    1853946440,
+    named(
+        "preempt stall_pulls preempt restart_operator take_quota die change_capacity lag partition break_watch suspend "
+        "stall_pulls partition",
+    ),
+)
 def test_a_few_mishaps_break_nothing(seed: int, faults: list[Fault]) -> None:
     run_episode(seed, max_events=4_000, cause=_in_turn(faults))
 

@@ -16,23 +16,26 @@ from finetune_operator.plan import backoff, budget, capacity, elastic, in_place,
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.endings import close
 from finetune_operator.plan.revise import revise
+from finetune_operator.plan.types import ObservedPod
 from finetune_operator.plan.view import View, is_finished
 
 
 def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Begin an attempt where the job may have one, the last one is settled and its wait is over.
 
-    Of the pods of the last one only those may be left that are kept.
+    Of the pods of the last one only those may be left that are kept, and such as are in nobody's way.
     """
     if not may_begin(view, status) or budget.is_waiting(view, status):
         return status
     kept = in_place.survivors(view, status)
-    if len(view.observed.pods) > len(kept) or in_place.is_saving(view, status, kept):
+    if in_place.is_saving(view, status, kept):
         return status
     due = _due(view, status)
     if due is not None and view.now < due:
         return status
     size = elastic.next_size(view, status, len(kept))
+    if not _has_room(view, kept, size):
+        return status
     members = in_place.members_of_next(view, kept, size) if kept else None
     kind = capacity.of_next(status) if view.spec.recovery.spot is not None else None
     status = _begin(view, status, status.attempt + 1)
@@ -45,6 +48,20 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         mtbf_seconds=_mtbf_seconds(view, status),
     )
     return ledger.replace_current(status, entry if members is None else ledger.with_members(entry, members))
+
+
+def _has_room(view: View, kept: tuple[ObservedPod, ...], size: int) -> bool:
+    """Whether no other pod is in the way: none is left, or those that are have done with it all and none is to come."""
+    names = {pod.name for pod in kept}
+    others = [pod for pod in view.observed.pods if pod.name not in names]
+    return not others or (len(kept) == size and all(_has_left(view, pod) for pod in others))
+
+
+def _has_left(view: View, pod: ObservedPod) -> bool:
+    """Whether a pod that is being deleted has told of the end of all its ranks."""
+    received = view.heard(pod)
+    num_ended = len(received.beat.ends) if received is not None else 0
+    return pod.deleted_at is not None and num_ended >= view.spec.topology.processes_per_node
 
 
 def catch_up(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_contract.exit_codes import ExitCode, describe
+from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.words import REASONS, CountsAs, Reason
 from finetune_operator.plan.ledger import current
@@ -39,7 +40,7 @@ class Facts:
     """Whether its supervisor has been told to stop."""
     last_words: str = ""
     met_nobody: bool = False
-    """Whether the pods of the attempt have never all been up together."""
+    """Whether the pods of the attempt have not all been up together, or came too late for those that waited."""
     stayed_behind: bool = False
     """Whether it was kept for the attempt, and ended without having come to it."""
 
@@ -222,9 +223,22 @@ def _facts(view: View, node_rank: int, pod: ObservedPod | None) -> Facts:
 
 
 def _has_never_met(view: View) -> bool:
-    """Whether some pod of the attempt has not run yet."""
+    """Whether ranks that gave up can blame the wait for pods.
+
+    They give up after `COLLECTIVE_TIMEOUT` from the start of their own pod. Where more of that went into waiting for
+    other pods than for these pods' ranks, a peer was on its way.
+    """
     entry = current(view.job.status)
-    return entry is not None and entry.attempt == view.attempt and entry.seconds.pulling is None
+    if entry is None or entry.attempt != view.attempt:
+        return False
+    seconds = entry.seconds
+    if seconds.pulling is None:
+        return True
+    if seconds.restoring is not None or entry.training_at is not None:
+        return False
+    waited = timedelta(seconds=(seconds.queueing or 0.0) + seconds.pulling)
+    elapsed = (entry.ended_at or view.now) - entry.started_at
+    return elapsed >= COLLECTIVE_TIMEOUT and 2 * waited > elapsed
 
 
 def is_late(view: View, facts: Facts) -> bool:

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.duration import parse_seconds
 from finetune_operator.api.job import AttemptStatus, FineTuneJobSpec, FineTuneJobStatus
-from finetune_operator.api.words import Reason
+from finetune_operator.api.words import CountsAs, Reason
 from finetune_operator.build import num_nodes
 from finetune_operator.plan.endings import close
 from finetune_operator.plan.ledger import current, open_entry, replace_current
@@ -37,6 +37,9 @@ def next_size(view: View, status: FineTuneJobStatus, num_kept: int) -> int:
     if entry.reason == Reason.SUSPENDED:
         # Much may have changed meanwhile.
         wanted = full
+    elif _has_waited(view, entry) and num_kept >= (view.spec.topology.min_nodes or full):
+        # The survivors' last save took as long as there is patience for others.
+        wanted = num_kept
     return min(full, max(view.spec.topology.min_nodes or full, wanted, num_kept))
 
 
@@ -68,8 +71,24 @@ def shrink_at(view: View, entry: AttemptStatus) -> datetime | None:
     """When fewer nodes will do; None where all pods have one, or the number is fixed."""
     if not is_elastic(view.spec) or entry.seconds.queueing is not None or len(placed(view)) == view.num_nodes:
         return None
-    asked = view.spec.recovery.shrink_after
-    return entry.started_at + (timedelta(seconds=parse_seconds(asked)) if asked else SHRINK_AFTER)
+    ended = view.job.status.attempts[-2] if len(view.job.status.attempts) > 1 else None
+    since = _missing_since(ended) if ended is not None else None
+    return (since or entry.started_at) + _patience(view.spec)
+
+
+def _missing_since(ended: AttemptStatus) -> datetime | None:
+    """When capacity was lost, where that ended an attempt: from then on it is missing."""
+    return ended.ended_at if ended.counts_as == CountsAs.PREEMPTION else None
+
+
+def _has_waited(view: View, ended: AttemptStatus) -> bool:
+    since = _missing_since(ended)
+    return since is not None and view.now >= since + _patience(view.spec)
+
+
+def _patience(spec: FineTuneJobSpec) -> timedelta:
+    asked = spec.recovery.shrink_after
+    return timedelta(seconds=parse_seconds(asked)) if asked else SHRINK_AFTER
 
 
 def placed(view: View) -> list[ObservedPod]:

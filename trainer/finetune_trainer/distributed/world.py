@@ -10,7 +10,6 @@ import contextlib
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -18,11 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finetune_contract import environment
+from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_trainer.errors import ConfigError, FabricError
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Only a silent network needs it: a peer that dies closes its connection, which is seen at once. Ranks also wait this
-long for the slowest while latents are being computed."""
 
 _CPU_BACKENDS = ("gloo", "ccl")
 

@@ -176,8 +176,7 @@ class SimOperator:
         """Carry out one action."""
         server = self._server
         if isinstance(action, Create):
-            key, seen = await self._call(lambda: server.create(job, action.manifest))
-            self.watch.take(key, server.version, seen)
+            self.watch.take(*await self._call(lambda: server.create(job, action.manifest)))
         elif isinstance(action, DeletePod):
             await self._call(lambda: server.delete_pod(action.name, action.uid, action.grace_seconds))
         else:

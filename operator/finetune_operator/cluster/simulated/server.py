@@ -167,8 +167,8 @@ class Server:
 
     # -- pods and other children --------------------------------------------------------------------------------------
 
-    def create(self, job: FineTuneJob, manifest: Manifest) -> tuple[Key, Any]:
-        """Create an object; that it is there already is fine. Return its key and what the operator reads of it."""
+    def create(self, job: FineTuneJob, manifest: Manifest) -> tuple[Key, int, Any]:
+        """Create an object; that it is there already is fine. Return its key, version and what is read of it."""
         self.num_writes += 1
         kind, meta = manifest["kind"], manifest["metadata"]
         key = (kind, job.metadata.name, meta["name"])
@@ -178,9 +178,9 @@ class Server:
             if key not in self.children:
                 self.children.add(key)
                 self._tell_all(key, True)
-            return key, True
+            return key, self._version, True
         if (known := self.pods.get(meta["name"])) is not None:
-            return key, known.seen
+            return key, self._version, known.seen
         if self.quota is not None and len(self.pods) >= self.quota:
             raise ApiError("exceeded quota")
         self._num_created += 1
@@ -207,9 +207,10 @@ class Server:
         )
         self.pods[seen.name] = pod
         self._watchdog.pod_created(self.jobs[pod.job], seen)
-        self._tell_all(key, seen)
+        version = self._tell_all(key, seen)
         self.pod_changed(pod)
-        return key, seen
+        # The scheduler may have been here since: what it did is newer than what the answer shows.
+        return key, version, seen
 
     def delete_pod(self, name: str, uid: str, grace_seconds: int | None) -> None:
         """Ask for the end of a pod, as the operator does."""
@@ -267,18 +268,14 @@ class Server:
         """The API shows a node anew."""
         self._tell_all(("Node", "", node.name), _tell(node))
 
-    def _tell_all(self, key: Key, value: Any, version: int | None = None) -> None:
+    def _tell_all(self, key: Key, value: Any, version: int | None = None) -> int:
         version = self._next_version() if version is None else version
         for watch in self.watches:
             watch.send(key, version, value)
+        return version
 
     def _next_version(self) -> int:
         self._version += 1
-        return self._version
-
-    @property
-    def version(self) -> int:
-        """The newest version."""
         return self._version
 
 

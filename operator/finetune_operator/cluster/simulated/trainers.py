@@ -12,6 +12,7 @@ from signal import SIGTERM
 
 from finetune_contract.beat import Beat, CommittedCheckpoint, Order, RankEnd, RankReport, RankState, Reply, Termination
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_operator.cluster.simulated.engine import Engine
 from finetune_operator.cluster.simulated.kubelet import Kubelets
 from finetune_operator.cluster.simulated.model import BrokenInvariantError, SimPod, Storage, Watchdog
@@ -22,7 +23,7 @@ HEARD_SECONDS = 60.0
 HOLD_SECONDS = 120.0
 COLLECTIVE_TIMEOUT_SECONDS = 900.0
 """A rank that waits for a peer that fell silent gives up after so long."""
-RENDEZVOUS_SECONDS = 1800.0
+RENDEZVOUS_SECONDS = COLLECTIVE_TIMEOUT.total_seconds()
 """A rank that the others do not come to gives up after so long."""
 HOLDING = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
 """Ends of ranks after which a supervisor can wait for a new world: their pod itself is well."""
