@@ -28,8 +28,8 @@ class ControlPlaneError(RuntimeError):
     """The control plane did not do what was asked of it."""
 
 
-def wait_for(what: str, probe: Callable[[], T], seconds: float = 30.0) -> T:
-    """Call `probe` until what it returns is true, and return that.
+def wait_for(what: str, probe: Callable[[], T], seconds: float = 30.0, poll_seconds: float = POLL_SECONDS) -> T:
+    """Call `probe`, with a pause between two calls, until what it returns is true, and return that.
 
     Raises TimeoutError, which names `what`, after so many seconds.
     """
@@ -37,7 +37,7 @@ def wait_for(what: str, probe: Callable[[], T], seconds: float = 30.0) -> T:
     while not (result := probe()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"still waiting after {seconds:g} s: {what}; last seen: {result!r}")
-        time.sleep(POLL_SECONDS)
+        time.sleep(poll_seconds)
     return result
 
 

@@ -7,7 +7,6 @@ address of the machine, and nothing of it is left when the process ends.
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +72,6 @@ class RealCluster(ControlPlane):
             node.start()
         for node in self.nodes:
             self.wait_ready(node.name)
-
-    def stop(self) -> None:
-        """End all of it, and remove the nodes' cgroups."""
-        super().stop()
-        for node in self.nodes:
-            node.clean()
 
     def wait_ready(self, name: str, ready: bool = True) -> None:
         """Wait until a node is ready, or is not."""
@@ -147,8 +140,3 @@ class RealCluster(ControlPlane):
         path.touch(mode=0o600)
         path.write_text(commands.kubeconfig(url, self.authority.certificate, client))
         return path
-
-
-def work_folder() -> Path:
-    """A folder for one run, on the disk: layers do not fit into a tmpfs."""
-    return Path("/var/tmp") / f"finetune-realnodes-{os.getpid()}"

@@ -136,10 +136,8 @@ def kill_node(scene: Scene) -> Callable[[], None]:
 
 
 def delete_operator(scene: Scene) -> Callable[[], None]:
-    holder = json.loads(scene.kubectl("--namespace", HOME, "get", "lease", NAME, "--output=json"))
-    leader = holder["spec"]["holderIdentity"]
     pods = json.loads(scene.kubectl("--namespace", HOME, "get", "pods", "--output=json"))["items"]
-    name = next(pod["metadata"]["name"] for pod in pods if pod["metadata"]["uid"] == leader)
+    name = next(pod["metadata"]["name"] for pod in pods if pod["metadata"]["uid"] == scene.bed.leader())
     scene.kubectl("--namespace", HOME, "delete", "pod", name, "--wait=false")
     return nothing
 

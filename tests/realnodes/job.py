@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_operator.api.job import API_VERSION, KIND
+from tests.chart.helm import HOME, NAME
 from tests.controlplane.process import wait_for
+from tests.controlplane.server import KubectlError
 from tests.realnodes.store import CLAIM, MOUNT, OUTPUTS, TEAM, Cluster, Object, Store, apply
 
 STEPS, SAVE_EVERY, FAULT_STEP = 40, 10, 14
+LONG_STEPS = 200
+"""Of a job that is to train for longer than the operator is away."""
 RUN_SECONDS = 300.0
+POLL_SECONDS = 0.5
+"""kubectl takes a third of a second of a core: asked without a pause it would be what the job waits for."""
+ENDED = ("Succeeded", "Failed")
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -29,8 +41,8 @@ class Bed:
         apply(self.cluster, namespace)
         self.store.prepare(self.cluster)
 
-    def create(self, name: str) -> None:
-        apply(self.cluster, build_job(name, self.store.pod_template))
+    def create(self, name: str, steps: int = STEPS) -> None:
+        apply(self.cluster, build_job(name, steps, self.store.pod_template))
 
     def status(self, name: str) -> dict[str, Any]:
         got = self.cluster.kubectl("--namespace", TEAM, "get", "ftj", name, "--output=json")
@@ -48,45 +60,73 @@ class Bed:
 
         def look() -> dict[str, Any]:
             status = self.status(name)
-            if status.get("phase") in ("Failed", "Succeeded"):
+            if status.get("phase") in ENDED:
                 raise AssertionError(f"{name} ended before step {step}: {json.dumps(status)}")
             trains = status.get("phase") == "Running" and (status.get("step") or 0) >= step
             return status if trains else {}
 
-        return wait_for(f"{name} reaches step {step}", look, RUN_SECONDS)
+        return self._wait(f"{name} reaches step {step}", look)
 
     def wait_end(self, name: str) -> dict[str, Any]:
         """Wait until it has ended, well or not."""
 
         def look() -> dict[str, Any]:
             status = self.status(name)
-            return status if status.get("phase") in ("Succeeded", "Failed") else {}
+            return status if status.get("phase") in ENDED else {}
 
-        return wait_for(f"{name} ends", look, RUN_SECONDS)
+        return self._wait(f"{name} ends", look)
 
     def wait_next_attempt(self, name: str, attempt: int) -> float:
-        """Wait until a later attempt has finished a step; returns the time on this machine's clock."""
+        """Wait until a later attempt has finished a step; returns when that was, in seconds of the epoch."""
 
-        def look() -> bool:
+        def look() -> str:
             status = self.status(name)
-            if status.get("phase") in ("Succeeded", "Failed") and status["attempt"] == attempt:
+            if status.get("phase") in ENDED and status["attempt"] == attempt:
                 raise AssertionError(f"{name} ended, and its attempt {attempt} was never taken away")
             newest = (status.get("attempts") or [{}])[-1]
-            return newest.get("attempt", 0) > attempt and newest.get("trainingAt") is not None
+            return newest.get("trainingAt") or "" if newest.get("attempt", 0) > attempt else ""
 
-        wait_for(f"{name} takes its next step", look, RUN_SECONDS)
-        return time.monotonic()
+        stepped = self._wait(f"{name} takes its next step", look)
+        return datetime.datetime.fromisoformat(stepped).timestamp()
 
-    def wait_news(self, name: str) -> float:
-        """Wait until the status tells of a step that it did not tell of yet; returns the time."""
-        step = self.status(name).get("step") or 0
+    def wait_news(self, name: str, former: str) -> float:
+        """Wait until another operator than `former` leads and has told of a step; returns when that was seen."""
 
-        def look() -> bool:
+        def look() -> dict[str, Any]:
             status = self.status(name)
-            return (status.get("step") or 0) > step or status.get("phase") == "Succeeded"
+            if status.get("phase") in ENDED:
+                raise AssertionError(f"{name} ended before another operator led: it has too few steps for this machine")
+            return status if self.leader() not in ("", former) else {}
 
-        wait_for(f"{name} tells of its next step", look, RUN_SECONDS)
-        return time.monotonic()
+        step = self._wait("another operator leads", look).get("step", 0)
+        self._wait(f"{name} tells of its next step", lambda: self.status(name).get("step", 0) > step)
+        return time.time()
+
+    def leader(self) -> str:
+        """UID of the operator's pod that leads; empty while none does."""
+        lease = json.loads(self.cluster.kubectl("--namespace", HOME, "get", "lease", NAME, "--output=json"))
+        return lease["spec"].get("holderIdentity") or ""
+
+    def tell(self, name: str) -> str:
+        """What is known of a job, for who has to find out what went wrong."""
+        selector = f"--selector=finetune-operator.io/job={name}"
+        asked = (
+            ("get", "ftj", name, "--output=yaml"),
+            ("get", "pods", "--output=wide"),
+            ("get", "events", "--sort-by=.metadata.creationTimestamp"),
+            ("logs", selector, "--prefix", "--tail=40"),
+        )
+        return "\n".join(self._try_kubectl("--namespace", TEAM, *arguments) for arguments in asked)
+
+    def _try_kubectl(self, *arguments: str) -> str:
+        try:
+            return self.cluster.kubectl(*arguments)
+        except KubectlError as error:
+            return str(error)
+
+    @staticmethod
+    def _wait(what: str, probe: Callable[[], T]) -> T:
+        return wait_for(what, probe, RUN_SECONDS, POLL_SECONDS)
 
     def weights(self, name: str) -> str:
         """Hash of what was trained, file by file."""
@@ -95,7 +135,7 @@ class Bed:
         return found
 
 
-def build_job(name: str, pod_template: Object) -> Object:
+def build_job(name: str, steps: int, pod_template: Object) -> Object:
     """One rank on each of two nodes."""
     apart = {
         "topologyKey": "kubernetes.io/hostname",
@@ -111,7 +151,7 @@ def build_job(name: str, pod_template: Object) -> Object:
             "dataset": {"source": f"{MOUNT}/data"},
             "training": {
                 "method": "LoRA",
-                "steps": STEPS,
+                "steps": steps,
                 "batchSize": 4,
                 "learningRate": 1e-3,
                 "resolution": 64,

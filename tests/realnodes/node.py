@@ -12,12 +12,12 @@ from typing import Any
 
 from tests.controlplane.pki import Certificate
 from tests.controlplane.process import Guard, Program, wait_for
+from tests.realnodes.janitor import CGROUPS, cgroup_of
 from tests.realnodes.runtime import Runtime
 
 INIT = Path(__file__).with_name("node_init.sh")
 GATEWAY = "10.77.0.1"
 """Where the control plane and the names are."""
-CGROUPS = Path("/sys/fs/cgroup")
 SETUP_SECONDS = 60.0
 
 
@@ -51,7 +51,7 @@ class NodePlace:
 
     @property
     def cgroup(self) -> str:
-        return f"finetune-test-{os.getpid()}/{self.name}"
+        return f"{cgroup_of(os.getpid())}/{self.name}"
 
 
 class Node:
@@ -96,17 +96,6 @@ class Node:
         """Run something in the node's namespaces."""
         enter = ("nsenter", "--target", str(self._child()), "--net", "--pid", "--mount")
         return subprocess.run([*enter, *command], capture_output=True, text=True, check=True).stdout
-
-    def clean(self) -> None:
-        """Remove its cgroups; its processes are gone."""
-        for hierarchy in CGROUPS.iterdir():
-            top = hierarchy / self.place.cgroup
-            for _ in range(3):
-                for folder in sorted(top.rglob("*"), reverse=True) if top.is_dir() else ():
-                    if folder.is_dir():
-                        _remove(folder)
-            _remove(top)
-            _remove(top.parent)
 
     def _child(self) -> int:
         """The first process of the namespaces."""
@@ -230,11 +219,3 @@ state = "/run/containerd"
 def ip(*arguments: str) -> None:
     """Change the network of this process' namespace."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-def _remove(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        # Not there, or a process of another node is in it still.
-        return

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.controlplane.build import Say
 from tests.realnodes.builder import ROOT
 
 TEAM = "team-a"
@@ -58,6 +59,14 @@ class Store(Protocol):
 
 def apply(cluster: Cluster, thing: Object) -> None:
     cluster.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
+
+
+def ensure_bytecode(say: Say) -> None:
+    """Compile what pods import from the environment of the tests: they see it read-only, and would do so each time."""
+    say("compiling what the trainer imports")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-c", "from finetune_trainer import libraries; libraries.preload()"]
+    subprocess.run(command, env=environment, check=True)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from finetune_operator.api.words import Reason
-from tests.realnodes import archive, security
+from tests.controlplane.process import wait_for
+from tests.realnodes import archive, janitor, security
 from tests.realnodes.faults import FAULTS
-from tests.realnodes.job import FAULT_STEP, SAVE_EVERY, STEPS
+from tests.realnodes.job import FAULT_STEP, LONG_STEPS, SAVE_EVERY, STEPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +31,7 @@ def test_the_ledger_can_say_what_is_expected_of_it() -> None:
 
 def test_a_fault_falls_between_two_checkpoints_and_long_before_the_end() -> None:
     assert FAULT_STEP % SAVE_EVERY
-    assert FAULT_STEP < STEPS - SAVE_EVERY
+    assert FAULT_STEP < STEPS - SAVE_EVERY < LONG_STEPS
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +51,29 @@ def test_what_is_missing_is_said_aloud() -> None:
     result = run(PATH="/nowhere", KUBECONFIG="")
     assert result.stderr.startswith("SKIPPED: ")
     assert run(KUBECONFIG="/nowhere").stderr.startswith("SKIPPED: FINETUNE_OPERATOR_IMAGE: give name:tag")
+
+
+DIE = """
+import os, sys
+from tests.realnodes.janitor import Janitor, folder_of
+with Janitor():
+    folder_of(os.getpid()).mkdir()
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, None], ids=["killed", "ended"])
+def test_nothing_is_left_of_a_run_however_it_ends(by: signal.Signals | None) -> None:
+    command, pipe = [sys.executable, "-c", DIE], subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        folder = janitor.folder_of(int(process.stdout.readline()))
+        assert folder.is_dir()
+        if by is not None:
+            process.send_signal(by)
+        process.communicate()
+        wait_for("it is gone", lambda: not folder.exists())
 
 
 def test_every_difference_is_told() -> None:

@@ -12,8 +12,13 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.chart.helm import HOME
 from tests.controlplane.server import KubectlError
+from tests.realnodes.run import CRD
 from tests.realnodes.runtime import MissingError
+from tests.realnodes.store import TEAM
+
+OURS = (f"namespace/{HOME}", f"namespace/{TEAM}", CRD)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,18 @@ class UserCluster:
         if result.returncode != 0:
             raise KubectlError(arguments, result.returncode, result.stderr)
         return result.stdout
+
+    def check_nothing_is_there(self) -> None:
+        """Raise MissingError where the run would touch, and in the end remove, what somebody else has made."""
+        there = self.kubectl("get", *OURS, "--ignore-not-found", "--output=name").split()
+        if there:
+            raise MissingError(
+                f"{', '.join(there)}: already in this cluster; the test makes and removes these: give another cluster"
+            )
+
+    def remove_all(self) -> None:
+        """Remove what the run made and has not removed itself."""
+        self.kubectl("delete", *OURS, "--ignore-not-found", "--wait=false")
 
 
 def image_from(variable: str) -> str:
