@@ -134,7 +134,7 @@ def ensure_programs(
     programs = _programs(cache, go_version, modules)
     if _missing(programs):
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / "lock", say):
+        with lock(cache / "lock", "build of the control plane", say):
             # Another process may have built them while this one waited.
             if _missing(programs):
                 compiler = go if go.exists() else _install_toolchain(go, say)
@@ -319,13 +319,13 @@ def _progress(say: Say, title: str) -> Iterator[_Progress]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, say: Say) -> Iterator[None]:
+def lock(path: Path, what: str, say: Say) -> Iterator[None]:
     """Hold a lock on a file; the kernel frees it where its holder dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with _progress(say, "waiting for another build of the control plane"):
+            with _progress(say, f"waiting for another {what}"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -17,7 +17,7 @@ from typing import Any
 from tests.chart.helm import Helm
 from tests.controlplane.build import ALL_MODULES, HELM, ensure_programs
 from tests.realnodes import archive
-from tests.realnodes.builder import OPERATOR, TRAINER, Builder
+from tests.realnodes.builder import LIGHT, OPERATOR, WHOLE, Builder
 from tests.realnodes.cluster import RealCluster, in_own_network
 from tests.realnodes.faults import FAULTS
 from tests.realnodes.janitor import Janitor, folder_of
@@ -25,7 +25,7 @@ from tests.realnodes.job import Bed
 from tests.realnodes.programs import ensure_all
 from tests.realnodes.run import Run, report
 from tests.realnodes.runtime import MissingError, check_machine, ensure_runtime
-from tests.realnodes.store import ClaimStore, FolderStore, ensure_bytecode
+from tests.realnodes.store import ClaimStore, FolderStore, ensure_packages
 from tests.realnodes.user_cluster import UserCluster, image_from
 
 NUM_NODES = 3
@@ -45,26 +45,32 @@ def values(operator: str, trainer: str) -> dict[str, Any]:
     }
 
 
-def run(chosen: list[str], folder: Path) -> int:
-    """Everything, on nodes of this machine; returns the exit code."""
+def prepare(trainer: str) -> Path:
+    """Build all that nodes of this machine need, while there is its network; returns the folder of the images."""
     check_machine()
-    # These need the machine's network.
+    if trainer == LIGHT:
+        ensure_packages(tell)
     ensure_all(tell)
     ensure_runtime(tell)
-    ensure_bytecode(tell)
-    operator = Builder(tell).ensure() / "operator.tar"
-    wrong = list(archive.operator_faults(operator))
+    return Builder(tell).ensure(trainer)
+
+
+def run(chosen: list[str], folder: Path, trainer: str) -> int:
+    """Everything, on nodes of this machine; returns the exit code."""
+    images = prepare(trainer)
+    operator = images / "operator.tar"
+    wrong = list(archive.faults(operator, "operator"))
     tell(
         f"the operator's image: {archive.size_mib(operator):.0f} MiB unpacked; {'; '.join(wrong) or 'as it should be'}"
     )
     helm = ensure_programs(modules=(HELM,))["helm"]
     in_own_network()
     started = time.monotonic()
-    with RealCluster(NUM_NODES, folder, tell) as cluster:
+    with RealCluster(NUM_NODES, folder, images, tell) as cluster:
         cluster.start_nodes()
         tell(f"{NUM_NODES} nodes are ready after {time.monotonic() - started:.0f} s")
-        bed = Bed(cluster, FolderStore(folder / "shared"))
-        one = Run(cluster, Helm(helm, folder / "helm", cluster.kubeconfig), bed, values(OPERATOR, TRAINER), tell)
+        bed = Bed(cluster, FolderStore(folder / "shared", lends_packages=trainer == LIGHT))
+        one = Run(cluster, Helm(helm, folder / "helm", cluster.kubeconfig), bed, values(OPERATOR, trainer), tell)
         one.begin()
         return report(one, chosen, wrong)
 
@@ -98,6 +104,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.realnodes", description=__doc__)
     parser.add_argument("--faults", default="", help="some of them, by commas: " + ", ".join(FAULTS))
     parser.add_argument("--keep", action="store_true", help="keep logs and volumes")
+    parser.add_argument(
+        "--trainer-image", action="store_true", help="train from images/trainer-cpu.Dockerfile, torch and all"
+    )
     options = parser.parse_args()
     chosen = [name.strip() for name in options.faults.split(",") if name.strip()] or list(FAULTS)
     if unknown := [name for name in chosen if name not in FAULTS]:
@@ -107,7 +116,9 @@ def main() -> int:
     kubeconfig = os.environ.get("KUBECONFIG")
     try:
         with Janitor(keep=options.keep):
-            return run_elsewhere(Path(kubeconfig), chosen, folder) if kubeconfig else run(chosen, folder)
+            if kubeconfig:
+                return run_elsewhere(Path(kubeconfig), chosen, folder)
+            return run(chosen, folder, WHOLE if options.trainer_image else LIGHT)
     except MissingError as error:
         print(f"SKIPPED: {error}", file=sys.stderr)
         return 0

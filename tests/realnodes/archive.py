@@ -10,24 +10,33 @@ from typing import Any
 
 MIB = 1 << 20
 OPERATOR_MIB = 150
+UNWANTED = {
+    "operator": ("/torch/", "finetune_trainer/", "bin/sh", "bin/bash", "bin/pip"),
+    "trainer": ("site-packages/finetune_operator/",),
+}
+LABELS = ("title", "description", "version", "revision", "source", "licenses")
 
 
-def operator_faults(archive: Path) -> Iterator[str]:
-    """A sentence for each thing that the operator's image must not be."""
+def faults(archive: Path, name: str) -> Iterator[str]:
+    """A sentence for each thing that the image of this name must not be."""
     with tarfile.open(archive) as opened:
         manifest = _json(opened, "manifest.json")[0]
         config = _json(opened, manifest["Config"])["config"]
         size = sum(opened.getmember(layer).size for layer in manifest["Layers"])
-        names = [name for layer in manifest["Layers"] for name in _names(opened, layer)]
-    if size > OPERATOR_MIB * MIB:
-        yield f"the operator's image has {size / MIB:.0f} MiB unpacked, over {OPERATOR_MIB}"
+        names = [inside for layer in manifest["Layers"] for inside in _names(opened, layer)]
+    kind = name.split("-", maxsplit=1)[0]
+    if kind == "operator" and size > OPERATOR_MIB * MIB:
+        yield f"{name}'s image has {size / MIB:.0f} MiB unpacked, over {OPERATOR_MIB}"
     if config["User"].split(":")[0] in ("", "0", "root"):
-        yield "the operator's image runs as root"
-    for unwanted in ("/torch/", "finetune_trainer/", "bin/sh", "bin/bash", "bin/pip"):
-        if found := next((name for name in names if unwanted in f"/{name}"), None):
-            yield f"the operator's image holds {found}"
-    if not any(name.endswith(".spdx.json") for name in names):
-        yield "the operator's image has no SBOM"
+        yield f"{name}'s image runs as root"
+    missing = [label for label in LABELS if f"org.opencontainers.image.{label}" not in (config.get("Labels") or {})]
+    if missing:
+        yield f"{name}'s image lacks labels: {', '.join(missing)}"
+    for unwanted in UNWANTED[kind]:
+        if found := next((inside for inside in names if unwanted in f"/{inside}"), None):
+            yield f"{name}'s image holds {found}"
+    if not any(inside.endswith(".spdx.json") for inside in names):
+        yield f"{name}'s image has no SBOM"
 
 
 def size_mib(archive: Path) -> float:

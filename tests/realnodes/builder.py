@@ -1,22 +1,38 @@
-"""The images that the nodes load, built from images/ on a base made by debootstrap; the archives are cached."""
+"""The images that the nodes load, built from images/ on a base made by debootstrap; the archives are cached.
+
+Called by `cluster`, and as `python -m tests.realnodes.builder NAME` by `make image-NAME` where there is no other
+builder: it builds images/NAME.Dockerfile, looks into the image and says how large it is.
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
-from tests.controlplane.build import Say, cache_folder
-from tests.realnodes.runtime import MissingError
+from tests.controlplane.build import Say, cache_folder, lock
+from tests.realnodes import archive
+from tests.realnodes.runtime import MissingError, check_tools
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 BASE = "localhost/finetune-base:bookworm"
-OPERATOR, TRAINER, PAUSE = "localhost/operator:test", "localhost/trainer:test", "localhost/pause:test"
+BASE_PYTHON = (3, 11)
+OPERATOR, PAUSE = "localhost/operator:test", "localhost/pause:test"
+LIGHT, WHOLE = "localhost/trainer:test", "localhost/trainer-cpu:test"
+"""The trainer's own modules, with torch to come by a volume; and images/trainer-cpu.Dockerfile."""
 INCLUDED = "python3,python3-venv,python-is-python3,ca-certificates"
-SOURCES = ("operator", "trainer", "images", "requirements/operator.txt", "pyproject.toml", "tests/realnodes/images")
+SOURCES = ("operator", "trainer", "images", "requirements", "pyproject.toml", "tests/realnodes/images")
+TOOLS = ("buildah", "debootstrap", "apt-get", "gcc")
+
+
+class BuildError(RuntimeError):
+    """An image could not be built; the message ends with what the builder said."""
 
 
 class Builder:
@@ -27,43 +43,52 @@ class Builder:
         self.folder = cache_folder().parent / "realnodes"
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def ensure(self) -> Path:
+    def ensure(self, trainer: str = LIGHT) -> Path:
         """Build what has changed; returns the folder of the archives."""
-        key = self._key()
-        target = self.folder / f"images-{key}"
-        if not target.exists():
-            partial = self.folder / "images.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            self._ensure_base()
-            self.build(ROOT / "images/operator.Dockerfile", OPERATOR, ROOT, partial / "operator.tar")
-            self.build(HERE / "images/trainer.Dockerfile", TRAINER, ROOT, partial / "trainer.tar")
-            self._build_pause(partial / "pause.tar")
-            for old in self.folder.glob("images-*"):
-                shutil.rmtree(old)
-            partial.rename(target)
+        kind = "whole" if trainer == WHOLE else "light"
+        target = self.folder / f"images-{kind}-{self._key()}"
+        with lock(self.folder / "lock", "build of the images", self._say):
+            if not target.exists():
+                partial = self.folder / "images.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                self._fill(partial, trainer)
+                for old in self.folder.glob(f"images-{kind}-*"):
+                    shutil.rmtree(old)
+                partial.rename(target)
         return target
 
-    def build(self, file: Path, name: str, context: Path, archive: Path) -> None:
-        """Build one image and write it as an archive that containerd takes."""
+    def build(self, file: Path, name: str, *arguments: str) -> None:
+        """Build one image."""
+        self._ensure_base()
         self._say(f"building {name} from {file.relative_to(ROOT)}")
         authorities = "/etc/ssl/certs"
-        arguments = ["--volume", f"{authorities}:{authorities}:ro", "--build-arg", f"PYTHON_IMAGE={BASE}"]
-        self._buildah("build", "--layers", *arguments, "--file", str(file), "--tag", name, str(context))
-        self._buildah("push", name, f"docker-archive:{archive}:{name}")
+        given = ["--volume", f"{authorities}:{authorities}:ro", "--build-arg", f"PYTHON_IMAGE={BASE}", *arguments]
+        self._buildah("build", "--layers", *given, "--file", str(file), "--tag", name, str(ROOT))
 
-    def size_bytes(self, name: str) -> int:
-        """Size of an image, unpacked."""
-        return int(self._buildah("inspect", "--format", "{{.Docker.Size}}", "--type", "image", name) or 0)
+    def write(self, name: str, target: Path) -> None:
+        """Write an image as an archive that containerd takes."""
+        self._buildah("push", name, f"docker-archive:{target}:{name}")
+
+    def _fill(self, folder: Path, trainer: str) -> None:
+        files = {OPERATOR: ROOT / "images/operator.Dockerfile", LIGHT: HERE / "images/trainer.Dockerfile"}
+        files[WHOLE] = ROOT / "images/trainer-cpu.Dockerfile"
+        for name in (OPERATOR, trainer):
+            self.build(files[name], name)
+            self.write(name, folder / f"{name.split('/')[1].split(':')[0]}.tar")
+        self._build_pause(folder / "pause.tar")
 
     def _ensure_base(self) -> None:
-        if BASE.split("/")[1].split(":", maxsplit=1)[0] in self._buildah("images", "--format", "{{.Name}}"):
+        if BASE.split(":", maxsplit=1)[0] in self._buildah("images", "--format", "{{.Name}}").split():
             return
         self._say("making the base with debootstrap (a minute)")
         root = self.folder / "base"
         shutil.rmtree(root, ignore_errors=True)
-        mirror = _run("apt-get", "indextargets", "--format", "$(SITE)").splitlines()[0]
-        _run("debootstrap", "--variant=minbase", f"--include={INCLUDED}", "bookworm", str(root), mirror)
+        try:
+            mirror = _run("apt-get", "indextargets", "--format", "$(SITE)").splitlines()[0]
+            _run("debootstrap", "--variant=minbase", f"--include={INCLUDED}", "bookworm", str(root), mirror)
+        except (BuildError, IndexError) as error:
+            raise MissingError(f"no base for the images, for which a Debian mirror is needed: {error}") from None
         for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
             shutil.rmtree(root / waste, ignore_errors=True)
         container = self._buildah("from", "scratch").strip()
@@ -72,7 +97,7 @@ class Builder:
         self._buildah("commit", "--rm", container, BASE)
         shutil.rmtree(root)
 
-    def _build_pause(self, archive: Path) -> None:
+    def _build_pause(self, target: Path) -> None:
         self._say(f"building {PAUSE}")
         program = self.folder / "pause"
         _run("gcc", "-Os", "-static", "-s", "-o", str(program), str(HERE / "images/pause.c"))
@@ -80,7 +105,7 @@ class Builder:
         self._buildah("copy", container, str(program), "/pause")
         self._buildah("config", "--entrypoint", '["/pause"]', container)
         self._buildah("commit", "--rm", container, PAUSE)
-        self._buildah("push", PAUSE, f"docker-archive:{archive}:{PAUSE}")
+        self.write(PAUSE, target)
 
     def _buildah(self, *arguments: str) -> str:
         storage = ("--root", str(self.folder / "storage"), "--runroot", str(self.folder / "storage-run"))
@@ -102,5 +127,36 @@ def _run(*command: str) -> str:
     environment = {**os.environ, "BUILDAH_ISOLATION": "chroot"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise MissingError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}{result.stderr[-4000:]}")
+        raise BuildError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}{result.stderr[-4000:]}")
     return result.stdout
+
+
+def main() -> int:
+    """Build one image and look into it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.realnodes.builder", description=__doc__)
+    parser.add_argument("name", choices=sorted(file.stem for file in (ROOT / "images").glob("*.Dockerfile")))
+    parser.add_argument("--tag", required=True, help="the image's name and tag")
+    parser.add_argument("--build-arg", action="append", default=[], help="NAME=VALUE for the Dockerfile")
+    options = parser.parse_args()
+    builder = Builder(functools.partial(print, flush=True))
+    target = builder.folder / f"{options.name}.tar"
+    try:
+        check_tools(TOOLS)
+        builder.build(
+            ROOT / f"images/{options.name}.Dockerfile",
+            options.tag,
+            *(word for value in options.build_arg for word in ("--build-arg", value)),
+        )
+        builder.write(options.tag, target)
+        faults = list(archive.faults(target, options.name))
+        print(f"{options.tag}: {archive.size_mib(target):.0f} MiB unpacked; {'; '.join(faults) or 'as it should be'}")
+    except (MissingError, BuildError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        target.unlink(missing_ok=True)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ from tests.controlplane.api import ApiError
 from tests.controlplane.build import Say
 from tests.controlplane.process import Program, wait_for
 from tests.controlplane.server import API_SERVER_HOSTS, ControlPlane
-from tests.realnodes.builder import Builder
+from tests.realnodes.layers import ensure_layers
 from tests.realnodes.node import GATEWAY, Node, NodePlace, ip
 from tests.realnodes.programs import ensure_all
 from tests.realnodes.runtime import ensure_runtime
@@ -57,9 +57,11 @@ def in_own_network() -> None:
 class RealCluster(ControlPlane):
     """A control plane that kubelets can reach, and the nodes."""
 
-    def __init__(self, num_nodes: int, folder: Path, say: Say) -> None:
+    def __init__(self, num_nodes: int, folder: Path, images: Path, say: Say) -> None:
+        """Prepare one whose nodes hold the images of a folder of archives."""
         super().__init__({"kube-controller-manager", "kube-scheduler"}, folder=folder, toleration_seconds=1)
         self._num_nodes = num_nodes
+        self._images = images
         self._say = say
         self.nodes: list[Node] = []
 
@@ -89,7 +91,7 @@ class RealCluster(ControlPlane):
     def _prepare(self) -> None:
         self._real = ensure_all(self._say)
         self._runtime = ensure_runtime(self._say)
-        self._images = Builder(self._say).ensure()
+        self._layers = ensure_layers(self._images, self._runtime, self._say)
         super()._prepare()
         server = self.authority.issue("kube-apiserver-nodes", hosts=(*API_SERVER_HOSTS, GATEWAY))
         client = self.authority.issue("kube-apiserver-kubelet-client", groups=["system:masters"])
@@ -123,7 +125,7 @@ class RealCluster(ControlPlane):
             number=number,
             folder=self.folder / name,
             logs=self.folder / "logs",
-            images=self._images,
+            layers=self._layers,
             kubeconfig=self._user(f"system:node:{name}", ["system:nodes"]),
             proxy_kubeconfig=self._user("system:kube-proxy", []),
             authority=self.authority.certificate,

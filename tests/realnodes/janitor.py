@@ -14,11 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.controlplane.build import cache_folder
 from tests.controlplane.process import wait_for
 
 CGROUPS = Path("/sys/fs/cgroup")
-RUNS = Path("/var/tmp")
-"""On the disk: layers do not fit into a tmpfs."""
+RUNS = cache_folder().parent / "realnodes" / "runs"
+"""Beside the images, whose files the nodes share by hard links."""
 PREFIX = "finetune-realnodes-"
 SECONDS = 30.0
 KEEP = b"keep\n"
@@ -41,6 +42,7 @@ class Janitor:
         self._keep = keep
 
     def __enter__(self) -> Self:
+        RUNS.mkdir(parents=True, exist_ok=True)
         sweep()
         command = [sys.executable, "-m", "tests.realnodes.janitor", str(os.getpid())]
         # In a session of its own, so that what ends this process' group leaves it alone.

@@ -13,6 +13,7 @@ from typing import Any
 from tests.controlplane.pki import Certificate
 from tests.controlplane.process import Guard, Program, wait_for
 from tests.realnodes.janitor import CGROUPS, cgroup_of
+from tests.realnodes.layers import copy_layers
 from tests.realnodes.runtime import Runtime
 
 INIT = Path(__file__).with_name("node_init.sh")
@@ -28,8 +29,8 @@ class NodePlace:
     number: int
     folder: Path
     logs: Path
-    images: Path
-    """Folder of the archives that it loads."""
+    layers: Path
+    """Folder of a containerd that has unpacked all images."""
     kubeconfig: Path
     proxy_kubeconfig: Path
     authority: Path
@@ -73,6 +74,8 @@ class Node:
         for part in ("kubelet", "log", "etc-cni", "cni"):
             shutil.rmtree(place.folder / part, ignore_errors=True)
         place.folder.mkdir(parents=True, exist_ok=True)
+        if not (place.folder / "containerd").exists():
+            copy_layers(place.layers, place.folder / "containerd")
         self._write_configuration()
         self._make_cgroups()
         namespaces = ("--net", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc")
@@ -111,7 +114,6 @@ class Node:
             "NODE": place.name,
             "FOLDER": place.folder,
             "LOGS": place.logs,
-            "IMAGES": place.images,
             "ADDRESS": place.address,
             "GATEWAY": GATEWAY,
             "PODS": place.pods,

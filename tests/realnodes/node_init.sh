@@ -43,9 +43,6 @@ echo "nameserver $GATEWAY" > "$FOLDER/resolv.conf"
 export PATH="$SHIMS:$PATH"
 "$CONTAINERD" --config "$FOLDER/containerd.toml" > "$LOGS/containerd-$NODE.log" 2>&1 &
 until "$CTR" version > /dev/null 2>&1; do sleep 0.1; done
-for archive in "$IMAGES"/*.tar; do
-    "$CTR" --namespace k8s.io images import "$archive" > /dev/null
-done
 "$KUBE_PROXY" --config "$FOLDER/proxy.json" > "$LOGS/kube-proxy-$NODE.log" 2>&1 &
 "$KUBELET" --config "$FOLDER/kubelet.json" --kubeconfig "$KUBECONFIG" --hostname-override "$NODE" \
     --node-ip "$ADDRESS" > "$LOGS/kubelet-$NODE.log" 2>&1 &

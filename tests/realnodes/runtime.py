@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,13 +54,18 @@ def check_machine() -> None:
     """Raise MissingError where this machine cannot run nodes."""
     if os.geteuid() != 0:
         raise MissingError("real nodes need root: namespaces, mounts and cgroups are theirs to make")
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    check_tools(TOOLS)
+    if not Path("/sys/fs/cgroup/memory").is_dir():
+        raise MissingError("runc of this release needs the cgroup v1 hierarchies; here is cgroup v2 alone")
+
+
+def check_tools(tools: Sequence[str]) -> None:
+    """Raise MissingError where one of them is not on PATH."""
+    missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         raise MissingError(
             f"not on PATH: {', '.join(missing)}; on Debian: apt-get install buildah debootstrap iptables"
         )
-    if not Path("/sys/fs/cgroup/memory").is_dir():
-        raise MissingError("runc of this release needs the cgroup v1 hierarchies; here is cgroup v2 alone")
 
 
 def ensure_runtime(say: Say) -> Runtime:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.controlplane.build import Say
-from tests.realnodes.builder import ROOT
+from tests.realnodes.builder import BASE_PYTHON, ROOT
+from tests.realnodes.runtime import MissingError
 
 TEAM = "team-a"
 CLAIM, PACKAGES = "finetune", "packages"
@@ -61,8 +62,17 @@ def apply(cluster: Cluster, thing: Object) -> None:
     cluster.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
 
 
-def ensure_bytecode(say: Say) -> None:
-    """Compile what pods import from the environment of the tests: they see it read-only, and would do so each time."""
+def ensure_packages(say: Say) -> None:
+    """Compile what pods import from the environment of the tests: they see it read-only, and would do so each time.
+
+    Raises MissingError where that environment is of another Python than theirs.
+    """
+    if sys.version_info[:2] != BASE_PYTHON:
+        ours, theirs = (".".join(map(str, version)) for version in (sys.version_info[:2], BASE_PYTHON))
+        raise MissingError(
+            f"the light trainer image takes torch from this environment, which has Python {ours}, not {theirs} as the"
+            f" image: make it with PYTHON=python{theirs}, or give --trainer-image"
+        )
     say("compiling what the trainer imports")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", "from finetune_trainer import libraries; libraries.preload()"]
@@ -74,9 +84,13 @@ class FolderStore:
     """A folder of this machine, which every node of it sees; torch comes from the environment of the tests."""
 
     folder: Path
+    lends_packages: bool
+    """Whether the trainer's image is without torch, and is lent the one that the tests run with."""
 
     @property
     def pod_template(self) -> Object:
+        if not self.lends_packages:
+            return {}
         container = {
             "name": "trainer",
             "env": [{"name": "PYTHONPATH", "value": "/packages"}, {"name": "OMP_NUM_THREADS", "value": "1"}],
@@ -90,7 +104,10 @@ class FolderStore:
         fill(self.folder)
         for path in (self.folder, *self.folder.rglob("*")):
             os.chown(path, USER, USER)
-        for name, folder in ((CLAIM, self.folder), (PACKAGES, Path(sysconfig.get_path("platlib")))):
+        folders = {CLAIM: self.folder}
+        if self.lends_packages:
+            folders[PACKAGES] = Path(sysconfig.get_path("platlib"))
+        for name, folder in folders.items():
             apply(cluster, volume(name, folder))
             apply(cluster, claim(name, storage_class="", volume_name=name))
 
@@ -142,8 +159,9 @@ def fill(folder: Path) -> None:
     shutil.copytree(ROOT / "examples/base-circles", folder / "base")
 
 
-def volume(name: str, folder: Path) -> Object:
-    """A folder that all nodes see, as NFS is."""
+def volume(name: str, folder: Path, storage_class: str = "") -> Object:
+    """A folder that all nodes see, as NFS is: for one claim, or for the first one of a class."""
+    claimed = {} if storage_class else {"claimRef": {"name": name, "namespace": TEAM}}
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
@@ -151,8 +169,8 @@ def volume(name: str, folder: Path) -> Object:
         "spec": {
             "capacity": {"storage": "10Gi"},
             "accessModes": ["ReadWriteMany"],
-            "storageClassName": "",
-            "claimRef": {"name": name, "namespace": TEAM},
+            "storageClassName": storage_class,
+            **claimed,
             "hostPath": {"path": str(folder)},
         },
     }

@@ -83,8 +83,9 @@ def test_every_difference_is_told() -> None:
 
 
 def image(path: Path, files: dict[str, bytes], user: str) -> Path:
+    labels = {f"org.opencontainers.image.{label}": "x" for label in archive.LABELS}
     layer = pack(files)
-    config = json.dumps({"config": {"User": user}}).encode()
+    config = json.dumps({"config": {"User": user, "Labels": labels}}).encode()
     manifest = json.dumps([{"Config": "config.json", "Layers": ["layer.tar"]}]).encode()
     path.write_bytes(pack({"manifest.json": manifest, "config.json": config, "layer.tar": layer}))
     return path
@@ -117,7 +118,7 @@ SBOM = {"usr/share/sbom/x.spdx.json": b"{}"}
     ids=range(7),
 )
 def test_an_image_is_looked_into(tmp_path: Path, files: dict[str, bytes], user: str, words: list[str]) -> None:
-    faults = list(archive.operator_faults(image(tmp_path / "image.tar", files, user)))
+    faults = list(archive.faults(image(tmp_path / "image.tar", files, user), "operator"))
     assert len(faults) == len(words)
     for fault, word in zip(faults, words, strict=True):
         assert word in fault
