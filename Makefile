@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
+.PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
 .PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves bench-checkpoint
 
@@ -21,7 +21,7 @@ demo: install ## a real FineTuneJob on this machine, no cluster: two ranks, one 
 	$(BIN)/finetune run examples/lora-circles.yaml --home .demo/state --preempt rank=1,at-step=125
 
 test: install ## all tests
-	@$(BIN)/python -m tests.controlplane.build
+	@$(BIN)/python -m tests.realnodes.prepare
 	$(BIN)/pytest
 
 control-plane: install ## a real API server, scheduler and kwok on loopback, until Ctrl-C; prints its kubeconfig
@@ -54,14 +54,18 @@ bench-train: install ## images/s and memory of each method beside its floor and 
 cluster-test: install ## real kubelets and containers on this machine (root): faults in mid-training, seconds to recover
 	@$(BIN)/python -m tests.realnodes
 
-# Any OCI builder; VERSION and REVISION go into the labels, BUILD_ARGS to the builder.
-BUILDER ?= docker
+cluster: install ## real nodes on this machine (root) until Ctrl-C; prints the kubeconfig and what cluster-test asks for
+	@$(BIN)/python -m tests.realnodes.up
+
+# Any OCI builder; without docker and podman: buildah, on a base made by debootstrap. VERSION and REVISION go into the labels, BUILD_ARGS to the builder.
+BUILDER ?= $(firstword $(foreach name,docker podman,$(shell $(name) info > /dev/null 2>&1 && echo $(name))))
 VERSION ?= 0.1.0
 REVISION ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 REGISTRY ?= ghcr.io/finetune-operator
+IMAGE_ARGS = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_ARGS)
 define build-image
-	$(BUILDER) build --file images/$(1).Dockerfile --tag $(REGISTRY)/$(1):$(VERSION) \
-		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_ARGS) .
+	$(if $(BUILDER),$(BUILDER) build --file images/$(1).Dockerfile $(IMAGE_ARGS) --tag $(REGISTRY)/$(1):$(VERSION) .,\
+		@$(MAKE) -s install && $(BIN)/python -m tests.realnodes.builder $(1) $(IMAGE_ARGS) --tag $(REGISTRY)/$(1):$(VERSION))
 endef
 
 image-operator: ## the operator's image, under 150 MiB

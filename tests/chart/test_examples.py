@@ -41,5 +41,19 @@ def test_an_example_is_accepted(installed: ControlPlane, path: Path) -> None:
             dry_run(installed, yaml.safe_dump(thing))
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_brings_what_it_names(path: Path) -> None:
+    """It runs as it is: no claim, Secret or queue that somebody else would have to make."""
+    things = list(yaml.safe_load_all(path.read_text()))
+    claims = {thing["metadata"]["name"] for thing in things if thing["kind"] == "PersistentVolumeClaim"}
+    for spec in (thing["spec"] for thing in things if thing["kind"] == "FineTuneJob"):
+        assert not {"secrets", "queueName", "priorityClassName"} & set(spec)
+        storage = spec["checkpoint"].get("storage", {})
+        if spec["dataset"]["source"].startswith("."):
+            assert not storage, "a job of this machine"
+        else:
+            assert storage["persistentVolumeClaim"]["claimName"] in claims
+
+
 def test_there_is_one_for_each_way_to_train() -> None:
     assert len(EXAMPLES) >= 7

@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 
 class BuildError(RuntimeError):
-    """A program could not be built; the message ends with what the compiler said."""
+    """A program or an image could not be built; the message ends with what the compiler or the builder said."""
 
 
 @dataclass(frozen=True)

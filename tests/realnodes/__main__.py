@@ -17,18 +17,17 @@ from typing import Any
 from tests.chart.helm import Helm
 from tests.controlplane.build import ALL_MODULES, HELM, ensure_programs
 from tests.realnodes import archive
-from tests.realnodes.builder import LIGHT, OPERATOR, WHOLE, Builder
+from tests.realnodes.builder import LIGHT, OPERATOR, WHOLE
 from tests.realnodes.cluster import RealCluster, in_own_network
-from tests.realnodes.faults import FAULTS
+from tests.realnodes.faults import FAULTS, SHORT
 from tests.realnodes.janitor import Janitor, folder_of
-from tests.realnodes.job import Bed
-from tests.realnodes.programs import ensure_all
+from tests.realnodes.job import LONG_STEPS, SHORT_STEPS, Bed
+from tests.realnodes.prepare import NUM_NODES, prepare, tell
 from tests.realnodes.run import Run, report
-from tests.realnodes.runtime import MissingError, check_machine, ensure_runtime
-from tests.realnodes.store import ClaimStore, FolderStore, ensure_packages
+from tests.realnodes.runtime import MissingError
+from tests.realnodes.store import ClaimStore, FolderStore
 from tests.realnodes.user_cluster import UserCluster, image_from
 
-NUM_NODES = 3
 FLAGS = {"progress-seconds": 0.5, "lease-seconds": 5, "beat-seconds": 1, "failure-backoff-seconds": 1}
 
 
@@ -45,17 +44,7 @@ def values(operator: str, trainer: str) -> dict[str, Any]:
     }
 
 
-def prepare(trainer: str) -> Path:
-    """Build all that nodes of this machine need, while there is its network; returns the folder of the images."""
-    check_machine()
-    if trainer == LIGHT:
-        ensure_packages(tell)
-    ensure_all(tell)
-    ensure_runtime(tell)
-    return Builder(tell).ensure(trainer)
-
-
-def run(chosen: list[str], folder: Path, trainer: str) -> int:
+def run(chosen: list[str], folder: Path, trainer: str, long_steps: int) -> int:
     """Everything, on nodes of this machine; returns the exit code."""
     images = prepare(trainer)
     operator = images / "operator.tar"
@@ -70,7 +59,9 @@ def run(chosen: list[str], folder: Path, trainer: str) -> int:
         cluster.start_nodes()
         tell(f"{NUM_NODES} nodes are ready after {time.monotonic() - started:.0f} s")
         bed = Bed(cluster, FolderStore(folder / "shared", lends_packages=trainer == LIGHT))
-        one = Run(cluster, Helm(helm, folder / "helm", cluster.kubeconfig), bed, values(OPERATOR, trainer), tell)
+        one = Run(
+            cluster, Helm(helm, folder / "helm", cluster.kubeconfig), bed, values(OPERATOR, trainer), tell, long_steps
+        )
         one.begin()
         return report(one, chosen, wrong)
 
@@ -94,21 +85,18 @@ def run_elsewhere(kubeconfig: Path, chosen: list[str], folder: Path) -> int:
         cluster.remove_all()
 
 
-def tell(line: str) -> None:
-    """Progress, at once."""
-    print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
-
-
 def main() -> int:
     """Parse, run, clean up."""
     parser = argparse.ArgumentParser(prog="python -m tests.realnodes", description=__doc__)
     parser.add_argument("--faults", default="", help="some of them, by commas: " + ", ".join(FAULTS))
+    parser.add_argument("--short", action="store_true", help="only " + ", ".join(SHORT))
     parser.add_argument("--keep", action="store_true", help="keep logs and volumes")
     parser.add_argument(
         "--trainer-image", action="store_true", help="train from images/trainer-cpu.Dockerfile, torch and all"
     )
     options = parser.parse_args()
-    chosen = [name.strip() for name in options.faults.split(",") if name.strip()] or list(FAULTS)
+    names = [name.strip() for name in options.faults.split(",") if name.strip()]
+    chosen = names or (list(SHORT) if options.short else list(FAULTS))
     if unknown := [name for name in chosen if name not in FAULTS]:
         parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(FAULTS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -118,7 +106,8 @@ def main() -> int:
         with Janitor(keep=options.keep):
             if kubeconfig:
                 return run_elsewhere(Path(kubeconfig), chosen, folder)
-            return run(chosen, folder, WHOLE if options.trainer_image else LIGHT)
+            trainer = WHOLE if options.trainer_image else LIGHT
+            return run(chosen, folder, trainer, SHORT_STEPS if options.short else LONG_STEPS)
     except MissingError as error:
         print(f"SKIPPED: {error}", file=sys.stderr)
         return 0

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.controlplane.build import Say, cache_folder, lock
+from tests.controlplane.build import BuildError, Say, cache_folder, lock
 from tests.realnodes import archive
 from tests.realnodes.runtime import MissingError, check_tools
 
@@ -29,10 +29,6 @@ LIGHT, WHOLE = "localhost/trainer:test", "localhost/trainer-cpu:test"
 INCLUDED = "python3,python3-venv,python-is-python3,ca-certificates"
 SOURCES = ("operator", "trainer", "images", "requirements", "pyproject.toml", "tests/realnodes/images")
 TOOLS = ("buildah", "debootstrap", "apt-get", "gcc")
-
-
-class BuildError(RuntimeError):
-    """An image could not be built; the message ends with what the builder said."""
 
 
 class Builder:

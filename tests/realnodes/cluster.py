@@ -65,6 +65,11 @@ class RealCluster(ControlPlane):
         self._say = say
         self.nodes: list[Node] = []
 
+    @property
+    def api_port(self) -> int:
+        """Where the API server listens."""
+        return self._layout.api_port
+
     def start_nodes(self) -> None:
         """Start CoreDNS and the nodes; returns when all are ready."""
         assert self._guard is not None

@@ -170,3 +170,5 @@ FAULTS: dict[str, Fault] = {
     "helm upgrade": Fault(upgrade, frozenset()),
 }
 """Each fault by the name that is shown."""
+SHORT = ("kubectl drain", "SIGKILL of a node", "operator's pod deleted")
+"""Of each kind one: with notice, without, and not of the job's own."""

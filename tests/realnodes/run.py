@@ -50,6 +50,7 @@ class Run:
     bed: Bed
     values: dict[str, Any]
     say: Say
+    long_steps: int = LONG_STEPS
     upgrades: int = 0
     weights: dict[int, str] = field(default_factory=dict)
     """What an undisturbed job of so many steps ends with."""
@@ -74,7 +75,7 @@ class Run:
 
     def undisturbed(self) -> list[str]:
         """Train what every other job must end with, side by side; returns what is wrong in the pods meanwhile."""
-        jobs = {"undisturbed": STEPS, "undisturbed-long": LONG_STEPS}
+        jobs = {"undisturbed": STEPS, "undisturbed-long": self.long_steps}
         for name, steps in jobs.items():
             self.bed.create(name, steps)
         for name in jobs:
@@ -92,7 +93,7 @@ class Run:
         fault, job = FAULTS[name], f"fault-{list(FAULTS).index(name)}"
         undo: Callable[[], None] = lambda: None  # noqa: E731
         try:
-            self.bed.create(job, STEPS if fault.causes else LONG_STEPS)
+            self.bed.create(job, STEPS if fault.causes else self.long_steps)
             before = self.bed.wait_step(job, FAULT_STEP)
             leader, struck = self.bed.leader(), time.time()
             undo = fault.strike(Scene(self.cluster, self.bed, job, self.upgrade))
@@ -124,23 +125,20 @@ class Run:
         return Result(name, ", ".join(causes) or "-", seconds, wrong)
 
     def _look_inside(self, job: str, neighbour: str) -> list[str]:
-        pod = self.bed.pods(job)[0]["metadata"]["name"]
-        other = self.bed.pods(neighbour)[0]
-        owner = other["metadata"]["ownerReferences"][0]
-        names = {"job": owner["name"], "job_uid": owner["uid"]}
-        names |= {"pod": other["metadata"]["name"], "uid": other["metadata"]["uid"]}
-        return list(security.differences(security.look_inside(self.cluster, pod, names)))
+        own, peer = self.bed.pods(job)
+        found = security.look_inside(self.cluster, own["metadata"]["name"], self.bed.pods(neighbour)[0], peer)
+        return list(security.differences(found))
 
     def end(self) -> list[str]:
         """Uninstall the chart beside a job that trains, then delete the jobs and the CRD; returns what is wrong."""
         wrong = []
-        self.bed.create("last", LONG_STEPS)
+        self.bed.create("last", self.long_steps)
         self.bed.wait_step("last", 1)
         self.helm.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
         of_job = "--selector=finetune-operator.io/job=last"
         trained = ("wait", "--for=jsonpath={.status.phase}=Succeeded", "pods", of_job, "--timeout=200s")
         self._kubectl("--namespace", TEAM, *trained)
-        if self.bed.weights("last") != self.weights[LONG_STEPS]:
+        if self.bed.weights("last") != self.weights[self.long_steps]:
             wrong.append("a job without an operator ended with other weights")
         self._kubectl("--namespace", TEAM, "delete", "ftj", "--all", "--timeout=90s")
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from tests.realnodes.store import TEAM, Cluster
+from tests.realnodes.store import TEAM, Cluster, Object
 
 INSIDE = r"""
 import json, os, ssl, sys, urllib.error, urllib.request
@@ -44,6 +44,7 @@ pods = f"{api}/api/v1/namespaces/%s/pods" % os.environ["TEAM"]
 found["read the API, its token"] = ask(pods, bearer=token, context=anything)
 found["read the API, no token"] = ask(pods, context=anything)
 found["write the API, its token"] = ask(pods, "POST", token, "{}", anything)
+found["write the API, no token"] = ask(pods, "POST", "", "{}", anything)
 
 trusted = ssl.create_default_context(cafile=os.environ[environment.COORDINATOR_CA])
 beats = os.environ[environment.COORDINATOR_URL] + BEAT_PATH
@@ -56,11 +57,16 @@ def beat(job, pod, uid, job_uid, bearer):
 
 
 other = json.loads(os.environ["OTHER"])
+peer = json.loads(os.environ["PEER"])
 found["beat for another job"] = beat(other["job"], other["pod"], other["uid"], other["job_uid"], token)
 found["beat without a token"] = beat(other["job"], other["pod"], other["uid"], other["job_uid"], "")
 own_uid = os.environ[environment.POD_UID]
 own_pod = os.environ[environment.POD_NAME]
 found["beat in another job's name"] = beat(other["job"], own_pod, own_uid, other["job_uid"], token)
+found["beat for a peer of its own job"] = beat(peer["job"], peer["pod"], peer["uid"], peer["job_uid"], token)
+path = f"{beats}/{os.environ['TEAM']}/{other['job']}"
+methods = ("GET", "POST", "PUT", "DELETE")
+found["a path of another job"] = {ask(path, method, token, None, trusted) for method in methods} == {404}
 print(json.dumps(found))
 """
 
@@ -74,18 +80,28 @@ EXPECTED: dict[str, object] = {
     "read the API, its token": 401,
     "read the API, no token": 403,
     "write the API, its token": 401,
+    "write the API, no token": 403,
     "beat for another job": 403,
     "beat without a token": 401,
     "beat in another job's name": 403,
+    "beat for a peer of its own job": 403,
+    "a path of another job": True,
 }
 
 
-def look_inside(cluster: Cluster, pod: str, other: dict[str, str]) -> dict[str, object]:
-    """What a pod can do; `other` is a pod of another job."""
-    variables = (f"TEAM={TEAM}", f"OTHER={json.dumps(other)}")
+def look_inside(cluster: Cluster, pod: str, other: Object, peer: Object) -> dict[str, object]:
+    """What a pod can do; `other` is a pod of another job, `peer` one of its own."""
+    variables = (f"TEAM={TEAM}", f"OTHER={json.dumps(names(other))}", f"PEER={json.dumps(names(peer))}")
     command = ("exec", pod, "--", "env", *variables, "python", "-c", INSIDE)
     found: dict[str, object] = json.loads(cluster.kubectl("--namespace", TEAM, *command, timeout_seconds=90))
     return found
+
+
+def names(pod: Object) -> dict[str, str]:
+    """What a beat of a pod would say of it."""
+    metadata = pod["metadata"]
+    (owner,) = metadata["ownerReferences"]
+    return {"job": owner["name"], "job_uid": owner["uid"], "pod": metadata["name"], "uid": metadata["uid"]}
 
 
 def differences(found: dict[str, object]) -> Iterator[str]:

@@ -1,0 +1,29 @@
+"""The short form of `make cluster-test`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.realnodes.faults import SHORT
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.trainer
+@pytest.mark.timeout(1200)
+def test_faults_on_real_nodes() -> None:
+    command = [sys.executable, "-m", "tests.realnodes", "--short"]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "KUBECONFIG": ""}, capture_output=True, text=True, check=False
+    )
+    if result.stderr.startswith("SKIPPED: "):
+        pytest.skip(result.stderr.splitlines()[0])
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert (said["faults"], said["wrong"]) == (len(SHORT), 0)

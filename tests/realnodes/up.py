@@ -1,0 +1,81 @@
+"""`make cluster`: real nodes on this machine until Ctrl-C, for a person, or as a cluster for `make cluster-test`.
+
+Prints what a shell needs: the kubeconfig, and the variables that `make cluster-test` asks for on a cluster of a user's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tests.controlplane import commands
+from tests.realnodes.builder import OPERATOR, WHOLE
+from tests.realnodes.cluster import RealCluster, in_own_network
+from tests.realnodes.door import Door
+from tests.realnodes.janitor import Janitor, folder_of
+from tests.realnodes.prepare import NUM_NODES, prepare, tell
+from tests.realnodes.runtime import MissingError
+from tests.realnodes.store import CLAIM, USER, apply, volume
+
+CLASS = "shared"
+LOOK_SECONDS = 1.0
+
+
+def run(folder: Path) -> int:
+    """Start, show, and wait until one of the programs ends; returns the exit code."""
+    images = prepare(WHOLE)
+    door = Door()
+    in_own_network()
+    with RealCluster(NUM_NODES, folder, images, tell) as cluster:
+        cluster.start_nodes()
+        shared = folder / "shared"
+        shared.mkdir()
+        os.chown(shared, USER, USER)
+        apply(cluster, {"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass"} | class_of_volumes())
+        apply(cluster, volume(CLAIM, shared, CLASS))
+        door.open(cluster.api_port)
+        kubeconfig = outside(cluster, door.port)
+        print(f"\nexport KUBECONFIG={kubeconfig}")
+        print(f"export FINETUNE_OPERATOR_IMAGE={OPERATOR} FINETUNE_TRAINER_IMAGE={WHOLE}")
+        print(f"export FINETUNE_STORAGE_CLASS={CLASS}")
+        print(f"alias kubectl={cluster.kubectl_path}\n\nCtrl-C stops it.", flush=True)
+        while not any(program.died for program in cluster.programs):
+            time.sleep(LOOK_SECONDS)
+        print(cluster.tails(), file=sys.stderr)
+        return 1
+
+
+def class_of_volumes() -> dict[str, object]:
+    """Of volumes that somebody makes by hand, as the one here."""
+    return {"metadata": {"name": CLASS}, "provisioner": "kubernetes.io/no-provisioner"}
+
+
+def outside(cluster: RealCluster, port: int) -> Path:
+    """An administrator's kubeconfig for this machine's own network."""
+    path = cluster.kubeconfig.with_name("outside")
+    client = commands.certificate_user(cluster.authority.issue("outside", groups=["system:masters"]))
+    path.touch(mode=0o600)
+    path.write_text(commands.kubeconfig(f"https://127.0.0.1:{port}", cluster.authority.certificate, client))
+    return path
+
+
+def main() -> int:
+    """Run until Ctrl-C or SIGTERM, then clean up."""
+    # As with Ctrl-C, what was started is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Janitor():
+            return run(folder_of(os.getpid()))
+    except MissingError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped")
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
