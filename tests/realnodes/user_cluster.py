@@ -2,7 +2,7 @@
 
 Needs FINETUNE_OPERATOR_IMAGE and FINETUNE_TRAINER_IMAGE (name:tag, where its nodes can pull from), and a storage class
 that many nodes can write to: the default one, or FINETUNE_STORAGE_CLASS. Everything is made in the namespaces
-finetune-system and team-a, and removed in the end.
+finetune-system and team-a, and removed in the end. Nodes are drained and tainted: nobody else is to need the cluster.
 """
 
 from __future__ import annotations
