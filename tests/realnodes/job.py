@@ -18,7 +18,7 @@ from tests.realnodes.store import CLAIM, MOUNT, OUTPUTS, TEAM, Cluster, Object, 
 STEPS, SAVE_EVERY, FAULT_STEP = 40, 10, 14
 LONG_STEPS, SHORT_STEPS = 200, 120
 """Of a job that is to train for longer than the operator is away, while it is upgraded or only moved."""
-RUN_SECONDS = 300.0
+RUN_SECONDS = 600.0
 POLL_SECONDS = 0.5
 """kubectl takes a third of a second of a core: asked without a pause it would be what the job waits for."""
 ENDED = ("Succeeded", "Failed")
