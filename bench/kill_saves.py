@@ -37,6 +37,7 @@ from bench.report import finish
 from finetune_contract import environment, paths
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
+from finetune_trainer.checkpoint.stages import IN_PARTS, SaveStage
 from tests.trainer import tiny
 from tests.trainer.ranks import Ranks
 
@@ -47,24 +48,6 @@ ELASTIC_STEPS = 20
 """As many as a checkpoint holds losses of."""
 SAVE_EVERY = 3
 NUM_SAMPLES = 24
-STAGES = (
-    "copy",
-    "write ema",
-    "write model",
-    "write optimizer",
-    "read back",
-    "write state",
-    "write manifest",
-    "check the fence",
-    "rename",
-    "check the fence again",
-    "prune",
-    "remove",
-    "delete",
-    "done",
-)
-PARTS = frozenset({"copy", "write ema", "write model", "write optimizer", "read back"})
-"""Stages that ranks other than 0 may come to, each in its part."""
 SPLIT = {environment.MIN_PART_BYTES: "1"}
 
 
@@ -199,9 +182,9 @@ class Run:
 
     def _aim(self, ranks: Ranks) -> None:
         rng = self._bed.rng
-        stage = rng.choice(STAGES)
+        stage = rng.choice(tuple(SaveStage))
         ranks.kill_at = (stage, rng.randrange(1, 4))
-        if stage in PARTS and rng.random() < 0.5:
+        if stage in IN_PARTS and rng.random() < 0.5:
             ranks.kill_rank = rng.randrange(ranks.world_size)
         if stage in ("write ema", "write model", "write optimizer"):
             # Each of them is in one part only, perhaps: whoever comes there.

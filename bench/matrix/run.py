@@ -22,6 +22,7 @@ import yaml
 
 from bench.matrix import faults
 from bench.matrix.cells import DISK, Cell
+from finetune_contract.fork_socket import address_of, listen, server_command
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_name
 from finetune_operator.cli.clock import utc_now
@@ -30,7 +31,6 @@ from finetune_operator.cluster.local.jobs import create_job, key_of, remove_job
 from finetune_operator.cluster.local.runner import NOTICE, LocalRun
 from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.cluster.reconcile import Pass
-from finetune_trainer.supervisor.forks import address_of, listen, server_command
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_RANKS = 2
@@ -106,7 +106,7 @@ class Bed:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         with listen() as listening:
             process = subprocess.Popen(
-                server_command(listening), env={**env, "PYTHONUNBUFFERED": "1"}, pass_fds=(listening.fileno(),)
+                server_command(listening.fileno()), env={**env, "PYTHONUNBUFFERED": "1"}, pass_fds=(listening.fileno(),)
             )
             self._stack.callback(process.wait)
             self._stack.callback(process.kill)

@@ -19,9 +19,10 @@ import pytest
 from finetune_contract import environment
 from finetune_contract.beat import RankEnd, RankState
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.fork_socket import address_of, listen, server_command
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import Share
-from finetune_trainer.supervisor.forks import ForkServer, address_of, listen, server_command
+from finetune_trainer.supervisor.forks import ForkServer
 from finetune_trainer.supervisor.ranks import RankProcess, Starter
 
 pytestmark = pytest.mark.trainer
@@ -68,7 +69,7 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _server(folder: Path) -> Iterator[tuple[ForkServer, int]]:
     env = {**os.environ, "PYTHONPATH": str(folder), "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with listen() as listening:
-        process = subprocess.Popen(server_command(listening), env=env, pass_fds=(listening.fileno(),))
+        process = subprocess.Popen(server_command(listening.fileno()), env=env, pass_fds=(listening.fileno(),))
         address = address_of(listening)
     yield ForkServer(address, None), process.pid
     process.kill()

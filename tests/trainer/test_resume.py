@@ -11,6 +11,7 @@ import pytest
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
+from finetune_trainer.checkpoint.stages import SaveStage
 from tests.trainer import tiny
 from tests.trainer.ranks import Ranks
 
@@ -18,22 +19,6 @@ pytestmark = pytest.mark.trainer
 
 STEPS = 12
 SETTINGS = {"steps": STEPS, "ema": True, "randomFlip": True, "lora": {"rank": 2, "dropout": 0.1}}
-STAGES = (
-    "copy",
-    "write ema",
-    "write model",
-    "write optimizer",
-    "read back",
-    "write state",
-    "write manifest",
-    "check the fence",
-    "rename",
-    "check the fence again",
-    "prune",
-    "remove",
-    "delete",
-    "done",
-)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +96,7 @@ def test_sudden_death_at_a_random_moment(
     assert finish(ranks).weights() == undisturbed(world_size)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SaveStage)
 def test_sudden_death_within_a_save(
     spec: RunSpec, undisturbed: Callable[[int], bytes], stage: str, tmp_path: Path
 ) -> None:

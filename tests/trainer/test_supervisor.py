@@ -17,15 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from finetune_contract.beat import RankEnd, RankState, Reply, Termination
+from finetune_contract.beat import RankState, Reply, Termination
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import DatasetSpec, ModelSpec, TrainingSpec
-from finetune_trainer.supervisor.cores import Share, ccl_environment, cgroup_quota, share_cores
-from finetune_trainer.supervisor.last_words import MAX_MESSAGE_BYTES, cause_first, fit, pod_exit_code
+from finetune_trainer.supervisor.cores import cgroup_quota
 from finetune_trainer.supervisor.ranks import send_signal
 
 DEADLINE_SECONDS = 20.0
@@ -422,77 +419,6 @@ def test_a_bad_environment_is_a_sentence(start: Start, name: str, value: str, wo
     _, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == ExitCode.CONFIG
     assert words in err
-
-
-@pytest.mark.parametrize(
-    ("cores", "quota", "num_ranks", "expected"),
-    [
-        ({0, 1, 2, 3}, None, 2, [Share(2, frozenset({0, 1})), Share(2, frozenset({2, 3}))]),
-        ({4, 5, 6}, None, 2, [Share(1, frozenset({4})), Share(1, frozenset({5}))]),
-        ({0, 1, 2, 3}, 2.0, 2, [Share(1, None), Share(1, None)]),
-        ({0}, None, 2, [Share(1, None), Share(1, None)]),
-        ({0, 1}, 0.5, 1, [Share(1, None)]),
-        ({0, 1}, 4.0, 1, [Share(2, frozenset({0, 1}))]),
-    ],
-)
-def test_cores_are_shared_out(cores: set[int], quota: float | None, num_ranks: int, expected: list[Share]) -> None:
-    assert share_cores(frozenset(cores), quota, num_ranks) == expected
-
-
-@pytest.mark.parametrize(
-    ("share", "expected"),
-    [
-        (
-            Share(4, frozenset({4, 5, 6, 7})),
-            {"CCL_LOCAL_RANK": "1", "CCL_WORKER_AFFINITY": "7", "OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"},
-        ),
-        (Share(1, frozenset({3})), {"CCL_LOCAL_RANK": "1"}),
-        (Share(2, None), {"CCL_LOCAL_RANK": "1"}),
-    ],
-)
-def test_oneccl_gets_a_core_that_the_compute_threads_leave_free(share: Share, expected: dict[str, str]) -> None:
-    assert ccl_environment(share, 1) == expected
-
-
-def test_quota_is_read_from_both_cgroup_versions(tmp_path: Path) -> None:
-    assert cgroup_quota(tmp_path) is None
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("150000\n")
-    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert cgroup_quota(tmp_path) == 1.5
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert cgroup_quota(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("200000 100000\n")
-    assert cgroup_quota(tmp_path) == 2.0
-
-
-ends = st.lists(
-    st.builds(
-        RankEnd,
-        rank=st.integers(0, 10_000),
-        exit_code=st.sampled_from([0, 1, 64, 75, 76, 137, 143]),
-        last_words=st.text(max_size=2000),
-    ),
-    min_size=1,
-    max_size=64,
-)
-
-
-@given(ends)
-def test_last_words_always_fit_and_keep_the_cause(given_ends: list[RankEnd]) -> None:
-    text = fit(Termination(attempt=1, exit_code=pod_exit_code(given_ends), ends=cause_first(given_ends)))
-    assert len(text.encode()) <= MAX_MESSAGE_BYTES
-    kept = Termination.model_validate_json(text)
-    assert kept.ends[0].rank == cause_first(given_ends)[0].rank
-    assert kept.exit_code == pod_exit_code(given_ends)
-
-
-@pytest.mark.parametrize(
-    ("codes", "expected"),
-    [([0, 0], 0), ([75, 75], 75), ([0, 75], 75), ([76, 137], 137), ([76, 75], 76), ([75, 1], 1), ([143, 76], 143)],
-)
-def test_pod_exit_code(codes: list[int], expected: int) -> None:
-    assert pod_exit_code([RankEnd(rank=rank, exit_code=code) for rank, code in enumerate(codes)]) == expected
 
 
 def test_a_signal_to_a_process_that_has_just_ended_leaves_its_exit_code() -> None:

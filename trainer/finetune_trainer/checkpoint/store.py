@@ -38,6 +38,7 @@ from finetune_contract.manifest import (
 from finetune_trainer.checkpoint.fence import Fence
 from finetune_trainer.checkpoint.retention import Retention, removable
 from finetune_trainer.checkpoint.split import Groups, file_name, group_of
+from finetune_trainer.checkpoint.stages import SaveStage, write_stage
 from finetune_trainer.checkpoint.tensor_stream import write_stream
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import sync_file, sync_folder, write_aside
@@ -229,9 +230,9 @@ class CheckpointStore:
         with self._guarded():
             aside.mkdir(exist_ok=True)
             for group, each in sorted(tensors.items()):
-                self.on_stage(f"write {group}")
+                self.on_stage(write_stage(group))
                 files.append(write_stream(aside / file_name(group, part, parts), each))
-            self.on_stage("read back")
+            self.on_stage(SaveStage.READ_BACK)
             for entry in files:
                 verify_file(aside, entry, from_disk=True)
         return tuple(files)
@@ -252,16 +253,16 @@ class CheckpointStore:
         aside = self._aside(snapshot.step, writer)
         with self._guarded():
             manifest = self._write_manifest(aside, snapshot, files, time)
-            self.on_stage("check the fence")
+            self.on_stage(SaveStage.CHECK_FENCE)
             self._fence.check()
-            self.on_stage("rename")
+            self.on_stage(SaveStage.RENAME)
             folder = self._rename(aside, snapshot.step)
-            self.on_stage("check the fence again")
+            self.on_stage(SaveStage.CHECK_FENCE_AGAIN)
             self._fence.check()
             committed = Committed(folder, manifest)
-            self.on_stage("prune")
+            self.on_stage(SaveStage.PRUNE)
             self._prune(committed, snapshot.values.get(BEST))
-        self.on_stage("done")
+        self.on_stage(SaveStage.DONE)
         return committed
 
     def discard(self, step: int, writer: str = "") -> None:
@@ -285,7 +286,7 @@ class CheckpointStore:
         return Snapshot(committed.manifest.step, tensors, values)
 
     def _write_manifest(self, aside: Path, snapshot: Snapshot, files: Iterable[FileEntry], time: float) -> Manifest:
-        self.on_stage("write state")
+        self.on_stage(SaveStage.WRITE_STATE)
         state = json.dumps(snapshot.values, indent=1, sort_keys=True).encode()
         (aside / STATE).write_bytes(state)
         sync_file(aside / STATE)
@@ -295,7 +296,7 @@ class CheckpointStore:
         for file in ordered:
             # Another rank's part was read back by that rank; here it must be seen, too.
             verify_size(aside, file)
-        self.on_stage("write manifest")
+        self.on_stage(SaveStage.WRITE_MANIFEST)
         plain = Manifest(job_uid=self._job_uid, attempt=self._attempt, step=snapshot.step, time=time, files=ordered)
         manifest = plain.sealed()
         (aside / paths.MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
@@ -347,7 +348,7 @@ class CheckpointStore:
             for step, attempt in removable(self._list(), entry, self._retention, best_step):
                 folder = self._path(step, attempt)
                 self._fence.check()
-                self.on_stage(f"remove {folder.name}")
+                self.on_stage(f"{SaveStage.REMOVE} {folder.name}")
                 self._remove(folder)
         except OSError as error:
             # The newer one is committed; the next save tries again.
@@ -358,7 +359,7 @@ class CheckpointStore:
         aside = folder.with_name(f"{_DELETING}{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        self.on_stage("delete")
+        self.on_stage(SaveStage.DELETE)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _list(self) -> list[tuple[int, int]]:

@@ -4,6 +4,9 @@ Started by the supervisor as `python -m finetune_trainer.supervisor.fork_server 
 `forks` for the other side. One connection is one rank: an order and three descriptors come in; the pid goes out, then
 the exit code. A connection that is closed early ends its rank.
 
+It ends with its supervisor. With `--shared`, it serves several, and lives until its standard input is closed and its
+last rank has ended: so ranks outlive whoever started the server.
+
 Forking is safe only while there is one thread, no OpenMP pool and no CUDA context. Where the imports have made one of
 these, the server ends, and the ranks are started without it.
 """
@@ -26,9 +29,10 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetune_contract import environment
+from finetune_contract.fork_socket import SHARED
 from finetune_trainer import libraries
 
 HEADER_BYTES = 8
@@ -55,18 +59,25 @@ class Client:
 class Server:
     """Takes orders until it is ended."""
 
-    def __init__(self, listening: socket.socket) -> None:
+    def __init__(self, listening: socket.socket, owner: IO[bytes] | None = None) -> None:
         self._listening = listening
         self._selector = selectors.DefaultSelector()
         self._selector.register(listening, selectors.EVENT_READ)
+        self._owner = owner
+        self._is_wanted = True
+        if owner is not None:
+            self._selector.register(owner, selectors.EVENT_READ)
         self._clients: list[Client] = []
 
     def serve(self) -> None:
-        """Serve for ever."""
-        while True:
+        """Serve for ever, or until the owner has gone and no rank is left."""
+        while self._is_wanted or self._clients:
             for key, _ in self._selector.select():
                 if key.fileobj is self._listening:
                     self._take_order(self._listening.accept()[0])
+                elif key.fileobj is self._owner:
+                    self._is_wanted = False
+                    self._selector.unregister(self._owner)
                 elif key.data in self._clients:
                     self._see(key.data, key.fileobj)
 
@@ -158,6 +169,7 @@ def become_rank(order: dict[str, Any], descriptors: list[int], server: int) -> N
         if os.getppid() != server:
             os._exit(128 + signal.SIGKILL)
         stdout, stderr, report = descriptors
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         _set_environment({**order["environment"], environment.REPORT_FD: str(report)})
@@ -207,7 +219,9 @@ def _tell(client: Client, news: dict[str, int]) -> None:
 
 def main() -> None:
     """Import, then serve."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    shared = SHARED in sys.argv
+    if not shared:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     listening = socket.socket(fileno=int(sys.argv[1]))
     gc.disable()
     libraries.prepare(os.environ)
@@ -215,7 +229,7 @@ def main() -> None:
     if not is_safe():
         sys.exit(UNSAFE)
     gc.freeze()
-    Server(listening).serve()
+    Server(listening, sys.stdin.buffer if shared else None).serve()
 
 
 if __name__ == "__main__":

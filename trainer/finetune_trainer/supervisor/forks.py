@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from finetune_contract import environment
+from finetune_contract.fork_socket import address_of, listen, raw_address, server_command
 from finetune_trainer.supervisor.fork_server import HEADER_BYTES
-
-SERVER_MODULE = "finetune_trainer.supervisor.fork_server"
 
 
 class NotForkedError(Exception):
@@ -50,7 +49,7 @@ class ForkServer:
             return cls(shared, None)
         with listen() as listening:
             process = await asyncio.create_subprocess_exec(
-                *server_command(listening),
+                *server_command(listening.fileno()),
                 env={"OPENBLAS_NUM_THREADS": "1", **env, "PYTHONUNBUFFERED": "1"},
                 stdin=DEVNULL,
                 pass_fds=(listening.fileno(),),
@@ -71,7 +70,7 @@ class ForkServer:
         """
         connection = socket.socket(socket.AF_UNIX)
         try:
-            connection.connect(_raw(self.address))
+            connection.connect(raw_address(self.address))
             order = {
                 "module": module[0],
                 "arguments": list(module[1:]),
@@ -165,29 +164,6 @@ class ForkedProcess:
 def module_of(command: Sequence[str]) -> Sequence[str] | None:
     """The module, and its arguments, that a command runs with this very Python; None where it is another command."""
     return command[2:] if tuple(command[:2]) == (sys.executable, "-m") else None
-
-
-def listen() -> socket.socket:
-    """A socket under a name that nobody else has, and that leaves no file behind."""
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(b"")
-    listening.listen(64)
-    return listening
-
-
-def address_of(listening: socket.socket) -> str:
-    """The name of a socket; @ stands for the zero byte of an abstract one."""
-    name = listening.getsockname()
-    return "@" + name[1:].decode() if isinstance(name, bytes) else str(name)
-
-
-def server_command(listening: socket.socket) -> tuple[str, ...]:
-    """What starts a fork server that inherits a listening socket."""
-    return (sys.executable, "-m", SERVER_MODULE, str(listening.fileno()))
-
-
-def _raw(address: str) -> str:
-    return "\0" + address[1:] if address.startswith("@") else address
 
 
 async def _read_into(stream: asyncio.StreamReader, descriptor: int) -> None:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from finetune_contract.manifest import FileEntry
 from finetune_trainer.checkpoint.host_copy import HostCopy
 from finetune_trainer.checkpoint.split import take_part
+from finetune_trainer.checkpoint.stages import SaveStage
 from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
 from finetune_trainer.distributed.channel import Channel
 from finetune_trainer.errors import RankError, StorageError
@@ -119,7 +120,7 @@ class Writer:
         share, snapshot = task.share, task.snapshot
         parts = len(share.writers)
         assert share.part is not None
-        self._store.on_stage("copy")
+        self._store.on_stage(SaveStage.COPY)
         mine = self._copy.copy(take_part(snapshot.tensors, share.part, parts))
         task.copied.set()
         if share.commits:

@@ -30,6 +30,7 @@ from finetune_operator.cluster.local.launch import (
 )
 from finetune_operator.cluster.local.pod import Pod, PodFiles, Processes
 from finetune_operator.cluster.local.processes import is_alive, kill_marked, send_signal, wait_gone
+from finetune_operator.cluster.local.shared_forks import SharedForks
 from finetune_operator.cluster.local.volumes import Configs, missing_configs, prepare_volumes
 from finetune_operator.cluster.protocol import Clock, JobKey
 from finetune_operator.plan.types import Manifest
@@ -69,6 +70,7 @@ class Kubelet:
         self._turn = asyncio.Lock()
         self._cores = frozenset(os.sched_getaffinity(0))
         self._gpus = find_gpus()
+        self._forks = SharedForks()
 
     @property
     def pods(self) -> tuple[Pod, ...]:
@@ -161,6 +163,7 @@ class Kubelet:
         """Send no more signals. Living pods live on, for the next runner to adopt."""
         for timer in self._kills.values():
             timer.cancel()
+        self._forks.close()
 
     def _load(self, files: PodFiles) -> Pod | None:
         """Read a pod; None where it cannot be read or where it died with all that could tell how."""
@@ -247,7 +250,7 @@ class Kubelet:
             master_port=self._world.master_port(pod.attempt),
             gpus=pod.gpus,
         )
-        container = build_container(pod.value, place, machine_environment(), resolve_command)
+        container = self._forks.join(build_container(pod.value, place, machine_environment(), resolve_command))
         return launch(pod.files, container, pod.cores, self._log(pod))
 
     def _log(self, pod: Pod) -> Path:
