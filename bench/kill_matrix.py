@@ -88,8 +88,8 @@ def row(cell: Cell, outcome: Outcome, wrong: str) -> list[object]:
 
 
 async def time_restarts(folder: Path) -> tuple[float | None, float | None]:
-    """Median seconds from fault to first step, in place and with a whole gang. Every pod imports for itself here."""
-    bed = Bed(folder, shared_imports=False)
+    """Median seconds from fault to first step, in place and with a whole gang."""
+    bed = Bed(folder)
     await bed.run(None)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for cell in TIMED:

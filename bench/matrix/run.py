@@ -84,16 +84,16 @@ class Watch:
 
 
 class Bed:
-    """What all cells share: data, the imports of the ranks, and the weights of the undisturbed run."""
+    """What all cells share: data, the imports of the ranks (as `finetune run` has it), and the undisturbed weights."""
 
-    def __init__(self, folder: Path, *, shared_imports: bool = True) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.truth = ""
         self._number = 0
         self._job = yaml.safe_load((ROOT / "examples/lora-circles.yaml").read_text())
         self._data = folder / "data"
         self._stack = ExitStack()
-        self._fork_server = self._start_fork_server() if shared_imports else ""
+        self._fork_server = self._start_fork_server()
         command = [sys.executable, "-m", "finetune_trainer.demo.circles", str(self._data)]
         few = ["--style", "stripes", "--num-train", "16", "--num-validation", "4"]
         subprocess.run([*command, *few], check=True, stdout=subprocess.DEVNULL)
