@@ -10,11 +10,11 @@ from finetune_contract.beat import Beat, CommittedCheckpoint, RankEnd, RankRepor
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
 from finetune_operator.cluster.kube.beats import JobBeats
 from finetune_operator.cluster.kube.news import Gang, Urgency, beat_news, is_over, is_progress, pod_news
-from finetune_operator.cluster.kube.nodes import GONE, HEALTHY, MAX_GONE, NodeBook, read_node
+from finetune_operator.cluster.kube.nodes import GONE, MAX_GONE, NodeBook, read_node
 from finetune_operator.cluster.kube.objects import KubePod
 from finetune_operator.cluster.kube.pace import BeatPace
 from finetune_operator.cluster.protocol import JobKey
-from finetune_operator.plan.types import ObservedNode, ObservedPod, PodPhase
+from finetune_operator.plan.types import WELL, ObservedNode, ObservedPod, PodPhase
 from finetune_operator.settings import Settings
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -144,16 +144,16 @@ AKS = "remediator.kubernetes.azure.com/unschedulable"
 @pytest.mark.parametrize(
     ("seen", "state"),
     [
-        (node(), HEALTHY),
-        (node("False"), HEALTHY),
+        (node(), WELL),
+        (node("False"), WELL),
         (node("Unknown"), ObservedNode(lost=True)),
         (node("True", "example.com/other", "karpenter.sh/disrupted"), leaving("karpenter.sh/disrupted")),
         (node("True", "node.kubernetes.io/unreachable"), ObservedNode(lost=True)),
-        (node("True", "node.kubernetes.io/unschedulable"), HEALTHY),
+        (node("True", "node.kubernetes.io/unschedulable"), WELL),
         (node("True", AWS), leaving(AWS)),
         (node("True", GKE), leaving(GKE)),
         (node("True", AKS), leaving(AKS)),
-        ({}, HEALTHY),
+        ({}, WELL),
     ],
 )
 def test_what_is_read_of_a_node(seen: dict[str, Any], state: ObservedNode) -> None:
@@ -163,17 +163,17 @@ def test_what_is_read_of_a_node(seen: dict[str, Any], state: ObservedNode) -> No
 def test_nodes_tell_of_changes_only() -> None:
     told: list[str] = []
     book = NodeBook(told.append)
-    for state in (HEALTHY, GONE, GONE, HEALTHY, HEALTHY):
+    for state in (WELL, GONE, GONE, WELL, WELL):
         book.see("node-1", state)
     assert told == ["node-1", "node-1"]
-    assert book.of(None) == HEALTHY
+    assert book.of(None) == WELL
 
 
 def test_nodes_that_went_are_not_remembered_for_ever() -> None:
     book = NodeBook(lambda _: None)
     for number in range(MAX_GONE + 2):
         book.see(f"node-{number}", GONE)
-    assert book.of("node-1") == HEALTHY
+    assert book.of("node-1") == WELL
     assert book.of("node-2") == GONE
 
 

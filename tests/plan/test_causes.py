@@ -10,8 +10,9 @@ import pytest
 from finetune_contract.beat import RankEnd
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.words import CountsAs, Reason
+from finetune_operator.plan import plan
 from finetune_operator.plan.causes import Cause, find_cause
-from finetune_operator.plan.types import PodPhase
+from finetune_operator.plan.types import ObservedNode, PodPhase
 from finetune_operator.plan.view import View
 from tests.plan.world import START, World, last_words, seconds
 
@@ -172,3 +173,26 @@ def test_pods_and_beats_of_an_older_attempt_are_no_cause() -> None:
     old = replace(world.pod(0), name="circles-a0-n0", uid="old", attempt=0, phase=PodPhase.FAILED, exit_code=1)
     world.pods[old.name] = old
     assert cause_of(world) is None
+
+
+@pytest.mark.parametrize(
+    ("node", "notice", "reason"),
+    [
+        (None, False, Reason.POD_LOST),
+        (None, True, Reason.PREEMPTED),
+        (ObservedNode(leaving="aws-node-termination-handler/spot-itn"), False, Reason.PREEMPTED),
+        (ObservedNode(lost=True, gone=True), False, Reason.NODE_LOST),
+    ],
+    ids=["unknown", "told to stop", "announced", "gone"],
+)
+def test_a_pod_that_is_gone_before_its_words_are_read(node: ObservedNode | None, notice: bool, reason: Reason) -> None:
+    """What was known of it, or is known of its node, tells more than that it is gone."""
+    world = World().running()
+    world.train_to(5)
+    world.settle()
+    world.beat(1, step=5, restored_step=0, notice=notice)
+    # Its beat outlives it.
+    del world.pods[world.pod(1).name]
+    observed = replace(world.observed(), nodes={"node-1": node} if node else {})
+    entry = plan(world.job, observed, world.now, world.settings).status.attempts[0]
+    assert (entry.reason, entry.counts_as, entry.node) == (reason, CountsAs.PREEMPTION, "node-1")

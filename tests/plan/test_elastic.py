@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from finetune_contract.beat import Order
+from finetune_contract.beat import Order, RankEnd, RankState
+from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import Capacity, Phase
 from finetune_operator.api.words import Reason
 from finetune_operator.build import global_batch
@@ -261,3 +262,76 @@ def test_a_pod_that_is_about_to_go_is_nothing_to_grow_with(change: dict[str, Any
     hear(world, step=100)
     world.settle()
     assert world.job.status.attempts[-1].reason is None
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+def full_world(**recovery: Any) -> World:
+    world = elastic_world(HOLDING, recovery={"shrinkAfter": "5s", **recovery})
+    world.settle()
+    place(world, 0, 1, 2, 3)
+    hear(world, step=50)
+    world.settle()
+    return world
+
+
+def save_after_notice(world: World, seconds_of_save: float) -> None:
+    """Pod 3 gets notice; all save and wait, and its own ranks have ended, too. Its pod is still there."""
+    world.change(3, disruption="TerminationByKubelet", deleted_at=world.now, grace=seconds(30))
+    world.settle()
+    world.tick(seconds_of_save)
+    hear(world, step=51, waiting=True)
+    saved = RankEnd(rank=3, exit_code=ExitCode.SAVED)
+    world.beat(3, RankState.SAVED, step=51, notice=True, ends=(saved,))
+    world.settle()
+
+
+def test_a_save_that_took_as_long_as_the_patience_is_followed_by_the_survivors_at_once() -> None:
+    world = full_world()
+    save_after_notice(world, 6)
+    entry = world.job.status.attempts[-1]
+    assert (entry.attempt, entry.nodes, entry.pod_attempts) == (2, 3, (1, 1, 1))
+    # Nobody waits for the pod that leaves; the one that is to replace it does.
+    assert "circles-a1-n3" in world.pods
+    assert "circles-a2-n3" not in world.pods
+
+
+def test_with_more_patience_the_lost_pod_is_replaced_once_it_has_gone() -> None:
+    world = full_world(shrinkAfter="60s")
+    save_after_notice(world, 6)
+    assert world.job.status.attempt == 1
+    world.vanish("circles-a1-n3")
+    hear(world, step=51, waiting=True)
+    world.settle()
+    entry = world.job.status.attempts[-1]
+    assert (entry.attempt, entry.nodes, entry.pod_attempts) == (2, None, (1, 1, 1, 2))
+
+
+def test_patience_counts_from_the_loss() -> None:
+    world = full_world(shrinkAfter="60s")
+    lost_at = world.now
+    save_after_notice(world, 6)
+    world.vanish("circles-a1-n3")
+    hear(world, step=51, waiting=True)
+    world.settle()
+    world.now = lost_at + seconds(60)
+    hear(world, step=51, waiting=True)
+    world.settle()
+    assert [entry.reason for entry in world.job.status.attempts[:2]] == [Reason.TERMINATION_BY_KUBELET, Reason.SHRUNK]
+
+
+def test_a_machine_that_is_lost_while_all_save_to_grow_counts_as_lost() -> None:
+    world = shrunk()
+    place(world, 3)
+    world.tick(120)
+    hear(world, step=100)
+    world.settle()
+    assert world.job.status.attempts[-1].reason == Reason.GROWN
+    name = "circles-a1-n1"
+    world.pods[name] = replace(world.pods[name], disruption="TerminationByKubelet", deleted_at=world.now)
+    world.settle()
+    entry = world.job.status.attempts[-1]
+    assert (entry.reason, entry.pod, world.job.status.preemptions) == (Reason.TERMINATION_BY_KUBELET, name, 1)
+    world.settle()
+    assert world.job.status.preemptions == 1

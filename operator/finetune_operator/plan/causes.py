@@ -15,7 +15,7 @@ from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.words import REASONS, CountsAs, Reason
 from finetune_operator.plan.ledger import current
-from finetune_operator.plan.types import ObservedPod, PodPhase
+from finetune_operator.plan.types import WELL, ObservedNode, ObservedPod, PodPhase
 from finetune_operator.plan.view import View, has_ended
 
 SIGTERM_EXIT = 143
@@ -43,6 +43,8 @@ class Facts:
     """Whether the pods of the attempt have not all been up together, or came too late for those that waited."""
     stayed_behind: bool = False
     """Whether it was kept for the attempt, and ended without having come to it."""
+    node: ObservedNode = WELL
+    """What is known of its node, where that is not simply well."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,9 @@ DISRUPTIONS = frozenset(
     }
 )
 
+BY_THE_CLUSTER = DISRUPTIONS | {Reason.PREEMPTED, Reason.NODE_LOST}
+"""Reasons that the cluster itself gives for taking a pod away; nothing that the operator does looks like them."""
+
 TABLE: tuple[Row, ...] = (
     # What would end every further attempt in the same way is said first, whatever else befell the gang.
     Row(_code(ExitCode.CONFIG), _always(Reason.CONFIGURATION_ERROR)),
@@ -115,6 +120,10 @@ TABLE: tuple[Row, ...] = (
     Row(_pod(lambda pod: pod.disruption is not None), _disruption),
     Row(_pod(lambda pod: pod.reason in KUBELET_SHUTDOWN), _always(Reason.TERMINATION_BY_KUBELET)),
     Row(_pod(lambda pod: pod.reason == "NodeLost"), _always(Reason.NODE_LOST)),
+    # Gone before its last words were read: what was known of it before tells how.
+    Row(lambda facts: facts.pod is None and facts.notice, _always(Reason.PREEMPTED)),
+    Row(lambda facts: facts.pod is None and facts.node.leaving != "", _always(Reason.PREEMPTED)),
+    Row(lambda facts: facts.pod is None and (facts.node.lost or facts.node.gone), _always(Reason.NODE_LOST)),
     Row(lambda facts: facts.pod is None, _always(Reason.POD_LOST)),
     Row(lambda facts: facts.stayed_behind, _always(Reason.POD_LOST)),
     # The operator deletes pods only of attempts that have ended: this was somebody else.
@@ -219,6 +228,7 @@ def _facts(view: View, node_rank: int, pod: ObservedPod | None) -> Facts:
         last_words=first.last_words if first else "",
         met_nobody=_has_never_met(view),
         stayed_behind=termination is not None and termination.attempt < view.attempt,
+        node=view.observed.nodes.get(_node_of(view, node_rank, pod) or "", WELL),
     )
 
 
@@ -258,15 +268,17 @@ def _cause(row: Row, facts: Facts, view: View) -> Cause:
         reason=row.reason(facts),
         rank=facts.rank,
         pod=pod.name if pod else pod_name(view.job.metadata.name, *view.members[facts.node_rank]),
-        node=pod.node if pod else _noted_node(view, facts.node_rank),
+        node=_node_of(view, facts.node_rank, pod),
         exit_code=facts.code,
         last_words=facts.last_words.strip() or _cluster_words(facts, row.reason(facts)),
         consequence=row.consequence,
     )
 
 
-def _noted_node(view: View, node_rank: int) -> str | None:
-    """Where a pod was that is gone."""
+def _node_of(view: View, node_rank: int, pod: ObservedPod | None) -> str | None:
+    """Where a pod is, or was where it is gone."""
+    if pod is not None:
+        return pod.node
     entry = current(view.job.status)
     nodes = entry.pod_nodes if entry is not None and entry.attempt == view.attempt else None
     return nodes[node_rank] if nodes is not None and node_rank < len(nodes) else None

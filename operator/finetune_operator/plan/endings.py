@@ -12,8 +12,9 @@ from datetime import datetime, timedelta
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, TallyStatus
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.words import REASONS, CountsAs, Reason
-from finetune_operator.plan.causes import Cause, find_cause, find_silent
+from finetune_operator.plan.causes import BY_THE_CLUSTER, Cause, find_cause, find_silent
 from finetune_operator.plan.ledger import current, replace_current
+from finetune_operator.plan.restart import SAVED_FOR
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.view import View, is_finished
 
@@ -21,6 +22,8 @@ from finetune_operator.plan.view import View, is_finished
 def see_end(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Mark the attempt as ended when a sign of it shows, and write the cause once it is certain enough."""
     entry = current(status)
+    if entry is not None and entry.reason in SAVED_FOR and entry.attempt == view.attempt:
+        return _see_loss(view, status)
     if entry is None or entry.reason is not None or is_finished(status):
         return status
     cause = find_cause(view, entry.gang_complete)
@@ -38,6 +41,13 @@ def see_end(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         # Every supervisor tells of its rank's end at once; one that has not is the peer that was lost.
         cause = find_silent(view, entry.ended_at) or cause
     return settle(status, cause)
+
+
+def _see_loss(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """A machine may be lost while its gang saves for the sake of better capacity: that is a loss like any other."""
+    cause = find_cause(view, gang_complete=False)
+    lost = cause is not None and not cause.consequence and cause.reason in BY_THE_CLUSTER and not is_finished(status)
+    return settle(status, cause) if cause is not None and lost else status
 
 
 def settle(status: FineTuneJobStatus, cause: Cause) -> FineTuneJobStatus:

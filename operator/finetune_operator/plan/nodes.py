@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from finetune_operator.plan.types import DeletePod, Observed, ObservedNode, ObservedPod
+from finetune_operator.plan.types import WELL, DeletePod, Observed, ObservedNode, ObservedPod
 from finetune_operator.plan.view import ENDED, earliest
 from finetune_operator.settings import Settings
 
@@ -23,7 +23,6 @@ OVERDUE = timedelta(seconds=10)
 """How much longer than its grace period the deletion of a pod may take on a node that seems well."""
 UNREACHABLE = timedelta(minutes=5)
 """How long a deletion may be overdue on a node that is out of reach, which may come back."""
-WELL = ObservedNode()
 
 
 def judge(observed: Observed, now: datetime, settings: Settings) -> Observed:

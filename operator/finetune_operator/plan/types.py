@@ -78,6 +78,10 @@ class ObservedNode:
     """The taint that announces its end; empty where none does."""
 
 
+WELL = ObservedNode()
+"""A node that nothing is known of."""
+
+
 @dataclass(frozen=True)
 class Observed:
     """The world as it was last seen. May lag behind; never ahead."""
@@ -90,7 +94,7 @@ class Observed:
     configs: frozenset[str] = frozenset()
     """Names of the job's ConfigMaps that exist."""
     nodes: Mapping[str, ObservedNode] = field(default_factory=dict)
-    """Nodes of the job's pods that are not simply well, by name. A node that is not here is well."""
+    """Nodes of the job's pods, those that are gone included, that are not simply well, by name. Others are well."""
     beat_seconds: float = 0.0
     """Time between two beats that supervisors are asked for, where that is longer than the settings say."""
 

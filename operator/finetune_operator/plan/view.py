@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 from finetune_contract.beat import RankReport, RankState
@@ -150,6 +151,12 @@ def oldest_attempt(status: FineTuneJobStatus) -> int:
     """The oldest attempt whose beats still matter: pods that are kept may not have come to the newest one yet."""
     kept = status.attempts[-1].pod_attempts if status.attempts else ()
     return min((status.attempt, *kept)) - 1
+
+
+def nodes_of(status: FineTuneJobStatus, pods: Iterable[ObservedPod]) -> frozenset[str]:
+    """The nodes that matter to a job: of its pods, and of those that the ledger remembers although they may be gone."""
+    noted = (entry.pod_nodes or () for entry in status.attempts[-2:])
+    return frozenset(chain(*noted, (pod.node for pod in pods if pod.node is not None)))
 
 
 def is_finished(status: FineTuneJobStatus) -> bool:

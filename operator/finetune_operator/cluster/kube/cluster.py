@@ -29,7 +29,7 @@ from finetune_operator.cluster.kube.client import (
 )
 from finetune_operator.cluster.kube.events import EventSender
 from finetune_operator.cluster.kube.news import Gang, Urgency, is_over, is_progress, job_news, pod_news
-from finetune_operator.cluster.kube.nodes import HEALTHY, NodeBook
+from finetune_operator.cluster.kube.nodes import NodeBook
 from finetune_operator.cluster.kube.objects import (
     BY_KIND,
     CONFIGS,
@@ -54,8 +54,8 @@ from finetune_operator.cluster.kube.tokens import Bearer, TokenReviewer
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
 from finetune_operator.plan.replies import reply_to
-from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed
-from finetune_operator.plan.view import members_of, oldest_attempt
+from finetune_operator.plan.types import WELL, Action, Create, DeletePod, Event, Manifest, Observed
+from finetune_operator.plan.view import members_of, nodes_of, oldest_attempt
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,8 @@ class KubeCluster:
         """What is cached of a job's children. Those of a predecessor under the same name are none of them."""
         key, uid = _key(job), job.metadata.uid
         pods = tuple(pod.observed for pod in self.pods.group(key) if pod.owner_uid == uid)
-        nodes = {pod.node: state for pod in pods if pod.node and (state := self._nodes.of(pod.node)) != HEALTHY}
+        names = nodes_of(job.status, pods)
+        nodes = {name: state for name in names if (state := self._nodes.of(name)) != WELL}
         return Observed(
             pods=pods,
             nodes=nodes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from finetune_operator.plan.types import ObservedNode
+from finetune_operator.plan.types import WELL, ObservedNode
 
 LEAVING_TAINTS = frozenset(
     {
@@ -30,7 +30,6 @@ MAX_GONE = 10_000
 """Nodes that went, of which that is remembered: their pods are cleaned up long before so many more have gone."""
 
 
-HEALTHY = ObservedNode()
 GONE = ObservedNode(lost=True, gone=True)
 
 
@@ -57,7 +56,7 @@ class NodeBook:
         """Take what a node has become; tells of a change by the node's name."""
         if self.of(name) == state:
             return
-        if state == HEALTHY:
+        if state == WELL:
             del self._states[name]
         else:
             self._states[name] = state
@@ -67,7 +66,7 @@ class NodeBook:
 
     def of(self, name: str | None) -> ObservedNode:
         """The state of a node; one that nothing is known of is well."""
-        return self._states.get(name, HEALTHY) if name else HEALTHY
+        return self._states.get(name, WELL) if name else WELL
 
     def _forget(self) -> None:
         gone = [name for name, state in self._states.items() if state == GONE]

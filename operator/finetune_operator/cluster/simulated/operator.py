@@ -20,7 +20,7 @@ from finetune_operator.cluster.simulated.server import ApiError, Server, Watch
 from finetune_operator.coordinator.beats import BeatBook, PodIdentity
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.plan.types import Action, Create, DeletePod, Event, Observed
-from finetune_operator.plan.view import oldest_attempt
+from finetune_operator.plan.view import nodes_of, oldest_attempt
 from finetune_operator.settings import Settings
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ class SimOperator:
             beats=self._book.of("default", name, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child for kind, child in children if kind == "Service"),
             configs=frozenset(child for kind, child in children if kind == "ConfigMap"),
-            nodes={pod.node: nodes[pod.node] for pod in pods if pod.node in nodes} if nodes else {},
+            nodes={name: nodes[name] for name in nodes_of(job.status, pods) if name in nodes} if nodes else {},
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
