@@ -14,8 +14,8 @@ from finetune_operator.plan.restart import SAVED_FOR, SUDDEN, WITH_OWN_GRACE
 from finetune_operator.plan.view import members_of
 from finetune_operator.settings import Settings
 
-WAITING_BEAT_SECONDS = 1.0
-"""Time between two beats of a supervisor that waits for its new world, which may be ready at any moment."""
+WAITING_BEATS = 5
+"""A supervisor that waits for its new world, which may be ready at any moment, beats so many times as often."""
 
 
 def reply_to(job: FineTuneJob | None, beat: Beat, settings: Settings) -> Reply:
@@ -31,7 +31,7 @@ def reply_to(job: FineTuneJob | None, beat: Beat, settings: Settings) -> Reply:
         world=world,
         peer_lost=_has_lost_peer(job, beat),
         stacks=_stood_still(job, beat.attempt),
-        beat_seconds=min(WAITING_BEAT_SECONDS, settings.beat_seconds) if hurried else settings.beat_seconds,
+        beat_seconds=settings.beat_seconds / WAITING_BEATS if hurried else settings.beat_seconds,
     )
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -19,6 +22,9 @@ from torch import Tensor
 from finetune_contract import environment
 from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_trainer.errors import ConfigError, FabricError
+
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, GROWTH = 0.02, 1.0, 1.05
+"""Between two looks whether rank 0 is there: at first short, for it comes with the others; in the end a second."""
 
 _CPU_BACKENDS = ("gloo", "ccl")
 
@@ -110,6 +116,22 @@ def _load_backend(backend: str) -> None:
         importlib.import_module("oneccl_bindings_for_pytorch")
 
 
+def await_rank_0(host: str, port: int, patience: timedelta = COLLECTIVE_TIMEOUT) -> None:
+    """Wait until rank 0 listens. torch's own client waits ever longer between two tries: it may sleep through a start.
+
+    Returns where it never does, too: torch then says so.
+    """
+    deadline, pause = time.monotonic() + patience.total_seconds(), FIRST_PAUSE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=MAX_PAUSE_SECONDS).close()
+        except OSError:
+            time.sleep(pause)
+            pause = min(MAX_PAUSE_SECONDS, pause * GROWTH)
+        else:
+            return
+
+
 def join_world(env: Mapping[str, str]) -> World:
     """Meet the other ranks, by torch's standard variables and the pod's backend.
 
@@ -124,6 +146,8 @@ def join_world(env: Mapping[str, str]) -> World:
     try:
         if size > 1:
             _load_backend(backend)
+            if rank:
+                await_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         # Finds the device of this rank, and takes the process group as it is.
         state = PartialState(cpu=backend in _CPU_BACKENDS)
