@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -270,6 +270,8 @@ def test_buffers_are_kept_from_save_to_save() -> None:
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 5))
+@example([1, 0], 1)
+@example([0, 0], 2)
 def test_every_tensor_is_in_one_part(sizes: list[int], parts: int) -> None:
     groups = {"model": {str(number): torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}}
     taken = [take_part(groups, part, parts).get("model", {}) for part in range(parts)]
