@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune_contract.beat import RankEnd
+from finetune_contract.beat import RankEnd, Termination
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.words import CountsAs, Reason
 from finetune_operator.plan import plan
@@ -196,3 +196,25 @@ def test_a_pod_that_is_gone_before_its_words_are_read(node: ObservedNode | None,
     observed = replace(world.observed(), nodes={"node-1": node} if node else {})
     entry = plan(world.job, observed, world.now, world.settings).status.attempts[0]
     assert (entry.reason, entry.counts_as, entry.node) == (reason, CountsAs.PREEMPTION, "node-1")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", Reason.OUT_OF_MEMORY),
+        ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)", Reason.FABRIC_ERROR),
+        ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp", Reason.FABRIC_ERROR),
+        ("RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer", Reason.FABRIC_ERROR),
+        ("ConnectionResetError: [Errno 104] Connection reset by peer", Reason.FABRIC_ERROR),
+        ("oneCCL: |CCL_ERROR| worker thread failed", Reason.FABRIC_ERROR),
+        ("KeyError: 'nclc'", Reason.PROCESS_FAILED),
+    ],
+)
+def test_what_a_script_says_of_its_end(words: str, reason: Reason) -> None:
+    """It has no exit codes of ours."""
+    world = World().running()
+    ends = (RankEnd(rank=1, exit_code=1, last_words=words),)
+    world.exit(1, 1, termination=Termination(attempt=1, exit_code=1, ends=ends))
+    cause = cause_of(world)
+    assert cause is not None
+    assert (cause.reason, cause.consequence) == (reason, reason is Reason.FABRIC_ERROR)

@@ -21,6 +21,12 @@ from finetune_operator.plan.view import View, has_ended
 SIGTERM_EXIT = 143
 OUT_OF_MEMORY_WORDS = ("out of memory", "memoryerror", "cannot allocate memory", "can't allocate memory")
 """What CUDA, Python, the C library and torch's allocator say when there is none left."""
+FABRIC_WORDS = (
+    *("distbackenderror", "distnetworkerror", "ncclsystemerror", "ncclremoteerror", "unhandled nccl error"),
+    *("nccl error", "nccl communicator was aborted", "watchdog caught collective operation timeout"),
+    *("gloo/transport", "connection closed by peer", "connection reset by peer", "oneccl", "ccl_error"),
+)
+"""What torch, NCCL, gloo and oneCCL say of a peer or a network that is lost, where no code of ours does."""
 KUBELET_SHUTDOWN = frozenset({"Preempting", "Shutdown", "NodeShutdown", "Terminated", "TerminatedByKubelet"})
 """status.reason of pods that a kubelet ended for the node's sake."""
 
@@ -144,6 +150,11 @@ TABLE: tuple[Row, ...] = (
     Row(lambda facts: facts.code == ExitCode.FABRIC and facts.met_nobody, _always(Reason.PODS_LATE), consequence=True),
     # A peer was lost in a collective: that peer's own end is the cause.
     Row(_code(ExitCode.FABRIC), _always(Reason.FABRIC_ERROR), consequence=True),
+    Row(
+        lambda facts: facts.code not in (None, ExitCode.DONE) and _says(facts, FABRIC_WORDS),
+        _always(Reason.FABRIC_ERROR),
+        consequence=True,
+    ),
     Row(lambda facts: facts.code not in (None, ExitCode.DONE), _always(Reason.PROCESS_FAILED)),
     Row(_pod(lambda pod: pod.phase is PodPhase.FAILED), _always(Reason.PROCESS_FAILED)),
 )

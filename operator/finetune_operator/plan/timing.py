@@ -7,9 +7,10 @@ from datetime import datetime, timedelta
 
 from finetune_contract.beat import RankState
 from finetune_operator.api.job import AttemptSeconds, AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.words import Reason
 from finetune_operator.plan.ledger import current, replace_current
 from finetune_operator.plan.revise import revise
-from finetune_operator.plan.view import UP, View
+from finetune_operator.plan.view import UP, View, earliest
 
 AT_WORK = frozenset({RankState.TRAINING, RankState.SAVING, RankState.VALIDATING, RankState.EXPORTING, RankState.DONE})
 
@@ -50,10 +51,22 @@ def _stages(view: View, entry: AttemptStatus, seconds: AttemptSeconds) -> Attemp
 
 
 def _detection(view: View, entry: AttemptStatus, seconds: AttemptSeconds) -> AttemptSeconds:
-    finished = [pod.finished_at for pod in view.pods.values() if pod.name == entry.pod and pod.finished_at is not None]
-    if not finished or entry.ended_at is None or seconds.detection is not None:
+    if entry.ended_at is None or seconds.detection is not None:
         return seconds
-    return revise(seconds, detection=_between(finished[0], entry.ended_at))
+    began = _went_wrong_at(view, entry)
+    return seconds if began is None else revise(seconds, detection=_between(began, entry.ended_at))
+
+
+def _went_wrong_at(view: View, entry: AttemptStatus) -> datetime | None:
+    """When that began which ended an attempt: the last progress of ranks that stand still, the end or the notice of
+    the pod to blame, or the last that was heard of it."""
+    if entry.reason == Reason.HANG:
+        return entry.progress_at
+    pod = next((pod for pod in view.pods.values() if pod.name == entry.pod), None)
+    if pod is not None and (known := earliest((pod.finished_at, pod.deleted_at))) is not None:
+        return known
+    heard = [received.received_at for received in view.beats.values() if received.beat.pod == entry.pod]
+    return heard[0] if heard else None
 
 
 def _all_placed(view: View, _: AttemptStatus) -> bool:
