@@ -67,7 +67,7 @@ HEADLINE = 2
 """The scenario of the JSON: upstream practice is below 0.85 there."""
 NOTICE_SECONDS = 120.0
 SUDDEN_SHARE = 0.1
-HORIZON_FACTOR = 3.0
+HORIZON_FACTOR = 2.0
 """A job that takes so many times as long as an undisturbed one is given up."""
 
 
@@ -257,7 +257,7 @@ def main() -> None:
     """Run all three on the same traces and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--nodes", type=int, default=8, help="nodes of the job (default 8)")
-    parser.add_argument("--hours", type=float, default=12.0, help="length of the undisturbed run (default 12)")
+    parser.add_argument("--hours", type=float, default=6.0, help="length of the undisturbed run (default 6)")
     parser.add_argument("--step-seconds", type=float, default=1.7, help="time of a step on all nodes (default 1.7)")
     parser.add_argument("--save-seconds", type=float, default=3.0, help="time of a save (default 3)")
     parser.add_argument("--stall-seconds", type=float, default=0.3, help="how long our save holds up the steps (0.3)")
