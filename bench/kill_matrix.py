@@ -34,8 +34,6 @@ TIMED = tuple(
     )
 )
 """Faults after which pods can be kept: done twice, once in place and once with the whole gang anew."""
-
-
 WAITING_AT_ONCE = 3
 
 
@@ -69,7 +67,7 @@ async def run_cells(bed: Bed, cells: Sequence[Cell], jobs: int) -> tuple[list[li
         if reason := meaningless(cell):
             rows[cell] = [cell.fault, cell.target, cell.stage, f"not run: {reason}", "", "", "", "", ""]
     # Where only time can show the fault, several cells wait side by side.
-    for waits, at_once in ((False, jobs), (True, jobs * WAITING_AT_ONCE)):
+    for waits, at_once in ((False, jobs), (True, max(jobs, WAITING_AT_ONCE))):
         turns = asyncio.Semaphore(at_once)
         chosen = [cell for cell in cells if cell not in rows and cell.stands_still is waits]
         await asyncio.gather(*(run_one(cell, turns) for cell in chosen))
@@ -139,7 +137,7 @@ def main() -> None:
     parser.add_argument("--faults", **words(FAULTS), help=f"of {', '.join(FAULTS)}")  # type: ignore[arg-type]
     parser.add_argument("--ranks", **words(TARGETS), help=f"of {', '.join(TARGETS)}")  # type: ignore[arg-type]
     parser.add_argument("--stages", **words(STAGES), help=f"of {', '.join(STAGES)}")  # type: ignore[arg-type]
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once (default 1); those that wait: thrice that")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at once (default 2); those that wait: 3 at least")
     parser.add_argument("--no-times", action="store_true", help="leave the seconds of restarts out")
     args = parser.parse_args()
     if os.geteuid() != 0:
