@@ -32,9 +32,9 @@ from torch import nn
 
 from bench.report import finish
 from finetune_contract import paths
+from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.retention import Retention
 from finetune_trainer.checkpoint.split import total_bytes
-from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.distributed.world import World
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.saving import Checkpointer
@@ -101,7 +101,7 @@ class Bench:
         self._state = TrainState(parameters, optimizer)
         self._inputs = (torch.randn(1, 4, 16, 16), torch.tensor([7]), torch.randn(1, 8, 768))
         self._reporter = _Kept()
-        store = CheckpointStore(folder / "ours", "uid", 1, Retention(keep=1))
+        store = FolderStore(folder / "ours", "uid", 1, Retention(keep=1))
         spec = tiny.make_spec(Path("base"), Path("data"))
         self._checkpointer = Checkpointer(spec, World(0, 1, 0, torch.device("cpu")), store, self._reporter)
         self._checkpointer.restore(self._state)

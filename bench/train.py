@@ -32,8 +32,8 @@ from bench.report import finish
 from bench.train_models import UNETS, RandomFamily
 from bench.train_plain import Floor, Plain
 from finetune_contract.run_spec import RunSpec
+from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.retention import Retention
-from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import SampleRef
 from finetune_trainer.data.prepare import Demand, Preparation
@@ -136,7 +136,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
     method = kind(MethodContext(family, training, Draws(0), CPU, DTYPE))
     parameters = method.parameters()
     state = TrainState(parameters, make_optimizer(training, parameters.values()))
-    checkpointer = Checkpointer(spec, world, CheckpointStore(cache.parent / "job", spec.uid, 1, Retention()), reporter)
+    checkpointer = Checkpointer(spec, world, FolderStore(cache.parent / "job", spec.uid, 1, Retention()), reporter)
     checkpointer.restore(state)
     return Loop(
         spec=spec,
@@ -145,7 +145,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         batches=data.batches,
         draws=Draws(0),
         state=state,
-        buckets=GradientBuckets(list(parameters.values()), CPU),
+        gradients=GradientBuckets(list(parameters.values()), CPU),
         learning_rate=learning_rate(training, 1000),
         checkpointer=checkpointer,
         notice=Notice(),

@@ -1,3 +1,3 @@
 """Fixtures that all tests may use."""
 
-pytest_plugins = ["tests.controlplane.fixtures"]
+pytest_plugins = ["tests.controlplane.fixtures", "tests.objectstore.fixtures"]

@@ -276,6 +276,42 @@ BAD = (
         "exactly one of",
     ),
     Bad(
+        "bucket-is-a-page",
+        {"spec.checkpoint.storage": {"bucket": {"url": "https://s3.example.com/models"}}},
+        "spec.checkpoint.storage.bucket.url",
+        "e.g. s3://models/checkpoints",
+    ),
+    Bad(
+        "endpoint-without-scheme",
+        {"spec.checkpoint.storage": {"bucket": {"url": "s3://models", "endpoint": "minio:9000"}}},
+        "spec.checkpoint.storage.bucket.endpoint",
+        "write e.g. https://minio.example.com",
+    ),
+    Bad(
+        "endpoint-for-none",
+        {"spec.checkpoint.storage": {"bucket": {"url": "gs://models", "endpoint": "https://minio.example.com"}}},
+        "spec.checkpoint.storage.bucket.endpoint",
+        "leave it out",
+    ),
+    Bad(
+        "scratch-for-slices",
+        {"spec.training.method": "Full", "spec.training.sharding": "full", "spec.checkpoint.scratch": {}},
+        "spec.checkpoint.scratch",
+        "leave scratch out",
+    ),
+    Bad(
+        "scratch-size",
+        {"spec.checkpoint.scratch": {"sizeLimit": "50GB"}},
+        "spec.checkpoint.scratch.sizeLimit",
+        "write e.g. 50Gi",
+    ),
+    Bad(
+        "sharded-lora",
+        {"spec.training.sharding": "full"},
+        "spec.training.sharding",
+        "sharding is for Full, DreamBooth, ControlNet",
+    ),
+    Bad(
         "two-intervals",
         {"spec.checkpoint.interval": {"steps": 100, "seconds": 60}},
         "spec.checkpoint.interval.seconds",

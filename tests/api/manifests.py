@@ -96,6 +96,7 @@ FULL = patched(
             "centerCrop": True,
             "randomFlip": True,
             "optimizer": "adamw8bit",
+            "sharding": "none",
             "snrGamma": 5,
             "noiseOffset": 0.05,
             "inputPerturbation": 0.1,
@@ -142,6 +143,7 @@ FULL = patched(
             "keepEvery": 1000,
             "keepBest": True,
             "maxStale": "1h",
+            "scratch": {"sizeLimit": "50Gi"},
         },
         "spec.recovery": {
             "maxFailures": 0,
@@ -174,6 +176,10 @@ CPU_NODES = patched(
     },
 )
 HOST_PATH = patched(SMALLEST, {"spec.checkpoint": {"storage": {"hostPath": {"path": "/mnt/checkpoints"}}}})
+BUCKET = patched(
+    SMALLEST,
+    {"spec.checkpoint": {"storage": {"bucket": {"url": "s3://models/runs", "endpoint": "https://s3.example.com"}}}},
+)
 
 GOOD: dict[str, Document] = {
     "smallest": SMALLEST,
@@ -183,6 +189,7 @@ GOOD: dict[str, Document] = {
     "script": SCRIPT,
     "full": FULL,
     "cpu-nodes": CPU_NODES,
+    "bucket": BUCKET,
     "host-path": HOST_PATH,
     "longest-name": patched(SMALLEST, {"metadata.name": "c" * 51}),
     "nulls": patched(SMALLEST, {"spec.topology": None, "spec.outputs": None, "spec.training.epochs": None}),

@@ -66,6 +66,10 @@ def test_all_of_the_contracts_environment_is_set() -> None:
         environment.MTBF_SECONDS,
         environment.FORK_SERVER,
         environment.MIN_PART_BYTES,
+        # Where checkpoints go to a bucket.
+        environment.BUCKET,
+        environment.S3_ENDPOINT,
+        environment.SCRATCH_DIR,
     }
     assert names <= env_of(pod_of()).keys()
 
@@ -197,7 +201,10 @@ def test_shared_memory_has_a_bound(topology: dict[str, Any], size: str) -> None:
 
 
 def test_the_fabrics_environment() -> None:
-    assert env_of(pod_of(topology={"accelerator": "gpu"}))["NCCL_DEBUG"] == "WARN"
+    gpu = env_of(pod_of(topology={"accelerator": "gpu"}))
+    assert gpu["NCCL_DEBUG"] == "WARN"
+    # A survivor of a dead peer must live to save.
+    assert (gpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"], gpu["TORCH_NCCL_ENABLE_MONITORING"]) == ("0", "0")
     ccl = env_of(pod_of(topology={"accelerator": "cpu", "processesPerNode": 2, "cpu": {"backend": "ccl"}}))
     assert (ccl["CCL_PROCESS_LAUNCHER"], ccl["CCL_LOCAL_SIZE"], ccl["FI_PROVIDER"]) == ("none", "2", "tcp")
     assert not [name for name in env_of(pod_of()) if name.startswith(("NCCL", "CCL"))]
@@ -290,3 +297,22 @@ def test_a_manifest_is_the_same_every_time_and_plain_json() -> None:
     one, other = (build_pod(job, 1, 0, SETTINGS) for _ in range(2))
     assert json.dumps(one) == json.dumps(other)
     assert job == make_job(checkpoint=CLAIM)
+
+
+def test_a_bucket_is_named_in_the_environment_and_the_disk_is_the_pods_own() -> None:
+    bucket = {"url": "s3://models/runs/", "endpoint": "https://s3.example.com"}
+    pod = pod_of(checkpoint={"storage": {"bucket": bucket}})
+    env = env_of(pod)
+    assert env[environment.BUCKET] == "s3://models/runs/default/circles-1f0c3a2b"
+    assert env[environment.S3_ENDPOINT] == "https://s3.example.com"
+    assert volume(pod, "checkpoints")["emptyDir"] == {}
+    public = env_of(pod_of(checkpoint={"storage": {"bucket": {"url": "gs://models"}}}))
+    assert public[environment.BUCKET] == "gs://models/default/circles-1f0c3a2b"
+    assert environment.S3_ENDPOINT not in public
+
+
+def test_scratch_is_a_disk_of_the_node() -> None:
+    pod = pod_of(checkpoint={**CLAIM, "scratch": {"sizeLimit": "50Gi"}})
+    assert volume(pod, "node-disk")["emptyDir"] == {"sizeLimit": "50Gi"}
+    assert env_of(pod)[environment.SCRATCH_DIR] == "/finetune/scratch/default/circles-1f0c3a2b"
+    assert volume(pod_of(checkpoint={**CLAIM, "scratch": {}}), "node-disk")["emptyDir"] == {}

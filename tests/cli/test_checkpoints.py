@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from finetune_contract import paths
+from finetune_contract.bucket import Bucket
 from finetune_operator.cli.errors import Exit
 from finetune_operator.cli.main import main
+from finetune_trainer.checkpoint.bucket_store import BucketStore
+from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.retention import Retention
-from finetune_trainer.checkpoint.store import CheckpointStore, Snapshot
+from finetune_trainer.checkpoint.snapshot import Snapshot
 
 
 @pytest.fixture(name="job_dir")
 def _job_dir(tmp_path: Path) -> Path:
-    store = CheckpointStore(tmp_path, "uid", 1, Retention())
+    store = FolderStore(tmp_path, "uid", 1, Retention())
     store.open()
     for step in (2, 4):
         tensors = {
@@ -42,7 +45,7 @@ def damage(job_dir: Path, step: int) -> None:
 
 def test_list(job_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(job_dir, 4)
-    store = CheckpointStore(job_dir, "uid", 2, Retention())
+    store = FolderStore(job_dir, "uid", 2, Retention())
     store.open()
     store.choose(lambda _: None)
     code, text = run(capsys, "list", "--folder", str(job_dir))
@@ -109,3 +112,39 @@ def test_no_checkpoints_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         Exit.SUCCEEDED,
         f"No checkpoints in {tmp_path / 'checkpoints'}.\n",
     )
+
+
+def test_of_a_bucket(bucket_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Listed, verified and compared as in a folder; a damaged one is told."""
+    url = f"{bucket_url}/default/tiny"
+    store = BucketStore(Bucket(url), tmp_path, "uid", 1, Retention())
+    store.open()
+    for step in (2, 4, 6):
+        store.save(Snapshot(step, {"model": {"w": torch.full((2, 3), float(step))}}, {"step": step}), 1e9)
+    assert run(capsys, "verify", "--folder", url) == (
+        Exit.SUCCEEDED,
+        "".join(f"step-0000000{step}-a1: whole\n" for step in (6, 4, 2)),
+    )
+    code, text = run(capsys, "diff", "--folder", url, "--checkpoints", "2", "4")
+    assert code == Exit.SUCCEEDED
+    assert "the same 1 tensors in both" in text
+    assert "step: 2 -> 4" in text
+    bucket = Bucket(f"{url}/checkpoints")
+    (name,) = (each for each in bucket.names() if "00000006" in each and each.endswith("model.safetensors"))
+    bucket.put(name, b"damaged")
+    code, text = run(capsys, "verify", "--folder", f"{url}/checkpoints", "--checkpoint", "6")
+    assert code == Exit.FAILED
+    assert "DAMAGED" in text
+    store.choose(lambda _: None)
+    lines = run(capsys, "list", "--folder", url)[1].splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("NAME", "step-00000004-a1", "step-00000002-a1", "corrupt-step-00000006-a1"),
+    ]
+    assert "set aside: " in lines[-1]
+
+
+def test_of_a_bucket_that_is_not_there(bucket_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run(capsys, "list", "--folder", "gs://models/x")
+    assert code == Exit.USAGE
+    assert "gs:// needs the Python package gcsfs" in text
+    del bucket_url

@@ -104,6 +104,12 @@ HELM = Module(
     stamped=("helm.sh/helm/v4/internal/version.version",),
 )
 """For the tests of the chart."""
+S3_SERVER = Module(
+    name="versitygw",
+    requires="github.com/versity/versitygw",
+    packages={"versitygw": "github.com/versity/versitygw/cmd/versitygw"},
+)
+"""For the tests of object stores."""
 
 
 def cache_folder() -> Path:
@@ -333,7 +339,7 @@ def lock(path: Path, what: str, say: Say) -> Iterator[None]:
 def main() -> None:
     """Build what is missing and print where each program is."""
     try:
-        programs = ensure_programs(say=functools.partial(print, flush=True), modules=(*ALL_MODULES, HELM))
+        programs = ensure_programs(say=functools.partial(print, flush=True), modules=(*ALL_MODULES, HELM, S3_SERVER))
     except BuildError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -30,6 +30,8 @@ class Ranks:
         folder: the job's folder is `folder/job`; the cache is beside it.
         kill_at: stage of a save at which a rank kills itself, as SIGKILL would, and how many times it comes before.
         kill_rank: the rank that does; default: whichever comes there first.
+        own_disks: each rank has a node of its own that shares no disk with the others: job's folder and cache.
+        extra: more variables, and `per_rank` those of single ranks.
     """
 
     spec: RunSpec
@@ -39,6 +41,8 @@ class Ranks:
     kill_at: tuple[str, int] | None = None
     kill_rank: int | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
+    own_disks: bool = False
+    per_rank: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
     def start(self) -> Ranks:
         """Start all ranks."""
@@ -55,8 +59,12 @@ class Ranks:
 
     @property
     def job_dir(self) -> Path:
-        """The job's folder."""
-        return self.folder / "job"
+        """The job's folder, as rank 0 sees it."""
+        return self.disk(0) / "job"
+
+    def disk(self, rank: int) -> Path:
+        """The folder that stands for a rank's disk."""
+        return self.folder / f"disk-{rank}" if self.own_disks else self.folder
 
     def wait(self) -> list[int]:
         """Exit codes by rank when all have ended, minus a signal's number; SIGKILL for those that do not end."""
@@ -115,17 +123,18 @@ class Ranks:
         return {
             "RANK": str(rank),
             "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": "0" if self.own_disks else str(rank),
+            "LOCAL_WORLD_SIZE": "1" if self.own_disks else str(self.world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
             environment.RUN_SPEC: str(self.folder / "run.json"),
             environment.ATTEMPT: str(self.attempt),
-            environment.CHECKPOINT_DIR: str(self.job_dir),
-            environment.CACHE_DIR: str(self.folder.parent / "cache"),
+            environment.CHECKPOINT_DIR: str(self.disk(rank) / "job"),
+            environment.CACHE_DIR: str((self.disk(rank) if self.own_disks else self.folder.parent) / "cache"),
             environment.BACKEND: "gloo",
             **self.extra,
+            **self.per_rank.get(rank, {}),
         }
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from finetune_trainer.distributed import buckets as module
-from finetune_trainer.distributed.buckets import GradientBuckets, Signal, assign_buckets
+from finetune_trainer.distributed.buckets import GradientBuckets, assign_buckets
+from finetune_trainer.distributed.gradients import Signal
 from finetune_trainer.distributed.world import World
 
 CPU = torch.device("cpu")

@@ -16,8 +16,9 @@ from finetune_contract import environment, paths
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import CheckpointInterval
+from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.retention import Retention
-from finetune_trainer.checkpoint.store import CheckpointStore, Committed
+from finetune_trainer.checkpoint.snapshot import Committed
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.rescue import Rescue
 from finetune_trainer.train.state import TrainState
@@ -119,8 +120,8 @@ def make_state(step: int) -> TrainState:
     return TrainState(parameters, torch.optim.SGD(parameters.values(), lr=0.1), step=step)
 
 
-def make_rescue(job_dir: Path, rank: int) -> tuple[Rescue, CheckpointStore, list[Committed]]:
-    store = CheckpointStore(job_dir, "uid", 1, Retention())
+def make_rescue(job_dir: Path, rank: int) -> tuple[Rescue, FolderStore, list[Committed]]:
+    store = FolderStore(job_dir, "uid", 1, Retention())
     reported: list[Committed] = []
     return (
         Rescue(rank, store, Reporter(rank, None), lambda state: state.snapshot({}), reported.append),
@@ -201,7 +202,7 @@ def test_an_update_is_waited_for_and_none_comes_behind(tmp_path: Path) -> None:
 def test_a_superseded_survivor_writes_nothing(tmp_path: Path) -> None:
     rescue, store, reported = make_rescue(tmp_path, 1)
     store.open()
-    CheckpointStore(tmp_path, "uid", 2, Retention()).open()
+    FolderStore(tmp_path, "uid", 2, Retention()).open()
     rescue.run(make_state(7), None)
     assert reported == []
     assert names(tmp_path) == []

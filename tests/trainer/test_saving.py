@@ -19,10 +19,11 @@ from torch import nn
 from finetune_contract import paths
 from finetune_contract.spec import CheckpointInterval
 from finetune_trainer.checkpoint import tensor_stream
+from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.host_copy import SMALL_NUMEL, HostCopy
 from finetune_trainer.checkpoint.retention import Retention, removable
+from finetune_trainer.checkpoint.snapshot import BEST, Snapshot
 from finetune_trainer.checkpoint.split import file_name, group_of, num_parts, take_part
-from finetune_trainer.checkpoint.store import BEST, CheckpointStore, Snapshot
 from finetune_trainer.checkpoint.tensor_stream import write_stream
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StaleError, SupersededError
@@ -53,7 +54,7 @@ class Loop:
         spec = tiny.make_spec(Path("base"), Path("data")).model_copy(
             update={"checkpoint_interval": CheckpointInterval(steps=1), "max_stale_seconds": max_stale_seconds}
         )
-        store = CheckpointStore(job_dir, spec.uid, 1, Retention(keep=2), self._stage)
+        store = FolderStore(job_dir, spec.uid, 1, Retention(keep=2), self._stage)
         self.checkpointer = Checkpointer(spec, World(0, 1, 0, CPU), store, self.reporter, SaveOptions(clock=self.clock))
         self.checkpointer.restore(self.state)
 
@@ -214,7 +215,7 @@ def test_a_superseded_save_ends_the_loop(tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     loop.step()
     loop.settle()
-    CheckpointStore(tmp_path, tiny.make_spec(Path("b"), Path("d")).uid, 2, Retention()).open()
+    FolderStore(tmp_path, tiny.make_spec(Path("b"), Path("d")).uid, 2, Retention()).open()
     loop.step()
     loop.settle()
     with pytest.raises(SupersededError):
@@ -307,7 +308,7 @@ def test_what_may_go(retention: Retention, best: int | None, gone: list[int]) ->
 
 
 def test_the_best_stays(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, "uid", 1, Retention(keep=1, best=True))
+    store = FolderStore(tmp_path, "uid", 1, Retention(keep=1, best=True))
     store.open()
     for step in (1, 2, 3):
         values = {BEST: {"step": 2 if step > 1 else 1, "loss": 1 / step}}

@@ -17,10 +17,11 @@ import torch
 from finetune_contract import paths
 from finetune_contract.manifest import FORMAT_VERSION, Manifest
 from finetune_trainer.checkpoint.fence import Fence
+from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.retention import Retention
+from finetune_trainer.checkpoint.snapshot import Committed, Snapshot
 from finetune_trainer.checkpoint.split import take_part
 from finetune_trainer.checkpoint.stages import SaveStage
-from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
 from finetune_trainer.errors import StorageError, SupersededError
 
 UID = "1f0c3a2b"
@@ -29,8 +30,8 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 def open_store(
     job_dir: Path, attempt: int = 1, keep: int = 3, on_stage: Callable[[str], None] = lambda _: None
-) -> CheckpointStore:
-    store = CheckpointStore(job_dir, UID, attempt, Retention(keep), on_stage)
+) -> FolderStore:
+    store = FolderStore(job_dir, UID, attempt, Retention(keep), on_stage)
     store.open()
     return store
 
@@ -215,7 +216,7 @@ def test_a_step_is_claimed_once(tmp_path: Path) -> None:
 
 def test_parts_of_several_writers_make_one_checkpoint(tmp_path: Path) -> None:
     store, state = open_store(tmp_path), snapshot(3)
-    parts = [store.write_part(3, take_part(state.tensors, part, 2), part, 2) for part in (1, 0)]
+    parts = [store.write_part(Snapshot(3, take_part(state.tensors, part, 2), {}), part, 2) for part in (1, 0)]
     committed = store.commit(state, [entry for part in parts for entry in part], 0)
     assert choose(tmp_path) == (committed, [])
     loaded = store.load(committed)
@@ -227,7 +228,7 @@ def test_parts_of_several_writers_make_one_checkpoint(tmp_path: Path) -> None:
 
 def test_a_part_that_is_missing_is_no_checkpoint(tmp_path: Path) -> None:
     store, state = open_store(tmp_path), snapshot(3)
-    files = store.write_part(3, take_part(state.tensors, 0, 2), 0, 2)
+    files = store.write_part(Snapshot(3, take_part(state.tensors, 0, 2), {}), 0, 2)
     lost = [entry.model_copy(update={"name": "optimizer-00002-of-00002.safetensors"}) for entry in files]
     with pytest.raises(StorageError, match=r"optimizer-00002-of-00002\.safetensors is missing"):
         store.commit(state, [*files, *lost], 0)

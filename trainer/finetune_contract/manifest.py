@@ -7,7 +7,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from finetune_contract import paths
 
@@ -22,8 +22,17 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
+    """Below the checkpoint's folder; with '/' between its parts where it is not right in it."""
     size_bytes: int = Field(ge=0)
     sha256: str
+
+    @field_validator("name")
+    @classmethod
+    def _stays_below(cls, name: str) -> str:
+        """What is fetched by its name must not land elsewhere."""
+        if name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")):
+            raise ValueError(f"{name!r} is no name below a folder")
+        return name
 
 
 class Manifest(BaseModel):
@@ -70,6 +79,21 @@ def verify(folder: Path, job_uid: str) -> Manifest:
         BadCheckpointError: it is not whole.
     """
     manifest = read_manifest(folder)
+    check_manifest(manifest, job_uid)
+    for entry in manifest.files:
+        verify_size(folder, entry)
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        list(pool.map(lambda entry: verify_file(folder, entry), manifest.files))
+    return manifest
+
+
+def check_manifest(manifest: Manifest, job_uid: str) -> None:
+    """Check what a manifest says of itself.
+
+    Raises:
+        ForeignCheckpointError: it is of another job, or of a newer format.
+        BadCheckpointError: it is damaged.
+    """
     if manifest.format_version > FORMAT_VERSION:
         raise ForeignCheckpointError(
             f"{paths.MANIFEST} has format {manifest.format_version}, and this trainer reads up to {FORMAT_VERSION}"
@@ -78,11 +102,6 @@ def verify(folder: Path, job_uid: str) -> Manifest:
         raise BadCheckpointError(f"{paths.MANIFEST} is damaged")
     if manifest.job_uid != job_uid:
         raise ForeignCheckpointError(f"{paths.MANIFEST} belongs to another job ({manifest.job_uid})")
-    for entry in manifest.files:
-        verify_size(folder, entry)
-    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        list(pool.map(lambda entry: verify_file(folder, entry), manifest.files))
-    return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
@@ -21,6 +22,7 @@ CORRUPT = "corrupt-"
 """Before the name of a checkpoint that was found damaged and set aside."""
 CORRUPT_REASON = "reason.txt"
 """Name of the file in it that says what was wrong."""
+_MARK = re.compile(r"attempt-(\d{8})")
 
 
 def job_folder(namespace: str, job: str, uid: str) -> str:
@@ -49,3 +51,14 @@ def stack_file(job_dir: Path, attempt: int, rank: int) -> Path:
 def fence(job_dir: Path) -> Path:
     """Folder of the attempt marks."""
     return job_dir / FENCE
+
+
+def fence_mark(attempt: int) -> str:
+    """Name of an attempt's mark in the fence."""
+    return f"attempt-{attempt:08d}"
+
+
+def marked_attempt(name: str) -> int:
+    """The attempt that a mark of the fence is of; 0 for anything else."""
+    match = _MARK.fullmatch(name)
+    return int(match[1]) if match else 0

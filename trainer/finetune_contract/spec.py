@@ -76,6 +76,15 @@ class Optimizer(StrEnum):
     PRODIGY = "prodigy"
 
 
+class Sharding(StrEnum):
+    """What of the trained weights each rank holds."""
+
+    NONE = "none"
+    """All of them: gradients are summed, and any survivor can go on."""
+    FULL = "full"
+    """A slice of weights, gradients and optimizer (torch's FSDP2): for what does not fit one GPU."""
+
+
 class BiasStrategy(StrEnum):
     """Which timesteps are drawn more often."""
 
@@ -241,6 +250,11 @@ class TrainingSpec(SpecModel):
     center_crop: bool = Field(default=False, description="crop the centre; default: a random place")
     random_flip: bool = Field(default=False, description="mirror half of the images")
     optimizer: Optimizer = Field(default=Optimizer.ADAMW, description="optimizer")
+    sharding: Sharding = Field(
+        default=Sharding.NONE,
+        description="none: every rank holds all that is trained; full: each holds a slice of it, of its gradients and "
+        "of its optimizer (FSDP2), for what does not fit one GPU",
+    )
     snr_gamma: float | None = Field(
         default=None, gt=0, description="Min-SNR loss weighting (https://arxiv.org/abs/2303.09556)"
     )

@@ -15,6 +15,7 @@ from finetune_contract.spec import (
     MAX_STEPS,
     CheckpointInterval,
     DatasetSpec,
+    Location,
     ModelSpec,
     OutputSpec,
     SpecModel,
@@ -110,18 +111,46 @@ class Nfs(SpecModel):
     path: Path = Field(description="exported path")
 
 
+class BucketSpec(SpecModel):
+    """A folder of an object store; credentials come from spec.secrets or from the pods' workload identity."""
+
+    url: Location = Field(
+        description="s3://, gs:// or az:// with the bucket and a folder, e.g. s3://models/checkpoints"
+    )
+    endpoint: Location | None = Field(
+        default=None, description="address of an S3 server other than the public one, e.g. https://minio.example.com"
+    )
+
+
 class StorageSpec(SpecModel):
-    """Where checkpoints are kept: exactly one of the volumes."""
+    """Where checkpoints are kept: exactly one of the volumes, or a bucket."""
 
     persistent_volume_claim: PersistentVolumeClaim | None = Field(default=None, description="a claim")
     host_path: HostPath | None = Field(default=None, description="a folder of the node")
     nfs: Nfs | None = Field(default=None, description="an NFS export")
+    bucket: BucketSpec | None = Field(
+        default=None,
+        description="a folder of an object store; pods then share no disk, and each fills a cache of its own",
+    )
+
+
+class ScratchSpec(SpecModel):
+    """The nodes' own disks (emptyDir), as the first place of a checkpoint."""
+
+    size_limit: Annotated[str, Field(max_length=32)] | None = Field(
+        default=None, description="most that it may take, e.g. 50Gi; three checkpoints have to fit"
+    )
 
 
 class CheckpointSpec(SpecModel):
     """Checkpoints: where, how often, how many."""
 
     storage: StorageSpec | None = Field(default=None, description="volume shared by all pods; required on a cluster")
+    scratch: ScratchSpec | None = Field(
+        default=None,
+        description="write to the node's own disk first and copy to storage behind that, where storage is slow; {} is "
+        "enough",
+    )
     interval: CheckpointInterval = Field(default=CheckpointInterval(), description="how often to save; default: auto")
     keep: int = Field(default=3, ge=1, le=1000, description="number of verified checkpoints to keep")
     keep_every: int | None = Field(

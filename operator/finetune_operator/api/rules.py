@@ -22,6 +22,7 @@ from finetune_contract.spec import (
     Optimizer,
     OutputFormat,
     Precision,
+    Sharding,
     TextualInversionSpec,
     TimestepBiasSpec,
     TrainingSpec,
@@ -30,6 +31,7 @@ from finetune_contract.spec import (
 from finetune_operator.api import duration
 from finetune_operator.api.job import (
     Accelerator,
+    BucketSpec,
     CpuBackend,
     FineTuneJobSpec,
     ObjectMeta,
@@ -49,10 +51,12 @@ TIMESTEP_BIAS = Scope("spec.training.timestepBias", TimestepBiasSpec)
 VALIDATION = Scope("spec.training.validation", ValidationSpec)
 TOPOLOGY = Scope("spec.topology", TopologySpec)
 STORAGE = Scope("spec.checkpoint.storage", StorageSpec)
+BUCKET = Scope("spec.checkpoint.storage.bucket", BucketSpec)
 INTERVAL = Scope("spec.checkpoint.interval", CheckpointInterval)
 
 LORA_METHODS = (Method.LORA, Method.DREAMBOOTH_LORA)
 DREAMBOOTH_METHODS = (Method.DREAMBOOTH, Method.DREAMBOOTH_LORA)
+SHARDED_METHODS = (Method.FULL, Method.DREAMBOOTH, Method.CONTROLNET)
 GPU_RESOURCE = "nvidia.com/gpu"
 
 DNS_LABEL = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
@@ -60,6 +64,8 @@ DNS_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 QUANTITY = "^[+]?([0-9]+([.][0-9]*)?|[.][0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]{1,3})?$"
 RESOURCE = "^(cpu|memory|ephemeral-storage|hugepages-.+|.+/.+)$"
 MANAGER = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[a-zA-Z0-9]([-._a-zA-Z0-9]*[a-zA-Z0-9])?$"
+BUCKET_URL = "^(s3|gs|az)://[a-z0-9][-._a-z0-9]{1,61}[a-z0-9](/[^/?#]+)*/?$"
+WEB_ADDRESS = "^https?://[^/?#]+/?$"
 MEMORY_PRESET = "^(auto|cpu|[1-9][0-9]{0,3}GB)$"
 
 
@@ -239,6 +245,23 @@ _TRAINING = (
         lambda training: training.lr_warmup_steps == 0 or training.lr_scheduler is not LrScheduler.CONSTANT,
         "lrWarmupSteps is not read by lrScheduler constant; write lrScheduler: constant_with_warmup",
     ),
+    Rule(
+        TRAINING,
+        "sharding",
+        f"self.sharding == 'none' || has(self.method) && self.method in {cel_words(SHARDED_METHODS)}",
+        lambda training: training.sharding is Sharding.NONE or training.method in SHARDED_METHODS,
+        f"sharding is for {', '.join(SHARDED_METHODS)}, which train whole models; leave sharding out",
+        Cause.FORBIDDEN,
+    ),
+    Rule(
+        TRAINING,
+        "sharding",
+        "self.sharding == 'none' || self.optimizer == 'adamw'",
+        lambda training: training.sharding is Sharding.NONE or training.optimizer is Optimizer.ADAMW,
+        "sharding cuts the optimizer's state into slices, which only AdamW's allows; write optimizer: adamw, or leave "
+        "sharding out",
+        Cause.FORBIDDEN,
+    ),
     form(
         "spec.training.memoryPreset",
         MEMORY_PRESET,
@@ -414,13 +437,48 @@ _CHECKPOINT = (
     Rule(
         STORAGE,
         "",
-        "[has(self.persistentVolumeClaim), has(self.hostPath), has(self.nfs)].filter(given, given).size() == 1",
-        lambda storage: [storage.persistent_volume_claim, storage.host_path, storage.nfs].count(None) == 2,
-        "storage needs exactly one of persistentVolumeClaim, hostPath and nfs; write e.g. "
+        "[has(self.persistentVolumeClaim), has(self.hostPath), has(self.nfs), has(self.bucket)]"
+        ".filter(given, given).size() == 1",
+        lambda storage: (
+            [storage.persistent_volume_claim, storage.host_path, storage.nfs, storage.bucket].count(None) == 3
+        ),
+        "storage needs exactly one of persistentVolumeClaim, hostPath, nfs and bucket; write e.g. "
         "persistentVolumeClaim: {claimName: checkpoints}",
     ),
     _absolute("spec.checkpoint.storage.hostPath.path"),
     _absolute("spec.checkpoint.storage.nfs.path"),
+    form(
+        "spec.checkpoint.storage.bucket.url",
+        BUCKET_URL,
+        "url is no folder of an object store; write s3://, gs:// or az:// with the bucket's name and a folder behind "
+        "it, e.g. s3://models/checkpoints",
+    ),
+    form(
+        "spec.checkpoint.storage.bucket.endpoint",
+        WEB_ADDRESS,
+        "endpoint is no web address; write e.g. https://minio.example.com, or leave it out",
+    ),
+    Rule(
+        BUCKET,
+        "endpoint",
+        "!has(self.endpoint) || self.url.startsWith('s3://')",
+        lambda bucket: bucket.endpoint is None or bucket.url.startswith("s3://"),
+        "endpoint is read for s3:// only; leave it out",
+        Cause.FORBIDDEN,
+    ),
+    Rule(
+        SPEC,
+        "checkpoint.scratch",
+        "!has(self.checkpoint) || !has(self.checkpoint.scratch) || self.training.sharding == 'none'",
+        lambda spec: spec.checkpoint.scratch is None or spec.training.sharding is Sharding.NONE,
+        "scratch holds whole checkpoints, and with sharding no node has one; leave scratch out",
+        Cause.FORBIDDEN,
+    ),
+    form(
+        "spec.checkpoint.scratch.sizeLimit",
+        QUANTITY,
+        "sizeLimit is not a Kubernetes quantity; write e.g. 50Gi",
+    ),
     Rule(
         INTERVAL,
         "seconds",

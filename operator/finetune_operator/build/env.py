@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_contract import environment, paths
-from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.job import FineTuneJob, StorageSpec
 from finetune_operator.api.names import pod_host
 from finetune_operator.build import layout
 from finetune_operator.build.fabric import backend, fabric_env
@@ -66,9 +66,22 @@ def _gang(job: FineTuneJob, place: Place, settings: Settings) -> dict[str, str]:
 
 def _folders(job: FineTuneJob, settings: Settings) -> dict[str, str]:
     meta = job.metadata
+    folder = paths.job_folder(meta.namespace, meta.name, meta.uid)
     return {
-        environment.CHECKPOINT_DIR: f"{layout.STORAGE}/{paths.job_folder(meta.namespace, meta.name, meta.uid)}",
+        environment.CHECKPOINT_DIR: f"{layout.STORAGE}/{folder}",
         environment.CACHE_DIR: cache_dir(settings),
+        **({environment.SCRATCH_DIR: f"{layout.NODE_DISK}/{folder}"} if job.spec.checkpoint.scratch else {}),
+        **_bucket(job.spec.checkpoint.storage, folder),
+    }
+
+
+def _bucket(storage: StorageSpec | None, folder: str) -> dict[str, str]:
+    if storage is None or storage.bucket is None:
+        return {}
+    endpoint = storage.bucket.endpoint
+    return {
+        environment.BUCKET: f"{storage.bucket.url.rstrip('/')}/{folder}",
+        **({environment.S3_ENDPOINT: endpoint} if endpoint else {}),
     }
 
 

@@ -15,8 +15,14 @@ def backend(topology: TopologySpec) -> str:
 def fabric_env(topology: TopologySpec) -> dict[str, str]:
     """Environment of the communication library. Gloo wants none."""
     if topology.accelerator is Accelerator.GPU:
-        # A warning names the peer and the interface; NCCL's default says nothing at all.
-        return {"NCCL_DEBUG": "WARN"}
+        return {
+            # A warning names the peer and the interface; NCCL's default says nothing at all.
+            "NCCL_DEBUG": "WARN",
+            # Torch's watchdog would end the process when a peer is gone, and its monitor when a thread is slow, before
+            # a survivor has saved. The ranks end by the supervisor's word, and hangs are recovery.hangTimeout's.
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+            "TORCH_NCCL_ENABLE_MONITORING": "0",
+        }
     if topology.cpu.backend is CpuBackend.CCL:
         return {
             # The supervisor starts the ranks, not mpirun; it adds each one's CCL_LOCAL_RANK and its worker's core.

@@ -13,5 +13,7 @@ TOKEN_FILE = "token"  # noqa: S105
 CA_FILE = "ca.crt"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  the folder that POSIX shared memory is bound to
 SCRATCH = "/tmp"  # noqa: S108  an emptyDir of the pod
+NODE_DISK = "/finetune/scratch"
+"""An emptyDir for checkpoints on their way to the storage."""
 TERMINATION_LOG = "/dev/termination-log"
 """Kubernetes' default: it is there even under a read-only root file system."""

@@ -21,6 +21,9 @@ def build_volumes(job: FineTuneJob, settings: Settings) -> list[tuple[Volume, di
         _mounted("shared-memory", _shared_memory(job.spec.topology), layout.SHARED_MEMORY),
         _mounted("scratch", {"emptyDir": {}}, layout.SCRATCH),
     ]
+    if scratch := job.spec.checkpoint.scratch:
+        size = {"sizeLimit": scratch.size_limit} if scratch.size_limit else {}
+        volumes.append(_mounted("node-disk", {"emptyDir": size}, layout.NODE_DISK))
     if settings.cache_claim:
         volumes.append(_mounted("cache", _claim(settings.cache_claim), layout.CACHE))
     if settings.coordinator_url:
@@ -49,6 +52,7 @@ def _storage(storage: StorageSpec | None) -> dict[str, Any]:
         return {"hostPath": {"path": storage.host_path.path, "type": "DirectoryOrCreate"}}
     if storage.nfs is not None:
         return {"nfs": {"server": storage.nfs.server, "path": storage.nfs.path}}
+    # With a bucket, what lies here is a copy of what is there, or can be made anew.
     return {"emptyDir": {}}
 
 

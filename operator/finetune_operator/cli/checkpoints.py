@@ -10,14 +10,18 @@ import argparse
 import json
 import re
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from finetune_contract import paths
+from finetune_contract.bucket import is_bucket_url
 from finetune_contract.manifest import BadCheckpointError, Manifest, read_manifest, verify
 from finetune_operator.cli import words
+from finetune_operator.cli.bucket_checkpoints import BucketCopy
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.get import find
@@ -57,15 +61,31 @@ class Found:
 
 def checkpoints(arguments: argparse.Namespace) -> Exit:
     """Carry out `finetune checkpoints`."""
-    folder = _folder(arguments)
+    if arguments.folder is None or not is_bucket_url(arguments.folder):
+        folder = _folder(arguments)
+        return _act(arguments, folder, str(folder), lambda _: None)
+    with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
+        copy = BucketCopy(arguments.folder, Path(name))
+        return _act(arguments, Path(name), arguments.folder, lambda one: copy.bring(one.folder.name))
+
+
+def _act(arguments: argparse.Namespace, folder: Path, where: str, bring: Callable[[Found], None]) -> Exit:
+    """Carry out the action on a folder.
+
+    Args:
+        where: the folder's name for people.
+        bring: called before more than the manifest of a checkpoint is read.
+    """
     found = look(folder)
     if arguments.action == "list":
-        sys.stdout.write(listing(found, utc_now()) if found else f"No checkpoints in {folder}.\n")
+        sys.stdout.write(listing(found, utc_now()) if found else f"No checkpoints in {where}.\n")
         return Exit.SUCCEEDED
+    picked = [_pick(found, name) for name in arguments.names] or [one for one in found if not one.reason]
+    for one in picked:
+        bring(one)
     if arguments.action == "verify":
-        return _verify([_pick(found, name) for name in arguments.names] or [one for one in found if not one.reason])
-    old, new = (_pick(found, name) for name in arguments.names)
-    sys.stdout.write(difference(old, new))
+        return _verify(picked)
+    sys.stdout.write(difference(*picked))
     return Exit.SUCCEEDED
 
 
@@ -150,7 +170,7 @@ def _verify(found: list[Found]) -> Exit:
 def _folder(arguments: argparse.Namespace) -> Path:
     """The folder of a job's checkpoints: given, or that of a job of this machine."""
     if arguments.folder is not None:
-        folder: Path = arguments.folder
+        folder = Path(arguments.folder)
         return folder if _holds_any(folder) else paths.checkpoints(folder)
     if arguments.name is None:
         raise UsageError("checkpoints: name a job, or give a folder with --folder")
@@ -199,7 +219,7 @@ def _manifest(folder: Path) -> Manifest | None:
 def _tensors(one: Found) -> dict[str, str]:
     """Type and shape of every tensor, by group and name, from the heads of the files."""
     found: dict[str, str] = {}
-    for path in sorted(one.folder.glob(f"*{TENSORS}")):
+    for path in sorted(one.folder.rglob(f"*{TENSORS}")):
         group = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
         for name, entry in _header(path).items():
             shape = "x".join(str(size) for size in entry["shape"]) or "scalar"
@@ -222,14 +242,15 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _values(one: Found) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads((one.folder / "state.json").read_text(encoding="utf-8"))
+        (state,) = one.folder.rglob("state.json")
+        values: dict[str, Any] = json.loads(state.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return values
 
 
 def _hashes(one: Found) -> dict[str, str]:
-    return {} if one.manifest is None else {entry.name: entry.sha256 for entry in one.manifest.files}
+    return {} if one.manifest is None else {entry.name.rpartition("/")[2]: entry.sha256 for entry in one.manifest.files}
 
 
 def _short(value: Any) -> str:

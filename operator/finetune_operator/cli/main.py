@@ -122,7 +122,8 @@ def _add_checkpoints(command: argparse.ArgumentParser) -> None:
     of = argparse.ArgumentParser(add_help=False)
     of.add_argument("name", type=_name, nargs="?", help="name of a job of this machine")
     of.add_argument(
-        "--folder", type=Path, help="in place of a job: the folder of a job on some storage, or its checkpoints folder"
+        "--folder",
+        help="in place of a job: the folder of a job, on some storage or in a bucket (s3://...), or the one below it",
     )
     actions.add_parser("list", parents=[of], help="all checkpoints, those that were set aside, too").set_defaults(
         names=[]

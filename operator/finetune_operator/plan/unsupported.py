@@ -32,7 +32,8 @@ GAPS = (
 )
 
 NO_STORAGE = (
-    "spec.checkpoint.storage: the pods need a volume that they share; write persistentVolumeClaim, hostPath or nfs."
+    "spec.checkpoint.storage: the pods need a volume that they share, or a bucket; write persistentVolumeClaim, "
+    "hostPath, nfs or bucket."
 )
 
 

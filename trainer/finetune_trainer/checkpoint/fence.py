@@ -6,14 +6,12 @@ anything. A mark is a file of its own that is made once and never written again,
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetune_contract import paths
 from finetune_trainer.errors import SupersededError
 from finetune_trainer.files import sync_folder
-
-_MARK = re.compile(r"attempt-(\d{8})")
 
 
 class Fence:
@@ -31,7 +29,7 @@ class Fence:
             OSError: the storage cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / f"attempt-{self._attempt:08d}").touch()
+        (self._folder / paths.fence_mark(self._attempt)).touch()
         sync_folder(self._folder)
         self.check()
 
@@ -42,7 +40,15 @@ class Fence:
             SupersededError: one has.
             OSError: the storage cannot be read.
         """
-        marks = (_MARK.fullmatch(entry.name) for entry in self._folder.iterdir())
-        newest = max((int(mark[1]) for mark in marks if mark), default=0)
-        if newest > self._attempt:
-            raise SupersededError(f"attempt {newest} has begun: attempt {self._attempt} writes nothing more")
+        check_marks((entry.name for entry in self._folder.iterdir()), self._attempt)
+
+
+def check_marks(names: Iterable[str], attempt: int) -> None:
+    """Go on only while none of the marks is a newer attempt's.
+
+    Raises:
+        SupersededError: one is.
+    """
+    newest = max(map(paths.marked_attempt, names), default=0)
+    if newest > attempt:
+        raise SupersededError(f"attempt {newest} has begun: attempt {attempt} writes nothing more")

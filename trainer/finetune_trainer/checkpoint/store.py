@@ -1,94 +1,50 @@
-"""The checkpoints of one job on one storage, as one rank sees them.
+"""The checkpoints of one job on one storage, as one rank sees them: what is common to every kind of storage.
 
-A save is written into a folder aside by one rank or by several, each its own files; every file is made durable, then
-read back from the disk. One rank commits: the manifest is written last, the folder renamed, its parent made durable,
-the attempt fence looked at. Only then do older checkpoints go. A kill at any moment leaves whole checkpoints and, at
-most, folders whose names say that they do not count; the next attempt sweeps those away.
+A save is written by one rank or by several, each its own files; every file is made durable, then read back. One rank
+commits: the manifest is written last, and that alone makes a checkpoint count; the attempt fence is looked at before
+and behind it. Only then do older checkpoints go. A kill at any moment leaves whole checkpoints and, at most, files that
+no manifest names; the next attempt sweeps those away.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import logging
 import re
-import secrets
-import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune_contract import paths
-from finetune_contract.manifest import (
-    BadCheckpointError,
-    FileEntry,
-    ForeignCheckpointError,
-    Manifest,
-    verify,
-    verify_file,
-    verify_size,
-)
-from finetune_trainer.checkpoint.fence import Fence
+from finetune_contract.manifest import BadCheckpointError, FileEntry, ForeignCheckpointError, Manifest
 from finetune_trainer.checkpoint.retention import Retention, removable
-from finetune_trainer.checkpoint.split import Groups, file_name, group_of
-from finetune_trainer.checkpoint.stages import SaveStage, write_stage
-from finetune_trainer.checkpoint.tensor_stream import write_stream
+from finetune_trainer.checkpoint.snapshot import BEST, STATE, Committed, Snapshot
+from finetune_trainer.checkpoint.split import group_of
+from finetune_trainer.checkpoint.stages import SaveStage
 from finetune_trainer.errors import StorageError
-from finetune_trainer.files import sync_file, sync_folder, write_aside
 
 _LOG = logging.getLogger(__name__)
 
-STATE = "state.json"
-BEST = "best_validation"
-"""Key of a snapshot's values: {"step", "loss"} of the best validation so far; its checkpoint may stay for that."""
-_NAME = re.compile(r"step-(\d{8,})-a(\d+)")
-_WRITING = ".writing-"
-_DELETING = ".deleting-"
-_PROBE = ".probe-"
-_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+NAME = re.compile(r"step-(\d{8,})-a(\d+)")
+"""Name of a checkpoint that counts: its step and the attempt that wrote it."""
+COPY = "-copy"
+"""Tells what is copied from another storage apart from what is written here."""
 StageHook = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The state of a run after a step.
-
-    Attributes:
-        step: finished optimizer steps.
-        tensors: groups of named tensors, e.g. "model" and "optimizer".
-        values: everything else, as JSON.
-    """
-
-    step: int
-    tensors: Groups
-    values: Mapping[str, Any]
+def checkpoint_name(step: int, attempt: int) -> str:
+    """Name of a checkpoint."""
+    return f"step-{step:08d}-a{attempt}"
 
 
-@dataclass(frozen=True)
-class Committed:
-    """A checkpoint that was verified."""
-
-    folder: Path
-    manifest: Manifest
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of its files."""
-        return sum(entry.size_bytes for entry in self.manifest.files)
-
-
-class CheckpointStore:
+class CheckpointStore(ABC):
     """Writes, commits, chooses and prunes.
 
     Args:
-        job_dir: the job's folder on the storage.
         job_uid: whose checkpoints count.
         attempt: which attempt this is.
         retention: what stays.
@@ -96,21 +52,13 @@ class CheckpointStore:
             there.
     """
 
-    def __init__(
-        self,
-        job_dir: Path,
-        job_uid: str,
-        attempt: int,
-        retention: Retention,
-        on_stage: StageHook = lambda _: None,
-    ) -> None:
-        self._folder = paths.checkpoints(job_dir)
-        self._fence = Fence(job_dir, attempt)
+    def __init__(self, job_uid: str, attempt: int, retention: Retention, on_stage: StageHook = lambda _: None) -> None:
         self._job_uid = job_uid
         self._attempt = attempt
         self._retention = retention
         self.on_stage = on_stage
 
+    @abstractmethod
     def open(self) -> None:
         """Mark the attempt, and sweep away what killed saves have left.
 
@@ -118,35 +66,46 @@ class CheckpointStore:
             SupersededError: a newer attempt has begun.
             StorageError: the storage cannot be written.
         """
-        with _telling():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._fence.mark()
-            for entry in self._folder.iterdir():
-                if entry.name.startswith((_WRITING, _DELETING)):
-                    shutil.rmtree(entry, ignore_errors=True)
-                elif entry.name.startswith(_PROBE):
-                    entry.unlink(missing_ok=True)
 
+    @abstractmethod
     def put_probe(self) -> str:
-        """Leave a file of a name that nobody can have looked for yet, and return the name.
+        """Leave something of a name that nobody can have looked for yet, and return the name.
 
         Raises:
             StorageError: the storage cannot be written.
         """
-        name = f"{_PROBE}{secrets.token_hex(8)}"
-        with _telling():
-            (self._folder / name).touch()
-            sync_folder(self._folder)
-        return name
 
+    @abstractmethod
     def has_probe(self, name: str) -> bool:
         """Whether another rank's probe is here: then the storage is the same one."""
-        return (self._folder / name).exists()
 
+    @abstractmethod
     def remove_probe(self, name: str) -> None:
         """Take it away again."""
-        with contextlib.suppress(OSError):
-            (self._folder / name).unlink()
+
+    @abstractmethod
+    def find(self, name: str) -> Committed:
+        """A checkpoint that another rank has chosen, to be read by this one, too.
+
+        Raises:
+            StorageError: it is not here.
+        """
+
+    @abstractmethod
+    def num_corrupt(self) -> int:
+        """How many damaged checkpoints have been set aside in the life of the job."""
+
+    @abstractmethod
+    def claim(self, step: int) -> bool:
+        """Claim the writing of a step for this process; False where another one of this attempt has.
+
+        Raises:
+            StorageError: the storage cannot be written.
+        """
+
+    @abstractmethod
+    def discard(self, step: int, writer: str = "") -> None:
+        """Remove what a failed save has written, as far as that is possible."""
 
     def choose(self, warn: Callable[[str], None]) -> Committed | None:
         """The newest checkpoint that verifies.
@@ -156,43 +115,22 @@ class CheckpointStore:
         Raises:
             StorageError: the storage cannot be read.
         """
-        with _telling():
+        with telling():
             candidates = sorted(self._list(), reverse=True)
         for step, attempt in candidates:
-            folder = self._path(step, attempt)
+            name = checkpoint_name(step, attempt)
             try:
-                return Committed(folder, verify(folder, self._job_uid))
+                return self._verified(name)
             except ForeignCheckpointError as error:
-                warn(f"checkpoint {folder.name} is skipped: {error}")
+                warn(f"checkpoint {name} is skipped: {error}")
             except BadCheckpointError as error:
-                warn(f"checkpoint {folder.name} is damaged: {error}; {self._set_aside(folder, str(error))}")
+                warn(f"checkpoint {name} is damaged: {error}; {self._set_aside(name, str(error))}")
         return None
-
-    def num_corrupt(self) -> int:
-        """How many damaged checkpoints have been set aside in the life of the job."""
-        with contextlib.suppress(OSError):
-            return sum(entry.name.startswith(paths.CORRUPT) for entry in self._folder.iterdir())
-        return 0
 
     def holds(self, step: int) -> bool:
         """Whether this attempt, or an older one, has committed this step or a later one."""
-        with _telling():
+        with telling():
             return any(entry >= step and attempt <= self._attempt for entry, attempt in self._list())
-
-    def claim(self, step: int) -> bool:
-        """Claim the writing of a step for this process; False where another one of this attempt has.
-
-        Making a folder is exclusive on NFS, too.
-
-        Raises:
-            StorageError: the storage cannot be written.
-        """
-        with _telling():
-            try:
-                (self._folder / f"{_WRITING}claim-{self._name(step)}").mkdir()
-            except FileExistsError:
-                return False
-        return True
 
     def save(self, snapshot: Snapshot, time: float, writer: str = "") -> Committed:
         """Write a checkpoint alone, verify it, and only then let older ones go.
@@ -207,16 +145,15 @@ class CheckpointStore:
             StorageError: it could not be written or does not read back.
         """
         with self._guarded():
-            shutil.rmtree(self._aside(snapshot.step, writer), ignore_errors=True)
-        files = self.write_part(snapshot.step, snapshot.tensors, 0, 1, writer)
+            self._make_room(snapshot.step, writer)
+        files = self.write_part(snapshot, 0, 1, writer)
         return self.commit(snapshot, files, time, writer)
 
-    def write_part(self, step: int, tensors: Groups, part: int, parts: int, writer: str = "") -> tuple[FileEntry, ...]:
-        """Write one part of a checkpoint aside: durable, and read back.
+    def write_part(self, snapshot: Snapshot, part: int, parts: int, writer: str = "") -> tuple[FileEntry, ...]:
+        """Write one part of a checkpoint: durable, and read back.
 
         Args:
-            step: finished optimizer steps.
-            tensors: the tensors of this part.
+            snapshot: its tensors are those of this part.
             part: its number, from 0.
             parts: number of parts.
             writer: see `save`.
@@ -225,20 +162,11 @@ class CheckpointStore:
             SupersededError: a newer attempt has begun.
             StorageError: it could not be written or does not read back.
         """
-        aside = self._aside(step, writer)
-        files = []
         with self._guarded():
-            aside.mkdir(exist_ok=True)
-            for group, each in sorted(tensors.items()):
-                self.on_stage(write_stage(group))
-                files.append(write_stream(aside / file_name(group, part, parts), each))
-            self.on_stage(SaveStage.READ_BACK)
-            for entry in files:
-                verify_file(aside, entry, from_disk=True)
-        return tuple(files)
+            return self._write_part(snapshot, part, parts, writer)
 
     def commit(self, snapshot: Snapshot, files: Iterable[FileEntry], time: float, writer: str = "") -> Committed:
-        """Make what was written aside count, and only then let older checkpoints go.
+        """Make what was written count, and only then let older checkpoints go.
 
         Args:
             snapshot: its step and values are written; its tensors are in the files.
@@ -250,95 +178,125 @@ class CheckpointStore:
             SupersededError: a newer attempt has begun; the checkpoint does not count.
             StorageError: it could not be written, or a part is missing.
         """
-        aside = self._aside(snapshot.step, writer)
         with self._guarded():
-            manifest = self._write_manifest(aside, snapshot, files, time)
-            self.on_stage(SaveStage.CHECK_FENCE)
-            self._fence.check()
-            self.on_stage(SaveStage.RENAME)
-            folder = self._rename(aside, snapshot.step)
+            self.on_stage(SaveStage.WRITE_STATE)
+            state = json.dumps(snapshot.values, indent=1, sort_keys=True).encode()
+            ordered = self._write_state(snapshot.step, writer, state, tuple(files))
+            plain = Manifest(job_uid=self._job_uid, attempt=self._attempt, step=snapshot.step, time=time, files=ordered)
+            committed = self._publish(plain.sealed(), writer)
             self.on_stage(SaveStage.CHECK_FENCE_AGAIN)
-            self._fence.check()
-            committed = Committed(folder, manifest)
+            self._check_fence()
             self.on_stage(SaveStage.PRUNE)
             self._prune(committed, snapshot.values.get(BEST))
         self.on_stage(SaveStage.DONE)
         return committed
 
-    def discard(self, step: int, writer: str = "") -> None:
-        """Remove what a failed save has written aside, as far as that is possible."""
-        shutil.rmtree(self._aside(step, writer), ignore_errors=True)
+    def adopt(self, committed: Committed) -> Committed:
+        """Copy a checkpoint from another storage of the same job, verify the copy, and let older ones go.
+
+        Raises:
+            SupersededError: a newer attempt has begun; the copy does not count.
+            StorageError: it could not be copied.
+        """
+        manifest = committed.manifest
+        with self._guarded():
+            if self.holds(manifest.step):
+                return committed
+            best = self.load_values(committed).get(BEST)
+            self._make_room(manifest.step, COPY)
+            files = self._copy_in(committed)
+            plain = manifest.model_copy(update={"files": by_name(files), "attempt": self._attempt})
+            copy = self._publish(plain.sealed(), COPY)
+            self._check_fence()
+            self._prune(copy, best)
+        return copy
+
+    def newest(self) -> tuple[int, int]:
+        """Step and attempt of the newest that has the name of a checkpoint; (-1, 0) where there is none.
+
+        Raises:
+            StorageError: the storage cannot be read.
+        """
+        with telling():
+            return max(self._list(), default=(-1, 0))
+
+    @property
+    def behind(self) -> CheckpointStore:
+        """The storage that outlives this machine; of most stores it is the store itself."""
+        return self
 
     def load(self, committed: Committed) -> Snapshot:
-        """Read a verified checkpoint.
+        """Read a checkpoint that was chosen.
 
         Raises:
             StorageError: it can no longer be read.
         """
+        tensors: dict[str, dict[str, Tensor]] = {}
         try:
-            values = json.loads((committed.folder / STATE).read_text(encoding="utf-8"))
-            tensors: dict[str, dict[str, Tensor]] = {}
             for entry in committed.manifest.files:
-                if group := group_of(entry.name):
-                    tensors.setdefault(group, {}).update(load_file(committed.folder / entry.name))
-        except (OSError, ValueError, SafetensorError) as error:
+                path = committed.folder / entry.name
+                if group := group_of(path.name):
+                    tensors.setdefault(group, {}).update(load_file(path))
+        except (OSError, SafetensorError) as error:
             raise StorageError(f"checkpoint {committed.folder.name} cannot be read: {error}") from error
-        return Snapshot(committed.manifest.step, tensors, values)
+        return Snapshot(committed.manifest.step, tensors, self.load_values(committed))
 
-    def _write_manifest(self, aside: Path, snapshot: Snapshot, files: Iterable[FileEntry], time: float) -> Manifest:
-        self.on_stage(SaveStage.WRITE_STATE)
-        state = json.dumps(snapshot.values, indent=1, sort_keys=True).encode()
-        (aside / STATE).write_bytes(state)
-        sync_file(aside / STATE)
-        entry = FileEntry(name=STATE, size_bytes=len(state), sha256=hashlib.sha256(state).hexdigest())
-        verify_file(aside, entry, from_disk=True)
-        ordered = tuple(sorted((*files, entry), key=lambda file: file.name))
-        for file in ordered:
-            # Another rank's part was read back by that rank; here it must be seen, too.
-            verify_size(aside, file)
-        self.on_stage(SaveStage.WRITE_MANIFEST)
-        plain = Manifest(job_uid=self._job_uid, attempt=self._attempt, step=snapshot.step, time=time, files=ordered)
-        manifest = plain.sealed()
-        (aside / paths.MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-        sync_file(aside / paths.MANIFEST)
-        sync_folder(aside)
-        return manifest
+    def load_values(self, committed: Committed) -> dict[str, Any]:
+        """Read what a checkpoint holds besides tensors.
 
-    def _rename(self, aside: Path, step: int) -> Path:
-        """Give a checkpoint the name by which it counts."""
-        folder = self._path(step, self._attempt)
+        Raises:
+            StorageError: it can no longer be read.
+        """
+        files = [committed.folder / entry.name for entry in committed.manifest.files]
         try:
-            aside.rename(folder)
-        except OSError as error:
-            if error.errno not in _TAKEN:
-                raise
-            self._replace(folder, aside)
-        sync_folder(self._folder)
-        return folder
+            (state,) = (path for path in files if path.name == STATE)
+            return dict(json.loads(state.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise StorageError(f"checkpoint {committed.folder.name} cannot be read: {error}") from error
 
-    def _replace(self, folder: Path, aside: Path) -> None:
-        """There is one of this name: a survivor of the same attempt wrote the same state, or it is damaged."""
-        try:
-            verify(folder, self._job_uid)
-        except BadCheckpointError as error:
-            self._set_aside(folder, str(error))
-            aside.rename(folder)
-        else:
-            shutil.rmtree(aside, ignore_errors=True)
+    @abstractmethod
+    def _check_fence(self) -> None:
+        """Go on only while no newer attempt has begun."""
 
-    def _set_aside(self, folder: Path, why: str) -> str:
-        """Rename a damaged checkpoint, with the reason beside its files; say in words what became of it."""
-        number = 1
-        while (target := folder.with_name(f"{paths.CORRUPT}{folder.name}-{number}")).exists():
-            number += 1
-        try:
-            with contextlib.suppress(OSError):
-                write_aside(folder / paths.CORRUPT_REASON, f"{why}\n".encode())
-            folder.rename(target)
-            sync_folder(self._folder)
-        except OSError as error:
-            return f"it cannot be set aside ({error.strerror}) and is skipped"
-        return f"set aside as {target.name}"
+    @abstractmethod
+    def _list(self) -> list[tuple[int, int]]:
+        """Step and attempt of everything with the name of a checkpoint."""
+
+    @abstractmethod
+    def _verified(self, name: str) -> Committed:
+        """Look at every byte of a checkpoint.
+
+        Raises:
+            BadCheckpointError: see `manifest.verify`.
+        """
+
+    @abstractmethod
+    def _set_aside(self, name: str, why: str) -> str:
+        """Keep a damaged checkpoint with the reason where it counts no more; say in words what became of it."""
+
+    @abstractmethod
+    def _make_room(self, step: int, writer: str) -> None:
+        """Remove what an earlier try of the same writer has left."""
+
+    @abstractmethod
+    def _write_part(self, snapshot: Snapshot, part: int, parts: int, writer: str) -> tuple[FileEntry, ...]:
+        """See `write_part`."""
+
+    @abstractmethod
+    def _copy_in(self, committed: Committed) -> tuple[FileEntry, ...]:
+        """Copy the files of another storage's checkpoint: durable, and read back."""
+
+    @abstractmethod
+    def _write_state(self, step: int, writer: str, state: bytes, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        """Write state.json, see that all parts are there, and return all files in the order of their names."""
+
+    @abstractmethod
+    def _publish(self, manifest: Manifest, writer: str) -> Committed:
+        """Write the manifest, look at the fence, and make the checkpoint count."""
+
+    @abstractmethod
+    def _remove(self, name: str) -> None:
+        """Take a checkpoint out of the list first, then delete it: a kill leaves no half that looks whole."""
 
     def _prune(self, newest: Committed, best: Mapping[str, Any] | None) -> None:
         """Remove what the retention lets go of."""
@@ -346,50 +304,39 @@ class CheckpointStore:
         try:
             best_step = None if best is None else int(best["step"])
             for step, attempt in removable(self._list(), entry, self._retention, best_step):
-                folder = self._path(step, attempt)
-                self._fence.check()
-                self.on_stage(f"{SaveStage.REMOVE} {folder.name}")
-                self._remove(folder)
+                name = checkpoint_name(step, attempt)
+                self._check_fence()
+                self.on_stage(f"{SaveStage.REMOVE} {name}")
+                self._remove(name)
         except OSError as error:
             # The newer one is committed; the next save tries again.
             _LOG.warning("checkpoint storage: an old checkpoint cannot be removed: %s", error)
-
-    def _remove(self, folder: Path) -> None:
-        """Take a checkpoint out of the list in one rename, then delete it: a kill leaves no half that looks whole."""
-        aside = folder.with_name(f"{_DELETING}{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        self.on_stage(SaveStage.DELETE)
-        shutil.rmtree(aside, ignore_errors=True)
-
-    def _list(self) -> list[tuple[int, int]]:
-        """Step and attempt of everything with the name of a checkpoint."""
-        matches = (_NAME.fullmatch(folder.name) for folder in self._folder.iterdir())
-        return [(int(match[1]), int(match[2])) for match in matches if match]
-
-    def _name(self, step: int) -> str:
-        return f"step-{step:08d}-a{self._attempt}"
-
-    def _path(self, step: int, attempt: int) -> Path:
-        return self._folder / f"step-{step:08d}-a{attempt}"
-
-    def _aside(self, step: int, writer: str) -> Path:
-        return self._folder / f"{_WRITING}{self._name(step)}{writer}"
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         """A newer attempt sweeps away what an older one still writes: then that is the cause of what fails."""
         try:
-            with _telling():
+            with telling():
                 yield
         except StorageError:
             with contextlib.suppress(OSError):
-                self._fence.check()
+                self._check_fence()
             raise
 
 
+def ordered_names(found: Iterable[str]) -> list[tuple[int, int]]:
+    """Step and attempt of those names that are a checkpoint's."""
+    matches = (NAME.fullmatch(name) for name in found)
+    return [(int(match[1]), int(match[2])) for match in matches if match]
+
+
+def by_name(files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
+    """Files in the order in which a manifest names them."""
+    return tuple(sorted(files, key=lambda file: file.name))
+
+
 @contextlib.contextmanager
-def _telling() -> Iterator[None]:
+def telling() -> Iterator[None]:
     """Say what is wrong with the storage in one sentence."""
     try:
         yield

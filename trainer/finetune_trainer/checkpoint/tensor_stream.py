@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
 from finetune_contract.manifest import FileEntry
 
@@ -37,12 +40,15 @@ _DTYPES = {
 }
 
 
-def write_stream(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+def write_stream(
+    path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> FileEntry:
     """Write named tensors, durable; the same tensors give the same bytes.
 
     Args:
         path: a file that is made anew.
         tensors: of any shape, on any device; a tensor that is not contiguous on the CPU costs a copy of itself.
+        offsets: where shards begin in the whole tensors; then all of `tensors` are shards.
 
     Returns:
         Name, size and SHA-256 of what was meant to be written.
@@ -50,24 +56,20 @@ def write_stream(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     Raises:
         OSError: it could not be written.
     """
-    # Large elements first, so that every tensor is aligned to its own.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     digest = hashlib.sha256()
     size = 0
     flush: Future[None] | None = None
     # A thread starts with the first early flush: a small file has none.
     with path.open("wb", buffering=_BUFFER_BYTES) as file, ThreadPoolExecutor(1) as flusher:
-        for data in (_header(ordered), *(_view(tensor) for _, tensor in ordered)):
-            for start in range(0, len(data), CHUNK_BYTES):
-                chunk = data[start : start + CHUNK_BYTES]
-                digest.update(chunk)
-                file.write(chunk)
-                before, size = size, size + len(chunk)
-                if before // FLUSH_BYTES != size // FLUSH_BYTES and (flush is None or flush.done()):
-                    if flush is not None:
-                        # An error of the disk is told once.
-                        flush.result()
-                    flush = flusher.submit(os.fdatasync, file.fileno())
+        for chunk in chunks(tensors, offsets):
+            digest.update(chunk)
+            file.write(chunk)
+            before, size = size, size + len(chunk)
+            if before // FLUSH_BYTES != size // FLUSH_BYTES and (flush is None or flush.done()):
+                if flush is not None:
+                    # An error of the disk is told once.
+                    flush.result()
+                flush = flusher.submit(os.fdatasync, file.fileno())
         file.flush()
         if flush is not None:
             flush.result()
@@ -75,8 +77,23 @@ def write_stream(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     return FileEntry(name=path.name, size_bytes=size, sha256=digest.hexdigest())
 
 
-def _header(ordered: list[tuple[str, Tensor]]) -> memoryview:
-    entries, offset = {}, 0
+def chunks(
+    tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> Iterator[memoryview]:
+    """The bytes of a safetensors file, from its beginning to its end; see `write_stream`."""
+    # Large elements first, so that every tensor is aligned to its own.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for data in (_header(ordered, offsets), *(_view(tensor) for _, tensor in ordered)):
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+
+def _header(ordered: list[tuple[str, Tensor]], offsets: Mapping[str, Sequence[int]]) -> memoryview:
+    entries: dict[str, Any] = {}
+    offset = 0
+    if offsets:
+        info = {name: {SAVED_OFFSETS_KEY: list(offsets[name])} for name, _ in ordered}
+        entries["__metadata__"] = {CUSTOM_METADATA_KEY: json.dumps(info, separators=(",", ":"))}
     for name, tensor in ordered:
         end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {

@@ -6,6 +6,7 @@ ranks, sees the same samples in the same order. Nothing is kept but the seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,6 +60,11 @@ def micro_batches(positions: range, batch_size: int) -> Iterator[range]:
     """Cut a share into runs of `batch_size` positions, the last of which may be shorter."""
     for start in range(0, len(positions), batch_size):
         yield positions[start : start + batch_size]
+
+
+def most_micro_batches(global_batch: int, world_size: int, batch_size: int) -> int:
+    """How many micro-batches the rank with the largest share makes in a step."""
+    return math.ceil(math.ceil(global_batch / world_size) / batch_size)
 
 
 def total_steps(steps: int | None, epochs: int | None, num_samples: int, global_batch: int) -> int:

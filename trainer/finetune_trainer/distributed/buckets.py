@@ -6,37 +6,28 @@ floats are added never depends on where a run began (torch's DDP lays its bucket
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from enum import IntEnum
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from finetune_trainer.distributed.gradients import Signal
 from finetune_trainer.distributed.world import World
 
 BUCKET_NUMEL = 16 * 1024 * 1024
 """Elements of a bucket (64 MiB): large enough that the start of a collective costs nothing beside it."""
 
 
-class Signal(IntEnum):
-    """Slots of the numbers that travel behind the gradients; each is summed over the ranks."""
-
-    LOSS = 0
-    """Sum of the samples' losses."""
-    SAMPLES = 1
-    """Number of samples that the losses were summed over."""
-    NOTICES = 2
-    """Ranks that have been told to stop."""
-    SAVE_DUE = 3
-    """1 where the clock of rank 0 says that a checkpoint is due."""
-
-
 class GradientBuckets:
     """The gradients of the trained parameters as views into flat fp32 buffers.
 
     Backward adds into the buffers directly; nothing is copied. The last buffer ends with one slot for each Signal, so
-    that agreeing on a loss, or to stop, costs no collective of its own.
+    that agreeing on a loss, or to stop, costs no collective of its own. See `Gradients`.
     """
+
+    in_step: ClassVar[bool] = False
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         groups = assign_buckets([parameter.numel() for parameter in parameters], BUCKET_NUMEL)
@@ -58,6 +49,10 @@ class GradientBuckets:
         """Set gradients and signals to zero for the next step."""
         for buffer in self._buffers:
             buffer.zero_()
+
+    def passes(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is said to other ranks in it."""
+        return contextlib.nullcontext()
 
     def reduce(self, world: World) -> None:
         """Sum gradients and signals over all ranks.

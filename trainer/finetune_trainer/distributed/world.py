@@ -26,6 +26,8 @@ from finetune_trainer.errors import ConfigError, FabricError
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, GROWTH = 0.02, 1.0, 1.05
 """Between two looks whether rank 0 is there: at first short, for it comes with the others; in the end a second."""
 
+_FABRIC_WORDS = ("gloo", "NCCL", "Connection closed", "Connection reset", "connect() timed out")
+"""In what torch says when a connection breaks."""
 _CPU_BACKENDS = ("gloo", "ccl")
 
 T = TypeVar("T")
@@ -99,6 +101,21 @@ class World:
         """Leave the world in good order, when all ranks do."""
         if self.size > 1:
             dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def peers(self, what: str) -> Iterator[None]:
+        """A block of somebody else's collectives, with errors of its own besides.
+
+        Raises:
+            FabricError: a peer was lost.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or any(word in str(error) for word in _FABRIC_WORDS):
+                first_line = str(error).strip().splitlines()[0]
+                raise FabricError(f"rank {self.rank} lost a peer in {what}: {first_line}") from error
+            raise
 
     @contextlib.contextmanager
     def _peers(self, what: str) -> Iterator[None]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune_contract.spec import ControlNetSpec, OutputFormat
 from finetune_trainer.errors import ConfigError
@@ -50,6 +51,10 @@ class ControlNet(UNetMethod):
             **conditions,
         )[0]
         return answer
+
+    def sharded_modules(self) -> Sequence[nn.Module]:
+        """The ControlNet; the frozen UNet stays whole on every rank."""
+        return [self._controlnet]
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
         """Write the ControlNet's folder as diffusers' from_pretrained reads it, fp32."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from finetune_contract.spec import OutputFormat
 from finetune_trainer.methods.method import MethodContext
@@ -37,6 +39,10 @@ class Full(UNetMethod):
                 if parameter.requires_grad
             }
         )
+
+    def sharded_modules(self) -> Sequence[nn.Module]:
+        """All that is trained."""
+        return list(self._trained.values())
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
         """Write the whole pipeline as a folder in diffusers' layout, fp32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -62,6 +62,10 @@ class Method(Protocol):
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What is trained, by name, in a fixed order; float32. The loop owns their gradients and their optimizer."""
+        ...
+
+    def sharded_modules(self) -> Sequence[nn.Module]:
+        """Modules whose parameters may be cut into slices; none where a method is trained whole on every rank."""
         ...
 
     def set_training(self, training: bool) -> None:

@@ -59,6 +59,10 @@ class UNetMethod:
         """What is trained, by name."""
         return self._parameters
 
+    def sharded_modules(self) -> Sequence[nn.Module]:
+        """None, unless a method says otherwise."""
+        return ()
+
     def set_training(self, training: bool) -> None:
         """Switch dropout and gradient checkpointing on or off."""
         for module in self._modules:

@@ -39,6 +39,10 @@ class Ema:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
+        """By value: a parameter may share its memory with others."""
         for name, parameter in self._parameters.items():
-            parameter.data, self.tensors[name] = self.tensors[name], parameter.data
+            kept = parameter.detach().clone()
+            parameter.copy_(self.tensors[name])
+            self.tensors[name].copy_(kept)

@@ -14,8 +14,8 @@ from finetune_contract.beat import RankState
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.batches import BatchMaker
 from finetune_trainer.data.draws import Draws, Purpose
-from finetune_trainer.data.order import SampleRef, micro_batches, rank_share, sample_at
-from finetune_trainer.distributed.buckets import GradientBuckets, Signal
+from finetune_trainer.data.order import SampleRef, micro_batches, most_micro_batches, rank_share, sample_at
+from finetune_trainer.distributed.gradients import Gradients, Signal
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.method import Method
@@ -55,7 +55,7 @@ class Loop:
     batches: BatchMaker
     draws: Draws
     state: TrainState
-    buckets: GradientBuckets
+    gradients: Gradients
     learning_rate: LearningRate
     checkpointer: Checkpointer
     notice: Notice
@@ -100,14 +100,17 @@ class Loop:
             FabricError: a peer was lost.
         """
         step = self.state.step
-        self.buckets.clear()
-        self._accumulate(step)
-        self.buckets.signals[Signal.NOTICES] = float(self.notice.given)
-        self.buckets.signals[Signal.SAVE_DUE] = float(self.checkpointer.due(step + 1))
-        self.buckets.reduce(self.world)
-        norm = self.buckets.clip(self.spec.training.max_grad_norm)
+        self.gradients.clear()
+        with self.gradients.passes():
+            self._accumulate(step)
+        self.gradients.signals[Signal.NOTICES] = float(self.notice.given)
+        self.gradients.signals[Signal.SAVE_DUE] = float(self.checkpointer.due(step + 1))
+        self.gradients.reduce(self.world)
+        norm = self.gradients.clip(self.spec.training.max_grad_norm)
         # The one place in a step where the host waits for the device.
-        loss_sum, num_samples, notices, save_due, norm_value = torch.cat([self.buckets.signals, norm.view(1)]).tolist()
+        loss_sum, num_samples, notices, save_due, norm_value = torch.cat(
+            [self.gradients.signals, norm.view(1)]
+        ).tolist()
         loss = loss_sum / num_samples
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             raise ConfigError(
@@ -129,13 +132,23 @@ class Loop:
         """Add the gradients of this rank's share of the global batch; every sample counts 1 / global batch."""
         seed, global_batch = self.spec.training.seed, self.spec.global_batch
         positions = rank_share(step, global_batch, self.world.rank, self.world.size)
-        for part in micro_batches(positions, self.spec.training.batch_size):
+        parts = list(micro_batches(positions, self.spec.training.batch_size))
+        for part in parts:
             batch = self.batches.make([sample_at(seed, len(self.batches.source), position) for position in part])
             torch.manual_seed(self.draws.torch_seed(Purpose.DROPOUT, SampleRef(step, part.start)))
             loss = self.method.losses(batch).sum()
             torch.autograd.backward(loss / global_batch)
-            self.buckets.signals[Signal.LOSS] += loss.detach()
-            self.buckets.signals[Signal.SAMPLES] += len(part)
+            self.gradients.signals[Signal.LOSS] += loss.detach()
+            self.gradients.signals[Signal.SAMPLES] += len(part)
+        if self.gradients.in_step and len(parts) < most_micro_batches(
+            global_batch, self.world.size, self.spec.training.batch_size
+        ):
+            self._keep_in_step(step)
+
+    def _keep_in_step(self, step: int) -> None:
+        """A forward and a backward pass that count for nothing: the other ranks have one sample more."""
+        batch = self.batches.make([sample_at(self.spec.training.seed, len(self.batches.source), step)])
+        torch.autograd.backward(self.method.losses(batch).sum() * 0)
 
     def _look_due(self) -> bool:
         return self.validator is not None and self.validator.due(self.state.step)

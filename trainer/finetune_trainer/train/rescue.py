@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 
 from finetune_contract.beat import RankState
+from finetune_trainer.checkpoint.snapshot import Committed, Snapshot
 from finetune_trainer.checkpoint.split import total_bytes
-from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
+from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.errors import RankError
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.save_task import SaveTask

@@ -16,14 +16,14 @@ from finetune_contract.beat import RankState
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Precision
-from finetune_trainer.checkpoint.retention import Retention
+from finetune_contract.spec import Precision, Sharding
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES
-from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import total_steps
 from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
 from finetune_trainer.distributed.buckets import GradientBuckets
+from finetune_trainer.distributed.gradients import Gradients
+from finetune_trainer.distributed.sharding import ShardedGradients, Shards
 from finetune_trainer.distributed.world import World, join_world
 from finetune_trainer.errors import ConfigError, FabricError
 from finetune_trainer.export.outputs import check_outputs, write_outputs
@@ -33,11 +33,14 @@ from finetune_trainer.models.base import open_base
 from finetune_trainer.models.family import Family
 from finetune_trainer.train.ema import Ema
 from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.mirror import Mirror
 from finetune_trainer.train.notice import Notice
 from finetune_trainer.train.optimizer import learning_rate, make_optimizer
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.saving import Checkpointer, SaveOptions
+from finetune_trainer.train.sharded_state import make_sharded_state
 from finetune_trainer.train.state import TrainState
+from finetune_trainer.train.stores import Places, make_store, open_bucket
 from finetune_trainer.train.validation import LOSSES, Validator, best_validation
 
 DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
@@ -54,7 +57,9 @@ class RankContext:
         cache_dir: folder shared by all jobs.
         notice: SIGTERM.
         reporter: the way to the supervisor.
-        on_save_stage: see CheckpointStore.
+        on_save_stage: see FolderStore.
+        scratch: the job's folder on this node's own disk, where checkpoints go there first.
+        bucket: URL of the job's folder in an object store, where checkpoints go there.
         min_part_bytes: see Checkpointer.
         mtbf_seconds: see Checkpointer.
     """
@@ -66,6 +71,8 @@ class RankContext:
     notice: Notice
     reporter: Reporter
     on_save_stage: Callable[[str], None] = lambda _: None
+    scratch: Path | None = None
+    bucket: str | None = None
     min_part_bytes: int = MIN_PART_BYTES
     mtbf_seconds: float = DEFAULT_MTBF_SECONDS
 
@@ -110,6 +117,9 @@ class _Run:
         self._spec = context.spec
         self._dtype = DTYPES[context.spec.training.precision]
         self._family: Family = open_base(context.spec.model)
+        self._bucket = open_bucket(context.bucket)
+        self._mirror = Mirror(context.job_dir, self._bucket)
+        self._shards: Shards | None = None
 
     def to_its_end(self) -> ExitCode:
         """Cache, load, restore, train, export."""
@@ -121,6 +131,8 @@ class _Run:
         state = self._state(method)
         checkpointer = self._checkpointer()
         context.reporter.state(RankState.RESTORING)
+        if self._world.is_first:
+            self._mirror.pull_validation()
         checkpointer.restore(state)
         context.notice.when_orphaned(lambda: checkpointer.rescue(state))
         loop = self._loop(method, state, data, checkpointer)
@@ -163,24 +175,31 @@ class _Run:
         return method_class(training.method)(context)
 
     def _state(self, method: Method) -> TrainState:
+        training, world = self._spec.training, self._world
         parameters = method.parameters()
-        optimizer = make_optimizer(self._spec.training, parameters.values())
-        return TrainState(parameters, optimizer, Ema(parameters) if self._spec.training.ema else None)
+        if training.sharding is Sharding.NONE:
+            optimizer = make_optimizer(training, parameters.values())
+            return TrainState(parameters, optimizer, Ema(parameters) if training.ema else None)
+        if world.size > 1:
+            self._shards = Shards(method.sharded_modules(), parameters, world)
+            parameters = self._shards.parameters
+        return make_sharded_state(training, world, parameters, self._shards)
+
+    def _gradients(self, method: Method) -> Gradients:
+        if self._shards is not None:
+            return ShardedGradients(self._shards, self._world)
+        return GradientBuckets(list(method.parameters().values()), self._world.device)
 
     def _checkpointer(self) -> Checkpointer:
         context = self._context
-        store = CheckpointStore(
-            context.job_dir,
-            self._spec.uid,
-            context.attempt,
-            Retention(self._spec.keep, self._spec.keep_every_steps, self._spec.keep_best),
-            context.on_save_stage,
-        )
         options = SaveOptions(
             best=lambda: best_validation(context.job_dir / paths.VALIDATION / LOSSES),
             mtbf_seconds=context.mtbf_seconds,
             min_part_bytes=context.min_part_bytes,
         )
+        places = Places(context.job_dir, context.scratch, self._bucket)
+        store = make_store(self._spec, context.attempt, places, self._world.rank)
+        store.on_stage = context.on_save_stage
         return Checkpointer(self._spec, self._world, store, context.reporter, options)
 
     def _loop(self, method: Method, state: TrainState, data: PreparedData, checkpointer: Checkpointer) -> Loop:
@@ -194,7 +213,7 @@ class _Run:
             batches=data.batches,
             draws=Draws(training.seed),
             state=state,
-            buckets=GradientBuckets(list(method.parameters().values()), self._world.device),
+            gradients=self._gradients(method),
             learning_rate=learning_rate(training, steps),
             checkpointer=checkpointer,
             notice=self._context.notice,
@@ -221,14 +240,16 @@ class _Run:
             total_steps=steps,
             job_dir=self._context.job_dir,
             say=self._context.reporter.detail,
+            noted=self._mirror.push_validation,
         )
 
     def _export(self, method: Method, state: TrainState) -> None:
         """Rank 0 writes the outputs; the others wait, so that all end when they are there."""
         self._context.reporter.state(RankState.EXPORTING)
-        if self._world.is_first:
-            with state.averaged():
-                self._context.reporter.outputs(write_outputs(method, self._spec.outputs, self._context.job_dir))
+        with state.exported():
+            if self._world.is_first:
+                outputs = write_outputs(method, self._spec.outputs, self._context.job_dir)
+                self._context.reporter.outputs(self._mirror.push_outputs(outputs))
         self._world.barrier()
 
 
@@ -258,5 +279,16 @@ def read_context(
     except OSError as error:
         raise ConfigError(f"{environment.RUN_SPEC}: {spec_file} cannot be read: {error.strerror}") from error
     min_part_bytes = int(env.get(environment.MIN_PART_BYTES, MIN_PART_BYTES))
-    mtbf_seconds = float(env.get(environment.MTBF_SECONDS) or DEFAULT_MTBF_SECONDS)
-    return RankContext(spec, attempt, job_dir, cache_dir, notice, reporter, on_save_stage, min_part_bytes, mtbf_seconds)
+    return RankContext(
+        spec,
+        attempt,
+        job_dir,
+        cache_dir,
+        notice,
+        reporter,
+        on_save_stage,
+        scratch=Path(env[environment.SCRATCH_DIR]) if env.get(environment.SCRATCH_DIR) else None,
+        bucket=env.get(environment.BUCKET) or None,
+        min_part_bytes=min_part_bytes,
+        mtbf_seconds=float(env.get(environment.MTBF_SECONDS) or DEFAULT_MTBF_SECONDS),
+    )

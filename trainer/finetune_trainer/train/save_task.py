@@ -14,9 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune_contract.manifest import FileEntry
 from finetune_trainer.checkpoint.host_copy import HostCopy
+from finetune_trainer.checkpoint.snapshot import Committed, Snapshot
 from finetune_trainer.checkpoint.split import take_part
 from finetune_trainer.checkpoint.stages import SaveStage
-from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
+from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.distributed.channel import Channel
 from finetune_trainer.errors import RankError, StorageError
 
@@ -48,7 +49,8 @@ class SaveTask:
     """A save that is under way, as the loop's thread and the writer's both see it.
 
     Attributes:
-        snapshot: the live state; its tensors may be read until `copied` is set.
+        step: step whose state it saves.
+        take: names the live state; its tensors may be read until `copied` is set.
         copied: the copy is made: the state may change.
         written: this rank's part is durable, or has failed.
         abandoned: nobody waits for the other parts any more.
@@ -56,7 +58,8 @@ class SaveTask:
         work_seconds: what the writer's thread computed for it.
     """
 
-    snapshot: Snapshot
+    step: int
+    take: Callable[[], Snapshot]
     share: Share
     begun_at: float
     copied: threading.Event = field(default_factory=threading.Event)
@@ -65,11 +68,6 @@ class SaveTask:
     stall_seconds: float = 0.0
     work_seconds: float = 0.0
     future: Future[Committed | None] = field(default_factory=Future)
-
-    @property
-    def step(self) -> int:
-        """Step whose state it saves."""
-        return self.snapshot.step
 
 
 class Writer:
@@ -117,14 +115,17 @@ class Writer:
         return committed
 
     def _carry_out(self, task: SaveTask) -> Committed | None:
-        share, snapshot = task.share, task.snapshot
+        share = task.share
         parts = len(share.writers)
         assert share.part is not None
         self._store.on_stage(SaveStage.COPY)
-        mine = self._copy.copy(take_part(snapshot.tensors, share.part, parts))
+        snapshot = task.take()
+        # Of shards each rank has no others than its own.
+        part = snapshot.tensors if snapshot.offsets else take_part(snapshot.tensors, share.part, parts)
+        mine = Snapshot(task.step, self._copy.copy(part), snapshot.values, snapshot.offsets)
         task.copied.set()
         if share.commits:
-            files = self._store.write_part(task.step, mine, 0, parts)
+            files = self._store.write_part(mine, 0, parts)
             task.written.set()
             words = [self._hear(task, rank) for rank in share.writers[1:]]
             files += tuple(
@@ -134,7 +135,7 @@ class Writer:
             return self._store.commit(Snapshot(task.step, {}, values), files, time.time())
         assert self._channel is not None
         try:
-            files = self._store.write_part(task.step, mine, share.part, parts)
+            files = self._store.write_part(mine, share.part, parts)
         except RankError as error:
             self._channel.tell(_key(task, share.rank), json.dumps(str(error)))
         else:

@@ -16,16 +16,20 @@ from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.checkpoint.host_copy import HostCopy
 from finetune_trainer.checkpoint.interval import SaveClock, due_seconds, save_due
+from finetune_trainer.checkpoint.scratch_store import Drain, ScratchStore
+from finetune_trainer.checkpoint.shards import ShardReader
+from finetune_trainer.checkpoint.snapshot import BEST, Committed, Snapshot
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES, num_parts, total_bytes
-from finetune_trainer.checkpoint.store import BEST, CheckpointStore, Committed, Snapshot
+from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.distributed.channel import Channel
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import FabricError, StaleError, StorageError
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.rescue import Rescue
 from finetune_trainer.train.save_task import SaveTask, Share, Writer
+from finetune_trainer.train.sharded_state import ShardedState
 from finetune_trainer.train.state import TrainState
-from finetune_trainer.train.storage import Role, choose_checkpoint, open_storage
+from finetune_trainer.train.storage import Role, choose_checkpoint, choose_shards, open_storage
 from finetune_trainer.train.trouble import Trouble
 
 WRITER_NICENESS = 5
@@ -84,8 +88,11 @@ class Checkpointer:
         self._saved_at = self._clock()
         """When the state of the newest checkpoint was that of the loop."""
         self._cost_seconds: float | None = None
+        self._stall_seconds: float | None = None
         self._size_bytes: int | None = None
         self._trouble = Trouble(spec.max_stale_seconds, reporter)
+        self._has_scratch = isinstance(store, ScratchStore)
+        self._drain = Drain(store, self._drained) if isinstance(store, ScratchStore) and world.is_first else None
 
     def restore(self, state: TrainState) -> None:
         """Go on from the newest checkpoint that verifies, if there is one.
@@ -97,20 +104,35 @@ class Checkpointer:
             FabricError: a peer was lost.
         """
         self._role = open_storage(self._store, self._world)
-        found, snapshot = choose_checkpoint(self._store, self._role, self._world, self._reporter.warn)
-        if found is not None:
-            self._report(found)
+        if isinstance(state, ShardedState):
+            self._restore_shards(state)
+        else:
+            found, snapshot = choose_checkpoint(self._store, self._role, self._world, self._reporter.warn)
+            if found is not None and self._drain is not None:
+                self._drain.offer(found, self._clock())
+            elif found is not None and not self._has_scratch:
+                self._report(found)
+            if snapshot is not None:
+                state.restore(snapshot)
         if self._role.chooses and (number := self._store.num_corrupt()):
             self._reporter.corrupt_checkpoints(number)
-        if snapshot is not None:
-            state.restore(snapshot)
         channel = Channel(self._world) if len(self._role.sharing) > 1 else None
         self._writer = Writer(self._store, self._copy, channel, self._committed, self._last_values)
         self._copy.mark()
-        if self._world.size > 1:
-            self._rescue = Rescue(self._world.rank, self._store, self._reporter, self._rescued, self._report)
+        if self._world.size > 1 and not state.is_sharded:
+            # Of a sharded state no survivor holds the whole.
+            self._rescue = Rescue(self._world.rank, self._store.behind, self._reporter, self._rescued, self._report)
         self._begun_step = self._safe_step = state.step
         self._saved_at = self._clock()
+
+    def _restore_shards(self, state: ShardedState) -> None:
+        found = choose_shards(self._store, self._role, self._world, self._reporter.warn)
+        if found is None:
+            return
+        if self._world.is_first:
+            self._report(found)
+        files = [found.folder / entry.name for entry in found.manifest.files]
+        state.restore_shards(ShardReader(files), self._store.load_values(found))
 
     def due(self, step: int) -> bool:
         """Whether the state after this step should be saved. Only rank 0 knows: the clocks of the ranks differ.
@@ -154,12 +176,12 @@ class Checkpointer:
         self._begun_step = state.step
         if not self._role.writes:
             return
-        snapshot = self._snapshot(state)
-        share = self._share(snapshot)
+        share = self._share(state)
         if share.part is None:
             return
         assert self._writer is not None
-        task = SaveTask(snapshot, share, began)
+        # Even to name thousands of tensors takes milliseconds: that, too, is done beside the loop.
+        task = SaveTask(state.step, lambda: self._snapshot(state), share, began)
         self._task = task
         task.future = self._pool.submit(self._writer.carry_out, task)
         task.stall_seconds = self._clock() - began
@@ -206,6 +228,9 @@ class Checkpointer:
         self._finish_last()
         self.save(state)
         self._finish_last()
+        if self._drain is not None:
+            self._drain.wait()
+            self._look_at_drain()
         is_safe = not self._world.is_first or not self._trouble.text
         if all(self._world.gather_numbers(int(is_safe))):
             self._safe_step = state.step
@@ -221,13 +246,15 @@ class Checkpointer:
         if self._rescue is not None:
             self._rescue.run(state, self._task)
 
-    def _share(self, snapshot: Snapshot) -> Share:
+    def _share(self, state: TrainState) -> Share:
         """What this rank does in a save of this state."""
         rank, sharing = self._role.rank, self._role.sharing
         if self._role.own_disk:
             return Share(0, (rank,), rank)
+        if state.is_sharded:
+            return Share(rank, sharing, rank)
         if self._size_bytes is None:
-            self._size_bytes = total_bytes(snapshot.tensors)
+            self._size_bytes = total_bytes(state.snapshot({}).tensors)
         writers = sharing[: num_parts(self._size_bytes, len(sharing), self._options.min_part_bytes)]
         return Share(writers.index(rank) if rank in writers else None, writers, rank)
 
@@ -265,6 +292,7 @@ class Checkpointer:
 
     def _look_at_last(self) -> None:
         """Take in how the last save ended, if it has."""
+        self._look_at_drain()
         task = self._task
         if task is None or not task.future.done():
             return
@@ -272,17 +300,42 @@ class Checkpointer:
         error = task.future.exception()
         if error is None:
             if task.share.commits:
-                self._trouble.clear()
-                self._saved_at = task.begun_at
+                if self._drain is None:
+                    self._safe(task.begun_at)
                 self._cost_seconds = task.stall_seconds + task.work_seconds
         elif isinstance(error, StorageError | FabricError):
             self._trouble.note(str(error), self._clock())
         else:
             raise error
 
+    def _look_at_drain(self) -> None:
+        """Take in how the last copy from scratch to the storage behind it ended, if one has."""
+        ended = None if self._drain is None else self._drain.take_end()
+        if ended is None:
+            return
+        if ended.error is None:
+            self._safe(ended.begun_at)
+        elif isinstance(ended.error, StorageError):
+            self._trouble.note(str(ended.error), self._clock())
+        else:
+            raise ended.error
+
+    def _safe(self, begun_at: float) -> None:
+        """What was the loop's state then will outlive this machine."""
+        self._trouble.clear()
+        self._saved_at = begun_at
+
     def _committed(self, task: SaveTask, committed: Committed) -> None:
-        """Told by the writer's thread."""
-        self._report(committed, task.stall_seconds, self._clock() - task.begun_at)
+        """Told by the writer's thread. What is on scratch alone is not worth telling."""
+        if self._drain is not None:
+            self._stall_seconds = task.stall_seconds
+            self._drain.offer(committed, task.begun_at)
+        elif not self._has_scratch:
+            self._report(committed, task.stall_seconds, self._clock() - task.begun_at)
+
+    def _drained(self, committed: Committed, begun_at: float) -> None:
+        """Told by the drain's thread."""
+        self._report(committed, self._stall_seconds, self._clock() - begun_at)
 
     def _report(
         self, committed: Committed, stall_seconds: float | None = None, durable_seconds: float | None = None

@@ -7,15 +7,19 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from finetune_trainer.checkpoint.store import Snapshot
+from finetune_trainer.checkpoint.snapshot import Snapshot
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.train.ema import Ema
 
+OTHER_WEIGHTS = (
+    "training: the checkpoints of this job hold other weights than training asks for now; undo the change, or make a "
+    "new job"
+)
 NUM_LOSSES = 20
 """The reported loss is the mean over so many global batches."""
 
@@ -42,6 +46,9 @@ class TrainState:
     torn: bool = False
     """An update broke off in the middle: the parameters are of no step."""
 
+    is_sharded: ClassVar[bool] = False
+    """Whether a rank holds only a part of it."""
+
     @property
     def mean_loss(self) -> float:
         """Mean loss over the last global batches; NaN before the first."""
@@ -63,6 +70,10 @@ class TrainState:
             return
         with self.whole, self.ema.in_place():
             yield
+
+    def exported(self) -> contextlib.AbstractContextManager[None]:
+        """The block in which rank 0 writes the outputs. All ranks enter it."""
+        return self.averaged()
 
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """The state as a checkpoint holds it.
@@ -113,7 +124,4 @@ class TrainState:
         have = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         found = {name: tuple(value.shape) for name, value in snapshot.tensors.get("model", {}).items()}
         if have != found or (self.ema is not None and "ema" not in snapshot.tensors):
-            raise ConfigError(
-                "training: the checkpoints of this job hold other weights than training asks for now; undo the change, "
-                "or make a new job"
-            )
+            raise ConfigError(OTHER_WEIGHTS)

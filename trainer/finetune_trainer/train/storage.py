@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetune_trainer.checkpoint.store import CheckpointStore, Committed, Snapshot
+from finetune_trainer.checkpoint.snapshot import Committed, Snapshot
+from finetune_trainer.checkpoint.store import CheckpointStore
 from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import StorageError
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,26 @@ def choose_checkpoint(
         found = None
     snapshot = None if found is None else store.load(found)
     return found, _share(snapshot, world, source)
+
+
+def choose_shards(store: CheckpointStore, role: Role, world: World, warn: Callable[[str], None]) -> Committed | None:
+    """The newest checkpoint that verifies, on every rank; each then reads from it what it needs. All ranks call it.
+
+    Raises:
+        StorageError: a rank does not see rank 0's storage, or it cannot be read.
+        FabricError: a peer was lost.
+    """
+    if len(role.sharing) < world.size:
+        apart = sorted(set(range(world.size)) - set(role.sharing))
+        raise StorageError(
+            f"spec.checkpoint.storage: ranks {apart} do not see rank 0's checkpoints, and with sharding each rank "
+            "writes a part of every one; use a volume that all pods share, or a bucket"
+        )
+    found = store.choose(warn) if world.is_first else None
+    name = world.share(found.folder.name if found else "")
+    if not name:
+        return None
+    return found or store.find(name)
 
 
 def _share(snapshot: Snapshot | None, world: World, source: int) -> Snapshot:

@@ -53,6 +53,7 @@ class Validator:
         held_out: makes the held-out batches, with the validation's own draws; None where no split was named.
         latent_size: height and width of a picture's latents.
         batch_size: samples in one forward pass.
+        noted: called by rank 0 when the results of a look are written.
     """
 
     spec: ValidationSpec
@@ -67,6 +68,7 @@ class Validator:
     total_steps: int
     job_dir: Path
     say: Callable[[str], None]
+    noted: Callable[[], None] = lambda: None
 
     def due(self, step: int) -> bool:
         """Whether the model is looked at after a step: the untrained one, the trained one, and those between."""
@@ -88,6 +90,8 @@ class Validator:
                 self._note_loss(step, self._held_out_loss(self.held_out))
             if self.spec.prompts:
                 self._note_pictures(step, self._draw())
+            if self.world.is_first:
+                self.noted()
         except OSError as error:
             raise StorageError(f"validation: cannot write: {error}") from error
         finally:
