@@ -58,7 +58,7 @@ class BucketStore(CheckpointStore):
 
     Args:
         bucket: the job's folder in the store.
-        local: folder of this machine for what is fetched; emptied when the store is opened.
+        local: folder of this machine for what is fetched; it holds one checkpoint at a time.
     """
 
     def __init__(
@@ -143,14 +143,13 @@ class BucketStore(CheckpointStore):
         """Fetch it, and look at what came; a transfer that went wrong is tried again."""
         folder, bucket = self._local / name, self._checkpoints.below(name)
         for left in reversed(range(NUM_FETCHES)):
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self._local, ignore_errors=True)
             try:
                 return Committed(folder, _fetch(bucket, folder, self._job_uid))
             except ForeignCheckpointError:
                 raise
             except BadCheckpointError:
                 if left == 0:
-                    shutil.rmtree(folder, ignore_errors=True)
                     raise
         raise AssertionError
 
