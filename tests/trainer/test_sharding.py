@@ -27,8 +27,9 @@ from finetune_trainer.errors import StorageError
 from tests.trainer import tiny
 from tests.trainer.ranks import Ranks
 
-TOLERANCE = 2e-4
-"""Weights after six steps at another number of ranks: the same sums, in another order."""
+TOLERANCE = 1e-4
+"""Weights after six steps at another number of ranks may differ by so much of themselves: the same sums, in another
+order."""
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], world_size: int) -> list[Path]:
@@ -106,8 +107,9 @@ def weights(ranks: Ranks) -> dict[str, Tensor]:
 def assert_close(one: Ranks, other: Ranks) -> None:
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
-    worst = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
-    assert worst < TOLERANCE
+    apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours])
+    whole = torch.cat([theirs[name].flatten() for name in ours])
+    assert float(apart.norm() / whole.norm()) < TOLERANCE
 
 
 def done(ranks: Ranks) -> Ranks:
@@ -125,7 +127,10 @@ def undisturbed(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.trainer
 def test_slices_train_what_whole_weights_train(base: Path, data: Path, tmp_path: Path, undisturbed: Ranks) -> None:
     whole = done(Ranks(spec_of(base, data, "Full", Sharding.NONE), tmp_path / "job", world_size=2))
-    assert outputs(undisturbed).keys() == outputs(whole).keys()
+    ours, theirs = outputs(undisturbed), outputs(whole)
+    assert ours.keys() == theirs.keys()
+    # Names of classes, too: what is written knows nothing of slices.
+    assert all(ours[name] == theirs[name] for name in ours if name.endswith(".json"))
     assert_close(undisturbed, whole)
     newest = max(paths.checkpoints(undisturbed.job_dir).glob("step-*"))
     names = {path.name for path in newest.iterdir()}

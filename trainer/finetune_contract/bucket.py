@@ -23,7 +23,7 @@ BLOCK_BYTES = 32 * 1024 * 1024
 _NO_READ = "cannot be read"
 _CHECKSUM_ERRORS = frozenset({"FlexibleChecksumError", "ChecksumError"})
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 5}}},
+    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60}},
 }
 
 

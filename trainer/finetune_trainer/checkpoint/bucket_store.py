@@ -204,7 +204,7 @@ class BucketStore(CheckpointStore):
         self._read_back(name, entry)
         for file in files:
             # Another rank's part was read back by that rank; here it must be seen, too.
-            _check_size(self._checkpoints, name, file)
+            _check_size(self._checkpoints.below(name), file)
         return by_name((*files, entry))
 
     def _publish(self, manifest: Manifest, writer: str) -> Committed:
@@ -224,7 +224,7 @@ class BucketStore(CheckpointStore):
         self._checkpoints.remove([each for each in self._checkpoints.names() if each.startswith(f"{name}/")])
 
     def _read_back(self, name: str, entry: FileEntry) -> None:
-        _check_size(self._checkpoints, name, entry)
+        _check_size(self._checkpoints.below(name), entry)
         digest = hashlib.sha256()
         with self._checkpoints.open(f"{name}/{entry.name}") as file:
             while block := file.read(_BLOCK):
@@ -233,9 +233,9 @@ class BucketStore(CheckpointStore):
             raise BadCheckpointError(f"{entry.name} has other contents than its SHA-256 says")
 
 
-def _check_size(bucket: Bucket, name: str, entry: FileEntry) -> None:
+def _check_size(bucket: Bucket, entry: FileEntry) -> None:
     try:
-        size = bucket.size_bytes(f"{name}/{entry.name}")
+        size = bucket.size_bytes(entry.name)
     except FileNotFoundError as error:
         raise BadCheckpointError(f"{entry.name} is missing") from error
     if size != entry.size_bytes:
@@ -243,6 +243,7 @@ def _check_size(bucket: Bucket, name: str, entry: FileEntry) -> None:
 
 
 def _download(bucket: Bucket, entry: FileEntry, folder: Path) -> None:
+    _check_size(bucket, entry)
     try:
         bucket.download(entry.name, folder / entry.name)
     except DamagedObjectError as error:
@@ -262,9 +263,10 @@ def _fetch(bucket: Bucket, folder: Path, job_uid: str) -> Manifest:
         check_manifest(manifest, job_uid)
         with ThreadPoolExecutor(NUM_FETCHES) as pool:
             list(pool.map(lambda entry: _download(bucket, entry, folder), manifest.files))
-    except FileNotFoundError:
-        # Which one it is, `verify` says.
-        pass
+    except FileNotFoundError as error:
+        raise BadCheckpointError(f"{paths.MANIFEST} is missing") from error
+    except DamagedObjectError as error:
+        raise BadCheckpointError(f"{paths.MANIFEST} is damaged: {error}") from error
     except OSError as error:
         raise ForeignCheckpointError(f"it cannot be fetched: {error}") from error
     return verify(folder, job_uid)

@@ -6,6 +6,7 @@ them to the storage behind, which alone counts for what survives a machine.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.retention import Retention
 from finetune_trainer.checkpoint.snapshot import Committed
 from finetune_trainer.checkpoint.store import COPY, CheckpointStore
-from finetune_trainer.errors import RankError
+from finetune_trainer.errors import RankError, StorageError
+
+_LOG = logging.getLogger(__name__)
 
 KEEP = 2
 """On scratch: the newest, and the one that is being copied perhaps."""
@@ -136,5 +139,9 @@ class Drain:
         except RankError as error:
             self._store.behind.discard(committed.manifest.step, COPY)
             return Drained(None, error, begun_at)
+        except Exception as error:
+            # Somebody waits for this thread.
+            _LOG.exception("a checkpoint cannot be copied in a way that nothing expected")
+            return Drained(None, StorageError(f"checkpoint storage: {error!r}"), begun_at)
         self._on_commit(copy, begun_at)
         return Drained(copy, None, begun_at)

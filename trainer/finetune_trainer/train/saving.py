@@ -108,9 +108,7 @@ class Checkpointer:
             self._restore_shards(state)
         else:
             found, snapshot = choose_checkpoint(self._store, self._role, self._world, self._reporter.warn)
-            if found is not None and self._drain is not None:
-                self._drain.offer(found, self._clock())
-            elif found is not None and not self._has_scratch:
+            if found is not None and not self._has_scratch:
                 self._report(found)
             if snapshot is not None:
                 state.restore(snapshot)
@@ -124,6 +122,15 @@ class Checkpointer:
             self._rescue = Rescue(self._world.rank, self._store.behind, self._reporter, self._rescued, self._report)
         self._begun_step = self._safe_step = state.step
         self._saved_at = self._clock()
+        if self._has_scratch and state.step > 0:
+            self._put_behind(state)
+
+    def _put_behind(self, state: TrainState) -> None:
+        """What was on a scratch alone is saved anew, so that the storage has it."""
+        is_behind = self._world.is_first and self._store.behind.newest()[0] >= state.step
+        if not self._world.share(is_behind):
+            self._begun_step = self._safe_step = -1
+            self.try_to_save(state)
 
     def _restore_shards(self, state: ShardedState) -> None:
         found = choose_shards(self._store, self._role, self._world, self._reporter.warn)
