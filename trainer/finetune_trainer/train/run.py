@@ -182,9 +182,7 @@ class _Run:
             return TrainState(parameters, optimizer, Ema(parameters) if training.ema else None)
         if world.size > 1:
             if not method.sharded_modules():
-                raise ConfigError(
-                    f"training.sharding: {training.method} trains too little to be cut; leave sharding out"
-                )
+                raise ConfigError(f"training.sharding: {training.method} cannot be cut into slices; leave it out")
             self._shards = Shards(method.sharded_modules(), parameters, world)
             parameters = self._shards.parameters
         return make_sharded_state(training, world, parameters, self._shards)
