@@ -145,7 +145,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         batches=data.batches,
         draws=Draws(0),
         state=state,
-        gradients=GradientBuckets(list(parameters.values()), CPU),
+        buckets=GradientBuckets(list(parameters.values()), CPU),
         learning_rate=learning_rate(training, 1000),
         checkpointer=checkpointer,
         notice=Notice(),

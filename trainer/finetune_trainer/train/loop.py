@@ -55,7 +55,7 @@ class Loop:
     batches: BatchMaker
     draws: Draws
     state: TrainState
-    gradients: Gradients
+    buckets: Gradients
     learning_rate: LearningRate
     checkpointer: Checkpointer
     notice: Notice
@@ -100,17 +100,15 @@ class Loop:
             FabricError: a peer was lost.
         """
         step = self.state.step
-        self.gradients.clear()
-        with self.gradients.passes():
+        self.buckets.clear()
+        with self.buckets.passes():
             self._accumulate(step)
-        self.gradients.signals[Signal.NOTICES] = float(self.notice.given)
-        self.gradients.signals[Signal.SAVE_DUE] = float(self.checkpointer.due(step + 1))
-        self.gradients.reduce(self.world)
-        norm = self.gradients.clip(self.spec.training.max_grad_norm)
+        self.buckets.signals[Signal.NOTICES] = float(self.notice.given)
+        self.buckets.signals[Signal.SAVE_DUE] = float(self.checkpointer.due(step + 1))
+        self.buckets.reduce(self.world)
+        norm = self.buckets.clip(self.spec.training.max_grad_norm)
         # The one place in a step where the host waits for the device.
-        loss_sum, num_samples, notices, save_due, norm_value = torch.cat(
-            [self.gradients.signals, norm.view(1)]
-        ).tolist()
+        loss_sum, num_samples, notices, save_due, norm_value = torch.cat([self.buckets.signals, norm.view(1)]).tolist()
         loss = loss_sum / num_samples
         if not (math.isfinite(loss) and math.isfinite(norm_value)):
             raise ConfigError(
@@ -138,9 +136,9 @@ class Loop:
             torch.manual_seed(self.draws.torch_seed(Purpose.DROPOUT, SampleRef(step, part.start)))
             loss = self.method.losses(batch).sum()
             torch.autograd.backward(loss / global_batch)
-            self.gradients.signals[Signal.LOSS] += loss.detach()
-            self.gradients.signals[Signal.SAMPLES] += len(part)
-        if self.gradients.in_step and len(parts) < most_micro_batches(
+            self.buckets.signals[Signal.LOSS] += loss.detach()
+            self.buckets.signals[Signal.SAMPLES] += len(part)
+        if self.buckets.in_step and len(parts) < most_micro_batches(
             global_batch, self.world.size, self.spec.training.batch_size
         ):
             self._keep_in_step(step)

@@ -215,7 +215,7 @@ class _Run:
             batches=data.batches,
             draws=Draws(training.seed),
             state=state,
-            gradients=self._gradients(method),
+            buckets=self._gradients(method),
             learning_rate=learning_rate(training, steps),
             checkpointer=checkpointer,
             notice=self._context.notice,
