@@ -69,6 +69,7 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
         reader.read("w", (0, 0), whole)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torchs_distributed_checkpoint_reads_the_shards(tmp_path: Path) -> None:
     tensors = {"model.w": torch.randn(5, 3), "optimizer.w.exp_avg": torch.randn(5, 3)}
     write_shards(tmp_path, tensors, 3)
