@@ -9,36 +9,27 @@ JSON.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
-import resource
-import ssl
-import tempfile
 import time
-from pathlib import Path
 from statistics import quantiles
 
 import psutil
 
-from bench.operator import CONNECTIONS, Bench, coordinator_flags, requests, supervisors
-from bench.report import finish
+from bench.scale import Bench, parser, requests, run, supervisors
 from bench.supervisors import Tally
-from finetune_operator.cluster.kube.client import Json, KubeApi, connect
-from finetune_operator.cluster.kube.clock import ServerClock
-from tests.controlplane.server import ControlPlane
-from tests.operator.bed import ACCOUNT, HOME, OperatorProcess, install, running
+from tests.operator.bed import OperatorProcess, running
 from tests.operator.talk import tls_context
 
 CONNECT_SECONDS = 20.0
 """Over so long the supervisors' first beats are spread, as the starts of their pods would be."""
 
 
-async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLContext, seconds: float) -> Json:
+async def measure(bench: Bench, operator: OperatorProcess, seconds: float) -> dict[str, object]:
     """All measurements."""
     namespace = bench.control_plane.create_namespace("beats")
     await bench.create_jobs(namespace)
-    tally = Tally()
+    tally, context = Tally(), tls_context(bench.control_plane)
     with running(operator):
         assert operator.process is not None
         process = psutil.Process(operator.process.pid)
@@ -90,31 +81,15 @@ async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLConte
 
 
 async def main() -> None:
-    """Start a control plane and the operator, let the supervisors beat, print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.beats", description=__doc__)
-    parser.add_argument("--jobs", type=int, default=1000, help="number of FineTuneJobs (default: 1000)")
-    parser.add_argument("--nodes-per-job", type=int, default=4, help="pods of each (default: 4)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time of the measurement (default: 60)")
-    options = parser.parse_args()
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
-    components = {"kube-controller-manager"}
-    with tempfile.TemporaryDirectory() as folder, ControlPlane(components) as control_plane:
-        install(control_plane)
-        client = await connect(control_plane.kubeconfig, num_connections=CONNECTIONS)
-        operator = OperatorProcess(
-            control_plane.kubeconfig_for(ACCOUNT, HOME, expiration_seconds=7200),
-            Path(folder) / "operator.log",
-            coordinator_flags(control_plane),
-        )
-        context = tls_context(control_plane)
-        bench = Bench(control_plane, KubeApi(client, ServerClock()), options.jobs, options.nodes_per_job)
-        try:
-            result = await measure(bench, operator, context, options.seconds)
-        finally:
-            await client.close()
-            print(operator.log.read_text()[-2000:] if operator.log.exists() else "no log")
-    finish(("measurement", "value"), bench.rows, result)
+    """Read the command line, and measure."""
+    options_of = parser("bench.beats", __doc__)
+    options_of.add_argument("--seconds", type=float, default=60.0, help="time of the measurement (default: 60)")
+    options = options_of.parse_args()
+
+    async def measured(bench: Bench, operator: OperatorProcess) -> dict[str, object]:
+        return await measure(bench, operator, options.seconds)
+
+    await run(options, {"kube-controller-manager"}, measured)
 
 
 if __name__ == "__main__":

@@ -10,151 +10,67 @@ told of the new world. The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import resource
 import ssl
-import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from contextlib import aclosing
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
 
 import psutil
 
-from bench.report import finish
+from bench.scale import Bench, name, parser, requests, run, supervisors
 from bench.supervisors import Supervisor, Tally
 from finetune_operator.api import words
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.build import build_pod
-from finetune_operator.cluster.kube.client import PARTIAL_LIST, Json, KubeApi, connect, each_page
-from finetune_operator.cluster.kube.clock import ServerClock
-from finetune_operator.cluster.kube.objects import JOBS, PODS
+from finetune_operator.cluster.kube.client import Json
+from finetune_operator.cluster.kube.objects import PODS
 from finetune_operator.settings import Settings
-from tests.controlplane.process import LOOPBACK
-from tests.controlplane.server import ControlPlane
-from tests.operator.bed import ACCOUNT, HOME, OperatorProcess, build_job, install, running
+from tests.controlplane.server import COMPONENTS
+from tests.operator.bed import OperatorProcess, build_job, running
 from tests.operator.talk import tls_context
 
 NUM_NODES = 100
-CONNECTIONS = 16
-"""Requests of the bare loop, and of who makes and deletes things here, at a time."""
-POLL_SECONDS = 0.25
-LIMIT_SECONDS = 900.0
 CONNECT_SECONDS = 15.0
 """Over so long the supervisors' first beats are spread, as the starts of their pods would be."""
-PAGE = 500
 SETTLE_SECONDS = 8.0
 """Longer than progress waits to be written."""
 
 
-@dataclass
-class Bench:
-    """One control plane, and what was measured on it."""
-
-    control_plane: ControlPlane
-    api: KubeApi
-    num_jobs: int
-    num_pods: int
-    idle_seconds: float = 60.0
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def pods_in_all(self) -> int:
-        """Pods of all jobs together."""
-        return self.num_jobs * self.num_pods
-
-    def note(self, what: str, value: str) -> None:
-        """Keep a row of the table, and show it."""
-        self.rows.append((what, value))
-        self.say(f"{what}: {value}")
-
-    async def each(self, work: Iterable[Coroutine[Any, Any, Any]]) -> None:
-        """Do many things, `CONNECTIONS` at a time."""
-        queue = iter(work)
-
-        async def worker() -> None:
-            for one in queue:
-                await one
-
-        await asyncio.gather(*(worker() for _ in range(CONNECTIONS)))
-
-    async def wait(self, what: str, done: Callable[[], Coroutine[Any, Any, bool]]) -> float:
-        """Wait until something holds; return the time."""
-        started = time.monotonic()
-        while not await done():
-            if time.monotonic() - started > LIMIT_SECONDS:
-                raise TimeoutError(what)
-            await asyncio.sleep(POLL_SECONDS)
-        return time.monotonic()
-
-    async def num_living(self, namespace: str) -> int:
-        """Number of pods in a namespace, at the price of one."""
-        page = await self.api.get(PODS.path(namespace), {"limit": "1"}, PARTIAL_LIST)
-        return len(page.get("items") or ()) + int(page["metadata"].get("remainingItemCount") or 0)
-
-    async def count(self, namespace: str, number: int) -> bool:
-        """Whether there are so many pods."""
-        return await self.num_living(namespace) == number
-
-    def say(self, what: str) -> None:
-        """Tell how far it is."""
-        print(f"{time.monotonic() - self.started:6.1f} s  {what}", flush=True)
-
-    async def pods(self, namespace: str, selector: str = "") -> list[Json]:
-        """The metadata of pods."""
-        found: list[Json] = []
-        query = {"limit": str(PAGE), "labelSelector": selector}
-        async with aclosing(each_page(self.api, PODS.path(namespace), query, PARTIAL_LIST)) as pages:
-            async for page in pages:
-                found += page.get("items") or ()
-        return found
-
-    async def bare(self) -> float:
-        """Pods per second of a loop that does nothing else."""
-        namespace = self.control_plane.create_namespace("bare")
-        jobs = [manifest(namespace, number, self.num_pods) for number in range(self.num_jobs)]
-        settings = Settings()
-        pods = (build_pod(job, 1, rank, settings) for job in jobs for rank in range(self.num_pods))
-        started = time.monotonic()
-        await self.each(self.api.create(PODS.path(namespace), unowned(pod)) for pod in pods)
-        seconds = time.monotonic() - started
-        self.say(f"the bare loop made {self.pods_in_all} pods in {seconds:.1f} s; clearing them away")
-        await self.all_run(namespace)
-        await self.clear(namespace)
-        return self.pods_in_all / seconds
-
-    async def all_run(self, namespace: str) -> float:
-        """Wait until no pod waits any more; return the time."""
-
-        async def none_pending() -> bool:
-            page = await self.api.get(PODS.path(namespace), {"fieldSelector": "status.phase=Pending", "limit": "1"})
-            return not page.get("items")
-
-        return await self.wait("pods run", none_pending)
-
-    async def clear(self, namespace: str) -> None:
-        """Delete all pods of a namespace at once and wait until the machine is quiet."""
-        query = {"gracePeriodSeconds": "0"}
-        await self.api.request("DELETE", PODS.path(namespace), query=query, seconds=300)
-        await self.wait("pods are gone", lambda: self.count(namespace, 0))
-
-    async def create_jobs(self, namespace: str) -> None:
-        """Create all jobs, while no operator runs."""
-        jobs = (build_job(name(number), nodes=self.num_pods) for number in range(self.num_jobs))
-        await self.each(self.api.create(JOBS.path(namespace), job) for job in jobs)
-
-    async def delete_pod(self, namespace: str, pod: str) -> None:
-        """Delete a pod as if its node had gone: at once."""
-        await self.api.delete(PODS.path(namespace, pod), {"gracePeriodSeconds": 0})
+async def bare_loop(bench: Bench) -> float:
+    """Pods per second of a loop that does nothing else."""
+    namespace = bench.control_plane.create_namespace("bare")
+    jobs = [manifest(namespace, number, bench.num_pods) for number in range(bench.num_jobs)]
+    settings = Settings()
+    pods = (build_pod(job, 1, rank, settings) for job in jobs for rank in range(bench.num_pods))
+    started = time.monotonic()
+    await bench.each(bench.api.create(PODS.path(namespace), unowned(pod)) for pod in pods)
+    seconds = time.monotonic() - started
+    bench.say(f"the bare loop made {bench.pods_in_all} pods in {seconds:.1f} s; clearing them away")
+    await all_pods_run(bench, namespace)
+    await clear(bench, namespace)
+    return bench.pods_in_all / seconds
 
 
-def name(number: int) -> str:
-    """Name of a job."""
-    return f"job-{number:04}"
+async def all_pods_run(bench: Bench, namespace: str) -> float:
+    """Wait until no pod waits any more; return the time."""
+
+    async def none_pending() -> bool:
+        page = await bench.api.get(PODS.path(namespace), {"fieldSelector": "status.phase=Pending", "limit": "1"})
+        return not page.get("items")
+
+    return await bench.wait("pods run", none_pending)
+
+
+async def clear(bench: Bench, namespace: str) -> None:
+    """Delete all pods of a namespace at once and wait until the machine is quiet."""
+    query = {"gracePeriodSeconds": "0"}
+    await bench.api.request("DELETE", PODS.path(namespace), query=query, seconds=300)
+    await bench.wait("pods are gone", lambda: bench.count(namespace, 0))
+
+
+async def delete_pod(bench: Bench, namespace: str, pod: str) -> None:
+    """Delete a pod as if its node had gone: at once."""
+    await bench.api.delete(PODS.path(namespace, pod), {"gracePeriodSeconds": 0})
 
 
 def manifest(namespace: str, number: int, num_pods: int) -> FineTuneJob:
@@ -176,18 +92,6 @@ def running_jobs(operator: OperatorProcess) -> float:
     return sum(value for key, value in found.items() if key.startswith("finetune_jobs{") and 'phase="Running"' in key)
 
 
-def requests(operator: OperatorProcess, *, writes_only: bool = False) -> dict[str, float]:
-    """Requests so far, those for the lease and the watches aside."""
-    counts = {}
-    for key, value in operator.metrics().items():
-        if not key.startswith("finetune_api_requests_total") or "leases" in key or 'method="WATCH"' in key:
-            continue
-        if writes_only and 'method="GET"' in key:
-            continue
-        counts[key.removeprefix("finetune_api_requests_total")] = value
-    return counts
-
-
 async def all_run(bench: Bench, operator: OperatorProcess) -> bool:
     """Whether all jobs run, looked at once a second: a look costs the operator a few milliseconds."""
     await asyncio.sleep(1.0)
@@ -199,35 +103,6 @@ async def quiet(operator: OperatorProcess) -> bool:
     before = requests(operator)
     await asyncio.sleep(SETTLE_SECONDS)
     return requests(operator) == before
-
-
-async def supervisors(bench: Bench, pods: Iterable[Json], tally: Tally, *, steady: bool = True) -> list[Supervisor]:
-    """One for each pod, with a token that the API server gave for it."""
-    made: list[Supervisor] = []
-
-    async def make(pod: Json) -> None:
-        meta = pod["metadata"]
-        reference = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
-        audiences = [Settings().coordinator_audience]
-        spec = {"audiences": audiences, "expirationSeconds": 3600, "boundObjectRef": reference}
-        request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
-        path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/default/token"
-        answer = await bench.api.request("POST", path, request)
-        made.append(Supervisor(pod, answer["status"]["token"], tally, steady=steady))
-
-    await bench.each(make(pod) for pod in pods)
-    return made
-
-
-def coordinator_flags(control_plane: ControlPlane) -> tuple[str, ...]:
-    """Flags of an operator that takes beats over TLS."""
-    certificate = control_plane.authority.issue("coordinator", hosts=[LOOPBACK])
-    return (
-        "--lease-seconds=15",
-        f"--coordinator-tls-cert={certificate.certificate}",
-        f"--coordinator-tls-key={certificate.key}",
-        "--coordinator-url=https://coordinator.invalid",
-    )
 
 
 class Gangs:
@@ -260,9 +135,9 @@ class Gangs:
             task.cancel()
 
 
-async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLContext) -> dict[str, object]:
+async def measure(bench: Bench, operator: OperatorProcess, idle_seconds: float) -> dict[str, object]:
     """All measurements."""
-    bare = await bench.bare()
+    bare = await bare_loop(bench)
     bench.note("bare loop", f"{bare:.0f} pods/s")
     namespace = bench.control_plane.create_namespace("jobs")
     await bench.create_jobs(namespace)
@@ -274,10 +149,10 @@ async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLConte
         created = await bench.wait("all pods are created", lambda: bench.count(namespace, bench.pods_in_all))
         rate = bench.pods_in_all / (created - started)
         bench.note("operator", f"{rate:.0f} pods/s, {100 * rate / bare:.0f} % of the bare loop")
-        ran = await bench.all_run(namespace)
+        ran = await all_pods_run(bench, namespace)
         bench.note("all pods run after", f"{ran - started:.1f} s")
 
-        gangs = Gangs(bench, operator.coordinator_port, context)
+        gangs = Gangs(bench, operator.coordinator_port, tls_context(bench.control_plane))
         await gangs.join(await bench.pods(namespace), CONNECT_SECONDS)
         bench.say(f"{bench.pods_in_all} supervisors begin to beat")
         await bench.wait("all jobs run", lambda: all_run(bench, operator))
@@ -290,7 +165,7 @@ async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLConte
         cpu = process.cpu_times()
         bench.note("memory", f"{rss:.0f} MiB, {cpu.user + cpu.system:.1f} CPU seconds")
         await bench.wait("events are sent", lambda: quiet(operator))
-        idle = await idle_writes(bench, operator)
+        idle = await idle_writes(operator, idle_seconds)
         bench.note("writes while idle", f"{idle:.0f} per minute, while all beat")
         recover = await recovery(bench, operator, gangs, namespace)
         rss = max(rss, process.memory_info().rss / 2**20)
@@ -307,11 +182,11 @@ async def measure(bench: Bench, operator: OperatorProcess, context: ssl.SSLConte
     }
 
 
-async def idle_writes(bench: Bench, operator: OperatorProcess) -> float:
+async def idle_writes(operator: OperatorProcess, seconds: float) -> float:
     """Writes per minute while nothing changes, the lease aside."""
     before = sum(requests(operator, writes_only=True).values())
-    await asyncio.sleep(bench.idle_seconds)
-    return (sum(requests(operator, writes_only=True).values()) - before) * 60 / bench.idle_seconds
+    await asyncio.sleep(seconds)
+    return (sum(requests(operator, writes_only=True).values()) - before) * 60 / seconds
 
 
 async def recovery(bench: Bench, operator: OperatorProcess, gangs: Gangs, namespace: str) -> float:
@@ -322,7 +197,7 @@ async def recovery(bench: Bench, operator: OperatorProcess, gangs: Gangs, namesp
 
     async def lose(job: str) -> None:
         pod = f"{job}-a1-n{rank}"
-        await bench.delete_pod(namespace, pod)
+        await delete_pod(bench, namespace, pod)
         gangs.lose(job, pod)
 
     async def all_there() -> bool:
@@ -347,33 +222,16 @@ async def recovery(bench: Bench, operator: OperatorProcess, gangs: Gangs, namesp
 
 
 async def main() -> None:
-    """Start a control plane, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.operator", description=__doc__)
-    parser.add_argument("--jobs", type=int, default=1000, help="number of FineTuneJobs (default: 1000)")
-    parser.add_argument("--nodes-per-job", type=int, default=4, help="pods of each (default: 4)")
-    parser.add_argument("--idle-seconds", type=float, default=60.0, help="time without any change (default: 60)")
-    options = parser.parse_args()
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
-    with tempfile.TemporaryDirectory() as folder, ControlPlane() as control_plane:
-        install(control_plane)
-        control_plane.add_nodes(NUM_NODES)
-        client = await connect(control_plane.kubeconfig, num_connections=CONNECTIONS)
-        operator = OperatorProcess(
-            control_plane.kubeconfig_for(ACCOUNT, HOME, expiration_seconds=7200),
-            Path(folder) / "operator.log",
-            coordinator_flags(control_plane),
-        )
-        api = KubeApi(client, ServerClock())
-        bench = Bench(control_plane, api, options.jobs, options.nodes_per_job, options.idle_seconds)
-        try:
-            result = await measure(bench, operator, tls_context(control_plane))
-        except BaseException:
-            print("\n".join(operator.log.read_text().splitlines()[-40:]) if operator.log.exists() else "no log")
-            raise
-        finally:
-            await client.close()
-    finish(("measurement", "value"), bench.rows, result)
+    """Read the command line, and measure."""
+    options_of = parser("bench.operator", __doc__)
+    options_of.add_argument("--idle-seconds", type=float, default=60.0, help="time without any change (default: 60)")
+    options = options_of.parse_args()
+
+    async def measured(bench: Bench, operator: OperatorProcess) -> dict[str, object]:
+        bench.control_plane.add_nodes(NUM_NODES)
+        return await measure(bench, operator, options.idle_seconds)
+
+    await run(options, COMPONENTS, measured)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.api.rules import QUANTITY
+from finetune_operator.api.rule_forms import QUANTITY
 from finetune_operator.build.resources import parse_quantity
 
 

@@ -102,6 +102,15 @@ def _preempted() -> Story:
     return story
 
 
+def _out_of_memory(story: Story, attempt: int, rank: int, step: int) -> None:
+    """One rank fails, and the others lose it."""
+    for node_rank in range(4):
+        code = ExitCode.FABRIC if node_rank != rank else 1
+        words = "RuntimeError: NCCL error" if node_rank != rank else NO_MEMORY
+        story.exit(node_rank, code, termination=last_words(attempt, code, words, rank=node_rank, step=step))
+    story.settle()
+
+
 def _resumed() -> Story:
     story = _preempted()
     story.tick(4)
@@ -208,11 +217,7 @@ def lost_node() -> Story:
 def backing_off() -> Story:
     story = _trained()
     story.tick(3)
-    for node_rank in range(4):
-        code = ExitCode.FABRIC if node_rank != 3 else 1
-        words = "RuntimeError: NCCL error" if node_rank != 3 else NO_MEMORY
-        story.exit(node_rank, code, termination=last_words(1, code, words, rank=node_rank, step=244))
-    story.settle()
+    _out_of_memory(story, attempt=1, rank=3, step=244)
     return story
 
 
@@ -242,11 +247,7 @@ def failed_too_often() -> Story:
     story.run_all()
     story.settle()
     story.train(201, 243, from_step=200)
-    for node_rank in range(4):
-        code = ExitCode.FABRIC if node_rank != 1 else 1
-        words = "RuntimeError: NCCL error" if node_rank != 1 else NO_MEMORY
-        story.exit(node_rank, code, termination=last_words(2, code, words, rank=node_rank, step=243))
-    story.settle()
+    _out_of_memory(story, attempt=2, rank=1, step=243)
     return story
 
 

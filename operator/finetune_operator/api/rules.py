@@ -10,128 +10,41 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-from finetune_contract.spec import (
-    CheckpointInterval,
-    Columns,
-    DreamBoothSpec,
-    LrScheduler,
-    Method,
-    Optimizer,
-    OutputFormat,
-    Precision,
-    Sharding,
-    TextualInversionSpec,
-    TimestepBiasSpec,
-    TrainingSpec,
-    ValidationSpec,
-)
-from finetune_operator.api import duration
+from finetune_contract.spec import CheckpointInterval, Columns, Method, OutputFormat, Sharding
 from finetune_operator.api.job import (
     Accelerator,
     BucketSpec,
     CpuBackend,
-    FineTuneJobSpec,
     ObjectMeta,
     StorageSpec,
     TopologySpec,
 )
 from finetune_operator.api.names import MAX_JOB_NAME
 from finetune_operator.api.rule import Cause, Rule, Scope, cel_words, form
+from finetune_operator.api.rule_forms import (
+    BUCKET_URL,
+    DNS_LABEL,
+    MANAGER,
+    QUANTITY,
+    RESOURCE,
+    WEB_ADDRESS,
+    absolute,
+    length_of_time,
+    no_web_address,
+    object_name,
+)
+from finetune_operator.api.rules_training import LORA_METHODS, SPEC, TRAINING_RULES
 
 JOB = Scope("metadata", ObjectMeta, at_root=True)
-SPEC = Scope("spec", FineTuneJobSpec)
 COLUMNS = Scope("spec.dataset.columns", Columns)
-TRAINING = Scope("spec.training", TrainingSpec)
-DREAMBOOTH = Scope("spec.training.dreambooth", DreamBoothSpec)
-TEXTUAL_INVERSION = Scope("spec.training.textualInversion", TextualInversionSpec)
-TIMESTEP_BIAS = Scope("spec.training.timestepBias", TimestepBiasSpec)
-VALIDATION = Scope("spec.training.validation", ValidationSpec)
 TOPOLOGY = Scope("spec.topology", TopologySpec)
 STORAGE = Scope("spec.checkpoint.storage", StorageSpec)
 BUCKET = Scope("spec.checkpoint.storage.bucket", BucketSpec)
 INTERVAL = Scope("spec.checkpoint.interval", CheckpointInterval)
 
-LORA_METHODS = (Method.LORA, Method.DREAMBOOTH_LORA)
-DREAMBOOTH_METHODS = (Method.DREAMBOOTH, Method.DREAMBOOTH_LORA)
-SHARDED_METHODS = (Method.FULL, Method.DREAMBOOTH, Method.CONTROLNET)
 GPU_RESOURCE = "nvidia.com/gpu"
-
-DNS_LABEL = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
-DNS_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
-QUANTITY = "^[+]?([0-9]+([.][0-9]*)?|[.][0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]{1,3})?$"
-RESOURCE = "^(cpu|memory|ephemeral-storage|hugepages-.+|.+/.+)$"
-MANAGER = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[a-zA-Z0-9]([-._a-zA-Z0-9]*[a-zA-Z0-9])?$"
-BUCKET_URL = "^(s3|gs|az)://[a-z0-9][-._a-z0-9]{1,61}[a-z0-9](/[^/?#]+)*/?$"
-WEB_ADDRESS = "^https?://[^/?#]+/?$"
-MEMORY_PRESET = "^(auto|cpu|[1-9][0-9]{0,3}GB)$"
-
-
-def _object_name(path: str) -> Rule[str]:
-    name = path.rpartition(".")[2].removesuffix("[]")
-    return form(
-        path, DNS_NAME, f"{name} is not the name of a Kubernetes object; write lower-case letters, digits, '-' and '.'"
-    )
-
-
-def _duration(path: str) -> Rule[str]:
-    name = path.rpartition(".")[2]
-    return Rule(
-        Scope(path, str),
-        "",
-        f"self.matches(r'{duration.PATTERN}') && self.matches('[1-9]')",
-        lambda text: re.fullmatch(duration.PATTERN, text) is not None and re.search("[1-9]", text) is not None,
-        f"{name} is not a length of time; write e.g. 90s, 10m or 1h30m",
-    )
-
-
-def _absolute(path: str) -> Rule[str]:
-    return Rule(
-        Scope(path, str),
-        "",
-        "self.startsWith('/') && !(self + '/').contains('/../')",
-        lambda text: text.startswith("/") and "/../" not in text + "/",
-        "path is not absolute; write it from the root on and without '..', e.g. /mnt/checkpoints",
-    )
-
-
-def _no_web_address(path: str, example: str) -> Rule[str]:
-    name = path.rpartition(".")[2]
-    return Rule(
-        Scope(path, str),
-        "",
-        "!self.startsWith('http://') && !self.startsWith('https://')",
-        lambda text: not text.startswith(("http://", "https://")),
-        f"{name} is a web address, which is not read; write its hub id, e.g. {example}, a folder or an s3:// URL",
-    )
-
-
-def _only_for(field: str, methods: tuple[Method, ...], block: Callable[[TrainingSpec], object]) -> Rule[TrainingSpec]:
-    """The settings of a method are refused where another one, or a script, would not read them."""
-    return Rule(
-        TRAINING,
-        field,
-        f"!has(self.{field}) || has(self.method) && self.method in {cel_words(methods)}",
-        lambda training: block(training) is None or training.method in methods,
-        f"{field} is read by {' and '.join(methods)} only; leave {field} out, or write method: {methods[0]}",
-        Cause.FORBIDDEN,
-    )
-
-
-def _needed_for(
-    field: str, methods: tuple[Method, ...], block: Callable[[TrainingSpec], object], example: str
-) -> Rule[TrainingSpec]:
-    return Rule(
-        TRAINING,
-        field,
-        f"has(self.{field}) || !has(self.method) || !(self.method in {cel_words(methods)})",
-        lambda training: block(training) is not None or training.method not in methods,
-        f"{field} is needed by {' and '.join(methods)}; write e.g. {field}: {example}",
-        Cause.REQUIRED,
-    )
-
 
 _NAMES = (
     Rule(
@@ -149,21 +62,21 @@ _NAMES = (
         lambda meta: re.fullmatch(DNS_LABEL, meta.name) is not None,
         "name cannot be a host name; write lower-case letters, digits and '-', a letter first and no '-' at the end",
     ),
-    _object_name("spec.queueName"),
-    _object_name("spec.priorityClassName"),
-    _object_name("spec.secrets[].name"),
+    object_name("spec.queueName"),
+    object_name("spec.priorityClassName"),
+    object_name("spec.secrets[].name"),
     form(
         "spec.managedBy",
         MANAGER,
         "managedBy is not the name of a controller; write its domain and name, e.g. kueue.x-k8s.io/multikueue, or "
         "leave it out for this operator",
     ),
-    _object_name("spec.checkpoint.storage.persistentVolumeClaim.claimName"),
+    object_name("spec.checkpoint.storage.persistentVolumeClaim.claimName"),
 )
 
 _DATA = (
-    _no_web_address("spec.model.base", "stabilityai/stable-diffusion-xl-base-1.0"),
-    _no_web_address("spec.dataset.source", "lambdalabs/naruto-blip-captions"),
+    no_web_address("spec.model.base", "stabilityai/stable-diffusion-xl-base-1.0"),
+    no_web_address("spec.dataset.source", "lambdalabs/naruto-blip-captions"),
     Rule(
         COLUMNS,
         "caption",
@@ -193,168 +106,6 @@ _DATA = (
         " || self.training.validation.split != self.dataset.split",
         lambda spec: spec.training.validation is None or spec.training.validation.split != spec.dataset.split,
         "split is the one that is trained on, so its loss would say nothing; write the name of a held-out split",
-    ),
-)
-
-_TRAINING = (
-    Rule(
-        TRAINING,
-        "method",
-        "has(self.method) || has(self.script)",
-        lambda training: training.method is not None or training.script is not None,
-        "method is missing; write e.g. method: LoRA, or a script with its path",
-        Cause.REQUIRED,
-    ),
-    Rule(
-        TRAINING,
-        "script",
-        "!has(self.method) || !has(self.script)",
-        lambda training: training.method is None or training.script is None,
-        "method and script contradict each other; leave one of them out",
-        Cause.FORBIDDEN,
-    ),
-    Rule(
-        TRAINING,
-        "steps",
-        "has(self.steps) || has(self.epochs) || !has(self.method)",
-        lambda training: (training.steps, training.epochs) != (None, None) or training.method is None,
-        "steps is missing; write e.g. steps: 1000, or epochs: 10",
-        Cause.REQUIRED,
-    ),
-    Rule(
-        TRAINING,
-        "epochs",
-        "!has(self.steps) || !has(self.epochs)",
-        lambda training: training.steps is None or training.epochs is None,
-        "steps and epochs contradict each other; leave one of them out",
-        Cause.FORBIDDEN,
-    ),
-    Rule(
-        TRAINING,
-        "lrWarmupSteps",
-        "!has(self.steps) || self.lrWarmupSteps == 0 || self.lrWarmupSteps < self.steps",
-        lambda training: (
-            not training.steps or not training.lr_warmup_steps or training.lr_warmup_steps < training.steps
-        ),
-        "lrWarmupSteps leaves no step at the full learning rate; write fewer than steps",
-    ),
-    Rule(
-        TRAINING,
-        "lrWarmupSteps",
-        "self.lrWarmupSteps == 0 || self.lrScheduler != 'constant'",
-        lambda training: training.lr_warmup_steps == 0 or training.lr_scheduler is not LrScheduler.CONSTANT,
-        "lrWarmupSteps is not read by lrScheduler constant; write lrScheduler: constant_with_warmup",
-    ),
-    Rule(
-        TRAINING,
-        "sharding",
-        f"self.sharding == 'none' || has(self.method) && self.method in {cel_words(SHARDED_METHODS)}",
-        lambda training: training.sharding is Sharding.NONE or training.method in SHARDED_METHODS,
-        f"sharding is for {', '.join(SHARDED_METHODS)}, which train whole models; leave sharding out",
-        Cause.FORBIDDEN,
-    ),
-    Rule(
-        TRAINING,
-        "sharding",
-        "self.sharding == 'none' || self.optimizer == 'adamw'",
-        lambda training: training.sharding is Sharding.NONE or training.optimizer is Optimizer.ADAMW,
-        "sharding cuts the optimizer's state into slices, which only AdamW's allows; write optimizer: adamw, or leave "
-        "sharding out",
-        Cause.FORBIDDEN,
-    ),
-    form(
-        "spec.training.memoryPreset",
-        MEMORY_PRESET,
-        "memoryPreset is unknown; write auto, cpu or the GPU's memory, e.g. 16GB",
-    ),
-    _only_for("lora", LORA_METHODS, lambda training: training.lora),
-    _only_for("dreambooth", DREAMBOOTH_METHODS, lambda training: training.dreambooth),
-    _needed_for(
-        "dreambooth",
-        DREAMBOOTH_METHODS,
-        lambda training: training.dreambooth,
-        "{instancePrompt: a photo of sks dog}",
-    ),
-    _only_for("textualInversion", (Method.TEXTUAL_INVERSION,), lambda training: training.textual_inversion),
-    _needed_for(
-        "textualInversion",
-        (Method.TEXTUAL_INVERSION,),
-        lambda training: training.textual_inversion,
-        "{placeholderToken: <cat-toy>, initializerToken: toy}",
-    ),
-    _only_for("controlnet", (Method.CONTROLNET,), lambda training: training.controlnet),
-    Rule(
-        TRAINING,
-        "validation",
-        "!has(self.validation) || has(self.method)",
-        lambda training: training.validation is None or training.method is not None,
-        "validation is not read by a script; leave it out, or tell the script by its args",
-        Cause.FORBIDDEN,
-    ),
-    Rule(
-        VALIDATION,
-        "prompts",
-        "self.prompts.size() > 0 || has(self.split)",
-        lambda validation: len(validation.prompts) > 0 or validation.split is not None,
-        "validation has nothing to look at; write prompts to draw, a held-out split, or both",
-        Cause.REQUIRED,
-    ),
-    Rule(
-        DREAMBOOTH,
-        "classPrompt",
-        "has(self.classPrompt) || self.numClassImages == 100 && self.priorLossWeight == 1.0",
-        lambda dreambooth: (
-            dreambooth.class_prompt is not None
-            or (dreambooth.num_class_images == 100 and dreambooth.prior_loss_weight == 1.0)
-        ),
-        "numClassImages and priorLossWeight need classPrompt; write e.g. classPrompt: a photo of a dog",
-        Cause.REQUIRED,
-    ),
-    form(
-        "spec.training.textualInversion.placeholderToken",
-        r"^[^ \t\n\r]+$",
-        "placeholderToken has a space in it; write one token, e.g. <cat-toy>",
-    ),
-    Rule(
-        TEXTUAL_INVERSION,
-        "initializerToken",
-        "self.initializerToken != self.placeholderToken",
-        lambda inversion: inversion.initializer_token != inversion.placeholder_token,
-        "initializerToken is the new token itself; write a word that the text encoder knows, e.g. toy",
-    ),
-    Rule(
-        TIMESTEP_BIAS,
-        "end",
-        "self.begin < self.end",
-        lambda bias: bias.begin < bias.end,
-        "end is not after begin, so the range holds no timestep; write e.g. begin: 200 and end: 600",
-    ),
-    Rule(
-        SPEC,
-        "training.precision",
-        "self.topology.accelerator != 'cpu' || self.training.precision != 'fp16'",
-        lambda spec: spec.topology.accelerator is not Accelerator.CPU or spec.training.precision is not Precision.FP16,
-        "precision fp16 is for GPUs; write bf16 or fp32 with accelerator cpu",
-    ),
-    Rule(
-        SPEC,
-        "training.optimizer",
-        "self.topology.accelerator != 'cpu' || self.training.optimizer != 'adamw8bit'",
-        lambda spec: (
-            spec.topology.accelerator is not Accelerator.CPU or spec.training.optimizer is not Optimizer.ADAMW_8BIT
-        ),
-        "optimizer adamw8bit is for GPUs; write adamw or adafactor with accelerator cpu",
-    ),
-    Rule(
-        SPEC,
-        "training.memoryPreset",
-        "!has(self.training.memoryPreset) || self.training.memoryPreset == 'auto'"
-        " || (self.training.memoryPreset == 'cpu') == (self.topology.accelerator == 'cpu')",
-        lambda spec: (
-            spec.training.memory_preset in (None, "auto")
-            or (spec.training.memory_preset == "cpu") == (spec.topology.accelerator is Accelerator.CPU)
-        ),
-        "memoryPreset is not for this accelerator; write auto, cpu with accelerator cpu, or the GPU's memory",
     ),
 )
 
@@ -445,8 +196,8 @@ _CHECKPOINT = (
         "storage needs exactly one of persistentVolumeClaim, hostPath, nfs and bucket; write e.g. "
         "persistentVolumeClaim: {claimName: checkpoints}",
     ),
-    _absolute("spec.checkpoint.storage.hostPath.path"),
-    _absolute("spec.checkpoint.storage.nfs.path"),
+    absolute("spec.checkpoint.storage.hostPath.path"),
+    absolute("spec.checkpoint.storage.nfs.path"),
     form(
         "spec.checkpoint.storage.bucket.url",
         BUCKET_URL,
@@ -490,7 +241,7 @@ _CHECKPOINT = (
 )
 
 _RETENTION = (
-    _duration("spec.checkpoint.maxStale"),
+    length_of_time("spec.checkpoint.maxStale"),
     Rule(
         SPEC,
         "checkpoint.keepBest",
@@ -506,9 +257,9 @@ _RETENTION = (
 )
 
 _RECOVERY = (
-    _duration("spec.recovery.shrinkAfter"),
-    _duration("spec.recovery.hangTimeout"),
-    _duration("spec.recovery.spot.fallbackAfter"),
+    length_of_time("spec.recovery.shrinkAfter"),
+    length_of_time("spec.recovery.hangTimeout"),
+    length_of_time("spec.recovery.spot.fallbackAfter"),
 )
 
 _OUTPUTS = (
@@ -549,7 +300,7 @@ _OUTPUTS = (
 RULES: tuple[Rule[Any], ...] = (
     *_NAMES,
     *_DATA,
-    *_TRAINING,
+    *TRAINING_RULES,
     *_TOPOLOGY,
     *_CHECKPOINT,
     *_RETENTION,

@@ -30,6 +30,15 @@ OVERLAP = timedelta(days=7)
 BACKDATE = timedelta(minutes=5)
 """Clocks differ: a certificate is good a little before it was made."""
 NAME = "finetune-operator"
+UNUSED = (
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "encipher_only",
+    "decipher_only",
+)
+"""Uses of a key that none of these certificates is for."""
 
 
 @dataclass(frozen=True)
@@ -196,17 +205,7 @@ def _name(common: str) -> x509.Name:
 
 
 def _usage(*, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    return x509.KeyUsage(digital_signature=True, key_cert_sign=signs, crl_sign=signs, **dict.fromkeys(UNUSED, False))
 
 
 def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pair:
