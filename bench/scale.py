@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import resource
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bench.report import finish
@@ -162,12 +160,12 @@ async def run(options: argparse.Namespace, components: Collection[str], measure:
     """Start a control plane with these components beside etcd and the API server, measure, print."""
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
-    with tempfile.TemporaryDirectory() as folder, ControlPlane(components) as control_plane:
+    with ControlPlane(components) as control_plane:
         install(control_plane)
         client = await connect(control_plane.kubeconfig, num_connections=CONNECTIONS)
         operator = OperatorProcess(
             control_plane.kubeconfig_for(ACCOUNT, HOME, expiration_seconds=7200),
-            Path(folder) / "operator.log",
+            control_plane.folder / "operator.log",
             coordinator_flags(control_plane),
         )
         bench = Bench(control_plane, KubeApi(client, ServerClock()), options.jobs, options.nodes_per_job)

@@ -7,6 +7,7 @@ ends in any way, SIGKILL included, because the kernel then closes the pipe that 
 from __future__ import annotations
 
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -69,14 +70,14 @@ def _is_free(port: int) -> bool:
 class Guard:
     """A process group that does not outlive this process."""
 
-    def __init__(self) -> None:
-        self._shell = subprocess.Popen(
-            ["sh", "-c", "read -r _; kill -KILL 0"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            process_group=0,
-        )
+    def __init__(self, folder: Path | None = None) -> None:
+        """Begin one.
+
+        folder: of temporary files, which do not outlive a process that is killed either.
+        """
+        self._shell = _at_the_end("kill -KILL 0", process_group=0)
+        # Not one of the group, and a moment later: whoever writes there is gone by then.
+        self._broom = _at_the_end(f"sleep 0.5; rm -rf -- {shlex.quote(str(folder))}") if folder else None
 
     @property
     def group(self) -> int:
@@ -84,10 +85,25 @@ class Guard:
         return self._shell.pid
 
     def close(self) -> None:
-        """End all that is in the group, at once."""
+        """End all that is in the group, at once. The folder stays."""
+        if self._broom is not None:
+            self._broom.kill()
+            self._broom.communicate()
         assert self._shell.stdin is not None
         self._shell.stdin.close()
         self._shell.wait(STOP_SECONDS)
+
+
+def _at_the_end(command: str, process_group: int | None = None) -> subprocess.Popen[bytes]:
+    """A shell that runs a command when this process ends."""
+    return subprocess.Popen(
+        ["sh", "-c", f"read -r _; {command}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=process_group,
+        start_new_session=process_group is None,
+    )
 
 
 class Program:

@@ -179,7 +179,7 @@ class ControlPlane:
             "kube-scheduler": commands.scheduler_command(layout),
             "kwok": commands.kwok_command(layout, nodes.MANAGED_LABEL),
         }
-        self._guard = Guard()
+        self._guard = Guard(None if self._keep else self.folder)
 
     def _run(self, *names: str) -> None:
         assert self._guard is not None

@@ -17,7 +17,8 @@ PARENT = """
 import sys, time
 from pathlib import Path
 from tests.controlplane.process import Guard, Program
-program = Program("sleep", ["sleep", "600"], Path(sys.argv[1]), Guard())
+folder = Path(sys.argv[1])
+program = Program("sleep", ["sleep", "600"], folder / "log", Guard(folder))
 program.start()
 print(program.pid, flush=True)
 time.sleep(600)
@@ -31,13 +32,16 @@ def exists(pid: int) -> bool:
 
 
 def test_program_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PARENT, str(tmp_path / "log")]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    command = [sys.executable, "-c", PARENT, str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert exists(pid)
         os.kill(parent.pid, signal.SIGKILL)
     wait_for("the program is gone", lambda: not exists(pid), seconds=10)
+    wait_for("so are its files", lambda: not folder.exists(), seconds=10)
 
 
 def test_program_that_ends_by_itself_is_seen_with_its_last_words(tmp_path: Path) -> None:

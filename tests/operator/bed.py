@@ -185,10 +185,12 @@ class OperatorProcess:
             (self.probe_port, self.coordinator_port) if self.probe_port else free_ports(2)
         )
         command = [sys.executable, *self.program, "run", *self._flags()]
+        # One that is killed leaves its temporary files behind: they go with its log.
+        temporary = self.log.parent / "tmp"
+        temporary.mkdir(exist_ok=True)
+        environment = {**os.environ, "TMPDIR": str(temporary), **self.environment}
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.environment}
-            )
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         return self
 
     def _flags(self) -> list[str]:
