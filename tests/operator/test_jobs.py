@@ -164,15 +164,46 @@ def test_without_watching_nodes_a_lost_one_is_seen_by_its_pods(jobs: Jobs, new_o
         cluster.recover_node(node)
 
 
-def test_a_misspelt_field_of_the_template_is_told(jobs: Jobs, new_operator: NewOperator) -> None:
+NO_FIELD = "spec.podTemplate.spec.nodeSelektor: a pod has no field nodeSelektor; write nodeSelector, or leave it out"
+NO_POD = "spec.podTemplate: the cluster takes no such pod: "
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ({"spec": {"nodeSelektor": {"disk": "fast"}}}, NO_FIELD),
+        ({"spec": {"tolerations": [{"operator": "Perhaps"}]}}, NO_POD),
+        ({"spec": {"terminationGracePeriodSeconds": "long"}}, NO_POD),
+    ],
+)
+def test_a_template_that_makes_no_pod_is_not_accepted_until_it_is_mended(
+    jobs: Jobs, new_operator: NewOperator, template: dict[str, Any], sentence: str
+) -> None:
+    heir = new_operator()
     with running(new_operator()):
-        jobs.create(build_job("circles", podTemplate={"spec": {"nodeSelektor": {"disk": "fast"}}}))
-
-        def told() -> bool:
-            return any("nodeSelektor" in event.get("note", "") for event in jobs.events("circles"))
-
-        wait_for("it is told", told)
+        jobs.create(build_job("circles", podTemplate=template))
+        status = wait_for("it is refused", lambda: refused(jobs))
+        assert status["message"].startswith(sentence)
+        assert (status["phase"], status["reason"]) == ("Pending", "FailedCreate")
         assert not jobs.pods()
+    # What the cluster said is not forgotten with the operator that heard it.
+    version = jobs.get("circles")["metadata"]["resourceVersion"]
+    with running(heir) as operator:
+        tried = 'finetune_api_requests_total{code="%s",method="POST",resource="pods"}'
+        wait_for("it tries again", lambda: any(operator.metric(tried % code) >= 1 for code in (400, 422)))
+        assert jobs.get("circles")["metadata"]["resourceVersion"] == version
+        jobs.patch("circles", {"spec": {"podTemplate": None}})
+        assert jobs.wait_phase("circles", "Running")["attempt"] == 1
+        assert not refused(jobs)
+        told = [event["reason"] for event in jobs.events("circles")]
+        assert (told.count("FailedCreate"), told.count("AttemptStarted")) == (1, 1)
+
+
+def refused(jobs: Jobs) -> dict[str, Any] | None:
+    """The status of a job that is not accepted."""
+    status = jobs.status("circles")
+    accepted = [one["status"] for one in status.get("conditions", ()) if one["type"] == "Accepted"]
+    return status if accepted == ["False"] else None
 
 
 def test_a_name_that_is_taken_is_told(jobs: Jobs, new_operator: NewOperator) -> None:
@@ -191,6 +222,9 @@ def test_a_pod_that_the_cluster_refuses_is_told_and_tried_again(jobs: Jobs, new_
     with running(new_operator()):
         jobs.create(build_job("circles"))
         wait_for("it is told", lambda: "FailedCreate" in {event["reason"] for event in jobs.events("circles")})
+        status = jobs.wait_phase("circles", "Queued")
+        assert status["reason"] == "FailedCreate"
+        assert "exceeded quota: none" in status["message"]
         api.delete(f"{path}/none")
         status = jobs.wait_phase("circles", "Running", 60)
         assert status["attempt"] == 1

@@ -9,8 +9,9 @@ import pytest
 from finetune_operator.api.job import Condition, Phase
 from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.plan.conditions import find
+from finetune_operator.plan.types import Refusal
 from finetune_operator.settings import Settings
-from tests.plan.world import SETTINGS, START, World, make_job
+from tests.plan.world import SETTINGS, START, World, make_job, seconds
 
 CPU = {"accelerator": "cpu"}
 LORA = {"method": "LoRA", "steps": 10}
@@ -96,3 +97,88 @@ def test_accepted_since_the_first_look() -> None:
     accepted(world)
     world.tick(5)
     assert accepted(world).last_transition_time == START
+
+
+WRONG = Refusal("spec.podTemplate.x: a pod has no field x; leave it out", hold_until=START + seconds(60))
+
+
+def begun() -> World:
+    """A job whose first attempt has begun; its pods are to be created next."""
+    world = World()
+    world.step()
+    assert world.job.status.attempt == 1
+    assert not world.pods
+    return world
+
+
+def edit(world: World) -> None:
+    """Another spec: what was refused of the old one says nothing of it."""
+    meta = world.job.metadata.model_copy(update={"generation": world.job.metadata.generation + 1})
+    world.job, world.refusal = world.job.model_copy(update={"metadata": meta}), None
+
+
+def test_pods_that_are_wrong_are_held_back_and_tried_once_in_a_while() -> None:
+    world = begun()
+    world.refusal = WRONG
+    decided = world.settle()
+    condition = accepted(world)
+    assert (condition.status, condition.reason, condition.message) == ("False", Reason.FAILED_CREATE, WRONG.sentence)
+    assert world.job.status.phase is Phase.PENDING
+    assert decided.look_again == seconds(60)
+    assert not decided.actions
+    world.tick(60)
+    again = world.decide()
+    assert len(again.actions) >= 2
+    assert again.status == world.job.status, "nothing is written until the cluster has answered"
+
+
+def test_an_edit_lets_the_attempt_go_on() -> None:
+    world = begun()
+    world.refusal = WRONG
+    world.settle()
+    edit(world)
+    assert accepted(world).status == "True"
+    assert (world.job.status.attempt, len(world.pods)) == (1, 2)
+
+
+def test_what_was_refused_is_not_forgotten_with_the_operator_that_heard_it() -> None:
+    world = begun()
+    world.refusal = WRONG
+    world.settle()
+    world.refusal = None
+    decided = world.decide()
+    assert decided.status == world.job.status
+    assert len(decided.actions) >= 2, "it is tried"
+    # This time they are taken.
+    assert accepted(world).status == "True"
+
+
+def test_a_quota_keeps_a_job_waiting_and_does_not_refuse_it() -> None:
+    world = begun()
+    world.refusal = Refusal("Pod circles-a1-n0 was refused: exceeded quota")
+    decided = world.decide()
+    assert decided.actions, "it is tried again"
+    assert (decided.status.phase, decided.status.reason) == (Phase.QUEUED, Reason.FAILED_CREATE)
+    assert decided.status.message == world.refusal.sentence
+    condition = find(decided.status, ConditionType.ACCEPTED)
+    assert condition is not None
+    assert condition.status == "True"
+
+
+def test_an_edit_that_makes_no_pods_leaves_those_that_run_alone() -> None:
+    world = World()
+    world.settle()
+    world.run_all()
+    world.settle()
+    edit(world)
+    world.settle()
+    world.vanish("circles-a1-n1")
+    # The next attempt's pods are not taken.
+    while world.job.status.attempt < 2:
+        world.step()
+        world.tick(1)
+    world.refusal = Refusal(WRONG.sentence, hold_until=world.now + seconds(60))
+    world.settle()
+    assert accepted(world).status == "False"
+    assert world.job.status.phase is Phase.RECOVERING
+    assert world.job.status.message == WRONG.sentence

@@ -25,6 +25,7 @@ from finetune_operator.plan.types import (
     Plan,
     PodPhase,
     ReceivedBeat,
+    Refusal,
 )
 from finetune_operator.settings import Settings
 
@@ -69,6 +70,8 @@ class World:
     events: list[Event] = field(default_factory=list)
     made: dict[str, Any] = field(default_factory=dict)
     """Manifests of all pods, by name."""
+    refusal: Refusal | None = None
+    """What the API server said last to a pod of the job; it takes none then."""
     deleted: bool = False
     num_created: int = 0
     sequence: int = 0
@@ -81,6 +84,7 @@ class World:
             beats=dict(self.beats),
             services=frozenset(self.services),
             configs=frozenset(self.configs),
+            refusal=self.refusal,
         )
 
     def decide(self) -> Plan:
@@ -115,7 +119,7 @@ class World:
     def create(self, manifest: Any) -> None:
         name = manifest["metadata"]["name"]
         if manifest["kind"] == "Pod":
-            if name in self.pods:
+            if name in self.pods or self.refusal is not None:
                 return
             self.num_created += 1
             labels = manifest["metadata"]["labels"]

@@ -79,6 +79,7 @@ class Reason(StrEnum):
     UNSCHEDULABLE = "Unschedulable"
     IMAGE_PULL = "ImagePull"
     CONTAINER_CONFIG = "ContainerConfig"
+    FAILED_CREATE = "FailedCreate"
     BACK_OFF = "BackOff"
     SUSPENDING = "Suspending"
     SUSPENDED = "Suspended"
@@ -134,7 +135,6 @@ class Reason(StrEnum):
     CHECKPOINT_COMMITTED = "CheckpointCommitted"
     TRAINER_WARNING = "TrainerWarning"
     OUTPUT_WRITTEN = "OutputWritten"
-    FAILED_CREATE = "FailedCreate"
     NAME_TAKEN = "NameTaken"
 
 
@@ -214,6 +214,13 @@ REASONS: dict[Reason, ReasonDoc] = {
         Topic.WAITING,
         "A pod cannot start, because a Secret, a ConfigMap or a volume that it names is missing.",
         "Create what the message names; the pod starts by itself.",
+    ),
+    Reason.FAILED_CREATE: ReasonDoc(
+        Topic.WAITING,
+        "The cluster refused a pod or another object of the job. For a quota, a webhook or a Pod Security Standard, it "
+        "is tried again, ever more seldom. For a podTemplate that makes no valid pod, the job is not accepted until "
+        "it is edited.",
+        "Do what the message asks for; put podTemplate right where it is at fault.",
     ),
     Reason.BACK_OFF: ReasonDoc(
         Topic.WAITING,
@@ -350,12 +357,6 @@ REASONS: dict[Reason, ReasonDoc] = {
         "Read the message.",
     ),
     Reason.OUTPUT_WRITTEN: ReasonDoc(Topic.EVENT, "An output was written whole.", NOTHING),
-    Reason.FAILED_CREATE: ReasonDoc(
-        Topic.EVENT,
-        "The cluster refused a pod or another object of the job: a quota, a webhook, a Pod Security Standard, or a "
-        "field of podTemplate that does not exist. It is tried again, ever more seldom.",
-        "Do what the message asks for; put podTemplate right where it is at fault.",
-    ),
     Reason.NAME_TAKEN: ReasonDoc(
         Topic.EVENT,
         "An object that the job needs is there already and belongs to somebody else.",

@@ -1,10 +1,13 @@
 """Whether the spec can be run: the condition Accepted. A job that is not accepted makes nothing.
 
 The CRD holds the same rules. They are checked again here, because a job may have been stored under an older
-definition, and because some things only the operator knows: its own settings, and what its trainer can do.
+definition, and because some things only the operator knows: its own settings, and what its trainer can do. And some
+only the cluster knows: whether it takes the pods that podTemplate makes.
 """
 
 from __future__ import annotations
+
+from datetime import datetime
 
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.supported import find_missing
@@ -12,6 +15,7 @@ from finetune_operator.api.validate import broken_rules
 from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.build import build_pod
 from finetune_operator.build.merge import MergeError
+from finetune_operator.plan import gang
 from finetune_operator.plan.conditions import find, make, put
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.unsupported import find_unsupported
@@ -24,11 +28,32 @@ def check(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     What was accepted once stays so until the spec changes. What was refused is looked at in every pass: a newer
     operator may take it.
     """
-    if is_finished(status) or _is_accepted(view, status):
+    if is_finished(status):
         return status
-    reason, message = _judge(view)
+    refusal = _refusal(view, status)
+    if refusal is None and _is_accepted(view, status):
+        return status
+    reason, message = _judge(view) if refusal is None else (Reason.FAILED_CREATE, refusal)
     accepted = make(view, ConditionType.ACCEPTED, reason is Reason.ACCEPTED, reason.value, message)
     return revise(put(status, accepted), observed_generation=view.job.metadata.generation)
+
+
+def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
+    """When what the cluster refused is to be tried again."""
+    refusal = view.observed.refusal
+    return refusal.hold_until if refusal is not None and not is_finished(status) else None
+
+
+def _refusal(view: View, status: FineTuneJobStatus) -> str | None:
+    """Why the cluster takes no pod of this spec. It holds until it has taken one, also where this was said to another
+    operator, before this one began."""
+    told = view.observed.refusal
+    if told is not None and told.hold_until is not None:
+        return told.sentence
+    old = find(status, ConditionType.ACCEPTED)
+    if old is None or old.reason != Reason.FAILED_CREATE or old.observed_generation != view.job.metadata.generation:
+        return None
+    return old.message if gang.missing(view, status) else None
 
 
 def _is_accepted(view: View, status: FineTuneJobStatus) -> bool:

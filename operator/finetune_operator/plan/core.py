@@ -74,6 +74,7 @@ ACTIONS: tuple[Callable[[View, FineTuneJobStatus], tuple[Action, ...]], ...] = (
 )
 
 WAKES: tuple[Callable[[View, FineTuneJobStatus], datetime | None], ...] = (
+    acceptance.wake,
     deadline.deadline,
     hangs.wake,
     stragglers.wake,

@@ -9,7 +9,7 @@ from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.build import Surroundings, build_config, build_pod, build_service
 from finetune_operator.plan import standby
-from finetune_operator.plan.conditions import is_true
+from finetune_operator.plan.conditions import find
 from finetune_operator.plan.ledger import open_entry, replace_current
 from finetune_operator.plan.revise import revise
 from finetune_operator.plan.types import Create
@@ -39,17 +39,30 @@ def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
 
     Nothing is created while a pod of another attempt is left: two gangs never share the storage or the capacity.
     """
+    return missing(view, status) if _may_create(view, status) else ()
+
+
+def _may_create(view: View, status: FineTuneJobStatus) -> bool:
+    """Whether the spec is accepted. What the cluster alone refused is tried once in a while."""
+    accepted = find(status, ConditionType.ACCEPTED)
+    if accepted is None or accepted.status != "True":
+        return accepted is not None and accepted.reason == Reason.FAILED_CREATE and not view.holds_back
+    return True
+
+
+def missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
+    """What the open attempt lacks, whether it may be created or not."""
     entry = open_entry(status)
     num_mine = len(view.pods) + len(view.standbys)
     fenced = status.attempt == view.attempt and num_mine == len(view.observed.pods)
-    if entry is None or not fenced or is_finished(status) or not is_true(status, ConditionType.ACCEPTED):
+    if entry is None or not fenced or is_finished(status):
         return ()
     name = view.job.metadata.name
-    missing = []
+    lacking = []
     if config_name(name) not in view.observed.configs:
-        missing.append(Create(build_config(view.job)))
+        lacking.append(Create(build_config(view.job)))
     if service_name(name) not in view.observed.services:
-        missing.append(Create(build_service(view.job, view.settings)))
+        lacking.append(Create(build_service(view.job, view.settings)))
     around = Surroundings(
         num_nodes=view.num_nodes,
         first_pod=view.members[0],
@@ -59,12 +72,12 @@ def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     )
     if not entry.gang_complete:
         ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
-        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, around)) for rank in ranks]
+        lacking += [Create(build_pod(view.job, view.attempt, rank, view.settings, around)) for rank in ranks]
     for number, kind in standby.wanted(view, status).items():
         if number not in view.standbys:
             beside = replace(around, capacity=kind, stands_by=True)
-            missing.append(Create(build_pod(view.job, view.attempt, number, view.settings, beside)))
-    return tuple(missing)
+            lacking.append(Create(build_pod(view.job, view.attempt, number, view.settings, beside)))
+    return tuple(lacking)
 
 
 def _hung_nodes(status: FineTuneJobStatus) -> tuple[str, ...]:

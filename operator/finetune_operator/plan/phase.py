@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from finetune_contract.beat import RankState
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
+from finetune_operator.api.job import AttemptStatus, Condition, FineTuneJobStatus, Phase
 from finetune_operator.api.words import REGROUPS, ConditionType, Reason
 from finetune_operator.build import num_nodes
 from finetune_operator.plan import attempts, capacity, elastic, suspend
@@ -98,8 +98,8 @@ def _line(view: View, status: FineTuneJobStatus) -> Line:
     if view.spec.suspend:
         return status.phase or Phase.RUNNING, Reason.SUSPENDING, "the ranks save their state and stop"
     if entry is None or entry.ended_at is not None:
-        refused = find(status, ConditionType.ACCEPTED)
-        if refused is not None and refused.status != "True":
+        refused = _not_accepted(status)
+        if refused is not None:
             return Phase.PENDING, refused.reason, refused.message
     if entry is None:
         return Phase.PENDING, Reason.WAITING_FOR_PODS, "waiting for the first attempt"
@@ -178,13 +178,30 @@ def _interrupts(status: FineTuneJobStatus, entry: AttemptStatus) -> bool:
 
 
 def _waiting(view: View, status: FineTuneJobStatus, phase: Phase) -> Line:
-    """Not all pods run: the words of the scheduler or the kubelet, where there are any."""
+    """Not all pods run: the words of the API server, the scheduler or the kubelet, where there are any."""
+    if refused := _refused(view, status):
+        starting = Phase.PENDING if _not_accepted(status) else Phase.QUEUED
+        return starting if phase is Phase.STARTING else phase, Reason.FAILED_CREATE, refused
     for pod in view.pods.values():
         if pod.waiting:
             reason = _waiting_reason(pod.waiting)
             queued = phase is Phase.STARTING and reason in FOR_ROOM
             return Phase.QUEUED if queued else phase, reason, f"{pod.name}: {pod.waiting}"
     return phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
+
+
+def _not_accepted(status: FineTuneJobStatus) -> Condition | None:
+    """The condition that says what is wrong with the spec; None where it is accepted."""
+    accepted = find(status, ConditionType.ACCEPTED)
+    return accepted if accepted is not None and accepted.status != "True" else None
+
+
+def _refused(view: View, status: FineTuneJobStatus) -> str | None:
+    """Why the cluster takes no more pods of the job."""
+    refusal = _not_accepted(status)
+    if refusal is not None and refusal.reason == Reason.FAILED_CREATE:
+        return refusal.message
+    return view.observed.refusal.sentence if view.observed.refusal is not None else None
 
 
 def _patience(view: View, entry: AttemptStatus) -> str:

@@ -83,6 +83,16 @@ WELL = ObservedNode()
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """An object of the job that the cluster would not take."""
+
+    sentence: str
+    """What was refused, and why; for what is wrong in itself, what to write instead."""
+    hold_until: datetime | None = None
+    """Where the object is wrong in itself: until when there is no use in trying again. None: it may be taken later."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """The world as it was last seen. May lag behind; never ahead."""
 
@@ -95,6 +105,8 @@ class Observed:
     """Names of the job's ConfigMaps that exist."""
     nodes: Mapping[str, ObservedNode] = field(default_factory=dict)
     """Nodes of the job's pods, those that are gone included, that are not simply well, by name. Others are well."""
+    refusal: Refusal | None = None
+    """What was refused last of the job as it is now; None: nothing, or something has been created since."""
     beat_seconds: float = 0.0
     """Time between two beats that supervisors are asked for, where that is longer than the settings say."""
 

@@ -102,6 +102,12 @@ class View:
                 found[beat.node_rank] = received
         return dict(sorted(found.items()))
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether there is no use in creating anything yet: the cluster would refuse it again."""
+        refusal = self.observed.refusal
+        return refusal is not None and refusal.hold_until is not None and self.now < refusal.hold_until
+
     def heard(self, pod: ObservedPod) -> ReceivedBeat | None:
         """The newest beat of a pod, whatever attempt it speaks of: one that is kept may not have come to this one."""
         return self.observed.beats.get(pod.uid)

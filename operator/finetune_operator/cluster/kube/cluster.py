@@ -18,7 +18,6 @@ from finetune_operator.build import layout
 from finetune_operator.cluster.kube.beats import JobBeats
 from finetune_operator.cluster.kube.cache import Cache, Entry, ObjectKey
 from finetune_operator.cluster.kube.client import (
-    BAD_REQUEST,
     CONFLICT,
     MERGE,
     NOT_FOUND,
@@ -49,12 +48,13 @@ from finetune_operator.cluster.kube.objects import (
 from finetune_operator.cluster.kube.pace import BeatPace
 from finetune_operator.cluster.kube.queue import WorkQueue
 from finetune_operator.cluster.kube.reflector import key_of
+from finetune_operator.cluster.kube.refusals import Refusals, judge
 from finetune_operator.cluster.kube.throttle import ProgressThrottle
 from finetune_operator.cluster.kube.tokens import Bearer, TokenReviewer
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
 from finetune_operator.plan.replies import reply_to
-from finetune_operator.plan.types import WELL, Action, Create, DeletePod, Event, Manifest, Observed
+from finetune_operator.plan.types import WELL, Action, Create, DeletePod, Event, Manifest, Observed, Refusal
 from finetune_operator.plan.view import members_of, nodes_of, oldest_attempt
 from finetune_operator.settings import Settings
 
@@ -66,8 +66,6 @@ MAX_SETTLE_SECONDS = 5.0
 """And at most, while very many jobs wait for a pass: what creates pods comes before what merely tells of them."""
 BUSY_DEPTH = 16
 """Jobs that wait for a pass when good news begin to wait longer."""
-REFUSED = frozenset({BAD_REQUEST, 403, 422})
-"""Answers to a create that a person must do something about."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,7 @@ class KubeCluster:
         self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
         self._nodes = world.nodes
+        self._refusals = Refusals()
         self.beats = JobBeats(self.wake)
         self.authority = ""
         """Certificates that supervisors are to trust, PEM; where not empty, each job's ConfigMap holds them."""
@@ -135,6 +134,7 @@ class KubeCluster:
         return Observed(
             pods=pods,
             nodes=nodes,
+            refusal=self._refusals.of(key, job),
             beat_seconds=self._beat_pace.expected(asyncio.get_running_loop().time()),
             beats=self.beats.of(*key, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child.name for child in self.services.group(key) if child.owner_uid == uid),
@@ -226,6 +226,7 @@ class KubeCluster:
         if new is None:
             self.beats.forget(JobKey(*key))
             self._throttle.forget(JobKey(*key))
+            self._refusals.forget(JobKey(*key))
         self.wake(JobKey(*key), job_news(old, new))
 
     def _pod_changed(self, key: ObjectKey, old: KubePod | None, new: KubePod | None) -> None:
@@ -283,11 +284,18 @@ class KubeCluster:
             if error.already_exists:
                 await self._find_existing(job, manifest)
                 return
-            if error.status in REFUSED:
-                sentence = f"{kind} {meta['name']} was refused: {error.message}"
-                self._events.tell(job, Event(Reason.FAILED_CREATE, sentence, warning=True))
+            self._refused(job, judge(job, kind, meta["name"], error, self._clock()))
             raise
+        self._refusals.forget(_key(job))
         self._put(self._children[kind], decode_created(kind, created), created)
+
+    def _refused(self, job: FineTuneJob, refusal: Refusal | None) -> None:
+        """The next pass writes it into the status. That the job itself is wrong is told with that."""
+        if refusal is None:
+            return
+        self._refusals.take(_key(job), job, refusal)
+        if refusal.hold_until is None:
+            self._events.tell(job, Event(Reason.FAILED_CREATE, refusal.sentence, warning=True))
 
     async def _find_existing(self, job: FineTuneJob, manifest: Manifest) -> None:
         """It is there: ours, made before this process began or since; a predecessor's; or a stranger's."""
