@@ -26,7 +26,7 @@ class PodPhase(StrEnum):
     UNKNOWN = "Unknown"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ObservedPod:
     """What the plan reads of a pod; nothing else is kept in memory."""
 
@@ -58,7 +58,7 @@ class ObservedPod:
     """Why it is not running yet: the scheduler's words or the container's waiting reason and message."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ReceivedBeat:
     """The newest beat of a pod and when it came, by the coordinator's clock."""
 

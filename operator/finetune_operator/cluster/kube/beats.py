@@ -7,6 +7,7 @@ from datetime import datetime
 from types import MappingProxyType
 
 from finetune_contract.beat import Beat
+from finetune_operator.cluster.kube.lean import lean
 from finetune_operator.cluster.kube.news import Urgency, beat_news
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.coordinator.beats import BeatBook
@@ -32,7 +33,7 @@ class JobBeats(BeatBook):
         if known is not None and beat.sequence <= known.beat.sequence:
             return False
         self.num_taken += 1
-        pods[beat.pod_uid] = ReceivedBeat(beat, received_at)
+        pods[beat.pod_uid] = ReceivedBeat(lean(beat), received_at)
         (self._waiting.add if beat.waiting else self._waiting.discard)(beat.pod_uid)
         urgency = beat_news(known.beat if known else None, beat)
         if urgency is not Urgency.NEVER:

@@ -13,6 +13,7 @@ from finetune_operator.api import words
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus, ObjectMeta
 from finetune_operator.api.managed import is_ours
 from finetune_operator.cluster.kube.client import Json
+from finetune_operator.cluster.kube.lean import lean
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.types import ObservedPod
@@ -91,7 +92,7 @@ def decode_job(thing: Json) -> KubeJob | None:
         conditions = tuple((thing.get("status") or {}).get("conditions") or ())
         refusal = explain(error)
         return KubeJob(key, meta["uid"], meta["resourceVersion"], None, refusal, conditions, meta.get("generation", 1))
-    return KubeJob(key, meta["uid"], meta["resourceVersion"], job)
+    return KubeJob(key, meta["uid"], meta["resourceVersion"], lean(job))
 
 
 def decode_pod(pod: Json) -> KubePod | None:
@@ -129,7 +130,7 @@ def explain(error: ValidationError) -> str:
 def with_status(job: FineTuneJob, status: FineTuneJobStatus, written: Json) -> KubeJob:
     """The job as it is stored after a status write that was taken, from the metadata that came back."""
     meta = ObjectMeta.model_validate(written["metadata"])
-    stored = job.model_copy(update={"metadata": meta, "status": status})
+    stored = lean(job.model_copy(update={"metadata": meta, "status": status}))
     return KubeJob(JobKey(meta.namespace, meta.name), meta.uid, meta.resource_version, stored)
 
 
