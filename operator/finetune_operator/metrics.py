@@ -109,7 +109,7 @@ class History:
         )
         self._recovery = Histogram(
             "finetune_recovery_seconds",
-            "Time from an attempt's end to the next one's decision (clear), and from there to its first step (start).",
+            "Time from the end of an attempt to the first step of the next one: all of it, and each part of it.",
             ("part",),
             buckets=RECOVERY_BUCKETS,
             registry=registry,
@@ -141,9 +141,13 @@ class History:
                 self._count_recovery(previous, entry)
 
     def _count_recovery(self, previous: AttemptStatus, entry: AttemptStatus) -> None:
-        if previous.ended_at is not None and entry.training_at is not None:
-            self._recovery.labels("clear").observe((entry.started_at - previous.ended_at).total_seconds())
-            self._recovery.labels("start").observe((entry.training_at - entry.started_at).total_seconds())
+        if previous.ended_at is None or entry.training_at is None:
+            return
+        parts = dict(entry.seconds) | {"detection": previous.seconds.detection}
+        parts["all"] = (entry.training_at - previous.ended_at).total_seconds()
+        for part, seconds in parts.items():
+            if seconds is not None:
+                self._recovery.labels(part).observe(seconds)
 
 
 def _newest(status: FineTuneJobStatus, field: str) -> int:

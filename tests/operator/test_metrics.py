@@ -5,7 +5,14 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJob, FineTuneJobStatus, Phase
+from finetune_operator.api.job import (
+    AttemptSeconds,
+    AttemptStatus,
+    CheckpointStatus,
+    FineTuneJob,
+    FineTuneJobStatus,
+    Phase,
+)
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.metrics import History, job_metrics
 from tests.operator.bed import build_job
@@ -25,9 +32,11 @@ def at(seconds: float) -> datetime:
 
 
 FIRST = AttemptStatus(attempt=1, started_at=NOW)
-ENDED = FIRST.model_copy(update={"ended_at": at(10), "reason": "PodLost"})
+DETECTED = AttemptSeconds(detection=0.5)
+ENDED = FIRST.model_copy(update={"ended_at": at(10), "reason": "PodLost", "seconds": DETECTED})
 SECOND = AttemptStatus(attempt=2, started_at=at(12))
-TRAINING = SECOND.model_copy(update={"training_at": at(19)})
+PARTS = AttemptSeconds(teardown=2.0, queueing=1.0, pulling=3.0, restoring=2.5, first_step=0.5)
+TRAINING = SECOND.model_copy(update={"training_at": at(19), "seconds": PARTS})
 
 
 def test_a_restart_is_counted_once_with_its_cause_and_its_parts() -> None:
@@ -37,8 +46,10 @@ def test_a_restart_is_counted_once_with_its_cause_and_its_parts() -> None:
         history.see(KEY, job(attempts=attempts, lost_steps=7 if len(attempts) == 2 else 0))
     sample = registry.get_sample_value
     assert sample("finetune_attempts_ended_total", {"reason": "PodLost"}) == 1
-    assert sample("finetune_recovery_seconds_sum", {"part": "clear"}) == 2
-    assert sample("finetune_recovery_seconds_sum", {"part": "start"}) == 7
+    parts = {"detection": 0.5, "teardown": 2, "queueing": 1, "pulling": 3, "restoring": 2.5, "first_step": 0.5}
+    for part, seconds in (parts | {"all": 9}).items():
+        assert sample("finetune_recovery_seconds_sum", {"part": part}) == seconds
+        assert sample("finetune_recovery_seconds_count", {"part": part}) == 1
     assert sample("finetune_lost_steps_total") == 7
 
 

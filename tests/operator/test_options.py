@@ -42,6 +42,9 @@ def test_every_setting_is_a_flag_and_every_flag_is_explained() -> None:
     for flag in flags:
         assert f"--{flag.name}" in text
         assert flag.variable in text
+    assert "--watch-nodes true|false" in text
+    assert "--token-seconds SECONDS" in text
+    assert "--num-workers N" in text
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:

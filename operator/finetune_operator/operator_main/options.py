@@ -57,6 +57,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+METAVARS: dict[Callable[[str], Any], str] = {_yes: "true|false", _words: "NAME,...", int: "N", float: "N", Path: "FILE"}
 _DEFAULTS = Settings()
 
 GROUPS: dict[str, tuple[_Flag, ...]] = {
@@ -138,9 +139,18 @@ def add_flags(parser: argparse.ArgumentParser, environment: Mapping[str, str] | 
                 default=environment.get(flag.variable, flag.default),
                 type=flag.read,
                 choices=flag.choices,
-                metavar="|".join(flag.choices) if flag.choices else flag.name.rpartition("-")[2].upper(),
+                metavar=_metavar(flag),
                 help=f"{flag.help}{shown} [${flag.variable}]",
             )
+
+
+def _metavar(flag: _Flag) -> str:
+    """What --help shows for a value."""
+    if flag.choices:
+        return "|".join(flag.choices)
+    if flag.read in METAVARS:
+        return "SECONDS" if flag.name.endswith("-seconds") else METAVARS[flag.read]
+    return flag.name.rpartition("-")[2].upper()
 
 
 def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> RunOptions:
