@@ -179,8 +179,10 @@ class State(Collector):
 
 def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
     """Gauges over jobs. Pure."""
-    phases = Tally((job.status.phase or Phase.PENDING, str(job.spec.training.method)) for job in jobs)
-    number = GaugeMetricFamily("finetune_jobs", "Jobs, by phase and method.", labels=("phase", "method"))
+    phases = Tally((job.status.phase or Phase.PENDING, job.spec.training.method or "script") for job in jobs)
+    number = GaugeMetricFamily(
+        "finetune_jobs", "Jobs, by phase and method; script: of a script of the user's.", labels=("phase", "method")
+    )
     for (phase, method), count in phases.items():
         number.add_metric((phase, method), count)
     yield number

@@ -212,6 +212,11 @@ class OperatorProcess:
         assert not self.died(), self.log.read_text()
         return self
 
+    @property
+    def identity(self) -> str:
+        """Its name, where a flag gives it one."""
+        return next(flag.partition("=")[2] for flag in self.flags if flag.startswith("--identity="))
+
     def leads(self) -> bool:
         return self.metric("finetune_leader") == 1.0
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.cluster
 
 NUM_WRITES = 16
 """Writes of a job's start and recovery, and one more: there the operator is not killed at all."""
-OUTAGE_SECONDS = 60.0
+OUTAGES_SECONDS = (60.0, 5.0)
+TIMES = 3
+"""How often each of the other faults comes, in one life of the operator."""
 NUM_JOBS = 12
 
 
@@ -75,16 +78,25 @@ def test_the_api_server_is_down_for_a_while(jobs: Jobs, new_operator: NewOperato
     with running(new_operator()) as operator:
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
-        jobs.control_plane.stop_api_server()
-        over_at = time.monotonic() + OUTAGE_SECONDS
-        try:
-            wait_for("it has stopped leading", lambda: not operator.leads())
-            wait_for("the outage is over", lambda: ends(operator, over_at), 2 * OUTAGE_SECONDS)
-        finally:
-            jobs.control_plane.start_api_server()
-        jobs.delete_pod("circles-a1-n0")
-        check(jobs, "circles", attempts=2, preemptions=1)
+        for attempt, outage_seconds in enumerate(OUTAGES_SECONDS, start=1):
+            jobs.control_plane.stop_api_server()
+            over_at = time.monotonic() + outage_seconds
+            try:
+                wait_for("it has stopped leading", lambda: not operator.leads())
+                wait_for("the outage is over", partial(ends, operator, over_at), 2 * outage_seconds)
+            finally:
+                jobs.control_plane.start_api_server()
+            jobs.delete_pod(f"circles-a{attempt}-n0")
+            check(jobs, "circles", attempts=attempt + 1, preemptions=attempt)
         assert not operator.died()
+
+
+def counts(operator: OperatorProcess, metric: str, number: int) -> bool:
+    return operator.metric(metric) >= number
+
+
+def stands_by(operator: OperatorProcess) -> bool:
+    return not operator.leads() and operator.get("/livez")[0] == 200
 
 
 def ends(operator: OperatorProcess, over_at: float) -> bool:
@@ -98,12 +110,13 @@ def test_watches_expire_while_a_pod_vanishes(jobs: Jobs, new_operator: NewOperat
     with running(new_operator("--lease-seconds=60")) as operator:
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
-        operator.pause()
-        # Nobody tells the operator of this deletion: its watch ends before, and cannot go on after.
-        jobs.delete_pod("circles-a1-n1")
-        jobs.control_plane.expire_watches()
-        operator.resume()
-        check(jobs, "circles", attempts=2, preemptions=1)
+        for attempt in range(1, TIMES + 1):
+            operator.pause()
+            # Nobody tells the operator of this deletion: its watch ends before, and cannot go on after.
+            jobs.delete_pod(f"circles-a{attempt}-n1")
+            jobs.control_plane.expire_watches()
+            operator.resume()
+            check(jobs, "circles", attempts=attempt + 1, preemptions=attempt)
         assert not operator.died()
 
 
@@ -123,8 +136,9 @@ def test_somebody_else_writes_all_the_time(jobs: Jobs, new_operator: NewOperator
     try:
         with running(new_operator()):
             jobs.wait_phase("circles", "Running", 60)
-            jobs.delete_pod("circles-a1-n0")
-            check(jobs, "circles", attempts=2, preemptions=1)
+            for attempt in range(1, TIMES + 1):
+                jobs.delete_pod(f"circles-a{attempt}-n0")
+                check(jobs, "circles", attempts=attempt + 1, preemptions=attempt)
     finally:
         over.set()
         thread.join()
@@ -202,13 +216,17 @@ def hanging_webhook(jobs: Jobs) -> Iterator[None]:
 
 
 def test_a_webhook_that_times_out(jobs: Jobs, new_operator: NewOperator) -> None:
+    refused = 'finetune_api_requests_total{code="500",method="POST",resource="pods"}'
     with running(new_operator()) as operator:
-        with hanging_webhook(jobs):
-            wait_for("the webhook is asked", lambda: dry_run(jobs.control_plane.api, jobs.namespace) == 500)
-            jobs.create(build_job("circles"))
-            refused = 'finetune_api_requests_total{code="500",method="POST",resource="pods"}'
-            wait_for("a pod was refused twice", lambda: operator.metric(refused) >= 2, 60)
-        check(jobs, "circles", attempts=1, preemptions=0)
+        for number in range(1, TIMES + 1):
+            with hanging_webhook(jobs):
+                wait_for("the webhook is asked", lambda: dry_run(jobs.control_plane.api, jobs.namespace) == 500)
+                jobs.create(build_job(f"circles-{number}"))
+                wait_for("a pod was refused twice", partial(counts, operator, refused, 2 * number), 60)
+            jobs.wait_phase(f"circles-{number}", "Running", 60)
+        assert set(created_pods(jobs).values()) == {1}
+        for number in range(1, TIMES + 1):
+            assert jobs.status(f"circles-{number}")["attempt"] == 1
 
 
 def dry_run(user: Api, namespace: str) -> int:
@@ -244,21 +262,22 @@ def test_the_operators_clock_is_wrong(jobs: Jobs, new_operator: NewOperator, sec
 
 
 def test_a_leader_that_was_stopped_writes_nothing_when_it_wakes(jobs: Jobs, new_operator: NewOperator) -> None:
-    old, new = new_operator("--identity=old"), new_operator("--identity=new")
-    with running(old):
+    """The two take turns, and for a moment each believes that it leads."""
+    leader, other = new_operator("--identity=old"), new_operator("--identity=new")
+    with running(leader):
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
-        new.start()
-        old.pause()
-        new.wait_ready()
-        jobs.delete_pod("circles-a1-n1")
-        check(jobs, "circles", attempts=2, preemptions=1)
-        before = writes_of(jobs, "old")
-        old.resume()
-        wait_for("the old one knows", lambda: not old.leads() and old.get("/livez")[0] == 200)
-        jobs.delete_pod("circles-a2-n0")
-        check(jobs, "circles", attempts=3, preemptions=2)
-        assert writes_of(jobs, "old") == before
+        other.start()
+        for attempt in range(1, TIMES + 1):
+            leader.pause()
+            other.wait_ready()
+            jobs.delete_pod(f"circles-a{attempt}-n1")
+            check(jobs, "circles", attempts=attempt + 1, preemptions=attempt)
+            before = writes_of(jobs, leader.identity)
+            leader.resume()
+            wait_for("the old one knows", partial(stands_by, leader))
+            assert writes_of(jobs, leader.identity) == before
+            leader, other = other, leader
 
 
 def writes_of(jobs: Jobs, identity: str) -> int:

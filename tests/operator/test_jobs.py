@@ -182,7 +182,7 @@ def test_a_template_that_makes_no_pod_is_not_accepted_until_it_is_mended(
     heir = new_operator()
     with running(new_operator()):
         jobs.create(build_job("circles", podTemplate=template))
-        status = wait_for("it is refused", lambda: refused(jobs))
+        status = wait_for("it is refused", lambda: refused(jobs)) or {}
         assert status["message"].startswith(sentence)
         assert (status["phase"], status["reason"]) == ("Pending", "FailedCreate")
         assert not jobs.pods()
