@@ -11,6 +11,8 @@ from finetune_contract.beat import CommittedCheckpoint, RankState, WrittenOutput
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.words import Reason
+from finetune_operator.cluster.kube.client import ApiError
+from finetune_operator.cluster.kube.refusals import judge
 from finetune_operator.plan.types import Event, Plan, PodPhase
 from tests.plan.world import World, last_words, make_job, seconds
 
@@ -131,6 +133,29 @@ def _resumed() -> Story:
 
 def refused() -> Story:
     return _begin(training=SPEC["training"] | {"method": "Full"}, queueName="pictures")
+
+
+def misspelt() -> Story:
+    """A field of podTemplate that pods do not have."""
+    words = 'Pod in version "v1" cannot be handled as a Pod: strict decoding error: unknown field "spec.nodeSelektor"'
+    return _not_taken(ApiError(400, "BadRequest", words), podTemplate={"spec": {"nodeSelektor": {"disk": "fast"}}})
+
+
+def over_quota() -> Story:
+    words = (
+        'pods "circles-a1-n0" is forbidden: exceeded quota: team, requested: pods=1, used: pods=20, limited: pods=20'
+    )
+    return _not_taken(ApiError(403, "Forbidden", words))
+
+
+def _not_taken(error: ApiError, **spec: Any) -> Story:
+    """The API server refuses the first pod."""
+    story = Story(job=make_job(**SPEC | spec))
+    story.step()
+    story.refusal = judge(story.job, "Pod", "circles-a1-n0", error, story.now)
+    story.tick(1)
+    story.step()
+    return story
 
 
 def unschedulable() -> Story:
@@ -293,7 +318,9 @@ def suspended() -> Story:
 
 SCENES: dict[str, Callable[[], Story]] = {
     "pending-refused": refused,
+    "pending-misspelt": misspelt,
     "queued-unschedulable": unschedulable,
+    "queued-over-quota": over_quota,
     "queued-gated": gated,
     "starting-image-pull": pulling,
     "starting-loading": loading,
@@ -317,7 +344,9 @@ SCENES: dict[str, Callable[[], Story]] = {
 
 EXPECTED_REASONS = {
     "pending-refused": Reason.NOT_SUPPORTED,
+    "pending-misspelt": Reason.FAILED_CREATE,
     "queued-unschedulable": Reason.UNSCHEDULABLE,
+    "queued-over-quota": Reason.FAILED_CREATE,
     "queued-gated": Reason.QUEUED,
     "starting-image-pull": Reason.IMAGE_PULL,
     "starting-loading": Reason.LOADING,

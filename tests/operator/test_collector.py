@@ -1,47 +1,69 @@
-"""What a long collection found alive is not looked at again and again."""
+"""Full collections are made when there is something to gain, and never by themselves."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
+import weakref
 
 import pytest
 
-from finetune_operator.operator_main.collector import LONG_SECONDS, OLDEST, Collector
+from finetune_operator.operator_main.collector import FULL_SECONDS, GROWTH, Collector, resident_bytes
+
+MIB = 1 << 20
 
 
-@pytest.fixture
-def nothing_frozen() -> Iterator[None]:
-    yield
-    gc.unfreeze()
+class Cycle:
+    """Garbage that only a collection finds."""
+
+    def __init__(self) -> None:
+        self.me = self
 
 
-@pytest.mark.usefixtures("nothing_frozen")
+def old_cycle() -> weakref.ref[Cycle]:
+    """One that young collections do not look at any more."""
+    cycle = Cycle()
+    gc.collect(1)
+    return weakref.ref(cycle)
+
+
 @pytest.mark.parametrize(
-    ("generation", "seconds", "frozen"),
-    [(OLDEST, 2 * LONG_SECONDS, True), (OLDEST, LONG_SECONDS / 2, False), (0, 2 * LONG_SECONDS, False)],
+    ("grown", "seconds", "collected"), [(1.0, 0.0, False), (GROWTH + 0.01, 0.0, True), (1.0, FULL_SECONDS, True)]
 )
-def test_what_a_long_collection_leaves_is_set_aside(generation: int, seconds: float, frozen: bool) -> None:
-    moments = iter((0.0, seconds))
+def test_a_full_collection_is_made_when_memory_has_grown_or_the_time_has_come(
+    grown: float, seconds: float, collected: bool
+) -> None:
+    sizes = [100 * MIB]
 
-    async def collect() -> int:
-        collector = Collector(asyncio.get_running_loop(), clock=lambda: next(moments))
-        gc.unfreeze()
-        collector.see("start", {"generation": generation})
-        collector.see("stop", {"generation": generation})
-        await asyncio.sleep(0)
-        return gc.get_freeze_count()
-
-    assert (asyncio.run(collect()) > 0) is frozen
-
-
-@pytest.mark.usefixtures("nothing_frozen")
-def test_it_watches_while_it_is_entered() -> None:
-    async def enter() -> tuple[bool, bool]:
-        collector = Collector(asyncio.get_running_loop())
+    async def look() -> bool:
+        loop = asyncio.get_running_loop()
+        collector = Collector(loop, lambda: sizes[-1])
         with collector:
-            inside = collector.see in gc.callbacks
-        return inside, collector.see in gc.callbacks
+            cycle = old_cycle()
+            sizes.append(int(100 * MIB * grown))
+            later = loop.time() + seconds
+            loop.time = lambda: later  # type: ignore[method-assign]
+            collector.look()
+            return cycle() is None
 
-    assert asyncio.run(enter()) == (True, False)
+    assert asyncio.run(look()) is collected
+
+
+def test_python_makes_none_by_itself_meanwhile_and_does_so_again_after() -> None:
+    before = gc.get_threshold()
+
+    async def allocate() -> bool:
+        with Collector(asyncio.get_running_loop(), lambda: MIB):
+            cycle = old_cycle()
+            kept = [[number] for number in range(200_000)]
+            return cycle() is not None and len(kept) == 200_000
+
+    assert asyncio.run(allocate())
+    assert gc.get_threshold() == before
+
+
+def test_the_memory_of_this_process_is_known() -> None:
+    before = resident_bytes()
+    ballast = bytearray(b"x" * (64 * MIB))
+    assert resident_bytes() - before > 32 * MIB
+    assert ballast

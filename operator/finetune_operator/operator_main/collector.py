@@ -1,54 +1,71 @@
 """Keeps Python's collector of cycles from holding up answers: with a thousand jobs a full collection takes 0.2 s.
 
-What a long collection found alive is set aside, so that the next one looks at newer objects only. Reference counts
-still free it. Cycles among it that die later are found once in a while, when all is looked at again.
+Python makes one whenever the number of objects has grown by a quarter, and each beat that is kept counts: with
+thousands of supervisors that is every few seconds. Here it is made once in a while, and when memory has really grown.
+Reference counts, and the collections of what is young, free nearly everything before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import time
+import os
 from collections.abc import Callable
+from pathlib import Path
 
-LONG_SECONDS = 0.02
-"""A collection that takes longer than this is noticed by those who wait for an answer."""
+LOOK_SECONDS = 60.0
+"""Time between two looks at the memory."""
 FULL_SECONDS = 3600.0
-"""Time between two looks at everything."""
-OLDEST = 2
-"""The generation whose collection looks at all."""
+"""Longest time between two full collections."""
+GROWTH = 1.3
+"""Growth of memory since the last full collection that asks for another one."""
+NEVER = 1_000_000_000
+STATM = Path("/proc/self/statm")
 
 
 class Collector:
-    """Watches the collections of this process while it is entered."""
+    """Sees to the full collections of this process while it is entered."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, resident: Callable[[], int] | None = None) -> None:
+        """Take the loop, and a way to ask for the memory of this process in bytes."""
         self._loop = loop
-        self._clock = clock
-        self._began_at = 0.0
+        self._resident = resident or resident_bytes
+        self._thresholds = gc.get_threshold()
         self._timer: asyncio.TimerHandle | None = None
+        self._collected_at = 0.0
+        self._least = 0
 
     def __enter__(self) -> Collector:
-        gc.callbacks.append(self.see)
-        self._timer = self._loop.call_later(FULL_SECONDS, self._look_at_all)
+        self._thresholds = gc.get_threshold()
+        gc.set_threshold(*self._thresholds[:2], NEVER)
+        self._collect()
         return self
 
     def __exit__(self, *_: object) -> None:
-        gc.callbacks.remove(self.see)
         if self._timer is not None:
             self._timer.cancel()
+        gc.set_threshold(*self._thresholds)
 
-    def see(self, phase: str, info: dict[str, int]) -> None:
-        """Told by `gc` of the start and the stop of each collection."""
-        if info["generation"] != OLDEST:
-            return
-        if phase == "start":
-            self._began_at = self._clock()
-        elif self._clock() - self._began_at > LONG_SECONDS:
-            # Not from here: the collection is not quite over.
-            self._loop.call_soon_threadsafe(gc.freeze)
+    def look(self) -> None:
+        """Collect, if it is time for it."""
+        grown = self._resident() > GROWTH * self._least
+        if grown or self._loop.time() - self._collected_at >= FULL_SECONDS:
+            self._collect()
+        else:
+            self._wait()
 
-    def _look_at_all(self) -> None:
-        gc.unfreeze()
+    def _collect(self) -> None:
         gc.collect()
-        self._timer = self._loop.call_later(FULL_SECONDS, self._look_at_all)
+        self._collected_at, self._least = self._loop.time(), self._resident()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._timer = self._loop.call_later(LOOK_SECONDS, self.look)
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not tell: then only time counts."""
+    try:
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
