@@ -24,6 +24,9 @@ from tests.operator.talk import tls_context
 CONNECT_SECONDS = 20.0
 """Over so long the supervisors' first beats are spread, as the starts of their pods would be."""
 
+OWN_SECONDS = 0.01
+"""Time between two looks at the bench's own loop."""
+
 
 async def measure(bench: Bench, operator: OperatorProcess, seconds: float) -> dict[str, object]:
     """All measurements."""
@@ -49,6 +52,8 @@ async def measure(bench: Bench, operator: OperatorProcess, seconds: float) -> di
         # Pauses of this process are none of the operator's.
         gc.collect()
         gc.disable()
+        own: list[float] = []
+        watch = asyncio.create_task(own_delays(own))
         refused_at_first = tally.refused
         tally.latencies.clear()
         before, writes = process.cpu_times(), sum(requests(operator, writes_only=True).values())
@@ -58,16 +63,18 @@ async def measure(bench: Bench, operator: OperatorProcess, seconds: float) -> di
         writes = sum(requests(operator, writes_only=True).values()) - writes
         rate = len(tally.latencies) / elapsed
         cores = (after.user + after.system - before.user - before.system) / elapsed
-        for task in tasks:
+        for task in (*tasks, watch):
             if task.done():
                 task.result()
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, watch, return_exceptions=True)
         rss = process.memory_info().rss / 2**20
     p50, p99 = (1000 * quantiles(tally.latencies, n=100)[at] for at in (49, 98))
+    own_p99 = 1000 * quantiles(own, n=100)[98]
     bench.note("supervisors", f"{len(tasks)}, each every {all_of_them[0].beat_seconds:g} s: {rate:.0f} beats/s")
     bench.note("operator", f"{100 * cores:.0f} % of a core, {rss:.0f} MiB")
     bench.note("answer after", f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {1000 * max(tally.latencies):.0f} ms")
+    bench.note("of that, the bench's own", f"p99 {own_p99:.1f} ms, max {1000 * max(own):.0f} ms: its loop was busy")
     bench.note("refused", f"{tally.refused - refused_at_first} ({refused_at_first} before all was warm)")
     bench.note("writes to the API server", f"{writes / elapsed:.1f} per second")
     return {
@@ -78,6 +85,14 @@ async def measure(bench: Bench, operator: OperatorProcess, seconds: float) -> di
         "rss_mib": round(rss),
         "writes_per_second": round(writes / elapsed, 1),
     }
+
+
+async def own_delays(found: list[float]) -> None:
+    """How late this process itself is, again and again, for ever: a part of every answer's time."""
+    while True:
+        started = time.monotonic()
+        await asyncio.sleep(OWN_SECONDS)
+        found.append(time.monotonic() - started - OWN_SECONDS)
 
 
 async def main() -> None:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import kopf
 
+from finetune_operator.cluster.kube import tls_buffers
 from finetune_operator.cluster.kube.client import RequestHook, SetupError
 from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.handlers import register
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 async def run_operator(options: RunOptions) -> int:
     """Run until a signal or a failure; return the exit code."""
+    tls_buffers.share()
     metrics = Metrics()
     hooks: list[RequestHook] = [metrics]
     if where := os.environ.get(VARIABLE):

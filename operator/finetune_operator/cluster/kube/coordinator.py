@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
-from asyncio import sslproto
 
 from finetune_operator.cluster.kube.cluster import KubeCluster
 from finetune_operator.cluster.kube.limits import RateLimit
@@ -15,9 +13,6 @@ from finetune_operator.coordinator.server import Coordinator, Refused
 BEATS_PER_SECOND = 2.0
 BURST_BEATS = 30.0
 """A supervisor beats at every change of its ranks: a start has many of them, close together."""
-TLS_BUFFER_BYTES = 2 * 1024
-"""For each connection. asyncio would set 256 KiB aside: a gigabyte for 4,000 supervisors. What is larger
-is read in several turns."""
 
 
 class SecureCoordinator(Coordinator):
@@ -28,15 +23,6 @@ class SecureCoordinator(Coordinator):
         self._limit = RateLimit(BEATS_PER_SECOND, BURST_BEATS)
         # The book tells the cluster of news by itself: it alone knows how urgent they are.
         super().__init__(cluster.beats, self._review_within_limit, cluster.answer, lambda *_: None, clock)
-
-    async def start(self, host: str, port: int, context: ssl.SSLContext | None = None) -> int:
-        """Listen, with small buffers for TLS.
-
-        Raises:
-            OSError: the port is taken.
-        """
-        sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
-        return await super().start(host, port, context)
 
     async def _review_within_limit(self, token: str) -> PodIdentity | None:
         identity = await self._cluster.whose_token(token)
