@@ -20,7 +20,7 @@ _view = memoryview(_buffer)
 def share() -> None:
     """Let all TLS connections that are made from now on share a buffer. For processes with one event loop."""
     sslproto.SSLProtocol.max_size = RECORD_BYTES
-    sslproto.SSLProtocol.get_buffer = _get_buffer
+    sslproto.SSLProtocol.get_buffer = _get_buffer  # type: ignore[method-assign,assignment]
 
 
 def _get_buffer(connection: Any, _: int) -> memoryview:
