@@ -6,13 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 # Before torch is imported, here and in every rank.
 os.environ["OMP_NUM_THREADS"] = "1"
-# How long an example takes says more about the machine than about the code.
-settings.register_profile("trainer", deadline=None)
-settings.load_profile("trainer")
 
 
 @pytest.fixture(scope="session")
