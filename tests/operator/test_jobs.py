@@ -121,6 +121,19 @@ def test_jobs_of_another_controller_are_left_alone(jobs: Jobs, new_operator: New
         assert jobs.status("theirs") == {}
 
 
+def test_several_namespaces_and_no_other(jobs: Jobs, new_operator: NewOperator) -> None:
+    cluster = jobs.control_plane
+    second, foreign = (Jobs(cluster, cluster.create_namespace(f"{jobs.namespace}-{name}")) for name in ("too", "not"))
+    with running(new_operator(f"--namespaces={jobs.namespace},{second.namespace}")):
+        for one in (foreign, jobs, second):
+            one.create(build_job("circles"))
+        for one in (jobs, second):
+            one.wait_phase("circles", "Running")
+            one.delete_pod("circles-a1-n0")
+            one.wait_attempt("circles", 2)
+        assert foreign.status("circles") == {}
+
+
 def test_a_node_that_vanishes_takes_its_pods_with_it(jobs: Jobs, new_operator: NewOperator) -> None:
     """Its pod hangs in its deletion for ever; the next attempt does not wait for it."""
     cluster = jobs.control_plane
