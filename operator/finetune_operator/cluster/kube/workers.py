@@ -48,6 +48,7 @@ class Workers:
         self._num_workers = num_workers
         self._backoff: Backoff[JobKey] = Backoff(FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
         self._began_at: dict[JobKey, float] = {}
+        self._turn = asyncio.Lock()
 
     def longest_pass_seconds(self, now: float) -> float:
         """Age of the oldest pass that is under way, by the loop's clock."""
@@ -61,11 +62,21 @@ class Workers:
 
     async def _work(self) -> None:
         queue = self._passes.queue
-        while (key := await queue.get()) is not None:
+        while (key := await self._next()) is not None:
             try:
                 await self._pass(key)
             finally:
                 queue.done(key)
+
+    async def _next(self) -> JobKey | None:
+        """The next job, in a turn of the loop of its own.
+
+        A pass thinks for some milliseconds, and one that finds nothing to write waits for nobody. A hundred of them, in
+        a row or side by side, would keep the supervisors' beats waiting.
+        """
+        async with self._turn:
+            await asyncio.sleep(0)
+            return await self._passes.queue.get()
 
     async def _pass(self, key: JobKey) -> None:
         passes, loop = self._passes, asyncio.get_running_loop()
