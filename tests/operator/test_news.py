@@ -9,13 +9,14 @@ import pytest
 from finetune_contract.beat import Beat, CommittedCheckpoint, RankEnd, RankReport, RankState
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus, Phase
 from finetune_operator.cluster.kube.beats import JobBeats
-from finetune_operator.cluster.kube.news import Gang, Urgency, beat_news, is_over, is_progress, pod_news
+from finetune_operator.cluster.kube.news import Gang, Urgency, beat_news, is_over, is_progress, job_news, pod_news
 from finetune_operator.cluster.kube.nodes import GONE, MAX_GONE, NodeBook, read_node
-from finetune_operator.cluster.kube.objects import KubePod
+from finetune_operator.cluster.kube.objects import KubeJob, KubePod
 from finetune_operator.cluster.kube.pace import BeatPace
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.types import WELL, ObservedNode, ObservedPod, PodPhase
 from finetune_operator.settings import Settings
+from tests.plan.world import make_job
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POD = ObservedPod("job-a1-n0", "uid", 1, 0, PodPhase.RUNNING, NOW, node="node-1", ready=True)
@@ -51,6 +52,38 @@ def kept(pod: ObservedPod | None) -> KubePod | None:
 )
 def test_pods(old: ObservedPod | None, new: ObservedPod | None, gang: Gang, urgency: Urgency) -> None:
     assert pod_news(kept(old), kept(new), gang) is urgency
+
+
+def kept_job(generation: int = 1, uid: str = "owner", **status: Any) -> KubeJob:
+    job = make_job()
+    meta = job.metadata.model_copy(update={"generation": generation, "uid": uid})
+    job = job.model_copy(update={"metadata": meta, "status": FineTuneJobStatus(**status)})
+    return KubeJob(JobKey("ns", "job"), uid, "1", job)
+
+
+FIRST = AttemptStatus(attempt=1, started_at=NOW)
+AT_WORK: dict[str, Any] = {"attempt": 1, "attempts": (FIRST,), "phase": Phase.RUNNING, "step": 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "urgency"),
+    [
+        (None, kept_job(), Urgency.NOW),
+        (kept_job(), None, Urgency.NOW),
+        (kept_job(), kept_job(generation=2), Urgency.NOW),
+        (kept_job(), kept_job(uid="another"), Urgency.NOW),
+        (kept_job(), kept_job(**AT_WORK), Urgency.NOW),
+        (
+            kept_job(**AT_WORK),
+            kept_job(**AT_WORK | {"attempts": (FIRST.model_copy(update={"ended_at": NOW}),)}),
+            Urgency.NOW,
+        ),
+        (kept_job(**AT_WORK), kept_job(**AT_WORK | {"phase": Phase.EXPORTING}), Urgency.SOON),
+        (kept_job(**AT_WORK), kept_job(**AT_WORK | {"step": 2, "loss": 0.1}), Urgency.PROGRESS),
+    ],
+)
+def test_jobs(old: KubeJob | None, new: KubeJob | None, urgency: Urgency) -> None:
+    assert job_news(old, new) is urgency
 
 
 def beat(state: RankState = RankState.TRAINING, step: int = 1, **more: Any) -> Beat:

@@ -78,12 +78,14 @@ def job_news(old: KubeJob | None, new: KubeJob | None) -> Urgency:
     """Judge a change of a job, our own status writes included.
 
     At once where its attempts have begun or ended, for then there is something to do; and after every edit of it. A
-    status that tells of anything else seldom leads to another one.
+    status that tells of anything else seldom leads to another one, and one of mere progress only to its like.
     """
     if old is None or new is None or old.job is None or new.job is None or old.uid != new.uid:
         return Urgency.NOW
     if old.job.metadata.generation != new.job.metadata.generation:
         return Urgency.NOW
+    if is_progress(old.job.status, new.job.status):
+        return Urgency.PROGRESS
     same = _course(old.job.status) == _course(new.job.status)
     return Urgency.SOON if same else Urgency.NOW
 
