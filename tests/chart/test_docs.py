@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_operator.api.words import REASONS
+from finetune_operator.api.words import REASONS, CountsAs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -41,6 +41,19 @@ def test_troubleshooting_has_every_reason_once_and_says_something_of_it() -> Non
     titles = [title for title, _ in sections]
     assert {reason.value for reason in REASONS} <= set(titles)
     assert len(titles) == len(set(titles))
+
+
+@pytest.mark.parametrize(
+    ("title", "counted"),
+    [("Capacity was taken away", CountsAs.PREEMPTION), ("An attempt failed", CountsAs.FAILURE)],
+)
+def test_troubleshooting_says_what_spends_failures(title: str, counted: CountsAs) -> None:
+    chapters = re.split(r"^## ", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    (chapter,) = (chapter for chapter in chapters if chapter.startswith(title))
+    others = {reason.value for reason, about in REASONS.items() if about.counts_as not in (None, counted)}
+    titles = set(re.findall(r"^### (\w+)", chapter, re.MULTILINE))
+    assert {reason.value for reason, about in REASONS.items() if about.counts_as is counted} <= titles
+    assert not others & titles
 
 
 def test_the_readme_leads_to_every_page() -> None:

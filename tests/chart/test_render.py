@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_operator.api.words import REASONS, CountsAs, Reason
 from finetune_operator.operator_main.options import add_flags, read_options
 from tests.chart.helm import CHART, HOME, NAME, Helm, HelmError, Object, kinds, one, operator_args
 
@@ -198,6 +199,22 @@ def test_every_alert_has_its_place_in_the_documentation(helm: Helm) -> None:
         assert alert["annotations"]["runbook_url"].endswith("#" + alert["alert"].lower())
         assert alert["annotations"]["summary"]
         assert alert["annotations"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("alert", "counted", "mine"),
+    [
+        ("FinetuneAttemptsFail", CountsAs.FAILURE, {Reason.DATA_ERROR, Reason.CONFIGURATION_ERROR}),
+        ("FinetuneManyPreemptions", CountsAs.PREEMPTION, set()),
+    ],
+)
+def test_an_alert_counts_the_causes_of_its_kind(helm: Helm, alert: str, counted: CountsAs, mine: set[Reason]) -> None:
+    """All but those that are the user's own to mend."""
+    alerts = one(helm.render({"metrics": MONITORING}), "PrometheusRule")["spec"]["groups"][0]["rules"]
+    (expression,) = (rule["expr"] for rule in alerts if rule["alert"] == alert)
+    (pattern,) = re.findall(r'reason=~"([^"]+)"', expression)
+    asked = {reason for reason in REASONS if re.fullmatch(pattern, reason.value)}
+    assert asked == {reason for reason, about in REASONS.items() if about.counts_as is counted} - mine
 
 
 @pytest.mark.parametrize(
