@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chart.helm import Helm
-from tests.controlplane.build import ALL_MODULES, HELM, ensure_programs
+from tests.controlplane.build import ALL_MODULES, HELM, BuildError, ensure_programs
 from tests.realnodes import archive
 from tests.realnodes.builder import LIGHT, OPERATOR, WHOLE
 from tests.realnodes.cluster import RealCluster, in_own_network
@@ -111,6 +111,9 @@ def main() -> int:
     except MissingError as error:
         print(f"SKIPPED: {error}", file=sys.stderr)
         return 0
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -55,8 +55,13 @@ def check_machine() -> None:
     if os.geteuid() != 0:
         raise MissingError("real nodes need root: namespaces, mounts and cgroups are theirs to make")
     check_tools(TOOLS)
-    if not Path("/sys/fs/cgroup/memory").is_dir():
-        raise MissingError("runc of this release needs the cgroup v1 hierarchies; here is cgroup v2 alone")
+    own = ("--net", "--pid", "--mount", "--uts", "--ipc", "--fork")
+    refused = subprocess.run(["unshare", *own, "true"], capture_output=True, text=True, check=False)
+    if refused.returncode != 0:
+        raise MissingError(f"this machine gives no namespaces to its root: {refused.stderr.strip()}")
+    memory = Path("/sys/fs/cgroup/memory")
+    if not memory.is_dir() or not os.access(memory, os.W_OK):
+        raise MissingError("runc of this release needs cgroup v1 hierarchies that root may write to")
 
 
 def check_tools(tools: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from tests.controlplane import commands
+from tests.controlplane.build import BuildError
 from tests.realnodes.builder import OPERATOR, WHOLE
 from tests.realnodes.cluster import RealCluster, in_own_network
 from tests.realnodes.door import Door
@@ -69,7 +70,7 @@ def main() -> int:
     try:
         with Janitor():
             return run(folder_of(os.getpid()))
-    except MissingError as error:
+    except (MissingError, BuildError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
