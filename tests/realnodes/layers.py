@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tests.controlplane.build import Say
+from tests.controlplane.build import Say, lock
 from tests.controlplane.process import Guard, Program, wait_for
 from tests.realnodes.runtime import MissingError, Runtime
 
@@ -28,15 +28,19 @@ START_SECONDS = 30.0
 def ensure_layers(images: Path, runtime: Runtime, say: Say) -> Path:
     """Folder of a containerd that has unpacked all archives in `images`."""
     layers = images / "layers"
-    if not layers.exists():
-        say("unpacking the images")
-        partial, work = images / "layers.partial", images / "work"
-        for folder in (partial, work):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        _unpack(sorted(images.glob("*.tar")), partial, work, runtime)
-        shutil.rmtree(work)
-        partial.rename(layers)
+    with lock(images / "lock", "unpacking of the images", say):
+        if not layers.exists():
+            say("unpacking the images")
+            partial, work = images / "layers.partial", images / "work"
+            for folder in (partial, work):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+            _unpack(sorted(images.glob("*.tar")), partial, work, runtime)
+            shutil.rmtree(work)
+            partial.rename(layers)
+            # Gigabytes that nobody reads any more.
+            for archive in images.glob("trainer*.tar"):
+                archive.unlink()
     return layers
 
 
