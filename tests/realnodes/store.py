@@ -31,7 +31,7 @@ HASH = (
 )
 UNPACK = (
     "import base64, io, sys, tarfile; packed = io.BytesIO(base64.b64decode(sys.stdin.read()));"
-    "tarfile.open(fileobj=packed).extractall(sys.argv[1], filter='data')"
+    "tarfile.open(fileobj=packed).extractall(sys.argv[1])"
 )
 
 Object = dict[str, Any]
