@@ -182,3 +182,20 @@ def test_an_edit_that_makes_no_pods_leaves_those_that_run_alone() -> None:
     assert accepted(world).status == "False"
     assert world.job.status.phase is Phase.RECOVERING
     assert world.job.status.message == WRONG.sentence
+
+
+def test_a_refusal_does_not_keep_the_next_attempt_from_being_tried() -> None:
+    world = World().running()
+    world.refusal = WRONG
+    assert accepted(world).status == "False"
+    world.vanish("circles-a1-n1")
+    world.settle()
+    assert world.job.status.attempt == 1
+    # A policy that refused them may have changed.
+    world.tick(60)
+    decided = [world.step() for _ in range(2)]
+    assert world.job.status.attempt == 2
+    assert decided[-1].actions, "they are tried"
+    world.refusal = None
+    assert accepted(world).status == "True"
+    assert len(world.pods) == 2

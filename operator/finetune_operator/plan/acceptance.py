@@ -46,9 +46,9 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
 
 def _refusal(view: View, status: FineTuneJobStatus) -> str | None:
     """Why the cluster takes no pod of this spec. It holds until it has taken one, also where this was said to another
-    operator, before this one began."""
+    operator, before this one began; where none is lacking, only while there is no use in asking again."""
     told = view.observed.refusal
-    if told is not None and told.hold_until is not None:
+    if told is not None and told.hold_until is not None and (view.holds_back or gang.missing(view, status)):
         return told.sentence
     old = find(status, ConditionType.ACCEPTED)
     if old is None or old.reason != Reason.FAILED_CREATE or old.observed_generation != view.job.metadata.generation:
