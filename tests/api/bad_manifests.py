@@ -306,6 +306,12 @@ BAD = (
         "write e.g. 50Gi",
     ),
     Bad(
+        "sharded-adafactor",
+        {"spec.training.method": "Full", "spec.training.sharding": "full", "spec.training.optimizer": "adafactor"},
+        "spec.training.sharding",
+        "write optimizer: adamw",
+    ),
+    Bad(
         "sharded-lora",
         {"spec.training.sharding": "full"},
         "spec.training.sharding",
