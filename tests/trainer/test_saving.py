@@ -22,6 +22,7 @@ from finetune_trainer.checkpoint import tensor_stream
 from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.host_copy import SMALL_NUMEL, HostCopy
 from finetune_trainer.checkpoint.retention import Retention, removable
+from finetune_trainer.checkpoint.scratch_store import ScratchStore
 from finetune_trainer.checkpoint.snapshot import BEST, Snapshot
 from finetune_trainer.checkpoint.split import file_name, group_of, num_parts, take_part
 from finetune_trainer.checkpoint.tensor_stream import write_stream
@@ -46,7 +47,7 @@ class Clock:
 class Loop:
     """A loop of one rank that does nothing but steps, with a store whose stages can be held up or fail."""
 
-    def __init__(self, job_dir: Path, max_stale_seconds: float = 100.0) -> None:
+    def __init__(self, job_dir: Path, max_stale_seconds: float = 100.0, scratch: Path | None = None) -> None:
         self.state = make_state()
         self.clock = Clock()
         self.on_stage: Callable[[str], None] = lambda _: None
@@ -54,7 +55,10 @@ class Loop:
         spec = tiny.make_spec(Path("base"), Path("data")).model_copy(
             update={"checkpoint_interval": CheckpointInterval(steps=1), "max_stale_seconds": max_stale_seconds}
         )
-        store = FolderStore(job_dir, spec.uid, 1, Retention(keep=2), self._stage)
+        store: FolderStore = FolderStore(job_dir, spec.uid, 1, Retention(keep=2), self._stage)
+        if scratch is not None:
+            # Stages are those of the storage behind.
+            store = ScratchStore(scratch, store, spec.uid, 1, reads_behind=True)
         self.checkpointer = Checkpointer(spec, World(0, 1, 0, CPU), store, self.reporter, SaveOptions(clock=self.clock))
         self.checkpointer.restore(self.state)
 
@@ -205,6 +209,23 @@ def test_a_slow_disk_is_told_of(tmp_path: Path) -> None:
     loop.clock.now = 130
     loop.step()
     assert "the save of step 1 is not done after 120 s" in loop.error
+    loop.clock.now = 1001
+    with pytest.raises(StaleError, match=r"spec\.checkpoint\.maxStale"):
+        loop.step()
+    go_on.set()
+
+
+def test_a_storage_that_hangs_behind_a_scratch_is_told_of(tmp_path: Path) -> None:
+    """Saves go on to the scratch; what is only there is not safe."""
+    loop, go_on = Loop(tmp_path / "job", max_stale_seconds=1000, scratch=tmp_path / "scratch"), threading.Event()
+    loop.on_stage = lambda stage: (go_on.wait(30), None)[1] if stage == "check the fence" else None
+    loop.step()
+    loop.settle()
+    loop.clock.now = 130
+    loop.step()
+    loop.settle()
+    assert "the save of step 1 is not done after 120 s" in loop.error
+    assert names(tmp_path / "scratch")[-1] == "step-00000002-a1"
     loop.clock.now = 1001
     with pytest.raises(StaleError, match=r"spec\.checkpoint\.maxStale"):
         loop.step()

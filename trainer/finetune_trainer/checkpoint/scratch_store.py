@@ -99,6 +99,8 @@ class Drain:
         self._idle = threading.Event()
         self._idle.set()
         self._ended: Drained | None = None
+        self.current: tuple[int, float] | None = None
+        """Step that is being copied, and when it was the loop's."""
 
     def offer(self, committed: Committed, begun_at: float) -> None:
         """Copy this one next; one that has not been begun by then is passed over."""
@@ -122,13 +124,14 @@ class Drain:
     def _work(self) -> None:
         while True:
             with self._lock:
-                self._store.pinned = ""
+                self._store.pinned, self.current = "", None
                 if self._waiting is None:
                     self._busy = False
                     self._idle.set()
                     return
                 (committed, begun_at), self._waiting = self._waiting, None
                 self._store.pinned = committed.folder.name
+                self.current = (committed.manifest.step, begun_at)
             ended = self._copy(committed, begun_at)
             with self._lock:
                 self._ended = ended

@@ -155,6 +155,8 @@ class Checkpointer:
             return False
         now = self._clock()
         since = now - self._saved_at
+        if self._drain is not None and (copied := self._drain.current):
+            self._trouble.slow(copied[0], now - copied[1], since)
         if self._task is not None:
             self._trouble.slow(self._task.step, now - self._task.begun_at, since)
             return False
