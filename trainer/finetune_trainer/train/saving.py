@@ -104,6 +104,7 @@ class Checkpointer:
             FabricError: a peer was lost.
         """
         self._role = open_storage(self._store, self._world)
+        found: Committed | None = None
         if isinstance(state, ShardedState):
             self._restore_shards(state)
         else:
@@ -123,14 +124,16 @@ class Checkpointer:
         self._begun_step = self._safe_step = state.step
         self._saved_at = self._clock()
         if self._has_scratch and state.step > 0:
-            self._put_behind(state)
+            self._put_behind(state, found)
 
-    def _put_behind(self, state: TrainState) -> None:
+    def _put_behind(self, state: TrainState, found: Committed | None) -> None:
         """What was on a scratch alone is saved anew, so that the storage has it."""
         is_behind = self._world.is_first and self._store.behind.newest()[0] >= state.step
         if not self._world.share(is_behind):
             self._begun_step = self._safe_step = -1
             self.try_to_save(state)
+        elif found is not None and self._world.is_first:
+            self._report(found)
 
     def _restore_shards(self, state: ShardedState) -> None:
         found = choose_shards(self._store, self._role, self._world, self._reporter.warn)
