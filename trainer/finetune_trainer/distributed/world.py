@@ -23,8 +23,8 @@ from finetune_contract import environment
 from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_trainer.errors import ConfigError, FabricError
 
-FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, GROWTH = 0.02, 1.0, 1.05
-"""Between two looks whether rank 0 is there: at first short, for it comes with the others; in the end a second."""
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, GROWTH = 0.02, 2.0, 1.2
+"""Between two looks whether rank 0 is there: a fifth of the time waited so far, for each look asks a name server."""
 
 _FABRIC_WORDS = ("gloo", "NCCL", "Connection closed", "Connection reset", "connect() timed out")
 """In what torch says when a connection breaks."""
