@@ -194,9 +194,10 @@ def run(practice: Practice, trace: Sequence[Interruption], setting: Setting) -> 
 def _workload(practice: Practice, trace: Sequence[Interruption], setting: Setting) -> Workload:
     save_steps = practice.save_steps
     if save_steps is None:
-        # The interval at the middle of the run, by what has been seen of the trace by then.
+        # The interval at the middle of the run, by what has been seen of the trace by then: before an interruption with
+        # notice all save anyway.
         half = setting.hours * 1800
-        mtbf = estimate_mtbf_seconds(half, sum(item.seconds < half for item in trace))
+        mtbf = estimate_mtbf_seconds(half, sum(item.seconds < half and not item.notice_seconds for item in trace))
         save_steps = max(1, round(auto_seconds(setting.stall_seconds, mtbf) / setting.step_seconds))
     return Workload(
         total_steps=setting.total_steps,

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import pytest
+
+from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.words import Reason
 from finetune_operator.plan.types import Create, DeletePod, PodPhase
@@ -111,3 +115,25 @@ def test_a_job_that_is_being_deleted_is_left_alone() -> None:
 
 def test_a_new_job_has_no_status() -> None:
     assert World().job.status == FineTuneJobStatus()
+
+
+@pytest.mark.parametrize(
+    ("change", "num_unsaved"),
+    [({"disruption": "TerminationByKubelet"}, 0), ({"exit_code": 1, "phase": PodPhase.FAILED}, 1)],
+    ids=["notice", "sudden"],
+)
+def test_how_often_to_save_follows_from_the_interruptions_that_find_unsaved_steps(
+    change: dict[str, Any], num_unsaved: int
+) -> None:
+    world = World().running()
+    world.train_to(10, checkpoint=10)
+    world.settle()
+    world.change(1, **change)
+    world.settle()
+    world.tick(600)
+    for pod in list(world.pods.values()):
+        world.vanish(pod.name)
+    world.settle()
+    begun = world.job.status.attempts[1]
+    elapsed = (begun.started_at - world.job.status.attempts[0].started_at).total_seconds()
+    assert begun.mtbf_seconds == pytest.approx((DEFAULT_MTBF_SECONDS + elapsed) / (1 + num_unsaved), abs=1)

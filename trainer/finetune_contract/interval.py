@@ -25,7 +25,7 @@ def auto_seconds(save_seconds: float, mtbf_seconds: float) -> float:
     return min(MAX_AUTO_SECONDS, max(MIN_AUTO_SECONDS, best))
 
 
-def estimate_mtbf_seconds(elapsed_seconds: float, num_interruptions: int) -> float:
+def estimate_mtbf_seconds(elapsed_seconds: float, num_interruptions: float) -> float:
     """Mean time between interruptions of a job, from its own life so far.
 
     The assumed rate counts as one interruption seen before the job began, so that a first one does not change

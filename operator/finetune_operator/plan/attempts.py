@@ -12,7 +12,7 @@ from finetune_contract.interval import estimate_mtbf_seconds
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.words import ConditionType, Reason
 from finetune_operator.build import num_nodes
-from finetune_operator.plan import backoff, budget, capacity, elastic, in_place, ledger
+from finetune_operator.plan import backoff, budget, capacity, elastic, in_place, ledger, restart
 from finetune_operator.plan.conditions import is_true
 from finetune_operator.plan.endings import close
 from finetune_operator.plan.revise import revise
@@ -94,9 +94,16 @@ def _due(view: View, status: FineTuneJobStatus) -> datetime | None:
 
 
 def _mtbf_seconds(view: View, status: FineTuneJobStatus) -> float:
-    """Mean time between interruptions, the time of suspensions aside."""
+    """Mean time between interruptions that find unsaved steps, the time of suspensions aside.
+
+    Before one with notice all save: how often that is asked for does not depend on them. Their share is that of the
+    attempts that the ledger still holds.
+    """
     elapsed_seconds = (view.now - (status.start_time or view.now)).total_seconds() - status.tally.suspended_seconds
-    return round(estimate_mtbf_seconds(elapsed_seconds, status.preemptions + status.failures))
+    interruptions = [entry for entry in status.attempts if entry.counts_as is not None]
+    num_unsaved = sum(restart.was_sudden(entry) or bool(entry.lost_steps) for entry in interruptions)
+    num_in_all = (status.preemptions + status.failures) * num_unsaved / max(1, len(interruptions))
+    return round(estimate_mtbf_seconds(elapsed_seconds, num_in_all))
 
 
 def _begin(view: View, status: FineTuneJobStatus, attempt: int) -> FineTuneJobStatus:

@@ -74,9 +74,14 @@ def _running_grace(entry: AttemptStatus, view: View) -> int | None:
     return None if entry.reason in WITH_OWN_GRACE else view.settings.peer_grace_seconds
 
 
+def was_sudden(entry: AttemptStatus) -> bool:
+    """Whether an interruption came without notice."""
+    return entry.counts_as != CountsAs.PREEMPTION or entry.reason in SUDDEN
+
+
 def may_save(entry: AttemptStatus, view: View) -> bool:
     """Whether the ranks that still run can finish a step together: they had notice, and none has ended badly."""
-    if entry.reason not in SAVED_FOR and (entry.counts_as != CountsAs.PREEMPTION or entry.reason in SUDDEN):
+    if entry.reason not in SAVED_FOR and was_sudden(entry):
         return False
     if entry.gang_complete and len(view.pods) < view.num_nodes and not _is_any_saving(view):
         # The one with the notice is gone already: no step can be finished without it.
