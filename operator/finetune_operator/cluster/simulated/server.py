@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -243,11 +244,7 @@ class Server:
     def change(self, pod: SimPod, **changes: Any) -> None:
         """The state of a pod changes."""
         if self.pods.get(pod.seen.name) is pod:
-            # dataclasses.replace, without its look at every field's definition.
-            seen = object.__new__(ObservedPod)
-            seen.__dict__.update(pod.seen.__dict__)
-            seen.__dict__.update(changes)
-            pod.seen = seen
+            pod.seen = seen = replace(pod.seen, **changes)
             self._tell_all(("Pod", pod.job, seen.name), seen)
 
     def remove(self, pod: SimPod) -> None:
