@@ -51,8 +51,8 @@ bench-spot: install ## goodput on spot capacity: no operator, upstream practice,
 bench-train: install ## images/s and memory of each method beside its floor and a plain loop
 	@$(BIN)/python -m bench.train
 
-cluster-test: install ## real kubelets and containers on this machine (root): faults in mid-training, seconds to recover
-	@$(BIN)/python -m tests.realnodes
+cluster-test: install ## real kubelets and containers on this machine (root): faults in mid-training; ARGS='--short'
+	@$(BIN)/python -m tests.realnodes $(ARGS)
 
 cluster: install ## real nodes on this machine (root) until Ctrl-C; prints the kubeconfig and what cluster-test asks for
 	@$(BIN)/python -m tests.realnodes.up

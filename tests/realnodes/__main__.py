@@ -66,7 +66,7 @@ def run(chosen: list[str], folder: Path, trainer: str, long_steps: int) -> int:
         return report(one, chosen, wrong)
 
 
-def run_elsewhere(kubeconfig: Path, chosen: list[str], folder: Path) -> int:
+def run_elsewhere(kubeconfig: Path, chosen: list[str], folder: Path, long_steps: int) -> int:
     """The same on a cluster of the user's; returns the exit code."""
     operator, trainer = image_from("FINETUNE_OPERATOR_IMAGE"), image_from("FINETUNE_TRAINER_IMAGE")
     skipped = [name for name in chosen if FAULTS[name].own_machines]
@@ -77,7 +77,7 @@ def run_elsewhere(kubeconfig: Path, chosen: list[str], folder: Path) -> int:
     cluster.check_nothing_is_there()
     store = ClaimStore(trainer, os.environ.get("FINETUNE_STORAGE_CLASS"), folder / "shared")
     helm = Helm(programs["helm"], folder / "helm", kubeconfig)
-    one = Run(cluster, helm, Bed(cluster, store), values(operator, trainer), tell)
+    one = Run(cluster, helm, Bed(cluster, store), values(operator, trainer), tell, long_steps)
     try:
         one.begin()
         return report(one, [name for name in chosen if name not in skipped], [])
@@ -104,10 +104,10 @@ def main() -> int:
     kubeconfig = os.environ.get("KUBECONFIG")
     try:
         with Janitor(keep=options.keep):
+            long_steps = SHORT_STEPS if options.short else LONG_STEPS
             if kubeconfig:
-                return run_elsewhere(Path(kubeconfig), chosen, folder)
-            trainer = WHOLE if options.trainer_image else LIGHT
-            return run(chosen, folder, trainer, SHORT_STEPS if options.short else LONG_STEPS)
+                return run_elsewhere(Path(kubeconfig), chosen, folder, long_steps)
+            return run(chosen, folder, WHOLE if options.trainer_image else LIGHT, long_steps)
     except MissingError as error:
         print(f"SKIPPED: {error}", file=sys.stderr)
         return 0
