@@ -250,3 +250,25 @@ def test_ranks_that_give_up_as_the_last_pod_comes_blame_its_wait(waited: float, 
         world.tick(5)
         world.settle()
     assert world.job.status.attempts[0].reason == reason
+
+
+def test_a_peer_that_fails_of_the_same_thing_a_moment_later_is_not_kept() -> None:
+    world = world_of()
+    world.exit(0, ExitCode.STORAGE)
+    wait_for_world(world, 1)
+    world.settle()
+    assert world.job.status.attempts[0].reason == Reason.STORAGE_ERROR
+    # Its back-off is over, and its pod gone; rank 2 has not said yet how it fares.
+    world.pods.pop("circles-a1-n0", None)
+    world.tick(8)
+    world.settings = replace(world.settings, failure_backoff_seconds=1.0)
+    wait_for_world(world, 1)
+    world.beat(2, step=10, restored_step=0)
+    world.settle()
+    assert world.job.status.attempt == 1
+    world.exit(2, ExitCode.STORAGE)
+    wait_for_world(world, 1)
+    world.settle()
+    world.settle()
+    assert world.job.status.attempts[-1].pod_attempts == (2, 1, 2)
+    assert world.job.status.failures == 1

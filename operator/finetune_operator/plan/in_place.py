@@ -12,8 +12,9 @@ from datetime import datetime
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
-from finetune_operator.api.words import REGROUPS, Reason
+from finetune_operator.api.words import REGROUPS, CountsAs, Reason
 from finetune_operator.plan import elastic
+from finetune_operator.plan.endings import believe_at
 from finetune_operator.plan.ledger import current
 from finetune_operator.plan.nodes import silence
 from finetune_operator.plan.restart import WITH_OWN_GRACE, may_save, notice_over_at
@@ -61,11 +62,21 @@ def members_of_next(view: View, kept: tuple[ObservedPod, ...], size: int) -> tup
 
 
 def is_saving(view: View, status: FineTuneJobStatus, kept: tuple[ObservedPod, ...]) -> bool:
-    """Whether survivors are still busy with the save that a notice, or the end of the attempt, gives them time for."""
+    """Whether survivors are still busy with the save that a notice, or the end of the attempt, gives them time for.
+
+    After a failure of the program they have a moment to show whether they fail of the same thing.
+    """
     entry = current(status)
-    if entry is None or not kept or not may_save(entry, view) or view.now >= notice_over_at(entry, view):
+    until = _busy_until(view, entry) if entry is not None and kept else None
+    if until is None or view.now >= until:
         return False
     return not all(received.beat.waiting for pod in kept if (received := view.heard(pod)) is not None)
+
+
+def _busy_until(view: View, entry: AttemptStatus) -> datetime | None:
+    if may_save(entry, view):
+        return notice_over_at(entry, view)
+    return believe_at(entry, view) if entry.counts_as == CountsAs.FAILURE else None
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
@@ -76,7 +87,7 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
         return None
     moments: list[datetime | None] = [_silent_at(view, pod) for pod in kept]
     if is_saving(view, status, kept):
-        moments.append(notice_over_at(entry, view))
+        moments.append(_busy_until(view, entry))
     return earliest(moments)
 
 
