@@ -126,8 +126,10 @@ class RandomFamily:
         return {**hidden, "added_cond_kwargs": {"text_embeds": text["pooled"].to(dtype), "time_ids": text["sizes"]}}
 
     def write_pipeline(self, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
-        """Never."""
-        raise NotImplementedError
+        """Write the trained modules; the other parts are random and stand nowhere."""
+        for name, module in trained.items():
+            module.save_pretrained(folder / name)
+        return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def make(build: Callable[[], Any], dtype: torch.dtype) -> Any:
