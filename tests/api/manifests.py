@@ -70,12 +70,19 @@ FULL = patched(
     SMALLEST,
     {
         "metadata.labels": {"team": "pictures"},
-        "spec.model": {"base": "s3://models/sdxl.safetensors", "revision": "fp16", "variant": "fp16", "vae": "a/vae"},
+        "spec.model": {
+            "base": "s3://models/sdxl.safetensors",
+            "revision": "fp16",
+            "variant": "fp16",
+            "config": "a/xl",
+            "vae": "a/vae",
+        },
         "spec.dataset": {
             "source": "/data/circles",
             "split": "train",
             "columns": {"image": "picture", "caption": "words", "conditioning": "edges"},
             "maxSamples": 1000,
+            "maxBroken": 10,
         },
         "spec.training": {
             "method": "DreamBoothLoRA",
@@ -92,9 +99,12 @@ FULL = patched(
             "maxGradNorm": 0,
             "precision": "bf16",
             "gradientCheckpointing": True,
+            "attention": "efficient",
+            "compile": True,
             "resolution": 1024,
             "centerCrop": True,
             "randomFlip": True,
+            "aspectBuckets": True,
             "optimizer": "adamw8bit",
             "sharding": "none",
             "snrGamma": 5,
@@ -105,6 +115,7 @@ FULL = patched(
             "ema": True,
             "seed": 7,
             "memoryPreset": "24GB",
+            "trackers": ["tensorboard", "wandb"],
             "lora": {
                 "rank": 16,
                 "alpha": 32,

@@ -64,13 +64,13 @@ def in_all(*changes: Change) -> Change:
 
 
 def make_pickle(document: dict[str, Any], folder: Path) -> None:
-    (folder / "model.ckpt").write_bytes(b"x")
-    document["spec"]["model"]["base"] = "model.ckpt"
+    (folder / "model.bin").write_bytes(b"x")
+    document["spec"]["model"]["base"] = "model.bin"
 
 
 def make_single_file(document: dict[str, Any], folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"x")
-    document["spec"]["model"]["base"] = "model.safetensors"
+    (folder / "model.gguf").write_bytes(b"x")
+    document["spec"]["model"]["base"] = "model.gguf"
 
 
 def make_file_in_the_way(document: dict[str, Any], folder: Path) -> None:

@@ -171,10 +171,10 @@ def _rank(env: dict[str, str], log: Path, kill_at: tuple[str, int] | None) -> No
 
 def _log_batches(path: Path) -> None:
     """Write down the samples of every step that this rank makes."""
-    from finetune_trainer.data.batches import BatchMaker  # noqa: PLC0415  the tests themselves need no torch
+    from finetune_trainer.data.prefetch import Prefetcher  # noqa: PLC0415  the tests themselves need no torch
     from finetune_trainer.train.loop import Loop  # noqa: PLC0415
 
-    make, accumulate = BatchMaker.make, Loop._accumulate
+    take, accumulate = Prefetcher.take, Loop._accumulate
     step = 0
 
     def noting_accumulate(self: Any, number: int) -> None:
@@ -182,10 +182,10 @@ def _log_batches(path: Path) -> None:
         step = number
         accumulate(self, number)
 
-    def noting_make(self: Any, refs: Any, *more: Any) -> Any:
+    def noting_take(self: Any, refs: Any, *more: Any) -> Any:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "refs": [(ref.epoch, ref.index) for ref in refs]}) + "\n")
-        return make(self, refs, *more)
+        return take(self, refs, *more)
 
     Loop._accumulate = noting_accumulate  # type: ignore[method-assign, assignment]
-    BatchMaker.make = noting_make  # type: ignore[method-assign, assignment]
+    Prefetcher.take = noting_take  # type: ignore[method-assign, assignment]

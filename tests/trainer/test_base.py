@@ -48,9 +48,9 @@ def test_hub_ids_come_from_the_shared_cache(base: Path, tmp_path: Path) -> None:
 
 
 def test_pickles_are_never_read(tmp_path: Path) -> None:
-    (tmp_path / "model.ckpt").touch()
-    with pytest.raises(ConfigError, match=r"model\.ckpt is a pickle, which can run code when it is read; convert it"):
-        open_base(ModelSpec(base=str(tmp_path / "model.ckpt")))
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ConfigError, match=r"model\.bin is a pickle, which can run code when it is read; convert it"):
+        open_base(ModelSpec(base=str(tmp_path / "model.bin")))
 
 
 def test_weights_that_are_pickles_only_are_refused(base: Path, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from diffusers import StableDiffusionPipeline
 
 from finetune_contract.spec import DatasetSpec, ModelSpec
 from finetune_trainer.data.batches import Augmentation, BatchMaker
+from finetune_trainer.data.census import take_census
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.encode import LatentCache, LiveLatents, TextCache
 from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.images import View
 from finetune_trainer.data.open_source import open_source
 from finetune_trainer.data.order import SampleRef
+from finetune_trainer.data.shapes import Shapes
 from finetune_trainer.data.source import Source
 from finetune_trainer.distributed.world import World
 from finetune_trainer.models.base import open_base
@@ -24,6 +26,7 @@ from tests.trainer import tiny
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
+SQUARE = Shapes(tiny.RESOLUTION)
 VIEWS = [View(), View(flip=True)]
 
 
@@ -46,10 +49,15 @@ def silent(done: int, of: int) -> None:
     del done, of
 
 
+def latent_cache(folder: Path, family: Family, hashes: FileHashes, source: Source) -> LatentCache:
+    census = take_census(len(source), source.open, folder, hashes, ALONE, silent)
+    return LatentCache(folder, family, hashes, source, census.ids, SQUARE)
+
+
 def test_cached_latents_are_the_live_ones(family: Family, source: Source, hashes: FileHashes, tmp_path: Path) -> None:
-    cached = LatentCache(tmp_path, family, hashes, source, tiny.RESOLUTION)
+    cached = latent_cache(tmp_path, family, hashes, source)
     cached.fill(VIEWS, ALONE, silent)
-    live = LiveLatents(family.load_image_encoder(CPU), source, tiny.RESOLUTION)
+    live = LiveLatents(family.load_image_encoder(CPU), source, SQUARE)
     for index in range(len(source)):
         for view in VIEWS:
             expected, found = live.posterior(index, view), cached.posterior(index, view)
@@ -74,9 +82,9 @@ def test_batches_do_not_depend_on_how_they_are_cut(
 ) -> None:
     text = TextCache(tmp_path, family, hashes, torch.float32)
     text.fill([source.caption(index) for index in range(len(source))], ALONE, silent)
-    latents = LatentCache(tmp_path, family, hashes, source, tiny.RESOLUTION)
+    latents = latent_cache(tmp_path, family, hashes, source)
     latents.fill(VIEWS, ALONE, silent)
-    maker = BatchMaker(source, latents, text, family, Draws(3), Augmentation(False, True), CPU, tiny.RESOLUTION)
+    maker = BatchMaker(source, latents, text, family, Draws(3), Augmentation(False, True), CPU, SQUARE)
     refs = [SampleRef(epoch, index) for epoch in range(2) for index in range(3)]
     whole = maker.make(refs)
     for number, ref in enumerate(refs):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune_trainer.data.images import CENTRE, View, decode, is_square, to_pixels, to_rgb
+from finetune_trainer.data.images import CENTRE, View, decode, to_pixels, to_rgb
 
 
 def encode(image: Image.Image, kind: str = "png", **options: object) -> io.BytesIO:
@@ -46,26 +46,21 @@ def test_sixteen_bit_greys_keep_their_shade() -> None:
 def test_pixels_are_resized_and_cropped_in_the_middle() -> None:
     image = Image.new("RGB", (30, 10), "black")
     image.paste("white", (10, 0, 20, 10))
-    pixels = to_pixels(image, 8, CENTRE)
+    pixels = to_pixels(image, (8, 8), CENTRE)
     assert pixels.shape == (3, 8, 8)
     assert pixels.dtype is torch.float32
     assert float(pixels[:, :, 2:6].min()) > 0.9
-    assert float(to_pixels(image, 8, View(left=0.0)).max()) < 0.9
+    assert float(to_pixels(image, (8, 8), View(left=0.0)).max()) < 0.9
 
 
 def test_flip_mirrors() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    assert torch.equal(to_pixels(image, 8, View(flip=True)), to_pixels(image, 8, CENTRE).flip(2))
+    assert torch.equal(to_pixels(image, (8, 8), View(flip=True)), to_pixels(image, (8, 8), CENTRE).flip(2))
 
 
 def test_values_span_minus_one_to_one() -> None:
     image = Image.new("RGB", (8, 8), (0, 255, 0))
-    assert to_pixels(image, 8, CENTRE)[:, 0, 0].tolist() == [-1.0, 1.0, -1.0]
-
-
-def test_is_square() -> None:
-    assert is_square(encode(Image.new("RGB", (5, 5))))
-    assert not is_square(encode(Image.new("RGB", (5, 6))))
+    assert to_pixels(image, (8, 8), CENTRE)[:, 0, 0].tolist() == [-1.0, 1.0, -1.0]
 
 
 def test_half_an_image_is_refused() -> None:

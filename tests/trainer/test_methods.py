@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,3 +111,16 @@ def test_textual_inversion_saves_kilobytes(base: Path, data: Path, folder: Path)
     for checkpoint in checkpoints:
         assert sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) < 10_000
     assert checkpoints
+
+
+@pytest.mark.parametrize("method", ["LoRA", "Full"])
+def test_fp16_and_its_scale_resume(method: str, base: Path, data: Path, folder: Path) -> None:
+    options = {"precision": "fp16", "optimizer": "prodigy", "learningRate": 1}
+    spec = tiny.make_spec(base, data, **{**OPTIONS, **options, "steps": 4}, **SETTINGS[method])
+    whole, halves = folder / f"fp16-{method}", folder / f"fp16-{method}-halves"
+    assert run_here(spec, whole) is ExitCode.DONE
+    assert run_here(spec, halves, stop_at=2) is ExitCode.SAVED
+    assert run_here(spec, halves, attempt=2) is ExitCode.DONE
+    assert read_outputs(halves) == read_outputs(whole)
+    (state,) = (whole / "checkpoints").glob("step-*4/state.json")
+    assert json.loads(state.read_text(encoding="utf-8"))["lossScale"]["value"] <= 65536

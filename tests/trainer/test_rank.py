@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.spec import Precision
 from tests.trainer import tiny
 from tests.trainer.ranks import Ranks
 
@@ -220,7 +219,6 @@ BAD: list[tuple[str, dict[str, Any], ExitCode, str]] = [
     ("dataset", {"split": "x"}, ExitCode.DATA, "dataset.split: "),
     ("training", {"method": None}, ExitCode.CONFIG, "training.method: none cannot be trained; use one of Full, LoRA"),
     ("training", {"steps": None}, ExitCode.CONFIG, "training.steps: "),
-    ("training", {"precision": Precision.FP16}, ExitCode.CONFIG, "training.precision: fp16 is not available"),
 ]
 
 

@@ -205,12 +205,12 @@ def test_sdxl_is_told_what_its_pipeline_tells_it(bases: dict[str, Path]) -> None
     torch.testing.assert_close(ours["pooled"], torch.cat([empty_pooled, pooled]))
     sizes = pipeline._get_add_time_ids((300, 400), (2, 3), (16, 16), torch.float32, tiny.WIDTH)
     view = View(left=3 / 5, top=1.0)
-    assert micro_conditioning((400, 300), 16, view).tolist() == [300, 400, 0, 3, 16, 16]
+    assert micro_conditioning((400, 300), (16, 16), view).tolist() == [300, 400, 0, 3, 16, 16]
     assert sizes.tolist() == [[300, 400, 2, 3, 16, 16]]
 
 
 def test_mirrored_crops_are_counted_from_the_other_side() -> None:
-    plain = micro_conditioning((64, 32), 16, View(left=0.25, top=0.5))
-    mirrored = micro_conditioning((64, 32), 16, View(left=0.25, top=0.5, flip=True))
+    plain = micro_conditioning((64, 32), (16, 16), View(left=0.25, top=0.5))
+    mirrored = micro_conditioning((64, 32), (16, 16), View(left=0.25, top=0.5, flip=True))
     assert plain.tolist() == [32, 64, 0, 4, 16, 16]
     assert mirrored.tolist() == [32, 64, 0, 12, 16, 16]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from finetune_contract.spec import Columns, DatasetSpec
 from finetune_trainer.data.open_source import open_source
-from finetune_trainer.data.source import all_square, decode_sample
+from finetune_trainer.data.source import decode_sample
 from finetune_trainer.data.table import open_table
 from finetune_trainer.errors import DataError
 from tests.trainer import tiny
@@ -29,7 +29,6 @@ def test_folder_with_splits(data: Path) -> None:
     assert len(source) == tiny.NUM_SAMPLES
     assert source.caption(2) == "picture 2"
     assert decode_sample(source, 2).size == (tiny.RESOLUTION, tiny.RESOLUTION)
-    assert all_square(source)
 
 
 def test_max_samples(data: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,9 +23,11 @@ from finetune_trainer.data.order import SampleRef
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.tensor_file import write_tensors
 from finetune_trainer.train.ema import Ema, decay_at
+from finetune_trainer.train.loss_scale import FIRST_SCALE, STEPS_TO_DOUBLE, LossScale
 from finetune_trainer.train.notice import Notice
 from finetune_trainer.train.optimizer import learning_rate, make_optimizer, set_learning_rate
 from finetune_trainer.train.pictures import build_grid
+from finetune_trainer.train.prodigy import Prodigy
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.state import TrainState
 from finetune_trainer.train.validation import NUM_TIMESTEPS, spread_timestep
@@ -51,9 +55,54 @@ def test_the_rate_of_a_step_does_not_depend_on_the_steps_before() -> None:
     assert rate(70) == late
 
 
-def test_unknown_optimizer() -> None:
-    with pytest.raises(ConfigError, match=r"training\.optimizer: prodigy is not available; use adamw or adafactor"):
-        make_optimizer(make_training(optimizer="prodigy"), [nn.Parameter(torch.zeros(1))])
+def test_an_8_bit_optimizer_is_for_gpus() -> None:
+    with pytest.raises(ConfigError, match=r"training\.optimizer: adamw8bit is for GPUs; write adamw or adafactor"):
+        make_optimizer(make_training(optimizer="adamw8bit"), [nn.Parameter(torch.zeros(1))])
+
+
+def test_prodigy_follows_the_papers_formulas() -> None:
+    """Algorithm 4 of https://arxiv.org/abs/2306.06101, written out with numpy."""
+    start = np.array([1.0, -2.0, 0.5])
+    parameter = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    optimizer = Prodigy([parameter], lr=1.0, betas=(0.9, 0.99), eps=1e-8)
+    x, d, r = start.copy(), 1e-6, 0.0
+    m, v, s = np.zeros(3), np.zeros(3), np.zeros(3)
+    for number in range(60):
+        g = 2 * (x - 3.0) * [1.0, 0.5, 0.1] + 0.01 * number
+        parameter.grad = torch.tensor(g)
+        optimizer.step()
+        m = 0.9 * m + 0.1 * d * g
+        v = 0.99 * v + 0.01 * d**2 * g**2
+        r = math.sqrt(0.99) * r + (1 - math.sqrt(0.99)) * d**2 * g @ (start - x)
+        s = math.sqrt(0.99) * s + (1 - math.sqrt(0.99)) * d**2 * g
+        x = x - d * m / (np.sqrt(v) + d * 1e-8)
+        d = max(d, r / np.abs(s).sum())
+        assert parameter.detach().numpy() == pytest.approx(x, rel=1e-4)
+    assert d > 1e-4
+
+
+def test_prodigy_needs_no_learning_rate() -> None:
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = Prodigy([parameter])
+    for _ in range(300):
+        parameter.grad = 2 * (parameter.detach() - 7.0)
+        optimizer.step()
+    assert parameter.tolist() == pytest.approx([7.0] * 4, abs=0.5)
+
+
+def test_scale_of_the_loss_falls_and_rises() -> None:
+    scale = LossScale()
+    scale.overflowed()
+    assert scale.value == FIRST_SCALE / 2
+    for _ in range(STEPS_TO_DOUBLE - 1):
+        scale.held()
+    other = LossScale()
+    other.restore(json.loads(json.dumps(scale.values())))
+    other.held()
+    assert other.value == FIRST_SCALE
+    with pytest.raises(ConfigError, match=r"training\.precision: the gradients overflow fp16 in every step"):
+        for _ in range(100):
+            other.overflowed()
 
 
 def test_average_follows_the_parameters() -> None:
@@ -86,7 +135,7 @@ def step(state: TrainState) -> None:
     state.ema.update(state.step)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
 def test_restored_state_goes_on_bit_for_bit(optimizer: str) -> None:
     one, other = make_state(optimizer=optimizer), make_state(optimizer=optimizer)
     for _ in range(3):

@@ -14,7 +14,8 @@ OUTPUTS = "outputs"
 GRID = "before-after.png"
 """Name of the picture, below VALIDATION, that shows the prompts before and after."""
 LOSSES = "losses.json"
-"""Name of the file, below VALIDATION, with the held-out losses: a list of {"step", "loss"}, in order."""
+"""Name of the file, below VALIDATION, with the held-out losses: a list of {"step", "loss", "byTimestep"}, in order; the
+last one is the loss in each quarter of the noise schedule."""
 MANIFEST = "manifest.json"
 """Name of the file that makes a checkpoint count: it is verified against it."""
 

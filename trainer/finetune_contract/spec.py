@@ -110,12 +110,34 @@ class OutputFormat(StrEnum):
     MERGED = "merged"
 
 
+class Attention(StrEnum):
+    """How attention is computed."""
+
+    AUTO = "auto"
+    FLASH = "flash"
+    EFFICIENT = "efficient"
+    MATH = "math"
+
+
+class TrackerName(StrEnum):
+    """Where curves and pictures are shown."""
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
+
+
 class ModelSpec(SpecModel):
     """The model to begin with."""
 
     base: Location = Field(description="hub id, folder, single-file checkpoint or s3:// URL of the base model")
     revision: Word | None = Field(default=None, description="branch, tag or commit on the hub")
     variant: Word | None = Field(default=None, description="weight variant of the base, e.g. fp16")
+    config: Location | None = Field(
+        default=None,
+        description="folder or hub id in diffusers' layout that a single-file base takes its configuration from; "
+        "default: by the file, from the hub",
+    )
     vae: Location | None = Field(default=None, description="another VAE in place of the base's own, hub id or folder")
 
 
@@ -134,6 +156,9 @@ class DatasetSpec(SpecModel):
     split: Word = Field(default="train", description="split of the data set to train on")
     columns: Columns = Field(default=Columns(), description="names of the columns")
     max_samples: int | None = Field(default=None, ge=1, le=2**53, description="use only the first so many samples")
+    max_broken: int = Field(
+        default=0, ge=0, le=2**53, description="go on without broken images where they are no more than this"
+    )
 
 
 class LoraSpec(SpecModel):
@@ -232,7 +257,9 @@ class TrainingSpec(SpecModel):
     gradient_accumulation: int = Field(
         default=1, ge=1, le=4096, description="forward passes of one rank in one optimizer step"
     )
-    learning_rate: float = Field(default=1e-4, gt=0, le=10, description="peak learning rate")
+    learning_rate: float = Field(
+        default=1e-4, gt=0, le=10, description="peak learning rate; with prodigy a factor, write 1"
+    )
     lr_scheduler: LrScheduler = Field(default=LrScheduler.CONSTANT, description="learning-rate schedule")
     lr_warmup_steps: int = Field(
         default=0, ge=0, le=MAX_STEPS, description="steps in which the learning rate rises from zero"
@@ -244,12 +271,23 @@ class TrainingSpec(SpecModel):
     max_grad_norm: float = Field(default=1.0, ge=0, description="gradient clipping by global norm; 0 switches it off")
     precision: Precision = Field(default=Precision.FP32, description="number format of forward and backward pass")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
+    attention: Attention = Field(
+        default=Attention.AUTO,
+        description="auto lets torch take the fastest kernel that fits, which needs little memory; or one is named",
+    )
+    compile: bool = Field(default=False, description="compile the transformer blocks: slower to start, faster to step")
     resolution: int = Field(
         default=512, ge=8, le=4096, multiple_of=8, description="side of the square images, in pixels"
     )
     center_crop: bool = Field(default=False, description="crop the centre; default: a random place")
+    aspect_buckets: bool = Field(
+        default=False,
+        description="cut each image, at its centre, to the nearest of a few shapes of the area of the square",
+    )
     random_flip: bool = Field(default=False, description="mirror half of the images")
-    optimizer: Optimizer = Field(default=Optimizer.ADAMW, description="optimizer")
+    optimizer: Optimizer = Field(
+        default=Optimizer.ADAMW, description="adamw, adamw8bit (GPUs, needs bitsandbytes), adafactor or prodigy"
+    )
     sharding: Sharding = Field(
         default=Sharding.NONE,
         description="none: every rank holds all that is trained; full: each holds a slice of it, of its gradients and "
@@ -270,12 +308,21 @@ class TrainingSpec(SpecModel):
     timestep_bias: TimestepBiasSpec | None = Field(default=None, description="timesteps that are drawn more often")
     ema: bool = Field(default=False, description="keep an exponential moving average of what is trained")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of every draw")
-    memory_preset: Word | None = Field(default=None, description="auto, or the memory to fit: 8GB, 12GB, ... cpu")
+    memory_preset: Word | None = Field(
+        default=None,
+        description="chooses precision, gradientCheckpointing, optimizer and batchSize, where they are left out, for "
+        "the memory that is there (auto, cpu) or that is named (8GB, 12GB, ...)",
+    )
     lora: LoraSpec | None = Field(default=None, description="settings of the LoRA methods")
     dreambooth: DreamBoothSpec | None = Field(default=None, description="settings of the DreamBooth methods")
     textual_inversion: TextualInversionSpec | None = Field(default=None, description="settings of TextualInversion")
     controlnet: ControlNetSpec | None = Field(default=None, description="settings of ControlNet")
     validation: ValidationSpec | None = Field(default=None, description="pictures and held-out loss")
+    trackers: tuple[TrackerName, ...] = Field(
+        default=(),
+        max_length=3,
+        description="tensorboard, wandb, mlflow: where losses and pictures are shown besides the job's folder",
+    )
 
 
 class CheckpointInterval(SpecModel):

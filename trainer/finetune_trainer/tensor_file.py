@@ -7,7 +7,8 @@ trained the same weights would write different files.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors.torch import save
@@ -32,3 +33,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little"))
         file.write(text)
         file.write(memoryview(plain)[end:])
+
+
+def count_numbers(paths: Iterable[Path]) -> int:
+    """How many numbers the safetensors files among these hold, by their headers alone.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    total = 0
+    for path in paths:
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(_LENGTH_BYTES), "little")))
+            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total

@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from finetune_contract.spec import Method, Optimizer, OutputFormat, Precision
+from finetune_contract.spec import Method, OutputFormat, Precision, Sharding
 from finetune_operator.api.job import FineTuneJobSpec
 
-OPTIMIZERS = frozenset({Optimizer.ADAMW, Optimizer.ADAFACTOR})
-PRECISIONS = frozenset({Precision.FP32, Precision.BF16})
 DIFFUSERS_ONLY = frozenset({OutputFormat.DIFFUSERS})
 LORA_FORMATS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI})
 OUTPUT_FORMATS = {
@@ -36,19 +34,23 @@ class Missing:
 
 MISSING = (
     Missing(
-        "spec.training.optimizer",
-        lambda spec: spec.training.optimizer not in OPTIMIZERS,
-        "this version has AdamW and Adafactor; write optimizer: adamw",
-    ),
-    Missing(
         "spec.training.precision",
-        lambda spec: spec.training.precision not in PRECISIONS,
-        "this version trains in fp32 and bf16; write precision: bf16",
+        lambda spec: spec.training.sharding is not Sharding.NONE and spec.training.precision is Precision.FP16,
+        "fp16 does not go with sharding; write bf16",
     ),
     Missing(
-        "spec.training.memoryPreset",
-        lambda spec: spec.training.memory_preset is not None,
-        "this version has no presets; leave it out and set batchSize, precision and gradientCheckpointing",
+        "spec.training.aspectBuckets",
+        lambda spec: spec.training.sharding is not Sharding.NONE and spec.training.aspect_buckets,
+        "ranks would make unequal numbers of passes, which sharding forbids; leave one of them out",
+    ),
+    Missing(
+        "spec.training.aspectBuckets",
+        lambda spec: (
+            spec.training.aspect_buckets
+            and spec.training.dreambooth is not None
+            and spec.training.dreambooth.class_prompt is not None
+        ),
+        "class images are squares, which go into no batch of another shape; leave aspectBuckets out, or classPrompt",
     ),
     Missing(
         "spec.model.base",

@@ -53,6 +53,8 @@ def make_absolute(job: FineTuneJob, folder: Path) -> FineTuneJob:
     model = {"base": absolute_source(spec.model.base, folder)}
     if spec.model.vae:
         model["vae"] = absolute_source(spec.model.vae, folder)
+    if spec.model.config:
+        model["config"] = absolute_source(spec.model.config, folder)
     changes = {
         "model": spec.model.model_copy(update=model),
         "dataset": spec.dataset.model_copy(update={"source": absolute_source(spec.dataset.source, folder)}),

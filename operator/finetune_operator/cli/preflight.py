@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune_contract.spec import DatasetSpec, ModelSpec, OutputSpec
+from finetune_contract.spec import DatasetSpec, Method, ModelSpec, OutputSpec
 from finetune_operator.api.job import CONTROLLER, Accelerator, FineTuneJob, FineTuneJobSpec, StorageSpec, TopologySpec
 from finetune_operator.api.supported import find_missing
 from finetune_operator.build import build_pod, num_nodes
@@ -29,7 +29,12 @@ NUM_PROBED = 16
 """Samples whose image is looked for: enough for a wrong folder, and no wait on a large set."""
 MIN_FREE_BYTES = 256 * 1024**2
 """Less than this leaves no room for a checkpoint beside the one before it."""
-PICKLES = (".ckpt", ".pt", ".bin", ".pth")
+PICKLES = (".pt", ".bin", ".pth")
+SINGLE_BASES = (".safetensors", ".ckpt")
+"""Of a .ckpt the trainer reads weights only."""
+TABLES = (".jsonl", ".parquet")
+BARE_IMAGES = (Method.DREAMBOOTH, Method.DREAMBOOTH_LORA, Method.TEXTUAL_INVERSION)
+"""Methods that need no captions."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,11 @@ def _faults(spec: FineTuneJobSpec, home: Home, machine: Machine) -> Iterator[str
     if not any(sentence.startswith("spec.model") for sentence in missing):
         yield from _model(spec.model)
     if not any(sentence.startswith("spec.dataset") for sentence in missing):
-        yield from _dataset(spec.dataset, "dataset.split", spec.dataset.split)
+        needs_captions = spec.training.method not in BARE_IMAGES
+        yield from _dataset(spec.dataset, "dataset.split", spec.dataset.split, needs_captions)
         validation = spec.training.validation
         if validation is not None and validation.split is not None:
-            yield from _dataset(spec.dataset, "training.validation.split", validation.split)
+            yield from _dataset(spec.dataset, "training.validation.split", validation.split, needs_captions)
     for number, output in enumerate(spec.outputs):
         yield from _output(number, output)
     yield from _room(spec, home)
@@ -137,8 +143,9 @@ def _storage(storage: StorageSpec | None) -> Iterator[str]:
 
 def _model(model: ModelSpec) -> Iterator[str]:
     yield from _model_path("spec.model.base", model.base)
-    if model.vae is not None:
-        yield from _model_path("spec.model.vae", model.vae)
+    for field, part in (("config", model.config), ("vae", model.vae)):
+        if part is not None:
+            yield from _model_path(f"spec.model.{field}", part)
 
 
 def _model_path(field: str, text: str) -> Iterator[str]:
@@ -148,21 +155,24 @@ def _model_path(field: str, text: str) -> Iterator[str]:
     if path.suffix in PICKLES:
         yield f"{field}: {path.name} is a pickle, which can run code when it is read; convert it to safetensors"
     elif path.is_file():
+        if field.endswith("base") and path.suffix in SINGLE_BASES:
+            return
         yield f"{field}: {path} is a single file; write a folder in diffusers' layout or a hub id (owner/name)"
     elif not path.is_dir():
         yield f"{field}: {path} does not exist; write a folder in diffusers' layout or a hub id (owner/name)"
-    elif field.endswith("base") and not (path / "model_index.json").is_file():
+    elif field.endswith(("base", "config")) and not (path / "model_index.json").is_file():
         yield f"{field}: {path} holds no model_index.json; write a folder in diffusers' layout or a hub id (owner/name)"
     elif field.endswith("vae") and not (path / "config.json").is_file():
         yield f"{field}: {path} holds no config.json; write the folder of a VAE in diffusers' layout"
 
 
-def _dataset(dataset: DatasetSpec, split_field: str, split: str) -> Iterator[str]:
+def _dataset(dataset: DatasetSpec, split_field: str, split: str, needs_captions: bool) -> Iterator[str]:
     folder = Path(dataset.source)
     if is_url(dataset.source) or (is_hub_id(dataset.source) and not folder.is_absolute()):
         return
     if folder.is_file():
-        yield f"spec.dataset.source: {folder} is a file; write the folder that holds {METADATA}"
+        if folder.suffix not in TABLES:
+            yield f"spec.dataset.source: {folder} is a file; write the folder that holds {METADATA}, .jsonl or .parquet"
         return
     if not folder.is_dir():
         yield f"spec.dataset.source: {folder} does not exist; write a folder with {METADATA} or a hub id (owner/name)"
@@ -174,6 +184,8 @@ def _dataset(dataset: DatasetSpec, split_field: str, split: str) -> Iterator[str
             yield f"spec.{split_field}: {folder} has no split {split!r}; write one of {', '.join(splits)}"
             return
     if metadata is None:
+        if not needs_captions:
+            return
         yield f"spec.dataset.source: {folder} holds neither {METADATA} nor {split}/{METADATA}; write one"
         return
     yield from _samples(dataset, metadata)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch import Tensor
 from finetune_trainer.data.captions import Captions, OwnCaptions
 from finetune_trainer.data.draws import Draws, Purpose
 from finetune_trainer.data.encode import Posterior
-from finetune_trainer.data.images import View, micro_conditioning, to_pixels
+from finetune_trainer.data.images import Size, View, micro_conditioning, to_pixels
 from finetune_trainer.data.noising import Noising
 from finetune_trainer.data.order import SampleRef
+from finetune_trainer.data.shapes import Shapes
 from finetune_trainer.data.source import Source, decode_conditioning
 from finetune_trainer.models.family import Family
 
@@ -105,21 +107,22 @@ class Conditioning:
     """ControlNet's condition: read from the source in the view of its image.
 
     Attributes:
-        resolution: side of the square.
+        shapes: what images are cut to.
         dropout: share of drawings that get an empty one.
     """
 
-    resolution: int
+    shapes: Shapes
     dropout: float = 0.0
 
-    def read(self, source: Source, ref: SampleRef, view: View, size: tuple[int, int], draws: Draws) -> Tensor:
+    def read(self, source: Source, ref: SampleRef, view: View, size: Size, draws: Draws) -> Tensor:
         """Condition of one drawing of a sample whose image is of (width, height), float32 (3, H, W) in [0, 1]."""
+        width, height = self.shapes.of(size)
         if self.dropout > 0 and draws.uniform(Purpose.CONDITION, ref, 1)[0] < self.dropout:
-            return torch.zeros(3, self.resolution, self.resolution)
+            return torch.zeros(3, height, width)
         image = decode_conditioning(source, ref.index)
         if image.size != size:
             image = image.resize(size, Image.Resampling.BILINEAR)
-        return (to_pixels(image, self.resolution, view, Image.Resampling.BILINEAR) + 1) / 2
+        return (to_pixels(image, (width, height), view, Image.Resampling.BILINEAR) + 1) / 2
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ class BatchMaker:
 
     Attributes:
         text: embeddings; None where the method encodes captions itself.
-        resolution: side of the square that is trained on.
+        shapes: what images are cut to.
+        sizes: width and height of every image, int32 (n, 2), where there is more than one shape.
         captions: chooses each sample's caption.
         caption_dropout: share of drawings with the empty caption.
         noising: draws noise and timesteps.
@@ -162,12 +166,20 @@ class BatchMaker:
     draws: Draws
     augmentation: Augmentation
     device: torch.device
-    resolution: int
+    shapes: Shapes
+    sizes: np.ndarray[tuple[int, int], np.dtype[np.int32]] | None = None
     captions: Captions = field(default_factory=OwnCaptions)
     caption_dropout: float = 0.0
     noising: Noising = field(default_factory=Noising)
     prior: Prior | None = None
     conditioning: Conditioning | None = None
+
+    def shape(self, index: int) -> Size:
+        """Width and height that a sample is trained at; only samples of one shape go into one batch."""
+        if self.sizes is None:
+            return (self.shapes.resolution, self.shapes.resolution)
+        width, height = self.sizes[index].tolist()
+        return self.shapes.of((width, height))
 
     def make(self, refs: Sequence[SampleRef], timesteps: Sequence[int] | None = None) -> Batch:
         """The micro-batch of these samples, their class images behind them; timesteps are drawn unless given."""
@@ -207,7 +219,7 @@ class BatchMaker:
             mixed=self.noising.mixed(draws, key, noise),
             timestep=timestep,
             caption=self._caption(SampleRef(key.epoch, index), key),
-            sizes=micro_conditioning(posterior.size, self.resolution, view),
+            sizes=micro_conditioning(posterior.size, self.shapes.of(posterior.size), view),
             weight=weight,
             conditioning=self._condition(SampleRef(key.epoch, index), view, posterior.size),
         )
@@ -217,7 +229,7 @@ class BatchMaker:
             return ""
         return self.captions.caption(self.source, ref, self.draws)
 
-    def _condition(self, ref: SampleRef, view: View, size: tuple[int, int]) -> Tensor | None:
+    def _condition(self, ref: SampleRef, view: View, size: Size) -> Tensor | None:
         if self.conditioning is None:
             return None
         return self.conditioning.read(self.source, ref, view, size, self.draws)

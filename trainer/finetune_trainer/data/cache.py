@@ -8,8 +8,11 @@ becomes stale, and an interrupted map phase goes on with what is missing.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import secrets
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,19 +28,27 @@ from finetune_trainer.files import sync_file, sync_folder
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _LEFTOVER_SECONDS = 3600.0
+MAX_OPEN = 64
+"""Shards that are open at a time: each holds the names of all of its tensors in memory."""
 
 Item = Mapping[str, Tensor]
 
 
 class TensorCache:
-    """The items of one encoder. Reading maps the files into memory; nothing is held beyond the pages in use."""
+    """The items of one encoder. Reading maps the files into memory; nothing is held beyond the pages in use.
+
+    For each item it remembers 16 bytes and the number of its shard, so a hundred thousand take a few megabytes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._shard_of: dict[str, Path] = {}
-        self._parts: dict[str, list[str]] = {}
+        self._shards: list[Path] = []
+        self._parts: list[tuple[str, ...]] = []
+        """Names of the tensors of the items in each shard."""
+        self._shard_of: dict[bytes, int] = {}
         self._indexed: set[Path] = set()
-        self._open: dict[Path, Any] = {}
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._reading = threading.Lock()
 
     def sweep(self, now: float) -> None:
         """Remove what killed ranks have left half written; what is younger may still be at work.
@@ -58,7 +69,7 @@ class TensorCache:
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of the keys that no shard holds, each once, sorted."""
-        return sorted({key for key in keys if key not in self._shard_of})
+        return sorted({key for key in keys if _digest(key) not in self._shard_of})
 
     def get(self, key: str) -> dict[str, Tensor]:
         """The tensors of an item.
@@ -66,10 +77,14 @@ class TensorCache:
         Raises:
             KeyError: it is not here.
         """
-        shard = self._shard_of[key]
-        if shard not in self._open:
-            self._open[shard] = safe_open(shard, framework="pt")
-        return {part: self._open[shard].get_tensor(f"{key}.{part}") for part in self._parts[key]}
+        shard = self._shard_of[_digest(key)]
+        with self._reading:
+            if shard not in self._open:
+                self._open[shard] = safe_open(self._shards[shard], framework="pt")
+            self._open.move_to_end(shard)
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)
+            return {part: self._open[shard].get_tensor(f"{key}.{part}") for part in self._parts[shard]}
 
     def put(self, items: Mapping[str, Item]) -> None:
         """Write items as one shard.
@@ -101,7 +116,13 @@ class TensorCache:
             _LOG.warning("cache: %s is damaged and is computed anew: %s", shard, error)
             return
         self._indexed.add(shard)
+        number = len(self._shards)
+        self._shards.append(shard)
+        self._parts.append(tuple(sorted({name.partition(".")[2] for name in names})))
         for name in names:
-            key, _, part = name.partition(".")
-            if self._shard_of.setdefault(key, shard) == shard:
-                self._parts.setdefault(key, []).append(part)
+            self._shard_of.setdefault(_digest(name.partition(".")[0]), number)
+
+
+def _digest(key: str) -> bytes:
+    """A key as it is remembered."""
+    return hashlib.blake2b(key.encode(), digest_size=16).digest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 from finetune_trainer.data.cache import Item, TensorCache
 from finetune_trainer.data.hashes import FileHashes, hash_text
 from finetune_trainer.data.images import View, to_pixels
+from finetune_trainer.data.shapes import Shapes
 from finetune_trainer.data.source import Source, decode_sample
 from finetune_trainer.distributed.world import World
 from finetune_trainer.models.family import Family, ImageEncoder
@@ -133,14 +133,16 @@ class TextCache:
 class LatentCache:
     """Posteriors of the images of one source, for a few fixed views of each."""
 
-    def __init__(self, root: Path, family: Family, hashes: FileHashes, source: Source, resolution: int) -> None:
+    def __init__(  # noqa: PLR0913, PLR0917  whatever the posteriors depend on
+        self, root: Path, family: Family, hashes: FileHashes, source: Source, image_ids: Sequence[str], shapes: Shapes
+    ) -> None:
         self._family = family
         self._source = source
-        self._resolution = resolution
-        encoder_id = hash_text("latents with sizes", hashes.of_files(family.image_encoder_files()), str(resolution))
+        self._shapes = shapes
+        encoder_id = hash_text("latents with sizes", hashes.of_files(family.image_encoder_files()), str(shapes))
         self._cache = TensorCache(root / "latents" / encoder_id[:32])
         self._encoder_id = encoder_id
-        self._image_ids = [image_id(source, index, hashes) for index in range(len(source))]
+        self._image_ids = image_ids
 
     def fill(self, views: Sequence[View], world: World, progress: Progress) -> None:
         """Compute what is missing of the posteriors of every image in each of the views."""
@@ -148,7 +150,7 @@ class LatentCache:
         work = {self._key(index, view): number for number, (index, view) in enumerate(numbers)}
 
         def make_encoder() -> Callable[[int], Item]:
-            live = LiveLatents(self._family.load_image_encoder(world.device), self._source, self._resolution)
+            live = LiveLatents(self._family.load_image_encoder(world.device), self._source, self._shapes)
 
             def encode(number: int) -> Item:
                 posterior = live.posterior(*numbers[number])
@@ -171,22 +173,13 @@ class LatentCache:
 class LiveLatents:
     """Posteriors computed when they are asked for: where a random crop makes each one new."""
 
-    def __init__(self, encoder: ImageEncoder, source: Source, resolution: int) -> None:
+    def __init__(self, encoder: ImageEncoder, source: Source, shapes: Shapes) -> None:
         self._encoder = encoder
         self._source = source
-        self._resolution = resolution
+        self._shapes = shapes
 
     def posterior(self, index: int, view: View) -> Posterior:
         """Posterior of an image in any view."""
         image = decode_sample(self._source, index)
-        mean, std = self._encoder.encode(to_pixels(image, self._resolution, view).unsqueeze(0))
+        mean, std = self._encoder.encode(to_pixels(image, self._shapes.of(image.size), view).unsqueeze(0))
         return Posterior(mean[0].float().cpu(), std[0].float().cpu(), image.size)
-
-
-def image_id(source: Source, index: int, hashes: FileHashes) -> str:
-    """SHA-256 of an image's bytes."""
-    path = source.file(index)
-    if path is not None:
-        return hashes.of_file(path)
-    with source.open(index) as file:
-        return hashlib.sha256(file.read()).hexdigest()

@@ -13,6 +13,10 @@ from torch import Tensor
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
 
 
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
 @dataclass(frozen=True)
 class View:
     """Which part of a resized image is seen, as fractions of the room there is to move, and whether mirrored.
@@ -53,16 +57,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def is_square(file: IO[bytes]) -> bool:
-    """Whether width and height are equal; reads the header only.
-
-    Raises:
-        OSError: not an image.
-    """
-    with Image.open(file) as image:
-        return bool(image.width == image.height)
-
-
 @dataclass(frozen=True)
 class Crop:
     """Where a square is cut: from an image resized to width x height, at left and top, in pixels."""
@@ -73,43 +67,43 @@ class Crop:
     top: int
 
 
-def crop_of(size: tuple[int, int], resolution: int, view: View) -> Crop:
-    """The crop that a view means for an image of (width, height): its shorter side becomes `resolution`."""
-    scale = resolution / min(size)
-    width, height = (max(resolution, round(side * scale)) for side in size)
-    return Crop(width, height, round((width - resolution) * view.left), round((height - resolution) * view.top))
+def crop_of(size: Size, target: Size, view: View) -> Crop:
+    """The crop that a view means for an image of (width, height): resized so that it just covers `target`."""
+    scale = max(end / side for end, side in zip(target, size, strict=True))
+    width, height = (max(end, round(side * scale)) for end, side in zip(target, size, strict=True))
+    return Crop(width, height, round((width - target[0]) * view.left), round((height - target[1]) * view.top))
 
 
 def to_pixels(
-    image: Image.Image, resolution: int, view: View, resample: Image.Resampling = Image.Resampling.LANCZOS
+    image: Image.Image, target: Size, view: View, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
-    """Resize the shorter side to `resolution`, crop a square, maybe mirror.
+    """Resize until it just covers `target` (width, height), crop to it, maybe mirror.
 
     Returns:
-        float32 (3, resolution, resolution) in [-1, 1].
+        float32 (3, height, width) in [-1, 1].
     """
-    crop = crop_of(image.size, resolution, view)
+    crop = crop_of(image.size, target, view)
     if (crop.width, crop.height) != image.size:
         image = image.resize((crop.width, crop.height), resample)
-    image = image.crop((crop.left, crop.top, crop.left + resolution, crop.top + resolution))
+    image = image.crop((crop.left, crop.top, crop.left + target[0], crop.top + target[1]))
     if view.flip:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
-def micro_conditioning(size: tuple[int, int], resolution: int, view: View) -> Tensor:
+def micro_conditioning(size: Size, target: Size, view: View) -> Tensor:
     """What SDXL is told of an image's size (https://arxiv.org/abs/2307.01952, section 2.2).
 
     The crop is counted in the mirrored image where the view is mirrored, as it is what the model sees.
 
     Args:
         size: width and height of the image as stored.
-        resolution: side of the square that is trained on.
+        target: width and height that are trained on.
         view: part of it that is seen.
 
     Returns:
         float32 (6,): height and width as stored, top and left of the crop, height and width of the crop.
     """
-    crop = crop_of(size, resolution, view)
-    left = crop.width - resolution - crop.left if view.flip else crop.left
-    return torch.tensor([size[1], size[0], crop.top, left, resolution, resolution], dtype=torch.float32)
+    crop = crop_of(size, target, view)
+    left = crop.width - target[0] - crop.left if view.flip else crop.left
+    return torch.tensor([size[1], size[0], crop.top, left, target[1], target[0]], dtype=torch.float32)

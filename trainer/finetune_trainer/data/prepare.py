@@ -12,13 +12,15 @@ import torch
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.batches import Augmentation, BatchMaker, Conditioning, Latents, Prior
 from finetune_trainer.data.captions import Captions, OnePrompt
+from finetune_trainer.data.census import Census, KeptSource, describe_broken, take_census
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.encode import LatentCache, LiveLatents, TextCache
 from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.noising import Noising
 from finetune_trainer.data.open_source import open_source
 from finetune_trainer.data.prior import ClassImages
-from finetune_trainer.data.source import Source, all_square
+from finetune_trainer.data.shapes import Shapes
+from finetune_trainer.data.source import Source
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError
 from finetune_trainer.models.family import Family
@@ -96,17 +98,19 @@ class Preparation:
             StorageError: the cache cannot be written.
         """
         dataset, training = self.spec.dataset, self.spec.training
-        source = open_source(dataset, dataset.split, dataset.max_samples, self.demand.needs_captions)
-        held_out = self._open_held_out()
         hashes = FileHashes(self.cache_dir / "hashes.json")
+        source, census = self._without_broken(
+            open_source(dataset, dataset.split, dataset.max_samples, self.demand.needs_captions), hashes
+        )
+        held_out = self._open_held_out()
         text = TextCache(self.cache_dir, self.family, hashes, self.dtype)
         if self.demand.caches_text:
             text.fill(self._texts(source, held_out), self.world, self._progress("captions"))
-        random_crop = not training.center_crop and not all_square(source)
+        random_crop = not (training.center_crop or training.aspect_buckets or census.all_square)
         if random_crop:
             self.warn(LIVE_WARNING)
         augmentation = Augmentation(random_crop, training.random_flip)
-        batches = self._batches(source, text, hashes, augmentation)
+        batches = self._batches(source, census, text, hashes, augmentation)
         prepared = PreparedData(
             dataclasses.replace(
                 batches,
@@ -122,14 +126,48 @@ class Preparation:
             hashes.keep()
         return prepared
 
-    def _batches(self, source: Source, text: TextCache, hashes: FileHashes, augmentation: Augmentation) -> BatchMaker:
+    @property
+    def _shapes(self) -> Shapes:
+        return Shapes(self.spec.training.resolution, self.spec.training.aspect_buckets)
+
+    def _census(self, source: Source, hashes: FileHashes) -> Census:
+        return take_census(
+            len(source), source.open, self.cache_dir, hashes, self.world, self._progress("images looked at")
+        )
+
+    def _without_broken(self, source: Source, hashes: FileHashes) -> tuple[Source, Census]:
+        """Leave out samples whose image or condition is broken, as many as are allowed; every rank the same ones.
+
+        Raises:
+            DataError: there are more, or no others.
+        """
+        census = self._census(source, hashes)
+        broken = set(census.broken)
+        if self.demand.conditioning:
+            what = self._progress("conditioning images looked at")
+            opener = source.open_conditioning
+            broken |= set(take_census(len(source), opener, self.cache_dir, hashes, self.world, what).broken)
+        if not broken:
+            return source, census
+        found, limit = describe_broken(source, sorted(broken)), self.spec.dataset.max_broken
+        if len(broken) > limit or len(broken) == len(source):
+            raise DataError(
+                f"{found}; dataset.maxBroken allows {limit}: mend or remove them, or write maxBroken: {len(broken)}"
+            )
+        if self.world.is_first:
+            self.warn(f"{found}; training goes on without")
+        return KeptSource(source, sorted(broken)), census.without(sorted(broken))
+
+    def _batches(
+        self, source: Source, census: Census, text: TextCache, hashes: FileHashes, augmentation: Augmentation
+    ) -> BatchMaker:
         """Plain batches of a source."""
         training = self.spec.training
         latents: Latents
         if augmentation.random_crop:
-            latents = LiveLatents(self.family.load_image_encoder(self.world.device), source, training.resolution)
+            latents = LiveLatents(self.family.load_image_encoder(self.world.device), source, self._shapes)
         else:
-            latents = self._cached_latents(source, augmentation, hashes)
+            latents = self._cached_latents(source, census, augmentation, hashes)
         return BatchMaker(
             source=source,
             latents=latents,
@@ -138,7 +176,8 @@ class Preparation:
             draws=Draws(training.seed),
             augmentation=augmentation,
             device=self.world.device,
-            resolution=training.resolution,
+            shapes=self._shapes,
+            sizes=census.sizes if training.aspect_buckets else None,
             captions=self.demand.captions,
         )
 
@@ -158,12 +197,13 @@ class Preparation:
             world=self.world,
             say=self._progress("class images"),
         ).open(hashes)
-        batches = self._batches(images, text, hashes, Augmentation(random_crop=False, random_flip=False))
+        plain = Augmentation(random_crop=False, random_flip=False)
+        batches = self._batches(images, self._census(images, hashes), text, hashes, plain)
         batches = dataclasses.replace(batches, captions=OnePrompt(spec.class_prompt), noising=Noising.of(training))
         return Prior(batches, spec.prior_loss_weight)
 
     def _conditioning(self, dropout: float) -> Conditioning | None:
-        return Conditioning(self.spec.training.resolution, dropout) if self.demand.conditioning else None
+        return Conditioning(self._shapes, dropout) if self.demand.conditioning else None
 
     def _open_held_out(self) -> Source | None:
         validation = self.spec.training.validation
@@ -193,11 +233,14 @@ class Preparation:
         validation = self.spec.training.validation
         if held_out is None or validation is None:
             return None
-        batches = self._batches(held_out, text, hashes, Augmentation(random_crop=False, random_flip=False))
+        plain = Augmentation(random_crop=False, random_flip=False)
+        batches = self._batches(held_out, self._census(held_out, hashes), text, hashes, plain)
         return dataclasses.replace(batches, draws=Draws(validation.seed), conditioning=self._conditioning(0))
 
-    def _cached_latents(self, source: Source, augmentation: Augmentation, hashes: FileHashes) -> LatentCache:
-        cache = LatentCache(self.cache_dir, self.family, hashes, source, self.spec.training.resolution)
+    def _cached_latents(
+        self, source: Source, census: Census, augmentation: Augmentation, hashes: FileHashes
+    ) -> LatentCache:
+        cache = LatentCache(self.cache_dir, self.family, hashes, source, census.ids, self._shapes)
         cache.fill(augmentation.fixed_views(), self.world, self._progress("images"))
         return cache
 

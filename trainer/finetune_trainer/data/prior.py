@@ -82,7 +82,8 @@ class ClassImages:
         unet = family.load_unet(self.dtype).eval().to(device)
         vae = family.load_image_encoder(device)
         text = family.load_text_encoder(device).encode(["", self.prompt])
-        size = micro_conditioning((self.resolution, self.resolution), self.resolution, CENTRE)
+        square = (self.resolution, self.resolution)
+        size = micro_conditioning(square, square, CENTRE)
         conditions = family.conditions({**text, "sizes": size.expand(2, -1).to(device)}, self.dtype)
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:

@@ -64,20 +64,6 @@ def decode_conditioning(source: Source, index: int) -> Image.Image:
         return images.decode(file)
 
 
-def all_square(source: Source) -> bool:
-    """Whether every image is square, so that there is nothing to crop; reads their headers.
-
-    Raises:
-        DataError: one is broken.
-    """
-    return all(_is_square(source, index) for index in range(len(source)))
-
-
-def _is_square(source: Source, index: int) -> bool:
-    with source.open(index) as file, whole_image(source.name(index)):
-        return images.is_square(file)
-
-
 @contextlib.contextmanager
 def whole_image(name: str) -> Iterator[None]:
     """Within this block an image is read; what is wrong with it becomes a DataError."""

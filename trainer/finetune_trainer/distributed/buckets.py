@@ -13,18 +13,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from finetune_trainer.distributed.gradients import Signal
+from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal
 from finetune_trainer.distributed.world import World
 
 BUCKET_NUMEL = 16 * 1024 * 1024
 """Elements of a bucket (64 MiB): large enough that the start of a collective costs nothing beside it."""
 
 
+_NUM_EXTRA = len(Signal) + 2 * NUM_TIMESTEP_BUCKETS
+
+
 class GradientBuckets:
     """The gradients of the trained parameters as views into flat fp32 buffers.
 
-    Backward adds into the buffers directly; nothing is copied. The last buffer ends with one slot for each Signal, so
-    that agreeing on a loss, or to stop, costs no collective of its own. See `Gradients`.
+    Backward adds into the buffers directly; nothing is copied. The last buffer ends with the losses by timestep and one
+    slot for each Signal, so that agreeing on a loss, or to stop, costs no collective of its own. See `Gradients`.
     """
 
     in_step: ClassVar[bool] = False
@@ -35,7 +38,7 @@ class GradientBuckets:
         for group in groups:
             members = [parameters[index] for index in group]
             is_last = group is groups[-1]
-            size = sum(p.numel() for p in members) + (len(Signal) if is_last else 0)
+            size = sum(p.numel() for p in members) + (_NUM_EXTRA if is_last else 0)
             buffer = torch.zeros(size, dtype=torch.float32, device=device)
             offset = 0
             for parameter in members:
@@ -44,6 +47,8 @@ class GradientBuckets:
             self._buffers.append(buffer)
         self.signals = self._buffers[-1][-len(Signal) :]
         """The common numbers (len(Signal),): set before `reduce`, read after it."""
+        self.by_timestep = self._buffers[-1][-_NUM_EXTRA : -len(Signal)].view(2, NUM_TIMESTEP_BUCKETS)
+        """Sums and counts of the samples' losses by tenth of the schedule, as the signals."""
 
     def clear(self) -> None:
         """Set gradients and signals to zero for the next step."""
@@ -63,12 +68,19 @@ class GradientBuckets:
         for buffer in self._buffers:
             world.sum(buffer)
 
-    def clip(self, max_norm: float) -> Tensor:
+    def clip(self, max_norm: float, loss_scale: float = 1.0) -> Tensor:
         """Scale all gradients so that their common 2-norm is at most `max_norm`; 0 leaves them as they are.
 
+        Args:
+            max_norm: the largest norm.
+            loss_scale: what the loss was multiplied by, which is taken out first.
+
         Returns:
-            The norm before the scaling (scalar).
+            The norm of the true gradients before the scaling (scalar).
         """
+        if loss_scale != 1.0:
+            for part in self._gradients():
+                part.mul_(1.0 / loss_scale)
         norms = [torch.linalg.vector_norm(part) for part in self._gradients()]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if max_norm > 0:
@@ -78,7 +90,7 @@ class GradientBuckets:
         return norm
 
     def _gradients(self) -> list[Tensor]:
-        return [*self._buffers[:-1], self._buffers[-1][: -len(Signal)]]
+        return [*self._buffers[:-1], self._buffers[-1][:-_NUM_EXTRA]]
 
 
 def assign_buckets(sizes: Sequence[int], bucket_numel: int) -> list[list[int]]:

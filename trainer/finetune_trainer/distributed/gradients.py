@@ -10,6 +10,9 @@ from torch import Tensor
 
 from finetune_trainer.distributed.world import World
 
+NUM_TIMESTEP_BUCKETS = 10
+"""The losses of a step are told apart by the tenth of the schedule that their timesteps are in."""
+
 
 class Signal(IntEnum):
     """Slots of the numbers that travel with the gradients; each is summed over the ranks."""
@@ -31,6 +34,8 @@ class Gradients(Protocol):
     """Whether a forward pass is a collective: then all ranks make as many of them."""
     signals: Tensor
     """The common numbers (len(Signal),): set before `reduce`, read after it."""
+    by_timestep: Tensor
+    """Sums and counts of the samples' losses by tenth of the schedule (2, NUM_TIMESTEP_BUCKETS), as the signals."""
 
     def clear(self) -> None:
         """Set gradients and signals to zero for the next step."""
@@ -52,10 +57,14 @@ class Gradients(Protocol):
         """
         ...
 
-    def clip(self, max_norm: float) -> Tensor:
+    def clip(self, max_norm: float, loss_scale: float = 1.0) -> Tensor:
         """Scale all gradients so that their common 2-norm is at most `max_norm`; 0 leaves them as they are.
 
+        Args:
+            max_norm: the largest norm.
+            loss_scale: what the loss was multiplied by, which is taken out first.
+
         Returns:
-            The norm before the scaling (scalar).
+            The norm of the true gradients before the scaling (scalar).
         """
         ...

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from finetune_trainer.distributed.gradients import Signal
+from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal
 from finetune_trainer.distributed.world import World
 
 _BLOCKS = ("down_blocks", "up_blocks", "layers")
@@ -135,8 +135,10 @@ class ShardedGradients:
         self._shards = shards
         self._world = world
         # The square of the norm travels with the signals.
-        self._numbers = torch.zeros(len(Signal) + 1, dtype=torch.float32, device=world.device)
-        self.signals = self._numbers[:-1]
+        size = 2 * NUM_TIMESTEP_BUCKETS + len(Signal) + 1
+        self._numbers = torch.zeros(size, dtype=torch.float32, device=world.device)
+        self.by_timestep = self._numbers[: 2 * NUM_TIMESTEP_BUCKETS].view(2, NUM_TIMESTEP_BUCKETS)
+        self.signals = self._numbers[2 * NUM_TIMESTEP_BUCKETS : -1]
 
     def clear(self) -> None:
         """Drop the last step's."""
@@ -154,9 +156,12 @@ class ShardedGradients:
         self._numbers[-1] = torch.stack(squares).sum()
         world.sum(self._numbers)
 
-    def clip(self, max_norm: float) -> Tensor:
+    def clip(self, max_norm: float, loss_scale: float = 1.0) -> Tensor:
         """Scale this rank's slices by the common norm."""
-        norm: Tensor = self._numbers[-1].sqrt()
+        norm: Tensor = self._numbers[-1].sqrt() / loss_scale
+        if loss_scale != 1.0:
+            for gradient in self._gradients():
+                gradient.mul_(1.0 / loss_scale)
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for gradient in self._gradients():

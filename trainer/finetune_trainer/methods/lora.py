@@ -29,6 +29,8 @@ class Lora(UNetMethod):
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)
         self._spec = context.training.lora or LoraSpec()
+        # DoRA takes norms of the frozen weights in every step.
+        self._uses_weights = self._spec.use_dora
         _add_adapter(self._unet, self._spec)
         use_fast_linears(self._unet)
         self._adapted: dict[str, Any] = {"unet": self._unet}

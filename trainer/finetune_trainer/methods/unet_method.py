@@ -13,8 +13,10 @@ from finetune_trainer.data.batches import Batch, Texts
 from finetune_trainer.data.captions import Captions, OwnCaptions
 from finetune_trainer.data.draws import Purpose
 from finetune_trainer.data.order import SampleRef
+from finetune_trainer.methods.kernels import attention_kernel, compile_blocks
 from finetune_trainer.methods.loss import diffusion_losses
 from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.methods.packed_conv import pack_convolutions
 from finetune_trainer.models.text import TextEncoder
 
 
@@ -28,6 +30,9 @@ class UNetMethod:
     _copies_unet: ClassVar = False
     """Whether something that is trained begins as a copy of it, and so wants it in fp32 at first."""
 
+    _uses_weights = False
+    """Whether something reads the frozen weights besides their own layers, so that they must stay as they are."""
+
     def __init__(self, context: MethodContext) -> None:
         self._context = context
         self._family = context.family
@@ -35,6 +40,7 @@ class UNetMethod:
         self._snr_gamma = context.training.snr_gamma
         self._dtype = context.dtype
         self._is_mixed = False
+        self._attention = attention_kernel(context.training.attention, context.device, context.dtype)
         self._parameters: dict[str, nn.Parameter] = {}
         self._modules: list[Any] = []
         self.text: Texts | None = None
@@ -81,7 +87,7 @@ class UNetMethod:
         self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], conditioning: Tensor | None = None
     ) -> Tensor:
         """The model's answer to noisy latents."""
-        with self._autocast():
+        with self._autocast(), self._attention():
             return self._answer(
                 self._to_input(noisy), timesteps, self._family.conditions(text, self._dtype), conditioning
             )
@@ -119,6 +125,11 @@ class UNetMethod:
         if not self._trains_unet:
             # Not where weights are trained: optimizers and checkpoints want them as they come.
             _frozen_channels_last(self._unet)
+            if not self._uses_weights:
+                pack_convolutions(self._unet)
+        if training.compile:
+            for module in self._modules:
+                compile_blocks(module)
         if training.gradient_checkpointing:
             self._unet.enable_gradient_checkpointing()
         self.set_training(True)

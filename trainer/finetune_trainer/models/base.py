@@ -9,6 +9,7 @@ from typing import Any
 from finetune_contract.spec import ModelSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.models.family import Family
+from finetune_trainer.models.single_file import SUFFIXES, convert
 from finetune_trainer.models.stable_diffusion import StableDiffusion
 from finetune_trainer.models.stable_diffusion_xl import StableDiffusionXl
 
@@ -23,13 +24,21 @@ FAMILIES: dict[str, type[Family]] = {
 """Families by the pipeline class that a base's model_index.json names."""
 
 
-def open_base(spec: ModelSpec) -> Family:
-    """Find the base model and tell its family; no weights are read yet.
+def open_base(spec: ModelSpec, cache_dir: Path | None = None) -> Family:
+    """Find the base model and tell its family; of a folder no weights are read yet.
+
+    Args:
+        spec: the manifest's model.
+        cache_dir: folder that all jobs share, where a base that is a single file is turned into a folder.
 
     Raises:
         ConfigError: it is not there, or of no known family.
+        StorageError: the cache cannot be written.
     """
-    folder = find_folder(spec.base, spec.revision, "model.base")
+    if cache_dir is not None and Path(spec.base).is_file() and spec.base.endswith(SUFFIXES):
+        folder = convert(spec, cache_dir)
+    else:
+        folder = find_folder(spec.base, spec.revision, "model.base")
     if not (folder / _INDEX).is_file():
         raise ConfigError(f"model.base: {folder} holds no {_INDEX}; write a folder in diffusers' layout or a hub id")
     pipeline = read_json(folder / _INDEX).get("_class_name")
@@ -50,7 +59,7 @@ def find_folder(name: str, revision: str | None, field: str) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if path.suffix in (".ckpt", ".pt", ".bin"):
+    if path.suffix in (".pt", ".bin"):
         raise ConfigError(f"{field}: {name} is a pickle, which can run code when it is read; convert it to safetensors")
     if path.is_file():
         raise ConfigError(f"{field}: {name} is a single file; write a folder in diffusers' layout or a hub id")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from finetune_contract.spec import Optimizer as OptimizerName
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.train.prodigy import Prodigy
 
 LearningRate = Callable[[int], float]
 
@@ -20,21 +23,35 @@ def make_optimizer(training: TrainingSpec, parameters: Iterable[nn.Parameter]) -
     Raises:
         ConfigError: it is not there.
     """
+    trained = list(parameters)
+    common: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.adam_weight_decay}
     if training.optimizer is OptimizerName.ADAFACTOR:
         # https://arxiv.org/abs/1804.04235; its second moments take rows and columns in place of whole matrices.
-        return torch.optim.Adafactor(
-            list(parameters), lr=training.learning_rate, weight_decay=training.adam_weight_decay
-        )
-    if training.optimizer is not OptimizerName.ADAMW:
-        raise ConfigError(f"training.optimizer: {training.optimizer.value} is not available; use adamw or adafactor")
-    return torch.optim.AdamW(
-        list(parameters),
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        weight_decay=training.adam_weight_decay,
-        eps=training.adam_epsilon,
-        fused=True,
-    )
+        return torch.optim.Adafactor(trained, **common)
+    of_adam: dict[str, Any] = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
+    if training.optimizer is OptimizerName.PRODIGY:
+        return Prodigy(trained, **common, **of_adam)
+    if training.optimizer is OptimizerName.ADAMW_8BIT:
+        optimizer: torch.optim.Optimizer = _adamw_8bit(trained)(trained, **common, **of_adam)
+        return optimizer
+    return torch.optim.AdamW(trained, **common, **of_adam, fused=True)
+
+
+def _adamw_8bit(parameters: Sequence[nn.Parameter]) -> Any:
+    """The class of the optimizer with 8-bit moments (https://arxiv.org/abs/2110.02861).
+
+    Raises:
+        ConfigError: it is not for this device, or not installed.
+    """
+    if any(parameter.device.type != "cuda" for parameter in parameters):
+        raise ConfigError("training.optimizer: adamw8bit is for GPUs; write adamw or adafactor on CPUs")
+    try:
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "training.optimizer: adamw8bit needs the package bitsandbytes, which this image lacks; install it, or "
+            "write adafactor"
+        ) from error
 
 
 def learning_rate(training: TrainingSpec, total_steps: int) -> LearningRate:

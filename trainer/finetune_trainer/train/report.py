@@ -74,6 +74,14 @@ class Reporter:
     def warn(self, text: str) -> None:
         """Tell a person something."""
         _LOG.warning("%s", text)
+        self._tell(text)
+
+    def note(self, text: str) -> None:
+        """Tell a person what was chosen for them; the status shows it where it shows warnings."""
+        _LOG.info("%s", text)
+        self._tell(text)
+
+    def _tell(self, text: str) -> None:
         with self._lock:
             self._send(warnings=(*self._report.warnings, text)[-NUM_WARNINGS:])
 

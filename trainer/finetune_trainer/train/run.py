@@ -16,10 +16,11 @@ from finetune_contract.beat import RankState
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Precision, Sharding
+from finetune_contract.spec import Optimizer, Precision, Sharding, TrainingSpec
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import total_steps
+from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.gradients import Gradients
@@ -32,7 +33,11 @@ from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.family import Family
 from finetune_trainer.train.ema import Ema
+from finetune_trainer.train.journal import Journal
 from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.loss_scale import LossScale
+from finetune_trainer.train.machine import apply_preset
+from finetune_trainer.train.micro_batch import MicroBatch
 from finetune_trainer.train.mirror import Mirror
 from finetune_trainer.train.notice import Notice
 from finetune_trainer.train.optimizer import learning_rate, make_optimizer
@@ -41,9 +46,10 @@ from finetune_trainer.train.saving import Checkpointer, SaveOptions
 from finetune_trainer.train.sharded_state import make_sharded_state
 from finetune_trainer.train.state import TrainState
 from finetune_trainer.train.stores import Places, make_store, open_bucket
-from finetune_trainer.train.validation import LOSSES, Validator, best_validation
+from finetune_trainer.train.trackers import Run, check_trackers, open_trackers
+from finetune_trainer.train.validation import Validator, best_validation
 
-DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     world = join_world(env)
     context.reporter.state(RankState.LOADING)
     torch.use_deterministic_algorithms(world.device.type == "cpu")
-    run = _Run(context, world)
+    run = _Run(context, world, env)
     return run.to_its_end()
 
 
@@ -100,23 +106,40 @@ def check_spec(spec: RunSpec) -> None:
     Raises:
         ConfigError: naming the field.
     """
-    if spec.training.precision not in DTYPES:
-        known = ", ".join(precision.value for precision in DTYPES)
-        raise ConfigError(f"training.precision: {spec.training.precision.value} is not available; use one of {known}")
     if spec.training.steps is None and spec.training.epochs is None:
         raise ConfigError("training.steps: neither steps nor epochs is given; write one of them")
+    dreambooth = spec.training.dreambooth
+    if spec.training.aspect_buckets and dreambooth is not None and dreambooth.class_prompt is not None:
+        raise ConfigError("training.aspectBuckets: class images are squares; leave it out, or dreambooth.classPrompt")
+    if spec.training.sharding is not Sharding.NONE:
+        check_sharded(spec.training)
+    check_trackers(spec.training.trackers)
     check_outputs(spec.outputs, method_class(spec.training.method).formats)
+
+
+def check_sharded(training: TrainingSpec) -> None:
+    """Refuse what slices cannot do.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    if training.precision is Precision.FP16:
+        raise ConfigError("training.precision: fp16 does not go with sharding; write bf16")
+    if training.optimizer is not Optimizer.ADAMW:
+        raise ConfigError(f"training.optimizer: {training.optimizer.value} does not go with sharding; write adamw")
+    if training.aspect_buckets:
+        raise ConfigError("training.aspectBuckets: ranks would make unequal numbers of passes, which sharding forbids")
 
 
 class _Run:
     """One rank's run, its parts made in order."""
 
-    def __init__(self, context: RankContext, world: World) -> None:
+    def __init__(self, context: RankContext, world: World, env: Mapping[str, str]) -> None:
         self._context = context
         self._world = world
-        self._spec = context.spec
-        self._dtype = DTYPES[context.spec.training.precision]
-        self._family: Family = open_base(context.spec.model)
+        self._family = _open_base(context, world)
+        self._spec = _with_preset(context, self._family, world, env)
+        self._dtype = DTYPES[self._spec.training.precision]
         self._bucket = open_bucket(context.bucket)
         self._mirror = Mirror(context.job_dir, self._bucket)
         self._shards: Shards | None = None
@@ -146,6 +169,9 @@ class _Run:
         except FabricError:
             checkpointer.rescue(state)
             raise
+        finally:
+            if loop.journal is not None:
+                loop.journal.close()
         self._export(method, state)
         self._world.close()
         return ExitCode.DONE
@@ -178,8 +204,12 @@ class _Run:
         training, world = self._spec.training, self._world
         parameters = method.parameters()
         if training.sharding is Sharding.NONE:
-            optimizer = make_optimizer(training, parameters.values())
-            return TrainState(parameters, optimizer, Ema(parameters) if training.ema else None)
+            return TrainState(
+                parameters,
+                make_optimizer(training, parameters.values()),
+                Ema(parameters) if training.ema else None,
+                loss_scale=LossScale() if training.precision is Precision.FP16 else None,
+            )
         if world.size > 1:
             if not method.sharded_modules():
                 raise ConfigError(f"training.sharding: {training.method} cannot be cut into slices; leave it out")
@@ -195,7 +225,7 @@ class _Run:
     def _checkpointer(self) -> Checkpointer:
         context = self._context
         options = SaveOptions(
-            best=lambda: best_validation(context.job_dir / paths.VALIDATION / LOSSES),
+            best=lambda: best_validation(context.job_dir / paths.VALIDATION / paths.LOSSES),
             mtbf_seconds=context.mtbf_seconds,
             min_part_bytes=context.min_part_bytes,
         )
@@ -208,11 +238,12 @@ class _Run:
         training = self._spec.training
         num_samples = len(data.batches.source)
         steps = total_steps(training.steps, training.epochs, num_samples, self._spec.global_batch)
+        journal = self._journal(state.step)
         return Loop(
             spec=self._spec,
             world=self._world,
             method=method,
-            batches=data.batches,
+            batches=Prefetcher(data.batches),
             draws=Draws(training.seed),
             state=state,
             buckets=self._gradients(method),
@@ -220,11 +251,21 @@ class _Run:
             checkpointer=checkpointer,
             notice=self._context.notice,
             reporter=self._context.reporter,
-            validator=self._validator(method, data, steps),
+            validator=self._validator(method, data, steps, journal),
             total_steps=steps,
+            micro_batch=MicroBatch(training.batch_size, self._context.reporter.warn),
+            num_timesteps=self._family.schedule.num_timesteps,
+            journal=journal,
         )
 
-    def _validator(self, method: Method, data: PreparedData, steps: int) -> Validator | None:
+    def _journal(self, step: int) -> Journal | None:
+        names = self._spec.training.trackers
+        if not names or not self._world.is_first:
+            return None
+        trackers = open_trackers(names, Run(self._spec, self._context.job_dir, step))
+        return Journal(trackers, self._family.schedule.num_timesteps, self._context.reporter.warn)
+
+    def _validator(self, method: Method, data: PreparedData, steps: int, journal: Journal | None) -> Validator | None:
         training = self._spec.training
         if training.validation is None:
             return None
@@ -242,6 +283,7 @@ class _Run:
             total_steps=steps,
             job_dir=self._context.job_dir,
             say=self._context.reporter.detail,
+            journal=journal,
             noted=self._mirror.push_validation,
         )
 
@@ -253,6 +295,24 @@ class _Run:
                 outputs = write_outputs(method, self._spec.outputs, self._context.job_dir)
                 self._context.reporter.outputs(self._mirror.push_outputs(outputs))
         self._world.barrier()
+
+
+def _open_base(context: RankContext, world: World) -> Family:
+    """The base; where it has to be converted first, one rank does it and the others find it done."""
+    if world.is_first:
+        family = open_base(context.spec.model, context.cache_dir)
+    world.barrier()
+    return family if world.is_first else open_base(context.spec.model, context.cache_dir)
+
+
+def _with_preset(context: RankContext, family: Family, world: World, env: Mapping[str, str]) -> RunSpec:
+    """The run with the settings that its memoryPreset comes to, which a person is told."""
+    choice = apply_preset(context.spec, family, world, context.job_dir, env)
+    if choice is None:
+        return context.spec
+    if world.is_first:
+        context.reporter.note(choice.sentence)
+    return context.spec.model_copy(update={"training": choice.training})
 
 
 def read_context(

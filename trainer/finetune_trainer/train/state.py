@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finetune_trainer.checkpoint.snapshot import Snapshot
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.train.ema import Ema
+from finetune_trainer.train.loss_scale import LossScale
 
 OTHER_WEIGHTS = (
     "training: the checkpoints of this job hold other weights than training asks for now; undo the change, or make a "
@@ -22,6 +23,9 @@ OTHER_WEIGHTS = (
 )
 NUM_LOSSES = 20
 """The reported loss is the mean over so many global batches."""
+_LOSS_SCALE = "lossScale"
+_COUNT = "#count"
+"""Behind the name of what an optimizer keeps as a plain integer."""
 
 
 @dataclass
@@ -34,6 +38,7 @@ class TrainState:
         ema: its moving average, or None.
         step: finished optimizer steps.
         losses: mean losses of the last global batches.
+        loss_scale: the loss's scale in fp16, else None.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -41,6 +46,7 @@ class TrainState:
     ema: Ema | None = None
     step: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_LOSSES))
+    loss_scale: LossScale | None = None
     whole: threading.Lock = field(default_factory=threading.Lock)
     """Held while the parameters are not those of the last finished step; whoever else holds it may read them."""
     torn: bool = False
@@ -87,7 +93,10 @@ class TrainState:
         }
         if self.ema is not None:
             tensors["ema"] = self.ema.tensors
-        return Snapshot(self.step, tensors, {**about, "step": self.step, "losses": list(self.losses)})
+        values = {**about, "step": self.step, "losses": list(self.losses)}
+        if self.loss_scale is not None:
+            values[_LOSS_SCALE] = self.loss_scale.values()
+        return Snapshot(self.step, tensors, values)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
@@ -105,17 +114,20 @@ class TrainState:
             owner, _, key = name.rpartition(".")
             parameter = self.parameters[owner]
             # A clone, for what was read may be a view into a mapped file.
-            self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+            kept = int(value) if key.endswith(_COUNT) else value.to(parameter.device, copy=True)
+            self.optimizer.state[parameter][key.removesuffix(_COUNT)] = kept
         if self.ema is not None:
             for name, average in self.ema.tensors.items():
                 average.copy_(snapshot.tensors["ema"][name])
         self.step = snapshot.step
         self.losses.clear()
         self.losses.extend(snapshot.values["losses"])
+        if self.loss_scale is not None and _LOSS_SCALE in snapshot.values:
+            self.loss_scale.restore(snapshot.values[_LOSS_SCALE])
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
-            f"{name}.{key}": value
+            f"{name}.{key}" if isinstance(value, Tensor) else f"{name}.{key}{_COUNT}": torch.as_tensor(value)
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }

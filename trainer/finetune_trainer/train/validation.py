@@ -32,14 +32,13 @@ from finetune_trainer.files import write_aside
 from finetune_trainer.methods.method import Method
 from finetune_trainer.models.family import Family, ImageEncoder
 from finetune_trainer.models.sampling import draw_latents
+from finetune_trainer.train.journal import Journal
 from finetune_trainer.train.pictures import build_grid, to_picture
 
 _LOG = logging.getLogger(__name__)
 
 NUM_TIMESTEPS = 4
-"""Timesteps that each is looked at, spread evenly over the schedule."""
-LOSSES = "losses.json"
-GRID = "before-after.png"
+"""Timesteps that each is looked at, one in each quarter of the schedule."""
 _PICTURES = "pictures"
 
 
@@ -68,6 +67,7 @@ class Validator:
     total_steps: int
     job_dir: Path
     say: Callable[[str], None]
+    journal: Journal | None = None
     noted: Callable[[], None] = lambda: None
 
     def due(self, step: int) -> bool:
@@ -87,7 +87,7 @@ class Validator:
         self.method.set_training(False)
         try:
             if self.held_out is not None:
-                self._note_loss(step, self._held_out_loss(self.held_out))
+                self._note_loss(step, self._held_out_losses(self.held_out))
             if self.spec.prompts:
                 self._note_pictures(step, self._draw())
             if self.world.is_first:
@@ -99,22 +99,24 @@ class Validator:
 
     def _is_noted(self, step: int) -> bool:
         folder = self.job_dir / paths.VALIDATION
-        has_loss = self.held_out is None or any(entry["step"] == step for entry in read_losses(folder / LOSSES))
+        has_loss = self.held_out is None or any(entry["step"] == step for entry in read_losses(folder / paths.LOSSES))
         return has_loss and (not self.spec.prompts or (folder / _grid_name(step)).is_file())
 
     @torch.no_grad()
-    def _held_out_loss(self, batches: BatchMaker) -> float:
-        """Mean over samples and timesteps. Each loss is computed by one rank, so the sum over ranks adds zeros."""
+    def _held_out_losses(self, batches: BatchMaker) -> list[float]:
+        """Mean over samples for each part of the schedule. Each is computed by one rank, so the sum adds zeros."""
         num_samples = len(batches.source)
         count = num_samples * NUM_TIMESTEPS
         losses = torch.zeros(count, dtype=torch.float64, device=self.world.device)
         mine = range(self.world.rank * count // self.world.size, (self.world.rank + 1) * count // self.world.size)
-        for part in micro_batches(mine, self.batch_size):
+        # Samples of unequal shapes go into no common batch.
+        for part in micro_batches(mine, 1 if batches.shapes.buckets else self.batch_size):
             refs = [SampleRef(index % NUM_TIMESTEPS, index // NUM_TIMESTEPS) for index in part]
             timesteps = [spread_timestep(ref, num_samples, self.family.schedule.num_timesteps) for ref in refs]
             losses[part.start : part.stop] = self.method.losses(batches.make(refs, timesteps)).double()
             self.say(f"held-out loss {part.stop - mine.start}/{len(mine)}")
-        return float(self.world.sum(losses).mean())
+        means: list[float] = self.world.sum(losses).view(num_samples, NUM_TIMESTEPS).mean(0).tolist()
+        return means
 
     @torch.no_grad()
     def _draw(self) -> Tensor:
@@ -139,7 +141,8 @@ class Validator:
         shape = (1, channels, *self.latent_size)
         noise = Draws(self.spec.seed).normal(Purpose.PICTURE, SampleRef(0, number), shape).to(device)
         resolution = self.latent_size[0] * factor
-        size = micro_conditioning((resolution, resolution), resolution, CENTRE)
+        square = (resolution, resolution)
+        size = micro_conditioning(square, square, CENTRE)
         text = {**self.text.get(["", self.spec.prompts[number]]), SIZES: size.expand(2, -1)}
         text = {name: value.to(device) for name, value in text.items()}
         condition = self._condition(number)
@@ -156,20 +159,27 @@ class Validator:
         batches = self.held_out or self.batches
         if batches.conditioning is None:
             return None
-        plain = dataclasses.replace(batches.conditioning, dropout=0.0)
+        # Pictures are squares, whatever the samples are.
+        shapes = dataclasses.replace(batches.conditioning.shapes, buckets=False)
+        plain = dataclasses.replace(batches.conditioning, dropout=0.0, shapes=shapes)
         ref = SampleRef(0, number % len(batches.source))
         size = decode_sample(batches.source, ref.index).size
         condition = plain.read(batches.source, ref, CENTRE, size, batches.draws)
         return condition.to(self.world.device).expand(2, -1, -1, -1)
 
-    def _note_loss(self, step: int, loss: float) -> None:
+    def _note_loss(self, step: int, by_timestep: list[float]) -> None:
         if not self.world.is_first:
             return
+        loss = sum(by_timestep) / len(by_timestep)
         _LOG.info("held-out loss after step %d: %.5f", step, loss)
-        path = self.job_dir / paths.VALIDATION / LOSSES
+        path = self.job_dir / paths.VALIDATION / paths.LOSSES
         # What a killed attempt noted of later steps is not so yet.
         earlier = [entry for entry in read_losses(path) if entry["step"] < step]
-        write_aside(path, json.dumps([*earlier, {"step": step, "loss": loss}], indent=1).encode())
+        entry = {"step": step, "loss": loss, "byTimestep": by_timestep}
+        write_aside(path, json.dumps([*earlier, entry], indent=1).encode())
+        if self.journal is not None:
+            parts = {f"held-out loss/quarter {number + 1}": value for number, value in enumerate(by_timestep)}
+            self.journal.validation(step, {"held-out loss": loss, **parts}, None)
 
     def _note_pictures(self, step: int, pixels: Tensor) -> None:
         if not self.world.is_first:
@@ -186,7 +196,9 @@ class Validator:
                 ("before", [Image.open(path).convert("RGB") for path in before]),
                 (f"after\n{step} steps", pictures),
             ]
-            _save_png(build_grid(rows, self.spec.prompts), folder / GRID)
+            _save_png(build_grid(rows, self.spec.prompts), folder / paths.GRID)
+        if self.journal is not None:
+            self.journal.validation(step, {}, folder / _grid_name(step))
 
 
 def _grid_name(step: int) -> str:

@@ -1,0 +1,88 @@
+"""Prodigy (https://arxiv.org/abs/2306.06101), in its Adam form: an optimizer that finds its own step size.
+
+The distance from the start to a solution is estimated as training goes on, and takes the place of a learning rate that
+a person would have to look for. The manifest's learning rate becomes a factor to it, and 1 is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FIRST_DISTANCE = 1e-6
+"""The distance that is believed in at first; it only ever grows."""
+_DISTANCE = "distance"
+_NUMERATOR = "numerator"
+
+
+class Prodigy(torch.optim.Optimizer):
+    """Algorithm 4 of the paper, with decoupled weight decay. All that it remembers are tensors of its parameters."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(list(params), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if len(self.param_groups) != 1:
+            raise ValueError("one distance is estimated for all parameters: give them as one group")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step with the gradients that are there."""
+        assert closure is None
+        (group,) = self.param_groups
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not parameters:
+            return
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter].update(_fresh_state(parameter))
+        common = self.state[parameters[0]]
+        if _DISTANCE not in common:
+            # In the state of the first parameter, so that a checkpoint holds them without knowing of them.
+            like = {"dtype": torch.float32, "device": parameters[0].device}
+            common[_DISTANCE] = torch.tensor(FIRST_DISTANCE, **like)
+            common[_NUMERATOR] = torch.tensor(0.0, **like)
+        distance = float(common[_DISTANCE])
+        growth = self._take_in(parameters, group, distance)
+        common[_NUMERATOR].mul_(math.sqrt(group["betas"][1])).add_(growth)
+        reached = torch.stack([self.state[parameter]["sum"].abs().sum() for parameter in parameters]).sum()
+        if float(reached) > 0:
+            common[_DISTANCE].copy_(torch.maximum(common[_DISTANCE], common[_NUMERATOR] / reached))
+        for parameter in parameters:
+            _move(parameter, self.state[parameter], group, distance)
+
+    def _take_in(self, parameters: list[nn.Parameter], group: dict[str, Any], distance: float) -> Tensor:
+        """Update the moments, and return by how much the estimate's numerator grows."""
+        beta1, beta2 = group["betas"]
+        slow = math.sqrt(beta2)
+        weight = (1 - slow) * group["lr"] * distance**2
+        products = []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
+            products.append(torch.dot(gradient.flatten(), (state["start"] - parameter).flatten()))
+            state["exp_avg"].mul_(beta1).add_(gradient, alpha=(1 - beta1) * distance)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=(1 - beta2) * distance**2)
+            state["sum"].mul_(slow).add_(gradient, alpha=weight)
+        growth: Tensor = torch.stack(products).sum() * weight
+        return growth
+
+
+def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq", "sum")}
+    return {"start": parameter.detach().clone(), **zeros}
+
+
+def _move(parameter: nn.Parameter, state: dict[str, Tensor], group: dict[str, Any], distance: float) -> None:
+    rate = group["lr"] * distance
+    parameter.mul_(1 - rate * group["weight_decay"])
+    parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(distance * group["eps"]), value=-rate)
