@@ -7,7 +7,8 @@ export PYTHONUNBUFFERED := 1
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
 .PHONY: help install demo test lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
-        bench-operator bench-beats bench-spot bench-train kill-saves bench-checkpoint
+        bench-operator bench-beats bench-spot bench-train kill-saves bench-checkpoint \
+        bench-learning bench-map
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -50,6 +51,12 @@ bench-spot: install ## goodput on spot capacity: no operator, upstream practice,
 
 bench-train: install ## images/s and memory of each method beside its floor and a plain loop
 	@$(BIN)/python -m bench.train
+
+bench-learning: install ## what each method learns on the circles base: numbers and pictures before and after
+	@$(BIN)/python -m bench.learning --out .bench/learning
+
+bench-map: install ## the map phase from 1,000 to 100,000 images: memory, speed, and how long a step waits for its batch
+	@$(BIN)/python -m bench.map_phase
 
 cluster-test: install ## real kubelets and containers on this machine (root): faults in mid-training; ARGS='--short'
 	@$(BIN)/python -m tests.realnodes $(ARGS)
@@ -106,4 +113,4 @@ lock: install ## write the locks anew from pyproject.toml
 	tools/lock.sh $(BIN)/uv
 
 clean: ## the virtual environment and the demo's state
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo .bench

@@ -28,6 +28,7 @@ import psutil
 import torch
 from PIL import Image
 
+from bench.memory import forget_peak, peak_bytes
 from bench.report import finish
 from bench.train_models import UNETS, RandomFamily
 from bench.train_plain import Floor, Plain
@@ -36,12 +37,14 @@ from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.retention import Retention
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import SampleRef
+from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import Demand, Preparation
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.world import World
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.micro_batch import MicroBatch
 from finetune_trainer.train.notice import Notice
 from finetune_trainer.train.optimizer import learning_rate, make_optimizer
 from finetune_trainer.train.report import Reporter
@@ -142,7 +145,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         spec=spec,
         world=world,
         method=method,
-        batches=data.batches,
+        batches=Prefetcher(data.batches),
         draws=Draws(0),
         state=state,
         buckets=GradientBuckets(list(parameters.values()), CPU),
@@ -152,20 +155,9 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         reporter=reporter,
         validator=None,
         total_steps=1000,
+        micro_batch=MicroBatch(1, reporter.warn),
+        num_timesteps=family.schedule.num_timesteps,
     )
-
-
-def forget_peak() -> None:
-    """Let the kernel measure this process's peak memory anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """Peak resident memory since the last `forget_peak`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
 
 
 def measure(step: Callable[[], None]) -> float:
@@ -192,7 +184,7 @@ def run_in(folder: Path, family_name: str, method: str, pairs: int, resolution: 
     if method in ("Full", "DreamBooth"):
         # Three optimizers' states of it do not fit side by side: one after the other, ours on both sides.
         times["ours"] = [measure(ours.step) for _ in range(pairs)]
-        floor = Floor(ours.loop.method, ours.loop.batches.make([SampleRef(0, 0)]))
+        floor = Floor(ours.loop.method, ours.loop.batches.take([SampleRef(0, 0)], []))
         first, peak = ours.first_step_seconds, ours.peak_bytes
         del ours
         gc.collect()
@@ -207,7 +199,7 @@ def run_in(folder: Path, family_name: str, method: str, pairs: int, resolution: 
         # The floor has the same weights with gradients of its own.
         first, peak = ours.first_step_seconds, ours.peak_bytes
         twin = make_loop(family, spec, folder / "cache" / family_name)
-        floor = Floor(twin.method, twin.batches.make([SampleRef(0, 0)]))
+        floor = Floor(twin.method, twin.batches.take([SampleRef(0, 0)], []))
         del twin
         plain = Plain(family, method, sorted(data.glob("[0-9]*.png")), resolution)
         floor.step()

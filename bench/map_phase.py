@@ -1,0 +1,141 @@
+"""The map phase from a thousand images to a hundred thousand: its memory, its speed, and how long a step waits.
+
+`make bench-map`. Small pictures, a small VAE (examples/base-circles), each number of images in a process of its own
+that caches all latents and captions, opens the cache again as a later attempt does, and draws micro-batches while a
+device is busy for as long as a step takes. Options::
+
+    python -m bench.map_phase --images 1000 100000 --step-seconds 0.05
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bench.memory import forget_peak, peak_bytes
+from bench.report import finish
+from finetune_contract.run_spec import RunSpec
+from finetune_trainer.data.captions import OwnCaptions
+from finetune_trainer.data.order import SampleRef, sample_at
+from finetune_trainer.data.prefetch import Prefetcher
+from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
+from finetune_trainer.distributed.world import World
+from finetune_trainer.models.base import open_base
+
+BASE = Path(__file__).parent.parent / "examples" / "base-circles"
+RESOLUTION = 16
+STEPS = 100
+BATCH = 4
+MIB = 2**20
+
+
+def write_images(folder: Path, count: int) -> None:
+    """Pictures that are all different, with captions that are all different."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as rows:
+        for number in range(count):
+            pixels = random.integers(0, 256, (RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png", compress_level=0)
+            rows.write(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}) + "\n")
+
+
+def prepare(data: Path, cache: Path, say: Any) -> PreparedData:
+    """The map phase as a rank does it."""
+    spec = RunSpec.model_validate(
+        {
+            "namespace": "bench",
+            "job": "map",
+            "uid": "map",
+            "model": {"base": str(BASE)},
+            "dataset": {"source": str(data)},
+            "training": {"method": "LoRA", "steps": 1, "resolution": RESOLUTION},
+            "globalBatch": 1,
+        }
+    )
+    world = World(0, 1, 0, torch.device("cpu"))
+    demand = Demand(OwnCaptions())
+    family = open_base(spec.model)
+    return Preparation(spec, demand, family, world, torch.float32, cache, say, print).run()
+
+
+def say(began: float, last: list[float], text: str) -> None:
+    """A line every ten seconds."""
+    if time.monotonic() - last[0] > 10:
+        last[0] = time.monotonic()
+        print(f"{time.monotonic() - began:5.0f} s: {text}", flush=True)
+
+
+def run_case(count: int, folder: Path, step_seconds: float) -> dict[str, float]:
+    """Cache so many images, and draw from them."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    data = folder / f"data-{count}"
+    write_images(data, count)
+    began = time.monotonic()
+    progress = functools.partial(say, began, [began])
+    prepare(data, folder / f"cache-{count}", progress)
+    map_seconds = time.monotonic() - began
+    gc.collect()
+    map_peak = peak_bytes()
+    forget_peak()
+    began = time.monotonic()
+    prepared = prepare(data, folder / f"cache-{count}", progress)
+    reopen_seconds = time.monotonic() - began
+    batches = Prefetcher(prepared.batches)
+
+    def refs(step: int) -> list[SampleRef]:
+        return [sample_at(0, count, step * BATCH + place) for place in range(BATCH)]
+
+    batches.take(refs(0), refs(1))
+    time.sleep(step_seconds)
+    batches.waited_seconds = 0.0
+    for step in range(1, STEPS + 1):
+        batches.take(refs(step), refs(step + 1))
+        time.sleep(step_seconds)
+    return {
+        "images_per_second": count / map_seconds,
+        "reopen_seconds": reopen_seconds,
+        "map_peak_mib": map_peak / MIB,
+        "train_peak_mib": peak_bytes() / MIB,
+        "wait_ms": batches.waited_seconds / STEPS * 1000,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure each number of images; print a table and one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.map_phase", description=main.__doc__)
+    parser.add_argument("--images", nargs="+", type=int, default=[1000, 100_000], help="how many (default: two sizes)")
+    parser.add_argument("--step-seconds", type=float, default=0.05, help="how long a step takes (default: 0.05)")
+    options = parser.parse_args(arguments)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    rows: list[list[object]] = []
+    result: dict[str, float] = {}
+    for count in options.images:
+        with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+            figures = pool.apply(run_case, (count, Path(folder), options.step_seconds))
+        result |= {f"{name}_{count}": round(value, 3) for name, value in figures.items()}
+        rows.append([count, *(f"{value:.2f}" for value in figures.values())])
+        print(*rows[-1], flush=True)
+    first, last = (result[f"train_peak_mib_{count}"] for count in (options.images[0], options.images[-1]))
+    result["growth"] = round(last / first, 3)
+    header = ["images", "images/s", "opened again in s", "map phase peak MiB", "training peak MiB", "wait in a step ms"]
+    finish(header, rows, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
