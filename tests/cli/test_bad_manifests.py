@@ -176,8 +176,6 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "line that is no JSON": (metadata("a.png, a circle\n"), "spec.dataset.source", "line 1"),
     "line that is no object": (metadata("[1]\n"), "spec.dataset.source", "line 1"),
     "no samples": (metadata("\n\n"), "spec.dataset.source", "no samples"),
-    "base in a bucket": (put("model.base", "s3://models/sd"), "spec.model.base", "folder"),
-    "data in a bucket": (put("dataset.source", "s3://data/circles"), "spec.dataset.source", "folder"),
 }
 
 

@@ -212,7 +212,7 @@ def test_steps_that_diverge_end_with_a_sentence(base: Path, data: Path, tmp_path
 
 BAD: list[tuple[str, dict[str, Any], ExitCode, str]] = [
     ("model", {"base": "/nowhere"}, ExitCode.CONFIG, "model.base: there is no folder"),
-    ("model", {"base": "s3://bucket/model"}, ExitCode.CONFIG, "model.base: s3://bucket/model cannot be read"),
+    ("model", {"base": "ftp://host/model"}, ExitCode.CONFIG, "model.base: ftp://host/model cannot be read"),
     ("model", {"variant": "fp16"}, ExitCode.CONFIG, "model.base: the "),
     ("model", {"vae": "/nowhere"}, ExitCode.CONFIG, "model.vae: there is no folder"),
     ("dataset", {"source": "/nowhere"}, ExitCode.DATA, "dataset.source: there is no folder"),

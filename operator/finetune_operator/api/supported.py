@@ -53,16 +53,6 @@ MISSING = (
         "class images are squares, which go into no batch of another shape; leave aspectBuckets out, or classPrompt",
     ),
     Missing(
-        "spec.model.base",
-        lambda spec: spec.model.base.startswith(REMOTE_SCHEMES),
-        "object storage is not supported by this version; write a folder in diffusers' layout or a hub id",
-    ),
-    Missing(
-        "spec.dataset.source",
-        lambda spec: spec.dataset.source.startswith(REMOTE_SCHEMES),
-        "object storage is not supported by this version; write a folder with metadata.jsonl or a hub id",
-    ),
-    Missing(
         "spec.dataset.source",
         lambda spec: spec.dataset.source.endswith(TABLE_FILES),
         "of single files this version reads .jsonl and .parquet; write one of these, a folder or a hub id",

@@ -28,6 +28,7 @@ from finetune_trainer.distributed.sharding import ShardedGradients, Shards
 from finetune_trainer.distributed.world import World, join_world
 from finetune_trainer.errors import ConfigError, FabricError
 from finetune_trainer.export.outputs import check_outputs, write_outputs
+from finetune_trainer.fetched import fetch
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.base import open_base
@@ -137,8 +138,9 @@ class _Run:
     def __init__(self, context: RankContext, world: World, env: Mapping[str, str]) -> None:
         self._context = context
         self._world = world
-        self._family = _open_base(context, world)
-        self._spec = _with_preset(context, self._family, world, env)
+        spec = _with_local_files(context, world)
+        self._family = _open_base(spec, context, world)
+        self._spec = _with_preset(spec, context, self._family, world, env)
         self._dtype = DTYPES[self._spec.training.precision]
         self._bucket = open_bucket(context.bucket)
         self._mirror = Mirror(context.job_dir, self._bucket)
@@ -297,22 +299,42 @@ class _Run:
         self._world.barrier()
 
 
-def _open_base(context: RankContext, world: World) -> Family:
+def _with_local_files(context: RankContext, world: World) -> RunSpec:
+    """The run with what lies in object stores fetched: by rank 0 first, so that on a shared disk the others find it."""
+    spec = context.spec
+
+    def fetched(location: str, field: str) -> str:
+        return fetch(location, field, context.cache_dir, context.reporter.detail)
+
+    if not world.is_first:
+        world.barrier()
+    model = {"base": fetched(spec.model.base, "model.base")}
+    if spec.model.vae is not None:
+        model["vae"] = fetched(spec.model.vae, "model.vae")
+    data = {"source": fetched(spec.dataset.source, "dataset.source")}
+    if world.is_first:
+        world.barrier()
+    return spec.model_copy(
+        update={"model": spec.model.model_copy(update=model), "dataset": spec.dataset.model_copy(update=data)}
+    )
+
+
+def _open_base(spec: RunSpec, context: RankContext, world: World) -> Family:
     """The base; where it has to be converted first, one rank does it and the others find it done."""
     if world.is_first:
-        family = open_base(context.spec.model, context.cache_dir)
+        family = open_base(spec.model, context.cache_dir)
     world.barrier()
-    return family if world.is_first else open_base(context.spec.model, context.cache_dir)
+    return family if world.is_first else open_base(spec.model, context.cache_dir)
 
 
-def _with_preset(context: RankContext, family: Family, world: World, env: Mapping[str, str]) -> RunSpec:
+def _with_preset(spec: RunSpec, context: RankContext, family: Family, world: World, env: Mapping[str, str]) -> RunSpec:
     """The run with the settings that its memoryPreset comes to, which a person is told."""
-    choice = apply_preset(context.spec, family, world, context.job_dir, env)
+    choice = apply_preset(spec, family, world, context.job_dir, env)
     if choice is None:
-        return context.spec
+        return spec
     if world.is_first:
         context.reporter.note(choice.sentence)
-    return context.spec.model_copy(update={"training": choice.training})
+    return spec.model_copy(update={"training": choice.training})
 
 
 def read_context(
