@@ -122,5 +122,5 @@ def test_fp16_and_its_scale_resume(method: str, base: Path, data: Path, folder: 
     assert run_here(spec, halves, stop_at=2) is ExitCode.SAVED
     assert run_here(spec, halves, attempt=2) is ExitCode.DONE
     assert read_outputs(halves) == read_outputs(whole)
-    (state,) = (whole / "checkpoints").glob("step-*4/state.json")
+    (state,) = (whole / "checkpoints").glob("step-*4-a1/state.json")
     assert json.loads(state.read_text(encoding="utf-8"))["lossScale"]["value"] <= 65536

@@ -39,6 +39,7 @@ def test_layers_that_are_trained_or_otherwise_stay() -> None:
         [
             nn.Conv2d(4, 4, 3).to(torch.bfloat16),
             nn.Conv2d(4, 4, 3).requires_grad_(False),
+            nn.Conv2d(4, 4, 3).to(torch.float16).requires_grad_(False),
             nn.Conv2d(4, 4, 3, stride=2).to(torch.bfloat16).requires_grad_(False),
             nn.Conv2d(4, 4, 3, groups=2).to(torch.bfloat16).requires_grad_(False),
             nn.Conv2d(4, 4, 3, padding=3).to(torch.bfloat16).requires_grad_(False),

@@ -8,13 +8,13 @@ itself a convolution, with the weights turned around, so it gets a layout of its
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_LOW = (torch.bfloat16, torch.float16)
 _PLAIN: tuple[str, list[float], str] = ("none", [], "")
 """No function is fused behind the convolution."""
 
@@ -36,7 +36,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def pack_convolutions(module: nn.Module) -> int:
-    """Lay out the weights of a module's frozen convolutions, where that helps: on CPUs, in 16 bits.
+    """Lay out the weights of a module's frozen convolutions, where that helps: on CPUs, in bf16.
 
     The plain weights are given up: whoever wants to copy or write the module does so before.
 
@@ -44,6 +44,8 @@ def pack_convolutions(module: nn.Module) -> int:
         How many were laid out.
     """
     count = 0
+    if not _is_supported():
+        return count
     for layer in module.modules():
         if type(layer) is nn.Conv2d and _can_be_packed(layer):
             _pack(layer)
@@ -51,19 +53,29 @@ def pack_convolutions(module: nn.Module) -> int:
     return count
 
 
+@functools.cache
+def _is_supported() -> bool:
+    """Whether this build of torch, on this CPU, has oneDNN's convolutions in bf16."""
+    try:
+        weight = torch.ones(16, 16, 1, 1, dtype=torch.bfloat16)
+        _convolution(weight, None, [0, 0])(torch.ones(1, 16, 2, 2, dtype=torch.bfloat16))
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return True
+
+
 def _can_be_packed(layer: nn.Conv2d) -> bool:
     trained = any(parameter.requires_grad for parameter in layer.parameters())
     return (
         not trained
         and layer.weight.device.type == "cpu"
-        and layer.weight.dtype in _LOW
+        and layer.weight.dtype is torch.bfloat16
         and layer.groups == 1
         and layer.stride == (1, 1)
         and layer.dilation == (1, 1)
         and layer.padding_mode == "zeros"
         and isinstance(layer.padding, tuple)
         and all(pad < size for pad, size in zip(layer.padding, layer.kernel_size, strict=True))
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 
 
