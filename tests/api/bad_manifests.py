@@ -53,7 +53,12 @@ BAD = (
     Bad("snake-case", {"spec.training.batch_size": 2}, "spec.training.batch_size", "write batchSize"),
     Bad("flag", {"spec.training.max_train_steps": 2}, "spec.training.max_train_steps", "write spec.training.steps"),
     Bad("misplaced", {"spec.processesPerNode": 2}, "spec.processesPerNode", "write spec.topology.processesPerNode"),
-    Bad("invented", {"spec.model.flavour": "x"}, "spec.model.flavour", "known here are base, revision, variant, config, vae"),
+    Bad(
+        "invented",
+        {"spec.model.flavour": "x"},
+        "spec.model.flavour",
+        "known here are base, revision, variant, config, vae",
+    ),
     Bad("invented-at-top", {"template": {}}, "template", "known here are apiVersion, kind, metadata, spec, status"),
     # Values of the wrong type.
     Bad("quoted-number", {"spec.training.steps": "200"}, "spec.training.steps", "write 200 without quotes"),
