@@ -1,8 +1,10 @@
-"""Keeps Python's collector of cycles from holding up answers: with a thousand jobs a full collection takes 0.2 s.
+"""Keeps Python's collector of cycles from holding up answers.
 
-Python makes one whenever the number of objects has grown by a quarter, and each beat that is kept counts: with
-thousands of supervisors that is every few seconds. Here it is made once in a while, and when memory has really grown.
-Reference counts, and the collections of what is young, free nearly everything before.
+Python counts allocations less what is freed, and looks at its young objects when that is high. Thousands of supervisors
+beat here, and each beat that is kept replaces one that is freed: the count stays low while the young objects pile up,
+and the look at them takes 0.1 s when it comes at last. A collection of everything takes 0.5 s. So young objects are
+looked at by the clock, those that grew old once a minute and never again (`gc.freeze`), and everything only when memory
+has really grown, or once in a long while.
 """
 
 from __future__ import annotations
@@ -13,54 +15,71 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-LOOK_SECONDS = 60.0
-"""Time between two looks at the memory."""
+YOUNG_SECONDS = 0.05
+"""Time between two looks at the youngest objects."""
+LOOKS_OF_YOUNG = 10
+"""Every so many of them look at the next older ones too."""
+OLD_SECONDS = 60.0
+"""Time between two looks at what has grown old since the last one."""
 FULL_SECONDS = 3600.0
 """Longest time between two full collections."""
-GROWTH = 1.3
-"""Growth of memory since the last full collection that asks for another one."""
+GROWTH_BYTES = 256 << 20
+"""Growth of memory since the last full collection that asks for another one: more than all supervisors of 1,000 jobs."""
 NEVER = 1_000_000_000
 STATM = Path("/proc/self/statm")
 
 
 class Collector:
-    """Sees to the full collections of this process while it is entered."""
+    """Sees to the collections of this process while it is entered."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, resident: Callable[[], int] | None = None) -> None:
         """Take the loop, and a way to ask for the memory of this process in bytes."""
         self._loop = loop
         self._resident = resident or resident_bytes
         self._thresholds = gc.get_threshold()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timers: dict[Callable[[], None], asyncio.TimerHandle] = {}
+        self._num_looks = 0
         self._collected_at = 0.0
         self._least = 0
 
     def __enter__(self) -> Collector:
         self._thresholds = gc.get_threshold()
         gc.set_threshold(*self._thresholds[:2], NEVER)
-        self._collect()
+        self._collect_all()
+        self._again(self.look_at_young, YOUNG_SECONDS)
+        self._again(self.look_at_old, OLD_SECONDS)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in self._timers.values():
+            timer.cancel()
         gc.set_threshold(*self._thresholds)
+        gc.unfreeze()
 
-    def look(self) -> None:
-        """Collect, if it is time for it."""
-        grown = self._resident() > GROWTH * self._least
+    def look_at_young(self) -> None:
+        """Collect what was made since the last look; now and then what was made since ten looks."""
+        self._num_looks += 1
+        gc.collect(1 if self._num_looks % LOOKS_OF_YOUNG == 0 else 0)
+        self._again(self.look_at_young, YOUNG_SECONDS)
+
+    def look_at_old(self) -> None:
+        """Collect what has grown old since the last look, or everything, if it is time for that."""
+        grown = self._resident() - self._least >= GROWTH_BYTES
         if grown or self._loop.time() - self._collected_at >= FULL_SECONDS:
-            self._collect()
+            gc.unfreeze()
+            self._collect_all()
         else:
-            self._wait()
+            gc.collect()
+            gc.freeze()
+        self._again(self.look_at_old, OLD_SECONDS)
 
-    def _collect(self) -> None:
+    def _collect_all(self) -> None:
         gc.collect()
+        gc.freeze()
         self._collected_at, self._least = self._loop.time(), self._resident()
-        self._wait()
 
-    def _wait(self) -> None:
-        self._timer = self._loop.call_later(LOOK_SECONDS, self.look)
+    def _again(self, look: Callable[[], None], seconds: float) -> None:
+        self._timers[look] = self._loop.call_later(seconds, look)
 
 
 def resident_bytes() -> int:
