@@ -66,7 +66,7 @@ GROUPS: dict[str, tuple[_Flag, ...]] = {
         _Flag("context", None, "context of the kubeconfig; default: its current one"),
         _Flag("namespaces", (), "namespaces to look after, by commas; default: all", _words),
         _Flag("watch-nodes", True, "false: nodes are not watched, and lost ones are seen by their pods only", _yes),
-        _Flag("num-workers", 16, "jobs that are worked on at a time", int),
+        _Flag("num-workers", 32, "jobs that are worked on at a time", int),
     ),
     "several replicas": (
         _Flag("leader-election", True, "false: this is the only replica", _yes),

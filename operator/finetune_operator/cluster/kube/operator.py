@@ -73,7 +73,7 @@ class OperatorOptions:
     context: str | None = None
     namespaces: tuple[str, ...] = ()
     """Namespaces to look after; empty: all."""
-    num_workers: int = 16
+    num_workers: int = 32
     lease: LeaseOptions | None = None
     """None: no other replica runs."""
     coordinator: CoordinatorOptions | None = None
