@@ -63,6 +63,16 @@ def test_a_job_that_cannot_be_read_says_so_once() -> None:
     assert refusal_body(again, NOW.replace(year=2027)) is None
 
 
+def test_fields_of_a_newer_crd_are_passed_over() -> None:
+    job = stored()
+    job["spec"]["dataset"]["flavour"] = "vanilla"
+    job["status"] = {"attempt": 1, "mood": "good"}
+    kept = decode_job(job)
+    assert kept is not None
+    assert kept.job is not None
+    assert kept.job.status.attempt == 1
+
+
 def test_children_without_a_job_are_not_kept() -> None:
     meta = {"name": "x", "namespace": "team", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"}
     assert decode_child({"metadata": meta}) is None

@@ -87,7 +87,9 @@ def decode_job(thing: Json) -> KubeJob | None:
         return None
     key = JobKey(meta["namespace"], meta["name"])
     try:
-        job = FineTuneJob.model_validate(thing)
+        # The API server has refused what its CRD does not know. What only we do not know is of a newer CRD, which comes
+        # before its operator in an upgrade and outlives it in a rollback.
+        job = FineTuneJob.model_validate(thing, extra="ignore")
     except ValidationError as error:
         conditions = tuple((thing.get("status") or {}).get("conditions") or ())
         refusal = explain(error)
