@@ -140,6 +140,11 @@ def blue_things(folder: Path) -> Path:
 
 
 _SQUARES = (Measure("squares", "share of squares", range(NUM_PICTURES), is_square),)
+_SUBJECT_PROMPTS = [_SUBJECT] * _NUM_SUBJECT + [_CLASS] * _NUM_SUBJECT
+_SUBJECT_MEASURES = (
+    Measure("rings", "share of rings for the subject's prompt", range(_NUM_SUBJECT), is_ring),
+    Measure("kept", "share of full circles for the class's", range(_NUM_SUBJECT, 2 * _NUM_SUBJECT), is_class),
+)
 CASES = {
     "style_full": Case({"method": "Full", "learningRate": 2e-4}, 250, circles("squares"), CAPTIONS, _SQUARES),
     "style_lora": Case(
@@ -162,11 +167,8 @@ CASES = {
         },
         300,
         rings,
-        [_SUBJECT] * _NUM_SUBJECT + [_CLASS] * _NUM_SUBJECT,
-        (
-            Measure("rings", "share of rings for the subject's prompt", range(_NUM_SUBJECT), is_ring),
-            Measure("kept", "share of full circles for the class's", range(_NUM_SUBJECT, 2 * _NUM_SUBJECT), is_class),
-        ),
+        _SUBJECT_PROMPTS,
+        _SUBJECT_MEASURES,
     ),
     "subject_lora": Case(
         {
@@ -177,11 +179,8 @@ CASES = {
         },
         250,
         rings,
-        [_SUBJECT] * _NUM_SUBJECT + [_CLASS] * _NUM_SUBJECT,
-        (
-            Measure("rings", "share of rings for the subject's prompt", range(_NUM_SUBJECT), is_ring),
-            Measure("kept", "share of full circles for the class's", range(_NUM_SUBJECT, 2 * _NUM_SUBJECT), is_class),
-        ),
+        _SUBJECT_PROMPTS,
+        _SUBJECT_MEASURES,
     ),
     "token": Case(
         {

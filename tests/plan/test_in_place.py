@@ -187,14 +187,20 @@ def test_a_stranger_of_the_same_name_gets_no_orders() -> None:
 GAVE_UP = RankEnd(rank=0, exit_code=ExitCode.FABRIC, last_words="rank 0 of 3 could not meet the others")
 
 
-def waiting_for_image() -> World:
-    """Two of three pods run and their ranks gave up; the third pulls its image still."""
+def with_a_late_pod() -> World:
+    """Two of three pods run; the third pulls its image still."""
     world = World(make_job(topology={"accelerator": "cpu", "nodes": 3}), settings=HOLDING)
     world.settle()
     late = world.pod(2).name
     world.run_all()
     world.pods[late] = replace(world.pods[late], phase=PodPhase.PENDING, waiting="ContainerCreating")
     world.settle()
+    return world
+
+
+def waiting_for_image() -> World:
+    """Two of three pods run and their ranks gave up; the third pulls its image still."""
+    world = with_a_late_pod()
     world.tick(1800)
     for node_rank in (0, 1):
         world.beat(node_rank, RankState.FAILED, ends=(GAVE_UP,), waiting=True)
@@ -233,12 +239,7 @@ def test_once_the_image_is_there_all_begin_anew_in_their_pods_and_nothing_is_cou
     ("waited", "reason"), [(1740, Reason.PODS_LATE), (60, Reason.FABRIC_ERROR)], ids=["late pod", "fabric"]
 )
 def test_ranks_that_give_up_as_the_last_pod_comes_blame_its_wait(waited: float, reason: Reason) -> None:
-    world = World(make_job(topology={"accelerator": "cpu", "nodes": 3}), settings=HOLDING)
-    world.settle()
-    late = world.pod(2).name
-    world.run_all()
-    world.pods[late] = replace(world.pods[late], phase=PodPhase.PENDING, waiting="ContainerCreating")
-    world.settle()
+    world = with_a_late_pod()
     world.tick(waited)
     world.run_all()
     world.settle()
