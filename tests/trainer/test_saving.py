@@ -217,9 +217,17 @@ def test_a_slow_disk_is_told_of(tmp_path: Path) -> None:
 
 def test_a_storage_that_hangs_behind_a_scratch_is_told_of(tmp_path: Path) -> None:
     """Saves go on to the scratch; what is only there is not safe."""
-    loop, go_on = Loop(tmp_path / "job", max_stale_seconds=1000, scratch=tmp_path / "scratch"), threading.Event()
-    loop.on_stage = lambda stage: (go_on.wait(30), None)[1] if stage == "check the fence" else None
+    loop, held, go_on = Loop(tmp_path / "job", 1000, scratch=tmp_path / "scratch"), threading.Event(), threading.Event()
+
+    def hold(stage: str) -> None:
+        if stage == "check the fence":
+            held.set()
+            go_on.wait(30)
+
+    loop.on_stage = hold
     loop.step()
+    # The save is over before its copy has begun: that is another thread's.
+    assert held.wait(30)
     loop.settle()
     loop.clock.now = 130
     loop.step()
