@@ -13,7 +13,6 @@ import argparse
 import functools
 import gc
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import torch
 from PIL import Image
 
 from bench.memory import forget_peak, peak_bytes
+from bench.process import in_a_process
 from bench.report import finish
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.captions import OwnCaptions
@@ -125,8 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[list[object]] = []
     result: dict[str, float] = {}
     for count in options.images:
-        with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
-            figures = pool.apply(run_case, (count, Path(folder), options.step_seconds))
+        with tempfile.TemporaryDirectory() as folder:
+            figures = in_a_process(run_case, count, Path(folder), options.step_seconds)
         result |= {f"{name}_{count}": round(value, 3) for name, value in figures.items()}
         rows.append([count, *(f"{value:.2f}" for value in figures.values())])
         print(*rows[-1], flush=True)

@@ -2,7 +2,7 @@
 
 `make bench-train`. Random weights, 256 px, batch 1, bf16. Ours is the product's own loop over its own cache; the floor
 is forward, backward and a fused optimizer on a batch that is ready; the plain loop does what the usual scripts do in
-every step. The three take turns, step by step, in one process. Options::
+every step. The three take turns, step by step, in one process, where memory holds them side by side. Options::
 
     python -m bench.train --methods LoRA ControlNet --families sd15 --pairs 3
 """
@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 from PIL import Image
 
 from bench.memory import forget_peak, peak_bytes
+from bench.process import in_a_process
 from bench.report import finish
 from bench.train_models import UNETS, RandomFamily
 from bench.train_plain import Floor, Plain
@@ -70,6 +70,10 @@ KEYS = {
     "TextualInversion": "textual_inversion",
     "ControlNet": "controlnet",
 }
+SIDE_BY_SIDE = {
+    (name, method) for name in ("tiny", "sd15") for method in ("LoRA", "DreamBoothLoRA", "TextualInversion")
+}
+"""What is small enough for ours, floor and plain loop to take turns; the others go one after the other."""
 NEEDED_GIB = {("sdxl", "Full"): 47, ("sdxl", "DreamBooth"): 47, ("sdxl", "ControlNet"): 29}
 """Weights, gradients and AdamW's moments in fp32, where a machine may lack that much."""
 
@@ -181,27 +185,27 @@ def run_in(folder: Path, family_name: str, method: str, pairs: int, resolution: 
     spec = make_spec(method, data if data.is_dir() else write_data(data, resolution), resolution)
     ours = make_ours(family, spec, folder / "cache" / family_name)
     times: dict[str, list[float]] = {"ours": [], "floor": [], "plain": []}
-    if method in ("Full", "DreamBooth"):
-        # Three optimizers' states of it do not fit side by side: one after the other, ours on both sides.
+    first, peak = ours.first_step_seconds, ours.peak_bytes
+    pictures = sorted(data.glob("[0-9]*.png"))
+    if (family_name, method) not in SIDE_BY_SIDE:
+        # Three of it do not fit side by side: one after the other.
         times["ours"] = [measure(ours.step) for _ in range(pairs)]
         floor = Floor(ours.loop.method, ours.loop.batches.take([SampleRef(0, 0)], []))
-        first, peak = ours.first_step_seconds, ours.peak_bytes
         del ours
         gc.collect()
         floor.step()
         times["floor"] = [measure(floor.step) for _ in range(pairs)]
         del floor
         gc.collect()
-        plain = Plain(family, method, sorted(data.glob("[0-9]*.png")), resolution)
+        plain = Plain(family, method, pictures, resolution)
         plain.step()
         times["plain"] = [measure(plain.step) for _ in range(pairs)]
     else:
         # The floor has the same weights with gradients of its own.
-        first, peak = ours.first_step_seconds, ours.peak_bytes
         twin = make_loop(family, spec, folder / "cache" / family_name)
         floor = Floor(twin.method, twin.batches.take([SampleRef(0, 0)], []))
         del twin
-        plain = Plain(family, method, sorted(data.glob("[0-9]*.png")), resolution)
+        plain = Plain(family, method, pictures, resolution)
         floor.step()
         plain.step()
         for _ in range(pairs):
@@ -235,9 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
             if needed is not None and psutil.virtual_memory().total < needed * 2**30:
                 rows.append([family, method, f"does not fit: AdamW in fp32 takes {needed} GiB"])
                 continue
-            # A process for each: what one has left in memory would count as another's.
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                figures = pool.apply(run_case, (family, method, options.pairs, options.resolution))
+            figures = in_a_process(run_case, family, method, options.pairs, options.resolution)
             key = KEYS[method] if family == "sd15" else f"{family}_{KEYS[method]}"
             result |= {f"{key}_{name}": round(value, 3) for name, value in figures.items()}
             rows.append([family, method, *(f"{value:.2f}" for value in figures.values())])

@@ -23,7 +23,7 @@ def both_passes(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), x.grad
 
 
-@pytest.mark.parametrize(("kernel", "padding", "bias"), [(3, 1, True), (1, 0, False), (3, 0, True), (5, 2, True)])
+@pytest.mark.parametrize(("kernel", "padding", "bias"), [(3, 1, True), (2, 0, False), (3, 0, True), (5, 2, True)])
 def test_outputs_and_gradients_are_those_of_the_plain_layer(kernel: int, padding: int, bias: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(24, 40, kernel, padding=padding, bias=bias).to(torch.bfloat16).requires_grad_(False)
@@ -43,6 +43,7 @@ def test_layers_that_are_trained_or_otherwise_stay() -> None:
             nn.Conv2d(4, 4, 3, stride=2).to(torch.bfloat16).requires_grad_(False),
             nn.Conv2d(4, 4, 3, groups=2).to(torch.bfloat16).requires_grad_(False),
             nn.Conv2d(4, 4, 3, padding=3).to(torch.bfloat16).requires_grad_(False),
+            nn.Conv2d(4, 4, 1).to(torch.bfloat16).requires_grad_(False),
         ]
     )
     assert pack_convolutions(layers) == 0
