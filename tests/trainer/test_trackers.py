@@ -5,12 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
+from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import TrackerName
@@ -91,17 +98,18 @@ def run_of(job_dir: Path, step: int) -> Run:
 def test_a_resumed_run_goes_on_in_the_same_place(
     name: TrackerName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the real package, where it is installed."""
-    pytest.importorskip(name.value)
+    """With the real packages."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     picture = tmp_path / "grid.png"
     Image.new("RGB", (4, 4)).save(picture)
+    on_notice = signal.getsignal(signal.SIGTERM)
     for first in (0, 5):
         (tracker,) = open_trackers([name], run_of(tmp_path, first))
         for step in range(first + 1, first + 6):
             tracker.log(step, {"loss": 1 / step})
         tracker.picture(first + 5, picture)
         tracker.close()
+    assert signal.getsignal(signal.SIGTERM) is on_notice
     check = {"tensorboard": _check_tensorboard, "wandb": _check_wandb, "mlflow": _check_mlflow}
     check[name.value](tmp_path)
 
@@ -126,6 +134,51 @@ def _check_mlflow(folder: Path) -> None:
     assert (folder / "mlflow").is_dir()
     history = importlib.import_module("mlflow").MlflowClient().get_metric_history(run_id, "loss")
     assert sorted(metric.step for metric in history) == list(range(1, 11))
+
+
+def test_a_rank_tells_its_trackers_and_nobody_else(base: Path, data: Path, tmp_path: Path) -> None:
+    """Nothing goes to the network unless asked for, nothing is left behind, and a notice still reaches the rank."""
+    spec = tiny.make_spec(base, data, steps=2, trackers=[name.value for name in TrackerName])
+    (tmp_path / "run.json").write_text(spec.to_json(), encoding="utf-8")
+    job_dir = tmp_path / "job"
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        # Not the variables of this process: some of them tell a package that it is tested, and it behaves otherwise.
+        env = {
+            **{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ},
+            **{name: url for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")},
+            "OMP_NUM_THREADS": "1",
+            environment.RUN_SPEC: str(tmp_path / "run.json"),
+            environment.ATTEMPT: "1",
+            environment.CHECKPOINT_DIR: str(job_dir),
+            environment.CACHE_DIR: str(tmp_path / "cache"),
+        }
+        rank = subprocess.run([sys.executable, "-m", "finetune_trainer.rank"], env=env, capture_output=True, check=False)
+        assert rank.returncode == ExitCode.DONE, rank.stderr.decode()
+        assert _asked(proxy) == []
+    assert (job_dir / "tensorboard").is_dir()
+    assert len(list((job_dir / "wandb").glob("offline-run-*"))) == 1
+    assert (job_dir / "mlflow.db").is_file()
+    assert [process.info for process in psutil.process_iter(["environ"]) if _is_of(process, job_dir)] == []
+
+
+def _asked(proxy: socket.socket) -> list[bytes]:
+    """The first lines of what a proxy was asked, which has answered nothing yet."""
+    proxy.setblocking(False)
+    lines: list[bytes] = []
+    while True:
+        try:
+            connection, _ = proxy.accept()
+        except BlockingIOError:
+            return lines
+        with connection:
+            connection.setblocking(True)
+            lines.append(connection.recv(4096).partition(b"\r\n")[0])
+
+
+def _is_of(process: psutil.Process, job_dir: Path) -> bool:
+    environ: dict[str, str] = process.info["environ"] or {}
+    return environ.get(environment.CHECKPOINT_DIR) == str(job_dir)
 
 
 def test_the_ranks_add_up_their_losses_by_timestep(base: Path, data: Path, tmp_path: Path) -> None:

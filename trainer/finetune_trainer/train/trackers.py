@@ -106,14 +106,17 @@ class WeightsAndBiases:
         self._run.log({"validation": self._wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        """Nothing more comes from this attempt."""
+        """Nothing more comes from this attempt; its helper process has ended behind this."""
         self._run.finish()
+        self._wandb.teardown()
 
 
 class MlFlow:
     """MLflow: the server that MLFLOW_TRACKING_URI names, or a database in the job's folder; see `Tracker`."""
 
     def __init__(self, run: Run) -> None:
+        # It tells its makers of each run unless told otherwise, and where nobody can be reached it waits for them.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self._mlflow = importlib.import_module("mlflow")
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             self._mlflow.set_tracking_uri(f"sqlite:///{run.job_dir / 'mlflow.db'}")
