@@ -146,14 +146,16 @@ def test_a_rank_tells_its_trackers_and_nobody_else(base: Path, data: Path, tmp_p
         # Not the variables of this process: some of them tell a package that it is tested, and it behaves otherwise.
         env = {
             **{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ},
-            **{name: url for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")},
+            **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), url),
             "OMP_NUM_THREADS": "1",
             environment.RUN_SPEC: str(tmp_path / "run.json"),
             environment.ATTEMPT: "1",
             environment.CHECKPOINT_DIR: str(job_dir),
             environment.CACHE_DIR: str(tmp_path / "cache"),
         }
-        rank = subprocess.run([sys.executable, "-m", "finetune_trainer.rank"], env=env, capture_output=True, check=False)
+        rank = subprocess.run(
+            [sys.executable, "-m", "finetune_trainer.rank"], env=env, capture_output=True, check=False
+        )
         assert rank.returncode == ExitCode.DONE, rank.stderr.decode()
         assert _asked(proxy) == []
     assert (job_dir / "tensorboard").is_dir()
