@@ -1,10 +1,12 @@
 """Training speed of each method at the SD 1.5 and SDXL architectures, paired with its floor and with a plain loop.
 
-`make bench-train`. Random weights, 256 px, batch 1, bf16. Ours is the product's own loop over its own cache; the floor
-is forward, backward and a fused optimizer on a batch that is ready; the plain loop does what the usual scripts do in
-every step. The three take turns, step by step, in one process, where memory holds them side by side. Options::
+`make bench-train`. Random weights, 256 px, batch 1, bf16, on the GPU where there is one. Ours is the product's own loop
+over its own cache; the floor is forward, backward and a fused optimizer on a batch that is ready; the plain loop does
+what the usual scripts do in every step. The three take turns, step by step, in one process, where memory holds them
+side by side. On a known GPU the share of its peak arithmetic is told, too. Options::
 
     python -m bench.train --methods LoRA ControlNet --families sd15 --pairs 3
+    python -m bench.train --methods LoRA --families sdxl --resolution 1024 --batch 4
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import psutil
 import torch
 from PIL import Image
 
-from bench.memory import forget_peak, peak_bytes
+from bench.device import count_flops, forget_peak, measure, peak_bytes, peak_flops, the_device
 from bench.process import in_a_process
 from bench.report import finish
 from bench.train_models import UNETS, RandomFamily
@@ -51,9 +52,9 @@ from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.saving import Checkpointer
 from finetune_trainer.train.state import TrainState
 
-CPU = torch.device("cpu")
+DEVICE = the_device()
 DTYPE = torch.bfloat16
-NUM_IMAGES = 4
+NUM_IMAGES = 8
 METHODS: dict[str, dict[str, Any]] = {
     "Full": {},
     "LoRA": {"lora": {"rank": 4}},
@@ -79,6 +80,21 @@ NEEDED_GIB = {("sdxl", "Full"): 47, ("sdxl", "DreamBooth"): 47, ("sdxl", "Contro
 
 
 @dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is measured, and how.
+
+    Attributes:
+        pairs: steps of each.
+        resolution: side of the square images in pixels.
+        batch: images in a step, all in one pass.
+    """
+
+    pairs: int
+    resolution: int
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Ours:
     """The product's loop, with its first step done."""
 
@@ -88,7 +104,9 @@ class Ours:
 
     def step(self) -> None:
         """One step of the product's loop, as it is in a rank."""
+        torch.use_deterministic_algorithms(DEVICE.type == "cpu")
         self.loop.train_step()
+        torch.use_deterministic_algorithms(False)
 
 
 def write_data(folder: Path, resolution: int) -> Path:
@@ -104,10 +122,17 @@ def write_data(folder: Path, resolution: int) -> Path:
     return folder
 
 
-def make_spec(method: str, data: Path, resolution: int) -> RunSpec:
+def make_spec(method: str, data: Path, setting: Setting) -> RunSpec:
     """The run of one method."""
     columns = {"conditioning": "edges"} if method == "ControlNet" else {}
-    training = {"method": method, "steps": 1000, "resolution": resolution, "precision": "bf16", "learningRate": 1e-6}
+    training = {
+        "method": method,
+        "steps": 1000,
+        "batchSize": setting.batch,
+        "resolution": setting.resolution,
+        "precision": "bf16",
+        "learningRate": 1e-6,
+    }
     return RunSpec.model_validate(
         {
             "namespace": "bench",
@@ -116,7 +141,7 @@ def make_spec(method: str, data: Path, resolution: int) -> RunSpec:
             "model": {"base": "random"},
             "dataset": {"source": str(data), "columns": columns},
             "training": {**training, **METHODS[method]},
-            "globalBatch": 1,
+            "globalBatch": setting.batch,
             "checkpointInterval": {"seconds": 604_800},
         }
     )
@@ -132,7 +157,7 @@ def make_ours(family: RandomFamily, spec: RunSpec, cache: Path) -> Ours:
 
 def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
     """Prepare the data and the loop as a rank does. Memory is measured from when the data are ready."""
-    world, training, reporter = World(0, 1, 0, CPU), spec.training, Reporter(0, None)
+    world, training, reporter = World(0, 1, 0, DEVICE), spec.training, Reporter(0, None)
     kind = method_class(training.method)
     demand = Demand(
         kind.captions(training), kind.needs_captions, not kind.encodes_text(training), kind.needs_conditioning
@@ -140,7 +165,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
     data = Preparation(spec, demand, family, world, DTYPE, cache, lambda _: None, lambda _: None).run()
     gc.collect()
     forget_peak()
-    method = kind(MethodContext(family, training, Draws(0), CPU, DTYPE))
+    method = kind(MethodContext(family, training, Draws(0), DEVICE, DTYPE))
     parameters = method.parameters()
     state = TrainState(parameters, make_optimizer(training, parameters.values()))
     checkpointer = Checkpointer(spec, world, FolderStore(cache.parent / "job", spec.uid, 1, Retention()), reporter)
@@ -152,74 +177,75 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         batches=Prefetcher(data.batches),
         draws=Draws(0),
         state=state,
-        buckets=GradientBuckets(list(parameters.values()), CPU),
+        buckets=GradientBuckets(list(parameters.values()), DEVICE),
         learning_rate=learning_rate(training, 1000),
         checkpointer=checkpointer,
         notice=Notice(),
         reporter=reporter,
         validator=None,
         total_steps=1000,
-        micro_batch=MicroBatch(1, reporter.warn),
+        micro_batch=MicroBatch(spec.global_batch, reporter.warn),
         num_timesteps=family.schedule.num_timesteps,
     )
 
 
-def measure(step: Callable[[], None]) -> float:
-    """Seconds of one step."""
-    began = time.monotonic()
-    step()
-    return time.monotonic() - began
-
-
-def run_case(family_name: str, method: str, pairs: int, resolution: int) -> dict[str, float]:
+def run_case(family_name: str, method: str, setting: Setting) -> dict[str, float]:
     """Measure one method on one family: medians over the pairs."""
     diffusers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
-        return run_in(Path(folder), family_name, method, pairs, resolution)
+        return run_in(Path(folder), family_name, method, setting)
 
 
-def run_in(folder: Path, family_name: str, method: str, pairs: int, resolution: int) -> dict[str, float]:
-    """Measure in an empty folder."""
+def run_in(folder: Path, family_name: str, method: str, setting: Setting) -> dict[str, float]:
+    """Measure in an empty folder, or in one that holds the data already."""
     family = RandomFamily(family_name)
     data = folder / "data"
-    spec = make_spec(method, data if data.is_dir() else write_data(data, resolution), resolution)
-    ours = make_ours(family, spec, folder / "cache" / family_name)
+    cache = folder / "cache" / family_name
+    spec = make_spec(method, data if data.is_dir() else write_data(data, setting.resolution), setting)
+    refs = [SampleRef(0, index) for index in range(setting.batch)]
+    ours = make_ours(family, spec, cache)
     times: dict[str, list[float]] = {"ours": [], "floor": [], "plain": []}
     first, peak = ours.first_step_seconds, ours.peak_bytes
-    pictures = sorted(data.glob("[0-9]*.png"))
+
+    def make_plain() -> Plain:
+        return Plain(family, method, sorted(data.glob("[0-9]*.png")), setting.resolution, setting.batch)
+
     if (family_name, method) not in SIDE_BY_SIDE:
         # Three of it do not fit side by side: one after the other.
-        times["ours"] = [measure(ours.step) for _ in range(pairs)]
-        floor = Floor(ours.loop.method, ours.loop.batches.take([SampleRef(0, 0)], []))
+        times["ours"] = [measure(ours.step) for _ in range(setting.pairs)]
+        floor = Floor(ours.loop.method, ours.loop.batches.take(refs, []))
         del ours
         gc.collect()
-        floor.step()
-        times["floor"] = [measure(floor.step) for _ in range(pairs)]
+        flops = count_flops(floor.step)
+        times["floor"] = [measure(floor.step) for _ in range(setting.pairs)]
         del floor
         gc.collect()
-        plain = Plain(family, method, pictures, resolution)
+        plain = make_plain()
         plain.step()
-        times["plain"] = [measure(plain.step) for _ in range(pairs)]
+        times["plain"] = [measure(plain.step) for _ in range(setting.pairs)]
     else:
         # The floor has the same weights with gradients of its own.
-        twin = make_loop(family, spec, folder / "cache" / family_name)
-        floor = Floor(twin.method, twin.batches.take([SampleRef(0, 0)], []))
+        twin = make_loop(family, spec, cache)
+        floor = Floor(twin.method, twin.batches.take(refs, []))
         del twin
-        plain = Plain(family, method, pictures, resolution)
-        floor.step()
+        plain = make_plain()
+        flops = count_flops(floor.step)
         plain.step()
-        for _ in range(pairs):
+        for _ in range(setting.pairs):
             for name, step in (("ours", ours.step), ("floor", floor.step), ("plain", plain.step)):
                 times[name].append(measure(step))
                 gc.collect()
     medians = {name: statistics.median(values) for name, values in times.items()}
+    limit = peak_flops()
     return {
-        "images_per_second": 1 / medians["ours"],
+        "images_per_second": setting.batch / medians["ours"],
         "over_floor": medians["ours"] / medians["floor"],
         "speedup": medians["plain"] / medians["ours"],
         "first_step_seconds": first,
         "peak_gib": peak / 2**30,
         **{f"{name}_seconds": value for name, value in medians.items()},
+        # Only of a GPU is the peak known, and only there is all arithmetic counted.
+        **({} if limit is None else {"flop_share": flops / medians["ours"] / limit}),
     }
 
 
@@ -230,7 +256,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--families", nargs="+", choices=UNETS, default=["sd15", "sdxl"], help="which")
     parser.add_argument("--pairs", type=int, default=5, help="steps of each measured (default: 5)")
     parser.add_argument("--resolution", type=int, default=256, help="pixels (default: 256)")
+    parser.add_argument("--batch", type=int, default=1, help="images in a step (default: 1)")
     options = parser.parse_args(arguments)
+    setting = Setting(options.pairs, options.resolution, options.batch)
     rows: list[list[object]] = []
     result: dict[str, float] = {}
     for family in options.families:
@@ -239,13 +267,14 @@ def main(arguments: list[str] | None = None) -> int:
             if needed is not None and psutil.virtual_memory().total < needed * 2**30:
                 rows.append([family, method, f"does not fit: AdamW in fp32 takes {needed} GiB"])
                 continue
-            figures = in_a_process(run_case, family, method, options.pairs, options.resolution)
+            figures = in_a_process(run_case, family, method, setting)
             key = KEYS[method] if family == "sd15" else f"{family}_{KEYS[method]}"
             result |= {f"{key}_{name}": round(value, 3) for name, value in figures.items()}
             rows.append([family, method, *(f"{value:.2f}" for value in figures.values())])
             print(family, method, json.dumps({name: round(value, 3) for name, value in figures.items()}), flush=True)
     header = ["family", "method", "images/s", "ours/floor", "plain/ours", "first step s", "peak GiB"]
-    finish([*header, "ours s", "floor s", "plain s"], [row + [""] * (10 - len(row)) for row in rows], result)
+    header += ["ours s", "floor s", "plain s", "share of peak"]
+    finish(header, [row + [""] * (len(header) - len(row)) for row in rows], result)
     return 0
 
 

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
 
+from bench.device import the_device
 from bench.train_models import RandomFamily
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.methods.method import Method
@@ -41,18 +42,22 @@ class Floor:
 class Plain:
     """Image and text encoded, and the loss read, in every step; unfused AdamW; no channels last."""
 
-    def __init__(self, family: RandomFamily, method: str, images: Sequence[Path], resolution: int) -> None:
+    def __init__(self, family: RandomFamily, method: str, images: Sequence[Path], resolution: int, batch: int) -> None:
         self._family = family
         self._method = method
         self._images = list(images)
         self._resolution = resolution
+        self._batch = batch
+        self._device = the_device()
         self._steps = 0
         self._dtype = torch.bfloat16
-        self._vae = family.load_vae(self._dtype).requires_grad_(False)
+        self._schedule = family.schedule.to(self._device)
+        self._vae = family.load_vae(self._dtype).to(self._device).requires_grad_(False)
         trains_table = method == "TextualInversion"
-        self._text = family.load_text_encoder(torch.device("cpu"), torch.float32 if trains_table else self._dtype)
+        self._text = family.load_text_encoder(self._device, torch.float32 if trains_table else self._dtype)
         trains_unet = method in ("Full", "DreamBooth")
-        self._unet = family.load_unet(torch.float32 if trains_unet else self._dtype).requires_grad_(trains_unet).train()
+        unet = family.load_unet(torch.float32 if trains_unet else self._dtype)
+        self._unet = unet.to(self._device).requires_grad_(trains_unet).train()
         self._controlnet: Any = None
         self._parameters = self._trained()
         self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-6)
@@ -65,7 +70,7 @@ class Plain:
             tables = [part.core.embeddings.token_embedding.weight for part in self._text.parts]
             return [table.requires_grad_(True) for table in tables]
         if self._method == "ControlNet":
-            self._controlnet = ControlNetModel.from_unet(self._unet).float().train()
+            self._controlnet = ControlNetModel.from_unet(self._unet).float().to(self._device).train()
             return list(self._controlnet.parameters())
         if "LoRA" in self._method:
             self._unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=_TARGETS))
@@ -73,15 +78,17 @@ class Plain:
 
     def step(self) -> None:
         """One step."""
+        first = self._steps * self._batch
         self._steps += 1
-        pixels = self._pixels(self._images[self._steps % len(self._images)])
+        paths = [self._images[index % len(self._images)] for index in range(first, first + self._batch)]
+        pixels = torch.cat([self._pixels(path) for path in paths]).to(self._device)
         with torch.no_grad():
             latents = self._vae.encode(pixels.to(self._dtype)).latent_dist.sample() * self._family.latent_scale
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(1000, (len(latents),))
-        noisy = self._family.schedule.add_noise(latents, noise, timesteps)
-        with torch.autocast("cpu", self._dtype):
-            text = self._encode([f"picture {self._steps}"])
+        timesteps = torch.randint(1000, (len(latents),), device=self._device)
+        noisy = self._schedule.add_noise(latents, noise, timesteps)
+        with torch.autocast(self._device.type, self._dtype):
+            text = self._encode([f"picture {path.stem}" for path in paths])
             loss = nn.functional.mse_loss(self._predict(noisy, timesteps, text, pixels).float(), noise.float())
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
@@ -101,7 +108,10 @@ class Plain:
         with torch.set_grad_enabled(self._method == "TextualInversion"):
             text = self._text.encode(captions)
         side = self._resolution
-        return {**text, "sizes": torch.tensor([[side, side, 0, 0, side, side]] * len(captions), dtype=torch.float32)}
+        return {
+            **text,
+            "sizes": torch.tensor([[side, side, 0, 0, side, side]] * len(captions), device=self._device).float(),
+        }
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], pixels: Tensor) -> Tensor:
         conditions = self._family.conditions(text, self._dtype)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.device import count_flops, peak_of
+
 pytestmark = pytest.mark.trainer
 
 
@@ -30,3 +32,21 @@ def test_a_trained_base_of_random_weights_is_written(tmp_path: Path) -> None:
     files = family.write_pipeline(tmp_path, {"unet": family.load_unet(torch.float32)})
     names = {str(path.relative_to(tmp_path)) for path in files}
     assert names == {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+
+
+def test_arithmetic_is_counted_forward_and_backward() -> None:
+    weight, x = torch.ones(8, 16, requires_grad=True), torch.ones(4, 16, requires_grad=True)
+    product = 2 * 4 * 8 * 16
+    assert count_flops(lambda: (x @ weight.t()).sum().backward()) == 3 * product  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA H200", 989.4), ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA L4", 121.0)],
+)
+def test_peaks_of_gpus(name: str, tflops: float) -> None:
+    assert peak_of(name) == tflops * 1e12
+
+
+def test_the_peak_of_an_unknown_gpu_is_not_guessed() -> None:
+    assert peak_of("NVIDIA T400") is None
