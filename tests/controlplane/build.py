@@ -43,7 +43,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Module:
-    """A folder with a `go.mod` of ours, and the programs that are built in it."""
+    """A folder with a `go.mod` of ours, perhaps a `main.go`, and the programs that are built in it."""
 
     name: str
     requires: str
@@ -79,7 +79,8 @@ class Module:
         """Name of its folder in the cache: the version and a hash of all that decides the programs."""
         go_sum = (self.folder / "go.sum").read_text()
         machine = f"{sys.platform} {platform.machine()}"
-        parts = [self.go_mod, go_sum, repr(self.packages), self.ldflags, *BUILD_FLAGS, go_version, machine]
+        sources = [file.read_text() for file in sorted(self.folder.glob("*.go"))]
+        parts = [self.go_mod, go_sum, *sources, repr(self.packages), self.ldflags, *BUILD_FLAGS, go_version, machine]
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         return f"{self.name}-{self.version}-{digest[:16]}"
 

@@ -91,3 +91,16 @@ def test_another_flag_or_toolchain_is_another_program() -> None:
     changed = build.Module(module.name, module.requires, module.packages, stamped=())
     assert module.version in module.key("go1.26.0")
     assert len({module.key("go1.26.0"), module.key("go1.26.1"), changed.key("go1.26.0")}) == 3
+
+
+def test_a_changed_source_is_another_program(tmp_path: Path) -> None:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    (folder / "go.mod").write_text("module server\n\nrequire example.org/library v1.2.3\n")
+    (folder / "go.sum").write_text("")
+    module = build.Module("server", "example.org/library", {"server": "."}, root=tmp_path)
+    keys = {module.key("go1.99.0")}
+    for text in ("package main\n", "package main // changed\n"):
+        (folder / "main.go").write_text(text)
+        keys.add(module.key("go1.99.0"))
+    assert len(keys) == 3

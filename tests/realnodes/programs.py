@@ -21,7 +21,7 @@ KUBELET = Module(
 COREDNS = Module(
     name="coredns",
     requires="github.com/coredns/coredns",
-    packages={"coredns": "github.com/coredns/coredns"},
+    packages={"coredns": "."},
     root=MODULES,
 )
 
