@@ -16,6 +16,7 @@ from finetune_operator.cluster.local.container import Container
 from finetune_operator.cluster.local.launch import SUPERVISOR, resolve_command
 from finetune_operator.cluster.local.shared_forks import SharedForks
 from finetune_trainer.supervisor.forks import ForkServer
+from tests.controlplane.process import wait_for
 
 PATIENCE_SECONDS = 180.0
 TRAINER = Container(tuple(resolve_command(SUPERVISOR)), {**os.environ, "A": "1"}, None)
@@ -47,7 +48,8 @@ def test_pods_share_one_that_outlives_the_run_with_its_last_rank(tmp_path: Path)
     first, second = forks.join(container), forks.join(container)
     address = first.environment[environment.FORK_SERVER]
     assert second.environment == {**container.environment, environment.FORK_SERVER: address}
-    [server] = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and _is_our_server(path)]
+    # Its command line is there a moment after the call that started it.
+    [server] = wait_for("the server", _our_servers, PATIENCE_SECONDS)
     descriptor = os.pidfd_open(server)
 
     async def run() -> int:
@@ -63,6 +65,10 @@ def test_pods_share_one_that_outlives_the_run_with_its_last_rank(tmp_path: Path)
     assert asyncio.run(run()) == 7
     assert select.select([descriptor], [], [], PATIENCE_SECONDS)[0]
     os.waitpid(server, 0)
+
+
+def _our_servers() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and _is_our_server(path)]
 
 
 def _is_our_server(process: Path) -> bool:

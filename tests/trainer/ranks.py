@@ -30,6 +30,8 @@ class Ranks:
         folder: the job's folder is `folder/job`; the cache is beside it.
         kill_at: stage of a save at which a rank kills itself, as SIGKILL would, and how many times it comes before.
         kill_rank: the rank that does; default: whichever comes there first.
+        saves_all: no save that is due is passed over because the last is still being written, as a slow disk has it;
+            so the third save is that of the same step on every machine.
         own_disks: each rank has a node of its own that shares no disk with the others: job's folder and cache.
         extra: more variables, and `per_rank` those of single ranks.
     """
@@ -42,6 +44,7 @@ class Ranks:
     kill_rank: int | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
     own_disks: bool = False
+    saves_all: bool = False
     per_rank: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
     def start(self) -> Ranks:
@@ -50,7 +53,10 @@ class Ranks:
         (self.folder / "run.json").write_text(self.spec.to_json(), encoding="utf-8")
         port = free_port()
         self.processes = [
-            _CONTEXT.Process(target=_rank, args=(self._environment(rank, port), self._log(rank), self._kill_at(rank)))
+            _CONTEXT.Process(
+                target=_rank,
+                args=(self._environment(rank, port), self._log(rank), self._kill_at(rank), self.saves_all),
+            )
             for rank in range(self.world_size)
         ]
         for process in self.processes:
@@ -145,7 +151,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank(env: dict[str, str], log: Path, kill_at: tuple[str, int] | None) -> None:
+def _rank(env: dict[str, str], log: Path, kill_at: tuple[str, int] | None, saves_all: bool) -> None:
     """Body of a rank process."""
     from finetune_trainer import rank  # noqa: PLC0415  the tests themselves need no torch
 
@@ -164,9 +170,25 @@ def _rank(env: dict[str, str], log: Path, kill_at: tuple[str, int] | None) -> No
 
     if "TEST_LOG_BATCHES" in env:
         _log_batches(log.with_suffix(".batches"))
+    if saves_all:
+        _wait_for_each_save()
     code = rank.main(os.environ, on_save_stage)
     sys.stderr.flush()
     os._exit(code)
+
+
+def _wait_for_each_save() -> None:
+    """Ask whether a save is due only when the last one is over."""
+    from finetune_trainer.train.saving import Checkpointer  # noqa: PLC0415  the tests themselves need no torch
+
+    due = Checkpointer.due
+
+    def waiting_due(self: Any, step: int) -> bool:
+        if self._task is not None:
+            self._task.future.exception()
+        return due(self, step)
+
+    Checkpointer.due = waiting_due  # type: ignore[method-assign]
 
 
 def _log_batches(path: Path) -> None:

@@ -196,7 +196,7 @@ def test_other_errors_are_not_for_want_of_memory() -> None:
 
 def test_auto_explains_itself_and_is_kept_by_later_attempts(base: Path, data: Path, tmp_path: Path) -> None:
     spec = tiny.make_spec(base, data, memoryPreset="auto", method="Full")
-    first = Ranks(spec, tmp_path / "job", world_size=2, kill_at=("rename", 1))
+    first = Ranks(spec, tmp_path / "job", world_size=2, kill_at=("rename", 1), saves_all=True)
     first.run()
     assert first.reports()[-1]["warnings"][0].startswith("memoryPreset auto: for ")
     noted = (first.job_dir / NOTE).read_bytes()

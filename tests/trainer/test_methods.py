@@ -94,7 +94,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(
 def test_on_two_ranks(case: tuple[str, str], bases: dict[str, Path], data: Path, folder: Path) -> None:
     method, family = case
     spec = tiny.make_spec(bases[family], data, **OPTIONS, **SETTINGS[method])
-    halves = Ranks(spec, folder / f"{method}-{family}-two", world_size=2, kill_at=("rename", 1))
+    halves = Ranks(spec, folder / f"{method}-{family}-two", world_size=2, kill_at=("rename", 1), saves_all=True)
     halves.run()
     rest = Ranks(spec, halves.folder, 2, 2)
     whole = Ranks(spec, folder / f"{method}-{family}-whole", world_size=2)

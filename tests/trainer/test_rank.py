@@ -163,7 +163,7 @@ def test_notice_before_training_leaves_at_once(base: Path, data: Path, tmp_path:
 
 def test_damaged_newest_checkpoint_is_passed_over(base: Path, data: Path, tmp_path: Path) -> None:
     spec = tiny.make_spec(base, data)
-    ranks = Ranks(spec, tmp_path / "job", world_size=2, kill_at=("prune", 2))
+    ranks = Ranks(spec, tmp_path / "job", world_size=2, kill_at=("prune", 2), saves_all=True)
     assert ranks.run() == [-signal.SIGKILL, ExitCode.FABRIC]
     *_, older, newest = sorted((ranks.job_dir / "checkpoints").iterdir())
     assert newest.name == "step-00000006-a1"

@@ -86,7 +86,7 @@ def test_notice_at_a_random_step_loses_nothing(
 def test_sudden_death_at_a_random_moment(
     spec: RunSpec, undisturbed: Callable[[int], bytes], world_size: int, choice: random.Random, tmp_path: Path
 ) -> None:
-    step, rank = choice.randrange(STEPS - 1), choice.randrange(world_size)
+    step, rank = choice.randrange(STEPS - 3), choice.randrange(world_size)
     ranks = Ranks(spec, tmp_path / "job", world_size=world_size).start()
     ranks.wait_until(lambda report: report["state"] == "Training" and report.get("step", -1) >= step)
     ranks.send(signal.SIGKILL, rank)
@@ -100,7 +100,7 @@ def test_sudden_death_at_a_random_moment(
 def test_sudden_death_within_a_save(
     spec: RunSpec, undisturbed: Callable[[int], bytes], stage: str, tmp_path: Path
 ) -> None:
-    ranks = Ranks(spec, tmp_path / "job", kill_at=(stage, 1))
+    ranks = Ranks(spec, tmp_path / "job", kill_at=(stage, 1), saves_all=True)
     assert ranks.run() == [-signal.SIGKILL], ranks.stderr()
     following = finish(ranks)
     assert restored_step(following) > 0
