@@ -1,23 +1,27 @@
-"""What each method learns on the circles set: numbers before and after, and the pictures that they are of.
+"""What each method learns on each family: numbers before and after, and the pictures that they are of.
 
-`make bench-learning`. Each case trains through the product's own rank, and looks at the pictures that its validation
-draws. Options::
+`make bench-learning`. Each case trains on the circles set through the product's own rank, and looks at the pictures
+that its validation draws. The bases of SD 2.x and SDXL are made first, once. Options::
 
-    python -m bench.learning --cases token condition --steps 300 --out FOLDER
+    python -m bench.learning --families sd1 sdxl --cases token condition --steps 300 --out FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from bench.learning_cases import CASES, SCENES, Case
+from bench.learning_bases import FAMILIES, ensure_base
+from bench.learning_cases import CASES, SCENES, Case, Measure
 from bench.report import finish
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
@@ -27,7 +31,6 @@ from finetune_trainer.train.notice import Notice
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.run import RankContext, run_rank
 
-BASE = Path(__file__).parent.parent / "examples" / "base-circles"
 _EVERY = 50
 _COLOURS = 96
 """Of the pictures that are written: flat ones need no more, and a third of the bytes."""
@@ -47,7 +50,7 @@ class Progress(Reporter):
             print(f"{self._name}: step {step}, loss {loss:.4f}, {images_per_second or 0:.1f} images/s", flush=True)
 
 
-def make_spec(case: Case, steps: int, data: Path) -> RunSpec:
+def make_spec(case: Case, steps: int, base: Path, data: Path) -> RunSpec:
     """The run of a case."""
     validation = {"prompts": list(case.prompts), "numInferenceSteps": 20, "guidanceScale": 3}
     if case.conditioning is not None:
@@ -65,7 +68,7 @@ def make_spec(case: Case, steps: int, data: Path) -> RunSpec:
             "namespace": "bench",
             "job": "learning",
             "uid": "learning",
-            "model": {"base": str(BASE)},
+            "model": {"base": str(base)},
             "dataset": {"source": str(data), "columns": {"conditioning": case.conditioning}},
             "training": {**common, **case.training, "validation": validation},
             "globalBatch": 8,
@@ -74,14 +77,13 @@ def make_spec(case: Case, steps: int, data: Path) -> RunSpec:
     )
 
 
-def learn(name: str, steps: int, folder: Path) -> dict[str, list[Image.Image]]:
-    """Train a case; the pictures before and after."""
-    case = CASES[name]
-    spec = make_spec(case, steps, case.data(folder / "data"))
-    context = RankContext(spec, 1, folder / "job", folder / "cache", Notice(), Progress(name))
+def learn(case: Case, title: str, steps: int, base: Path, folder: Path) -> dict[str, list[Image.Image]]:
+    """Train a case on a base; the pictures before and after."""
+    spec = make_spec(case, steps, base, case.data(folder / "data"))
+    context = RankContext(spec, 1, folder / "job", folder / "cache", Notice(), Progress(title))
     code = run_rank(context, os.environ)
     if code is not ExitCode.DONE:
-        raise RuntimeError(f"{name} has ended with {code.name}")
+        raise RuntimeError(f"{title} has ended with {code.name}")
     drawn = folder / "job" / "validation" / "pictures"
     return {
         when: [
@@ -101,33 +103,52 @@ def write_grid(case: Case, pictures: dict[str, list[Image.Image]], path: Path) -
     picture_grid(rows).quantize(_COLOURS).save(path, optimize=True)
 
 
+def title_of(family: str, name: str) -> str:
+    """Name of a case on a family, in the figures and of its picture."""
+    return name if family == "sd1" else f"{family}_{name}"
+
+
+def measure(case: Case, pictures: dict[str, list[Image.Image]]) -> list[tuple[Measure, dict[str, float]]]:
+    """Each number of a case, before and after."""
+    return [
+        (
+            each,
+            {
+                when: float(np.mean([each.number(drawn[i], i) for i in each.pictures]))
+                for when, drawn in pictures.items()
+            },
+        )
+        for each in case.measures
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Train each case; print a table and one line of JSON."""
+    """Train each case on each family; print a table and one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.learning", description=main.__doc__)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="which (default: all)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which (default: all)")
     parser.add_argument("--steps", type=int, help="steps of each (default: as many as each needs)")
+    parser.add_argument("--base-steps", type=int, help="steps of each base that is made (default: as many as it needs)")
     parser.add_argument("--out", type=Path, help="folder for a picture of each case, before above after")
     options = parser.parse_args(arguments)
+    say = partial(print, flush=True)
+    bases = {family: ensure_base(family, say, options.base_steps) for family in options.families}
     rows: list[list[object]] = []
     result: dict[str, float] = {}
-    for name in options.cases:
-        case = CASES[name]
-        steps = options.steps or case.steps
+    for family, name in itertools.product(options.families, options.cases):
+        case, title, started = CASES[name], title_of(family, name), time.monotonic()
+        steps = options.steps or case.steps_on(family)
         with tempfile.TemporaryDirectory() as folder:
-            pictures = learn(name, steps, Path(folder))
+            pictures = learn(case, title, steps, bases[family], Path(folder))
         if options.out is not None:
-            write_grid(case, pictures, options.out / f"{name}.png")
-        for measure in case.measures:
-            numbers = {
-                when: float(np.mean([measure.number(drawn[index], index) for index in measure.pictures]))
-                for when, drawn in pictures.items()
-            }
-            key = f"{name}_{measure.key}"
-            result |= {f"{key}_{when}": round(number, 3) for when, number in numbers.items()}
+            write_grid(case, pictures, options.out / f"{title}.png")
+        for each, numbers in measure(case, pictures):
+            result |= {f"{title}_{each.key}_{when}": round(number, 3) for when, number in numbers.items()}
             shown = [f"{number:.2f}" for number in numbers.values()]
-            rows.append([name, case.training["method"], steps, measure.what, *shown])
-            print(*rows[-1], flush=True)
-    finish(["case", "method", "steps", "number", "before", "after"], rows, result)
+            rows.append([family, name, case.training["method"], steps, each.what, *shown])
+            say(*rows[-1])
+        say(f"{title}: {time.monotonic() - started:.0f} s")
+    finish(["family", "case", "method", "steps", "number", "before", "after"], rows, result)
     return 0
 
 

@@ -51,11 +51,12 @@ class Case:
 
     Attributes:
         training: the manifest's settings.
-        steps: enough to learn it.
+        steps: enough to learn it from the sd1 base.
         data: writes the data set into a folder.
         prompts: what is drawn before and after.
         measures: what is told of the pictures.
         conditioning: column of the conditioning images, where there are any.
+        fewer_steps: enough to see that it is learnt, which is what the other families' bases are for.
     """
 
     training: dict[str, Any]
@@ -64,6 +65,11 @@ class Case:
     prompts: Sequence[str]
     measures: tuple[Measure, ...]
     conditioning: str | None = None
+    fewer_steps: int | None = None
+
+    def steps_on(self, family: str) -> int:
+        """How long it trains from the base of a family."""
+        return self.steps if family == "sd1" or self.fewer_steps is None else self.fewer_steps
 
 
 def shape_of(picture: Image.Image) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -146,13 +152,16 @@ _SUBJECT_MEASURES = (
     Measure("kept", "share of full circles for the class's", range(_NUM_SUBJECT, 2 * _NUM_SUBJECT), is_class),
 )
 CASES = {
-    "style_full": Case({"method": "Full", "learningRate": 2e-4}, 250, circles("squares"), CAPTIONS, _SQUARES),
+    "style_full": Case(
+        {"method": "Full", "learningRate": 2e-4}, 250, circles("squares"), CAPTIONS, _SQUARES, fewer_steps=150
+    ),
     "style_lora": Case(
         {"method": "LoRA", "learningRate": 2e-3, "lora": {"rank": 16, "targetModules": _WIDE_LORA}},
         250,
         circles("squares"),
         CAPTIONS,
         _SQUARES,
+        fewer_steps=150,
     ),
     "subject": Case(
         {
@@ -169,6 +178,7 @@ CASES = {
         rings,
         _SUBJECT_PROMPTS,
         _SUBJECT_MEASURES,
+        fewer_steps=200,
     ),
     "subject_lora": Case(
         {
@@ -181,6 +191,7 @@ CASES = {
         rings,
         _SUBJECT_PROMPTS,
         _SUBJECT_MEASURES,
+        fewer_steps=150,
     ),
     "token": Case(
         {
@@ -195,6 +206,7 @@ CASES = {
             for colour in ("white", "black", "yellow", "green", "pink", "orange")
         ],
         (Measure("blue", "share of blue circles", range(6), is_blue),),
+        fewer_steps=100,
     ),
     "condition": Case(
         {"method": "ControlNet", "learningRate": 1e-3},
@@ -203,5 +215,6 @@ CASES = {
         CAPTIONS,
         (Measure("overlap", "overlap of circle and edge", range(NUM_PICTURES), overlap_with_edge),),
         conditioning="conditioning_image",
+        fewer_steps=600,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
+from finetune_contract.spec import Method as MethodName
 from finetune_trainer.train.notice import Notice
 from finetune_trainer.train.report import Reporter
 from finetune_trainer.train.run import RankContext, run_rank
@@ -32,7 +34,18 @@ OPTIONS = {
     "timestepBias": {"strategy": "later"},
 }
 CASES = [(method, family) for method in SETTINGS for family in tiny.FAMILIES]
-ON_TWO_RANKS = [(method, tiny.FAMILIES[number % 3]) for number, method in enumerate(SETTINGS)]
+ON_TWO_RANKS = {
+    "LoRA": ["sd1"],
+    "LoRA, text": ["sd2", "sdxl"],
+    "Full": tiny.FAMILIES,
+    "DreamBooth": ["sd1"],
+    "DreamBooth, text": ["sd2", "sdxl"],
+    "DreamBoothLoRA": tiny.FAMILIES,
+    "TextualInversion": tiny.FAMILIES,
+    "ControlNet": tiny.FAMILIES,
+}
+"""Settings, and the families that they run on by two ranks: each method once on each family."""
+PAIRS = [(name, family) for name, families in ON_TWO_RANKS.items() for family in families]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,7 +103,7 @@ def test_stopped_and_resumed_ends_with_the_same_bytes(
     assert read_outputs(whole)
 
 
-@pytest.mark.parametrize("case", ON_TWO_RANKS, ids=lambda case: f"{case[0]} on {case[1]}")
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: f"{case[0]} on {case[1]}")
 def test_on_two_ranks(case: tuple[str, str], bases: dict[str, Path], data: Path, folder: Path) -> None:
     method, family = case
     spec = tiny.make_spec(bases[family], data, **OPTIONS, **SETTINGS[method])
@@ -102,6 +115,11 @@ def test_on_two_ranks(case: tuple[str, str], bases: dict[str, Path], data: Path,
         assert ranks.wait() == [ExitCode.DONE] * 2, ranks.stderr()
     assert any(report.get("restoredStep", 0) > 0 for report in rest.reports())
     assert read_outputs(rest.job_dir) == read_outputs(whole.job_dir)
+
+
+def test_two_ranks_try_each_method_on_each_family() -> None:
+    tried = [(SETTINGS[name]["method"], family) for name, family in PAIRS]
+    assert sorted(tried) == sorted(itertools.product([method.value for method in MethodName], tiny.FAMILIES))
 
 
 def test_textual_inversion_saves_kilobytes(base: Path, data: Path, folder: Path) -> None:

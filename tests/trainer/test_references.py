@@ -138,7 +138,7 @@ def test_controlnet(bases: dict[str, Path], family: str) -> None:
     assert_gradients(method, controlnet)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_textual_inversion(bases: dict[str, Path], family: str) -> None:
     """The usual way: the table grows by two rows, all of it gets gradients, and only the new rows are kept."""
     base, batch = bases[family], make_batch(family, caption="a <cat>")
@@ -173,7 +173,8 @@ def test_textual_inversion(bases: dict[str, Path], family: str) -> None:
     else:
         text["hidden"] = outputs[0].last_hidden_state
     told = conditions(dataclasses.replace(batch, text=text), family)
-    reference = plain_loss(base, batch, lambda noisy: unet(noisy, batch.timesteps, **told).sample, False)
+    is_v = family == "sd2"
+    reference = plain_loss(base, batch, lambda noisy: unet(noisy, batch.timesteps, **told).sample, is_v)
     backward(reference)
     torch.testing.assert_close(loss, reference, **EXACT)
     assert set(method.parameters()) == set(kinds)
