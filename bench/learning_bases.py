@@ -38,7 +38,7 @@ from finetune_trainer.demo.looks import look_at, sample_images
 
 BASE = Path(__file__).parent.parent / "examples" / "base-circles"
 FAMILIES = ("sd1", "sd2", "sdxl")
-NUM_STEPS = {"sd2": 300, "sdxl": 500}
+NUM_STEPS = {"sd2": 200, "sdxl": 500}
 """Training steps of a base; the sd1 base is there."""
 _MAX_SAMPLES = 2048
 _BATCH_SIZE = 32

@@ -178,7 +178,7 @@ CASES = {
         rings,
         _SUBJECT_PROMPTS,
         _SUBJECT_MEASURES,
-        fewer_steps=200,
+        fewer_steps=150,
     ),
     "subject_lora": Case(
         {
@@ -191,7 +191,7 @@ CASES = {
         rings,
         _SUBJECT_PROMPTS,
         _SUBJECT_MEASURES,
-        fewer_steps=150,
+        fewer_steps=120,
     ),
     "token": Case(
         {
@@ -215,6 +215,6 @@ CASES = {
         CAPTIONS,
         (Measure("overlap", "overlap of circle and edge", range(NUM_PICTURES), overlap_with_edge),),
         conditioning="conditioning_image",
-        fewer_steps=600,
+        fewer_steps=400,
     ),
 }
