@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from finetune_trainer.train.run import RankContext, run_rank
 _EVERY = 50
 _COLOURS = 96
 """Of the pictures that are written: flat ones need no more, and a third of the bytes."""
+_NUM_SHOWN = 4
+"""Pictures of a case in the overview of a family."""
 
 
 class Progress(Reporter):
@@ -103,6 +106,21 @@ def write_grid(case: Case, pictures: dict[str, list[Image.Image]], path: Path) -
     picture_grid(rows).quantize(_COLOURS).save(path, optimize=True)
 
 
+def write_overview(cases: Mapping[str, dict[str, list[Image.Image]]], path: Path) -> None:
+    """A row for each case of one family: some pictures before, a gap, the same after; edges above theirs."""
+    rows = []
+    for name, pictures in cases.items():
+        shown = range(0, len(pictures["before"]), len(pictures["before"]) // _NUM_SHOWN)[:_NUM_SHOWN]
+        before, after = ([pictures[when][i] for i in shown] for when in ("before", "after"))
+        gap = [Image.new("RGB", before[0].size, "grey")]
+        if CASES[name].conditioning is not None:
+            edges = [paint_edges(SCENES[i]) for i in shown]
+            rows.append(edges + gap + edges)
+        rows.append(before + gap + after)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture_grid(rows).quantize(_COLOURS).save(path, optimize=True)
+
+
 def title_of(family: str, name: str) -> str:
     """Name of a case on a family, in the figures and of its picture."""
     return name if family == "sd1" else f"{family}_{name}"
@@ -129,19 +147,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which (default: all)")
     parser.add_argument("--steps", type=int, help="steps of each (default: as many as each needs)")
     parser.add_argument("--base-steps", type=int, help="steps of each base that is made (default: as many as it needs)")
-    parser.add_argument("--out", type=Path, help="folder for a picture of each case, before above after")
+    parser.add_argument(
+        "--out", type=Path, help="folder for pictures of each case, before above after, and of each family"
+    )
     options = parser.parse_args(arguments)
     say = partial(print, flush=True)
     bases = {family: ensure_base(family, say, options.base_steps) for family in options.families}
     rows: list[list[object]] = []
     result: dict[str, float] = {}
+    drawn: dict[str, dict[str, dict[str, list[Image.Image]]]] = {family: {} for family in options.families}
     for family, name in itertools.product(options.families, options.cases):
         case, title, started = CASES[name], title_of(family, name), time.monotonic()
         steps = options.steps or case.steps_on(family)
         with tempfile.TemporaryDirectory() as folder:
-            pictures = learn(case, title, steps, bases[family], Path(folder))
+            pictures = drawn[family][name] = learn(case, title, steps, bases[family], Path(folder))
         if options.out is not None:
             write_grid(case, pictures, options.out / f"{title}.png")
+            write_overview(drawn[family], options.out / f"{family}.png")
         for each, numbers in measure(case, pictures):
             result |= {f"{title}_{each.key}_{when}": round(number, 3) for when, number in numbers.items()}
             shown = [f"{number:.2f}" for number in numbers.values()]
