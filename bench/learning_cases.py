@@ -161,7 +161,7 @@ CASES = {
         circles("squares"),
         CAPTIONS,
         _SQUARES,
-        fewer_steps=150,
+        fewer_steps=120,
     ),
     "subject": Case(
         {
@@ -178,7 +178,7 @@ CASES = {
         rings,
         _SUBJECT_PROMPTS,
         _SUBJECT_MEASURES,
-        fewer_steps=150,
+        fewer_steps=120,
     ),
     "subject_lora": Case(
         {
@@ -191,7 +191,7 @@ CASES = {
         rings,
         _SUBJECT_PROMPTS,
         _SUBJECT_MEASURES,
-        fewer_steps=120,
+        fewer_steps=100,
     ),
     "token": Case(
         {
@@ -206,7 +206,7 @@ CASES = {
             for colour in ("white", "black", "yellow", "green", "pink", "orange")
         ],
         (Measure("blue", "share of blue circles", range(6), is_blue),),
-        fewer_steps=100,
+        fewer_steps=80,
     ),
     "condition": Case(
         {"method": "ControlNet", "learningRate": 1e-3},
@@ -215,6 +215,6 @@ CASES = {
         CAPTIONS,
         (Measure("overlap", "overlap of circle and edge", range(NUM_PICTURES), overlap_with_edge),),
         conditioning="conditioning_image",
-        fewer_steps=400,
+        fewer_steps=300,
     ),
 }
