@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from finetune_contract.spec import ModelSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.kohya import original_name
 from finetune_trainer.models.base import open_base
+from tests.trainer import tiny
+from tests.trainer.ranks import Ranks
+from tests.trainer.test_sharding import done
 
 pytestmark = pytest.mark.trainer
 
@@ -26,7 +29,21 @@ _UNET = {
     "conv_norm_out": "out.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
+_OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    ".layer_norm1": ".ln_1",
+    ".layer_norm2": ".ln_2",
+    ".mlp.fc1": ".mlp.c_fc",
+    ".mlp.fc2": ".mlp.c_proj",
+    ".self_attn.": ".attn.",
+}
+"""Names in the code of SDXL's second text encoder."""
 _VAE_MIDDLE = {"resnets.0": "block_1", "attentions.0": "attn_1", "resnets.1": "block_2"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -42,10 +59,31 @@ def to_original(pipeline: Any) -> dict[str, Tensor]:
         renamed = _vae_name(name, len(pipeline.vae.config.block_out_channels))
         is_projection = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", renamed)
         state[f"first_stage_model.{renamed}"] = value[..., None, None] if is_projection else value
+    is_xl = hasattr(pipeline, "text_encoder_2")
+    clip = "conditioner.embedders.0" if is_xl else "cond_stage_model"
     for name, value in pipeline.text_encoder.state_dict().items():
-        bare = name.removeprefix("text_model.")
-        state[f"cond_stage_model.transformer.text_model.{bare}"] = value
+        state[f"{clip}.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    if is_xl:
+        open_clip = to_open_clip(pipeline.text_encoder_2.state_dict())
+        state |= {f"conditioner.embedders.1.model.{name}": value for name, value in open_clip.items()}
     return {name: value.clone().contiguous() for name, value in state.items()}
+
+
+def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Queries, keys and values in one tensor; the projection from the right."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        new = name
+        for ours, original in _OPEN_CLIP.items():
+            new = new.replace(ours, original)
+        if name == "text_projection.weight":
+            renamed["text_projection"] = value.T
+        elif match := re.fullmatch(r"(.*\.attn)\.q_proj\.(weight|bias)", new):
+            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            renamed[f"{match[1]}.in_proj_{match[2]}"] = torch.cat(parts)
+        elif "k_proj" not in new and "v_proj" not in new:
+            renamed[new] = value
+    return renamed
 
 
 def _vae_name(name: str, levels: int) -> str:
@@ -80,6 +118,26 @@ def test_a_single_file_is_the_folder_it_was_made_from(base: Path, tmp_path: Path
     torch.testing.assert_close(encoder.encode(pixels), expected)
     assert len(list((tmp_path / "cache" / "bases").iterdir())) == 1
     assert open_base(spec, tmp_path / "cache").unet_files() == family.unet_files()
+
+
+@pytest.fixture(scope="module")
+def xl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL, whose text encoders are told apart by their widths."""
+    return tiny.write_base(tmp_path_factory.mktemp("xl") / "base", family="sdxl", second_width=2 * tiny.WIDTH)
+
+
+def test_a_single_file_of_sdxl_trains_what_its_folder_trains(xl_base: Path, data: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(xl_base)
+    file = tmp_path / "model.safetensors"
+    save_file(to_original(pipeline), file)
+    spec = tiny.make_spec(xl_base, data, steps=1)
+    single = spec.model_copy(update={"model": ModelSpec(base=str(file), config=str(xl_base))})
+    family = open_base(single.model, tmp_path / "cache")
+    assert type(family) is type(open_base(spec.model))
+    for name, value in family.load_unet(torch.float32).state_dict().items():
+        assert torch.equal(value, pipeline.unet.state_dict()[name]), name
+    trained = [done(Ranks(each, tmp_path / name / "job")) for name, each in (("single", single), ("folder", spec))]
+    assert trained[0].weights() == trained[1].weights()
 
 
 class _Bomb:

@@ -25,8 +25,8 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 """What `write_base` can write: SD 1.x, SD 2.x (v-prediction, linear projections, heads by level), SDXL."""
 
 
-def write_base(folder: Path, prediction_type: str = "epsilon", family: str = "sd1") -> Path:
-    """Write the base model in diffusers' layout; the same weights every time."""
+def write_base(folder: Path, prediction_type: str = "epsilon", family: str = "sd1", second_width: int = WIDTH) -> Path:
+    """Write the base model in diffusers' layout; the same weights every time. The last is of SDXL's second encoder."""
     torch.manual_seed(0)
     if family == "sd2":
         prediction_type = "v_prediction"
@@ -35,7 +35,7 @@ def write_base(folder: Path, prediction_type: str = "epsilon", family: str = "sd
     CLIPTextModel(text_config(2 if is_xl else 1)).save_pretrained(folder / "text_encoder")
     if is_xl:
         _write_tokenizer(folder / "tokenizer_2")
-        CLIPTextModelWithProjection(text_config(2)).save_pretrained(folder / "text_encoder_2")
+        CLIPTextModelWithProjection(text_config(2, second_width)).save_pretrained(folder / "text_encoder_2")
     AutoencoderKL(
         sample_size=RESOLUTION,
         block_out_channels=(8, 8),
@@ -53,7 +53,7 @@ def write_base(folder: Path, prediction_type: str = "epsilon", family: str = "sd
         attention_head_dim=(1, 2) if family != "sd1" else 8,
         use_linear_projection=family != "sd1",
         norm_num_groups=4,
-        **xl_config(is_xl),
+        **xl_config(is_xl, second_width),
     ).save_pretrained(folder / "unet")
     PNDMScheduler(
         beta_start=0.00085,
@@ -87,13 +87,13 @@ def write_base(folder: Path, prediction_type: str = "epsilon", family: str = "sd
     return folder
 
 
-def text_config(num_layers: int) -> CLIPTextConfig:
+def text_config(num_layers: int, width: int = WIDTH) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=514,
         max_position_embeddings=NUM_TOKENS,
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        projection_dim=WIDTH,
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
         num_hidden_layers=num_layers,
         num_attention_heads=2,
         bos_token_id=512,
@@ -102,14 +102,14 @@ def text_config(num_layers: int) -> CLIPTextConfig:
     )
 
 
-def xl_config(is_xl: bool) -> dict[str, Any]:
+def xl_config(is_xl: bool, second_width: int = WIDTH) -> dict[str, Any]:
     if not is_xl:
         return {"cross_attention_dim": WIDTH}
     return {
-        "cross_attention_dim": 2 * WIDTH,
+        "cross_attention_dim": WIDTH + second_width,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
+        "projection_class_embeddings_input_dim": second_width + 6 * 8,
         "transformer_layers_per_block": (1, 2),
     }
 
