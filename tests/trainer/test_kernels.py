@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from finetune_contract import paths
 from finetune_contract.spec import Attention
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.kernels import attention_kernel, compile_blocks
+from tests.trainer import tiny
 from tests.trainer.methods import make_batch, make_method
+from tests.trainer.ranks import Ranks
+from tests.trainer.test_sharding import done
 
 pytestmark = pytest.mark.trainer
 
@@ -47,6 +53,27 @@ def test_compiled_blocks_train_as_the_plain_ones_do(base: Path, monkeypatch: pyt
     gradients = [[p.grad for p in method.parameters().values()] for method in (plain, traced_too)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on this machine, and torch compiles with it")
+def test_a_run_with_compiled_blocks_has_the_losses_of_a_plain_one(base: Path, data: Path, tmp_path: Path) -> None:
+    """Through torch's own code generator and the machine's compiler."""
+    runs = []
+    for compiles in (False, True):
+        spec = tiny.make_spec(base, data, steps=3, compile=compiles)
+        variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        runs.append(done(Ranks(spec, tmp_path / str(compiles) / "job", extra=variables)))
+    assert list((tmp_path / "kernels").rglob("*.so")), runs[1].stderr()
+    plain, compiled = (losses(run) for run in runs)
+    assert len(plain) == 3
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
+def losses(run: Ranks) -> list[float]:
+    """Of each step, from the last checkpoint."""
+    newest = max(paths.checkpoints(run.job_dir).glob("step-*"))
+    values: dict[str, list[float]] = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    return values["losses"]
 
 
 def test_without_a_compiler_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
