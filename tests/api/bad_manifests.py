@@ -323,6 +323,23 @@ BAD = (
         "sharding is for Full, DreamBooth, ControlNet",
     ),
     Bad(
+        "offload-of-no-slices",
+        {"spec.training.method": "Full", "spec.training.offload": "cpu"},
+        "spec.training.offload",
+        "write sharding: full",
+    ),
+    Bad(
+        "offload-on-cpu",
+        {
+            "spec.topology.accelerator": "cpu",
+            "spec.training.method": "Full",
+            "spec.training.sharding": "full",
+            "spec.training.offload": "cpu",
+        },
+        "spec.training.offload",
+        "leave offload out",
+    ),
+    Bad(
         "two-intervals",
         {"spec.checkpoint.interval": {"steps": 100, "seconds": 60}},
         "spec.checkpoint.interval.seconds",

@@ -107,6 +107,7 @@ FULL = patched(
             "aspectBuckets": True,
             "optimizer": "adamw8bit",
             "sharding": "none",
+            "offload": "none",
             "snrGamma": 5,
             "noiseOffset": 0.05,
             "inputPerturbation": 0.1,

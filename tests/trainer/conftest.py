@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.trainer import tiny  # noqa: PLC0415  slow to import
 
     return tiny.write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(name="restored")
+def _restored() -> Iterator[None]:
+    """For a rank in this process: what it sets for a whole process is undone."""
+    import torch  # noqa: PLC0415  slow to import
+
+    yield
+    torch.use_deterministic_algorithms(False)
+    gc.unfreeze()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

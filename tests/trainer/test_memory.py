@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -125,13 +123,6 @@ def test_weights_are_counted_in_the_headers(base: Path) -> None:
     unet = sum(parameter.numel() for parameter in family.load_unet(torch.float32).parameters())
     assert count_numbers(family.unet_files()) == unet
     assert count_weights(spec.training, family) == Weights(unet, 0, unet)
-
-
-@pytest.fixture(name="restored")
-def _restored() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
-    gc.unfreeze()
 
 
 class _Listening(Reporter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,9 +88,8 @@ def test_no_rank_makes_more_passes_than_the_largest_share(global_batch: int, wor
     assert max(made) == most_micro_batches(global_batch, world_size, batch_size) <= min(made) + 1
 
 
-def spec_of(base: Path, data: Path, method: str, sharding: Sharding = Sharding.FULL) -> RunSpec:
-    spec = tiny.make_spec(base, data, method=method, ema=True, learningRate=1e-3)
-    return spec.model_copy(update={"training": spec.training.model_copy(update={"sharding": sharding})})
+def spec_of(base: Path, data: Path, method: str, sharding: Sharding = Sharding.FULL, **training: Any) -> RunSpec:
+    return tiny.make_spec(base, data, method=method, ema=True, learningRate=1e-3, sharding=sharding, **training)
 
 
 def outputs(ranks: Ranks) -> dict[str, bytes]:

@@ -48,6 +48,10 @@ class Method(StrEnum):
     CONTROLNET = "ControlNet"
 
 
+SHARDED_METHODS = (Method.FULL, Method.DREAMBOOTH, Method.CONTROLNET)
+"""Methods that train whole models, which can be cut into slices."""
+
+
 class LrScheduler(StrEnum):
     """Learning-rate schedules, by diffusers' names."""
 
@@ -83,6 +87,15 @@ class Sharding(StrEnum):
     """All of them: gradients are summed, and any survivor can go on."""
     FULL = "full"
     """A slice of weights, gradients and optimizer (torch's FSDP2): for what does not fit one GPU."""
+
+
+class Offload(StrEnum):
+    """Where the slices of sharded training are kept."""
+
+    NONE = "none"
+    """Where they are computed with."""
+    CPU = "cpu"
+    """In the host's memory, where the optimizer steps, too (FSDP2's CPU offload)."""
 
 
 class BiasStrategy(StrEnum):
@@ -293,6 +306,11 @@ class TrainingSpec(SpecModel):
         description="none: every rank holds all that is trained; full: each holds a slice of it, of its gradients and "
         "of its optimizer (FSDP2), for what does not fit one GPU",
     )
+    offload: Offload = Field(
+        default=Offload.NONE,
+        description="cpu: with sharding full, the slices of weights, gradients and AdamW's moments lie in the host's "
+        "memory, and the optimizer steps there; on one GPU, too, where the slice is the whole",
+    )
     snr_gamma: float | None = Field(
         default=None, gt=0, description="Min-SNR loss weighting (https://arxiv.org/abs/2303.09556)"
     )
@@ -310,8 +328,8 @@ class TrainingSpec(SpecModel):
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="seed of every draw")
     memory_preset: Word | None = Field(
         default=None,
-        description="chooses precision, gradientCheckpointing, optimizer and batchSize, where they are left out, for "
-        "the memory that is there (auto, cpu) or that is named (8GB, 12GB, ...)",
+        description="chooses precision, gradientCheckpointing, optimizer, sharding, offload and batchSize, where they "
+        "are left out, for the memory that is there (auto, cpu) or that is named (8GB, 12GB, ...)",
     )
     lora: LoraSpec | None = Field(default=None, description="settings of the LoRA methods")
     dreambooth: DreamBoothSpec | None = Field(default=None, description="settings of the DreamBooth methods")

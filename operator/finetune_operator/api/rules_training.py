@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_contract.spec import (
+    SHARDED_METHODS,
     DreamBoothSpec,
     LrScheduler,
     Method,
+    Offload,
     Optimizer,
     Precision,
     Sharding,
@@ -30,7 +32,6 @@ VALIDATION = Scope("spec.training.validation", ValidationSpec)
 
 LORA_METHODS = (Method.LORA, Method.DREAMBOOTH_LORA)
 DREAMBOOTH_METHODS = (Method.DREAMBOOTH, Method.DREAMBOOTH_LORA)
-SHARDED_METHODS = (Method.FULL, Method.DREAMBOOTH, Method.CONTROLNET)
 
 
 def _only_for(field: str, methods: tuple[Method, ...], block: Callable[[TrainingSpec], object]) -> Rule[TrainingSpec]:
@@ -124,6 +125,14 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
         "sharding out",
         Cause.FORBIDDEN,
     ),
+    Rule(
+        TRAINING,
+        "offload",
+        "self.offload == 'none' || self.sharding == 'full'",
+        lambda training: training.offload is Offload.NONE or training.sharding is Sharding.FULL,
+        "offload keeps slices in the host's memory; write sharding: full, on one GPU, too, or leave offload out",
+        Cause.FORBIDDEN,
+    ),
     form(
         "spec.training.memoryPreset",
         MEMORY_PRESET,
@@ -206,6 +215,14 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
             spec.topology.accelerator is not Accelerator.CPU or spec.training.optimizer is not Optimizer.ADAMW_8BIT
         ),
         "optimizer adamw8bit is for GPUs; write adamw or adafactor with accelerator cpu",
+    ),
+    Rule(
+        SPEC,
+        "training.offload",
+        "self.topology.accelerator != 'cpu' || self.training.offload == 'none'",
+        lambda spec: spec.topology.accelerator is not Accelerator.CPU or spec.training.offload is Offload.NONE,
+        "offload is for GPUs, and with accelerator cpu all is in the host's memory already; leave offload out",
+        Cause.FORBIDDEN,
     ),
     Rule(
         SPEC,

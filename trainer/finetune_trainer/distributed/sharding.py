@@ -1,5 +1,8 @@
 """Sharded training (torch's FSDP2): each rank holds a slice of what is trained, of its gradients and of its optimizer.
 
+With offload the slices lie in the host's memory and only the weights of the part that is at work are on the device. A
+rank that is alone then holds one slice, the whole, by the same code.
+
 A parameter's slice is also there as a plain tensor in the same memory: optimizer, average and checkpoints work on
 those, and know nothing of the rest. Slices are cut along the first dimension, as `torch.chunk` cuts.
 """
@@ -14,14 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
+from finetune_contract.spec import Offload
 from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal
 from finetune_trainer.distributed.world import World
 
-_BLOCKS = ("down_blocks", "up_blocks", "layers")
-"""Lists of modules whose weights are gathered and let go one by one; UNets, ControlNets and text encoders have them."""
+_BLOCKS = ("down_blocks", "up_blocks", "resnets", "transformer_blocks", "layers")
+"""Lists of modules whose weights are gathered and let go one by one, in UNets, ControlNets and text encoders. The small
+ones inside the large blocks, too, for one of SDXL's large ones has half of its weights."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,19 @@ class Shards:
     Args:
         modules: what is trained, whole on every rank and the same; they are sharded in place.
         parameters: their trained parameters, by the names under which checkpoints hold them.
-        world: at least two ranks.
+        world: the ranks.
+        offload: where the slices lie.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], parameters: Mapping[str, nn.Parameter], world: World) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        parameters: Mapping[str, nn.Parameter],
+        world: World,
+        offload: Offload = Offload.NONE,
+    ) -> None:
         self._world = world
+        self._offloads = offload is Offload.CPU
         self._classes = {module: type(module) for module in modules}
         places = {
             id(parameter): _Place(owner, name)
@@ -58,10 +70,12 @@ class Shards:
             for name, parameter in owner.named_parameters(recurse=False)
         }
         self._places = {name: places[id(parameter)] for name, parameter in parameters.items()}
+        world.as_group()
         mesh = init_device_mesh(world.device.type, (world.size,))
+        policy = offload_policy(offload, world.device)
         for module in modules:
             for part in [*_blocks(module), module]:
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+                fully_shard(part, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         self._sharded = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
         for part in self._sharded:
             # Every loss is divided by the global batch already.
@@ -94,7 +108,14 @@ class Shards:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within this block every rank holds all weights, and forward passes are no collectives. All ranks enter it."""
+        """Within this block every rank holds all weights, and forward passes are no collectives. All ranks enter it.
+
+        A rank that is alone waits for nobody, and there may be no room for all of them.
+        """
+        if self._world.size == 1:
+            yield
+            self._finish_reading()
+            return
         for part in self._sharded:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
@@ -104,6 +125,7 @@ class Shards:
             for part in self._sharded:
                 part.set_reshard_after_forward(True, recurse=False)
                 part.reshard()
+            self._finish_reading()
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -111,8 +133,7 @@ class Shards:
         kept = {name: place.parameter for name, place in self._places.items()}
         sharded_classes = {module: type(module) for module in self._classes}
         for name, parameter in kept.items():
-            assert isinstance(parameter, DTensor)
-            full = parameter.full_tensor().detach()
+            full = self._full(parameter)
             if self._world.is_first:
                 self._places[name].module._parameters[self._places[name].name] = nn.Parameter(full)
         try:
@@ -124,6 +145,20 @@ class Shards:
                 module.__class__ = sharded
             for name, place in self._places.items():
                 place.module._parameters[place.name] = kept[name]
+
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        """The whole of a parameter, where its slices lie. All ranks call it."""
+        if self._offloads and self._world.size == 1:
+            return _local(parameter)
+        # The ranks' collectives are those of the device.
+        on_device: Any = parameter.detach().to(self._world.device)
+        full: Tensor = on_device.full_tensor()
+        return full.cpu() if self._offloads else full
+
+    def _finish_reading(self) -> None:
+        """Slices in the host's memory may change behind this: the device has read them."""
+        if self._offloads and self._world.device.type != "cpu":
+            torch.accelerator.synchronize()
 
 
 class ShardedGradients:
@@ -153,7 +188,7 @@ class ShardedGradients:
         """Gradients are summed already: the signals, and the norm."""
         self._shards.take_gradients()
         squares = [gradient.square().sum() for gradient in self._gradients()]
-        self._numbers[-1] = torch.stack(squares).sum()
+        self._numbers[-1] = torch.stack(squares).sum().to(self._numbers.device)
         world.sum(self._numbers)
 
     def clip(self, max_norm: float, loss_scale: float = 1.0) -> Tensor:
@@ -165,7 +200,7 @@ class ShardedGradients:
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for gradient in self._gradients():
-                gradient.mul_(scale)
+                gradient.mul_(scale.to(gradient.device))
         return norm
 
     def _gradients(self) -> list[Tensor]:
@@ -173,8 +208,16 @@ class ShardedGradients:
         return [gradient for gradient in gradients if gradient is not None]
 
 
+def offload_policy(offload: Offload, device: torch.device) -> OffloadPolicy:
+    """FSDP2's policy; memory that a GPU reads is pinned, so that it reads beside its work."""
+    if offload is Offload.NONE:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=device.type != "cpu")
+
+
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    for name, part in module.named_modules():
+    """What is gathered one by one: what is inside another comes before it."""
+    for name, part in reversed(list(module.named_modules())):
         if isinstance(part, nn.ModuleList) and name.rpartition(".")[2] in _BLOCKS:
             yield from part
 

@@ -97,9 +97,16 @@ class World:
             shared[name] = moved.cpu()
         return shared
 
+    def as_group(self) -> None:
+        """See to it that torch has a process group: a rank that is alone has none unless something of torch's asks."""
+        if not dist.is_initialized():
+            backend = dist.get_default_backend_for_device(self.device)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
+
     def close(self) -> None:
         """Leave the world in good order, when all ranks do."""
-        if self.size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     @contextlib.contextmanager

@@ -182,7 +182,11 @@ class Loop:
         torch.autograd.backward(self.method.losses(batch).sum() * 0)
 
     def _fits(self, step: int, positions: range) -> bool:
-        """Add the gradients of these positions; False, with some of them added, where memory ran out."""
+        """Add the gradients of these positions; False, with some of them added, where memory ran out.
+
+        Raises:
+            ConfigError: memory ran out, and the step cannot be begun again.
+        """
         parts = self.batches.split(self._refs(positions), self.micro_batch.size)
         next_step = rank_share(step + 1, self.spec.global_batch, self.world.rank, self.world.size)
         following = next(iter(self.batches.split(self._refs(next_step), self.micro_batch.size)), [])
@@ -199,9 +203,11 @@ class Loop:
                 self.buckets.signals[Signal.SAMPLES] += len(part)
                 self._note_by_timestep(batch.timesteps, losses.detach())
         except (RuntimeError, MemoryError) as error:
-            # Where a pass is a collective, no rank can begin it again by itself.
-            if self.buckets.in_step or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if self.buckets.in_step:
+                # Where a pass is a collective, no rank can begin it again by itself.
+                raise self.micro_batch.too_large(len(positions)) from error
             return False
         return True
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import LoraSpec, Method, TrainingSpec
+from finetune_contract.spec import SHARDED_METHODS, LoraSpec, Method, TrainingSpec
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import write_aside
@@ -21,10 +21,11 @@ from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.family import Family
 from finetune_trainer.tensor_file import count_numbers
 from finetune_trainer.train.preset import Choice, Machine, Weights, choose, preset_bytes
+from finetune_trainer.train.stores import Places
 
 NOTE = "preset.json"
 """File in the job's folder: what the first attempt chose of the things that a checkpoint depends on."""
-_KEPT = ("precision", "optimizer", "center_crop")
+_KEPT = ("precision", "optimizer", "center_crop", "sharding")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LORA_SHARE = 5e-4
 """Weights of an adapter of rank 1, as a share of the UNet's; SDXL's attention is all over it, SD 1.5's less."""
@@ -32,7 +33,7 @@ _CONTROLNET_SHARE = 0.45
 """The encoder and the middle, of the whole UNet."""
 
 
-def apply_preset(spec: RunSpec, family: Family, world: World, job_dir: Path, env: Mapping[str, str]) -> Choice | None:
+def apply_preset(spec: RunSpec, family: Family, world: World, places: Places, env: Mapping[str, str]) -> Choice | None:
     """The settings that the manifest's memoryPreset comes to on these machines, the same on every rank.
 
     Returns:
@@ -46,14 +47,21 @@ def apply_preset(spec: RunSpec, family: Family, world: World, job_dir: Path, env
     if preset is None:
         return None
     least = min(world.gather_numbers(preset_bytes(preset) or memory_bytes(world.device, env)))
-    features = [has_bf16(world.device), _has_8bit(world.device)]
-    has = [all(world.gather_numbers(int(feature))) for feature in features]
-    machine = Machine(least, world.device.type == "cuda", *has)
-    noted = world.share(_read_note(job_dir / NOTE))
+    least_of_host = min(world.gather_numbers(memory_bytes(torch.device("cpu"), env)))
+    machine = Machine(
+        memory_bytes=least,
+        is_gpu=world.device.type == "cuda",
+        has_bf16=all(world.gather_numbers(has_bf16(world.device))),
+        has_8bit=all(world.gather_numbers(_has_8bit(world.device))),
+        host_bytes=least_of_host,
+        num_ranks=world.size,
+    )
+    noted = world.share(_read_note(places.job_dir / NOTE))
     training = spec.training.model_copy(update=noted)
-    choice = choose(training, machine, count_weights(training, family), settled=bool(noted))
+    weights = count_weights(training, family)
+    choice = choose(training, machine, weights, bool(noted), _may_shard(training, places))
     if world.is_first and not noted:
-        _write_note(job_dir / NOTE, choice.training)
+        _write_note(places.job_dir / NOTE, choice.training)
     return choice
 
 
@@ -92,6 +100,11 @@ def has_bf16(device: torch.device) -> bool:
     return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
 
 
+def _may_shard(training: TrainingSpec, places: Places) -> bool:
+    """Whether slices go with what was asked for besides."""
+    return training.method in SHARDED_METHODS and not training.aspect_buckets and places.scratch is None
+
+
 def _has_8bit(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
 
@@ -102,7 +115,8 @@ def _read_note(path: Path) -> dict[str, Any]:
         noted = TrainingSpec.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-    return {name: getattr(noted, name) for name in _KEPT}
+    # An older trainer has noted less.
+    return {name: getattr(noted, name) for name in _KEPT if name in noted.model_fields_set}
 
 
 def _write_note(path: Path, training: TrainingSpec) -> None:

@@ -50,6 +50,14 @@ class MicroBatch:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def too_large(self, share: int) -> ConfigError:
+        """What to say where memory ran out and nothing can be begun again; `share` as above."""
+        held = min(self.size, share)
+        return ConfigError(
+            f"training.batchSize: memory runs out with {held} samples at a time, and with sharding a step cannot be "
+            "begun again; write a smaller one, gradientCheckpointing: true or offload: cpu, or ask for more memory"
+        )
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or on a CPU."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetune_contract.spec import Optimizer, Precision, Sharding, TrainingSpec
+from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec
 from finetune_trainer.errors import ConfigError
 
 GIB = 2**30
@@ -21,6 +21,8 @@ _CONTEXT_GIB = 0.8
 """What the GPU's driver and libraries take."""
 _BYTES_OF_MOMENTS = {Optimizer.ADAMW: 8.0, Optimizer.ADAMW_8BIT: 2.1, Optimizer.ADAFACTOR: 0.1, Optimizer.PRODIGY: 16.0}
 """For each trained weight."""
+_GATHERED_GIB = 2.0
+"""Weights and gradients of the parts that are at work, where the rest lies in slices."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,16 @@ class Machine:
         is_gpu: whether it is a GPU.
         has_bf16: whether it computes in bf16 itself.
         has_8bit: whether the optimizer with 8-bit moments is there.
+        host_bytes: one rank's share of the memory beside the GPUs.
+        num_ranks: how many ranks there are.
     """
 
     memory_bytes: int
     is_gpu: bool
     has_bf16: bool
     has_8bit: bool
+    host_bytes: int = 0
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,14 +88,19 @@ def preset_bytes(preset: str) -> int | None:
     return int(number) * GIB
 
 
-def choose(training: TrainingSpec, machine: Machine, weights: Weights, settled: bool = False) -> Choice:
+def choose(
+    training: TrainingSpec, machine: Machine, weights: Weights, settled: bool = False, may_shard: bool = False
+) -> Choice:
     """The fastest settings whose estimate fits: without checkpointing and with AdamW where there is room.
+
+    Slices, and those in the host's memory, only where nothing else fits: gathering them costs time in every pass.
 
     Args:
         training: what was asked for.
         machine: what there is.
         weights: what is held.
-        settled: an earlier attempt has chosen precision, optimizer and crop, which a checkpoint depends on.
+        settled: an earlier attempt has chosen precision, optimizer, crop and sharding, which a checkpoint depends on.
+        may_shard: slices go with the method and with what was asked for besides.
     """
     base = training if settled else training.model_copy(update={"precision": _precision(training, machine)})
     if not settled and machine.is_gpu and machine.memory_bytes < SMALL_GIB * GIB:
@@ -103,18 +114,24 @@ def choose(training: TrainingSpec, machine: Machine, weights: Weights, settled: 
             break
         if size > 0 and (best is None or size > best[0]):
             best = (size, candidate)
+    for candidate in _sharded_candidates(base, machine, weights, settled, may_shard) if best is None else ():
+        size = _largest_batch(candidate, weights, machine, budget)
+        if best is None and size > 0:
+            best = (size, candidate)
     fits = best is not None
     size, chosen = best or (1, candidate)
     chosen = chosen.model_copy(update={"batch_size": size})
-    return Choice(chosen, _explain(training, chosen, machine, estimate_bytes(chosen, weights, machine), fits))
+    return Choice(chosen, _explain(training, chosen, machine, weights, fits))
 
 
 def estimate_bytes(training: TrainingSpec, weights: Weights, machine: Machine) -> float:
     """Memory that training takes at most, as far as can be told beforehand."""
     bytes_of_format = 4 if training.precision is Precision.FP32 else 2
-    held = weights.frozen * bytes_of_format + weights.trained * (4 + 4 + _BYTES_OF_MOMENTS[training.optimizer])
-    if training.ema:
-        held += weights.trained * 4
+    held: float = weights.frozen * bytes_of_format
+    if training.offload is Offload.NONE:
+        held += _slice_bytes(training, weights, machine)
+    if _is_sliced(training, machine):
+        held += min(_GATHERED_GIB * GIB, weights.trained * 8)
     # Autocast keeps a copy in the low format of what is trained.
     held += weights.trained * (bytes_of_format if bytes_of_format == 2 else 0)
     side = training.resolution / 512
@@ -125,6 +142,24 @@ def estimate_bytes(training: TrainingSpec, weights: Weights, machine: Machine) -
     context = _CONTEXT_GIB if machine.is_gpu else 0.3
     num_samples = training.batch_size * (2 if training.dreambooth and training.dreambooth.class_prompt else 1)
     return held + (context + of_sample * side**2 * num_samples) * GIB
+
+
+def host_bytes(training: TrainingSpec, weights: Weights, machine: Machine) -> float:
+    """The host's memory that one rank's slices take, and the copy of them that a checkpoint is written from."""
+    gradients = 4 * weights.trained / machine.num_ranks
+    return 2 * _slice_bytes(training, weights, machine) - gradients
+
+
+def _slice_bytes(training: TrainingSpec, weights: Weights, machine: Machine) -> float:
+    """What one rank holds of weights, gradients, moments and average."""
+    of_weight = 4 + 4 + _BYTES_OF_MOMENTS[training.optimizer] + (4 if training.ema else 0)
+    num_slices = 1 if training.sharding is Sharding.NONE else machine.num_ranks
+    return weights.trained * of_weight / num_slices
+
+
+def _is_sliced(training: TrainingSpec, machine: Machine) -> bool:
+    """Whether weights are gathered; a rank that is alone has them all, unless the host's memory does."""
+    return training.offload is Offload.CPU or (training.sharding is Sharding.FULL and machine.num_ranks > 1)
 
 
 def _precision(training: TrainingSpec, machine: Machine) -> Precision:
@@ -149,6 +184,22 @@ def _candidates(training: TrainingSpec, machine: Machine, weights: Weights, sett
                 yield training.model_copy(update={"gradient_checkpointing": recomputes, "optimizer": optimizer})
 
 
+def _sharded_candidates(
+    training: TrainingSpec, machine: Machine, weights: Weights, settled: bool, may_shard: bool
+) -> Iterator[TrainingSpec]:
+    """Settings where each rank has a slice, from the fastest to the most frugal."""
+    if not may_shard or not machine.is_gpu or (settled and training.sharding is Sharding.NONE):
+        return
+    if training.optimizer is not Optimizer.ADAMW or training.precision is Precision.FP16:
+        return
+    sliced = training.model_copy(update={"gradient_checkpointing": True, "sharding": Sharding.FULL})
+    if machine.num_ranks > 1:
+        yield sliced
+    offloaded = sliced.model_copy(update={"offload": Offload.CPU})
+    if host_bytes(offloaded, weights, machine) <= machine.host_bytes * _SHARE:
+        yield offloaded
+
+
 def _largest_batch(training: TrainingSpec, weights: Weights, machine: Machine, budget: float) -> int:
     """Largest micro-batch that fits, halved from what was asked for; 0 where none does."""
     size = training.batch_size
@@ -159,7 +210,8 @@ def _largest_batch(training: TrainingSpec, weights: Weights, machine: Machine, b
     return 0
 
 
-def _explain(asked: TrainingSpec, chosen: TrainingSpec, machine: Machine, needed: float, fits: bool) -> str:
+def _explain(asked: TrainingSpec, chosen: TrainingSpec, machine: Machine, weights: Weights, fits: bool) -> str:
+    needed = estimate_bytes(chosen, weights, machine)
     what = "GPU memory" if machine.is_gpu else "memory"
     parts = [
         chosen.precision.value,
@@ -167,6 +219,10 @@ def _explain(asked: TrainingSpec, chosen: TrainingSpec, machine: Machine, needed
         chosen.optimizer.value,
         f"{chosen.batch_size} of {asked.batch_size} samples at a time",
     ]
+    if _is_sliced(chosen, machine):
+        parts.append(f"each of {machine.num_ranks} ranks with a slice" if machine.num_ranks > 1 else "one slice")
+    if chosen.offload is Offload.CPU:
+        parts[-1] += f" in the host's memory, {host_bytes(chosen, weights, machine) / GIB:.1f} GiB"
     if chosen.center_crop and not asked.center_crop:
         parts.append("latents made once, of centre crops")
     verdict = "" if fits else ", which may not be enough"

@@ -16,7 +16,7 @@ from finetune_contract.beat import RankState
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Optimizer, Precision, Sharding, TrainingSpec
+from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import total_steps
@@ -114,6 +114,8 @@ def check_spec(spec: RunSpec) -> None:
         raise ConfigError("training.aspectBuckets: class images are squares; leave it out, or dreambooth.classPrompt")
     if spec.training.sharding is not Sharding.NONE:
         check_sharded(spec.training)
+    elif spec.training.offload is not Offload.NONE:
+        raise ConfigError("training.offload: only slices can lie in the host's memory; write sharding: full")
     check_trackers(spec.training.trackers)
     check_outputs(spec.outputs, method_class(spec.training.method).formats)
 
@@ -212,10 +214,10 @@ class _Run:
                 Ema(parameters) if training.ema else None,
                 loss_scale=LossScale() if training.precision is Precision.FP16 else None,
             )
-        if world.size > 1:
+        if world.size > 1 or training.offload is not Offload.NONE:
             if not method.sharded_modules():
                 raise ConfigError(f"training.sharding: {training.method} cannot be cut into slices; leave it out")
-            self._shards = Shards(method.sharded_modules(), parameters, world)
+            self._shards = Shards(method.sharded_modules(), parameters, world, training.offload)
             parameters = self._shards.parameters
         return make_sharded_state(training, world, parameters, self._shards)
 
@@ -329,7 +331,7 @@ def _open_base(spec: RunSpec, context: RankContext, world: World) -> Family:
 
 def _with_preset(spec: RunSpec, context: RankContext, family: Family, world: World, env: Mapping[str, str]) -> RunSpec:
     """The run with the settings that its memoryPreset comes to, which a person is told."""
-    choice = apply_preset(spec, family, world, context.job_dir, env)
+    choice = apply_preset(spec, family, world, Places(context.job_dir, context.scratch), env)
     if choice is None:
         return spec
     if world.is_first:
