@@ -3,7 +3,7 @@
 # The base is pinned by its version. To pin it by digest give PYTHON_IMAGE=python@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
-FROM ${PYTHON_IMAGE} AS build
+FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
 # Some builders come with authorities of their own.
 ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
@@ -13,6 +13,8 @@ RUN python -m venv /build \
  && python -m venv --without-pip /app \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --require-hashes \
         -r requirements/operator.txt
+
+FROM dependencies AS build
 COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
 COPY trainer trainer

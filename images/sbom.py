@@ -1,7 +1,7 @@
 """Write what an image is made of, as SPDX 2.3: its Python distributions, and the Debian packages behind its files.
 
-Runs inside an image's build, with the Python that the image ships: sbom.py OUT NAME SITE_PACKAGES [FILE...]. Without
-files, all installed Debian packages are listed.
+Runs inside an image's build, with the Python that the image ships: sbom.py OUT NAME FOLDER[:FOLDER...] [FILE...], the
+folders those of Python's packages. Without files, all installed Debian packages are listed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ CREATED = "1970-01-01T00:00:00Z"
 """The same files give the same document."""
 
 
-def python_packages(site_packages: str) -> list[dict[str, object]]:
-    """Every distribution in a folder."""
+def python_packages(*folders: str) -> list[dict[str, object]]:
+    """Every distribution in these folders."""
     found = {
         (dist.metadata["Name"], dist.version, dist.metadata.get("License-Expression") or "NOASSERTION")
-        for dist in importlib.metadata.distributions(path=[site_packages])
+        for dist in importlib.metadata.distributions(path=list(folders))
     }
     return [_package("pypi", name, version, licence) for name, version, licence in sorted(found)]
 
@@ -79,5 +79,5 @@ def _run(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    out, name, site_packages, *files = sys.argv[1:]
-    write(Path(out), name, [*python_packages(site_packages), *debian_packages(files or None)])
+    out, name, folders, *files = sys.argv[1:]
+    write(Path(out), name, [*python_packages(*folders.split(":")), *debian_packages(files or None)])

@@ -3,32 +3,39 @@
 # The base is pinned by its version. To pin it by digest give PYTHON_IMAGE=python@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
-FROM ${PYTHON_IMAGE} AS build
+FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
 # Some builders come with authorities of their own.
 ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
 # Address of Intel's index, which alone has the oneCCL binding.
 ARG ONECCL_INDEX=
 COPY requirements/bootstrap.txt requirements/trainer-ipex.txt requirements/
+RUN test -n "$ONECCL_INDEX" || { echo 'Give --build-arg ONECCL_INDEX=..., the index with oneccl_bind_pt'; exit 1; }
 RUN python -m venv /build \
  && /build/bin/pip install --no-cache-dir --require-hashes -r requirements/bootstrap.txt \
  && python -m venv --without-pip /app \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --require-hashes \
         -r requirements/trainer-ipex.txt \
- && test -n "$ONECCL_INDEX" || { echo 'Give --build-arg ONECCL_INDEX=..., the index with oneccl_bind_pt'; exit 1; } \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --no-deps \
         --index-url "$ONECCL_INDEX" 'oneccl_bind_pt==2.8.*'
+
+FROM dependencies AS own
 COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
 COPY trainer trainer
 COPY images/sbom.py images/
 # One distribution holds both sides; of the operator's, the trainer imports nothing.
 RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python --out-dir /wheel . \
- && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --no-deps /wheel/*.whl \
- && rm -rf /app/lib/python3*/site-packages/finetune_operator \
- && python images/sbom.py /app/share/sbom/finetune-trainer-cpu-ipex.spdx.json finetune-trainer-cpu-ipex /app/lib/python3*/site-packages
+ && /build/bin/uv pip install --no-cache --python /app/bin/python --prefix /own --compile-bytecode --no-deps \
+        /wheel/*.whl \
+ && rm -rf /own/.lock /own/bin/finetune /own/bin/finetune-operator /own/lib/python3*/site-packages/finetune_operator \
+ && set -- /app/lib/python3*/site-packages /own/lib/python3*/site-packages \
+ && python images/sbom.py /own/share/sbom/finetune-trainer-cpu-ipex.spdx.json finetune-trainer-cpu-ipex "$1:$2"
 
 FROM ${PYTHON_IMAGE}
+# Gigabytes that change with the locks alone, then what changes with every release.
+COPY --from=dependencies /app /app
+COPY --from=own /own /app
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune-trainer-cpu-ipex" \
@@ -37,7 +44,6 @@ LABEL org.opencontainers.image.title="finetune-trainer-cpu-ipex" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.source="https://github.com/finetune-operator/finetune-operator" \
       org.opencontainers.image.licenses="Apache-2.0"
-COPY --from=build /app /app
 # All that is written goes to volumes: the root file system is read-only in the pods.
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     CCL_PROCESS_LAUNCHER=none CCL_ATL_TRANSPORT=ofi FI_PROVIDER=tcp

@@ -3,7 +3,7 @@
 # The base is pinned by its version. To pin it by digest give PYTHON_IMAGE=python@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
-FROM ${PYTHON_IMAGE} AS build
+FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
 # Some builders come with authorities of their own.
 ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
@@ -13,17 +13,24 @@ RUN python -m venv /build \
  && python -m venv --without-pip /app \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --require-hashes \
         -r requirements/trainer.txt
+
+FROM dependencies AS own
 COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
 COPY trainer trainer
 COPY images/sbom.py images/
 # One distribution holds both sides; of the operator's, the trainer imports nothing.
 RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python --out-dir /wheel . \
- && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --no-deps /wheel/*.whl \
- && rm -rf /app/lib/python3*/site-packages/finetune_operator \
- && python images/sbom.py /app/share/sbom/finetune-trainer-cuda.spdx.json finetune-trainer-cuda /app/lib/python3*/site-packages
+ && /build/bin/uv pip install --no-cache --python /app/bin/python --prefix /own --compile-bytecode --no-deps \
+        /wheel/*.whl \
+ && rm -rf /own/.lock /own/bin/finetune /own/bin/finetune-operator /own/lib/python3*/site-packages/finetune_operator \
+ && set -- /app/lib/python3*/site-packages /own/lib/python3*/site-packages \
+ && python images/sbom.py /own/share/sbom/finetune-trainer-cuda.spdx.json finetune-trainer-cuda "$1:$2"
 
 FROM ${PYTHON_IMAGE}
+# Gigabytes that change with the locks alone, then what changes with every release.
+COPY --from=dependencies /app /app
+COPY --from=own /own /app
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune-trainer-cuda" \
@@ -32,7 +39,6 @@ LABEL org.opencontainers.image.title="finetune-trainer-cuda" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.source="https://github.com/finetune-operator/finetune-operator" \
       org.opencontainers.image.licenses="Apache-2.0"
-COPY --from=build /app /app
 # All that is written goes to volumes: the root file system is read-only in the pods.
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -20,8 +20,9 @@ def test_an_image_is_pinned_locked_labelled_and_not_root(file: Path) -> None:
     text = file.read_text()
     assert re.search(r"^ARG PYTHON_IMAGE=python:3\.\d+-slim-\w+$", text, re.MULTILINE)
     # Its own stages, a base by its version, or nothing at all.
-    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"${PYTHON_IMAGE}", "scratch"}
-    assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == 2
+    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"${PYTHON_IMAGE}", "scratch", "dependencies"}
+    # Dependencies, our own code, and what becomes of the two.
+    assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == 3
     assert text.count("--require-hashes") >= 2
     assert "SBOM" in text.upper()
     for label in ("title", "description", "version", "revision", "source", "licenses"):
@@ -31,6 +32,17 @@ def test_an_image_is_pinned_locked_labelled_and_not_root(file: Path) -> None:
     for copied in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
         assert [name for name in copied.split() if not (ROOT / name).exists()] == []
     assert re.search(rf"^image-{file.stem}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "operator"], ids=lambda file: file.stem)
+def test_a_change_of_our_code_is_a_layer_of_its_own(file: Path) -> None:
+    """What comes before it in the trainers' images must not name our code, nor what differs between two releases."""
+    dependencies, _, final = file.read_text().split("\nFROM ", maxsplit=1)[1].split("\nFROM ")
+    copied = " ".join(re.findall(r"^COPY (.+) \S+$", dependencies, re.MULTILINE)).split()
+    assert [name for name in copied if not name.startswith(("requirements/", "images/without_cuda"))] == []
+    before, last = final.split("COPY --from=dependencies /app /app\nCOPY --from=own /own /app\n")
+    assert [line for line in before.splitlines()[1:] if not line.startswith("#")] == []
+    assert "ARG REVISION" in last
 
 
 def test_there_is_an_image_for_each_way_to_train() -> None:

@@ -1,7 +1,9 @@
 """The images that the nodes load, built from images/ on a base made by debootstrap; the archives are cached.
 
-Called by `cluster`, and as `python -m tests.realnodes.builder NAME` by `make image-NAME` where there is no other
+Called by `prepare`, and as `python -m tests.realnodes.builder NAME` by `make image-NAME` where there is no other
 builder: it builds images/NAME.Dockerfile, looks into the image and says how large it is.
+
+What a change of the code does not change is kept: the stage with the dependencies, and what the nodes have unpacked.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.controlplane.build import BuildError, Say, cache_folder, lock, progress
-from tests.realnodes import archive
+from tests.realnodes import archive, layers
 from tests.realnodes.runtime import MissingError, check_tools
 
 ROOT = Path(__file__).parents[2]
@@ -43,27 +46,41 @@ class Builder:
         """Build what has changed; returns the folder of the archives."""
         kind = "whole" if trainer == WHOLE else "light"
         target = self.folder / f"images-{kind}-{self._key()}"
-        with lock(self.folder / "lock", "build of the images", self._say):
+        with self.alone():
             if not target.exists():
                 partial = self.folder / "images.partial"
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
+                formers = sorted(self.folder.glob(f"images-{kind}-*"), key=lambda folder: folder.stat().st_mtime)
+                for former in formers[-1:]:
+                    layers.begin_from(former, partial)
                 self._fill(partial, trainer)
-                for old in self.folder.glob(f"images-{kind}-*"):
-                    shutil.rmtree(old)
+                # Somebody may be about to start nodes from the newest.
+                for former in formers[:-1]:
+                    shutil.rmtree(former)
                 partial.rename(target)
         return target
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other builds away meanwhile."""
+        return lock(self.folder / "lock", "build of the images", self._say)
+
     def build(self, file: Path, name: str, *arguments: str) -> None:
-        """Build one image."""
+        """Build one image; of what it was built from, only its dependencies are kept."""
         self._ensure_base()
         authorities = "/etc/ssl/certs"
         given = ["--volume", f"{authorities}:{authorities}:ro", "--build-arg", f"PYTHON_IMAGE={BASE}", *arguments]
+        command = ("build", "--layers", *given, "--file", str(file))
+        kept = f"localhost/{file.stem}-dependencies:kept"
         with progress(self._say, f"{name} from {file.relative_to(ROOT)}", 10):
-            self._buildah("build", "--layers", *given, "--file", str(file), "--tag", name, str(ROOT))
+            # What a build left that was interrupted.
+            self._buildah("rm", "--all")
+            self._buildah(*command, "--target", "dependencies", "--tag", kept, str(ROOT))
+            self._buildah(*command, "--tag", name, str(ROOT))
+            self._buildah("rmi", "--prune")
 
     def write(self, name: str, target: Path) -> None:
-        """Write an image as an archive that containerd takes."""
+        """Write an image as an archive that one can look into."""
         self._buildah("push", name, f"docker-archive:{target}:{name}")
 
     def _fill(self, folder: Path, trainer: str) -> None:
@@ -71,8 +88,11 @@ class Builder:
         files[WHOLE] = ROOT / "images/trainer-cpu.Dockerfile"
         for name in (OPERATOR, trainer):
             self.build(files[name], name)
-            self.write(name, folder / f"{name.split('/')[1].split(':')[0]}.tar")
-        self._build_pause(folder / "pause.tar")
+        self._build_pause()
+        self.write(OPERATOR, folder / "operator.tar")
+        for name in (OPERATOR, trainer, PAUSE):
+            layout = layers.layout_for(folder, name)
+            self._buildah("push", "--disable-compression", name, f"oci:{layout}:{name}")
 
     def _ensure_base(self) -> None:
         if BASE.split(":", maxsplit=1)[0] in self._buildah("images", "--format", "{{.Name}}").split():
@@ -93,7 +113,7 @@ class Builder:
         self._buildah("commit", "--rm", container, BASE)
         shutil.rmtree(root)
 
-    def _build_pause(self, target: Path) -> None:
+    def _build_pause(self) -> None:
         self._say(f"building {PAUSE}")
         program = self.folder / "pause"
         _run("gcc", "-Os", "-static", "-s", "-o", str(program), str(HERE / "images/pause.c"))
@@ -101,7 +121,6 @@ class Builder:
         self._buildah("copy", container, str(program), "/pause")
         self._buildah("config", "--entrypoint", '["/pause"]', container)
         self._buildah("commit", "--rm", container, PAUSE)
-        self.write(PAUSE, target)
 
     def _buildah(self, *arguments: str) -> str:
         storage = ("--root", str(self.folder / "storage"), "--runroot", str(self.folder / "storage-run"))
@@ -138,12 +157,10 @@ def main() -> int:
     target = builder.folder / f"{options.name}.tar"
     try:
         check_tools(TOOLS)
-        builder.build(
-            ROOT / f"images/{options.name}.Dockerfile",
-            options.tag,
-            *(word for value in options.build_arg for word in ("--build-arg", value)),
-        )
-        builder.write(options.tag, target)
+        given = [word for value in options.build_arg for word in ("--build-arg", value)]
+        with builder.alone():
+            builder.build(ROOT / f"images/{options.name}.Dockerfile", options.tag, *given)
+            builder.write(options.tag, target)
         faults = list(archive.faults(target, options.name))
         print(f"{options.tag}: {archive.size_mib(target):.0f} MiB unpacked; {'; '.join(faults) or 'as it should be'}")
     except (MissingError, BuildError) as error:

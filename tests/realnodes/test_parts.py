@@ -15,7 +15,7 @@ import pytest
 
 from finetune_operator.api.words import Reason
 from tests.controlplane.process import wait_for
-from tests.realnodes import archive, janitor, security
+from tests.realnodes import archive, janitor, layers, security
 from tests.realnodes.faults import FAULTS
 from tests.realnodes.job import FAULT_STEP, LONG_STEPS, SAVE_EVERY, STEPS
 
@@ -122,3 +122,24 @@ def test_an_image_is_looked_into(tmp_path: Path, files: dict[str, bytes], user: 
     assert len(faults) == len(words)
     for fault, word in zip(faults, words, strict=True):
         assert word in fault
+
+
+def test_an_archive_leaves_out_the_blobs_that_are_there(tmp_path: Path) -> None:
+    """What a change of our code costs the nodes: its own layer."""
+    layout, present = tmp_path / "layout", tmp_path / "present"
+    for folder, blobs in ((layout / layers.BLOBS, ("dependencies", "own")), (present, ("dependencies", "older"))):
+        folder.mkdir(parents=True)
+        for blob in blobs:
+            (folder / blob).write_text(blob)
+    (layout / "oci-layout").write_text("{}")
+    named = {"annotations": {"org.opencontainers.image.ref.name": "localhost/trainer:test"}}
+    (layout / "index.json").write_text(json.dumps({"manifests": [named]}))
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as opened:
+        layers.pack(layout, present, opened)
+    packed.seek(0)
+    with tarfile.open(fileobj=packed) as opened:
+        assert set(opened.getnames()) == {"oci-layout", "index.json", f"{layers.BLOBS}/own"}
+        index = opened.extractfile("index.json")
+        assert index is not None
+        assert json.load(index)["manifests"][0]["annotations"][layers.NAME] == "localhost/trainer:test"
