@@ -1,7 +1,6 @@
 # The trainer for GPUs: torch with CUDA and NCCL in its own wheels. Not root. The node brings the driver.
 #   make image-trainer-cuda        or: docker build -f images/trainer-cuda.Dockerfile -t finetune-trainer-cuda .
-# The base is pinned by its version. To pin it by digest give PYTHON_IMAGE=python@sha256:...
-ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+ARG PYTHON_IMAGE=python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_operator.api.words import REASONS, CountsAs
+from finetune_operator.api.words import CONDITIONS, REASONS, CountsAs, Reason
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -39,8 +39,16 @@ def test_every_link_leads_somewhere(page: str) -> None:
 def test_troubleshooting_has_every_reason_once_and_says_something_of_it() -> None:
     sections = re.findall(r"^### (\w+)\n(.+)$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
     titles = [title for title, _ in sections]
+    assert set(REASONS) == set(Reason)
     assert {reason.value for reason in REASONS} <= set(titles)
     assert len(titles) == len(set(titles))
+    # Nor does it explain what nobody can meet any more.
+    alerts = re.findall(r"alert: (\w+)", (ROOT / "charts/finetune-operator/templates/alerts.yaml").read_text())
+    assert set(titles) <= {
+        *(reason.value for reason in REASONS),
+        *(condition.value for condition in CONDITIONS),
+        *alerts,
+    }
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -55,5 +56,39 @@ def test_an_example_brings_what_it_names(path: Path) -> None:
             assert storage["persistentVolumeClaim"]["claimName"] in claims
 
 
+ASKED: dict[str, dict[str, Any]] = {
+    "lora-sd15-one-gpu": {"method": "LoRA", "accelerator": "gpu", "nodes": 1, "spot": True},
+    "controlnet-sdxl-8-gpus-efs": {
+        "method": "ControlNet",
+        "accelerator": "gpu",
+        "ranks": 8,
+        "spot": True,
+        "class": "efs-sc",
+    },
+    "lora-sdxl-nccl-4-nodes": {"accelerator": "gpu", "nodes": 4, "ranks": 32},
+    "textual-inversion-4-cpu-nodes": {"method": "TextualInversion", "accelerator": "cpu", "nodes": 4},
+    "elastic-2-to-8-nodes": {"minNodes": 2, "maxNodes": 8},
+    "dreambooth-prior-preservation": {"method": "DreamBooth", "prior": True},
+    "lora-circles": {"method": "LoRA", "accelerator": "cpu"},
+}
+"""What each manifest is there to show."""
+
+
 def test_there_is_one_for_each_way_to_train() -> None:
-    assert len(EXAMPLES) >= 7
+    assert {path.stem for path in EXAMPLES} == set(ASKED)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_shows_what_it_is_there_for(path: Path) -> None:
+    things = {thing["kind"]: thing["spec"] for thing in yaml.safe_load_all(path.read_text())}
+    spec = things["FineTuneJob"]
+    training, topology = spec["training"], spec["topology"]
+    shown = {
+        **topology,
+        "method": training["method"],
+        "ranks": topology.get("nodes", 0) * topology.get("processesPerNode", 1),
+        "spot": "spot" in spec["recovery"] if "recovery" in spec else False,
+        "class": things.get("PersistentVolumeClaim", {}).get("storageClassName"),
+        "prior": "classPrompt" in training.get("dreambooth", {}),
+    }
+    assert ASKED[path.stem].items() <= shown.items()

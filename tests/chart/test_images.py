@@ -18,8 +18,8 @@ INDEX = "some-index"
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_an_image_is_pinned_locked_labelled_and_not_root(file: Path) -> None:
     text = file.read_text()
-    assert re.search(r"^ARG PYTHON_IMAGE=python:3\.\d+-slim-\w+$", text, re.MULTILINE)
-    # Its own stages, a base by its version, or nothing at all.
+    assert re.search(r"^ARG PYTHON_IMAGE=python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+    # Its own stages, a base by its digest, or nothing at all.
     assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"${PYTHON_IMAGE}", "scratch", "dependencies"}
     # Dependencies, our own code, and what becomes of the two.
     assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == 3

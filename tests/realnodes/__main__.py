@@ -22,11 +22,12 @@ from tests.realnodes.cluster import RealCluster, in_own_network
 from tests.realnodes.faults import FAULTS, SHORT
 from tests.realnodes.janitor import Janitor, folder_of
 from tests.realnodes.job import LONG_STEPS, SHORT_STEPS, Bed
+from tests.realnodes.names import FAULT_TAINT
 from tests.realnodes.prepare import NUM_NODES, prepare, tell
 from tests.realnodes.run import Run, report
 from tests.realnodes.runtime import MissingError
 from tests.realnodes.store import ClaimStore, FolderStore
-from tests.realnodes.user_cluster import UserCluster, image_from
+from tests.realnodes.user_cluster import RefusedError, UserCluster, image_from
 
 FLAGS = {"progress-seconds": 0.5, "lease-seconds": 5, "beat-seconds": 1, "failure-backoff-seconds": 1}
 
@@ -40,7 +41,7 @@ def values(operator: str, trainer: str) -> dict[str, Any]:
         # The operator is to outlast what the faults do to pods of no priority.
         "priorityClassName": "system-cluster-critical",
         "flags": FLAGS,
-        "tolerations": [{"key": "finetune.test/termination", "operator": "Exists"}],
+        "tolerations": [{"key": FAULT_TAINT, "operator": "Exists"}],
     }
 
 
@@ -74,7 +75,7 @@ def run_elsewhere(kubeconfig: Path, chosen: list[str], folder: Path, long_steps:
         tell(f"SKIPPED, for they need the machines of the nodes: {', '.join(skipped)}")
     programs = ensure_programs(modules=(*ALL_MODULES, HELM))
     cluster = UserCluster(programs["kubectl"], kubeconfig)
-    cluster.check_nothing_is_there()
+    cluster.begin(tell)
     store = ClaimStore(trainer, os.environ.get("FINETUNE_STORAGE_CLASS"), folder / "shared")
     helm = Helm(programs["helm"], folder / "helm", kubeconfig)
     one = Run(cluster, helm, Bed(cluster, store), values(operator, trainer), tell, long_steps)
@@ -82,7 +83,7 @@ def run_elsewhere(kubeconfig: Path, chosen: list[str], folder: Path, long_steps:
         one.begin()
         return report(one, [name for name in chosen if name not in skipped], [])
     finally:
-        cluster.remove_all()
+        cluster.remove_all(tell)
 
 
 def main() -> int:
@@ -111,7 +112,7 @@ def main() -> int:
     except MissingError as error:
         print(f"SKIPPED: {error}", file=sys.stderr)
         return 0
-    except BuildError as error:
+    except (BuildError, RefusedError) as error:
         print(error, file=sys.stderr)
         return 1
 

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.chart.helm import HOME, NAME
 from tests.realnodes.cluster import RealCluster
 from tests.realnodes.job import Bed
-from tests.realnodes.store import TEAM, Cluster
+from tests.realnodes.names import FAULT_TAINT, HOME, NAME, OURS, TEAM
+from tests.realnodes.store import Cluster
 
-FAULT_TAINT = "finetune.test/termination=true:NoExecute"
 PRIORITY = "urgent"
 KILL = """
 for process in /proc/[0-9]*; do
@@ -72,14 +71,20 @@ class Fault:
 
 def drain(scene: Scene) -> Callable[[], None]:
     node = scene.node
+    scene.kubectl("label", "node", node, f"{OURS}=drained")
     scene.kubectl("drain", node, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
-    return lambda: void(scene.kubectl("uncordon", node))
+
+    def back() -> None:
+        scene.kubectl("uncordon", node)
+        scene.kubectl("label", "node", node, f"{OURS}-")
+
+    return back
 
 
 def taint(scene: Scene) -> Callable[[], None]:
     node = scene.node
-    scene.kubectl("taint", "node", node, FAULT_TAINT)
-    return lambda: void(scene.kubectl("taint", "node", node, FAULT_TAINT + "-"))
+    scene.kubectl("taint", "node", node, f"{FAULT_TAINT}=true:NoExecute")
+    return lambda: void(scene.kubectl("taint", "node", node, f"{FAULT_TAINT}-"))
 
 
 def outrank(scene: Scene) -> Callable[[], None]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from finetune_operator.api.job import API_VERSION, KIND
-from tests.chart.helm import HOME, NAME
 from tests.controlplane.process import wait_for
 from tests.controlplane.server import KubectlError
-from tests.realnodes.store import CLAIM, MOUNT, OUTPUTS, TEAM, Cluster, Object, Store, apply
+from tests.realnodes.names import HOME, NAME, OURS, TEAM
+from tests.realnodes.store import CLAIM, MOUNT, OUTPUTS, Cluster, Object, Store, apply
 
 STEPS, SAVE_EVERY, FAULT_STEP = 40, 10, 14
 LONG_STEPS, SHORT_STEPS = 200, 120
@@ -37,8 +37,7 @@ class Bed:
     def prepare(self) -> None:
         """The volume with the model and the data, in a namespace that enforces the restricted standard."""
         enforce = {"pod-security.kubernetes.io/enforce": "restricted"}
-        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": TEAM, "labels": enforce}}
-        apply(self.cluster, namespace)
+        make_namespace(self.cluster, TEAM, enforce)
         self.store.prepare(self.cluster)
 
     def create(self, name: str, steps: int = STEPS) -> None:
@@ -133,6 +132,12 @@ class Bed:
         found = self.store.weights(self.cluster, name)
         assert found, f"{name} has written no weights"
         return found
+
+
+def make_namespace(cluster: Cluster, name: str, labels: dict[str, str] | None = None) -> None:
+    """A namespace that a later run knows as ours."""
+    metadata = {"name": name, "labels": {OURS: "true", **(labels or {})}}
+    apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
 
 
 def build_job(name: str, steps: int, pod_template: Object) -> Object:

@@ -10,17 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.chart.helm import CHART, HOME, RELEASE, Helm, HelmError
+from tests.chart.helm import CHART, Helm, HelmError
 from tests.controlplane.process import wait_for
 from tests.controlplane.server import KubectlError
 from tests.realnodes import security
 from tests.realnodes.faults import FAULTS, Fault, Scene
-from tests.realnodes.job import FAULT_STEP, LONG_STEPS, STEPS, Bed
-from tests.realnodes.store import TEAM, Cluster
+from tests.realnodes.job import FAULT_STEP, LONG_STEPS, STEPS, Bed, make_namespace
+from tests.realnodes.names import CLUSTER_KINDS, CRD, HOME, OF_CHART, RELEASE, TEAM
+from tests.realnodes.store import Cluster
 
-CRD = "crd/finetunejobs.finetune-operator.io"
 KINDS = "pods,services,configmaps,secrets,leases,endpointslices,persistentvolumeclaims"
-CLUSTER_KINDS = "clusterroles,clusterrolebindings"
 EXPECTED_LEFT = ("configmap/kube-root-ca.crt", "pod/carrier")
 """What Kubernetes itself puts into a namespace, and what the test put there."""
 
@@ -57,11 +56,12 @@ class Run:
 
     def install(self, *more: str, **changes: Any) -> None:
         """Install or upgrade the chart."""
-        command = ("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME, "--create-namespace")
+        command = ("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME)
         self.helm.run(*command, *more, values={**self.values, **changes})
 
     def begin(self) -> None:
         """The chart, its own test, and the volume of the jobs."""
+        make_namespace(self.cluster, HOME)
         self.install("--wait", "--timeout", "100s")
         self.say("the chart is installed")
         printed = self.helm.run("test", RELEASE, "--namespace", HOME, "--logs")
@@ -154,8 +154,7 @@ class Run:
         left = self._kubectl("get", KINDS, "--namespace", HOME, "--output=name").split()
         of_jobs = self._kubectl("get", KINDS, "--namespace", TEAM, "--output=name").split()
         left += [thing for thing in of_jobs if not thing.startswith("persistentvolumeclaim/")]
-        of_chart = f"--selector=app.kubernetes.io/instance={RELEASE}"
-        left += self._kubectl("get", CLUSTER_KINDS, of_chart, "--output=name").split()
+        left += self._kubectl("get", CLUSTER_KINDS, f"--selector={OF_CHART}", "--output=name").split()
         return [thing for thing in left if thing not in EXPECTED_LEFT]
 
     def _kubectl(self, *arguments: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from tests.realnodes.store import TEAM, Cluster, Object
+from tests.realnodes.names import TEAM
+from tests.realnodes.store import Cluster, Object
 
 INSIDE = r"""
 import json, os, ssl, sys, urllib.error, urllib.request

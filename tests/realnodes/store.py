@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 from tests.controlplane.build import Say
 from tests.realnodes.builder import BASE_PYTHON, ROOT
+from tests.realnodes.names import TEAM
 from tests.realnodes.runtime import MissingError
 
-TEAM = "team-a"
 CLAIM, PACKAGES = "finetune", "packages"
 OUTPUTS = "outputs"
 USER = 1000
@@ -159,15 +159,15 @@ def fill(folder: Path) -> None:
     shutil.copytree(ROOT / "examples/base-circles", folder / "base")
 
 
-def volume(name: str, folder: Path, storage_class: str = "") -> Object:
-    """A folder that all nodes see, as NFS is: for one claim, or for the first one of a class."""
+def volume(name: str, folder: Path, storage_class: str = "", size: str = "10Gi") -> Object:
+    """A folder that all nodes see, as NFS is: for one claim, or for any one of a class."""
     claimed = {} if storage_class else {"claimRef": {"name": name, "namespace": TEAM}}
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
         "metadata": {"name": name},
         "spec": {
-            "capacity": {"storage": "10Gi"},
+            "capacity": {"storage": size},
             "accessModes": ["ReadWriteMany"],
             "storageClassName": storage_class,
             **claimed,

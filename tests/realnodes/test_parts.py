@@ -47,10 +47,14 @@ def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:
 
 
 def test_what_is_missing_is_said_aloud() -> None:
-    """Without the tools on PATH; with KUBECONFIG, without the images."""
+    """Without the tools on PATH nothing can be tried; a cluster of the user's is given wrongly."""
     result = run(PATH="/nowhere", KUBECONFIG="")
     assert result.stderr.startswith("SKIPPED: ")
-    assert run(KUBECONFIG="/nowhere").stderr.startswith("SKIPPED: FINETUNE_OPERATOR_IMAGE: give name:tag")
+    images = {"FINETUNE_OPERATOR_IMAGE": "a:b", "FINETUNE_TRAINER_IMAGE": "c:d"}
+    for given, words in ((images, "KUBECONFIG: no administrator"), ({}, "FINETUNE_OPERATOR_IMAGE: give name:tag")):
+        result = run(KUBECONFIG="/nowhere", **given)
+        assert result.returncode == 1
+        assert result.stderr.startswith(words)
 
 
 DIE = """

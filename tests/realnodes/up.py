@@ -5,6 +5,7 @@ Prints what a shell needs: the kubeconfig, and the variables that `make cluster-
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,46 +13,50 @@ import time
 from pathlib import Path
 
 from tests.controlplane import commands
-from tests.controlplane.build import BuildError
+from tests.controlplane.api import ApiError
+from tests.controlplane.build import HELM, BuildError, ensure_programs
 from tests.realnodes.builder import OPERATOR, WHOLE
 from tests.realnodes.cluster import RealCluster, in_own_network
 from tests.realnodes.door import Door
 from tests.realnodes.janitor import Janitor, folder_of
 from tests.realnodes.prepare import NUM_NODES, prepare, tell
 from tests.realnodes.runtime import MissingError
-from tests.realnodes.store import CLAIM, USER, apply, volume
+from tests.realnodes.volumes import Volumes
 
-CLASS = "shared"
 LOOK_SECONDS = 1.0
+WORDS = """
+export KUBECONFIG={kubeconfig}
+export FINETUNE_OPERATOR_IMAGE={operator} FINETUNE_TRAINER_IMAGE={trainer}
+alias kubectl={kubectl} helm={helm}
+
+helm install finetune-operator charts/finetune-operator -n finetune-system --create-namespace --wait \\
+  --set image.repository={repository},image.tag={tag},trainer.images.cpu={trainer},trainer.images.gpu={trainer}
+
+Claims are bound by the default storage class. Ctrl-C stops it."""
 
 
 def run(folder: Path) -> int:
     """Start, show, and wait until one of the programs ends; returns the exit code."""
     images = prepare(WHOLE)
+    helm = ensure_programs(modules=(HELM,))["helm"]
+    repository, _, tag = OPERATOR.rpartition(":")
     door = Door()
     in_own_network()
     with RealCluster(NUM_NODES, folder, images, tell) as cluster:
         cluster.start_nodes()
-        shared = folder / "shared"
-        shared.mkdir()
-        os.chown(shared, USER, USER)
-        apply(cluster, {"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass"} | class_of_volumes())
-        apply(cluster, volume(CLAIM, shared, CLASS))
+        volumes = Volumes(cluster.api, folder / "volumes")
+        volumes.begin()
         door.open(cluster.api_port)
         kubeconfig = outside(cluster, door.port)
-        print(f"\nexport KUBECONFIG={kubeconfig}")
-        print(f"export FINETUNE_OPERATOR_IMAGE={OPERATOR} FINETUNE_TRAINER_IMAGE={WHOLE}")
-        print(f"export FINETUNE_STORAGE_CLASS={CLASS}")
-        print(f"alias kubectl={cluster.kubectl_path}\n\nCtrl-C stops it.", flush=True)
+        names = {"kubeconfig": kubeconfig, "kubectl": cluster.kubectl_path, "helm": helm}
+        print(WORDS.format(operator=OPERATOR, repository=repository, tag=tag, trainer=WHOLE, **names), flush=True)
         while not any(program.died for program in cluster.programs):
+            # A person may have the same volume under their hands.
+            with contextlib.suppress(ApiError):
+                volumes.tend()
             time.sleep(LOOK_SECONDS)
         print(cluster.tails(), file=sys.stderr)
         return 1
-
-
-def class_of_volumes() -> dict[str, object]:
-    """Of volumes that somebody makes by hand, as the one here."""
-    return {"metadata": {"name": CLASS}, "provisioner": "kubernetes.io/no-provisioner"}
 
 
 def outside(cluster: RealCluster, port: int) -> Path:

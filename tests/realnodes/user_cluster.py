@@ -1,24 +1,29 @@
 """A cluster of the user's, by KUBECONFIG: what can be tried there without touching its machines.
 
 Needs FINETUNE_OPERATOR_IMAGE and FINETUNE_TRAINER_IMAGE (name:tag, where its nodes can pull from), and a storage class
-that many nodes can write to: the default one, or FINETUNE_STORAGE_CLASS. Everything is made in the namespaces
-finetune-system and team-a, and removed in the end. Nodes are drained and tainted: nobody else is to need the cluster.
+that many nodes can write to: the default one, or FINETUNE_STORAGE_CLASS. Everything is made in namespaces of its own,
+and removed in the end; what a run left that was killed, the next one removes. Nodes are drained and tainted: nobody
+else is to need the cluster.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chart.helm import HOME
+from tests.controlplane.build import Say
 from tests.controlplane.server import KubectlError
-from tests.realnodes.run import CRD
-from tests.realnodes.runtime import MissingError
-from tests.realnodes.store import TEAM
+from tests.realnodes.names import CLUSTER_KINDS, CRD, FAULT_TAINT, HOME, OF_CHART, OURS, TEAM
 
-OURS = (f"namespace/{HOME}", f"namespace/{TEAM}", CRD)
+REMOVAL_SECONDS = 240.0
+
+
+class RefusedError(RuntimeError):
+    """This cluster, or what was given for it, will not do; the message says why, and what to give instead."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +48,65 @@ class UserCluster:
             raise KubectlError(arguments, result.returncode, result.stderr)
         return result.stdout
 
-    def check_nothing_is_there(self) -> None:
-        """Raise MissingError where the run would touch, and in the end remove, what somebody else has made."""
-        there = self.kubectl("get", *OURS, "--ignore-not-found", "--output=name").split()
-        if there:
-            raise MissingError(
-                f"{', '.join(there)}: already in this cluster; the test makes and removes these: give another cluster"
+    def begin(self, say: Say) -> None:
+        """Remove what an earlier run left; raises RefusedError where something is in the way that is not ours."""
+        try:
+            self.kubectl("get", "namespaces", "--output=name", timeout_seconds=20)
+        except (KubectlError, subprocess.TimeoutExpired) as error:
+            raise RefusedError(f"KUBECONFIG: no administrator of a cluster that answers: {error}") from None
+        if foreign := list(self._foreign()):
+            raise RefusedError(
+                f"{', '.join(foreign)}: in this cluster already, and not made by this test, which makes and removes"
+                " these: uninstall the operator there (deleting the CRD removes its jobs, too), or give another cluster"
             )
+        self.remove_all(say)
 
-    def remove_all(self) -> None:
-        """Remove what the run made and has not removed itself."""
-        self.kubectl("delete", *OURS, "--ignore-not-found", "--wait=false")
+    def remove_all(self, say: Say) -> None:
+        """Remove what a run has made and not removed itself; returns when it is gone."""
+        if not (there := self._there()):
+            return
+        say(f"removing {', '.join(there)}")
+        for node in self._names("nodes", f"--selector={OURS}"):
+            self.kubectl("uncordon", node)
+            self.kubectl("label", node, f"{OURS}-")
+        for node in self._tainted():
+            self.kubectl("taint", node, f"{FAULT_TAINT}-")
+        self.kubectl("delete", CLUSTER_KINDS, f"--selector={OF_CHART}")
+        ours = self._names(f"namespace/{HOME}", f"namespace/{TEAM}", CRD)
+        if ours:
+            self.kubectl("delete", *ours, f"--timeout={REMOVAL_SECONDS:.0f}s", timeout_seconds=REMOVAL_SECONDS + 20)
+
+    def _there(self) -> list[str]:
+        found = self._names(f"namespace/{HOME}", f"namespace/{TEAM}", CRD)
+        found += self._names(CLUSTER_KINDS, f"--selector={OF_CHART}")
+        return [*found, *self._names("nodes", f"--selector={OURS}"), *self._tainted()]
+
+    def _names(self, *what: str) -> list[str]:
+        return self.kubectl("get", *what, "--ignore-not-found", "--output=name").split()
+
+    def _tainted(self) -> list[str]:
+        nodes = json.loads(self.kubectl("get", "nodes", "--output=json"))["items"]
+        return [
+            f"node/{node['metadata']['name']}"
+            for node in nodes
+            if any(taint["key"] == FAULT_TAINT for taint in node["spec"].get("taints", []))
+        ]
+
+    def _foreign(self) -> Iterator[str]:
+        """What has a name of ours and was not made by this test."""
+        for thing in (f"namespace/{HOME}", f"namespace/{TEAM}", CRD):
+            found = self.kubectl("get", thing, "--ignore-not-found", "--output=json")
+            if not found.strip():
+                continue
+            metadata = json.loads(found)["metadata"]
+            release = metadata.get("annotations", {}).get("meta.helm.sh/release-namespace")
+            if OURS not in metadata.get("labels", {}) and release != HOME:
+                yield thing
 
 
 def image_from(variable: str) -> str:
     """An image that the user has pushed."""
     image = os.environ.get(variable, "")
     if ":" not in image.rpartition("/")[2]:
-        raise MissingError(f"{variable}: give name:tag of an image that the nodes can pull (make image-operator, ...)")
+        raise RefusedError(f"{variable}: give name:tag of an image that the nodes can pull (make image-operator, ...)")
     return image
