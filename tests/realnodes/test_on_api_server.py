@@ -1,0 +1,108 @@
+"""What needs an API server and its controllers, but no nodes: volumes for claims, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chart.helm import CHART, Helm
+from tests.controlplane.build import HELM, ensure_programs
+from tests.controlplane.process import wait_for
+from tests.controlplane.server import ControlPlane
+from tests.realnodes import store
+from tests.realnodes.job import make_namespace
+from tests.realnodes.names import CRD, FAULT_TAINT, HOME, OURS, RELEASE, TEAM
+from tests.realnodes.user_cluster import RefusedError, UserCluster
+from tests.realnodes.volumes import VOLUMES, Volumes, phase
+
+SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """One of its own: the names are those of a run, and the CRD is not there."""
+    components = {"kube-controller-manager", "kwok"}
+    with ControlPlane(components, folder=tmp_path_factory.mktemp("realnodes-control-plane")) as running:
+        yield running
+
+
+@pytest.fixture
+def cluster(control_plane: ControlPlane) -> UserCluster:
+    """The cluster as one of the user's."""
+    return UserCluster(control_plane.kubectl_path, control_plane.kubeconfig)
+
+
+def say(_: str) -> None:
+    """Nobody listens."""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="volumes belong to the user of the jobs: only root can give them away")
+def test_there_is_always_a_volume_for_a_claim(
+    control_plane: ControlPlane, cluster: UserCluster, tmp_path: Path
+) -> None:
+    make_namespace(cluster, TEAM)
+    volumes = Volumes(control_plane.api, tmp_path)
+    volumes.begin()
+    claims = f"/api/v1/namespaces/{TEAM}/persistentvolumeclaims"
+    for name in ("a", "b", "c"):
+        store.apply(cluster, store.claim(name, storage_class=None))
+    seen: set[str] = set()
+
+    def all_are_bound() -> bool:
+        volumes.tend()
+        found = control_plane.api.get(claims)["items"]
+        seen.update(claim["spec"]["volumeName"] for claim in found if phase(claim) == "Bound")
+        return len(found) == 3 and all(phase(claim) == "Bound" for claim in found)
+
+    wait_for("the claims are bound", all_are_bound, SECONDS)
+    assert all((tmp_path / name).stat().st_uid == store.USER for name in seen)
+    cluster.kubectl("delete", "namespace", TEAM)
+
+    def none_is_left() -> bool:
+        volumes.tend()
+        left = {volume["metadata"]["name"] for volume in control_plane.api.get(VOLUMES)["items"]}
+        return not seen & left and not any((tmp_path / name).exists() for name in seen)
+
+    wait_for("their volumes are gone", none_is_left, SECONDS)
+
+
+def test_what_a_killed_run_left_is_removed(control_plane: ControlPlane, cluster: UserCluster, tmp_path: Path) -> None:
+    control_plane.add_nodes(1, prefix="left")
+    (node,) = cluster.kubectl("get", "nodes", "--output=name").split()
+    cluster.begin(say)
+    for name in (HOME, TEAM):
+        make_namespace(cluster, name)
+    helm = Helm(ensure_programs(modules=(HELM,))["helm"], tmp_path, control_plane.kubeconfig)
+    helm.run("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME, values={})
+    cluster.kubectl("label", node, f"{OURS}=drained")
+    cluster.kubectl("cordon", node)
+    cluster.kubectl("taint", node, f"{FAULT_TAINT}=true:NoExecute")
+    said: list[str] = []
+    cluster.begin(said.append)
+    assert f"namespace/{HOME}" in said[0]
+    everything = cluster.kubectl("get", "namespaces,crd,clusterroles,clusterrolebindings", "--output=name")
+    assert [name for name in everything.split() if "finetune" in name] == []
+    shown = cluster.kubectl("get", node, "--output=yaml")
+    assert not any(word in shown for word in ("unschedulable: true", FAULT_TAINT, OURS))
+    said.clear()
+    cluster.begin(said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("name", [HOME, TEAM])
+def test_what_is_not_ours_is_left_alone(cluster: UserCluster, name: str) -> None:
+    cluster.kubectl("create", "namespace", name)
+    with pytest.raises(RefusedError, match=f"namespace/{name}: in this cluster already"):
+        cluster.begin(say)
+    cluster.kubectl("delete", "namespace", name)
+
+
+def test_the_jobs_of_others_are_left_alone(cluster: UserCluster) -> None:
+    """Their CRD, and with it their jobs, would go with ours."""
+    cluster.kubectl("create", "--filename", str(CHART / "files/crd.yaml"))
+    with pytest.raises(RefusedError, match=CRD):
+        cluster.begin(say)
+    cluster.kubectl("delete", CRD)
