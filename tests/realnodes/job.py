@@ -54,6 +54,10 @@ class Bed:
         items = json.loads(self.cluster.kubectl("--namespace", TEAM, "get", "pods", selector, "--output=json"))["items"]
         return [pod for pod in items if not pod["metadata"].get("deletionTimestamp")]
 
+    def wait_pods(self, name: str) -> list[dict[str, Any]]:
+        """Wait until it has pods."""
+        return self._wait(f"{name} has pods", lambda: self.pods(name))
+
     def wait_step(self, name: str, step: int) -> dict[str, Any]:
         """Wait until it trains and has done so many steps."""
 

@@ -17,7 +17,7 @@ from tests.realnodes import security
 from tests.realnodes.faults import FAULTS, Fault, Scene
 from tests.realnodes.job import FAULT_STEP, LONG_STEPS, STEPS, Bed, make_namespace
 from tests.realnodes.names import CLUSTER_KINDS, CRD, HOME, OF_CHART, RELEASE, TEAM
-from tests.realnodes.store import Cluster
+from tests.realnodes.store import Cluster, Object
 
 KINDS = "pods,services,configmaps,secrets,leases,endpointslices,persistentvolumeclaims"
 EXPECTED_LEFT = ("configmap/kube-root-ca.crt", "pod/carrier")
@@ -78,9 +78,10 @@ class Run:
         jobs = {"undisturbed": STEPS, "undisturbed-long": self.long_steps}
         for name, steps in jobs.items():
             self.bed.create(name, steps)
-        for name in jobs:
-            self.bed.wait_step(name, 1)
-        wrong = self._look_inside("undisturbed-long", "undisturbed")
+        # The short one may have ended before the long one is looked into.
+        neighbour = self.bed.wait_pods("undisturbed")[0]
+        self.bed.wait_step("undisturbed-long", 1)
+        wrong = self._look_inside("undisturbed-long", neighbour)
         for name, steps in jobs.items():
             status = self.bed.wait_end(name)
             assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
@@ -124,9 +125,9 @@ class Run:
             wrong.append(f"attempts ended, though no pod of it was touched: {causes}")
         return Result(name, ", ".join(causes) or "-", seconds, wrong)
 
-    def _look_inside(self, job: str, neighbour: str) -> list[str]:
+    def _look_inside(self, job: str, neighbour: Object) -> list[str]:
         own, peer = self.bed.pods(job)
-        found = security.look_inside(self.cluster, own["metadata"]["name"], self.bed.pods(neighbour)[0], peer)
+        found = security.look_inside(self.cluster, own["metadata"]["name"], neighbour, peer)
         return list(security.differences(found))
 
     def end(self) -> list[str]:
