@@ -130,9 +130,7 @@ class ClaimStore:
 
     def prepare(self, cluster: Cluster) -> None:
         apply(cluster, claim(CLAIM, storage_class=self.storage_class))
-        apply(cluster, carrier(self.image))
-        waiting = ("wait", "--for=condition=Ready", "pod/carrier", "--timeout=300s")
-        cluster.kubectl("--namespace", TEAM, *waiting, timeout_seconds=310)
+        self._make_carrier(cluster)
         fill(self.work)
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as archive:
@@ -143,7 +141,14 @@ class ClaimStore:
         self._run(cluster, "-i", "carrier", "--", "python", "-c", UNPACK, MOUNT, stdin=text)
 
     def weights(self, cluster: Cluster, job: str) -> str:
+        # A drained node takes it along with the pods of jobs.
+        self._make_carrier(cluster)
         return self._run(cluster, "carrier", "--", "python", "-c", HASH, f"{MOUNT}/{OUTPUTS}/{job}").strip()
+
+    def _make_carrier(self, cluster: Cluster) -> None:
+        apply(cluster, carrier(self.image))
+        waiting = ("wait", "--for=condition=Ready", "pod/carrier", "--timeout=300s")
+        cluster.kubectl("--namespace", TEAM, *waiting, timeout_seconds=310)
 
     @staticmethod
     def _run(cluster: Cluster, *arguments: str, stdin: str | None = None) -> str:

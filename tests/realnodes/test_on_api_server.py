@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,17 +48,19 @@ def test_there_is_always_a_volume_for_a_claim(
     volumes = Volumes(control_plane.api, tmp_path)
     volumes.begin()
     claims = f"/api/v1/namespaces/{TEAM}/persistentvolumeclaims"
-    for name in ("a", "b", "c"):
-        store.apply(cluster, store.claim(name, storage_class=None))
     seen: set[str] = set()
 
-    def all_are_bound() -> bool:
+    def is_bound(name: str) -> bool:
         volumes.tend()
-        found = control_plane.api.get(claims)["items"]
-        seen.update(claim["spec"]["volumeName"] for claim in found if phase(claim) == "Bound")
-        return len(found) == 3 and all(phase(claim) == "Bound" for claim in found)
+        claim = control_plane.api.get(f"{claims}/{name}")
+        if phase(claim) == "Bound":
+            seen.add(claim["spec"]["volumeName"])
+        return phase(claim) == "Bound"
 
-    wait_for("the claims are bound", all_are_bound, SECONDS)
+    for name in ("a", "b", "c"):
+        store.apply(cluster, store.claim(name, storage_class=None))
+        wait_for(f"{name} is bound", functools.partial(is_bound, name), SECONDS)
+    assert len(seen) == 3
     assert all((tmp_path / name).stat().st_uid == store.USER for name in seen)
     cluster.kubectl("delete", "namespace", TEAM)
 
@@ -79,7 +82,7 @@ def test_what_a_killed_run_left_is_removed(control_plane: ControlPlane, cluster:
     helm.run("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME, values={})
     cluster.kubectl("label", node, f"{OURS}=drained")
     cluster.kubectl("cordon", node)
-    cluster.kubectl("taint", node, f"{FAULT_TAINT}=true:NoExecute")
+    cluster.kubectl("taint", "node", node.removeprefix("node/"), f"{FAULT_TAINT}=true:NoExecute")
     said: list[str] = []
     cluster.begin(said.append)
     assert f"namespace/{HOME}" in said[0]

@@ -70,7 +70,7 @@ class UserCluster:
             self.kubectl("uncordon", node)
             self.kubectl("label", node, f"{OURS}-")
         for node in self._tainted():
-            self.kubectl("taint", node, f"{FAULT_TAINT}-")
+            self.kubectl("taint", "node", node.removeprefix("node/"), f"{FAULT_TAINT}-")
         self.kubectl("delete", CLUSTER_KINDS, f"--selector={OF_CHART}")
         ours = self._names(f"namespace/{HOME}", f"namespace/{TEAM}", CRD)
         if ours:
