@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune_operator.api.job import Phase
 from finetune_operator.api.words import REASONS, CountsAs, Reason
 from finetune_operator.operator_main.options import add_flags, read_options
 from tests.chart.helm import CHART, HOME, NAME, Helm, HelmError, Object, kinds, one, operator_args
@@ -189,6 +190,14 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist(helm: Helm) -> None:
     labels = one(objects, "Service", f"{NAME}-metrics")["metadata"]["labels"]
     wanted = one(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"]
     assert wanted.items() <= labels.items()
+
+
+def test_the_phases_that_are_asked_for_are_those_of_jobs(helm: Helm) -> None:
+    alerts = one(helm.render({"metrics": MONITORING}), "PrometheusRule")["spec"]["groups"][0]["rules"]
+    asked = {alert["alert"]: re.findall(r'phase=~?"([^"]+)"', alert["expr"]) for alert in alerts}
+    assert {name for found in asked.values() for names in found for name in names.split("|")} <= set(Phase)
+    # No node has room, a queue lets it wait, the spec is refused: nothing of it has begun.
+    assert asked["FinetuneJobsWait"] == ["Pending|Queued"]
 
 
 def test_every_alert_has_its_place_in_the_documentation(helm: Helm) -> None:

@@ -213,11 +213,13 @@ def test_observed_pods() -> None:
     seen = observe_pod(pod(phase="Running", containerStatuses=[{"name": "trainer", "ready": True, "state": {}}]))
     assert seen is not None
     assert (seen.attempt, seen.node_rank, seen.phase, seen.ready, seen.node) == (2, 1, PodPhase.RUNNING, True, "node-7")
-    waiting = observe_pod(
-        pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}])
-    )
-    assert waiting is not None
-    assert (waiting.phase, waiting.waiting) == (PodPhase.PENDING, "Unschedulable: 0/3 nodes")
+    said = "0/3 nodes are available: 3 Insufficient cpu."
+    for more in ("", " preemption: not helpful.", " no new claims to deallocate, preemption: 0/3 nodes are available."):
+        unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said + more}
+        waiting = observe_pod(pod(conditions=[unscheduled]))
+        assert waiting is not None
+        # Of the scheduler's words those that say what is missing.
+        assert (waiting.phase, waiting.waiting) == (PodPhase.PENDING, f"Unschedulable: {said}")
     stranger = pod()
     stranger["metadata"]["labels"] = {}  # type: ignore[index]
     assert observe_pod(stranger) is None

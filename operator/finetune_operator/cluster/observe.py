@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,6 +14,8 @@ from finetune_operator.api.job import Capacity
 from finetune_operator.plan.types import ObservedPod, PodPhase
 
 Json = Mapping[str, Any]
+PREEMPTION = re.compile(r"( no new claims to deallocate,)? preemption: .*", re.DOTALL)
+"""What the scheduler adds to each refusal: that nobody else can be put out either. It hides what is missing."""
 
 
 def observe_pod(pod: Json) -> ObservedPod | None:
@@ -80,7 +83,7 @@ def _waiting(status: Json, state: Json) -> str | None:
     if waiting := state.get("waiting"):
         return _sentence(waiting)
     scheduled = _find(status.get("conditions") or (), "type", "PodScheduled")
-    return _sentence(scheduled) if scheduled.get("status") == "False" else None
+    return PREEMPTION.sub("", _sentence(scheduled)) if scheduled.get("status") == "False" else None
 
 
 def _sentence(source: Json) -> str:
