@@ -109,7 +109,8 @@ def write_grid(case: Case, pictures: dict[str, list[Image.Image]], path: Path) -
 def write_overview(cases: Mapping[str, dict[str, list[Image.Image]]], path: Path) -> None:
     """A row for each case of one family: some pictures before, a gap, the same after; edges above theirs."""
     rows = []
-    for name, pictures in cases.items():
+    for name in [name for name in CASES if name in cases]:
+        pictures = cases[name]
         shown = range(0, len(pictures["before"]), len(pictures["before"]) // _NUM_SHOWN)[:_NUM_SHOWN]
         before, after = ([pictures[when][i] for i in shown] for when in ("before", "after"))
         gap = [Image.new("RGB", before[0].size, "grey")]
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     drawn: dict[str, dict[str, dict[str, list[Image.Image]]]] = {family: {} for family in options.families}
     for family, name in itertools.product(options.families, options.cases):
         case, title, started = CASES[name], title_of(family, name), time.monotonic()
-        steps = options.steps or case.steps_on(family)
+        steps = options.steps or case.steps_on.get(family, case.steps)
         with tempfile.TemporaryDirectory() as folder:
             pictures = drawn[family][name] = learn(case, title, steps, bases[family], Path(folder))
         if options.out is not None:
