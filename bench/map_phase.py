@@ -53,7 +53,7 @@ def write_images(folder: Path, count: int) -> None:
             rows.write(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}) + "\n")
 
 
-def prepare(data: Path, cache: Path, say: Any) -> PreparedData:
+def prepare(data: Path, cache: Path, say: Any, streaming: bool) -> PreparedData:
     """The map phase as a rank does it."""
     spec = RunSpec.model_validate(
         {
@@ -61,8 +61,8 @@ def prepare(data: Path, cache: Path, say: Any) -> PreparedData:
             "job": "map",
             "uid": "map",
             "model": {"base": str(BASE)},
-            "dataset": {"source": str(data)},
-            "training": {"method": "LoRA", "steps": 1, "resolution": RESOLUTION},
+            "dataset": {"source": str(data), "streaming": streaming},
+            "training": {"method": "LoRA", "steps": 1, "resolution": RESOLUTION, "centerCrop": streaming},
             "globalBatch": 1,
         }
     )
@@ -79,7 +79,7 @@ def say(began: float, last: list[float], text: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s: {text}", flush=True)
 
 
-def run_case(count: int, folder: Path, step_seconds: float) -> dict[str, float]:
+def run_case(count: int, folder: Path, step_seconds: float, streaming: bool) -> dict[str, float]:
     """Cache so many images, and draw from them."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -87,13 +87,13 @@ def run_case(count: int, folder: Path, step_seconds: float) -> dict[str, float]:
     write_images(data, count)
     began = time.monotonic()
     progress = functools.partial(say, began, [began])
-    prepare(data, folder / f"cache-{count}", progress)
+    prepare(data, folder / f"cache-{count}", progress, streaming)
     map_seconds = time.monotonic() - began
     gc.collect()
     map_peak = peak_bytes()
     forget_peak()
     began = time.monotonic()
-    prepared = prepare(data, folder / f"cache-{count}", progress)
+    prepared = prepare(data, folder / f"cache-{count}", progress, streaming)
     reopen_seconds = time.monotonic() - began
     batches = Prefetcher(prepared.batches)
 
@@ -120,13 +120,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.map_phase", description=main.__doc__)
     parser.add_argument("--images", nargs="+", type=int, default=[1000, 100_000], help="how many (default: two sizes)")
     parser.add_argument("--step-seconds", type=float, default=0.05, help="how long a step takes (default: 0.05)")
+    parser.add_argument("--streaming", action="store_true", help="read the images as a stream")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
     rows: list[list[object]] = []
     result: dict[str, float] = {}
     for count in options.images:
         with tempfile.TemporaryDirectory() as folder:
-            figures = in_a_process(run_case, count, Path(folder), options.step_seconds)
+            figures = in_a_process(run_case, count, Path(folder), options.step_seconds, options.streaming)
         result |= {f"{name}_{count}": round(value, 3) for name, value in figures.items()}
         rows.append([count, *(f"{value:.2f}" for value in figures.values())])
         print(*rows[-1], flush=True)

@@ -206,6 +206,10 @@ BAD = (
         "write e.g. columns: {conditioning:",
         base="controlnet",
     ),
+    Bad(
+        "streamed-crops", {"spec.dataset.streaming": True}, "spec.dataset.streaming", "write training.centerCrop: true"
+    ),
+    Bad("streamed-script", {"spec.dataset.streaming": True}, "spec.dataset.streaming", "by its args", base="script"),
     Bad("one-column", {"spec.dataset.columns": {"caption": "image"}}, "spec.dataset.columns.caption", "with the texts"),
     Bad(
         "condition-is-image",

@@ -83,6 +83,7 @@ FULL = patched(
             "columns": {"image": "picture", "caption": "words", "conditioning": "edges"},
             "maxSamples": 1000,
             "maxBroken": 10,
+            "streaming": True,
         },
         "spec.training": {
             "method": "DreamBoothLoRA",

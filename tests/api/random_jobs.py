@@ -45,6 +45,8 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "spec.training.memoryPreset": st.sampled_from(["auto", "cpu", "16GB", "16 GB", "0GB", "12345GB"]),
     "spec.training.validation.split": st.sampled_from(["train", "validation"]),
     "spec.dataset.columns.image": st.sampled_from(["image", "text", "edges"]),
+    "spec.dataset.streaming": st.booleans(),
+    "spec.training.centerCrop": st.booleans(),
     "spec.dataset.columns.caption": st.sampled_from(["image", "text", "edges"]),
     "spec.dataset.columns.conditioning": st.sampled_from(["image", "text", "edges"]),
     "spec.training.textualInversion.placeholderToken": st.sampled_from(["<cat>", "toy", "a b", "a\tb"]),

@@ -12,7 +12,7 @@ from finetune_contract.spec import DatasetSpec, ModelSpec
 from finetune_trainer.data.batches import Augmentation, BatchMaker
 from finetune_trainer.data.census import take_census
 from finetune_trainer.data.draws import Draws
-from finetune_trainer.data.encode import LatentCache, LiveLatents, TextCache
+from finetune_trainer.data.encode import LatentCache, LatentStore, LiveLatents, TextCache
 from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.images import View
 from finetune_trainer.data.open_source import open_source
@@ -51,12 +51,12 @@ def silent(done: int, of: int) -> None:
 
 def latent_cache(folder: Path, family: Family, hashes: FileHashes, source: Source) -> LatentCache:
     census = take_census(len(source), source.open, folder, hashes, ALONE, silent)
-    return LatentCache(folder, family, hashes, source, census.ids, SQUARE)
+    return LatentCache(LatentStore(folder, family, hashes, SQUARE), census.ids)
 
 
 def test_cached_latents_are_the_live_ones(family: Family, source: Source, hashes: FileHashes, tmp_path: Path) -> None:
     cached = latent_cache(tmp_path, family, hashes, source)
-    cached.fill(VIEWS, ALONE, silent)
+    cached.fill(source, VIEWS, ALONE, silent)
     live = LiveLatents(family.load_image_encoder(CPU), source, SQUARE)
     for index in range(len(source)):
         for view in VIEWS:
@@ -83,7 +83,7 @@ def test_batches_do_not_depend_on_how_they_are_cut(
     text = TextCache(tmp_path, family, hashes, torch.float32)
     text.fill([source.caption(index) for index in range(len(source))], ALONE, silent)
     latents = latent_cache(tmp_path, family, hashes, source)
-    latents.fill(VIEWS, ALONE, silent)
+    latents.fill(source, VIEWS, ALONE, silent)
     maker = BatchMaker(source, latents, text, family, Draws(3), Augmentation(False, True), CPU, SQUARE)
     refs = [SampleRef(epoch, index) for epoch in range(2) for index in range(3)]
     whole = maker.make(refs)

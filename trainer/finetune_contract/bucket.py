@@ -20,6 +20,8 @@ PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
 """The Python package that each scheme needs besides fsspec."""
 BLOCK_BYTES = 32 * 1024 * 1024
 """Large objects go up and come down in parts of this size."""
+_STAMPS = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime")
+"""What the clients tell of an object's contents: by the time that it was written at the latest."""
 _NO_READ = "cannot be read"
 _CHECKSUM_ERRORS = frozenset({"FlexibleChecksumError", "ChecksumError"})
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -70,6 +72,23 @@ class Bucket:
             found = self._fs.find(self._root)
         return sorted(path.removeprefix(f"{self._root}/") for path in found)
 
+    def stamps(self, only: str | None = None) -> dict[str, str]:
+        """Names of all objects in this folder and the folders in it, each with what changes when its contents do.
+
+        Args:
+            only: a single one, and no others.
+        """
+        with self._telling("cannot be listed"):
+            if only is None:
+                found = self._fs.find(self._root, detail=True)
+            else:
+                path = self._path(only)
+                found = {path: self._fs.info(path)} if self._fs.isfile(path) else {}
+        return {
+            path.removeprefix(f"{self._root}/"): " ".join(str(about[key]) for key in _STAMPS if key in about)
+            for path, about in sorted(found.items())
+        }
+
     def exists(self, name: str) -> bool:
         """Whether there is such an object."""
         with self._telling(_NO_READ):
@@ -93,9 +112,9 @@ class Bucket:
         with self._telling(_NO_READ):
             return bytes(self._fs.cat_file(self._path(name)))
 
-    def open(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        """Read an object from its beginning to its end, part by part."""
-        return self._open(name, "rb", _NO_READ)
+    def open(self, name: str, block_bytes: int = BLOCK_BYTES) -> contextlib.AbstractContextManager[BinaryIO]:
+        """Read an object from its beginning to its end, part by part; smaller parts suit whoever jumps in it."""
+        return self._open(name, "rb", _NO_READ, block_bytes)
 
     def create(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """Write a large object part by part; it is there, whole, when the block ends well, and not before."""
@@ -152,10 +171,10 @@ class Bucket:
         return f"{self._root}/{name}"
 
     @contextlib.contextmanager
-    def _open(self, name: str, mode: str, what: str) -> Iterator[BinaryIO]:
+    def _open(self, name: str, mode: str, what: str, block_bytes: int = BLOCK_BYTES) -> Iterator[BinaryIO]:
         with (
             self._telling(what),
-            self._fs.open(self._path(name), mode, block_size=BLOCK_BYTES, cache_type="readahead") as file,
+            self._fs.open(self._path(name), mode, block_size=block_bytes, cache_type="readahead") as file,
         ):
             yield file
 

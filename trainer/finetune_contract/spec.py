@@ -165,10 +165,15 @@ class Columns(SpecModel):
 class DatasetSpec(SpecModel):
     """The images and captions to learn from."""
 
-    source: Location = Field(description="hub id, folder with metadata.jsonl, .jsonl, .parquet or s3:// URL")
+    source: Location = Field(description="hub id, folder with metadata.jsonl, .jsonl, .parquet, .tar or s3:// URL")
     split: Word = Field(default="train", description="split of the data set to train on")
     columns: Columns = Field(default=Columns(), description="names of the columns")
     max_samples: int | None = Field(default=None, ge=1, le=2**53, description="use only the first so many samples")
+    streaming: bool = Field(
+        default=False,
+        description="read the samples one after the other, where they lie, and keep only what training needs of them: "
+        "for what is too large to be copied first",
+    )
     max_broken: int = Field(
         default=0, ge=0, le=2**53, description="go on without broken images where they are no more than this"
     )

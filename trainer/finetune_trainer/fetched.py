@@ -15,7 +15,7 @@ from pathlib import Path
 from finetune_contract.bucket import Bucket, BucketError, is_bucket_url
 from finetune_trainer.errors import ConfigError, RankError, StorageError
 
-_SINGLE = (".safetensors", ".ckpt", ".parquet")
+_SINGLE = (".safetensors", ".ckpt", ".parquet", ".tar")
 """Ends of the names of objects that are a whole base or data set by themselves."""
 _AT_ONCE = 8
 

@@ -101,6 +101,29 @@ _DATA = (
     ),
     Rule(
         SPEC,
+        "dataset.streaming",
+        "!self.dataset.streaming || !has(self.training.method) || self.training.centerCrop"
+        " || self.training.aspectBuckets",
+        lambda spec: (
+            not spec.dataset.streaming
+            or spec.training.method is None
+            or spec.training.center_crop
+            or spec.training.aspect_buckets
+        ),
+        "streaming reads each image once, and a random crop needs it in each epoch; write training.centerCrop: true or "
+        "training.aspectBuckets: true, or leave streaming out",
+        Cause.FORBIDDEN,
+    ),
+    Rule(
+        SPEC,
+        "dataset.streaming",
+        "!self.dataset.streaming || has(self.training.method)",
+        lambda spec: not spec.dataset.streaming or spec.training.method is not None,
+        "streaming is not read by a script; leave it out, or tell the script by its args",
+        Cause.FORBIDDEN,
+    ),
+    Rule(
+        SPEC,
         "training.validation.split",
         "!has(self.training.validation) || !has(self.training.validation.split)"
         " || self.training.validation.split != self.dataset.split",

@@ -55,7 +55,7 @@ MISSING = (
     Missing(
         "spec.dataset.source",
         lambda spec: spec.dataset.source.endswith(TABLE_FILES),
-        "of single files this version reads .jsonl and .parquet; write one of these, a folder or a hub id",
+        "of single files this version reads .jsonl, .parquet and .tar; write one of these, a folder or a hub id",
     ),
     Missing(
         "spec.outputs",

@@ -32,7 +32,7 @@ MIN_FREE_BYTES = 256 * 1024**2
 PICKLES = (".pt", ".bin", ".pth")
 SINGLE_BASES = (".safetensors", ".ckpt")
 """Of a .ckpt the trainer reads weights only."""
-TABLES = (".jsonl", ".parquet")
+TABLES = (".parquet", ".tar")
 BARE_IMAGES = (Method.DREAMBOOTH, Method.DREAMBOOTH_LORA, Method.TEXTUAL_INVERSION)
 """Methods that need no captions."""
 
@@ -171,8 +171,11 @@ def _dataset(dataset: DatasetSpec, split_field: str, split: str, needs_captions:
     if is_url(dataset.source) or (is_hub_id(dataset.source) and not folder.is_absolute()):
         return
     if folder.is_file():
-        if folder.suffix not in TABLES:
-            yield f"spec.dataset.source: {folder} is a file; write the folder that holds {METADATA}, .jsonl or .parquet"
+        if folder.suffix not in (".jsonl", *TABLES):
+            yield (
+                f"spec.dataset.source: {folder} is a file; write the folder that holds {METADATA}, a .jsonl, .parquet "
+                "or .tar"
+            )
         return
     if not folder.is_dir():
         yield f"spec.dataset.source: {folder} does not exist; write a folder with {METADATA} or a hub id (owner/name)"
@@ -184,7 +187,7 @@ def _dataset(dataset: DatasetSpec, split_field: str, split: str, needs_captions:
             yield f"spec.{split_field}: {folder} has no split {split!r}; write one of {', '.join(splits)}"
             return
     if metadata is None:
-        if not needs_captions:
+        if not needs_captions or any(path.suffix in TABLES for path in folder.rglob("*")):
             return
         yield f"spec.dataset.source: {folder} holds neither {METADATA} nor {split}/{METADATA}; write one"
         return

@@ -18,7 +18,7 @@ from finetune_trainer.data.images import Size, View, micro_conditioning, to_pixe
 from finetune_trainer.data.noising import Noising
 from finetune_trainer.data.order import SampleRef
 from finetune_trainer.data.shapes import Shapes
-from finetune_trainer.data.source import Source, decode_conditioning
+from finetune_trainer.data.source import Samples, decode_conditioning
 from finetune_trainer.models.family import Family
 
 SIZES = "sizes"
@@ -114,7 +114,7 @@ class Conditioning:
     shapes: Shapes
     dropout: float = 0.0
 
-    def read(self, source: Source, ref: SampleRef, view: View, size: Size, draws: Draws) -> Tensor:
+    def read(self, source: Samples, ref: SampleRef, view: View, size: Size, draws: Draws) -> Tensor:
         """Condition of one drawing of a sample whose image is of (width, height), float32 (3, H, W) in [0, 1]."""
         width, height = self.shapes.of(size)
         if self.dropout > 0 and draws.uniform(Purpose.CONDITION, ref, 1)[0] < self.dropout:
@@ -159,7 +159,7 @@ class BatchMaker:
         conditioning: reads ControlNet's condition.
     """
 
-    source: Source
+    source: Samples
     latents: Latents
     text: Texts | None
     family: Family

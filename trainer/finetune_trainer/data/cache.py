@@ -71,6 +71,9 @@ class TensorCache:
         """Those of the keys that no shard holds, each once, sorted."""
         return sorted({key for key in keys if _digest(key) not in self._shard_of})
 
+    def __contains__(self, key: str) -> bool:
+        return _digest(key) in self._shard_of
+
     def get(self, key: str) -> dict[str, Tensor]:
         """The tensors of an item.
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from finetune_contract.spec import LearnableProperty
 from finetune_trainer.data.draws import Draws, Purpose
 from finetune_trainer.data.order import SampleRef
-from finetune_trainer.data.source import Source
+from finetune_trainer.data.source import Samples
 
 SENTENCES = {
     LearnableProperty.OBJECT: (
@@ -37,11 +37,11 @@ SENTENCES = {
 class Captions(Protocol):
     """Chooses the caption of each drawing of a sample."""
 
-    def caption(self, source: Source, ref: SampleRef, draws: Draws) -> str:
+    def caption(self, source: Samples, ref: SampleRef, draws: Draws) -> str:
         """Caption of one drawing of a sample."""
         ...
 
-    def every(self, source: Source) -> Sequence[str]:
+    def every(self, source: Samples) -> Sequence[str]:
         """All captions that can come up."""
         ...
 
@@ -49,12 +49,12 @@ class Captions(Protocol):
 class OwnCaptions:
     """The data set's captions."""
 
-    def caption(self, source: Source, ref: SampleRef, draws: Draws) -> str:
+    def caption(self, source: Samples, ref: SampleRef, draws: Draws) -> str:
         """Caption of one drawing of a sample."""
         del draws
         return source.caption(ref.index)
 
-    def every(self, source: Source) -> Sequence[str]:
+    def every(self, source: Samples) -> Sequence[str]:
         """All captions that can come up."""
         return [source.caption(index) for index in range(len(source))]
 
@@ -65,12 +65,12 @@ class OnePrompt:
 
     prompt: str
 
-    def caption(self, source: Source, ref: SampleRef, draws: Draws) -> str:
+    def caption(self, source: Samples, ref: SampleRef, draws: Draws) -> str:
         """Caption of one drawing of a sample."""
         del source, ref, draws
         return self.prompt
 
-    def every(self, source: Source) -> Sequence[str]:
+    def every(self, source: Samples) -> Sequence[str]:
         """All captions that can come up."""
         del source
         return [self.prompt]
@@ -83,7 +83,7 @@ class TokenSentences:
     token: str
     learnable: LearnableProperty
 
-    def caption(self, source: Source, ref: SampleRef, draws: Draws) -> str:
+    def caption(self, source: Samples, ref: SampleRef, draws: Draws) -> str:
         """Caption of one drawing of a sample."""
         own = source.caption(ref.index)
         if self.token in own:
@@ -91,7 +91,7 @@ class TokenSentences:
         sentences = SENTENCES[self.learnable]
         return sentences[draws.integer(Purpose.SENTENCE, ref, len(sentences))].format(self.token)
 
-    def every(self, source: Source) -> Sequence[str]:
+    def every(self, source: Samples) -> Sequence[str]:
         """All captions that can come up."""
         own = [source.caption(index) for index in range(len(source))]
         sentences = [sentence.format(self.token) for sentence in SENTENCES[self.learnable]]

@@ -19,7 +19,7 @@ from finetune_trainer.data import images
 from finetune_trainer.data.cache import Item, TensorCache
 from finetune_trainer.data.encode import Progress, fill
 from finetune_trainer.data.hashes import FileHashes, hash_text
-from finetune_trainer.data.source import Source, whole_image
+from finetune_trainer.data.source import Samples, Source, whole_image
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError
 
@@ -59,31 +59,39 @@ class Census:
         return Census(ids, np.delete(self.sizes, list(gone), axis=0))
 
 
-class KeptSource:
-    """A source without some of its samples; see `Source`."""
+class KeptSamples:
+    """A data set without some of its samples; see `Samples`."""
 
-    def __init__(self, source: Source, gone: Sequence[int]) -> None:
-        self._source = source
-        self._kept = np.delete(np.arange(len(source)), list(gone))
+    def __init__(self, samples: Samples, gone: Sequence[int]) -> None:
+        self._samples = samples
+        self._kept = np.delete(np.arange(len(samples)), list(gone))
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def caption(self, index: int) -> str:
         """Caption of a sample."""
-        return self._source.caption(int(self._kept[index]))
+        return self._samples.caption(int(self._kept[index]))
+
+    def open_conditioning(self, index: int) -> IO[bytes]:
+        """The encoded conditioning image of a sample."""
+        return self._samples.open_conditioning(int(self._kept[index]))
+
+    def name(self, index: int) -> str:
+        """How a person finds the sample."""
+        return self._samples.name(int(self._kept[index]))
+
+
+class KeptSource(KeptSamples):
+    """A source without some of its samples; see `Source`."""
+
+    def __init__(self, source: Source, gone: Sequence[int]) -> None:
+        super().__init__(source, gone)
+        self._source = source
 
     def open(self, index: int) -> IO[bytes]:
         """The encoded image of a sample."""
         return self._source.open(int(self._kept[index]))
-
-    def open_conditioning(self, index: int) -> IO[bytes]:
-        """The encoded conditioning image of a sample."""
-        return self._source.open_conditioning(int(self._kept[index]))
-
-    def name(self, index: int) -> str:
-        """How a person finds the sample."""
-        return self._source.name(int(self._kept[index]))
 
     def file(self, index: int) -> Path | None:
         """The file that holds the image and nothing else."""
@@ -122,7 +130,7 @@ def take_census(  # noqa: PLR0913, PLR0917  all of it differs from call to call
     return Census(ids, sizes)
 
 
-def describe_broken(source: Source, broken: Sequence[int]) -> str:
+def describe_broken(source: Samples, broken: Sequence[int]) -> str:
     """How many images are broken, and the first of them by name."""
     named = ", ".join(source.name(index) for index in broken[:_NUM_NAMED])
     more = f" and {len(broken) - _NUM_NAMED} more" if len(broken) > _NUM_NAMED else ""

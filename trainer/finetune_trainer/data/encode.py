@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune_trainer.data.cache import Item, TensorCache
@@ -130,44 +131,62 @@ class TextCache:
         return hash_text(self._encoder_id, caption)
 
 
-class LatentCache:
-    """Posteriors of the images of one source, for a few fixed views of each."""
+class LatentStore:
+    """Posteriors of images by content and view, as one VAE and one set of shapes make them."""
 
-    def __init__(  # noqa: PLR0913, PLR0917  whatever the posteriors depend on
-        self, root: Path, family: Family, hashes: FileHashes, source: Source, image_ids: Sequence[str], shapes: Shapes
-    ) -> None:
+    def __init__(self, root: Path, family: Family, hashes: FileHashes, shapes: Shapes) -> None:
         self._family = family
-        self._source = source
         self._shapes = shapes
-        encoder_id = hash_text("latents with sizes", hashes.of_files(family.image_encoder_files()), str(shapes))
-        self._cache = TensorCache(root / "latents" / encoder_id[:32])
-        self._encoder_id = encoder_id
-        self._image_ids = image_ids
+        self._encoder_id = hash_text("latents with sizes", hashes.of_files(family.image_encoder_files()), str(shapes))
+        self.cache = TensorCache(root / "latents" / self._encoder_id[:32])
 
-    def fill(self, views: Sequence[View], world: World, progress: Progress) -> None:
-        """Compute what is missing of the posteriors of every image in each of the views."""
-        numbers = [(index, view) for index in range(len(self._source)) for view in views]
-        work = {self._key(index, view): number for number, (index, view) in enumerate(numbers)}
+    def key(self, image_id: str, view: View) -> str:
+        """Key of the posterior of an image in a view."""
+        return hash_text(self._encoder_id, image_id, f"{view.left} {view.top} {view.flip}")
 
-        def make_encoder() -> Callable[[int], Item]:
-            live = LiveLatents(self._family.load_image_encoder(world.device), self._source, self._shapes)
+    def make_encoder(self, device: torch.device) -> Callable[[Image.Image, View], Item]:
+        """Read the VAE; the answer makes the item of an image in a view."""
+        encoder = self._family.load_image_encoder(device)
 
-            def encode(number: int) -> Item:
-                posterior = live.posterior(*numbers[number])
-                return {"mean": posterior.mean, "std": posterior.std, "size": torch.tensor(posterior.size)}
+        def encode(image: Image.Image, view: View) -> Item:
+            posterior = encode_image(encoder, image, self._shapes, view)
+            return {"mean": posterior.mean, "std": posterior.std, "size": torch.tensor(posterior.size)}
 
-            return encode
+        return encode
 
-        fill(self._cache, work, make_encoder, world, progress)
-
-    def posterior(self, index: int, view: View) -> Posterior:
-        """Posterior of an image in a view that was filled in."""
-        item = self._cache.get(self._key(index, view))
+    def posterior(self, image_id: str, view: View) -> Posterior:
+        """Posterior of an image in a view that is there."""
+        item = self.cache.get(self.key(image_id, view))
         width, height = item["size"].tolist()
         return Posterior(item["mean"], item["std"], (width, height))
 
-    def _key(self, index: int, view: View) -> str:
-        return hash_text(self._encoder_id, self._image_ids[index], f"{view.left} {view.top} {view.flip}")
+
+class LatentCache:
+    """Posteriors of the images of one data set, for a few fixed views of each."""
+
+    def __init__(self, store: LatentStore, image_ids: Sequence[str]) -> None:
+        self._store = store
+        self._image_ids = image_ids
+
+    def fill(self, source: Source, views: Sequence[View], world: World, progress: Progress) -> None:
+        """Compute what is missing of the posteriors of every image in each of the views."""
+        numbers = [(index, view) for index in range(len(source)) for view in views]
+        work = {self._store.key(self._image_ids[index], view): number for number, (index, view) in enumerate(numbers)}
+
+        def make_encoder() -> Callable[[int], Item]:
+            encode = self._store.make_encoder(world.device)
+
+            def encode_number(number: int) -> Item:
+                index, view = numbers[number]
+                return encode(decode_sample(source, index), view)
+
+            return encode_number
+
+        fill(self._store.cache, work, make_encoder, world, progress)
+
+    def posterior(self, index: int, view: View) -> Posterior:
+        """Posterior of an image in a view that was filled in."""
+        return self._store.posterior(self._image_ids[index], view)
 
 
 class LiveLatents:
@@ -180,6 +199,10 @@ class LiveLatents:
 
     def posterior(self, index: int, view: View) -> Posterior:
         """Posterior of an image in any view."""
-        image = decode_sample(self._source, index)
-        mean, std = self._encoder.encode(to_pixels(image, self._shapes.of(image.size), view).unsqueeze(0))
-        return Posterior(mean[0].float().cpu(), std[0].float().cpu(), image.size)
+        return encode_image(self._encoder, decode_sample(self._source, index), self._shapes, view)
+
+
+def encode_image(encoder: ImageEncoder, image: Image.Image, shapes: Shapes, view: View) -> Posterior:
+    """What a VAE says of one image, cut to its shape and view."""
+    mean, std = encoder.encode(to_pixels(image, shapes.of(image.size), view).unsqueeze(0))
+    return Posterior(mean[0].float().cpu(), std[0].float().cpu(), image.size)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from finetune_contract.spec import Columns, DatasetSpec
+from finetune_trainer.data.places import Folder, Place
 from finetune_trainer.errors import DataError
 
 METADATA = "metadata.jsonl"
@@ -88,29 +89,44 @@ def open_folder(
     Raises:
         DataError: it has no such split or column.
     """
-    metadata = find_metadata(folder, split)
+    below, rows = read_folder(Folder(folder), spec, split, max_samples, needs_captions)
+    return FolderSource(folder / below, rows)
+
+
+def read_folder(
+    place: Place, spec: DatasetSpec, split: str, max_samples: int | None, needs_captions: bool
+) -> tuple[str, list[Row]]:
+    """The samples of one split of a folder, wherever it lies; see `open_folder`.
+
+    Returns:
+        The folder below it that the samples' paths start from, empty for itself, and the samples.
+
+    Raises:
+        DataError: it has no such split or column.
+    """
+    metadata = find_metadata(place, split)
     if metadata is not None:
-        return open_jsonl(metadata, spec, max_samples)
+        return metadata.rpartition("/")[0], read_jsonl(place, metadata, spec, max_samples)
     if needs_captions or spec.columns.conditioning is not None:
-        raise DataError(f"dataset.source: {folder} holds neither {METADATA} nor {split}/{METADATA}; write one")
-    place = folder / split if (folder / split).is_dir() else folder
-    files = sorted(path.name for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    return FolderSource(place, [Row(name) for name in files[:max_samples]])
+        raise DataError(f"dataset.source: {place.url} holds neither {METADATA} nor {split}/{METADATA}; write one")
+    below = split if place.files_in(split) else ""
+    files = [name for name in place.files_in(below) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    return below, [Row(name) for name in files[:max_samples]]
 
 
-def find_metadata(folder: Path, split: str) -> Path | None:
+def find_metadata(place: Place, split: str) -> str | None:
     """The metadata.jsonl of a split: below the split's own folder, or for a data set without splits at the top.
 
     Raises:
         DataError: other splits have one.
     """
-    own = folder / split / METADATA
-    if own.is_file():
+    own = f"{split}/{METADATA}"
+    if place.stamp(own) is not None:
         return own
-    splits = sorted(entry.parent.name for entry in folder.glob(f"*/{METADATA}"))
+    splits = place.folders_with(METADATA)
     if splits:
-        raise DataError(f"dataset.split: {folder} has no split {split!r}; it has {', '.join(splits)}")
-    return folder / METADATA if (folder / METADATA).is_file() else None
+        raise DataError(f"dataset.split: {place.url} has no split {split!r}; it has {', '.join(splits)}")
+    return METADATA if place.stamp(METADATA) is not None else None
 
 
 def open_jsonl(file: Path, spec: DatasetSpec, max_samples: int | None) -> FolderSource:
@@ -119,17 +135,27 @@ def open_jsonl(file: Path, spec: DatasetSpec, max_samples: int | None) -> Folder
     Raises:
         DataError: it cannot be read, or a line lacks a column.
     """
+    return FolderSource(file.parent, read_jsonl(Folder(file.parent), file.name, spec, max_samples))
+
+
+def read_jsonl(place: Place, name: str, spec: DatasetSpec, max_samples: int | None) -> list[Row]:
+    """The samples of a .jsonl file; see `open_jsonl`.
+
+    Raises:
+        DataError: it cannot be read, or a line lacks a column.
+    """
     rows: list[Row] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"dataset.source: {file} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
+        text = place.read(name).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"dataset.source: {place.url}/{name} is no UTF-8: {error}") from error
+    # Not splitlines: JSON may hold what Unicode calls the end of a line.
+    for number, line in enumerate(text.split("\n"), start=1):
         if max_samples is not None and len(rows) == max_samples:
             break
         if line.strip():
-            rows.append(_parse_row(line, f"{file}:{number}", spec))
-    return FolderSource(file.parent, rows)
+            rows.append(_parse_row(line, f"{place.url}/{name}:{number}", spec))
+    return rows
 
 
 def _parse_row(line: str, where: str, spec: DatasetSpec) -> Row:

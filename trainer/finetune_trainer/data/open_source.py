@@ -6,8 +6,9 @@ from pathlib import Path
 
 from finetune_contract.spec import DatasetSpec
 from finetune_trainer.data.folder import open_folder, open_jsonl
+from finetune_trainer.data.places import Folder
 from finetune_trainer.data.source import Source
-from finetune_trainer.data.table import open_table
+from finetune_trainer.data.table import check_place, holds_tables, open_table
 from finetune_trainer.errors import DataError
 
 
@@ -25,14 +26,11 @@ def open_source(spec: DatasetSpec, split: str, max_samples: int | None = None, n
     """
     path = Path(spec.source)
     source: Source
-    if path.is_dir():
+    check_place(spec)
+    if path.is_dir() and not holds_tables(Folder(path)):
         source = open_folder(path, spec, split, max_samples, needs_captions)
     elif path.suffix == ".jsonl":
         source = open_jsonl(path, spec, max_samples)
-    elif spec.source.startswith(("/", "./", "../", "~")) and not path.is_file():
-        raise DataError(
-            f"dataset.source: there is no folder or file {spec.source}; write one that the job's pods can see"
-        )
     else:
         source = open_table(spec, split, max_samples, needs_captions)
     if len(source) == 0:

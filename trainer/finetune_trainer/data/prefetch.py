@@ -10,7 +10,7 @@ from finetune_trainer.data.batches import Batch, BatchMaker
 from finetune_trainer.data.encode import LiveLatents
 from finetune_trainer.data.images import Size
 from finetune_trainer.data.order import SampleRef
-from finetune_trainer.data.source import Source
+from finetune_trainer.data.source import Samples
 
 
 class Prefetcher:
@@ -30,7 +30,7 @@ class Prefetcher:
         """How long the loop has waited for batches in all."""
 
     @property
-    def source(self) -> Source:
+    def source(self) -> Samples:
         """Where the samples come from."""
         return self._batches.source
 

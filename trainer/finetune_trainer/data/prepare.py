@@ -12,20 +12,24 @@ import torch
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.batches import Augmentation, BatchMaker, Conditioning, Latents, Prior
 from finetune_trainer.data.captions import Captions, OnePrompt
-from finetune_trainer.data.census import Census, KeptSource, describe_broken, take_census
+from finetune_trainer.data.census import Census, KeptSamples, KeptSource, describe_broken, take_census
 from finetune_trainer.data.draws import Draws
-from finetune_trainer.data.encode import LatentCache, LiveLatents, TextCache
+from finetune_trainer.data.encode import LatentCache, LatentStore, LiveLatents, TextCache
 from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.noising import Noising
 from finetune_trainer.data.open_source import open_source
+from finetune_trainer.data.open_stream import Opener
 from finetune_trainer.data.prior import ClassImages
 from finetune_trainer.data.shapes import Shapes
-from finetune_trainer.data.source import Source
+from finetune_trainer.data.source import Samples, Source
+from finetune_trainer.data.stream import StreamedSamples
+from finetune_trainer.data.stream_map import StreamMap
+from finetune_trainer.data.table import TABLES
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError
 from finetune_trainer.models.family import Family
 
-SINGLE_FILES = (".jsonl", ".parquet")
+SINGLE_FILES = (".jsonl", *TABLES)
 MAX_HELD_OUT = 64
 """Samples of the held-out split that are looked at: the first so many."""
 LIVE_WARNING = (
@@ -67,6 +71,21 @@ class Demand:
 
 
 @dataclass(frozen=True)
+class _Split:
+    """A split whose images were looked at.
+
+    Attributes:
+        samples: those that are whole.
+        census: what their images are.
+        latents: where their posteriors come from, for views that are drawn in one way.
+    """
+
+    samples: Samples
+    census: Census
+    latents: Callable[[Augmentation], Latents]
+
+
+@dataclass(frozen=True)
 class Preparation:
     """How the data of a run is made ready; all ranks take part.
 
@@ -99,18 +118,16 @@ class Preparation:
         """
         dataset, training = self.spec.dataset, self.spec.training
         hashes = FileHashes(self.cache_dir / "hashes.json")
-        source, census = self._without_broken(
-            open_source(dataset, dataset.split, dataset.max_samples, self.demand.needs_captions), hashes
-        )
-        held_out = self._open_held_out()
+        train = self._stream_train(hashes) if dataset.streaming else self._open_train(hashes)
+        held_out = self._open_held_out(hashes)
         text = TextCache(self.cache_dir, self.family, hashes, self.dtype)
         if self.demand.caches_text:
-            text.fill(self._texts(source, held_out), self.world, self._progress("captions"))
-        random_crop = not (training.center_crop or training.aspect_buckets or census.all_square)
+            text.fill(self._texts(train, held_out), self.world, self._progress("captions"))
+        random_crop = not (training.center_crop or training.aspect_buckets or train.census.all_square)
         if random_crop:
             self.warn(LIVE_WARNING)
         augmentation = Augmentation(random_crop, training.random_flip)
-        batches = self._batches(source, census, text, hashes, augmentation)
+        batches = self._batches(train, text, augmentation)
         prepared = PreparedData(
             dataclasses.replace(
                 batches,
@@ -119,7 +136,7 @@ class Preparation:
                 prior=self._prior(text, hashes),
                 conditioning=self._conditioning(training.controlnet.conditioning_dropout if training.controlnet else 0),
             ),
-            self._held_out_batches(held_out, text, hashes),
+            self._held_out_batches(held_out, text),
             text,
         )
         if self.world.is_first:
@@ -135,49 +152,90 @@ class Preparation:
             len(source), source.open, self.cache_dir, hashes, self.world, self._progress("images looked at")
         )
 
-    def _without_broken(self, source: Source, hashes: FileHashes) -> tuple[Source, Census]:
-        """Leave out samples whose image or condition is broken, as many as are allowed; every rank the same ones.
-
-        Raises:
-            DataError: there are more, or no others.
-        """
+    def _open_train(self, hashes: FileHashes) -> _Split:
+        dataset = self.spec.dataset
+        source: Source = open_source(dataset, dataset.split, dataset.max_samples, self.demand.needs_captions)
         census = self._census(source, hashes)
         broken = set(census.broken)
         if self.demand.conditioning:
             what = self._progress("conditioning images looked at")
             opener = source.open_conditioning
             broken |= set(take_census(len(source), opener, self.cache_dir, hashes, self.world, what).broken)
-        if not broken:
-            return source, census
-        found, limit = describe_broken(source, sorted(broken)), self.spec.dataset.max_broken
-        if len(broken) > limit or len(broken) == len(source):
+        if broken:
+            self._check_broken(source, sorted(broken))
+            source, census = KeptSource(source, sorted(broken)), census.without(sorted(broken))
+        return self._looked_at(source, census, hashes)
+
+    def _stream_train(self, hashes: FileHashes) -> _Split:
+        dataset = self.spec.dataset
+        plain = Augmentation(random_crop=False, random_flip=self.spec.training.random_flip)
+        samples, census, broken, store = self._stream(dataset.split, dataset.max_samples, plain, hashes)
+        if broken:
+            self._check_broken(samples, broken)
+            census = census.without(broken)
+            return _Split(KeptSamples(samples, broken), census, lambda _: LatentCache(store, census.ids))
+        return _Split(samples, census, lambda _: LatentCache(store, census.ids))
+
+    def _stream(
+        self, split: str, max_samples: int | None, augmentation: Augmentation, hashes: FileHashes
+    ) -> tuple[StreamedSamples, Census, list[int], LatentStore]:
+        """Read a split where it lies, once; returns its broken samples, too.
+
+        Raises:
+            DataError: it cannot be used, or holds nothing.
+        """
+        dataset = self.spec.dataset
+        if not self.demand.conditioning:
+            columns = dataset.columns.model_copy(update={"conditioning": None})
+            dataset = dataset.model_copy(update={"columns": columns})
+        opener = Opener(dataset, split, max_samples, self.demand.needs_captions, self.cache_dir / "tables")
+        store = LatentStore(self.cache_dir, self.family, hashes, self._shapes)
+        views = augmentation.fixed_views()
+        mapped = StreamMap(opener.open(), store, self.cache_dir, self.world, views, max_samples, self.say)
+        samples, census, broken = mapped.run()
+        if len(samples) == 0:
+            raise DataError(f"dataset.source: split {split!r} of {dataset.source} holds no samples")
+        return samples, census, broken, store
+
+    def _check_broken(self, samples: Samples, broken: Sequence[int]) -> None:
+        """Samples whose image or condition is broken are left out, as many as are allowed; every rank the same ones.
+
+        Raises:
+            DataError: there are more, or no others.
+        """
+        found, limit = describe_broken(samples, broken), self.spec.dataset.max_broken
+        if len(broken) > limit or len(broken) == len(samples):
             raise DataError(
                 f"{found}; dataset.maxBroken allows {limit}: mend or remove them, or write maxBroken: {len(broken)}"
             )
         if self.world.is_first:
             self.warn(f"{found}; training goes on without")
-        return KeptSource(source, sorted(broken)), census.without(sorted(broken))
 
-    def _batches(
-        self, source: Source, census: Census, text: TextCache, hashes: FileHashes, augmentation: Augmentation
-    ) -> BatchMaker:
-        """Plain batches of a source."""
+    def _looked_at(self, source: Source, census: Census, hashes: FileHashes) -> _Split:
+        """A source that can be read whenever it is wanted."""
+
+        def latents(augmentation: Augmentation) -> Latents:
+            if augmentation.random_crop:
+                return LiveLatents(self.family.load_image_encoder(self.world.device), source, self._shapes)
+            cache = LatentCache(LatentStore(self.cache_dir, self.family, hashes, self._shapes), census.ids)
+            cache.fill(source, augmentation.fixed_views(), self.world, self._progress("images"))
+            return cache
+
+        return _Split(source, census, latents)
+
+    def _batches(self, split: _Split, text: TextCache, augmentation: Augmentation) -> BatchMaker:
+        """Plain batches of a split."""
         training = self.spec.training
-        latents: Latents
-        if augmentation.random_crop:
-            latents = LiveLatents(self.family.load_image_encoder(self.world.device), source, self._shapes)
-        else:
-            latents = self._cached_latents(source, census, augmentation, hashes)
         return BatchMaker(
-            source=source,
-            latents=latents,
+            source=split.samples,
+            latents=split.latents(augmentation),
             text=text if self.demand.caches_text else None,
             family=self.family,
             draws=Draws(training.seed),
             augmentation=augmentation,
             device=self.world.device,
             shapes=self._shapes,
-            sizes=census.sizes if training.aspect_buckets else None,
+            sizes=split.census.sizes if training.aspect_buckets else None,
             captions=self.demand.captions,
         )
 
@@ -198,14 +256,15 @@ class Preparation:
             say=self._progress("class images"),
         ).open(hashes)
         plain = Augmentation(random_crop=False, random_flip=False)
-        batches = self._batches(images, self._census(images, hashes), text, hashes, plain)
+        split = self._looked_at(images, self._census(images, hashes), hashes)
+        batches = self._batches(split, text, plain)
         batches = dataclasses.replace(batches, captions=OnePrompt(spec.class_prompt), noising=Noising.of(training))
         return Prior(batches, spec.prior_loss_weight)
 
     def _conditioning(self, dropout: float) -> Conditioning | None:
         return Conditioning(self._shapes, dropout) if self.demand.conditioning else None
 
-    def _open_held_out(self) -> Source | None:
+    def _open_held_out(self, hashes: FileHashes) -> _Split | None:
         validation = self.spec.training.validation
         if validation is None or validation.split is None:
             return None
@@ -215,12 +274,19 @@ class Preparation:
                 f"training.validation.split: {dataset.source} is one file, which has no splits; write a folder with a "
                 "folder for each split as source, or leave split out"
             )
-        return open_source(dataset, validation.split, MAX_HELD_OUT, self.demand.needs_captions)
+        if not dataset.streaming:
+            source = open_source(dataset, validation.split, MAX_HELD_OUT, self.demand.needs_captions)
+            return self._looked_at(source, self._census(source, hashes), hashes)
+        plain = Augmentation(random_crop=False, random_flip=False)
+        samples, census, broken, store = self._stream(validation.split, MAX_HELD_OUT, plain, hashes)
+        if broken:
+            raise DataError(f"{describe_broken(samples, broken)}; the held-out split must be whole")
+        return _Split(samples, census, lambda _: LatentCache(store, census.ids))
 
-    def _texts(self, *sources: Source | None) -> Sequence[str]:
+    def _texts(self, *splits: _Split | None) -> Sequence[str]:
         """All texts that the model is shown: captions, prompts, and for guidance and dropout the empty one."""
         training = self.spec.training
-        texts = [text for source in sources if source is not None for text in self.demand.captions.every(source)]
+        texts = [text for split in splits if split is not None for text in self.demand.captions.every(split.samples)]
         if training.dreambooth is not None and training.dreambooth.class_prompt is not None:
             texts.append(training.dreambooth.class_prompt)
         if training.caption_dropout is not None:
@@ -229,20 +295,13 @@ class Preparation:
             texts += ["", *training.validation.prompts]
         return texts
 
-    def _held_out_batches(self, held_out: Source | None, text: TextCache, hashes: FileHashes) -> BatchMaker | None:
+    def _held_out_batches(self, held_out: _Split | None, text: TextCache) -> BatchMaker | None:
         validation = self.spec.training.validation
         if held_out is None or validation is None:
             return None
         plain = Augmentation(random_crop=False, random_flip=False)
-        batches = self._batches(held_out, self._census(held_out, hashes), text, hashes, plain)
+        batches = self._batches(held_out, text, plain)
         return dataclasses.replace(batches, draws=Draws(validation.seed), conditioning=self._conditioning(0))
-
-    def _cached_latents(
-        self, source: Source, census: Census, augmentation: Augmentation, hashes: FileHashes
-    ) -> LatentCache:
-        cache = LatentCache(self.cache_dir, self.family, hashes, source, census.ids, self._shapes)
-        cache.fill(augmentation.fixed_views(), self.world, self._progress("images"))
-        return cache
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         return lambda done, of: self.say(f"{done}/{of} {what}")

@@ -16,8 +16,8 @@ from finetune_trainer.data import images
 from finetune_trainer.errors import DataError
 
 
-class Source(Protocol):
-    """An indexed set of samples."""
+class Samples(Protocol):
+    """What training reads of a data set; its images have been encoded by then."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -27,16 +27,20 @@ class Source(Protocol):
         """Caption of a sample; empty where the source has none."""
         ...
 
-    def open(self, index: int) -> IO[bytes]:
-        """The encoded image (PNG, JPEG, ...) of a sample, as stored."""
-        ...
-
     def open_conditioning(self, index: int) -> IO[bytes]:
         """The encoded conditioning image of a sample; only where the manifest names its column."""
         ...
 
     def name(self, index: int) -> str:
         """How a person finds the sample: its file, or its row."""
+        ...
+
+
+class Source(Samples, Protocol):
+    """An indexed set of samples whose images can be read whenever they are wanted."""
+
+    def open(self, index: int) -> IO[bytes]:
+        """The encoded image (PNG, JPEG, ...) of a sample, as stored."""
         ...
 
     def file(self, index: int) -> Path | None:
@@ -54,7 +58,7 @@ def decode_sample(source: Source, index: int) -> Image.Image:
         return images.decode(file)
 
 
-def decode_conditioning(source: Source, index: int) -> Image.Image:
+def decode_conditioning(source: Samples, index: int) -> Image.Image:
     """The conditioning image of a sample as RGB.
 
     Raises:

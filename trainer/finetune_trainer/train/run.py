@@ -112,6 +112,11 @@ def check_spec(spec: RunSpec) -> None:
     dreambooth = spec.training.dreambooth
     if spec.training.aspect_buckets and dreambooth is not None and dreambooth.class_prompt is not None:
         raise ConfigError("training.aspectBuckets: class images are squares; leave it out, or dreambooth.classPrompt")
+    if spec.dataset.streaming and not (spec.training.center_crop or spec.training.aspect_buckets):
+        raise ConfigError(
+            "dataset.streaming: a random crop needs the image again in each epoch; write training.centerCrop: true or "
+            "training.aspectBuckets: true, or leave streaming out"
+        )
     if spec.training.sharding is not Sharding.NONE:
         check_sharded(spec.training)
     elif spec.training.offload is not Offload.NONE:
@@ -313,7 +318,8 @@ def _with_local_files(context: RankContext, world: World) -> RunSpec:
     model = {"base": fetched(spec.model.base, "model.base")}
     if spec.model.vae is not None:
         model["vae"] = fetched(spec.model.vae, "model.vae")
-    data = {"source": fetched(spec.dataset.source, "dataset.source")}
+    source = spec.dataset.source
+    data = {"source": source if spec.dataset.streaming else fetched(source, "dataset.source")}
     if world.is_first:
         world.barrier()
     return spec.model_copy(

@@ -25,7 +25,6 @@ from finetune_trainer.data.batches import SIZES, BatchMaker, Texts
 from finetune_trainer.data.draws import Draws, Purpose
 from finetune_trainer.data.images import CENTRE, micro_conditioning
 from finetune_trainer.data.order import SampleRef, micro_batches
-from finetune_trainer.data.source import decode_sample
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import write_aside
@@ -163,7 +162,8 @@ class Validator:
         shapes = dataclasses.replace(batches.conditioning.shapes, buckets=False)
         plain = dataclasses.replace(batches.conditioning, dropout=0.0, shapes=shapes)
         ref = SampleRef(0, number % len(batches.source))
-        size = decode_sample(batches.source, ref.index).size
+        # The image itself may be gone: of a stream only its posterior is kept.
+        size = batches.latents.posterior(ref.index, CENTRE).size
         condition = plain.read(batches.source, ref, CENTRE, size, batches.draws)
         return condition.to(self.world.device).expand(2, -1, -1, -1)
 
