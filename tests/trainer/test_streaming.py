@@ -21,11 +21,10 @@ from bench.process import in_a_process
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.spec import Columns, DatasetSpec
 from finetune_trainer.data.batches import Batch, BatchMaker
+from finetune_trainer.data.encode import SHARD_ITEMS
 from finetune_trainer.data.open_stream import Opener
 from finetune_trainer.data.order import SampleRef
-from finetune_trainer.data.encode import SHARD_ITEMS
 from finetune_trainer.data.stream_map import Share
-from finetune_trainer.data.table import loading
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, DataError
 from finetune_trainer.train.run import check_spec

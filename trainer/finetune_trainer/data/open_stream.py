@@ -52,11 +52,12 @@ class Opener:
             StorageError: it cannot be read now.
         """
         source = self.spec.source
-        parent, _, name = source.rpartition("/")
         is_local = not is_bucket_url(source)
+        parent, name = (str(Path(source).parent), Path(source).name) if is_local else source.rsplit("/", 1)
         if source.endswith((".jsonl", *TABLES)):
             check_place(self.spec)
-            place = open_place(parent or ".") if source.endswith(".jsonl") or is_local else open_place(parent, name)
+            # Of the samples of a .jsonl file every image's stamp is wanted, so all objects are listed.
+            place = open_place(parent, None if source.endswith(".jsonl") else name)
             if source.endswith(".jsonl"):
                 return FolderStream(place, "", read_jsonl(place, name, self.spec, self.max_samples))
             return self._tables(place, [name])

@@ -51,6 +51,11 @@ class Stream(Protocol):
         """Hash of where it lies, of what is taken of it, and of the state of its files, as far as rows have no own."""
         ...
 
+    @property
+    def state(self) -> str:
+        """Hash of all that its rows are remembered by: the same on all ranks, unless it is being changed."""
+        ...
+
     def num_parts(self) -> int:
         """Number of parts; their order, and that of their rows, is that of the samples."""
         ...

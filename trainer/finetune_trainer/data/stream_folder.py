@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 from finetune_trainer.data.folder import Row
 from finetune_trainer.data.hashes import hash_text
@@ -35,9 +35,20 @@ class FolderStream:
         return len(self._rows)
 
     def key(self, part: int, row: int) -> str:
-        """Hash of the caption, and of the files' names and stamps."""
+        """Hash of the caption, and of the files' names and stamps, as they were at first."""
         del part
-        sample = self._rows[row]
+        return self._keys[row]
+
+    @cached_property
+    def state(self) -> str:
+        """Hash of all keys."""
+        return hash_text(*self._keys)
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return [self._make_key(sample) for sample in self._rows]
+
+    def _make_key(self, sample: Row) -> str:
         conditioning = [] if sample.conditioning is None else [sample.conditioning, self._stamp(sample.conditioning)]
         return hash_text(sample.caption, sample.image, self._stamp(sample.image), *conditioning)
 

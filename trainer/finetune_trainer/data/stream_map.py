@@ -161,7 +161,7 @@ class StreamMap:
             DataError: the data set cannot be used.
             StorageError: it cannot be read now, or the cache cannot be written.
         """
-        if self._world.share(self._stream.identity) != self._stream.identity:
+        if self._world.share(self._stream.state) != self._stream.state:
             raise StorageError("dataset.source: it was changed while the ranks opened it; it is opened anew")
         if self._world.is_first:
             self._records.sweep(time.time())

@@ -104,6 +104,11 @@ class ParquetStream:
         """Hash of the files' names and stamps, and of the columns."""
         return self._wanted.hash("parquet", [(file.url, file.stamp) for file in self._files])
 
+    @property
+    def state(self) -> str:
+        """The same."""
+        return self.identity
+
     def num_parts(self) -> int:
         """Number of row groups."""
         return len(self._groups)
@@ -183,6 +188,11 @@ class IterableStream:
     @property
     def identity(self) -> str:
         """Hash of the files' names and stamps, and of the columns."""
+        return self._hash
+
+    @property
+    def state(self) -> str:
+        """The same."""
         return self._hash
 
     def num_parts(self) -> int:
