@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ from finetune_trainer.data.stream import Reader, Record, Records, Stream, Stream
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError, StorageError
 
+_LOG = logging.getLogger(__name__)
 MEET_SECONDS = 60.0
 """The ranks meet so often, so that none waits for the others longer than a collective may take."""
 _AT_ONCE = 8
@@ -177,6 +179,9 @@ class StreamMap:
         while min(self._world.gather_numbers(1)) == 0:
             # Another rank is not done and has only said so.
             pass
+        if self._num_done:
+            _LOG.info("stream: %d images read by rank %d", self._num_done, self._world.rank)
+        self._num_done = 0
         self._refresh()
         return counts
 
