@@ -186,7 +186,12 @@ def test_ranks_that_stream_from_a_bucket_end_with_the_weights_of_the_copy(
             streams.streamed(spec, url),
             tmp_path / name / "job",
             world_size=2,
-            extra={**object_store.environment, "HF_HOME": str(tmp_path / name / "cache" / "hub")},
+            # They meet after each image, of which one has more than the other.
+            extra={
+                **object_store.environment,
+                "TEST_MEET_OFTEN": "1",
+                "HF_HOME": str(tmp_path / name / "cache" / "hub"),
+            },
         )
         assert ranks.run() == [ExitCode.DONE] * 2, ranks.stderr()
         assert ranks.weights() == plain.weights()
