@@ -12,6 +12,7 @@ from typing import Any
 from finetune_contract.bucket import is_bucket_url
 from finetune_contract.spec import DatasetSpec
 from finetune_trainer.data.folder import read_folder, read_jsonl
+from finetune_trainer.data.hashes import hash_text
 from finetune_trainer.data.places import Folder, Place, open_place
 from finetune_trainer.data.stream import Stream
 from finetune_trainer.data.stream_folder import FolderStream
@@ -95,9 +96,8 @@ class Opener:
             found = by_split.get(self.split)
             if found is None:
                 raise ValueError(f"it has {', '.join(map(str, by_split)) or 'no files'}")
-            files = [
-                (str(url), " ".join(map(str, about))) for url, about in zip(found, found.origin_metadata, strict=False)
-            ]
+            stamp = hash_text(*map(str, found.origin_metadata))
+            files = [(str(url), stamp) for url in found]
             if type(builder).__name__ != "Parquet":
                 dataset = builder.as_streaming_dataset(split=self.split)
                 for column in (self.spec.columns.image, self.spec.columns.conditioning):
