@@ -21,7 +21,7 @@ demo: install ## a real FineTuneJob on this machine, no cluster: two ranks, one 
 	$(BIN)/python -m finetune_trainer.demo.circles .demo/data --style squares --num-train 256 --num-validation 16
 	$(BIN)/finetune run examples/lora-circles.yaml --home .demo/state --preempt rank=1,at-step=125
 
-# Two at a time: on two cores that takes a quarter less time than one after the other, for much of it is waiting.
+# Two at a time, for much of it is waiting. "loadgroup" without groups: whoever is free takes the next test.
 test: install ## all tests
 	@$(BIN)/python -m tests.realnodes.prepare
 	$(BIN)/pytest --numprocesses 2 --dist loadgroup

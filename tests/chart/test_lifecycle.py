@@ -25,9 +25,14 @@ NAMESPACED = f"{LISTED},networkpolicies,roles,rolebindings,serviceaccounts,persi
 
 
 @pytest.fixture
-def release(cluster_helm: Helm, control_plane: ControlPlane) -> Iterator[Helm]:
-    """The chart, installed; uninstalled at the end where the test has not done it."""
+def nodes(control_plane: ControlPlane) -> None:
+    """Where the chart's pods run."""
     control_plane.add_nodes(2, prefix="chart")
+
+
+@pytest.fixture
+def release(cluster_helm: Helm, nodes: None) -> Iterator[Helm]:
+    """The chart, installed; uninstalled at the end where the test has not done it."""
     install(cluster_helm)
     yield cluster_helm
     if RELEASE in cluster_helm.run("list", "--short", "--namespace", HOME):
@@ -131,6 +136,7 @@ def secret(control_plane: ControlPlane) -> dict[str, str]:
     return data
 
 
+@pytest.mark.usefixtures("nodes")
 def test_an_upgrade_brings_the_new_crd(cluster_helm: Helm, control_plane: ControlPlane, tmp_path: Path) -> None:
     """A release of an older chart gets the new fields by `helm upgrade` alone, and jobs keep what is in them."""
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io"

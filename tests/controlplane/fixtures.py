@@ -1,8 +1,7 @@
 """Pytest plugin: one control plane per test run, and a namespace of its own for each test.
 
 A test that takes `control_plane` or `namespace` is marked `cluster`. With pytest-xdist each worker that runs such a
-test has a control plane of its own (a test may stop the API server without another one noticing); `--dist loadgroup`
-keeps them all on one worker.
+test has a control plane of its own: a test may stop the API server without another one noticing.
 """
 
 from __future__ import annotations
@@ -21,13 +20,10 @@ def _uses_control_plane(item: pytest.Item) -> bool:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a control plane, before `-m` chooses."""
-    has_xdist = config.pluginmanager.hasplugin("xdist")
     for item in filter(_uses_control_plane, items):
         item.add_marker(pytest.mark.cluster)
-        if has_xdist:
-            item.add_marker(pytest.mark.xdist_group("control-plane"))
 
 
 @pytest.hookimpl(tryfirst=True)
