@@ -49,6 +49,7 @@ from finetune_trainer.train.micro_batch import MicroBatch
 from finetune_trainer.train.notice import Notice
 from finetune_trainer.train.optimizer import learning_rate, make_optimizer
 from finetune_trainer.train.report import Reporter
+from finetune_trainer.train.run import be_deterministic
 from finetune_trainer.train.saving import Checkpointer
 from finetune_trainer.train.state import TrainState
 
@@ -104,7 +105,7 @@ class Ours:
 
     def step(self) -> None:
         """One step of the product's loop, as it is in a rank."""
-        torch.use_deterministic_algorithms(DEVICE.type == "cpu")
+        be_deterministic(DEVICE)
         self.loop.train_step()
         torch.use_deterministic_algorithms(False)
 

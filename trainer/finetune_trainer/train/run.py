@@ -96,9 +96,16 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     check_spec(context.spec)
     world = join_world(env)
     context.reporter.state(RankState.LOADING)
-    torch.use_deterministic_algorithms(world.device.type == "cpu")
+    be_deterministic(world.device)
     run = _Run(context, world, env)
     return run.to_its_end()
+
+
+def be_deterministic(device: torch.device) -> None:
+    """On CPUs only algorithms whose results are the same each time."""
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    # torch would fill all new memory, to show who reads it too early: a pass more over every activation and gradient.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def check_spec(spec: RunSpec) -> None:
