@@ -8,12 +8,12 @@ from finetune_contract.spec import DatasetSpec
 from finetune_trainer.data.folder import open_folder, open_jsonl
 from finetune_trainer.data.places import Folder
 from finetune_trainer.data.source import Source
-from finetune_trainer.data.table import check_place, holds_tables, open_table
+from finetune_trainer.data.table import JSONL, check_place, holds_tables, open_table
 from finetune_trainer.errors import DataError
 
 
 def open_source(spec: DatasetSpec, split: str, max_samples: int | None = None, needs_captions: bool = True) -> Source:
-    """Open one split of a data set. A single .jsonl or .parquet file is one split, whatever its name.
+    """Open one split of a data set. A single .jsonl, .parquet or .tar file is one split, whatever its name.
 
     Args:
         spec: the manifest's data set.
@@ -29,7 +29,7 @@ def open_source(spec: DatasetSpec, split: str, max_samples: int | None = None, n
     check_place(spec)
     if path.is_dir() and not holds_tables(Folder(path)):
         source = open_folder(path, spec, split, max_samples, needs_captions)
-    elif path.suffix == ".jsonl":
+    elif path.suffix == JSONL:
         source = open_jsonl(path, spec, max_samples)
     else:
         source = open_table(spec, split, max_samples, needs_captions)

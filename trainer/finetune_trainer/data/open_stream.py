@@ -18,8 +18,9 @@ from finetune_trainer.data.stream import Stream
 from finetune_trainer.data.stream_folder import FolderStream
 from finetune_trainer.data.stream_table import IterableStream, ParquetStream, TableFile, Wanted
 from finetune_trainer.data.table import (
+    JSONL,
     PARQUET,
-    TABLES,
+    SINGLE_FILES,
     check_place,
     holds_tables,
     loading,
@@ -55,11 +56,11 @@ class Opener:
         source = self.spec.source
         is_local = not is_bucket_url(source)
         parent, name = (str(Path(source).parent), Path(source).name) if is_local else source.rsplit("/", 1)
-        if source.endswith((".jsonl", *TABLES)):
+        if source.endswith(SINGLE_FILES):
             check_place(self.spec)
             # Of the samples of a .jsonl file every image's stamp is wanted, so all objects are listed.
-            place = open_place(parent, None if source.endswith(".jsonl") else name)
-            if source.endswith(".jsonl"):
+            place = open_place(parent, None if source.endswith(JSONL) else name)
+            if source.endswith(JSONL):
                 return FolderStream(place, "", read_jsonl(place, name, self.spec, self.max_samples))
             return self._tables(place, [name])
         if is_local and not Path(source).is_dir():

@@ -24,12 +24,13 @@ from finetune_trainer.data.shapes import Shapes
 from finetune_trainer.data.source import Samples, Source
 from finetune_trainer.data.stream import StreamedSamples
 from finetune_trainer.data.stream_map import StreamMap
-from finetune_trainer.data.table import TABLES
+from finetune_trainer.data.table import SINGLE_FILES
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError
 from finetune_trainer.models.family import Family
 
-SINGLE_FILES = (".jsonl", *TABLES)
+_PLAIN = Augmentation(random_crop=False, random_flip=False)
+"""Of class images and of held-out ones."""
 MAX_HELD_OUT = 64
 """Samples of the held-out split that are looked at: the first so many."""
 LIVE_WARNING = (
@@ -168,13 +169,13 @@ class Preparation:
 
     def _stream_train(self, hashes: FileHashes) -> _Split:
         dataset = self.spec.dataset
-        plain = Augmentation(random_crop=False, random_flip=self.spec.training.random_flip)
-        samples, census, broken, store = self._stream(dataset.split, dataset.max_samples, plain, hashes)
+        views = Augmentation(random_crop=False, random_flip=self.spec.training.random_flip)
+        samples, census, broken, store = self._stream(dataset.split, dataset.max_samples, views, hashes)
+        kept: Samples = samples
         if broken:
             self._check_broken(samples, broken)
-            census = census.without(broken)
-            return _Split(KeptSamples(samples, broken), census, lambda _: LatentCache(store, census.ids))
-        return _Split(samples, census, lambda _: LatentCache(store, census.ids))
+            kept, census = KeptSamples(samples, broken), census.without(broken)
+        return _Split(kept, census, lambda _: LatentCache(store, census.ids))
 
     def _stream(
         self, split: str, max_samples: int | None, augmentation: Augmentation, hashes: FileHashes
@@ -255,9 +256,8 @@ class Preparation:
             world=self.world,
             say=self._progress("class images"),
         ).open(hashes)
-        plain = Augmentation(random_crop=False, random_flip=False)
         split = self._looked_at(images, self._census(images, hashes), hashes)
-        batches = self._batches(split, text, plain)
+        batches = self._batches(split, text, _PLAIN)
         batches = dataclasses.replace(batches, captions=OnePrompt(spec.class_prompt), noising=Noising.of(training))
         return Prior(batches, spec.prior_loss_weight)
 
@@ -277,8 +277,7 @@ class Preparation:
         if not dataset.streaming:
             source = open_source(dataset, validation.split, MAX_HELD_OUT, self.demand.needs_captions)
             return self._looked_at(source, self._census(source, hashes), hashes)
-        plain = Augmentation(random_crop=False, random_flip=False)
-        samples, census, broken, store = self._stream(validation.split, MAX_HELD_OUT, plain, hashes)
+        samples, census, broken, store = self._stream(validation.split, MAX_HELD_OUT, _PLAIN, hashes)
         if broken:
             raise DataError(f"{describe_broken(samples, broken)}; the held-out split must be whole")
         return _Split(samples, census, lambda _: LatentCache(store, census.ids))
@@ -299,8 +298,7 @@ class Preparation:
         validation = self.spec.training.validation
         if held_out is None or validation is None:
             return None
-        plain = Augmentation(random_crop=False, random_flip=False)
-        batches = self._batches(held_out, text, plain)
+        batches = self._batches(held_out, text, _PLAIN)
         return dataclasses.replace(batches, draws=Draws(validation.seed), conditioning=self._conditioning(0))
 
     def _progress(self, what: str) -> Callable[[int, int], None]:

@@ -1,4 +1,4 @@
-"""Where samples come from: a folder of images, a .jsonl or .parquet file, or what the `datasets` library loads.
+"""Where samples come from: a folder of images, a .jsonl file, or what the `datasets` library loads.
 
 Opened once at the start. Whatever is wrong with it ends the rank with the sentence of a DataError.
 """

@@ -71,7 +71,8 @@ class Wanted:
         Raises:
             DataError: its caption is no text.
         """
-        readers = {field: self._reader(cells, field, column, name) for field, column in self._images().items()}
+        images = image_columns(self.columns)
+        readers = {field: self._reader(cells, field, column, name) for field, column in images.items()}
         has_caption = self.needs_captions or self.columns.caption in cells
         caption = read_caption(cells.get(self.columns.caption), name) if has_caption else ""
         return StreamedRow(number, caption, readers["image"], readers.get("conditioning"))
@@ -81,33 +82,37 @@ class Wanted:
         columns = [self.columns.image, self.columns.caption, self.columns.conditioning or ""]
         return hash_text(kind, *columns, *(part for file in files for part in file))
 
-    def _images(self) -> dict[str, str]:
-        return image_columns(self.columns)
-
     def _reader(self, cells: Mapping[str, Any], field: str, column: str, name: str) -> Reader:
         if column not in cells:
             raise DataError(no_column(field, column, cells, self.source))
         return partial(_read_cell, cells[column], field, column, name)
 
 
-class ParquetStream:
+class _TableStream:
+    """What streams of tables share: a row is remembered by its place in files that have not changed; see `Stream`.
+
+    Args:
+        identity: hash of the files' names and stamps, and of the columns.
+    """
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.state = identity
+
+    def key(self, part: int, row: int) -> str:
+        """Hash of the place in the table."""
+        return hash_text(str(part), str(row))
+
+
+class ParquetStream(_TableStream):
     """.parquet files; see `Stream`. A part is a row group, which is in memory while its rows are read."""
 
     def __init__(self, files: Sequence[TableFile], wanted: Wanted, notes: Path) -> None:
+        super().__init__(wanted.hash("parquet", [(file.url, file.stamp) for file in files]))
         self._files = files
         self._wanted = wanted
         self._notes = notes
         wanted.check(self._columns)
-
-    @cached_property
-    def identity(self) -> str:
-        """Hash of the files' names and stamps, and of the columns."""
-        return self._wanted.hash("parquet", [(file.url, file.stamp) for file in self._files])
-
-    @property
-    def state(self) -> str:
-        """The same."""
-        return self.identity
 
     def num_parts(self) -> int:
         """Number of row groups."""
@@ -116,10 +121,6 @@ class ParquetStream:
     def num_rows(self, part: int) -> int:
         """Number of rows of a row group."""
         return self._groups[part][2]
-
-    def key(self, part: int, row: int) -> str:
-        """Hash of the place in the table."""
-        return hash_text(str(part), str(row))
 
     def read(self, part: int, first: int) -> Iterator[StreamedRow]:
         """The rows of a row group, from one of them on.
@@ -175,25 +176,15 @@ class ParquetStream:
         return [(file, group, rows) for file, groups in files for group, rows in enumerate(groups)]
 
 
-class IterableStream:
+class IterableStream(_TableStream):
     """What the `datasets` library streams (tars of WebDataset, image folders); see `Stream`. A part is a file."""
 
     def __init__(self, dataset: Any, files: Sequence[tuple[str, str]], wanted: Wanted) -> None:
+        super().__init__(wanted.hash("iterable", files))
         self._dataset = dataset
         self._wanted = wanted
-        self._hash = wanted.hash("iterable", files)
         if dataset.column_names is not None:
             wanted.check(dataset.column_names)
-
-    @property
-    def identity(self) -> str:
-        """Hash of the files' names and stamps, and of the columns."""
-        return self._hash
-
-    @property
-    def state(self) -> str:
-        """The same."""
-        return self._hash
 
     def num_parts(self) -> int:
         """Number of files, or of what else the library can read by itself."""
@@ -202,10 +193,6 @@ class IterableStream:
     def num_rows(self, part: int) -> None:
         """None: only reading tells."""
         del part
-
-    def key(self, part: int, row: int) -> str:
-        """Hash of the place in the table."""
-        return hash_text(str(part), str(row))
 
     def read(self, part: int, first: int) -> Iterator[StreamedRow]:
         """The rows of a file, from one of them on; those before are read, and passed over.

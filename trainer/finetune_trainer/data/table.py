@@ -18,6 +18,9 @@ from finetune_trainer.errors import DataError, RankError
 PARQUET, TAR = ".parquet", ".tar"
 TABLES = (PARQUET, TAR)
 """Ends of the names of files that hold many samples; a .tar is laid out as WebDataset's are."""
+JSONL = ".jsonl"
+SINGLE_FILES = (JSONL, *TABLES)
+"""Ends of the names of files that are a data set by themselves."""
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 """Names by which the files of splits are known."""
 
