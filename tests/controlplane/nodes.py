@@ -104,16 +104,21 @@ def wait_until_usable(api: Api, names: Iterable[str], seconds: float) -> None:
     wait_for(f"{len(wanted)} kwok nodes are ready", all_usable, seconds)
 
 
+def neglect(api: Api, name: str) -> None:
+    """A node whose kubelet stands still: nobody looks after its pods, and the cluster does not know it yet."""
+    api.patch(f"{NODES_PATH}/{name}", {"metadata": {"labels": {MANAGED_LABEL: None}}})
+
+
 def lose(api: Api, name: str, now: datetime.datetime) -> None:
     """A node whose machine vanished: nobody renews its lease or looks after its pods.
 
     The node controller would see that after its grace period; here it is told at once, and goes on from there: taint,
     eviction. At least one node of the cluster has to stay, or the controller takes itself for cut off.
     """
-    api.patch(f"{NODES_PATH}/{name}", {"metadata": {"labels": {MANAGED_LABEL: None}}})
+    neglect(api, name)
     api.patch(f"{NODES_PATH}/{name}/status", build_unknown_status(now), "strategic")
 
 
 def recover(api: Api, name: str) -> None:
-    """A lost node is back: kwok looks after it and its pods again."""
+    """A lost or neglected node is back: kwok looks after it and its pods again."""
     api.patch(f"{NODES_PATH}/{name}", {"metadata": {"labels": {MANAGED_LABEL: "true"}}})

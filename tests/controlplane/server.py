@@ -345,12 +345,16 @@ class ControlPlane:
         for name in names:
             self.api.delete(f"{nodes.NODES_PATH}/{name}")
 
+    def neglect_node(self, name: str) -> None:
+        """A node's kubelet stands still: its pods stay as they are, and those that are deleted hang in that."""
+        nodes.neglect(self.api, name)
+
     def lose_node(self, name: str) -> None:
         """A node's machine vanishes: it becomes unknown, is tainted, and its pods hang in their deletion."""
         nodes.lose(self.api, name, datetime.datetime.now(datetime.UTC))
 
     def recover_node(self, name: str) -> None:
-        """A lost node is back; returns when pods can be scheduled to it."""
+        """A lost or neglected node is back; returns when pods can be scheduled to it."""
         nodes.recover(self.api, name)
         nodes.wait_until_usable(self.api, [name], READY_SECONDS)
 
