@@ -2,8 +2,8 @@
 
 `make bench-train`. Random weights, 256 px, batch 1, bf16, on the GPU where there is one. Ours is the product's own loop
 over its own cache; the floor is forward, backward and a fused optimizer on a batch that is ready; the plain loop does
-what the usual scripts do in every step. The three take turns, step by step, in one process, where memory holds them
-side by side. On a known GPU the share of its peak arithmetic is told, too. Options::
+what the usual scripts do in every step. They take turns, step by step, in one process; where memory does not hold the
+plain loop beside them, it comes after them. On a known GPU the share of its peak arithmetic is told, too. Options::
 
     python -m bench.train --methods LoRA ControlNet --families sd15 --pairs 3
     python -m bench.train --methods LoRA --families sdxl --resolution 1024 --batch 4
@@ -15,10 +15,12 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,14 @@ from bench.report import finish
 from bench.train_models import UNETS, RandomFamily
 from bench.train_plain import Floor, Plain
 from finetune_contract.run_spec import RunSpec
+from finetune_trainer import heap
 from finetune_trainer.checkpoint.folder_store import FolderStore
 from finetune_trainer.checkpoint.retention import Retention
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import SampleRef
 from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import Demand, Preparation
-from finetune_trainer.distributed.buckets import GradientBuckets
+from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.registry import method_class
@@ -75,7 +78,7 @@ KEYS = {
 SIDE_BY_SIDE = {
     (name, method) for name in ("tiny", "sd15") for method in ("LoRA", "DreamBoothLoRA", "TextualInversion")
 }
-"""What is small enough for ours, floor and plain loop to take turns; the others go one after the other."""
+"""Where memory holds the plain loop beside ours, so that it takes turns, too."""
 NEEDED_GIB = {("sdxl", "Full"): 47, ("sdxl", "DreamBooth"): 47, ("sdxl", "ControlNet"): 29}
 """Weights, gradients and AdamW's moments in fp32, where a machine may lack that much."""
 
@@ -165,6 +168,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
     )
     data = Preparation(spec, demand, family, world, DTYPE, cache, lambda _: None, lambda _: None).run()
     gc.collect()
+    heap.give_back()
     forget_peak()
     method = kind(MethodContext(family, training, Draws(0), DEVICE, DTYPE))
     parameters = method.parameters()
@@ -178,7 +182,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         batches=Prefetcher(data.batches),
         draws=Draws(0),
         state=state,
-        buckets=GradientBuckets(list(parameters.values()), DEVICE),
+        buckets=LocalGradients(list(parameters.values()), DEVICE),
         learning_rate=learning_rate(training, 1000),
         checkpointer=checkpointer,
         notice=Notice(),
@@ -193,6 +197,9 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
 def run_case(family_name: str, method: str, setting: Setting) -> dict[str, float]:
     """Measure one method on one family: medians over the pairs."""
     diffusers.utils.logging.set_verbosity_error()
+    # As in a rank; the floor and the plain loop have it, too.
+    if DEVICE.type == "cpu":
+        heap.keep_freed(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         return run_in(Path(folder), family_name, method, setting)
 
@@ -205,37 +212,23 @@ def run_in(folder: Path, family_name: str, method: str, setting: Setting) -> dic
     spec = make_spec(method, data if data.is_dir() else write_data(data, setting.resolution), setting)
     refs = [SampleRef(0, index) for index in range(setting.batch)]
     ours = make_ours(family, spec, cache)
-    times: dict[str, list[float]] = {"ours": [], "floor": [], "plain": []}
     first, peak = ours.first_step_seconds, ours.peak_bytes
+    floor = Floor(ours.loop.method, ours.loop.batches.take(refs, []), ours.loop.state.optimizer)
+    flops = count_flops(floor.step)
+    turns: dict[str, Callable[[], None]] = {"ours": ours.step, "floor": floor.step}
 
-    def make_plain() -> Plain:
-        return Plain(family, method, sorted(data.glob("[0-9]*.png")), setting.resolution, setting.batch)
+    def make_plain() -> dict[str, Callable[[], None]]:
+        plain = Plain(family, method, sorted(data.glob("[0-9]*.png")), setting.resolution, setting.batch)
+        return {"plain": plain.step}
 
-    if (family_name, method) not in SIDE_BY_SIDE:
-        # Three of it do not fit side by side: one after the other.
-        times["ours"] = [measure(ours.step) for _ in range(setting.pairs)]
-        floor = Floor(ours.loop.method, ours.loop.batches.take(refs, []))
-        del ours
-        gc.collect()
-        flops = count_flops(floor.step)
-        times["floor"] = [measure(floor.step) for _ in range(setting.pairs)]
-        del floor
-        gc.collect()
-        plain = make_plain()
-        plain.step()
-        times["plain"] = [measure(plain.step) for _ in range(setting.pairs)]
+    if (family_name, method) in SIDE_BY_SIDE:
+        times = take_turns(turns | make_plain(), setting.pairs)
     else:
-        # The floor has the same weights with gradients of its own.
-        twin = make_loop(family, spec, cache)
-        floor = Floor(twin.method, twin.batches.take(refs, []))
-        del twin
-        plain = make_plain()
-        flops = count_flops(floor.step)
-        plain.step()
-        for _ in range(setting.pairs):
-            for name, step in (("ours", ours.step), ("floor", floor.step), ("plain", plain.step)):
-                times[name].append(measure(step))
-                gc.collect()
+        times = take_turns(turns, setting.pairs)
+        turns.clear()
+        del ours, floor
+        gc.collect()
+        times |= take_turns(make_plain(), setting.pairs)
     medians = {name: statistics.median(values) for name, values in times.items()}
     limit = peak_flops()
     return {
@@ -248,6 +241,16 @@ def run_in(folder: Path, family_name: str, method: str, setting: Setting) -> dic
         # Only of a GPU is the peak known, and only there is all arithmetic counted.
         **({} if limit is None else {"flop_share": flops / medians["ours"] / limit}),
     }
+
+
+def take_turns(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, the first of which does not count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            gc.collect()
+            times[name].append(measure(step))
+    return {name: values[1:] for name, values in times.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

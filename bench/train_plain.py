@@ -22,15 +22,16 @@ _TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 class Floor:
-    """Forward, backward and a fused optimizer over just what is trained, on a batch that is ready."""
+    """Forward, backward and a step of a fused optimizer over just what is trained, on a batch that is ready.
 
-    def __init__(self, method: Method, batch: Batch) -> None:
+    Weights and moments are those of our loop, with which it takes turns.
+    """
+
+    def __init__(self, method: Method, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
+        assert optimizer.defaults["fused"]
         self._method = method
         self._batch = batch
-        self._parameters = list(method.parameters().values())
-        for parameter in self._parameters:
-            parameter.grad = None
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-6, fused=True)
+        self._optimizer = optimizer
 
     def step(self) -> None:
         """One step."""

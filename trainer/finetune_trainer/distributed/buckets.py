@@ -24,10 +24,11 @@ _NUM_EXTRA = len(Signal) + 2 * NUM_TIMESTEP_BUCKETS
 
 
 class GradientBuckets:
-    """The gradients of the trained parameters as views into flat fp32 buffers.
+    """The gradients of the trained parameters as views into flat fp32 buffers; see `Gradients`.
 
-    Backward adds into the buffers directly; nothing is copied. The last buffer ends with the losses by timestep and one
-    slot for each Signal, so that agreeing on a loss, or to stop, costs no collective of its own. See `Gradients`.
+    Each is moved into its buffer as soon as backward has it, so never are all of them in memory twice. The first of a
+    step is copied: nothing is set to zero for it and added to that. The last buffer ends with the losses by timestep
+    and one slot for each Signal, so that agreeing on a loss, or to stop, costs no collective of its own.
     """
 
     in_step: ClassVar[bool] = False
@@ -35,6 +36,8 @@ class GradientBuckets:
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         groups = assign_buckets([parameter.numel() for parameter in parameters], BUCKET_NUMEL)
         self._buffers: list[Tensor] = []
+        self._views: dict[nn.Parameter, Tensor] = {}
+        self._taken: set[nn.Parameter] = set()
         for group in groups:
             members = [parameters[index] for index in group]
             is_last = group is groups[-1]
@@ -42,7 +45,7 @@ class GradientBuckets:
             buffer = torch.zeros(size, dtype=torch.float32, device=device)
             offset = 0
             for parameter in members:
-                parameter.grad = buffer[offset : offset + parameter.numel()].view_as(parameter)
+                self._views[parameter] = buffer[offset : offset + parameter.numel()].view_as(parameter)
                 offset += parameter.numel()
             self._buffers.append(buffer)
         self.signals = self._buffers[-1][-len(Signal) :]
@@ -50,10 +53,28 @@ class GradientBuckets:
         self.by_timestep = self._buffers[-1][-_NUM_EXTRA : -len(Signal)].view(2, NUM_TIMESTEP_BUCKETS)
         """Sums and counts of the samples' losses by tenth of the schedule, as the signals."""
 
+        for parameter in self._views:
+            parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+        self.clear()
+
     def clear(self) -> None:
-        """Set gradients and signals to zero for the next step."""
-        for buffer in self._buffers:
-            buffer.zero_()
+        """Drop the last step's gradients, and set the signals to zero."""
+        self._taken.clear()
+        self._buffers[-1][-_NUM_EXTRA:].zero_()
+        for parameter in self._views:
+            parameter.grad = None
+
+    def _take(self, parameter: Tensor) -> None:
+        """Move a gradient that backward has just finished into its buffer."""
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        view = self._views[parameter]
+        if parameter in self._taken:
+            view.add_(parameter.grad)
+        else:
+            view.copy_(parameter.grad)
+            self._taken.add(parameter)
+        parameter.grad = None
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
         """Nothing is said to other ranks in it."""
@@ -65,29 +86,24 @@ class GradientBuckets:
         Raises:
             FabricError: a peer was lost.
         """
+        for parameter, view in self._views.items():
+            if parameter not in self._taken:
+                # Backward did not come to it.
+                view.zero_()
+            parameter.grad = view
         for buffer in self._buffers:
             world.sum(buffer)
 
-    def clip(self, max_norm: float, loss_scale: float = 1.0) -> Tensor:
-        """Scale all gradients so that their common 2-norm is at most `max_norm`; 0 leaves them as they are.
-
-        Args:
-            max_norm: the largest norm.
-            loss_scale: what the loss was multiplied by, which is taken out first.
-
-        Returns:
-            The norm of the true gradients before the scaling (scalar).
-        """
-        if loss_scale != 1.0:
-            for part in self._gradients():
-                part.mul_(1.0 / loss_scale)
+    def norm(self) -> Tensor:
+        """Their common 2-norm."""
         norms = [torch.linalg.vector_norm(part) for part in self._gradients()]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        if max_norm > 0:
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for part in self._gradients():
-                part.mul_(scale)
         return norm
+
+    def scale(self, factor: float) -> None:
+        """Multiply all of them."""
+        for part in self._gradients():
+            part.mul_(factor)
 
     def _gradients(self) -> list[Tensor]:
         return [*self._buffers[:-1], self._buffers[-1][:-_NUM_EXTRA]]

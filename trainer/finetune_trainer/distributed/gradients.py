@@ -1,4 +1,4 @@
-"""What the loop asks of gradients, whoever holds them: whole on every rank (`buckets`) or in shards (`sharding`)."""
+"""What the loop asks of gradients: of a lone rank (`local`), whole on all ranks (`buckets`), in slices (`sharding`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Gradients(Protocol):
     """Sums and counts of the samples' losses by tenth of the schedule (2, NUM_TIMESTEP_BUCKETS), as the signals."""
 
     def clear(self) -> None:
-        """Set gradients and signals to zero for the next step."""
+        """Drop the last step's gradients, and set the signals to zero."""
         ...
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
@@ -57,14 +57,15 @@ class Gradients(Protocol):
         """
         ...
 
-    def clip(self, max_norm: float, loss_scale: float = 1.0) -> Tensor:
-        """Scale all gradients so that their common 2-norm is at most `max_norm`; 0 leaves them as they are.
-
-        Args:
-            max_norm: the largest norm.
-            loss_scale: what the loss was multiplied by, which is taken out first.
-
-        Returns:
-            The norm of the true gradients before the scaling (scalar).
-        """
+    def norm(self) -> Tensor:
+        """The common 2-norm of all gradients (scalar), once they are reduced."""
         ...
+
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients, once they are reduced."""
+        ...
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of a finite norm are multiplied by so that it is at most `max_norm`; 0 leaves them as they are."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0

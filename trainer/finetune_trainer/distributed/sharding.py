@@ -191,17 +191,14 @@ class ShardedGradients:
         self._numbers[-1] = torch.stack(squares).sum().to(self._numbers.device)
         world.sum(self._numbers)
 
-    def clip(self, max_norm: float, loss_scale: float = 1.0) -> Tensor:
-        """Scale this rank's slices by the common norm."""
-        norm: Tensor = self._numbers[-1].sqrt() / loss_scale
-        if loss_scale != 1.0:
-            for gradient in self._gradients():
-                gradient.mul_(1.0 / loss_scale)
-        if max_norm > 0:
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in self._gradients():
-                gradient.mul_(scale.to(gradient.device))
-        return norm
+    def norm(self) -> Tensor:
+        """The norm, whose square the ranks have summed."""
+        return self._numbers[-1].sqrt()
+
+    def scale(self, factor: float) -> None:
+        """Multiply this rank's slices."""
+        for gradient in self._gradients():
+            gradient.mul_(factor)
 
     def _gradients(self) -> list[Tensor]:
         gradients = [parameter.grad for parameter in self._shards.parameters.values()]

@@ -16,7 +16,7 @@ from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.draws import Draws, Purpose
 from finetune_trainer.data.order import SampleRef, most_micro_batches, rank_share, sample_at
 from finetune_trainer.data.prefetch import Prefetcher
-from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Gradients, Signal
+from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Gradients, Signal, clip_factor
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.method import Method
@@ -122,7 +122,7 @@ class Loop:
         self.buckets.signals[Signal.NOTICES] = float(self.notice.given)
         self.buckets.signals[Signal.SAVE_DUE] = float(self.checkpointer.due(step + 1))
         self.buckets.reduce(self.world)
-        norm = self.buckets.clip(self.spec.training.max_grad_norm, self._loss_scale)
+        norm = self.buckets.norm() / self._loss_scale
         # The one place in a step where the host waits for the device.
         common = torch.cat([self.buckets.signals, norm.view(1), self.buckets.by_timestep.flatten()]).tolist()
         (loss_sum, num_samples, notices, save_due, norm_value), tenths = common[:5], common[5:]
@@ -136,7 +136,9 @@ class Loop:
         self.checkpointer.before_update()
         with self.state.updating():
             set_learning_rate(self.state.optimizer, self.learning_rate(step))
-            self._move(overflowed)
+            if not overflowed:
+                self._move(norm_value)
+            self._rescale(overflowed)
             self.state.step = step + 1
             self.state.losses.append(loss)
             if self.state.ema is not None:
@@ -150,14 +152,19 @@ class Loop:
     def _loss_scale(self) -> float:
         return 1.0 if self.state.loss_scale is None else self.state.loss_scale.value
 
-    def _move(self, overflowed: bool) -> None:
-        """Let the optimizer take its step, unless fp16 could not hold the gradients.
+    def _move(self, norm: float) -> None:
+        """Let the optimizer take its step along the true gradients, clipped; most often they are that already."""
+        factor = clip_factor(norm, self.spec.training.max_grad_norm) / self._loss_scale
+        if factor != 1.0:
+            self.buckets.scale(factor)
+        self.state.optimizer.step()
+
+    def _rescale(self, overflowed: bool) -> None:
+        """Take a lower loss scale where fp16 could not hold the gradients, and perhaps a higher one where it could.
 
         Raises:
             ConfigError: it never can.
         """
-        if not overflowed:
-            self.state.optimizer.step()
         if self.state.loss_scale is not None:
             (self.state.loss_scale.overflowed if overflowed else self.state.loss_scale.held)()
 

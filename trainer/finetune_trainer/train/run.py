@@ -17,6 +17,7 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec
+from finetune_trainer import heap
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES
 from finetune_trainer.data.draws import Draws
 from finetune_trainer.data.order import total_steps
@@ -24,6 +25,7 @@ from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.gradients import Gradients
+from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.sharding import ShardedGradients, Shards
 from finetune_trainer.distributed.world import World, join_world
 from finetune_trainer.errors import ConfigError, FabricError
@@ -97,6 +99,8 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     world = join_world(env)
     context.reporter.state(RankState.LOADING)
     be_deterministic(world.device)
+    if world.device.type == "cpu":
+        heap.keep_freed(env)
     run = _Run(context, world, env)
     return run.to_its_end()
 
@@ -165,6 +169,8 @@ class _Run:
         context = self._context
         context.reporter.state(RankState.CACHING)
         data = self._prepare_data()
+        # The encoders are gone.
+        heap.give_back()
         context.reporter.state(RankState.LOADING)
         method = self._method()
         state = self._state(method)
@@ -236,7 +242,10 @@ class _Run:
     def _gradients(self, method: Method) -> Gradients:
         if self._shards is not None:
             return ShardedGradients(self._shards, self._world)
-        return GradientBuckets(list(method.parameters().values()), self._world.device)
+        parameters = list(method.parameters().values())
+        if self._world.size == 1:
+            return LocalGradients(parameters, self._world.device)
+        return GradientBuckets(parameters, self._world.device)
 
     def _checkpointer(self) -> Checkpointer:
         context = self._context

@@ -1,0 +1,54 @@
+"""Gradients of a rank that is alone: they stay where backward puts them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal
+from finetune_trainer.distributed.world import World
+
+
+class LocalGradients:
+    """Gradients that nobody else needs; see `Gradients`. They take no memory between two steps."""
+
+    in_step: ClassVar[bool] = False
+
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._parameters = list(parameters)
+        self._gradients: list[Tensor] = []
+        self.signals = torch.zeros(len(Signal), dtype=torch.float32, device=device)
+        self.by_timestep = torch.zeros(2, NUM_TIMESTEP_BUCKETS, dtype=torch.float32, device=device)
+
+    def clear(self) -> None:
+        """Drop the last step's gradients, and set the signals to zero."""
+        self._gradients.clear()
+        for parameter in self._parameters:
+            parameter.grad = None
+        self.signals.zero_()
+        self.by_timestep.zero_()
+
+    def passes(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is said to other ranks in it."""
+        return contextlib.nullcontext()
+
+    def reduce(self, world: World) -> None:
+        """There is nobody to sum with. What backward did not come to has a gradient of zero, as with several ranks."""
+        assert world.size == 1
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self._gradients.append(parameter.grad)
+
+    def norm(self) -> Tensor:
+        """Their common 2-norm."""
+        return nn.utils.get_total_norm(self._gradients)
+
+    def scale(self, factor: float) -> None:
+        """Multiply all of them."""
+        for gradient in self._gradients:
+            gradient.mul_(factor)
