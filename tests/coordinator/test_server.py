@@ -133,6 +133,22 @@ def test_a_large_body_without_a_length_is_refused() -> None:
     asyncio.run(check())
 
 
+def test_a_supervisor_that_dies_within_a_beat_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    async def check() -> None:
+        async with listening() as bed:
+            port = int(bed.url.rpartition(":")[2])
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            head = f"POST {BEAT_PATH} HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 100\r\n\r\n"
+            writer.write(head.encode() + b'{"attempt"')
+            await writer.drain()
+            assert (await bed.post(beat().to_json()))[0] == 200
+            writer.transport.abort()
+            assert (await bed.post(beat(2).to_json()))[0] == 200
+
+    asyncio.run(check())
+    assert not caplog.records
+
+
 def test_a_port_that_is_taken_is_an_os_error() -> None:
     async def check() -> None:
         async with listening() as bed:

@@ -108,6 +108,9 @@ async def _read_beat(request: web.Request) -> Beat:
         body = await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise Refused(413, f"the beat is larger than {MAX_BEAT_BYTES} bytes") from error
+    except ConnectionError as error:
+        # Its process has died in the middle of it: nothing is wrong here, and nobody reads the answer.
+        raise Refused(400, "the connection was lost within the beat") from error
     try:
         # Parsing 64 KiB takes about a millisecond; larger bodies never come here.
         return Beat.model_validate_json(body)
