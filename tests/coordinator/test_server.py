@@ -138,8 +138,8 @@ def test_a_supervisor_that_dies_within_a_beat_is_no_error_of_ours(caplog: pytest
         async with listening() as bed:
             port = int(bed.url.rpartition(":")[2])
             _, writer = await asyncio.open_connection("127.0.0.1", port)
-            head = f"POST {BEAT_PATH} HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 100\r\n\r\n"
-            writer.write(head.encode() + b'{"attempt"')
+            head = [f"POST {BEAT_PATH} HTTP/1.1", "Host: here", f"Authorization: Bearer {TOKEN}", "Content-Length: 100"]
+            writer.write("\r\n".join([*head, "", '{"attempt"']).encode())
             await writer.drain()
             assert (await bed.post(beat().to_json()))[0] == 200
             writer.transport.abort()
