@@ -2,8 +2,9 @@
 
 `make bench-train`. Random weights, 256 px, batch 1, bf16, on the GPU where there is one. Ours is the product's own loop
 over its own cache; the floor is forward, backward and a fused optimizer on a batch that is ready; the plain loop does
-what the usual scripts do in every step. They take turns, step by step, in one process; where memory does not hold the
-plain loop beside them, it comes after them. On a known GPU the share of its peak arithmetic is told, too. Options::
+what the usual scripts do in every step, in a process of its own. They take turns, step by step; where memory does not
+hold the plain loop beside them, it comes after them. On a known GPU the share of its peak arithmetic is told, too.
+Options::
 
     python -m bench.train --methods LoRA ControlNet --families sd15 --pairs 3
     python -m bench.train --methods LoRA --families sdxl --resolution 1024 --batch 4
@@ -31,7 +32,7 @@ import torch
 from PIL import Image
 
 from bench.device import count_flops, forget_peak, measure, peak_bytes, peak_flops, the_device
-from bench.process import in_a_process
+from bench.process import elsewhere, in_a_process
 from bench.report import finish
 from bench.train_models import UNETS, RandomFamily
 from bench.train_plain import Floor, Plain
@@ -197,7 +198,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
 def run_case(family_name: str, method: str, setting: Setting) -> dict[str, float]:
     """Measure one method on one family: medians over the pairs."""
     diffusers.utils.logging.set_verbosity_error()
-    # As in a rank; the floor and the plain loop have it, too.
+    # As in a rank; the floor has it, too.
     if DEVICE.type == "cpu":
         heap.keep_freed(os.environ)
     with tempfile.TemporaryDirectory() as folder:
@@ -215,20 +216,21 @@ def run_in(folder: Path, family_name: str, method: str, setting: Setting) -> dic
     first, peak = ours.first_step_seconds, ours.peak_bytes
     floor = Floor(ours.loop.method, ours.loop.batches.take(refs, []), ours.loop.state.optimizer)
     flops = count_flops(floor.step)
-    turns: dict[str, Callable[[], None]] = {"ours": ours.step, "floor": floor.step}
-
-    def make_plain() -> dict[str, Callable[[], None]]:
-        plain = Plain(family, method, sorted(data.glob("[0-9]*.png")), setting.resolution, setting.batch)
-        return {"plain": plain.step}
-
+    turns: dict[str, Callable[[], float]] = {
+        "ours": lambda: measure(ours.step),
+        "floor": lambda: measure(floor.step),
+    }
     if (family_name, method) in SIDE_BY_SIDE:
-        times = take_turns(turns | make_plain(), setting.pairs)
+        with elsewhere(make_plain, family_name, method, data, setting) as plain:
+            times = take_turns(turns | {"plain": plain}, setting.pairs)
     else:
         times = take_turns(turns, setting.pairs)
         turns.clear()
         del ours, floor
         gc.collect()
-        times |= take_turns(make_plain(), setting.pairs)
+        heap.give_back()
+        with elsewhere(make_plain, family_name, method, data, setting) as plain:
+            times |= take_turns({"plain": plain}, setting.pairs)
     medians = {name: statistics.median(values) for name, values in times.items()}
     limit = peak_flops()
     return {
@@ -243,13 +245,21 @@ def run_in(folder: Path, family_name: str, method: str, setting: Setting) -> dic
     }
 
 
-def take_turns(steps: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def make_plain(family_name: str, method: str, data: Path, setting: Setting) -> Callable[[], float]:
+    """A step of the plain loop, which tells its seconds; in a process with the heap that any script has."""
+    diffusers.utils.logging.set_verbosity_error()
+    images = sorted(data.glob("[0-9]*.png"))
+    plain = Plain(RandomFamily(family_name), method, images, setting.resolution, setting.batch)
+    return lambda: measure(plain.step)
+
+
+def take_turns(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, the first of which does not count."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):
         for name, step in steps.items():
             gc.collect()
-            times[name].append(measure(step))
+            times[name].append(step())
     return {name: values[1:] for name, values in times.items()}
 
 
