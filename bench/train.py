@@ -3,7 +3,7 @@
 `make bench-train`. Random weights, 256 px, batch 1, bf16, on the GPU where there is one. Ours is the product's own loop
 over its own cache; the floor is forward, backward and a fused optimizer on a batch that is ready; the plain loop does
 what the usual scripts do in every step, in a process of its own. They take turns, step by step; where memory does not
-hold the plain loop beside them, it comes after them. On a known GPU the share of its peak arithmetic is told, too.
+hold the plain loop beside the others, it comes after them. On a known GPU the share of its peak arithmetic is told.
 Options::
 
     python -m bench.train --methods LoRA ControlNet --families sd15 --pairs 3
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from bench.device import count_flops, forget_peak, measure, peak_bytes, peak_flops, the_device
-from bench.process import elsewhere, in_a_process
+from bench.process import elsewhere
 from bench.report import finish
 from bench.train_models import UNETS, RandomFamily
 from bench.train_plain import Floor, Plain
@@ -57,6 +57,8 @@ from finetune_trainer.train.run import be_deterministic
 from finetune_trainer.train.saving import Checkpointer
 from finetune_trainer.train.state import TrainState
 
+Turn = dict[str, float]
+"""Seconds of a step, by whose it is; and the facts about ours that are the same in each turn."""
 DEVICE = the_device()
 DTYPE = torch.bfloat16
 NUM_IMAGES = 8
@@ -195,72 +197,68 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
     )
 
 
-def run_case(family_name: str, method: str, setting: Setting) -> dict[str, float]:
-    """Measure one method on one family: medians over the pairs."""
+def make_turn(family_name: str, method: str, data: Path, cache: Path, setting: Setting) -> Callable[[], Turn]:
+    """One step of ours and one of its floor; in a process of its own, as a rank is."""
     diffusers.utils.logging.set_verbosity_error()
-    # As in a rank; the floor has it, too.
     if DEVICE.type == "cpu":
         heap.keep_freed(os.environ)
-    with tempfile.TemporaryDirectory() as folder:
-        return run_in(Path(folder), family_name, method, setting)
+    ours = make_ours(RandomFamily(family_name), make_spec(method, data, setting), cache)
+    loop, refs = ours.loop, [SampleRef(0, index) for index in range(setting.batch)]
+    floor = Floor(loop.method, loop.batches.take(refs, []), loop.state.optimizer)
+    facts = {"first_step": ours.first_step_seconds, "peak_bytes": ours.peak_bytes, "flops": count_flops(floor.step)}
 
-
-def run_in(folder: Path, family_name: str, method: str, setting: Setting) -> dict[str, float]:
-    """Measure in an empty folder, or in one that holds the data already."""
-    family = RandomFamily(family_name)
-    data = folder / "data"
-    cache = folder / "cache" / family_name
-    spec = make_spec(method, data if data.is_dir() else write_data(data, setting.resolution), setting)
-    refs = [SampleRef(0, index) for index in range(setting.batch)]
-    ours = make_ours(family, spec, cache)
-    first, peak = ours.first_step_seconds, ours.peak_bytes
-    floor = Floor(ours.loop.method, ours.loop.batches.take(refs, []), ours.loop.state.optimizer)
-    flops = count_flops(floor.step)
-    turns: dict[str, Callable[[], float]] = {
-        "ours": lambda: measure(ours.step),
-        "floor": lambda: measure(floor.step),
-    }
-    if (family_name, method) in SIDE_BY_SIDE:
-        with elsewhere(make_plain, family_name, method, data, setting) as plain:
-            times = take_turns(turns | {"plain": plain}, setting.pairs)
-    else:
-        times = take_turns(turns, setting.pairs)
-        turns.clear()
-        del ours, floor
+    def turn() -> Turn:
         gc.collect()
-        heap.give_back()
-        with elsewhere(make_plain, family_name, method, data, setting) as plain:
-            times |= take_turns({"plain": plain}, setting.pairs)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    limit = peak_flops()
-    return {
-        "images_per_second": setting.batch / medians["ours"],
-        "over_floor": medians["ours"] / medians["floor"],
-        "speedup": medians["plain"] / medians["ours"],
-        "first_step_seconds": first,
-        "peak_gib": peak / 2**30,
-        **{f"{name}_seconds": value for name, value in medians.items()},
-        # Only of a GPU is the peak known, and only there is all arithmetic counted.
-        **({} if limit is None else {"flop_share": flops / medians["ours"] / limit}),
-    }
+        return {**facts, "ours": measure(ours.step), "floor": measure(floor.step)}
+
+    return turn
 
 
-def make_plain(family_name: str, method: str, data: Path, setting: Setting) -> Callable[[], float]:
-    """A step of the plain loop, which tells its seconds; in a process with the heap that any script has."""
+def make_plain_turn(family_name: str, method: str, data: Path, setting: Setting) -> Callable[[], Turn]:
+    """One step of the plain loop; in a process with the heap that any script has."""
     diffusers.utils.logging.set_verbosity_error()
     images = sorted(data.glob("[0-9]*.png"))
     plain = Plain(RandomFamily(family_name), method, images, setting.resolution, setting.batch)
-    return lambda: measure(plain.step)
+
+    def turn() -> Turn:
+        gc.collect()
+        return {"plain": measure(plain.step)}
+
+    return turn
 
 
-def take_turns(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, the first of which does not count."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            gc.collect()
-            times[name].append(step())
-    return {name: values[1:] for name, values in times.items()}
+def run_case(family_name: str, method: str, setting: Setting) -> dict[str, float]:
+    """Measure one method on one family: medians over the pairs, the first of which does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_data(Path(folder) / "data", setting.resolution)
+        ours = elsewhere(make_turn, family_name, method, data, Path(folder) / "cache" / family_name, setting)
+        plain = elsewhere(make_plain_turn, family_name, method, data, setting)
+        rounds = range(setting.pairs + 1)
+        if (family_name, method) in SIDE_BY_SIDE:
+            with ours as one, plain as other:
+                turns = [one() | other() for _ in rounds]
+        else:
+            with ours as one:
+                turns = [one() for _ in rounds]
+            with plain as other:
+                turns = [turn | other() for turn in turns]
+    return summarize(turns[1:], setting.batch)
+
+
+def summarize(turns: Sequence[Turn], batch: int) -> dict[str, float]:
+    """The figures of a method."""
+    medians = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    limit = peak_flops()
+    return {
+        "images_per_second": batch / medians["ours"],
+        "over_floor": medians["ours"] / medians["floor"],
+        "speedup": medians["plain"] / medians["ours"],
+        "first_step_seconds": medians["first_step"],
+        "peak_gib": medians["peak_bytes"] / 2**30,
+        **{f"{name}_seconds": medians[name] for name in ("ours", "floor", "plain")},
+        # Only of a GPU is the peak known, and only there is all arithmetic counted.
+        **({} if limit is None else {"flop_share": medians["flops"] / medians["ours"] / limit}),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -281,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
             if needed is not None and psutil.virtual_memory().total < needed * 2**30:
                 rows.append([family, method, f"does not fit: AdamW in fp32 takes {needed} GiB"])
                 continue
-            figures = in_a_process(run_case, family, method, setting)
+            figures = run_case(family, method, setting)
             key = KEYS[method] if family == "sd15" else f"{family}_{KEYS[method]}"
             result |= {f"{key}_{name}": round(value, 3) for name, value in figures.items()}
             rows.append([family, method, *(f"{value:.2f}" for value in figures.values())])
