@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.spec import DatasetSpec
-from finetune_trainer.data import images
+from finetune_trainer.data import cache, encode, images
 from finetune_trainer.data.census import Census, KeptSource, describe_broken, take_census
 from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.open_source import open_source
@@ -41,6 +43,28 @@ def _damaged(tmp_path: Path) -> Path:
     (train / "4.png").unlink()
     (train / "edges-6.png").write_bytes(b"")
     return folder
+
+
+def test_a_census_opens_each_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many images there are: what a later attempt reads again is on its way to the next step."""
+    (tmp_path / "data").mkdir()
+    for side in range(1, 41):
+        Image.new("RGB", (side, 5)).save(tmp_path / "data" / f"{side}.png")
+    source = open_source(DatasetSpec(source=str(tmp_path / "data")), "train", needs_captions=False)
+    monkeypatch.setattr(encode, "SHARD_ITEMS", 8)
+    expected = look(source, tmp_path).sizes.tolist()
+
+    opened: list[Path] = []
+
+    def open_shard(shard: Path, framework: str) -> Any:
+        opened.append(shard)
+        return safe_open(shard, framework)
+
+    monkeypatch.setattr(cache, "safe_open", open_shard)
+    monkeypatch.setattr(cache, "MAX_OPEN", 2)
+    assert look(source, tmp_path).sizes.tolist() == expected
+    # Once for what is in it, once for the sizes.
+    assert [opened.count(shard) for shard in set(opened)] == [2] * 5
 
 
 def test_sizes_are_those_that_are_seen(tmp_path: Path) -> None:

@@ -74,13 +74,21 @@ class TensorCache:
     def __contains__(self, key: str) -> bool:
         return _digest(key) in self._shard_of
 
+    def shard(self, key: str) -> int:
+        """Number of the shard that holds an item: those of one shard are read fastest one after the other.
+
+        Raises:
+            KeyError: it is not here.
+        """
+        return self._shard_of[_digest(key)]
+
     def get(self, key: str) -> dict[str, Tensor]:
         """The tensors of an item.
 
         Raises:
             KeyError: it is not here.
         """
-        shard = self._shard_of[_digest(key)]
+        shard = self.shard(key)
         with self._reading:
             if shard not in self._open:
                 self._open[shard] = safe_open(self._shards[shard], framework="pt")

@@ -124,9 +124,10 @@ def take_census(  # noqa: PLR0913, PLR0917  all of it differs from call to call
 
     fill(cache, work, lambda: measure, world, progress)
     sizes = np.zeros((count, 2), dtype=np.int32)
-    for index, each in enumerate(ids):
-        if each:
-            sizes[index] = cache.get(_key(each))[_SIZE].numpy()
+    known = [(index, _key(each)) for index, each in enumerate(ids) if each]
+    # In any other order most of them would open a shard anew.
+    for index, key in sorted(known, key=lambda pair: cache.shard(pair[1])):
+        sizes[index] = cache.get(key)[_SIZE].numpy()
     return Census(ids, sizes)
 
 
