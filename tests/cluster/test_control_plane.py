@@ -171,6 +171,15 @@ def test_service_account_may_do_nothing_but_what_its_role_says(control_plane: Co
     assert {"list", "delete"} <= verbs
 
 
+def test_a_request_of_nobody_is_in_the_audit_as_well(control_plane: ControlPlane, namespace: str) -> None:
+    path = f"/api/v1/namespaces/{namespace}/pods"
+    with pytest.raises(ApiError) as caught:
+        control_plane.api_with("a token that nobody gave").get(path)
+    assert caught.value.code == 401
+    codes = [event["responseStatus"]["code"] for event in control_plane.requests() if event["requestURI"] == path]
+    assert codes == [401]
+
+
 def _may_list(control_plane: ControlPlane, namespace: str) -> bool:
     try:
         control_plane.api_for(OPERATOR, namespace).get(f"/api/v1/namespaces/{namespace}/pods")
