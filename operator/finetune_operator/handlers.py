@@ -6,6 +6,7 @@ them are watched by `cluster.kube.reflector`; docs/adr/0004-caches-of-our-own.md
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 from typing import Any
@@ -29,8 +30,14 @@ def register(operator: Operator, *, watch_nodes: bool = True) -> kopf.OperatorRe
         configure(settings)
         await operator.start()
 
+    logins = itertools.count()
+
     async def login(**_: Any) -> kopf.ConnectionInfo:
-        return await connection(operator)
+        number = next(logins)
+        if number > 0:
+            # An API server that has just started may refuse everyone's token (401) for a moment.
+            await asyncio.sleep(RETRY_SECONDS)
+        return await connection(operator, number)
 
     async def stop(**_: Any) -> None:
         await operator.stop()
@@ -68,8 +75,12 @@ class Endless:
         return itertools.repeat(self._seconds)
 
 
-async def connection(operator: Operator) -> kopf.ConnectionInfo:
-    """The credentials of the operator's own client, for Kopf's."""
+async def connection(operator: Operator, priority: int) -> kopf.ConnectionInfo:
+    """The credentials of the operator's own client, for Kopf's.
+
+    priority: another one at each login. Kopf never takes credentials again that were refused once, and ends the process
+    where it has no others; so what may have been a passing refusal comes back as something new.
+    """
     configuration = operator.client.configuration
     headers: dict[str, str] = {}
     await operator.client.update_params_for_auth(headers, [], ["BearerToken"], "", "GET", None)
@@ -83,4 +94,5 @@ async def connection(operator: Operator) -> kopf.ConnectionInfo:
         certificate_path=configuration.cert_file,
         private_key_path=configuration.key_file,
         insecure=not configuration.verify_ssl,
+        priority=priority,
     )

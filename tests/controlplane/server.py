@@ -11,6 +11,7 @@ It needs no root and no network but 127.0.0.1, and leaves nothing behind, whatev
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -20,7 +21,7 @@ import signal
 import subprocess
 import tempfile
 import urllib.request
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -136,6 +137,21 @@ class ControlPlane:
         for name in self._components:
             self._programs[name].start()
 
+    @contextlib.contextmanager
+    def strange_tokens(self) -> Iterator[None]:
+        """Meanwhile the API server takes nobody's token (401), as one that has just begun to serve may do."""
+        known = self._tokens.certificate.read_text()
+        try:
+            self.stop_api_server()
+            strangers = signing_key(self.folder / "pki", "strangers")
+            self._tokens.certificate.write_text(strangers.certificate.read_text())
+            self.start_api_server()
+            yield
+        finally:
+            self.stop_api_server()
+            self._tokens.certificate.write_text(known)
+            self.start_api_server()
+
     def program(self, name: str) -> Program:
         """One of the programs, for a test that stops, pauses or restarts it."""
         return self._programs[name]
@@ -156,11 +172,12 @@ class ControlPlane:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.authority = Authority(self.folder / "pki", "test-bed")
         front = Authority(self.folder / "pki" / "front-proxy", "test-bed-front-proxy")
+        self._tokens = signing_key(self.folder / "pki", "tokens")
         credentials = commands.Credentials(
             authority=self.authority.certificate,
             authority_key=self.authority.key,
             api_server=self.authority.issue("kube-apiserver", hosts=API_SERVER_HOSTS),
-            tokens=signing_key(self.folder / "pki", "tokens"),
+            tokens=self._tokens,
             front_proxy_authority=front.certificate,
             front_proxy=front.issue("front-proxy-client"),
         )

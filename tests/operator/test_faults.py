@@ -120,6 +120,28 @@ def test_watches_expire_while_a_pod_vanishes(jobs: Jobs, new_operator: NewOperat
         assert not operator.died()
 
 
+def test_the_api_server_knows_no_token_for_a_while(jobs: Jobs, new_operator: NewOperator) -> None:
+    """It answers 401 to everyone, and later takes the same tokens again: one that has just started may do so."""
+    with running(new_operator()) as operator:
+        jobs.create(build_job("circles"))
+        jobs.wait_phase("circles", "Running")
+        before = refusals_of_kopf(jobs, 401)
+        with jobs.control_plane.strange_tokens():
+            wait_for("Kopf is refused again and again", lambda: refusals_of_kopf(jobs, 401) >= before + TIMES, 60)
+            wait_for("it has stopped leading", lambda: not operator.leads())
+        jobs.delete_pod("circles-a1-n1")
+        check(jobs, "circles", attempts=2, preemptions=1)
+        assert not operator.died()
+
+
+def refusals_of_kopf(jobs: Jobs, code: int) -> int:
+    """How often what Kopf itself asks for was refused so, by all operators yet."""
+    return sum(
+        request["responseStatus"]["code"] == code and request.get("userAgent", "").startswith("kopf/")
+        for request in jobs.control_plane.requests()
+    )
+
+
 def test_somebody_else_writes_all_the_time(jobs: Jobs, new_operator: NewOperator) -> None:
     """Every status write races with another one: conflicts drop passes, and none of them is lost."""
     over = threading.Event()

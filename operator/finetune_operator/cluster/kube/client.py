@@ -38,8 +38,11 @@ REQUEST_SECONDS = 40.0
 WATCH_SILENCE_SECONDS = 150.0
 """The API server sends a bookmark about once a minute; a watch that says nothing for so long is dead."""
 BAD_REQUEST, NOT_FOUND, CONFLICT, GONE, TOO_MANY = 400, 404, 409, 410, 429
-PASSING = frozenset({TOO_MANY, 408, 500, 502, 503, 504})
-"""Answers that say nothing about the request itself: the same one may succeed later."""
+PASSING = frozenset({TOO_MANY, 401, 408, 500, 502, 503, 504})
+"""Answers that say nothing about the request itself: the same one may succeed later.
+
+401 is one of them: an API server that has just started refuses tokens that it will take in a moment.
+"""
 
 
 class ApiError(Exception):
