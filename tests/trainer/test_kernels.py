@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune_contract import paths
-from finetune_contract.spec import Attention
+from finetune_contract.spec import Attention, Sharding
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.kernels import attention_kernel, compile_blocks
 from tests.trainer import tiny
@@ -56,13 +56,19 @@ def test_compiled_blocks_train_as_the_plain_ones_do(base: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on this machine, and torch compiles with it")
-def test_a_run_with_compiled_blocks_has_the_losses_of_a_plain_one(base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "sharding", "world_size"), [("LoRA", Sharding.NONE, 1), ("Full", Sharding.FULL, 2)]
+)
+def test_a_run_with_compiled_blocks_has_the_losses_of_a_plain_one(
+    base: Path, data: Path, tmp_path: Path, method: str, sharding: Sharding, world_size: int
+) -> None:
     """Through torch's own code generator and the machine's compiler."""
     runs = []
     for compiles in (False, True):
-        spec = tiny.make_spec(base, data, steps=3, compile=compiles)
+        spec = tiny.make_spec(base, data, method=method, sharding=sharding, steps=3, compile=compiles)
         variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        runs.append(done(Ranks(spec, tmp_path / str(compiles) / "job", extra=variables)))
+        folder = tmp_path / str(compiles) / "job"
+        runs.append(done(Ranks(spec, folder, world_size=world_size, extra=variables)))
     assert list((tmp_path / "kernels").rglob("*.so")), runs[1].stderr()
     plain, compiled = (losses(run) for run in runs)
     assert len(plain) == 3
