@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,16 +57,14 @@ def test_compiled_blocks_train_as_the_plain_ones_do(base: Path, monkeypatch: pyt
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on this machine, and torch compiles with it")
-@pytest.mark.parametrize(
-    ("method", "sharding", "world_size"), [("LoRA", Sharding.NONE, 1), ("Full", Sharding.FULL, 2)]
-)
+@pytest.mark.parametrize(("training", "world_size"), [({}, 1), ({"method": "Full", "sharding": Sharding.FULL}, 2)])
 def test_a_run_with_compiled_blocks_has_the_losses_of_a_plain_one(
-    base: Path, data: Path, tmp_path: Path, method: str, sharding: Sharding, world_size: int
+    base: Path, data: Path, tmp_path: Path, training: dict[str, Any], world_size: int
 ) -> None:
     """Through torch's own code generator and the machine's compiler."""
     runs = []
     for compiles in (False, True):
-        spec = tiny.make_spec(base, data, method=method, sharding=sharding, steps=3, compile=compiles)
+        spec = tiny.make_spec(base, data, steps=3, compile=compiles, **training)
         variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         folder = tmp_path / str(compiles) / "job"
         runs.append(done(Ranks(spec, folder, world_size=world_size, extra=variables)))
