@@ -220,6 +220,7 @@ def choose_width(limit: int | None) -> int:
 
 def measure(bench: Bench, rounds: int) -> Figures:
     """All rounds of one state."""
+    print(f"  {bench.figures.name}: a first save of each, not counted", flush=True)
     bench.warm_up()
     for number in range(rounds):
         bench.round()
@@ -264,8 +265,8 @@ def main() -> None:
     args = parser.parse_args()
     width = choose_width(args.width)
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as name:
+        print(f"UNet of width {width}: {count_parameters(width) / 1e6:.0f} million parameters", flush=True)
         unet = make_unet(width)
-        print(f"UNet of width {width}: {sum(p.numel() for p in unet.parameters()) / 1e6:.0f} million parameters")
         full = measure(Bench("full", unet, dict(unet.named_parameters()), Path(name) / "full"), args.rounds)
         shutil.rmtree(Path(name) / "full")
         unet = make_unet(min(width, 96))

@@ -53,8 +53,10 @@ class Plain:
         self._steps = 0
         self._dtype = torch.bfloat16
         self._schedule = family.schedule.to(self._device)
-        self._vae = family.load_vae(self._dtype).to(self._device).requires_grad_(False)
         trains_table = method == "TextualInversion"
+        # In bf16 SDXL's overflows: its scripts keep it in fp32, but for the one of textual inversion.
+        self._vae_dtype = torch.float32 if family.name == "sdxl" and not trains_table else self._dtype
+        self._vae = family.load_vae(self._vae_dtype).to(self._device).requires_grad_(False)
         self._text = family.load_text_encoder(self._device, torch.float32 if trains_table else self._dtype)
         trains_unet = method in ("Full", "DreamBooth")
         unet = family.load_unet(torch.float32 if trains_unet else self._dtype)
@@ -84,7 +86,7 @@ class Plain:
         paths = [self._images[index % len(self._images)] for index in range(first, first + self._batch)]
         pixels = torch.cat([self._pixels(path) for path in paths]).to(self._device)
         with torch.no_grad():
-            latents = self._vae.encode(pixels.to(self._dtype)).latent_dist.sample() * self._family.latent_scale
+            latents = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.sample() * self._family.latent_scale
         noise = torch.randn_like(latents)
         timesteps = torch.randint(1000, (len(latents),), device=self._device)
         noisy = self._schedule.add_noise(latents, noise, timesteps)
