@@ -151,6 +151,8 @@ def controller_manager_command(layout: Layout, credentials: Credentials) -> list
         f"--kube-api-burst={CLIENT_BURST}",
         "--allocate-node-cidrs=false",
         "--node-monitor-period=1s",
+        # kwok's nodes send no heartbeats; one that is lost is told of, see `nodes.lose`.
+        "--node-monitor-grace-period=24h",
         f"--node-eviction-rate={CLIENT_QPS}",
         "--profiling=false",
     ]
@@ -175,7 +177,8 @@ def kwok_command(layout: Layout, managed_label: str) -> list[str]:
         f"--manage-nodes-with-label-selector={managed_label}=true",
         f"--node-ip={LOOPBACK}",
         f"--cidr={POD_RANGE}",
-        "--node-lease-duration-seconds=40",
+        # With leases it would pass over what happens to a pod while it knows of its node and not yet of its own lease.
+        "--node-lease-duration-seconds=0",
         *stages,
     ]
 

@@ -110,7 +110,7 @@ def neglect(api: Api, name: str) -> None:
 
 
 def lose(api: Api, name: str, now: datetime.datetime) -> None:
-    """A node whose machine vanished: nobody renews its lease or looks after its pods.
+    """A node whose machine vanished: nobody looks after its pods.
 
     The node controller would see that after its grace period; here it is told at once, and goes on from there: taint,
     eviction. At least one node of the cluster has to stay, or the controller takes itself for cut off.

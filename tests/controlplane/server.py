@@ -132,8 +132,6 @@ class ControlPlane:
         """The API server is up again, at the same address, with the components; returns when it serves."""
         self._programs["kube-apiserver"].start()
         self._wait_until_ready()
-        # The leases are held by the kwok that was there before: the new one would wait until they expire.
-        self.api.delete("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")
         for name in self._components:
             self._programs[name].start()
 
