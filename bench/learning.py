@@ -23,6 +23,7 @@ from PIL import Image
 
 from bench.learning_bases import FAMILIES, ensure_base
 from bench.learning_cases import CASES, SCENES, Case, Measure
+from bench.process import another_process
 from bench.report import finish
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
@@ -80,8 +81,9 @@ def make_spec(case: Case, steps: int, base: Path, data: Path) -> RunSpec:
     )
 
 
-def learn(case: Case, title: str, steps: int, base: Path, folder: Path) -> dict[str, list[Image.Image]]:
+def learn(name: str, title: str, steps: int, base: Path, folder: Path) -> dict[str, list[Image.Image]]:
     """Train a case on a base; the pictures before and after."""
+    case = CASES[name]
     spec = make_spec(case, steps, base, case.data(folder / "data"))
     context = RankContext(spec, 1, folder / "job", folder / "cache", Notice(), Progress(title))
     code = run_rank(context, os.environ)
@@ -153,24 +155,29 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     say = partial(print, flush=True)
-    bases = {family: ensure_base(family, say, options.base_steps) for family in options.families}
     rows: list[list[object]] = []
     result: dict[str, float] = {}
     drawn: dict[str, dict[str, dict[str, list[Image.Image]]]] = {family: {} for family in options.families}
-    for family, name in itertools.product(options.families, options.cases):
-        case, title, started = CASES[name], title_of(family, name), time.monotonic()
-        steps = options.steps or case.steps_on.get(family, case.steps)
-        with tempfile.TemporaryDirectory() as folder:
-            pictures = drawn[family][name] = learn(case, title, steps, bases[family], Path(folder))
-        if options.out is not None:
-            write_grid(case, pictures, options.out / f"{title}.png")
-            write_overview(drawn[family], options.out / f"{family}.png")
-        for each, numbers in measure(case, pictures):
-            result |= {f"{title}_{each.key}_{when}": round(number, 3) for when, number in numbers.items()}
-            shown = [f"{number:.2f}" for number in numbers.values()]
-            rows.append([family, name, case.training["method"], steps, each.what, *shown])
-            say(*rows[-1])
-        say(f"{title}: {time.monotonic() - started:.0f} s")
+    # What torch's compiler says at the end of a process is not to follow the figures.
+    with another_process() as trainer:
+        bases = {
+            family: trainer.submit(ensure_base, family, say, options.base_steps).result() for family in options.families
+        }
+        for family, name in itertools.product(options.families, options.cases):
+            case, title, started = CASES[name], title_of(family, name), time.monotonic()
+            steps = options.steps or case.steps_on.get(family, case.steps)
+            with tempfile.TemporaryDirectory() as folder:
+                pictures = trainer.submit(learn, name, title, steps, bases[family], Path(folder)).result()
+            drawn[family][name] = pictures
+            if options.out is not None:
+                write_grid(case, pictures, options.out / f"{title}.png")
+                write_overview(drawn[family], options.out / f"{family}.png")
+            for each, numbers in measure(case, pictures):
+                result |= {f"{title}_{each.key}_{when}": round(number, 3) for when, number in numbers.items()}
+                shown = [f"{number:.2f}" for number in numbers.values()]
+                rows.append([family, name, case.training["method"], steps, each.what, *shown])
+                say(*rows[-1])
+            say(f"{title}: {time.monotonic() - started:.0f} s")
     finish(["family", "case", "method", "steps", "number", "before", "after"], rows, result)
     return 0
 

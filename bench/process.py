@@ -18,8 +18,13 @@ def in_a_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
     Raises:
         BrokenProcessPool: the process was killed, as by a machine that is out of memory.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with another_process() as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def another_process() -> ProcessPoolExecutor:
+    """One fresh process that calls functions, one after the other; nothing is said after what this process says."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 @contextmanager
@@ -29,7 +34,7 @@ def elsewhere(make: Callable[P, Callable[[], T]], *args: P.args, **kwargs: P.kwa
     Raises:
         BrokenProcessPool: the process was killed.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with another_process() as pool:
         pool.submit(_make, make, args, kwargs).result()
         yield lambda: pool.submit(_call).result()
 
