@@ -54,7 +54,7 @@ class Plain:
         self._dtype = torch.bfloat16
         self._schedule = family.schedule.to(self._device)
         trains_table = method == "TextualInversion"
-        # In bf16 SDXL's overflows: its scripts keep it in fp32, but for the one of textual inversion.
+        # SDXL's VAE may give NaN in half precision: its scripts keep it in fp32, but for the one of textual inversion.
         self._vae_dtype = torch.float32 if family.name == "sdxl" and not trains_table else self._dtype
         self._vae = family.load_vae(self._vae_dtype).to(self._device).requires_grad_(False)
         self._text = family.load_text_encoder(self._device, torch.float32 if trains_table else self._dtype)
