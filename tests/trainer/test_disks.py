@@ -53,7 +53,7 @@ def test_a_node_with_an_empty_disk_is_given_the_checkpoint(
 ) -> None:
     """No disk is shared; both die, and one of them comes back on a new machine."""
     spec = tiny.make_spec(base, data)
-    first = Ranks(spec, tmp_path / "job", 1, 2, ("copy", 2), own_disks=True)
+    first = Ranks(spec, tmp_path / "job", 1, 2, ("copy", 2), own_disks=True, saves_all=True)
     assert -signal.SIGKILL in first.run()
     newest = max(steps(first.disk(rank) / "job")[-1] for rank in range(2))
     shutil.rmtree(first.disk(empty))

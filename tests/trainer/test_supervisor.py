@@ -24,6 +24,7 @@ from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import DatasetSpec, ModelSpec, TrainingSpec
 from finetune_trainer.supervisor.cores import cgroup_quota
 from finetune_trainer.supervisor.ranks import send_signal
+from tests.controlplane.process import wait_for
 
 DEADLINE_SECONDS = 20.0
 
@@ -250,15 +251,22 @@ def test_what_ranks_that_stand_still_were_doing_is_kept(start: Start, endpoint: 
         lock = threading.Lock()
         def take_it_twice():
             with lock, lock: pass
+        def tell_when_it_is_stuck():
+            while sys._current_frames()[threading.main_thread().ident].f_code.co_name != "take_it_twice": pass
+            report(state='Training', step=7, detail=str(os.getpid()))
         if os.environ["FINETUNE_ATTEMPT"] == "3":
-            report(state='Training', step=7)
-            if rank == 3: os.kill(os.getpid(), signal.SIGSTOP)
+            if rank == 3:
+                report(state='Training', step=7, detail=str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Thread(target=tell_when_it_is_stuck, daemon=True).start()
             take_it_twice()
         """,
         FINETUNE_CHECKPOINT_DIR=str(tmp_path / "job"),
         **HOLD,
     )
-    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    beat = endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    pid = int(beat["ranks"][1]["detail"])
+    wait_for("rank 3 stands still", lambda: ") T " in Path(f"/proc/{pid}/stat").read_text())
     # The new world comes at once: what was asked for is written before the ranks are ended.
     endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4, "stacks": True})
     assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
