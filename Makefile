@@ -25,17 +25,17 @@ demo: install ## a real FineTuneJob on this machine, no cluster: two ranks, one 
 
 # Two at a time, for much of it is waiting. "loadgroup" without groups: whoever is free takes the next test.
 test: install ## all tests
-	@$(BIN)/python -m tests.realnodes.prepare
+	@$(BIN)/python -m testing.realnodes.prepare
 	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 control-plane: install ## a real API server, scheduler and kwok on loopback, until Ctrl-C; prints its kubeconfig
-	@$(BIN)/python -m tests.controlplane
+	@$(BIN)/python -m testing.controlplane
 
 kill-demo: install ## 10 notices and 20 kills at random moments: the weights of the undisturbed run?
-	@$(BIN)/python -m bench.kill_demo
+	@$(BIN)/python -m tests.chaos.kill_demo
 
 kill-saves: install ## 200 SIGKILLs at random moments, half of them inside a save: does every run end with the same weights?
-	@$(BIN)/python -m bench.kill_saves
+	@$(BIN)/python -m tests.chaos.kill_saves
 
 bench-checkpoint: install ## how long a save holds training up, beside accelerate's; bytes, and time to durable
 	@$(BIN)/python -m bench.checkpoint
@@ -44,7 +44,7 @@ bench-ranks: install ## two ranks on two cores beside one rank with two threads
 	@$(BIN)/python -m bench.ranks
 
 kill-matrix: install ## every fault at every rank and stage, on real processes: the right end each time? (root)
-	@$(BIN)/python -m bench.kill_matrix
+	@$(BIN)/python -m tests.chaos.kill_matrix
 
 simulate: install ## a million random events against the simulated cluster; a broken invariant prints its replay
 	@$(BIN)/python -m tests.simulation --events 1000000
@@ -62,10 +62,10 @@ bench-map: install ## the map phase from 1,000 to 100,000 images: memory, speed,
 	@$(BIN)/python -m bench.map_phase
 
 cluster-test: install ## real kubelets and containers on this machine (root): faults in mid-training; ARGS='--short'
-	@$(BIN)/python -m tests.realnodes $(ARGS)
+	@$(BIN)/python -m testing.realnodes $(ARGS)
 
 cluster: install ## real nodes on this machine (root) until Ctrl-C; prints the kubeconfig and what cluster-test asks for
-	@$(BIN)/python -m tests.realnodes.up
+	@$(BIN)/python -m testing.realnodes.up
 
 # Any OCI builder; without docker and podman: buildah, on a base made by debootstrap. VERSION and REVISION go into the labels, BUILD_ARGS to the builder.
 BUILDER ?= $(firstword $(foreach name,docker podman,$(shell $(name) info > /dev/null 2>&1 && echo $(name))))
@@ -75,7 +75,7 @@ REGISTRY ?= ghcr.io/finetune-operator
 IMAGE_ARGS = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(BUILD_ARGS)
 define build-image
 	$(if $(BUILDER),$(BUILDER) build --file images/$(1).Dockerfile $(IMAGE_ARGS) --tag $(REGISTRY)/$(1):$(VERSION) .,\
-		@$(MAKE) -s install && $(BIN)/python -m tests.realnodes.builder $(1) $(IMAGE_ARGS) --tag $(REGISTRY)/$(1):$(VERSION))
+		@$(MAKE) -s install && $(BIN)/python -m testing.realnodes.builder $(1) $(IMAGE_ARGS) --tag $(REGISTRY)/$(1):$(VERSION))
 endef
 
 image-operator: ## the operator's image, under 150 MiB

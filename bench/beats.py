@@ -18,8 +18,8 @@ import psutil
 
 from bench.scale import Bench, parser, requests, run, supervisors
 from bench.supervisors import Tally
-from tests.operator.bed import OperatorProcess, running
-from tests.operator.talk import tls_context
+from testing.operator.harness import OperatorProcess, running
+from testing.operator.heartbeats import tls_context
 
 CONNECT_SECONDS = 20.0
 """Over so long the supervisors' first beats are spread, as the starts of their pods would be."""

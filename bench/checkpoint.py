@@ -30,16 +30,16 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
-from bench.report import finish
 from finetune_contract import paths
-from finetune_trainer.checkpoint.folder_store import FolderStore
-from finetune_trainer.checkpoint.retention import Retention
+from finetune_trainer.checkpoint.checkpointer import Checkpointer
 from finetune_trainer.checkpoint.split import total_bytes
+from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.checkpoint.store.folder import FolderStore
+from finetune_trainer.checkpoint.store.retention import Retention
 from finetune_trainer.distributed.world import World
-from finetune_trainer.train.report import Reporter
-from finetune_trainer.train.saving import Checkpointer
-from finetune_trainer.train.state import TrainState
-from tests.trainer import tiny
+from finetune_trainer.report import Reporter
+from testing.measure.report import finish
+from testing.trainer import tiny
 
 WIDTHS = (320, 256, 224, 192, 160, 128, 96, 64, 32)
 """Channels of the UNet's first block; 320 is Stable Diffusion 1.5's, with 860 million parameters."""

@@ -21,17 +21,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bench.learning_bases import FAMILIES, ensure_base
-from bench.learning_cases import CASES, SCENES, Case, Measure
-from bench.process import another_process
-from bench.report import finish
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.demo.circles import paint_edges
-from finetune_trainer.demo.looks import picture_grid
-from finetune_trainer.train.notice import Notice
-from finetune_trainer.train.report import Reporter
+from finetune_trainer.demo.picture_metrics import picture_grid
+from finetune_trainer.report import Reporter
+from finetune_trainer.train.preemption_notice import PreemptionNotice
 from finetune_trainer.train.run import RankContext, run_rank
+from testing.learning.bases import FAMILIES, ensure_base
+from testing.learning.cases import CASES, SCENES, Case, Measure
+from testing.measure.process import another_process
+from testing.measure.report import finish
 
 _EVERY = 50
 _COLOURS = 96
@@ -85,7 +85,7 @@ def learn(name: str, title: str, steps: int, base: Path, folder: Path) -> dict[s
     """Train a case on a base; the pictures before and after."""
     case = CASES[name]
     spec = make_spec(case, steps, base, case.data(folder / "data"))
-    context = RankContext(spec, 1, folder / "job", folder / "cache", Notice(), Progress(title))
+    context = RankContext(spec, 1, folder / "job", folder / "cache", PreemptionNotice(), Progress(title))
     code = run_rank(context, os.environ)
     if code is not ExitCode.DONE:
         raise RuntimeError(f"{title} has ended with {code.name}")

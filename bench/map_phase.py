@@ -24,16 +24,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.memory import forget_peak, peak_bytes
-from bench.process import in_a_process
-from bench.report import finish
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.captions import OwnCaptions
-from finetune_trainer.data.order import SampleRef, sample_at
 from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
+from finetune_trainer.data.sampling.order import SampleRef, sample_at
 from finetune_trainer.distributed.world import World
 from finetune_trainer.models.base import open_base
+from testing.measure.memory import forget_peak, peak_bytes
+from testing.measure.process import in_a_process
+from testing.measure.report import finish
 
 BASE = Path(__file__).parent.parent / "examples" / "base-circles"
 RESOLUTION = 16

@@ -19,15 +19,15 @@ import psutil
 
 from bench.scale import Bench, name, parser, requests, run, supervisors
 from bench.supervisors import Supervisor, Tally
-from finetune_operator.api import words
+from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.build import build_pod
-from finetune_operator.cluster.kube.client import Json
-from finetune_operator.cluster.kube.objects import PODS
+from finetune_operator.cluster.kube.client.client import Json
+from finetune_operator.cluster.kube.client.objects import PODS
+from finetune_operator.manifests import build_pod
 from finetune_operator.settings import Settings
-from tests.controlplane.server import COMPONENTS
-from tests.operator.bed import OperatorProcess, build_job, running
-from tests.operator.talk import tls_context
+from testing.controlplane.server import COMPONENTS
+from testing.operator.harness import OperatorProcess, build_job, running
+from testing.operator.heartbeats import tls_context
 
 NUM_NODES = 100
 CONNECT_SECONDS = 15.0
@@ -217,7 +217,7 @@ async def recovery(bench: Bench, operator: OperatorProcess, gangs: Gangs, namesp
 
     async def all_there() -> bool:
         await asyncio.sleep(1.0)
-        pods = await bench.pods(namespace, f"{words.ATTEMPT}!=1")
+        pods = await bench.pods(namespace, f"{labels.ATTEMPT}!=1")
         fresh = [pod for pod in pods if pod["metadata"]["name"] not in joined]
         joined.update(pod["metadata"]["name"] for pod in fresh)
         await gangs.join(fresh, 0.0)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from bench.report import finish
+from testing.measure.report import finish
 
 ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 16

@@ -11,15 +11,15 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.report import finish
 from bench.supervisors import Supervisor, Tally
-from finetune_operator.cluster.kube.client import PARTIAL_LIST, Json, KubeApi, connect, each_page
-from finetune_operator.cluster.kube.clock import ServerClock
-from finetune_operator.cluster.kube.objects import JOBS, PODS
+from finetune_operator.cluster.kube.client.client import PARTIAL_LIST, Json, KubeApi, connect, each_page
+from finetune_operator.cluster.kube.client.clock import ServerClock
+from finetune_operator.cluster.kube.client.objects import JOBS, PODS
 from finetune_operator.settings import Settings
-from tests.controlplane.process import LOOPBACK
-from tests.controlplane.server import ControlPlane
-from tests.operator.bed import ACCOUNT, HOME, OperatorProcess, build_job, install
+from testing.controlplane.process import LOOPBACK
+from testing.controlplane.server import ControlPlane
+from testing.measure.report import finish
+from testing.operator.harness import ACCOUNT, HOME, OperatorProcess, build_job, install
 
 CONNECTIONS = 16
 """Requests of the bare loop, and of who makes and deletes things here, at a time."""

@@ -48,12 +48,13 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from bench.report import finish
 from finetune_contract.interval import auto_seconds, estimate_mtbf_seconds
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus, Phase
-from finetune_operator.cluster.simulated.model import Workload
-from finetune_operator.cluster.simulated.world import SIMULATED, World
-from finetune_operator.plan.types import ObservedPod
+from finetune_contract.phase import Phase
+from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.plan.model.types import ObservedPod
+from testing.measure.report import finish
+from testing.simulated.model import Workload
+from testing.simulated.world import SIMULATED, World
 
 HOURS_PER_MONTH = 730.0
 SCENARIOS = (

@@ -14,11 +14,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune_contract.beat import BEAT_PATH, Beat, RankEnd, RankReport, RankState, Reply
 from finetune_contract.exit_codes import ExitCode
-from finetune_operator.api import words
+from finetune_contract.heartbeat import BEAT_PATH, Heartbeat, RankEnd, RankReport, RankState, Reply
+from finetune_operator.api import labels
 from finetune_operator.settings import Settings
-from tests.controlplane.process import LOOPBACK
+from testing.controlplane.process import LOOPBACK
 
 RETRY_SECONDS = 1.0
 TOTAL_STEPS = 100_000
@@ -43,10 +43,10 @@ class Supervisor:
 
         steady: nothing changes from beat to beat; otherwise each tells of another step.
         """
-        meta, labels = pod["metadata"], pod["metadata"]["labels"]
-        self.job: str = labels[words.JOB]
+        meta, own = pod["metadata"], pod["metadata"]["labels"]
+        self.job: str = own[labels.JOB]
         self.pod: str = meta["name"]
-        self.attempt = int(labels[words.ATTEMPT])
+        self.attempt = int(own[labels.ATTEMPT])
         self.sequence = 0
         self._given = {
             "job": self.job,
@@ -54,7 +54,7 @@ class Supervisor:
             "job_uid": meta["ownerReferences"][0]["uid"],
             "pod": meta["name"],
             "pod_uid": meta["uid"],
-            "node_rank": int(labels[words.NODE_RANK]),
+            "node_rank": int(own[labels.NODE_RANK]),
         }
         self._token = token
         self._tally = tally
@@ -119,14 +119,14 @@ class Supervisor:
         headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
         return int(lines[0].split(" ")[1]), await reader.readexactly(int(headers["content-length"]))
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         self.sequence += 1
         rank = self._given["node_rank"]
         step = self._step if self._steady else self.sequence
         state = RankState.FAILED if self._lost_a_peer else RankState.TRAINING
         report = RankReport(rank=rank, state=state, step=step, total_steps=TOTAL_STEPS, loss=0.1, images_per_second=9.5)
         end = RankEnd(rank=rank, exit_code=ExitCode.FABRIC, last_words="a peer is gone")
-        return Beat(
+        return Heartbeat(
             **self._given,
             attempt=self.attempt,
             sequence=self.sequence,

@@ -31,31 +31,31 @@ import psutil
 import torch
 from PIL import Image
 
-from bench.device import count_flops, forget_peak, measure, peak_bytes, peak_flops, the_device
-from bench.process import elsewhere
-from bench.report import finish
-from bench.train_models import UNETS, RandomFamily
 from bench.train_plain import Floor, Plain
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer import heap
-from finetune_trainer.checkpoint.folder_store import FolderStore
-from finetune_trainer.checkpoint.retention import Retention
-from finetune_trainer.data.draws import Draws
-from finetune_trainer.data.order import SampleRef
+from finetune_trainer.checkpoint.checkpointer import Checkpointer
+from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.checkpoint.store.folder import FolderStore
+from finetune_trainer.checkpoint.store.retention import Retention
 from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import Demand, Preparation
+from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.registry import method_class
+from finetune_trainer.optim.optimizer import learning_rate, make_optimizer
+from finetune_trainer.report import Reporter
 from finetune_trainer.train.loop import Loop
 from finetune_trainer.train.micro_batch import MicroBatch
-from finetune_trainer.train.notice import Notice
-from finetune_trainer.train.optimizer import learning_rate, make_optimizer
-from finetune_trainer.train.report import Reporter
+from finetune_trainer.train.preemption_notice import PreemptionNotice
 from finetune_trainer.train.run import be_deterministic
-from finetune_trainer.train.saving import Checkpointer
-from finetune_trainer.train.state import TrainState
+from testing.measure.architectures import UNETS, RandomFamily
+from testing.measure.device import count_flops, forget_peak, measure, peak_bytes, peak_flops, the_device
+from testing.measure.process import elsewhere
+from testing.measure.report import finish
 
 Turn = dict[str, float]
 """Seconds of a step, by whose it is; and the facts about ours that are the same in each turn."""
@@ -188,7 +188,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         buckets=LocalGradients(list(parameters.values()), DEVICE),
         learning_rate=learning_rate(training, 1000),
         checkpointer=checkpointer,
-        notice=Notice(),
+        notice=PreemptionNotice(),
         reporter=reporter,
         validator=None,
         total_steps=1000,

@@ -13,10 +13,10 @@ from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
 
-from bench.device import the_device
-from bench.train_models import RandomFamily
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.methods.method import Method
+from testing.measure.architectures import RandomFamily
+from testing.measure.device import the_device
 
 _TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 

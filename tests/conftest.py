@@ -2,7 +2,7 @@
 
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.controlplane.fixtures", "tests.objectstore.fixtures"]
+pytest_plugins = ["testing.controlplane.fixtures", "testing.objectstore.fixtures"]
 
 # How long an example takes, or is looked for, says more about the machine than about the code.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune_operator.api import crd, reference, words
+from finetune_operator.api import crd, reasons, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 TROUBLESHOOTING = "docs/troubleshooting.md"
@@ -50,7 +50,7 @@ def differences(root: Path) -> str:
 def untold_reasons(root: Path) -> list[str]:
     """Reasons that a person can meet and docs/troubleshooting.md has no section on."""
     told = set(re.findall(r"^### (\w+)$", _read(root / TROUBLESHOOTING), re.MULTILINE))
-    return [reason.value for reason in words.REASONS if reason.value not in told]
+    return [reason.value for reason in reasons.REASONS if reason.value not in told]
 
 
 def _read(path: Path) -> str:

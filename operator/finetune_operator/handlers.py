@@ -13,8 +13,8 @@ from typing import Any
 
 import kopf
 
-from finetune_operator.cluster.kube.nodes import GONE, read_node
 from finetune_operator.cluster.kube.operator import Operator
+from finetune_operator.cluster.kube.watch.nodes import GONE, read_node
 
 RETRY_SECONDS = 5
 """Wait between two tries to reach the API server. Kopf's own default gives up after a while, and ends the process."""

@@ -15,13 +15,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJob, FineTuneJobStatus, Phase
-from finetune_operator.api.words import ConditionType
-from finetune_operator.cluster.kube.client import ApiError
+from finetune_contract.phase import Phase
+from finetune_operator.api.conditions import ConditionType
+from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJob, FineTuneJobStatus
+from finetune_operator.cluster.kube.client.client import ApiError
 from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.cluster.reconcile import Pass
-from finetune_operator.plan.conditions import is_true
+from finetune_operator.plan.report.conditions import is_true
 
 RUNNING = frozenset({Phase.RUNNING, Phase.EXPORTING})
 PASS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

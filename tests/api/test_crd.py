@@ -16,8 +16,8 @@ from finetune_contract.spec import SpecModel
 from finetune_operator.api import crd, yaml_text
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import MAX_JOB_NAME
-from finetune_operator.api.rule import Cause
-from finetune_operator.api.rules import RULES
+from finetune_operator.api.rules.rule import Cause
+from finetune_operator.api.rules.spec import RULES
 from tests.api.manifests import FULL
 from tools import generate
 

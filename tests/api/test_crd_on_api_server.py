@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune_operator.api import crd, edits, yaml_text
+from finetune_contract.phase import Phase
+from finetune_operator.api import crd, yaml_text
 from finetune_operator.api.job import (
     API_VERSION,
     AttemptStatus,
@@ -18,18 +19,18 @@ from finetune_operator.api.job import (
     Condition,
     FineTuneJobStatus,
     OutputStatus,
-    Phase,
     TallyStatus,
 )
-from finetune_operator.api.rules import RULES
+from finetune_operator.api.rules import edits
+from finetune_operator.api.rules.spec import RULES
 from finetune_operator.api.validate import InvalidJob, Problem, parse_job
+from testing.controlplane.api import Api, ApiError
+from testing.controlplane.process import wait_for
+from testing.controlplane.server import ControlPlane, KubectlError
 from tests.api.bad_manifests import BAD, Bad
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
 from tests.api.random_jobs import documents, valid_edits
 from tests.api.test_edits import ALLOWED, CHANGES
-from tests.controlplane.api import Api, ApiError
-from tests.controlplane.process import wait_for
-from tests.controlplane.server import ControlPlane, KubectlError
 
 pytestmark = pytest.mark.cluster
 

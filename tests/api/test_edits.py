@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.api import crd, edits
+from finetune_operator.api import crd
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.managed import is_ours
+from finetune_operator.api.rules import edits
 from tests.api.manifests import FULL, GONE, SMALLEST, Document, patched
 
 CHANGES: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_contract.spec import Method
 from finetune_operator.api.job import Accelerator, FineTuneJob
-from finetune_operator.api.rules import RULES
+from finetune_operator.api.rules.spec import RULES
 from finetune_operator.api.validate import InvalidJob, Problem, broken_rules, parse_job
 from tests.api.bad_manifests import BAD, Bad
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched

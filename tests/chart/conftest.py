@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from testing.controlplane.build import HELM, ensure_programs
+from testing.controlplane.server import ControlPlane
 from tests.chart.helm import HOME, Helm
-from tests.controlplane.build import HELM, ensure_programs
-from tests.controlplane.server import ControlPlane
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune_operator.api.words import CONDITIONS, REASONS, CountsAs, Reason
+from finetune_operator.api.conditions import CONDITIONS
+from finetune_operator.api.reasons import REASONS, CountsAs, Reason
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

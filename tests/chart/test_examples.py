@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from testing.controlplane.server import ControlPlane, KubectlError
 from tests.chart.helm import CHART, HOME, RELEASE, Helm
-from tests.controlplane.server import ControlPlane, KubectlError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 

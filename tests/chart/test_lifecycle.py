@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from testing.controlplane.api import ApiError
+from testing.controlplane.process import LOOPBACK, free_ports, wait_for
+from testing.controlplane.server import ControlPlane
+from testing.operator.harness import Jobs, OperatorProcess, build_job, running
 from tests.chart.helm import CHART, HOME, NAME, RELEASE, Helm, Values, operator_args
-from tests.controlplane.api import ApiError
-from tests.controlplane.process import LOOPBACK, free_ports, wait_for
-from tests.controlplane.server import ControlPlane
-from tests.operator.bed import Jobs, OperatorProcess, build_job, running
 
 LISTED = "pods,services,endpointslices,configmaps,secrets,leases,deployments,replicasets,poddisruptionbudgets"
 NAMESPACED = f"{LISTED},networkpolicies,roles,rolebindings,serviceaccounts,persistentvolumeclaims"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from testing.controlplane.api import ApiError
+from testing.controlplane.server import ControlPlane
 from tests.chart.helm import HOME, Helm, Object, one
-from tests.controlplane.api import ApiError
-from tests.controlplane.server import ControlPlane
 
 FOREIGN = {"ServiceMonitor", "PrometheusRule", "Certificate"}
 """Kinds whose operators are not here."""

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_operator.api.job import Phase
-from finetune_operator.api.words import REASONS, CountsAs, Reason
-from finetune_operator.operator_main.options import add_flags, read_options
+from finetune_contract.phase import Phase
+from finetune_operator.api.reasons import REASONS, CountsAs, Reason
+from finetune_operator.server.options import add_flags, read_options
 from tests.chart.helm import CHART, HOME, NAME, Helm, HelmError, Object, kinds, one, operator_args
 
 ROOT = CHART.parents[1]

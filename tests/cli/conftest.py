@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.bed import Bed
+from tests.cli.harness import Bed
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.cli.main import main
-from tests.cli.bed import Bed
+from tests.cli.harness import Bed
 
 Change = Callable[[dict[str, Any], Path], object]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.bed import KEY, PATIENCE_SECONDS, Bed
+from tests.cli.harness import KEY, PATIENCE_SECONDS, Bed
 
 GARBAGE = {
     "empty": b"",

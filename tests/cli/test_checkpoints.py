@@ -11,10 +11,10 @@ from finetune_contract import paths
 from finetune_contract.bucket import Bucket
 from finetune_operator.cli.errors import Exit
 from finetune_operator.cli.main import main
-from finetune_trainer.checkpoint.bucket_store import BucketStore
-from finetune_trainer.checkpoint.folder_store import FolderStore
-from finetune_trainer.checkpoint.retention import Retention
 from finetune_trainer.checkpoint.snapshot import Snapshot
+from finetune_trainer.checkpoint.store.bucket import BucketStore
+from finetune_trainer.checkpoint.store.folder import FolderStore
+from finetune_trainer.checkpoint.store.retention import Retention
 
 
 @pytest.fixture(name="job_dir")

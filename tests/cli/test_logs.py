@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 
-from finetune_operator.cli.logs import line_filter
-from tests.cli.bed import FINETUNE, KEY, PATIENCE_SECONDS, Bed
+from finetune_operator.cli.commands.logs import line_filter
+from tests.cli.harness import FINETUNE, KEY, PATIENCE_SECONDS, Bed
 
 
 def test_logs_of_attempts_and_ranks(bed: Bed) -> None:

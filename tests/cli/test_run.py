@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from finetune_operator.cluster.local import jobs
-from tests.cli.bed import FINETUNE, KEY, PATIENCE_SECONDS, Bed
+from tests.cli.harness import FINETUNE, KEY, PATIENCE_SECONDS, Bed
 
 
 def summary(result: subprocess.CompletedProcess[str]) -> str:

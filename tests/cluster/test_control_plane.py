@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.controlplane import nodes
-from tests.controlplane.api import ApiError
-from tests.controlplane.process import wait_for
-from tests.controlplane.server import ControlPlane, KubectlError
+from testing.controlplane import nodes
+from testing.controlplane.api import ApiError
+from testing.controlplane.process import wait_for
+from testing.controlplane.server import ControlPlane, KubectlError
 
 pytestmark = pytest.mark.cluster
 

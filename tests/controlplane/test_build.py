@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.controlplane import build
+from testing.controlplane import build
 
 # Says a version; lists no package; writes the file that it is told to build, and its name into a list.
 COMPILER = """#!/bin/sh

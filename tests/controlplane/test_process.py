@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.controlplane.process import Guard, Program, free_ports, wait_for
+from testing.controlplane.process import Guard, Program, free_ports, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = """
 import sys, time
 from pathlib import Path
-from tests.controlplane.process import Guard, Program
+from testing.controlplane.process import Guard, Program
 folder = Path(sys.argv[1])
 program = Program("sleep", ["sleep", "600"], folder / "log", Guard(folder))
 program.start()

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_contract.beat import Beat, RankReport, RankState
+from finetune_contract.heartbeat import Heartbeat, RankReport, RankState
 from finetune_operator.coordinator.beats import BeatBook, PodIdentity, mismatch
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 IDENTITY = PodIdentity("default", "circles", "circles-a1-n0", "uid-1")
 
 
-def beat(sequence: int = 1, step: int = 0, **changes: object) -> Beat:
+def beat(sequence: int = 1, step: int = 0, **changes: object) -> Heartbeat:
     values = {
         "job": "circles",
         "namespace": "default",
@@ -27,7 +27,7 @@ def beat(sequence: int = 1, step: int = 0, **changes: object) -> Beat:
         "sequence": sequence,
         "ranks": (RankReport(rank=0, state=RankState.TRAINING, step=step),),
     }
-    return Beat.model_validate(values | changes)
+    return Heartbeat.model_validate(values | changes)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import aiohttp
 import pytest
 
-from finetune_contract.beat import BEAT_PATH, MAX_BEAT_BYTES, Beat, Order, Reply
+from finetune_contract.heartbeat import BEAT_PATH, MAX_BEAT_BYTES, Heartbeat, Order, Reply
 from finetune_operator.coordinator.beats import BeatBook, PodIdentity
 from finetune_operator.coordinator.server import Coordinator
 from tests.coordinator.test_beats import IDENTITY, NOON, beat
@@ -35,7 +35,7 @@ async def review(token: str) -> PodIdentity | None:
     return IDENTITY if token == TOKEN else None
 
 
-def answer(newest: Beat) -> Reply:
+def answer(newest: Heartbeat) -> Reply:
     return Reply(order=Order.SAVE_AND_STOP, attempt=newest.attempt + 1)
 
 

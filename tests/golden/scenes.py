@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from finetune_contract.beat import CommittedCheckpoint, RankState, WrittenOutput
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.heartbeat import CommittedCheckpoint, RankState, WrittenOutput
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.words import Reason
-from finetune_operator.cluster.kube.client import ApiError
-from finetune_operator.cluster.kube.refusals import judge
-from finetune_operator.plan.types import Event, Plan, PodPhase
-from tests.plan.world import World, last_words, make_job, seconds
+from finetune_operator.api.reasons import Reason
+from finetune_operator.cluster.kube.client.client import ApiError
+from finetune_operator.cluster.kube.client.refusals import judge
+from finetune_operator.plan.model.types import Event, Plan, PodPhase
+from tests.plan.harness import World, last_words, make_job, seconds
 
 SPEC: dict[str, Any] = {
     "model": {"base": "stabilityai/stable-diffusion-xl-base-1.0"},

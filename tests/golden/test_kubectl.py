@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from finetune_contract.phase import Phase
 from finetune_operator.api import crd, yaml_text
-from finetune_operator.api.job import API_VERSION, KIND, FineTuneJobStatus, Phase
-from finetune_operator.cluster.kube.events import build_event
-from tests.controlplane.api import ApiError
-from tests.controlplane.server import ControlPlane
+from finetune_operator.api.job import API_VERSION, KIND, FineTuneJobStatus
+from finetune_operator.cluster.kube.client.events import build_event
+from testing.controlplane.api import ApiError
+from testing.controlplane.server import ControlPlane
 from tests.golden.scenes import EXPECTED_REASONS, SCENES, Story
 
 TEXTS = Path(__file__).parent

@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.build import build_pod
-from finetune_operator.cluster.local.container import Container, Place, UnsupportedError, build_container, expand
+from finetune_operator.cluster.local.kubelet.container import (
+    Container,
+    Place,
+    UnsupportedError,
+    build_container,
+    expand,
+)
 from finetune_operator.cluster.local.settings import LOCAL
+from finetune_operator.manifests import build_pod
 
 PLACE = Place(
     folders={"checkpoints": Path("/state/storage"), "data": Path("/disk/data")},

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune_operator.cluster.local.pod import Pod
-from finetune_operator.cluster.local.processes import find_marked, is_alive
-from finetune_operator.plan.types import PodPhase
-from tests.local.bed import KEY, READY, Bed, terminated
+from finetune_operator.cluster.local.kubelet.pod import Pod
+from finetune_operator.cluster.local.kubelet.processes import find_marked, is_alive
+from finetune_operator.plan.model.types import PodPhase
+from tests.local.harness import KEY, READY, Bed, terminated
 
 POD = "circles-a1-n0"
 SAVES_ON_NOTICE = (

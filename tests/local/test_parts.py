@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_contract.beat import RankReport, RankState
-from finetune_operator.api import words
-from finetune_operator.cluster.local.cores import choose_cores, parse_cpu, wanted_cores
-from finetune_operator.cluster.local.devices import choose_gpus, find_gpus, wanted_gpus
+from finetune_contract.heartbeat import RankReport, RankState
+from finetune_operator.api import labels
 from finetune_operator.cluster.local.endpoint import Endpoint
 from finetune_operator.cluster.local.faults import Fault, FaultKind, parse_fault
 from finetune_operator.cluster.local.files import BrokenFileError, read_json, recover, write_json
 from finetune_operator.cluster.local.home import CACHE_CLAIM, Home, default_home
+from finetune_operator.cluster.local.kubelet.cores import choose_cores, parse_cpu, wanted_cores
+from finetune_operator.cluster.local.kubelet.devices import choose_gpus, find_gpus, wanted_gpus
 from finetune_operator.cluster.local.lock import LockedError, hold, holder
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import JobKey
-from finetune_operator.plan.types import PodPhase
+from finetune_operator.plan.model.types import PodPhase
 
 CORES = st.frozensets(st.integers(0, 15))
 
@@ -199,7 +199,7 @@ def pod(**status: object) -> dict[str, object]:
             "name": "x-a2-n1",
             "uid": "u",
             "creationTimestamp": "2026-01-01T12:00:00Z",
-            "labels": {words.ATTEMPT: "2", words.NODE_RANK: "1"},
+            "labels": {labels.ATTEMPT: "2", labels.NODE_RANK: "1"},
         },
         "spec": {
             "nodeName": "node-7",

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from finetune_contract import environment
-from finetune_operator.cluster.local.container import Container
-from finetune_operator.cluster.local.launch import SUPERVISOR, resolve_command
-from finetune_operator.cluster.local.shared_forks import SharedForks
+from finetune_operator.cluster.local.kubelet.container import Container
+from finetune_operator.cluster.local.kubelet.launch import SUPERVISOR, resolve_command
+from finetune_operator.cluster.local.kubelet.shared_forks import SharedForks
 from finetune_trainer.supervisor.forks import ForkServer
-from tests.controlplane.process import wait_for
+from testing.controlplane.process import wait_for
 
 PATIENCE_SECONDS = 180.0
 TRAINER = Container(tuple(resolve_command(SUPERVISOR)), {**os.environ, "A": "1"}, None)

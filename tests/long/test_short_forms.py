@@ -25,7 +25,7 @@ def last_line(*command: str) -> dict[str, Any]:
 @pytest.mark.trainer
 @pytest.mark.timeout(900)
 def test_kill_demo() -> None:
-    result = last_line("bench.kill_demo", "--notices", "1", "--kills", "3", "--steps", "12", "--save-every", "3")
+    result = last_line("tests.chaos.kill_demo", "--notices", "1", "--kills", "3", "--steps", "12", "--save-every", "3")
     assert result == {"notices": 1, "kills": 3, "different_weights": 0, "lost_after_notice": 0}
 
 
@@ -40,14 +40,18 @@ def test_kill_demo() -> None:
     ],
 )
 def test_kill_matrix(cells: tuple[str, ...]) -> None:
-    result = last_line("bench.kill_matrix", "--no-times", *cells)
+    result = last_line("tests.chaos.kill_matrix", "--no-times", *cells)
     assert (result["wrong"], result["cells"]) == (0, 2 if "SIGKILL" in cells else 1)
 
 
 @pytest.mark.trainer
 @pytest.mark.timeout(900)
 def test_kill_saves() -> None:
-    assert last_line("bench.kill_saves", "--kills", "8") == {"kills": 8, "different_weights": 0, "corrupt_chosen": 0}
+    assert last_line("tests.chaos.kill_saves", "--kills", "8") == {
+        "kills": 8,
+        "different_weights": 0,
+        "corrupt_chosen": 0,
+    }
 
 
 @pytest.mark.trainer

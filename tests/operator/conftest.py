@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.controlplane.process import wait_for
-from tests.controlplane.server import ControlPlane
-from tests.operator.bed import ACCOUNT, HOME, Jobs, OperatorProcess, build_job, install, running
-from tests.operator.talk import Talk, tls_context, tls_flags
+from testing.controlplane.process import wait_for
+from testing.controlplane.server import ControlPlane
+from testing.operator.harness import ACCOUNT, HOME, Jobs, OperatorProcess, build_job, install, running
+from testing.operator.heartbeats import Talk, tls_context, tls_flags
 
 NewOperator = Callable[..., OperatorProcess]
 

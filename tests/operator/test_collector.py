@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from finetune_operator.operator_main.collector import FULL_SECONDS, GROWTH_BYTES, Collector, resident_bytes
+from finetune_operator.server.collector import FULL_SECONDS, GROWTH_BYTES, Collector, resident_bytes
 
 MIB = 1 << 20
 

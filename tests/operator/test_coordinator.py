@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from finetune_contract.beat import RankState
-from finetune_operator.cluster.kube.tls import ServerCertificate
-from finetune_operator.cluster.kube.tokens import expiry, read_review
-from tests.controlplane.pki import Authority
-from tests.controlplane.process import LOOPBACK, wait_for
-from tests.controlplane.server import ControlPlane
-from tests.operator.bed import HOME, Jobs, running
+from finetune_contract.heartbeat import RankState
+from finetune_operator.cluster.kube.beats.tokens import expiry, read_review
+from finetune_operator.cluster.kube.tls.context import ServerCertificate
+from testing.controlplane.pki import Authority
+from testing.controlplane.process import LOOPBACK, wait_for
+from testing.controlplane.server import ControlPlane
+from testing.operator.harness import HOME, Jobs, running
+from testing.operator.heartbeats import AUDIENCE, SERVICE, Talk, tls_flags
 from tests.operator.conftest import NewOperator
-from tests.operator.talk import AUDIENCE, SERVICE, Talk, tls_flags
 
 QUIET = {"peerLost": False, "stacks": False}
 """What a reply holds where nothing is wrong."""

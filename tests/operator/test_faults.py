@@ -13,10 +13,10 @@ from functools import partial
 
 import pytest
 
-from finetune_operator.operator_main.kill_switch import VARIABLE
-from tests.controlplane.api import Api, ApiError
-from tests.controlplane.process import LOOPBACK, wait_for
-from tests.operator.bed import Jobs, OperatorProcess, build_job, running
+from finetune_operator.server.kill_switch import VARIABLE
+from testing.controlplane.api import Api, ApiError
+from testing.controlplane.process import LOOPBACK, wait_for
+from testing.operator.harness import Jobs, OperatorProcess, build_job, running
 from tests.operator.conftest import NewOperator
 
 pytestmark = pytest.mark.cluster
@@ -266,7 +266,7 @@ import sys
 from datetime import datetime, timedelta, UTC
 from finetune_operator.cluster.kube import clock
 clock._utc_now = lambda: datetime.now(UTC) + timedelta(seconds={seconds})
-from finetune_operator.operator_main.main import main
+from finetune_operator.server.main import main
 main()
 """
 

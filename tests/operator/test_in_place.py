@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 
-from finetune_contract.beat import Beat, NewWorld, RankEnd, RankState, Reply
 from finetune_contract.exit_codes import ExitCode
-from tests.controlplane.process import wait_for
-from tests.operator.bed import Jobs, build_job, running
+from finetune_contract.heartbeat import Heartbeat, NewWorld, RankEnd, RankState, Reply
+from testing.controlplane.process import wait_for
+from testing.operator.harness import Jobs, build_job, running
+from testing.operator.heartbeats import Talk, tls_context, tls_flags
 from tests.operator.conftest import NewOperator
-from tests.operator.talk import Talk, tls_context, tls_flags
 
 pytestmark = pytest.mark.cluster
 
@@ -53,12 +53,12 @@ class Gang:
         wait_for("all have a new world", look)
         return worlds
 
-    def _lost_a_peer(self, pod: str) -> Beat:
+    def _lost_a_peer(self, pod: str) -> Heartbeat:
         beat = self._talk.beat(pod, next(self._sequences), attempt=self.attempts[pod], state=RankState.FAILED)
         end = RankEnd(rank=beat.node_rank, exit_code=ExitCode.FABRIC, last_words="a peer is gone")
         return beat.model_copy(update={"ends": (end,), "waiting": True})
 
-    def _post(self, pod: str, beat: Beat) -> Reply:
+    def _post(self, pod: str, beat: Heartbeat) -> Reply:
         status, answer = self._talk.post(beat, self._tokens[pod])
         assert status == 200, answer
         return Reply.model_validate_json(answer)

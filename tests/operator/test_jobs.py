@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.controlplane.process import wait_for
-from tests.operator.bed import Jobs, OperatorProcess, build_job, running
+from testing.controlplane.process import wait_for
+from testing.operator.harness import Jobs, OperatorProcess, build_job, running
 from tests.operator.conftest import NewOperator
 
 pytestmark = pytest.mark.cluster

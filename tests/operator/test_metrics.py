@@ -5,17 +5,11 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from finetune_operator.api.job import (
-    AttemptSeconds,
-    AttemptStatus,
-    CheckpointStatus,
-    FineTuneJob,
-    FineTuneJobStatus,
-    Phase,
-)
+from finetune_contract.phase import Phase
+from finetune_operator.api.job import AttemptSeconds, AttemptStatus, CheckpointStatus, FineTuneJob, FineTuneJobStatus
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.metrics import History, job_metrics
-from tests.operator.bed import build_job
+from testing.operator.harness import build_job
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 KEY = JobKey("team", "circles")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_operator.operator_main.kill_switch import KillSwitch
-from finetune_operator.operator_main.logs import JsonFormatter, TextFormatter
-from finetune_operator.operator_main.options import GROUPS, SETTINGS, RunOptions, add_flags, read_options
+from finetune_operator.server.kill_switch import KillSwitch
+from finetune_operator.server.logs import JsonFormatter, TextFormatter
+from finetune_operator.server.options import GROUPS, SETTINGS, RunOptions, add_flags, read_options
 from finetune_operator.settings import Settings
 
 NOT_FLAGS = {"trainer_command", "require_storage", "coordinator_ca_in_run"}

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from finetune_operator.cluster.kube.client import KubeApi
-from finetune_operator.cluster.kube.clock import ServerClock
-from finetune_operator.cluster.kube.nodes import NodeBook
+from finetune_operator.cluster.kube.client.client import KubeApi
+from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.operator import DEAD_SECONDS, STALE_SECONDS, OperatorOptions, Shared, Term
+from finetune_operator.cluster.kube.watch.nodes import NodeBook
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from finetune_operator.operator_main.main import EXIT_SETUP
-from tests.controlplane.process import free_ports
+from finetune_operator.server.main import EXIT_SETUP
+from testing.controlplane.process import free_ports
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from tests.controlplane.process import free_ports
 )
 def test_surroundings_that_are_not_there(flags: tuple[str, ...], words: str) -> None:
     (port,) = free_ports(1)
-    command = [sys.executable, "-m", "finetune_operator.operator_main.main", "run", f"--probe-port={port}", *flags]
+    command = [sys.executable, "-m", "finetune_operator.server.main", "run", f"--probe-port={port}", *flags]
     ended = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == EXIT_SETUP
     assert words in ended.stderr

@@ -12,14 +12,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finetune_contract.beat import CommittedCheckpoint, RankEnd
 from finetune_contract.exit_codes import ExitCode
-from finetune_operator.api.job import FineTuneJobStatus, Phase
-from finetune_operator.api.words import ConditionType, Reason
+from finetune_contract.heartbeat import CommittedCheckpoint, RankEnd
+from finetune_contract.phase import Phase
+from finetune_operator.api.conditions import ConditionType
+from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.reasons import Reason
 from finetune_operator.plan import plan
-from finetune_operator.plan.conditions import is_true
-from finetune_operator.plan.types import Create, DeletePod, ObservedPod, Plan, PodPhase
-from tests.plan.world import SETTINGS, RankState, World, last_words, make_job, seconds
+from finetune_operator.plan.model.types import Create, DeletePod, ObservedPod, Plan, PodPhase
+from finetune_operator.plan.report.conditions import is_true
+from tests.plan.harness import SETTINGS, RankState, World, last_words, make_job, seconds
 
 DAY_SECONDS = 86400.0
 RANKS = st.integers(0, 2)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from testing.controlplane.build import HELM, ensure_programs
+from testing.controlplane.process import wait_for
+from testing.controlplane.server import ControlPlane
+from testing.realnodes import store
+from testing.realnodes.job import make_namespace
+from testing.realnodes.names import CRD, FAULT_TAINT, HOME, OURS, RELEASE, TEAM
+from testing.realnodes.user_cluster import RefusedError, UserCluster
+from testing.realnodes.volumes import VOLUMES, Volumes, phase
 from tests.chart.helm import CHART, Helm
-from tests.controlplane.build import HELM, ensure_programs
-from tests.controlplane.process import wait_for
-from tests.controlplane.server import ControlPlane
-from tests.realnodes import store
-from tests.realnodes.job import make_namespace
-from tests.realnodes.names import CRD, FAULT_TAINT, HOME, OURS, RELEASE, TEAM
-from tests.realnodes.user_cluster import RefusedError, UserCluster
-from tests.realnodes.volumes import VOLUMES, Volumes, phase
 
 SECONDS = 60.0
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune_operator.api.words import Reason
-from tests.controlplane.process import wait_for
-from tests.realnodes import archive, janitor, layers, security
-from tests.realnodes.faults import FAULTS
-from tests.realnodes.job import FAULT_STEP, LONG_STEPS, SAVE_EVERY, STEPS
+from finetune_operator.api.reasons import Reason
+from testing.controlplane.process import wait_for
+from testing.realnodes import archive, janitor, layers, security
+from testing.realnodes.faults import FAULTS
+from testing.realnodes.job import FAULT_STEP, LONG_STEPS, SAVE_EVERY, STEPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +35,7 @@ def test_a_fault_falls_between_two_checkpoints_and_long_before_the_end() -> None
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.realnodes", *arguments]
+    command = [sys.executable, "-m", "testing.realnodes", *arguments]
     given = {**os.environ, **environment}
     return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
 
@@ -59,7 +59,7 @@ def test_what_is_missing_is_said_aloud() -> None:
 
 DIE = """
 import os, sys
-from tests.realnodes.janitor import Janitor, folder_of
+from testing.realnodes.janitor import Janitor, folder_of
 with Janitor():
     folder_of(os.getpid()).mkdir()
     print(os.getpid(), flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.realnodes.faults import SHORT
+from testing.realnodes.faults import SHORT
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.trainer
 @pytest.mark.timeout(1200)
 def test_faults_on_real_nodes() -> None:
-    command = [sys.executable, "-m", "tests.realnodes", "--short"]
+    command = [sys.executable, "-m", "testing.realnodes", "--short"]
     result = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "KUBECONFIG": ""}, capture_output=True, text=True, check=False
     )

@@ -9,8 +9,8 @@ import argparse
 import sys
 import time
 
-from bench.report import finish
-from finetune_operator.cluster.simulated.model import BrokenInvariantError
+from testing.measure.report import finish
+from testing.simulated.model import BrokenInvariantError
 from tests.simulation.episode import Result, run_episode
 
 EPISODE_EVENTS = 20_000

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from finetune_operator.api.job import Phase
-from finetune_operator.cluster.simulated.faults import cause_one
-from finetune_operator.cluster.simulated.model import Workload
-from finetune_operator.cluster.simulated.world import World
+from finetune_contract.phase import Phase
+from testing.simulated.faults import cause_one
+from testing.simulated.model import Workload
+from testing.simulated.world import World
 from tests.simulation.invariants import Invariants
 
 SIZES: tuple[dict[str, int], ...] = (

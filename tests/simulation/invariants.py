@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus, Phase
-from finetune_operator.api.words import Reason
-from finetune_operator.cluster.simulated.model import BrokenInvariantError, SimPod
-from finetune_operator.cluster.simulated.world import World
-from finetune_operator.plan.types import ObservedPod, PodPhase
-from finetune_operator.plan.view import members_of
+from finetune_contract.phase import Phase
+from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model.types import ObservedPod, PodPhase
+from finetune_operator.plan.model.view import members_of
+from testing.simulated.model import BrokenInvariantError, SimPod
+from testing.simulated.world import World
 
 FINISHED = (Phase.SUCCEEDED, Phase.FAILED)
 ENDED = (PodPhase.SUCCEEDED, PodPhase.FAILED)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from finetune_operator.cluster.reconcile import act
-from finetune_operator.cluster.simulated.engine import Task
-from finetune_operator.cluster.simulated.model import Workload
-from finetune_operator.cluster.simulated.server import ApiError
-from finetune_operator.cluster.simulated.world import World
-from finetune_operator.plan.types import Create, DeletePod
+from finetune_operator.plan.model.types import Create, DeletePod
+from testing.simulated.engine import Task
+from testing.simulated.model import Workload
+from testing.simulated.server import ApiError
+from testing.simulated.world import World
 from tests.simulation.invariants import Invariants
 
 

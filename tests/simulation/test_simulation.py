@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from finetune_operator.cluster.simulated.faults import FAULTS, Fault
-from finetune_operator.cluster.simulated.model import BrokenInvariantError, Workload
-from finetune_operator.cluster.simulated.world import World
+from testing.simulated.faults import FAULTS, Fault
+from testing.simulated.model import BrokenInvariantError, Workload
+from testing.simulated.world import World
 from tests.simulation.__main__ import run
 from tests.simulation.episode import run_episode
 from tests.simulation.invariants import Invariants

@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base model."""
-    from tests.trainer import tiny  # noqa: PLC0415  slow to import
+    from testing.trainer import tiny  # noqa: PLC0415  slow to import
 
     return tiny.write_base(tmp_path_factory.mktemp("model") / "base")
 
@@ -24,7 +24,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny base of each family."""
-    from tests.trainer import tiny  # noqa: PLC0415  slow to import
+    from testing.trainer import tiny  # noqa: PLC0415  slow to import
 
     folder = tmp_path_factory.mktemp("families")
     others = {family: tiny.write_base(folder / family, family=family) for family in tiny.FAMILIES if family != "sd1"}
@@ -34,7 +34,7 @@ def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny data set."""
-    from tests.trainer import tiny  # noqa: PLC0415  slow to import
+    from testing.trainer import tiny  # noqa: PLC0415  slow to import
 
     return tiny.write_data(tmp_path_factory.mktemp("data") / "data")
 

@@ -33,6 +33,10 @@ class ExitCode(IntEnum):
     """A newer attempt owns the checkpoints: this one has no more say."""
 
 
+HOLDABLE = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
+"""Exit codes of ranks whose pod can keep running and start them again in the next attempt."""
+
+
 def describe(code: int) -> str:
     """Say what an exit code means, in a few words: ours by the table above, 128+n as the signal it stands for."""
     try:

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable, Mapping
 
 from finetune_contract import environment
-from finetune_contract.beat import RankState
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.heartbeat import RankState
 from finetune_trainer import libraries
 from finetune_trainer.errors import RankError
-from finetune_trainer.train.notice import Notice
-from finetune_trainer.train.report import Reporter
+from finetune_trainer.report import Reporter
+from finetune_trainer.train.preemption_notice import PreemptionNotice
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     fd = env.get(environment.REPORT_FD)
     reporter = Reporter(int(env.get("RANK", "0")), int(fd) if fd else None)
-    notice = Notice(on_leave=lambda: reporter.state(RankState.SAVED))
+    notice = PreemptionNotice(on_leave=lambda: reporter.state(RankState.SAVED))
     notice.listen()
     reporter.state(RankState.STARTING)
     libraries.prepare(env)

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from finetune_operator.api import edits, yaml_text
+from finetune_operator.api import yaml_text
 from finetune_operator.api.job import GROUP, KIND, PLURAL, SHORT_NAME, SINGULAR, VERSION, FineTuneJob
-from finetune_operator.api.rule import Cause, Rule
-from finetune_operator.api.rules import RULES
+from finetune_operator.api.rules import edits
+from finetune_operator.api.rules.rule import Cause, Rule
+from finetune_operator.api.rules.spec import RULES
 
 Schema = dict[str, Any]
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, JsonValue
 
+from finetune_contract.phase import Phase
 from finetune_contract.spec import (
     MAX_STEPS,
     CheckpointInterval,
@@ -240,20 +241,6 @@ class FineTuneJobSpec(SpecModel):
         description="PodTemplateSpec merged over the rendered pods by Kubernetes' strategic rules: containers, env and "
         "volumes by name, other lists (tolerations, command) whole",
     )
-
-
-class Phase(StrEnum):
-    """Where a job is."""
-
-    PENDING = "Pending"
-    QUEUED = "Queued"
-    STARTING = "Starting"
-    RUNNING = "Running"
-    RECOVERING = "Recovering"
-    EXPORTING = "Exporting"
-    SUCCEEDED = "Succeeded"
-    FAILED = "Failed"
-    SUSPENDED = "Suspended"
 
 
 class StatusModel(SpecModel):

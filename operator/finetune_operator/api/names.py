@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+OPERATOR = "finetune-operator"
+"""Our name as a field manager, an event source and the value of MANAGED_BY."""
+CONTAINER = "trainer"
+"""Name of the container that runs the supervisor; podTemplate's container of this name is merged over it."""
 MAX_LABEL = 63
 """Longest DNS label: pods are named by their host names."""
 MAX_ATTEMPT = 99_999

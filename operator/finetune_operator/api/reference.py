@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finetune_operator.api import crd, edits, words
+from finetune_operator.api import conditions, crd, reasons
 from finetune_operator.api.job import API_VERSION, KIND, SHORT_NAME
-from finetune_operator.api.rules import RULES
+from finetune_operator.api.rules import edits
+from finetune_operator.api.rules.spec import RULES
 
 JOB_FILE = "docs/reference/finetunejob.md"
 REASONS_FILE = "docs/reference/reasons.md"
@@ -54,14 +55,13 @@ def render_reasons() -> str:
         "",
         "| condition | True means |",
         "|-|-|",
-        *(f"| `{condition}` | {_cell(meaning)} |" for condition, meaning in words.CONDITIONS.items()),
+        *(f"| `{condition}` | {_cell(meaning)} |" for condition, meaning in conditions.CONDITIONS.items()),
     ]
-    for topic in words.Topic:
-        reasons = {reason: doc for reason, doc in words.REASONS.items() if doc.topic is topic}
+    for topic in reasons.Topic:
+        rows = {reason: doc for reason, doc in reasons.REASONS.items() if doc.topic is topic}
         lines += ["", f"## {topic}", "", "| reason | meaning | what to do | counts as |", "|-|-|-|-|"]
         lines += [
-            f"| `{reason}` | {_cell(doc.meaning)} | {_cell(doc.do)} | {_counts(doc)} |"
-            for reason, doc in reasons.items()
+            f"| `{reason}` | {_cell(doc.meaning)} | {_cell(doc.do)} | {_counts(doc)} |" for reason, doc in rows.items()
         ]
     return "\n".join(lines) + "\n"
 
@@ -87,7 +87,7 @@ def _edits() -> list[str]:
     ]
 
 
-def _counts(doc: words.ReasonDoc) -> str:
+def _counts(doc: reasons.ReasonDoc) -> str:
     counted = str(doc.counts_as) if doc.counts_as else ""
     return f"{counted}, final" if doc.final else counted
 

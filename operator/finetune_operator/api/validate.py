@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from finetune_operator.api.job import API_VERSION, KIND, FineTuneJob
-from finetune_operator.api.rule import Rule, Scope
-from finetune_operator.api.rules import RULES
-from finetune_operator.api.sentences import describe_error, document_path
+from finetune_operator.api.messages import describe_error, document_path
+from finetune_operator.api.rules.rule import Rule, Scope
+from finetune_operator.api.rules.spec import RULES
 
 Manifest = Mapping[str, Any]
 MAX_WHOLE = 2.0**53

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetune_operator.cli.errors import Exit, UsageError
-from finetune_operator.cli.out import tell
+from finetune_operator.cli.output.stdout import tell
 from finetune_operator.cluster.local.home import HOME_VARIABLE, default_home
 
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"

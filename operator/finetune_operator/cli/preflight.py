@@ -13,14 +13,14 @@ from typing import Any
 
 from finetune_contract.spec import DatasetSpec, Method, ModelSpec, OutputSpec
 from finetune_operator.api.job import CONTROLLER, Accelerator, FineTuneJob, FineTuneJobSpec, StorageSpec, TopologySpec
-from finetune_operator.api.supported import find_missing
-from finetune_operator.build import build_pod, num_nodes
-from finetune_operator.build.merge import MergeError
+from finetune_operator.api.rules.supported import find_missing
 from finetune_operator.cli.manifest import is_hub_id, is_url
-from finetune_operator.cluster.local.devices import find_gpus
 from finetune_operator.cluster.local.home import Home
+from finetune_operator.cluster.local.kubelet.devices import find_gpus
 from finetune_operator.cluster.local.settings import LOCAL
-from finetune_operator.plan.unsupported import find_unsupported
+from finetune_operator.manifests import build_pod, num_nodes
+from finetune_operator.manifests.merge import MergeError
+from finetune_operator.plan.policies.unsupported import find_unsupported
 
 METADATA = "metadata.jsonl"
 FILE_NAME = "file_name"

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from finetune_contract.beat import MAX_LAST_WORDS, RankEnd, Termination
 from finetune_contract.environment import PROCESSES_PER_NODE
-from finetune_operator.api import words
+from finetune_contract.heartbeat import MAX_LAST_WORDS, RankEnd, Termination
+from finetune_operator.api import conditions, labels, names
 from finetune_operator.api.job import Capacity
-from finetune_operator.plan.types import ObservedPod, PodPhase
+from finetune_operator.plan.model.types import ObservedPod, PodPhase
 
 Json = Mapping[str, Any]
 PREEMPTION = re.compile(r"( no new claims to deallocate,)? preemption: .*", re.DOTALL)
@@ -21,12 +21,12 @@ PREEMPTION = re.compile(r"( no new claims to deallocate,)? preemption: .*", re.D
 def observe_pod(pod: Json) -> ObservedPod | None:
     """Read a pod; None where it does not carry our labels."""
     meta, status = pod["metadata"], pod.get("status") or {}
-    labels = meta.get("labels") or {}
+    own = meta.get("labels") or {}
     try:
-        attempt, node_rank = int(labels[words.ATTEMPT]), int(labels[words.NODE_RANK])
+        attempt, node_rank = int(own[labels.ATTEMPT]), int(own[labels.NODE_RANK])
     except (KeyError, ValueError):
         return None
-    container = _find(status.get("containerStatuses") or (), "name", words.CONTAINER)
+    container = _find(status.get("containerStatuses") or (), "name", names.CONTAINER)
     state = container.get("state") or {}
     terminated = state.get("terminated") or {}
     grace = timedelta(seconds=meta.get("deletionGracePeriodSeconds") or 0)
@@ -49,7 +49,7 @@ def observe_pod(pod: Json) -> ObservedPod | None:
         termination=_termination(terminated, attempt, pod, node_rank),
         disruption=_disruption(status),
         reason=status.get("reason") or terminated.get("reason"),
-        fell_back=labels.get(words.CAPACITY) == Capacity.ANY,
+        fell_back=own.get(labels.CAPACITY) == Capacity.ANY,
         waiting=_waiting(status, state),
     )
 
@@ -68,14 +68,14 @@ def _termination(terminated: Json, attempt: int, pod: Json, node_rank: int) -> T
 
 
 def _ranks_per_pod(pod: Json) -> int:
-    container = _find(pod["spec"]["containers"], "name", words.CONTAINER)
+    container = _find(pod["spec"]["containers"], "name", names.CONTAINER)
     value = _find(container.get("env") or (), "name", PROCESSES_PER_NODE).get("value") or "1"
     return int(value) if str(value).isdecimal() else 1
 
 
 def _disruption(status: Json) -> str | None:
-    condition = _find(status.get("conditions") or (), "type", words.DISRUPTION_TARGET)
-    return condition.get("reason") or words.DISRUPTION_TARGET if condition.get("status") == "True" else None
+    condition = _find(status.get("conditions") or (), "type", conditions.DISRUPTION_TARGET)
+    return condition.get("reason") or conditions.DISRUPTION_TARGET if condition.get("status") == "True" else None
 
 
 def _waiting(status: Json, state: Json) -> str | None:

@@ -8,7 +8,7 @@ from typing import Protocol
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
 from finetune_operator.cluster.key import JobKey
 from finetune_operator.coordinator.beats import PodIdentity
-from finetune_operator.plan.types import Action, Event, Observed
+from finetune_operator.plan.model.types import Action, Event, Observed
 
 __all__ = ["Clock", "Cluster", "ConflictError", "JobKey"]
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cluster.protocol import Clock, Cluster, ConflictError, JobKey
 from finetune_operator.plan import plan
-from finetune_operator.plan.types import Action, Create, Observed
+from finetune_operator.plan.model.types import Action, Create, Observed
 from finetune_operator.settings import Settings
 
 

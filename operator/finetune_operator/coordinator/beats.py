@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 
-from finetune_contract.beat import Beat
-from finetune_operator.plan.types import ReceivedBeat
+from finetune_contract.heartbeat import Heartbeat
+from finetune_operator.plan.model.types import ReceivedHeartbeat
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PodIdentity:
     pod_uid: str
 
 
-def mismatch(identity: PodIdentity, beat: Beat) -> str | None:
+def mismatch(identity: PodIdentity, beat: Heartbeat) -> str | None:
     """Say in a sentence what a beat claims that its token does not prove; None where all agrees."""
     claims = {
         "namespace": (beat.namespace, identity.namespace),
@@ -39,17 +39,17 @@ class BeatBook:
     """The newest beat of each pod."""
 
     def __init__(self) -> None:
-        self._newest: dict[str, ReceivedBeat] = {}
+        self._newest: dict[str, ReceivedHeartbeat] = {}
 
-    def take(self, beat: Beat, received_at: datetime) -> bool:
+    def take(self, beat: Heartbeat, received_at: datetime) -> bool:
         """Keep a beat unless a newer one of its pod is there; say whether anything but the sequence changed."""
         known = self._newest.get(beat.pod_uid)
         if known is not None and beat.sequence <= known.beat.sequence:
             return False
-        self._newest[beat.pod_uid] = ReceivedBeat(beat, received_at)
+        self._newest[beat.pod_uid] = ReceivedHeartbeat(beat, received_at)
         return known is None or beat.model_copy(update={"sequence": known.beat.sequence}) != known.beat
 
-    def of(self, namespace: str, job: str, oldest_attempt: int = 0) -> Mapping[str, ReceivedBeat]:
+    def of(self, namespace: str, job: str, oldest_attempt: int = 0) -> Mapping[str, ReceivedHeartbeat]:
         """The newest beats of a job's pods, by UID, those of gone pods included: a copy that later beats do not change.
 
         What older attempts said is dropped for good.

@@ -12,12 +12,12 @@ from datetime import datetime
 from aiohttp import web
 from pydantic import ValidationError
 
-from finetune_contract.beat import BEAT_PATH, MAX_BEAT_BYTES, Beat, Reply
+from finetune_contract.heartbeat import BEAT_PATH, MAX_BEAT_BYTES, Heartbeat, Reply
 from finetune_operator.coordinator.beats import BeatBook, PodIdentity, mismatch
 
 Reviewer = Callable[[str], Awaitable[PodIdentity | None]]
 """Whose bearer token this is; None: nobody's. On Kubernetes a TokenReview."""
-Answer = Callable[[Beat], Reply]
+Answer = Callable[[Heartbeat], Reply]
 """What a supervisor is told."""
 Wake = Callable[[str, str], None]
 """Called with the namespace and name of a job that has news."""
@@ -103,7 +103,7 @@ class Coordinator:
         return identity
 
 
-async def _read_beat(request: web.Request) -> Beat:
+async def _read_beat(request: web.Request) -> Heartbeat:
     try:
         body = await request.read()
     except web.HTTPRequestEntityTooLarge as error:
@@ -113,7 +113,7 @@ async def _read_beat(request: web.Request) -> Beat:
         raise Refused(400, "the connection was lost within the beat") from error
     try:
         # Parsing 64 KiB takes about a millisecond; larger bodies never come here.
-        return Beat.model_validate_json(body)
+        return Heartbeat.model_validate_json(body)
     except ValidationError as error:
         raise Refused(400, f"this is no beat: {_first_fault(error)}") from error
 

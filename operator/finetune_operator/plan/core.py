@@ -6,35 +6,30 @@ from collections.abc import Callable
 from datetime import datetime
 
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
-from finetune_operator.plan import (
+from finetune_operator.plan.model.types import Action, Observed, Plan
+from finetune_operator.plan.model.view import View, earliest
+from finetune_operator.plan.policies import (
     acceptance,
     attempts,
     budget,
     capacity,
-    conditions,
+    cleanup,
     deadline,
     elastic,
     endings,
-    events,
     finish,
     gang,
-    goodput,
     hangs,
     in_place,
     nodes,
-    phase,
-    progress,
     reclassify,
     regroup,
-    restart,
     standby,
     stragglers,
     suspend,
-    timing,
     ttl,
 )
-from finetune_operator.plan.types import Action, Observed, Plan
-from finetune_operator.plan.view import View, earliest
+from finetune_operator.plan.report import conditions, events, goodput, phase, progress, timing
 from finetune_operator.settings import Settings
 
 Policy = Callable[[View, FineTuneJobStatus], FineTuneJobStatus]
@@ -68,7 +63,7 @@ POLICIES: tuple[Policy, ...] = (
 
 ACTIONS: tuple[Callable[[View, FineTuneJobStatus], tuple[Action, ...]], ...] = (
     gang.create_missing,
-    lambda view, status: restart.delete_old(view, status, in_place.survivors(view, status)),
+    lambda view, status: cleanup.delete_old(view, status, in_place.survivors(view, status)),
     standby.delete_unwanted,
     ttl.delete_job,
 )
@@ -82,7 +77,7 @@ WAKES: tuple[Callable[[View, FineTuneJobStatus], datetime | None], ...] = (
     reclassify.wake,
     attempts.wake,
     in_place.wake,
-    restart.wake,
+    cleanup.wake,
     elastic.wake,
     capacity.wake,
     standby.wake,

@@ -5,20 +5,20 @@ It follows from the status alone, so an operator that was just restarted says th
 
 from __future__ import annotations
 
-from finetune_contract.beat import Beat, NewWorld, Order, Reply
+from finetune_contract.heartbeat import Heartbeat, NewWorld, Order, Reply
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host, pod_name
-from finetune_operator.api.words import CountsAs, Reason
-from finetune_operator.plan.ledger import current
-from finetune_operator.plan.restart import SAVED_FOR, SUDDEN, WITH_OWN_GRACE
-from finetune_operator.plan.view import members_of
+from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.plan.model.ledger import current
+from finetune_operator.plan.model.view import members_of
+from finetune_operator.plan.policies.cleanup import SAVED_FOR, SUDDEN, WITH_OWN_GRACE
 from finetune_operator.settings import Settings
 
 WAITING_BEATS = 5
 """A supervisor that waits for its new world, which may be ready at any moment, beats so many times as often."""
 
 
-def reply_to(job: FineTuneJob | None, beat: Beat, settings: Settings) -> Reply:
+def reply_to(job: FineTuneJob | None, beat: Heartbeat, settings: Settings) -> Reply:
     """Answer a beat; a job that is not known (not yet seen, or gone) has no orders."""
     if job is None or beat.job_uid != job.metadata.uid:
         return Reply()
@@ -35,7 +35,7 @@ def reply_to(job: FineTuneJob | None, beat: Beat, settings: Settings) -> Reply:
     )
 
 
-def _has_lost_peer(job: FineTuneJob, beat: Beat) -> bool:
+def _has_lost_peer(job: FineTuneJob, beat: Heartbeat) -> bool:
     """Whether the ranks wait in vain: where a machine vanishes, nothing else tells their collectives for minutes."""
     entry = next((entry for entry in job.status.attempts if entry.attempt == beat.attempt), None)
     if entry is None or entry.counts_as is None or beat.waiting:
@@ -54,7 +54,7 @@ def _is_between(job: FineTuneJob) -> bool:
     return entry is not None and entry.ended_at is not None
 
 
-def _should_save(job: FineTuneJob, beat: Beat) -> bool:
+def _should_save(job: FineTuneJob, beat: Heartbeat) -> bool:
     """Whether a peer has notice, or better capacity is at hand: the state is saved while all are there."""
     entry = current(job.status)
     if entry is None or entry.attempt != beat.attempt or entry.ended_at is None or beat.waiting:
@@ -64,17 +64,17 @@ def _should_save(job: FineTuneJob, beat: Beat) -> bool:
     return entry.counts_as == CountsAs.PREEMPTION and entry.reason not in SUDDEN
 
 
-def _is_kept(job: FineTuneJob, beat: Beat) -> bool:
+def _is_kept(job: FineTuneJob, beat: Heartbeat) -> bool:
     """Whether a pod belongs to the newest attempt, although it may not know."""
     return _rank_of(job, beat) is not None
 
 
-def _rank_of(job: FineTuneJob, beat: Beat) -> int | None:
+def _rank_of(job: FineTuneJob, beat: Heartbeat) -> int | None:
     names = [pod_name(job.metadata.name, *member) for member in members_of(job.status, job.spec)]
     return names.index(beat.pod) if beat.pod in names else None
 
 
-def _new_world(job: FineTuneJob, beat: Beat, settings: Settings) -> NewWorld | None:
+def _new_world(job: FineTuneJob, beat: Heartbeat, settings: Settings) -> NewWorld | None:
     """Where a pod belongs that was kept, until it has come there; None: it has, or it was not kept.
 
     It is told only once the containers of all run: ranks that wait for a peer too long give up, and until a pod has

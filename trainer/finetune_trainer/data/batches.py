@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from finetune_trainer.data.cache.encode import Posterior
 from finetune_trainer.data.captions import Captions, OwnCaptions
-from finetune_trainer.data.draws import Draws, Purpose
-from finetune_trainer.data.encode import Posterior
-from finetune_trainer.data.images import Size, View, micro_conditioning, to_pixels
-from finetune_trainer.data.noising import Noising
-from finetune_trainer.data.order import SampleRef
-from finetune_trainer.data.shapes import Shapes
-from finetune_trainer.data.source import Samples, decode_conditioning
+from finetune_trainer.data.images.decoding import Size, View, micro_conditioning, to_pixels
+from finetune_trainer.data.sampling.draws import Draws, Purpose
+from finetune_trainer.data.sampling.noising import Noising
+from finetune_trainer.data.sampling.order import SampleRef
+from finetune_trainer.data.sampling.shapes import Shapes
+from finetune_trainer.data.sources.base import Samples, decode_conditioning
 from finetune_trainer.models.family import Family
 
 SIZES = "sizes"

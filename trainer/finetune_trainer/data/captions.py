@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from finetune_contract.spec import LearnableProperty
-from finetune_trainer.data.draws import Draws, Purpose
-from finetune_trainer.data.order import SampleRef
-from finetune_trainer.data.source import Samples
+from finetune_trainer.data.sampling.draws import Draws, Purpose
+from finetune_trainer.data.sampling.order import SampleRef
+from finetune_trainer.data.sources.base import Samples
 
 SENTENCES = {
     LearnableProperty.OBJECT: (

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from finetune_trainer.data.batches import Batch, BatchMaker
-from finetune_trainer.data.encode import LiveLatents
-from finetune_trainer.data.images import Size
-from finetune_trainer.data.order import SampleRef
-from finetune_trainer.data.source import Samples
+from finetune_trainer.data.cache.encode import LiveLatents
+from finetune_trainer.data.images.decoding import Size
+from finetune_trainer.data.sampling.order import SampleRef
+from finetune_trainer.data.sources.base import Samples
 
 
 class Prefetcher:

@@ -11,20 +11,20 @@ import torch
 
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.batches import Augmentation, BatchMaker, Conditioning, Latents, Prior
+from finetune_trainer.data.cache.encode import LatentCache, LatentStore, LiveLatents, TextCache
+from finetune_trainer.data.cache.hashes import FileHashes
+from finetune_trainer.data.cache.stream_map import StreamMap
 from finetune_trainer.data.captions import Captions, OnePrompt
-from finetune_trainer.data.census import Census, KeptSamples, KeptSource, describe_broken, take_census
-from finetune_trainer.data.draws import Draws
-from finetune_trainer.data.encode import LatentCache, LatentStore, LiveLatents, TextCache
-from finetune_trainer.data.hashes import FileHashes
-from finetune_trainer.data.noising import Noising
-from finetune_trainer.data.open_source import open_source
-from finetune_trainer.data.open_stream import Opener
-from finetune_trainer.data.prior import ClassImages
-from finetune_trainer.data.shapes import Shapes
-from finetune_trainer.data.source import Samples, Source
-from finetune_trainer.data.stream import StreamedSamples
-from finetune_trainer.data.stream_map import StreamMap
-from finetune_trainer.data.table import SINGLE_FILES
+from finetune_trainer.data.images.class_images import ClassImages
+from finetune_trainer.data.images.scan import ImageScan, KeptSamples, KeptSource, describe_broken, scan_images
+from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.data.sampling.noising import Noising
+from finetune_trainer.data.sampling.shapes import Shapes
+from finetune_trainer.data.sources.base import Samples, Source
+from finetune_trainer.data.sources.open_source import open_source
+from finetune_trainer.data.sources.open_stream import Opener
+from finetune_trainer.data.sources.stream import StreamedSamples
+from finetune_trainer.data.sources.table import SINGLE_FILES
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError
 from finetune_trainer.models.family import Family
@@ -82,7 +82,7 @@ class _Split:
     """
 
     samples: Samples
-    census: Census
+    census: ImageScan
     latents: Callable[[Augmentation], Latents]
 
 
@@ -148,8 +148,8 @@ class Preparation:
     def _shapes(self) -> Shapes:
         return Shapes(self.spec.training.resolution, self.spec.training.aspect_buckets)
 
-    def _census(self, source: Source, hashes: FileHashes) -> Census:
-        return take_census(
+    def _census(self, source: Source, hashes: FileHashes) -> ImageScan:
+        return scan_images(
             len(source), source.open, self.cache_dir, hashes, self.world, self._progress("images looked at")
         )
 
@@ -161,7 +161,7 @@ class Preparation:
         if self.demand.conditioning:
             what = self._progress("conditioning images looked at")
             opener = source.open_conditioning
-            broken |= set(take_census(len(source), opener, self.cache_dir, hashes, self.world, what).broken)
+            broken |= set(scan_images(len(source), opener, self.cache_dir, hashes, self.world, what).broken)
         if broken:
             self._check_broken(source, sorted(broken))
             source, census = KeptSource(source, sorted(broken)), census.without(sorted(broken))
@@ -179,7 +179,7 @@ class Preparation:
 
     def _stream(
         self, split: str, max_samples: int | None, augmentation: Augmentation, hashes: FileHashes
-    ) -> tuple[StreamedSamples, Census, list[int], LatentStore]:
+    ) -> tuple[StreamedSamples, ImageScan, list[int], LatentStore]:
         """Read a split where it lies, once; returns its broken samples, too.
 
         Raises:
@@ -212,7 +212,7 @@ class Preparation:
         if self.world.is_first:
             self.warn(f"{found}; training goes on without")
 
-    def _looked_at(self, source: Source, census: Census, hashes: FileHashes) -> _Split:
+    def _looked_at(self, source: Source, census: ImageScan, hashes: FileHashes) -> _Split:
         """A source that can be read whenever it is wanted."""
 
         def latents(augmentation: Augmentation) -> Latents:

@@ -23,8 +23,8 @@ from finetune_trainer.demo.architecture import NUM_TOKENS, build_scheduler, buil
 from finetune_trainer.demo.base_unet import train_unet
 from finetune_trainer.demo.base_vae import train_vae
 from finetune_trainer.demo.circles import all_captions
-from finetune_trainer.demo.looks import look_at, picture_grid, sample_images
-from finetune_trainer.demo.words import write_tokenizer
+from finetune_trainer.demo.picture_metrics import look_at, picture_grid, sample_images
+from finetune_trainer.demo.vocabulary import write_tokenizer
 
 _LOG = logging.getLogger(__name__)
 

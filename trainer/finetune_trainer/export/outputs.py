@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_contract import paths
-from finetune_contract.beat import WrittenOutput
+from finetune_contract.heartbeat import WrittenOutput
 from finetune_contract.spec import OutputFormat, OutputSpec
 from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.files import sync_file, sync_folder

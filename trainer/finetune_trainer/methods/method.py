@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finetune_contract.spec import OutputFormat, TrainingSpec
 from finetune_trainer.data.batches import Batch, Texts
 from finetune_trainer.data.captions import Captions
-from finetune_trainer.data.draws import Draws
+from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.models.family import Family
 
 

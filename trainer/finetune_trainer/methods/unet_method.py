@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.batches import Batch, Texts
 from finetune_trainer.data.captions import Captions, OwnCaptions
-from finetune_trainer.data.draws import Purpose
-from finetune_trainer.data.order import SampleRef
+from finetune_trainer.data.sampling.draws import Purpose
+from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.methods.kernels import attention_kernel, compile_blocks
 from finetune_trainer.methods.loss import diffusion_losses
 from finetune_trainer.methods.method import MethodContext

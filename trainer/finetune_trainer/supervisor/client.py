@@ -7,7 +7,7 @@ import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetune_contract.beat import BEAT_PATH, Beat, Reply
+from finetune_contract.heartbeat import BEAT_PATH, Heartbeat, Reply
 
 TIMEOUT_SECONDS = 5.0
 
@@ -30,7 +30,7 @@ class CoordinatorClient:
         self._authority = authority
         self._connection: http.client.HTTPConnection | None = None
 
-    def post(self, beat: Beat) -> Reply:
+    def post(self, beat: Heartbeat) -> Reply:
         """Post one beat and return the answer.
 
         Raises:
@@ -56,7 +56,7 @@ class CoordinatorClient:
             self._connection.close()
             self._connection = None
 
-    def _post_once(self, beat: Beat) -> Reply:
+    def _post_once(self, beat: Heartbeat) -> Reply:
         if self._connection is None:
             self._connection = self._connect()
         headers = {"Content-Type": "application/json"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune_contract import environment
-from finetune_contract.beat import NewWorld
+from finetune_contract.heartbeat import NewWorld
 from finetune_contract.run_spec import RunSpec
 
 

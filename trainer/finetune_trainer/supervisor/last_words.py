@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune_contract.beat import MAX_LAST_WORDS, RankEnd, Termination
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.heartbeat import MAX_LAST_WORDS, RankEnd, Termination
 
 MAX_MESSAGE_BYTES = 4096
 """Kubernetes keeps so much of a termination message."""

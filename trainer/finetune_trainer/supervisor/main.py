@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
-from finetune_contract.beat import Beat, NewWorld, Order, RankEnd, RankReport, RankState, Reply, Termination
-from finetune_contract.exit_codes import ExitCode, describe
+from finetune_contract.exit_codes import HOLDABLE, ExitCode, describe
+from finetune_contract.heartbeat import Heartbeat, NewWorld, Order, RankEnd, RankReport, RankState, Reply, Termination
 from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorError
 from finetune_trainer.supervisor.config import BadEnvironmentError, Config, read_config
 from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
@@ -27,7 +27,6 @@ PEER_SECONDS = 5.0
 """How long the other ranks of the pod have once one of them ended badly: they cannot finish a step without it."""
 MIN_BEAT_GAP_SECONDS = 0.05
 """Changes that come closer together share a beat."""
-HOLDABLE = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
 """Ends of ranks after which their pod is still good for another world."""
 BEGIN_SECONDS = 0.5
 """How long a rank that is to be ended has to begin to save what it holds."""
@@ -229,10 +228,10 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._beat_seconds)
 
-    def _next_beat(self) -> Beat:
+    def _next_beat(self) -> Heartbeat:
         self._sequence += 1
         config = self._config
-        return Beat(
+        return Heartbeat(
             job=config.job,
             namespace=config.namespace,
             job_uid=config.job_uid,

@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune_contract import environment
-from finetune_contract.beat import MAX_LAST_WORDS, RankEnd, RankReport, RankState
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.heartbeat import MAX_LAST_WORDS, RankEnd, RankReport, RankState
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import Share, ccl_environment, thread_environment
 from finetune_trainer.supervisor.forks import ForkedProcess, ForkServer, NotForkedError, module_of

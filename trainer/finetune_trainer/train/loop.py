@@ -11,22 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune_contract.beat import RankState
+from finetune_contract.heartbeat import RankState
 from finetune_contract.run_spec import RunSpec
-from finetune_trainer.data.draws import Draws, Purpose
-from finetune_trainer.data.order import SampleRef, most_micro_batches, rank_share, sample_at
+from finetune_trainer.checkpoint.checkpointer import Checkpointer
+from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.data.prefetch import Prefetcher
+from finetune_trainer.data.sampling.draws import Draws, Purpose
+from finetune_trainer.data.sampling.order import SampleRef, most_micro_batches, rank_share, sample_at
 from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Gradients, Signal, clip_factor
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.method import Method
-from finetune_trainer.train.journal import Journal
+from finetune_trainer.optim.optimizer import LearningRate, set_learning_rate
+from finetune_trainer.report import Reporter
+from finetune_trainer.train.metrics_logger import MetricsLogger
 from finetune_trainer.train.micro_batch import MicroBatch, is_out_of_memory
-from finetune_trainer.train.notice import Notice
-from finetune_trainer.train.optimizer import LearningRate, set_learning_rate
-from finetune_trainer.train.report import Reporter
-from finetune_trainer.train.saving import Checkpointer
-from finetune_trainer.train.state import TrainState
+from finetune_trainer.train.preemption_notice import PreemptionNotice
 from finetune_trainer.train.validation import Validator
 
 SPEED_STEPS = 20
@@ -63,13 +63,13 @@ class Loop:
     buckets: Gradients
     learning_rate: LearningRate
     checkpointer: Checkpointer
-    notice: Notice
+    notice: PreemptionNotice
     reporter: Reporter
     validator: Validator | None
     total_steps: int
     micro_batch: MicroBatch
     num_timesteps: int
-    journal: Journal | None = None
+    journal: MetricsLogger | None = None
 
     def run(self) -> bool:
         """Train until all steps are done or a notice comes; either way the last step is committed.

@@ -14,6 +14,7 @@ import torch
 
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import SHARDED_METHODS, LoraSpec, Method, TrainingSpec
+from finetune_trainer.checkpoint.store.select import Places
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import write_aside
@@ -21,7 +22,6 @@ from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.family import Family
 from finetune_trainer.tensor_file import count_numbers
 from finetune_trainer.train.preset import Choice, Machine, Weights, choose, preset_bytes
-from finetune_trainer.train.stores import Places
 
 NOTE = "preset.json"
 """File in the job's folder: what the first attempt chose of the things that a checkpoint depends on."""

@@ -12,17 +12,21 @@ import torch
 from pydantic import ValidationError
 
 from finetune_contract import environment, paths
-from finetune_contract.beat import RankState
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.heartbeat import RankState
 from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec
 from finetune_trainer import heap
+from finetune_trainer.checkpoint.checkpointer import Checkpointer, SaveOptions
+from finetune_trainer.checkpoint.sharded_state import make_sharded_state
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES
-from finetune_trainer.data.draws import Draws
-from finetune_trainer.data.order import total_steps
+from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.checkpoint.store.select import Places, make_store, open_bucket
 from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
+from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.data.sampling.order import total_steps
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.gradients import Gradients
 from finetune_trainer.distributed.local import LocalGradients
@@ -35,20 +39,16 @@ from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.family import Family
-from finetune_trainer.train.ema import Ema
-from finetune_trainer.train.journal import Journal
+from finetune_trainer.optim.ema import Ema
+from finetune_trainer.optim.loss_scale import LossScale
+from finetune_trainer.optim.optimizer import learning_rate, make_optimizer
+from finetune_trainer.report import Reporter
+from finetune_trainer.train.artifact_sync import ArtifactSync
 from finetune_trainer.train.loop import Loop
-from finetune_trainer.train.loss_scale import LossScale
 from finetune_trainer.train.machine import apply_preset
+from finetune_trainer.train.metrics_logger import MetricsLogger
 from finetune_trainer.train.micro_batch import MicroBatch
-from finetune_trainer.train.mirror import Mirror
-from finetune_trainer.train.notice import Notice
-from finetune_trainer.train.optimizer import learning_rate, make_optimizer
-from finetune_trainer.train.report import Reporter
-from finetune_trainer.train.saving import Checkpointer, SaveOptions
-from finetune_trainer.train.sharded_state import make_sharded_state
-from finetune_trainer.train.state import TrainState
-from finetune_trainer.train.stores import Places, make_store, open_bucket
+from finetune_trainer.train.preemption_notice import PreemptionNotice
 from finetune_trainer.train.trackers import Run, check_trackers, open_trackers
 from finetune_trainer.train.validation import Validator, best_validation
 
@@ -77,7 +77,7 @@ class RankContext:
     attempt: int
     job_dir: Path
     cache_dir: Path
-    notice: Notice
+    notice: PreemptionNotice
     reporter: Reporter
     on_save_stage: Callable[[str], None] = lambda _: None
     scratch: Path | None = None
@@ -161,7 +161,7 @@ class _Run:
         self._spec = _with_preset(spec, context, self._family, world, env)
         self._dtype = DTYPES[self._spec.training.precision]
         self._bucket = open_bucket(context.bucket)
-        self._mirror = Mirror(context.job_dir, self._bucket)
+        self._mirror = ArtifactSync(context.job_dir, self._bucket)
         self._shards: Shards | None = None
 
     def to_its_end(self) -> ExitCode:
@@ -283,14 +283,16 @@ class _Run:
             journal=journal,
         )
 
-    def _journal(self, step: int) -> Journal | None:
+    def _journal(self, step: int) -> MetricsLogger | None:
         names = self._spec.training.trackers
         if not names or not self._world.is_first:
             return None
         trackers = open_trackers(names, Run(self._spec, self._context.job_dir, step))
-        return Journal(trackers, self._family.schedule.num_timesteps, self._context.reporter.warn)
+        return MetricsLogger(trackers, self._family.schedule.num_timesteps, self._context.reporter.warn)
 
-    def _validator(self, method: Method, data: PreparedData, steps: int, journal: Journal | None) -> Validator | None:
+    def _validator(
+        self, method: Method, data: PreparedData, steps: int, journal: MetricsLogger | None
+    ) -> Validator | None:
         training = self._spec.training
         if training.validation is None:
             return None
@@ -362,7 +364,7 @@ def _with_preset(spec: RunSpec, context: RankContext, family: Family, world: Wor
 
 
 def read_context(
-    env: Mapping[str, str], notice: Notice, reporter: Reporter, on_save_stage: Callable[[str], None]
+    env: Mapping[str, str], notice: PreemptionNotice, reporter: Reporter, on_save_stage: Callable[[str], None]
 ) -> RankContext:
     """Read what the supervisor has set.
 

@@ -22,16 +22,16 @@ from torch import Tensor
 from finetune_contract import paths
 from finetune_contract.spec import ValidationSpec
 from finetune_trainer.data.batches import SIZES, BatchMaker, Texts
-from finetune_trainer.data.draws import Draws, Purpose
-from finetune_trainer.data.images import CENTRE, micro_conditioning
-from finetune_trainer.data.order import SampleRef, micro_batches
+from finetune_trainer.data.images.decoding import CENTRE, micro_conditioning
+from finetune_trainer.data.sampling.draws import Draws, Purpose
+from finetune_trainer.data.sampling.order import SampleRef, micro_batches
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import write_aside
 from finetune_trainer.methods.method import Method
 from finetune_trainer.models.family import Family, ImageEncoder
 from finetune_trainer.models.sampling import draw_latents
-from finetune_trainer.train.journal import Journal
+from finetune_trainer.train.metrics_logger import MetricsLogger
 from finetune_trainer.train.pictures import build_grid, to_picture
 
 _LOG = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Validator:
     total_steps: int
     job_dir: Path
     say: Callable[[str], None]
-    journal: Journal | None = None
+    journal: MetricsLogger | None = None
     noted: Callable[[], None] = lambda: None
 
     def due(self, step: int) -> bool:

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_contract.beat import Beat, Order, Reply
+from finetune_contract.heartbeat import Heartbeat, Order, Reply
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
-from finetune_operator.api.words import Reason
-from finetune_operator.build import layout
-from finetune_operator.cluster.kube.beats import JobBeats
-from finetune_operator.cluster.kube.cache import Cache, Entry, ObjectKey
-from finetune_operator.cluster.kube.client import (
+from finetune_operator.api.reasons import Reason
+from finetune_operator.cluster.kube.beats.pace import BeatPace
+from finetune_operator.cluster.kube.beats.store import JobBeats
+from finetune_operator.cluster.kube.beats.tokens import Bearer, TokenReviewer
+from finetune_operator.cluster.kube.client.client import (
     CONFLICT,
     MERGE,
     NOT_FOUND,
@@ -26,10 +26,8 @@ from finetune_operator.cluster.kube.client import (
     Json,
     KubeApi,
 )
-from finetune_operator.cluster.kube.events import EventSender
-from finetune_operator.cluster.kube.news import Gang, Urgency, is_over, is_progress, job_news, pod_news
-from finetune_operator.cluster.kube.nodes import NodeBook
-from finetune_operator.cluster.kube.objects import (
+from finetune_operator.cluster.kube.client.events import EventSender
+from finetune_operator.cluster.kube.client.objects import (
     BY_KIND,
     CONFIGS,
     JOBS,
@@ -45,17 +43,19 @@ from finetune_operator.cluster.kube.objects import (
     status_body,
     with_status,
 )
-from finetune_operator.cluster.kube.pace import BeatPace
-from finetune_operator.cluster.kube.queue import WorkQueue
-from finetune_operator.cluster.kube.reflector import key_of
-from finetune_operator.cluster.kube.refusals import Refusals, judge
-from finetune_operator.cluster.kube.throttle import ProgressThrottle
-from finetune_operator.cluster.kube.tokens import Bearer, TokenReviewer
+from finetune_operator.cluster.kube.client.refusals import Refusals, judge
+from finetune_operator.cluster.kube.watch.cache import Cache, Entry, ObjectKey
+from finetune_operator.cluster.kube.watch.nodes import NodeBook
+from finetune_operator.cluster.kube.watch.reflector import key_of
+from finetune_operator.cluster.kube.work.queue import WorkQueue
+from finetune_operator.cluster.kube.work.throttle import ProgressThrottle
+from finetune_operator.cluster.kube.work.urgency import Gang, Urgency, is_over, is_progress, job_news, pod_news
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
+from finetune_operator.manifests import layout
+from finetune_operator.plan.model.types import WELL, Action, Create, DeletePod, Event, Manifest, Observed, Refusal
+from finetune_operator.plan.model.view import members_of, nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
-from finetune_operator.plan.types import WELL, Action, Create, DeletePod, Event, Manifest, Observed, Refusal
-from finetune_operator.plan.view import members_of, nodes_of, oldest_attempt
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class KubeCluster:
 
     # -- for the coordinator ------------------------------------------------------------------------------------------
 
-    def answer(self, beat: Beat) -> Reply:
+    def answer(self, beat: Heartbeat) -> Reply:
         """What a supervisor is told: the newest attempt, and to save where its node is about to go."""
         found = self.jobs.get(ObjectKey(beat.namespace, beat.job))
         pod = self.pods.get(ObjectKey(beat.namespace, beat.pod))

@@ -15,21 +15,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_operator.api import words
-from finetune_operator.cluster.kube import objects
-from finetune_operator.cluster.kube.client import PARTIAL, PARTIAL_LIST, KubeApi, RequestHook, SetupError, connect
-from finetune_operator.cluster.kube.clock import ServerClock
+from finetune_operator.api import names
+from finetune_operator.cluster.kube.beats.endpoint import SecureCoordinator
+from finetune_operator.cluster.kube.client import objects
+from finetune_operator.cluster.kube.client.client import (
+    PARTIAL,
+    PARTIAL_LIST,
+    KubeApi,
+    RequestHook,
+    SetupError,
+    connect,
+)
+from finetune_operator.cluster.kube.client.clock import ServerClock
+from finetune_operator.cluster.kube.client.events import EventSender
 from finetune_operator.cluster.kube.cluster import KubeCluster, Pace, World
-from finetune_operator.cluster.kube.coordinator import SecureCoordinator
-from finetune_operator.cluster.kube.endpoint import Endpoint, publish
-from finetune_operator.cluster.kube.events import EventSender
-from finetune_operator.cluster.kube.keeper import CertificateKeeper
-from finetune_operator.cluster.kube.lease import Elector, LeaseOptions
-from finetune_operator.cluster.kube.nodes import NodeBook
-from finetune_operator.cluster.kube.queue import WorkQueue
-from finetune_operator.cluster.kube.reflector import Reflector, Source
-from finetune_operator.cluster.kube.tls import LOOK_SECONDS, ServerCertificate
-from finetune_operator.cluster.kube.workers import Passes, PassWatcher, Workers
+from finetune_operator.cluster.kube.leader.endpoint_slice import Endpoint, publish
+from finetune_operator.cluster.kube.leader.lease import Elector, LeaseOptions
+from finetune_operator.cluster.kube.tls.context import LOOK_SECONDS, ServerCertificate
+from finetune_operator.cluster.kube.tls.keeper import CertificateKeeper
+from finetune_operator.cluster.kube.watch.nodes import NodeBook
+from finetune_operator.cluster.kube.watch.reflector import Reflector, Source
+from finetune_operator.cluster.kube.work.queue import WorkQueue
+from finetune_operator.cluster.kube.work.workers import Passes, PassWatcher, Workers
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.settings import Settings
 
@@ -230,7 +237,7 @@ class Operator:
         options, clock = self._options, ServerClock()
         certificate = _certificate(options.coordinator)
         self.client = await connect(options.kubeconfig, options.context)
-        self.client.user_agent = f"{words.OPERATOR}/{options.identity}"
+        self.client.user_agent = f"{names.OPERATOR}/{options.identity}"
         self._api = KubeApi(self.client, clock, self._hooks)
         if options.lease is not None:
             self._elector = Elector(self._api, options.lease, clock)

@@ -11,25 +11,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune_contract.beat import Beat, Reply
-from finetune_operator.api import words
+from finetune_contract.heartbeat import Heartbeat, Reply
+from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
-from finetune_operator.cluster.local.container import LOOPBACK
 from finetune_operator.cluster.local.endpoint import Endpoint
 from finetune_operator.cluster.local.files import Warn, recover, write_json
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.jobs import key_of, store_job, with_spec
-from finetune_operator.cluster.local.kubelet import Kubelet, World
-from finetune_operator.cluster.local.pod import stamp
+from finetune_operator.cluster.local.kubelet.container import LOOPBACK
+from finetune_operator.cluster.local.kubelet.kubelet import Kubelet, World
+from finetune_operator.cluster.local.kubelet.pod import stamp
+from finetune_operator.cluster.local.kubelet.volumes import token_files
 from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.cluster.local.tasks import Tasks
-from finetune_operator.cluster.local.volumes import token_files
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import BeatBook, PodIdentity
+from finetune_operator.plan.model.types import Action, Create, DeletePod, Event, Manifest, Observed
+from finetune_operator.plan.model.view import oldest_attempt
 from finetune_operator.plan.replies import reply_to
-from finetune_operator.plan.types import Action, Create, DeletePod, Event, Manifest, Observed
-from finetune_operator.plan.view import oldest_attempt
 
 MAX_EVENTS = 200
 """Events kept of a job; the oldest go first."""
@@ -139,7 +139,7 @@ class LocalCluster:
                 spec = self._job.spec.model_copy(update={"suspend": suspend})
                 await self._store(with_spec(self._job, spec))
 
-    def answer(self, beat: Beat) -> Reply:
+    def answer(self, beat: Heartbeat) -> Reply:
         """What a supervisor is told. All pods are on this machine, and each attempt meets at a port of its own."""
         reply = reply_to(self._job, beat, LOCAL)
         if reply.world is None:
@@ -174,7 +174,7 @@ class LocalCluster:
     def _read_identities(self) -> dict[str, PodIdentity]:
         identities = {}
         for pod in self.kubelet.pods:
-            job = (pod.value["metadata"].get("labels") or {}).get(words.JOB, self._key.name)
+            job = (pod.value["metadata"].get("labels") or {}).get(labels.JOB, self._key.name)
             for path in token_files(pod.value, pod.files.folder):
                 try:
                     token = path.read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from finetune_operator.cluster.local.container import LOOPBACK
 from finetune_operator.cluster.local.files import Warn, recover, write_json
+from finetune_operator.cluster.local.kubelet.container import LOOPBACK
 
 PORTS = range(15_000, 32_000)
 """Below the range that the kernel takes for outgoing connections, so that none of these is taken in between."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_contract.beat import RankReport, RankState
+from finetune_contract.heartbeat import RankReport, RankState
 
 
 class FaultKind(StrEnum):

@@ -11,7 +11,7 @@ from finetune_contract.paths import job_folder
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, ObjectMeta
 from finetune_operator.cluster.local.files import Warn, read_json, recover, write_json
 from finetune_operator.cluster.local.home import Home, JobFolder
-from finetune_operator.cluster.local.launch import clear_away, pod_folders
+from finetune_operator.cluster.local.kubelet.launch import clear_away, pod_folders
 from finetune_operator.cluster.protocol import Clock, JobKey
 
 

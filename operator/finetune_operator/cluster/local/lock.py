@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune_operator.cluster.local.processes import ProcessId, identify, is_alive
+from finetune_operator.cluster.local.kubelet.processes import ProcessId, identify, is_alive
 
 
 class LockedError(Exception):

@@ -13,23 +13,24 @@ from datetime import timedelta
 from functools import partial
 from typing import Protocol
 
-from finetune_contract.beat import Beat, Reply
-from finetune_operator.api.job import FineTuneJob, Phase
+from finetune_contract.heartbeat import Heartbeat, Reply
+from finetune_contract.phase import FINISHED, Phase
+from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_name
-from finetune_operator.api.words import Reason
+from finetune_operator.api.reasons import Reason
 from finetune_operator.cluster.local.cluster import LocalCluster
-from finetune_operator.cluster.local.container import LOOPBACK
 from finetune_operator.cluster.local.endpoint import free_port
 from finetune_operator.cluster.local.faults import Fault, FaultKind
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.jobs import key_of
+from finetune_operator.cluster.local.kubelet.container import LOOPBACK
 from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.cluster.local.tasks import Tasks
 from finetune_operator.cluster.protocol import Clock
 from finetune_operator.cluster.reconcile import Pass, drive, reconcile
 from finetune_operator.coordinator.server import Coordinator
-from finetune_operator.plan.types import PodPhase
-from finetune_operator.plan.view import members_of
+from finetune_operator.plan.model.types import PodPhase
+from finetune_operator.plan.model.view import members_of
 from finetune_operator.settings import Settings
 
 RETRY = timedelta(seconds=5)
@@ -37,7 +38,6 @@ FAULT_BEAT_SECONDS = 0.05
 """While a fault waits for its step, supervisors are asked to say every one."""
 NOTICE = "Pod was terminated in response to imminent node shutdown."
 ENDED = frozenset({PodPhase.SUCCEEDED, PodPhase.FAILED})
-FINISHED = frozenset({Phase.SUCCEEDED, Phase.FAILED})
 
 
 class Audience(Protocol):
@@ -179,7 +179,7 @@ class LocalRun:
             else:
                 await cluster.kubelet.vanish(name)
 
-    def _answer(self, beat: Beat) -> Reply:
+    def _answer(self, beat: Heartbeat) -> Reply:
         assert self._cluster is not None
         reply = self._cluster.answer(beat)
         return reply.model_copy(update={"beat_seconds": FAULT_BEAT_SECONDS}) if self._faults else reply

@@ -1,0 +1,17 @@
+"""Labels on the children of a job."""
+
+from __future__ import annotations
+
+from finetune_operator.api.job import GROUP
+
+MANAGED_BY = "app.kubernetes.io/managed-by"
+"""Standard label; OPERATOR on everything that we create."""
+JOB = f"{GROUP}/job"
+"""Label of every child: the name of its job."""
+ATTEMPT = f"{GROUP}/attempt"
+"""Label of a pod: the number of its attempt."""
+NODE_RANK = f"{GROUP}/node-rank"
+"""Label of a pod: its index in the gang, from 0."""
+
+CAPACITY = f"{GROUP}/capacity"
+"""Label of a pod that asks for other nodes than the job's spec alone would have it: a `Capacity`."""

@@ -1,8 +1,0 @@
-"""Pure: job and attempt -> manifests."""
-
-from finetune_operator.build.config import build_config
-from finetune_operator.build.pods import Surroundings, build_pod
-from finetune_operator.build.run_spec import build_run_spec, global_batch, num_nodes
-from finetune_operator.build.service import build_service
-
-__all__ = ["Surroundings", "build_config", "build_pod", "build_run_spec", "build_service", "global_batch", "num_nodes"]

@@ -1,0 +1,1 @@
+"""One subcommand of `finetune` per file."""

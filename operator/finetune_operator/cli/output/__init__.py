@@ -1,0 +1,1 @@
+"""Text that the commands print: live and plain views, tables, figures and summaries."""

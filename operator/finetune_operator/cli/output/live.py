@@ -1,0 +1,162 @@
+"""The live view in a terminal: what happens scrolls by above, and below stands where the job is now."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from finetune_contract.heartbeat import RankReport, RankState
+from finetune_contract.phase import Phase
+from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.cli.output import figures, story
+from finetune_operator.cluster.protocol import Clock
+from finetune_operator.cluster.reconcile import Pass
+from finetune_operator.plan.model.types import Observed, ObservedPod
+from finetune_operator.plan.model.view import members_of
+
+REFRESH_PER_SECOND = 4
+STYLES = {
+    Phase.PENDING: "yellow",
+    Phase.QUEUED: "yellow",
+    Phase.STARTING: "cyan",
+    Phase.RUNNING: "green",
+    Phase.RECOVERING: "yellow",
+    Phase.EXPORTING: "cyan",
+    Phase.SUCCEEDED: "bold green",
+    Phase.FAILED: "bold red",
+    Phase.SUSPENDED: "blue",
+}
+RANK_STYLES = {RankState.TRAINING: "green", RankState.FAILED: "red", RankState.SAVING: "magenta"}
+MAX_RANKS = 16
+"""Rows of the table of ranks; the rest is counted."""
+
+
+class LiveView:
+    """Draws on a terminal. Used as a context."""
+
+    def __init__(self, start: FineTuneJobStatus, now: Clock, console: Console | None = None) -> None:
+        self._status = start
+        self._now = now
+        self._seen: Pass | None = None
+        self._console = console or Console(highlight=False)
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._draw,
+            refresh_per_second=REFRESH_PER_SECOND,
+            # The last picture would only repeat what the summary says.
+            transient=True,
+        )
+
+    def __enter__(self) -> LiveView:
+        self._live.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._live.stop()
+
+    def see(self, seen: Pass) -> None:
+        """Take in a pass; it is drawn at the next refresh."""
+        self._seen = seen
+        if seen.job is None:
+            return
+        old, self._status = self._status, seen.job.status
+        for line in story.happened(old, self._status):
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Write a line above the picture."""
+        self._console.print(Text(f"{self._now().astimezone():%H:%M:%S}  {line}"))
+
+    def warn(self, sentence: str) -> None:
+        """Write a warning above the picture."""
+        self._console.print(Text(f"warning: {sentence}", style="yellow"))
+
+    def _draw(self) -> RenderableType:
+        if self._seen is None or self._seen.job is None:
+            return Text("")
+        return picture(self._seen.job, self._seen.observed, self._now())
+
+
+def picture(job: FineTuneJob, observed: Observed, now: datetime) -> RenderableType:
+    """Where the job is now."""
+    reports = {
+        report.rank: report
+        for received in observed.beats.values()
+        if received.beat.attempt == job.status.attempt
+        for report in received.beat.ranks
+    }
+    return Group(
+        Text(""), _phase(job), _bar(job.status), _figures(job.status, now), Text(""), _ranks(job, observed, reports)
+    )
+
+
+def _phase(job: FineTuneJob) -> Text:
+    status = job.status
+    phase = status.phase or Phase.PENDING
+    line = Text.assemble((job.metadata.name, "bold"), "  ", (phase.value, STYLES[phase]))
+    if status.attempt > 1:
+        line.append(f"  attempt {status.attempt}", style="dim")
+    if status.message and phase is not Phase.RUNNING:
+        line.append(f"  {status.message}", style="dim")
+    line.truncate(200, overflow="ellipsis")
+    return line
+
+
+def _bar(status: FineTuneJobStatus) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(width=40)
+    grid.add_column()
+    total = status.total_steps or 1
+    bar = ProgressBar(total=total, completed=status.step or 0, width=40)
+    label = Text(f"{figures.steps(status) or '-'}  {status.progress or ''}")
+    if status.eta and status.phase is Phase.RUNNING:
+        label.append(f"  {status.eta} left")
+    grid.add_row(bar, label)
+    return grid
+
+
+def _figures(status: FineTuneJobStatus, now: datetime) -> Text:
+    parts = []
+    if status.loss is not None:
+        parts.append(f"loss {figures.loss(status.loss)}")
+    if status.images_per_second is not None:
+        parts.append(figures.rate(status.images_per_second))
+    if (checkpoint := status.last_checkpoint) is not None:
+        parts.append(f"checkpoint of step {checkpoint.step}, {figures.age(checkpoint.time, now)} old")
+    if num_restarts := status.preemptions + status.failures:
+        causes = f"{figures.plural(status.preemptions, 'preemption')}, {figures.plural(status.failures, 'failure')}"
+        parts.append(f"{figures.plural(num_restarts, 'restart')} ({causes})")
+        parts.append(f"{figures.plural(status.lost_steps, 'step')} lost")
+    return Text("   ".join(parts))
+
+
+def _ranks(job: FineTuneJob, observed: Observed, reports: dict[int, RankReport]) -> Table:
+    """One row for each rank of the newest attempt that has a pod."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    for column in ("RANK", "NODE", "STATE", "STEP", ""):
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    per_pod = job.spec.topology.processes_per_node
+    seen = {(pod.attempt, pod.node_rank): pod for pod in observed.pods}
+    members = enumerate(members_of(job.status, job.spec))
+    pods = [(node_rank, seen[member]) for node_rank, member in members if member in seen]
+    rows = [(rank, pod) for first, pod in pods for rank in range(first * per_pod, (first + 1) * per_pod)]
+    for rank, pod in rows[:MAX_RANKS]:
+        table.add_row(*_rank_row(rank, pod, reports.get(rank)))
+    if len(rows) > MAX_RANKS:
+        table.add_row("...", "", f"and {len(rows) - MAX_RANKS} more", "", "")
+    return table
+
+
+def _rank_row(rank: int, pod: ObservedPod, report: RankReport | None) -> tuple[str, str, Text, str, str]:
+    if report is None:
+        return str(rank), pod.node or "", Text(pod.waiting or pod.phase.value, style="dim"), "", ""
+    state = Text(report.state.value, style=RANK_STYLES.get(report.state, ""))
+    if pod.deleted_at is not None:
+        state.append(" (told to stop)", style="yellow")
+    step = "" if report.step is None else str(report.step)
+    return str(rank), pod.node or "", state, step, report.detail or ""

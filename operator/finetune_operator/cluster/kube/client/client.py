@@ -1,0 +1,255 @@
+"""Requests to the API server in plain JSON, over the asyncio client of the `kubernetes` package.
+
+Its models are left aside: thousands of them would take most of the memory, and the plan reads few of their fields.
+All requests of the operator go through `KubeApi.request` and `KubeApi.watch`; so does everything that is to hold for
+all of them: the count, the server's clock, and that only a leader writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio import config
+from kubernetes.aio.client import ApiClient, Configuration
+from pydantic_core import from_json
+
+from finetune_operator.cluster.kube.client.clock import ServerClock
+
+Json = dict[str, Any]
+
+JSON = "application/json"
+PARTIAL_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+PARTIAL = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+"""Media types of objects without their spec, data and status: what is not asked for need not be read."""
+APPLY = "application/apply-patch+yaml"
+MERGE = "application/merge-patch+json"
+
+STRICT = {"fieldValidation": "Strict"}
+"""Or the API server would leave out, without a word, what `spec.podTemplate` has misspelt."""
+
+CONNECT_SECONDS = 5.0
+REQUEST_SECONDS = 40.0
+"""Longer than the longest time-out of an admission webhook (30 s): its verdict is better than none."""
+WATCH_SILENCE_SECONDS = 150.0
+"""The API server sends a bookmark about once a minute; a watch that says nothing for so long is dead."""
+BAD_REQUEST, NOT_FOUND, CONFLICT, GONE, TOO_MANY = 400, 404, 409, 410, 429
+PASSING = frozenset({TOO_MANY, 401, 408, 500, 502, 503, 504})
+"""Answers that say nothing about the request itself: the same one may succeed later.
+
+401 is one of them: an API server that has just started refuses tokens that it will take in a moment.
+"""
+
+
+class ApiError(Exception):
+    """The API server refused a request, or did not answer it (status 0)."""
+
+    def __init__(self, status: int, reason: str, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(f"{status} {reason}: {message}" if status else f"{reason}: {message}")
+        self.status = status
+        self.reason = reason
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may succeed later."""
+        return self.status == 0 or self.status in PASSING
+
+    @property
+    def already_exists(self) -> bool:
+        """Whether there is an object of that name."""
+        return self.status == CONFLICT and self.reason == "AlreadyExists"
+
+
+class SetupError(Exception):
+    """What the operator was told about its surroundings is wrong; the message says what."""
+
+
+class NotLeaderError(Exception):
+    """This process may not write any more: another one may be leading by now."""
+
+
+class RequestHook(Protocol):
+    """Told of requests: for metrics, and for the tests that end the process between two of them."""
+
+    def before(self, method: str, path: str) -> None:
+        """A request is about to be sent."""
+
+    def after(self, method: str, path: str, status: int, seconds: float) -> None:
+        """It was answered; status 0: it was not."""
+
+
+class KubeApi:
+    """One user's requests over a pool of kept connections."""
+
+    def __init__(self, client: ApiClient, clock: ServerClock, hooks: tuple[RequestHook, ...] = ()) -> None:
+        self._client = client
+        self._clock = clock
+        self._hooks = hooks
+        self.may_write: Callable[[], bool] = lambda: True
+        """Asked before each write; the lease puts its own answer here."""
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.close()
+
+    async def get(self, path: str, query: Mapping[str, str] | None = None, accept: str = JSON) -> Json:
+        """Read an object, or a page of a list."""
+        return await self.request("GET", path, query=query, accept=accept)
+
+    async def create(self, path: str, manifest: Mapping[str, Any]) -> Json:
+        """Create an object in the collection at `path`; return its metadata. A field that does not exist is refused."""
+        return await self.request("POST", path, manifest, query=STRICT, accept=PARTIAL)
+
+    async def replace(self, path: str, manifest: Mapping[str, Any]) -> Json:
+        """Replace an object, or its status, if it still has the manifest's resource version; return its metadata."""
+        return await self.request("PUT", path, manifest, accept=PARTIAL)
+
+    async def apply(self, path: str, manifest: Mapping[str, Any], manager: str) -> Json:
+        """Apply an object on the server's side; what other managers wrote into our fields is overwritten."""
+        query = {"fieldManager": manager, "force": "true"}
+        return await self.request("PATCH", path, manifest, query=query, content_type=APPLY)
+
+    async def delete(self, path: str, options: Mapping[str, Any]) -> Json:
+        """Delete an object, with DeleteOptions."""
+        return await self.request("DELETE", path, {"kind": "DeleteOptions", "apiVersion": "v1", **options})
+
+    async def request(  # noqa: PLR0913  each is a part of an HTTP request
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        query: Mapping[str, str] | None = None,
+        content_type: str = JSON,
+        accept: str = JSON,
+        seconds: float = REQUEST_SECONDS,
+        unled: bool = False,
+    ) -> Json:
+        """Send one request and return its decoded answer.
+
+        unled: a write that is right whoever leads, such as a review or the lease itself.
+
+        Raises:
+            ApiError: it was refused, or nobody answered in time.
+            NotLeaderError: it is a write, and this process leads no more.
+        """
+        if method != "GET" and not unled and not self.may_write():
+            raise NotLeaderError
+        loop = asyncio.get_running_loop()
+        started, status = loop.time(), 0
+        for hook in self._hooks:
+            hook.before(method, path)
+        try:
+            async with asyncio.timeout(seconds):
+                headers = {"Accept": accept, "Content-Type": content_type}
+                response = await self._send(method, _url(path, query), body, headers)
+                status, data = response.status, await response.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise ApiError(0, type(error).__name__, str(error) or f"no answer to {method} {path}") from error
+        finally:
+            for hook in self._hooks:
+                hook.after(method, path, status, loop.time() - started)
+        self._clock.hear(response.headers.get("Date"))
+        if status >= BAD_REQUEST:
+            raise _error(status, response.headers, data)
+        answer: Json = from_json(data, cache_strings="keys")
+        return answer
+
+    async def watch(self, path: str, query: Mapping[str, str], accept: str = JSON) -> AsyncGenerator[Json, None]:
+        """Stream the events of a watch until the server ends it.
+
+        Raises:
+            ApiError: it was refused, the connection broke, or it was silent for too long.
+        """
+        for hook in self._hooks:
+            hook.before("WATCH", path)
+        try:
+            silence = WATCH_SILENCE_SECONDS
+            response = await self._send(
+                "GET", _url(path, {**query, "watch": "true"}), None, {"Accept": accept}, silence
+            )
+            try:
+                if response.status >= BAD_REQUEST:
+                    raise _error(response.status, response.headers, await response.read())
+                async for line in response.content:
+                    yield from_json(line, cache_strings="keys")
+            finally:
+                response.close()
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+            raise ApiError(0, type(error).__name__, str(error) or f"the watch of {path} broke") from error
+
+    async def _send(
+        self, method: str, path: str, body: Any, headers: dict[str, str], silence_seconds: float | None = None
+    ) -> aiohttp.ClientResponse:
+        """Send by the client's own pool, with its own credentials."""
+        headers["User-Agent"] = self._client.user_agent
+        await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence_seconds)
+        url = self._client.configuration.host + path
+        answer = await self._client.call_api(method, url, headers, body, _request_timeout=limits)
+        response: aiohttp.ClientResponse = answer.response
+        return response
+
+
+async def connect(kubeconfig: Path | None, context: str | None = None, num_connections: int = 64) -> ApiClient:
+    """A client from a kubeconfig, or from what a pod is given where there is none.
+
+    Raises:
+        SetupError: neither can be read.
+    """
+    configuration = Configuration()
+    try:
+        if kubeconfig is not None:
+            await config.load_kube_config(str(kubeconfig), context, client_configuration=configuration)
+        else:
+            loader = config.incluster_config.InClusterConfigLoader(
+                token_filename=config.incluster_config.SERVICE_TOKEN_FILENAME,
+                cert_filename=config.incluster_config.SERVICE_CERT_FILENAME,
+            )
+            loader.load_and_set(configuration)
+    except (config.ConfigException, OSError) as error:
+        source = (
+            f"the kubeconfig {kubeconfig}" if kubeconfig else "this pod's service account, for want of --kubeconfig"
+        )
+        raise SetupError(f"cannot read {source}: {error}") from error
+    configuration.connection_pool_maxsize = num_connections
+    # Or each request would look for proxies and passwords in the environment, in a thread of its own.
+    configuration.client_session_kwargs = {"trust_env": False}
+    return ApiClient(configuration)
+
+
+async def each_page(api: KubeApi, path: str, query: Mapping[str, str], accept: str) -> AsyncGenerator[Json, None]:
+    """The pages of a list, each with its items and the list's resource version.
+
+    Raises:
+        ApiError: as `KubeApi.request`; 410 where the list took so long that it is no longer to be had.
+    """
+    token = ""
+    while True:
+        page = await api.get(path, {**query, **({"continue": token} if token else {})}, accept)
+        yield page
+        token = page["metadata"].get("continue") or ""
+        if not token:
+            return
+
+
+def _url(path: str, query: Mapping[str, str] | None) -> str:
+    return f"{path}?{urlencode(query)}" if query else path
+
+
+def _error(status: int, headers: Mapping[str, str], data: bytes) -> ApiError:
+    try:
+        answer = from_json(data)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        answer = {"reason": "", "message": data[:300].decode(errors="replace")}
+    retry_after = headers.get("Retry-After", "")
+    seconds = float(retry_after) if retry_after.isdecimal() else None
+    return ApiError(status, answer.get("reason") or "", answer.get("message") or "", seconds)

@@ -1,0 +1,1 @@
+"""Leader election and the endpoint of the leading replica."""

@@ -1,0 +1,1 @@
+"""The coordinator's certificate authority and its TLS contexts."""

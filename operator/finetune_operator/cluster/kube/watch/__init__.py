@@ -1,0 +1,1 @@
+"""Caches of API objects, kept current by list and watch."""

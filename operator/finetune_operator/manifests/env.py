@@ -1,0 +1,97 @@
+"""The trainer's environment (finetune_contract.environment), as Kubernetes writes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_contract import environment, paths
+from finetune_operator.api.job import FineTuneJob, StorageSpec
+from finetune_operator.api.names import pod_host
+from finetune_operator.manifests import layout
+from finetune_operator.manifests.fabric import backend, fabric_env
+from finetune_operator.manifests.volumes import cache_dir
+from finetune_operator.settings import Settings
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pod belongs."""
+
+    attempt: int
+    node_rank: int
+    num_nodes: int
+    """Pods of the gang."""
+    first_pod: tuple[int, int]
+    """Attempt and number of node rank 0's pod: the others meet there."""
+    stands_by: bool = False
+    """Whether it waits for the next world instead of going to work."""
+    mtbf_seconds: float | None = None
+    """Mean time between the job's interruptions so far; None: not known."""
+
+
+def build_env(job: FineTuneJob, place: Place, settings: Settings) -> list[dict[str, Any]]:
+    """All variables of the container `trainer`, those of Secrets aside."""
+    values = {
+        environment.RUN_SPEC: f"{layout.RUN}/{layout.RUN_SPEC_KEY}",
+        environment.ATTEMPT: str(place.attempt),
+        **_gang(job, place, settings),
+        **_folders(job, settings),
+        **_coordinator(settings),
+        environment.GRACE_SECONDS: str(job.spec.recovery.notice_seconds),
+        environment.TERMINATION_LOG: layout.TERMINATION_LOG,
+        # The root file system is read-only: what libraries write into the home folder goes to scratch.
+        "HOME": layout.SCRATCH,
+        **fabric_env(job.spec.topology),
+    }
+    fields = {environment.POD_NAME: "metadata.name", environment.POD_UID: "metadata.uid"}
+    return [{"name": name, "value": value} for name, value in values.items()] + [
+        {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()
+    ]
+
+
+def _gang(job: FineTuneJob, place: Place, settings: Settings) -> dict[str, str]:
+    topology = job.spec.topology
+    return {
+        environment.NODE_RANK: str(place.node_rank),
+        environment.NUM_NODES: str(max(place.num_nodes, place.node_rank + 1)),
+        environment.PROCESSES_PER_NODE: str(topology.processes_per_node),
+        environment.MASTER_ADDR: pod_host(job.metadata.name, *place.first_pod, job.metadata.namespace),
+        environment.MASTER_PORT: str(settings.rendezvous_port),
+        environment.BACKEND: backend(topology),
+        **({environment.MTBF_SECONDS: f"{place.mtbf_seconds:g}"} if place.mtbf_seconds else {}),
+        **({environment.STANDBY: "1"} if place.stands_by else {}),
+    }
+
+
+def _folders(job: FineTuneJob, settings: Settings) -> dict[str, str]:
+    meta = job.metadata
+    folder = paths.job_folder(meta.namespace, meta.name, meta.uid)
+    return {
+        environment.CHECKPOINT_DIR: f"{layout.STORAGE}/{folder}",
+        environment.CACHE_DIR: cache_dir(settings),
+        **({environment.SCRATCH_DIR: f"{layout.NODE_DISK}/{folder}"} if job.spec.checkpoint.scratch else {}),
+        **_bucket(job.spec.checkpoint.storage, folder),
+    }
+
+
+def _bucket(storage: StorageSpec | None, folder: str) -> dict[str, str]:
+    if storage is None or storage.bucket is None:
+        return {}
+    endpoint = storage.bucket.endpoint
+    return {
+        environment.BUCKET: f"{storage.bucket.url.rstrip('/')}/{folder}",
+        **({environment.S3_ENDPOINT: endpoint} if endpoint else {}),
+    }
+
+
+def _coordinator(settings: Settings) -> dict[str, str]:
+    url = settings.coordinator_url
+    ca = settings.coordinator_ca_config or settings.coordinator_ca_in_run
+    return {
+        environment.COORDINATOR_URL: url,
+        environment.COORDINATOR_TOKEN: f"{layout.TOKEN}/{layout.TOKEN_FILE}" if url else "",
+        environment.COORDINATOR_CA: f"{layout.TOKEN}/{layout.CA_FILE}" if url and ca else "",
+        environment.BEAT_SECONDS: f"{settings.beat_seconds:g}",
+        environment.HOLD_SECONDS: f"{settings.hold_seconds:g}",
+    }

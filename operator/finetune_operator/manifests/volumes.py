@@ -1,0 +1,82 @@
+"""The pod's volumes and where they are mounted: storage, cache, run specification, token, scratch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_operator.api.job import FineTuneJob, StorageSpec, TopologySpec
+from finetune_operator.api.names import config_name
+from finetune_operator.manifests import layout
+from finetune_operator.manifests.resources import shared_memory_size
+from finetune_operator.settings import Settings
+
+Volume = dict[str, Any]
+
+
+def build_volumes(job: FineTuneJob, settings: Settings) -> list[tuple[Volume, dict[str, Any]]]:
+    """Each volume with its mount."""
+    volumes = [
+        _mounted("checkpoints", _storage(job.spec.checkpoint.storage), layout.STORAGE),
+        _mounted("run", {"configMap": {"name": config_name(job.metadata.name)}}, layout.RUN, read_only=True),
+        _mounted("shared-memory", _shared_memory(job.spec.topology), layout.SHARED_MEMORY),
+        _mounted("scratch", {"emptyDir": {}}, layout.SCRATCH),
+    ]
+    if scratch := job.spec.checkpoint.scratch:
+        size = {"sizeLimit": scratch.size_limit} if scratch.size_limit else {}
+        volumes.append(_mounted("node-disk", {"emptyDir": size}, layout.NODE_DISK))
+    if settings.cache_claim:
+        volumes.append(_mounted("cache", _claim(settings.cache_claim), layout.CACHE))
+    if settings.coordinator_url:
+        volumes.append(_mounted("token", _token(job, settings), layout.TOKEN, read_only=True))
+    return volumes
+
+
+def cache_dir(settings: Settings) -> str:
+    """The folder that jobs share for latents, embeddings and the hub's files."""
+    return layout.CACHE if settings.cache_claim else layout.CACHE_ON_STORAGE
+
+
+def _mounted(name: str, source: dict[str, Any], path: str, *, read_only: bool = False) -> tuple[Volume, dict[str, Any]]:
+    mount: dict[str, Any] = {"name": name, "mountPath": path}
+    if read_only:
+        mount["readOnly"] = True
+    return {"name": name, **source}, mount
+
+
+def _storage(storage: StorageSpec | None) -> dict[str, Any]:
+    if storage is None:
+        return {"emptyDir": {}}
+    if storage.persistent_volume_claim is not None:
+        return _claim(storage.persistent_volume_claim.claim_name)
+    if storage.host_path is not None:
+        return {"hostPath": {"path": storage.host_path.path, "type": "DirectoryOrCreate"}}
+    if storage.nfs is not None:
+        return {"nfs": {"server": storage.nfs.server, "path": storage.nfs.path}}
+    # With a bucket, what lies here is a copy of what is there, or can be made anew.
+    return {"emptyDir": {}}
+
+
+def _shared_memory(topology: TopologySpec) -> dict[str, Any]:
+    return {"emptyDir": {"medium": "Memory", "sizeLimit": shared_memory_size(topology)}}
+
+
+def _claim(name: str) -> dict[str, Any]:
+    return {"persistentVolumeClaim": {"claimName": name}}
+
+
+def _token(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
+    """A token that only the coordinator takes, beside the authority that the coordinator's certificate is from."""
+    sources: list[dict[str, Any]] = [
+        {
+            "serviceAccountToken": {
+                "audience": settings.coordinator_audience,
+                "expirationSeconds": settings.token_seconds,
+                "path": layout.TOKEN_FILE,
+            }
+        }
+    ]
+    own = config_name(job.metadata.name) if settings.coordinator_ca_in_run else ""
+    if config := settings.coordinator_ca_config or own:
+        items = [{"key": layout.CA_FILE, "path": layout.CA_FILE}]
+        sources.append({"configMap": {"name": config, "items": items}})
+    return {"projected": {"sources": sources}}

@@ -1,0 +1,94 @@
+"""What a person is told: the difference between the status before a pass and after it.
+
+Events follow from a status that was written, so each is told once, whatever restarts or repeats.
+"""
+
+from __future__ import annotations
+
+from finetune_contract.phase import Phase
+from finetune_operator.api.conditions import ConditionType
+from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.plan.model.types import Event
+from finetune_operator.plan.report.conditions import find
+from finetune_operator.plan.report.explain import explain_end
+
+TOLD_BY_PHASE = frozenset({Reason.FINISHED, Reason.DEADLINE_EXCEEDED, Reason.SUSPENDED})
+"""Ends of an attempt that the change of the job's phase tells of."""
+
+
+def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Event, ...]:
+    """The events of one pass, in the order in which things happened."""
+    return (
+        *_acceptance(old, new),
+        *_attempts(old, new),
+        *_checkpoint(old, new),
+        *_warnings(old, new),
+        *_notice(old, new),
+        *_outputs(old, new),
+        *_end(old, new),
+    )
+
+
+def _acceptance(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    before, after = find(old, ConditionType.ACCEPTED), find(new, ConditionType.ACCEPTED)
+    if after is None or (before is not None and (before.status, before.message) == (after.status, after.message)):
+        return []
+    return [Event(after.reason, after.message, warning=after.status != "True")]
+
+
+def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    """Each attempt's start, its end with the cause, and its first step after another one's end."""
+    known = {entry.attempt: entry for entry in old.attempts}
+    events = []
+    for previous, entry in zip((None, *new.attempts), new.attempts, strict=False):
+        before = known.get(entry.attempt)
+        if before is None:
+            events.append(Event(Reason.ATTEMPT_STARTED, f"attempt {entry.attempt} begins"))
+        if previous is not None and entry.training_at is not None and (before is None or before.training_at is None):
+            events.append(_recovered(previous, entry))
+        if entry.reason not in (None, *TOLD_BY_PHASE) and (before is None or before.reason is None):
+            failed = entry.counts_as == CountsAs.FAILURE
+            events.append(Event(entry.reason or Reason.ATTEMPT_ENDED, explain_end(entry), warning=failed))
+    return events
+
+
+def _recovered(previous: AttemptStatus, entry: AttemptStatus) -> Event:
+    parts = [
+        f"attempt {entry.attempt} went on at step {entry.from_step or 0}",
+        f"{previous.lost_steps or 0} steps lost",
+    ]
+    if previous.ended_at is not None and entry.training_at is not None:
+        parts.append(f"{(entry.training_at - previous.ended_at).total_seconds():.1f} s")
+    return Event(Reason.RECOVERED, "; ".join(parts))
+
+
+def _checkpoint(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    """Only the first: a long job commits hundreds."""
+    if old.last_checkpoint is not None or new.last_checkpoint is None:
+        return []
+    return [Event(Reason.CHECKPOINT_COMMITTED, f"first checkpoint, of step {new.last_checkpoint.step}")]
+
+
+def _warnings(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    fresh = [warning for warning in new.warnings if warning not in old.warnings]
+    return [Event(Reason.TRAINER_WARNING, warning, warning=True) for warning in fresh]
+
+
+def _notice(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    before, after = (find(status, ConditionType.NOTICE_TOO_SHORT) for status in (old, new))
+    if after is None or after.status != "True" or (before is not None and before.status == "True"):
+        return []
+    return [Event(after.reason, after.message, warning=True)]
+
+
+def _outputs(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    fresh = [output for output in new.outputs if output not in old.outputs]
+    return [Event(Reason.OUTPUT_WRITTEN, f"{output.format} written to {output.to}") for output in fresh]
+
+
+def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    ends = (Phase.SUCCEEDED, Phase.FAILED, Phase.SUSPENDED)
+    if new.phase == old.phase or new.phase not in ends:
+        return []
+    return [Event(new.reason or new.phase.value, new.message or "", warning=new.phase is Phase.FAILED)]

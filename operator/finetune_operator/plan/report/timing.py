@@ -1,0 +1,99 @@
+"""Where the time of a restart goes: the seconds of each stage of the newest attempt, written as each is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+from finetune_contract.heartbeat import RankState
+from finetune_operator.api.job import AttemptSeconds, AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model.ledger import current, replace_current
+from finetune_operator.plan.model.revise import revise
+from finetune_operator.plan.model.view import UP, View, earliest
+
+AT_WORK = frozenset({RankState.TRAINING, RankState.SAVING, RankState.VALIDATING, RankState.EXPORTING, RankState.DONE})
+
+
+def measure(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Write the seconds of every stage that is over since the last pass."""
+    entry = current(status)
+    if entry is None:
+        return status
+    seconds = _teardown(status, entry)
+    if entry.attempt == view.attempt:
+        if entry.ended_at is None:
+            seconds = _stages(view, entry, seconds)
+        elif entry.reason is not None:
+            seconds = _detection(view, entry, seconds)
+    return replace_current(status, revise(entry, seconds=seconds))
+
+
+def _teardown(status: FineTuneJobStatus, entry: AttemptStatus) -> AttemptSeconds:
+    ended_at = status.attempts[-2].ended_at if len(status.attempts) > 1 else None
+    if ended_at is None or entry.seconds.teardown is not None:
+        return entry.seconds
+    return revise(entry.seconds, teardown=_between(ended_at, entry.started_at))
+
+
+def _stages(view: View, entry: AttemptStatus, seconds: AttemptSeconds) -> AttemptSeconds:
+    """Each stage begins where the one before it ended."""
+    began = entry.started_at
+    for name, is_over in STAGES:
+        known = getattr(seconds, name)
+        if known is None:
+            if not is_over(view, entry):
+                break
+            known = _between(began, view.now)
+            seconds = revise(seconds, **{name: known})
+        began += timedelta(seconds=known)
+    return seconds
+
+
+def _detection(view: View, entry: AttemptStatus, seconds: AttemptSeconds) -> AttemptSeconds:
+    if entry.ended_at is None or seconds.detection is not None:
+        return seconds
+    began = _went_wrong_at(view, entry)
+    return seconds if began is None else revise(seconds, detection=_between(began, entry.ended_at))
+
+
+def _went_wrong_at(view: View, entry: AttemptStatus) -> datetime | None:
+    """When that began which ended an attempt: the last progress of ranks that stand still, the end or the notice of
+    the pod to blame, or the last that was heard of it."""
+    if entry.reason == Reason.HANG:
+        return entry.progress_at
+    pod = next((pod for pod in view.pods.values() if pod.name == entry.pod), None)
+    if pod is not None and (known := earliest((pod.finished_at, pod.deleted_at))) is not None:
+        return known
+    heard = [received.received_at for received in view.beats.values() if received.beat.pod == entry.pod]
+    return heard[0] if heard else None
+
+
+def _all_placed(view: View, _: AttemptStatus) -> bool:
+    return len(view.pods) == view.num_nodes and all(pod.node for pod in view.pods.values())
+
+
+def _all_run(view: View, _: AttemptStatus) -> bool:
+    return all(pod.phase in UP for pod in view.pods.values())
+
+
+def _all_restored(view: View, _: AttemptStatus) -> bool:
+    return len(view.beats) == view.num_nodes and all(report.state in AT_WORK for report in view.reports)
+
+
+def _has_trained(_: View, entry: AttemptStatus) -> bool:
+    return entry.training_at is not None
+
+
+STAGES: tuple[tuple[str, Callable[[View, AttemptStatus], bool]], ...] = (
+    ("queueing", _all_placed),
+    ("pulling", _all_run),
+    ("restoring", _all_restored),
+    ("first_step", _has_trained),
+)
+"""The stages of a start in their order, and what shows that each is over."""
+
+
+def _between(begin: datetime, end: datetime) -> float:
+    """Seconds from one moment to another, which may be by another machine's clock."""
+    return round(max(0.0, (end - begin).total_seconds()), 1)

@@ -1,0 +1,233 @@
+"""Command lines and configuration files of the programs: pure functions of a `Layout`.
+
+Called by `server`. Everything listens on the loopback, and what may be left out is: the controller manager and the
+scheduler serve nothing, and there is one of each, so they elect no leader.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testing.controlplane.pki import Certificate
+from testing.controlplane.process import LOOPBACK
+
+ISSUER = "https://kubernetes.default.svc.cluster.local"
+SERVICE_RANGE = "10.96.0.0/16"
+# Nothing listens at a pod's address; it is shown in its status only.
+POD_RANGE = "10.244.0.0/16"
+# Enough for every test bed's controllers to never be what a measurement measures.
+CLIENT_QPS = 1000
+CLIENT_BURST = 2000
+STAGES = Path(__file__).resolve().parent / "stages"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything is: a folder, the programs and the ports."""
+
+    folder: Path
+    programs: dict[str, Path]
+    etcd_port: int
+    peer_port: int
+    api_port: int
+
+    @property
+    def etcd_url(self) -> str:
+        """Where clients of etcd find it."""
+        return f"http://{LOOPBACK}:{self.etcd_port}"
+
+    @property
+    def api_url(self) -> str:
+        """Where clients of the API server find it."""
+        return f"https://{LOOPBACK}:{self.api_port}"
+
+    @property
+    def audit_log(self) -> Path:
+        """One line of JSON per finished request, where the API server keeps it."""
+        return self.folder / "audit.log"
+
+    @property
+    def audit_policy(self) -> Path:
+        """The API server's audit policy."""
+        return self.folder / "audit-policy.json"
+
+    @property
+    def scheduler_config(self) -> Path:
+        """The scheduler's configuration file."""
+        return self.folder / "scheduler.json"
+
+    def log(self, name: str) -> Path:
+        """Log of a program."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def kubeconfig(self, user: str) -> Path:
+        """Kubeconfig of a user."""
+        return self.folder / "kubeconfigs" / user
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Certificates and keys of the control plane."""
+
+    authority: Path
+    """What clients of the API server trust, and what it trusts for clients' certificates."""
+    authority_key: Path
+    api_server: Certificate
+    tokens: Certificate
+    """Key pair that signs service accounts' tokens."""
+    front_proxy_authority: Path
+    front_proxy: Certificate
+    """With which the API server calls aggregated ones."""
+
+
+def etcd_command(layout: Layout) -> list[str]:
+    """One member, on disk without fsync: its data is thrown away."""
+    peer = f"http://{LOOPBACK}:{layout.peer_port}"
+    return [
+        str(layout.programs["etcd"]),
+        f"--data-dir={layout.folder / 'etcd'}",
+        "--unsafe-no-fsync",
+        f"--listen-client-urls={layout.etcd_url}",
+        f"--advertise-client-urls={layout.etcd_url}",
+        f"--listen-peer-urls={peer}",
+        f"--initial-advertise-peer-urls={peer}",
+        f"--initial-cluster=default={peer}",
+        "--log-level=warn",
+    ]
+
+
+def api_server_command(layout: Layout, credentials: Credentials, toleration_seconds: int, audit: bool) -> list[str]:
+    """RBAC on, service accounts' tokens by request and by review, the front proxy's headers from its authority only."""
+    command = [
+        str(layout.programs["kube-apiserver"]),
+        f"--etcd-servers={layout.etcd_url}",
+        f"--bind-address={LOOPBACK}",
+        f"--secure-port={layout.api_port}",
+        # There is no address to put into the endpoints of the service `kubernetes`: the loopback is not allowed there.
+        "--endpoint-reconciler-type=none",
+        f"--service-cluster-ip-range={SERVICE_RANGE}",
+        f"--tls-cert-file={credentials.api_server.certificate}",
+        f"--tls-private-key-file={credentials.api_server.key}",
+        f"--client-ca-file={credentials.authority}",
+        "--authorization-mode=Node,RBAC",
+        "--enable-admission-plugins=NodeRestriction",
+        f"--service-account-issuer={ISSUER}",
+        f"--service-account-key-file={credentials.tokens.certificate}",
+        f"--service-account-signing-key-file={credentials.tokens.key}",
+        f"--requestheader-client-ca-file={credentials.front_proxy_authority}",
+        "--requestheader-allowed-names=front-proxy-client",
+        "--requestheader-username-headers=X-Remote-User",
+        "--requestheader-group-headers=X-Remote-Group",
+        "--requestheader-extra-headers-prefix=X-Remote-Extra-",
+        f"--proxy-client-cert-file={credentials.front_proxy.certificate}",
+        f"--proxy-client-key-file={credentials.front_proxy.key}",
+        f"--default-not-ready-toleration-seconds={toleration_seconds}",
+        f"--default-unreachable-toleration-seconds={toleration_seconds}",
+        "--profiling=false",
+    ]
+    if audit:
+        command += [f"--audit-policy-file={layout.audit_policy}", f"--audit-log-path={layout.audit_log}"]
+    return command
+
+
+def controller_manager_command(layout: Layout, credentials: Credentials) -> list[str]:
+    """Every controller; the node controller looks every second and taints without waiting."""
+    kubeconfig = layout.kubeconfig("kube-controller-manager")
+    return [
+        str(layout.programs["kube-controller-manager"]),
+        f"--kubeconfig={kubeconfig}",
+        "--secure-port=0",
+        "--leader-elect=false",
+        "--use-service-account-credentials=true",
+        f"--service-account-private-key-file={credentials.tokens.key}",
+        f"--root-ca-file={credentials.authority}",
+        f"--cluster-signing-cert-file={credentials.authority}",
+        f"--cluster-signing-key-file={credentials.authority_key}",
+        f"--kube-api-qps={CLIENT_QPS}",
+        f"--kube-api-burst={CLIENT_BURST}",
+        "--allocate-node-cidrs=false",
+        "--node-monitor-period=1s",
+        # kwok's nodes send no heartbeats; one that is lost is told of, see `nodes.lose`.
+        "--node-monitor-grace-period=24h",
+        f"--node-eviction-rate={CLIENT_QPS}",
+        "--profiling=false",
+    ]
+
+
+def scheduler_command(layout: Layout) -> list[str]:
+    """The scheduler, by its configuration file."""
+    return [
+        str(layout.programs["kube-scheduler"]),
+        f"--config={layout.scheduler_config}",
+        "--secure-port=0",
+    ]
+
+
+def kwok_command(layout: Layout, managed_label: str) -> list[str]:
+    """kwok for the nodes with a label, and for the pods on them."""
+    stages = [f"--config={stage}" for stage in sorted(STAGES.glob("*.yaml"))]
+    return [
+        str(layout.programs["kwok"]),
+        f"--kubeconfig={layout.kubeconfig('kwok')}",
+        "--manage-all-nodes=false",
+        f"--manage-nodes-with-label-selector={managed_label}=true",
+        f"--node-ip={LOOPBACK}",
+        f"--cidr={POD_RANGE}",
+        # With leases it would pass over what happens to a pod while it knows of its node and not yet of its own lease.
+        "--node-lease-duration-seconds=0",
+        *stages,
+    ]
+
+
+def scheduler_configuration(layout: Layout) -> dict[str, Any]:
+    """Content of the scheduler's configuration file."""
+    kubeconfig = str(layout.kubeconfig("kube-scheduler"))
+    return {
+        "apiVersion": "kubescheduler.config.k8s.io/v1",
+        "kind": "KubeSchedulerConfiguration",
+        "clientConnection": {"kubeconfig": kubeconfig, "qps": CLIENT_QPS, "burst": CLIENT_BURST},
+        "leaderElection": {"leaderElect": False},
+        "enableProfiling": False,
+    }
+
+
+def audit_policy() -> dict[str, Any]:
+    """Who did what, for each request, when it is finished."""
+    return {
+        "apiVersion": "audit.k8s.io/v1",
+        "kind": "Policy",
+        "omitStages": ["RequestReceived"],
+        "rules": [{"level": "Metadata"}],
+    }
+
+
+def kubeconfig(server: str, authority: Path, user: dict[str, Any], namespace: str = "default") -> str:
+    """Text of a kubeconfig: JSON is YAML."""
+    cluster = {"server": server, "certificate-authority-data": in_base64(authority)}
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "test-bed", "cluster": cluster}],
+            "users": [{"name": "user", "user": user}],
+            "contexts": [
+                {"name": "test-bed", "context": {"cluster": "test-bed", "user": "user", "namespace": namespace}}
+            ],
+            "current-context": "test-bed",
+        },
+        indent=2,
+    )
+
+
+def certificate_user(client: Certificate) -> dict[str, Any]:
+    """A kubeconfig's user that shows a certificate."""
+    return {"client-certificate-data": in_base64(client.certificate), "client-key-data": in_base64(client.key)}
+
+
+def in_base64(path: Path) -> str:
+    """A file's content as kubeconfigs and webhook configurations hold it."""
+    return base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,1 @@
+"""Small bases and cases that show what each method learns."""

@@ -1,0 +1,81 @@
+"""The S3 server of the tests: Versity's gateway over a folder, a process on the loopback."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from testing.controlplane.build import S3_SERVER, ensure_programs
+from testing.controlplane.process import LOOPBACK, Guard, Program, free_ports, wait_for
+
+ACCESS_KEY = "tests"
+SECRET_KEY = "not-a-secret"
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A running server.
+
+    Attributes:
+        folder: each folder in it is a bucket.
+        program: its process; a test may stop it and start it again.
+        environment: what a client needs to reach it: variables of the process that uses it.
+    """
+
+    folder: Path
+    program: Program
+    environment: Mapping[str, str]
+
+    def make_bucket(self, name: str) -> str:
+        """Make a bucket; returns its URL."""
+        (self.folder / name).mkdir()
+        return f"s3://{name}"
+
+
+def start(folder: Path, guard: Guard) -> ObjectStore:
+    """Start the server, building it where it is not in the cache, and wait until it answers."""
+    program_path = ensure_programs(modules=[S3_SERVER])["versitygw"]
+    (port,) = free_ports(1)
+    buckets = folder / "buckets"
+    # Beside the buckets: file systems without extended attributes (a container's overlay) serve as well.
+    metadata = folder / "metadata"
+    for each in (buckets, metadata):
+        each.mkdir()
+    command = [str(program_path), "--access", ACCESS_KEY, "--secret", SECRET_KEY, "--port", f"{LOOPBACK}:{port}"]
+    program = Program(
+        "versitygw", [*command, "posix", "--sidecar", str(metadata), str(buckets)], folder / "versitygw.log", guard
+    )
+    program.start()
+    environment = {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{port}",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    store = ObjectStore(buckets, program, environment)
+    wait_for("the S3 server", lambda: program.died or _answers(environment["AWS_ENDPOINT_URL"]))
+    if program.died:
+        raise RuntimeError("\n".join(program.tail()))
+    return store
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def without_credentials(store: ObjectStore) -> ObjectStore:
+    """The same server for a client that knows no keys."""
+    kept = {name: value for name, value in store.environment.items() if "KEY" not in name}
+    return dataclasses.replace(store, environment={**kept, "HOME": os.devnull})

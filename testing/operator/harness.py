@@ -1,0 +1,276 @@
+"""The operator as a process against the control plane, with exactly the role that the chart gives it.
+
+Used by the tests here and by the benches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_operator.api import crd
+from finetune_operator.api.job import API_VERSION, KIND, PLURAL
+from testing.controlplane.api import ApiError
+from testing.controlplane.process import LOOPBACK, free_ports, wait_for
+from testing.controlplane.server import ControlPlane
+
+RULES = Path(__file__).parents[2] / "charts" / "finetune-operator" / "files" / "rules.yaml"
+ACCOUNT = "finetune-operator"
+HOME = "finetune-system"
+RBAC = "/apis/rbac.authorization.k8s.io/v1"
+READY_SECONDS = 60.0
+STOP_SECONDS = 40.0
+
+
+def install(control_plane: ControlPlane) -> None:
+    """The CRD, the operator's namespace, its service account and its role. Once is enough."""
+    api = control_plane.api
+    with contextlib.suppress(ApiError):
+        control_plane.create_namespace(HOME)
+    definition = crd.custom_resource_definition()
+    api.patch(
+        f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{crd.NAME}?fieldManager=test&force=true",
+        definition,
+        "apply",
+    )
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT}}
+    with contextlib.suppress(ApiError):
+        api.create(f"/api/v1/namespaces/{HOME}/serviceaccounts", account)
+    rules = yaml.safe_load(RULES.read_text())
+    _grant(api, "ClusterRole", RBAC, "finetune-jobs", rules["jobs"])
+    _grant(api, "ClusterRole", RBAC, "finetune-cluster", rules["cluster"])
+    _grant(api, "Role", f"{RBAC}/namespaces/{HOME}", "finetune-own", rules["own"])
+    wait_for("the CRD is served", lambda: _served(control_plane))
+
+
+def _grant(api: Any, kind: str, root: str, name: str, rules: Any) -> None:
+    subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": HOME}
+    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}
+    version = "rbac.authorization.k8s.io/v1"
+    objects: tuple[dict[str, Any], ...] = (
+        {"apiVersion": version, "kind": kind, "metadata": {"name": name}, "rules": rules},
+        {
+            "apiVersion": version,
+            "kind": f"{kind}Binding",
+            "metadata": {"name": name},
+            "roleRef": reference,
+            "subjects": [subject],
+        },
+    )
+    for thing in objects:
+        plural = f"{thing['kind'].lower()}s"
+        api.patch(f"{root}/{plural}/{name}?fieldManager=test&force=true", thing, "apply")
+
+
+def _served(control_plane: ControlPlane) -> bool:
+    try:
+        control_plane.api.get(f"/apis/{API_VERSION}/{PLURAL}")
+    except ApiError:
+        return False
+    return True
+
+
+def build_job(name: str, *, nodes: int = 2, **spec: Any) -> dict[str, Any]:
+    """A CPU job that needs no volume of its own."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"base": "base"},
+            "dataset": {"source": "data"},
+            "training": {"method": "LoRA", "steps": 100},
+            "topology": {"accelerator": "cpu", "nodes": nodes, "resources": {"cpu": "1", "memory": "1Gi"}},
+            "checkpoint": {"storage": {"hostPath": {"path": "/data"}}},
+            **spec,
+        },
+    }
+
+
+def jobs_path(namespace: str, name: str = "") -> str:
+    """Where jobs are."""
+    path = f"/apis/{API_VERSION}/namespaces/{namespace}/{PLURAL}"
+    return f"{path}/{name}" if name else path
+
+
+@dataclass
+class Jobs:
+    """The jobs of a namespace and their pods, as an administrator sees them."""
+
+    control_plane: ControlPlane
+    namespace: str
+
+    def create(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        created: dict[str, Any] = self.control_plane.api.create(jobs_path(self.namespace), dict(job))
+        return created
+
+    def get(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.control_plane.api.get(jobs_path(self.namespace, name))
+        return found
+
+    def status(self, name: str) -> dict[str, Any]:
+        status: dict[str, Any] = self.get(name).get("status", {})
+        return status
+
+    def patch(self, name: str, change: dict[str, Any]) -> None:
+        self.control_plane.api.patch(jobs_path(self.namespace, name), change)
+
+    def delete(self, name: str) -> None:
+        self.control_plane.api.delete(jobs_path(self.namespace, name))
+
+    def pods(self) -> dict[str, dict[str, Any]]:
+        items = self.control_plane.api.get(f"/api/v1/namespaces/{self.namespace}/pods")["items"]
+        return {pod["metadata"]["name"]: pod for pod in items}
+
+    def delete_pod(self, name: str, grace_seconds: int | None = 0) -> None:
+        self.control_plane.api.delete(f"/api/v1/namespaces/{self.namespace}/pods/{name}", grace_seconds)
+
+    def set_pod_status(self, name: str, status: dict[str, Any]) -> None:
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{name}/status"
+        self.control_plane.api.patch(path, {"status": status}, "strategic")
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        items = self.control_plane.api.get(f"/apis/events.k8s.io/v1/namespaces/{self.namespace}/events")["items"]
+        return [event for event in items if event["regarding"].get("name") == name]
+
+    def wait_phase(self, name: str, phase: str, seconds: float = 30.0) -> dict[str, Any]:
+        """Wait for a phase; return the status."""
+
+        def look() -> dict[str, Any] | None:
+            status = self.status(name)
+            return status if status.get("phase") == phase else None
+
+        try:
+            return wait_for(f"{name} is {phase}", look, seconds) or {}
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}; its status: {self.status(name)}; pods: {sorted(self.pods())}") from None
+
+    def wait_attempt(self, name: str, attempt: int, seconds: float = 30.0) -> dict[str, Any]:
+        """Wait until an attempt runs; return the status."""
+
+        def look() -> dict[str, Any] | None:
+            status = self.status(name)
+            return status if status.get("attempt") == attempt and status.get("phase") == "Running" else None
+
+        return wait_for(f"attempt {attempt} of {name} runs", look, seconds) or {}
+
+
+@dataclass
+class OperatorProcess:
+    """One replica of the operator."""
+
+    kubeconfig: Path
+    log: Path
+    flags: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    program: tuple[str, ...] = ("-m", "finetune_operator.server.main")
+    probe_port: int = 0
+    coordinator_port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> OperatorProcess:
+        """Start it; `wait_ready` waits."""
+        self.probe_port, self.coordinator_port = (
+            (self.probe_port, self.coordinator_port) if self.probe_port else free_ports(2)
+        )
+        command = [sys.executable, *self.program, "run", *self._flags()]
+        # One that is killed leaves its temporary files behind: they go with its log.
+        temporary = self.log.parent / "tmp"
+        temporary.mkdir(exist_ok=True)
+        environment = {**os.environ, "TMPDIR": str(temporary), **self.environment}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        return self
+
+    def _flags(self) -> list[str]:
+        flags = {
+            "kubeconfig": self.kubeconfig,
+            "lease-namespace": HOME,
+            "lease-seconds": 3,
+            "probe-host": LOOPBACK,
+            "probe-port": self.probe_port,
+            "coordinator-host": LOOPBACK,
+            "coordinator-port": self.coordinator_port,
+            "log-format": "text",
+        }
+        return [f"--{name}={value}" for name, value in flags.items()] + list(self.flags)
+
+    def wait_ready(self) -> OperatorProcess:
+        """Wait until it leads."""
+        wait_for(f"the operator leads (its log: {self.log})", lambda: self.died() or self.leads(), READY_SECONDS)
+        assert not self.died(), self.log.read_text()
+        return self
+
+    @property
+    def identity(self) -> str:
+        """Its name, where a flag gives it one."""
+        return next(flag.partition("=")[2] for flag in self.flags if flag.startswith("--identity="))
+
+    def leads(self) -> bool:
+        return self.metric("finetune_leader") == 1.0
+
+    def died(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text of a path of the probes' port; 0 where nobody answers."""
+        try:
+            with urllib.request.urlopen(f"http://{LOOPBACK}:{self.probe_port}{path}", timeout=5) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def metrics(self) -> dict[str, float]:
+        """All samples, by name with labels."""
+        lines = [line for line in self.get("/metrics")[1].splitlines() if line and not line.startswith("#")]
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    def metric(self, name: str) -> float:
+        return self.metrics().get(name, float("nan"))
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(STOP_SECONDS)
+        self.process = None
+        return code
+
+    def pause(self) -> None:
+        """SIGSTOP: its clock goes on, it does not."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL, where it still runs."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@contextlib.contextmanager
+def running(process: OperatorProcess) -> Iterator[OperatorProcess]:
+    """An operator that leads, and is ended in the end."""
+    try:
+        yield process.start().wait_ready()
+    finally:
+        process.kill()

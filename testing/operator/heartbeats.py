@@ -1,0 +1,71 @@
+"""Beats as the supervisors of a job's pods would send them, over TLS, with tokens that the API server gives them."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_contract.heartbeat import BEAT_PATH, Heartbeat, RankReport, RankState
+from testing.controlplane.process import LOOPBACK
+from testing.controlplane.server import ControlPlane
+from testing.operator.harness import Jobs, OperatorProcess
+
+AUDIENCE = "finetune-coordinator"
+SERVICE = "finetune-coordinator"
+
+
+@dataclass
+class Talk:
+    """A job `circles` whose pods run, and a way to beat for them."""
+
+    jobs: Jobs
+    operator: OperatorProcess
+    context: ssl.SSLContext
+
+    def token(self, pod: str, audience: str = AUDIENCE) -> str:
+        bound = self.jobs.pods()[pod]
+        return self.jobs.control_plane.token_for("default", self.jobs.namespace, audiences=[audience], pod=bound)
+
+    def beat(self, pod: str, sequence: int, *, attempt: int = 0, **report: Any) -> Heartbeat:
+        """A beat of a pod's one rank; attempt: where it belongs by now, if not where it was made for."""
+        meta = self.jobs.pods()[pod]["metadata"]
+        given = {"rank": int(pod[-1]), "state": RankState.TRAINING, "step": sequence, "total_steps": 100}
+        return Heartbeat(
+            job="circles",
+            namespace=self.jobs.namespace,
+            job_uid=meta["ownerReferences"][0]["uid"],
+            pod=pod,
+            pod_uid=meta["uid"],
+            attempt=attempt or int(meta["labels"]["finetune-operator.io/attempt"]),
+            node_rank=int(pod[-1]),
+            sequence=sequence,
+            ranks=(RankReport.model_validate(given | report),),
+        )
+
+    def post(self, beat: Heartbeat, token: str) -> tuple[int, str]:
+        connection = http.client.HTTPSConnection(LOOPBACK, self.operator.coordinator_port, context=self.context)
+        try:
+            connection.request("POST", BEAT_PATH, beat.to_json(), {"Authorization": f"Bearer {token}"})
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        finally:
+            connection.close()
+
+
+def tls_flags(cluster: ControlPlane) -> tuple[str, ...]:
+    certificate = cluster.authority.issue("coordinator", hosts=[LOOPBACK])
+    return (
+        f"--coordinator-tls-cert={certificate.certificate}",
+        f"--coordinator-tls-key={certificate.key}",
+        f"--coordinator-service={SERVICE}",
+        "--pod-ip=10.0.0.1",
+        "--coordinator-url=https://finetune-coordinator.finetune-system.svc:8443",
+        "--progress-seconds=0.5",
+    )
+
+
+def tls_context(cluster: ControlPlane) -> ssl.SSLContext:
+    """What trusts the coordinator."""
+    return ssl.create_default_context(cafile=str(cluster.authority.certificate))

@@ -1,0 +1,175 @@
+"""The images that the nodes load, built from images/ on a base made by debootstrap; the archives are cached.
+
+Called by `prepare`, and as `python -m testing.realnodes.builder NAME` by `make image-NAME` where there is no other
+builder: it builds images/NAME.Dockerfile, looks into the image and says how large it is.
+
+What a change of the code does not change is kept: the stage with the dependencies, and what the nodes have unpacked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from testing.controlplane.build import BuildError, Say, cache_folder, lock, progress
+from testing.realnodes import archive, layers
+from testing.realnodes.runtime import MissingError, check_tools
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+BASE = "localhost/finetune-base:bookworm"
+BASE_PYTHON = (3, 11)
+OPERATOR, PAUSE = "localhost/operator:test", "localhost/pause:test"
+LIGHT, WHOLE = "localhost/trainer:test", "localhost/trainer-cpu:test"
+"""The trainer's own modules, with torch to come by a volume; and images/trainer-cpu.Dockerfile."""
+INCLUDED = "python3,python3-venv,python-is-python3,ca-certificates"
+SOURCES = ("operator", "trainer", "images", "requirements", "pyproject.toml", "tests/realnodes/images")
+TOOLS = ("buildah", "debootstrap", "apt-get", "gcc")
+
+
+class Builder:
+    """buildah with a storage of its own in the cache."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.folder = cache_folder().parent / "realnodes"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def ensure(self, trainer: str = LIGHT) -> Path:
+        """Build what has changed; returns the folder of the archives."""
+        kind = "whole" if trainer == WHOLE else "light"
+        target = self.folder / f"images-{kind}-{self._key()}"
+        with self.alone():
+            if not target.exists():
+                partial = self.folder / "images.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                formers = sorted(self.folder.glob(f"images-{kind}-*"), key=lambda folder: folder.stat().st_mtime)
+                for former in formers[-1:]:
+                    layers.begin_from(former, partial)
+                self._fill(partial, trainer)
+                # Somebody may be about to start nodes from the newest.
+                for former in formers[:-1]:
+                    shutil.rmtree(former)
+                partial.rename(target)
+        return target
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other builds away meanwhile."""
+        return lock(self.folder / "lock", "build of the images", self._say)
+
+    def build(self, file: Path, name: str, *arguments: str) -> None:
+        """Build one image; of what it was built from, only its dependencies are kept."""
+        self._ensure_base()
+        authorities = "/etc/ssl/certs"
+        given = ["--volume", f"{authorities}:{authorities}:ro", "--build-arg", f"PYTHON_IMAGE={BASE}", *arguments]
+        command = ("build", "--layers", *given, "--file", str(file))
+        kept = f"localhost/{file.stem}-dependencies:kept"
+        with progress(self._say, f"{name} from {file.relative_to(ROOT)}", 10):
+            # What a build left that was interrupted.
+            self._buildah("rm", "--all")
+            self._buildah(*command, "--target", "dependencies", "--tag", kept, str(ROOT))
+            self._buildah(*command, "--tag", name, str(ROOT))
+            self._buildah("rmi", "--prune")
+
+    def write(self, name: str, target: Path) -> None:
+        """Write an image as an archive that one can look into."""
+        self._buildah("push", name, f"docker-archive:{target}:{name}")
+
+    def _fill(self, folder: Path, trainer: str) -> None:
+        files = {OPERATOR: ROOT / "images/operator.Dockerfile", LIGHT: HERE / "images/trainer.Dockerfile"}
+        files[WHOLE] = ROOT / "images/trainer-cpu.Dockerfile"
+        for name in (OPERATOR, trainer):
+            self.build(files[name], name)
+        self._build_pause()
+        self.write(OPERATOR, folder / "operator.tar")
+        for name in (OPERATOR, trainer, PAUSE):
+            layout = layers.layout_for(folder, name)
+            self._buildah("push", "--disable-compression", name, f"oci:{layout}:{name}")
+
+    def _ensure_base(self) -> None:
+        if BASE.split(":", maxsplit=1)[0] in self._buildah("images", "--format", "{{.Name}}").split():
+            return
+        self._say("making the base with debootstrap (a minute)")
+        root = self.folder / "base"
+        shutil.rmtree(root, ignore_errors=True)
+        try:
+            mirror = _run("apt-get", "indextargets", "--format", "$(SITE)").splitlines()[0]
+            _run("debootstrap", "--variant=minbase", f"--include={INCLUDED}", "bookworm", str(root), mirror)
+        except (BuildError, IndexError) as error:
+            raise MissingError(f"no base for the images, for which a Debian mirror is needed: {error}") from None
+        for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
+            shutil.rmtree(root / waste, ignore_errors=True)
+        container = self._buildah("from", "scratch").strip()
+        self._buildah("copy", container, str(root), "/")
+        self._buildah("config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", container)
+        self._buildah("commit", "--rm", container, BASE)
+        shutil.rmtree(root)
+
+    def _build_pause(self) -> None:
+        self._say(f"building {PAUSE}")
+        program = self.folder / "pause"
+        _run("gcc", "-Os", "-static", "-s", "-o", str(program), str(HERE / "images/pause.c"))
+        container = self._buildah("from", "scratch").strip()
+        self._buildah("copy", container, str(program), "/pause")
+        self._buildah("config", "--entrypoint", '["/pause"]', container)
+        self._buildah("commit", "--rm", container, PAUSE)
+
+    def _buildah(self, *arguments: str) -> str:
+        storage = ("--root", str(self.folder / "storage"), "--runroot", str(self.folder / "storage-run"))
+        return _run("buildah", *storage, *arguments)
+
+    @staticmethod
+    def _key() -> str:
+        digest = hashlib.sha256()
+        for source in SOURCES:
+            path = ROOT / source
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            for file in files:
+                if file.is_file() and "__pycache__" not in file.parts:
+                    digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def _run(*command: str) -> str:
+    environment = {**os.environ, "BUILDAH_ISOLATION": "chroot"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise BuildError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}{result.stderr[-4000:]}")
+    return result.stdout
+
+
+def main() -> int:
+    """Build one image and look into it."""
+    parser = argparse.ArgumentParser(prog="python -m testing.realnodes.builder", description=__doc__)
+    parser.add_argument("name", choices=sorted(file.stem for file in (ROOT / "images").glob("*.Dockerfile")))
+    parser.add_argument("--tag", required=True, help="the image's name and tag")
+    parser.add_argument("--build-arg", action="append", default=[], help="NAME=VALUE for the Dockerfile")
+    options = parser.parse_args()
+    builder = Builder(functools.partial(print, flush=True))
+    target = builder.folder / f"{options.name}.tar"
+    try:
+        check_tools(TOOLS)
+        given = [word for value in options.build_arg for word in ("--build-arg", value)]
+        with builder.alone():
+            builder.build(ROOT / f"images/{options.name}.Dockerfile", options.tag, *given)
+            builder.write(options.tag, target)
+        faults = list(archive.faults(target, options.name))
+        print(f"{options.tag}: {archive.size_mib(target):.0f} MiB unpacked; {'; '.join(faults) or 'as it should be'}")
+    except (MissingError, BuildError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        target.unlink(missing_ok=True)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""What happens to a job in mid-training, and what its ledger may call it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from testing.realnodes.cluster import RealCluster
+from testing.realnodes.job import Bed
+from testing.realnodes.names import FAULT_TAINT, HOME, NAME, OURS, TEAM
+from testing.realnodes.store import Cluster
+
+PRIORITY = "urgent"
+KILL = """
+for process in /proc/[0-9]*; do
+    tr '\\0' '\\n' < "$process/environ" 2> /dev/null | grep -qx "HOSTNAME=$0" || continue
+    tr '\\0' ' ' < "$process/cmdline" | grep -q finetune-supervisor && kill -KILL "${process#/proc/}" && exit 0
+done
+exit 1
+"""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A job in mid-training on real nodes."""
+
+    cluster: Cluster
+    bed: Bed
+    job: str
+    upgrade: Callable[[], None]
+
+    @property
+    def machines(self) -> RealCluster:
+        """The cluster as one whose machines may be touched."""
+        assert isinstance(self.cluster, RealCluster)
+        return self.cluster
+
+    @property
+    def pod(self) -> dict[str, Any]:
+        """The pod of the second rank."""
+        pods = self.bed.pods(self.job)
+        return next(pod for pod in pods if pod["metadata"]["labels"]["finetune-operator.io/node-rank"] == "1")
+
+    @property
+    def pod_name(self) -> str:
+        name: str = self.pod["metadata"]["name"]
+        return name
+
+    @property
+    def node(self) -> str:
+        name: str = self.pod["spec"]["nodeName"]
+        return name
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        return self.cluster.kubectl(*arguments, stdin=stdin, timeout_seconds=120)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way to lose something."""
+
+    strike: Callable[[Scene], Callable[[], None]]
+    """Does it; returns what undoes it after the job has ended."""
+    causes: frozenset[str]
+    """Reasons that the ledger may give; empty: no attempt may end."""
+    own_machines: bool = False
+    """Whether it touches the nodes' machines, or must know how full they are."""
+
+
+def drain(scene: Scene) -> Callable[[], None]:
+    node = scene.node
+    scene.kubectl("label", "node", node, f"{OURS}=drained")
+    scene.kubectl("drain", node, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
+
+    def back() -> None:
+        scene.kubectl("uncordon", node)
+        scene.kubectl("label", "node", node, f"{OURS}-")
+
+    return back
+
+
+def taint(scene: Scene) -> Callable[[], None]:
+    node = scene.node
+    scene.kubectl("taint", "node", node, f"{FAULT_TAINT}=true:NoExecute")
+    return lambda: void(scene.kubectl("taint", "node", node, f"{FAULT_TAINT}-"))
+
+
+def outrank(scene: Scene) -> Callable[[], None]:
+    node = scene.node
+    priority = {
+        "apiVersion": "scheduling.k8s.io/v1",
+        "kind": "PriorityClass",
+        "metadata": {"name": PRIORITY},
+        "value": 1000,
+    }
+    container = {
+        "name": "hog",
+        "image": "localhost/pause:test",
+        "imagePullPolicy": "Never",
+        "resources": {"requests": {"cpu": "1200m"}},
+    }
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "urgent", "namespace": "default"},
+        "spec": {
+            "priorityClassName": PRIORITY,
+            "nodeSelector": {"kubernetes.io/hostname": node},
+            "terminationGracePeriodSeconds": 0,
+            "containers": [container],
+        },
+    }
+    for thing in (priority, pod):
+        scene.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
+    return lambda: void(scene.kubectl("--namespace=default", "delete", "pod", "urgent", "--wait=false"))
+
+
+def delete_at_once(scene: Scene) -> Callable[[], None]:
+    scene.kubectl("--namespace", TEAM, "delete", "pod", scene.pod_name, "--grace-period=0", "--force")
+    return nothing
+
+
+def kill_container(scene: Scene) -> Callable[[], None]:
+    node = next(node for node in scene.machines.nodes if node.name == scene.node)
+    node.inside("bash", "-c", KILL, scene.pod_name)
+    return nothing
+
+
+def kill_node(scene: Scene) -> Callable[[], None]:
+    node = next(node for node in scene.machines.nodes if node.name == scene.node)
+    node.kill()
+    scene.machines.wait_ready(node.name, ready=False)
+
+    def back() -> None:
+        node.start()
+        scene.machines.wait_ready(node.name)
+
+    return back
+
+
+def delete_operator(scene: Scene) -> Callable[[], None]:
+    pods = json.loads(scene.kubectl("--namespace", HOME, "get", "pods", "--output=json"))["items"]
+    name = next(pod["metadata"]["name"] for pod in pods if pod["metadata"]["uid"] == scene.bed.leader())
+    scene.kubectl("--namespace", HOME, "delete", "pod", name, "--wait=false")
+    return nothing
+
+
+def upgrade(scene: Scene) -> Callable[[], None]:
+    scene.upgrade()
+    rolled_out = ("rollout", "status", f"deployment/{NAME}", "--timeout=100s")
+    return lambda: void(scene.kubectl("--namespace", HOME, *rolled_out))
+
+
+def void(_: object) -> None:
+    """Drop what a command printed."""
+
+
+def nothing() -> None:
+    """There is nothing to undo."""
+
+
+NOTICED = {"NoticeSaved", "Preempted"}
+FAULTS: dict[str, Fault] = {
+    "kubectl drain": Fault(drain, frozenset(NOTICED | {"EvictionByEvictionAPI"})),
+    "termination taint": Fault(taint, frozenset(NOTICED | {"DeletionByTaintManager"})),
+    "higher priority": Fault(outrank, frozenset(NOTICED | {"PreemptionByScheduler"}), own_machines=True),
+    "delete --grace-period=0": Fault(delete_at_once, frozenset({"PodDeleted", "PodLost"})),
+    "SIGKILL of a container": Fault(kill_container, frozenset({"ProcessFailed", "OutOfMemory"}), own_machines=True),
+    "SIGKILL of a node": Fault(
+        kill_node, frozenset({"NodeLost", "PodLost", "DeletionByTaintManager"}), own_machines=True
+    ),
+    "operator's pod deleted": Fault(delete_operator, frozenset()),
+    "helm upgrade": Fault(upgrade, frozenset()),
+}
+"""Each fault by the name that is shown."""
+SHORT = ("kubectl drain", "SIGKILL of a node", "operator's pod deleted")
+"""Of each kind one: with notice, without, and not of the job's own."""

@@ -1,0 +1,178 @@
+"""The job that the faults happen to: the demo's model on two nodes with one rank each, over gloo."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from finetune_operator.api.job import API_VERSION, KIND
+from testing.controlplane.process import wait_for
+from testing.controlplane.server import KubectlError
+from testing.realnodes.names import HOME, NAME, OURS, TEAM
+from testing.realnodes.store import CLAIM, MOUNT, OUTPUTS, Cluster, Object, Store, apply
+
+STEPS, SAVE_EVERY, FAULT_STEP = 40, 10, 14
+LONG_STEPS, SHORT_STEPS = 200, 120
+"""Of a job that is to train for longer than the operator is away, while it is upgraded or only moved."""
+RUN_SECONDS = 600.0
+POLL_SECONDS = 0.5
+"""kubectl takes a third of a second of a core: asked without a pause it would be what the job waits for."""
+ENDED = ("Succeeded", "Failed")
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class Bed:
+    """The namespace of the jobs, and their volume."""
+
+    cluster: Cluster
+    store: Store
+
+    def prepare(self) -> None:
+        """The volume with the model and the data, in a namespace that enforces the restricted standard."""
+        enforce = {"pod-security.kubernetes.io/enforce": "restricted"}
+        make_namespace(self.cluster, TEAM, enforce)
+        self.store.prepare(self.cluster)
+
+    def create(self, name: str, steps: int = STEPS) -> None:
+        apply(self.cluster, build_job(name, steps, self.store.pod_template))
+
+    def status(self, name: str) -> dict[str, Any]:
+        got = self.cluster.kubectl("--namespace", TEAM, "get", "ftj", name, "--output=json")
+        status: dict[str, Any] = json.loads(got).get("status", {})
+        return status
+
+    def pods(self, name: str) -> list[dict[str, Any]]:
+        """Pods of a job that are not being deleted, by name."""
+        selector = f"--selector=finetune-operator.io/job={name}"
+        items = json.loads(self.cluster.kubectl("--namespace", TEAM, "get", "pods", selector, "--output=json"))["items"]
+        return [pod for pod in items if not pod["metadata"].get("deletionTimestamp")]
+
+    def wait_pods(self, name: str) -> list[dict[str, Any]]:
+        """Wait until it has pods."""
+        return self._wait(f"{name} has pods", lambda: self.pods(name))
+
+    def wait_step(self, name: str, step: int) -> dict[str, Any]:
+        """Wait until it trains and has done so many steps."""
+
+        def look() -> dict[str, Any]:
+            status = self.status(name)
+            if status.get("phase") in ENDED:
+                raise AssertionError(f"{name} ended before step {step}: {json.dumps(status)}")
+            trains = status.get("phase") == "Running" and (status.get("step") or 0) >= step
+            return status if trains else {}
+
+        return self._wait(f"{name} reaches step {step}", look)
+
+    def wait_end(self, name: str) -> dict[str, Any]:
+        """Wait until it has ended, well or not."""
+
+        def look() -> dict[str, Any]:
+            status = self.status(name)
+            return status if status.get("phase") in ENDED else {}
+
+        return self._wait(f"{name} ends", look)
+
+    def wait_next_attempt(self, name: str, attempt: int) -> float:
+        """Wait until a later attempt has finished a step; returns when that was, in seconds of the epoch."""
+
+        def look() -> str:
+            status = self.status(name)
+            if status.get("phase") in ENDED and status["attempt"] == attempt:
+                raise AssertionError(f"{name} ended, and its attempt {attempt} was never taken away")
+            newest = (status.get("attempts") or [{}])[-1]
+            return newest.get("trainingAt") or "" if newest.get("attempt", 0) > attempt else ""
+
+        stepped = self._wait(f"{name} takes its next step", look)
+        return datetime.datetime.fromisoformat(stepped).timestamp()
+
+    def wait_news(self, name: str, former: str) -> float:
+        """Wait until another operator than `former` leads and has told of a step; returns when that was seen."""
+
+        def look() -> dict[str, Any]:
+            status = self.status(name)
+            if status.get("phase") in ENDED:
+                raise AssertionError(f"{name} ended before another operator led: it has too few steps for this machine")
+            return status if self.leader() not in ("", former) else {}
+
+        step = self._wait("another operator leads", look).get("step", 0)
+        self._wait(f"{name} tells of its next step", lambda: self.status(name).get("step", 0) > step)
+        return time.time()
+
+    def leader(self) -> str:
+        """UID of the operator's pod that leads; empty while none does."""
+        lease = json.loads(self.cluster.kubectl("--namespace", HOME, "get", "lease", NAME, "--output=json"))
+        return lease["spec"].get("holderIdentity") or ""
+
+    def tell(self, name: str) -> str:
+        """What is known of a job, for who has to find out what went wrong."""
+        selector = f"--selector=finetune-operator.io/job={name}"
+        asked = (
+            ("get", "ftj", name, "--output=yaml"),
+            ("get", "pods", "--output=wide"),
+            ("get", "events", "--sort-by=.metadata.creationTimestamp"),
+            ("logs", selector, "--prefix", "--tail=40"),
+        )
+        return "\n".join(self._try_kubectl("--namespace", TEAM, *arguments) for arguments in asked)
+
+    def _try_kubectl(self, *arguments: str) -> str:
+        try:
+            return self.cluster.kubectl(*arguments)
+        except KubectlError as error:
+            return str(error)
+
+    @staticmethod
+    def _wait(what: str, probe: Callable[[], T]) -> T:
+        return wait_for(what, probe, RUN_SECONDS, POLL_SECONDS)
+
+    def weights(self, name: str) -> str:
+        """Hash of what was trained, file by file."""
+        found = self.store.weights(self.cluster, name)
+        assert found, f"{name} has written no weights"
+        return found
+
+
+def make_namespace(cluster: Cluster, name: str, labels: dict[str, str] | None = None) -> None:
+    """A namespace that a later run knows as ours."""
+    metadata = {"name": name, "labels": {OURS: "true", **(labels or {})}}
+    apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+
+
+def build_job(name: str, steps: int, pod_template: Object) -> Object:
+    """One rank on each of two nodes."""
+    apart = {
+        "topologyKey": "kubernetes.io/hostname",
+        "labelSelector": {"matchLabels": {"finetune-operator.io/job": name}},
+    }
+    template = {"affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [apart]}}}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {"name": name, "namespace": TEAM},
+        "spec": {
+            "model": {"base": f"{MOUNT}/base"},
+            "dataset": {"source": f"{MOUNT}/data"},
+            "training": {
+                "method": "LoRA",
+                "steps": steps,
+                "batchSize": 4,
+                "learningRate": 1e-3,
+                "resolution": 64,
+                "lora": {"rank": 4},
+            },
+            "topology": {"accelerator": "cpu", "nodes": 2, "resources": {"cpu": "1", "memory": "1Gi"}},
+            "checkpoint": {
+                "storage": {"persistentVolumeClaim": {"claimName": CLAIM}},
+                "interval": {"steps": SAVE_EVERY},
+            },
+            "recovery": {"noticeSeconds": 30},
+            "outputs": [{"format": "diffusers", "to": f"{MOUNT}/{OUTPUTS}/{name}"}],
+            "podTemplate": {"spec": {**template, **pod_template}},
+        },
+    }

@@ -1,0 +1,223 @@
+"""One node: containerd, kubelet and kube-proxy in namespaces of their own, which may be killed and brought back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testing.controlplane.pki import Certificate
+from testing.controlplane.process import Guard, Program, wait_for
+from testing.realnodes.janitor import CGROUPS, cgroup_of
+from testing.realnodes.layers import copy_layers
+from testing.realnodes.runtime import Runtime
+
+INIT = Path(__file__).with_name("node_init.sh")
+GATEWAY = "10.77.0.1"
+"""Where the control plane and the names are."""
+SETUP_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """Where a node keeps its things, and what it runs."""
+
+    number: int
+    folder: Path
+    logs: Path
+    layers: Path
+    """Folder of a containerd that has unpacked all images."""
+    kubeconfig: Path
+    proxy_kubeconfig: Path
+    authority: Path
+    certificate: Certificate
+    programs: dict[str, Path]
+    runtime: Runtime
+
+    @property
+    def name(self) -> str:
+        return f"node{self.number}"
+
+    @property
+    def address(self) -> str:
+        return f"10.77.0.{10 + self.number}"
+
+    @property
+    def pods(self) -> str:
+        return f"10.244.{self.number}.0/24"
+
+    @property
+    def cgroup(self) -> str:
+        return f"{cgroup_of(os.getpid())}/{self.name}"
+
+
+class Node:
+    """A node that runs or does not."""
+
+    def __init__(self, place: NodePlace, guard: Guard) -> None:
+        self.place = place
+        self._guard = guard
+        self._program: Program | None = None
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+    def start(self) -> None:
+        """Start its first process and put its wire in; the kubelet registers it a little later."""
+        place = self.place
+        # What a kubelet left that was killed; images and their unpacked layers stay.
+        for part in ("kubelet", "log", "etc-cni", "cni"):
+            shutil.rmtree(place.folder / part, ignore_errors=True)
+        place.folder.mkdir(parents=True, exist_ok=True)
+        if not (place.folder / "containerd").exists():
+            copy_layers(place.layers, place.folder / "containerd")
+        self._write_configuration()
+        self._make_cgroups()
+        namespaces = ("--net", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc")
+        environment = [f"{name}={value}" for name, value in self._environment().items()]
+        command = ["unshare", *namespaces, "--propagation", "private", "env", *environment, "bash", str(INIT)]
+        self._program = Program(place.name, command, place.logs / f"{place.name}.log", self._guard)
+        self._program.start()
+        child = wait_for(f"{place.name} has begun", self._child, SETUP_SECONDS)
+        ip("link", "add", f"wire{place.number}", "type", "veth", "peer", "name", "eth0", "netns", str(child))
+        ip("link", "set", f"wire{place.number}", "master", "bridge0", "up")
+        ip("route", "replace", place.pods, "via", place.address)
+
+    def kill(self) -> None:
+        """SIGKILL to all of it at once, as when a machine vanishes."""
+        assert self._program is not None
+        self._program.stop()
+        self._program = None
+        subprocess.run(["ip", "link", "delete", f"wire{self.place.number}"], capture_output=True, check=False)
+
+    def inside(self, *command: str) -> str:
+        """Run something in the node's namespaces."""
+        enter = ("nsenter", "--target", str(self._child()), "--net", "--pid", "--mount")
+        return subprocess.run([*enter, *command], capture_output=True, text=True, check=True).stdout
+
+    def _child(self) -> int:
+        """The first process of the namespaces."""
+        pid = self._program.pid if self._program is not None else None
+        if pid is None:
+            return 0
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(children[0]) if children else 0
+
+    def _environment(self) -> dict[str, str | Path]:
+        place = self.place
+        return {
+            "NODE": place.name,
+            "FOLDER": place.folder,
+            "LOGS": place.logs,
+            "ADDRESS": place.address,
+            "GATEWAY": GATEWAY,
+            "PODS": place.pods,
+            "KUBECONFIG": place.kubeconfig,
+            "KUBELET": place.programs["kubelet"],
+            "KUBE_PROXY": place.programs["kube-proxy"],
+            "CONTAINERD": place.runtime.containerd,
+            "CTR": place.runtime.ctr,
+            "SHIMS": place.runtime.shims,
+        }
+
+    def _make_cgroups(self) -> None:
+        for hierarchy in CGROUPS.iterdir():
+            if not hierarchy.is_dir() or hierarchy.is_symlink():
+                continue
+            folder = hierarchy
+            for part in Path(self.place.cgroup).parts:
+                above, folder = folder, folder / part
+                folder.mkdir(exist_ok=True)
+                # A cpuset takes no process before it has cores and memory.
+                for name in ("cpuset.cpus", "cpuset.mems"):
+                    if (folder / name).exists() and not (folder / name).read_text().strip():
+                        (folder / name).write_text((above / name).read_text())
+
+    def _write_configuration(self) -> None:
+        place = self.place
+        (place.folder / "kubelet.json").write_text(json.dumps(kubelet_configuration(place)))
+        (place.folder / "proxy.json").write_text(json.dumps(proxy_configuration(place)))
+        (place.folder / "containerd.toml").write_text(containerd_configuration(place))
+
+
+def kubelet_configuration(place: NodePlace) -> dict[str, Any]:
+    """Quick to report, and no eviction for want of a disk that all share."""
+    nothing_left = dict.fromkeys(("nodefs.available", "imagefs.available", "nodefs.inodesFree"), "0%")
+    return {
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "failCgroupV1": False,
+        "cgroupDriver": "cgroupfs",
+        "cgroupRoot": f"/{place.cgroup}",
+        "enforceNodeAllocatable": ["pods"],
+        "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
+        "address": place.address,
+        "clusterDNS": [GATEWAY],
+        "clusterDomain": "cluster.local",
+        "resolvConf": str(place.folder / "resolv.conf"),
+        "failSwapOn": False,
+        "makeIPTablesUtilChains": False,
+        "authentication": {
+            "anonymous": {"enabled": False},
+            "webhook": {"enabled": True},
+            "x509": {"clientCAFile": str(place.authority)},
+        },
+        "authorization": {"mode": "Webhook"},
+        "tlsCertFile": str(place.certificate.certificate),
+        "tlsPrivateKeyFile": str(place.certificate.key),
+        "imageGCHighThresholdPercent": 100,
+        "evictionHard": {**nothing_left, "memory.available": "50Mi"},
+        "nodeStatusUpdateFrequency": "2s",
+        "nodeLeaseDurationSeconds": 8,
+        "syncFrequency": "10s",
+    }
+
+
+def proxy_configuration(place: NodePlace) -> dict[str, Any]:
+    """Services by iptables; no connection tracking settings of the whole machine."""
+    return {
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "mode": "iptables",
+        "clientConnection": {"kubeconfig": str(place.proxy_kubeconfig)},
+        "hostnameOverride": place.name,
+        "clusterCIDR": "10.244.0.0/16",
+        "bindAddress": "127.0.0.1",
+        "healthzBindAddress": "127.0.0.1:10256",
+        "metricsBindAddress": "127.0.0.1:10249",
+        "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
+        "iptables": {"minSyncPeriod": "0s"},
+    }
+
+
+def containerd_configuration(place: NodePlace) -> str:
+    """containerd's CRI plugin with runc; this machine lets nobody lower an OOM score."""
+    cri = 'plugins."io.containerd.grpc.v1.cri"'
+    return f"""\
+version = 2
+root = "/var/lib/containerd"
+state = "/run/containerd"
+[grpc]
+  address = "/run/containerd/containerd.sock"
+[{cri}]
+  restrict_oom_score_adj = true
+  sandbox_image = "localhost/pause:test"
+  [{cri}.cni]
+    bin_dir = "{place.runtime.cni}"
+    conf_dir = "/etc/cni/net.d"
+  [{cri}.containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    [{cri}.containerd.runtimes.runc.options]
+      BinaryName = "{place.runtime.runc}"
+      SystemdCgroup = false
+"""
+
+
+def ip(*arguments: str) -> None:
+    """Change the network of this process' namespace."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)

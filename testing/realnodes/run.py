@@ -1,0 +1,188 @@
+"""One run on one cluster: an undisturbed job, a job for each fault, the uninstallation, and the table of it all."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from testing.controlplane.process import wait_for
+from testing.controlplane.server import KubectlError
+from testing.realnodes import security
+from testing.realnodes.faults import FAULTS, Fault, Scene
+from testing.realnodes.job import FAULT_STEP, LONG_STEPS, STEPS, Bed, make_namespace
+from testing.realnodes.names import CLUSTER_KINDS, CRD, HOME, OF_CHART, RELEASE, TEAM
+from testing.realnodes.store import Cluster, Object
+from tests.chart.helm import CHART, Helm, HelmError
+
+KINDS = "pods,services,configmaps,secrets,leases,endpointslices,persistentvolumeclaims"
+EXPECTED_LEFT = ("configmap/kube-root-ca.crt", "pod/carrier")
+"""What Kubernetes itself puts into a namespace, and what the test put there."""
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What one fault came to."""
+
+    name: str
+    cause: str
+    seconds: float
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        return "; ".join(self.wrong) or "right"
+
+
+@dataclass
+class Run:
+    """One cluster, from the chart's installation to its end."""
+
+    cluster: Cluster
+    helm: Helm
+    bed: Bed
+    values: dict[str, Any]
+    say: Say
+    long_steps: int = LONG_STEPS
+    upgrades: int = 0
+    weights: dict[int, str] = field(default_factory=dict)
+    """What an undisturbed job of so many steps ends with."""
+
+    def install(self, *more: str, **changes: Any) -> None:
+        """Install or upgrade the chart."""
+        command = ("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME)
+        self.helm.run(*command, *more, values={**self.values, **changes})
+
+    def begin(self) -> None:
+        """The chart, its own test, and the volume of the jobs."""
+        make_namespace(self.cluster, HOME)
+        self.install("--wait", "--timeout", "100s")
+        self.say("the chart is installed")
+        printed = self.helm.run("test", RELEASE, "--namespace", HOME, "--logs")
+        self.say("helm test: " + "; ".join(line for line in printed.splitlines() if line.startswith("ok:")))
+        self.bed.prepare()
+
+    def upgrade(self) -> None:
+        """Another Deployment: all replicas are replaced, and nobody waits for that."""
+        self.upgrades += 1
+        self.install(podAnnotations={"upgrade": str(self.upgrades)})
+
+    def undisturbed(self) -> list[str]:
+        """Train what every other job must end with, side by side; returns what is wrong in the pods meanwhile."""
+        jobs = {"undisturbed": STEPS, "undisturbed-long": self.long_steps}
+        for name, steps in jobs.items():
+            self.bed.create(name, steps)
+        # The short one may have ended before the long one is looked into.
+        neighbour = self.bed.wait_pods("undisturbed")[0]
+        self.bed.wait_step("undisturbed-long", 1)
+        wrong = self._look_inside("undisturbed-long", neighbour)
+        for name, steps in jobs.items():
+            status = self.bed.wait_end(name)
+            assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
+            assert status["attempt"] == 1, json.dumps(status["attempts"], indent=1)
+            self.weights[steps] = self.bed.weights(name)
+        return wrong
+
+    def suffer(self, name: str) -> Result:
+        """One job, one fault in its middle."""
+        fault, job = FAULTS[name], f"fault-{list(FAULTS).index(name)}"
+        undo: Callable[[], None] = lambda: None  # noqa: E731
+        try:
+            self.bed.create(job, STEPS if fault.causes else self.long_steps)
+            before = self.bed.wait_step(job, FAULT_STEP)
+            leader, struck = self.bed.leader(), time.time()
+            undo = fault.strike(Scene(self.cluster, self.bed, job, self.upgrade))
+            if fault.causes:
+                stepped = self.bed.wait_next_attempt(job, before["attempt"])
+            else:
+                stepped = self.bed.wait_news(job, leader)
+            result = self._judge(name, fault, job, stepped - struck)
+        except (AssertionError, TimeoutError, KubectlError, HelmError) as error:
+            result = Result(name, "?", float("inf"), [str(error)])
+        finally:
+            undo()
+        if result.wrong:
+            self.say(f"{name}: {result.verdict}\n{self.bed.tell(job)}")
+        return result
+
+    def _judge(self, name: str, fault: Fault, job: str, seconds: float) -> Result:
+        status = self.bed.wait_end(job)
+        wrong = []
+        if status["phase"] != "Succeeded":
+            wrong.append(f"it ended {status['phase']}: {status.get('message')}")
+        elif self.bed.weights(job) != self.weights[status["totalSteps"]]:
+            wrong.append("its weights are not those of the undisturbed run")
+        causes = [entry["reason"] for entry in status["attempts"] if entry.get("reason") not in (None, "Finished")]
+        if fault.causes and (not causes or not set(causes) <= fault.causes):
+            wrong.append(f"the ledger says {causes}, which may be {sorted(fault.causes)}")
+        if not fault.causes and status["attempt"] != 1:
+            wrong.append(f"attempts ended, though no pod of it was touched: {causes}")
+        return Result(name, ", ".join(causes) or "-", seconds, wrong)
+
+    def _look_inside(self, job: str, neighbour: Object) -> list[str]:
+        own, peer = self.bed.pods(job)
+        found = security.look_inside(self.cluster, own["metadata"]["name"], neighbour, peer)
+        return list(security.differences(found))
+
+    def end(self) -> list[str]:
+        """Uninstall the chart beside a job that trains, then delete the jobs and the CRD; returns what is wrong."""
+        wrong = []
+        self.bed.create("last", self.long_steps)
+        self.bed.wait_step("last", 1)
+        self.helm.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
+        of_job = "--selector=finetune-operator.io/job=last"
+        trained = ("wait", "--for=jsonpath={.status.phase}=Succeeded", "pods", of_job, "--timeout=200s")
+        self._kubectl("--namespace", TEAM, *trained)
+        if self.bed.weights("last") != self.weights[self.long_steps]:
+            wrong.append("a job without an operator ended with other weights")
+        self._kubectl("--namespace", TEAM, "delete", "ftj", "--all", "--timeout=90s")
+        try:
+            wait_for("nothing is left", lambda: not self._left(), 60, 1)
+        except TimeoutError:
+            wrong.append(f"left behind: {self._left()}")
+        # A finalizer of ours would hold these up.
+        self._kubectl("delete", CRD, "--timeout=60s")
+        self._kubectl("delete", "namespace", TEAM, HOME, "--timeout=90s")
+        return wrong
+
+    def _left(self) -> list[str]:
+        left = self._kubectl("get", KINDS, "--namespace", HOME, "--output=name").split()
+        of_jobs = self._kubectl("get", KINDS, "--namespace", TEAM, "--output=name").split()
+        left += [thing for thing in of_jobs if not thing.startswith("persistentvolumeclaim/")]
+        left += self._kubectl("get", CLUSTER_KINDS, f"--selector={OF_CHART}", "--output=name").split()
+        return [thing for thing in left if thing not in EXPECTED_LEFT]
+
+    def _kubectl(self, *arguments: str) -> str:
+        return self.cluster.kubectl(*arguments, timeout_seconds=220)
+
+
+def report(one: Run, chosen: list[str], wrong: list[str]) -> int:
+    """Run the jobs, print the table and the last line; returns the exit code."""
+    started = time.monotonic()
+    inside = one.undisturbed()
+    seconds = time.monotonic() - started
+    one.say(f"undisturbed: {seconds:.0f} s; from inside a pod: {'; '.join(inside) or 'nothing that it must not'}")
+    results = []
+    for name in chosen:
+        result = one.suffer(name)
+        one.say(f"{name}: {result.seconds:.1f} s, {result.cause} {result.verdict}")
+        results.append(result)
+    left = one.end()
+    one.say(f"uninstalled beside a running job: {'; '.join(left) or 'it trained to its end, and nothing is left'}")
+    wrong = [*wrong, *inside, *left]
+    print(f"\n  {'fault':26} {'to the next step':>16}  {'the ledger says':44} verdict")
+    for result in results:
+        print(f"  {result.name:26} {result.seconds:>14.1f} s  {result.cause:44} {result.verdict}")
+    for sentence in wrong:
+        print(f"  wrong: {sentence}")
+    num_wrong = len(wrong) + sum(bool(result.wrong) for result in results)
+    finite = [result.seconds for result in results if math.isfinite(result.seconds)]
+    median = round(statistics.median(finite), 1) if finite else None
+    print(json.dumps({"faults": len(results), "wrong": num_wrong, "median_recovery_seconds": median}))
+    return 1 if num_wrong else 0

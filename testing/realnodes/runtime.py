@@ -1,0 +1,95 @@
+"""What real nodes run on beside the kubelet: containerd, runc and CNI plugins, from the machine's Debian packages.
+
+They are unpacked into the cache, not installed: nothing of them starts by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from testing.controlplane.build import Say, cache_folder
+
+PACKAGES = ("containerd", "runc", "containernetworking-plugins")
+TOOLS = ("ip", "iptables", "nsenter", "unshare", "buildah", "debootstrap", "apt-get", "dpkg", "gcc")
+"""Programs of the machine that are used as they are."""
+
+
+class MissingError(RuntimeError):
+    """Something is not to be had on this machine; the message says what, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where the programs are."""
+
+    root: Path
+
+    @property
+    def containerd(self) -> Path:
+        return self.root / "usr/bin/containerd"
+
+    @property
+    def ctr(self) -> Path:
+        return self.root / "usr/bin/ctr"
+
+    @property
+    def runc(self) -> Path:
+        return self.root / "usr/sbin/runc"
+
+    @property
+    def cni(self) -> Path:
+        return self.root / "usr/lib/cni"
+
+    @property
+    def shims(self) -> Path:
+        return self.root / "usr/bin"
+
+
+def check_machine() -> None:
+    """Raise MissingError where this machine cannot run nodes."""
+    if os.geteuid() != 0:
+        raise MissingError("real nodes need root: namespaces, mounts and cgroups are theirs to make")
+    check_tools(TOOLS)
+    own = ("--net", "--pid", "--mount", "--uts", "--ipc", "--fork")
+    refused = subprocess.run(["unshare", *own, "true"], capture_output=True, text=True, check=False)
+    if refused.returncode != 0:
+        raise MissingError(f"this machine gives no namespaces to its root: {refused.stderr.strip()}")
+    memory = Path("/sys/fs/cgroup/memory")
+    if not memory.is_dir() or not os.access(memory, os.W_OK):
+        raise MissingError("runc of this release needs cgroup v1 hierarchies that root may write to")
+
+
+def check_tools(tools: Sequence[str]) -> None:
+    """Raise MissingError where one of them is not on PATH."""
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        raise MissingError(
+            f"not on PATH: {', '.join(missing)}; on Debian: apt-get install buildah debootstrap iptables"
+        )
+
+
+def ensure_runtime(say: Say) -> Runtime:
+    """Unpack the packages once."""
+    target = cache_folder().parent / "realnodes" / "runtime"
+    if not (target / "usr/bin/containerd").exists():
+        say(f"unpacking {', '.join(PACKAGES)}")
+        partial = target.with_name("runtime.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _run("apt-get", "-qq", "download", *PACKAGES, cwd=partial)
+        for package in partial.glob("*.deb"):
+            _run("dpkg", "-x", str(package), str(partial))
+            package.unlink()
+        partial.rename(target)
+    return Runtime(target)
+
+
+def _run(*command: str, cwd: Path | None = None) -> None:
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise MissingError(f"{' '.join(command)} failed: {result.stderr}")

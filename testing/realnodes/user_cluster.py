@@ -1,0 +1,112 @@
+"""A cluster of the user's, by KUBECONFIG: what can be tried there without touching its machines.
+
+Needs FINETUNE_OPERATOR_IMAGE and FINETUNE_TRAINER_IMAGE (name:tag, where its nodes can pull from), and a storage class
+that many nodes can write to: the default one, or FINETUNE_STORAGE_CLASS. Everything is made in namespaces of its own,
+and removed in the end; what a run left that was killed, the next one removes. Nodes are drained and tainted: nobody
+else is to need the cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from testing.controlplane.build import Say
+from testing.controlplane.server import KubectlError
+from testing.realnodes.names import CLUSTER_KINDS, CRD, FAULT_TAINT, HOME, OF_CHART, OURS, TEAM
+
+REMOVAL_SECONDS = 240.0
+
+
+class RefusedError(RuntimeError):
+    """This cluster, or what was given for it, will not do; the message says why, and what to give instead."""
+
+
+@dataclass(frozen=True)
+class UserCluster:
+    """kubectl with the user's own kubeconfig."""
+
+    program: Path
+    kubeconfig: Path
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = 60.0) -> str:
+        """What it prints; raises KubectlError where it fails."""
+        result = subprocess.run(
+            [str(self.program), *arguments],
+            env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
+            input=stdin or "",
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+        if result.returncode != 0:
+            raise KubectlError(arguments, result.returncode, result.stderr)
+        return result.stdout
+
+    def begin(self, say: Say) -> None:
+        """Remove what an earlier run left; raises RefusedError where something is in the way that is not ours."""
+        try:
+            self.kubectl("get", "namespaces", "--output=name", timeout_seconds=20)
+        except (KubectlError, subprocess.TimeoutExpired) as error:
+            raise RefusedError(f"KUBECONFIG: no administrator of a cluster that answers: {error}") from None
+        if foreign := list(self._foreign()):
+            raise RefusedError(
+                f"{', '.join(foreign)}: in this cluster already, and not made by this test, which makes and removes"
+                " these: uninstall the operator there (deleting the CRD removes its jobs, too), or give another cluster"
+            )
+        self.remove_all(say)
+
+    def remove_all(self, say: Say) -> None:
+        """Remove what a run has made and not removed itself; returns when it is gone."""
+        if not (there := self._there()):
+            return
+        say(f"removing {', '.join(there)}")
+        for node in self._names("nodes", f"--selector={OURS}"):
+            self.kubectl("uncordon", node)
+            self.kubectl("label", node, f"{OURS}-")
+        for node in self._tainted():
+            self.kubectl("taint", "node", node.removeprefix("node/"), f"{FAULT_TAINT}-")
+        self.kubectl("delete", CLUSTER_KINDS, f"--selector={OF_CHART}")
+        ours = self._names(f"namespace/{HOME}", f"namespace/{TEAM}", CRD)
+        if ours:
+            self.kubectl("delete", *ours, f"--timeout={REMOVAL_SECONDS:.0f}s", timeout_seconds=REMOVAL_SECONDS + 20)
+
+    def _there(self) -> list[str]:
+        found = self._names(f"namespace/{HOME}", f"namespace/{TEAM}", CRD)
+        found += self._names(CLUSTER_KINDS, f"--selector={OF_CHART}")
+        return [*found, *self._names("nodes", f"--selector={OURS}"), *self._tainted()]
+
+    def _names(self, *what: str) -> list[str]:
+        return self.kubectl("get", *what, "--ignore-not-found", "--output=name").split()
+
+    def _tainted(self) -> list[str]:
+        nodes = json.loads(self.kubectl("get", "nodes", "--output=json"))["items"]
+        return [
+            f"node/{node['metadata']['name']}"
+            for node in nodes
+            if any(taint["key"] == FAULT_TAINT for taint in node["spec"].get("taints", []))
+        ]
+
+    def _foreign(self) -> Iterator[str]:
+        """What has a name of ours and was not made by this test."""
+        for thing in (f"namespace/{HOME}", f"namespace/{TEAM}", CRD):
+            found = self.kubectl("get", thing, "--ignore-not-found", "--output=json")
+            if not found.strip():
+                continue
+            metadata = json.loads(found)["metadata"]
+            release = metadata.get("annotations", {}).get("meta.helm.sh/release-namespace")
+            if OURS not in metadata.get("labels", {}) and release != HOME:
+                yield thing
+
+
+def image_from(variable: str) -> str:
+    """An image that the user has pushed."""
+    image = os.environ.get(variable, "")
+    if ":" not in image.rpartition("/")[2]:
+        raise RefusedError(f"{variable}: give name:tag of an image that the nodes can pull (make image-operator, ...)")
+    return image

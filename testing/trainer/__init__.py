@@ -1,0 +1,1 @@
+"""Tiny models, data sets and real rank processes."""

@@ -1,0 +1,70 @@
+"""The methods with settings for the tiny bases: the table that the tests of all methods run through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune_contract.spec import ModelSpec, TrainingSpec
+from finetune_trainer.data.batches import SIZES, Batch
+from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.methods.method import Method, MethodContext
+from finetune_trainer.methods.registry import method_class
+from finetune_trainer.models.base import open_base
+from testing.trainer import tiny
+
+CPU = torch.device("cpu")
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LoRA": {"method": "LoRA", "lora": {"rank": 2, "alpha": 6}},
+    "LoRA, text": {"method": "LoRA", "lora": {"rank": 2, "trainTextEncoder": True, "useDora": True}},
+    "Full": {"method": "Full"},
+    "DreamBooth": {
+        "method": "DreamBooth",
+        "dreambooth": {"instancePrompt": "sks", "classPrompt": "dog", "numClassImages": 3, "priorLossWeight": 0.5},
+    },
+    "DreamBooth, text": {
+        "method": "DreamBooth",
+        "dreambooth": {"instancePrompt": "sks", "trainTextEncoder": True},
+    },
+    "DreamBoothLoRA": {
+        "method": "DreamBoothLoRA",
+        "lora": {"rank": 2},
+        "dreambooth": {"instancePrompt": "sks", "classPrompt": "dog", "numClassImages": 3},
+    },
+    "TextualInversion": {
+        "method": "TextualInversion",
+        "textualInversion": {"placeholderToken": "<cat>", "initializerToken": "a", "numVectors": 2},
+    },
+    "ControlNet": {"method": "ControlNet"},
+}
+
+
+def make_method(base: Path, name: str, dtype: torch.dtype = torch.float32, **training: Any) -> Method:
+    """A method on a tiny base, as a rank makes it."""
+    spec = TrainingSpec.model_validate({**SETTINGS[name], **training})
+    context = MethodContext(open_base(ModelSpec(base=str(base))), spec, Draws(0), CPU, dtype)
+    return method_class(spec.method)(context)
+
+
+def make_batch(family: str, seed: int = 0, count: int = 3, caption: str = "") -> Batch:
+    """A batch of random numbers as the family takes them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    latents, noise = normal(2, count, 4, 8, 8)
+    timesteps = torch.randint(1000, (count,), generator=generator)
+    width = 2 * tiny.WIDTH if family == "sdxl" else tiny.WIDTH
+    text = {
+        "hidden": normal(count, tiny.NUM_TOKENS, width),
+        "pooled": normal(count, tiny.WIDTH),
+        SIZES: torch.tensor([[20, 24, 0, number, 16, 16] for number in range(count)], dtype=torch.float32),
+    }
+    captions = tuple(caption or f"word {number}" for number in range(count))
+    conditioning = torch.rand((count, 3, 16, 16), generator=generator)
+    return Batch(latents, noise, timesteps, captions, text, conditioning=conditioning)

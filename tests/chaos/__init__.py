@@ -1,0 +1,1 @@
+"""Kill tests: real processes are killed at random or chosen moments, and the weights are compared."""

@@ -1,0 +1,81 @@
+"""Where pods go: near each other or apart, on spot nodes or on any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_operator.manifests import build_pod
+from finetune_operator.manifests.placement import SPOT_LABELS
+from finetune_operator.settings import Settings
+from tests.plan.harness import make_job
+
+GPU = {"accelerator": "gpu", "nodes": 2}
+CPU = {"accelerator": "cpu", "nodes": 2}
+GPU_TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+SIBLINGS = {"matchLabels": {"finetune-operator.io/job": "circles"}}
+
+
+def spec_of(**spec: Any) -> dict[str, Any]:
+    found: dict[str, Any] = build_pod(make_job(**spec), 1, 0, Settings())["spec"]
+    return found
+
+
+def test_gpu_pods_want_to_be_in_one_zone() -> None:
+    spec = spec_of(topology=GPU)
+    (wish,) = spec["affinity"].pop("podAffinity")["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert wish["podAffinityTerm"] == {"labelSelector": SIBLINGS, "topologyKey": "topology.kubernetes.io/zone"}
+    assert spec["affinity"] == {}
+    assert "topologySpreadConstraints" not in spec
+    assert spec["tolerations"] == [GPU_TOLERATION]
+
+
+def test_cpu_pods_want_to_be_on_different_nodes() -> None:
+    spec = spec_of(topology=CPU)
+    (constraint,) = spec["topologySpreadConstraints"]
+    assert constraint == {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": SIBLINGS,
+    }
+    assert not {"affinity", "tolerations"} & spec.keys()
+
+
+@pytest.mark.parametrize("topology", [{"accelerator": "cpu"}, {"accelerator": "gpu", "nodes": 1}])
+def test_a_single_pod_has_nothing_to_be_near_to(topology: dict[str, Any]) -> None:
+    assert not {"affinity", "topologySpreadConstraints"} & spec_of(topology=topology).keys()
+
+
+def test_the_selector_finds_the_pods_of_the_job() -> None:
+    pod = build_pod(make_job(topology=GPU), 2, 1, Settings())
+    assert SIBLINGS["matchLabels"].items() <= pod["metadata"]["labels"].items()
+
+
+def test_spot_nodes_of_any_provider_are_asked_for_and_their_taints_tolerated() -> None:
+    spec = spec_of(topology=GPU, recovery={"spot": {}})
+    required = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    asked = {}
+    for term in required["nodeSelectorTerms"]:
+        (expression,) = term["matchExpressions"]
+        assert expression["operator"] == "In"
+        (asked[expression["key"]],) = expression["values"]
+    assert asked == dict(SPOT_LABELS)
+    assert spec["tolerations"][0] == GPU_TOLERATION
+    assert {toleration["key"]: toleration["value"] for toleration in spec["tolerations"][1:]} == asked
+    assert "podAffinity" in spec["affinity"]
+
+
+def test_a_pod_template_has_the_last_word() -> None:
+    template = {
+        "spec": {
+            "affinity": {"nodeAffinity": None},
+            "tolerations": [{"key": "mine", "operator": "Exists"}],
+            "topologySpreadConstraints": [{"topologyKey": "kubernetes.io/hostname", "$patch": "delete"}],
+        }
+    }
+    spec = spec_of(topology=CPU, recovery={"spot": {}}, podTemplate=template)
+    assert spec["affinity"] == {}
+    assert spec["tolerations"] == [{"key": "mine", "operator": "Exists"}]
+    assert spec["topologySpreadConstraints"] == []

@@ -1,0 +1,318 @@
+"""The pod manifest: identity, environment, volumes, resources, security, and what a podTemplate may change."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune_contract import environment
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.manifests import build_pod
+from finetune_operator.manifests.merge import MergeError
+from finetune_operator.settings import Settings
+from tests.plan.harness import make_job
+
+SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="finetune-ca")
+CLAIM = {"storage": {"persistentVolumeClaim": {"claimName": "shared"}}}
+
+
+def pod_of(attempt: int = 2, node_rank: int = 1, settings: Settings = SETTINGS, **spec: Any) -> dict[str, Any]:
+    return build_pod(make_job(**spec), attempt, node_rank, settings)
+
+
+def trainer(pod: dict[str, Any]) -> dict[str, Any]:
+    containers = {container["name"]: container for container in pod["spec"]["containers"]}
+    found: dict[str, Any] = containers["trainer"]
+    return found
+
+
+def env_of(pod: dict[str, Any]) -> dict[str, Any]:
+    variables = trainer(pod)["env"]
+    values = {variable["name"]: variable.get("value", variable.get("valueFrom")) for variable in variables}
+    assert len(values) == len(variables)
+    return values
+
+
+def volume(pod: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(volume for volume in pod["spec"]["volumes"] if volume["name"] == name)
+    return found
+
+
+def test_identity() -> None:
+    pod = pod_of()
+    assert (pod["apiVersion"], pod["kind"]) == ("v1", "Pod")
+    assert pod["metadata"]["name"] == pod["spec"]["hostname"] == "circles-a2-n1"
+    assert pod["metadata"]["namespace"] == "default"
+    assert pod["spec"]["subdomain"] == "circles"
+    assert pod["spec"]["restartPolicy"] == "Never"
+    assert pod["metadata"]["labels"] == {
+        "app.kubernetes.io/managed-by": "finetune-operator",
+        "finetune-operator.io/job": "circles",
+        "finetune-operator.io/attempt": "2",
+        "finetune-operator.io/node-rank": "1",
+    }
+    (owner,) = pod["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["name"], owner["uid"]) == ("FineTuneJob", "circles", "1f0c3a2b-0000")
+    assert owner["controller"] is True
+
+
+def test_all_of_the_contracts_environment_is_set() -> None:
+    names = {value for name, value in vars(environment).items() if name.isupper()} - {
+        # Set by the supervisor, by the manifests of some pods, or by nobody but measurements.
+        environment.REPORT_FD,
+        environment.STANDBY,
+        environment.MTBF_SECONDS,
+        environment.FORK_SERVER,
+        environment.MIN_PART_BYTES,
+        # Where checkpoints go to a bucket.
+        environment.BUCKET,
+        environment.S3_ENDPOINT,
+        environment.SCRATCH_DIR,
+    }
+    assert names <= env_of(pod_of()).keys()
+
+
+def test_environment() -> None:
+    topology = {"accelerator": "cpu", "nodes": 3, "processesPerNode": 2}
+    env = env_of(pod_of(topology=topology, recovery={"noticeSeconds": 45}))
+    assert env[environment.ATTEMPT] == "2"
+    assert env[environment.NODE_RANK] == "1"
+    assert (env[environment.NUM_NODES], env[environment.PROCESSES_PER_NODE]) == ("3", "2")
+    assert env[environment.MASTER_ADDR] == "circles-a2-n0.circles.default.svc"
+    assert env[environment.MASTER_PORT] == "29500"
+    assert env[environment.BACKEND] == "gloo"
+    assert env[environment.GRACE_SECONDS] == "45"
+    assert env[environment.CHECKPOINT_DIR] == "/finetune/storage/default/circles-1f0c3a2b"
+    assert env[environment.POD_UID] == {"fieldRef": {"fieldPath": "metadata.uid"}}
+    assert env[environment.COORDINATOR_URL] == "https://coordinator:8443"
+    assert env[environment.COORDINATOR_CA] == "/finetune/token/ca.crt"
+
+
+def test_every_path_of_the_environment_is_mounted() -> None:
+    pod = pod_of()
+    mounts = [mount["mountPath"] for mount in trainer(pod)["volumeMounts"]]
+    for name in (
+        environment.RUN_SPEC,
+        environment.COORDINATOR_TOKEN,
+        environment.COORDINATOR_CA,
+        environment.CHECKPOINT_DIR,
+        environment.CACHE_DIR,
+        "HOME",
+    ):
+        path = env_of(pod)[name]
+        assert any(path == mount or path.startswith(mount + "/") for mount in mounts), name
+    assert env_of(pod)[environment.TERMINATION_LOG] == trainer(pod)["terminationMessagePath"]
+
+
+def test_every_mount_has_its_volume_and_the_other_way_round() -> None:
+    pod = pod_of()
+    mounted = [mount["name"] for mount in trainer(pod)["volumeMounts"]]
+    assert mounted == [volume["name"] for volume in pod["spec"]["volumes"]]
+
+
+@pytest.mark.parametrize(
+    ("storage", "source"),
+    [
+        (None, {"emptyDir": {}}),
+        ({"persistentVolumeClaim": {"claimName": "c"}}, {"persistentVolumeClaim": {"claimName": "c"}}),
+        ({"hostPath": {"path": "/mnt"}}, {"hostPath": {"path": "/mnt", "type": "DirectoryOrCreate"}}),
+        ({"nfs": {"server": "s", "path": "/p"}}, {"nfs": {"server": "s", "path": "/p"}}),
+    ],
+)
+def test_storage(storage: dict[str, Any] | None, source: dict[str, Any]) -> None:
+    checkpoint = {"storage": storage} if storage else {}
+    assert volume(pod_of(checkpoint=checkpoint), "checkpoints") == {"name": "checkpoints", **source}
+
+
+def test_the_authority_is_in_the_jobs_own_config_where_the_operator_keeps_it_there() -> None:
+    pod = pod_of(settings=Settings(coordinator_url="https://coordinator:8443", coordinator_ca_in_run=True))
+    _, ca = volume(pod, "token")["projected"]["sources"]
+    assert ca["configMap"] == {"name": "circles-run", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+    assert env_of(pod)[environment.COORDINATOR_CA] == "/finetune/token/ca.crt"
+
+
+def test_the_cache_is_on_the_storage_unless_there_is_a_claim_for_it() -> None:
+    assert env_of(pod_of())[environment.CACHE_DIR] == "/finetune/storage/.cache"
+    shared = pod_of(settings=Settings(cache_claim="cache"))
+    assert env_of(shared)[environment.CACHE_DIR] == "/finetune/cache"
+    assert volume(shared, "cache")["persistentVolumeClaim"] == {"claimName": "cache"}
+
+
+def test_the_token_is_bound_to_the_coordinator() -> None:
+    token, ca = volume(pod_of(), "token")["projected"]["sources"]
+    assert token["serviceAccountToken"] == {
+        "audience": "finetune-coordinator",
+        "expirationSeconds": 3600,
+        "path": "token",
+    }
+    assert ca["configMap"]["name"] == "finetune-ca"
+    assert pod_of()["spec"]["automountServiceAccountToken"] is False
+
+
+def test_without_a_coordinator_there_is_no_token() -> None:
+    pod = pod_of(settings=Settings())
+    assert "token" not in [volume["name"] for volume in pod["spec"]["volumes"]]
+    assert env_of(pod)[environment.COORDINATOR_TOKEN] == ""
+
+
+@pytest.mark.parametrize(
+    ("topology", "image", "backend", "resources"),
+    [
+        ({"accelerator": "cpu"}, "trainer-cpu", "gloo", {}),
+        ({"accelerator": "cpu", "resources": {"cpu": 8, "memory": "32Gi"}}, "trainer-cpu", "gloo", {"cpu": "8"}),
+        ({"accelerator": "cpu", "cpu": {"backend": "ccl"}}, "trainer-cpu", "ccl", {}),
+        ({"accelerator": "gpu", "processesPerNode": 4}, "trainer-cuda", "nccl", {"nvidia.com/gpu": "4"}),
+        ({"accelerator": "gpu", "resources": {"nvidia.com/gpu": 1}}, "trainer-cuda", "nccl", {"nvidia.com/gpu": "1"}),
+    ],
+)
+def test_topologies(topology: dict[str, Any], image: str, backend: str, resources: dict[str, str]) -> None:
+    pod = pod_of(topology=topology)
+    assert image in trainer(pod)["image"]
+    assert env_of(pod)[environment.BACKEND] == backend
+    asked = trainer(pod)["resources"]
+    assert asked["requests"] == {"cpu": env_of(pod)[environment.PROCESSES_PER_NODE]} | asked.get("limits", {})
+    assert resources.items() <= asked.get("limits", {}).items()
+
+
+def test_cores_are_asked_for_where_nobody_says_how_many() -> None:
+    topology = {"accelerator": "cpu", "processesPerNode": 4, "resources": {"memory": "8Gi"}}
+    assert trainer(pod_of(topology=topology))["resources"] == {
+        "requests": {"memory": "8Gi", "cpu": "4"},
+        "limits": {"memory": "8Gi"},
+    }
+    assert trainer(pod_of(settings=Settings(cores_per_rank=0)))["resources"] == {}
+
+
+@pytest.mark.parametrize(
+    ("topology", "size"),
+    [
+        ({"accelerator": "cpu"}, "4096Mi"),
+        ({"accelerator": "gpu", "processesPerNode": 8}, "32768Mi"),
+        ({"accelerator": "gpu", "resources": {"memory": "64Gi"}}, "32768Mi"),
+        ({"accelerator": "cpu", "resources": {"memory": "1e9"}}, "476Mi"),
+        ({"accelerator": "cpu", "resources": {"memory": 1}}, "1Mi"),
+    ],
+)
+def test_shared_memory_has_a_bound(topology: dict[str, Any], size: str) -> None:
+    shared = volume(pod_of(topology=topology), "shared-memory")
+    assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": size}
+
+
+def test_the_fabrics_environment() -> None:
+    gpu = env_of(pod_of(topology={"accelerator": "gpu"}))
+    assert gpu["NCCL_DEBUG"] == "WARN"
+    # A survivor of a dead peer must live to save.
+    assert (gpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"], gpu["TORCH_NCCL_ENABLE_MONITORING"]) == ("0", "0")
+    ccl = env_of(pod_of(topology={"accelerator": "cpu", "processesPerNode": 2, "cpu": {"backend": "ccl"}}))
+    assert (ccl["CCL_PROCESS_LAUNCHER"], ccl["CCL_LOCAL_SIZE"], ccl["FI_PROVIDER"]) == ("none", "2", "tcp")
+    assert not [name for name in env_of(pod_of()) if name.startswith(("NCCL", "CCL"))]
+
+
+def test_restricted_pod_security() -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
+    pod = pod_of(checkpoint=CLAIM)
+    assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+    assert pod["spec"]["securityContext"]["runAsUser"] > 0
+    assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert trainer(pod)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "projected"}
+    assert {key for volume in pod["spec"]["volumes"] for key in volume} - {"name"} <= allowed
+
+
+def test_grace_secrets_and_priority() -> None:
+    pod = pod_of(recovery={"noticeSeconds": 45}, secrets=[{"name": "hub"}], priorityClassName="high")
+    assert pod["spec"]["terminationGracePeriodSeconds"] == 45
+    assert trainer(pod)["envFrom"] == [{"secretRef": {"name": "hub"}}]
+    assert pod["spec"]["priorityClassName"] == "high"
+    assert "envFrom" not in trainer(pod_of())
+    assert "priorityClassName" not in pod_of()["spec"]
+
+
+def test_a_pod_template_is_laid_over() -> None:
+    template = {
+        "metadata": {"labels": {"team": "vision"}, "annotations": {"a": "b"}},
+        "spec": {
+            "nodeSelector": {"zone": "a"},
+            "tolerations": [{"key": "spot"}],
+            "volumes": [{"name": "scratch", "ephemeral": {}}, {"name": "data", "persistentVolumeClaim": {}}],
+            "containers": [
+                {"name": "trainer", "image": "mine", "env": [{"name": "HOME", "value": "/home/me"}]},
+                {"name": "sidecar", "image": "s"},
+            ],
+        },
+    }
+    pod = pod_of(podTemplate=template)
+    assert pod["metadata"]["labels"]["team"] == "vision"
+    assert pod["metadata"]["annotations"] == {"a": "b"}
+    assert pod["spec"]["nodeSelector"] == {"zone": "a"}
+    assert trainer(pod)["image"] == "mine"
+    assert trainer(pod)["command"] == ["finetune-supervisor"]
+    assert env_of(pod)["HOME"] == "/home/me"
+    assert env_of(pod)[environment.ATTEMPT] == "2"
+    assert volume(pod, "scratch") == {"name": "scratch", "ephemeral": {}}
+    assert [container["name"] for container in pod["spec"]["containers"]] == ["trainer", "sidecar"]
+
+
+def test_a_pod_template_cannot_make_it_another_pod() -> None:
+    template = {
+        "metadata": {
+            "name": "other",
+            "namespace": "kube-system",
+            "labels": {"finetune-operator.io/attempt": "9", "finetune-operator.io/job": None},
+            "ownerReferences": [],
+        },
+        "spec": {"hostname": "other", "subdomain": None, "restartPolicy": "Always"},
+    }
+    assert pod_of(podTemplate=template) == pod_of()
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({"containers": [{"name": "trainer", "image": "mine"}]}, "containers is no field of a PodTemplateSpec; write"),
+        (
+            {"spec": {"containers": [{"name": "trainer", "$patch": "delete"}]}},
+            "takes the container trainer away; leave",
+        ),
+        ({"spec": {"containers": "trainer"}}, "takes the container trainer away"),
+        ({"spec": {"containers": None}}, "takes the container trainer away"),
+        ({"spec": {"$patch": "replace", "containers": [{"image": "mine"}, "trainer"]}}, "takes the container trainer"),
+        ({"spec": "nodeSelector"}, "takes the container trainer away"),
+        ({"spec": {"$patch": "replace", "containers": [{"name": "other"}]}}, "takes the container trainer away"),
+    ],
+)
+def test_a_pod_template_that_leaves_no_trainer_is_refused(template: dict[str, Any], words: str) -> None:
+    with pytest.raises(MergeError, match=words):
+        pod_of(podTemplate=template)
+
+
+def test_a_manifest_is_the_same_every_time_and_plain_json() -> None:
+    job: FineTuneJob = make_job(checkpoint=CLAIM)
+    one, other = (build_pod(job, 1, 0, SETTINGS) for _ in range(2))
+    assert json.dumps(one) == json.dumps(other)
+    assert job == make_job(checkpoint=CLAIM)
+
+
+def test_a_bucket_is_named_in_the_environment_and_the_disk_is_the_pods_own() -> None:
+    bucket = {"url": "s3://models/runs/", "endpoint": "https://s3.example.com"}
+    pod = pod_of(checkpoint={"storage": {"bucket": bucket}})
+    env = env_of(pod)
+    assert env[environment.BUCKET] == "s3://models/runs/default/circles-1f0c3a2b"
+    assert env[environment.S3_ENDPOINT] == "https://s3.example.com"
+    assert volume(pod, "checkpoints")["emptyDir"] == {}
+    public = env_of(pod_of(checkpoint={"storage": {"bucket": {"url": "gs://models"}}}))
+    assert public[environment.BUCKET] == "gs://models/default/circles-1f0c3a2b"
+    assert environment.S3_ENDPOINT not in public
+
+
+def test_scratch_is_a_disk_of_the_node() -> None:
+    pod = pod_of(checkpoint={**CLAIM, "scratch": {"sizeLimit": "50Gi"}})
+    assert volume(pod, "node-disk")["emptyDir"] == {"sizeLimit": "50Gi"}
+    assert env_of(pod)[environment.SCRATCH_DIR] == "/finetune/scratch/default/circles-1f0c3a2b"
+    assert volume(pod_of(checkpoint={**CLAIM, "scratch": {}}), "node-disk")["emptyDir"] == {}

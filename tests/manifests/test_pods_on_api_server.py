@@ -1,0 +1,138 @@
+"""A real API server takes every kind of pod, in a namespace that enforces the restricted Pod Security Standard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.manifests import build_config, build_pod, build_service, num_nodes
+from finetune_operator.manifests.placement import SPOT_LABELS
+from finetune_operator.settings import Settings
+from testing.controlplane.api import Api, ApiError
+from testing.controlplane.process import wait_for
+from testing.controlplane.server import ControlPlane
+from tests.plan.harness import make_job
+
+SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="ca", cache_claim="cache")
+STORAGE = {"storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}}}
+WAIT_SECONDS = 60.0
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gpu": {"topology": {"accelerator": "gpu"}},
+    "gpu, several nodes": {
+        "topology": {
+            "accelerator": "gpu",
+            "nodes": 2,
+            "processesPerNode": 8,
+            "resources": {"cpu": 32, "memory": "256Gi", "rdma/hca": 1},
+        }
+    },
+    "cpu, gloo": {"topology": {"accelerator": "cpu", "nodes": 2}},
+    "cpu, ccl": {
+        "topology": {
+            "accelerator": "cpu",
+            "nodes": 2,
+            "processesPerNode": 2,
+            "resources": {"cpu": "7500m", "memory": "1.5Gi"},
+            "cpu": {"backend": "ccl"},
+        }
+    },
+    "spot": {"topology": {"accelerator": "gpu", "nodes": 2}, "recovery": {"spot": {}, "noticeSeconds": 25}},
+    "secrets and priority": {
+        "secrets": [{"name": "hub"}],
+        "priorityClassName": "system-node-critical",
+    },
+    "podTemplate": {
+        "topology": {"accelerator": "cpu", "nodes": 2},
+        "recovery": {"spot": {}},
+        "podTemplate": {
+            "metadata": {"labels": {"team": "art"}, "annotations": {"example.com/a": "b"}},
+            "spec": {
+                "nodeSelector": {"disk": "fast"},
+                "tolerations": [{"key": "mine", "operator": "Exists"}],
+                "imagePullSecrets": [{"name": "registry"}],
+                "topologySpreadConstraints": [{"topologyKey": "kubernetes.io/hostname", "maxSkew": 2}],
+                "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}],
+                "containers": [
+                    {
+                        "name": "trainer",
+                        "image": "mine",
+                        "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+                        "volumeMounts": [{"name": "data", "mountPath": "/data"}],
+                    }
+                ],
+            },
+        },
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def restricted(control_plane: ControlPlane) -> str:
+    """A namespace that refuses pods which are not restricted."""
+    enforced = {
+        "pod-security.kubernetes.io/enforce": "restricted",
+        "pod-security.kubernetes.io/enforce-version": "latest",
+    }
+    return control_plane.create_namespace("restricted-pods", enforced)
+
+
+def job_in(namespace: str, **spec: Any) -> FineTuneJob:
+    job = make_job(**{"checkpoint": STORAGE} | spec)
+    return job.model_copy(update={"metadata": job.metadata.model_copy(update={"namespace": namespace})})
+
+
+def dry_run(api: Api, manifest: dict[str, Any]) -> Any:
+    """Have an object admitted and validated; nothing is stored."""
+    plural = {"Pod": "pods", "Service": "services", "ConfigMap": "configmaps"}[manifest["kind"]]
+    path = f"/api/v1/namespaces/{manifest['metadata']['namespace']}/{plural}?dryRun=All&fieldValidation=Strict"
+    return api.create(path, manifest)
+
+
+@pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_object_of_a_job_is_taken(control_plane: ControlPlane, restricted: str, spec: dict[str, Any]) -> None:
+    job = job_in(restricted, **spec)
+    for manifest in (build_service(job, SETTINGS), build_config(job)):
+        dry_run(control_plane.api, manifest)
+    for node_rank in range(num_nodes(job.spec)):
+        pod = build_pod(job, 1, node_rank, SETTINGS)
+        taken = dry_run(control_plane.api, pod)
+        # What we say of it is what is stored, and not something that an admission plugin thought better.
+        for field in ("hostname", "subdomain", "affinity", "topologySpreadConstraints", "securityContext"):
+            assert taken["spec"].get(field) == pod["spec"].get(field)
+        assert taken["spec"]["terminationGracePeriodSeconds"] == job.spec.recovery.notice_seconds
+
+
+def test_a_folder_of_the_node_is_more_than_restricted_pods_may_have(
+    control_plane: ControlPlane, restricted: str
+) -> None:
+    """So the namespace does enforce it, and claims or NFS are what such a cluster needs."""
+    job = job_in(restricted, checkpoint={"storage": {"hostPath": {"path": "/mnt"}}})
+    with pytest.raises(ApiError, match='violates PodSecurity "restricted:latest": restricted volume types'):
+        dry_run(control_plane.api, build_pod(job, 1, 0, SETTINGS))
+
+
+@pytest.fixture(params=SPOT_LABELS, ids=lambda label: str(label[0]))
+def spot_node(control_plane: ControlPlane, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A provider's spot node beside one that is none."""
+    key, value = request.param
+    (plain,) = control_plane.add_nodes(1, prefix="plain")
+    taint = {"key": key, "value": value, "effect": "NoSchedule"}
+    (spot,) = control_plane.add_nodes(1, prefix="spot", labels={key: value}, taints=[taint])
+    yield spot
+    control_plane.delete_nodes([plain, spot])
+
+
+def test_a_spot_job_goes_to_spot_nodes(control_plane: ControlPlane, namespace: str, spot_node: str) -> None:
+    job = job_in(namespace, recovery={"spot": {}}, checkpoint={})
+    api, path = control_plane.api, f"/api/v1/namespaces/{namespace}/pods"
+    for node_rank in range(2):
+        api.create(path, build_pod(job, 1, node_rank, Settings()))
+
+    def nodes() -> set[str]:
+        return {pod["spec"].get("nodeName") for pod in api.get(path)["items"]}
+
+    wait_for("the pods are on the spot node", lambda: nodes() == {spot_node}, WAIT_SECONDS)

@@ -1,0 +1,49 @@
+"""Kubernetes quantities."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_operator.api.rules.forms import QUANTITY
+from finetune_operator.manifests.resources import parse_quantity
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("8", 8),
+        ("+8", 8),
+        ("500m", Decimal("0.5")),
+        ("1.5", Decimal("1.5")),
+        (".5Gi", 2**29),
+        ("1.", 1),
+        ("32Gi", 32 * 2**30),
+        ("32G", 32 * 10**9),
+        ("64Ki", 2**16),
+        ("1k", 1000),
+        ("1E", 10**18),
+        ("1Ei", 2**60),
+        ("1e3", 1000),
+        ("1E3", 1000),
+        ("12e-1", Decimal("1.2")),
+        ("100n", Decimal("1e-7")),
+    ],
+)
+def test_quantities(text: str, value: Decimal | int) -> None:
+    assert parse_quantity(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "Gi", "32GB", "-1", "1 Gi", "1K", "1e", "ten"])
+def test_what_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a Kubernetes quantity; write"):
+        parse_quantity(text)
+
+
+@given(st.from_regex(QUANTITY, fullmatch=True).filter(lambda text: re.fullmatch(QUANTITY, text.strip())))
+def test_what_the_rules_take_can_be_read(text: str) -> None:
+    assert parse_quantity(text.strip()) >= 0

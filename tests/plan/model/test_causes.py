@@ -1,0 +1,220 @@
+"""The table of causes: for each thing that can be seen of a pod, the reason, what it counts as, and who is blamed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.heartbeat import RankEnd, Termination
+from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.plan import plan
+from finetune_operator.plan.model.causes import Cause, find_cause
+from finetune_operator.plan.model.types import ObservedNode, PodPhase
+from finetune_operator.plan.model.view import View
+from tests.plan.harness import START, World, last_words, seconds
+
+PREEMPTION, FAILURE = CountsAs.PREEMPTION, CountsAs.FAILURE
+
+
+def cause_of(world: World) -> Cause | None:
+    return find_cause(View(world.job, world.observed(), world.now, world.settings), gang_complete=True)
+
+
+ONE_POD = [
+    ({"disruption": "PreemptionByScheduler"}, Reason.PREEMPTION_BY_SCHEDULER, PREEMPTION),
+    ({"disruption": "DeletionByTaintManager"}, Reason.DELETION_BY_TAINT_MANAGER, PREEMPTION),
+    ({"disruption": "EvictionByEvictionAPI"}, Reason.EVICTION_BY_EVICTION_API, PREEMPTION),
+    ({"disruption": "DeletionByPodGC"}, Reason.DELETION_BY_POD_GC, PREEMPTION),
+    ({"disruption": "TerminationByKubelet"}, Reason.TERMINATION_BY_KUBELET, PREEMPTION),
+    ({"disruption": "SomethingNew"}, Reason.PREEMPTED, PREEMPTION),
+    ({"disruption": "TerminationByKubelet", "exit_code": 137}, Reason.TERMINATION_BY_KUBELET, PREEMPTION),
+    ({"disruption": "TerminationByKubelet", "reason": "Evicted"}, Reason.TERMINATION_BY_KUBELET, PREEMPTION),
+    ({"reason": "Shutdown"}, Reason.TERMINATION_BY_KUBELET, PREEMPTION),
+    ({"reason": "Preempting"}, Reason.TERMINATION_BY_KUBELET, PREEMPTION),
+    ({"reason": "NodeLost"}, Reason.NODE_LOST, PREEMPTION),
+    ({"deleted_at": START}, Reason.POD_DELETED, PREEMPTION),
+    ({"deleted_at": START, "exit_code": 137}, Reason.POD_DELETED, PREEMPTION),
+    ({"exit_code": ExitCode.SAVED}, Reason.NOTICE_SAVED, PREEMPTION),
+    ({"exit_code": 143}, Reason.PREEMPTED, PREEMPTION),
+    ({"exit_code": 137, "reason": "OOMKilled"}, Reason.OUT_OF_MEMORY, FAILURE),
+    ({"exit_code": 137}, Reason.PROCESS_FAILED, FAILURE),
+    ({"exit_code": 1}, Reason.PROCESS_FAILED, FAILURE),
+    ({"exit_code": ExitCode.SOFTWARE}, Reason.PROCESS_FAILED, FAILURE),
+    ({"exit_code": ExitCode.CONFIG}, Reason.CONFIGURATION_ERROR, FAILURE),
+    ({"exit_code": ExitCode.DATA}, Reason.DATA_ERROR, FAILURE),
+    ({"exit_code": ExitCode.STORAGE}, Reason.STORAGE_ERROR, FAILURE),
+    ({"exit_code": ExitCode.STALE}, Reason.CHECKPOINT_STALE, FAILURE),
+    ({"exit_code": ExitCode.FABRIC}, Reason.FABRIC_ERROR, FAILURE),
+    ({"exit_code": ExitCode.SUPERSEDED}, Reason.SUPERSEDED, None),
+    ({"reason": "Evicted"}, Reason.EVICTED, FAILURE),
+    ({"reason": "UnexpectedAdmissionError"}, Reason.PROCESS_FAILED, FAILURE),
+]
+
+
+@pytest.mark.parametrize(("seen", "reason", "counts_as"), ONE_POD)
+def test_one_pod(seen: dict[str, Any], reason: Reason, counts_as: CountsAs | None) -> None:
+    world = World().running()
+    ended = "exit_code" in seen or "reason" in seen
+    world.change(1, phase=PodPhase.FAILED if ended else PodPhase.RUNNING, **seen)
+    cause = cause_of(world)
+    assert cause is not None
+    assert (cause.reason, cause.counts_as) == (reason, counts_as)
+    assert (cause.rank, cause.pod, cause.node) == (1, "circles-a1-n1", "node-1")
+    assert cause.exit_code == seen.get("exit_code")
+
+
+@pytest.mark.parametrize("phase", [PodPhase.PENDING, PodPhase.RUNNING, PodPhase.SUCCEEDED, PodPhase.UNKNOWN])
+def test_nothing_is_wrong(phase: PodPhase) -> None:
+    world = World().running()
+    world.change(0, phase=phase)
+    assert cause_of(world) is None
+
+
+def test_a_pod_that_did_all_is_no_cause_whatever_befalls_it() -> None:
+    world = World().running()
+    world.change(0, phase=PodPhase.SUCCEEDED, exit_code=0, deleted_at=START, disruption="DeletionByTaintManager")
+    assert cause_of(world) is None
+
+
+def test_a_pod_missing_from_a_complete_gang_is_lost() -> None:
+    world = World().running()
+    world.vanish("circles-a1-n0")
+    cause = cause_of(world)
+    assert cause is not None
+    assert (cause.reason, cause.counts_as, cause.rank) == (Reason.POD_LOST, PREEMPTION, 0)
+    assert find_cause(View(world.job, world.observed(), world.now, world.settings), gang_complete=False) is None
+
+
+PAIRS = [
+    # (rank 0, rank 1, rank to blame, reason)
+    ({"exit_code": ExitCode.FABRIC}, {"exit_code": 1}, 1, Reason.PROCESS_FAILED),
+    ({"exit_code": ExitCode.FABRIC}, {"disruption": "DeletionByTaintManager"}, 1, Reason.DELETION_BY_TAINT_MANAGER),
+    ({"exit_code": ExitCode.FABRIC}, None, 1, Reason.POD_LOST),
+    ({"exit_code": 1}, None, 1, Reason.POD_LOST),
+    ({"exit_code": ExitCode.SAVED}, {"disruption": "EvictionByEvictionAPI"}, 1, Reason.EVICTION_BY_EVICTION_API),
+    ({"exit_code": ExitCode.SAVED}, {"exit_code": 1}, 1, Reason.PROCESS_FAILED),
+    ({"exit_code": ExitCode.SAVED}, {"exit_code": ExitCode.FABRIC}, 0, Reason.NOTICE_SAVED),
+    ({"disruption": "TerminationByKubelet"}, {"exit_code": 1}, 0, Reason.TERMINATION_BY_KUBELET),
+    ({"disruption": "TerminationByKubelet"}, {"exit_code": ExitCode.DATA}, 1, Reason.DATA_ERROR),
+    ({"exit_code": ExitCode.FABRIC}, {"exit_code": ExitCode.FABRIC}, 0, Reason.FABRIC_ERROR),
+    ({"exit_code": 1}, {"exit_code": 1}, 0, Reason.PROCESS_FAILED),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "rank", "reason"), PAIRS)
+def test_two_pods(first: dict[str, Any], second: dict[str, Any] | None, rank: int, reason: Reason) -> None:
+    world = World().running()
+    for node_rank, seen in enumerate((first, second)):
+        if seen is None:
+            world.vanish(world.pod(node_rank).name)
+        else:
+            world.change(node_rank, phase=PodPhase.FAILED if "exit_code" in seen else PodPhase.RUNNING, **seen)
+    cause = cause_of(world)
+    assert cause is not None
+    assert (cause.rank, cause.reason) == (rank, reason)
+
+
+def test_of_two_failures_the_first_to_end_is_the_cause() -> None:
+    world = World().running()
+    world.exit(0, 1)
+    world.exit(1, 1)
+    world.change(1, finished_at=world.now - seconds(1))
+    cause = cause_of(world)
+    assert cause is not None
+    assert cause.rank == 1
+
+
+def test_last_words_and_rank_come_from_the_supervisor() -> None:
+    world = World().running()
+    world.exit(1, 1, termination=last_words(1, 1, "RuntimeError: bad", rank=7))
+    cause = cause_of(world)
+    assert cause is not None
+    assert (cause.rank, cause.last_words) == (7, "RuntimeError: bad")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory.",
+        "MemoryError",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory",
+        "OSError: [Errno 12] Cannot allocate memory",
+    ],
+)
+def test_memory_that_ran_out_is_known_by_its_words(words: str) -> None:
+    world = World().running()
+    world.exit(1, ExitCode.SOFTWARE, termination=last_words(1, ExitCode.SOFTWARE, words))
+    cause = cause_of(world)
+    assert cause is not None
+    assert cause.reason is Reason.OUT_OF_MEMORY
+
+
+def test_a_beat_tells_of_an_end_before_the_pod_does() -> None:
+    world = World().running()
+    world.beat(1, step=3, ends=(RankEnd(rank=1, exit_code=1, last_words="ValueError"),))
+    cause = cause_of(world)
+    assert cause is not None
+    assert (cause.reason, cause.exit_code, cause.last_words) == (Reason.PROCESS_FAILED, 1, "ValueError")
+
+
+def test_a_beat_tells_of_a_notice_before_the_pod_does() -> None:
+    world = World().running()
+    world.beat(1, step=3, notice=True)
+    cause = cause_of(world)
+    assert cause is not None
+    assert (cause.reason, cause.consequence) == (Reason.PREEMPTED, True)
+
+
+def test_pods_and_beats_of_an_older_attempt_are_no_cause() -> None:
+    world = World().running()
+    old = replace(world.pod(0), name="circles-a0-n0", uid="old", attempt=0, phase=PodPhase.FAILED, exit_code=1)
+    world.pods[old.name] = old
+    assert cause_of(world) is None
+
+
+@pytest.mark.parametrize(
+    ("node", "notice", "reason"),
+    [
+        (None, False, Reason.POD_LOST),
+        (None, True, Reason.PREEMPTED),
+        (ObservedNode(leaving="aws-node-termination-handler/spot-itn"), False, Reason.PREEMPTED),
+        (ObservedNode(lost=True, gone=True), False, Reason.NODE_LOST),
+    ],
+    ids=["unknown", "told to stop", "announced", "gone"],
+)
+def test_a_pod_that_is_gone_before_its_words_are_read(node: ObservedNode | None, notice: bool, reason: Reason) -> None:
+    """What was known of it, or is known of its node, tells more than that it is gone."""
+    world = World().running()
+    world.train_to(5)
+    world.settle()
+    world.beat(1, step=5, restored_step=0, notice=notice)
+    # Its beat outlives it.
+    del world.pods[world.pod(1).name]
+    observed = replace(world.observed(), nodes={"node-1": node} if node else {})
+    entry = plan(world.job, observed, world.now, world.settings).status.attempts[0]
+    assert (entry.reason, entry.counts_as, entry.node) == (reason, CountsAs.PREEMPTION, "node-1")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", Reason.OUT_OF_MEMORY),
+        ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)", Reason.FABRIC_ERROR),
+        ("torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp", Reason.FABRIC_ERROR),
+        ("RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer", Reason.FABRIC_ERROR),
+        ("ConnectionResetError: [Errno 104] Connection reset by peer", Reason.FABRIC_ERROR),
+        ("oneCCL: |CCL_ERROR| worker thread failed", Reason.FABRIC_ERROR),
+        ("KeyError: 'nclc'", Reason.PROCESS_FAILED),
+    ],
+)
+def test_what_a_script_says_of_its_end(words: str, reason: Reason) -> None:
+    """It has no exit codes of ours."""
+    world = World().running()
+    ends = (RankEnd(rank=1, exit_code=1, last_words=words),)
+    world.exit(1, 1, termination=Termination(attempt=1, exit_code=1, ends=ends))
+    cause = cause_of(world)
+    assert cause is not None
+    assert (cause.reason, cause.consequence) == (reason, reason is Reason.FABRIC_ERROR)

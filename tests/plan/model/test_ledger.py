@@ -1,0 +1,107 @@
+"""The ledger: bounded, and exact about lost steps and goodput."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
+from finetune_operator.plan.model import ledger
+from finetune_operator.plan.model.revise import revise
+from tests.plan.harness import START, World
+
+
+def test_only_the_newest_attempts_are_kept() -> None:
+    status = FineTuneJobStatus()
+    for attempt in range(1, 31):
+        status = ledger.begin(status, attempt, START, max_kept=20)
+    assert [entry.attempt for entry in status.attempts] == list(range(11, 31))
+    assert status.attempt == 30
+
+
+def entries(*steps: tuple[int | None, int | None]) -> FineTuneJobStatus:
+    return FineTuneJobStatus(
+        attempts=tuple(
+            AttemptStatus(attempt=number, started_at=START, from_step=begin, to_step=end)
+            for number, (begin, end) in enumerate(steps, start=1)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "lost", "total"),
+    [
+        ([(0, 45), (40, None)], [5, None], 5),
+        ([(0, 40), (40, None)], [0, None], 0),
+        # An attempt that never got to its first step lost nothing itself; what the one before lost shows only then.
+        ([(0, 45), (None, None), (40, None)], [5, 0, None], 5),
+        # Steps that were lost twice were done three times.
+        ([(0, 45), (None, 45), (40, None)], [5, 5, None], 10),
+        ([(0, 45), (None, None)], [None, None], 0),
+        ([(0, 45)], [None], 0),
+    ],
+)
+def test_lost_steps(steps: list[tuple[int | None, int | None]], lost: list[int | None], total: int) -> None:
+    status = ledger.account_lost_steps(entries(*steps))
+    assert [entry.lost_steps for entry in status.attempts] == lost
+    assert status.lost_steps == total
+    assert ledger.account_lost_steps(status) == status
+
+
+def test_goodput_of_an_undisturbed_run() -> None:
+    """10 s of loading, then 90 s of training: all but the loading was of use."""
+    world = World().running()
+    world.tick(10)
+    world.train_to(0)
+    world.settle()
+    for step in range(1, 101):
+        world.tick(0.9)
+        world.train_to(step)
+        world.settle()
+    for rank in (0, 1):
+        world.exit(rank, 0)
+    world.settle()
+    assert world.job.status.goodput == pytest.approx(0.9, abs=0.01)
+
+
+def test_goodput_counts_neither_lost_steps_nor_recovery() -> None:
+    """50 steps in 50 s, the last ten lost; 25 s to recover; 60 steps in 60 s: 100 kept seconds of 135."""
+    world = World().running()
+    world.train_to(0)
+    world.settle()
+    for step in range(1, 51):
+        world.tick(1)
+        world.train_to(step, checkpoint=step // 40 * 40 or None)
+        world.settle()
+    world.pods.clear()
+    world.running()
+    world.tick(25)
+    world.train_to(40, from_step=40)
+    world.settle()
+    for step in range(41, 101):
+        world.tick(1)
+        world.train_to(step, from_step=40)
+        world.settle()
+    assert world.job.status.lost_steps == 10
+    assert world.job.status.goodput == pytest.approx(100 / 135, abs=0.02)
+
+
+def test_goodput_stands_still_while_nothing_happens() -> None:
+    world = World().running()
+    world.train_to(0)
+    world.settle()
+    world.tick(1)
+    world.train_to(1)
+    world.settle()
+    before = world.job.status
+    world.tick(59)
+    assert world.settle().status == before
+
+
+def test_revise_refuses_unknown_fields() -> None:
+    with pytest.raises(AttributeError):
+        revise(FineTuneJobStatus(), stepp=1)
+
+
+def test_revise_returns_the_same_object_where_nothing_changes() -> None:
+    status = FineTuneJobStatus(step=1)
+    assert revise(status, step=1) is status

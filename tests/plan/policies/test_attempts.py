@@ -1,0 +1,139 @@
+"""Attempts begin by a number alone, one at a time, when nothing is left of the one before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from finetune_contract.interval import DEFAULT_MTBF_SECONDS
+from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model.types import Create, DeletePod, PodPhase
+from tests.plan.harness import World
+
+
+def test_the_pass_that_begins_an_attempt_creates_nothing() -> None:
+    world = World()
+    decided = world.step()
+    assert decided.status.attempt == 1
+    assert decided.actions == ()
+    assert decided.status.start_time == world.now
+    second = world.step()
+    created = [action.manifest for action in second.actions if isinstance(action, Create)]
+    assert [manifest["kind"] for manifest in created] == ["ConfigMap", "Service", "Pod", "Pod"]
+    assert [manifest["metadata"]["name"] for manifest in created[2:]] == ["circles-a1-n0", "circles-a1-n1"]
+
+
+def test_a_status_write_that_was_lost_changes_nothing() -> None:
+    """The raised number is only acted on once it is read back."""
+    world = World()
+    for _ in range(3):
+        decided = world.decide()
+        assert decided.status.attempt == 1
+        assert decided.actions == ()
+
+
+def test_no_attempt_begins_while_a_pod_is_left() -> None:
+    world = World().running()
+    world.vanish("circles-a1-n1")
+    world.step()
+    world.step()
+    assert world.job.status.attempt == 1
+    world.tick(2)
+    world.step()
+    assert world.job.status.attempt == 2
+
+
+def test_an_attempt_may_end_and_its_successor_begin_in_one_pass() -> None:
+    world = World().running()
+    world.pods.clear()
+    decided = world.step()
+    assert decided.status.attempt == 2
+    assert decided.actions == ()
+    assert [entry.reason for entry in decided.status.attempts] == [Reason.POD_LOST, None]
+    assert world.reasons()[-2:] == ["PodLost", "AttemptStarted"]
+
+
+def test_a_pod_that_is_slow_to_show_is_asked_for_again_and_is_not_lost() -> None:
+    world = World().created()
+    uids = {pod.uid for pod in world.pods.values()}
+    world.hidden.add(world.pod(1).uid)
+    for _ in range(3):
+        decided = world.step()
+        assert [a.manifest["metadata"]["name"] for a in decided.actions if isinstance(a, Create)] == ["circles-a1-n1"]
+        assert decided.status.attempt == 1
+    world.hidden.clear()
+    world.settle()
+    assert {pod.uid for pod in world.pods.values()} == uids
+    assert world.job.status.attempts[-1].gang_complete
+
+
+def test_a_late_pod_of_an_older_attempt_is_only_ever_deleted() -> None:
+    world = World().running()
+    world.pods.clear()
+    world.step()
+    late = replace(World().running().pod(0), uid="late", phase=PodPhase.FAILED, exit_code=1)
+    world.pods[late.name] = late
+    decided = world.step()
+    assert decided.actions == (DeletePod(late.name, "late", world.settings.peer_grace_seconds),)
+    assert decided.status.failures == 0
+    world.running()
+    assert world.job.status.attempt == 2
+    assert {pod.attempt for pod in world.pods.values()} == {2}
+
+
+def test_pods_of_an_attempt_that_the_status_does_not_know_are_stepped_over() -> None:
+    """A status that was restored from a backup; a status that was merely read too early conflicts when written."""
+    world = World().running()
+    world.pods = {
+        f"circles-a7-n{rank}": replace(pod, name=f"circles-a7-n{rank}", attempt=7)
+        for rank, pod in enumerate(world.pods.values())
+    }
+    decided = world.step()
+    assert decided.status.attempt == 8
+    assert decided.actions == ()
+    assert world.job.status.attempts[0].reason == Reason.POD_LOST
+    world.tick(1)
+    world.step()
+    world.tick(2)
+    world.running()
+    assert {pod.attempt for pod in world.pods.values()} == {8}
+    assert world.job.status.attempt == 8
+
+
+def test_a_job_that_is_being_deleted_is_left_alone() -> None:
+    world = World().running()
+    metadata = world.job.metadata.model_copy(update={"deletion_timestamp": world.now})
+    world.job = world.job.model_copy(update={"metadata": metadata})
+    world.pods.clear()
+    decided = world.step()
+    assert (decided.actions, decided.events, decided.look_again) == ((), (), None)
+    assert decided.status == world.job.status
+
+
+def test_a_new_job_has_no_status() -> None:
+    assert World().job.status == FineTuneJobStatus()
+
+
+@pytest.mark.parametrize(
+    ("change", "num_unsaved"),
+    [({"disruption": "TerminationByKubelet"}, 0), ({"exit_code": 1, "phase": PodPhase.FAILED}, 1)],
+    ids=["notice", "sudden"],
+)
+def test_how_often_to_save_follows_from_the_interruptions_that_find_unsaved_steps(
+    change: dict[str, Any], num_unsaved: int
+) -> None:
+    world = World().running()
+    world.train_to(10, checkpoint=10)
+    world.settle()
+    world.change(1, **change)
+    world.settle()
+    world.tick(600)
+    for pod in list(world.pods.values()):
+        world.vanish(pod.name)
+    world.settle()
+    begun = world.job.status.attempts[1]
+    elapsed = (begun.started_at - world.job.status.attempts[0].started_at).total_seconds()
+    assert begun.mtbf_seconds == pytest.approx((DEFAULT_MTBF_SECONDS + elapsed) / (1 + num_unsaved), abs=1)

@@ -1,0 +1,53 @@
+"""Waits between attempts: doubled with each failure, bounded, and none after a preemption."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.policies.backoff import delay, jitter
+from finetune_operator.settings import Settings
+from tests.plan.harness import World, seconds
+
+
+@pytest.mark.parametrize(
+    ("num_failures", "wait_seconds"),
+    [(0, 10), (1, 10), (2, 20), (3, 40), (4, 80), (5, 160), (6, 300), (7, 300), (1000, 300)],
+)
+def test_delay(num_failures: int, wait_seconds: int) -> None:
+    assert delay(num_failures, Settings()) == seconds(wait_seconds)
+
+
+def test_the_next_attempt_waits_and_says_so() -> None:
+    world = World().running()
+    world.exit(0, 1)
+    world.exit(1, 1)
+    world.step()
+    decided = world.settle()
+    assert world.job.status.attempt == 1
+    assert world.job.status.reason == Reason.BACK_OFF
+    wait = decided.look_again
+    assert wait is not None
+    assert seconds(8) <= wait <= seconds(12)
+    assert f"{world.now + wait:%H:%M:%S}" in (world.job.status.message or "")
+    world.tick(wait.total_seconds() - 0.1)
+    world.settle()
+    assert world.job.status.attempt == 1
+    world.tick(0.1)
+    world.settle()
+    assert world.job.status.attempt == 2
+
+
+def test_jobs_that_fail_together_do_not_come_back_together() -> None:
+    factors = {jitter(f"uid-{number}", 1) for number in range(100)}
+    assert len(factors) == 100
+    assert 0.8 <= min(factors) < 0.85
+    assert 1.15 < max(factors) <= 1.2
+    assert jitter("uid-1", 1) == jitter("uid-1", 1) != jitter("uid-1", 2)
+
+
+def test_a_preempted_job_does_not_wait() -> None:
+    world = World().running()
+    world.pods.clear()
+    world.step()
+    assert world.job.status.attempt == 2

@@ -1,0 +1,362 @@
+"""Saves beside the loop: what is copied when, what trouble with the storage does, and what stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from finetune_contract import paths
+from finetune_contract.spec import CheckpointInterval
+from finetune_trainer.checkpoint.checkpointer import Checkpointer, SaveOptions
+from finetune_trainer.checkpoint.host_copy import SMALL_NUMEL, HostCopy
+from finetune_trainer.checkpoint.snapshot import BEST, Snapshot
+from finetune_trainer.checkpoint.split import file_name, group_of, num_parts, take_part
+from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.checkpoint.store import tensor_stream
+from finetune_trainer.checkpoint.store.folder import FolderStore
+from finetune_trainer.checkpoint.store.retention import Retention, removable
+from finetune_trainer.checkpoint.store.scratch import ScratchStore
+from finetune_trainer.checkpoint.store.tensor_stream import write_stream
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import StaleError, SupersededError
+from finetune_trainer.report import Reporter
+from testing.trainer import tiny
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Loop:
+    """A loop of one rank that does nothing but steps, with a store whose stages can be held up or fail."""
+
+    def __init__(self, job_dir: Path, max_stale_seconds: float = 100.0, scratch: Path | None = None) -> None:
+        self.state = make_state()
+        self.clock = Clock()
+        self.on_stage: Callable[[str], None] = lambda _: None
+        self.reporter = Reporter(0, None)
+        spec = tiny.make_spec(Path("base"), Path("data")).model_copy(
+            update={"checkpoint_interval": CheckpointInterval(steps=1), "max_stale_seconds": max_stale_seconds}
+        )
+        store: FolderStore = FolderStore(job_dir, spec.uid, 1, Retention(keep=2), self._stage)
+        if scratch is not None:
+            # Stages are those of the storage behind.
+            store = ScratchStore(scratch, store, spec.uid, 1, reads_behind=True)
+        self.checkpointer = Checkpointer(spec, World(0, 1, 0, CPU), store, self.reporter, SaveOptions(clock=self.clock))
+        self.checkpointer.restore(self.state)
+
+    def _stage(self, stage: str) -> None:
+        self.on_stage(stage)
+
+    def step(self) -> None:
+        due = self.checkpointer.due(self.state.step + 1)
+        self.checkpointer.before_update()
+        with self.state.updating():
+            for parameter in self.state.parameters.values():
+                parameter.data.add_(1.0)
+            self.state.step += 1
+        if due:
+            self.checkpointer.save(self.state)
+
+    def settle(self) -> None:
+        """Wait for the save that is under way."""
+        assert self.checkpointer._task is not None
+        self.checkpointer._task.future.exception()
+
+    @property
+    def error(self) -> str:
+        return self.reporter._report.checkpoint_error or ""
+
+
+def make_state() -> TrainState:
+    parameters = {"w": nn.Parameter(torch.zeros(SMALL_NUMEL + 1)), "b": nn.Parameter(torch.zeros(3))}
+    return TrainState(parameters, torch.optim.SGD(parameters.values(), lr=0.1))
+
+
+def names(job_dir: Path) -> list[str]:
+    return sorted(entry.name for entry in paths.checkpoints(job_dir).iterdir())
+
+
+def full(stage: str) -> None:
+    if stage == "write model":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+
+def test_the_loop_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
+    """The save is held up behind its copy; ten more steps change the state; what is saved is the step's own."""
+    loop, held, go_on = Loop(tmp_path), threading.Event(), threading.Event()
+
+    def hold(stage: str) -> None:
+        if stage.startswith("write model"):
+            held.set()
+            go_on.wait(30)
+
+    loop.on_stage = hold
+    for _ in range(11):
+        loop.step()
+    assert held.wait(30)
+    assert names(tmp_path) == [".writing-step-00000001-a1"]
+    go_on.set()
+    loop.settle()
+    saved = load_file(paths.checkpoints(tmp_path) / "step-00000001-a1" / "model.safetensors")
+    assert set(saved["w"].tolist()) == {1.0}
+    assert saved["b"].tolist() == [1.0] * 3
+    # The next one did not begin before the last was over, and then at once.
+    loop.step()
+    loop.settle()
+    assert names(tmp_path) == ["step-00000001-a1", "step-00000012-a1"]
+
+
+def test_the_state_changes_only_behind_the_copy(tmp_path: Path) -> None:
+    loop, go_on = Loop(tmp_path), threading.Event()
+    loop.on_stage = lambda stage: (go_on.wait(30), None)[1] if stage == "copy" else None
+    loop.step()
+    stepping = threading.Thread(target=loop.step)
+    stepping.start()
+    assert loop.state.step == 1
+    assert stepping.is_alive()
+    go_on.set()
+    stepping.join()
+    loop.settle()
+    saved = load_file(paths.checkpoints(tmp_path) / "step-00000001-a1" / "model.safetensors")
+    assert saved["b"].tolist() == [1.0] * 3
+
+
+def test_a_full_disk_stops_nothing_until_too_much_would_be_lost(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, max_stale_seconds=100)
+    loop.step()
+    loop.settle()
+    loop.on_stage = full
+    loop.step()
+    loop.settle()
+    loop.step()
+    assert "No space left on device" in loop.error
+    # What was half written does not stay: it would keep the disk full.
+    assert names(tmp_path) == ["step-00000001-a1"]
+    loop.clock.now = 90
+    loop.step()
+    loop.settle()
+    loop.step()
+    loop.clock.now = 101
+    with pytest.raises(StaleError, match=re.escape("no checkpoint for 100 s (spec.checkpoint.maxStale)")):
+        loop.step()
+
+
+def test_a_disk_that_has_room_again(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.on_stage = full
+    loop.step()
+    loop.settle()
+    loop.step()
+    assert loop.error
+    loop.on_stage = lambda _: None
+    loop.step()
+    assert names(tmp_path) == []
+    loop.clock.now = 3
+    loop.step()
+    loop.settle()
+    assert names(tmp_path) == [f"step-{loop.state.step:08d}-a1"]
+    loop.step()
+    assert loop.error == ""
+
+
+def test_a_stale_handle_is_one_failed_save(tmp_path: Path) -> None:
+    loop, stages = Loop(tmp_path), iter([OSError(errno.ESTALE, os.strerror(errno.ESTALE))])
+
+    def stale(stage: str) -> None:
+        if stage == "rename" and (error := next(stages, None)):
+            raise error
+
+    loop.on_stage = stale
+    assert not loop.checkpointer.try_to_save(advance(loop))
+    assert loop.checkpointer.try_to_save(loop.state)
+    assert names(tmp_path) == ["step-00000001-a1"]
+
+
+def advance(loop: Loop) -> TrainState:
+    loop.step()
+    return loop.state
+
+
+def test_a_save_that_must_succeed_is_tried_again_while_that_is_allowed(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, max_stale_seconds=0.5)
+    loop.on_stage = full
+    with pytest.raises(StaleError, match="No space left"):
+        loop.checkpointer.save_and_wait(advance(loop))
+
+
+def test_a_slow_disk_is_told_of(tmp_path: Path) -> None:
+    loop, go_on = Loop(tmp_path, max_stale_seconds=1000), threading.Event()
+    loop.on_stage = lambda stage: (go_on.wait(30), None)[1] if stage == "write model" else None
+    loop.step()
+    loop.clock.now = 130
+    loop.step()
+    assert "the save of step 1 is not done after 120 s" in loop.error
+    loop.clock.now = 1001
+    with pytest.raises(StaleError, match=r"spec\.checkpoint\.maxStale"):
+        loop.step()
+    go_on.set()
+
+
+def test_a_storage_that_hangs_behind_a_scratch_is_told_of(tmp_path: Path) -> None:
+    """Saves go on to the scratch; what is only there is not safe."""
+    loop, held, go_on = Loop(tmp_path / "job", 1000, scratch=tmp_path / "scratch"), threading.Event(), threading.Event()
+
+    def hold(stage: str) -> None:
+        if stage == "check the fence":
+            held.set()
+            go_on.wait(30)
+
+    loop.on_stage = hold
+    loop.step()
+    # The save is over before its copy has begun: that is another thread's.
+    assert held.wait(30)
+    loop.settle()
+    loop.clock.now = 130
+    loop.step()
+    loop.settle()
+    assert "the save of step 1 is not done after 120 s" in loop.error
+    assert names(tmp_path / "scratch")[-1] == "step-00000002-a1"
+    loop.clock.now = 1001
+    with pytest.raises(StaleError, match=r"spec\.checkpoint\.maxStale"):
+        loop.step()
+    go_on.set()
+
+
+def test_a_superseded_save_ends_the_loop(tmp_path: Path) -> None:
+    loop = Loop(tmp_path)
+    loop.step()
+    loop.settle()
+    FolderStore(tmp_path, tiny.make_spec(Path("b"), Path("d")).uid, 2, Retention()).open()
+    loop.step()
+    loop.settle()
+    with pytest.raises(SupersededError):
+        loop.step()
+
+
+SHAPES = st.sampled_from([(), (0,), (3,), (2, 3), (1, 1, 5)])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float16])
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=4), st.tuples(SHAPES, DTYPES)
+    )
+)
+def test_streams_are_safetensors(
+    tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
+    tensors = {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in kinds.items()}
+    path = tmp_path_factory.mktemp("stream") / "x.safetensors"
+    entry = write_stream(path, tensors)
+    assert entry.size_bytes == path.stat().st_size
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype is tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_streams_take_tensors_as_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides, and sizes beyond a chunk; the disk begins early."""
+    monkeypatch.setattr(tensor_stream, "FLUSH_BYTES", tensor_stream.CHUNK_BYTES // 2)
+    large = torch.arange(5_000_000, dtype=torch.float32)
+    tensors = {
+        "large": large,
+        "across": large[:6].view(2, 3).t(),
+        "last": large.view(2, 2, 5, -1)[:1].to(memory_format=torch.channels_last),
+    }
+    write_stream(tmp_path / "x.safetensors", tensors)
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_buffers_are_kept_from_save_to_save() -> None:
+    copy, parameter = HostCopy(CPU), torch.zeros(SMALL_NUMEL + 1)
+    first = copy.copy({"model": {"w": parameter, "small": parameter[:3]}})["model"]
+    parameter.fill_(2.0)
+    assert set(first["w"].tolist()) == {0.0}
+    assert first["small"].tolist() == [0.0] * 3
+    second = copy.copy({"model": {"w": parameter, "small": parameter[:3]}})["model"]
+    assert second["w"].data_ptr() == first["w"].data_ptr()
+    assert set(second["w"].tolist()) == {2.0}
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 5))
+@example([1, 0], 1)
+@example([0, 0], 2)
+def test_every_tensor_is_in_one_part(sizes: list[int], parts: int) -> None:
+    groups = {"model": {str(number): torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}}
+    taken = [take_part(groups, part, parts).get("model", {}) for part in range(parts)]
+    assert sorted(name for part in taken for name in part) == sorted(groups["model"])
+    even = sum(sizes) / parts
+    assert all(sum(value.numel() for value in part.values()) <= even + max(sizes) for part in taken)
+
+
+def test_small_states_are_not_split() -> None:
+    assert [num_parts(size, 4, 100) for size in (0, 99, 199, 200, 350, 10**6)] == [1, 1, 1, 2, 3, 4]
+    assert group_of(file_name("model", 0, 1)) == group_of(file_name("model", 1, 3)) == "model"
+    assert group_of("state.json") is None
+
+
+STEPS = [(step, 1) for step in (10, 20, 30, 40, 50)]
+
+
+@pytest.mark.parametrize(
+    ("retention", "best", "gone"),
+    [
+        (Retention(keep=1), None, [50, 40, 30, 20, 10]),
+        (Retention(keep=3), None, [30, 20, 10]),
+        (Retention(keep=10), None, []),
+        (Retention(keep=1, every_steps=20), None, [50, 30, 10]),
+        (Retention(keep=1, every_steps=25), None, [40, 20, 10]),
+        (Retention(keep=1, best=True), 20, [50, 40, 30, 10]),
+        (Retention(keep=1, best=True), None, [50, 40, 30, 20, 10]),
+        (Retention(keep=1, best=False), 20, [50, 40, 30, 20, 10]),
+    ],
+)
+def test_what_may_go(retention: Retention, best: int | None, gone: list[int]) -> None:
+    assert [step for step, _ in removable([*STEPS, (60, 1)], (60, 1), retention, best)] == gone
+
+
+def test_the_best_stays(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path, "uid", 1, Retention(keep=1, best=True))
+    store.open()
+    for step in (1, 2, 3):
+        values = {BEST: {"step": 2 if step > 1 else 1, "loss": 1 / step}}
+        store.save(Snapshot(step, {"model": {"w": torch.ones(1)}}, values), 0)
+    assert names(tmp_path) == ["step-00000002-a1", "step-00000003-a1"]
+
+
+def test_newer_ones_are_not_touched() -> None:
+    assert removable([(10, 1), (20, 1), (30, 1)], (20, 2), Retention(keep=1), None) == [(20, 1), (10, 1)]
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
+    """One file for each group, and a manifest without its own hash."""
+    loop = Loop(tmp_path / "new")
+    loop.checkpointer.save_and_wait(advance(loop))
+    (folder,) = paths.checkpoints(tmp_path / "new").iterdir()
+    manifest = folder / "manifest.json"
+    text = manifest.read_text().replace('"format_version": 2', '"format_version": 1')
+    manifest.write_text(re.sub(r',\s*"sha256": "[0-9a-f]+"\s*}\s*$', "}", text))
+    again = Loop(tmp_path / "new")
+    assert again.state.step == 1
+    assert again.state.parameters["b"].tolist() == [1.0] * 3

@@ -1,0 +1,109 @@
+"""Runs of real ranks, interrupted in every way, end with the weights of the undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.run_spec import RunSpec
+from finetune_trainer.checkpoint.store.stages import SaveStage
+from testing.trainer import tiny
+from testing.trainer.ranks import Ranks
+
+pytestmark = pytest.mark.trainer
+
+STEPS = 12
+SETTINGS = {"steps": STEPS, "ema": True, "randomFlip": True, "lora": {"rank": 2, "dropout": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def spec(base: Path, data: Path) -> RunSpec:
+    return tiny.make_spec(base, data, **SETTINGS).model_copy(update={"keep": 1})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of all jobs of this module, which share one cache."""
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spec: RunSpec, folder: Path) -> Callable[[int], bytes]:
+    """Weights of the undisturbed run on so many ranks."""
+    weights: dict[int, bytes] = {}
+
+    def run(world_size: int) -> bytes:
+        if world_size not in weights:
+            ranks = Ranks(spec, folder / f"undisturbed-{world_size}", world_size=world_size)
+            assert ranks.run() == [ExitCode.DONE] * world_size, ranks.stderr()
+            weights[world_size] = ranks.weights()
+        return weights[world_size]
+
+    return run
+
+
+def finish(ranks: Ranks) -> Ranks:
+    """Run the next attempt to its end."""
+    following = Ranks(ranks.spec, ranks.folder, ranks.attempt + 1, ranks.world_size)
+    assert following.run() == [ExitCode.DONE] * ranks.world_size, following.stderr()
+    return following
+
+
+def restored_step(ranks: Ranks) -> int:
+    """Step that an attempt began at."""
+    return int(next(report["restoredStep"] for report in ranks.reports() if "restoredStep" in report))
+
+
+@pytest.fixture(name="choice", params=range(2))
+def _choice(request: pytest.FixtureRequest) -> random.Random:
+    return random.Random(request.param)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_notice_at_a_random_step_loses_nothing(
+    spec: RunSpec, undisturbed: Callable[[int], bytes], world_size: int, choice: random.Random, tmp_path: Path
+) -> None:
+    step, rank = choice.randrange(STEPS - 3), choice.randrange(world_size)
+    ranks = Ranks(spec, tmp_path / "job", world_size=world_size)
+    ranks.start()
+    ranks.wait_until(lambda report: report["state"] == "Training" and report.get("step", -1) >= step)
+    ranks.send(signal.SIGTERM, rank)
+    assert ranks.wait() == [ExitCode.SAVED] * world_size, ranks.stderr()
+    last = ranks.reports()[-1]
+    assert last["state"] == "Saved"
+    assert last["checkpoint"]["step"] == last["step"]
+    following = finish(ranks)
+    assert restored_step(following) == last["step"]
+    assert following.weights() == undisturbed(world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sudden_death_at_a_random_moment(
+    spec: RunSpec, undisturbed: Callable[[int], bytes], world_size: int, choice: random.Random, tmp_path: Path
+) -> None:
+    step, rank = choice.randrange(STEPS - 3), choice.randrange(world_size)
+    ranks = Ranks(spec, tmp_path / "job", world_size=world_size).start()
+    ranks.wait_until(lambda report: report["state"] == "Training" and report.get("step", -1) >= step)
+    ranks.send(signal.SIGKILL, rank)
+    codes = ranks.wait()
+    assert codes[rank] == -signal.SIGKILL
+    assert all(code == ExitCode.FABRIC for other, code in enumerate(codes) if other != rank), codes
+    assert finish(ranks).weights() == undisturbed(world_size)
+
+
+@pytest.mark.parametrize("stage", SaveStage)
+def test_sudden_death_within_a_save(
+    spec: RunSpec, undisturbed: Callable[[int], bytes], stage: str, tmp_path: Path
+) -> None:
+    ranks = Ranks(spec, tmp_path / "job", kill_at=(stage, 1), saves_all=True)
+    assert ranks.run() == [-signal.SIGKILL], ranks.stderr()
+    following = finish(ranks)
+    assert restored_step(following) > 0
+    assert following.weights() == undisturbed(1)
+    checkpoints = ranks.job_dir / "checkpoints"
+    assert [entry.name for entry in checkpoints.iterdir()] == [f"step-{STEPS:08d}-a2"]

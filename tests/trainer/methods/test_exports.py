@@ -1,0 +1,139 @@
+"""What each method writes is what diffusers' own pipelines read, and they answer as the trained model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel, DiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune_contract.spec import Method as MethodName
+from finetune_contract.spec import OutputFormat
+from finetune_operator.api.rules.supported import DIFFUSERS_ONLY, OUTPUT_FORMATS
+from finetune_trainer.export.outputs import write_outputs
+from finetune_trainer.methods.method import Method
+from finetune_trainer.methods.registry import METHODS
+from testing.trainer import tiny
+from testing.trainer.methods import make_batch, make_method
+
+CAPTION = "word"
+
+
+def trained(base: Path, name: str, family: str, **training: Any) -> Method:
+    """A method after a few large steps."""
+    method = make_method(base, name, **training)
+    caption = f"{CAPTION} <cat>" if name == "TextualInversion" else CAPTION
+    optimizer = torch.optim.AdamW(method.parameters().values(), lr=2e-2)
+    for seed in range(3):
+        torch.autograd.backward(method.losses(make_batch(family, seed, caption=caption)).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    method.set_training(False)
+    return method
+
+
+def ours(method: Method, family: str, caption: str = CAPTION) -> Tensor:
+    batch = make_batch(family, 9, 1, caption)
+    text = batch.text if method.text is None else {**batch.text, **method.text.get(batch.captions)}
+    with torch.no_grad():
+        return method.predict(batch.latents, batch.timesteps, text, batch.conditioning)
+
+
+def theirs(pipeline: Any, family: str, caption: str | None, **control: Any) -> Tensor:
+    """The pipeline's UNet on the same input, with the text that the pipeline itself makes of the caption, if any."""
+    batch = make_batch(family, 9, 1)
+    text = dict(batch.text)
+    if caption is not None and family == "sdxl":
+        text["hidden"], _, text["pooled"], _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
+    elif caption is not None:
+        text["hidden"], _ = pipeline.encode_prompt(caption, torch.device("cpu"), 1, False)
+    inputs: dict[str, Any] = {"encoder_hidden_states": text["hidden"]}
+    if family == "sdxl":
+        inputs["added_cond_kwargs"] = {"text_embeds": text["pooled"], "time_ids": text["sizes"]}
+    with torch.no_grad():
+        answer: Tensor = pipeline.unet(batch.latents, batch.timesteps, **inputs, **control).sample
+    return answer
+
+
+def open_pipeline(folder: Path) -> Any:
+    return DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+
+
+def write(method: Method, folder: Path) -> Path:
+    write_outputs(method, (), folder)
+    return folder / "outputs"
+
+
+@pytest.mark.parametrize("name", ["Full", "DreamBooth, text"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_pipelines(bases: dict[str, Path], family: str, name: str, tmp_path: Path) -> None:
+    method = trained(bases[family], name, family)
+    pipeline = open_pipeline(write(method, tmp_path))
+    caption = CAPTION if method.text is not None else None
+    torch.testing.assert_close(ours(method, family), theirs(pipeline, family, caption), rtol=1e-4, atol=1e-5)
+    assert str(tmp_path) not in "".join(path.read_text() for path in tmp_path.rglob("*.json"))
+    assert (ours(method, family) - theirs(open_pipeline(bases[family]), family, caption)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("output", [OutputFormat.DIFFUSERS, OutputFormat.KOHYA])
+@pytest.mark.parametrize("name", ["LoRA", "LoRA, text"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_loras(bases: dict[str, Path], family: str, name: str, output: OutputFormat, tmp_path: Path) -> None:
+    if "text" in name and output is OutputFormat.KOHYA:
+        lora = {"rank": 2, "alpha": 3, "trainTextEncoder": True}
+        method = trained(bases[family], name, family, lora=lora)
+    else:
+        method = trained(bases[family], name, family)
+    (file,) = method.export(output, tmp_path)
+    pipeline = open_pipeline(bases[family])
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    caption = CAPTION if method.text is not None else None
+    torch.testing.assert_close(ours(method, family), theirs(pipeline, family, caption), rtol=1e-4, atol=1e-5)
+    assert (ours(method, family) - theirs(open_pipeline(bases[family]), family, caption)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_embeddings(bases: dict[str, Path], family: str, tmp_path: Path) -> None:
+    method = trained(bases[family], "TextualInversion", family)
+    folder = write(method, tmp_path)
+    pipeline = open_pipeline(bases[family])
+    parts = {"text_encoder": "tokenizer"} | ({"text_encoder_2": "tokenizer_2"} if family == "sdxl" else {})
+    for number, (encoder, tokenizer) in enumerate(parts.items()):
+        file = folder / ("learned_embeds.safetensors" if number == 0 else "learned_embeds_2.safetensors")
+        pipeline.load_textual_inversion(
+            file, text_encoder=getattr(pipeline, encoder), tokenizer=getattr(pipeline, tokenizer)
+        )
+    caption = f"{CAPTION} <cat>"
+    torch.testing.assert_close(ours(method, family, caption), theirs(pipeline, family, caption), rtol=1e-4, atol=1e-5)
+    (webui,) = method.export(OutputFormat.WEBUI, tmp_path)
+    keys = {"clip_l", "clip_g"} if family == "sdxl" else {"emb_params"}
+    assert load_file(webui).keys() == keys
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_controlnets(bases: dict[str, Path], family: str, tmp_path: Path) -> None:
+    method = trained(bases[family], "ControlNet", family)
+    controlnet = ControlNetModel.from_pretrained(write(method, tmp_path))
+    pipeline, batch = open_pipeline(bases[family]), make_batch(family, 9, 1)
+    inputs: dict[str, Any] = {"encoder_hidden_states": batch.text["hidden"]}
+    if family == "sdxl":
+        inputs["added_cond_kwargs"] = {"text_embeds": batch.text["pooled"], "time_ids": batch.text["sizes"]}
+    with torch.no_grad():
+        down, middle = controlnet(
+            batch.latents, batch.timesteps, controlnet_cond=batch.conditioning, return_dict=False, **inputs
+        )
+    control = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+    torch.testing.assert_close(ours(method, family), theirs(pipeline, family, None, **control), rtol=1e-4, atol=1e-5)
+    again = make_method(bases[family], "ControlNet", controlnet={"base": str(tmp_path / "outputs")})
+    again.set_training(False)
+    torch.testing.assert_close(ours(again, family), ours(method, family))
+
+
+def test_both_sides_agree_on_the_formats_of_each_method() -> None:
+    for name, method in METHODS.items():
+        assert method.formats == OUTPUT_FORMATS.get(name, DIFFUSERS_ONLY), name
+    assert set(METHODS) == set(MethodName)

@@ -1,0 +1,209 @@
+"""LoRA: gradients against a plain reference, and files that diffusers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from safetensors import safe_open
+
+from finetune_contract.spec import ModelSpec, OutputFormat, OutputSpec, TrainingSpec
+from finetune_trainer.data.batches import Batch
+from finetune_trainer.data.sampling.draws import Draws, Purpose
+from finetune_trainer.data.sampling.order import SampleRef
+from finetune_trainer.distributed.buckets import GradientBuckets
+from finetune_trainer.distributed.gradients import clip_factor
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.export.outputs import check_outputs, write_outputs
+from finetune_trainer.methods.lora import Lora
+from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.models.base import open_base
+from testing.trainer import tiny
+
+CPU = torch.device("cpu")
+
+
+def make_lora(base: Path, dtype: torch.dtype = torch.float32, **training: Any) -> Lora:
+    settings = {"method": "LoRA", "lora": {"rank": 2, "alpha": 6}, **training}
+    spec = TrainingSpec.model_validate(settings)
+    return Lora(MethodContext(open_base(ModelSpec(base=str(base))), spec, Draws(0), CPU, dtype))
+
+
+def make_batch(seed: int = 0, count: int = 3) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    latents, noise = torch.randn((2, count, 4, 8, 8), generator=generator)
+    hidden = torch.randn((count, tiny.NUM_TOKENS, tiny.WIDTH), generator=generator)
+    timesteps = torch.randint(1000, (count,), generator=generator)
+    return Batch(latents, noise, timesteps, ("",) * count, {"hidden": hidden})
+
+
+def train_a_little(lora: Lora) -> None:
+    optimizer = torch.optim.AdamW(lora.parameters().values(), lr=1e-2)
+    for seed in range(4):
+        torch.autograd.backward(lora.losses(make_batch(seed)).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_loss_and_gradients_agree_with_a_plain_loop(base: Path) -> None:
+    """The plain loop is what diffusers' own script does in fp32: one batch, mean loss, autograd's own gradients."""
+    lora, batch = make_lora(base), make_batch(count=4)
+    parameters = list(lora.parameters().values())
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    buckets = GradientBuckets(parameters, CPU)
+    losses = [lora.losses(part) for part in split(batch, (3, 1))]
+    for part in losses:
+        torch.autograd.backward(part.sum() / 4)
+    buckets.reduce(World(0, 1, 0, CPU))
+
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    assert list(trained) == list(lora.parameters())
+    for name, parameter in trained.items():
+        parameter.data.copy_(lora.parameters()[name])
+    noisy = DDPMScheduler.from_pretrained(base, subfolder="scheduler").add_noise(
+        batch.latents, batch.noise, batch.timesteps
+    )
+    answer = unet(noisy, batch.timesteps, encoder_hidden_states=batch.text["hidden"]).sample
+    loss = torch.nn.functional.mse_loss(answer, batch.noise)
+    torch.autograd.backward(loss)
+
+    torch.testing.assert_close(torch.cat(losses).mean(), loss, rtol=1e-5, atol=1e-6)
+    for name, parameter in lora.parameters().items():
+        torch.testing.assert_close(parameter.grad, trained[name].grad, rtol=1e-5, atol=1e-5)
+    reference = torch.nn.utils.clip_grad_norm_(trained.values(), 0.5)
+    torch.testing.assert_close(buckets.norm(), reference, rtol=1e-5, atol=0)
+    buckets.scale(clip_factor(float(reference), 0.5))
+    for name, parameter in lora.parameters().items():
+        torch.testing.assert_close(parameter.grad, trained[name].grad, rtol=1e-5, atol=1e-5)
+
+
+def split(batch: Batch, sizes: tuple[int, ...]) -> list[Batch]:
+    """A batch cut into micro-batches."""
+    parts, start = [], 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        text = {name: value[rows] for name, value in batch.text.items()}
+        parts.append(Batch(batch.latents[rows], batch.noise[rows], batch.timesteps[rows], batch.captions[rows], text))
+        start += size
+    return parts
+
+
+def test_it_begins_as_the_base_and_the_same_every_time(base: Path) -> None:
+    first, second = make_lora(base), make_lora(base)
+    for name, parameter in first.parameters().items():
+        assert torch.equal(parameter, second.parameters()[name])
+        assert parameter.dtype is torch.float32
+        assert "lora_B" not in name or not parameter.any()
+
+
+def test_bf16_trains_fp32_weights_and_agrees_roughly(base: Path) -> None:
+    exact, rough = make_lora(base), make_lora(base, torch.bfloat16)
+    assert all(parameter.dtype is torch.float32 for parameter in rough.parameters().values())
+    torch.testing.assert_close(exact.losses(make_batch()), rough.losses(make_batch()), rtol=0.05, atol=0.02)
+
+
+def test_gradient_checkpointing_changes_no_gradient(base: Path) -> None:
+    plain, saving = make_lora(base), make_lora(base, gradientCheckpointing=True)
+    for lora in (plain, saving):
+        torch.autograd.backward(lora.losses(make_batch()).sum())
+    for name, parameter in plain.parameters().items():
+        torch.testing.assert_close(parameter.grad, saving.parameters()[name].grad)
+
+
+def test_dropout_only_while_training(base: Path) -> None:
+    lora = make_lora(base, lora={"rank": 2, "dropout": 0.5})
+    train_a_little(lora)
+    batch = make_batch()
+    assert not torch.equal(lora.losses(batch), lora.losses(batch))
+    lora.set_training(False)
+    assert torch.equal(lora.losses(batch), lora.losses(batch))
+
+
+def test_unknown_target_modules_are_named(base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training\.lora\.targetModules: to_w match no module .* to_k, .*to_q"):
+        make_lora(base, lora={"targetModules": ["to_w"]})
+
+
+def test_diffusers_loads_what_was_written(base: Path, tmp_path: Path) -> None:
+    """The pipeline with the file answers as the trained UNet does; alpha is not the rank."""
+    lora, batch = make_lora(base), make_batch()
+    train_a_little(lora)
+    (written,) = write_outputs(lora, (), tmp_path)
+    file = tmp_path / "outputs" / "pytorch_lora_weights.safetensors"
+    assert written.size_bytes == file.stat().st_size
+    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipeline.load_lora_weights(file.parent)
+    lora.set_training(False)
+    noisy = Draws(0).normal(Purpose.NOISE, SampleRef(0, 0), (3, 4, 8, 8))
+    with torch.no_grad():
+        ours = lora.predict(noisy, batch.timesteps, batch.text)
+        theirs = pipeline.unet(noisy, batch.timesteps, encoder_hidden_states=batch.text["hidden"]).sample
+        base_answer = UNet2DConditionModel.from_pretrained(base / "unet")(
+            noisy, batch.timesteps, encoder_hidden_states=batch.text["hidden"]
+        ).sample
+    torch.testing.assert_close(ours, theirs)
+    assert (ours - base_answer).abs().max() > 1e-3
+
+
+def test_file_is_laid_out_as_diffusers_writes_it(base: Path, tmp_path: Path) -> None:
+    lora = make_lora(base)
+    write_outputs(lora, (), tmp_path / "ours")
+    from peft.utils import get_peft_model_state_dict  # noqa: PLC0415
+
+    unet = lora._unet
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "theirs",
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    contents = []
+    for folder in (tmp_path / "ours" / "outputs", tmp_path / "theirs"):
+        with safe_open(folder / "pytorch_lora_weights.safetensors", framework="pt") as file:
+            metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+            metadata["unet.target_modules"] = sorted(metadata["unet.target_modules"])
+            contents.append((metadata, {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}))
+    assert contents[0] == contents[1]
+
+
+def test_writing_again_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    lora = make_lora(base)
+    outputs = (OutputSpec(format=OutputFormat.DIFFUSERS, to=str(tmp_path / "elsewhere")),)
+    first = write_outputs(lora, outputs, tmp_path)
+    assert first == write_outputs(lora, outputs, tmp_path)
+    assert [entry.name for entry in (tmp_path / "elsewhere").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ({"format": "openvino", "to": "x"}, r"outputs\[0\]\.format: the method has no openvino; write diffusers"),
+        ({"format": "diffusers", "to": "s3://b/x"}, r"outputs\[0\]\.to: s3://b/x cannot be written to; write a folder"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_early(output: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check_outputs([OutputSpec.model_validate(output)], Lora.formats)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_short_way_is_pefts(base: Path, dtype: torch.dtype) -> None:
+    """Same answers and gradients as peft's own layers give, which a dropout of almost nothing keeps."""
+    short, long = make_lora(base, dtype), make_lora(base, dtype, lora={"rank": 2, "alpha": 6, "dropout": 1e-9})
+    tolerance: Any = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.01}
+    for lora in (short, long):
+        torch.manual_seed(0)
+        for parameter in lora.parameters().values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        torch.autograd.backward(lora.losses(make_batch()).sum())
+    for name, parameter in short.parameters().items():
+        torch.testing.assert_close(parameter.grad, long.parameters()[name].grad, **tolerance)

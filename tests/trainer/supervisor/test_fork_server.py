@@ -1,0 +1,198 @@
+"""Ranks forked by a real server, and what happens where there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_contract import environment
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.fork_socket import address_of, listen, server_command
+from finetune_contract.heartbeat import RankEnd, RankState
+from finetune_trainer.supervisor.config import Config
+from finetune_trainer.supervisor.cores import Share
+from finetune_trainer.supervisor.forks import ForkServer
+from finetune_trainer.supervisor.ranks import RankProcess, Starter
+
+pytestmark = pytest.mark.trainer
+
+PATIENCE_SECONDS = 60.0
+CONFIG = Config(
+    namespace="default",
+    job="circles",
+    job_uid="uid",
+    pod="circles-a1-n0",
+    pod_uid="pod-uid",
+    attempt=1,
+    node_rank=1,
+    num_nodes=2,
+    processes_per_node=1,
+    coordinator_url="",
+    coordinator_token=None,
+    coordinator_ca=None,
+    beat_seconds=1.0,
+    termination_log=None,
+)
+FORKED = """
+import json, os, sys, torch
+seen = {"rank": os.environ["RANK"], "cores": sorted(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+        "argv": sys.argv[1:], "parent": os.getppid()}
+report = {"rank": 1, "state": "Training", "step": 5}
+os.write(int(os.environ["FINETUNE_REPORT_FD"]), json.dumps(report).encode() + b"\\n")
+print("a line of the log")
+print(json.dumps(seen), file=sys.stderr)
+sys.exit(7)
+"""
+WAITS = "import signal\nsignal.pause()\n"
+
+
+@pytest.fixture(scope="module", name="folder")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "forked_rank.py").write_text(FORKED)
+    (folder / "waiting_rank.py").write_text(WAITS)
+    return folder
+
+
+@pytest.fixture(scope="module", name="server")
+def _server(folder: Path) -> Iterator[tuple[ForkServer, int]]:
+    env = {**os.environ, "PYTHONPATH": str(folder), "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with listen() as listening:
+        process = subprocess.Popen(server_command(listening.fileno()), env=env, pass_fds=(listening.fileno(),))
+        address = address_of(listening)
+    yield ForkServer(address, None), process.pid
+    process.kill()
+    process.wait()
+
+
+def run(module: str, server: ForkServer | None, *signals: int, share: Share | None = None) -> RankEnd:
+    """Start a rank, send it signals once it is asked for, and see it to its end."""
+
+    async def life() -> RankEnd:
+        command = (sys.executable, "-m", module, "one", "two")
+        rank = await Starter(command, lambda: None, server).start(CONFIG, 0, share or Share(1, None))
+        for number in signals:
+            rank.signal(number)
+        return await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
+
+    return asyncio.run(life())
+
+
+def test_a_forked_rank_is_like_one_that_was_started(
+    server: tuple[ForkServer, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    core = min(os.sched_getaffinity(0))
+    end = run("forked_rank", server[0], share=Share(1, frozenset({core})))
+    assert end.exit_code == 7
+    seen = json.loads(end.last_words)
+    parent = server[1]
+    assert seen == {"rank": "1", "cores": [core], "threads": 3, "argv": ["one", "two"], "parent": parent}
+    assert "[rank 1] a line of the log" in capsys.readouterr().out
+
+
+def test_reports_of_a_forked_rank_arrive(server: tuple[ForkServer, int]) -> None:
+    async def life() -> RankProcess:
+        command = (sys.executable, "-m", "forked_rank")
+        rank = await Starter(command, lambda: None, server[0]).start(CONFIG, 0, Share(1, None))
+        await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
+        return rank
+
+    report = asyncio.run(life()).report
+    assert (report.state, report.step) == (RankState.TRAINING, 5)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.SAVED), (signal.SIGKILL, 137)])
+def test_signals_reach_a_forked_rank(server: tuple[ForkServer, int], number: int, code: int) -> None:
+    async def life() -> RankEnd:
+        rank = await Starter((sys.executable, "-m", "waiting_rank"), lambda: None, server[0]).start(
+            CONFIG, 0, Share(1, None)
+        )
+        following = asyncio.create_task(rank.follow())
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not rank.pid:  # noqa: ASYNC110  nobody tells of it
+                await asyncio.sleep(0.001)
+        rank.signal(number)
+        return await asyncio.wait_for(following, PATIENCE_SECONDS)
+
+    assert asyncio.run(life()).exit_code == code
+
+
+def test_a_rank_ends_with_the_connection_of_who_asked_for_it(server: tuple[ForkServer, int]) -> None:
+    async def life() -> int:
+        read_fd, write_fd = os.pipe()
+        env = {**os.environ, environment.REPORT_FD: str(write_fd)}
+        process = await server[0].fork(["waiting_rank"], env, None)
+        await process.begun()
+        os.close(read_fd)
+        os.close(write_fd)
+        return os.pidfd_open(process.pid)
+
+    descriptor = asyncio.run(life())
+    assert select.select([descriptor], [], [], PATIENCE_SECONDS)[0], "a rank outlived the loop that asked for it"
+    os.close(descriptor)
+
+
+def test_a_rank_that_is_not_forked_yet_leaves_on_notice() -> None:
+    with listen() as listening:
+        assert run("waiting_rank", ForkServer(address_of(listening), None), signal.SIGTERM).exit_code == ExitCode.SAVED
+        assert run("waiting_rank", ForkServer(address_of(listening), None), signal.SIGKILL).exit_code == 137
+
+
+def test_without_a_server_the_rank_is_started_by_its_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    with listen() as listening:
+        address = address_of(listening)
+    assert run("forked_rank", ForkServer(address, None)).exit_code == 7
+
+
+def test_a_server_that_ends_before_it_forks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+    async def life() -> RankEnd:
+        with listen() as listening:
+            starter = Starter(
+                (sys.executable, "-m", "forked_rank"), lambda: None, ForkServer(address_of(listening), None)
+            )
+            rank = await starter.start(CONFIG, 0, Share(1, None))
+            connection, _ = listening.accept()
+            connection.close()
+            return await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
+
+    assert asyncio.run(life()).exit_code == 7
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="wants another user")
+def test_another_user_has_no_orders_to_give(server: tuple[ForkServer, int]) -> None:
+    stranger = os.fork()
+    if stranger == 0:
+        turned_away = False
+        with contextlib.suppress(OSError):
+            os.setuid(65534)
+            connection = socket.socket(socket.AF_UNIX)
+            connection.settimeout(PATIENCE_SECONDS)
+            connection.connect("\0" + server[0].address[1:])
+            turned_away = connection.recv(1) == b""
+        os._exit(0 if turned_away else 1)
+    _, status = os.waitpid(stranger, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert run("forked_rank", server[0]).exit_code == 7
+
+
+def test_orders_that_are_none_end_nothing(server: tuple[ForkServer, int]) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect("\0" + server[0].address[1:])
+        connection.sendall(b"\0\0\0\0\0\0\0\2{}")
+        assert connection.recv(1) == b""
+    assert run("forked_rank", server[0]).exit_code == 7

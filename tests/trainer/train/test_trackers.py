@@ -1,0 +1,195 @@
+"""Curves and pictures of a run: told at intervals, by timestep, to whatever is asked for; a resumed run goes on."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from finetune_contract import environment
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.run_spec import RunSpec
+from finetune_contract.spec import TrackerName
+from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.train.metrics_logger import EVERY_STEPS, MetricsLogger
+from finetune_trainer.train.trackers import Run, check_trackers, open_trackers
+from testing.trainer import tiny
+from testing.trainer.ranks import Ranks
+
+pytestmark = pytest.mark.trainer
+
+
+class Told:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.pictures: list[tuple[int, Path]] = []
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.logged.append((step, dict(values)))
+
+    def picture(self, step: int, path: Path) -> None:
+        self.pictures.append((step, path))
+
+    def close(self) -> None:
+        self.logged.append((-1, {}))
+
+
+class Broken(Told):
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        raise OSError("the disk is full")
+
+
+def tenths(**values: float) -> list[float]:
+    listed = [0.0] * NUM_TIMESTEP_BUCKETS
+    for place, value in values.items():
+        listed[int(place[1:])] = value
+    return listed
+
+
+def test_losses_are_gathered_by_timestep_between_two_tellings() -> None:
+    told = Told()
+    journal = MetricsLogger([told], 1000, pytest.fail)
+    journal.step(1, {"loss": 1.0}, tenths(t0=3.0), tenths(t0=2))
+    for step in range(2, EVERY_STEPS + 1):
+        journal.step(step, {"loss": step}, tenths(t0=1.0, t9=4.0), tenths(t0=1, t9=2))
+    assert told.logged == [
+        (1, {"loss": 1.0, "loss/timesteps 0000-0099": 1.5}),
+        (EVERY_STEPS, {"loss": EVERY_STEPS, "loss/timesteps 0000-0099": 1.0, "loss/timesteps 0900-0999": 2.0}),
+    ]
+
+
+def test_a_tracker_that_fails_is_given_up_and_the_others_go_on() -> None:
+    told, warnings = Told(), list[str]()
+    journal = MetricsLogger([Broken(), told], 1000, warnings.append)
+    for step in (1, EVERY_STEPS):
+        journal.step(step, {"loss": 1.0}, tenths(), tenths())
+    assert warnings == ["training.trackers: Broken is given up: the disk is full"]
+    assert [step for step, _ in told.logged] == [1, EVERY_STEPS]
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(
+        ConfigError, match=r"training\.trackers: mlflow needs the package mlflow, which this image lacks"
+    ):
+        check_trackers([TrackerName.MLFLOW])
+
+
+def run_of(job_dir: Path, step: int) -> Run:
+    spec = {"namespace": "default", "job": "dog", "uid": "abc", "model": {"base": "x"}, "dataset": {"source": "y"}}
+    return Run(RunSpec.model_validate({**spec, "training": {"method": "LoRA"}, "globalBatch": 1}), job_dir, step)
+
+
+@pytest.mark.parametrize("name", list(TrackerName))
+def test_a_resumed_run_goes_on_in_the_same_place(
+    name: TrackerName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real packages."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    picture = tmp_path / "grid.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    on_notice = signal.getsignal(signal.SIGTERM)
+    for first in (0, 5):
+        (tracker,) = open_trackers([name], run_of(tmp_path, first))
+        for step in range(first + 1, first + 6):
+            tracker.log(step, {"loss": 1 / step})
+        tracker.picture(first + 5, picture)
+        tracker.close()
+    assert signal.getsignal(signal.SIGTERM) is on_notice
+    check = {"tensorboard": _check_tensorboard, "wandb": _check_wandb, "mlflow": _check_mlflow}
+    check[name.value](tmp_path)
+
+
+def _check_tensorboard(folder: Path) -> None:
+    events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
+        str(folder / "tensorboard")
+    )
+    events.Reload()
+    assert [entry.step for entry in events.Scalars("loss")] == list(range(1, 11))
+    assert [entry.step for entry in events.Images("validation")] == [5, 10]
+
+
+def _check_wandb(folder: Path) -> None:
+    runs = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert all(run.name.endswith("-abc") for run in runs)
+
+
+def _check_mlflow(folder: Path) -> None:
+    run_id = json.loads((folder / "mlflow-run.json").read_text(encoding="utf-8"))["run"]
+    assert (folder / "mlflow").is_dir()
+    history = importlib.import_module("mlflow").MlflowClient().get_metric_history(run_id, "loss")
+    assert sorted(metric.step for metric in history) == list(range(1, 11))
+
+
+def test_a_rank_tells_its_trackers_and_nobody_else(base: Path, data: Path, tmp_path: Path) -> None:
+    """Nothing goes to the network unless asked for, nothing is left behind, and a notice still reaches the rank."""
+    spec = tiny.make_spec(base, data, steps=2, trackers=[name.value for name in TrackerName])
+    (tmp_path / "run.json").write_text(spec.to_json(), encoding="utf-8")
+    job_dir = tmp_path / "job"
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        # Not the variables of this process: some of them tell a package that it is tested, and it behaves otherwise.
+        env = {
+            **{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ},
+            **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), url),
+            "OMP_NUM_THREADS": "1",
+            environment.RUN_SPEC: str(tmp_path / "run.json"),
+            environment.ATTEMPT: "1",
+            environment.CHECKPOINT_DIR: str(job_dir),
+            environment.CACHE_DIR: str(tmp_path / "cache"),
+        }
+        rank = subprocess.run(
+            [sys.executable, "-m", "finetune_trainer.rank"], env=env, capture_output=True, check=False
+        )
+        assert rank.returncode == ExitCode.DONE, rank.stderr.decode()
+        assert _asked(proxy) == []
+    assert (job_dir / "tensorboard").is_dir()
+    assert len(list((job_dir / "wandb").glob("offline-run-*"))) == 1
+    assert (job_dir / "mlflow.db").is_file()
+    assert [process.info for process in psutil.process_iter(["environ"]) if _is_of(process, job_dir)] == []
+
+
+def _asked(proxy: socket.socket) -> list[bytes]:
+    """The first lines of what a proxy was asked, which has answered nothing yet."""
+    proxy.setblocking(False)
+    lines: list[bytes] = []
+    while True:
+        try:
+            connection, _ = proxy.accept()
+        except BlockingIOError:
+            return lines
+        with connection:
+            connection.setblocking(True)
+            lines.append(connection.recv(4096).partition(b"\r\n")[0])
+
+
+def _is_of(process: psutil.Process, job_dir: Path) -> bool:
+    environ: dict[str, str] = process.info["environ"] or {}
+    return environ.get(environment.CHECKPOINT_DIR) == str(job_dir)
+
+
+def test_the_ranks_add_up_their_losses_by_timestep(base: Path, data: Path, tmp_path: Path) -> None:
+    """The held-out losses, too, are told by part of the schedule; their mean is the loss."""
+    spec = tiny.make_spec(base, data, steps=2, validation={"split": "test"})
+    ranks = Ranks(spec, tmp_path / "job", world_size=2)
+    assert ranks.run() == [ExitCode.DONE] * 2, ranks.stderr()
+    entries = json.loads((ranks.job_dir / "validation" / "losses.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in entries] == [0, 2]
+    for entry in entries:
+        assert len(entry["byTimestep"]) == 4
+        assert entry["loss"] == pytest.approx(sum(entry["byTimestep"]) / 4)

@@ -1,0 +1,117 @@
+"""Which rank writes to which disk, and which checkpoint the ranks go on from.
+
+The ranks find out by themselves whether they share a disk with rank 0. Those that do write each checkpoint together.
+Each other node keeps whole checkpoints of its own on its disk, and any one of them is good for all to go on from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune_trainer.checkpoint.snapshot import Committed, Snapshot
+from finetune_trainer.checkpoint.store.base import CheckpointStore
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import StorageError
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a rank has to do with checkpoints.
+
+    Attributes:
+        sharing: ranks that share rank 0's disk, rank 0 first.
+        own_disk: this rank writes whole checkpoints to its node's own disk.
+    """
+
+    rank: int
+    sharing: tuple[int, ...]
+    own_disk: bool
+
+    @property
+    def chooses(self) -> bool:
+        """Whether this rank looks through a disk for a checkpoint."""
+        return self.rank == 0 or self.own_disk
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes anything in an ordinary save."""
+        return self.rank in self.sharing or self.own_disk
+
+
+def open_storage(store: CheckpointStore, world: World) -> Role:
+    """Mark the attempt on every disk, and find out who shares rank 0's. All ranks call it.
+
+    Raises:
+        StorageError: a disk cannot be written.
+        SupersededError: a newer attempt has begun.
+        FabricError: a peer was lost.
+    """
+    if world.is_first:
+        store.open()
+    probe = world.share(store.put_probe() if world.is_first and world.size > 1 else "")
+    shares = world.is_first or store.has_probe(probe)
+    flags = world.gather_numbers(int(shares))
+    if world.is_first and world.size > 1:
+        store.remove_probe(probe)
+    own_disk = not shares and world.local_rank == 0
+    if own_disk:
+        store.open()
+    return Role(world.rank, tuple(rank for rank, flag in enumerate(flags) if flag), own_disk)
+
+
+def choose_checkpoint(
+    store: CheckpointStore, role: Role, world: World, warn: Callable[[str], None]
+) -> tuple[Committed | None, Snapshot | None]:
+    """The newest checkpoint of all disks that verifies, given to every rank. All ranks call it.
+
+    Returns:
+        The checkpoint on the rank that read it, and its contents, on every rank; None where there is none.
+
+    Raises:
+        StorageError: a disk cannot be read.
+        FabricError: a peer was lost.
+    """
+    found = store.choose(warn) if role.chooses else None
+    steps = world.gather_numbers(-1 if found is None else found.manifest.step)
+    source = steps.index(max(steps))
+    if steps[source] < 0:
+        return None, None
+    if source != world.rank:
+        found = None
+    snapshot = None if found is None else store.load(found)
+    return found, _share(snapshot, world, source)
+
+
+def choose_shards(store: CheckpointStore, role: Role, world: World, warn: Callable[[str], None]) -> Committed | None:
+    """The newest checkpoint that verifies, on every rank; each then reads from it what it needs. All ranks call it.
+
+    Raises:
+        StorageError: a rank does not see rank 0's storage, or it cannot be read.
+        FabricError: a peer was lost.
+    """
+    if len(role.sharing) < world.size:
+        apart = sorted(set(range(world.size)) - set(role.sharing))
+        raise StorageError(
+            f"spec.checkpoint.storage: ranks {apart} do not see rank 0's checkpoints, and with sharding each rank "
+            "writes a part of every one; use a volume that all pods share, or a bucket"
+        )
+    found = store.choose(warn) if world.is_first else None
+    name = world.share(found.folder.name if found else "")
+    if not name:
+        return None
+    return found or store.find(name)
+
+
+def _share(snapshot: Snapshot | None, world: World, source: int) -> Snapshot:
+    """Give every rank what one has read, so that no disk need be shared."""
+    header = None
+    if snapshot is not None:
+        header = (snapshot.step, dict(snapshot.values), sorted(snapshot.tensors))
+    header = world.share(header, source)
+    assert header is not None
+    step, values, groups = header
+    tensors = {
+        group: world.share_tensors(None if snapshot is None else snapshot.tensors[group], source) for group in groups
+    }
+    return Snapshot(step, tensors, values)

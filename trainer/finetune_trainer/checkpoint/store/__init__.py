@@ -1,0 +1,1 @@
+"""Where checkpoints are stored: one file per kind of storage, with a common base."""

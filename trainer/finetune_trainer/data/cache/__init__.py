@@ -1,0 +1,1 @@
+"""The cache of frozen encoder outputs, and the map phase that fills it."""

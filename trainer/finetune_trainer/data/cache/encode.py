@@ -1,0 +1,208 @@
+"""The map phase: what frozen encoders make of images and captions is computed once, by all ranks, into the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from finetune_trainer.data.cache.hashes import FileHashes, hash_text
+from finetune_trainer.data.cache.store import Item, TensorCache
+from finetune_trainer.data.images.decoding import View, to_pixels
+from finetune_trainer.data.sampling.shapes import Shapes
+from finetune_trainer.data.sources.base import Source, decode_sample
+from finetune_trainer.distributed.world import World
+from finetune_trainer.models.family import Family, ImageEncoder
+from finetune_trainer.models.text import TextEncoder
+
+SHARD_ITEMS = 256
+SHARD_SECONDS = 5.0
+"""At least so often what was computed is written, for a preemption loses what was not."""
+
+Progress = Callable[[int, int], None]
+"""Told how many of how many items this rank has done."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What the VAE says of an image.
+
+    Attributes:
+        mean: of the unscaled latents, float32 (C, h, w).
+        std: their standard deviation, the same shape.
+        size: width and height of the image as stored.
+    """
+
+    mean: Tensor
+    std: Tensor
+    size: tuple[int, int]
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Latents (C, h, w) drawn with the given standard normal noise."""
+        return self.mean + self.std * noise
+
+
+def fill(
+    cache: TensorCache,
+    work: dict[str, int],
+    make_encoder: Callable[[], Callable[[int], Item]],
+    world: World,
+    progress: Progress,
+) -> None:
+    """Compute what the cache lacks, each rank its share, and wait until all is there.
+
+    Items are encoded one by one: in a batch their last bits would depend on their neighbours, and those on where a
+    killed map phase had stopped.
+
+    Args:
+        cache: where the items go.
+        work: key of each item wanted, and the number that the encoder knows it by.
+        make_encoder: reads the encoder; called only where something is missing.
+        world: the ranks.
+        progress: told after each item.
+    """
+    if world.is_first:
+        cache.sweep(time.time())
+    cache.refresh()
+    # One list for all: what a rank finds missing depends on what the others have written by then.
+    missing = world.share(cache.missing(work))
+    _encode([(key, work[key]) for key in missing[world.rank :: world.size]], cache, make_encoder, progress)
+    world.barrier()
+    cache.refresh()
+    # Where the ranks share no disk, each computes for itself what the others have computed for themselves.
+    _encode([(key, work[key]) for key in cache.missing(work)], cache, make_encoder, progress)
+    cache.refresh()
+
+
+def _encode(
+    work: Sequence[tuple[str, int]],
+    cache: TensorCache,
+    make_encoder: Callable[[], Callable[[int], Item]],
+    progress: Progress,
+) -> None:
+    if not work:
+        return
+    encode = make_encoder()
+    done: dict[str, Item] = {}
+    written_at = time.monotonic()
+    for count, (key, number) in enumerate(work, start=1):
+        done[key] = encode(number)
+        progress(count, len(work))
+        if len(done) == SHARD_ITEMS or time.monotonic() - written_at > SHARD_SECONDS or count == len(work):
+            cache.put(done)
+            done, written_at = {}, time.monotonic()
+
+
+class TextCache:
+    """Text embeddings by caption."""
+
+    def __init__(self, root: Path, family: Family, hashes: FileHashes, dtype: torch.dtype) -> None:
+        self._family = family
+        self._dtype = dtype
+        self._encoder_id = hash_text("text", hashes.of_files(family.text_encoder_files()), str(dtype))
+        self._cache = TensorCache(root / "text" / self._encoder_id[:32])
+
+    def fill(self, captions: Sequence[str], world: World, progress: Progress) -> None:
+        """Compute what is missing of these captions' embeddings."""
+        distinct = sorted(set(captions))
+
+        def make_encoder() -> Callable[[int], Item]:
+            encoder: TextEncoder = self._family.load_text_encoder(world.device)
+
+            @torch.no_grad()
+            def encode(number: int) -> Item:
+                return {name: value[0].to(self._dtype) for name, value in encoder.encode([distinct[number]]).items()}
+
+            return encode
+
+        fill(self._cache, {self._key(text): i for i, text in enumerate(distinct)}, make_encoder, world, progress)
+
+    def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of captions that were filled in, stacked (n, ...)."""
+        items = [self._cache.get(self._key(caption)) for caption in captions]
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+    def _key(self, caption: str) -> str:
+        return hash_text(self._encoder_id, caption)
+
+
+class LatentStore:
+    """Posteriors of images by content and view, as one VAE and one set of shapes make them."""
+
+    def __init__(self, root: Path, family: Family, hashes: FileHashes, shapes: Shapes) -> None:
+        self._family = family
+        self._shapes = shapes
+        self._encoder_id = hash_text("latents with sizes", hashes.of_files(family.image_encoder_files()), str(shapes))
+        self.cache = TensorCache(root / "latents" / self._encoder_id[:32])
+
+    def key(self, image_id: str, view: View) -> str:
+        """Key of the posterior of an image in a view."""
+        return hash_text(self._encoder_id, image_id, f"{view.left} {view.top} {view.flip}")
+
+    def make_encoder(self, device: torch.device) -> Callable[[Image.Image, View], Item]:
+        """Read the VAE; the answer makes the item of an image in a view."""
+        encoder = self._family.load_image_encoder(device)
+
+        def encode(image: Image.Image, view: View) -> Item:
+            posterior = encode_image(encoder, image, self._shapes, view)
+            return {"mean": posterior.mean, "std": posterior.std, "size": torch.tensor(posterior.size)}
+
+        return encode
+
+    def posterior(self, image_id: str, view: View) -> Posterior:
+        """Posterior of an image in a view that is there."""
+        item = self.cache.get(self.key(image_id, view))
+        width, height = item["size"].tolist()
+        return Posterior(item["mean"], item["std"], (width, height))
+
+
+class LatentCache:
+    """Posteriors of the images of one data set, for a few fixed views of each."""
+
+    def __init__(self, store: LatentStore, image_ids: Sequence[str]) -> None:
+        self._store = store
+        self._image_ids = image_ids
+
+    def fill(self, source: Source, views: Sequence[View], world: World, progress: Progress) -> None:
+        """Compute what is missing of the posteriors of every image in each of the views."""
+        numbers = [(index, view) for index in range(len(source)) for view in views]
+        work = {self._store.key(self._image_ids[index], view): number for number, (index, view) in enumerate(numbers)}
+
+        def make_encoder() -> Callable[[int], Item]:
+            encode = self._store.make_encoder(world.device)
+
+            def encode_number(number: int) -> Item:
+                index, view = numbers[number]
+                return encode(decode_sample(source, index), view)
+
+            return encode_number
+
+        fill(self._store.cache, work, make_encoder, world, progress)
+
+    def posterior(self, index: int, view: View) -> Posterior:
+        """Posterior of an image in a view that was filled in."""
+        return self._store.posterior(self._image_ids[index], view)
+
+
+class LiveLatents:
+    """Posteriors computed when they are asked for: where a random crop makes each one new."""
+
+    def __init__(self, encoder: ImageEncoder, source: Source, shapes: Shapes) -> None:
+        self._encoder = encoder
+        self._source = source
+        self._shapes = shapes
+
+    def posterior(self, index: int, view: View) -> Posterior:
+        """Posterior of an image in any view."""
+        return encode_image(self._encoder, decode_sample(self._source, index), self._shapes, view)
+
+
+def encode_image(encoder: ImageEncoder, image: Image.Image, shapes: Shapes, view: View) -> Posterior:
+    """What a VAE says of one image, cut to its shape and view."""
+    mean, std = encoder.encode(to_pixels(image, shapes.of(image.size), view).unsqueeze(0))
+    return Posterior(mean[0].float().cpu(), std[0].float().cpu(), image.size)

@@ -1,0 +1,1 @@
+"""Optimizers, learning-rate schedules, loss scaling and the moving average of weights."""
