@@ -25,7 +25,7 @@ COPY images/assemble.py images/sbom.py images/
 RUN python images/assemble.py /app /rootfs
 
 FROM scratch
-ARG VERSION=0.1.0
+ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune-operator" \
       org.opencontainers.image.description="Reconciles FineTuneJobs" \

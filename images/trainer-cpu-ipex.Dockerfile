@@ -35,7 +35,7 @@ FROM ${PYTHON_IMAGE}
 # Gigabytes that change with the locks alone, then what changes with every release.
 COPY --from=dependencies /app /app
 COPY --from=own /own /app
-ARG VERSION=0.1.0
+ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune-trainer-cpu-ipex" \
       org.opencontainers.image.description="Trains FineTuneJobs on CPU nodes with IPEX and oneCCL" \

@@ -30,7 +30,7 @@ FROM ${PYTHON_IMAGE}
 # Gigabytes that change with the locks alone, then what changes with every release.
 COPY --from=dependencies /app /app
 COPY --from=own /own /app
-ARG VERSION=0.1.0
+ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune-trainer-cuda" \
       org.opencontainers.image.description="Trains FineTuneJobs on GPUs" \

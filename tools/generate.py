@@ -1,6 +1,6 @@
-"""Write what is generated from the models: the CRD and the reference. With --check only show the difference.
+"""Write the generated files: the CRD, the reference, and the version wherever it is repeated.
 
-Run by `make generate` and, with --check, by `make verify`.
+`make generate` writes them. `make verify` runs this with --check, which only prints the differences.
 """
 
 from __future__ import annotations
@@ -9,27 +9,53 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from finetune_contract import __version__
 from finetune_operator.api import crd, reasons, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 TROUBLESHOOTING = "docs/troubleshooting.md"
 GENERATED: dict[str, Callable[[], str]] = {
     crd.FILE: crd.render,
-    # Helm reads no file outside of its chart.
+    # Helm cannot read files outside the chart.
     "charts/finetune-operator/files/crd.yaml": crd.render,
     reference.JOB_FILE: reference.render_job,
     reference.REASONS_FILE: reference.render_reasons,
 }
-"""Each generated file, relative to the repository, and what writes its text."""
+"""Each generated file, relative to the repository root, and the function that renders it."""
+STAMPED = {
+    "charts/finetune-operator/Chart.yaml": r"^(?:version|appVersion): (\S+)$",
+    "charts/finetune-operator/values.yaml": r"^ +(?:gpu|cpu): ghcr\.io/finetune-operator/\S+:(\S+)$",
+    "examples/*.yaml": r"^ +image: ghcr\.io/finetune-operator/\S+:(\S+)$",
+}
+"""Files (patterns) that must repeat the version as a literal, and a regular expression whose group finds it."""
+
+
+def render_all(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and the generated text of each file."""
+    for name, render in GENERATED.items():
+        yield name, render()
+    for pattern, version in STAMPED.items():
+        for path in sorted(root.glob(pattern)):
+            yield str(path.relative_to(root)), stamp(path.read_text(encoding="utf-8"), version)
+
+
+def stamp(text: str, pattern: str) -> str:
+    """Return the text with the current version in place of each match of the pattern's group."""
+
+    def replace(match: re.Match[str]) -> str:
+        start, end = (position - match.start() for position in match.span(1))
+        return match[0][:start] + __version__ + match[0][end:]
+
+    return re.sub(pattern, replace, text, flags=re.MULTILINE)
 
 
 def write(root: Path) -> None:
     """Write the files that differ."""
-    for name, render in GENERATED.items():
-        path, text = root / name, render()
+    for name, text in render_all(root):
+        path = root / name
         if _read(path) != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
@@ -37,20 +63,18 @@ def write(root: Path) -> None:
 
 
 def differences(root: Path) -> str:
-    """The unified difference between what is committed and what would be written; empty where there is none."""
+    """Return the unified diff from the committed to the generated files; empty if they are equal."""
     lines: list[str] = []
-    for name, render in GENERATED.items():
-        committed, generated = _read(root / name), render()
-        lines += difflib.unified_diff(
-            committed.splitlines(keepends=True), generated.splitlines(keepends=True), name, f"{name} (generated)"
-        )
+    for name, text in render_all(root):
+        committed = _read(root / name).splitlines(keepends=True)
+        lines += difflib.unified_diff(committed, text.splitlines(keepends=True), name, f"{name} (generated)")
     return "".join(lines)
 
 
-def untold_reasons(root: Path) -> list[str]:
-    """Reasons that a person can meet and docs/troubleshooting.md has no section on."""
-    told = set(re.findall(r"^### (\w+)$", _read(root / TROUBLESHOOTING), re.MULTILINE))
-    return [reason.value for reason in reasons.REASONS if reason.value not in told]
+def undocumented_reasons(root: Path) -> list[str]:
+    """Return the reasons that docs/troubleshooting.md has no section for."""
+    documented = set(re.findall(r"^### (\w+)$", _read(root / TROUBLESHOOTING), re.MULTILINE))
+    return [reason.value for reason in reasons.REASONS if reason.value not in documented]
 
 
 def _read(path: Path) -> str:
@@ -58,18 +82,18 @@ def _read(path: Path) -> str:
 
 
 def main() -> int:
-    """Write or compare; returns the exit code."""
+    """Write or compare the files; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare instead of writing; exit 1 on a difference")
     if not parser.parse_args().check:
         write(ROOT)
         return 0
-    if untold := untold_reasons(ROOT):
-        print(f"{TROUBLESHOOTING}: write a section '### <reason>' on {', '.join(untold)}", file=sys.stderr)
+    if missing := undocumented_reasons(ROOT):
+        print(f"{TROUBLESHOOTING}: write a section '### <reason>' for {', '.join(missing)}", file=sys.stderr)
         return 1
     if difference := differences(ROOT):
         sys.stdout.write(difference)
-        print("generated files differ: run `make generate` and commit what it writes", file=sys.stderr)
+        print("generated files differ: run `make generate` and commit the result", file=sys.stderr)
         return 1
     return 0
 

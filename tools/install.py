@@ -1,7 +1,7 @@
-"""Make the virtual environment that every target runs in, from the locks, with progress on every terminal.
+"""Create the virtual environment that every make target uses, from the lock files, and print progress.
 
-Called by the Makefile. Uses nothing but the standard library. The environment is stamped with the hash of the locks
-and of pyproject.toml, so a second call returns at once, and one that broke halfway starts over.
+Called by the Makefile. Uses only the standard library. The environment is stamped with a hash of the lock files and
+of pyproject.toml: a second call returns at once, and an interrupted installation starts over.
 
 Usage: python3 tools/install.py ENVIRONMENT
 """
@@ -23,7 +23,7 @@ TICK_SECONDS = 3.0
 
 
 def stamp() -> str:
-    """Hash of everything that decides what is installed."""
+    """Return a hash of everything that determines what is installed."""
     digest = hashlib.sha256(sys.version.encode())
     for name in INPUTS:
         digest.update((ROOT / name).read_bytes())
@@ -31,7 +31,7 @@ def stamp() -> str:
 
 
 def size_mib(folder: Path) -> int:
-    """Size of a folder in MiB by its files' lengths, zero where it does not exist yet."""
+    """Return the size of the files in a folder in MiB; 0 if the folder does not exist."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -43,38 +43,38 @@ def size_mib(folder: Path) -> int:
 
 
 def run(title: str, command: list[str], watched: Path, env: dict[str, str]) -> None:
-    """Run one step and say every few seconds that it goes on; its own output is shown only where it fails."""
+    """Run one step and print progress every few seconds. Print the output of the step only if it fails."""
     started = time.monotonic()
     done = threading.Event()
 
-    def tell() -> None:
+    def report() -> None:
         while not done.wait(TICK_SECONDS):
             seconds = time.monotonic() - started
             print(f"  {title}: {seconds:4.0f} s, {size_mib(watched):5d} MiB on disk", flush=True)
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
     try:
         result = subprocess.run(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
     finally:
         done.set()
-        teller.join()
+        reporter.join()
     if result.returncode != 0:
         sys.exit(f"{result.stdout}\n{title} failed; the command was: {' '.join(command)}")
     print(f"  {title}: done in {time.monotonic() - started:.1f} s", flush=True)
 
 
 def main(target: Path) -> None:
-    """Install into `target`."""
+    """Install into the folder `target`."""
     if sys.version_info < (3, 11):  # noqa: UP036
-        sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}. Set PYTHON=/path/to/python3.11")
+        sys.exit(f"Python 3.11 or newer is required; this is {sys.version.split()[0]}. Set PYTHON=/path/to/python3.11")
     mark = target / ".installed"
     if mark.is_file() and mark.read_text() == stamp():
         return
     started = time.monotonic()
-    print("Installing into .venv (about 6 GB, most of it torch), once:", flush=True)
+    print("Installing into .venv, once (about 6 GB, most of it torch):", flush=True)
     if target.exists():
         shutil.rmtree(target)
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "UV_NO_PROGRESS": "1", "UV_LINK_MODE": "hardlink"}

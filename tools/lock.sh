@@ -1,18 +1,18 @@
 #!/bin/sh
-# Writes the locks in requirements/ anew from pyproject.toml: every version pinned, every file by its hash, no address.
+# Rewrite the lock files in requirements/ from pyproject.toml: every version pinned, every file by hash, no addresses.
 # Usage: tools/lock.sh UV [--upgrade]
 set -eu
 uv=$1; shift
-compile() { # name, then one --extra for each
+compile() { # NAME, then one --extra per extra
     out=$1; shift
     "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
         --no-emit-find-links --no-annotate --no-header pyproject.toml "$@" -o "requirements/$out.txt" >/dev/null
 }
 compile dev --extra operator --extra trainer --extra dev "$@"
-# The images' locks take the versions that the tests ran with.
+# The images use the versions that the tests use.
 compile operator --extra operator --constraint requirements/dev.txt "$@"
 compile trainer --extra trainer --constraint requirements/dev.txt "$@"
-# With Intel's pair, which holds torch back.
+# With Intel's last pair, which needs an older torch.
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header pyproject.toml --extra trainer requirements/ipex.in \
     -o requirements/trainer-ipex.txt >/dev/null

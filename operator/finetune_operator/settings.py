@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune_contract import __version__
+
+REGISTRY = "ghcr.io/finetune-operator"
+"""Registry of the released images."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of the operator, or of the local cluster."""
 
-    trainer_image_gpu: str = "ghcr.io/finetune-operator/trainer-cuda:0.1.0"
-    trainer_image_cpu: str = "ghcr.io/finetune-operator/trainer-cpu:0.1.0"
+    trainer_image_gpu: str = f"{REGISTRY}/trainer-cuda:{__version__}"
+    trainer_image_cpu: str = f"{REGISTRY}/trainer-cpu:{__version__}"
     trainer_command: tuple[str, ...] = ("finetune-supervisor",)
     coordinator_url: str = ""
     """Where supervisors post their beats; empty: nowhere."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from finetune_contract import __version__
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import CommittedCheckpoint, RankState, WrittenOutput
 from finetune_operator.api.job import FineTuneJob
@@ -181,7 +182,7 @@ def gated() -> Story:
 def pulling() -> Story:
     story = _begin()
     story.tick(40)
-    words = 'ImagePullBackOff: Back-off pulling image "ghcr.io/finetune-operator/trainer-cuda:0.1.0"'
+    words = f'ImagePullBackOff: Back-off pulling image "ghcr.io/finetune-operator/trainer-cuda:{__version__}\"'
     for node_rank in range(4):
         story.change(node_rank, node=f"node-{node_rank}", waiting=words)
     story.settle()
