@@ -1,10 +1,10 @@
-# The operator: Python and what it imports, nothing else. No shell, no torch, not root, under 150 MiB.
+# The operator: Python and what it imports, nothing else. No shell, no torch, non-root, under 150 MiB.
 #   make image-operator        or: docker build -f images/operator.Dockerfile -t finetune-operator .
 ARG PYTHON_IMAGE=python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
-# Some builders come with authorities of their own.
+# Some builders have their own certificate authorities.
 ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
 COPY requirements/bootstrap.txt requirements/operator.txt requirements/
 RUN python -m venv /build \
@@ -17,7 +17,7 @@ FROM dependencies AS build
 COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
 COPY trainer trainer
-# One distribution holds both sides; of the trainer's, the operator imports the contract.
+# One distribution contains both sides; the operator imports only the contract of the trainer side.
 RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python --out-dir /wheel . \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --no-deps /wheel/*.whl \
  && rm -rf /app/lib/python3*/site-packages/finetune_trainer

@@ -1,15 +1,15 @@
-# The trainer for Intel's CPUs: torch 2.8 with IPEX and oneCCL, the last ones of their kind. Not root.
+# The trainer for Intel CPUs: torch 2.8 with the last releases of IPEX and oneCCL. Non-root.
 #   make image-trainer-cpu-ipex        or: docker build -f images/trainer-cpu-ipex.Dockerfile -t finetune-trainer-cpu-ipex .
 ARG PYTHON_IMAGE=python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
-# Some builders come with authorities of their own.
+# Some builders have their own certificate authorities.
 ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
-# Address of Intel's index, which alone has the oneCCL binding.
+# Address of Intel's package index, the only one with the oneCCL binding.
 ARG ONECCL_INDEX=
 COPY requirements/bootstrap.txt requirements/trainer-ipex.txt requirements/
-RUN test -n "$ONECCL_INDEX" || { echo 'Give --build-arg ONECCL_INDEX=..., the index with oneccl_bind_pt'; exit 1; }
+RUN test -n "$ONECCL_INDEX" || { echo 'Set --build-arg ONECCL_INDEX=... to the index with oneccl_bind_pt'; exit 1; }
 RUN python -m venv /build \
  && /build/bin/pip install --no-cache-dir --require-hashes -r requirements/bootstrap.txt \
  && python -m venv --without-pip /app \
@@ -23,7 +23,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
 COPY trainer trainer
 COPY images/sbom.py images/
-# One distribution holds both sides; of the operator's, the trainer imports nothing.
+# One distribution contains both sides; the trainer imports nothing of the operator.
 RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python --out-dir /wheel . \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --prefix /own --compile-bytecode --no-deps \
         /wheel/*.whl \
@@ -32,7 +32,7 @@ RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python 
  && python images/sbom.py /own/share/sbom/finetune-trainer-cpu-ipex.spdx.json finetune-trainer-cpu-ipex "$1:$2"
 
 FROM ${PYTHON_IMAGE}
-# Gigabytes that change with the locks alone, then what changes with every release.
+# First the gigabytes that change only with the lock files, then the layer that changes with every release.
 COPY --from=dependencies /app /app
 COPY --from=own /own /app
 ARG VERSION=unknown
@@ -43,10 +43,10 @@ LABEL org.opencontainers.image.title="finetune-trainer-cpu-ipex" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.source="https://github.com/finetune-operator/finetune-operator" \
       org.opencontainers.image.licenses="Apache-2.0"
-# All that is written goes to volumes: the root file system is read-only in the pods.
+# The root file system is read-only in the pods; everything is written to volumes.
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     CCL_PROCESS_LAUNCHER=none CCL_ATL_TRANSPORT=ofi FI_PROVIDER=tcp
-# The user that the operator's pods run as.
+# The user of the training pods.
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["finetune-supervisor"]

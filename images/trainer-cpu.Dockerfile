@@ -1,13 +1,12 @@
-# The trainer for CPU nodes: native torch over gloo. Not root.
+# The trainer for CPU nodes: native torch with gloo. Non-root.
 #   make image-trainer-cpu        or: docker build -f images/trainer-cpu.Dockerfile -t finetune-trainer-cpu .
 ARG PYTHON_IMAGE=python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
-# Some builders come with authorities of their own.
+# Some builders have their own certificate authorities.
 ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
-# Address of an index with torch built for CPUs alone; empty: torch as it is locked, which trains the same on CPUs and
-# takes 4 GB more.
+# Address of an index with a CPU-only torch. Empty: the locked torch, which trains the same on CPUs and is 4 GB larger.
 ARG TORCH_CPU_INDEX=
 COPY requirements/bootstrap.txt requirements/trainer.txt requirements/
 COPY images/without_cuda.py images/
@@ -28,7 +27,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
 COPY trainer trainer
 COPY images/sbom.py images/
-# One distribution holds both sides; of the operator's, the trainer imports nothing.
+# One distribution contains both sides; the trainer imports nothing of the operator.
 RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python --out-dir /wheel . \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --prefix /own --compile-bytecode --no-deps \
         /wheel/*.whl \
@@ -37,7 +36,7 @@ RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python 
  && python images/sbom.py /own/share/sbom/finetune-trainer-cpu.spdx.json finetune-trainer-cpu "$1:$2"
 
 FROM ${PYTHON_IMAGE}
-# Gigabytes that change with the locks alone, then what changes with every release.
+# First the gigabytes that change only with the lock files, then the layer that changes with every release.
 COPY --from=dependencies /app /app
 COPY --from=own /own /app
 ARG VERSION=unknown
@@ -48,9 +47,9 @@ LABEL org.opencontainers.image.title="finetune-trainer-cpu" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.source="https://github.com/finetune-operator/finetune-operator" \
       org.opencontainers.image.licenses="Apache-2.0"
-# All that is written goes to volumes: the root file system is read-only in the pods.
+# The root file system is read-only in the pods; everything is written to volumes.
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
-# The user that the operator's pods run as.
+# The user of the training pods.
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["finetune-supervisor"]

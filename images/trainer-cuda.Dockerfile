@@ -1,10 +1,10 @@
-# The trainer for GPUs: torch with CUDA and NCCL in its own wheels. Not root. The node brings the driver.
+# The trainer for GPUs: torch with CUDA and NCCL from its wheels. Non-root. The node provides the driver.
 #   make image-trainer-cuda        or: docker build -f images/trainer-cuda.Dockerfile -t finetune-trainer-cuda .
 ARG PYTHON_IMAGE=python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
-# Some builders come with authorities of their own.
+# Some builders have their own certificate authorities.
 ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
 COPY requirements/bootstrap.txt requirements/trainer.txt requirements/
 RUN python -m venv /build \
@@ -18,7 +18,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
 COPY trainer trainer
 COPY images/sbom.py images/
-# One distribution holds both sides; of the operator's, the trainer imports nothing.
+# One distribution contains both sides; the trainer imports nothing of the operator.
 RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python --out-dir /wheel . \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --prefix /own --compile-bytecode --no-deps \
         /wheel/*.whl \
@@ -27,7 +27,7 @@ RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python 
  && python images/sbom.py /own/share/sbom/finetune-trainer-cuda.spdx.json finetune-trainer-cuda "$1:$2"
 
 FROM ${PYTHON_IMAGE}
-# Gigabytes that change with the locks alone, then what changes with every release.
+# First the gigabytes that change only with the lock files, then the layer that changes with every release.
 COPY --from=dependencies /app /app
 COPY --from=own /own /app
 ARG VERSION=unknown
@@ -38,10 +38,10 @@ LABEL org.opencontainers.image.title="finetune-trainer-cuda" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.source="https://github.com/finetune-operator/finetune-operator" \
       org.opencontainers.image.licenses="Apache-2.0"
-# All that is written goes to volumes: the root file system is read-only in the pods.
+# The root file system is read-only in the pods; everything is written to volumes.
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# The user that the operator's pods run as.
+# The user of the training pods.
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["finetune-supervisor"]

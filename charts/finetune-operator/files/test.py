@@ -1,4 +1,4 @@
-"""What `helm test` runs: is the operator ready, and does the coordinator answer as the training pods expect?"""
+"""Run by `helm test`: check that the operator is ready and that the coordinator works as the training pods need."""
 
 import http.client
 import os
@@ -11,23 +11,23 @@ import urllib.request
 DEADLINE = time.monotonic() + 60
 
 
-def metrics_answer():
+def operator_is_ready():
     with urllib.request.urlopen(os.environ["METRICS_URL"] + "/readyz", timeout=5) as response:
-        return f"/readyz answers {response.status}"
+        return f"/readyz returned {response.status}"
 
 
-def coordinator_refuses_strangers():
+def coordinator_refuses_unauthenticated_heartbeats():
     context = ssl.create_default_context(cafile="/ca/ca.crt")
     host, port = os.environ["COORDINATOR_HOST"], int(os.environ["COORDINATOR_PORT"])
     connection = http.client.HTTPSConnection(host, port, context=context, timeout=5)
     connection.request("POST", "/v1/beat", "{}")
     status = connection.getresponse().status
     if status != 401:
-        raise OSError(f"a beat without a token was answered with {status}, not with 401")
-    return "the coordinator shows a certificate of its authority and refuses a beat without a token"
+        raise OSError(f"a heartbeat without a token got status {status} instead of 401")
+    return "the certificate of the coordinator is valid, and it refuses a heartbeat without a token"
 
 
-def insist(check):
+def retry(check):
     while True:
         try:
             print(f"ok: {check()}", flush=True)
@@ -38,6 +38,6 @@ def insist(check):
             time.sleep(1)
 
 
-insist(metrics_answer)
+retry(operator_is_ready)
 if "COORDINATOR_HOST" in os.environ:
-    insist(coordinator_refuses_strangers)
+    retry(coordinator_refuses_unauthenticated_heartbeats)

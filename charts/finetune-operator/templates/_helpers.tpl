@@ -28,7 +28,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if .Values.serviceAccount.create }}
 {{- default (include "finetune.fullname" .) .Values.serviceAccount.name }}
 {{- else }}
-{{- required "serviceAccount.name: name the account to use, or set serviceAccount.create to true" .Values.serviceAccount.name }}
+{{- required "serviceAccount.name: set the name of the account to use, or set serviceAccount.create to true" .Values.serviceAccount.name }}
 {{- end }}
 {{- end }}
 
@@ -78,18 +78,18 @@ subjects:
     namespace: {{ .Release.Namespace }}
 {{- end }}
 
-{{- /* Flags that the chart sets itself: the same ones below `flags` would say two things at once. */}}
+{{- /* Flags that the chart sets from its own values. They are refused in `flags`, because they would be set twice. */}}
 {{- define "finetune.checks" -}}
 {{- $own := list "namespaces" "watch-nodes" "leader-election" "lease-name" "lease-namespace" "coordinator" "coordinator-port" "coordinator-tls-cert" "coordinator-tls-key" "coordinator-ca" "coordinator-tls-secret" "coordinator-ca-config" "coordinator-service" "coordinator-url" "pod-ip" "trainer-image-gpu" "trainer-image-cpu" "trainer-user-id" "cores-per-rank" "cache-claim" "probe-port" "log-format" "log-level" }}
 {{- range $name, $_ := .Values.flags }}
 {{- if has $name $own }}
-{{- fail (printf "flags.%s: the chart sets this flag from a value of its own; see values.yaml" $name) }}
+{{- fail (printf "flags.%s: the chart sets this flag from another value; see values.yaml and set that one" $name) }}
 {{- end }}
 {{- end }}
 {{- if and (eq .Values.coordinator.tls.mode "certManager") (not .Values.coordinator.tls.issuerRef.name) }}
 {{- fail "coordinator.tls.issuerRef.name: mode certManager needs the name of an Issuer or ClusterIssuer" }}
 {{- end }}
 {{- if and .Values.podDisruptionBudget.enabled (gt (int .Values.replicas) 1) (ge (int .Values.podDisruptionBudget.minAvailable) (int .Values.replicas)) }}
-{{- fail "podDisruptionBudget.minAvailable: give less than replicas, or no node with the operator can be drained" }}
+{{- fail "podDisruptionBudget.minAvailable: set a value below replicas; otherwise no node with an operator pod can be drained" }}
 {{- end }}
 {{- end }}
