@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.supervisor.cores import Share, ccl_environment, cgroup_quota, share_cores
+from finetune_trainer.supervisor.cores import CoreShare, ccl_environment, cgroup_quota, share_cores
 
 
 @pytest.mark.parametrize(
     ("cores", "quota", "num_ranks", "expected"),
     [
-        ({0, 1, 2, 3}, None, 2, [Share(2, frozenset({0, 1})), Share(2, frozenset({2, 3}))]),
-        ({4, 5, 6}, None, 2, [Share(1, frozenset({4})), Share(1, frozenset({5}))]),
-        ({0, 1, 2, 3}, 2.0, 2, [Share(1, None), Share(1, None)]),
-        ({0}, None, 2, [Share(1, None), Share(1, None)]),
-        ({0, 1}, 0.5, 1, [Share(1, None)]),
-        ({0, 1}, 4.0, 1, [Share(2, frozenset({0, 1}))]),
+        ({0, 1, 2, 3}, None, 2, [CoreShare(2, frozenset({0, 1})), CoreShare(2, frozenset({2, 3}))]),
+        ({4, 5, 6}, None, 2, [CoreShare(1, frozenset({4})), CoreShare(1, frozenset({5}))]),
+        ({0, 1, 2, 3}, 2.0, 2, [CoreShare(1, None), CoreShare(1, None)]),
+        ({0}, None, 2, [CoreShare(1, None), CoreShare(1, None)]),
+        ({0, 1}, 0.5, 1, [CoreShare(1, None)]),
+        ({0, 1}, 4.0, 1, [CoreShare(2, frozenset({0, 1}))]),
     ],
 )
-def test_cores_are_shared_out(cores: set[int], quota: float | None, num_ranks: int, expected: list[Share]) -> None:
+def test_cores_are_shared_out(cores: set[int], quota: float | None, num_ranks: int, expected: list[CoreShare]) -> None:
     assert share_cores(frozenset(cores), quota, num_ranks) == expected
 
 
@@ -28,14 +28,14 @@ def test_cores_are_shared_out(cores: set[int], quota: float | None, num_ranks: i
     ("share", "expected"),
     [
         (
-            Share(4, frozenset({4, 5, 6, 7})),
+            CoreShare(4, frozenset({4, 5, 6, 7})),
             {"CCL_LOCAL_RANK": "1", "CCL_WORKER_AFFINITY": "7", "OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"},
         ),
-        (Share(1, frozenset({3})), {"CCL_LOCAL_RANK": "1"}),
-        (Share(2, None), {"CCL_LOCAL_RANK": "1"}),
+        (CoreShare(1, frozenset({3})), {"CCL_LOCAL_RANK": "1"}),
+        (CoreShare(2, None), {"CCL_LOCAL_RANK": "1"}),
     ],
 )
-def test_oneccl_gets_a_core_that_the_compute_threads_leave_free(share: Share, expected: dict[str, str]) -> None:
+def test_oneccl_gets_a_core_that_the_compute_threads_leave_free(share: CoreShare, expected: dict[str, str]) -> None:
     assert ccl_environment(share, 1) == expected
 
 

@@ -21,9 +21,9 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.fork_socket import address_of, listen, server_command
 from finetune_contract.heartbeat import RankEnd, RankState
 from finetune_trainer.supervisor.config import Config
-from finetune_trainer.supervisor.cores import Share
-from finetune_trainer.supervisor.forks import ForkServer
-from finetune_trainer.supervisor.ranks import RankProcess, Starter
+from finetune_trainer.supervisor.cores import CoreShare
+from finetune_trainer.supervisor.forks import ForkClient
+from finetune_trainer.supervisor.ranks import RankProcess, RankStarter
 
 pytestmark = pytest.mark.trainer
 
@@ -66,22 +66,22 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", name="server")
-def _server(folder: Path) -> Iterator[tuple[ForkServer, int]]:
+def _server(folder: Path) -> Iterator[tuple[ForkClient, int]]:
     env = {**os.environ, "PYTHONPATH": str(folder), "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with listen() as listening:
         process = subprocess.Popen(server_command(listening.fileno()), env=env, pass_fds=(listening.fileno(),))
         address = address_of(listening)
-    yield ForkServer(address, None), process.pid
+    yield ForkClient(address, None), process.pid
     process.kill()
     process.wait()
 
 
-def run(module: str, server: ForkServer | None, *signals: int, share: Share | None = None) -> RankEnd:
+def run(module: str, server: ForkClient | None, *signals: int, share: CoreShare | None = None) -> RankEnd:
     """Start a rank, send it signals once it is asked for, and see it to its end."""
 
     async def life() -> RankEnd:
         command = (sys.executable, "-m", module, "one", "two")
-        rank = await Starter(command, lambda: None, server).start(CONFIG, 0, share or Share(1, None))
+        rank = await RankStarter(command, lambda: None, server).start(CONFIG, 0, share or CoreShare(1, None))
         for number in signals:
             rank.signal(number)
         return await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
@@ -90,11 +90,11 @@ def run(module: str, server: ForkServer | None, *signals: int, share: Share | No
 
 
 def test_a_forked_rank_is_like_one_that_was_started(
-    server: tuple[ForkServer, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: tuple[ForkClient, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     core = min(os.sched_getaffinity(0))
-    end = run("forked_rank", server[0], share=Share(1, frozenset({core})))
+    end = run("forked_rank", server[0], share=CoreShare(1, frozenset({core})))
     assert end.exit_code == 7
     seen = json.loads(end.last_words)
     parent = server[1]
@@ -102,10 +102,10 @@ def test_a_forked_rank_is_like_one_that_was_started(
     assert "[rank 1] a line of the log" in capsys.readouterr().out
 
 
-def test_reports_of_a_forked_rank_arrive(server: tuple[ForkServer, int]) -> None:
+def test_reports_of_a_forked_rank_arrive(server: tuple[ForkClient, int]) -> None:
     async def life() -> RankProcess:
         command = (sys.executable, "-m", "forked_rank")
-        rank = await Starter(command, lambda: None, server[0]).start(CONFIG, 0, Share(1, None))
+        rank = await RankStarter(command, lambda: None, server[0]).start(CONFIG, 0, CoreShare(1, None))
         await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
         return rank
 
@@ -114,10 +114,10 @@ def test_reports_of_a_forked_rank_arrive(server: tuple[ForkServer, int]) -> None
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.SAVED), (signal.SIGKILL, 137)])
-def test_signals_reach_a_forked_rank(server: tuple[ForkServer, int], number: int, code: int) -> None:
+def test_signals_reach_a_forked_rank(server: tuple[ForkClient, int], number: int, code: int) -> None:
     async def life() -> RankEnd:
-        rank = await Starter((sys.executable, "-m", "waiting_rank"), lambda: None, server[0]).start(
-            CONFIG, 0, Share(1, None)
+        rank = await RankStarter((sys.executable, "-m", "waiting_rank"), lambda: None, server[0]).start(
+            CONFIG, 0, CoreShare(1, None)
         )
         following = asyncio.create_task(rank.follow())
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -129,12 +129,12 @@ def test_signals_reach_a_forked_rank(server: tuple[ForkServer, int], number: int
     assert asyncio.run(life()).exit_code == code
 
 
-def test_a_rank_ends_with_the_connection_of_who_asked_for_it(server: tuple[ForkServer, int]) -> None:
+def test_a_rank_ends_with_the_connection_of_who_asked_for_it(server: tuple[ForkClient, int]) -> None:
     async def life() -> int:
         read_fd, write_fd = os.pipe()
         env = {**os.environ, environment.REPORT_FD: str(write_fd)}
         process = await server[0].fork(["waiting_rank"], env, None)
-        await process.begun()
+        await process.wait_until_forked()
         os.close(read_fd)
         os.close(write_fd)
         return os.pidfd_open(process.pid)
@@ -146,15 +146,15 @@ def test_a_rank_ends_with_the_connection_of_who_asked_for_it(server: tuple[ForkS
 
 def test_a_rank_that_is_not_forked_yet_leaves_on_notice() -> None:
     with listen() as listening:
-        assert run("waiting_rank", ForkServer(address_of(listening), None), signal.SIGTERM).exit_code == ExitCode.SAVED
-        assert run("waiting_rank", ForkServer(address_of(listening), None), signal.SIGKILL).exit_code == 137
+        assert run("waiting_rank", ForkClient(address_of(listening), None), signal.SIGTERM).exit_code == ExitCode.SAVED
+        assert run("waiting_rank", ForkClient(address_of(listening), None), signal.SIGKILL).exit_code == 137
 
 
 def test_without_a_server_the_rank_is_started_by_its_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
     with listen() as listening:
         address = address_of(listening)
-    assert run("forked_rank", ForkServer(address, None)).exit_code == 7
+    assert run("forked_rank", ForkClient(address, None)).exit_code == 7
 
 
 def test_a_server_that_ends_before_it_forks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,10 +162,10 @@ def test_a_server_that_ends_before_it_forks(folder: Path, monkeypatch: pytest.Mo
 
     async def life() -> RankEnd:
         with listen() as listening:
-            starter = Starter(
-                (sys.executable, "-m", "forked_rank"), lambda: None, ForkServer(address_of(listening), None)
+            starter = RankStarter(
+                (sys.executable, "-m", "forked_rank"), lambda: None, ForkClient(address_of(listening), None)
             )
-            rank = await starter.start(CONFIG, 0, Share(1, None))
+            rank = await starter.start(CONFIG, 0, CoreShare(1, None))
             connection, _ = listening.accept()
             connection.close()
             return await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
@@ -174,7 +174,7 @@ def test_a_server_that_ends_before_it_forks(folder: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="wants another user")
-def test_another_user_has_no_orders_to_give(server: tuple[ForkServer, int]) -> None:
+def test_another_user_has_no_orders_to_give(server: tuple[ForkClient, int]) -> None:
     stranger = os.fork()
     if stranger == 0:
         turned_away = False
@@ -190,7 +190,7 @@ def test_another_user_has_no_orders_to_give(server: tuple[ForkServer, int]) -> N
     assert run("forked_rank", server[0]).exit_code == 7
 
 
-def test_orders_that_are_none_end_nothing(server: tuple[ForkServer, int]) -> None:
+def test_orders_that_are_none_end_nothing(server: tuple[ForkClient, int]) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect("\0" + server[0].address[1:])
         connection.sendall(b"\0\0\0\0\0\0\0\2{}")

@@ -217,7 +217,7 @@ BAD: list[tuple[str, dict[str, Any], ExitCode, str]] = [
     ("model", {"vae": "/nowhere"}, ExitCode.CONFIG, "model.vae: there is no folder"),
     ("dataset", {"source": "/nowhere"}, ExitCode.DATA, "dataset.source: there is no folder"),
     ("dataset", {"split": "x"}, ExitCode.DATA, "dataset.split: "),
-    ("training", {"method": None}, ExitCode.CONFIG, "training.method: none cannot be trained; use one of Full, LoRA"),
+    ("training", {"method": None}, ExitCode.CONFIG, "training.method: none is not supported; write one of Full, LoRA"),
     ("training", {"steps": None}, ExitCode.CONFIG, "training.steps: "),
 ]
 

@@ -233,7 +233,7 @@ def test_training_goes_on_without_a_coordinator(start: Start) -> None:
     process = start("report(state='Training', step=1)", FINETUNE_COORDINATOR_URL="http://127.0.0.1:9")
     _, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == ExitCode.DONE
-    assert err.count("training goes on") == 1
+    assert err.count("training continues") == 1
 
 
 def test_an_order_to_stop_is_a_notice(start: Start, endpoint: Endpoint) -> None:
@@ -410,16 +410,16 @@ def test_progress_bars_and_garbage_reports_do_no_harm(start: Start) -> None:
     )
     _, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == ExitCode.DONE
-    assert "sent no report" in err
+    assert "sent an invalid report" in err
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("FINETUNE_ATTEMPT", "zero", "FINETUNE_ATTEMPT='zero' is not a whole number"),
+        ("FINETUNE_ATTEMPT", "zero", "FINETUNE_ATTEMPT='zero' must be an integer of at least 1"),
         ("FINETUNE_POD_NAME", "", "FINETUNE_POD_NAME is not set"),
         ("FINETUNE_RUN_SPEC", "/nowhere/run.json", "cannot read /nowhere/run.json"),
-        ("FINETUNE_BEAT_SECONDS", "-1", "not a number of seconds"),
+        ("FINETUNE_BEAT_SECONDS", "-1", "must be a number of seconds"),
     ],
 )
 def test_a_bad_environment_is_a_sentence(start: Start, name: str, value: str, words: str) -> None:

@@ -1,4 +1,4 @@
-"""PID 1 of a training pod: starts the ranks, relays signals and beats, and writes the pod's last words.
+"""PID 1 of a training pod: starts the ranks, relays signals and heartbeats, and writes the pod's termination message.
 
-Knows nothing of torch. Run as `finetune-supervisor` or `python -m finetune_trainer.supervisor`.
+Does not import torch. Run as `finetune-supervisor` or `python -m finetune_trainer.supervisor`.
 """

@@ -1,4 +1,4 @@
-"""`python -m finetune_trainer.supervisor`."""
+"""Run the supervisor: `python -m finetune_trainer.supervisor`."""
 
 from finetune_trainer.supervisor.main import main
 

@@ -1,4 +1,4 @@
-"""Posts beats to the coordinator over one kept connection. Blocking: call it from a thread of its own."""
+"""Posts heartbeats to the coordinator over one persistent connection. Blocking: call it from its own thread."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ TIMEOUT_SECONDS = 5.0
 
 
 class CoordinatorError(Exception):
-    """The coordinator could not be reached or did not take the beat."""
+    """The coordinator could not be reached or refused the heartbeat."""
 
 
 class CoordinatorClient:
-    """One connection to the coordinator, made anew when it breaks."""
+    """One connection to the coordinator, opened again when it breaks."""
 
     def __init__(self, url: str, token: Path | None, authority: Path | None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"coordinator URL {url!r} is not http://host:port or https://host:port")
+            raise ValueError(f"coordinator URL {url!r} is invalid; write http://host:port or https://host:port")
         self._secure = parts.scheme == "https"
         self._host = parts.hostname
         self._port = parts.port
@@ -31,10 +31,10 @@ class CoordinatorClient:
         self._connection: http.client.HTTPConnection | None = None
 
     def post(self, beat: Heartbeat) -> Reply:
-        """Post one beat and return the answer.
+        """Post one heartbeat and return the reply.
 
         Raises:
-            CoordinatorError: nobody answered, or the answer was no 200.
+            CoordinatorError: no reply arrived, or its status was not 200.
         """
         fresh = self._connection is None
         try:
@@ -43,7 +43,7 @@ class CoordinatorClient:
             self.close()
             if fresh:
                 raise CoordinatorError(f"{type(error).__name__}: {error}") from error
-        # A kept connection may have been closed while it was idle: that says nothing about the coordinator.
+        # The connection may have been closed while it was idle. That does not mean that the coordinator is unreachable.
         try:
             return self._post_once(beat)
         except (OSError, http.client.HTTPException) as error:
@@ -51,7 +51,7 @@ class CoordinatorClient:
             raise CoordinatorError(f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """Close the connection; the next post opens another."""
+        """Close the connection; the next post opens a new one."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -61,7 +61,7 @@ class CoordinatorClient:
             self._connection = self._connect()
         headers = {"Content-Type": "application/json"}
         if self._token is not None:
-            # Read anew each time: the kubelet rotates it.
+            # Read the file each time: the kubelet rotates the token.
             headers["Authorization"] = f"Bearer {self._token.read_text().strip()}"
         self._connection.request("POST", BEAT_PATH, body=beat.to_json().encode(), headers=headers)
         response = self._connection.getresponse()
@@ -71,7 +71,7 @@ class CoordinatorClient:
         try:
             return Reply.model_validate_json(body)
         except ValueError as error:
-            raise CoordinatorError(f"answer is no reply: {body[:300]!r}") from error
+            raise CoordinatorError(f"invalid reply: {body[:300]!r}") from error
 
     def _connect(self) -> http.client.HTTPConnection:
         if not self._secure:

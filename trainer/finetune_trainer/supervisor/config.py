@@ -1,4 +1,4 @@
-"""What the supervisor reads from its environment, once, at the start."""
+"""Configuration of the supervisor: read once from the environment, at the start."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from finetune_contract.run_spec import RunSpec
 
 
 class BadEnvironmentError(Exception):
-    """The pod's environment lacks or garbles something; the message is a sentence."""
+    """A variable of the pod's environment is missing or invalid. The message names it and what it must be."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The place of this pod in its job."""
+    """Identity of this pod and its position in the job."""
 
     namespace: str
     job: str
@@ -36,22 +36,22 @@ class Config:
     job_dir: Path | None = None
     """The job's folder on the shared storage."""
     hold_seconds: float = 0.0
-    """How long to wait for a new world while nobody answers; 0: not at all."""
-    stands_by: bool = False
-    """Whether it has no ranks to start before a world is named."""
+    """Maximum time to wait for a new world without a reply of the coordinator; 0: the pod ends with its ranks."""
+    is_standby: bool = False
+    """Whether this is a standby pod: it starts no ranks before the coordinator names a world."""
     model_base: str = ""
-    """The base model, as the run specification names it."""
+    """Location of the base model, from the run specification."""
     rendezvous: tuple[tuple[str, str], ...] = ()
-    """Variables of a world that was named later than the pod's manifest."""
+    """Environment variables of a world that is newer than the pod's manifest."""
 
     @property
     def world_size(self) -> int:
-        """Number of ranks of the whole gang."""
+        """Number of ranks of the complete gang."""
         return self.num_nodes * self.processes_per_node
 
-    def moved(self, world: NewWorld) -> Config:
-        """The same pod in a later attempt."""
-        where = {
+    def for_world(self, world: NewWorld) -> Config:
+        """Return the configuration of the same pod in a later attempt."""
+        variables = {
             environment.MASTER_ADDR: world.master_addr,
             environment.MASTER_PORT: str(world.master_port),
             environment.ATTEMPT: str(world.attempt),
@@ -64,11 +64,11 @@ class Config:
             attempt=world.attempt,
             node_rank=world.node_rank,
             num_nodes=world.num_nodes,
-            rendezvous=tuple(where.items()),
+            rendezvous=tuple(variables.items()),
         )
 
     def rank(self, local_rank: int) -> int:
-        """Global rank of a local one."""
+        """Return the global rank of a local rank."""
         return self.node_rank * self.processes_per_node + local_rank
 
 
@@ -76,7 +76,7 @@ def read_config(env: Mapping[str, str]) -> Config:
     """Read the environment that the operator's pod manifest sets.
 
     Raises:
-        BadEnvironmentError: a variable is missing or no number, or the run specification cannot be read.
+        BadEnvironmentError: a variable is missing or invalid, or the run specification cannot be read.
     """
     spec_path = Path(_text(env, environment.RUN_SPEC))
     try:
@@ -90,7 +90,7 @@ def read_config(env: Mapping[str, str]) -> Config:
         pod=_text(env, environment.POD_NAME),
         pod_uid=_text(env, environment.POD_UID),
         attempt=_count(env, environment.ATTEMPT),
-        node_rank=_count(env, environment.NODE_RANK, least=0),
+        node_rank=_count(env, environment.NODE_RANK, minimum=0),
         num_nodes=_count(env, environment.NUM_NODES),
         processes_per_node=_count(env, environment.PROCESSES_PER_NODE),
         coordinator_url=env.get(environment.COORDINATOR_URL, ""),
@@ -99,9 +99,9 @@ def read_config(env: Mapping[str, str]) -> Config:
         beat_seconds=_seconds(env, environment.BEAT_SECONDS, default=5.0),
         termination_log=_path(env, environment.TERMINATION_LOG),
         job_dir=_path(env, environment.CHECKPOINT_DIR),
-        hold_seconds=_seconds(env, environment.HOLD_SECONDS, default=0.0, least=0.0),
+        hold_seconds=_seconds(env, environment.HOLD_SECONDS, default=0.0, minimum=0.0),
         model_base=spec.model.base,
-        stands_by=env.get(environment.STANDBY) == "1",
+        is_standby=env.get(environment.STANDBY) == "1",
     )
 
 
@@ -116,19 +116,19 @@ def _path(env: Mapping[str, str], name: str) -> Path | None:
     return Path(env[name]) if env.get(name) else None
 
 
-def _count(env: Mapping[str, str], name: str, least: int = 1) -> int:
+def _count(env: Mapping[str, str], name: str, minimum: int = 1) -> int:
     text = _text(env, name)
-    if not text.isdecimal() or int(text) < least:
-        raise BadEnvironmentError(f"{name}={text!r} is not a whole number of {least} or more")
+    if not text.isdecimal() or int(text) < minimum:
+        raise BadEnvironmentError(f"{name}={text!r} must be an integer of at least {minimum}")
     return int(text)
 
 
-def _seconds(env: Mapping[str, str], name: str, default: float, least: float = 0.001) -> float:
+def _seconds(env: Mapping[str, str], name: str, default: float, minimum: float = 0.001) -> float:
     text = env.get(name) or str(default)
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if value < least:
-        raise BadEnvironmentError(f"{name}={text!r} is not a number of seconds of {least:g} or more")
+    if value < minimum:
+        raise BadEnvironmentError(f"{name}={text!r} must be a number of seconds, at least {minimum:g}")
     return value

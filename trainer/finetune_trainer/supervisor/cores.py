@@ -1,4 +1,4 @@
-"""Each rank's share of the cores. Two thread pools on the same cores slow each other down several times."""
+"""The share of the cores that each rank gets. Two thread pools on the same cores slow each other down several times."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank may compute on."""
+class CoreShare:
+    """Cores and threads of one rank."""
 
     num_threads: int
     cores: frozenset[int] | None
-    """Cores to pin it to; None where the pod has a quota of time and no cores of its own."""
+    """Cores to pin the rank to; None if the pod has a CPU time quota and no exclusive cores."""
 
 
-def share_cores(cores: frozenset[int], quota: float | None, num_ranks: int) -> list[Share]:
+def share_cores(cores: frozenset[int], quota: float | None, num_ranks: int) -> list[CoreShare]:
     """Divide the cores that this process may run on among the ranks.
 
+    A quota below the number of cores means that other pods use them too. Then only the number of threads is divided,
+    and no rank is pinned.
+
     Args:
-        cores: the process's affinity.
+        cores: affinity of the process.
         quota: CPU time that the cgroup grants, in cores; None: no limit.
         num_ranks: ranks in this pod.
-
-    A quota below the number of cores says that others use them, too: then only the number of threads is shared out.
     """
     usable = len(cores) if quota is None else min(len(cores), max(1, int(quota)))
     each = max(1, usable // num_ranks)
     if usable < len(cores) or usable < num_ranks:
-        return [Share(each, None)] * num_ranks
+        return [CoreShare(each, None)] * num_ranks
     ordered = sorted(cores)
-    return [Share(each, frozenset(ordered[i * each : (i + 1) * each])) for i in range(num_ranks)]
+    return [CoreShare(each, frozenset(ordered[i * each : (i + 1) * each])) for i in range(num_ranks)]
 
 
-def thread_environment(share: Share, env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that hold the thread pools to the share; what the user has set stays."""
+def thread_environment(share: CoreShare, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that limit the thread pools to the share. Values that the user has set are kept."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     return {name: env.get(name) or str(share.num_threads) for name in names}
 
 
-def ccl_environment(share: Share, local_rank: int) -> dict[str, str]:
-    """What oneCCL wants of each rank: its number on the node, and a core for its worker thread.
+def ccl_environment(share: CoreShare, local_rank: int) -> dict[str, str]:
+    """Return the variables that oneCCL needs for each rank: its number on the node, and a core for its worker thread.
 
-    The worker gets the last core of the share, and the compute threads leave it free; with one core they share it.
+    The worker gets the last core of the share, and the compute threads do not use it. With one core they share it.
     """
     variables = {"CCL_LOCAL_RANK": str(local_rank)}
     if share.cores is not None and len(share.cores) > 1:
@@ -56,12 +57,12 @@ def ccl_environment(share: Share, local_rank: int) -> dict[str, str]:
 
 
 def affinity() -> frozenset[int]:
-    """Cores that this process may run on."""
+    """Return the cores that this process may run on."""
     return frozenset(os.sched_getaffinity(0))
 
 
 def cgroup_quota(root: Path = CGROUP) -> float | None:
-    """CPU time that the cgroup grants, in cores, from cgroup v2 or v1; None where there is no limit to be found."""
+    """Return the CPU time that the cgroup (v2 or v1) grants, in cores; None if it has no limit."""
     try:
         limit, period = (root / "cpu.max").read_text().split()
     except (OSError, ValueError):

@@ -1,14 +1,14 @@
 """Forks ranks from one process that has imported torch and diffusers: a restart saves the seconds of those imports.
 
-Started by the supervisor as `python -m finetune_trainer.supervisor.fork_server FD`, FD being a listening socket; see
-`forks` for the other side. One connection is one rank: an order and three descriptors come in; the pid goes out, then
-the exit code. A connection that is closed early ends its rank.
+The supervisor starts it as `python -m finetune_trainer.supervisor.fork_server FD`, where FD is a listening socket; see
+`forks` for the client side. One connection is one rank: the client sends an order and three descriptors; the server
+sends the pid, then the exit code. If the client closes the connection early, the server kills the rank.
 
-It ends with its supervisor. With `--shared`, it serves several, and lives until its standard input is closed and its
-last rank has ended: so ranks outlive whoever started the server.
+It exits with its supervisor. With `--shared` it serves several supervisors, and exits when its standard input is closed
+and its last rank has ended: ranks then survive the process that started the server.
 
-Forking is safe only while there is one thread, no OpenMP pool and no CUDA context. Where the imports have made one of
-these, the server ends, and the ranks are started without it.
+Forking is safe only with one thread, no OpenMP pool and no CUDA context. If the imports have created one of these, the
+server exits, and the ranks are started without it.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from finetune_contract.fork_socket import SHARED
 from finetune_trainer import libraries
 
 HEADER_BYTES = 8
-"""Length of an order, big-endian, before the order itself (JSON)."""
+"""Size of the header: the length of the order, big-endian. The order itself (JSON) follows."""
 NUM_DESCRIPTORS = 3
 """stdout, stderr and the pipe for reports."""
 UNSAFE = 3
-"""Exit code where forking would not be safe."""
+"""Exit code if forking is not safe."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass
-class Client:
-    """One rank: the connection of who asked for it, and its process."""
+class ForkedRank:
+    """One rank: the connection of the client that ordered it, and its process."""
 
     connection: socket.socket
     pid: int = 0
@@ -56,33 +56,33 @@ class Client:
     """pidfd of the process."""
 
 
-class Server:
-    """Takes orders until it is ended."""
+class ForkServer:
+    """Accepts orders and forks ranks."""
 
     def __init__(self, listening: socket.socket, owner: IO[bytes] | None = None) -> None:
         self._listening = listening
         self._selector = selectors.DefaultSelector()
         self._selector.register(listening, selectors.EVENT_READ)
         self._owner = owner
-        self._is_wanted = True
+        self._has_owner = True
         if owner is not None:
             self._selector.register(owner, selectors.EVENT_READ)
-        self._clients: list[Client] = []
+        self._ranks: list[ForkedRank] = []
 
     def serve(self) -> None:
-        """Serve for ever, or until the owner has gone and no rank is left."""
-        while self._is_wanted or self._clients:
+        """Serve forever, or until the owner has closed its end and no rank is left."""
+        while self._has_owner or self._ranks:
             for key, _ in self._selector.select():
                 if key.fileobj is self._listening:
-                    self._take_order(self._listening.accept()[0])
+                    self._accept_order(self._listening.accept()[0])
                 elif key.fileobj is self._owner:
-                    self._is_wanted = False
+                    self._has_owner = False
                     self._selector.unregister(self._owner)
-                elif key.data in self._clients:
-                    self._see(key.data, key.fileobj)
+                elif key.data in self._ranks:
+                    self._handle_event(key.data, key.fileobj)
 
-    def _take_order(self, connection: socket.socket) -> None:
-        client = Client(connection)
+    def _accept_order(self, connection: socket.socket) -> None:
+        rank = ForkedRank(connection)
         try:
             check_peer(connection)
             order, descriptors = receive_order(connection)
@@ -90,52 +90,52 @@ class Server:
             connection.close()
             return
         server = os.getpid()
-        client.pid = os.fork()
-        if client.pid == 0:
+        rank.pid = os.fork()
+        if rank.pid == 0:
             self._close_all(connection)
             become_rank(order, descriptors, server)
         for descriptor in descriptors:
             os.close(descriptor)
-        client.descriptor = os.pidfd_open(client.pid)
-        self._clients.append(client)
-        self._selector.register(client.descriptor, selectors.EVENT_READ, client)
-        self._selector.register(connection, selectors.EVENT_READ, client)
-        _tell(client, {"pid": client.pid})
+        rank.descriptor = os.pidfd_open(rank.pid)
+        self._ranks.append(rank)
+        self._selector.register(rank.descriptor, selectors.EVENT_READ, rank)
+        self._selector.register(connection, selectors.EVENT_READ, rank)
+        _send(rank, {"pid": rank.pid})
 
-    def _see(self, client: Client, source: Any) -> None:
-        if source is client.connection:
-            # Whoever asked has gone, or no longer wants it: the rank goes, too, and its end is seen below.
-            self._selector.unregister(client.connection)
-            os.kill(client.pid, signal.SIGKILL)
+    def _handle_event(self, rank: ForkedRank, source: Any) -> None:
+        if source is rank.connection:
+            # The client has exited or no longer needs the rank: kill it. Its exit is the next event.
+            self._selector.unregister(rank.connection)
+            os.kill(rank.pid, signal.SIGKILL)
             return
-        _, status = os.waitpid(client.pid, 0)
-        _tell(client, {"exit": os.waitstatus_to_exitcode(status)})
-        self._selector.unregister(client.descriptor)
+        _, status = os.waitpid(rank.pid, 0)
+        _send(rank, {"exit": os.waitstatus_to_exitcode(status)})
+        self._selector.unregister(rank.descriptor)
         with suppress(KeyError):
-            self._selector.unregister(client.connection)
-        os.close(client.descriptor)
-        client.connection.close()
-        self._clients.remove(client)
+            self._selector.unregister(rank.connection)
+        os.close(rank.descriptor)
+        rank.connection.close()
+        self._ranks.remove(rank)
 
     def _close_all(self, connection: socket.socket) -> None:
-        """In the child: a copy of another rank's connection would hide that its supervisor has gone."""
+        """In the child: close the copies of the other ranks' connections, which would hide the exit of their client."""
         self._selector.close()
         self._listening.close()
         connection.close()
-        for client in self._clients:
-            client.connection.close()
-            os.close(client.descriptor)
+        for rank in self._ranks:
+            rank.connection.close()
+            os.close(rank.descriptor)
 
 
 def check_peer(connection: socket.socket) -> None:
-    """Take orders of this very user only: a socket without a file has no permissions of its own.
+    """Accept orders of this user only: an abstract socket has no file permissions.
 
     Raises:
-        PermissionError: it is somebody else.
+        PermissionError: the peer is another user.
     """
     _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     if user != os.getuid():
-        raise PermissionError(f"user {user} has no orders to give here")
+        raise PermissionError(f"user {user} may not order ranks here")
 
 
 def receive_order(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -143,7 +143,7 @@ def receive_order(connection: socket.socket) -> tuple[dict[str, Any], list[int]]
 
     Raises:
         OSError: the connection broke.
-        ValueError: it is none.
+        ValueError: the message is not an order.
     """
     space = socket.CMSG_SPACE(NUM_DESCRIPTORS * array.array("i").itemsize)
     data, ancillary, _, _ = connection.recvmsg(2**16, space)
@@ -157,12 +157,12 @@ def receive_order(connection: socket.socket) -> tuple[dict[str, Any], list[int]]
             raise ConnectionResetError
         data += more
     if len(descriptors) != NUM_DESCRIPTORS:
-        raise ValueError("an order comes with three descriptors")
+        raise ValueError(f"an order has {NUM_DESCRIPTORS} descriptors, not {len(descriptors)}")
     return json.loads(data[HEADER_BYTES:]), list(descriptors)
 
 
 def become_rank(order: dict[str, Any], descriptors: list[int], server: int) -> None:
-    """In the child: take the place of a process that was started with the order's command. Does not return."""
+    """In the child: run the order like a process that was started with its command. Does not return."""
     code = 1
     try:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -190,8 +190,8 @@ def become_rank(order: dict[str, Any], descriptors: list[int], server: int) -> N
 
 
 def _set_environment(env: dict[str, str]) -> None:
-    """Set variables, and what was read from them while the libraries were imported."""
-    import torch  # noqa: PLC0415  imported long ago
+    """Set the environment variables, and update the settings that the imported libraries read from them."""
+    import torch  # noqa: PLC0415  already imported by preload()
 
     os.environ.clear()
     os.environ.update(env)
@@ -202,23 +202,23 @@ def _set_environment(env: dict[str, str]) -> None:
 
 
 def is_safe() -> bool:
-    """Whether a fork takes nothing along that only its parent may use: threads, or what opens the GPUs."""
+    """Return whether a fork is safe: the process has no other threads and has not opened the GPUs."""
     opened = []
     for path in Path("/proc/self/fd").iterdir():
-        # One of them is the look itself, and gone by now.
+        # One of them is the descriptor of this listing, which is closed by now.
         with suppress(FileNotFoundError):
             opened.append(str(path.readlink()))
     return not any(name.startswith("/dev/nvidia") for name in opened) and len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208  a count
 
 
-def _tell(client: Client, news: dict[str, int]) -> None:
-    # Whoever is gone needs no news.
+def _send(rank: ForkedRank, message: dict[str, int]) -> None:
+    # A client that has exited needs no message.
     with suppress(OSError):
-        client.connection.sendall(json.dumps(news).encode() + b"\n")
+        rank.connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def main() -> None:
-    """Import, then serve."""
+    """Import the libraries, then serve."""
     shared = SHARED in sys.argv
     if not shared:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -229,7 +229,7 @@ def main() -> None:
     if not is_safe():
         sys.exit(UNSAFE)
     gc.freeze()
-    Server(listening, sys.stdin.buffer if shared else None).serve()
+    ForkServer(listening, sys.stdin.buffer if shared else None).serve()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The supervisor's side of the fork server: a process of a rank that looks like one started by asyncio."""
+"""Client of the fork server: a forked rank with the interface of a process that asyncio has started."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from finetune_trainer.supervisor.fork_server import HEADER_BYTES
 
 
 class NotForkedError(Exception):
-    """The server ended before it had forked: the rank is to be started without it."""
+    """The server exited before the fork: start the rank without it."""
 
 
-class ForkServer:
-    """Where ranks are forked: a process of this supervisor's own, or one that several share (FINETUNE_FORK_SERVER)."""
+class ForkClient:
+    """Client of one fork server: that of this supervisor, or one that several share (FINETUNE_FORK_SERVER)."""
 
     def __init__(self, address: str, process: Process | None) -> None:
         self.address = address
@@ -31,19 +31,19 @@ class ForkServer:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the supervisor's own server."""
+        """Process id of the supervisor's own server; None for a shared one."""
         return self._process.pid if self._process is not None else None
 
     @classmethod
-    async def find(cls, env: Mapping[str, str], prepare: Callable[[], None]) -> ForkServer:
-        """Use the one that the environment names, or start one. Ranks may be asked for while it still imports.
+    async def connect(cls, env: Mapping[str, str], prepare: Callable[[], None]) -> ForkClient:
+        """Use the server that the environment names, or start one. It accepts orders while it still imports.
 
         Args:
-            env: environment of a server that is started.
-            prepare: called in it between fork and exec.
+            env: environment of a server that is started here.
+            prepare: called between fork and exec of that server.
 
         Raises:
-            OSError: no process can be started.
+            OSError: the process cannot be started.
         """
         if shared := env.get(environment.FORK_SERVER):
             return cls(shared, None)
@@ -58,15 +58,15 @@ class ForkServer:
             return cls(address_of(listening), process)
 
     async def fork(self, module: Sequence[str], env: Mapping[str, str], cores: frozenset[int] | None) -> ForkedProcess:
-        """Ask for a rank.
+        """Order a rank.
 
         Args:
-            module: name of a module to run as `python -m` would, and its arguments.
-            env: environment of the rank; the report's descriptor in it is passed on.
-            cores: cores to pin it to.
+            module: name of the module to run as `python -m` does, and its arguments.
+            env: environment of the rank; the descriptor of the report pipe in it is passed on.
+            cores: cores to pin the rank to; None: all.
 
         Raises:
-            OSError: there is no server.
+            OSError: no server answers.
         """
         connection = socket.socket(socket.AF_UNIX)
         try:
@@ -77,14 +77,14 @@ class ForkServer:
                 "environment": dict(env),
                 "cores": None if cores is None else sorted(cores),
             }
-            return await ForkedProcess.ask(connection, json.dumps(order).encode(), int(env[environment.REPORT_FD]))
+            return await ForkedProcess.order(connection, json.dumps(order).encode(), int(env[environment.REPORT_FD]))
         except BaseException:
             connection.close()
             raise
 
 
 class ForkedProcess:
-    """One forked rank. Until the server has forked it, its pid is 0, and a signal that would end it does."""
+    """One forked rank. Its pid is 0 until the server has forked it; SIGTERM and SIGKILL cancel it until then."""
 
     def __init__(self, replies: asyncio.StreamReader, transport: asyncio.StreamWriter) -> None:
         self._replies = replies
@@ -96,11 +96,11 @@ class ForkedProcess:
         self.stderr = asyncio.StreamReader(limit=2**20)
 
     @classmethod
-    async def ask(cls, connection: socket.socket, order: bytes, report_fd: int) -> ForkedProcess:
-        """Send an order with the descriptors that the rank is to have.
+    async def order(cls, connection: socket.socket, order: bytes, report_fd: int) -> ForkedProcess:
+        """Send an order with the descriptors of the rank.
 
         Raises:
-            OSError: the server is gone.
+            OSError: the server has exited.
         """
         outputs, inputs = zip(os.pipe(), os.pipe(), strict=True)
         descriptors = array.array("i", [*inputs, report_fd])
@@ -116,13 +116,13 @@ class ForkedProcess:
             await _read_into(stream, descriptor)
         return process
 
-    async def begun(self) -> None:
-        """Wait until it runs, or has been ended before that.
+    async def wait_until_forked(self) -> None:
+        """Wait until the rank runs or was cancelled.
 
         Raises:
-            NotForkedError: the server ended first.
+            NotForkedError: the server exited before the fork.
         """
-        line = await self._line()
+        line = await self._read_message()
         if self.returncode is None and "pid" not in line:
             raise NotForkedError
         if self.returncode is None:
@@ -131,10 +131,10 @@ class ForkedProcess:
                 self._descriptor = os.pidfd_open(self.pid)
 
     async def wait(self) -> int:
-        """Wait for its end; return its exit code, minus the number of the signal that ended it."""
+        """Wait for the end of the rank. Return its exit code, or minus the number of the signal that ended it."""
         if self.returncode is None:
-            line = await self._line()
-            # A server that dies takes its ranks along.
+            line = await self._read_message()
+            # The kernel kills the ranks of a server that has exited.
             self.returncode = line.get("exit", -signal.SIGKILL)
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -143,7 +143,7 @@ class ForkedProcess:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to exactly this process."""
+        """Send a signal to this process, never to another one that got the same pid."""
         if self._descriptor >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._descriptor, number)
@@ -152,17 +152,17 @@ class ForkedProcess:
             self._transport.close()
             self._replies.feed_eof()
 
-    async def _line(self) -> dict[str, int]:
+    async def _read_message(self) -> dict[str, int]:
         try:
             line = await self._replies.readline()
         except ConnectionError:
             line = b""
-        news: dict[str, int] = json.loads(line) if line.endswith(b"\n") else {}
-        return news
+        message: dict[str, int] = json.loads(line) if line.endswith(b"\n") else {}
+        return message
 
 
 def module_of(command: Sequence[str]) -> Sequence[str] | None:
-    """The module, and its arguments, that a command runs with this very Python; None where it is another command."""
+    """Return the module and its arguments if the command is `python -m MODULE` with this Python, otherwise None."""
     return command[2:] if tuple(command[:2]) == (sys.executable, "-m") else None
 
 

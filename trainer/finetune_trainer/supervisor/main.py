@@ -1,42 +1,52 @@
-"""The supervisor's own life: start the ranks, beat, pass on what it is told, end with the right code."""
+"""The supervisor's lifecycle: start the ranks, send heartbeats, act on replies, end with the right exit code.
+
+The state machine of `states` decides what follows from what; this module feeds its inputs and acts on them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
 from finetune_contract.exit_codes import HOLDABLE, ExitCode, describe
-from finetune_contract.heartbeat import Heartbeat, NewWorld, Order, RankEnd, RankReport, RankState, Reply, Termination
-from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorError
+from finetune_contract.heartbeat import Heartbeat, NewWorld, RankEnd, RankReport, RankState, Reply, Termination
 from finetune_trainer.supervisor.config import BadEnvironmentError, Config, read_config
-from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
-from finetune_trainer.supervisor.last_words import FINE, cause_first, pod_exit_code, write_termination
-from finetune_trainer.supervisor.ranks import RankProcess, Starter
+from finetune_trainer.supervisor.cores import CoreShare, affinity, cgroup_quota, share_cores
+from finetune_trainer.supervisor.heartbeats import HeartbeatSender
+from finetune_trainer.supervisor.log import log
+from finetune_trainer.supervisor.ranks import RankProcess, RankStarter
 from finetune_trainer.supervisor.read_ahead import read_ahead
 from finetune_trainer.supervisor.stacks import keep_stacks
+from finetune_trainer.supervisor.states import (
+    FINAL,
+    FINAL_SUPERSEDED,
+    REPORTED_AT_ONCE,
+    TRANSITIONS,
+    WITH_NOTICE,
+    Input,
+    State,
+    inputs_of,
+)
+from finetune_trainer.supervisor.termination_message import GOOD_ENDS, cause_first, pod_exit_code, write_termination
 
 RANK_COMMAND = (sys.executable, "-m", "finetune_trainer.rank")
 PEER_SECONDS = 5.0
-"""How long the other ranks of the pod have once one of them ended badly: they cannot finish a step without it."""
-MIN_BEAT_GAP_SECONDS = 0.05
-"""Changes that come closer together share a beat."""
-"""Ends of ranks after which their pod is still good for another world."""
-BEGIN_SECONDS = 0.5
-"""How long a rank that is to be ended has to begin to save what it holds."""
+"""Time that the other ranks of the pod have to save after one of them failed: they cannot finish a step without it."""
+SAVE_START_SECONDS = 0.5
+"""Time in which a rank that must end has to start its emergency save."""
 STACK_SECONDS = 0.05
-"""How often it is looked whether the stacks of ranks that are to be ended are kept."""
-RESCUE_SECONDS = 60.0
-"""How long a rank that saves for a lost peer may take."""
+"""Interval between checks whether the stacks of ranks that must end are stored."""
+EMERGENCY_SAVE_SECONDS = 60.0
+"""Maximum duration of an emergency save after the loss of a peer."""
+LAST_HEARTBEAT_SECONDS = 2.0
+"""Time that the supervisor waits at its end for the reply to the last heartbeat."""
 ENDED_BY_US = frozenset({128 + signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGUSR2})
-FAREWELL_SECONDS = 2.0
-"""How long the end waits for the last beat to be taken."""
+"""Exit codes of ranks that a signal of this supervisor can end."""
 
 
 class Supervisor:
@@ -47,189 +57,188 @@ class Supervisor:
         self._command = command
         self._ranks: list[RankProcess] = []
         self._ends: list[RankEnd] = []
-        self._notice = False
-        self._ordered = False
-        self._orphaned = False
-        self._superseded = False
-        self._waiting = False
-        self._over = False
+        self._state = State.STANDBY if config.is_standby else State.STARTING
+        self._entered = asyncio.Event()
+        """Set by every transition."""
         self._world: NewWorld | None = None
-        self._heard_at = -math.inf
+        """The newest world that the coordinator has named for this pod."""
         self._kill: asyncio.TimerHandle | None = None
-        self._tried = asyncio.Event()
-        """Set once a first beat was answered, or was not."""
-        self._changed = asyncio.Event()
-        self._starter = Starter(command, self._changed.set)
+        self._heartbeats = HeartbeatSender(config, self._build_heartbeat, self._obey, lambda: self._state in FINAL)
+        self._starter = RankStarter(command, self._heartbeats.due.set)
         self._stacks: asyncio.Task[None] | None = None
-        """Keeps what the ranks of this attempt were doing while nothing went on."""
-        self._decided = asyncio.Event()
-        """Set by whatever a supervisor that waits for a new world waits for."""
-        self._sequence = 0
-        self._beat_seconds = config.beat_seconds
+        """Stores the stacks of the ranks of this attempt after a hang."""
 
     async def run(self) -> int:
         """Run the ranks, in one world after the other, and return the pod's exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_notice, signal.Signals(number).name)
+            loop.add_signal_handler(number, self._feed, Input.PREEMPTION_NOTICE, signal.Signals(number).name)
         if os.getpid() == 1:
             loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
-        shares = share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
-        self._starter = await Starter.ready(self._command, shares[0], self._changed.set)
-        self._heard_at = loop.time() if self._config.stands_by else self._heard_at
-        if self._config.stands_by:
-            read_ahead(self._config.model_base)
+        self._starter = await RankStarter.prepare(self._command, self._share_cores()[0], self._heartbeats.due.set)
+        if self._state is State.STARTING:
+            await self._start_ranks()
         else:
-            await self._start_ranks()
-        beats = asyncio.create_task(self._beat_until_ended())
-        await self._see_all_to_end()
-        while await self._new_world_comes():
-            await self._start_ranks()
-            self._changed.set()
-            await self._see_all_to_end()
-        self._over = True
-        self._changed.set()
+            self._heartbeats.heard_at = loop.time()
+            read_ahead(self._config.model_base)
+        heartbeats = asyncio.create_task(self._heartbeats.run())
+        while self._state not in FINAL:
+            await self._run_state()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(beats, FAREWELL_SECONDS)
-        if self._superseded:
+            await asyncio.wait_for(heartbeats, LAST_HEARTBEAT_SECONDS)
+        if self._state in FINAL_SUPERSEDED:
             return ExitCode.SUPERSEDED
         return pod_exit_code(self._ends) if self._ends else ExitCode.SAVED
 
+    async def _run_state(self) -> None:
+        """Do the work of the current state, which feeds the input that ends it."""
+        if self._state is State.STARTING:
+            await self._start_ranks()
+        elif self._state is State.WAITING:
+            await self._wait_for_world()
+        else:
+            await self._wait_for_ranks()
+
     async def _start_ranks(self) -> None:
         self._ranks, self._ends = [], []
-        shares = share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
-        for local_rank, share in enumerate(shares):
+        if self._world is not None:
+            self._enter_world(self._world)
+        for local_rank, share in enumerate(self._share_cores()):
             self._ranks.append(await self._starter.start(self._config, local_rank, share))
-        if self._notice:
+        self._feed(Input.RANKS_STARTED)
+        if self._state is not State.RUNNING:
+            # An input arrived during the start, when not all ranks could receive its signal.
             self._signal_all(signal.SIGTERM)
 
-    async def _see_all_to_end(self) -> None:
-        await asyncio.gather(*(self._see_to_end(rank) for rank in self._ranks))
-        if self._kill is not None:
-            # It must not hit the ranks that come after these.
-            self._kill.cancel()
-
-    async def _new_world_comes(self) -> bool:
-        """Where the ranks lost a peer, or saved for the sake of one, wait until the operator names a new world."""
-        loop = asyncio.get_running_loop()
-        if self._world is None and (not self._ends or self._ends[0].exit_code in HOLDABLE):
-            if self._config.coordinator_url:
-                await self._tried.wait()
-            self._waiting = True
-            self._changed.set()
-            while not (self._world or self._notice or self._superseded):
-                left = self._heard_at + self._config.hold_seconds - loop.time()
-                if left <= 0:
-                    break
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._decided.wait(), left)
-                self._decided.clear()
-            self._waiting = False
-        world, self._world = self._world, None
-        if world is None or self._notice or self._superseded:
-            return False
-        _log(f"attempt {world.attempt}: the ranks start anew as node {world.node_rank} of {world.num_nodes}")
-        self._config = self._config.moved(world)
-        self._ordered = self._orphaned = False
+    def _enter_world(self, world: NewWorld) -> None:
+        log(f"attempt {world.attempt}: restarting the ranks as node {world.node_rank} of {world.num_nodes}")
+        self._config = self._config.for_world(world)
+        self._world = None
         self._stacks = None
-        return True
 
-    async def _see_to_end(self, rank: RankProcess) -> None:
+    async def _wait_for_ranks(self) -> None:
+        """Wait until all ranks have ended. A standby pod without ranks waits for its first heartbeat only."""
+        await asyncio.gather(*(self._follow(rank) for rank in self._ranks if rank.end is None))
+        if self._kill is not None:
+            # It must not kill the ranks of the next world.
+            self._kill.cancel()
+        if self._ends and self._ends[0].exit_code not in HOLDABLE:
+            self._feed(Input.ENDED_FINALLY)
+        else:
+            await self._heartbeats.wait_until_tried()
+            self._feed(Input.ENDED_HOLDABLE)
+
+    async def _wait_for_world(self) -> None:
+        """Wait for the next transition. Stop when no coordinator has answered for too long."""
+        left = self._heartbeats.heard_at + self._config.hold_seconds - asyncio.get_running_loop().time()
+        if left <= 0:
+            self._feed(Input.HOLD_EXPIRED)
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._entered.wait(), left)
+        self._entered.clear()
+
+    async def _follow(self, rank: RankProcess) -> None:
+        """Follow a rank to its end. If the rank failed, end the others too."""
         end = await rank.follow()
-        want_a_peer = self._orphaned or (self._ends and self._ends[0].exit_code == ExitCode.FABRIC)
-        if want_a_peer and end.exit_code in ENDED_BY_US:
-            # Ended by this supervisor, for want of the same peer.
+        lost_peer = rank.lost_peer or (self._ends and self._ends[0].exit_code == ExitCode.FABRIC)
+        if lost_peer and end.exit_code in ENDED_BY_US:
+            # This supervisor ended it because of the same lost peer.
             end = end.model_copy(update={"exit_code": int(ExitCode.FABRIC)})
         self._ends.append(end)
-        self._write_last_words()
-        _log(f"rank {end.rank} ended: {describe(end.exit_code)}")
-        if end.exit_code not in FINE:
+        self._write_termination_message()
+        log(f"rank {end.rank} ended: {describe(end.exit_code)}")
+        if end.exit_code not in GOOD_ENDS:
             self._end_soon()
 
+    def _feed(self, event: Input, detail: str = "") -> bool:
+        """Enter the next state and act; return whether the table lists the input for the current state.
+
+        Args:
+            event: what happened.
+            detail: source of a preemption notice, or name of a newer attempt; for the log.
+        """
+        state = TRANSITIONS.get((self._state, event))
+        if state is None:
+            return False
+        if state is not self._state:
+            self._state = state
+            self._act(event, detail)
+            self._entered.set()
+            if state in REPORTED_AT_ONCE:
+                self._heartbeats.due.set()
+        return True
+
+    def _act(self, event: Input, detail: str) -> None:
+        """Do what an input requires, after its state was entered."""
+        if event is Input.PREEMPTION_NOTICE:
+            log(f"preemption notice ({detail}): the ranks save and stop")
+            self._signal_all(signal.SIGTERM)
+            self._write_termination_message()
+        elif event is Input.SAVE_REQUEST:
+            log("save requested by the coordinator: another pod has a preemption notice")
+            self._signal_all(signal.SIGTERM)
+        elif event is Input.PEER_LOSS:
+            log("the coordinator reports a lost peer: ending the ranks")
+            for rank in self._ranks:
+                rank.lost_peer = True
+            self._end_hung()
+        elif event is Input.NEW_WORLD and self._state in (State.RESTARTING, State.SUPERSEDED_PEER_LOST):
+            # No collective of the old world will finish, even if a rank still waits in one.
+            self._end_hung()
+        elif event in (Input.NEW_WORLD, Input.NEWER_ATTEMPT):
+            log(f"{detail} has started: attempt {self._config.attempt} stops")
+            self._end_soon()
+
+    def _obey(self, reply: Reply) -> None:
+        """Act on a reply of the coordinator."""
+        if reply.stacks and self._stacks is None:
+            self._stacks = asyncio.create_task(self._keep_stacks())
+        for event in inputs_of(reply, self._config.attempt, can_be_held=self._config.hold_seconds > 0):
+            is_order = event is Input.PREEMPTION_NOTICE
+            if self._feed(event, "order of the coordinator" if is_order else f"attempt {reply.attempt}"):
+                if event is Input.NEW_WORLD:
+                    self._world = reply.world
+                break
+
     def _end_soon(self) -> None:
-        """One rank is gone for good: the others get a notice and a short while."""
+        """End the ranks after one has failed, or after a newer attempt: SIGTERM, and a short time to save."""
         self._signal_all(signal.SIGTERM)
         self._kill_later(PEER_SECONDS, self._end_hung)
+
+    def _end_hung(self) -> None:
+        """Tell the ranks that a peer is lost: they make an emergency save. Kill those that do not."""
+        if self._stacks is not None and not self._stacks.done():
+            self._kill_later(STACK_SECONDS, self._end_hung)
+            return
+        # Only the ranks of this world: the kill must not reach those of the next one.
+        ranks = tuple(rank for rank in self._ranks if rank.end is None)
+        deadline = asyncio.get_running_loop().time() + EMERGENCY_SAVE_SECONDS
+        self._signal_all(signal.SIGUSR2)
+        self._kill_later(SAVE_START_SECONDS, lambda: self._kill_unless_saving(ranks, deadline))
+
+    def _kill_unless_saving(self, ranks: Sequence[RankProcess], deadline: float) -> None:
+        is_over = asyncio.get_running_loop().time() >= deadline
+        saving = [rank for rank in ranks if rank.end is None and rank.report.state is RankState.SAVING]
+        for rank in ranks:
+            if is_over or rank not in saving:
+                rank.signal(signal.SIGKILL)
+        if saving and not is_over:
+            self._kill_later(SAVE_START_SECONDS, lambda: self._kill_unless_saving(saving, deadline))
 
     def _kill_later(self, seconds: float, kill: Callable[[], None]) -> None:
         if self._kill is not None:
             self._kill.cancel()
         self._kill = asyncio.get_running_loop().call_later(seconds, kill)
 
-    def _on_notice(self, source: str) -> None:
-        """SIGTERM has come: the ranks have the whole grace period of the pod, and the pod ends with them."""
-        all_ended = bool(self._ranks) and len(self._ends) == len(self._ranks)
-        if self._notice or (all_ended and not self._waiting):
-            return
-        _log(f"notice ({source}): the ranks save and stop")
-        self._notice = True
-        self._decided.set()
-        self._signal_all(signal.SIGTERM)
-        self._write_last_words()
-        self._changed.set()
-
-    def _on_order(self) -> None:
-        """A peer has notice: the ranks save, and the pod waits for what comes after."""
-        if not self._config.hold_seconds:
-            self._on_notice("order of the coordinator")
-        elif not self._ordered and not self._notice and len(self._ends) < len(self._ranks):
-            _log("the coordinator asks to save: another pod has notice")
-            self._ordered = True
-            self._signal_all(signal.SIGTERM)
-
-    def _on_lost_peer(self) -> None:
-        """A peer is gone, which the ranks may not know: they save what they hold, and the pod waits for a new world."""
-        if self._config.hold_seconds and not (self._orphaned or self._notice) and len(self._ends) < len(self._ranks):
-            _log("the coordinator says that a peer is gone: the ranks end")
-            self._orphaned = True
-            self._end_hung()
-
     def _signal_all(self, number: int) -> None:
         for rank in self._ranks:
             rank.signal(number)
 
-    def _write_last_words(self) -> None:
-        """Written at the notice and at every end, for the last of them may be cut short by SIGKILL."""
-        steps = [rank.report.step for rank in self._ranks if rank.report.step is not None]
-        code = pod_exit_code(self._ends) if self._ends else 128 + signal.SIGKILL
-        termination = Termination(
-            attempt=self._config.attempt,
-            exit_code=code,
-            step=max(steps, default=None),
-            notice=self._notice,
-            ends=cause_first(self._ends),
-        )
-        write_termination(self._config.termination_log, termination)
+    def _share_cores(self) -> list[CoreShare]:
+        return share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
 
-    async def _beat_until_ended(self) -> None:
-        """Beat at once when something changed and every few seconds otherwise; go on training when nobody answers."""
-        if not self._config.coordinator_url:
-            return
-        client = CoordinatorClient(
-            self._config.coordinator_url, self._config.coordinator_token, self._config.coordinator_ca
-        )
-        loop = asyncio.get_running_loop()
-        silent = False
-        thread = ThreadPoolExecutor(1, thread_name_prefix="beat")
-        while True:
-            self._changed.clear()
-            ended = self._over
-            try:
-                reply = await loop.run_in_executor(thread, client.post, self._next_beat())
-                silent = _tell_change(silent, None)
-                self._heard_at = loop.time()
-                self._obey(reply)
-            except CoordinatorError as error:
-                silent = _tell_change(silent, error)
-            self._tried.set()
-            if ended:
-                return
-            await asyncio.sleep(MIN_BEAT_GAP_SECONDS)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._beat_seconds)
-
-    def _next_beat(self) -> Heartbeat:
-        self._sequence += 1
+    def _build_heartbeat(self, sequence: int) -> Heartbeat:
         config = self._config
         return Heartbeat(
             job=config.job,
@@ -239,59 +248,32 @@ class Supervisor:
             pod_uid=config.pod_uid,
             attempt=config.attempt,
             node_rank=config.node_rank,
-            sequence=self._sequence,
+            sequence=sequence,
             ranks=tuple(_with_end(rank) for rank in self._ranks),
             ends=cause_first(self._ends),
-            notice=self._notice,
-            waiting=self._waiting,
+            notice=self._state in WITH_NOTICE,
+            waiting=self._state is State.WAITING,
         )
 
-    def _obey(self, reply: Reply) -> None:
-        self._beat_seconds = reply.beat_seconds or self._config.beat_seconds
-        world = reply.world
-        if reply.stacks and self._stacks is None:
-            self._stacks = asyncio.create_task(self._keep_stacks())
-        if world is not None and world.attempt > self._config.attempt and not self._notice:
-            # The old world is over, even where a rank does not know yet that it waits in vain.
-            if self._world is None:
-                self._end_hung()
-            self._world = world
-            self._decided.set()
-        elif reply.attempt is not None and reply.attempt > self._config.attempt and not self._superseded:
-            _log(f"attempt {reply.attempt} has begun: this one ({self._config.attempt}) stops")
-            self._superseded = True
-            self._decided.set()
-            self._end_soon()
-        elif reply.order is Order.SAVE_AND_STOP:
-            self._on_order()
-        elif reply.peer_lost:
-            self._on_lost_peer()
+    def _write_termination_message(self) -> None:
+        """Write the message at the notice and at every end: SIGKILL can prevent the last write."""
+        steps = [rank.report.step for rank in self._ranks if rank.report.step is not None]
+        code = pod_exit_code(self._ends) if self._ends else 128 + signal.SIGKILL
+        termination = Termination(
+            attempt=self._config.attempt,
+            exit_code=code,
+            step=max(steps, default=None),
+            notice=self._state in WITH_NOTICE,
+            ends=cause_first(self._ends),
+        )
+        write_termination(self._config.termination_log, termination)
 
     async def _keep_stacks(self) -> None:
         for path in await keep_stacks(self._config, self._ranks):
-            _log(f"nothing goes on; what the rank was doing is in {path}")
-
-    def _end_hung(self) -> None:
-        """Tell the ranks that a peer is gone for good. They save what they hold; those that do not are killed."""
-        if self._stacks is not None and not self._stacks.done():
-            self._kill_later(STACK_SECONDS, self._end_hung)
-            return
-        self._signal_all(signal.SIGUSR2)
-        # These ranks only: those of the next world are not to be hit.
-        ranks, deadline = tuple(self._ranks), asyncio.get_running_loop().time() + RESCUE_SECONDS
-        self._kill_later(BEGIN_SECONDS, lambda: self._kill_unless_saving(ranks, deadline))
-
-    def _kill_unless_saving(self, ranks: Sequence[RankProcess], deadline: float) -> None:
-        is_over = asyncio.get_running_loop().time() >= deadline
-        saving = [rank for rank in ranks if rank.end is None and rank.report.state is RankState.SAVING]
-        for rank in ranks:
-            if is_over or rank not in saving:
-                rank.signal(signal.SIGKILL)
-        if saving and not is_over:
-            self._kill_later(BEGIN_SECONDS, lambda: self._kill_unless_saving(saving, deadline))
+            log(f"the ranks hang; the stacks of one are in {path}")
 
     def _reap_orphans(self) -> None:
-        """As PID 1, collect what grandchildren leave behind; our own ranks are asyncio's to collect."""
+        """As PID 1, collect the exit status of orphaned grandchildren; asyncio collects that of our own ranks."""
         ours = {rank.pid for rank in self._ranks}
         if self._starter.server is not None and self._starter.server.pid is not None:
             ours.add(self._starter.server.pid)
@@ -300,41 +282,29 @@ class Supervisor:
 
 
 def _with_end(rank: RankProcess) -> RankReport:
-    """The newest report of a rank, with the state that its end implies."""
+    """Return the newest report of a rank, with the state that its end implies."""
     if rank.end is None:
         return rank.report
     fine = {int(ExitCode.DONE): RankState.DONE, int(ExitCode.SAVED): RankState.SAVED}
     return rank.report.model_copy(update={"state": fine.get(rank.end.exit_code, RankState.FAILED)})
 
 
-def _tell_change(was_silent: bool, error: CoordinatorError | None) -> bool:
-    if error is not None and not was_silent:
-        _log(f"the coordinator cannot be reached ({error}); training goes on")
-    if error is None and was_silent:
-        _log("the coordinator answers again")
-    return error is not None
-
-
-def _log(text: str) -> None:
-    print(f"[supervisor] {text}", file=sys.stderr, flush=True)  # noqa: T201
-
-
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run as `finetune-supervisor [-- COMMAND ...]`; the command of a rank is the trainer unless one is given."""
+    """Run as `finetune-supervisor [-- COMMAND ...]`; the default command of a rank is the trainer."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command: Sequence[str] = RANK_COMMAND
     if arguments:
         if arguments[0] != "--" or len(arguments) == 1:
-            _log("usage: finetune-supervisor [-- COMMAND [ARGUMENT ...]]")
+            log("usage: finetune-supervisor [-- COMMAND [ARGUMENT ...]]")
             sys.exit(ExitCode.CONFIG)
         command = arguments[1:]
     try:
         config = read_config(os.environ)
     except BadEnvironmentError as error:
-        _log(str(error))
+        log(str(error))
         sys.exit(ExitCode.CONFIG)
     code = asyncio.run(Supervisor(config, command).run())
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: that would wait for a last beat that nobody answers.
+    # Not sys.exit: it would wait for the thread of a last heartbeat that gets no reply.
     os._exit(code)

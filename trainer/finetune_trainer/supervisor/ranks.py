@@ -1,4 +1,4 @@
-"""The rank processes below a supervisor: their environment, their pipes, their end."""
+"""The rank processes of a supervisor: environment, pipes and end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import MAX_LAST_WORDS, RankEnd, RankReport, RankState
 from finetune_trainer.supervisor.config import Config
-from finetune_trainer.supervisor.cores import Share, ccl_environment, thread_environment
-from finetune_trainer.supervisor.forks import ForkedProcess, ForkServer, NotForkedError, module_of
+from finetune_trainer.supervisor.cores import CoreShare, ccl_environment, thread_environment
+from finetune_trainer.supervisor.forks import ForkClient, ForkedProcess, NotForkedError, module_of
+from finetune_trainer.supervisor.log import log
 
 CCL = "ccl"
 LAST_LINES = 40
+"""Lines of stderr that are kept for the termination message."""
 DRAIN_SECONDS = 1.0
+"""Time to read the rest of the pipes after a rank has ended."""
 WITHOUT_STATE = frozenset({RankState.STARTING, RankState.LOADING, RankState.CACHING, RankState.RESTORING})
 """States in which a rank has nothing to save."""
 AnyProcess = Process | ForkedProcess
@@ -33,13 +36,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class RankProcess:
-    """One rank: its process and the newest of what it reported."""
+    """One rank: its process and its newest report."""
 
-    def __init__(self, rank: int, process: AnyProcess, start: Start, report_fd: int) -> None:
+    def __init__(self, rank: int, process: AnyProcess, start: RankStart, report_fd: int) -> None:
         self.rank = rank
         self.report = RankReport(rank=rank, state=RankState.STARTING)
         self.end: RankEnd | None = None
-        self._told = False
+        self.lost_peer = False
+        """Whether the coordinator reported a lost peer while this rank ran."""
+        self._was_terminated = False
         """Whether this supervisor has sent it SIGTERM."""
         self._process = process
         self._start = start
@@ -47,8 +52,8 @@ class RankProcess:
         self._stderr: deque[str] = deque(maxlen=LAST_LINES)
         self._has_reported = False
         self._collected: list[str] | None = None
-        self._collects = asyncio.Event()
-        """Set by every line that is collected."""
+        self._line_collected = asyncio.Event()
+        """Set by every collected line."""
 
     @property
     def pid(self) -> int:
@@ -56,52 +61,58 @@ class RankProcess:
         return self._process.pid
 
     def signal(self, number: int) -> None:
-        """Send a signal, unless the process has ended. One that no handler takes yet would end it."""
+        """Send a signal, unless the process has ended. SIGUSR1 is sent only once the rank has a handler for it."""
         if number == signal.SIGUSR1 and not self._has_reported:
             return
         if self.end is None and self._process.returncode is None:
-            self._told = self._told or number == signal.SIGTERM
+            self._was_terminated = self._was_terminated or number == signal.SIGTERM
             send_signal(self._process, number)
 
     async def follow(self) -> RankEnd:
-        """Relay output and reports until the rank has ended; return how it did."""
-        await self._see_begun()
+        """Relay output and reports until the rank has ended; return its end."""
+        await self._wait_until_started()
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         readers = [
             asyncio.create_task(self._relay(self._process.stdout, sys.stdout, None)),
             asyncio.create_task(self._relay(self._process.stderr, sys.stderr, self._stderr)),
-            asyncio.create_task(self._take_reports()),
+            asyncio.create_task(self._read_reports()),
         ]
         code = await self._process.wait()
-        # What is in the pipes is read to the end, unless a child of the rank outlives it and holds them open.
-        _, open_still = await asyncio.wait(readers, timeout=DRAIN_SECONDS)
-        for reader in open_still:
+        # Read the pipes to the end, unless a child of the rank survives it and keeps them open.
+        _, unfinished = await asyncio.wait(readers, timeout=DRAIN_SECONDS)
+        for reader in unfinished:
             reader.cancel()
-        words = "\n".join(self._stderr)[-MAX_LAST_WORDS:]
-        code = true_exit_code(code if code >= 0 else 128 - code, self.report.state, told=self._told)
-        self.end = RankEnd(rank=self.rank, exit_code=code, last_words=words)
+        last_output = "\n".join(self._stderr)[-MAX_LAST_WORDS:]
+        code = code if code >= 0 else 128 - code
+        code = true_exit_code(code, self.report.state, was_terminated=self._was_terminated)
+        self.end = RankEnd(rank=self.rank, exit_code=code, last_words=last_output)
         self._start.on_change()
         return self.end
 
-    async def _see_begun(self) -> None:
-        """Where the fork server has ended in place of forking, start the rank without it."""
+    async def _wait_until_started(self) -> None:
+        """Wait for the fork. If the fork server ended before it, start the rank by its command."""
         if isinstance(self._process, ForkedProcess):
             try:
-                await self._process.begun()
+                await self._process.wait_until_forked()
             except NotForkedError:
-                print("[supervisor] ranks are started without the fork server", file=sys.stderr, flush=True)  # noqa: T201
+                log("starting the ranks without the fork server")
                 self._process = await self._start.execute()
         self._start.close()
 
     async def collect_stderr(self, number: int, quiet_seconds: float) -> list[str]:
-        """Send a signal that makes the rank write to stderr; return the lines, once none has come for so long."""
+        """Send a signal that makes the rank write to stderr, and return the lines.
+
+        Args:
+            number: the signal.
+            quiet_seconds: the output is complete when no line has arrived for this time.
+        """
         self._collected = []
         self.signal(number)
         while True:
-            self._collects.clear()
+            self._line_collected.clear()
             try:
-                await asyncio.wait_for(self._collects.wait(), quiet_seconds)
+                await asyncio.wait_for(self._line_collected.wait(), quiet_seconds)
             except TimeoutError:
                 break
         lines, self._collected = self._collected, None
@@ -110,7 +121,7 @@ class RankProcess:
     def _collect(self, line: str) -> None:
         if self._collected is not None:
             self._collected.append(line)
-            self._collects.set()
+            self._line_collected.set()
 
     async def _relay(self, stream: asyncio.StreamReader, to: object, keep: deque[str] | None) -> None:
         async for line in read_lines(stream):
@@ -119,7 +130,7 @@ class RankProcess:
                 self._collect(line)
             print(f"[rank {self.rank}] {line}", file=to, flush=True)  # type: ignore[call-overload]
 
-    async def _take_reports(self) -> None:
+    async def _read_reports(self) -> None:
         reader = asyncio.StreamReader(limit=2**20)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self._report_fd, "rb", buffering=0)
@@ -132,27 +143,27 @@ class RankProcess:
 
     def _merge(self, line: str) -> None:
         try:
-            news = RankReport.model_validate_json(line)
+            new = RankReport.model_validate_json(line)
         except ValueError:
-            print(f"[supervisor] rank {self.rank} sent no report: {line[:200]}", file=sys.stderr)  # noqa: T201
+            log(f"rank {self.rank} sent an invalid report: {line[:200]}")
             return
         old = self.report
         self._has_reported = True
-        update = {name: getattr(news, name) for name in news.model_fields_set if getattr(news, name) is not None}
-        update["warnings"] = (*old.warnings, *(w for w in news.warnings if w not in old.warnings))[-5:]
-        update["outputs"] = news.outputs or old.outputs
-        # The detail belongs to the state that it was sent with.
-        update["detail"] = news.detail
+        update = {name: getattr(new, name) for name in new.model_fields_set if getattr(new, name) is not None}
+        update["warnings"] = (*old.warnings, *(w for w in new.warnings if w not in old.warnings))[-5:]
+        update["outputs"] = new.outputs or old.outputs
+        # The detail belongs to the state of the same report.
+        update["detail"] = new.detail
         self.report = old.model_copy(update=update)
-        if weighty(self.report) != weighty(old):
+        if urgent_part(self.report) != urgent_part(old):
             self._start.on_change()
 
 
 def send_signal(process: Process | ForkedProcess, number: int) -> None:
-    """Send a signal to a process that may have just ended.
+    """Send a signal to a process that may just have ended.
 
-    asyncio's own way looks first whether it has, and takes the exit code away from asyncio's watcher, which then tells
-    of 255.
+    asyncio's own method polls the process first. That takes the exit code from asyncio's watcher, which then reports
+    255.
     """
     if isinstance(process, ForkedProcess):
         process.send_signal(number)
@@ -161,42 +172,42 @@ def send_signal(process: Process | ForkedProcess, number: int) -> None:
         os.kill(process.pid, number)
 
 
-def true_exit_code(code: int, state: RankState, *, told: bool) -> int:
-    """What the end of a rank means that our SIGTERM may have caught where it could not answer.
+def true_exit_code(code: int, state: RankState, *, was_terminated: bool) -> int:
+    """Return the exit code of a rank that our SIGTERM may have ended while it had no signal handler.
 
-    Python takes its handlers away before the process is gone, and has none before the rank's first lines: there the
-    signal's default action ends a rank that has said what became of its state, or that has none yet.
+    Python has no handlers before the rank's first lines, and removes them before the process exits. At these times
+    the signal's default action ends a rank that has nothing to save yet, or that has already reported its final state.
 
     Args:
-        code: of the process; 128+n where signal n ended it.
-        state: the last that it reported.
-        told: whether SIGTERM was sent to it from here.
+        code: exit code of the process; 128+n if signal n ended it.
+        state: the state that it reported last.
+        was_terminated: whether this supervisor sent it SIGTERM.
     """
-    if code != 128 + signal.SIGTERM or not told:
+    if code != 128 + signal.SIGTERM or not was_terminated:
         return code
     if state is RankState.DONE:
         return ExitCode.DONE
     return ExitCode.SAVED if state is RankState.SAVED or state in WITHOUT_STATE else code
 
 
-def weighty(report: RankReport) -> RankReport:
-    """What of a report is worth a beat at once: all but the counters that rise with every step."""
+def urgent_part(report: RankReport) -> RankReport:
+    """Return the part of a report whose change is sent at once: all but the values that change with every step."""
     return report.model_copy(update={"step": None, "loss": None, "images_per_second": None, "detail": None})
 
 
 @dataclass(frozen=True)
-class Start:
-    """All that it takes to start one rank."""
+class RankStart:
+    """Everything that is needed to start one rank."""
 
     command: Sequence[str]
     env: Mapping[str, str]
-    share: Share
+    share: CoreShare
     on_change: Callable[[], None]
     report_fd: int
     """The rank's end of the pipe for its reports."""
 
-    async def fork(self, server: ForkServer | None) -> ForkedProcess | None:
-        """Have the rank forked; None where that cannot be."""
+    async def fork(self, server: ForkClient | None) -> ForkedProcess | None:
+        """Fork the rank; return None if that is not possible."""
         module = module_of(self.command)
         if server is None or module is None:
             return None
@@ -218,36 +229,36 @@ class Start:
         )
 
     def close(self) -> None:
-        """The rank holds its end of the pipe: ours would hide its end."""
+        """Close our copy of the write end: the pipe then ends with the rank."""
         os.close(self.report_fd)
 
 
 @dataclass(frozen=True)
-class Starter:
-    """Starts the ranks of one pod: forked where there is a server for it, else by their command."""
+class RankStarter:
+    """Starts the ranks of one pod: forked if a fork server runs, otherwise by their command."""
 
     command: Sequence[str]
     on_change: Callable[[], None]
-    server: ForkServer | None = None
+    server: ForkClient | None = None
 
     @classmethod
-    async def ready(cls, command: Sequence[str], share: Share, on_change: Callable[[], None]) -> Starter:
-        """Begin to import what all ranks want, unless they run a program that cannot be forked."""
+    async def prepare(cls, command: Sequence[str], share: CoreShare, on_change: Callable[[], None]) -> RankStarter:
+        """Start the fork server, which imports the libraries of all ranks, if the command can be forked."""
         server = None
         if module_of(command) is not None:
             inherited = {name: value for name, value in os.environ.items() if name != environment.COORDINATOR_TOKEN}
             with contextlib.suppress(OSError):
-                server = await ForkServer.find(
+                server = await ForkClient.connect(
                     {**inherited, **thread_environment(share, inherited)},
-                    lambda: _prepare(Share(share.num_threads, None)),
+                    lambda: _prepare(CoreShare(share.num_threads, None)),
                 )
         return cls(command, on_change, server)
 
-    async def start(self, config: Config, local_rank: int, share: Share) -> RankProcess:
+    async def start(self, config: Config, local_rank: int, share: CoreShare) -> RankProcess:
         """Start one rank with torch's variables, its cores and a pipe for its reports."""
         read_fd, write_fd = os.pipe()
         env = rank_environment(os.environ, config, local_rank, share, write_fd)
-        start = Start(self.command, env, share, self.on_change, write_fd)
+        start = RankStart(self.command, env, share, self.on_change, write_fd)
         try:
             process = await start.fork(self.server) or await start.execute()
         except BaseException:
@@ -258,9 +269,9 @@ class Starter:
 
 
 def rank_environment(
-    env: Mapping[str, str], config: Config, local_rank: int, share: Share, report_fd: int
+    env: Mapping[str, str], config: Config, local_rank: int, share: CoreShare, report_fd: int
 ) -> dict[str, str]:
-    """Environment of one rank: the pod's, less the coordinator's token, with torch's standard variables."""
+    """Return the environment of one rank: that of the pod without the coordinator's token, plus torch's variables."""
     inherited = {name: value for name, value in env.items() if name != environment.COORDINATOR_TOKEN}
     fabric = ccl_environment(share, local_rank) if env.get(environment.BACKEND) == CCL else {}
     return {
@@ -278,16 +289,16 @@ def rank_environment(
     }
 
 
-def _prepare(share: Share) -> None:
-    """Between fork and exec: two system calls and nothing else, for other threads may hold locks."""
-    # Without a PID namespace of its own a rank would outlive a supervisor that is killed.
+def _prepare(share: CoreShare) -> None:
+    """Run between fork and exec: only two system calls, because other threads may hold locks."""
+    # Without its own PID namespace a rank would survive a supervisor that is killed.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if share.cores is not None:
         os.sched_setaffinity(0, share.cores)
 
 
 async def read_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Lines of a stream, ended by newline or carriage return (progress bars), of any length."""
+    """Yield the lines of a stream, of any length. They end with a newline or a carriage return (progress bars)."""
     rest = b""
     while chunk := await stream.read(2**16):
         *lines, rest = _LINE_END.split(rest + chunk)

@@ -1,4 +1,4 @@
-"""What a pod that stands by does meanwhile: it reads the model's files, so that its ranks find them in memory."""
+"""Reads the model's files in a standby pod, so that its ranks find them in the page cache."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def read_ahead(base: str) -> threading.Thread:
-    """Read the files of a base model that is a folder or a file, in a thread of its own.
+    """Read the files of a base model that is a folder or a file, in a separate thread.
 
-    What cannot be read is left to the ranks, who say so.
+    Files that cannot be read are skipped: the ranks report them.
     """
     thread = threading.Thread(target=_read_all, args=(Path(base),), daemon=True, name="read-ahead")
     thread.start()

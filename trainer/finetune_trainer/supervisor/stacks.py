@@ -1,7 +1,7 @@
-"""What the ranks of a gang that stands still were doing: one file for each rank, kept on the shared storage.
+"""Stacks of the ranks of a gang that hangs: one file for each rank, stored on the shared storage.
 
-Asked for by the coordinator; called by the supervisor. A rank that runs writes its threads' stacks itself
-(faulthandler, on SIGUSR1). Of one that cannot (stopped, or deep in the kernel) py-spy and /proc tell what there is.
+The coordinator requests them; the supervisor calls this module. A rank writes the stacks of its threads itself
+(faulthandler, on SIGUSR1). For a rank that cannot (stopped, or inside a system call) py-spy and /proc are read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from finetune_contract import paths
-from finetune_trainer.files import write_aside
+from finetune_trainer.files import write_atomically
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.ranks import RankProcess
 
 QUIET_SECONDS = 0.2
-"""A stack is whole when nothing more has come for so long."""
+"""A stack is complete when no line has arrived for this time."""
 PY_SPY_SECONDS = 1.0
 
 
@@ -29,7 +29,7 @@ async def keep_stacks(config: Config, ranks: Sequence[RankProcess]) -> list[Path
     """Write the stacks of all ranks of this pod that still run.
 
     Returns:
-        The files; none where the storage cannot be written (the log has the stacks all the same).
+        The files. None of them if the storage cannot be written: the log has the stacks in any case.
     """
     if config.job_dir is None:
         return []
@@ -38,17 +38,17 @@ async def keep_stacks(config: Config, ranks: Sequence[RankProcess]) -> list[Path
     for rank, text in zip((rank for rank in ranks if rank.end is None), texts, strict=False):
         path = paths.stack_file(config.job_dir, config.attempt, rank.rank)
         with suppress(OSError):
-            await asyncio.to_thread(write_aside, path, text.encode())
+            await asyncio.to_thread(write_atomically, path, text.encode())
             written.append(path)
     return written
 
 
 async def _describe(rank: RankProcess) -> str:
     report = rank.report
-    process = read_process(rank.pid)
+    process = describe_process(rank.pid)
     lines = await rank.collect_stderr(signal.SIGUSR1, QUIET_SECONDS)
     if not lines:
-        lines = await _py_spy(rank.pid) or ["It did not answer: it is stopped, or in the middle of a system call."]
+        lines = await _py_spy(rank.pid) or ["The process does not respond: it is stopped, or inside a system call."]
     detail = f" ({report.detail})" if report.detail else ""
     head = [
         f"rank {rank.rank}, process {rank.pid}: {report.state.value.lower()} at step {report.step or 0}{detail}",
@@ -59,20 +59,20 @@ async def _describe(rank: RankProcess) -> str:
     return "\n".join([*head, *lines]) + "\n"
 
 
-def read_process(pid: int) -> str:
-    """State of a process and what it waits for in the kernel, in the words of /proc."""
-    words = []
+def describe_process(pid: int) -> str:
+    """Return the state of a process and the kernel function that it waits in, from /proc."""
+    facts = []
     with suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-        words += [line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State:")]
+        facts += [line.partition(":")[2].strip() for line in status.splitlines() if line.startswith("State:")]
     with suppress(OSError):
         channel = Path(f"/proc/{pid}/wchan").read_text(encoding="utf-8")
-        words += [f"waits in {channel}"] if channel not in ("", "0") else []
-    return ", ".join(words) or "gone"
+        facts += [f"waits in {channel}"] if channel not in ("", "0") else []
+    return ", ".join(facts) or "exited"
 
 
 async def _py_spy(pid: int) -> list[str]:
-    """The stacks that py-spy reads from outside; nothing where it is not installed or may not."""
+    """Return the stacks that py-spy reads from outside; none if it is not installed or not permitted."""
     program = shutil.which("py-spy")
     if program is None:
         return []

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_contract.heartbeat import RankEnd, Termination
-from finetune_trainer.supervisor.last_words import MAX_MESSAGE_BYTES, cause_first, fit, pod_exit_code
+from finetune_trainer.supervisor.termination_message import MAX_MESSAGE_BYTES, cause_first, fit, pod_exit_code
 
 ends = st.lists(
     st.builds(

@@ -1,4 +1,4 @@
-"""The pod's last words: which rank ended the pod, with what code and what it last said."""
+"""The pod's termination message: the rank that ended the pod, its exit code and its last output."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import MAX_LAST_WORDS, RankEnd, Termination
 
 MAX_MESSAGE_BYTES = 4096
-"""Kubernetes keeps so much of a termination message."""
-FINE = frozenset({ExitCode.DONE, ExitCode.SAVED})
+"""Maximum size of a termination message in Kubernetes."""
+GOOD_ENDS = frozenset({ExitCode.DONE, ExitCode.SAVED})
 
 
 def cause_first(ends: Sequence[RankEnd]) -> tuple[RankEnd, ...]:
-    """Order ends by what explains most: bad ones before good ones, a lost peer (a consequence) behind other faults.
+    """Sort ends by how much they explain: failures first, then lost peers (a consequence), then regular ends.
 
-    Within that, in the order in which they came.
+    Equal ones keep the order in which they occurred.
     """
 
     def weight(end: RankEnd) -> int:
-        if end.exit_code in FINE:
+        if end.exit_code in GOOD_ENDS:
             return 2
         return 1 if end.exit_code == ExitCode.FABRIC else 0
 
@@ -29,20 +29,23 @@ def cause_first(ends: Sequence[RankEnd]) -> tuple[RankEnd, ...]:
 
 
 def pod_exit_code(ends: Sequence[RankEnd]) -> int:
-    """Exit code of the pod: that of the first rank that ended badly; SAVED where any saved; else DONE."""
+    """Return the exit code of the pod: that of the first failed rank; otherwise SAVED if any rank saved, else DONE."""
     first = cause_first(ends)[0]
-    if first.exit_code not in FINE:
+    if first.exit_code not in GOOD_ENDS:
         return first.exit_code
     return ExitCode.SAVED if any(end.exit_code == ExitCode.SAVED for end in ends) else ExitCode.DONE
 
 
 def write_termination(path: Path | None, termination: Termination) -> None:
-    """Write the last words, shortened until they fit. A pod without the file, or a full disk, loses only the words."""
+    """Write the termination message, shortened to fit.
+
+    An error changes nothing else: without the file, or on a full disk, only the message is lost.
+    """
     if path is None:
         return
     text = fit(termination)
     try:
-        # Kubernetes mounts this very file: it cannot be renamed over, only written.
+        # Kubernetes mounts this file itself: it can be written, but not replaced by a rename.
         with path.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -52,7 +55,7 @@ def write_termination(path: Path | None, termination: Termination) -> None:
 
 
 def fit(termination: Termination) -> str:
-    """Render as JSON within the size that Kubernetes keeps: words are cut first, then the least telling ranks."""
+    """Render as JSON within the size limit: first shorten the output of the ranks, then drop the last ends."""
     keep = MAX_LAST_WORDS
     ends = termination.ends
     while True:

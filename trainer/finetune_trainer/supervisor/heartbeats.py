@@ -1,0 +1,91 @@
+"""Sends the supervisor's heartbeats: at once after a change, otherwise every few seconds.
+
+A coordinator that does not answer changes nothing for the ranks: training continues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from finetune_contract.heartbeat import Heartbeat, Reply
+from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorError
+from finetune_trainer.supervisor.config import Config
+from finetune_trainer.supervisor.log import log
+
+MIN_GAP_SECONDS = 0.05
+"""Minimum time between two heartbeats: changes that are closer together share one."""
+
+
+class HeartbeatSender:
+    """Sends heartbeats until the supervisor ends.
+
+    Args:
+        config: address of the coordinator and default interval.
+        build: builds the heartbeat with the given sequence number.
+        obey: acts on a reply.
+        is_final: whether the next heartbeat is the last one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        build: Callable[[int], Heartbeat],
+        obey: Callable[[Reply], None],
+        is_final: Callable[[], bool],
+    ) -> None:
+        self._config = config
+        self._seconds = config.beat_seconds
+        self._build = build
+        self._obey = obey
+        self._is_final = is_final
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
+        self._sequence = 0
+        self._is_unreachable = False
+        self._tried = asyncio.Event()
+        self.due = asyncio.Event()
+        """Set this to send the next heartbeat at once."""
+        self.heard_at = -math.inf
+        """Time of the last reply, by the event loop's clock."""
+
+    async def run(self) -> None:
+        """Send heartbeats until the last one has been sent."""
+        config = self._config
+        if not config.coordinator_url:
+            return
+        client = CoordinatorClient(config.coordinator_url, config.coordinator_token, config.coordinator_ca)
+        is_last = False
+        while not is_last:
+            self.due.clear()
+            is_last = self._is_final()
+            await self._send(client)
+            self._tried.set()
+            if not is_last:
+                await asyncio.sleep(MIN_GAP_SECONDS)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.due.wait(), self._seconds)
+
+    async def wait_until_tried(self) -> None:
+        """Wait until the first heartbeat was answered or has failed. Return at once if there is no coordinator."""
+        if self._config.coordinator_url:
+            await self._tried.wait()
+
+    async def _send(self, client: CoordinatorClient) -> None:
+        loop = asyncio.get_running_loop()
+        self._sequence += 1
+        try:
+            reply = await loop.run_in_executor(self._thread, client.post, self._build(self._sequence))
+        except CoordinatorError as error:
+            if not self._is_unreachable:
+                log(f"cannot reach the coordinator ({error}); training continues")
+            self._is_unreachable = True
+            return
+        if self._is_unreachable:
+            log("the coordinator answers again")
+        self._is_unreachable = False
+        self.heard_at = loop.time()
+        self._seconds = reply.beat_seconds or self._config.beat_seconds
+        self._obey(reply)
