@@ -1,11 +1,11 @@
-"""Prometheus metrics of the operator. No label names a job, a pod or a node: their number has no bound.
+"""Prometheus metrics of the operator. No label contains a job, a pod or a node: their number is unlimited.
 
-`Metrics` is told of requests and passes; what holds at the moment of a scrape is read from the cluster's caches.
+`Metrics` observes requests and reconciles; the current state is read from the cluster's caches at each scrape.
 """
 
 from __future__ import annotations
 
-from collections import Counter as Tally
+from collections import Counter as Count
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -21,11 +21,11 @@ from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJ
 from finetune_operator.cluster.kube.client.client import ApiError
 from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.cluster.protocol import JobKey
-from finetune_operator.cluster.reconcile import Pass
-from finetune_operator.plan.report.conditions import is_true
+from finetune_operator.cluster.reconcile import ReconcileResult
+from finetune_operator.plan.model.conditions import is_true
 
 RUNNING = frozenset({Phase.RUNNING, Phase.EXPORTING})
-PASS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+RECONCILE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 RECOVERY_BUCKETS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 
 
@@ -36,109 +36,112 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "finetune_api_requests",
-            "Requests to the API server, watches included.",
+            "Requests to the API server, including watches.",
             ("method", "resource", "code"),
             registry=self.registry,
         )
-        self._pass_seconds = Histogram(
-            "finetune_reconcile_seconds", "Time of one pass.", buckets=PASS_BUCKETS, registry=self.registry
+        self._reconcile_seconds = Histogram(
+            "finetune_reconcile_seconds",
+            "Duration of a reconcile.",
+            buckets=RECONCILE_BUCKETS,
+            registry=self.registry,
         )
         self._errors = Counter(
-            "finetune_reconcile_errors", "Passes that broke off, by what broke.", ("kind",), registry=self.registry
+            "finetune_reconcile_errors", "Failed reconciles, by kind of error.", ("kind",), registry=self.registry
         )
-        self._history = History(self.registry)
+        self._attempts = AttemptCounters(self.registry)
 
-    def look_at(self, operator: Operator) -> None:
+    def register_operator(self, operator: Operator) -> None:
         """Read an operator's caches at every scrape."""
-        self.registry.register(State(operator))
+        self.registry.register(ClusterMetrics(operator))
 
     def before(self, method: str, path: str) -> None:
-        """A request is about to be sent: counted when it is answered, a watch at once."""
+        """Count a watch when it is sent; other requests are counted when they are answered."""
         if method == "WATCH":
             self._requests.labels(method, resource_of(path), "").inc()
 
     def after(self, method: str, path: str, status: int, seconds: float) -> None:
-        """A request was answered; 0: it was not."""
+        """Count a request by its response; status 0 means no response."""
         del seconds
         self._requests.labels(method, resource_of(path), str(status)).inc()
 
-    def passed(self, key: JobKey, seen: Pass, seconds: float) -> None:
-        """A pass succeeded."""
-        self._pass_seconds.observe(seconds)
-        self._history.see(key, seen.job)
+    def succeeded(self, key: JobKey, result: ReconcileResult, seconds: float) -> None:
+        """Record a reconcile that succeeded."""
+        self._reconcile_seconds.observe(seconds)
+        self._attempts.update(key, result.job)
 
     def failed(self, key: JobKey, error: Exception, seconds: float) -> None:
-        """A pass broke off."""
+        """Record a reconcile that failed."""
         del key
-        self._pass_seconds.observe(seconds)
+        self._reconcile_seconds.observe(seconds)
         self._errors.labels("api" if isinstance(error, ApiError) else "bug").inc()
 
 
 def resource_of(path: str) -> str:
-    """The kind of object that a request is about, e.g. 'pods' or 'finetunejobs/status'."""
+    """Return the resource type that a request path names, for example 'pods' or 'finetunejobs/status'."""
     parts = path.strip("/").split("/")
-    # api/v1/... or apis/<group>/<version>/..., then perhaps namespaces/<name>.
+    # api/v1/... or apis/<group>/<version>/..., optionally followed by namespaces/<name>.
     parts = parts[2:] if parts[0] == "api" else parts[3:]
     if len(parts) > 2 and parts[0] == "namespaces":
         parts = parts[2:]
     return "/".join(parts[::2])
 
 
-class _Known(NamedTuple):
-    """What was counted of a job already."""
+class _Counted(NamedTuple):
+    """What has been counted for a job."""
 
     uid: str
     ended: int
-    """The newest attempt whose end was counted."""
+    """The newest attempt whose end has been counted."""
     trained: int
-    """The newest attempt whose first step was counted."""
+    """The newest attempt whose first step has been counted."""
     lost_steps: int
     corrupt_checkpoints: int
 
 
-class History:
-    """Counters of what happened to attempts, from the ledgers. What was there before this process is not counted."""
+class AttemptCounters:
+    """Counters of attempts, from the ledgers. Attempts from before the start of this process are not counted."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._known: dict[JobKey, _Known] = {}
+        self._counted: dict[JobKey, _Counted] = {}
         self._ended = Counter(
             "finetune_attempts_ended", "Attempts that ended, by cause.", ("reason",), registry=registry
         )
-        self._lost_steps = Counter("finetune_lost_steps", "Steps that had to be trained again.", registry=registry)
+        self._lost_steps = Counter("finetune_lost_steps", "Steps that had to be repeated.", registry=registry)
         self._corrupt = Counter(
-            "finetune_corrupt_checkpoints", "Checkpoints that were found damaged and set aside.", registry=registry
+            "finetune_corrupt_checkpoints", "Checkpoints that were found corrupt and moved away.", registry=registry
         )
         self._recovery = Histogram(
             "finetune_recovery_seconds",
-            "Time from the end of an attempt to the first step of the next one: all of it, and each part of it.",
+            "Time from the end of an attempt to the first step of the next one: the total, and each part of it.",
             ("part",),
             buckets=RECOVERY_BUCKETS,
             registry=registry,
         )
 
-    def see(self, key: JobKey, job: FineTuneJob | None) -> None:
-        """Take the status after a pass."""
+    def update(self, key: JobKey, job: FineTuneJob | None) -> None:
+        """Count what has changed in a job's status since the last reconcile."""
         if job is None:
-            self._known.pop(key, None)
+            self._counted.pop(key, None)
             return
         status = job.status
-        new = _Known(
+        new = _Counted(
             job.metadata.uid,
             _newest(status, "reason"),
             _newest(status, "training_at"),
             status.lost_steps,
             status.corrupt_checkpoints or 0,
         )
-        known = self._known.get(key)
-        self._known[key] = new
-        if known is None or known.uid != new.uid:
+        old = self._counted.get(key)
+        self._counted[key] = new
+        if old is None or old.uid != new.uid:
             return
-        self._lost_steps.inc(max(0, new.lost_steps - known.lost_steps))
-        self._corrupt.inc(max(0, new.corrupt_checkpoints - known.corrupt_checkpoints))
+        self._lost_steps.inc(max(0, new.lost_steps - old.lost_steps))
+        self._corrupt.inc(max(0, new.corrupt_checkpoints - old.corrupt_checkpoints))
         for previous, entry in zip((None, *status.attempts), status.attempts, strict=False):
-            if entry.attempt > known.ended and entry.reason is not None:
+            if entry.attempt > old.ended and entry.reason is not None:
                 self._ended.labels(entry.reason).inc()
-            if entry.attempt > known.trained and entry.training_at is not None and previous is not None:
+            if entry.attempt > old.trained and entry.training_at is not None and previous is not None:
                 self._count_recovery(previous, entry)
 
     def _count_recovery(self, previous: AttemptStatus, entry: AttemptStatus) -> None:
@@ -152,37 +155,37 @@ class History:
 
 
 def _newest(status: FineTuneJobStatus, field: str) -> int:
-    """The newest attempt of which something is known."""
+    """Return the newest attempt for which a field is set."""
     return max((entry.attempt for entry in status.attempts if getattr(entry, field) is not None), default=0)
 
 
-class State(Collector):
-    """What holds now, over all jobs."""
+class ClusterMetrics(Collector):
+    """Gauges of the current state of all jobs."""
 
     def __init__(self, operator: Operator) -> None:
         self._operator = operator
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: it could be read only once the operator has started."""
+        """Return nothing: the state is available only after the operator has started."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
         """Read the caches."""
         term = self._operator.term
-        leads = term is not None and term.works
-        yield GaugeMetricFamily("finetune_leader", "1 where this replica leads.", value=float(leads))
+        leads = term is not None and term.active
+        yield GaugeMetricFamily("finetune_leader", "1 if this replica is the leader.", value=float(leads))
         if term is None or not leads:
             return
-        yield GaugeMetricFamily("finetune_queue_depth", "Jobs that wait for a pass.", value=term.queue.depth)
-        yield CounterMetricFamily("finetune_beats", "Beats that were taken.", value=term.cluster.beats.num_taken)
-        yield from job_metrics([kept.job for kept in term.cluster.jobs.values() if kept.job], datetime.now(UTC))
+        yield GaugeMetricFamily("finetune_queue_depth", "Jobs that wait for a reconcile.", value=term.queue.depth)
+        yield CounterMetricFamily("finetune_beats", "Heartbeats received.", value=term.cluster.beats.num_received)
+        yield from job_metrics([cached.job for cached in term.cluster.jobs.values() if cached.job], datetime.now(UTC))
 
 
 def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
-    """Gauges over jobs. Pure."""
-    phases = Tally((job.status.phase or Phase.PENDING, job.spec.training.method or "script") for job in jobs)
+    """Return gauges over jobs. Pure."""
+    phases = Count((job.status.phase or Phase.PENDING, job.spec.training.method or "script") for job in jobs)
     number = GaugeMetricFamily(
-        "finetune_jobs", "Jobs, by phase and method; script: of a script of the user's.", labels=("phase", "method")
+        "finetune_jobs", "Jobs, by phase and method; method is 'script' for user scripts.", labels=("phase", "method")
     )
     for (phase, method), count in phases.items():
         number.add_metric((phase, method), count)
@@ -190,7 +193,7 @@ def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
     running = [job.status for job in jobs if job.status.phase in RUNNING]
     yield GaugeMetricFamily(
         "finetune_images_per_second",
-        "Images that all running jobs train in a second.",
+        "Training throughput of all running jobs, in images per second.",
         value=sum(status.images_per_second or 0.0 for status in running),
     )
     goodputs = [status.goodput for status in running if status.goodput is not None]
@@ -200,34 +203,34 @@ def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
     checkpoints = [status.last_checkpoint for status in running if status.last_checkpoint is not None]
     yield GaugeMetricFamily(
         "finetune_checkpoint_bytes",
-        "Size of the newest checkpoints of the running jobs, together.",
+        "Total size of the newest checkpoints of the running jobs.",
         value=sum(checkpoint.bytes for checkpoint in checkpoints),
     )
     yield from _save_costs(checkpoints)
     stale = sum(is_true(status, ConditionType.CHECKPOINT_STALE) for status in running)
     yield GaugeMetricFamily(
-        "finetune_checkpoint_stale_jobs", "Running jobs that cannot write a newer checkpoint.", value=stale
+        "finetune_checkpoint_stale_jobs", "Running jobs that cannot write checkpoints.", value=stale
     )
     if checkpoints:
         oldest = min(checkpoint.time for checkpoint in checkpoints)
         yield GaugeMetricFamily(
             "finetune_oldest_checkpoint_age_seconds",
-            "Age of the oldest of them: what the unluckiest job would lose.",
+            "Age of the oldest newest checkpoint of the running jobs: the most training that a job could lose.",
             value=max(0.0, (now - oldest).total_seconds()),
         )
 
 
 def _save_costs(checkpoints: list[CheckpointStatus]) -> Iterator[Metric]:
-    """What the newest checkpoints cost: the mean, for their number has no bound."""
+    """Yield the mean costs of the newest checkpoints; the number of jobs is unlimited, so there is no label per job."""
     for name, what, figures in (
         (
             "finetune_checkpoint_stall_seconds",
-            "Mean time for which training stood still for the newest checkpoints of the running jobs.",
+            "Mean time for which the newest checkpoints of the running jobs paused training.",
             [checkpoint.stall_seconds for checkpoint in checkpoints if checkpoint.stall_seconds is not None],
         ),
         (
             "finetune_checkpoint_durable_seconds",
-            "Mean time from their step until they were verified.",
+            "Mean time from a checkpoint's step until it was verified.",
             [checkpoint.save_seconds for checkpoint in checkpoints if checkpoint.save_seconds is not None],
         ),
     ):

@@ -19,8 +19,8 @@ from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan import plan
+from finetune_operator.plan.model.conditions import is_true
 from finetune_operator.plan.model.types import Create, DeletePod, ObservedPod, Plan, PodPhase
-from finetune_operator.plan.report.conditions import is_true
 from tests.plan.harness import SETTINGS, RankState, World, last_words, make_job, seconds
 
 DAY_SECONDS = 86400.0
@@ -235,7 +235,7 @@ class JobMachine(RuleBasedStateMachine):
 
     def check_rest(self, job: Any, decided: Plan) -> None:
         """Until the moment that the plan asked to be woken at, time alone changes nothing."""
-        wait = decided.look_again.total_seconds() if decided.look_again is not None else 2 * DAY_SECONDS
+        wait = decided.requeue_after.total_seconds() if decided.requeue_after is not None else 2 * DAY_SECONDS
         later = plan(job, self.world.observed(), self.world.now + seconds(wait / 2), self.world.settings)
         assert differences(decided.status, later.status) == {}
         assert later.actions == decided.actions

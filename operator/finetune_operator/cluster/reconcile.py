@@ -1,7 +1,7 @@
-"""One pass, for every cluster: observe, plan, write the status, act, tell (docs/architecture.md, "One pass").
+"""One reconcile, for every cluster: observe, plan, write the status, act, emit events (docs/architecture.md).
 
-The caller makes sure that a job has one pass at a time and that the cluster wakes it after every change, its own
-status writes included: the pass that raises the attempt creates nothing, the one that reads it back does.
+The caller ensures that each job has at most one running reconcile, and that the cluster wakes the job after every
+change, including its own status writes: the reconcile that raises the attempt creates nothing; the next one does.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from finetune_operator.settings import Settings
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What one pass saw and when it wants the next one."""
+class ReconcileResult:
+    """Result of one reconcile, and when the next one is due."""
 
     job: FineTuneJob | None
-    """With the status that was just written; None where the job is gone."""
+    """The job with the status that was written; None if it is deleted."""
     observed: Observed = field(default_factory=Observed)
-    look_again: timedelta | None = None
+    requeue_after: timedelta | None = None
 
 
-async def reconcile(cluster: Cluster, key: JobKey, settings: Settings, now: Clock) -> Pass:
-    """Carry out one pass for one job."""
+async def reconcile(cluster: Cluster, key: JobKey, settings: Settings, now: Clock) -> ReconcileResult:
+    """Reconcile one job once."""
     job = await cluster.get_job(key)
     if job is None:
-        return Pass(None)
+        return ReconcileResult(None)
     observed = await cluster.observe(job)
     decided = plan(job, observed, now(), settings)
     if decided.status != job.status:
         try:
             await cluster.write_status(job, decided.status)
         except ConflictError:
-            # The newer object has already asked for another pass. Acting on the older one could undo what it says.
-            return Pass(job, observed)
-    error = await act(cluster, job, decided.actions)
+            # The newer object has already requested another reconcile. Actions for the older one could be wrong.
+            return ReconcileResult(job, observed)
+    error = await apply_actions(cluster, job, decided.actions)
     for event in decided.events:
         await cluster.emit(job, event)
     if error is not None:
         raise error
-    return Pass(job.model_copy(update={"status": decided.status}), observed, decided.look_again)
+    return ReconcileResult(job.model_copy(update={"status": decided.status}), observed, decided.requeue_after)
 
 
-async def act(cluster: Cluster, job: FineTuneJob, actions: Sequence[Action]) -> Exception | None:
+async def apply_actions(cluster: Cluster, job: FineTuneJob, actions: Sequence[Action]) -> Exception | None:
     """Carry out the actions; return the first error.
 
-    A pod that a quota refuses must not keep others from being deleted, which may be what makes room.
+    If a quota refuses a pod, the following deletions are still carried out: they may free the quota.
     """
     first: Exception | None = None
     for action in actions:
@@ -66,13 +66,15 @@ async def act(cluster: Cluster, job: FineTuneJob, actions: Sequence[Action]) -> 
     return first
 
 
-async def drive(reconcile_once: Callable[[], Awaitable[Pass]], wake: asyncio.Event) -> AsyncGenerator[Pass, None]:
-    """Make passes for one job for ever, each when something woke it or when the last one asked for it."""
+async def reconcile_forever(
+    reconcile_once: Callable[[], Awaitable[ReconcileResult]], wake: asyncio.Event
+) -> AsyncGenerator[ReconcileResult, None]:
+    """Reconcile one job until cancelled, each time when it is woken or when the last reconcile's delay is over."""
     while True:
-        # Cleared before the look: what happens during a pass asks for another one.
+        # Cleared first: a change during a reconcile requests another one.
         wake.clear()
-        seen = await reconcile_once()
-        yield seen
+        result = await reconcile_once()
+        yield result
         with suppress(TimeoutError):
-            async with asyncio.timeout(seen.look_again.total_seconds() if seen.look_again else None):
+            async with asyncio.timeout(result.requeue_after.total_seconds() if result.requeue_after else None):
                 await wake.wait()

@@ -1,4 +1,4 @@
-"""Pure: (job, observed, now) -> Plan(actions, status). No clock, no socket, no file."""
+"""Pure decisions: (job, observed, now) -> Plan(actions, status). No clock, no socket, no file."""
 
 from finetune_operator.plan.core import plan
 

@@ -1,6 +1,6 @@
-"""What a supervisor is told in answer to its beat. Pure; every cluster's coordinator answers by it.
+"""The reply to a supervisor's heartbeat. Pure; the coordinator of every kind of cluster uses it.
 
-It follows from the status alone, so an operator that was just restarted says the same as the one before it.
+It depends on the status only, so an operator that has just restarted gives the same replies as the one before it.
 """
 
 from __future__ import annotations
@@ -9,53 +9,53 @@ from finetune_contract.heartbeat import Heartbeat, NewWorld, Order, Reply
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host, pod_name
 from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.plan.model.grace import SAVED_FOR, SUDDEN, WITH_OWN_GRACE
 from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.view import members_of
-from finetune_operator.plan.policies.cleanup import SAVED_FOR, SUDDEN, WITH_OWN_GRACE
 from finetune_operator.settings import Settings
 
 WAITING_BEATS = 5
-"""A supervisor that waits for its new world, which may be ready at any moment, beats so many times as often."""
+"""Factor by which the heartbeat interval is shorter for a supervisor whose new world may be ready at any moment."""
 
 
 def reply_to(job: FineTuneJob | None, beat: Heartbeat, settings: Settings) -> Reply:
-    """Answer a beat; a job that is not known (not yet seen, or gone) has no orders."""
+    """Return the reply to a heartbeat. A job that is unknown (not observed yet, or deleted) has no orders."""
     if job is None or beat.job_uid != job.metadata.uid:
         return Reply()
-    member, world = _is_kept(job, beat), _new_world(job, beat, settings)
-    hurried = beat.waiting and (_is_between(job) or (member and beat.attempt < job.status.attempt))
+    member, world = _is_member(job, beat), _new_world(job, beat, settings)
+    hurried = beat.waiting and (_is_between_attempts(job) or (member and beat.attempt < job.status.attempt))
     return Reply(
         order=Order.SAVE_AND_STOP if _should_save(job, beat) else Order.CONTINUE,
-        # One that is kept hears of the newest attempt together with its world: without one it would stop.
+        # A kept pod receives the newest attempt together with its world: it would stop if it had no world.
         attempt=None if member and world is None and beat.attempt < job.status.attempt else job.status.attempt,
         world=world,
         peer_lost=_has_lost_peer(job, beat),
-        stacks=_stood_still(job, beat.attempt),
+        stacks=_has_hung(job, beat.attempt),
         beat_seconds=settings.beat_seconds / WAITING_BEATS if hurried else settings.beat_seconds,
     )
 
 
 def _has_lost_peer(job: FineTuneJob, beat: Heartbeat) -> bool:
-    """Whether the ranks wait in vain: where a machine vanishes, nothing else tells their collectives for minutes."""
+    """Return whether the ranks wait for a lost peer. If its node vanished, their collectives take minutes to fail."""
     entry = next((entry for entry in job.status.attempts if entry.attempt == beat.attempt), None)
     if entry is None or entry.counts_as is None or beat.waiting:
         return False
     return entry.reason not in WITH_OWN_GRACE and not _should_save(job, beat)
 
 
-def _stood_still(job: FineTuneJob, attempt: int) -> bool:
-    """Whether an attempt ended because nothing went on in it."""
+def _has_hung(job: FineTuneJob, attempt: int) -> bool:
+    """Return whether an attempt ended because of a hang."""
     return any(entry.attempt == attempt and entry.reason == Reason.HANG for entry in job.status.attempts)
 
 
-def _is_between(job: FineTuneJob) -> bool:
-    """Whether the newest attempt has ended: its successor is near."""
+def _is_between_attempts(job: FineTuneJob) -> bool:
+    """Return whether the newest attempt has ended: the next one will begin soon."""
     entry = current(job.status)
     return entry is not None and entry.ended_at is not None
 
 
 def _should_save(job: FineTuneJob, beat: Heartbeat) -> bool:
-    """Whether a peer has notice, or better capacity is at hand: the state is saved while all are there."""
+    """Return whether to save while all ranks run: a peer has a preemption notice, or better capacity is ready."""
     entry = current(job.status)
     if entry is None or entry.attempt != beat.attempt or entry.ended_at is None or beat.waiting:
         return False
@@ -64,8 +64,8 @@ def _should_save(job: FineTuneJob, beat: Heartbeat) -> bool:
     return entry.counts_as == CountsAs.PREEMPTION and entry.reason not in SUDDEN
 
 
-def _is_kept(job: FineTuneJob, beat: Heartbeat) -> bool:
-    """Whether a pod belongs to the newest attempt, although it may not know."""
+def _is_member(job: FineTuneJob, beat: Heartbeat) -> bool:
+    """Return whether a pod belongs to the newest attempt, even if its supervisor does not know it yet."""
     return _rank_of(job, beat) is not None
 
 
@@ -75,10 +75,10 @@ def _rank_of(job: FineTuneJob, beat: Heartbeat) -> int | None:
 
 
 def _new_world(job: FineTuneJob, beat: Heartbeat, settings: Settings) -> NewWorld | None:
-    """Where a pod belongs that was kept, until it has come there; None: it has, or it was not kept.
+    """Return the world that a kept pod must join; None: it has joined already, or is not kept.
 
-    It is told only once the containers of all run: ranks that wait for a peer too long give up, and until a pod has
-    a node and its image, nobody knows for how long.
+    A pod receives it only when the containers of all pods run. Ranks that wait too long for a peer time out, and the
+    wait for a node and its image has no known limit.
     """
     entry, name = current(job.status), job.metadata.name
     if entry is None or entry.ended_at is not None or beat.attempt >= entry.attempt or entry.seconds.pulling is None:

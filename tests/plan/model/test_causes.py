@@ -132,7 +132,7 @@ def test_last_words_and_rank_come_from_the_supervisor() -> None:
     world.exit(1, 1, termination=last_words(1, 1, "RuntimeError: bad", rank=7))
     cause = cause_of(world)
     assert cause is not None
-    assert (cause.rank, cause.last_words) == (7, "RuntimeError: bad")
+    assert (cause.rank, cause.message) == (7, "RuntimeError: bad")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_beat_tells_of_an_end_before_the_pod_does() -> None:
     world.beat(1, step=3, ends=(RankEnd(rank=1, exit_code=1, last_words="ValueError"),))
     cause = cause_of(world)
     assert cause is not None
-    assert (cause.reason, cause.exit_code, cause.last_words) == (Reason.PROCESS_FAILED, 1, "ValueError")
+    assert (cause.reason, cause.exit_code, cause.message) == (Reason.PROCESS_FAILED, 1, "ValueError")
 
 
 def test_a_beat_tells_of_a_notice_before_the_pod_does() -> None:

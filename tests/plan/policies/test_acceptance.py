@@ -10,8 +10,8 @@ from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import Condition
 from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.types import Refusal
-from finetune_operator.plan.report.conditions import find
 from finetune_operator.settings import Settings
 from tests.plan.harness import SETTINGS, START, World, make_job, seconds
 
@@ -124,9 +124,9 @@ def test_pods_that_are_wrong_are_held_back_and_tried_once_in_a_while() -> None:
     world.refusal = WRONG
     decided = world.settle()
     condition = accepted(world)
-    assert (condition.status, condition.reason, condition.message) == ("False", Reason.FAILED_CREATE, WRONG.sentence)
+    assert (condition.status, condition.reason, condition.message) == ("False", Reason.FAILED_CREATE, WRONG.message)
     assert world.job.status.phase is Phase.PENDING
-    assert decided.look_again == seconds(60)
+    assert decided.requeue_after == seconds(60)
     assert not decided.actions
     world.tick(60)
     again = world.decide()
@@ -161,7 +161,7 @@ def test_a_quota_keeps_a_job_waiting_and_does_not_refuse_it() -> None:
     decided = world.decide()
     assert decided.actions, "it is tried again"
     assert (decided.status.phase, decided.status.reason) == (Phase.QUEUED, Reason.FAILED_CREATE)
-    assert decided.status.message == world.refusal.sentence
+    assert decided.status.message == world.refusal.message
     condition = find(decided.status, ConditionType.ACCEPTED)
     assert condition is not None
     assert condition.status == "True"
@@ -179,11 +179,11 @@ def test_an_edit_that_makes_no_pods_leaves_those_that_run_alone() -> None:
     while world.job.status.attempt < 2:
         world.step()
         world.tick(1)
-    world.refusal = Refusal(WRONG.sentence, hold_until=world.now + seconds(60))
+    world.refusal = Refusal(WRONG.message, hold_until=world.now + seconds(60))
     world.settle()
     assert accepted(world).status == "False"
     assert world.job.status.phase is Phase.RECOVERING
-    assert world.job.status.message == WRONG.sentence
+    assert world.job.status.message == WRONG.message
 
 
 def test_a_refusal_does_not_keep_the_next_attempt_from_being_tried() -> None:

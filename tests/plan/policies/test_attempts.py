@@ -109,7 +109,7 @@ def test_a_job_that_is_being_deleted_is_left_alone() -> None:
     world.job = world.job.model_copy(update={"metadata": metadata})
     world.pods.clear()
     decided = world.step()
-    assert (decided.actions, decided.events, decided.look_again) == ((), (), None)
+    assert (decided.actions, decided.events, decided.requeue_after) == ((), (), None)
     assert decided.status == world.job.status
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune_operator.api.reasons import Reason
-from finetune_operator.plan.policies.backoff import delay, jitter
+from finetune_operator.plan.model.backoff import delay, jitter
 from finetune_operator.settings import Settings
 from tests.plan.harness import World, seconds
 
@@ -26,7 +26,7 @@ def test_the_next_attempt_waits_and_says_so() -> None:
     decided = world.settle()
     assert world.job.status.attempt == 1
     assert world.job.status.reason == Reason.BACK_OFF
-    wait = decided.look_again
+    wait = decided.requeue_after
     assert wait is not None
     assert seconds(8) <= wait <= seconds(12)
     assert f"{world.now + wait:%H:%M:%S}" in (world.job.status.message or "")

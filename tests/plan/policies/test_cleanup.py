@@ -51,8 +51,8 @@ def test_on_notice_the_survivors_are_left_to_save() -> None:
 def test_when_the_notice_is_over_the_survivors_go() -> None:
     world = noticed()
     decided = world.step()
-    assert decided.look_again is not None
-    assert decided.look_again.total_seconds() == 30
+    assert decided.requeue_after is not None
+    assert decided.requeue_after.total_seconds() == 30
     world.tick(29)
     assert deletions(world) == []
     world.tick(1)

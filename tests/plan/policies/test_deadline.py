@@ -20,7 +20,7 @@ def test_the_deadline(at_seconds: int, over: bool) -> None:
 
 def test_what_happens_then() -> None:
     world = World(make_job(activeDeadlineSeconds=60)).running()
-    assert world.decide().look_again == seconds(60)
+    assert world.decide().requeue_after == seconds(60)
     world.tick(60)
     decided = world.step()
     status = world.job.status

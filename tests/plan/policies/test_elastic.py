@@ -64,7 +64,7 @@ def test_it_waits_for_room_first() -> None:
     place(world, 0, 1, 3)
     hear(world)
     decided = world.settle()
-    assert decided.look_again is not None
+    assert decided.requeue_after is not None
     assert (world.job.status.message or "").endswith("it goes on without them at 12:05:00 UTC")
     world.tick(299)
     hear(world)

@@ -35,7 +35,7 @@ def test_a_lost_peer_waits_for_its_cause_and_deletes_nothing() -> None:
     assert entry_of(world).reason is None
     assert world.job.status.failures == 0
     assert decided.actions == ()
-    assert decided.look_again is not None
+    assert decided.requeue_after is not None
     world.tick(3)
     world.vanish("circles-a1-n1")
     world.step()
@@ -48,8 +48,8 @@ def test_a_lost_peer_without_a_cause_is_the_fabrics_fault_in_the_end() -> None:
     world = World().running()
     world.exit(0, ExitCode.FABRIC)
     decided = world.step()
-    assert decided.look_again is not None
-    world.tick(decided.look_again.total_seconds())
+    assert decided.requeue_after is not None
+    world.tick(decided.requeue_after.total_seconds())
     world.beat(1)
     world.step()
     assert entry_of(world).reason == Reason.FABRIC_ERROR

@@ -74,7 +74,7 @@ def test_nothing_of_a_finished_job_changes_any_more() -> None:
     world.tick(1e6)
     decided = world.settle()
     assert decided.status == before
-    assert (decided.actions, decided.events, decided.look_again) == ((), (), None)
+    assert (decided.actions, decided.events, decided.requeue_after) == ((), (), None)
 
 
 def test_the_message_says_what_it_cost() -> None:

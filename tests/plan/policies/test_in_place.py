@@ -103,7 +103,7 @@ def test_a_pod_that_fell_silent_is_not_kept() -> None:
     decided = world.settle()
     assert "circles-a1-n0" in world.pods
     assert world.job.status.attempt == 1
-    assert decided.look_again is not None
+    assert decided.requeue_after is not None
 
 
 def test_a_loss_while_the_lost_pod_waits_for_room_is_replaced_as_well() -> None:

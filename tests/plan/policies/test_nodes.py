@@ -14,7 +14,7 @@ from finetune_operator.plan.model.types import DeletePod, Observed, ObservedNode
 from finetune_operator.plan.policies import nodes
 from tests.plan.harness import World, seconds
 
-WELL = ObservedNode()
+HEALTHY = ObservedNode()
 LOST = ObservedNode(lost=True)
 GONE = ObservedNode(lost=True, gone=True)
 LEAVING = ObservedNode(leaving="aws-node-termination-handler/spot-itn")
@@ -22,7 +22,7 @@ LEAVING = ObservedNode(leaving="aws-node-termination-handler/spot-itn")
 
 def judged(world: World, node: ObservedNode) -> Observed:
     observed = replace(world.observed(), nodes={"node-1": node})
-    return nodes.judge(observed, world.now, world.settings)
+    return nodes.apply_node_state(observed, world.now, world.settings)
 
 
 TABLE = [
@@ -65,7 +65,7 @@ def test_a_pod_that_nobody_is_left_to_end_is_deleted_by_force() -> None:
     pod = world.pod(1)
     world.change(1, deleted_at=world.now, grace=seconds(30))
     force = DeletePod(pod.name, pod.uid, grace_seconds=0)
-    for node, later, forced in ((LOST, 0, False), (LOST, 330, True), (GONE, 0, True), (WELL, 3600, False)):
+    for node, later, forced in ((LOST, 0, False), (LOST, 330, True), (GONE, 0, True), (HEALTHY, 3600, False)):
         now = world.now + seconds(later)
         decided = plan(world.job, replace(world.observed(), nodes={"node-1": node}), now, world.settings)
         assert (force in decided.actions) is forced

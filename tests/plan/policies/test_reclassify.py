@@ -60,7 +60,7 @@ def test_a_job_whose_budget_is_spent_waits_for_the_word_of_its_nodes() -> None:
 def test_and_fails_where_none_comes() -> None:
     world = failed_fabric(max_failures=0)
     decided = world.settle()
-    assert decided.look_again is not None
+    assert decided.requeue_after is not None
     world.tick(60)
     world.settle()
     assert (world.job.status.phase, world.job.status.reason) == (Phase.FAILED, Reason.MAX_FAILURES_EXCEEDED)

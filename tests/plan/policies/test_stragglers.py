@@ -22,7 +22,7 @@ def done_but_one() -> World:
 def test_a_silent_pod_whose_peers_are_done_is_lost() -> None:
     world = done_but_one()
     plan = world.decide()
-    assert plan.look_again is not None
+    assert plan.requeue_after is not None
     world.now += seconds(59)
     world.settle()
     assert world.job.status.attempts[0].reason is None

@@ -6,8 +6,8 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model.conditions import is_true
 from finetune_operator.plan.model.types import DeletePod
-from finetune_operator.plan.report.conditions import is_true
 from tests.plan.harness import World, make_job, seconds
 
 
@@ -64,7 +64,7 @@ def test_suspended_once_the_pods_are_gone_and_counted_as_nothing() -> None:
 def test_resuming_begins_a_new_attempt_and_forgets_the_time() -> None:
     world = suspended()
     world.tick(1000)
-    assert world.settle().look_again is None
+    assert world.settle().requeue_after is None
     suspend(world, False)
     world.running()
     status = world.job.status
@@ -72,7 +72,7 @@ def test_resuming_begins_a_new_attempt_and_forgets_the_time() -> None:
     assert status.tally.suspended_seconds == 1000
     assert not is_true(status, ConditionType.SUSPENDED)
     assert status.phase is not Phase.FAILED
-    assert world.decide().look_again == seconds(90)
+    assert world.decide().requeue_after == seconds(90)
 
 
 def test_a_job_that_finishes_while_it_is_being_suspended_has_succeeded() -> None:

@@ -14,7 +14,7 @@ def test_a_finished_job_goes_when_its_time_is_over(code: int) -> None:
     world = World(make_job(ttlSecondsAfterFinished=30)).running()
     for rank in (0, 1):
         world.exit(rank, code)
-    assert world.step().look_again == seconds(30)
+    assert world.step().requeue_after == seconds(30)
     world.tick(29)
     world.step()
     assert not world.deleted
@@ -41,4 +41,4 @@ def test_a_job_without_one_stays() -> None:
 
 def test_a_running_job_stays() -> None:
     world = World(make_job(ttlSecondsAfterFinished=0)).running()
-    assert world.settle().look_again is None
+    assert world.settle().requeue_after is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune_contract.heartbeat import CommittedCheckpoint
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.plan.report.conditions import find, is_true
+from finetune_operator.plan.model.conditions import find, is_true
 from tests.plan.harness import World, make_job
 
 

@@ -115,9 +115,9 @@ def test_what_was_suspended_starts_again_and_has_nothing_to_recover() -> None:
 def test_a_pod_that_is_silent_while_it_loads() -> None:
     world = World().running()
     world.beat_all(RankState.LOADING)
-    look_again = world.settle().look_again
-    assert look_again is not None
-    world.tick(look_again.total_seconds())
+    requeue_after = world.settle().requeue_after
+    assert requeue_after is not None
+    world.tick(requeue_after.total_seconds())
     assert line(world)[:2] == (Phase.STARTING, Reason.SILENT)
 
 
@@ -140,9 +140,9 @@ def test_without_a_coordinator_running_pods_are_all_that_is_known() -> None:
 def test_a_silent_pod_is_named_with_the_time_since_when() -> None:
     world = World().running()
     world.train_to(10)
-    look_again = world.settle().look_again
-    assert look_again is not None
-    assert look_again.total_seconds() == world.settings.beat_timeout_seconds
+    requeue_after = world.settle().requeue_after
+    assert requeue_after is not None
+    assert requeue_after.total_seconds() == world.settings.beat_timeout_seconds
     world.tick(30)
     world.beat(0, step=11)
     world.tick(30)

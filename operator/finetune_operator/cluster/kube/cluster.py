@@ -1,6 +1,6 @@
-"""The real cluster: fulfils `cluster.protocol.Cluster` from caches, and writes through the API server.
+"""The Kubernetes cluster: implements `cluster.protocol.Cluster` with caches for reads and the API server for writes.
 
-It wakes jobs itself: whatever changes in its caches, its nodes and its beats asks for a pass, by its urgency.
+It also requests reconciles: every change in its caches, its nodes and its heartbeats wakes a job, by its urgency.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from finetune_contract.heartbeat import Heartbeat, Order, Reply
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
-from finetune_operator.cluster.kube.beats.pace import BeatPace
-from finetune_operator.cluster.kube.beats.store import JobBeats
-from finetune_operator.cluster.kube.beats.tokens import Bearer, TokenReviewer
+from finetune_operator.cluster.kube.beats.interval import HeartbeatInterval
+from finetune_operator.cluster.kube.beats.store import JobHeartbeats
+from finetune_operator.cluster.kube.beats.tokens import BoundPod, TokenReviewer
 from finetune_operator.cluster.kube.client.client import (
     CONFLICT,
     MERGE,
@@ -43,17 +43,25 @@ from finetune_operator.cluster.kube.client.objects import (
     status_body,
     with_status,
 )
-from finetune_operator.cluster.kube.client.refusals import Refusals, judge
+from finetune_operator.cluster.kube.client.refusals import Refusals, classify_refusal
+from finetune_operator.cluster.kube.options import UpdateLimits
 from finetune_operator.cluster.kube.watch.cache import Cache, Entry, ObjectKey
-from finetune_operator.cluster.kube.watch.nodes import NodeBook
-from finetune_operator.cluster.kube.watch.reflector import key_of
+from finetune_operator.cluster.kube.watch.nodes import NodeStates
+from finetune_operator.cluster.kube.watch.reflector import object_key
 from finetune_operator.cluster.kube.work.queue import WorkQueue
 from finetune_operator.cluster.kube.work.throttle import ProgressThrottle
-from finetune_operator.cluster.kube.work.urgency import Gang, Urgency, is_over, is_progress, job_news, pod_news
+from finetune_operator.cluster.kube.work.urgency import (
+    GangReadiness,
+    Urgency,
+    attempt_has_ended,
+    classify_job_change,
+    classify_pod_change,
+    is_progress,
+)
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
 from finetune_operator.manifests import layout
-from finetune_operator.plan.model.types import WELL, Action, Create, DeletePod, Event, Manifest, Observed, Refusal
+from finetune_operator.plan.model.types import HEALTHY, Action, Create, DeletePod, Event, Manifest, Observed, Refusal
 from finetune_operator.plan.model.view import members_of, nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.settings import Settings
@@ -61,90 +69,78 @@ from finetune_operator.settings import Settings
 log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 0.3
-"""How long good news of a job wait for more of them."""
+"""Delay used to batch non-urgent changes of a job."""
 MAX_SETTLE_SECONDS = 5.0
-"""And at most, while very many jobs wait for a pass: what creates pods comes before what merely tells of them."""
+"""Upper bound of that delay while many jobs wait: creating pods is more important than reporting on them."""
 BUSY_DEPTH = 16
-"""Jobs that wait for a pass when good news begin to wait longer."""
+"""Queue depth from which the delay grows."""
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How often progress is heard and written."""
-
-    seconds_per_job: float = 5.0
-    """Least time between two writes of one job's progress."""
-    writes_per_second: float = 20.0
-    """Most such writes of all jobs together."""
-    beats_per_second: float = 500.0
-    """Most beats that are asked for: with very many pods, each beats less often."""
-
-
-@dataclass(frozen=True)
-class World:
-    """What the cluster works with."""
+class ClusterDependencies:
+    """Objects that the cluster works with."""
 
     api: KubeApi
     queue: WorkQueue[JobKey]
     events: EventSender
     clock: Clock
-    nodes: NodeBook
+    nodes: NodeStates
 
 
 class KubeCluster:
-    """Jobs, pods, services and ConfigMaps of the namespaces that the operator looks after."""
+    """Jobs, pods, services and ConfigMaps of the namespaces that the operator watches."""
 
-    def __init__(self, world: World, settings: Settings, pace: Pace) -> None:
-        self._api = world.api
-        self._queue = world.queue
-        self._events = world.events
-        self._clock = world.clock
+    def __init__(self, dependencies: ClusterDependencies, settings: Settings, limits: UpdateLimits) -> None:
+        self._api = dependencies.api
+        self._queue = dependencies.queue
+        self._events = dependencies.events
+        self._clock = dependencies.clock
         self._settings = settings
-        self._beat_pace = BeatPace(settings, pace.beats_per_second)
+        self._beat_interval = HeartbeatInterval(settings, limits.beats_per_second)
         self._throttle: ProgressThrottle[JobKey] = ProgressThrottle(
-            pace.seconds_per_job, pace.writes_per_second, burst=pace.writes_per_second
+            limits.seconds_per_job, limits.writes_per_second, burst=limits.writes_per_second
         )
         self.jobs: Cache[KubeJob] = Cache(lambda job: job.key, self._job_changed)
         self.pods: Cache[KubePod] = Cache(lambda pod: pod.job, self._pod_changed)
         self.services: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
-        self._nodes = world.nodes
+        self._nodes = dependencies.nodes
         self._refusals = Refusals()
-        self.beats = JobBeats(self.wake)
+        self.beats = JobHeartbeats(self.wake)
         self.authority = ""
-        """Certificates that supervisors are to trust, PEM; where not empty, each job's ConfigMap holds them."""
-        self._reviewer = TokenReviewer(world.api, settings.coordinator_audience, self._find_pod)
+        """PEM certificates that supervisors trust; if not empty, each job's ConfigMap contains them."""
+        self._reviewer = TokenReviewer(dependencies.api, settings.coordinator_audience, self._find_pod)
 
     # -- Cluster ------------------------------------------------------------------------------------------------------
 
     async def get_job(self, key: JobKey) -> FineTuneJob | None:
-        """The job as last seen, own writes included."""
+        """Return the cached job, own writes included."""
         found = self.jobs.get(ObjectKey(*key))
         if found is not None and found.job is None:
-            await self._refuse(found)
+            await self._write_refusal(found)
         return found.job if found is not None else None
 
     async def observe(self, job: FineTuneJob) -> Observed:
-        """What is cached of a job's children. Those of a predecessor under the same name are none of them."""
+        """Return the cached children of a job. Children of an earlier job with the same name are excluded."""
         key, uid = _key(job), job.metadata.uid
         pods = tuple(pod.observed for pod in self.pods.group(key) if pod.owner_uid == uid)
         names = nodes_of(job.status, pods)
-        nodes = {name: state for name in names if (state := self._nodes.of(name)) != WELL}
+        nodes = {name: state for name in names if (state := self._nodes.get(name)) != HEALTHY}
         return Observed(
             pods=pods,
             nodes=nodes,
-            refusal=self._refusals.of(key, job),
-            beat_seconds=self._beat_pace.expected(asyncio.get_running_loop().time()),
-            beats=self.beats.of(*key, oldest_attempt=oldest_attempt(job.status)),
+            refusal=self._refusals.get(key, job),
+            beat_seconds=self._beat_interval.longest_seconds(asyncio.get_running_loop().time()),
+            beats=self.beats.of_job(*key, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child.name for child in self.services.group(key) if child.owner_uid == uid),
             configs=frozenset(child.name for child in self.configs.group(key) if child.owner_uid == uid),
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
-        """Write the status, unless the job has changed since it was read. Mere progress waits until it may be written.
+        """Write the status, unless the job has changed since it was read. Progress is rate-limited.
 
-        What is not written yet follows anew from what is observed, so nothing is lost when it waits.
+        Progress that is not written now is computed again from the next observation, so nothing is lost.
         """
         key, now = _key(job), asyncio.get_running_loop().time()
         if is_progress(job.status, status) and (wait := self._throttle.delay(key, now)) > 0:
@@ -156,8 +152,8 @@ class KubeCluster:
             if error.status in (CONFLICT, NOT_FOUND):
                 raise ConflictError(str(error)) from error
             raise
-        self._throttle.wrote(key, now)
-        self._put(self.jobs, with_status(job, status, written), written)
+        self._throttle.record_write(key, now)
+        self._cache_written(self.jobs, with_status(job, status, written), written)
 
     async def apply(self, job: FineTuneJob, action: Action) -> None:
         """Carry out one action."""
@@ -169,8 +165,8 @@ class KubeCluster:
             await self._delete_job(job)
 
     async def emit(self, job: FineTuneJob, event: Event) -> None:
-        """Hand an event to the sender, and log it."""
-        self._events.tell(job, event)
+        """Pass an event to the sender, and log it."""
+        self._events.enqueue(job, event)
         found = self.jobs.get(ObjectKey(*_key(job)))
         status = found.job.status if found is not None and found.job is not None else job.status
         about: dict[str, Any] = {"job": str(_key(job)), "attempt": status.attempt, "reason": event.reason}
@@ -179,38 +175,39 @@ class KubeCluster:
             about |= {"attempt": ended.attempt, "rank": ended.rank}
         log.log(logging.WARNING if event.warning else logging.INFO, "%s", event.message, extra=about)
 
-    async def whose_token(self, token: str) -> PodIdentity | None:
-        """The pod that a token was issued to, by TokenReview."""
-        return await self._reviewer.whose(token)
+    async def authenticate_token(self, token: str) -> PodIdentity | None:
+        """Return the pod that a token was issued to, by TokenReview; None if the token is not valid."""
+        return await self._reviewer.authenticate(token)
 
-    # -- for the coordinator ------------------------------------------------------------------------------------------
+    # -- coordinator --------------------------------------------------------------------------------------------------
 
-    def answer(self, beat: Heartbeat) -> Reply:
-        """What a supervisor is told: the newest attempt, and to save where its node is about to go."""
+    def answer_heartbeat(self, beat: Heartbeat) -> Reply:
+        """Build the reply to a supervisor: its newest attempt, and an order to save if its node is about to stop."""
         found = self.jobs.get(ObjectKey(beat.namespace, beat.job))
         pod = self.pods.get(ObjectKey(beat.namespace, beat.pod))
-        leaving = pod is not None and bool(self._nodes.of(pod.observed.node).leaving)
+        leaving = pod is not None and bool(self._nodes.get(pod.observed.node).leaving)
         reply = reply_to(found.job if found is not None else None, beat, self._settings)
         order = Order.SAVE_AND_STOP if leaving else reply.order
-        seconds = self._beat_pace.ask(len(self.pods), asyncio.get_running_loop().time())
+        seconds = self._beat_interval.choose_seconds(len(self.pods), asyncio.get_running_loop().time())
         if beat.waiting and reply.beat_seconds is not None:
-            seconds = min(seconds, self._beat_pace.hurry(reply.beat_seconds, self.beats.num_waiting))
+            waiting_seconds = self._beat_interval.choose_waiting_seconds(reply.beat_seconds, self.beats.num_waiting)
+            seconds = min(seconds, waiting_seconds)
         return reply.model_copy(update={"order": order, "beat_seconds": seconds})
 
-    async def tell_authority(self) -> None:
-        """Write the authority into the ConfigMaps that are there already; it is in all later ones from the start."""
+    async def distribute_authority(self) -> None:
+        """Write the certificate authority into all existing ConfigMaps; new ones contain it from the start."""
         for key in [ObjectKey(child.job.namespace, child.name) for child in self.configs.values()]:
             change = {"data": {layout.CA_FILE: self.authority}}
             try:
                 await self._api.request("PATCH", CONFIGS.path(*key), change, content_type=MERGE, accept=PARTIAL)
             except ApiError as error:
                 if error.status != NOT_FOUND:
-                    log.warning("the ConfigMap %s/%s has not got the authority: %s", *key, error)
+                    log.warning("cannot write the certificate authority into the ConfigMap %s/%s: %s", *key, error)
 
-    # -- who wants a pass ---------------------------------------------------------------------------------------------
+    # -- reconcile requests -------------------------------------------------------------------------------------------
 
     def wake(self, key: JobKey, urgency: Urgency) -> None:
-        """Ask for a pass, at once or later."""
+        """Request a reconcile, immediately or later."""
         if urgency is Urgency.NOW:
             self._queue.add(key)
         elif urgency is not Urgency.NEVER:
@@ -227,16 +224,16 @@ class KubeCluster:
             self.beats.forget(JobKey(*key))
             self._throttle.forget(JobKey(*key))
             self._refusals.forget(JobKey(*key))
-        self.wake(JobKey(*key), job_news(old, new))
+        self.wake(JobKey(*key), classify_job_change(old, new))
 
     def _pod_changed(self, key: ObjectKey, old: KubePod | None, new: KubePod | None) -> None:
         pod = new or old
         assert pod is not None
-        gang = self._gang(pod)
-        self.wake(pod.job, pod_news(old, new, gang) if gang is not None else Urgency.NOW)
+        gang = self._gang_readiness(pod)
+        self.wake(pod.job, classify_pod_change(old, new, gang) if gang is not None else Urgency.NOW)
 
-    def _gang(self, pod: KubePod) -> Gang | None:
-        """What a pod's attempt has come to; None where its job is not known."""
+    def _gang_readiness(self, pod: KubePod) -> GangReadiness | None:
+        """Return how many pods of a pod's attempt exist and are ready; None if its job is unknown."""
         found = self.jobs.get(ObjectKey(*pod.job))
         if found is None or found.job is None:
             return None
@@ -244,16 +241,16 @@ class KubeCluster:
         pods = [other.observed for other in self.pods.group(pod.job)]
         attempt = pod.observed.attempt
         if (attempt, pod.observed.node_rank) in members:
-            # Perhaps one that was kept: it is as important as the newest.
+            # A pod that an in-place recovery kept counts as one of the newest attempt.
             attempt = found.job.status.attempt
             pods = [other for other in pods if (other.attempt, other.node_rank) in members]
         else:
             pods = [other for other in pods if other.attempt == attempt]
-        return Gang(
+        return GangReadiness(
             size=len(members),
             num_pods=len(pods),
             num_ready=sum(other.ready for other in pods),
-            over=is_over(found.job.status, attempt),
+            ended=attempt_has_ended(found.job.status, attempt),
         )
 
     def _child_changed(self, key: ObjectKey, old: KubeChild | None, new: KubeChild | None) -> None:
@@ -261,18 +258,18 @@ class KubeCluster:
             self.wake(old.job, Urgency.SOON)
 
     def node_changed(self, name: str) -> None:
-        """Wake all jobs with a pod on a node."""
+        """Request a reconcile of all jobs with a pod on a node."""
         for pod in self.pods.values():
             if pod.observed.node == name:
                 self.wake(pod.job, Urgency.NOW)
 
-    # -- in detail ----------------------------------------------------------------------------------------------------
+    # -- writes -------------------------------------------------------------------------------------------------------
 
-    def _find_pod(self, bearer: Bearer) -> PodIdentity | None:
-        pod = self.pods.get(ObjectKey(bearer.namespace, bearer.pod))
-        if pod is None or pod.observed.uid != bearer.pod_uid:
+    def _find_pod(self, bound: BoundPod) -> PodIdentity | None:
+        pod = self.pods.get(ObjectKey(bound.namespace, bound.pod))
+        if pod is None or pod.observed.uid != bound.pod_uid:
             return None
-        return PodIdentity(bearer.namespace, pod.job.name, bearer.pod, bearer.pod_uid)
+        return PodIdentity(bound.namespace, pod.job.name, bound.pod, bound.pod_uid)
 
     async def _create(self, job: FineTuneJob, manifest: Manifest) -> None:
         kind, meta = manifest["kind"], manifest["metadata"]
@@ -282,42 +279,49 @@ class KubeCluster:
             created = await self._api.create(BY_KIND[kind].path(meta["namespace"]), manifest)
         except ApiError as error:
             if error.already_exists:
-                await self._find_existing(job, manifest)
+                await self._adopt_existing(job, manifest)
                 return
-            self._refused(job, judge(job, kind, meta["name"], error, self._clock()))
+            self._record_refusal(job, classify_refusal(job, kind, meta["name"], error, self._clock()))
             raise
         self._refusals.forget(_key(job))
-        self._put(self._children[kind], decode_created(kind, created), created)
+        self._cache_written(self._children[kind], decode_created(kind, created), created)
 
-    def _refused(self, job: FineTuneJob, refusal: Refusal | None) -> None:
-        """The next pass writes it into the status. That the job itself is wrong is told with that."""
+    def _record_refusal(self, job: FineTuneJob, refusal: Refusal | None) -> None:
+        """Record a refusal for the next reconcile, which writes it into the status.
+
+        An invalid manifest gets no event here: the status change reports it.
+        """
         if refusal is None:
             return
-        self._refusals.take(_key(job), job, refusal)
+        self._refusals.record(_key(job), job, refusal)
         if refusal.hold_until is None:
-            self._events.tell(job, Event(Reason.FAILED_CREATE, refusal.sentence, warning=True))
+            self._events.enqueue(job, Event(Reason.FAILED_CREATE, refusal.message, warning=True))
 
-    async def _find_existing(self, job: FineTuneJob, manifest: Manifest) -> None:
-        """It is there: ours, made before this process began or since; a predecessor's; or a stranger's."""
+    async def _adopt_existing(self, job: FineTuneJob, manifest: Manifest) -> None:
+        """Handle a name that already exists: cache our own object, wait for an earlier job's, report a foreign one."""
         kind, meta = manifest["kind"], manifest["metadata"]
         try:
             found = await self._api.get(BY_KIND[kind].path(meta["namespace"], meta["name"]))
         except ApiError as error:
             if error.status == NOT_FOUND:
-                # It went in between, and its end is on its way here.
+                # It was deleted in between; the watch will report that.
                 return
             raise
-        # A predecessor's goes with it, and its end wakes the job.
+        # The object of an earlier job is deleted with that job; its deletion wakes this one.
         if owner_uid(found) == job.metadata.uid:
-            self._put(self._children[kind], decode_pod(found) if kind == "Pod" else decode_child(found), found)
+            self._cache_written(
+                self._children[kind], decode_pod(found) if kind == "Pod" else decode_child(found), found
+            )
         elif not owner_uid(found):
-            sentence = f"{kind} {meta['name']} is there already and is not of this job: delete it, or rename the job"
-            self._events.tell(job, Event(Reason.NAME_TAKEN, sentence, warning=True))
+            message = (
+                f"{kind} {meta['name']} already exists and does not belong to this job: delete it, or rename the job"
+            )
+            self._events.enqueue(job, Event(Reason.NAME_TAKEN, message, warning=True))
             self._queue.add_after(_key(job), 60.0)
 
-    def _put(self, cache: Cache[Any], value: Any, thing: Json) -> None:
+    def _cache_written(self, cache: Cache[Any], value: Any, response: Json) -> None:
         if value is not None:
-            cache.put_written(key_of(thing), Entry(int(thing["metadata"]["resourceVersion"]), value))
+            cache.put_written(object_key(response), Entry(int(response["metadata"]["resourceVersion"]), value))
 
     async def _delete_pod(self, job: FineTuneJob, action: DeletePod) -> None:
         options: dict[str, Any] = {"preconditions": {"uid": action.uid}}
@@ -325,14 +329,14 @@ class KubeCluster:
             options["gracePeriodSeconds"] = action.grace_seconds
         answer = await self._delete(PODS.path(job.metadata.namespace, action.name), options)
         if answer is not None and answer.get("kind") == "Pod" and answer["metadata"].get("deletionTimestamp"):
-            self._put(self.pods, decode_pod(answer), answer)
+            self._cache_written(self.pods, decode_pod(answer), answer)
 
     async def _delete_job(self, job: FineTuneJob) -> None:
         options = {"preconditions": {"uid": job.metadata.uid}, "propagationPolicy": "Background"}
         await self._delete(JOBS.path(*_key(job)), options)
 
     async def _delete(self, path: str, options: Mapping[str, Any]) -> Json | None:
-        """Delete an object; None where it is gone, or another one has taken its name."""
+        """Delete an object; return None if it is already deleted or another object has its name."""
         try:
             return await self._api.delete(path, options)
         except ApiError as error:
@@ -340,8 +344,8 @@ class KubeCluster:
                 return None
             raise
 
-    async def _refuse(self, job: KubeJob) -> None:
-        """Say in the status why a job cannot be read."""
+    async def _write_refusal(self, job: KubeJob) -> None:
+        """Report in the status why a job cannot be read."""
         body = refusal_body(job, self._clock())
         if body is None:
             return

@@ -1,1 +1,1 @@
-"""The data of a plan: observed objects, the view of one pass, the ledger and the table of causes."""
+"""The data of a plan: observed objects, the view of one reconcile, the ledger, the table of causes, and `Policy`."""

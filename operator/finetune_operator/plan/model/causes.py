@@ -1,7 +1,7 @@
-"""Why an attempt ended: the one table from what is observed of a pod to a cause, and the choice among several pods.
+"""Why an attempt ended: the table from the observed state of a pod to a cause, and the choice among several pods.
 
-Called by `endings`. In a gang one end is followed by others within a second; the table's order is the order of belief,
-and a row that is marked as a consequence is believed only when nothing better shows (see `endings`).
+Called by `endings`. In a gang, one end is followed by others within a second. The order of the table is the order of
+precedence. A row marked as a consequence counts only if no better cause shows up in time (see `endings`).
 """
 
 from __future__ import annotations
@@ -15,69 +15,71 @@ from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.reasons import REASONS, CountsAs, Reason
 from finetune_operator.plan.model.ledger import current
-from finetune_operator.plan.model.types import WELL, ObservedNode, ObservedPod, PodPhase
+from finetune_operator.plan.model.types import HEALTHY, ObservedNode, ObservedPod, PodPhase
 from finetune_operator.plan.model.view import View, has_ended
 
 SIGTERM_EXIT = 143
-OUT_OF_MEMORY_WORDS = ("out of memory", "memoryerror", "cannot allocate memory", "can't allocate memory")
-"""What CUDA, Python, the C library and torch's allocator say when there is none left."""
-FABRIC_WORDS = (
+OUT_OF_MEMORY_TEXTS = ("out of memory", "memoryerror", "cannot allocate memory", "can't allocate memory")
+"""Parts of the messages of CUDA, Python, the C library and torch's allocator when memory runs out, in lower case."""
+FABRIC_TEXTS = (
     *("distbackenderror", "distnetworkerror", "ncclsystemerror", "ncclremoteerror", "unhandled nccl error"),
     *("nccl error", "nccl communicator was aborted", "watchdog caught collective operation timeout"),
     *("gloo/transport", "connection closed by peer", "connection reset by peer", "oneccl", "ccl_error"),
 )
-"""What torch, NCCL, gloo and oneCCL say of a peer or a network that is lost, where no code of ours does."""
+"""Parts of the messages of torch, NCCL, gloo and oneCCL about a lost peer or network, in lower case."""
 KUBELET_SHUTDOWN = frozenset({"Preempting", "Shutdown", "NodeShutdown", "Terminated", "TerminatedByKubelet"})
-"""status.reason of pods that a kubelet ended for the node's sake."""
+"""status.reason of pods that a kubelet ended because of the node."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of one node rank of the gang."""
+    """The observed facts about one node rank of the gang."""
 
     node_rank: int
     rank: int
-    """The rank of the whole world that ended first there; the node's first one where none did."""
+    """The global rank that ended first on this node; the node's first rank if none has ended."""
     pod: ObservedPod | None
-    """None: gone from a gang that was complete."""
+    """None: missing from a gang that was complete."""
     code: int | None = None
-    """How the pod, or the first rank of it, ended."""
+    """Exit code of the pod, or of its first rank that ended."""
     notice: bool = False
-    """Whether its supervisor has been told to stop."""
-    last_words: str = ""
-    met_nobody: bool = False
-    """Whether the pods of the attempt have not all been up together, or came too late for those that waited."""
-    stayed_behind: bool = False
-    """Whether it was kept for the attempt, and ended without having come to it."""
-    node: ObservedNode = WELL
-    """What is known of its node, where that is not simply well."""
+    """Whether its supervisor has received SIGTERM."""
+    last_output: str = ""
+    """The last lines that its first ended rank printed."""
+    waited_for_pods: bool = False
+    """Whether the pods of the attempt have not all been up together, or came too late for the ranks that waited."""
+    never_joined: bool = False
+    """Whether it was kept for the attempt, and ended before it joined."""
+    node: ObservedNode = HEALTHY
+    """State of its node."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the table: when it applies, and the reason that it gives."""
+class CauseRow:
+    """One row of the table: when it applies, and the resulting reason."""
 
     applies: Callable[[Facts], bool]
     reason: Callable[[Facts], Reason]
     consequence: bool = False
-    """Whether something else, on this pod or another one, must have come before."""
+    """Whether something else, on this pod or another one, must have happened first."""
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why the attempt ended, as the ledger keeps it."""
+    """Why the attempt ended, as the ledger records it."""
 
     reason: Reason
     rank: int
     pod: str
     node: str | None = None
     exit_code: int | None = None
-    last_words: str = ""
+    message: str = ""
+    """The last output of the rank, or else what the cluster reports."""
     consequence: bool = False
 
     @property
     def counts_as(self) -> CountsAs | None:
-        """What the end is counted as; None: nothing."""
+        """Whether the end counts as a preemption or a failure; None: neither."""
         return REASONS[self.reason].counts_as
 
 
@@ -94,15 +96,15 @@ def _pod(test: Callable[[ObservedPod], bool]) -> Callable[[Facts], bool]:
 
 
 def _disruption(facts: Facts) -> Reason:
-    """Kubernetes' own word for who takes the pod away, where it is one that we document."""
-    word = facts.pod.disruption if facts.pod is not None else None
-    return Reason(word) if word in DISRUPTIONS else Reason.PREEMPTED
+    """Return Kubernetes' reason of the disruption if it is one that we document, otherwise Preempted."""
+    disruption = facts.pod.disruption if facts.pod is not None else None
+    return Reason(disruption) if disruption in DISRUPTIONS else Reason.PREEMPTED
 
 
-def _says(facts: Facts, words: tuple[str, ...]) -> bool:
-    """Whether the last words hold one of these."""
-    last_words = facts.last_words.lower()
-    return any(word in last_words for word in words)
+def _output_contains(facts: Facts, texts: tuple[str, ...]) -> bool:
+    """Return whether the rank's last output contains one of the texts."""
+    output = facts.last_output.lower()
+    return any(text in output for text in texts)
 
 
 DISRUPTIONS = frozenset(
@@ -116,55 +118,59 @@ DISRUPTIONS = frozenset(
 )
 
 BY_THE_CLUSTER = DISRUPTIONS | {Reason.PREEMPTED, Reason.NODE_LOST}
-"""Reasons that the cluster itself gives for taking a pod away; nothing that the operator does looks like them."""
+"""Reasons of disruptions by the cluster itself; no action of the operator causes them."""
 
-TABLE: tuple[Row, ...] = (
-    # What would end every further attempt in the same way is said first, whatever else befell the gang.
-    Row(_code(ExitCode.CONFIG), _always(Reason.CONFIGURATION_ERROR)),
-    Row(_code(ExitCode.DATA), _always(Reason.DATA_ERROR)),
-    # Capacity, by the cluster's own word. It comes before exit codes: a save on notice may fail in many ways.
-    Row(_pod(lambda pod: pod.disruption is not None), _disruption),
-    Row(_pod(lambda pod: pod.reason in KUBELET_SHUTDOWN), _always(Reason.TERMINATION_BY_KUBELET)),
-    Row(_pod(lambda pod: pod.reason == "NodeLost"), _always(Reason.NODE_LOST)),
-    # Gone before its last words were read: what was known of it before tells how.
-    Row(lambda facts: facts.pod is None and facts.notice, _always(Reason.PREEMPTED)),
-    Row(lambda facts: facts.pod is None and facts.node.leaving != "", _always(Reason.PREEMPTED)),
-    Row(lambda facts: facts.pod is None and (facts.node.lost or facts.node.gone), _always(Reason.NODE_LOST)),
-    Row(lambda facts: facts.pod is None, _always(Reason.POD_LOST)),
-    Row(lambda facts: facts.stayed_behind, _always(Reason.POD_LOST)),
-    # The operator deletes pods only of attempts that have ended: this was somebody else.
-    Row(_pod(lambda pod: pod.deleted_at is not None), _always(Reason.POD_DELETED)),
-    # The program. A kubelet that is short of something says DisruptionTarget, above; an eviction without that is for
-    # the pod's own excess.
-    Row(_pod(lambda pod: pod.reason == "Evicted"), _always(Reason.EVICTED)),
-    Row(_pod(lambda pod: pod.reason == "OOMKilled"), _always(Reason.OUT_OF_MEMORY)),
-    Row(lambda facts: _says(facts, OUT_OF_MEMORY_WORDS), _always(Reason.OUT_OF_MEMORY)),
-    Row(_code(ExitCode.STORAGE), _always(Reason.STORAGE_ERROR)),
-    Row(_code(ExitCode.STALE), _always(Reason.CHECKPOINT_STALE)),
-    Row(_code(ExitCode.SUPERSEDED), _always(Reason.SUPERSEDED)),
-    # Told to stop by someone who has not shown yet: perhaps another pod of the gang.
-    Row(_code(ExitCode.SAVED), _always(Reason.NOTICE_SAVED), consequence=True),
-    Row(_code(SIGTERM_EXIT), _always(Reason.PREEMPTED), consequence=True),
-    Row(lambda facts: facts.notice, _always(Reason.PREEMPTED), consequence=True),
-    # Ranks that gave up waiting for a pod that had no node or image yet: there was no peer to lose.
-    Row(lambda facts: facts.code == ExitCode.FABRIC and facts.met_nobody, _always(Reason.PODS_LATE), consequence=True),
-    # A peer was lost in a collective: that peer's own end is the cause.
-    Row(_code(ExitCode.FABRIC), _always(Reason.FABRIC_ERROR), consequence=True),
-    Row(
-        lambda facts: facts.code not in (None, ExitCode.DONE) and _says(facts, FABRIC_WORDS),
+TABLE: tuple[CauseRow, ...] = (
+    # Errors that would end every further attempt in the same way come first.
+    CauseRow(_code(ExitCode.CONFIG), _always(Reason.CONFIGURATION_ERROR)),
+    CauseRow(_code(ExitCode.DATA), _always(Reason.DATA_ERROR)),
+    # Preemptions that the cluster reports. They precede exit codes: a save after a notice may fail in many ways.
+    CauseRow(_pod(lambda pod: pod.disruption is not None), _disruption),
+    CauseRow(_pod(lambda pod: pod.reason in KUBELET_SHUTDOWN), _always(Reason.TERMINATION_BY_KUBELET)),
+    CauseRow(_pod(lambda pod: pod.reason == "NodeLost"), _always(Reason.NODE_LOST)),
+    # Deleted before its termination message was read: the facts known earlier give the reason.
+    CauseRow(lambda facts: facts.pod is None and facts.notice, _always(Reason.PREEMPTED)),
+    CauseRow(lambda facts: facts.pod is None and facts.node.leaving != "", _always(Reason.PREEMPTED)),
+    CauseRow(lambda facts: facts.pod is None and (facts.node.lost or facts.node.gone), _always(Reason.NODE_LOST)),
+    CauseRow(lambda facts: facts.pod is None, _always(Reason.POD_LOST)),
+    CauseRow(lambda facts: facts.never_joined, _always(Reason.POD_LOST)),
+    # The operator deletes only pods of attempts that have ended: another client deleted this one.
+    CauseRow(_pod(lambda pod: pod.deleted_at is not None), _always(Reason.POD_DELETED)),
+    # Failures of the program. A kubelet under node pressure sets DisruptionTarget (above); an eviction without it is
+    # due to the pod's own usage.
+    CauseRow(_pod(lambda pod: pod.reason == "Evicted"), _always(Reason.EVICTED)),
+    CauseRow(_pod(lambda pod: pod.reason == "OOMKilled"), _always(Reason.OUT_OF_MEMORY)),
+    CauseRow(lambda facts: _output_contains(facts, OUT_OF_MEMORY_TEXTS), _always(Reason.OUT_OF_MEMORY)),
+    CauseRow(_code(ExitCode.STORAGE), _always(Reason.STORAGE_ERROR)),
+    CauseRow(_code(ExitCode.STALE), _always(Reason.CHECKPOINT_STALE)),
+    CauseRow(_code(ExitCode.SUPERSEDED), _always(Reason.SUPERSEDED)),
+    # Received SIGTERM, and the origin is not visible yet: perhaps another pod of the gang has the notice.
+    CauseRow(_code(ExitCode.SAVED), _always(Reason.NOTICE_SAVED), consequence=True),
+    CauseRow(_code(SIGTERM_EXIT), _always(Reason.PREEMPTED), consequence=True),
+    CauseRow(lambda facts: facts.notice, _always(Reason.PREEMPTED), consequence=True),
+    # The rendezvous timed out while a pod had no node or image yet: no peer was lost.
+    CauseRow(
+        lambda facts: facts.code == ExitCode.FABRIC and facts.waited_for_pods,
+        _always(Reason.PODS_LATE),
+        consequence=True,
+    ),
+    # A collective lost a peer: that peer's own end is the cause.
+    CauseRow(_code(ExitCode.FABRIC), _always(Reason.FABRIC_ERROR), consequence=True),
+    CauseRow(
+        lambda facts: facts.code not in (None, ExitCode.DONE) and _output_contains(facts, FABRIC_TEXTS),
         _always(Reason.FABRIC_ERROR),
         consequence=True,
     ),
-    Row(lambda facts: facts.code not in (None, ExitCode.DONE), _always(Reason.PROCESS_FAILED)),
-    Row(_pod(lambda pod: pod.phase is PodPhase.FAILED), _always(Reason.PROCESS_FAILED)),
+    CauseRow(lambda facts: facts.code not in (None, ExitCode.DONE), _always(Reason.PROCESS_FAILED)),
+    CauseRow(_pod(lambda pod: pod.phase is PodPhase.FAILED), _always(Reason.PROCESS_FAILED)),
 )
-"""First row that applies to a pod: its sign. Lowest row among the pods: the cause of the attempt's end."""
+"""The first row that applies to a pod is its sign. Among the pods, the sign of the earliest row is the cause."""
 
 
 def find_cause(view: View, gang_complete: bool) -> Cause | None:
-    """Find what ended the attempt, or is about to end it; None where nothing is wrong.
+    """Return the cause that ended the attempt, or is about to end it; None if all pods are healthy.
 
-    Among pods of the same row the one that ended first is the cause, then the one of the lowest rank.
+    Among pods of the same row, the one that ended first is the cause, then the one with the lowest rank.
     """
     signs = []
     for facts in _gang(view, gang_complete):
@@ -181,25 +187,25 @@ def find_cause(view: View, gang_complete: bool) -> Cause | None:
 
 
 def find_silent(view: View, since: datetime) -> Cause | None:
-    """Find a pod that should run, and has not been heard since its peers lost it: its machine no longer answers.
+    """Return the loss of a running pod that has sent no heartbeat since its peers lost it: its node does not respond.
 
-    None where nobody has spoken since: then it is the coordinator that is out of reach.
+    None if no pod has sent a heartbeat since: then the coordinator was unreachable.
     """
     heard = {rank for rank, received in view.beats.items() if received.received_at >= since}
     gang = _gang(view, gang_complete=True)
-    silent = [facts for facts in gang if facts.node_rank not in heard and _should_speak(facts.pod)]
-    # A pod that has ended has spoken, too: its node told of it.
-    spoke = heard or any(facts.pod is not None and has_ended(facts.pod) for facts in gang)
-    if not spoke or not silent:
+    silent = [facts for facts in gang if facts.node_rank not in heard and _should_send(facts.pod)]
+    # The end of a pod counts as a sign of life, too: its node reported it.
+    alive = heard or any(facts.pod is not None and has_ended(facts.pod) for facts in gang)
+    if not alive or not silent:
         return None
-    return _cause(Row(lambda _: True, _always(Reason.NODE_LOST)), silent[0], view)
+    return _cause(CauseRow(lambda _: True, _always(Reason.NODE_LOST)), silent[0], view)
 
 
-def _should_speak(pod: ObservedPod | None) -> bool:
+def _should_send(pod: ObservedPod | None) -> bool:
     return pod is not None and pod.phase is PodPhase.RUNNING and not has_ended(pod)
 
 
-def _weight(row: Row, index: int) -> tuple[bool, int]:
+def _weight(row: CauseRow, index: int) -> tuple[bool, int]:
     return row.consequence, index
 
 
@@ -209,7 +215,7 @@ def _ended_at(facts: Facts, view: View) -> float:
 
 
 def _gang(view: View, gang_complete: bool) -> list[Facts]:
-    """Facts of every node rank that is there, or should be, and has not done all that was asked."""
+    """Return the facts of every node rank whose pod exists, or should exist, and is not done."""
     gang = []
     for node_rank in range(view.num_nodes):
         pod = view.pods.get(node_rank)
@@ -236,18 +242,18 @@ def _facts(view: View, node_rank: int, pod: ObservedPod | None) -> Facts:
         pod=pod,
         code=code,
         notice=bool((beat and beat.notice) or (termination and termination.notice)),
-        last_words=first.last_words if first else "",
-        met_nobody=_has_never_met(view),
-        stayed_behind=termination is not None and termination.attempt < view.attempt,
-        node=view.observed.nodes.get(_node_of(view, node_rank, pod) or "", WELL),
+        last_output=first.last_words if first else "",
+        waited_for_pods=_waited_for_pods(view),
+        never_joined=termination is not None and termination.attempt < view.attempt,
+        node=view.observed.nodes.get(_node_of(view, node_rank, pod) or "", HEALTHY),
     )
 
 
-def _has_never_met(view: View) -> bool:
-    """Whether ranks that gave up can blame the wait for pods.
+def _waited_for_pods(view: View) -> bool:
+    """Return whether a rendezvous that timed out is due to the wait for pods.
 
-    They give up after `COLLECTIVE_TIMEOUT` from the start of their own pod. Where more of that went into waiting for
-    other pods than for these pods' ranks, a peer was on its way.
+    Ranks time out `COLLECTIVE_TIMEOUT` after the start of their own pod. If they spent more of that time waiting for
+    other pods than for those pods' ranks, a peer was still coming.
     """
     entry = current(view.job.status)
     if entry is None or entry.attempt != view.attempt:
@@ -263,17 +269,17 @@ def _has_never_met(view: View) -> bool:
 
 
 def is_late(view: View, facts: Facts) -> bool:
-    """Whether a rank waits in vain for pods that are still to come: nothing has ended, and nothing restarts.
+    """Return whether a rank timed out in a running pod while other pods are still pending: the attempt stays open.
 
-    Once they run, the attempt ends, and the next one begins with all of them.
+    Once they run, the attempt ends, and the next one begins with all pods.
     """
     pod = facts.pod
-    if pod is None or has_ended(pod) or facts.code != ExitCode.FABRIC or not facts.met_nobody:
+    if pod is None or has_ended(pod) or facts.code != ExitCode.FABRIC or not facts.waited_for_pods:
         return False
     return any(other.phase is PodPhase.PENDING for other in view.pods.values())
 
 
-def _cause(row: Row, facts: Facts, view: View) -> Cause:
+def _cause(row: CauseRow, facts: Facts, view: View) -> Cause:
     pod = facts.pod
     return Cause(
         reason=row.reason(facts),
@@ -281,13 +287,13 @@ def _cause(row: Row, facts: Facts, view: View) -> Cause:
         pod=pod.name if pod else pod_name(view.job.metadata.name, *view.members[facts.node_rank]),
         node=_node_of(view, facts.node_rank, pod),
         exit_code=facts.code,
-        last_words=facts.last_words.strip() or _cluster_words(facts, row.reason(facts)),
+        message=facts.last_output.strip() or _cluster_message(facts, row.reason(facts)),
         consequence=row.consequence,
     )
 
 
 def _node_of(view: View, node_rank: int, pod: ObservedPod | None) -> str | None:
-    """Where a pod is, or was where it is gone."""
+    """Return the node of a pod; for a deleted pod, the one that the ledger recorded."""
     if pod is not None:
         return pod.node
     entry = current(view.job.status)
@@ -295,9 +301,9 @@ def _node_of(view: View, node_rank: int, pod: ObservedPod | None) -> str | None:
     return nodes[node_rank] if nodes is not None and node_rank < len(nodes) else None
 
 
-def _cluster_words(facts: Facts, reason: Reason) -> str:
-    """What the cluster says, where no rank said anything and the reason does not say it already."""
+def _cluster_message(facts: Facts, reason: Reason) -> str:
+    """Return what the cluster reports in addition to the reason, for a rank without output."""
     if facts.pod is None:
         return ""
-    words = [facts.pod.disruption, facts.pod.reason, describe(facts.code) if facts.code is not None else None]
-    return ", ".join(word for word in words if word and word != reason)
+    parts = [facts.pod.disruption, facts.pod.reason, describe(facts.code) if facts.code is not None else None]
+    return ", ".join(part for part in parts if part and part != reason)

@@ -1,7 +1,7 @@
-"""`status.attempts[]`: how each attempt began and why it ended. The operator's memory, and bounded.
+"""`status.attempts[]`, the ledger: how each attempt began and why it ended. Bounded; it survives operator restarts.
 
-An entry is *open* until its end is seen, then *ended*, and *settled* once the cause is known. The pure operations
-here are used by the policies; they decide nothing.
+An entry is *open* until the end of its attempt is observed, then *ended*, and *settled* once the cause is known.
+These operations are pure; the policies decide when to use them.
 """
 
 from __future__ import annotations
@@ -11,32 +11,42 @@ from datetime import datetime
 
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.revise import revise
+from finetune_operator.plan.model.view import View, is_finished
 
 
 def current(status: FineTuneJobStatus) -> AttemptStatus | None:
-    """The entry of the newest attempt; None before the first."""
+    """Return the entry of the newest attempt; None before the first."""
     return status.attempts[-1] if status.attempts else None
 
 
 def open_entry(status: FineTuneJobStatus) -> AttemptStatus | None:
-    """The entry of the newest attempt, where no end of it has been seen."""
+    """Return the entry of the newest attempt; None if that attempt has ended."""
     entry = current(status)
     return entry if entry is not None and entry.ended_at is None else None
 
 
+def open_attempt(view: View, status: FineTuneJobStatus) -> AttemptStatus | None:
+    """Return the entry of the view's attempt; None if that has ended, is not the newest, or the job has finished.
+
+    Most policies apply only to such an attempt: the pods of the view are its pods.
+    """
+    entry = open_entry(status)
+    return None if entry is None or entry.attempt != view.attempt or is_finished(status) else entry
+
+
 def replace_current(status: FineTuneJobStatus, entry: AttemptStatus) -> FineTuneJobStatus:
-    """Put a changed entry in the place of the newest one."""
+    """Return the status with another entry for the newest attempt."""
     return revise(status, attempts=(*status.attempts[:-1], entry))
 
 
 def begin(status: FineTuneJobStatus, attempt: int, now: datetime, max_kept: int) -> FineTuneJobStatus:
-    """Add an attempt, and drop the oldest entries above the bound."""
+    """Add an entry for a new attempt and raise `status.attempt`; drop the oldest entries above the limit."""
     entry = AttemptStatus(attempt=attempt, started_at=now)
     return revise(status, attempt=attempt, attempts=(*status.attempts, entry)[-max_kept:])
 
 
 def with_members(entry: AttemptStatus, members: Sequence[tuple[int, int]]) -> AttemptStatus:
-    """An entry whose pods were made for these attempts, under these numbers, by node rank."""
+    """Return the entry with the pods of its gang by node rank: the attempt each was created for, and its number."""
     numbers = tuple(number for _, number in members)
     return revise(
         entry,
@@ -45,14 +55,8 @@ def with_members(entry: AttemptStatus, members: Sequence[tuple[int, int]]) -> At
     )
 
 
-def end(status: FineTuneJobStatus, now: datetime) -> FineTuneJobStatus:
-    """Mark the open attempt as ended, for a cause that need not be known yet."""
-    entry = open_entry(status)
-    return status if entry is None else replace_current(status, revise(entry, ended_at=now))
-
-
 def account_lost_steps(status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Once the newest attempt says where it began, know how many steps the ones before it lost."""
+    """Write how many steps the earlier attempts lost, as soon as the newest one reports the step it restored."""
     entry = current(status)
     if entry is None or entry.from_step is None:
         return status

@@ -1,4 +1,4 @@
-"""Changed copies of frozen models, with the field names checked: `model_copy` takes any."""
+"""Changed copies of frozen models, with the field names checked: pydantic's `model_copy` accepts unknown names."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def revise(model: M, **changes: Any) -> M:
-    """A copy with some fields changed; the model itself where nothing changes.
+    """Return a copy with some fields changed, or the model itself if nothing changes.
 
     Raises:
-        AttributeError: it has no such field.
+        AttributeError: the model has no such field.
     """
-    news = {name: value for name, value in changes.items() if getattr(model, name) != value}
-    return model.model_copy(update=news) if news else model
+    differing = {name: value for name, value in changes.items() if getattr(model, name) != value}
+    return model.model_copy(update=differing) if differing else model

@@ -1,4 +1,4 @@
-"""What `plan` is told and what it answers. Plain frozen data: a cluster, real or not, makes and carries it out."""
+"""Input and output of `plan`: plain frozen data. A cluster, real or simulated, observes it and carries it out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_contract.heartbeat import Heartbeat, Termination
 from finetune_operator.api.job import FineTuneJobStatus
 
 IMAGE_ERRORS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
-"""How a kubelet's words begin that cannot pull an image."""
+"""Prefixes of a container's waiting reason if its image cannot be pulled."""
 Manifest = Mapping[str, Any]
 
 
@@ -28,7 +28,7 @@ class PodPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ObservedPod:
-    """What the plan reads of a pod; nothing else is kept in memory."""
+    """The fields of a pod that the plan reads; the operator keeps no others in memory."""
 
     name: str
     uid: str
@@ -37,30 +37,30 @@ class ObservedPod:
     phase: PodPhase
     created_at: datetime
     node: str | None = None
-    """Where it was scheduled; None while it waits for room."""
+    """Node to which it is scheduled; None: not scheduled yet."""
     deleted_at: datetime | None = None
-    """When its deletion was asked for (Kubernetes' deletionTimestamp less the grace period)."""
+    """Time of the deletion request (Kubernetes' deletionTimestamp less the grace period)."""
     grace: timedelta = timedelta(0)
     """Its deletion grace period; meaningful while `deleted_at` is set."""
     ready: bool = False
     exit_code: int | None = None
     finished_at: datetime | None = None
-    """When its container ended, where that is known."""
+    """Time at which its container ended, if known."""
     termination: Termination | None = None
-    """The supervisor's last words, where it had time for them."""
+    """The supervisor's termination message, if it could write one."""
     disruption: str | None = None
     """Reason of a True DisruptionTarget condition."""
     reason: str | None = None
-    """status.reason, or the container's: Evicted, OOMKilled, ..."""
+    """status.reason of the pod, or the reason of its container: Evicted, OOMKilled, ..."""
     fell_back: bool = False
-    """Whether it may take other nodes than spot although the job asks for spot."""
+    """Whether it accepts nodes other than spot although the job requests spot."""
     waiting: str | None = None
-    """Why it is not running yet: the scheduler's words or the container's waiting reason and message."""
+    """Why it does not run yet: the scheduler's message, or the container's waiting reason and message."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedHeartbeat:
-    """The newest beat of a pod and when it came, by the coordinator's clock."""
+    """The newest heartbeat of a pod, and when it arrived by the coordinator's clock."""
 
     beat: Heartbeat
     received_at: datetime
@@ -68,59 +68,59 @@ class ReceivedHeartbeat:
 
 @dataclass(frozen=True)
 class ObservedNode:
-    """What matters of a node that is not simply well."""
+    """The state of a node that is not healthy."""
 
     lost: bool = False
-    """The control plane does not hear of it (Ready is Unknown)."""
+    """Whether the control plane receives no status from it (Ready is Unknown)."""
     gone: bool = False
-    """The API shows no such node any more."""
+    """Whether the API server no longer has this Node."""
     leaving: str = ""
-    """The taint that announces its end; empty where none does."""
+    """Taint that announces the end of the node; empty: none."""
 
 
-WELL = ObservedNode()
-"""A node that nothing is known of."""
+HEALTHY = ObservedNode()
+"""A node about which nothing special is known."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An object of the job that the cluster would not take."""
+    """An object of the job that the API server refused to create."""
 
-    sentence: str
-    """What was refused, and why; for what is wrong in itself, what to write instead."""
+    message: str
+    """What was refused and why; if the object itself is wrong, also what to write instead."""
     hold_until: datetime | None = None
-    """Where the object is wrong in itself: until when there is no use in trying again. None: it may be taken later."""
+    """Time before which another try is useless, because the object itself is wrong; None: it may be accepted later."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """The world as it was last seen. May lag behind; never ahead."""
+    """The last observed state of the cluster. It may be stale, but is never ahead."""
 
     pods: tuple[ObservedPod, ...] = ()
     beats: Mapping[str, ReceivedHeartbeat] = field(default_factory=dict)
-    """By pod UID."""
+    """Newest heartbeats, by pod UID."""
     services: frozenset[str] = frozenset()
-    """Names of the job's services that exist."""
+    """Names of the job's Services that exist."""
     configs: frozenset[str] = frozenset()
     """Names of the job's ConfigMaps that exist."""
     nodes: Mapping[str, ObservedNode] = field(default_factory=dict)
-    """Nodes of the job's pods, those that are gone included, that are not simply well, by name. Others are well."""
+    """Nodes of the job's pods that are not healthy, deleted ones included, by name. All others are healthy."""
     refusal: Refusal | None = None
-    """What was refused last of the job as it is now; None: nothing, or something has been created since."""
+    """The latest refusal of an object of the current spec; None: none, or an object has been created since."""
     beat_seconds: float = 0.0
-    """Time between two beats that supervisors are asked for, where that is longer than the settings say."""
+    """Heartbeat interval that supervisors currently use, if it is longer than the one in the settings."""
 
 
 @dataclass(frozen=True)
 class Create:
-    """Create an object. That it already exists is success."""
+    """Create an object. An object that already exists counts as success."""
 
     manifest: Manifest
 
 
 @dataclass(frozen=True)
 class DeletePod:
-    """Delete a pod, only if it is still the one with this UID. That it is gone is success."""
+    """Delete a pod, only if it still has this UID. A pod that no longer exists counts as success."""
 
     name: str
     uid: str
@@ -130,7 +130,7 @@ class DeletePod:
 
 @dataclass(frozen=True)
 class DeleteJob:
-    """Delete the job itself (its time to live is over)."""
+    """Delete the job itself: its TTL has expired."""
 
 
 Action = Create | DeletePod | DeleteJob
@@ -138,7 +138,7 @@ Action = Create | DeletePod | DeleteJob
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a person wants to know. Emitted only after the status was written."""
+    """A Kubernetes event for the user. Emitted only after the status was written."""
 
     reason: str
     message: str
@@ -147,10 +147,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass: the status to write first, then the actions, then the events."""
+    """The result of one reconcile: write the status first, then carry out the actions, then emit the events."""
 
     status: FineTuneJobStatus
     actions: tuple[Action, ...] = ()
     events: tuple[Event, ...] = ()
-    look_again: timedelta | None = None
-    """Plan anew after so long even if nothing happens; None: only when something does."""
+    requeue_after: timedelta | None = None
+    """Delay after which to reconcile again even if nothing happens; None: only when something happens."""

@@ -1,7 +1,7 @@
-"""One pass's view of a job: what was observed, sorted by attempt and node rank. All policies read it; none changes it.
+"""One reconcile's view of a job: the observed state, sorted by attempt and node rank. Policies read it only.
 
-"The attempt" is always the one that the status held when the pass began. A pass that raises `status.attempt` still
-looks at the pods of the old one, and creates nothing.
+"The attempt" is always the one that the status contained when the reconcile began. A reconcile that raises
+`status.attempt` still reads the pods of the old attempt, and creates nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ENDED = frozenset({PodPhase.SUCCEEDED, PodPhase.FAILED})
 
 
 class Member(NamedTuple):
-    """Names a pod of the job: the attempt that it was made for, and the number in its name."""
+    """Identifies a pod of the job: the attempt for which it was created, and the number in its name."""
 
     attempt: int
     number: int
@@ -33,21 +33,29 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What a pass decides from."""
+    """The input of all policies in one reconcile."""
 
     job: FineTuneJob
     observed: Observed
+    """The observed state as `nodes.apply_node_state` corrected it."""
     now: datetime
     settings: Settings
+    unadjusted: Observed | None = None
+    """The observed state before that; None: the same. Only `nodes` reads it, as `raw`."""
+
+    @property
+    def raw(self) -> Observed:
+        """The observed state without corrections."""
+        return self.unadjusted if self.unadjusted is not None else self.observed
 
     @property
     def spec(self) -> FineTuneJobSpec:
-        """What the user asks for."""
+        """The job's spec."""
         return self.job.spec
 
     @property
     def attempt(self) -> int:
-        """The attempt that the status held when this pass began; 0: none yet."""
+        """The attempt that the status contained when this reconcile began; 0: none yet."""
         return self.job.status.attempt
 
     @cached_property
@@ -61,37 +69,37 @@ class View:
         return len(self.members)
 
     def is_kept(self, node_rank: int) -> bool:
-        """Whether a node rank's pod was taken over from an earlier attempt: it is never created."""
+        """Return whether a node rank's pod is kept from an earlier attempt: such a pod is never created."""
         return self.members[node_rank].attempt != self.attempt
 
     @cached_property
     def pods(self) -> dict[int, ObservedPod]:
         """The pods of the attempt, by node rank in its world."""
-        seen = {Member(pod.attempt, pod.node_rank): pod for pod in self.observed.pods}
-        return {rank: seen[member] for rank, member in enumerate(self.members) if member in seen}
+        observed = {Member(pod.attempt, pod.node_rank): pod for pod in self.observed.pods}
+        return {rank: observed[member] for rank, member in enumerate(self.members) if member in observed}
 
     @cached_property
     def standbys(self) -> dict[int, ObservedPod]:
-        """Pods of the attempt that belong to no rank of it and wait for the next world, by the number in their name."""
-        mine = set(self.members)
+        """Standby pods: pods of the attempt without a rank, by the number in their name."""
+        members = set(self.members)
         extra = (pod for pod in self.observed.pods if pod.attempt == self.attempt)
-        return {pod.node_rank: pod for pod in extra if Member(pod.attempt, pod.node_rank) not in mine}
+        return {pod.node_rank: pod for pod in extra if Member(pod.attempt, pod.node_rank) not in members}
 
     @cached_property
     def older_pods(self) -> tuple[ObservedPod, ...]:
-        """Pods of attempts that are over, those that were kept aside."""
-        mine = set(self.members)
+        """Pods of earlier attempts that are not kept."""
+        members = set(self.members)
         older = (pod for pod in self.observed.pods if pod.attempt < self.attempt)
-        return tuple(pod for pod in older if Member(pod.attempt, pod.node_rank) not in mine)
+        return tuple(pod for pod in older if Member(pod.attempt, pod.node_rank) not in members)
 
     @cached_property
     def newest_attempt(self) -> int:
-        """The newest attempt that anything is known of."""
+        """The newest attempt to which an observed pod belongs; 0: there are no pods."""
         return max((pod.attempt for pod in self.observed.pods), default=0)
 
     @cached_property
     def beats(self) -> dict[int, ReceivedHeartbeat]:
-        """The newest beats of the attempt, by node rank. Where its pod is seen, a beat is that very pod's."""
+        """The newest heartbeats of the attempt, by node rank. If the rank's pod is observed, only that pod's count."""
         found = {}
         for received in self.observed.beats.values():
             beat = received.beat
@@ -103,23 +111,23 @@ class View:
         return dict(sorted(found.items()))
 
     @property
-    def holds_back(self) -> bool:
-        """Whether there is no use in creating anything yet: the cluster would refuse it again."""
+    def creation_on_hold(self) -> bool:
+        """Whether creating an object is useless for now: the API server would refuse it again."""
         refusal = self.observed.refusal
         return refusal is not None and refusal.hold_until is not None and self.now < refusal.hold_until
 
-    def heard(self, pod: ObservedPod) -> ReceivedHeartbeat | None:
-        """The newest beat of a pod, whatever attempt it speaks of: one that is kept may not have come to this one."""
+    def heartbeat_of(self, pod: ObservedPod) -> ReceivedHeartbeat | None:
+        """Return the newest heartbeat of a pod, of any attempt: a kept pod may not have joined this attempt yet."""
         return self.observed.beats.get(pod.uid)
 
     @cached_property
     def reports(self) -> tuple[RankReport, ...]:
-        """What the ranks of the attempt say, by rank."""
+        """The reports of the attempt's ranks, by rank."""
         reports = (report for received in self.beats.values() for report in received.beat.ranks)
         return tuple(sorted(reports, key=lambda report: report.rank))
 
     def is_done(self, node_rank: int) -> bool:
-        """Whether all ranks of a node have done all that was asked: its pod says so, or its last beat did."""
+        """Return whether all ranks of a node are done, according to its pod, or else to its last heartbeat."""
         pod = self.pods.get(node_rank)
         if pod is not None and has_ended(pod):
             return pod.phase is not PodPhase.FAILED and not pod.exit_code
@@ -129,21 +137,21 @@ class View:
         return all(report.state is RankState.DONE for report in received.beat.ranks)
 
     def all_up(self) -> bool:
-        """Whether every pod of the gang is seen to run, or to have done its work."""
+        """Return whether every pod of the gang is observed and runs or has succeeded."""
         return len(self.pods) == self.num_nodes and all(pod.phase in UP for pod in self.pods.values())
 
     def all_ended(self) -> bool:
-        """Whether every pod of the gang has been seen to end: nobody is left who could show a better cause."""
+        """Return whether every pod of the gang is observed and has ended: no pod can show a better cause later."""
         return len(self.pods) >= self.num_nodes and all(has_ended(pod) for pod in self.pods.values())
 
 
 def has_ended(pod: ObservedPod) -> bool:
-    """Whether the trainer's container has ended; a sidecar may keep the pod itself running."""
+    """Return whether the trainer's container has ended; a sidecar may keep the pod itself running."""
     return pod.phase in ENDED or pod.exit_code is not None
 
 
 def members_of(status: FineTuneJobStatus, spec: FineTuneJobSpec) -> tuple[Member, ...]:
-    """The pod of each node rank of the newest attempt."""
+    """Return the pod of each node rank of the newest attempt."""
     entry = status.attempts[-1] if status.attempts else None
     size = (entry.nodes if entry is not None else None) or num_nodes(spec)
     attempts = entry.pod_attempts if entry is not None else ()
@@ -154,22 +162,22 @@ def members_of(status: FineTuneJobStatus, spec: FineTuneJobSpec) -> tuple[Member
 
 
 def oldest_attempt(status: FineTuneJobStatus) -> int:
-    """The oldest attempt whose beats still matter: pods that are kept may not have come to the newest one yet."""
+    """Return the oldest attempt whose heartbeats still matter: kept pods may not have joined the newest one yet."""
     kept = status.attempts[-1].pod_attempts if status.attempts else ()
     return min((status.attempt, *kept)) - 1
 
 
 def nodes_of(status: FineTuneJobStatus, pods: Iterable[ObservedPod]) -> frozenset[str]:
-    """The nodes that matter to a job: of its pods, and of those that the ledger remembers although they may be gone."""
-    noted = (entry.pod_nodes or () for entry in status.attempts[-2:])
-    return frozenset(chain(*noted, (pod.node for pod in pods if pod.node is not None)))
+    """Return the nodes that matter to a job: those of its pods, and those that the ledger records for deleted pods."""
+    recorded = (entry.pod_nodes or () for entry in status.attempts[-2:])
+    return frozenset(chain(*recorded, (pod.node for pod in pods if pod.node is not None)))
 
 
 def is_finished(status: FineTuneJobStatus) -> bool:
-    """Whether the job has come to its end."""
+    """Return whether the job has finished."""
     return status.phase in FINISHED
 
 
 def earliest(times: Iterable[datetime | None]) -> datetime | None:
-    """The first of some moments; None where there is none."""
+    """Return the earliest of the given times; None if there is none."""
     return min((time for time in times if time is not None), default=None)

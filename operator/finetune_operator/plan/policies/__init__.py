@@ -1,1 +1,1 @@
-"""One policy per file. `registry` lists them once, in the order in which they decide."""
+"""One policy per file. `plan.registry` lists them in the order in which they decide."""

@@ -1,60 +1,105 @@
-"""Whether the spec can be run: the condition Accepted. A job that is not accepted makes nothing.
+"""Whether the spec can be run: the condition Accepted. Nothing is created for a job that is not accepted.
 
-The CRD holds the same rules. They are checked again here, because a job may have been stored under an older
-definition, and because some things only the operator knows: its own settings, and what its trainer can do. And some
-only the cluster knows: whether it takes the pods that podTemplate makes.
+The CRD contains the same rules. They are checked again here, because the job may have been stored under an older
+definition. Some checks are possible only here: against the operator's settings, and against what this version's
+trainer supports. Only the cluster can tell whether it accepts the pods that podTemplate produces; see `_refusal`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJobSpec, FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.rules.supported import find_missing
 from finetune_operator.api.validate import broken_rules
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.merge import MergeError
+from finetune_operator.plan.model.conditions import build, find, put
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
 from finetune_operator.plan.policies import gang
-from finetune_operator.plan.policies.unsupported import find_unsupported
-from finetune_operator.plan.report.conditions import find, make, put
+from finetune_operator.settings import Settings
 
 
-def check(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Write the condition Accepted, for the generation of the spec that was looked at.
+@dataclass(frozen=True)
+class Gap:
+    """A feature that the API has a field for and this version does not support. It is refused, never ignored."""
 
-    What was accepted once stays so until the spec changes. What was refused is looked at in every pass: a newer
-    operator may take it.
+    requested: Callable[[FineTuneJobSpec], bool]
+    message: str
+    """What to write instead."""
+
+
+GAPS = (
+    Gap(
+        lambda spec: spec.training.script is not None,
+        "spec.training.script: scripts cannot be run by this version; write method: LoRA instead.",
+    ),
+    Gap(
+        lambda spec: spec.queue_name is not None,
+        "spec.queueName: queues are not supported by this version; leave it out.",
+    ),
+)
+"""Gaps of the operator; those of the trainer's options are in `api.rules.supported`."""
+
+NO_STORAGE = (
+    "spec.checkpoint.storage: the pods need a volume that they share, or a bucket; write persistentVolumeClaim, "
+    "hostPath, nfs or bucket."
+)
+
+
+def find_unsupported(spec: FineTuneJobSpec, settings: Settings) -> list[str]:
+    """Return a message for each requested feature that is not available."""
+    messages = [gap.message for gap in GAPS if gap.requested(spec)]
+    if settings.require_storage and spec.checkpoint.storage is None:
+        messages.append(NO_STORAGE)
+    return messages
+
+
+def check_spec(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Write the condition Accepted for the current generation of the spec.
+
+    An accepted spec stays accepted until it changes. A refused one is checked in every reconcile: a newer operator
+    may accept it.
     """
     if is_finished(status):
         return status
     refusal = _refusal(view, status)
     if refusal is None and _is_accepted(view, status):
         return status
-    reason, message = _judge(view) if refusal is None else (Reason.FAILED_CREATE, refusal)
-    accepted = make(view, ConditionType.ACCEPTED, reason is Reason.ACCEPTED, reason.value, message)
+    reason, message = _evaluate(view) if refusal is None else (Reason.FAILED_CREATE, refusal)
+    accepted = build(view, ConditionType.ACCEPTED, reason is Reason.ACCEPTED, reason.value, message)
     return revise(put(status, accepted), observed_generation=view.job.metadata.generation)
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
-    """When what the cluster refused is to be tried again."""
+    """Return when to create again what the cluster refused."""
     refusal = view.observed.refusal
     return refusal.hold_until if refusal is not None and not is_finished(status) else None
 
 
 def _refusal(view: View, status: FineTuneJobStatus) -> str | None:
-    """Why the cluster takes no pod of this spec. It holds until it has taken one, also where this was said to another
-    operator, before this one began; where none is lacking, only while there is no use in asking again."""
-    told = view.observed.refusal
-    if told is not None and told.hold_until is not None and (view.holds_back or gang.missing(view, status)):
-        return told.sentence
+    """Return why the cluster accepts no pod of this spec; None if it does, or was not asked yet.
+
+    While pods are missing, the refusal stays valid until the cluster accepts one, also if an earlier operator process
+    received it. With no pod missing, it is valid only until it is time to try again.
+    """
+    latest = view.observed.refusal
+    if (
+        latest is not None
+        and latest.hold_until is not None
+        and (view.creation_on_hold or gang.find_missing(view, status))
+    ):
+        return latest.message
     old = find(status, ConditionType.ACCEPTED)
     if old is None or old.reason != Reason.FAILED_CREATE or old.observed_generation != view.job.metadata.generation:
         return None
-    return old.message if gang.missing(view, status) else None
+    return old.message if gang.find_missing(view, status) else None
 
 
 def _is_accepted(view: View, status: FineTuneJobStatus) -> bool:
@@ -64,12 +109,12 @@ def _is_accepted(view: View, status: FineTuneJobStatus) -> bool:
     return condition.observed_generation == status.observed_generation == view.job.metadata.generation
 
 
-def _judge(view: View) -> tuple[Reason, str]:
-    """All that is wrong, in one message: nobody should have to apply a manifest twice to hear the second sentence."""
+def _evaluate(view: View) -> tuple[Reason, str]:
+    """Return all faults of the spec in one message, so that a user can fix them all at once."""
     if broken := [str(problem) for problem in broken_rules(view.job)] + _template_faults(view):
-        return Reason.INVALID_SPEC, _sentences(broken)
+        return Reason.INVALID_SPEC, _join(broken)
     if missing := [*find_missing(view.spec), *find_unsupported(view.spec, view.settings)]:
-        return Reason.NOT_SUPPORTED, _sentences(missing)
+        return Reason.NOT_SUPPORTED, _join(missing)
     return Reason.ACCEPTED, "the spec can be run"
 
 
@@ -81,5 +126,8 @@ def _template_faults(view: View) -> list[str]:
     return []
 
 
-def _sentences(problems: list[str]) -> str:
+def _join(problems: list[str]) -> str:
     return " ".join(problem.rstrip(".") + "." for problem in problems)
+
+
+POLICY = Policy("acceptance", decide=check_spec, wake=wake)

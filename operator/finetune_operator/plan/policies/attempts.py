@@ -1,7 +1,7 @@
 """When the next attempt begins. Beginning one only raises `status.attempt`: that number is the fence.
 
-Nothing of an attempt is created in the pass that begins it. The next pass, which reads the raised number back from
-the cluster, creates (see `gang`), so no pod is ever of an attempt that the status does not know.
+The reconcile that begins an attempt creates nothing. The next one, which reads the raised number from the cluster,
+creates the pods (see `gang`), so no pod ever belongs to an attempt that the status does not contain.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
 from finetune_operator.manifests import num_nodes
-from finetune_operator.plan.model import ledger
+from finetune_operator.plan.model import backoff, grace, ledger
+from finetune_operator.plan.model.closing import close
+from finetune_operator.plan.model.conditions import is_true
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.types import ObservedPod
 from finetune_operator.plan.model.view import View, is_finished
-from finetune_operator.plan.policies import backoff, budget, capacity, cleanup, elastic, in_place
-from finetune_operator.plan.policies.endings import close
-from finetune_operator.plan.report.conditions import is_true
+from finetune_operator.plan.policies import budget, in_place
+from finetune_operator.plan.policies.capacity import elastic, spot
 
 
 def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Begin an attempt where the job may have one, the last one is settled and its wait is over.
+    """Begin an attempt if the job may have one, the previous one is settled and its back-off is over.
 
-    Of the pods of the last one only those may be left that are kept, and such as are in nobody's way.
+    Pods of the previous attempt must be gone, except those that are kept and those that no longer matter.
     """
-    if not may_begin(view, status) or budget.is_waiting(view, status):
+    if not may_begin(view, status) or budget.is_undecided(view, status):
         return status
     kept = in_place.survivors(view, status)
     if in_place.is_saving(view, status, kept):
@@ -36,55 +38,58 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if due is not None and view.now < due:
         return status
     size = elastic.next_size(view, status, len(kept))
-    if not _has_room(view, kept, size):
+    if not _is_clear(view, kept, size):
         return status
     members = in_place.members_of_next(view, kept, size) if kept else None
-    kind = capacity.of_next(status) if view.spec.recovery.spot is not None else None
+    capacity = spot.capacity_of_next(status) if view.spec.recovery.spot is not None else None
     status = _begin(view, status, status.attempt + 1)
     entry = ledger.current(status)
     assert entry is not None
     entry = revise(
         entry,
         nodes=size if size != num_nodes(view.spec) else None,
-        capacity=kind,
+        capacity=capacity,
         mtbf_seconds=_mtbf_seconds(view, status),
     )
     return ledger.replace_current(status, entry if members is None else ledger.with_members(entry, members))
 
 
-def _has_room(view: View, kept: tuple[ObservedPod, ...], size: int) -> bool:
-    """Whether no other pod is in the way: none is left, or those that are have done with it all and none is to come."""
+def _is_clear(view: View, kept: tuple[ObservedPod, ...], size: int) -> bool:
+    """Return whether no other pod prevents the attempt.
+
+    Either no other pod is left, or the kept pods are the complete gang and the ranks of all others have ended.
+    """
     names = {pod.name for pod in kept}
     others = [pod for pod in view.observed.pods if pod.name not in names]
     return not others or (len(kept) == size and all(_has_left(view, pod) for pod in others))
 
 
 def _has_left(view: View, pod: ObservedPod) -> bool:
-    """Whether a pod that is being deleted has told of the end of all its ranks."""
-    received = view.heard(pod)
+    """Return whether a pod is being deleted and has reported the end of all its ranks."""
+    received = view.heartbeat_of(pod)
     num_ended = len(received.beat.ends) if received is not None else 0
     return pod.deleted_at is not None and num_ended >= view.spec.topology.processes_per_node
 
 
 def catch_up(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Step over attempts that the status does not know of, as after it was restored from a backup.
+    """Skip attempts that the status does not contain, for example after it was restored from a backup.
 
-    Where the job was merely read too early, the status write conflicts and nothing comes of it.
+    If the job was only stale in the cache, the status write conflicts and this decision is discarded.
     """
     if view.newest_attempt <= status.attempt or is_finished(status):
         return status
-    return _begin(view, close(status, Reason.SUPERSEDED, view.now), view.newest_attempt + 1)
+    return _begin(view, close(view, status, Reason.SUPERSEDED), view.newest_attempt + 1)
 
 
 def may_begin(view: View, status: FineTuneJobStatus) -> bool:
-    """Whether the job waits for nothing but its next attempt."""
+    """Return whether the job waits only for its next attempt."""
     entry = ledger.current(status)
     settled = entry is None or entry.reason is not None
     return settled and not is_finished(status) and not view.spec.suspend and is_true(status, ConditionType.ACCEPTED)
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
-    """When an attempt may begin that has to wait."""
+    """Return when the back-off before the next attempt ends."""
     return _due(view, status) if may_begin(view, status) else None
 
 
@@ -96,19 +101,23 @@ def _due(view: View, status: FineTuneJobStatus) -> datetime | None:
 
 
 def _mtbf_seconds(view: View, status: FineTuneJobStatus) -> float:
-    """Mean time between interruptions that find unsaved steps, the time of suspensions aside.
+    """Return the mean time between interruptions that lose unsaved steps, without the time of suspensions.
 
-    Before one with notice all save: how often that is asked for does not depend on them. Their share is that of the
-    attempts that the ledger still holds.
+    Interruptions with notice do not count: all ranks save before them, so the checkpoint interval does not depend on
+    them. The ledger keeps only the newest attempts; their share of sudden interruptions is applied to all.
     """
     elapsed_seconds = (view.now - (status.start_time or view.now)).total_seconds() - status.tally.suspended_seconds
     interruptions = [entry for entry in status.attempts if entry.counts_as is not None]
-    num_unsaved = sum(cleanup.was_sudden(entry) or bool(entry.lost_steps) for entry in interruptions)
+    num_unsaved = sum(grace.was_sudden(entry) or bool(entry.lost_steps) for entry in interruptions)
     num_in_all = (status.preemptions + status.failures) * num_unsaved / max(1, len(interruptions))
     return round(estimate_mtbf_seconds(elapsed_seconds, num_in_all))
 
 
 def _begin(view: View, status: FineTuneJobStatus, attempt: int) -> FineTuneJobStatus:
     status = ledger.begin(status, attempt, view.now, view.settings.max_attempts_kept)
-    # What was measured of the last attempt is not true of this one.
+    # The figures of the previous attempt do not apply to this one.
     return revise(status, start_time=status.start_time or view.now, images_per_second=None, eta=None)
+
+
+BEGIN = Policy("attempts", decide=begin, wake=wake)
+CATCH_UP = Policy("catch-up", decide=catch_up)

@@ -1,4 +1,4 @@
-"""spec.activeDeadlineSeconds: the longest time that a job may take in all, the time of its suspension aside."""
+"""spec.activeDeadlineSeconds: the longest time that a job may take, without the time of its suspensions."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model.closing import close
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.view import View, is_finished
-from finetune_operator.plan.policies.endings import close
 from finetune_operator.plan.policies.finish import fail
 
 
-def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Fail the job when its time is over."""
-    over_at = deadline(view, status)
-    if over_at is None or view.now < over_at:
+def enforce(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Fail the job once its deadline has passed."""
+    due = deadline(view, status)
+    if due is None or view.now < due:
         return status
     limit = view.spec.active_deadline_seconds
-    status = close(status, Reason.DEADLINE_EXCEEDED, view.now)
+    status = close(view, status, Reason.DEADLINE_EXCEEDED)
     return fail(view, status, Reason.DEADLINE_EXCEEDED, f"the job took longer than activeDeadlineSeconds, {limit} s")
 
 
 def deadline(view: View, status: FineTuneJobStatus) -> datetime | None:
-    """When the job's time is over; None where it has no bound, has not begun, has ended or is suspended."""
+    """Return the job's deadline; None if it has none, has not started, has finished or is suspended."""
     limit = view.spec.active_deadline_seconds
     if limit is None or status.start_time is None or is_finished(status) or view.spec.suspend:
         return None
     return status.start_time + timedelta(seconds=limit + status.tally.suspended_seconds)
+
+
+POLICY = Policy("deadline", decide=enforce, wake=deadline)

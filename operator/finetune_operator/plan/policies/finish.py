@@ -1,25 +1,26 @@
-"""The job's end: written once, and kept whatever comes after."""
+"""The end of the job: written once, and never changed afterwards."""
 
 from __future__ import annotations
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model.closing import close
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
-from finetune_operator.plan.policies.endings import close
 
 
-def judge_success(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """The job has succeeded once every node of the attempt has done all that was asked.
+def detect_success(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Mark the job as succeeded once all ranks of every node of the attempt are done.
 
-    A pod may have vanished since: its last beat, with all ranks done, counts as much.
+    If a pod has been deleted since, its last heartbeat counts, if that reports all its ranks as done.
     """
     if view.attempt == 0 or is_finished(status):
         return status
     if not all(view.is_done(node_rank) for node_rank in range(view.num_nodes)):
         return status
-    status = close(status, Reason.FINISHED, view.now)
+    status = close(view, status, Reason.FINISHED)
     return revise(
         status,
         phase=Phase.SUCCEEDED,
@@ -33,7 +34,7 @@ def judge_success(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
 
 def fail(view: View, status: FineTuneJobStatus, reason: str, message: str) -> FineTuneJobStatus:
-    """End the job without its model."""
+    """Mark the job as failed."""
     return revise(
         status,
         phase=Phase.FAILED,
@@ -51,3 +52,6 @@ def _success_message(status: FineTuneJobStatus) -> str:
         if status.attempt > 1
         else steps
     )
+
+
+POLICY = Policy("finish", decide=detect_success)

@@ -1,4 +1,4 @@
-"""The pods of the attempt: all of them or none. Which are missing, and when the gang has been complete."""
+"""The pods of an attempt: all of them or none. Which are missing, and when the gang was complete."""
 
 from __future__ import annotations
 
@@ -9,61 +9,62 @@ from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.manifests import Surroundings, build_config, build_pod, build_service
-from finetune_operator.plan.model.ledger import open_entry, replace_current
+from finetune_operator.plan.model.conditions import find
+from finetune_operator.plan.model.ledger import open_attempt, open_entry, replace_current
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.types import Create
 from finetune_operator.plan.model.view import View, is_finished
-from finetune_operator.plan.policies import standby
-from finetune_operator.plan.report.conditions import find
+from finetune_operator.plan.policies.capacity import standby
 
-MAX_NODES_NOTED = 64
-"""Of larger gangs the ledger does not hold each pod's node: it must stay small."""
+MAX_NODES_RECORDED = 64
+"""Largest gang of which the ledger records each pod's node: the ledger must stay small."""
 
 
-def see_complete(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Remember that all pods of the attempt were there, and on which nodes: from now on a missing one is lost.
+def record_complete(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Record that all pods of the attempt were observed, and on which nodes. From then on a missing pod is lost.
 
-    Before, a missing pod may just not have been created, or not be visible yet.
+    Before that, a missing pod may not have been created yet, or may not be visible yet.
     """
-    entry = open_entry(status)
-    if entry is None or entry.attempt != view.attempt or len(view.pods) < view.num_nodes:
+    entry = open_attempt(view, status)
+    if entry is None or len(view.pods) < view.num_nodes:
         return status
     entry = revise(entry, gang_complete=True)
     nodes = tuple(pod.node for pod in view.pods.values() if pod.node is not None)
-    if len(nodes) == view.num_nodes <= MAX_NODES_NOTED:
+    if len(nodes) == view.num_nodes <= MAX_NODES_RECORDED:
         entry = revise(entry, pod_nodes=nodes)
     return replace_current(status, entry)
 
 
 def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
-    """What the open attempt lacks. Names are deterministic, so that asking twice for one that is slow to show is fine.
+    """Return the missing objects of the open attempt. Names are deterministic, so creating one twice does no harm.
 
-    Nothing is created while a pod of another attempt is left: two gangs never share the storage or the capacity.
+    Nothing is created while a pod of another attempt exists: two gangs never share the storage or the capacity.
     """
-    return missing(view, status) if _may_create(view, status) else ()
+    return find_missing(view, status) if _may_create(view, status) else ()
 
 
 def _may_create(view: View, status: FineTuneJobStatus) -> bool:
-    """Whether the spec is accepted. What the cluster alone refused is tried once in a while."""
+    """Return whether the spec is accepted. A spec that only the cluster refused is tried again at intervals."""
     accepted = find(status, ConditionType.ACCEPTED)
     if accepted is None or accepted.status != "True":
-        return accepted is not None and accepted.reason == Reason.FAILED_CREATE and not view.holds_back
+        return accepted is not None and accepted.reason == Reason.FAILED_CREATE and not view.creation_on_hold
     return True
 
 
-def missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
-    """What the open attempt lacks, whether it may be created or not."""
+def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
+    """Return the missing objects of the open attempt, whether they may be created now or not."""
     entry = open_entry(status)
-    num_mine = len(view.pods) + len(view.standbys)
-    fenced = status.attempt == view.attempt and num_mine == len(view.observed.pods)
+    num_own = len(view.pods) + len(view.standbys)
+    fenced = status.attempt == view.attempt and num_own == len(view.observed.pods)
     if entry is None or not fenced or is_finished(status):
         return ()
     name = view.job.metadata.name
-    lacking = []
+    missing = []
     if config_name(name) not in view.observed.configs:
-        lacking.append(Create(build_config(view.job)))
+        missing.append(Create(build_config(view.job)))
     if service_name(name) not in view.observed.services:
-        lacking.append(Create(build_service(view.job, view.settings)))
+        missing.append(Create(build_service(view.job, view.settings)))
     around = Surroundings(
         num_nodes=view.num_nodes,
         first_pod=view.members[0],
@@ -73,14 +74,17 @@ def missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     )
     if not entry.gang_complete:
         ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
-        lacking += [Create(build_pod(view.job, view.attempt, rank, view.settings, around)) for rank in ranks]
-    for number, kind in standby.wanted(view, status).items():
+        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, around)) for rank in ranks]
+    for number, capacity in standby.wanted(view, status).items():
         if number not in view.standbys:
-            beside = replace(around, capacity=kind, stands_by=True)
-            lacking.append(Create(build_pod(view.job, view.attempt, number, view.settings, beside)))
-    return tuple(lacking)
+            around_standby = replace(around, capacity=capacity, stands_by=True)
+            missing.append(Create(build_pod(view.job, view.attempt, number, view.settings, around_standby)))
+    return tuple(missing)
 
 
 def _hung_nodes(status: FineTuneJobStatus) -> tuple[str, ...]:
-    """Nodes on which a rank of this job stood still."""
+    """Return the nodes on which a rank of this job has hung."""
     return tuple(sorted({old.node for old in status.attempts if old.reason == Reason.HANG and old.node}))
+
+
+POLICY = Policy("gang", decide=record_complete, act=create_missing)

@@ -1,8 +1,8 @@
-"""What the state of a node says of the pods on it. Called first in a pass: all policies see the pods in this light.
+"""What the state of a node means for the pods on it. `core` applies it first, so that every policy sees the result.
 
-On a node that the control plane does not hear of, nobody can say how a pod ends. One that still beats lives; one that
-has been silent as well is lost with its node. On any node, one whose deletion is overdue and that has fallen silent
-counts as gone, for it may hang in Terminating for ever: its attempt is fenced, and the next one has other names.
+The control plane cannot tell how a pod ends on a node that it has lost. A pod there that still sends heartbeats is
+running; a silent one is lost with its node. On any node, a pod whose deletion is overdue and that is silent counts as
+deleted, because it may stay in Terminating for ever: its attempt is fenced, and later pods have other names.
 """
 
 from __future__ import annotations
@@ -11,48 +11,53 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from finetune_operator.plan.model.types import WELL, DeletePod, Observed, ObservedNode, ObservedPod
-from finetune_operator.plan.model.view import ENDED, earliest
+from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.plan.model.policy import Policy
+from finetune_operator.plan.model.types import HEALTHY, DeletePod, Observed, ObservedNode, ObservedPod
+from finetune_operator.plan.model.view import ENDED, View, earliest
 from finetune_operator.settings import Settings
 
 SILENT_BEATS = 3
-"""Beats that a pod on a lost node may miss before it is taken for lost, too."""
+"""Heartbeats that a pod on a lost node may miss before it counts as lost, too."""
 NODE_LOST = "NodeLost"
-"""Kubernetes' own word for the status of a pod whose node does not answer."""
+"""Kubernetes' status reason of a pod whose node does not respond."""
 OVERDUE = timedelta(seconds=10)
-"""How much longer than its grace period the deletion of a pod may take on a node that seems well."""
+"""Time after the grace period at which a deletion on a healthy node is overdue."""
 UNREACHABLE = timedelta(minutes=5)
-"""How long a deletion may be overdue on a node that is out of reach, which may come back."""
+"""Time after the grace period at which a deletion on an unreachable node is forced. Such a node may come back."""
 
 
-def judge(observed: Observed, now: datetime, settings: Settings) -> Observed:
-    """The pods as their nodes let them appear."""
+def apply_node_state(observed: Observed, now: datetime, settings: Settings) -> Observed:
+    """Return the observed state with each pod's fields corrected by the state of its node."""
     if not observed.nodes and all(pod.deleted_at is None for pod in observed.pods):
         return observed
-    judged = (_judge(pod, observed, now, settings) for pod in observed.pods)
-    return replace(observed, pods=tuple(pod for pod in judged if pod is not None))
+    corrected = (_correct(pod, observed, now, settings) for pod in observed.pods)
+    return replace(observed, pods=tuple(pod for pod in corrected if pod is not None))
 
 
-def force_delete(observed: Observed, now: datetime) -> tuple[DeletePod, ...]:
-    """Pods whose deletion nobody is left to carry out: their node is gone, or out of reach for too long.
+def force_delete(view: View, _: FineTuneJobStatus) -> tuple[DeletePod, ...]:
+    """Return forced deletions of pods whose node is gone, or unreachable for too long: no kubelet will delete them.
 
-    A process that may live on there is of an attempt that is fenced, and its name is not used again.
+    A process that still runs there belongs to a fenced attempt, and the pod's name is never used again.
     """
-    moments = ((pod, _force_at(pod, _node(pod, observed.nodes))) for pod in observed.pods)
-    return tuple(DeletePod(pod.name, pod.uid, grace_seconds=0) for pod, at in moments if at is not None and at <= now)
+    moments = ((pod, _force_at(pod, _node(pod, view.raw.nodes))) for pod in view.raw.pods)
+    due = (pod for pod, at in moments if at is not None and at <= view.now)
+    return tuple(DeletePod(pod.name, pod.uid, grace_seconds=0) for pod in due)
 
 
-def wake(observed: Observed, now: datetime, settings: Settings) -> datetime | None:
-    """When a pod on a lost node must be looked at again."""
+def wake(view: View, _: FineTuneJobStatus) -> datetime | None:
+    """Return when the state of a node changes the meaning of one of its pods."""
+    observed = view.raw
     moments: list[datetime | None] = []
     for pod in observed.pods:
-        if pod.phase not in ENDED and (pod.deleted_at is not None or _is_lost(_node(pod, observed.nodes))):
-            node = _node(pod, observed.nodes)
-            moments += [_silent_at(pod, observed, settings), _gone_at(pod, node), _force_at(pod, node)]
-    return earliest(moment for moment in moments if moment is not None and moment > now)
+        node = _node(pod, observed.nodes)
+        if pod.phase not in ENDED and (pod.deleted_at is not None or _is_lost(node)):
+            moments += [_silent_at(pod, observed, view.settings), _gone_at(pod, node), _force_at(pod, node)]
+    return earliest(moment for moment in moments if moment is not None and moment > view.now)
 
 
-def _judge(pod: ObservedPod, observed: Observed, now: datetime, settings: Settings) -> ObservedPod | None:
+def _correct(pod: ObservedPod, observed: Observed, now: datetime, settings: Settings) -> ObservedPod | None:
+    """Return the pod as the policies must see it; None: it counts as deleted."""
     node = _node(pod, observed.nodes)
     if pod.phase in ENDED:
         return pod
@@ -67,7 +72,7 @@ def _judge(pod: ObservedPod, observed: Observed, now: datetime, settings: Settin
 
 
 def _node(pod: ObservedPod, nodes: Mapping[str, ObservedNode]) -> ObservedNode:
-    return nodes.get(pod.node, WELL) if pod.node is not None else WELL
+    return nodes.get(pod.node, HEALTHY) if pod.node is not None else HEALTHY
 
 
 def _is_lost(node: ObservedNode) -> bool:
@@ -75,7 +80,7 @@ def _is_lost(node: ObservedNode) -> bool:
 
 
 def _silent_at(pod: ObservedPod, observed: Observed, settings: Settings) -> datetime | None:
-    """When the pod has been silent for too long; None: it was never heard."""
+    """Return when the pod counts as silent; None: it has never sent a heartbeat."""
     received = observed.beats.get(pod.uid)
     if received is None:
         return None
@@ -83,19 +88,22 @@ def _silent_at(pod: ObservedPod, observed: Observed, settings: Settings) -> date
 
 
 def silence(observed: Observed, settings: Settings) -> timedelta:
-    """How long a pod that lives is silent at most."""
+    """Return the time without a heartbeat after which a pod counts as silent."""
     return timedelta(seconds=SILENT_BEATS * max(settings.beat_seconds, observed.beat_seconds))
 
 
 def _force_at(pod: ObservedPod, node: ObservedNode) -> datetime | None:
-    """When a deletion must be forced; None: its kubelet will see to it."""
+    """Return when to force a deletion; None: the kubelet of its node will carry it out."""
     if pod.deleted_at is None or not _is_lost(node):
         return None
     return pod.deleted_at if node.gone else pod.deleted_at + pod.grace + UNREACHABLE
 
 
 def _gone_at(pod: ObservedPod, node: ObservedNode) -> datetime | None:
-    """When its deletion is overdue."""
+    """Return when the deletion of a pod is overdue; None: it is not being deleted."""
     if pod.deleted_at is None:
         return None
     return pod.deleted_at + pod.grace + (timedelta(0) if _is_lost(node) else OVERDUE)
+
+
+POLICY = Policy("nodes", wake=wake, act=force_delete)

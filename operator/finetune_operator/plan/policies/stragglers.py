@@ -1,7 +1,7 @@
-"""Pods that never end: their peers have done all that was asked, and nobody hears of them any more.
+"""Pods that never end: all their peers are done, and their supervisors have stopped sending heartbeats.
 
-Ranks end together, so a supervisor that is well ends soon after its peers'. Until then a silent pod is left alone: it
-may be the operator that cannot be reached, and training goes on without it.
+Ranks end together, so a healthy supervisor ends soon after its peers. Until then a silent pod is left alone: perhaps
+only the operator is unreachable, and training continues without it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from datetime import datetime, timedelta
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan.model.causes import Cause
-from finetune_operator.plan.model.ledger import open_entry, replace_current
-from finetune_operator.plan.model.revise import revise
-from finetune_operator.plan.model.view import View, has_ended, is_finished
-from finetune_operator.plan.policies.endings import settle
+from finetune_operator.plan.model.closing import record_cause
+from finetune_operator.plan.model.ledger import open_attempt
+from finetune_operator.plan.model.policy import Policy
+from finetune_operator.plan.model.view import View, has_ended
 
 
-def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """End an attempt that waits for nothing but pods that are not heard any more."""
-    entry = open_entry(status)
-    lost_at = _lost_at(view, status)
-    if entry is None or lost_at is None or view.now < lost_at:
+def detect_stragglers(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """End an attempt that waits only for silent pods."""
+    lost_at = wake(view, status)
+    if lost_at is None or view.now < lost_at:
         return status
     rank = min(_undone(view))
     pod = view.pods[rank]
@@ -30,38 +29,35 @@ def judge(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         rank=rank * view.spec.topology.processes_per_node,
         pod=pod.name,
         node=pod.node,
-        last_words="it has not been heard since its peers were done",
+        message="it has not been heard since its peers were done",
     )
-    return settle(replace_current(status, revise(entry, ended_at=view.now)), cause)
+    return record_cause(view, status, cause)
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
-    """When a pod that is behind counts as lost."""
-    return _lost_at(view, status)
-
-
-def _undone(view: View) -> list[int]:
-    return [rank for rank in range(view.num_nodes) if not view.is_done(rank)]
-
-
-def _lost_at(view: View, status: FineTuneJobStatus) -> datetime | None:
-    """When all that is left counts as lost; None while somebody is still at work, or nobody is done."""
-    entry = open_entry(status)
-    if entry is None or entry.attempt != view.attempt or is_finished(status):
+    """Return when the remaining pods count as lost; None while one may still be working, or none is done."""
+    if open_attempt(view, status) is None:
         return None
     undone = _undone(view)
     if not undone or len(undone) == view.num_nodes:
         return None
     if any(rank not in view.pods or has_ended(view.pods[rank]) for rank in undone):
         return None
-    last = max(_heard_at(view, rank) for rank in range(view.num_nodes))
+    last = max(_last_sign_at(view, rank) for rank in range(view.num_nodes))
     return last + timedelta(seconds=view.settings.beat_timeout_seconds)
 
 
-def _heard_at(view: View, rank: int) -> datetime:
-    """When anything was last known of a pod: its beat, its end, or at least that it was made."""
+def _undone(view: View) -> list[int]:
+    return [rank for rank in range(view.num_nodes) if not view.is_done(rank)]
+
+
+def _last_sign_at(view: View, rank: int) -> datetime:
+    """Return the time of the newest sign of a pod: its heartbeat, its end, or else its creation."""
     pod, received = view.pods.get(rank), view.beats.get(rank)
     moments = [received.received_at] if received is not None else []
     if pod is not None:
         moments.append(pod.finished_at or pod.created_at)
     return max(moments, default=view.now)
+
+
+POLICY = Policy("stragglers", decide=detect_stragglers, wake=wake)

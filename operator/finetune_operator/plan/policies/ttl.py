@@ -1,23 +1,27 @@
-"""spec.ttlSecondsAfterFinished: the job, and with it all that it owns, goes so long after its end."""
+"""spec.ttlSecondsAfterFinished: the job, and everything that it owns, is deleted this long after its end."""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
 from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import DeleteJob
 from finetune_operator.plan.model.view import View, is_finished
 
 
 def delete_job(view: View, status: FineTuneJobStatus) -> tuple[DeleteJob, ...]:
-    """Delete the job where its time to live is over."""
+    """Return the deletion of the job once its TTL has expired."""
     expires_at = wake(view, status)
     return (DeleteJob(),) if expires_at is not None and expires_at <= view.now else ()
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
-    """When the job's time to live is over; None: it has not ended, or it stays."""
+    """Return when the job's TTL expires; None: it has not finished, or has no TTL."""
     seconds = view.spec.ttl_seconds_after_finished
     if seconds is None or status.completion_time is None or not is_finished(status):
         return None
     return status.completion_time + timedelta(seconds=seconds)
+
+
+POLICY = Policy("ttl", wake=wake, act=delete_job)

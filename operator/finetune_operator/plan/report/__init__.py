@@ -1,1 +1,1 @@
-"""What people read in the status: phase, conditions, events, progress, timing and goodput."""
+"""What users read in the status: phase, conditions, events, progress, timing and goodput."""

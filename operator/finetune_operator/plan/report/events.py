@@ -1,6 +1,6 @@
-"""What a person is told: the difference between the status before a pass and after it.
+"""Kubernetes events of a reconcile: the difference between the status before and after it.
 
-Events follow from a status that was written, so each is told once, whatever restarts or repeats.
+Events follow from a status that was written, so each is emitted once, whatever restarts or is repeated.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.plan.model.conditions import find
+from finetune_operator.plan.model.explain import explain_end
 from finetune_operator.plan.model.types import Event
-from finetune_operator.plan.report.conditions import find
-from finetune_operator.plan.report.explain import explain_end
 
-TOLD_BY_PHASE = frozenset({Reason.FINISHED, Reason.DEADLINE_EXCEEDED, Reason.SUSPENDED})
-"""Ends of an attempt that the change of the job's phase tells of."""
+REPORTED_BY_PHASE = frozenset({Reason.FINISHED, Reason.DEADLINE_EXCEEDED, Reason.SUSPENDED})
+"""Ends of an attempt without an event of their own: the change of the job's phase has one."""
 
 
-def between(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Event, ...]:
-    """The events of one pass, in the order in which things happened."""
+def build_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Event, ...]:
+    """Return the events of one reconcile, in chronological order."""
     return (
         *_acceptance(old, new),
         *_attempts(old, new),
@@ -38,7 +38,7 @@ def _acceptance(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
 
 
 def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
-    """Each attempt's start, its end with the cause, and its first step after another one's end."""
+    """Return events for each attempt's start, its end, and its first step after another attempt's end."""
     known = {entry.attempt: entry for entry in old.attempts}
     events = []
     for previous, entry in zip((None, *new.attempts), new.attempts, strict=False):
@@ -47,7 +47,7 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
             events.append(Event(Reason.ATTEMPT_STARTED, f"attempt {entry.attempt} begins"))
         if previous is not None and entry.training_at is not None and (before is None or before.training_at is None):
             events.append(_recovered(previous, entry))
-        if entry.reason not in (None, *TOLD_BY_PHASE) and (before is None or before.reason is None):
+        if entry.reason not in (None, *REPORTED_BY_PHASE) and (before is None or before.reason is None):
             failed = entry.counts_as == CountsAs.FAILURE
             events.append(Event(entry.reason or Reason.ATTEMPT_ENDED, explain_end(entry), warning=failed))
     return events
@@ -64,7 +64,7 @@ def _recovered(previous: AttemptStatus, entry: AttemptStatus) -> Event:
 
 
 def _checkpoint(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
-    """Only the first: a long job commits hundreds."""
+    """Return an event for the first checkpoint only: a long job commits hundreds."""
     if old.last_checkpoint is not None or new.last_checkpoint is None:
         return []
     return [Event(Reason.CHECKPOINT_COMMITTED, f"first checkpoint, of step {new.last_checkpoint.step}")]

@@ -1,14 +1,15 @@
-"""Goodput: the share of the time since the start that went into steps which were kept."""
+"""Goodput: the share of the time since the start that was spent on steps that were kept."""
 
 from __future__ import annotations
 
 from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
 
 
 def measure(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Work it out anew where a step was finished or the job ended: an idle job's figure stands still."""
+    """Update the goodput if a step was finished or the job ended; otherwise it does not change."""
     old = view.job.status
     if status.tally == old.tally and status.lost_steps == old.lost_steps and status.phase == old.phase:
         return status
@@ -21,3 +22,6 @@ def measure(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         return status
     kept = max(0, tally.trained_steps - status.lost_steps) / tally.trained_steps
     return revise(status, goodput=round(min(1.0, tally.trained_seconds * kept / elapsed_seconds), 3))
+
+
+POLICY = Policy("goodput", decide=measure)

@@ -1,91 +1,57 @@
-"""The job's phase, reason and message: one line that tells a person where the job is and what it waits for.
+"""The job's phase, reason and message: one line that shows a user what the job does and what it waits for.
 
-Derived anew in every pass from the ledger, the pods and what the ranks report. Times in a message are absolute, so
+Derived in every reconcile from the ledger, the pods and the reports of the ranks. Times in a message are absolute, so
 that it changes only when something happens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import datetime, timedelta
 
-from finetune_contract.heartbeat import RankState
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import AttemptStatus, Condition, FineTuneJobStatus
 from finetune_operator.api.reasons import REGROUPS, Reason
 from finetune_operator.manifests import num_nodes
+from finetune_operator.plan.model.activity import BEFORE_TRAINING, describe_activity, stage
 from finetune_operator.plan.model.causes import find_cause
+from finetune_operator.plan.model.conditions import find
+from finetune_operator.plan.model.explain import explain_end
 from finetune_operator.plan.model.ledger import current, open_entry
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.types import IMAGE_ERRORS, PodPhase
 from finetune_operator.plan.model.view import View, earliest, is_finished
-from finetune_operator.plan.policies import attempts, capacity, elastic, suspend
-from finetune_operator.plan.report.conditions import find
-from finetune_operator.plan.report.explain import explain_end
+from finetune_operator.plan.policies import attempts, suspend
+from finetune_operator.plan.policies.capacity import elastic, spot
 
-STATES = {
-    RankState.STARTING: Reason.LOADING,
-    RankState.LOADING: Reason.LOADING,
-    RankState.CACHING: Reason.CACHING,
-    RankState.RESTORING: Reason.RESTORING,
-    RankState.TRAINING: Reason.TRAINING,
-    RankState.VALIDATING: Reason.VALIDATING,
-    RankState.SAVING: Reason.SAVING,
-    RankState.SAVED: Reason.SAVING,
-    RankState.EXPORTING: Reason.EXPORTING,
-    RankState.DONE: Reason.EXPORTING,
-    RankState.FAILED: Reason.TRAINING,
-}
-"""What each state of a rank is called."""
-STAGES = (
-    Reason.LOADING,
-    Reason.CACHING,
-    Reason.RESTORING,
-    Reason.TRAINING,
-    Reason.VALIDATING,
-    Reason.SAVING,
-    Reason.EXPORTING,
-)
-"""The work of a rank in the order in which it first comes to it."""
-DOING = {
-    Reason.LOADING: "loading the model and the data set",
-    Reason.CACHING: "caching latents and text embeddings",
-    Reason.RESTORING: "restoring the newest checkpoint",
-    Reason.TRAINING: "training",
-    Reason.VALIDATING: "validating",
-    Reason.SAVING: "saving a checkpoint",
-    Reason.EXPORTING: "writing the outputs",
-}
-"""What a person is told of each; `kubectl get` shows no reason."""
-BEFORE_TRAINING = frozenset({Reason.LOADING, Reason.CACHING, Reason.RESTORING})
-BESIDE_TRAINING = frozenset({Reason.VALIDATING, Reason.SAVING})
 CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "FailedMount")
 UNSCHEDULABLE = "Unschedulable"
 GATED = "SchedulingGated"
-FOR_ROOM = frozenset({Reason.UNSCHEDULABLE, Reason.QUEUED})
-"""Waits that only the cluster can end, with room or a queue's leave."""
+FOR_CAPACITY = frozenset({Reason.UNSCHEDULABLE, Reason.QUEUED})
+"""Waits that only the cluster can end, with a free node or the admission by a queue."""
 
 Line = tuple[Phase, str, str]
+"""Phase, reason and message."""
 
 
 def describe(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Write phase, reason and message. Those of a finished job stay."""
+    """Write phase, reason and message. Those of a finished job do not change."""
     if is_finished(status):
         return revise(status, nodes=nodes(view, status))
     phase, reason, message = _line(view, status)
     status = revise(status, phase=phase, reason=str(reason), message=message, nodes=nodes(view, status))
-    return _without_old_figures(status, trains=phase is Phase.RUNNING and not view.spec.suspend)
+    return _clear_old_figures(status, trains=phase is Phase.RUNNING and not view.spec.suspend)
 
 
-def _without_old_figures(status: FineTuneJobStatus, *, trains: bool) -> FineTuneJobStatus:
-    """Speed and time left are those of now. The last speed stays for a job that is at its end."""
+def _clear_old_figures(status: FineTuneJobStatus, *, trains: bool) -> FineTuneJobStatus:
+    """Clear speed and ETA while the job does not train. A job that writes its outputs keeps its last speed."""
     speed = status.images_per_second if trains or status.phase is Phase.EXPORTING else None
     return revise(status, images_per_second=speed, eta=status.eta if trains else None)
 
 
 def nodes(view: View, status: FineTuneJobStatus) -> str | None:
-    """Pods of the newest attempt that are up, over pods asked for, e.g. '3/4'; None before the first attempt."""
+    """Return the running pods of the newest attempt over the requested ones, e.g. '3/4'; None before the first."""
     if status.attempt == 0:
         return None
     pods = view.pods.values() if status.attempt == view.attempt else ()
@@ -107,7 +73,7 @@ def _line(view: View, status: FineTuneJobStatus) -> Line:
         return Phase.PENDING, Reason.WAITING_FOR_PODS, "waiting for the first attempt"
     if entry.ended_at is not None:
         return _ended(view, status, entry)
-    return _working(view, status, entry)
+    return _open(view, status, entry)
 
 
 def _suspended(status: FineTuneJobStatus) -> str:
@@ -116,12 +82,12 @@ def _suspended(status: FineTuneJobStatus) -> str:
 
 
 def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
-    """Between two attempts: why the last one ended, and what the next one waits for."""
+    """Return the line between two attempts: why the last one ended, and what the next one waits for."""
     if entry.reason is None:
         guess = find_cause(view, entry.gang_complete)
         reason = guess.reason if guess is not None else Reason.POD_LOST
         return Phase.RECOVERING, reason, f"attempt {entry.attempt} ended; looking for the cause"
-    # After an end that counts as nothing, such as a suspension that was taken back, there is nothing to recover from.
+    # After an end that is no interruption, such as a suspension, there is nothing to recover from.
     phase = Phase.RECOVERING if _interrupts(status, entry) else Phase.STARTING
     why = explain_end(entry)
     if view.observed.pods:
@@ -132,104 +98,92 @@ def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
     return phase, entry.reason, why
 
 
-def _working(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
-    """An attempt is open: its pods come up, then its ranks get to work."""
+def _open(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
+    """Return the line of an open attempt: its pods start, then its ranks work."""
     waiting_phase = Phase.RECOVERING if _is_recovery(status) else Phase.STARTING
     if entry.attempt != view.attempt:
         return waiting_phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
     if not view.all_up():
         phase, reason, message = _waiting(view, status, waiting_phase)
-        return phase, reason, message + _patience(view, entry)
+        return phase, reason, message + _end_of_wait(view, entry)
     if not view.reports:
         return _unheard(view, status, entry, waiting_phase)
-    phase, reason, message = _at_work(view, status, entry, waiting_phase)
-    if silent := _silent(view):
-        return phase, Reason.SILENT, silent
-    return phase, reason, message
+    return _working_phase(view, entry, waiting_phase), *describe_activity(view, status)
 
 
-def _at_work(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waiting_phase: Phase) -> Line:
-    """All pods run and speak: what their ranks are doing."""
-    reason = _stage(STATES[report.state] for report in view.reports)
-    detail = _detail(view, status, reason)
-    if reason in BEFORE_TRAINING:
-        return waiting_phase, reason, detail
-    if reason is Reason.EXPORTING:
-        return Phase.EXPORTING, reason, detail
-    # Its first step is not done yet: an attempt has recovered only once it is.
-    trained = entry.training_at is not None
-    return (Phase.RUNNING if trained else waiting_phase), reason, detail
-
-
-def _stage(reasons: Iterable[Reason]) -> Reason:
-    """Until all ranks train, the gang is where its last one is; from then on, what any of them does beside training."""
-    by_order = sorted(reasons, key=STAGES.index)
-    return by_order[0] if by_order[0] in BEFORE_TRAINING else by_order[-1]
+def _working_phase(view: View, entry: AttemptStatus, waiting_phase: Phase) -> Phase:
+    """Return the phase of a gang whose pods all run."""
+    reached = stage(view)
+    if reached is Reason.EXPORTING:
+        return Phase.EXPORTING
+    # An attempt has recovered only once its first step is done.
+    trains = reached not in BEFORE_TRAINING and entry.training_at is not None
+    return Phase.RUNNING if trains else waiting_phase
 
 
 def _is_recovery(status: FineTuneJobStatus) -> bool:
-    """Whether capacity or a failure ended the attempt before this one."""
+    """Return whether a preemption or a failure ended the attempt before this one."""
     return len(status.attempts) > 1 and _interrupts(status, status.attempts[-2])
 
 
 def _interrupts(status: FineTuneJobStatus, entry: AttemptStatus) -> bool:
-    """Whether there is something to recover from after an attempt: it, or one that it was to follow, has trained."""
+    """Return whether the end of an attempt interrupted the training."""
     if entry.reason in REGROUPS:
         return any(old.training_at is not None for old in status.attempts)
     return entry.counts_as is not None
 
 
 def _waiting(view: View, status: FineTuneJobStatus, phase: Phase) -> Line:
-    """Not all pods run: the words of the API server, the scheduler or the kubelet, where there are any."""
+    """Return why not all pods run: the message of the API server, the scheduler or the kubelet, if there is one."""
     if refused := _refused(view, status):
         starting = Phase.PENDING if _not_accepted(status) else Phase.QUEUED
         return starting if phase is Phase.STARTING else phase, Reason.FAILED_CREATE, refused
     for pod in view.pods.values():
         if pod.waiting:
             reason = _waiting_reason(pod.waiting)
-            queued = phase is Phase.STARTING and reason in FOR_ROOM
+            queued = phase is Phase.STARTING and reason in FOR_CAPACITY
             return Phase.QUEUED if queued else phase, reason, f"{pod.name}: {pod.waiting}"
     return phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
 
 
 def _not_accepted(status: FineTuneJobStatus) -> Condition | None:
-    """The condition that says what is wrong with the spec; None where it is accepted."""
+    """Return the condition that explains what is wrong with the spec; None if the spec is accepted."""
     accepted = find(status, ConditionType.ACCEPTED)
     return accepted if accepted is not None and accepted.status != "True" else None
 
 
 def _refused(view: View, status: FineTuneJobStatus) -> str | None:
-    """Why the cluster takes no more pods of the job."""
+    """Return why the API server refuses pods of the job; None if it does not."""
     refusal = _not_accepted(status)
     if refusal is not None and refusal.reason == Reason.FAILED_CREATE:
         return refusal.message
-    return view.observed.refusal.sentence if view.observed.refusal is not None else None
+    return view.observed.refusal.message if view.observed.refusal is not None else None
 
 
-def _patience(view: View, entry: AttemptStatus) -> str:
-    """Until when room is waited for, where something else is done then."""
+def _end_of_wait(view: View, entry: AttemptStatus) -> str:
+    """Return when the job stops waiting for nodes, and what it does then; empty if it waits without a limit."""
     least = view.spec.topology.min_nodes or view.num_nodes
-    shrink_at, fallback_at = elastic.shrink_at(view, entry), capacity.fallback_at(view, entry)
-    words = ""
+    shrink_at, fallback_at = elastic.shrink_at(view, entry), spot.fallback_at(view, entry)
+    text = ""
     if shrink_at is not None and shrink_at > view.now and len(elastic.placed(view)) >= least:
-        words += f"; it goes on without them at {shrink_at:%H:%M:%S} UTC"
+        text += f"; it goes on without them at {shrink_at:%H:%M:%S} UTC"
     if fallback_at is not None and fallback_at > view.now:
-        words += f"; it takes any node at {fallback_at:%H:%M:%S} UTC"
-    return words
+        text += f"; it takes any node at {fallback_at:%H:%M:%S} UTC"
+    return text
 
 
-def _waiting_reason(words: str) -> Reason:
-    if words.startswith(IMAGE_ERRORS):
+def _waiting_reason(message: str) -> Reason:
+    if message.startswith(IMAGE_ERRORS):
         return Reason.IMAGE_PULL
-    if words.startswith(CONFIG_ERRORS):
+    if message.startswith(CONFIG_ERRORS):
         return Reason.CONTAINER_CONFIG
-    if words.startswith(GATED):
+    if message.startswith(GATED):
         return Reason.QUEUED
-    return Reason.UNSCHEDULABLE if words.startswith(UNSCHEDULABLE) else Reason.WAITING_FOR_PODS
+    return Reason.UNSCHEDULABLE if message.startswith(UNSCHEDULABLE) else Reason.WAITING_FOR_PODS
 
 
 def _unheard(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waiting_phase: Phase) -> Line:
-    """All pods run and none has beaten: just started, or the operator was restarted, or there is no coordinator."""
+    """Return the line of running pods without heartbeats: just started, operator restarted, or no coordinator."""
     if entry.training_at is not None and status.phase in (Phase.RUNNING, Phase.EXPORTING):
         return status.phase, status.reason or Reason.TRAINING, status.message or ""
     if not view.settings.coordinator_url:
@@ -237,28 +191,13 @@ def _unheard(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waitin
     return waiting_phase, Reason.LOADING, "all pods run; their supervisors have not been heard yet"
 
 
-def _detail(view: View, status: FineTuneJobStatus, reason: Reason) -> str:
-    """What the gang is doing, in words, and how far it is with that."""
-    details = (report.detail for report in view.reports if report.detail and STATES[report.state] is reason)
-    detail = next(details, None)
-    if status.step is not None and (reason is Reason.TRAINING or (detail is None and reason in BESIDE_TRAINING)):
-        detail = f"step {status.step}" + (f" of {status.total_steps}" if status.total_steps else "")
-    return f"{DOING[reason]}: {detail}" if detail else DOING[reason]
-
-
-def _silent(view: View) -> str | None:
-    """Say which pod has not been heard for too long, and since when."""
-    timeout = timedelta(seconds=view.settings.beat_timeout_seconds)
-    for received in view.beats.values():
-        if received.received_at + timeout <= view.now:
-            return f"{received.beat.pod} has not been heard since {received.received_at:%H:%M:%S} UTC"
-    return None
-
-
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
-    """When a pod that stays silent must be called so."""
+    """Return when to report a pod as silent."""
     if is_finished(status) or open_entry(status) is None:
         return None
     timeout = timedelta(seconds=view.settings.beat_timeout_seconds)
     late = (received.received_at + timeout for received in view.beats.values())
     return earliest(time for time in late if time > view.now)
+
+
+POLICY = Policy("phase", decide=describe, wake=wake)

@@ -1,7 +1,7 @@
-"""How far the job is: what the beats and the last words of the attempt's pods say, written into the status.
+"""The progress of the job, read from the heartbeats and termination messages of the attempt's pods.
 
-Only the newest attempt is heard; what an older one still has to say changes nothing. Within an attempt the step
-never falls; over attempts it does, by the steps that were lost.
+Only those of the newest attempt count. Within an attempt the step never decreases; between attempts it does, by the
+steps that were lost.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJ
 from finetune_operator.api.reasons import CountsAs
 from finetune_operator.manifests import global_batch
 from finetune_operator.plan.model.ledger import account_lost_steps, current, replace_current
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
 from finetune_operator.plan.report import checkpoint_health
 
 T = TypeVar("T")
 MAX_WARNINGS = 10
-"""Sentences of the trainer that the status keeps."""
+"""Maximum number of the trainer's warnings in the status."""
 
 
 def read(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Write what the attempt's ranks report."""
+    """Write what the ranks of the attempt report."""
     if is_finished(status):
         return _read_results(view, status) if status.phase is Phase.SUCCEEDED else status
     total_steps = _first(report.total_steps for report in view.reports)
@@ -42,32 +43,32 @@ def read(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
 
 def _read_results(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """What stays of a job. The last beat may come after its pod was seen to end."""
+    """Write checkpoints, outputs and warnings. The last heartbeat may arrive after the end of its pod was observed."""
     if current(status) is None:
         return status
-    status = checkpoint_health.note(view, _read_checkpoint(view, status))
+    status = checkpoint_health.update(view, _read_checkpoint(view, status))
     status = _read_outputs(view, status)
     return _read_warnings(view, status)
 
 
 def _read_steps(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> FineTuneJobStatus:
-    """Where the attempt began, how far it has come, and how long its steps took."""
+    """Write the first and the last step of the attempt, and the time that its steps took."""
     from_step = entry.from_step
     if from_step is None:
         from_step = _first(report.restored_step for report in view.reports)
-    to_step = max((step for step in (entry.to_step, *_seen_steps(view)) if step is not None), default=None)
-    seen_at = _newest_beat_at(view)
+    to_step = max((step for step in (entry.to_step, *_reported_steps(view)) if step is not None), default=None)
+    reported_at = _newest_beat_at(view)
     training_at = entry.training_at
     if training_at is None and to_step is not None and to_step > (from_step or 0):
-        training_at = seen_at
-    status = _tally_steps(status, entry, from_step, to_step, seen_at)
+        training_at = reported_at
+    status = _tally_steps(status, entry, from_step, to_step, reported_at)
     entry = revise(entry, from_step=from_step, to_step=to_step, training_at=training_at)
     status = replace_current(status, entry)
     return status if to_step is None else revise(status, step=to_step)
 
 
-def _seen_steps(view: View) -> list[int | None]:
-    """Finished steps by the newest word of each rank, or of its supervisor at the end."""
+def _reported_steps(view: View) -> list[int | None]:
+    """Return the finished steps by the newest report of each rank and the termination message of each supervisor."""
     terminations = (pod.termination for pod in view.pods.values())
     ends = [end.step for end in terminations if end is not None and end.attempt == view.attempt]
     return [report.step for report in view.reports] + ends
@@ -82,31 +83,31 @@ def _tally_steps(
     entry: AttemptStatus,
     from_step: int | None,
     to_step: int | None,
-    seen_at: datetime,
+    reported_at: datetime,
 ) -> FineTuneJobStatus:
-    """Add the steps that were finished since the last look, and the time since then."""
+    """Add the steps finished since the last heartbeat that was read, and the time that they took."""
     before = entry.to_step if entry.to_step is not None else from_step
     if to_step is None or before is None or to_step <= before:
         return status
     tally = status.tally
     seconds = 0.0
-    # The time before an attempt's first step is that of its loading, and is not counted.
+    # The time before an attempt's first step is loading time, and does not count.
     if entry.training_at is not None:
         since = max(entry.training_at, tally.step_time or entry.training_at)
-        seconds = (seen_at - since).total_seconds()
+        seconds = (reported_at - since).total_seconds()
     tally = revise(
         tally,
         trained_steps=tally.trained_steps + to_step - before,
         trained_seconds=round(tally.trained_seconds + max(0.0, seconds), 3),
-        step_time=seen_at,
+        step_time=reported_at,
     )
     return revise(status, tally=tally)
 
 
 def _read_checkpoint(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """The newest checkpoint: of the newest attempt that committed one, the one of the most steps.
+    """Write the newest checkpoint: among those of the newest attempt that committed one, the one with the most steps.
 
-    Not by its time: that is by the clock of the rank that wrote it.
+    Its time does not decide: it comes from the clock of the rank that wrote it.
     """
     found = [report.checkpoint for report in view.reports if report.checkpoint is not None]
     if not found:
@@ -117,7 +118,7 @@ def _read_checkpoint(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus
         return status
     checkpoint = CheckpointStatus(
         step=newest.step,
-        time=_moment(newest.time, view.now),
+        time=_time_of(newest.time, view.now),
         bytes=newest.size_bytes,
         attempt=newest.attempt,
         save_seconds=_figure(newest.durable_seconds) if newest.durable_seconds is not None else None,
@@ -127,14 +128,14 @@ def _read_checkpoint(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus
         status = revise(status, checkpoint_interval_seconds=newest.interval_seconds)
     entry = current(status)
     assert entry is not None
-    # Where the attempt has failed after it, that failure is one since the checkpoint.
+    # If the attempt has failed since the checkpoint, that failure still counts.
     num_failures = 1 if entry.counts_as == CountsAs.FAILURE else 0
     tally = revise(status.tally, failures_since_checkpoint=min(num_failures, status.tally.failures_since_checkpoint))
     return revise(status, last_checkpoint=checkpoint, tally=tally)
 
 
 def _read_outputs(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Every output that was written whole; one that was written again counts as it is now."""
+    """Write every completed output. An output that was written again replaces its earlier entry."""
     outputs = {(output.format, output.to): output for output in status.outputs}
     for report in view.reports:
         for written in report.outputs:
@@ -145,18 +146,18 @@ def _read_outputs(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
 
 def _read_warnings(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """What the ranks warn of, each sentence once: all of those that they repeat, and of the older ones what fits."""
-    said = list(dict.fromkeys(warning for report in view.reports for warning in report.warnings))[-MAX_WARNINGS:]
-    if set(said) <= set(status.warnings):
+    """Write the warnings of the ranks, each once: all current ones, and older ones up to the maximum number."""
+    reported = list(dict.fromkeys(warning for report in view.reports for warning in report.warnings))[-MAX_WARNINGS:]
+    if set(reported) <= set(status.warnings):
         return status
-    others = [warning for warning in status.warnings if warning not in said]
-    known = [warning for warning in status.warnings if warning in said]
-    fresh = [warning for warning in said if warning not in known]
+    others = [warning for warning in status.warnings if warning not in reported]
+    known = [warning for warning in status.warnings if warning in reported]
+    fresh = [warning for warning in reported if warning not in known]
     return revise(status, warnings=(*others, *known, *fresh)[-MAX_WARNINGS:])
 
 
 def _read_figures(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Loss, speed, share and time left. What nobody reports any more stays as it was last seen."""
+    """Write loss, speed, progress and ETA. A figure that no rank reports keeps its last value."""
     loss = _first(_figure(report.loss) for report in view.reports)
     speed = _first(_figure(report.images_per_second) for report in view.reports if report.state in AT_SPEED)
     step, total_steps = status.step, status.total_steps
@@ -179,18 +180,21 @@ def _eta(view: View, step: int | None, total_steps: int | None, speed: float | N
 
 
 def _figure(number: float | None) -> float | None:
-    """A number as people read it, with four digits; None for one that JSON cannot hold."""
+    """Return a number with four significant digits; None for one that JSON cannot represent."""
     return float(f"{number:.4g}") if number is not None and math.isfinite(number) else None
 
 
-def _moment(seconds: float, otherwise: datetime) -> datetime:
-    """Seconds since the epoch by another machine's clock, however far that is off."""
+def _time_of(seconds: float, default: datetime) -> datetime:
+    """Return the time for seconds since the epoch by another machine's clock; the default if they are out of range."""
     try:
         return datetime.fromtimestamp(seconds, UTC)
     except (ValueError, OverflowError, OSError):
-        return otherwise
+        return default
 
 
 def _first(values: Iterable[T | None]) -> T | None:
-    """The first value that is there: that of the lowest rank that has one."""
+    """Return the first value that is not None: that of the lowest rank that has one."""
     return next((value for value in values if value is not None), None)
+
+
+POLICY = Policy("progress", decide=read)

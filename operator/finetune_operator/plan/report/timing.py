@@ -1,4 +1,4 @@
-"""Where the time of a restart goes: the seconds of each stage of the newest attempt, written as each is over."""
+"""The duration of each stage of a restart, in seconds, for the newest attempt; each is written when its stage ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from finetune_contract.heartbeat import RankState
 from finetune_operator.api.job import AttemptSeconds, AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan.model.ledger import current, replace_current
+from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import UP, View, earliest
 
@@ -16,7 +17,7 @@ AT_WORK = frozenset({RankState.TRAINING, RankState.SAVING, RankState.VALIDATING,
 
 
 def measure(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Write the seconds of every stage that is over since the last pass."""
+    """Write the duration of every stage that has ended since the last reconcile."""
     entry = current(status)
     if entry is None:
         return status
@@ -33,18 +34,18 @@ def _teardown(status: FineTuneJobStatus, entry: AttemptStatus) -> AttemptSeconds
     ended_at = status.attempts[-2].ended_at if len(status.attempts) > 1 else None
     if ended_at is None or entry.seconds.teardown is not None:
         return entry.seconds
-    return revise(entry.seconds, teardown=_between(ended_at, entry.started_at))
+    return revise(entry.seconds, teardown=_seconds_between(ended_at, entry.started_at))
 
 
 def _stages(view: View, entry: AttemptStatus, seconds: AttemptSeconds) -> AttemptSeconds:
-    """Each stage begins where the one before it ended."""
+    """Add the durations of the stages of the start. Each stage begins when the one before it ends."""
     began = entry.started_at
     for name, is_over in STAGES:
         known = getattr(seconds, name)
         if known is None:
             if not is_over(view, entry):
                 break
-            known = _between(began, view.now)
+            known = _seconds_between(began, view.now)
             seconds = revise(seconds, **{name: known})
         began += timedelta(seconds=known)
     return seconds
@@ -53,13 +54,16 @@ def _stages(view: View, entry: AttemptStatus, seconds: AttemptSeconds) -> Attemp
 def _detection(view: View, entry: AttemptStatus, seconds: AttemptSeconds) -> AttemptSeconds:
     if entry.ended_at is None or seconds.detection is not None:
         return seconds
-    began = _went_wrong_at(view, entry)
-    return seconds if began is None else revise(seconds, detection=_between(began, entry.ended_at))
+    began = _fault_began_at(view, entry)
+    return seconds if began is None else revise(seconds, detection=_seconds_between(began, entry.ended_at))
 
 
-def _went_wrong_at(view: View, entry: AttemptStatus) -> datetime | None:
-    """When that began which ended an attempt: the last progress of ranks that stand still, the end or the notice of
-    the pod to blame, or the last that was heard of it."""
+def _fault_began_at(view: View, entry: AttemptStatus) -> datetime | None:
+    """Return when the fault that ended an attempt began.
+
+    For a hang, the time of the last progress; otherwise the end or the notice of the pod that caused it, or else its
+    last heartbeat.
+    """
     if entry.reason == Reason.HANG:
         return entry.progress_at
     pod = next((pod for pod in view.pods.values() if pod.name == entry.pod), None)
@@ -91,9 +95,12 @@ STAGES: tuple[tuple[str, Callable[[View, AttemptStatus], bool]], ...] = (
     ("restoring", _all_restored),
     ("first_step", _has_trained),
 )
-"""The stages of a start in their order, and what shows that each is over."""
+"""The stages of a start in order, each with the test that it has ended."""
 
 
-def _between(begin: datetime, end: datetime) -> float:
-    """Seconds from one moment to another, which may be by another machine's clock."""
+def _seconds_between(begin: datetime, end: datetime) -> float:
+    """Return the seconds between two times, at least 0: they may come from different machines' clocks."""
     return round(max(0.0, (end - begin).total_seconds()), 1)
+
+
+POLICY = Policy("timing", decide=measure)

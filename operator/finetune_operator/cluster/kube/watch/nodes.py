@@ -1,11 +1,11 @@
-"""What is known of nodes. Pure; fed by the handler of node events, read by the cluster for `Observed.nodes`."""
+"""States of nodes. Pure; updated by the handler of node events, read by the cluster for `Observed.nodes`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from finetune_operator.plan.model.types import WELL, ObservedNode
+from finetune_operator.plan.model.types import HEALTHY, ObservedNode
 
 LEAVING_TAINTS = frozenset(
     {
@@ -20,23 +20,23 @@ LEAVING_TAINTS = frozenset(
         "ToBeDeletedByClusterAutoscaler",
     }
 )
-"""Taints of nodes that are about to go: of Kubernetes, the clouds' termination handlers and the autoscalers.
+"""Taints of nodes that are about to stop, set by Kubernetes, the clouds' termination handlers and the autoscalers.
 
-A node that is merely closed to new pods (`kubectl cordon`) is none of them: what runs there may stay.
+The taint of a cordoned node (`kubectl cordon`) is not included: pods that run there may stay.
 """
 UNREACHABLE = "node.kubernetes.io/unreachable"
-"""The node controller's taint of a node that it does not hear of."""
+"""Taint that the node controller sets on a node whose kubelet does not report."""
 MAX_GONE = 10_000
-"""Nodes that went, of which that is remembered: their pods are cleaned up long before so many more have gone."""
+"""Maximum number of deleted nodes that are remembered; the pods of a node are removed long before it is dropped."""
 
 
 GONE = ObservedNode(lost=True, gone=True)
 
 
-def read_node(node: Any) -> ObservedNode:
-    """Read a node, a mapping as the API shows it.
+def observe_node(node: Any) -> ObservedNode:
+    """Read a node in its API form.
 
-    Ready=False is its kubelet's own word: it lives, and its pods may, too. Unknown is nobody's.
+    Ready=False is reported by the kubelet itself: the node works, and its pods may too. Only Unknown means lost.
     """
     conditions = node.get("status", {}).get("conditions") or ()
     unknown = any(item["type"] == "Ready" and item["status"] == "Unknown" for item in conditions)
@@ -45,30 +45,30 @@ def read_node(node: Any) -> ObservedNode:
     return ObservedNode(lost=unknown or UNREACHABLE in taints, leaving=leaving)
 
 
-class NodeBook:
-    """The states of the nodes that are not simply well, and of those that went while we watched."""
+class NodeStates:
+    """The nodes whose state is not healthy, including deleted ones."""
 
     def __init__(self, changed: Callable[[str], None]) -> None:
         self._changed = changed
         self._states: dict[str, ObservedNode] = {}
 
-    def see(self, name: str, state: ObservedNode) -> None:
-        """Take what a node has become; tells of a change by the node's name."""
-        if self.of(name) == state:
+    def update(self, name: str, state: ObservedNode) -> None:
+        """Store the state of a node; if it has changed, call the listener with the node's name."""
+        if self.get(name) == state:
             return
-        if state == WELL:
+        if state == HEALTHY:
             del self._states[name]
         else:
             self._states[name] = state
         if state == GONE:
-            self._forget()
+            self._drop_oldest()
         self._changed(name)
 
-    def of(self, name: str | None) -> ObservedNode:
-        """The state of a node; one that nothing is known of is well."""
-        return self._states.get(name, WELL) if name else WELL
+    def get(self, name: str | None) -> ObservedNode:
+        """Return the state of a node; an unknown node is healthy."""
+        return self._states.get(name, HEALTHY) if name else HEALTHY
 
-    def _forget(self) -> None:
+    def _drop_oldest(self) -> None:
         gone = [name for name, state in self._states.items() if state == GONE]
         for name in gone[: max(0, len(gone) - MAX_GONE)]:
             del self._states[name]

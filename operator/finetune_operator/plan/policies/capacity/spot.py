@@ -1,0 +1,58 @@
+"""Use spot nodes first, other nodes after `recovery.spot.fallbackAfter`; `regroup` returns to spot nodes.
+
+Falling back ends an attempt that has waited for spot nodes for that long. New pods of the next attempt accept any
+node and prefer spot ones; pods that have a node are kept.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from finetune_operator.api.duration import parse_seconds
+from finetune_operator.api.job import AttemptStatus, Capacity, FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model.closing import close
+from finetune_operator.plan.model.ledger import current, open_attempt
+from finetune_operator.plan.model.policy import Policy
+from finetune_operator.plan.model.view import View
+from finetune_operator.plan.policies.capacity import elastic
+
+
+def fallback_after(spec: FineTuneJobSpec) -> timedelta | None:
+    """Return how long to wait for spot nodes; None: no limit, or the job does not ask for spot nodes."""
+    spot = spec.recovery.spot
+    asked = spot.fallback_after if spot is not None else None
+    return timedelta(seconds=parse_seconds(asked)) if asked else None
+
+
+def fall_back(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """End an attempt that has waited for spot nodes for too long."""
+    entry = open_attempt(view, status)
+    due = fallback_at(view, entry) if entry is not None else None
+    if due is None or view.now < due:
+        return status
+    message = f"{len(elastic.placed(view))} of {view.num_nodes} pods have a spot node"
+    return close(view, status, Reason.FELL_BACK, message=message)
+
+
+def capacity_of_next(status: FineTuneJobStatus) -> Capacity | None:
+    """Return which nodes the new pods of the next attempt accept."""
+    entry = current(status)
+    return Capacity.ANY if entry is not None and entry.reason == Reason.FELL_BACK else None
+
+
+def fallback_at(view: View, entry: AttemptStatus) -> datetime | None:
+    """Return when to accept any node; None if all pods have a node, or already accept any."""
+    after = fallback_after(view.spec)
+    if after is None or entry.capacity is Capacity.ANY or entry.seconds.queueing is not None:
+        return None
+    return entry.started_at + after if len(elastic.placed(view)) < view.num_nodes else None
+
+
+def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
+    """Return when the wait for spot nodes ends."""
+    entry = open_attempt(view, status)
+    return fallback_at(view, entry) if entry is not None else None
+
+
+POLICY = Policy("spot", decide=fall_back, wake=wake)

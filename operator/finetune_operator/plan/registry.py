@@ -1,0 +1,59 @@
+"""The registry: every policy, once, in the order of decision. `core.plan` reads it at each call.
+
+Each policy reads what the policies before it wrote. Actions are carried out in the same order. The order of wake
+times does not matter: the earliest one counts.
+"""
+
+from __future__ import annotations
+
+from finetune_operator.plan.model.policy import Policy
+from finetune_operator.plan.policies import (
+    acceptance,
+    attempts,
+    budget,
+    cleanup,
+    deadline,
+    endings,
+    finish,
+    gang,
+    hangs,
+    in_place,
+    nodes,
+    reclassify,
+    stragglers,
+    suspend,
+    ttl,
+)
+from finetune_operator.plan.policies.capacity import elastic, regroup, spot, standby
+from finetune_operator.plan.report import conditions, goodput, phase, progress, timing
+
+POLICIES: tuple[Policy, ...] = (
+    acceptance.POLICY,  # Is the spec valid and supported?
+    suspend.RESUME,  # How long was the job suspended?
+    progress.POLICY,  # Which step, figures and checkpoints do the ranks report?
+    gang.POLICY,  # Has every pod of the attempt been observed? Creates the missing ones.
+    finish.POLICY,  # Has every node finished?
+    deadline.POLICY,  # Has the job exceeded its deadline?
+    suspend.STOP,  # Does the user suspend the job?
+    hangs.DETECT,  # Has the gang made no progress for too long?
+    stragglers.POLICY,  # Is the attempt waiting for a silent pod only?
+    endings.POLICY,  # Has the attempt ended, and why?
+    elastic.POLICY,  # Should the job continue on fewer nodes?
+    spot.POLICY,  # Should the job accept nodes other than spot?
+    regroup.POLICY,  # Is better capacity ready?
+    reclassify.POLICY,  # Was the node of a lost peer lost?
+    budget.POLICY,  # Has the job spent its failures?
+    attempts.BEGIN,  # May the next attempt begin?
+    attempts.CATCH_UP,  # Do pods belong to attempts that the status does not contain?
+    timing.POLICY,  # How long did each stage of the start take?
+    phase.POLICY,  # Phase, reason and message.
+    hangs.TRACK,  # When was the last progress?
+    conditions.POLICY,  # Conditions that follow from the phase.
+    conditions.NOTICE,  # Is the preemption notice long enough for a save?
+    goodput.POLICY,  # Which share of the time trained steps that were kept?
+    in_place.POLICY,  # When does a pod that is kept become too silent to keep?
+    cleanup.POLICY,  # Deletes the pods of attempts that have ended.
+    standby.POLICY,  # Deletes standby pods that are no longer wanted.
+    ttl.POLICY,  # Deletes the job when its TTL expires.
+    nodes.POLICY,  # Force-deletes pods of nodes that cannot delete them.
+)
