@@ -27,12 +27,12 @@ from PIL import Image
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.captions import OwnCaptions
 from finetune_trainer.data.prefetch import Prefetcher
-from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
+from finetune_trainer.data.prepare import DataRequirements, Preparation, PreparedData
 from finetune_trainer.data.sampling.order import SampleRef, sample_at
 from finetune_trainer.distributed.world import World
 from finetune_trainer.models.base import open_base
-from testing.measure.memory import forget_peak, peak_bytes
-from testing.measure.process import in_a_process
+from testing.measure.memory import peak_bytes, reset_peak
+from testing.measure.process import call_in_new_process
 from testing.measure.report import finish
 
 BASE = Path(__file__).parent.parent / "examples" / "base-circles"
@@ -67,7 +67,7 @@ def prepare(data: Path, cache: Path, say: Any, streaming: bool) -> PreparedData:
         }
     )
     world = World(0, 1, 0, torch.device("cpu"))
-    demand = Demand(OwnCaptions())
+    demand = DataRequirements(OwnCaptions())
     family = open_base(spec.model)
     return Preparation(spec, demand, family, world, torch.float32, cache, say, print).run()
 
@@ -91,7 +91,7 @@ def run_case(count: int, folder: Path, step_seconds: float, streaming: bool) -> 
     map_seconds = time.monotonic() - began
     gc.collect()
     map_peak = peak_bytes()
-    forget_peak()
+    reset_peak()
     began = time.monotonic()
     prepared = prepare(data, folder / f"cache-{count}", progress, streaming)
     reopen_seconds = time.monotonic() - began
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, float] = {}
     for count in options.images:
         with tempfile.TemporaryDirectory() as folder:
-            figures = in_a_process(run_case, count, Path(folder), options.step_seconds, options.streaming)
+            figures = call_in_new_process(run_case, count, Path(folder), options.step_seconds, options.streaming)
         result |= {f"{name}_{count}": round(value, 3) for name, value in figures.items()}
         rows.append([count, *(f"{value:.2f}" for value in figures.values())])
         print(*rows[-1], flush=True)

@@ -1,4 +1,4 @@
-"""A process of its own for what is measured: what one case leaves in memory would count as another's."""
+"""Separate processes for measurements: memory that one case leaves behind must not count for another."""
 
 from __future__ import annotations
 
@@ -12,41 +12,43 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def in_a_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function of a module in a fresh process.
+def call_in_new_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function of a module in a new process.
 
     Raises:
-        BrokenProcessPool: the process was killed, as by a machine that is out of memory.
+        BrokenProcessPool: the process was killed, for example when memory runs out.
     """
-    with another_process() as pool:
+    with new_process_pool() as pool:
         return pool.submit(function, *args, **kwargs).result()
 
 
-def another_process() -> ProcessPoolExecutor:
-    """One fresh process that calls functions, one after the other; nothing is said after what this process says."""
+def new_process_pool() -> ProcessPoolExecutor:
+    """Return an executor with one new process, which calls functions one after the other."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 @contextmanager
-def elsewhere(make: Callable[P, Callable[[], T]], *args: P.args, **kwargs: P.kwargs) -> Iterator[Callable[[], T]]:
-    """Make something in a fresh process; each call is carried out there, while this process waits.
+def build_in_new_process(
+    build: Callable[P, Callable[[], T]], *args: P.args, **kwargs: P.kwargs
+) -> Iterator[Callable[[], T]]:
+    """Call `build` in a new process, and yield a function that runs its result there.
 
     Raises:
         BrokenProcessPool: the process was killed.
     """
-    with another_process() as pool:
-        pool.submit(_make, make, args, kwargs).result()
+    with new_process_pool() as pool:
+        pool.submit(_build, build, args, kwargs).result()
         yield lambda: pool.submit(_call).result()
 
 
-_made: Callable[[], Any]
-"""What `elsewhere` has made in this process."""
+_built: Callable[[], Any]
+"""The function that `build_in_new_process` has built in this process."""
 
 
-def _make(make: Callable[..., Callable[[], Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    global _made  # noqa: PLW0603  the process is there for it alone
-    _made = make(*args, **kwargs)
+def _build(build: Callable[..., Callable[[], Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    global _built  # noqa: PLW0603  the process serves only this function
+    _built = build(*args, **kwargs)
 
 
 def _call() -> Any:
-    return _made()
+    return _built()

@@ -1,4 +1,4 @@
-"""What every measurement prints: a table for people, then JSON as the last line for programs."""
+"""Output of every measurement: a table for users, then one line of JSON for programs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Lay out rows under a header, columns as wide as their widest cell."""
+    """Return rows under a header as text; each column is as wide as its widest cell."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return "\n".join(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, here and in every rank.
+# Set before torch is imported, in this process and in every rank.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base model."""
+    """Return the folder of the tiny base model."""
     from testing.trainer import tiny  # noqa: PLC0415  slow to import
 
     return tiny.write_base(tmp_path_factory.mktemp("model") / "base")
@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny base of each family."""
+    """Return the folders of a tiny base model of each family, by family."""
     from testing.trainer import tiny  # noqa: PLC0415  slow to import
 
     folder = tmp_path_factory.mktemp("families")
@@ -33,7 +33,7 @@ def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data set."""
+    """Return the folder of the tiny data set."""
     from testing.trainer import tiny  # noqa: PLC0415  slow to import
 
     return tiny.write_data(tmp_path_factory.mktemp("data") / "data")
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(name="restored")
 def _restored() -> Iterator[None]:
-    """For a rank in this process: what it sets for a whole process is undone."""
+    """Undo the process-wide settings of a rank that runs in this process."""
     import torch  # noqa: PLC0415  slow to import
 
     yield

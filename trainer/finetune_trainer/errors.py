@@ -1,6 +1,7 @@
-"""Ways in which a rank ends early, each with the exit code that tells the operator what to do about it.
+"""Expected errors that end a rank, each with the exit code that selects the operator's reaction.
 
-Raised anywhere in the trainer with one sentence for a person; `rank.main` alone turns them into an exit.
+Any module of the trainer can raise them, with a one-line message for the user. Only `rank.main` turns them into an
+exit.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from finetune_contract.exit_codes import ExitCode
 
 
 class RankError(Exception):
-    """Base of the expected ends. Its text is one sentence that a person can act on."""
+    """Base of the expected errors. Its message is one line that a user can act on."""
 
     code: ClassVar[ExitCode] = ExitCode.SOFTWARE
 
 
 class ConfigError(RankError):
-    """The run specification cannot be run; the sentence names the field and what to write instead."""
+    """The run specification cannot be run. The message names the field and what to write instead."""
 
     code = ExitCode.CONFIG
 
 
 class DataError(RankError):
-    """The data set cannot be used as asked; the sentence names the field and what is there."""
+    """The data set does not match the specification. The message names the field and what the data set contains."""
 
     code = ExitCode.DATA
 
@@ -35,7 +36,7 @@ class StorageError(RankError):
 
 
 class StaleError(RankError):
-    """No checkpoint could be written for longer than is allowed: going on would lose more."""
+    """No checkpoint could be written for longer than allowed: further training would increase the possible loss."""
 
     code = ExitCode.STALE
 
@@ -47,6 +48,6 @@ class FabricError(RankError):
 
 
 class SupersededError(RankError):
-    """A newer attempt owns the checkpoints: this one must write nothing more."""
+    """A newer attempt owns the checkpoints: this one must not write again."""
 
     code = ExitCode.SUPERSEDED

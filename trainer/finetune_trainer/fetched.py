@@ -1,6 +1,7 @@
-"""Data sets and bases that lie in an object store: brought into the cache, where everything else finds files.
+"""Downloads data sets and base models from an object store into the cache, where other modules read them as files.
 
-An object that is there with its size is not fetched again, so a later attempt, and another job, begin at once.
+An object that the cache holds with the right size is not downloaded again, so a later attempt or another job starts at
+once.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from finetune_contract.bucket import Bucket, BucketError, is_bucket_url
 from finetune_trainer.errors import ConfigError, RankError, StorageError
 
 _SINGLE = (".safetensors", ".ckpt", ".parquet", ".tar")
-"""Ends of the names of objects that are a whole base or data set by themselves."""
-_AT_ONCE = 8
+"""Suffixes of objects that are a complete base model or data set."""
+_NUM_PARALLEL = 8
+"""Number of parallel downloads."""
 
 
 def fetch(location: str, field: str, cache_dir: Path, say: Callable[[str], None]) -> str:
-    """The local path of a location of the manifest: itself, or what is brought from an object store.
+    """Return the local path of a location in the manifest, after downloading it if it is in an object store.
 
     Args:
         location: path, hub id or URL.
-        field: where it stands in the manifest, for sentences.
+        field: its field in the manifest, for messages.
         cache_dir: folder that all jobs share.
-        say: told how far it is.
+        say: receives the progress.
 
     Raises:
-        ConfigError: nothing is there.
-        StorageError: the store cannot be read now, or the cache cannot be written.
+        ConfigError: the location does not exist.
+        StorageError: the object store cannot be read now, or the cache cannot be written.
     """
     if not is_bucket_url(location):
         return location
@@ -50,9 +52,9 @@ def _fetch_all(location: str, field: str, folder: Path, say: Callable[[str], Non
     bucket = Bucket(parent if is_single else location)
     names = [last] if is_single else bucket.names()
     if not names or (is_single and not bucket.exists(last)):
-        raise _nothing(location, field)
+        raise _missing(location, field)
     done = 0
-    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch") as pool:
+    with ThreadPoolExecutor(_NUM_PARALLEL, thread_name_prefix="fetch") as pool:
         for _ in pool.map(lambda name: _fetch_one(bucket, name, folder, field), names):
             done += 1
             say(f"{done}/{len(names)} objects fetched")
@@ -62,20 +64,22 @@ def _fetch_all(location: str, field: str, folder: Path, say: Callable[[str], Non
 def _fetch_one(bucket: Bucket, name: str, folder: Path, field: str) -> None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"{field}: the object {name!r} of {bucket.url} would lie outside of its folder; rename it")
+        raise ConfigError(
+            f"{field}: the object {name!r} of {bucket.url} would be stored outside the cache folder; rename it"
+        )
     try:
         if path.is_file() and path.stat().st_size == bucket.size_bytes(name):
             return
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
         try:
-            bucket.download(name, aside)
-            aside.replace(path)
+            bucket.download(name, temporary)
+            temporary.replace(path)
         finally:
             with contextlib.suppress(OSError):
-                aside.unlink()
+                temporary.unlink()
     except FileNotFoundError as error:
-        raise _nothing(f"{bucket.url}/{name}", field) from error
+        raise _missing(f"{bucket.url}/{name}", field) from error
 
 
-def _nothing(location: str, field: str) -> RankError:
-    return ConfigError(f"{field}: there is nothing at {location}; write the URL of a folder, or of one file, that is")
+def _missing(location: str, field: str) -> RankError:
+    return ConfigError(f"{field}: nothing exists at {location}; write the URL of an existing folder or file")

@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a power cut at any moment leaves the old one or the new one, never a half."""
+"""Atomic and durable writes: a kill or a power failure leaves the old file or the new one, never a part."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import secrets
 from pathlib import Path
 
 
-def write_aside(path: Path, data: bytes) -> None:
-    """Write a file beside its place, make it durable, and rename it into place. Makes missing parent folders.
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a temporary file, make it durable, and rename it to its path. Create missing parent folders.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: the file cannot be written; no temporary file remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         raise
     sync_folder(path.parent)
 
@@ -36,7 +36,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make a folder's entries durable: a rename counts only then."""
+    """Make a folder's entries durable, for example after a rename."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

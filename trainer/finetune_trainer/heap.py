@@ -1,7 +1,8 @@
-"""The C library's heap, told to keep what is freed: a step frees what the next one asks for again.
+"""Settings of the C library's heap that keep freed memory in the process: the next step allocates it again.
 
-glibc takes every large block from the kernel and gives it back at once. The kernel fills its pages with zeros, one by
-one, when they are touched: a third of a step of full fine-tuning on CPUs (docs/methods.md, "Speed and memory").
+By default glibc requests every large block from the kernel and returns it when it is freed. The kernel fills the pages
+with zeros one by one at the first access, which takes a third of a step of full fine-tuning on CPUs (docs/methods.md,
+"Speed and memory").
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
 _TOP_PAD_BYTES = 64 * 1024 * 1024
-"""What is asked for beyond what is needed, so that growing is seldom."""
+"""Extra memory that each growth of the heap requests, so that it grows rarely."""
 
 
-def keep_freed(env: Mapping[str, str]) -> bool:
-    """Keep what is freed in this process from now on, unless the environment has settings of its own (MALLOC_*).
+def keep_freed_memory(env: Mapping[str, str]) -> bool:
+    """Keep freed memory in this process from now on, unless the environment has its own settings (MALLOC_*).
 
     Returns:
-        Whether that is so: other C libraries have no such settings.
+        Whether the settings apply: other C libraries do not have them.
     """
     if any(name.startswith("MALLOC_") for name in env):
         return False
@@ -31,8 +32,8 @@ def keep_freed(env: Mapping[str, str]) -> bool:
     return all(mallopt(name, value) for name, value in settings)
 
 
-def give_back() -> None:
-    """Give back to the kernel what is free now, as between two parts of a run that have little in common."""
+def release_free_memory() -> None:
+    """Return the free memory to the kernel. Call it between two phases of a run that need different memory."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""The large libraries below the trainer: their settings, which they read when they are imported, and their import."""
+"""The large libraries of the trainer: their settings, which they read during import, and their import."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ HEAVY = (
     "diffusers.optimization",
     "peft.utils",
 )
-"""Modules that every rank imports sooner or later, seconds each."""
+"""Modules that every rank imports; each takes seconds."""
 LAZY = (
     ("diffusers", "AutoencoderKL"),
     ("diffusers", "UNet2DConditionModel"),
     ("transformers", "CLIPTextModel"),
     ("transformers", "CLIPTokenizer"),
 )
-"""Classes whose modules are imported when they are first asked for."""
+"""Classes whose modules are imported at the first access."""
 
 
 def prepare(env: Mapping[str, str]) -> None:
-    """Quiet the libraries' own bars, and keep the hub's files in the shared cache. Before any of them is imported."""
+    """Disable the libraries' progress bars, and store hub files in the shared cache. Call it before their import."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -36,10 +36,10 @@ def prepare(env: Mapping[str, str]) -> None:
 
 
 def preload() -> None:
-    """Import what a rank will want.
+    """Import the libraries that a rank needs.
 
     Raises:
-        ImportError: this installation cannot train.
+        ImportError: a library of the trainer is not installed.
     """
     for module in HEAVY:
         importlib.import_module(module)

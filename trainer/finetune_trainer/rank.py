@@ -1,6 +1,6 @@
 """Entry point of one rank: `python -m finetune_trainer.rank`, started by the supervisor with torch's variables.
 
-Takes SIGTERM before anything slow is imported, and turns every end into an exit code of the contract.
+Handles SIGTERM before slow imports, and turns every result into an exit code of the contract.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     Returns:
         An exit code of the contract.
     """
-    # Importing makes hundreds of thousands of objects that live on: looking for garbage among them costs a second.
+    # Imports create hundreds of thousands of permanent objects. Collecting garbage among them takes a second.
     gc.disable()
-    # Asked for by the supervisor before it ends a rank that stands still: every thread's stack, into the log.
+    # The supervisor requests the stacks of all threads in the log before it ends a rank that hangs.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     fd = env.get(environment.REPORT_FD)
@@ -46,8 +46,9 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     reporter.state(RankState.STARTING)
     libraries.prepare(env)
     try:
-        # Seconds of imports, which a notice may interrupt.
-        from finetune_trainer.train.run import read_context, run_rank  # noqa: PLC0415
+        # These imports take seconds. A preemption notice can interrupt them.
+        from finetune_trainer.train.context import read_context  # noqa: PLC0415
+        from finetune_trainer.train.run import run_rank  # noqa: PLC0415
 
         context = read_context(env, notice, reporter, on_save_stage)
         code = run_rank(context, env)
@@ -59,7 +60,7 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     except Exception:
         notice.hold()
         reporter.state(RankState.FAILED)
-        _LOG.exception("the trainer has failed in a way that nothing expected")
+        _LOG.exception("unexpected error in the trainer")
         return ExitCode.SOFTWARE
     reporter.state(RankState.SAVED if code is ExitCode.SAVED else RankState.DONE)
     return code
@@ -69,5 +70,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Tearing down torch takes up to a second and cannot matter any more.
+    # The regular teardown of torch takes up to a second and has no effect on the result.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""What a rank tells its supervisor: lines of RankReport on a pipe, and the log."""
+"""Reports from a rank to its supervisor (lines of RankReport on a pipe) and to the log."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from finetune_contract.heartbeat import CommittedCheckpoint, RankReport, RankSta
 
 _LOG = logging.getLogger(__name__)
 MIN_GAP_SECONDS = 0.2
-"""Progress is told at most so often; changes of state always."""
+"""Minimum time between two progress reports. Changes of state are reported at once."""
 NUM_WARNINGS = 5
 MAX_DETAIL = 500
 
 
 class Reporter:
-    """Sends the newest report. A pipe that is full or gone never holds training up: each line says all anew.
+    """Sends the newest report. Training never waits for the pipe: each line contains the complete report.
 
-    The loop's thread and the writer's use the same one.
+    The loop's thread and the writer's thread use the same reporter.
     """
 
     def __init__(self, rank: int, fd: int | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -36,66 +36,66 @@ class Reporter:
             os.set_blocking(fd, False)
 
     def state(self, state: RankState) -> None:
-        """Enter a state, unless it is in it."""
+        """Report a new state. A repetition of the current state is not reported."""
         if state is not self._report.state or not math.isfinite(self._sent_at):
             _LOG.info("%s", state.value.lower())
             self._send(state=state, detail=None)
 
     def detail(self, text: str) -> None:
-        """Say what the state is busy with; sent seldom."""
-        self._send_seldom(detail=text[:MAX_DETAIL])
+        """Report the progress within the state; rate-limited."""
+        self._send_limited(detail=text[:MAX_DETAIL])
 
     def begin(self, restored_step: int, total_steps: int) -> None:
-        """Say where this attempt begins."""
+        """Report the first and the last step of this attempt."""
         self._send(step=restored_step, restored_step=restored_step, total_steps=total_steps)
 
     def progress(self, step: int, loss: float, images_per_second: float | None) -> None:
-        """Say how far training is; sent seldom."""
+        """Report the progress of training; rate-limited."""
         finite = loss if math.isfinite(loss) else None
-        self._send_seldom(step=step, loss=finite, images_per_second=images_per_second)
+        self._send_limited(step=step, loss=finite, images_per_second=images_per_second)
 
     def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
-        """Say what was committed and verified."""
+        """Report a committed and verified checkpoint."""
         self._send(checkpoint=checkpoint)
 
     def checkpoint_error(self, text: str) -> None:
-        """Say why no newer checkpoint can be written; an empty text: it can."""
+        """Report why no newer checkpoint can be written; an empty text means that saving works again."""
         if text != (self._report.checkpoint_error or ""):
             self._send(checkpoint_error=text)
 
     def corrupt_checkpoints(self, number: int) -> None:
-        """Say how many damaged checkpoints lie set aside."""
+        """Report the number of damaged checkpoints that were renamed and kept."""
         self._send(corrupt_checkpoints=number)
 
     def outputs(self, outputs: tuple[WrittenOutput, ...]) -> None:
-        """Say what was written."""
+        """Report the written outputs."""
         self._send(outputs=outputs)
 
     def warn(self, text: str) -> None:
-        """Tell a person something."""
+        """Report a warning to the user."""
         _LOG.warning("%s", text)
-        self._tell(text)
+        self._add_warning(text)
 
     def note(self, text: str) -> None:
-        """Tell a person what was chosen for them; the status shows it where it shows warnings."""
+        """Report an automatic choice to the user. The status shows it next to the warnings."""
         _LOG.info("%s", text)
-        self._tell(text)
+        self._add_warning(text)
 
-    def _tell(self, text: str) -> None:
+    def _add_warning(self, text: str) -> None:
         with self._lock:
             self._send(warnings=(*self._report.warnings, text)[-NUM_WARNINGS:])
 
-    def _send_seldom(self, **news: Any) -> None:
+    def _send_limited(self, **changes: Any) -> None:
         with self._lock:
-            self._report = self._report.model_copy(update=news)
+            self._report = self._report.model_copy(update=changes)
             if self._clock() - self._sent_at >= MIN_GAP_SECONDS:
                 self._send()
 
-    def _send(self, **news: Any) -> None:
+    def _send(self, **changes: Any) -> None:
         with self._lock:
-            self._report = self._report.model_copy(update=news)
+            self._report = self._report.model_copy(update=changes)
             self._sent_at = self._clock()
             if self._fd is not None:
-                # Full: the next line says the same. Gone: so is the supervisor, and this process soon.
+                # If the pipe is full, the next line repeats the report. If it is closed, the supervisor has exited.
                 with contextlib.suppress(BlockingIOError, BrokenPipeError):
                     os.write(self._fd, self._report.to_json().encode() + b"\n")

@@ -1,7 +1,7 @@
-"""Safetensors files whose bytes follow from their contents alone.
+"""Safetensors files whose bytes depend only on their contents.
 
-The library's own writer puts metadata in the order of a hash map, which differs from process to process; two runs that
-trained the same weights would write different files.
+The library's own writer orders metadata by a hash map, whose order differs between processes: two runs with the same
+weights would write different files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LENGTH_BYTES = 8
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write named tensors with metadata, sorted.
+    """Write named tensors, with sorted metadata.
 
     Raises:
         OSError: the file cannot be written.
@@ -27,7 +27,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     end = _LENGTH_BYTES + int.from_bytes(plain[:_LENGTH_BYTES], "little")
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(plain[_LENGTH_BYTES:end])}
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Offsets count from the end of the header, which is padded so that the data is aligned.
+    # Offsets start at the end of the header, which is padded to align the data.
     text += b" " * (-len(text) % _LENGTH_BYTES)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little"))
@@ -36,10 +36,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def count_numbers(paths: Iterable[Path]) -> int:
-    """How many numbers the safetensors files among these hold, by their headers alone.
+    """Return the number of elements in the safetensors files among these paths. Only the headers are read.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     total = 0
     for path in paths:

@@ -1,1 +1,1 @@
-"""The ranks of one attempt: who they are, and the few collectives that the loop needs."""
+"""The ranks of one attempt, their collectives and their gradients."""

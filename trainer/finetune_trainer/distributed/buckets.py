@@ -1,7 +1,8 @@
-"""Gradients in flat buffers of a fixed layout, summed over the ranks together with the step's few common numbers.
+"""Gradients in flat buffers of a fixed layout, summed over the ranks together with the step's signals.
 
-The layout follows from the parameters' order and sizes alone. It is the same in every attempt, so the order in which
-floats are added never depends on where a run began (torch's DDP lays its buckets out anew after the first step).
+The layout depends only on the order and the sizes of the parameters. It is the same in every attempt, so the order in
+which floats are added does not depend on the step at which a run began (torch's DDP rebuilds its buckets after the
+first step).
 """
 
 from __future__ import annotations
@@ -17,27 +18,26 @@ from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal
 from finetune_trainer.distributed.world import World
 
 BUCKET_NUMEL = 16 * 1024 * 1024
-"""Elements of a bucket (64 MiB): large enough that the start of a collective costs nothing beside it."""
-
-
+"""Elements of a bucket (64 MiB): large enough that the latency of a collective is negligible."""
 _NUM_EXTRA = len(Signal) + 2 * NUM_TIMESTEP_BUCKETS
+"""Elements after the gradients in the last buffer."""
 
 
 class GradientBuckets:
     """The gradients of the trained parameters as views into flat fp32 buffers; see `Gradients`.
 
-    Each is moved into its buffer as soon as backward has it, so never are all of them in memory twice. The first of a
-    step is copied: nothing is set to zero for it and added to that. The last buffer ends with the losses by timestep
-    and one slot for each Signal, so that agreeing on a loss, or to stop, costs no collective of its own.
+    Each gradient is moved into its buffer as soon as backward has computed it, so the memory never holds all of them
+    twice. The first one of a step is copied, which saves setting the buffer to zero. The last buffer ends with the
+    losses by timestep and one slot for each Signal: the ranks agree on a loss, or to stop, without another collective.
     """
 
-    in_step: ClassVar[bool] = False
+    forward_is_collective: ClassVar[bool] = False
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         groups = assign_buckets([parameter.numel() for parameter in parameters], BUCKET_NUMEL)
         self._buffers: list[Tensor] = []
         self._views: dict[nn.Parameter, Tensor] = {}
-        self._taken: set[nn.Parameter] = set()
+        self._filled: set[nn.Parameter] = set()
         for group in groups:
             members = [parameters[index] for index in group]
             is_last = group is groups[-1]
@@ -49,35 +49,35 @@ class GradientBuckets:
                 offset += parameter.numel()
             self._buffers.append(buffer)
         self.signals = self._buffers[-1][-len(Signal) :]
-        """The common numbers (len(Signal),): set before `reduce`, read after it."""
+        """Values that are summed over the ranks (len(Signal),): set before `reduce`, read after it."""
         self.by_timestep = self._buffers[-1][-_NUM_EXTRA : -len(Signal)].view(2, NUM_TIMESTEP_BUCKETS)
-        """Sums and counts of the samples' losses by tenth of the schedule, as the signals."""
+        """Sums and counts of the samples' losses by tenth of the schedule; used like the signals."""
 
         for parameter in self._views:
-            parameter.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(self._move_gradient)  # type: ignore[no-untyped-call]
         self.clear()
 
     def clear(self) -> None:
-        """Drop the last step's gradients, and set the signals to zero."""
-        self._taken.clear()
+        """Drop the gradients of the last step, and set the signals to zero."""
+        self._filled.clear()
         self._buffers[-1][-_NUM_EXTRA:].zero_()
         for parameter in self._views:
             parameter.grad = None
 
-    def _take(self, parameter: Tensor) -> None:
-        """Move a gradient that backward has just finished into its buffer."""
+    def _move_gradient(self, parameter: Tensor) -> None:
+        """Move a gradient into its buffer, right after backward has computed it."""
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
         view = self._views[parameter]
-        if parameter in self._taken:
+        if parameter in self._filled:
             view.add_(parameter.grad)
         else:
             view.copy_(parameter.grad)
-            self._taken.add(parameter)
+            self._filled.add(parameter)
         parameter.grad = None
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing is said to other ranks in it."""
+        """Return a block without collectives."""
         return contextlib.nullcontext()
 
     def reduce(self, world: World) -> None:
@@ -87,21 +87,21 @@ class GradientBuckets:
             FabricError: a peer was lost.
         """
         for parameter, view in self._views.items():
-            if parameter not in self._taken:
-                # Backward did not come to it.
+            if parameter not in self._filled:
+                # Backward did not reach it.
                 view.zero_()
             parameter.grad = view
         for buffer in self._buffers:
             world.sum(buffer)
 
     def norm(self) -> Tensor:
-        """Their common 2-norm."""
+        """Return the 2-norm of all gradients."""
         norms = [torch.linalg.vector_norm(part) for part in self._gradients()]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
     def scale(self, factor: float) -> None:
-        """Multiply all of them."""
+        """Multiply all gradients."""
         for part in self._gradients():
             part.mul_(factor)
 
@@ -110,7 +110,7 @@ class GradientBuckets:
 
 
 def assign_buckets(sizes: Sequence[int], bucket_numel: int) -> list[list[int]]:
-    """Group parameters, in order, into buckets of at most `bucket_numel` elements; a larger one gets its own.
+    """Group parameters, in order, into buckets of at most `bucket_numel` elements; a larger parameter gets its own.
 
     Args:
         sizes: elements of each parameter; at least one parameter.

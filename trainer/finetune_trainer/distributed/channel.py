@@ -1,6 +1,6 @@
-"""Words from rank to rank beside the collectives: the writers' threads tell rank 0 what they have written.
+"""Messages between ranks outside the collectives: the writer threads report to rank 0 which files they have written.
 
-Collectives belong to the loop's thread; a word may come at any time, and nobody but rank 0's writer waits for one.
+Only the loop's thread may start collectives. A message can arrive at any time, and only rank 0's writer waits for one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ POLL = timedelta(milliseconds=200)
 
 
 class Channel:
-    """A store of words that rank 0 holds. Made by all ranks together; each uses it from one thread."""
+    """A message store on rank 0. All ranks create it together; each uses it from one thread."""
 
     def __init__(self, world: World) -> None:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -27,36 +27,36 @@ class Channel:
         port = world.share(server.port if server else 0)
         self._store = server or _connect(host, port)
 
-    def tell(self, key: str, word: str) -> None:
-        """Leave a word.
+    def send(self, key: str, message: str) -> None:
+        """Store a message under a key.
 
         Raises:
-            FabricError: rank 0 is gone.
+            FabricError: rank 0 is lost.
         """
         try:
-            self._store.set(key, word)
+            self._store.set(key, message)
         except RuntimeError as error:
-            raise FabricError(f"rank 0 cannot be told of {key}: {error}") from error
+            raise FabricError(f"cannot send {key} to rank 0: {error}") from error
 
-    def hear(self, key: str, go_on: Callable[[], bool]) -> str:
-        """Wait for a word, and take it out.
+    def receive(self, key: str, keep_waiting: Callable[[], bool]) -> str:
+        """Wait for a message, and remove it from the store.
 
         Args:
-            key: under which it was left.
-            go_on: asked several times a second whether to wait still.
+            key: key of the message.
+            keep_waiting: called several times a second; False ends the wait.
 
         Raises:
-            FabricError: no need to wait any longer.
+            FabricError: `keep_waiting` returned False.
         """
-        while go_on():
+        while keep_waiting():
             try:
                 self._store.wait([key], POLL)
             except DistStoreError:
                 continue
-            word: str = self._store.get(key).decode()
+            message: str = self._store.get(key).decode()
             self._store.delete_key(key)
-            return word
-        raise FabricError(f"nobody waits for {key} any more")
+            return message
+        raise FabricError(f"stopped waiting for {key}")
 
 
 def _serve(host: str) -> TCPStore:
@@ -67,4 +67,4 @@ def _connect(host: str, port: int) -> TCPStore:
     try:
         return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=CONNECT_TIMEOUT)
     except RuntimeError as error:
-        raise FabricError(f"rank 0 cannot be reached at {host}:{port}: {error}") from error
+        raise FabricError(f"cannot reach rank 0 at {host}:{port}: {error}") from error

@@ -1,4 +1,4 @@
-"""What the loop asks of gradients: of a lone rank (`local`), whole on all ranks (`buckets`), in slices (`sharding`)."""
+"""Interface of the gradients: of a single rank (`local`), complete on all ranks (`buckets`), in slices (`sharding`)."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from torch import Tensor
 from finetune_trainer.distributed.world import World
 
 NUM_TIMESTEP_BUCKETS = 10
-"""The losses of a step are told apart by the tenth of the schedule that their timesteps are in."""
+"""The losses of a step are grouped by the tenth of the schedule that contains their timestep."""
 
 
 class Signal(IntEnum):
-    """Slots of the numbers that travel with the gradients; each is summed over the ranks."""
+    """Values that are summed over the ranks together with the gradients."""
 
     LOSS = 0
     """Sum of the samples' losses."""
     SAMPLES = 1
     """Number of samples that the losses were summed over."""
     NOTICES = 2
-    """Ranks that have been told to stop."""
+    """Number of ranks that have a preemption notice."""
     SAVE_DUE = 3
-    """1 where the clock of rank 0 says that a checkpoint is due."""
+    """1 if a checkpoint is due by the clock of rank 0."""
 
 
 class Gradients(Protocol):
-    """The gradients of one step, and the step's few common numbers."""
+    """The gradients and signals of one step."""
 
-    in_step: ClassVar[bool]
-    """Whether a forward pass is a collective: then all ranks make as many of them."""
+    forward_is_collective: ClassVar[bool]
+    """Whether a forward pass is a collective: then all ranks make the same number of them."""
     signals: Tensor
-    """The common numbers (len(Signal),): set before `reduce`, read after it."""
+    """Values that are summed over the ranks (len(Signal),): set before `reduce`, read after it."""
     by_timestep: Tensor
-    """Sums and counts of the samples' losses by tenth of the schedule (2, NUM_TIMESTEP_BUCKETS), as the signals."""
+    """Sums and counts of the samples' losses by tenth of the schedule (2, NUM_TIMESTEP_BUCKETS), like the signals."""
 
     def clear(self) -> None:
-        """Drop the last step's gradients, and set the signals to zero."""
+        """Drop the gradients of the last step, and set the signals to zero."""
         ...
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
-        """The block that makes forward and backward passes.
+        """Return the block in which the forward and backward passes run.
 
         Raises:
-            FabricError: a peer was lost in it.
+            FabricError: a peer was lost in the block.
         """
         ...
 
@@ -58,14 +58,14 @@ class Gradients(Protocol):
         ...
 
     def norm(self) -> Tensor:
-        """The common 2-norm of all gradients (scalar), once they are reduced."""
+        """Return the 2-norm of all gradients (scalar). Call it after `reduce`."""
         ...
 
     def scale(self, factor: float) -> None:
-        """Multiply all gradients, once they are reduced."""
+        """Multiply all gradients. Call it after `reduce`."""
         ...
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What gradients of a finite norm are multiplied by so that it is at most `max_norm`; 0 leaves them as they are."""
+    """Return the factor that limits a finite gradient norm to `max_norm`; a `max_norm` of 0 disables clipping."""
     return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0

@@ -1,4 +1,4 @@
-"""Gradients of a rank that is alone: they stay where backward puts them."""
+"""Gradients of a single rank: they stay where backward puts them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from finetune_trainer.distributed.world import World
 
 
 class LocalGradients:
-    """Gradients that nobody else needs; see `Gradients`. They take no memory between two steps."""
+    """Gradients that no other rank needs; see `Gradients`. They take no memory between two steps."""
 
-    in_step: ClassVar[bool] = False
+    forward_is_collective: ClassVar[bool] = False
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self._parameters = list(parameters)
@@ -25,7 +25,7 @@ class LocalGradients:
         self.by_timestep = torch.zeros(2, NUM_TIMESTEP_BUCKETS, dtype=torch.float32, device=device)
 
     def clear(self) -> None:
-        """Drop the last step's gradients, and set the signals to zero."""
+        """Drop the gradients of the last step, and set the signals to zero."""
         self._gradients.clear()
         for parameter in self._parameters:
             parameter.grad = None
@@ -33,11 +33,11 @@ class LocalGradients:
         self.by_timestep.zero_()
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing is said to other ranks in it."""
+        """Return a block without collectives."""
         return contextlib.nullcontext()
 
     def reduce(self, world: World) -> None:
-        """There is nobody to sum with. What backward did not come to has a gradient of zero, as with several ranks."""
+        """Set gradients that backward did not compute to zero, as with several ranks. There is nothing to sum."""
         assert world.size == 1
         for parameter in self._parameters:
             if parameter.grad is None:
@@ -45,10 +45,10 @@ class LocalGradients:
             self._gradients.append(parameter.grad)
 
     def norm(self) -> Tensor:
-        """Their common 2-norm."""
+        """Return the 2-norm of all gradients."""
         return nn.utils.get_total_norm(self._gradients)
 
     def scale(self, factor: float) -> None:
-        """Multiply all of them."""
+        """Multiply all gradients."""
         for gradient in self._gradients:
             gradient.mul_(factor)

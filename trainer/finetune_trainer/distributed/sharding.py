@@ -1,10 +1,10 @@
-"""Sharded training (torch's FSDP2): each rank holds a slice of what is trained, of its gradients and of its optimizer.
+"""Sharded training (torch's FSDP2): each rank holds a slice of the trained weights, gradients and optimizer state.
 
-With offload the slices lie in the host's memory and only the weights of the part that is at work are on the device. A
-rank that is alone then holds one slice, the whole, by the same code.
+With offload the slices are in host memory, and the device holds only the weights of the module that computes. A single
+rank then holds one slice, which is the complete tensor, with the same code.
 
-A parameter's slice is also there as a plain tensor in the same memory: optimizer, average and checkpoints work on
-those, and know nothing of the rest. Slices are cut along the first dimension, as `torch.chunk` cuts.
+A parameter's slice is also available as a plain tensor in the same memory. The optimizer, the weight average and the
+checkpoints use these tensors only. Slices are cut along the first dimension, like those of `torch.chunk`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal
 from finetune_trainer.distributed.world import World
 
 _BLOCKS = ("down_blocks", "up_blocks", "resnets", "transformer_blocks", "layers")
-"""Lists of modules whose weights are gathered and let go one by one, in UNets, ControlNets and text encoders. The small
-ones inside the large blocks, too, for one of SDXL's large ones has half of its weights."""
+"""Lists of modules whose weights are gathered and released one by one, in UNets, ControlNets and text encoders. They
+include the small modules inside the large blocks, because one of SDXL's large blocks has half of its weights."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a parameter lives: it is another object after sharding, and while it is gathered."""
+class _ParameterSlot:
+    """The attribute that holds a parameter: sharding and gathering replace the parameter object in it."""
 
     module: nn.Module
     name: str
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What is there now."""
+        """The current parameter object."""
         found = self.module._parameters[self.name]
         assert found is not None
         return found
@@ -47,10 +47,10 @@ class Shards:
     """The slices of one rank.
 
     Args:
-        modules: what is trained, whole on every rank and the same; they are sharded in place.
-        parameters: their trained parameters, by the names under which checkpoints hold them.
+        modules: the trained modules, complete and equal on every rank; they are sharded in place.
+        parameters: their trained parameters, by their names in checkpoints.
         world: the ranks.
-        offload: where the slices lie.
+        offload: where the slices are stored.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Shards:
         self._world = world
         self._offloads = offload is Offload.CPU
         self._classes = {module: type(module) for module in modules}
-        places = {
-            id(parameter): _Place(owner, name)
+        slots = {
+            id(parameter): _ParameterSlot(owner, name)
             for module in modules
             for owner in module.modules()
             for name, parameter in owner.named_parameters(recurse=False)
         }
-        self._places = {name: places[id(parameter)] for name, parameter in parameters.items()}
+        self._slots = {name: slots[id(parameter)] for name, parameter in parameters.items()}
         world.as_group()
         mesh = init_device_mesh(world.device.type, (world.size,))
         policy = offload_policy(offload, world.device)
@@ -78,39 +78,39 @@ class Shards:
                 fully_shard(part, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
         self._sharded = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
         for part in self._sharded:
-            # Every loss is divided by the global batch already.
+            # Every loss is already divided by the global batch.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
         self.parameters: dict[str, nn.Parameter] = {
-            name: nn.Parameter(_local(place.parameter)) for name, place in self._places.items()
+            name: nn.Parameter(_local(slot.parameter)) for name, slot in self._slots.items()
         }
-        """This rank's slices, by name; for the optimizer."""
+        """This rank's slices by name, for the optimizer."""
         self.offsets = {
-            name: slice_offset(tuple(place.parameter.shape), world.rank, world.size)
-            for name, place in self._places.items()
+            name: slice_offset(tuple(slot.parameter.shape), world.rank, world.size)
+            for name, slot in self._slots.items()
         }
-        """Where each slice begins in the whole tensor."""
-        self.shapes = {name: tuple(place.parameter.shape) for name, place in self._places.items()}
-        """Shapes of the whole tensors."""
+        """Offset of each slice in the complete tensor."""
+        self.shapes = {name: tuple(slot.parameter.shape) for name, slot in self._slots.items()}
+        """Shapes of the complete tensors."""
 
     def take_gradients(self) -> None:
-        """Give the slices the gradients that the last backward pass has summed over the ranks."""
-        for name, place in self._places.items():
-            gradient = place.parameter.grad
+        """Set the slices' gradients to those that the last backward pass has summed over the ranks."""
+        for name, slot in self._slots.items():
+            gradient = slot.parameter.grad
             slice_ = self.parameters[name]
             slice_.grad = torch.zeros_like(slice_) if gradient is None else _local(gradient)
 
     def clear_gradients(self) -> None:
-        """Drop them."""
-        for name, place in self._places.items():
-            place.parameter.grad = None
+        """Drop all gradients."""
+        for name, slot in self._slots.items():
+            slot.parameter.grad = None
             self.parameters[name].grad = None
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within this block every rank holds all weights, and forward passes are no collectives. All ranks enter it.
+        """Within this block every rank holds all weights, and forward passes are not collectives. All ranks enter it.
 
-        A rank that is alone waits for nobody, and there may be no room for all of them.
+        A single rank gathers nothing: its passes need no other rank, and the device may have no room for all weights.
         """
         if self._world.size == 1:
             yield
@@ -128,14 +128,14 @@ class Shards:
             self._finish_reading()
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """Within this block rank 0's modules are what they were before sharding, to be written. All ranks enter it."""
-        kept = {name: place.parameter for name, place in self._places.items()}
+    def unsharded(self) -> Iterator[None]:
+        """Within this block rank 0's modules are as before sharding, for the export. All ranks enter it."""
+        kept = {name: slot.parameter for name, slot in self._slots.items()}
         sharded_classes = {module: type(module) for module in self._classes}
         for name, parameter in kept.items():
             full = self._full(parameter)
             if self._world.is_first:
-                self._places[name].module._parameters[self._places[name].name] = nn.Parameter(full)
+                self._slots[name].module._parameters[self._slots[name].name] = nn.Parameter(full)
         try:
             for module, plain in self._classes.items():
                 module.__class__ = plain
@@ -143,20 +143,20 @@ class Shards:
         finally:
             for module, sharded in sharded_classes.items():
                 module.__class__ = sharded
-            for name, place in self._places.items():
-                place.module._parameters[place.name] = kept[name]
+            for name, slot in self._slots.items():
+                slot.module._parameters[slot.name] = kept[name]
 
     def _full(self, parameter: nn.Parameter) -> Tensor:
-        """The whole of a parameter, where its slices lie. All ranks call it."""
+        """Return the complete parameter, in the memory where its slices are stored. All ranks call it."""
         if self._offloads and self._world.size == 1:
             return _local(parameter)
-        # The ranks' collectives are those of the device.
+        # The collectives of the ranks run on the device.
         on_device: Any = parameter.detach().to(self._world.device)
         full: Tensor = on_device.full_tensor()
         return full.cpu() if self._offloads else full
 
     def _finish_reading(self) -> None:
-        """Slices in the host's memory may change behind this: the device has read them."""
+        """Wait until the device has read the slices in host memory: after this they may change."""
         if self._offloads and self._world.device.type != "cpu":
             torch.accelerator.synchronize()
 
@@ -164,39 +164,39 @@ class Shards:
 class ShardedGradients:
     """Gradients in slices; see `Gradients`."""
 
-    in_step: ClassVar[bool] = True
+    forward_is_collective: ClassVar[bool] = True
 
     def __init__(self, shards: Shards, world: World) -> None:
         self._shards = shards
         self._world = world
-        # The square of the norm travels with the signals.
+        # The squared norm is summed together with the signals.
         size = 2 * NUM_TIMESTEP_BUCKETS + len(Signal) + 1
         self._numbers = torch.zeros(size, dtype=torch.float32, device=world.device)
         self.by_timestep = self._numbers[: 2 * NUM_TIMESTEP_BUCKETS].view(2, NUM_TIMESTEP_BUCKETS)
         self.signals = self._numbers[2 * NUM_TIMESTEP_BUCKETS : -1]
 
     def clear(self) -> None:
-        """Drop the last step's."""
+        """Drop the gradients of the last step, and set the signals to zero."""
         self._shards.clear_gradients()
         self._numbers.zero_()
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
-        """Weights are gathered and gradients are summed in it."""
-        return self._world.peers("gathering weights")
+        """Return the block in which weights are gathered and gradients are summed."""
+        return self._world.watch_collectives("gathering weights")
 
     def reduce(self, world: World) -> None:
-        """Gradients are summed already: the signals, and the norm."""
+        """Sum the signals and the norm over the ranks. The backward pass has summed the gradients."""
         self._shards.take_gradients()
         squares = [gradient.square().sum() for gradient in self._gradients()]
         self._numbers[-1] = torch.stack(squares).sum().to(self._numbers.device)
         world.sum(self._numbers)
 
     def norm(self) -> Tensor:
-        """The norm, whose square the ranks have summed."""
+        """Return the 2-norm of all gradients, from its square that the ranks have summed."""
         return self._numbers[-1].sqrt()
 
     def scale(self, factor: float) -> None:
-        """Multiply this rank's slices."""
+        """Multiply the gradients of this rank's slices."""
         for gradient in self._gradients():
             gradient.mul_(factor)
 
@@ -206,26 +206,26 @@ class ShardedGradients:
 
 
 def offload_policy(offload: Offload, device: torch.device) -> OffloadPolicy:
-    """FSDP2's policy; memory that a GPU reads is pinned, so that it reads beside its work."""
+    """Return FSDP2's policy. Memory that a GPU reads is pinned, so that the copies overlap with computation."""
     if offload is Offload.NONE:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=device.type != "cpu")
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered one by one: what is inside another comes before it."""
+    """Yield the modules that are gathered one by one, inner modules before those that contain them."""
     for name, part in reversed(list(module.named_modules())):
         if isinstance(part, nn.ModuleList) and name.rpartition(".")[2] in _BLOCKS:
             yield from part
 
 
 def _local(tensor: Any) -> Tensor:
-    """This rank's slice, in the same memory."""
+    """Return this rank's slice, in the same memory."""
     local: Tensor = tensor.detach().to_local()
     return local
 
 
 def slice_offset(shape: tuple[int, ...], rank: int, size: int) -> tuple[int, ...]:
-    """Where a rank's slice begins, as `torch.chunk` cuts."""
+    """Return the offset of a rank's slice, as `torch.chunk` cuts."""
     rows = -(-shape[0] // size)
     return (min(rank * rows, shape[0]), *(0 for _ in shape[1:]))

@@ -1,7 +1,7 @@
-"""The world that a rank belongs to, and its collectives.
+"""The world of a rank, and its collectives.
 
-One object stands for both one rank alone and many, so that nothing above asks how many there are. Every collective that
-fails because a peer is gone raises FabricError with one sentence.
+One class represents both a single rank and many, so callers do not check the number of ranks. A collective that fails
+because a peer is lost raises FabricError with a one-line message.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_trainer.errors import ConfigError, FabricError
 
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, GROWTH = 0.02, 2.0, 1.2
-"""Between two looks whether rank 0 is there: a fifth of the time waited so far, for each look asks a name server."""
+"""Pauses between two attempts to reach rank 0. They grow with the time waited, because each attempt queries DNS."""
 
-_FABRIC_WORDS = ("gloo", "NCCL", "Connection closed", "Connection reset", "connect() timed out")
-"""In what torch says when a connection breaks."""
+_FABRIC_ERRORS = ("gloo", "NCCL", "Connection closed", "Connection reset", "connect() timed out")
+"""Parts of torch's messages when a connection breaks."""
 _CPU_BACKENDS = ("gloo", "ccl")
 
 T = TypeVar("T")
@@ -35,13 +35,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place among the others.
+    """This rank's position in the world.
 
     Attributes:
-        rank: number of this rank, from 0.
+        rank: global number of this rank, from 0.
         size: number of ranks.
-        local_rank: number of this rank on its node.
-        device: where this rank computes.
+        local_rank: number of this rank on its node, from 0.
+        device: device that this rank computes on.
     """
 
     rank: int
@@ -51,37 +51,37 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which alone writes what all share."""
+        """Whether this is rank 0, the only rank that writes shared files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks, in place; every rank gets the same bits."""
+        """Sum a tensor over all ranks, in place. Every rank gets the same bits."""
         if self.size > 1:
-            with self._peers("all_reduce"):
+            with self._collective("all_reduce"):
                 dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this."""
         self.sum(torch.zeros(1, device=self.device))
 
     def gather_numbers(self, number: int) -> list[int]:
-        """Tell all ranks a number of each, by rank."""
+        """Return the numbers that all ranks pass, by rank."""
         numbers = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         numbers[self.rank] = number
         return [int(each) for each in self.sum(numbers).tolist()]
 
     def share(self, value: T, source: int = 0) -> T:
-        """Give every rank the value that one holds, rank 0 unless another is named; picklable and small."""
+        """Return the value of the source rank (default: rank 0) on every rank. It must be picklable and small."""
         if self.size == 1:
             return value
         box: list[T] = [value]
-        with self._peers("broadcast"):
+        with self._collective("broadcast"):
             dist.broadcast_object_list(box, src=source, device=self.device)
         return box[0]
 
     def share_tensors(self, tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
-        """Give every rank the named tensors that one rank holds, as copies on the CPU; the others pass None."""
+        """Return the named tensors of the source rank on every rank, copied to the CPU. The other ranks pass None."""
         if self.size == 1:
             assert tensors is not None
             return dict(tensors)
@@ -92,26 +92,28 @@ class World:
         for name, shape, dtype in header:
             value = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name]
             moved = value.to(self.device).contiguous()
-            with self._peers("broadcast"):
+            with self._collective("broadcast"):
                 dist.broadcast(moved, src=source)
             shared[name] = moved.cpu()
         return shared
 
     def as_group(self) -> None:
-        """See to it that torch has a process group: a rank that is alone has none unless something of torch's asks."""
+        """Create a process group if torch has none: a single rank needs one only for some of torch's features."""
         if not dist.is_initialized():
             backend = dist.get_default_backend_for_device(self.device)
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
 
     def close(self) -> None:
-        """Leave the world in good order, when all ranks do."""
+        """Destroy the process group. All ranks call it at the end."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
     @contextlib.contextmanager
-    def peers(self, what: str) -> Iterator[None]:
-        """A block of somebody else's collectives, with errors of its own besides.
+    def watch_collectives(self, what: str) -> Iterator[None]:
+        """Convert the loss of a peer to FabricError in a block with collectives of torch itself.
+
+        Other errors of the block pass through unchanged.
 
         Raises:
             FabricError: a peer was lost.
@@ -119,14 +121,14 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, dist.DistError) or any(word in str(error) for word in _FABRIC_WORDS):
+            if isinstance(error, dist.DistError) or any(part in str(error) for part in _FABRIC_ERRORS):
                 first_line = str(error).strip().splitlines()[0]
                 raise FabricError(f"rank {self.rank} lost a peer in {what}: {first_line}") from error
             raise
 
     @contextlib.contextmanager
-    def _peers(self, what: str) -> Iterator[None]:
-        """Tell the loss of a peer from an error of our own: torch raises RuntimeError for both."""
+    def _collective(self, what: str) -> Iterator[None]:
+        """Convert every RuntimeError of one collective to FabricError: torch raises it when a peer is lost."""
         try:
             yield
         except RuntimeError as error:
@@ -135,17 +137,17 @@ class World:
 
 
 def _load_backend(backend: str) -> None:
-    """oneCCL is a backend only once its binding was imported."""
+    """Import oneCCL's binding, which registers its backend."""
     if backend == "ccl":
         importlib.import_module("oneccl_bindings_for_pytorch")
 
 
-def await_rank_0(host: str, port: int, patience: timedelta = COLLECTIVE_TIMEOUT) -> None:
-    """Wait until rank 0 listens. torch's own client waits ever longer between two tries: it may sleep through a start.
+def wait_for_rank_0(host: str, port: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
+    """Wait until rank 0 listens, or the timeout has passed: torch then reports the error.
 
-    Returns where it never does, too: torch then says so.
+    torch's own client waits with long and growing pauses, so it can notice the start of rank 0 late.
     """
-    deadline, pause = time.monotonic() + patience.total_seconds(), FIRST_PAUSE_SECONDS
+    deadline, pause = time.monotonic() + timeout.total_seconds(), FIRST_PAUSE_SECONDS
     while time.monotonic() < deadline:
         try:
             socket.create_connection((host, port), timeout=MAX_PAUSE_SECONDS).close()
@@ -157,13 +159,13 @@ def await_rank_0(host: str, port: int, patience: timedelta = COLLECTIVE_TIMEOUT)
 
 
 def join_world(env: Mapping[str, str]) -> World:
-    """Meet the other ranks, by torch's standard variables and the pod's backend.
+    """Join the other ranks, by torch's standard variables and the pod's backend.
 
     Raises:
-        ConfigError: the backend is not there.
-        FabricError: the others did not come.
+        ConfigError: the backend is not installed.
+        FabricError: not all ranks joined in time.
     """
-    from accelerate import PartialState  # noqa: PLC0415  the rank answers SIGTERM before this slow import
+    from accelerate import PartialState  # noqa: PLC0415  slow: the rank handles SIGTERM before it
 
     size, rank = int(env.get("WORLD_SIZE", "1")), int(env.get("RANK", "0"))
     backend = env.get(environment.BACKEND) or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -171,12 +173,12 @@ def join_world(env: Mapping[str, str]) -> World:
         if size > 1:
             _load_backend(backend)
             if rank:
-                await_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+                wait_for_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-        # Finds the device of this rank, and takes the process group as it is.
+        # Finds the device of this rank, and uses the existing process group.
         state = PartialState(cpu=backend in _CPU_BACKENDS)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{environment.BACKEND}: {backend!r} is not available here: {error}") from error
+        raise ConfigError(f"{environment.BACKEND}: {backend!r} is not available in this image: {error}") from error
     except RuntimeError as error:
-        raise FabricError(f"rank {rank} of {size} could not meet the others: {error}") from error
+        raise FabricError(f"rank {rank} of {size} could not join the other ranks: {error}") from error
     return World(state.process_index, state.num_processes, max(0, state.local_process_index), state.device)
