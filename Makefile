@@ -39,7 +39,7 @@ mutate: install ## remove one policy, cause or rule at a time; do the tests noti
 	@$(BIN)/python -m tools.mutate $(ARGS)
 
 docs: install ## build the documentation site into site/; broken links are errors
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 control-plane: install ## run a real API server, scheduler and kwok on loopback until Ctrl-C; prints the kubeconfig
 	@$(BIN)/python -m testing.controlplane

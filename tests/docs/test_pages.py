@@ -1,0 +1,99 @@
+"""The documentation is complete and correct: links, paths, make targets, reasons, methods, decisions."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune_operator.api.conditions import CONDITIONS
+from finetune_operator.api.reasons import REASONS, CountsAs, Reason
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ADRS = sorted(DOCS.glob("adr/[0-9]*.md"))
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), ROOT / "examples/base-circles/README.md"])
+FOLDERS = (
+    "",
+    "operator/finetune_operator",
+    "operator/finetune_operator/cluster",
+    "trainer",
+    "trainer/finetune_trainer",
+    "docs",
+)
+"""Folders that a path in the documentation may be relative to."""
+PREFIXES = (
+    "operator|trainer|tests|testing|bench|tools|docs|examples|images|crds|charts|plan|cluster|api|cli|server|manifests"
+    "|coordinator|methods|models|data|checkpoint|distributed|supervisor|train|finetune_trainer|finetune_contract"
+)
+PATH = re.compile(rf"`((?:{PREFIXES})/[\w./-]+\.(?:py|yaml|md|toml|sh))`")
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_paths_and_targets_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):
+        assert (page.parent / target).exists(), f"{page_id(page)} links to {target}"
+    for path in PATH.findall(text):
+        assert any((ROOT / folder / path).exists() for folder in FOLDERS), f"{page_id(page)} names the file {path}"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for target in re.findall(r"`make ([a-z-]+[a-z])[`\s]", text):
+        assert target in targets, f"{page_id(page)} names the target make {target}"
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "index.html").exists()
+
+
+def test_the_site_navigation_contains_every_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if page not in ADRS]
+    assert [page for page in pages if page not in navigation] == [], "add these pages to nav in mkdocs.yml"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in DOCS.glob("*.md") if f"docs/{page.name}" not in text] == []
+
+
+def test_decisions_are_numbered_without_gaps_and_listed() -> None:
+    index = (DOCS / "adr/README.md").read_text(encoding="utf-8")
+    for number, path in enumerate(ADRS, start=1):
+        title = path.read_text(encoding="utf-8").splitlines()[0]
+        assert path.name.startswith(f"{number:04}-"), f"decision {number} is missing"
+        assert title.startswith(f"# {number}. "), f"{path.name}: the title starts with its number"
+        assert f"[{title.removeprefix('# ')}]({path.name})" in index, f"add {path.name} to docs/adr/README.md"
+
+
+def test_troubleshooting_has_one_section_for_each_reason_and_alert() -> None:
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^### (\w+)\n.+$", text, re.MULTILINE)
+    assert set(REASONS) == set(Reason)
+    alerts = re.findall(r"alert: (\w+)", (ROOT / "charts/finetune-operator/templates/alerts.yaml").read_text())
+    missing = {*(reason.value for reason in REASONS), *alerts} - set(titles)
+    assert not missing, f"add the sections {sorted(missing)} to docs/troubleshooting.md"
+    assert len(titles) == len(set(titles))
+    known = {*(reason.value for reason in REASONS), *(condition.value for condition in CONDITIONS), *alerts}
+    assert set(titles) <= known, "these sections explain what no longer exists"
+
+
+@pytest.mark.parametrize(("title", "counted"), [("Preemptions", CountsAs.PREEMPTION), ("Failures", CountsAs.FAILURE)])
+def test_troubleshooting_groups_reasons_by_what_they_count_as(title: str, counted: CountsAs) -> None:
+    chapters = re.split(r"^## ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (chapter,) = (chapter for chapter in chapters if chapter.startswith(title))
+    others = {reason.value for reason, doc in REASONS.items() if doc.counts_as not in (None, counted)}
+    titles = set(re.findall(r"^### (\w+)", chapter, re.MULTILINE))
+    assert {reason.value for reason, doc in REASONS.items() if doc.counts_as is counted} <= titles
+    assert not others & titles

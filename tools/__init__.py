@@ -1,0 +1,1 @@
+"""Tools of the repository: installation, generated files, mutation checks, documentation hooks."""
