@@ -1,10 +1,10 @@
-"""The coordinator under the beats of thousands of supervisors, over TLS, with tokens that a real API server reviews.
+"""Benchmark of the coordinator with thousands of supervisors, over TLS, with tokens that a real API server reviews.
 
     python -m bench.beats [--jobs 1000] [--nodes-per-job 4] [--seconds 60]
 
-Each supervisor keeps a connection and beats as often as the coordinator asks, with another step each time. Measured:
-the operator's share of a core, all that it does included, and the time from a beat to its answer. The last line is
-JSON.
+Each supervisor keeps a connection open and sends heartbeats at the interval that the coordinator requests, each with
+another step. Measured: the operator's use of a CPU core, including its other work, and the time from a heartbeat to its
+reply. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,52 +16,53 @@ from statistics import quantiles
 
 import psutil
 
-from bench.scale import Bench, parser, requests, run, supervisors
-from bench.supervisors import Tally
+from bench.scale import OperatorBench, count_requests, create_parser, create_supervisors, run_bench
+from bench.supervisors import HeartbeatCounts
 from testing.operator.harness import OperatorProcess, running
 from testing.operator.heartbeats import tls_context
 
 CONNECT_SECONDS = 20.0
-"""Over so long the supervisors' first beats are spread, as the starts of their pods would be."""
+"""Period over which the supervisors' first heartbeats are spread, like the starts of their pods."""
 
 OWN_SECONDS = 0.01
-"""Time between two looks at the bench's own loop."""
+"""Interval between two measurements of the delay of this process's own event loop."""
 
 
-async def measure(bench: Bench, operator: OperatorProcess, seconds: float) -> dict[str, object]:
-    """All measurements."""
+async def measure(bench: OperatorBench, operator: OperatorProcess, seconds: float) -> dict[str, object]:
+    """Run all measurements."""
     namespace = bench.control_plane.create_namespace("beats")
     await bench.create_jobs(namespace)
-    tally, context = Tally(), tls_context(bench.control_plane)
+    counts, context = HeartbeatCounts(), tls_context(bench.control_plane)
     with running(operator):
         assert operator.process is not None
         process = psutil.Process(operator.process.pid)
-        await bench.wait("all pods are created", lambda: bench.count(namespace, bench.pods_in_all))
-        bench.say("all pods are created; tokens for their supervisors")
-        all_of_them = await supervisors(bench, await bench.pods(namespace), tally, steady=False)
-        bench.say("the supervisors begin to beat")
+        await bench.wait("all pods are created", lambda: bench.has_pods(namespace, bench.total_pods))
+        bench.print_status("all pods are created; requesting tokens for their supervisors")
+        supervisors = await create_supervisors(bench, await bench.pods(namespace), counts, steady=False)
+        bench.print_status("the supervisors start to send heartbeats")
         tasks = [
-            asyncio.create_task(one.run(operator.coordinator_port, context, CONNECT_SECONDS)) for one in all_of_them
+            asyncio.create_task(supervisor.run(operator.coordinator_port, context, CONNECT_SECONDS))
+            for supervisor in supervisors
         ]
 
         async def settled() -> bool:
-            return all(one.sequence > 2 for one in all_of_them)
+            return all(supervisor.sequence > 2 for supervisor in supervisors)
 
-        await bench.wait("all supervisors beat", settled)
-        bench.say("all beat regularly; measuring")
-        # Pauses of this process are none of the operator's.
+        await bench.wait("all supervisors send heartbeats", settled)
+        bench.print_status("all supervisors send heartbeats regularly; measuring")
+        # Garbage collection of this process must not count as latency of the operator.
         gc.collect()
         gc.disable()
         own: list[float] = []
         watch = asyncio.create_task(own_delays(own))
-        refused_at_first = tally.refused
-        tally.latencies.clear()
-        before, writes = process.cpu_times(), sum(requests(operator, writes_only=True).values())
+        refused_at_first = counts.refused
+        counts.latencies.clear()
+        before, writes = process.cpu_times(), sum(count_requests(operator, writes_only=True).values())
         started = time.monotonic()
         await asyncio.sleep(seconds)
         after, elapsed = process.cpu_times(), time.monotonic() - started
-        writes = sum(requests(operator, writes_only=True).values()) - writes
-        rate = len(tally.latencies) / elapsed
+        writes = sum(count_requests(operator, writes_only=True).values()) - writes
+        rate = len(counts.latencies) / elapsed
         cores = (after.user + after.system - before.user - before.system) / elapsed
         for task in (*tasks, watch):
             if task.done():
@@ -69,14 +70,15 @@ async def measure(bench: Bench, operator: OperatorProcess, seconds: float) -> di
             task.cancel()
         await asyncio.gather(*tasks, watch, return_exceptions=True)
         rss = process.memory_info().rss / 2**20
-    p50, p99 = (1000 * quantiles(tally.latencies, n=100)[at] for at in (49, 98))
+    p50, p99 = (1000 * quantiles(counts.latencies, n=100)[at] for at in (49, 98))
     own_p99 = 1000 * quantiles(own, n=100)[98]
-    bench.note("supervisors", f"{len(tasks)}, each every {all_of_them[0].beat_seconds:g} s: {rate:.0f} beats/s")
-    bench.note("operator", f"{100 * cores:.0f} % of a core, {rss:.0f} MiB")
-    bench.note("answer after", f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {1000 * max(tally.latencies):.0f} ms")
-    bench.note("of that, the bench's own", f"p99 {own_p99:.1f} ms, max {1000 * max(own):.0f} ms: its loop was busy")
-    bench.note("refused", f"{tally.refused - refused_at_first} ({refused_at_first} before all was warm)")
-    bench.note("writes to the API server", f"{writes / elapsed:.1f} per second")
+    interval = supervisors[0].beat_seconds
+    bench.add_row("supervisors", f"{len(tasks)}, each every {interval:g} s: {rate:.0f} heartbeats/s")
+    bench.add_row("operator", f"{100 * cores:.0f} % of a core, {rss:.0f} MiB")
+    bench.add_row("reply after", f"p50 {p50:.1f} ms, p99 {p99:.1f} ms, max {1000 * max(counts.latencies):.0f} ms")
+    bench.add_row("of that, the benchmark's own delay", f"p99 {own_p99:.1f} ms, max {1000 * max(own):.0f} ms")
+    bench.add_row("refused", f"{counts.refused - refused_at_first} ({refused_at_first} during the warm-up)")
+    bench.add_row("writes to the API server", f"{writes / elapsed:.1f} per second")
     return {
         "supervisors": len(tasks),
         "beats_per_second": round(rate),
@@ -88,7 +90,7 @@ async def measure(bench: Bench, operator: OperatorProcess, seconds: float) -> di
 
 
 async def own_delays(found: list[float]) -> None:
-    """How late this process itself is, again and again, for ever: a part of every answer's time."""
+    """Measure continuously how late this process's event loop is: this is part of every reply's time."""
     while True:
         started = time.monotonic()
         await asyncio.sleep(OWN_SECONDS)
@@ -96,15 +98,15 @@ async def own_delays(found: list[float]) -> None:
 
 
 async def main() -> None:
-    """Read the command line, and measure."""
-    options_of = parser("bench.beats", __doc__)
-    options_of.add_argument("--seconds", type=float, default=60.0, help="time of the measurement (default: 60)")
-    options = options_of.parse_args()
+    """Parse the command line and run the benchmark."""
+    command_line = create_parser("bench.beats", __doc__)
+    command_line.add_argument("--seconds", type=float, default=60.0, help="time of the measurement (default: 60)")
+    options = command_line.parse_args()
 
-    async def measured(bench: Bench, operator: OperatorProcess) -> dict[str, object]:
+    async def measured(bench: OperatorBench, operator: OperatorProcess) -> dict[str, object]:
         return await measure(bench, operator, options.seconds)
 
-    await run(options, {"kube-controller-manager"}, measured)
+    await run_bench(options, {"kube-controller-manager"}, measured)
 
 
 if __name__ == "__main__":

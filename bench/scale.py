@@ -1,4 +1,4 @@
-"""What the benches of the operator share: a control plane with the operator's role on it, and thousands of jobs."""
+"""Shared parts of the operator benchmarks: a control plane with the operator's roles, and thousands of jobs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.supervisors import Supervisor, Tally
-from finetune_operator.cluster.kube.client.client import PARTIAL_LIST, Json, KubeApi, connect, each_page
+from bench.supervisors import BenchSupervisor, HeartbeatCounts
+from finetune_operator.cluster.kube.client.client import PARTIAL_LIST, Json, KubeApi, connect, iterate_pages
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.objects import JOBS, PODS
 from finetune_operator.settings import Settings
@@ -22,17 +22,17 @@ from testing.measure.report import finish
 from testing.operator.harness import ACCOUNT, HOME, OperatorProcess, build_job, install
 
 CONNECTIONS = 16
-"""Requests of the bare loop, and of who makes and deletes things here, at a time."""
+"""Number of concurrent requests of the bare loop and of other creations and deletions."""
 POLL_SECONDS = 0.25
 LIMIT_SECONDS = 900.0
 PAGE = 500
 LOG_LINES = 40
-"""The end of the operator's log that is shown where a bench fails."""
+"""Number of lines of the operator's log that are printed if a benchmark fails."""
 
 
 @dataclass
-class Bench:
-    """One control plane, and what was measured on it."""
+class OperatorBench:
+    """A control plane, and the results measured on it."""
 
     control_plane: ControlPlane
     api: KubeApi
@@ -42,27 +42,27 @@ class Bench:
     started: float = field(default_factory=time.monotonic)
 
     @property
-    def pods_in_all(self) -> int:
-        """Pods of all jobs together."""
+    def total_pods(self) -> int:
+        """Number of pods of all jobs."""
         return self.num_jobs * self.num_pods
 
-    def note(self, what: str, value: str) -> None:
-        """Keep a row of the table, and show it."""
+    def add_row(self, what: str, value: str) -> None:
+        """Add a row to the result table, and print it."""
         self.rows.append((what, value))
-        self.say(f"{what}: {value}")
+        self.print_status(f"{what}: {value}")
 
-    async def each(self, work: Iterable[Coroutine[Any, Any, Any]]) -> None:
-        """Do many things, `CONNECTIONS` at a time."""
+    async def run_all(self, work: Iterable[Coroutine[Any, Any, Any]]) -> None:
+        """Run coroutines, at most `CONNECTIONS` at a time."""
         queue = iter(work)
 
         async def worker() -> None:
-            for one in queue:
-                await one
+            for coroutine in queue:
+                await coroutine
 
         await asyncio.gather(*(worker() for _ in range(CONNECTIONS)))
 
     async def wait(self, what: str, done: Callable[[], Coroutine[Any, Any, bool]]) -> float:
-        """Wait until something holds; return the time."""
+        """Wait until a condition holds; return the time."""
         started = time.monotonic()
         while not await done():
             if time.monotonic() - started > LIMIT_SECONDS:
@@ -70,41 +70,41 @@ class Bench:
             await asyncio.sleep(POLL_SECONDS)
         return time.monotonic()
 
-    async def num_living(self, namespace: str) -> int:
-        """Number of pods in a namespace, at the price of one."""
+    async def count_pods(self, namespace: str) -> int:
+        """Return the number of pods in a namespace; only one of them is transferred."""
         page = await self.api.get(PODS.path(namespace), {"limit": "1"}, PARTIAL_LIST)
         return len(page.get("items") or ()) + int(page["metadata"].get("remainingItemCount") or 0)
 
-    async def count(self, namespace: str, number: int) -> bool:
-        """Whether there are so many pods."""
-        return await self.num_living(namespace) == number
+    async def has_pods(self, namespace: str, number: int) -> bool:
+        """Return whether a namespace contains exactly this number of pods."""
+        return await self.count_pods(namespace) == number
 
-    def say(self, what: str) -> None:
-        """Tell how far it is."""
+    def print_status(self, what: str) -> None:
+        """Print a line with the elapsed time."""
         print(f"{time.monotonic() - self.started:6.1f} s  {what}", flush=True)
 
     async def pods(self, namespace: str, selector: str = "") -> list[Json]:
-        """The metadata of pods."""
+        """Return the metadata of the pods in a namespace."""
         found: list[Json] = []
         query = {"limit": str(PAGE), "labelSelector": selector}
-        async with aclosing(each_page(self.api, PODS.path(namespace), query, PARTIAL_LIST)) as pages:
+        async with aclosing(iterate_pages(self.api, PODS.path(namespace), query, PARTIAL_LIST)) as pages:
             async for page in pages:
                 found += page.get("items") or ()
         return found
 
     async def create_jobs(self, namespace: str) -> None:
-        """Create all jobs, while no operator runs."""
-        jobs = (build_job(name(number), nodes=self.num_pods) for number in range(self.num_jobs))
-        await self.each(self.api.create(JOBS.path(namespace), job) for job in jobs)
+        """Create all jobs, before the operator runs."""
+        jobs = (build_job(job_name(number), nodes=self.num_pods) for number in range(self.num_jobs))
+        await self.run_all(self.api.create(JOBS.path(namespace), job) for job in jobs)
 
 
-def name(number: int) -> str:
-    """Name of a job."""
+def job_name(number: int) -> str:
+    """Return the name of a job."""
     return f"job-{number:04}"
 
 
-def requests(operator: OperatorProcess, *, writes_only: bool = False) -> dict[str, float]:
-    """Requests so far, those for the lease and the watches aside."""
+def count_requests(operator: OperatorProcess, *, writes_only: bool = False) -> dict[str, float]:
+    """Return the number of requests so far, by labels, without those for the lease and the watches."""
     counts = {}
     for key, value in operator.metrics().items():
         if not key.startswith("finetune_api_requests_total") or "leases" in key or 'method="WATCH"' in key:
@@ -115,11 +115,13 @@ def requests(operator: OperatorProcess, *, writes_only: bool = False) -> dict[st
     return counts
 
 
-async def supervisors(bench: Bench, pods: Iterable[Json], tally: Tally, *, steady: bool = True) -> list[Supervisor]:
-    """One for each pod, with a token that the API server gave for it."""
-    made: list[Supervisor] = []
+async def create_supervisors(
+    bench: OperatorBench, pods: Iterable[Json], counts: HeartbeatCounts, *, steady: bool = True
+) -> list[BenchSupervisor]:
+    """Create a supervisor for each pod, with a token from the API server."""
+    created: list[BenchSupervisor] = []
 
-    async def make(pod: Json) -> None:
+    async def create(pod: Json) -> None:
         meta = pod["metadata"]
         reference = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
         audiences = [Settings().coordinator_audience]
@@ -127,14 +129,14 @@ async def supervisors(bench: Bench, pods: Iterable[Json], tally: Tally, *, stead
         request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
         path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/default/token"
         answer = await bench.api.request("POST", path, request)
-        made.append(Supervisor(pod, answer["status"]["token"], tally, steady=steady))
+        created.append(BenchSupervisor(pod, answer["status"]["token"], counts, steady=steady))
 
-    await bench.each(make(pod) for pod in pods)
-    return made
+    await bench.run_all(create(pod) for pod in pods)
+    return created
 
 
 def coordinator_flags(control_plane: ControlPlane) -> tuple[str, ...]:
-    """Flags of an operator that takes beats over TLS."""
+    """Return the flags of an operator that receives heartbeats over TLS."""
     certificate = control_plane.authority.issue("coordinator", hosts=[LOOPBACK])
     return (
         "--lease-seconds=15",
@@ -144,20 +146,20 @@ def coordinator_flags(control_plane: ControlPlane) -> tuple[str, ...]:
     )
 
 
-def parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    """The command line of a bench: how many jobs, and how large."""
-    made = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
-    made.add_argument("--jobs", type=int, default=1000, help="number of FineTuneJobs (default: 1000)")
-    made.add_argument("--nodes-per-job", type=int, default=4, help="pods of each (default: 4)")
-    return made
+def create_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the command line of a benchmark: the number and the size of the jobs."""
+    created = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    created.add_argument("--jobs", type=int, default=1000, help="number of FineTuneJobs (default: 1000)")
+    created.add_argument("--nodes-per-job", type=int, default=4, help="pods of each job (default: 4)")
+    return created
 
 
-Measure = Callable[[Bench, OperatorProcess], Awaitable[dict[str, object]]]
-"""Starts the operator itself, and answers with the last line."""
+Measure = Callable[[OperatorBench, OperatorProcess], Awaitable[dict[str, object]]]
+"""Starts the operator, and returns the content of the last line."""
 
 
-async def run(options: argparse.Namespace, components: Collection[str], measure: Measure) -> None:
-    """Start a control plane with these components beside etcd and the API server, measure, print."""
+async def run_bench(options: argparse.Namespace, components: Collection[str], measure: Measure) -> None:
+    """Start a control plane with these components in addition to etcd and the API server, measure, print."""
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     with ControlPlane(components) as control_plane:
@@ -168,7 +170,7 @@ async def run(options: argparse.Namespace, components: Collection[str], measure:
             control_plane.folder / "operator.log",
             coordinator_flags(control_plane),
         )
-        bench = Bench(control_plane, KubeApi(client, ServerClock()), options.jobs, options.nodes_per_job)
+        bench = OperatorBench(control_plane, KubeApi(client, ServerClock()), options.jobs, options.nodes_per_job)
         try:
             result = await measure(bench, operator)
         except BaseException:

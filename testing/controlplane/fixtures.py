@@ -1,7 +1,7 @@
-"""Pytest plugin: one control plane per test run, and a namespace of its own for each test.
+"""Pytest plugin: one control plane per test run, and a separate namespace for each test.
 
-A test that takes `control_plane` or `namespace` is marked `cluster`. With pytest-xdist each worker that runs such a
-test has a control plane of its own: a test may stop the API server without another one noticing.
+A test that uses `control_plane` or `namespace` is marked `cluster`. With pytest-xdist, each worker that runs such a
+test has its own control plane: a test may stop the API server without affecting the other workers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def _uses_control_plane(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs a control plane, before `-m` chooses."""
+    """Mark tests that need a control plane, before `-m` selects."""
     for item in filter(_uses_control_plane, items):
         item.add_marker(pytest.mark.cluster)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Build the programs before the first test: a cold build takes longer than a test may."""
+    """Build the programs before the first test, because a first build takes longer than a test's timeout."""
     if session.config.option.collectonly:
         return
     if any(map(_uses_control_plane, session.items)):
@@ -41,28 +41,29 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Say where the logs are under a test that failed, and show them where a program ended."""
+    """Add the path of the logs to the report of a failed test, or their last lines if a program has exited."""
     report = yield
     control_plane = getattr(item, "funcargs", {}).get("control_plane")
     if report.failed and isinstance(control_plane, ControlPlane):
-        died = any(program.died for program in control_plane.programs)
-        report.sections.append(("control plane", control_plane.tails() if died else str(control_plane.folder / "logs")))
+        exited = any(program.has_exited for program in control_plane.programs)
+        text = control_plane.tails() if exited else str(control_plane.folder / "logs")
+        report.sections.append(("control plane", text))
     return report
 
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    """The test run's control plane: every component, requests audited."""
+    """The control plane of this test run: all components, with an audit log."""
     with ControlPlane(folder=tmp_path_factory.mktemp("control-plane"), audit=True) as running:
         yield running
 
 
 @pytest.fixture
 def namespace(control_plane: ControlPlane) -> Iterator[str]:
-    """A fresh namespace; it is deleted at the end, and nobody waits for that."""
+    """A new namespace; its deletion is requested at the end without waiting for it."""
     name = control_plane.create_namespace(f"test-{uuid.uuid4().hex[:8]}")
     yield name
     if not control_plane.program("kube-apiserver").running:
-        # A test of faults failed halfway; the next test is not to fail for that.
+        # A fault test failed while the API server was stopped; the following tests need it.
         control_plane.start_api_server()
     control_plane.api.delete(f"/api/v1/namespaces/{name}")

@@ -1,7 +1,7 @@
-"""Nodes that kwok plays: their manifests, their coming and going.
+"""Nodes that kwok simulates: their manifests, and faults of nodes.
 
-Called by `server`. What pods on them do is in `stages/`: they run at once, and end when they are deleted; annotations
-of a pod (HOLD and so on) change that, and a status that a test writes stays as it is.
+Called by `server`. `stages/` defines how their pods behave: they run at once, and end when they are deleted.
+Annotations of a pod (HOLD and so on) change that, and a status that a test writes is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from testing.controlplane.api import Api
 from testing.controlplane.process import wait_for
 
-# kwok looks after the nodes with this label.
+# kwok manages the nodes with this label.
 MANAGED_LABEL = "testbed/managed"
 
 # Annotations of a pod, see stages/pod.yaml.
@@ -36,7 +36,7 @@ def build_node(
     labels: Mapping[str, str],
     taints: Iterable[Mapping[str, str]],
 ) -> dict[str, Any]:
-    """Manifest of a node. Its address is the loopback: whoever asks it for logs is refused there."""
+    """Return the manifest of a node. Its address is the loopback interface, so requests for logs are refused."""
     resources = {"cpu": cpu, "memory": memory, "ephemeral-storage": "1Ti", "pods": str(PODS_PER_NODE)}
     if gpus:
         resources["nvidia.com/gpu"] = str(gpus)
@@ -72,7 +72,7 @@ def build_node(
 
 
 def build_unknown_status(now: datetime.datetime) -> dict[str, Any]:
-    """Status patch that the node controller writes for a node that it has not heard from for a while."""
+    """Return the status patch that the node controller writes for a node that stopped reporting."""
     time = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     condition = {
         "type": "Ready",
@@ -85,7 +85,7 @@ def build_unknown_status(now: datetime.datetime) -> dict[str, Any]:
 
 
 def is_usable(node: Mapping[str, Any]) -> bool:
-    """Whether a node is ready and no longer has the taint that it was born with."""
+    """Return whether a node is ready and no longer has its initial taint."""
     conditions = node["status"].get("conditions", [])
     ready = any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
     taints = node["spec"].get("taints", [])
@@ -93,7 +93,7 @@ def is_usable(node: Mapping[str, Any]) -> bool:
 
 
 def wait_until_usable(api: Api, names: Iterable[str], seconds: float) -> None:
-    """Wait until pods can be scheduled to all these nodes."""
+    """Wait until pods can be scheduled to all nodes."""
     wanted = set(names)
     selector = urllib.parse.quote(f"{MANAGED_LABEL}=true")
 
@@ -104,21 +104,22 @@ def wait_until_usable(api: Api, names: Iterable[str], seconds: float) -> None:
     wait_for(f"{len(wanted)} kwok nodes are ready", all_usable, seconds)
 
 
-def neglect(api: Api, name: str) -> None:
-    """A node whose kubelet stands still: nobody looks after its pods, and the cluster does not know it yet."""
+def hang_kubelet(api: Api, name: str) -> None:
+    """Make a node's kubelet hang: its pods are no longer managed, and the cluster has not detected it yet."""
     api.patch(f"{NODES_PATH}/{name}", {"metadata": {"labels": {MANAGED_LABEL: None}}})
 
 
 def lose(api: Api, name: str, now: datetime.datetime) -> None:
-    """A node whose machine vanished: nobody looks after its pods.
+    """Simulate the loss of a node: its pods are no longer managed, and its status is unknown.
 
-    The node controller would see that after its grace period; here it is told at once, and goes on from there: taint,
-    eviction. At least one node of the cluster has to stay, or the controller takes itself for cut off.
+    The node controller would detect this after its grace period; here the status is set at once, and the controller
+    continues with the taint and the eviction. At least one node must stay ready, otherwise the controller assumes that
+    it is disconnected itself and evicts nothing.
     """
-    neglect(api, name)
+    hang_kubelet(api, name)
     api.patch(f"{NODES_PATH}/{name}/status", build_unknown_status(now), "strategic")
 
 
 def recover(api: Api, name: str) -> None:
-    """A lost or neglected node is back: kwok looks after it and its pods again."""
+    """Recover a lost node or a hanging kubelet: kwok manages the node and its pods again."""
     api.patch(f"{NODES_PATH}/{name}", {"metadata": {"labels": {MANAGED_LABEL: "true"}}})

@@ -1,4 +1,4 @@
-"""Certificates and keys of the control plane, made on the spot with the `openssl` program.
+"""Certificates and keys of the control plane, created with the `openssl` program.
 
 Called by `server`, and by tests that serve TLS to the API server or to the operator (webhooks, the coordinator).
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 VALID_DAYS = "30"
 EC_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-# The machine's own openssl.cnf may add extensions.
+# The machine's openssl.cnf could add extensions.
 NO_CONFIG = ("-config", "/dev/null")
 
 
@@ -26,7 +26,7 @@ class Certificate:
 
 
 class Authority:
-    """A certificate authority in a folder of its own."""
+    """A certificate authority in its own folder."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
@@ -37,7 +37,7 @@ class Authority:
 
     @property
     def certificate(self) -> Path:
-        """The authority's own certificate: what a client trusts."""
+        """The authority's own certificate, which clients trust."""
         return self._root.certificate
 
     @property
@@ -46,7 +46,7 @@ class Authority:
         return self._root.key
 
     def issue(self, name: str, hosts: Sequence[str] = (), groups: Sequence[str] = ()) -> Certificate:
-        """Certificate for a server at `hosts` (names or addresses) or for a client in `groups`; its files are new."""
+        """Issue a certificate for a server at `hosts` (names or addresses) or for a client in `groups`."""
         files = self._files(name.replace(":", "-"))
         subject = "".join(f"/O={group}" for group in groups) + f"/CN={name}"
         signer = ("-CA", str(self._root.certificate), "-CAkey", str(self._root.key))
@@ -65,7 +65,7 @@ class Authority:
 
 
 def signing_key(folder: Path, name: str) -> Certificate:
-    """A key pair that signs tokens: the public key stands in the place of the certificate."""
+    """Create a key pair that signs tokens; its public key takes the place of the certificate."""
     pair = Certificate(folder / f"{name}.pub", folder / f"{name}.key")
     _openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", str(pair.key))
     _openssl("pkey", "-in", str(pair.key), "-pubout", "-out", str(pair.certificate))
@@ -73,7 +73,7 @@ def signing_key(folder: Path, name: str) -> Certificate:
 
 
 def _request(files: Certificate, subject: str, extensions: Sequence[str]) -> list[str]:
-    """Arguments that make a new key and a certificate for it."""
+    """Return the arguments that create a key and a certificate for it."""
     outputs = ["-keyout", str(files.key), "-out", str(files.certificate)]
     added = [part for extension in extensions for part in ("-addext", extension)]
     return ["req", "-x509", *EC_KEY, "-days", VALID_DAYS, "-subj", subject, *added, *outputs, *NO_CONFIG]
@@ -91,8 +91,6 @@ def _openssl(*arguments: str) -> None:
     try:
         result = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise RuntimeError(
-            "The test bed needs the `openssl` program, 3.0 or newer: install the package openssl."
-        ) from None
+        raise RuntimeError("The control plane needs the program `openssl`, 3.0 or newer: install openssl.") from None
     if result.returncode != 0:
-        raise RuntimeError(f"openssl {arguments[0]} failed (3.0 or newer is needed):\n{result.stderr}")
+        raise RuntimeError(f"openssl {arguments[0]} failed (version 3.0 or newer is required):\n{result.stderr}")

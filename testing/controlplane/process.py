@@ -1,7 +1,7 @@
-"""Start programs, watch over them and end them without leftovers.
+"""Start, monitor and stop programs without leftovers.
 
-Called by `server`. A `Guard` owns a process group; every program joins it. The guard ends the group when its parent
-ends in any way, SIGKILL included, because the kernel then closes the pipe that the guard reads.
+Called by `server`. A `Guard` owns a process group, and every program joins it. The guard kills the group when its
+parent exits for any reason, SIGKILL included, because the kernel then closes the pipe that the guard reads.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ T = TypeVar("T")
 
 
 class ControlPlaneError(RuntimeError):
-    """The control plane did not do what was asked of it."""
+    """The control plane cannot start or has failed."""
 
 
 def wait_for(what: str, probe: Callable[[], T], seconds: float = 30.0, poll_seconds: float = POLL_SECONDS) -> T:
-    """Call `probe`, with a pause between two calls, until what it returns is true, and return that.
+    """Call `probe` repeatedly until its result is true, and return the result.
 
-    Raises TimeoutError, which names `what`, after so many seconds.
+    Raises:
+        TimeoutError: `seconds` have passed; the message contains `what`.
     """
     deadline = time.monotonic() + seconds
     while not (result := probe()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"still waiting after {seconds:g} s: {what}; last seen: {result!r}")
+            raise TimeoutError(f"timeout after {seconds:g} s: {what}; last result: {result!r}")
         time.sleep(poll_seconds)
     return result
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nothing listens on.
+    """Return loopback ports that nothing listens on.
 
-    They lie below the range that the kernel takes for outgoing connections, so that one stays free while the program
-    that listens on it is stopped and started again.
+    They are below the range of outgoing connections, so a port stays free while the program that listens on it is
+    restarted.
     """
     below = int(PORTS_BELOW.read_text().split()[0]) if PORTS_BELOW.exists() else 32768
     ports: list[int] = []
@@ -71,31 +72,31 @@ class Guard:
     """A process group that does not outlive this process."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Begin one.
+        """Create the group.
 
-        folder: of temporary files, which do not outlive a process that is killed either.
+        folder: of temporary files; it is deleted if this process is killed.
         """
-        self._shell = _at_the_end("kill -KILL 0", process_group=0)
-        # Not one of the group, and a moment later: whoever writes there is gone by then.
-        self._broom = _at_the_end(f"sleep 0.5; rm -rf -- {shlex.quote(str(folder))}") if folder else None
+        self._shell = _run_at_exit("kill -KILL 0", process_group=0)
+        # Not a member of the group, and delayed until the group's processes have ended and write no more files.
+        self._cleaner = _run_at_exit(f"sleep 0.5; rm -rf -- {shlex.quote(str(folder))}") if folder else None
 
     @property
     def group(self) -> int:
-        """The group's number."""
+        """The ID of the process group."""
         return self._shell.pid
 
     def close(self) -> None:
-        """End all that is in the group, at once. The folder stays."""
-        if self._broom is not None:
-            self._broom.kill()
-            self._broom.communicate()
+        """Kill all processes of the group. The folder is kept."""
+        if self._cleaner is not None:
+            self._cleaner.kill()
+            self._cleaner.communicate()
         assert self._shell.stdin is not None
         self._shell.stdin.close()
         self._shell.wait(STOP_SECONDS)
 
 
-def _at_the_end(command: str, process_group: int | None = None) -> subprocess.Popen[bytes]:
-    """A shell that runs a command when this process ends."""
+def _run_at_exit(command: str, process_group: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a shell that runs a command when this process exits."""
     return subprocess.Popen(
         ["sh", "-c", f"read -r _; {command}"],
         stdin=subprocess.PIPE,
@@ -117,7 +118,7 @@ class Program:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it; its output is appended to the log."""
+        """Start the program; its output is appended to the log."""
         assert not self.running
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -129,7 +130,7 @@ class Program:
             )
 
     def stop(self, with_signal: signal.Signals = signal.SIGKILL) -> None:
-        """End it and wait until it is gone. What it has to say goodbye to is thrown away, so SIGKILL will do."""
+        """Stop the program and wait for its exit. SIGKILL is sufficient, because its data is temporary."""
         if self._process is None:
             return
         self._process.send_signal(with_signal)
@@ -141,35 +142,35 @@ class Program:
         self._process = None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal, for example SIGSTOP."""
+        """Send a signal, for example SIGSTOP."""
         assert self._process is not None
         self._process.send_signal(number)
 
     @property
     def running(self) -> bool:
-        """Whether its process is there."""
+        """Whether the process is running."""
         return self._process is not None and self._process.poll() is None
 
     @property
-    def died(self) -> bool:
-        """Whether it was started and ended by itself."""
+    def has_exited(self) -> bool:
+        """Whether the program was started and has exited by itself."""
         return self._process is not None and self._process.poll() is not None
 
     @property
     def pid(self) -> int | None:
-        """Its process' number, where it runs."""
+        """The process ID; None if it is not running."""
         return self._process.pid if self._process is not None and self.running else None
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that it has in RAM; zero where it does not run."""
+        """Resident memory; 0 if it is not running."""
         if self.pid is None:
             return 0
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) << 10
 
     def tail(self) -> Iterator[str]:
-        """Last lines of its log under a title."""
-        yield f"--- {self.name}{' (it ended)' if self.died else ''}: {self.log}"
+        """Yield the last lines of the log under a title."""
+        yield f"--- {self.name}{' (exited)' if self.has_exited else ''}: {self.log}"
         if self.log.exists():
             yield from self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]

@@ -1,12 +1,12 @@
-"""A control plane on the loopback: etcd, kube-apiserver, kube-controller-manager, kube-scheduler and kwok.
+"""A control plane on the loopback interface: etcd, kube-apiserver, kube-controller-manager, kube-scheduler and kwok.
 
-Called by the pytest fixtures, by `python -m testing.controlplane` and by benches:
+Called by the pytest fixtures, by `python -m testing.controlplane` and by benchmarks:
 
     with ControlPlane() as cp:
         cp.add_nodes(3, gpus=8)
         print(cp.kubectl("get", "nodes"))
 
-It needs no root and no network but 127.0.0.1, and leaves nothing behind, whatever ends the process that started it.
+It needs neither root nor a network except 127.0.0.1, and leaves nothing behind, even if its process is killed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from testing.controlplane import commands, nodes
-from testing.controlplane.api import Api, ApiError, trusting
+from testing.controlplane.api import Api, ControlPlaneApiError, client_context
 from testing.controlplane.build import ensure_programs
 from testing.controlplane.pki import Authority, signing_key
 from testing.controlplane.process import LOOPBACK, ControlPlaneError, Guard, Program, free_ports, wait_for
 
 COMPONENTS = frozenset({"kube-controller-manager", "kube-scheduler", "kwok"})
-"""What may run beside etcd and the API server."""
+"""Components that may run in addition to etcd and the API server."""
 
 READY_SECONDS = 60.0
 KUBECTL_SECONDS = 60.0
 API_SERVER_HOSTS = (LOOPBACK, "localhost", "kubernetes.default.svc", "10.96.0.1")
-# A client's certificate by the name of its kubeconfig: user and groups.
+# Client certificates by the name of their kubeconfig: user and groups.
 USERS: Mapping[str, tuple[str, Sequence[str]]] = {
     "admin": ("admin", ["system:masters"]),
     "kube-controller-manager": ("system:kube-controller-manager", []),
@@ -48,16 +48,16 @@ USERS: Mapping[str, tuple[str, Sequence[str]]] = {
 
 
 class KubectlError(ControlPlaneError):
-    """kubectl failed; the message is what it wrote to its error stream."""
+    """kubectl failed; the message contains its error output."""
 
     def __init__(self, arguments: Sequence[str], code: int, stderr: str) -> None:
-        super().__init__(f"kubectl {' '.join(arguments)} ended with {code}: {stderr}")
+        super().__init__(f"kubectl {' '.join(arguments)} failed with exit code {code}: {stderr}")
         self.code = code
         self.stderr = stderr
 
 
 class ControlPlane:
-    """A running control plane; a context manager, or `start` and `stop`."""
+    """A control plane. Use it as a context manager, or call `start` and `stop`."""
 
     def __init__(
         self,
@@ -67,16 +67,16 @@ class ControlPlane:
         toleration_seconds: int = 1,
         audit: bool = False,
     ) -> None:
-        """Prepare one; nothing runs yet.
+        """Prepare a control plane without starting it.
 
-        components: what runs beside etcd and the API server, out of COMPONENTS.
-        folder: for logs, keys and data; kept at the end but for the data. Without it, a temporary one that is removed.
-        toleration_seconds: how long a pod stays on a lost node where it does not say otherwise (a cluster's own: 300).
-        audit: keep one line of JSON per request, see `requests`.
+        components: what to run in addition to etcd and the API server, out of COMPONENTS.
+        folder: for logs, keys and data; all but the data is kept at the end. Default: a temporary folder.
+        toleration_seconds: how long a pod stays on a lost node if it sets no toleration itself (Kubernetes: 300).
+        audit: write one line of JSON per request, see `requests`.
         """
         unknown = set(components) - COMPONENTS
         if unknown:
-            raise ValueError(f"components: {sorted(unknown)} is unknown; give some of {sorted(COMPONENTS)}")
+            raise ValueError(f"unknown components {sorted(unknown)}: write some of {sorted(COMPONENTS)}")
         self._components = frozenset(components)
         self._toleration_seconds = toleration_seconds
         self._audit = audit
@@ -86,7 +86,7 @@ class ControlPlane:
         self._guard: Guard | None = None
         self._programs: dict[str, Program] = {}
 
-    # --- its life ----------------------------------------------------------------------------------------------------
+    # --- lifecycle ---------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         return self.start()
@@ -97,73 +97,73 @@ class ControlPlane:
         self.stop()
 
     def start(self) -> Self:
-        """Start it and return when it serves; raises ControlPlaneError with the logs' last lines where it does not."""
+        """Start and wait until it serves; raise ControlPlaneError with the end of the logs if it does not."""
         try:
             self._prepare()
             self._run("etcd", "kube-apiserver")
             self._wait_until_ready()
             self._run(*sorted(self._components))
             if "kube-controller-manager" in self._components:
-                self._wait("the default service account is there", lambda: self._has_service_account("default"))
+                self._wait("the default service account exists", lambda: self._has_service_account("default"))
         except BaseException:
             self._end()
             raise
         return self
 
     def stop(self) -> None:
-        """End all of it. Its data goes; logs, keys and kubeconfigs stay where a folder was given."""
+        """Stop all programs and delete the data; logs, keys and kubeconfigs are kept if a folder was given."""
         self._end()
         shutil.rmtree(self.folder / "etcd", ignore_errors=True)
         if not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def stop_api_server(self, with_signal: signal.Signals = signal.SIGKILL) -> None:
-        """The API server is down; its clients' connections break.
+        """Stop the API server; its clients' connections break.
 
-        The components are stopped too, and start anew with it: they can do nothing meanwhile, and would come back late.
-        kwok forgets what it was doing when its connection broke, the others try again after half a minute and more;
-        elsewhere they would have lost their leases and started anew.
+        The components are stopped too, and `start_api_server` starts them: they cannot work without it and would
+        reconnect late. kwok loses its pending work when its connection breaks, and the others retry only after half a
+        minute or more; in a real cluster they would have lost their leases and restarted.
         """
         for name in self._components:
             self._programs[name].stop()
         self._programs["kube-apiserver"].stop(with_signal)
 
     def start_api_server(self) -> None:
-        """The API server is up again, at the same address, with the components; returns when it serves."""
+        """Start the API server at the same address, and the components; return when it serves."""
         self._programs["kube-apiserver"].start()
         self._wait_until_ready()
         for name in self._components:
             self._programs[name].start()
 
     @contextlib.contextmanager
-    def strange_tokens(self) -> Iterator[None]:
-        """Meanwhile the API server takes nobody's token (401), as one that has just begun to serve may do."""
-        known = self._tokens.certificate.read_text()
+    def refuse_tokens(self) -> Iterator[None]:
+        """Make the API server refuse all tokens (401) in the block, as one that has just started may do."""
+        original = self._tokens.certificate.read_text()
         try:
             self.stop_api_server()
-            strangers = signing_key(self.folder / "pki", "strangers")
-            self._tokens.certificate.write_text(strangers.certificate.read_text())
+            other = signing_key(self.folder / "pki", "other")
+            self._tokens.certificate.write_text(other.certificate.read_text())
             self.start_api_server()
             yield
         finally:
             self.stop_api_server()
-            self._tokens.certificate.write_text(known)
+            self._tokens.certificate.write_text(original)
             self.start_api_server()
 
     def program(self, name: str) -> Program:
-        """One of the programs, for a test that stops, pauses or restarts it."""
+        """Return one of the programs, for a test that stops, pauses or restarts it."""
         return self._programs[name]
 
     @property
     def programs(self) -> list[Program]:
-        """All programs, in the order in which they were started."""
+        """All programs, in the order of their start."""
         return list(self._programs.values())
 
     def _prepare(self) -> None:
-        """Make the folder, the certificates, the configuration files and the programs' commands."""
+        """Create the folder, the certificates, the configuration files and the programs' commands."""
         etcd_port, peer_port, api_port = free_ports(3)
         layout = self._layout = commands.Layout(self.folder, ensure_programs(), etcd_port, peer_port, api_port)
-        # What one in the same folder left that was killed.
+        # Data of a killed control plane in the same folder.
         shutil.rmtree(self.folder / "etcd", ignore_errors=True)
         layout.audit_log.unlink(missing_ok=True)
         for name in ("logs", "kubeconfigs"):
@@ -182,7 +182,7 @@ class ControlPlane:
         users = {name: self.authority.issue(user, groups=groups) for name, (user, groups) in USERS.items()}
         for name, client in users.items():
             self._write_kubeconfig(layout.kubeconfig(name), commands.certificate_user(client))
-        self.api = Api(api_port, trusting(self.authority.certificate, users["admin"]))
+        self.api = Api(api_port, client_context(self.authority.certificate, users["admin"]))
         layout.scheduler_config.write_text(json.dumps(commands.scheduler_configuration(layout)))
         layout.audit_policy.write_text(json.dumps(commands.audit_policy()))
         self._commands = {
@@ -203,7 +203,7 @@ class ControlPlane:
             self._programs[name].start()
 
     def _end(self) -> None:
-        """End the guard's group, and with it all programs."""
+        """Kill the guard's process group, and with it all programs."""
         if self._guard is not None:
             self._guard.close()
             self._guard = None
@@ -216,48 +216,48 @@ class ControlPlane:
     def _is_ready(self) -> bool:
         try:
             return bool(self.api.get("/readyz") == "ok")
-        except (OSError, ApiError):
+        except (OSError, ControlPlaneApiError):
             return False
 
     def _has_service_account(self, namespace: str) -> bool:
         try:
             return bool(self.api.get(f"/api/v1/namespaces/{namespace}/serviceaccounts/default"))
-        except ApiError as error:
+        except ControlPlaneApiError as error:
             if error.code != 404:
                 raise
             return False
 
     def _wait(self, what: str, probe: Callable[[], object]) -> None:
-        """Wait for a probe; where a program ends meanwhile or time is up, tell with all logs' last lines."""
+        """Wait for a probe; if a program exits or the time is over, raise an error with the end of all logs."""
 
-        def look() -> bool:
-            if any(program.died for program in self.programs):
-                raise ControlPlaneError(f"a program ended while waiting: {what}")
+        def check() -> bool:
+            if any(program.has_exited for program in self.programs):
+                raise ControlPlaneError(f"a program exited during: {what}")
             return bool(probe())
 
         try:
-            wait_for(what, look, READY_SECONDS)
+            wait_for(what, check, READY_SECONDS)
         except (ControlPlaneError, TimeoutError) as error:
             raise ControlPlaneError(f"{error}\n{self.tails()}") from None
 
     def tails(self) -> str:
-        """The last lines of every log."""
+        """Return the last lines of every log."""
         return "\n".join(line for program in self.programs for line in program.tail())
 
-    # --- who may use it ----------------------------------------------------------------------------------------------
+    # --- users -------------------------------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
-        """Where the API server is."""
+        """URL of the API server."""
         return self._layout.api_url
 
     @property
     def kubeconfig(self) -> Path:
-        """Kubeconfig of an administrator."""
+        """Kubeconfig of the administrator."""
         return self._layout.kubeconfig("admin")
 
     def kubeconfig_for(self, service_account: str, namespace: str, expiration_seconds: int = 3600) -> Path:
-        """Kubeconfig of a service account that exists, with a token of its own: for tests of its role."""
+        """Return a kubeconfig of an existing service account with a new token, for tests of its role."""
         token = self.token_for(service_account, namespace, expiration_seconds=expiration_seconds)
         path = self._layout.kubeconfig(f"{namespace}-{service_account}-{next(self._numbers)}")
         self._write_kubeconfig(path, {"token": token}, namespace)
@@ -272,9 +272,9 @@ class ControlPlane:
         pod: Mapping[str, Any] | None = None,
         expiration_seconds: int = 3600,
     ) -> str:
-        """A token by TokenRequest, as a projected volume holds it where `pod` (an object of the API) is given.
+        """Return a token by TokenRequest; with `pod` (an API object), one that is bound to that pod.
 
-        Without audiences it is one for the API server. The API server gives none that live under 600 s.
+        Without audiences, it is for the API server. The API server issues no tokens with a lifetime below 600 s.
         """
         spec: dict[str, Any] = {"audiences": list(audiences), "expirationSeconds": expiration_seconds}
         if pod is not None:
@@ -286,12 +286,12 @@ class ControlPlane:
         return token
 
     def api_for(self, service_account: str, namespace: str) -> Api:
-        """Requests as a service account."""
-        return self.api_with(self.token_for(service_account, namespace))
+        """Return an API client of a service account."""
+        return self.api_with_token(self.token_for(service_account, namespace))
 
-    def api_with(self, token: str) -> Api:
-        """Requests with a token, whoever gave it."""
-        return Api(self._layout.api_port, trusting(self.authority.certificate), token)
+    def api_with_token(self, token: str) -> Api:
+        """Return an API client with a given token, valid or not."""
+        return Api(self._layout.api_port, client_context(self.authority.certificate), token)
 
     def kubectl(
         self,
@@ -300,7 +300,7 @@ class ControlPlane:
         kubeconfig: Path | None = None,
         timeout_seconds: float = KUBECTL_SECONDS,
     ) -> str:
-        """What kubectl prints, as an administrator or by another kubeconfig; raises KubectlError where it fails."""
+        """Return the output of kubectl, as administrator or with another kubeconfig; raise KubectlError on failure."""
         result = subprocess.run(
             [str(self._layout.programs["kubectl"]), *arguments],
             env={**os.environ, "KUBECONFIG": str(kubeconfig or self.kubeconfig), "KUBECACHEDIR": str(self._cache)},
@@ -316,7 +316,7 @@ class ControlPlane:
 
     @property
     def kubectl_path(self) -> Path:
-        """The kubectl of the same version."""
+        """Path of the kubectl of the same version."""
         return self._layout.programs["kubectl"]
 
     @property
@@ -327,10 +327,10 @@ class ControlPlane:
         path.touch(mode=0o600)
         path.write_text(commands.kubeconfig(self._layout.api_url, self.authority.certificate, user, namespace))
 
-    # --- what is in it -----------------------------------------------------------------------------------------------
+    # --- objects -----------------------------------------------------------------------------------------------------
 
     def create_namespace(self, name: str, labels: Mapping[str, str] | None = None) -> str:
-        """Create a namespace and wait until pods can be created in it; returns its name."""
+        """Create a namespace and wait until pods can be created in it; return its name."""
         metadata = {"name": name, "labels": dict(labels or {})}
         self.api.create("/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
         if "kube-controller-manager" in self._components:
@@ -349,7 +349,7 @@ class ControlPlane:
         taints: Iterable[Mapping[str, str]] = (),
         timeout_seconds: float = READY_SECONDS,
     ) -> list[str]:
-        """Add kwok nodes and wait until pods can be scheduled to them; returns their names."""
+        """Add kwok nodes and wait until pods can be scheduled to them; return their names."""
         taints = list(taints)
         names = [f"{prefix}-{next(self._numbers)}" for _ in range(count)]
         for name in names:
@@ -359,58 +359,59 @@ class ControlPlane:
         return names
 
     def delete_nodes(self, names: Iterable[str]) -> None:
-        """Delete nodes, as a cloud does with machines that are gone; the pods' end is up to the controllers."""
+        """Delete nodes, as a cloud does after it has stopped machines; the controllers handle the pods."""
         for name in names:
             self.api.delete(f"{nodes.NODES_PATH}/{name}")
 
-    def neglect_node(self, name: str) -> None:
-        """A node's kubelet stands still: its pods stay as they are, and those that are deleted hang in that."""
-        nodes.neglect(self.api, name)
+    def hang_kubelet(self, name: str) -> None:
+        """Make a node's kubelet hang: its pods keep their state, and deleted ones stay terminating."""
+        nodes.hang_kubelet(self.api, name)
 
     def lose_node(self, name: str) -> None:
-        """A node's machine vanishes: it becomes unknown, is tainted, and its pods hang in their deletion."""
+        """Lose a node: its status is unknown, it is tainted, and its deleted pods stay terminating."""
         nodes.lose(self.api, name, datetime.datetime.now(datetime.UTC))
 
     def recover_node(self, name: str) -> None:
-        """A lost or neglected node is back; returns when pods can be scheduled to it."""
+        """Recover a lost node or a hanging kubelet; return when pods can be scheduled to the node."""
         nodes.recover(self.api, name)
         nodes.wait_until_usable(self.api, [name], READY_SECONDS)
 
     def compact_etcd(self) -> int:
-        """Throw away all revisions but the last; returns that.
+        """Delete all revisions except the last one; return that one.
 
-        The API server answers watches from its own memory. So a watch, or a list by pages, from an older revision ends
-        with 410 only once the API server has been restarted too (see `expire_watches`).
+        The API server answers watches from its memory. So a watch or a paginated list from an older revision fails with
+        410 only after the API server has been restarted, too (see `expire_watches`).
         """
-        revision = int(self._ask_etcd("range", {"key": "AA=="})["header"]["revision"])
-        self._ask_etcd("compaction", {"revision": str(revision), "physical": True})
+        revision = int(self._request_etcd("range", {"key": "AA=="})["header"]["revision"])
+        self._request_etcd("compaction", {"revision": str(revision), "physical": True})
         return revision
 
     def expire_watches(self) -> None:
-        """Break every watch, and answer 410 to who wants to go on where it stood."""
+        """Break every watch, and answer 410 to clients that want to continue theirs."""
         self.stop_api_server()
-        # Something has to have happened since, or a client stands at the newest revision and may go on.
-        self._ask_etcd("put", {"key": "L3Rlc3QtYmVk", "value": ""})
+        # One more change is needed: a client at the newest revision could continue.
+        self._request_etcd("put", {"key": "L3Rlc3QtYmVk", "value": ""})
         self.compact_etcd()
         self.start_api_server()
 
-    def _ask_etcd(self, method: str, body: dict[str, Any]) -> Any:
-        """Call etcd by its JSON gateway; keys are in base64."""
+    def _request_etcd(self, method: str, body: dict[str, Any]) -> Any:
+        """Call etcd's JSON gateway; keys are in base64."""
         request = urllib.request.Request(f"{self._layout.etcd_url}/v3/kv/{method}", json.dumps(body).encode())
         with urllib.request.urlopen(request, timeout=KUBECTL_SECONDS) as response:
             return json.load(response)
 
-    # --- what was asked of it ----------------------------------------------------------------------------------------
+    # --- audit log ---------------------------------------------------------------------------------------------------
 
     def requests(self, user: str = "") -> list[dict[str, Any]]:
-        """Finished requests, all or a user's, as the audit tells (`audit=True`): verb, requestURI, objectRef and so on.
+        """Return the finished requests of all users or of one, from the audit log (requires `audit=True`).
 
-        A service account's user is `system:serviceaccount:<namespace>:<name>`. Watches are there once they have ended.
+        Each has the fields verb, requestURI, objectRef and so on. The user name of a service account is
+        `system:serviceaccount:<namespace>:<name>`. Watches are included once they have ended.
         """
         if not self._layout.audit_log.exists():
             return []
-        # The last line may be one that is being written.
+        # The last line may be incomplete.
         lines = self._layout.audit_log.read_text().split("\n")[:-1]
         events = (json.loads(line) for line in lines if user in line)
-        # Who could not show who it is has no name.
+        # Unauthenticated requests have no user name.
         return [event for event in events if user in ("", event["user"].get("username"))]

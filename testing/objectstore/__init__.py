@@ -1,1 +1,1 @@
-"""A real S3 server for the tests: buckets are folders of this machine, so a test can look at what is stored."""
+"""A real S3 server for the tests. Buckets are local folders, so a test can inspect what is stored."""

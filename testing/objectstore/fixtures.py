@@ -1,4 +1,4 @@
-"""Pytest plugin: one S3 server per test run, and a bucket of its own for each test."""
+"""Pytest plugin: one S3 server per test run, and a separate bucket for each test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from testing.objectstore.server import ObjectStore
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """Build the server before the first test: that may take longer than a test may."""
+    """Build the server before the first test, because the build may take longer than a test's timeout."""
     if session.config.option.collectonly:
         return
     if any("object_store" in getattr(item, "fixturenames", ()) for item in session.items):
@@ -24,7 +24,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
-    """The test run's S3 server."""
+    """The S3 server of this test run."""
     guard = Guard()
     try:
         yield server.start(tmp_path_factory.mktemp("s3"), guard)
@@ -34,7 +34,7 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
 
 @pytest.fixture
 def bucket_url(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of a fresh bucket; this process has the keys to it."""
+    """URL of a new bucket; the environment of this process contains its keys."""
     for name, value in object_store.environment.items():
         monkeypatch.setenv(name, value)
     return object_store.make_bucket(f"test-{uuid.uuid4().hex[:8]}")

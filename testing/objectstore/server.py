@@ -1,4 +1,4 @@
-"""The S3 server of the tests: Versity's gateway over a folder, a process on the loopback."""
+"""The S3 server of the tests: Versity's gateway for a local folder, as a process on the loopback interface."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ObjectStore:
     """A running server.
 
     Attributes:
-        folder: each folder in it is a bucket.
+        folder: its subfolders are the buckets.
         program: its process; a test may stop it and start it again.
-        environment: what a client needs to reach it: variables of the process that uses it.
+        environment: variables that a client process needs to reach it.
     """
 
     folder: Path
@@ -32,17 +32,17 @@ class ObjectStore:
     environment: Mapping[str, str]
 
     def make_bucket(self, name: str) -> str:
-        """Make a bucket; returns its URL."""
+        """Create a bucket and return its URL."""
         (self.folder / name).mkdir()
         return f"s3://{name}"
 
 
 def start(folder: Path, guard: Guard) -> ObjectStore:
-    """Start the server, building it where it is not in the cache, and wait until it answers."""
+    """Start the server, after building it if it is not in the cache, and wait until it answers."""
     program_path = ensure_programs(modules=[S3_SERVER])["versitygw"]
     (port,) = free_ports(1)
     buckets = folder / "buckets"
-    # Beside the buckets: file systems without extended attributes (a container's overlay) serve as well.
+    # Separate from the buckets, so that file systems without extended attributes (container overlays) work too.
     metadata = folder / "metadata"
     for each in (buckets, metadata):
         each.mkdir()
@@ -59,8 +59,8 @@ def start(folder: Path, guard: Guard) -> ObjectStore:
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     store = ObjectStore(buckets, program, environment)
-    wait_for("the S3 server", lambda: program.died or _answers(environment["AWS_ENDPOINT_URL"]))
-    if program.died:
+    wait_for("the S3 server answers", lambda: program.has_exited or _answers(environment["AWS_ENDPOINT_URL"]))
+    if program.has_exited:
         raise RuntimeError("\n".join(program.tail()))
     return store
 
@@ -76,6 +76,6 @@ def _answers(url: str) -> bool:
 
 
 def without_credentials(store: ObjectStore) -> ObjectStore:
-    """The same server for a client that knows no keys."""
+    """Return the same server for a client without keys."""
     kept = {name: value for name, value in store.environment.items() if "KEY" not in name}
     return dataclasses.replace(store, environment={**kept, "HOME": os.devnull})

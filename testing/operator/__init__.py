@@ -1,1 +1,1 @@
-"""The operator as a process against a real control plane."""
+"""The operator as a process on a real control plane, for tests and benchmarks."""

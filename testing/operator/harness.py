@@ -1,7 +1,4 @@
-"""The operator as a process against the control plane, with exactly the role that the chart gives it.
-
-Used by the tests here and by the benches.
-"""
+"""The operator as a process on the control plane, with exactly the roles that the chart gives it."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ import yaml
 
 from finetune_operator.api import crd
 from finetune_operator.api.job import API_VERSION, KIND, PLURAL
-from testing.controlplane.api import ApiError
+from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.process import LOOPBACK, free_ports, wait_for
 from testing.controlplane.server import ControlPlane
 
@@ -34,9 +31,9 @@ STOP_SECONDS = 40.0
 
 
 def install(control_plane: ControlPlane) -> None:
-    """The CRD, the operator's namespace, its service account and its role. Once is enough."""
+    """Install the CRD, and the operator's namespace, service account and roles. Needed once per control plane."""
     api = control_plane.api
-    with contextlib.suppress(ApiError):
+    with contextlib.suppress(ControlPlaneApiError):
         control_plane.create_namespace(HOME)
     definition = crd.custom_resource_definition()
     api.patch(
@@ -45,7 +42,7 @@ def install(control_plane: ControlPlane) -> None:
         "apply",
     )
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT}}
-    with contextlib.suppress(ApiError):
+    with contextlib.suppress(ControlPlaneApiError):
         api.create(f"/api/v1/namespaces/{HOME}/serviceaccounts", account)
     rules = yaml.safe_load(RULES.read_text())
     _grant(api, "ClusterRole", RBAC, "finetune-jobs", rules["jobs"])
@@ -76,13 +73,13 @@ def _grant(api: Any, kind: str, root: str, name: str, rules: Any) -> None:
 def _served(control_plane: ControlPlane) -> bool:
     try:
         control_plane.api.get(f"/apis/{API_VERSION}/{PLURAL}")
-    except ApiError:
+    except ControlPlaneApiError:
         return False
     return True
 
 
 def build_job(name: str, *, nodes: int = 2, **spec: Any) -> dict[str, Any]:
-    """A CPU job that needs no volume of its own."""
+    """Return a CPU job that needs no volume."""
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
@@ -99,14 +96,14 @@ def build_job(name: str, *, nodes: int = 2, **spec: Any) -> dict[str, Any]:
 
 
 def jobs_path(namespace: str, name: str = "") -> str:
-    """Where jobs are."""
+    """Return the API path of the jobs of a namespace, or of one job."""
     path = f"/apis/{API_VERSION}/namespaces/{namespace}/{PLURAL}"
     return f"{path}/{name}" if name else path
 
 
 @dataclass
 class Jobs:
-    """The jobs of a namespace and their pods, as an administrator sees them."""
+    """The jobs of a namespace and their pods, with an administrator's rights."""
 
     control_plane: ControlPlane
     namespace: str
@@ -145,25 +142,25 @@ class Jobs:
         return [event for event in items if event["regarding"].get("name") == name]
 
     def wait_phase(self, name: str, phase: str, seconds: float = 30.0) -> dict[str, Any]:
-        """Wait for a phase; return the status."""
+        """Wait for a phase and return the status."""
 
-        def look() -> dict[str, Any] | None:
+        def status_in_phase() -> dict[str, Any] | None:
             status = self.status(name)
             return status if status.get("phase") == phase else None
 
         try:
-            return wait_for(f"{name} is {phase}", look, seconds) or {}
+            return wait_for(f"{name} is {phase}", status_in_phase, seconds) or {}
         except TimeoutError as error:
             raise TimeoutError(f"{error}; its status: {self.status(name)}; pods: {sorted(self.pods())}") from None
 
     def wait_attempt(self, name: str, attempt: int, seconds: float = 30.0) -> dict[str, Any]:
-        """Wait until an attempt runs; return the status."""
+        """Wait until an attempt runs and return the status."""
 
-        def look() -> dict[str, Any] | None:
+        def status_of_attempt() -> dict[str, Any] | None:
             status = self.status(name)
             return status if status.get("attempt") == attempt and status.get("phase") == "Running" else None
 
-        return wait_for(f"attempt {attempt} of {name} runs", look, seconds) or {}
+        return wait_for(f"attempt {attempt} of {name} runs", status_of_attempt, seconds) or {}
 
 
 @dataclass
@@ -180,12 +177,12 @@ class OperatorProcess:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> OperatorProcess:
-        """Start it; `wait_ready` waits."""
+        """Start the process; use `wait_ready` to wait until it leads."""
         self.probe_port, self.coordinator_port = (
             (self.probe_port, self.coordinator_port) if self.probe_port else free_ports(2)
         )
         command = [sys.executable, *self.program, "run", *self._flags()]
-        # One that is killed leaves its temporary files behind: they go with its log.
+        # A killed process leaves its temporary files behind: they are deleted with the folder of its log.
         temporary = self.log.parent / "tmp"
         temporary.mkdir(exist_ok=True)
         environment = {**os.environ, "TMPDIR": str(temporary), **self.environment}
@@ -207,24 +204,24 @@ class OperatorProcess:
         return [f"--{name}={value}" for name, value in flags.items()] + list(self.flags)
 
     def wait_ready(self) -> OperatorProcess:
-        """Wait until it leads."""
-        wait_for(f"the operator leads (its log: {self.log})", lambda: self.died() or self.leads(), READY_SECONDS)
-        assert not self.died(), self.log.read_text()
+        """Wait until this replica leads."""
+        wait_for(f"the operator leads (log: {self.log})", lambda: self.has_exited() or self.leads(), READY_SECONDS)
+        assert not self.has_exited(), self.log.read_text()
         return self
 
     @property
     def identity(self) -> str:
-        """Its name, where a flag gives it one."""
+        """The value of the --identity flag."""
         return next(flag.partition("=")[2] for flag in self.flags if flag.startswith("--identity="))
 
     def leads(self) -> bool:
         return self.metric("finetune_leader") == 1.0
 
-    def died(self) -> bool:
+    def has_exited(self) -> bool:
         return self.process is None or self.process.poll() is not None
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and text of a path of the probes' port; 0 where nobody answers."""
+        """Return status and text of a path on the probes' port; status 0 if there is no response."""
         try:
             with urllib.request.urlopen(f"http://{LOOPBACK}:{self.probe_port}{path}", timeout=5) as response:
                 return response.status, response.read().decode()
@@ -234,7 +231,7 @@ class OperatorProcess:
             return 0, ""
 
     def metrics(self) -> dict[str, float]:
-        """All samples, by name with labels."""
+        """Return all samples by name and labels."""
         lines = [line for line in self.get("/metrics")[1].splitlines() if line and not line.startswith("#")]
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
@@ -242,7 +239,7 @@ class OperatorProcess:
         return self.metrics().get(name, float("nan"))
 
     def stop(self) -> int:
-        """SIGTERM; returns the exit code."""
+        """Send SIGTERM and return the exit code."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(STOP_SECONDS)
@@ -250,17 +247,17 @@ class OperatorProcess:
         return code
 
     def pause(self) -> None:
-        """SIGSTOP: its clock goes on, it does not."""
+        """Send SIGSTOP: the process stops, but time continues."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL, where it still runs."""
+        """Send SIGKILL if the process is running."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -269,7 +266,7 @@ class OperatorProcess:
 
 @contextlib.contextmanager
 def running(process: OperatorProcess) -> Iterator[OperatorProcess]:
-    """An operator that leads, and is ended in the end."""
+    """Start an operator, wait until it leads, and kill it at the end."""
     try:
         yield process.start().wait_ready()
     finally:

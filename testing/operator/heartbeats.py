@@ -1,4 +1,4 @@
-"""Beats as the supervisors of a job's pods would send them, over TLS, with tokens that the API server gives them."""
+"""Heartbeats as the supervisors of a job's pods send them: over TLS, with tokens from the API server."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SERVICE = "finetune-coordinator"
 
 
 @dataclass
-class Talk:
-    """A job `circles` whose pods run, and a way to beat for them."""
+class HeartbeatClient:
+    """Sends heartbeats for the pods of the job `circles`."""
 
     jobs: Jobs
     operator: OperatorProcess
     context: ssl.SSLContext
 
     def token(self, pod: str, audience: str = AUDIENCE) -> str:
-        bound = self.jobs.pods()[pod]
-        return self.jobs.control_plane.token_for("default", self.jobs.namespace, audiences=[audience], pod=bound)
+        exists = self.jobs.pods()[pod]
+        return self.jobs.control_plane.token_for("default", self.jobs.namespace, audiences=[audience], pod=exists)
 
     def beat(self, pod: str, sequence: int, *, attempt: int = 0, **report: Any) -> Heartbeat:
-        """A beat of a pod's one rank; attempt: where it belongs by now, if not where it was made for."""
+        """Return a heartbeat of a pod's only rank; attempt: 0 means the attempt that the pod was created for."""
         meta = self.jobs.pods()[pod]["metadata"]
         given = {"rank": int(pod[-1]), "state": RankState.TRAINING, "step": sequence, "total_steps": 100}
         return Heartbeat(
@@ -67,5 +67,5 @@ def tls_flags(cluster: ControlPlane) -> tuple[str, ...]:
 
 
 def tls_context(cluster: ControlPlane) -> ssl.SSLContext:
-    """What trusts the coordinator."""
+    """Return a TLS context that trusts the coordinator."""
     return ssl.create_default_context(cafile=str(cluster.authority.certificate))

@@ -1,4 +1,4 @@
-"""The test bed itself: what other tests rely on holds on the real API server."""
+"""The control plane of the tests: properties of the real API server that other tests depend on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from testing.controlplane import nodes
-from testing.controlplane.api import ApiError
+from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import ControlPlane, KubectlError
 
@@ -18,7 +18,7 @@ OPERATOR = "finetune-operator"
 
 @pytest.fixture(scope="module")
 def node(control_plane: ControlPlane) -> str:
-    """A node with GPUs that other tests leave alone."""
+    """Return a node with GPUs that no other test uses."""
     labels = {"test": "control-plane"}
     return control_plane.add_nodes(1, prefix="bed", gpus=8, labels=labels)[0]
 
@@ -39,7 +39,7 @@ def build_pod(name: str, annotations: dict[str, str] | None = None, grace_second
 
 
 class Pods:
-    """The pods of a namespace, as its tests use them."""
+    """The pods of a namespace."""
 
     def __init__(self, control_plane: ControlPlane, namespace: str) -> None:
         self.api = control_plane.api
@@ -59,10 +59,10 @@ class Pods:
     def phase(self, name: str) -> str:
         return str(self.get(name)["status"]["phase"])
 
-    def gone(self, name: str) -> bool:
+    def deleted(self, name: str) -> bool:
         try:
             self.get(name)
-        except ApiError as error:
+        except ControlPlaneApiError as error:
             return error.code == 404
         return False
 
@@ -72,16 +72,16 @@ def pods(control_plane: ControlPlane, namespace: str, node: str) -> Pods:
     return Pods(control_plane, namespace)
 
 
-def test_pod_runs_on_a_kwok_node_and_goes_when_it_is_deleted(pods: Pods, node: str) -> None:
+def test_pod_runs_on_a_kwok_node_and_disappears_when_it_is_deleted(pods: Pods, node: str) -> None:
     pod = pods.run(build_pod("trainer"))
     assert pod["spec"]["nodeName"] == node
     assert pod["status"]["podIP"].startswith("10.244.")
     assert pod["status"]["containerStatuses"][0]["ready"]
     pods.api.delete(f"{pods.path}/trainer")
-    wait_for("the pod is gone", lambda: pods.gone("trainer"))
+    wait_for("the pod is deleted", lambda: pods.deleted("trainer"))
 
 
-def test_pod_that_asks_for_more_gpus_than_there_are_stays_pending_with_a_reason(pods: Pods) -> None:
+def test_pod_that_requests_too_many_gpus_stays_pending_with_a_reason(pods: Pods) -> None:
     pod = build_pod("greedy")
     pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] = "9"
     pods.api.create(pods.path, pod)
@@ -90,10 +90,10 @@ def test_pod_that_asks_for_more_gpus_than_there_are_stays_pending_with_a_reason(
         conditions = pods.get("greedy")["status"].get("conditions", [])
         return next((condition.get("message", "") for condition in conditions), "")
 
-    assert "Insufficient nvidia.com/gpu" in wait_for("the scheduler says why", reason)
+    assert "Insufficient nvidia.com/gpu" in wait_for("the scheduler reports the reason", reason)
 
 
-def test_status_that_a_test_writes_stays(pods: Pods) -> None:
+def test_status_written_by_a_test_is_kept(pods: Pods) -> None:
     pods.run(build_pod("trainer"))
     terminated = {"exitCode": 42, "reason": "Error", "message": "loss is NaN"}
     status = {
@@ -110,33 +110,33 @@ def test_status_that_a_test_writes_stays(pods: Pods) -> None:
         ],
     }
     pods.api.patch(f"{pods.path}/trainer/status", {"status": status})
-    # A change that kwok sees too: it had its chance to put the pod back.
+    # kwok receives this change too, so it would have reset the pod by now.
     pods.api.patch(f"{pods.path}/trainer", {"metadata": {"labels": {"seen": "true"}}})
     pods.run(build_pod("another"))
     assert pods.phase("trainer") == "Failed"
     pods.api.delete(f"{pods.path}/trainer")
-    wait_for("a pod that has ended goes at once", lambda: pods.gone("trainer"))
+    wait_for("a pod that has ended is deleted at once", lambda: pods.deleted("trainer"))
 
 
-def test_pod_takes_its_time_to_end_within_the_grace_period(pods: Pods) -> None:
+def test_pod_may_take_its_grace_period_to_end(pods: Pods) -> None:
     pods.run(build_pod("slow", {nodes.STOP_SECONDS: "3600", nodes.EXIT_CODE: "0"}, grace_seconds=3600))
     pods.api.delete(f"{pods.path}/slow")
     assert "deletionTimestamp" in pods.get("slow")["metadata"]
-    # The grace period may be cut short, as by `kubectl delete --grace-period`.
+    # The grace period may be shortened, as `kubectl delete --grace-period` does.
     pods.api.delete(f"{pods.path}/slow", grace_period_seconds=1)
-    wait_for("the grace period is over", lambda: pods.gone("slow"))
+    wait_for("the grace period is over", lambda: pods.deleted("slow"))
 
 
-def test_pod_that_is_held_is_played_by_the_test(pods: Pods, node: str) -> None:
+def test_held_pod_is_controlled_by_the_test(pods: Pods, node: str) -> None:
     pods.api.create(pods.path, build_pod("held", {nodes.HOLD: "true"}))
     pods.run(build_pod("another"))
     wait_for("it is scheduled", lambda: pods.get("held")["spec"].get("nodeName") == node)
     assert pods.phase("held") == "Pending"
     pods.api.delete(f"{pods.path}/held", grace_period_seconds=0)
-    assert pods.gone("held")
+    assert pods.deleted("held")
 
 
-def test_lost_node_is_tainted_and_its_pods_hang_until_it_is_back(control_plane: ControlPlane, pods: Pods) -> None:
+def test_lost_node_is_tainted_and_its_pods_hang_until_it_recovers(control_plane: ControlPlane, pods: Pods) -> None:
     name = control_plane.add_nodes(1, prefix="lost", gpus=8, labels={"test": "lost"})[0]
     pod = build_pod("trainer")
     pod["spec"]["nodeSelector"] = {"test": "lost"}
@@ -151,11 +151,11 @@ def test_lost_node_is_tainted_and_its_pods_hang_until_it_is_back(control_plane: 
     reasons = [condition["reason"] for condition in conditions if condition["type"] == "DisruptionTarget"]
     assert reasons == ["DeletionByTaintManager"]
     control_plane.recover_node(name)
-    wait_for("the pod is gone", lambda: pods.gone("trainer"))
+    wait_for("the pod is deleted", lambda: pods.deleted("trainer"))
     control_plane.delete_nodes([name])
 
 
-def test_service_account_may_do_nothing_but_what_its_role_says(control_plane: ControlPlane, namespace: str) -> None:
+def test_service_account_has_only_the_rights_of_its_role(control_plane: ControlPlane, namespace: str) -> None:
     control_plane.kubectl("create", "serviceaccount", OPERATOR, "-n", namespace)
     kubeconfig = control_plane.kubeconfig_for(OPERATOR, namespace)
     with pytest.raises(KubectlError, match='cannot list resource "pods"'):
@@ -163,7 +163,7 @@ def test_service_account_may_do_nothing_but_what_its_role_says(control_plane: Co
     control_plane.kubectl("create", "role", "reader", "--verb=list", "--resource=pods", "-n", namespace)
     subject = f"--serviceaccount={namespace}:{OPERATOR}"
     control_plane.kubectl("create", "rolebinding", "reader", "--role=reader", subject, "-n", namespace)
-    wait_for("the role holds", lambda: _may_list(control_plane, namespace))
+    wait_for("the role is effective", lambda: _may_list(control_plane, namespace))
     assert control_plane.kubectl("get", "pods", kubeconfig=kubeconfig) == ""
     with pytest.raises(KubectlError, match='cannot delete resource "pods"'):
         control_plane.kubectl("delete", "pod", "trainer", kubeconfig=kubeconfig)
@@ -171,10 +171,10 @@ def test_service_account_may_do_nothing_but_what_its_role_says(control_plane: Co
     assert {"list", "delete"} <= verbs
 
 
-def test_a_request_of_nobody_is_in_the_audit_as_well(control_plane: ControlPlane, namespace: str) -> None:
+def test_unauthenticated_request_is_in_the_audit_log(control_plane: ControlPlane, namespace: str) -> None:
     path = f"/api/v1/namespaces/{namespace}/pods"
-    with pytest.raises(ApiError) as caught:
-        control_plane.api_with("a token that nobody gave").get(path)
+    with pytest.raises(ControlPlaneApiError) as caught:
+        control_plane.api_with_token("an invalid token").get(path)
     assert caught.value.code == 401
     codes = [event["responseStatus"]["code"] for event in control_plane.requests() if event["requestURI"] == path]
     assert codes == [401]
@@ -183,12 +183,12 @@ def test_a_request_of_nobody_is_in_the_audit_as_well(control_plane: ControlPlane
 def _may_list(control_plane: ControlPlane, namespace: str) -> bool:
     try:
         control_plane.api_for(OPERATOR, namespace).get(f"/api/v1/namespaces/{namespace}/pods")
-    except ApiError as error:
+    except ControlPlaneApiError as error:
         return error.code != 403
     return True
 
 
-def test_token_review_says_which_pod_speaks_and_refuses_another_audience(
+def test_token_review_returns_the_pod_and_refuses_another_audience(
     control_plane: ControlPlane, pods: Pods, namespace: str
 ) -> None:
     pod = pods.run(build_pod("trainer"))
@@ -203,10 +203,10 @@ def test_token_review_says_which_pod_speaks_and_refuses_another_audience(
     assert accepted["authenticated"]
     assert accepted["user"]["username"] == f"system:serviceaccount:{namespace}:default"
     assert accepted["user"]["extra"]["authentication.kubernetes.io/pod-name"] == ["trainer"]
-    assert not review("someone-else").get("authenticated")
+    assert not review("another-audience").get("authenticated")
 
 
-def test_deleted_owner_takes_its_pods_with_it(pods: Pods, namespace: str) -> None:
+def test_deletion_of_an_owner_deletes_its_pods(pods: Pods, namespace: str) -> None:
     path = f"/api/v1/namespaces/{namespace}/configmaps"
     owner = pods.api.create(path, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "owner"}})
     pod = build_pod("child")
@@ -214,10 +214,10 @@ def test_deleted_owner_takes_its_pods_with_it(pods: Pods, namespace: str) -> Non
     pod["metadata"]["ownerReferences"] = [reference]
     pods.run(pod)
     pods.api.delete(f"{path}/owner")
-    wait_for("the pod is gone", lambda: pods.gone("child"))
+    wait_for("the pod is deleted", lambda: pods.deleted("child"))
 
 
-def test_api_server_comes_back_with_all_it_had_and_its_clients_go_on(control_plane: ControlPlane, pods: Pods) -> None:
+def test_restarted_api_server_has_all_its_data_and_clients_continue(control_plane: ControlPlane, pods: Pods) -> None:
     pods.run(build_pod("before"))
     control_plane.stop_api_server()
     with pytest.raises(OSError, match="refused"):

@@ -1,4 +1,4 @@
-"""Programs end with the process that started them, however that ends."""
+"""Programs end together with the process that started them, even if it is killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ time.sleep(600)
 
 
 def exists(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for yet does not."""
+    """Return whether a process is running; a zombie is not."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
@@ -40,27 +40,27 @@ def test_program_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
         pid = int(parent.stdout.readline())
         assert exists(pid)
         os.kill(parent.pid, signal.SIGKILL)
-    wait_for("the program is gone", lambda: not exists(pid), seconds=10)
-    wait_for("so are its files", lambda: not folder.exists(), seconds=10)
+    wait_for("the program has ended", lambda: not exists(pid), seconds=10)
+    wait_for("its files are deleted", lambda: not folder.exists(), seconds=10)
 
 
-def test_program_that_ends_by_itself_is_seen_with_its_last_words(tmp_path: Path) -> None:
+def test_program_that_exits_is_detected_and_its_log_is_available(tmp_path: Path) -> None:
     guard = Guard()
     program = Program("short", ["sh", "-c", "echo no such file; exit 3"], tmp_path / "log", guard)
     program.start()
-    wait_for("it ends", lambda: program.died, seconds=10)
+    wait_for("it exits", lambda: program.has_exited, seconds=10)
     assert list(program.tail())[1:] == ["no such file"]
     program.stop()
     guard.close()
 
 
-def test_ports_are_free_and_out_of_the_way_of_outgoing_connections() -> None:
+def test_ports_are_free_and_outside_the_range_of_outgoing_connections() -> None:
     ports = free_ports(5)
     assert len(set(ports)) == 5
     lowest_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert max(ports) < lowest_outgoing
 
 
-def test_wait_says_what_it_waited_for() -> None:
+def test_timeout_message_names_the_condition() -> None:
     with pytest.raises(TimeoutError, match="pigs fly"):
         wait_for("pigs fly", lambda: False, seconds=0)

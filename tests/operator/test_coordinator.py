@@ -1,4 +1,4 @@
-"""Beats over TLS with tokens that the API server reviews, as a supervisor in a pod would send them."""
+"""Heartbeats over TLS with tokens that the API server reviews, as sent by a supervisor in a pod."""
 
 from __future__ import annotations
 
@@ -11,72 +11,72 @@ from typing import Any
 import pytest
 
 from finetune_contract.heartbeat import RankState
-from finetune_operator.cluster.kube.beats.tokens import expiry, read_review
+from finetune_operator.cluster.kube.beats.tokens import parse_review, token_expiry
 from finetune_operator.cluster.kube.tls.context import ServerCertificate
 from testing.controlplane.pki import Authority
 from testing.controlplane.process import LOOPBACK, wait_for
 from testing.controlplane.server import ControlPlane
 from testing.operator.harness import HOME, Jobs, running
-from testing.operator.heartbeats import AUDIENCE, SERVICE, Talk, tls_flags
+from testing.operator.heartbeats import AUDIENCE, SERVICE, HeartbeatClient, tls_flags
 from tests.operator.conftest import NewOperator
 
-QUIET = {"peerLost": False, "stacks": False}
-"""What a reply holds where nothing is wrong."""
+NO_FLAGS = {"peerLost": False, "stacks": False}
+"""Flags of a reply when nothing is wrong."""
 
 
 @pytest.mark.cluster
-def test_beats_become_progress(talk: Talk) -> None:
-    tokens = {rank: talk.token(f"circles-a1-n{rank}") for rank in range(2)}
+def test_heartbeats_update_the_progress(client: HeartbeatClient) -> None:
+    tokens = {rank: client.token(f"circles-a1-n{rank}") for rank in range(2)}
     for rank, token in tokens.items():
-        status, answer = talk.post(talk.beat(f"circles-a1-n{rank}", 40), token)
+        status, answer = client.post(client.beat(f"circles-a1-n{rank}", 40), token)
         assert status == 200
-        assert json.loads(answer) == {"order": "Continue", "attempt": 1, "beatSeconds": 5.0} | QUIET
-    wait_for("the step is shown", lambda: talk.jobs.status("circles").get("step") == 40)
-    status_now = talk.jobs.wait_phase("circles", "Running")
+        assert json.loads(answer) == {"order": "Continue", "attempt": 1, "beatSeconds": 5.0} | NO_FLAGS
+    wait_for("the status shows the step", lambda: client.jobs.status("circles").get("step") == 40)
+    status_now = client.jobs.wait_phase("circles", "Running")
     assert (status_now["progress"], status_now["totalSteps"]) == ("40%", 100)
-    assert talk.operator.metric("finetune_beats_total") == 2
-    # The done ranks' words count at once, whatever becomes of their pods.
+    assert client.operator.metric("finetune_beats_total") == 2
+    # Reports of finished ranks count at once, independent of the state of their pods.
     for rank, token in tokens.items():
-        talk.post(talk.beat(f"circles-a1-n{rank}", 100, state=RankState.DONE), token)
-    talk.jobs.wait_phase("circles", "Succeeded")
+        client.post(client.beat(f"circles-a1-n{rank}", 100, state=RankState.DONE), token)
+    client.jobs.wait_phase("circles", "Succeeded")
 
 
 @pytest.mark.cluster
-def test_who_may_speak_for_whom(talk: Talk) -> None:
-    beat = talk.beat("circles-a1-n0", 1)
-    assert talk.post(beat, talk.token("circles-a1-n0"))[0] == 200
-    assert talk.post(beat, talk.token("circles-a1-n1"))[0] == 403
-    assert talk.post(beat, talk.token("circles-a1-n0", audience="somebody-else"))[0] == 401
-    assert talk.post(beat, "no.such.token")[0] == 401
-    unbound = talk.jobs.control_plane.token_for("default", talk.jobs.namespace, audiences=[AUDIENCE])
-    assert talk.post(beat, unbound)[0] == 401
+def test_token_confirms_only_its_own_pod(client: HeartbeatClient) -> None:
+    beat = client.beat("circles-a1-n0", 1)
+    assert client.post(beat, client.token("circles-a1-n0"))[0] == 200
+    assert client.post(beat, client.token("circles-a1-n1"))[0] == 403
+    assert client.post(beat, client.token("circles-a1-n0", audience="another-audience"))[0] == 401
+    assert client.post(beat, "no.such.token")[0] == 401
+    unbound = client.jobs.control_plane.token_for("default", client.jobs.namespace, audiences=[AUDIENCE])
+    assert client.post(beat, unbound)[0] == 401
 
 
 @pytest.mark.cluster
-def test_a_token_dies_with_its_pod(talk: Talk) -> None:
-    beat, token = talk.beat("circles-a1-n0", 1), talk.token("circles-a1-n0")
-    assert talk.post(beat, token)[0] == 200
-    talk.jobs.delete_pod("circles-a1-n0")
-    wait_for("the token is refused", lambda: talk.post(beat, token)[0] == 401)
+def test_token_is_invalid_after_its_pod_is_deleted(client: HeartbeatClient) -> None:
+    beat, token = client.beat("circles-a1-n0", 1), client.token("circles-a1-n0")
+    assert client.post(beat, token)[0] == 200
+    client.jobs.delete_pod("circles-a1-n0")
+    wait_for("the token is refused", lambda: client.post(beat, token)[0] == 401)
 
 
 @pytest.mark.cluster
-def test_a_pod_that_beats_without_end_is_held_back(talk: Talk) -> None:
-    token = talk.token("circles-a1-n0")
-    beats = [talk.beat("circles-a1-n0", 1)] * 60
-    answers = {talk.post(beat, token)[0] for beat in beats}
+def test_pod_that_sends_too_many_heartbeats_is_refused(client: HeartbeatClient) -> None:
+    token = client.token("circles-a1-n0")
+    beats = [client.beat("circles-a1-n0", 1)] * 60
+    answers = {client.post(beat, token)[0] for beat in beats}
     assert answers == {200, 429}
 
 
 @pytest.mark.cluster
-def test_the_leader_is_the_endpoint_of_the_service(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_service_endpoint_is_the_leader(jobs: Jobs, new_operator: NewOperator) -> None:
     flags = tls_flags(jobs.control_plane)
     first = new_operator(*flags, "--identity=first")
     second = new_operator(*flags, "--pod-ip=10.0.0.2", "--identity=second")
     with running(first):
         assert endpoint(jobs.control_plane) == ("10.0.0.1", first.coordinator_port)
         second.start()
-        wait_for("the second one waits", lambda: second.get("/readyz")[0] == 200)
+        wait_for("the second replica is on standby", lambda: second.get("/readyz")[0] == 200)
         assert endpoint(jobs.control_plane) == ("10.0.0.1", first.coordinator_port)
         first.kill()
         second.wait_ready()
@@ -85,7 +85,7 @@ def test_the_leader_is_the_endpoint_of_the_service(jobs: Jobs, new_operator: New
 
 def endpoint(cluster: ControlPlane) -> tuple[str, int]:
     found = cluster.api.get(f"/apis/discovery.k8s.io/v1/namespaces/{HOME}/endpointslices/{SERVICE}")
-    ((address,),) = (one["addresses"] for one in found["endpoints"])
+    ((address,),) = (item["addresses"] for item in found["endpoints"])
     return address, found["ports"][0]["port"]
 
 
@@ -96,13 +96,13 @@ def test_a_renewed_certificate_is_served_to_new_connections(tmp_path: Path) -> N
 
     async def serve() -> None:
         certificate = ServerCertificate(old.certificate, old.key)
-        follower = asyncio.create_task(certificate.follow(look_seconds=0.01))
+        follower = asyncio.create_task(certificate.reload_on_change(check_seconds=0.01))
         server = await asyncio.start_server(lambda _, writer: writer.close(), LOOPBACK, 0, ssl=certificate.context)
         port = server.sockets[0].getsockname()[1]
         trusts_new = ssl.create_default_context(cafile=str(authority.certificate))
         with pytest.raises(ssl.SSLCertVerificationError):
             await asyncio.open_connection(LOOPBACK, port, ssl=trusts_new)
-        # A file at a time, as a volume of a Secret does not, but a person may.
+        # One file after the other, as an administrator may do it; a mounted Secret replaces both at once.
         old.certificate.write_bytes(new.certificate.read_bytes())
         old.key.write_bytes(new.key.read_bytes())
         async with asyncio.timeout(20):
@@ -145,16 +145,16 @@ POD_USER = {
         review(authenticated=True, user=POD_USER),
     ],
 )
-def test_reviews_that_name_no_pod(answer: dict[str, Any]) -> None:
-    assert read_review(answer, AUDIENCE) is None
+def test_review_without_a_pod_is_refused(answer: dict[str, Any]) -> None:
+    assert parse_review(answer, AUDIENCE) is None
 
 
-def test_a_review_names_the_pod() -> None:
-    bearer = read_review(review(authenticated=True, audiences=[AUDIENCE], user=POD_USER), AUDIENCE)
-    assert bearer is not None
-    assert (bearer.namespace, bearer.pod, bearer.pod_uid) == ("team", "p", "u")
+def test_review_returns_the_bound_pod() -> None:
+    bound = parse_review(review(authenticated=True, audiences=[AUDIENCE], user=POD_USER), AUDIENCE)
+    assert bound is not None
+    assert (bound.namespace, bound.pod, bound.pod_uid) == ("team", "p", "u")
 
 
 @pytest.mark.parametrize(("token", "end"), [("x", 0.0), ("a.b.c", 0.0), ("a.eyJleHAiOiAxMjN9.c", 123.0)])
-def test_when_a_token_ends(token: str, end: float) -> None:
-    assert expiry(token) == end
+def test_expiry_of_a_token(token: str, end: float) -> None:
+    assert token_expiry(token) == end

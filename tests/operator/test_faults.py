@@ -1,5 +1,5 @@
-"""Everything that may go wrong between the operator and the API server. After each fault: no pod was made twice, no
-attempt was lost or repeated, and the job runs."""
+"""Faults between the operator and the API server. After each fault, no pod was created twice, no attempt was lost or
+repeated, and the job runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 from finetune_operator.server.kill_switch import VARIABLE
-from testing.controlplane.api import Api, ApiError
+from testing.controlplane.api import Api, ControlPlaneApiError
 from testing.controlplane.process import LOOPBACK, wait_for
 from testing.operator.harness import Jobs, OperatorProcess, build_job, running
 from tests.operator.conftest import NewOperator
@@ -22,28 +22,28 @@ from tests.operator.conftest import NewOperator
 pytestmark = pytest.mark.cluster
 
 NUM_WRITES = 16
-"""Writes of a job's start and recovery, and one more: there the operator is not killed at all."""
+"""Writes of a job's start and recovery, plus one: with this number the operator is not killed."""
 OUTAGES_SECONDS = (60.0, 5.0)
 TIMES = 3
-"""How often each of the other faults comes, in one life of the operator."""
+"""Number of repetitions of the other faults while one operator process runs."""
 NUM_JOBS = 12
 
 
 def created_pods(jobs: Jobs) -> Counter[str]:
-    """How often a pod of each name was created, by the API server's own account."""
+    """Return how often a pod of each name was created, according to the audit log of the API server."""
     names: Counter[str] = Counter()
     for request in jobs.control_plane.requests():
         about = request.get("objectRef", {})
-        # The scheduler's bindings are creations below pods, too.
+        # The scheduler's bindings are also creations in a subresource of pods.
         subject = (about.get("resource"), about.get("subresource"), about.get("namespace"))
         if subject == ("pods", None, jobs.namespace) and request["verb"] == "create":
-            # One that was refused early has no name yet.
+            # A request that was refused early contains no name.
             names[about.get("name", "")] += request["responseStatus"]["code"] == 201
     return +names
 
 
 def check(jobs: Jobs, name: str, attempts: int, preemptions: int) -> None:
-    """What must hold after every fault."""
+    """Check what must hold after every fault."""
     status = jobs.wait_attempt(name, attempts, 90)
     assert [entry["attempt"] for entry in status["attempts"]] == list(range(1, attempts + 1))
     assert (status["preemptions"], status["failures"]) == (preemptions, 0)
@@ -52,29 +52,29 @@ def check(jobs: Jobs, name: str, attempts: int, preemptions: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(1, NUM_WRITES + 1))
-def test_killed_before_its_nth_write(jobs: Jobs, new_operator: NewOperator, number: int) -> None:
-    """The state between two writes is the same whether the first was the last one or the second never came."""
-    doomed = new_operator("--leader-election=false", **{VARIABLE: f"before:{number}"})
-    heir = new_operator("--leader-election=false")
-    doomed.start()
-    # kwok's pods do not save when they are told to: nobody is to wait for that.
+def test_operator_killed_before_its_nth_write(jobs: Jobs, new_operator: NewOperator, number: int) -> None:
+    """A kill before write n+1 leaves the same state as a kill after write n, so only one of them is tested."""
+    killed = new_operator("--leader-election=false", **{VARIABLE: f"before:{number}"})
+    successor = new_operator("--leader-election=false")
+    killed.start()
+    # kwok's pods do not save when they receive an order to save: keep the time limit for that short.
     jobs.create(build_job("circles", recovery={"noticeSeconds": 1}))
-    living = doomed
+    current = killed
 
-    def look_after(status: dict[str, object]) -> bool:
-        nonlocal living
-        if living is doomed and doomed.died():
-            living = heir.start()
-        return all(jobs.status("circles").get(field) == value for field, value in status.items())
+    def has_status(expected: dict[str, object]) -> bool:
+        nonlocal current
+        if current is killed and killed.has_exited():
+            current = successor.start()
+        return all(jobs.status("circles").get(field) == value for field, value in expected.items())
 
-    wait_for("attempt 1 runs", lambda: look_after({"phase": "Running", "attempt": 1}), 60)
+    wait_for("attempt 1 runs", lambda: has_status({"phase": "Running", "attempt": 1}), 60)
     jobs.delete_pod("circles-a1-n1")
-    wait_for("attempt 2 runs", lambda: look_after({"phase": "Running", "attempt": 2}), 60)
+    wait_for("attempt 2 runs", lambda: has_status({"phase": "Running", "attempt": 2}), 60)
     check(jobs, "circles", attempts=2, preemptions=1)
 
 
-def test_the_api_server_is_down_for_a_while(jobs: Jobs, new_operator: NewOperator) -> None:
-    """Far longer than the lease lives. The process goes on, and so does its work."""
+def test_api_server_outage(jobs: Jobs, new_operator: NewOperator) -> None:
+    """The outage is much longer than the lease. The process keeps running and continues its work afterwards."""
     with running(new_operator()) as operator:
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
@@ -82,68 +82,68 @@ def test_the_api_server_is_down_for_a_while(jobs: Jobs, new_operator: NewOperato
             jobs.control_plane.stop_api_server()
             over_at = time.monotonic() + outage_seconds
             try:
-                wait_for("it has stopped leading", lambda: not operator.leads())
-                wait_for("the outage is over", partial(ends, operator, over_at), 2 * outage_seconds)
+                wait_for("the operator has stopped leading", lambda: not operator.leads())
+                wait_for("the outage is over", partial(outage_is_over, operator, over_at), 2 * outage_seconds)
             finally:
                 jobs.control_plane.start_api_server()
             jobs.delete_pod(f"circles-a{attempt}-n0")
             check(jobs, "circles", attempts=attempt + 1, preemptions=attempt)
-        assert not operator.died()
+        assert not operator.has_exited()
 
 
-def counts(operator: OperatorProcess, metric: str, number: int) -> bool:
+def metric_reaches(operator: OperatorProcess, metric: str, number: int) -> bool:
     return operator.metric(metric) >= number
 
 
-def stands_by(operator: OperatorProcess) -> bool:
+def is_standby(operator: OperatorProcess) -> bool:
     return not operator.leads() and operator.get("/livez")[0] == 200
 
 
-def ends(operator: OperatorProcess, over_at: float) -> bool:
-    """Whether the outage has lasted; the operator lives all the while, and writes nothing."""
+def outage_is_over(operator: OperatorProcess, over_at: float) -> bool:
+    """Return whether the outage has lasted long enough; meanwhile the operator is alive and does not lead."""
     assert operator.get("/livez")[0] == 200
     assert not operator.leads()
     return time.monotonic() >= over_at
 
 
-def test_watches_expire_while_a_pod_vanishes(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_watch_expires_while_a_pod_is_deleted(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator("--lease-seconds=60")) as operator:
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
         for attempt in range(1, TIMES + 1):
             operator.pause()
-            # Nobody tells the operator of this deletion: its watch ends before, and cannot go on after.
+            # No watch reports this deletion: the operator's watch ends before it, and cannot continue after it.
             jobs.delete_pod(f"circles-a{attempt}-n1")
             jobs.control_plane.expire_watches()
             operator.resume()
             check(jobs, "circles", attempts=attempt + 1, preemptions=attempt)
-        assert not operator.died()
+        assert not operator.has_exited()
 
 
-def test_the_api_server_knows_no_token_for_a_while(jobs: Jobs, new_operator: NewOperator) -> None:
-    """It answers 401 to everyone, and later takes the same tokens again: one that has just started may do so."""
+def test_api_server_refuses_all_tokens_for_a_while(jobs: Jobs, new_operator: NewOperator) -> None:
+    """It answers 401 to all clients, and later accepts the same tokens, as a restarted API server may do."""
     with running(new_operator()) as operator:
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
         before = refusals_of_kopf(jobs, 401)
-        with jobs.control_plane.strange_tokens():
-            wait_for("Kopf is refused again and again", lambda: refusals_of_kopf(jobs, 401) >= before + TIMES, 60)
-            wait_for("it has stopped leading", lambda: not operator.leads())
+        with jobs.control_plane.refuse_tokens():
+            wait_for("Kopf is refused repeatedly", lambda: refusals_of_kopf(jobs, 401) >= before + TIMES, 60)
+            wait_for("the operator has stopped leading", lambda: not operator.leads())
         jobs.delete_pod("circles-a1-n1")
         check(jobs, "circles", attempts=2, preemptions=1)
-        assert not operator.died()
+        assert not operator.has_exited()
 
 
 def refusals_of_kopf(jobs: Jobs, code: int) -> int:
-    """How often what Kopf itself asks for was refused so, by all operators yet."""
+    """Return how many of Kopf's own requests got this status code so far, from all operators."""
     return sum(
         request["responseStatus"]["code"] == code and request.get("userAgent", "").startswith("kopf/")
         for request in jobs.control_plane.requests()
     )
 
 
-def test_somebody_else_writes_all_the_time(jobs: Jobs, new_operator: NewOperator) -> None:
-    """Every status write races with another one: conflicts drop passes, and none of them is lost."""
+def test_another_client_writes_continuously(jobs: Jobs, new_operator: NewOperator) -> None:
+    """Every status write competes with another one: conflicts abort reconciles, and no change is lost."""
     over = threading.Event()
 
     def annotate() -> None:
@@ -167,15 +167,15 @@ def test_somebody_else_writes_all_the_time(jobs: Jobs, new_operator: NewOperator
 
 
 @contextmanager
-def scarce(jobs: Jobs, user: str) -> Iterator[None]:
-    """The API server takes hardly more than one pod of a user at a time, and answers 429 to the others."""
+def limit_pod_creations(jobs: Jobs, user: str) -> Iterator[None]:
+    """Let the API server accept about one pod of a user at a time; it answers 429 to the other requests."""
     api, root = jobs.control_plane.api, "/apis/flowcontrol.apiserver.k8s.io/v1"
-    nothing = {"nominalConcurrencyShares": 0, "borrowingLimitPercent": 0, "limitResponse": {"type": "Reject"}}
+    limit = {"nominalConcurrencyShares": 0, "borrowingLimitPercent": 0, "limitResponse": {"type": "Reject"}}
     level = {
         "apiVersion": "flowcontrol.apiserver.k8s.io/v1",
         "kind": "PriorityLevelConfiguration",
         "metadata": {"name": "scarce"},
-        "spec": {"type": "Limited", "limited": nothing},
+        "spec": {"type": "Limited", "limited": limit},
     }
     subject = {"kind": "User", "user": {"name": user}}
     rule = {"verbs": ["create"], "apiGroups": [""], "resources": ["pods"], "namespaces": ["*"]}
@@ -201,10 +201,10 @@ def scarce(jobs: Jobs, user: str) -> Iterator[None]:
 def test_too_many_requests(jobs: Jobs, new_operator: NewOperator) -> None:
     names = [f"job-{number}" for number in range(NUM_JOBS)]
     refused = 'finetune_api_requests_total{code="429",method="POST",resource="pods"}'
-    with scarce(jobs, "system:serviceaccount:finetune-system:finetune-operator"):
+    with limit_pod_creations(jobs, "system:serviceaccount:finetune-system:finetune-operator"):
         for name in names:
             jobs.create(build_job(name))
-        # All of them want their pods at once.
+        # All jobs need their pods at the same time.
         with running(new_operator()) as operator:
             for name in names:
                 jobs.wait_phase(name, "Running", 90)
@@ -215,7 +215,7 @@ def test_too_many_requests(jobs: Jobs, new_operator: NewOperator) -> None:
 
 @contextmanager
 def hanging_webhook(jobs: Jobs) -> Iterator[None]:
-    """An admission webhook for pods of the namespace that takes connections and never answers."""
+    """Register an admission webhook for pods of the namespace that accepts connections and never answers."""
     api, path = jobs.control_plane.api, "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations"
     with socket.create_server((LOOPBACK, 0)) as server:
         webhook = {
@@ -237,14 +237,14 @@ def hanging_webhook(jobs: Jobs) -> Iterator[None]:
             api.delete(f"{path}/hangs")
 
 
-def test_a_webhook_that_times_out(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_webhook_timeout(jobs: Jobs, new_operator: NewOperator) -> None:
     refused = 'finetune_api_requests_total{code="500",method="POST",resource="pods"}'
     with running(new_operator()) as operator:
         for number in range(1, TIMES + 1):
             with hanging_webhook(jobs):
-                wait_for("the webhook is asked", lambda: dry_run(jobs.control_plane.api, jobs.namespace) == 500)
+                wait_for("the webhook is called", lambda: dry_run(jobs.control_plane.api, jobs.namespace) == 500)
                 jobs.create(build_job(f"circles-{number}"))
-                wait_for("a pod was refused twice", partial(counts, operator, refused, 2 * number), 60)
+                wait_for("a pod was refused twice", partial(metric_reaches, operator, refused, 2 * number), 60)
             jobs.wait_phase(f"circles-{number}", "Running", 60)
         assert set(created_pods(jobs).values()) == {1}
         for number in range(1, TIMES + 1):
@@ -252,11 +252,11 @@ def test_a_webhook_that_times_out(jobs: Jobs, new_operator: NewOperator) -> None
 
 
 def dry_run(user: Api, namespace: str) -> int:
-    """What the API server says to a pod that is not to be created."""
+    """Return the API server's status code for a pod in a dry run."""
     pod = {"metadata": {"name": "probe"}, "spec": {"containers": [{"name": "probe", "image": "probe"}]}}
     try:
         user.create(f"/api/v1/namespaces/{namespace}/pods?dryRun=All", pod)
-    except ApiError as error:
+    except ControlPlaneApiError as error:
         return error.code
     return 201
 
@@ -264,7 +264,7 @@ def dry_run(user: Api, namespace: str) -> int:
 SKEWED = """
 import sys
 from datetime import datetime, timedelta, UTC
-from finetune_operator.cluster.kube import clock
+from finetune_operator.cluster.kube.client import clock
 clock._utc_now = lambda: datetime.now(UTC) + timedelta(seconds={seconds})
 from finetune_operator.server.main import main
 main()
@@ -272,19 +272,19 @@ main()
 
 
 @pytest.mark.parametrize("seconds", [-300, 300])
-def test_the_operators_clock_is_wrong(jobs: Jobs, new_operator: NewOperator, seconds: int) -> None:
+def test_operator_clock_is_wrong(jobs: Jobs, new_operator: NewOperator, seconds: int) -> None:
     operator = new_operator()
     operator.program = ("-c", SKEWED.format(seconds=seconds))
     with running(operator):
-        # kwok's survivors never leave by themselves: they are left to save for as long as the notice is.
+        # kwok's surviving pods never end by themselves: they get the time of the preemption notice to save.
         jobs.create(build_job("circles", activeDeadlineSeconds=120, recovery={"noticeSeconds": 1}))
         jobs.wait_phase("circles", "Running")
         jobs.delete_pod("circles-a1-n1", grace_seconds=None)
         check(jobs, "circles", attempts=2, preemptions=1)
 
 
-def test_a_leader_that_was_stopped_writes_nothing_when_it_wakes(jobs: Jobs, new_operator: NewOperator) -> None:
-    """The two take turns, and for a moment each believes that it leads."""
+def test_former_leader_writes_nothing_when_it_resumes(jobs: Jobs, new_operator: NewOperator) -> None:
+    """The two replicas take turns, and for a moment each of them believes that it leads."""
     leader, other = new_operator("--identity=old"), new_operator("--identity=new")
     with running(leader):
         jobs.create(build_job("circles"))
@@ -297,13 +297,13 @@ def test_a_leader_that_was_stopped_writes_nothing_when_it_wakes(jobs: Jobs, new_
             check(jobs, "circles", attempts=attempt + 1, preemptions=attempt)
             before = writes_of(jobs, leader.identity)
             leader.resume()
-            wait_for("the old one knows", partial(stands_by, leader))
+            wait_for("the former leader is on standby", partial(is_standby, leader))
             assert writes_of(jobs, leader.identity) == before
             leader, other = other, leader
 
 
 def writes_of(jobs: Jobs, identity: str) -> int:
-    """Writes of one replica in the namespace."""
+    """Return the number of writes of one replica in the namespace."""
     return sum(
         request.get("userAgent") == f"finetune-operator/{identity}"
         and request["objectRef"].get("namespace") == jobs.namespace
@@ -313,14 +313,14 @@ def writes_of(jobs: Jobs, identity: str) -> int:
     )
 
 
-def test_the_lease_is_given_back_on_sigterm(jobs: Jobs, new_operator: NewOperator) -> None:
-    """The lease would live for minutes; the next replica leads at once, and neither loses nor repeats anything."""
+def test_lease_is_released_on_sigterm(jobs: Jobs, new_operator: NewOperator) -> None:
+    """The lease is valid for minutes, but the next replica leads at once; no work is lost or repeated."""
     first, second = new_operator("--lease-seconds=300"), new_operator("--lease-seconds=300")
     with running(first):
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
         second.start()
-        wait_for("the second one waits", lambda: second.get("/readyz")[0] == 200)
+        wait_for("the second replica is on standby", lambda: second.get("/readyz")[0] == 200)
         assert not second.leads()
         assert first.stop() == 0
         second.wait_ready()

@@ -1,4 +1,4 @@
-"""A pod of a gang is lost: only that one is replaced, and the others' supervisors hear of their new world over TLS."""
+"""A gang loses a pod: only this pod is replaced, and the other supervisors receive their new world over TLS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import Heartbeat, NewWorld, RankEnd, RankState, Reply
 from testing.controlplane.process import wait_for
 from testing.operator.harness import Jobs, build_job, running
-from testing.operator.heartbeats import Talk, tls_context, tls_flags
+from testing.operator.heartbeats import HeartbeatClient, tls_context, tls_flags
 from tests.operator.conftest import NewOperator
 
 pytestmark = pytest.mark.cluster
@@ -18,48 +18,49 @@ pytestmark = pytest.mark.cluster
 NUM_PODS = 3
 
 
-class Gang:
-    """The supervisors of a job: each knows its pod, its token, and the attempt that it is in."""
+class GangSupervisors:
+    """The supervisors of a job: the token and the current attempt of each pod."""
 
-    def __init__(self, talk: Talk) -> None:
-        self._talk = talk
+    def __init__(self, client: HeartbeatClient) -> None:
+        self._client = client
         self._tokens: dict[str, str] = {}
         self._sequences = itertools.count(1)
         self.attempts: dict[str, int] = {}
 
     def join(self, pod: str, attempt: int) -> None:
-        self._tokens[pod] = self._talk.token(pod)
+        self._tokens[pod] = self._client.token(pod)
         self.attempts[pod] = attempt
 
     def leave(self, pod: str) -> None:
         del self._tokens[pod], self.attempts[pod]
 
-    def train(self, step: int) -> None:
-        """All are at a step."""
+    def report_step(self, step: int) -> None:
+        """Report that all ranks are at a step."""
         for pod in self._tokens:
-            self._post(pod, self._talk.beat(pod, next(self._sequences), attempt=self.attempts[pod], step=step))
+            self._post(pod, self._client.beat(pod, next(self._sequences), attempt=self.attempts[pod], step=step))
 
-    def wait_for_a_world(self) -> dict[str, NewWorld]:
+    def wait_for_new_world(self) -> dict[str, NewWorld]:
+        """Report a lost peer for all pods until each has received its new world; switch to its attempt."""
         """All of them have lost a peer; each beats until it is told where it belongs, and goes there."""
         worlds: dict[str, NewWorld] = {}
 
-        def look() -> bool:
+        def all_have_a_world() -> bool:
             for pod in self._tokens.keys() - worlds.keys():
-                found = self._post(pod, self._lost_a_peer(pod)).world
+                found = self._post(pod, self._lost_peer_heartbeat(pod)).world
                 if found is not None:
                     worlds[pod], self.attempts[pod] = found, found.attempt
             return worlds.keys() == self._tokens.keys()
 
-        wait_for("all have a new world", look)
+        wait_for("all pods have a new world", all_have_a_world)
         return worlds
 
-    def _lost_a_peer(self, pod: str) -> Heartbeat:
-        beat = self._talk.beat(pod, next(self._sequences), attempt=self.attempts[pod], state=RankState.FAILED)
-        end = RankEnd(rank=beat.node_rank, exit_code=ExitCode.FABRIC, last_words="a peer is gone")
+    def _lost_peer_heartbeat(self, pod: str) -> Heartbeat:
+        beat = self._client.beat(pod, next(self._sequences), attempt=self.attempts[pod], state=RankState.FAILED)
+        end = RankEnd(rank=beat.node_rank, exit_code=ExitCode.FABRIC, last_words="lost a peer")
         return beat.model_copy(update={"ends": (end,), "waiting": True})
 
     def _post(self, pod: str, beat: Heartbeat) -> Reply:
-        status, answer = self._talk.post(beat, self._tokens[pod])
+        status, answer = self._client.post(beat, self._tokens[pod])
         assert status == 200, answer
         return Reply.model_validate_json(answer)
 
@@ -69,7 +70,7 @@ def uids(jobs: Jobs) -> dict[str, str]:
 
 
 def hosts(jobs: Jobs) -> set[str]:
-    """Host names that the job's service tells of."""
+    """Return the host names in the EndpointSlices of the job's service."""
     path = f"/apis/discovery.k8s.io/v1/namespaces/{jobs.namespace}/endpointslices"
     slices = jobs.control_plane.api.get(path)["items"]
     return {endpoint["hostname"] for found in slices for endpoint in found["endpoints"] or ()}
@@ -81,75 +82,75 @@ def all_run(jobs: Jobs, names: set[str]) -> bool:
 
 
 @pytest.fixture
-def talk(jobs: Jobs, new_operator: NewOperator) -> Talk:
-    return Talk(jobs, new_operator(*tls_flags(jobs.control_plane)), tls_context(jobs.control_plane))
+def client(jobs: Jobs, new_operator: NewOperator) -> HeartbeatClient:
+    return HeartbeatClient(jobs, new_operator(*tls_flags(jobs.control_plane)), tls_context(jobs.control_plane))
 
 
-def test_only_the_lost_pod_is_replaced(jobs: Jobs, talk: Talk) -> None:
-    gang = Gang(talk)
-    with running(talk.operator):
+def test_only_the_lost_pod_is_replaced(jobs: Jobs, client: HeartbeatClient) -> None:
+    gang = GangSupervisors(client)
+    with running(client.operator):
         jobs.create(build_job("circles", nodes=NUM_PODS))
         first = {f"circles-a1-n{rank}" for rank in range(NUM_PODS)}
         wait_for("the pods run", lambda: all_run(jobs, first))
         for pod in first:
             gang.join(pod, attempt=1)
-        gang.train(40)
+        gang.report_step(40)
         jobs.wait_phase("circles", "Running")
         before = uids(jobs)
 
         jobs.delete_pod("circles-a1-n1")
         gang.leave("circles-a1-n1")
-        worlds = gang.wait_for_a_world()
-        home = f"circles-a1-n0.circles.{jobs.namespace}.svc"
+        worlds = gang.wait_for_new_world()
+        master = f"circles-a1-n0.circles.{jobs.namespace}.svc"
         for rank in (0, 2):
-            expected = NewWorld(attempt=2, node_rank=rank, num_nodes=NUM_PODS, master_addr=home, master_port=29500)
-            # How often something was lost so far depends on how long that took.
+            expected = NewWorld(attempt=2, node_rank=rank, num_nodes=NUM_PODS, master_addr=master, master_port=29500)
+            # The mean time between failures depends on how long the test has taken so far.
             world = worlds[f"circles-a1-n{rank}"].model_copy(update={"mtbf_seconds": None})
             assert world == expected
-        wait_for("it is replaced", lambda: all_run(jobs, {"circles-a1-n0", "circles-a2-n1", "circles-a1-n2"}))
+        wait_for("the pod is replaced", lambda: all_run(jobs, {"circles-a1-n0", "circles-a2-n1", "circles-a1-n2"}))
         assert {name: uid for name, uid in uids(jobs).items() if name in before} == {
             name: uid for name, uid in before.items() if name != "circles-a1-n1"
         }
-        assert environment(jobs, "circles-a2-n1")["MASTER_ADDR"] == home
+        assert environment(jobs, "circles-a2-n1")["MASTER_ADDR"] == master
 
         gang.join("circles-a2-n1", attempt=2)
-        gang.train(41)
+        gang.report_step(41)
         status = jobs.wait_attempt("circles", 2)
         assert status["attempts"][1]["podAttempts"] == [1, 2, 1]
         assert (status["preemptions"], status["failures"], status["nodes"]) == (1, 0, "3/3")
 
-        # The next one lost is the one where they meet, and one of those that stay is of the first attempt, one is not.
+        # Now lose the pod of the rendezvous; the remaining pods are of different attempts.
         jobs.delete_pod("circles-a1-n0")
         gang.leave("circles-a1-n0")
-        home = f"circles-a3-n0.circles.{jobs.namespace}.svc"
-        assert {world.master_addr for world in gang.wait_for_a_world().values()} == {home}
-        wait_for("it is replaced", lambda: all_run(jobs, {"circles-a3-n0", "circles-a2-n1", "circles-a1-n2"}))
-        wait_for("its name can be looked up", lambda: hosts(jobs) == {"circles-a3-n0"})
+        master = f"circles-a3-n0.circles.{jobs.namespace}.svc"
+        assert {world.master_addr for world in gang.wait_for_new_world().values()} == {master}
+        wait_for("the pod is replaced", lambda: all_run(jobs, {"circles-a3-n0", "circles-a2-n1", "circles-a1-n2"}))
+        wait_for("the service publishes its name", lambda: hosts(jobs) == {"circles-a3-n0"})
         gang.join("circles-a3-n0", attempt=3)
-        gang.train(42)
+        gang.report_step(42)
         assert jobs.wait_attempt("circles", 3)["attempts"][2]["podAttempts"] == [3, 2, 1]
 
 
-def test_a_notice_to_a_kept_pod_is_heard_at_once(jobs: Jobs, talk: Talk) -> None:
-    gang = Gang(talk)
-    with running(talk.operator):
+def test_preemption_notice_to_a_kept_pod_is_handled_at_once(jobs: Jobs, client: HeartbeatClient) -> None:
+    gang = GangSupervisors(client)
+    with running(client.operator):
         jobs.create(build_job("circles", recovery={"noticeSeconds": 1}))
         wait_for("the pods run", lambda: all_run(jobs, {"circles-a1-n0", "circles-a1-n1"}))
         for rank in range(2):
             gang.join(f"circles-a1-n{rank}", attempt=1)
-        gang.train(40)
+        gang.report_step(40)
         jobs.wait_phase("circles", "Running")
         jobs.delete_pod("circles-a1-n1")
         gang.leave("circles-a1-n1")
-        gang.wait_for_a_world()
-        wait_for("it is replaced", lambda: all_run(jobs, {"circles-a1-n0", "circles-a2-n1"}))
+        gang.wait_for_new_world()
+        wait_for("the pod is replaced", lambda: all_run(jobs, {"circles-a1-n0", "circles-a2-n1"}))
         gang.join("circles-a2-n1", attempt=2)
-        gang.train(41)
+        gang.report_step(41)
         jobs.wait_attempt("circles", 2)
 
         jobs.delete_pod("circles-a1-n0", grace_seconds=None)
         gang.leave("circles-a1-n0")
-        wait_for("its attempt ends", lambda: jobs.status("circles")["preemptions"] == 2)
+        wait_for("the attempt ends", lambda: jobs.status("circles")["preemptions"] == 2)
         ended = jobs.status("circles")["attempts"][1]
         assert (ended["pod"], ended["rank"]) == ("circles-a1-n0", 0)
 

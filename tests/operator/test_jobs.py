@@ -1,4 +1,4 @@
-"""FineTuneJobs on a real API server and kwok nodes, looked after by the operator with the chart's role."""
+"""FineTuneJobs on a real API server with kwok nodes. The operator runs with the chart's role."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.cluster
 
 
 def finish(jobs: Jobs, name: str, code: int) -> None:
-    """Let a pod's container end, as a kubelet would tell it."""
+    """Set the status of a pod whose container has exited, as a kubelet would report it."""
     phase = "Succeeded" if code == 0 else "Failed"
     state = {"terminated": {"exitCode": code, "finishedAt": "2026-01-01T00:00:00Z"}}
     jobs.set_pod_status(name, {"phase": phase, "containerStatuses": [{"name": "trainer", "state": state}]})
@@ -24,7 +24,7 @@ def no_pods(jobs: Jobs) -> bool:
     return not jobs.pods()
 
 
-def test_from_the_first_pod_to_success(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_job_runs_and_succeeds(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()):
         uid = jobs.create(build_job("circles"))["metadata"]["uid"]
         status = jobs.wait_phase("circles", "Running")
@@ -40,7 +40,7 @@ def test_from_the_first_pod_to_success(jobs: Jobs, new_operator: NewOperator) ->
         assert not jobs.get("circles")["metadata"].get("annotations")
 
 
-def test_a_deleted_pod_costs_an_attempt_and_spends_no_failure(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_deleted_pod_starts_a_new_attempt_and_counts_no_failure(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()):
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
@@ -54,7 +54,7 @@ def test_a_deleted_pod_costs_an_attempt_and_spends_no_failure(jobs: Jobs, new_op
         assert reasons.count("AttemptStarted") == 2
 
 
-def test_failures_end_the_job_with_their_cause(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_job_fails_with_the_cause_of_its_last_failure(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()):
         jobs.create(build_job("circles", nodes=1, recovery={"maxFailures": 0}))
         jobs.wait_phase("circles", "Running")
@@ -64,7 +64,7 @@ def test_failures_end_the_job_with_their_cause(jobs: Jobs, new_operator: NewOper
         assert status["attempts"][0]["exitCode"] == 70
 
 
-def test_suspend_gives_the_machines_back_and_resume_goes_on(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_suspend_deletes_the_pods_and_resume_continues(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()):
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
@@ -76,11 +76,11 @@ def test_suspend_gives_the_machines_back_and_resume_goes_on(jobs: Jobs, new_oper
         assert (status["preemptions"], status["failures"]) == (0, 0)
 
 
-def test_a_deadline_and_a_time_to_live(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_deadline_and_ttl(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()):
         jobs.create(build_job("circles", activeDeadlineSeconds=2, ttlSecondsAfterFinished=1))
-        wait_for("the job is over and gone", lambda: not listed(jobs), 30)
-        wait_for("so is all of it", lambda: no_pods(jobs), 30)
+        wait_for("the job is deleted", lambda: not listed(jobs), 30)
+        wait_for("its pods are deleted", lambda: no_pods(jobs), 30)
         reasons = {event["reason"] for event in jobs.events("circles")}
         assert "DeadlineExceeded" in reasons
 
@@ -91,28 +91,28 @@ def listed(jobs: Jobs) -> list[Any]:
     return items
 
 
-def test_deletion_needs_no_operator(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_deletion_works_without_the_operator(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()):
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
     jobs.delete("circles")
-    wait_for("all of it is gone", lambda: no_pods(jobs) and not listed(jobs), 30)
+    wait_for("the job and its pods are deleted", lambda: no_pods(jobs) and not listed(jobs), 30)
 
 
-def test_a_job_of_the_same_name_starts_anew(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_new_job_with_the_name_of_a_deleted_one_starts_over(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()):
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
         before = jobs.pods()
-        # They end when the test says: kwok deletes a pod twice and by its name only, so that its second call may meet
-        # the pod that took the name.
+        # The test ends the old pods itself: kwok deletes a pod twice and only by name, so its second call could delete
+        # the new pod with the same name.
         nodes = {pod["spec"]["nodeName"] for pod in before.values()}
         for node in nodes:
-            jobs.control_plane.neglect_node(node)
+            jobs.control_plane.hang_kubelet(node)
         jobs.delete("circles")
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Starting")
-        # The garbage collector learns of new kinds, as of ours, every half a minute.
+        # The garbage collector discovers new resource types, such as ours, only every half a minute.
         wait_for("the old pods are being deleted", lambda: all(map(is_terminating, jobs.pods().values())), 90)
         assert uids(jobs.pods()) == uids(before)
         for name in before:
@@ -132,7 +132,7 @@ def uids(pods: dict[str, dict[str, Any]]) -> set[str]:
     return {pod["metadata"]["uid"] for pod in pods.values()}
 
 
-def test_jobs_of_another_controller_are_left_alone(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_jobs_of_another_controller_are_ignored(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()):
         job = build_job("theirs")
         job["spec"]["managedBy"] = "kueue.x-k8s.io/multikueue"
@@ -142,21 +142,21 @@ def test_jobs_of_another_controller_are_left_alone(jobs: Jobs, new_operator: New
         assert jobs.status("theirs") == {}
 
 
-def test_several_namespaces_and_no_other(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_only_the_listed_namespaces_are_watched(jobs: Jobs, new_operator: NewOperator) -> None:
     cluster = jobs.control_plane
     second, foreign = (Jobs(cluster, cluster.create_namespace(f"{jobs.namespace}-{name}")) for name in ("too", "not"))
     with running(new_operator(f"--namespaces={jobs.namespace},{second.namespace}")):
-        for one in (foreign, jobs, second):
-            one.create(build_job("circles"))
-        for one in (jobs, second):
-            one.wait_phase("circles", "Running")
-            one.delete_pod("circles-a1-n0")
-            one.wait_attempt("circles", 2)
+        for each in (foreign, jobs, second):
+            each.create(build_job("circles"))
+        for each in (jobs, second):
+            each.wait_phase("circles", "Running")
+            each.delete_pod("circles-a1-n0")
+            each.wait_attempt("circles", 2)
         assert foreign.status("circles") == {}
 
 
-def test_a_node_that_vanishes_takes_its_pods_with_it(jobs: Jobs, new_operator: NewOperator) -> None:
-    """Its pod hangs in its deletion for ever; the next attempt does not wait for it."""
+def test_pods_of_a_lost_node_are_replaced_on_another_node(jobs: Jobs, new_operator: NewOperator) -> None:
+    """The deletion of the lost pod never completes; the next attempt does not wait for it."""
     cluster = jobs.control_plane
     cluster.add_nodes(2, prefix="spare", labels={"test": "lost"})
     template = {"spec": {"nodeSelector": {"test": "lost"}, "terminationGracePeriodSeconds": 1}}
@@ -172,7 +172,7 @@ def test_a_node_that_vanishes_takes_its_pods_with_it(jobs: Jobs, new_operator: N
         cluster.recover_node(node)
 
 
-def test_a_taint_of_a_termination_handler_is_a_notice(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_taint_of_a_termination_handler_is_a_preemption_notice(jobs: Jobs, new_operator: NewOperator) -> None:
     cluster = jobs.control_plane
     (node,) = cluster.add_nodes(1, prefix="spot", labels={"test": "spot"})
     with running(new_operator()):
@@ -185,7 +185,7 @@ def test_a_taint_of_a_termination_handler_is_a_notice(jobs: Jobs, new_operator: 
         assert jobs.status("circles")["attempts"][0]["reason"] == "Preempted"
 
 
-def test_without_watching_nodes_a_lost_one_is_seen_by_its_pods(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_lost_node_is_detected_by_its_pods_if_nodes_are_not_watched(jobs: Jobs, new_operator: NewOperator) -> None:
     cluster = jobs.control_plane
     (node,) = cluster.add_nodes(1, prefix="unwatched", labels={"test": "unwatched"})
     template = {"spec": {"nodeSelector": {"test": "unwatched"}}}
@@ -198,64 +198,64 @@ def test_without_watching_nodes_a_lost_one_is_seen_by_its_pods(jobs: Jobs, new_o
         cluster.recover_node(node)
 
 
-NO_FIELD = "spec.podTemplate.spec.nodeSelektor: a pod has no field nodeSelektor; write nodeSelector, or leave it out"
-NO_POD = "spec.podTemplate: the cluster takes no such pod: "
+NO_FIELD = "spec.podTemplate.spec.nodeSelektor: a pod has no field nodeSelektor; write nodeSelector, or remove it"
+NO_POD = "spec.podTemplate: the API server rejects the pod: "
 
 
 @pytest.mark.parametrize(
-    ("template", "sentence"),
+    ("template", "message"),
     [
         ({"spec": {"nodeSelektor": {"disk": "fast"}}}, NO_FIELD),
         ({"spec": {"tolerations": [{"operator": "Perhaps"}]}}, NO_POD),
         ({"spec": {"terminationGracePeriodSeconds": "long"}}, NO_POD),
     ],
 )
-def test_a_template_that_makes_no_pod_is_not_accepted_until_it_is_mended(
-    jobs: Jobs, new_operator: NewOperator, template: dict[str, Any], sentence: str
+def test_invalid_pod_template_is_refused_until_it_is_corrected(
+    jobs: Jobs, new_operator: NewOperator, template: dict[str, Any], message: str
 ) -> None:
-    heir = new_operator()
+    successor = new_operator()
     with running(new_operator()):
         jobs.create(build_job("circles", podTemplate=template))
         status = wait_for("it is refused", lambda: refused(jobs)) or {}
-        assert status["message"].startswith(sentence)
+        assert status["message"].startswith(message)
         assert (status["phase"], status["reason"]) == ("Pending", "FailedCreate")
         assert not jobs.pods()
-    # What the cluster said is not forgotten with the operator that heard it.
+    # The refusal is not lost when the operator restarts.
     version = jobs.get("circles")["metadata"]["resourceVersion"]
-    with running(heir) as operator:
+    with running(successor) as operator:
         tried = 'finetune_api_requests_total{code="%s",method="POST",resource="pods"}'
-        wait_for("it tries again", lambda: any(operator.metric(tried % code) >= 1 for code in (400, 422)))
+        wait_for("the operator retries", lambda: any(operator.metric(tried % code) >= 1 for code in (400, 422)))
         assert jobs.get("circles")["metadata"]["resourceVersion"] == version
         jobs.patch("circles", {"spec": {"podTemplate": None}})
         assert jobs.wait_phase("circles", "Running")["attempt"] == 1
         assert not refused(jobs)
-        told = [event["reason"] for event in jobs.events("circles")]
-        assert (told.count("FailedCreate"), told.count("AttemptStarted")) == (1, 1)
+        reasons = [event["reason"] for event in jobs.events("circles")]
+        assert (reasons.count("FailedCreate"), reasons.count("AttemptStarted")) == (1, 1)
 
 
 def refused(jobs: Jobs) -> dict[str, Any] | None:
-    """The status of a job that is not accepted."""
+    """Return the status of a job that is not accepted; None if it is accepted."""
     status = jobs.status("circles")
-    accepted = [one["status"] for one in status.get("conditions", ()) if one["type"] == "Accepted"]
+    accepted = [item["status"] for item in status.get("conditions", ()) if item["type"] == "Accepted"]
     return status if accepted == ["False"] else None
 
 
-def test_a_name_that_is_taken_is_told(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_name_in_use_is_reported(jobs: Jobs, new_operator: NewOperator) -> None:
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "circles"}, "spec": {"clusterIP": "None"}}
     jobs.control_plane.api.create(f"/api/v1/namespaces/{jobs.namespace}/services", service)
     with running(new_operator()):
         jobs.create(build_job("circles"))
-        wait_for("it is told", lambda: "NameTaken" in {event["reason"] for event in jobs.events("circles")})
+        wait_for("an event reports it", lambda: "NameTaken" in {event["reason"] for event in jobs.events("circles")})
 
 
-def test_a_pod_that_the_cluster_refuses_is_told_and_tried_again(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_pod_that_a_quota_refuses_is_reported_and_retried(jobs: Jobs, new_operator: NewOperator) -> None:
     api, path = jobs.control_plane.api, f"/api/v1/namespaces/{jobs.namespace}/resourcequotas"
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": {"pods": "0"}}}
     api.create(path, quota)
-    wait_for("the quota counts", lambda: api.get(f"{path}/none").get("status", {}).get("used"))
+    wait_for("the quota is active", lambda: api.get(f"{path}/none").get("status", {}).get("used"))
     with running(new_operator()):
         jobs.create(build_job("circles"))
-        wait_for("it is told", lambda: "FailedCreate" in {event["reason"] for event in jobs.events("circles")})
+        wait_for("an event reports it", lambda: "FailedCreate" in {event["reason"] for event in jobs.events("circles")})
         status = jobs.wait_phase("circles", "Queued")
         assert status["reason"] == "FailedCreate"
         assert "exceeded quota: none" in status["message"]
@@ -264,12 +264,12 @@ def test_a_pod_that_the_cluster_refuses_is_told_and_tried_again(jobs: Jobs, new_
         assert status["attempt"] == 1
 
 
-def test_nothing_is_written_while_nothing_changes(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_no_writes_while_nothing_changes(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()) as operator:
         jobs.create(build_job("circles"))
         jobs.wait_phase("circles", "Running")
         version = jobs.get("circles")["metadata"]["resourceVersion"]
-        # Another job's whole start lies between the two looks.
+        # Another job starts completely between the two checks.
         jobs.create(build_job("squares"))
         jobs.wait_phase("squares", "Running")
         assert jobs.get("circles")["metadata"]["resourceVersion"] == version
@@ -277,7 +277,7 @@ def test_nothing_is_written_while_nothing_changes(jobs: Jobs, new_operator: NewO
 
 
 def writes(operator: OperatorProcess) -> float:
-    """Writes so far, the lease's aside."""
+    """Return the number of writes so far, without those of the lease."""
     return sum(
         count
         for key, count in operator.metrics().items()

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from finetune_contract.phase import Phase
 from finetune_operator.api.job import AttemptSeconds, AttemptStatus, CheckpointStatus, FineTuneJob, FineTuneJobStatus
 from finetune_operator.cluster.protocol import JobKey
-from finetune_operator.metrics import History, job_metrics
+from finetune_operator.metrics import AttemptCounters, job_metrics
 from testing.operator.harness import build_job
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -33,11 +33,11 @@ PARTS = AttemptSeconds(teardown=2.0, queueing=1.0, pulling=3.0, restoring=2.5, f
 TRAINING = SECOND.model_copy(update={"training_at": at(19), "seconds": PARTS})
 
 
-def test_a_restart_is_counted_once_with_its_cause_and_its_parts() -> None:
+def test_restart_is_counted_once_with_its_cause_and_its_parts() -> None:
     registry = CollectorRegistry()
-    history = History(registry)
+    counters = AttemptCounters(registry)
     for attempts in ((FIRST,), (ENDED,), (ENDED, SECOND), (ENDED, TRAINING), (ENDED, TRAINING)):
-        history.see(KEY, job(attempts=attempts, lost_steps=7 if len(attempts) == 2 else 0))
+        counters.update(KEY, job(attempts=attempts, lost_steps=7 if len(attempts) == 2 else 0))
     sample = registry.get_sample_value
     assert sample("finetune_attempts_ended_total", {"reason": "PodLost"}) == 1
     parts = {"detection": 0.5, "teardown": 2, "queueing": 1, "pulling": 3, "restoring": 2.5, "first_step": 0.5}
@@ -47,13 +47,13 @@ def test_a_restart_is_counted_once_with_its_cause_and_its_parts() -> None:
     assert sample("finetune_lost_steps_total") == 7
 
 
-def test_what_was_there_before_this_process_is_not_counted() -> None:
+def test_attempts_from_before_the_start_of_the_process_are_not_counted() -> None:
     registry = CollectorRegistry()
-    history = History(registry)
-    history.see(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
-    history.see(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
-    history.see(KEY, None)
-    history.see(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
+    counters = AttemptCounters(registry)
+    counters.update(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
+    counters.update(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
+    counters.update(KEY, None)
+    counters.update(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
     assert registry.get_sample_value("finetune_attempts_ended_total", {"reason": "PodLost"}) is None
     assert registry.get_sample_value("finetune_lost_steps_total") == 0
 

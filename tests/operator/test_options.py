@@ -1,4 +1,4 @@
-"""The command line: what every flag means, what the environment says, what is refused; and the log lines."""
+"""The command line: flags, environment variables and refused combinations; and the log lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_operator.server.options import GROUPS, SETTINGS, RunOptions, add_f
 from finetune_operator.settings import Settings
 
 NOT_FLAGS = {"trainer_command", "require_storage", "coordinator_ca_in_run"}
-"""What an image, a cluster and other flags leave no choice in."""
+"""Settings that the image, the cluster type or other flags determine."""
 
 
 def parse(*arguments: str, **environment: str) -> RunOptions:
@@ -25,7 +25,7 @@ def parse(*arguments: str, **environment: str) -> RunOptions:
     return read_options(parser, arguments)
 
 
-def test_without_flags_the_settings_are_the_defaults() -> None:
+def test_settings_have_their_defaults_without_flags() -> None:
     options = parse()
     assert options.settings == Settings()
     assert options.operator.namespaces == ()
@@ -33,7 +33,7 @@ def test_without_flags_the_settings_are_the_defaults() -> None:
     assert options.operator.coordinator is not None
 
 
-def test_every_setting_is_a_flag_and_every_flag_is_explained() -> None:
+def test_every_setting_is_a_flag_and_every_flag_is_in_the_help() -> None:
     flags = [flag for group in GROUPS.values() for flag in group]
     assert SETTINGS - {flag.name.replace("-", "_") for flag in flags} == NOT_FLAGS
     parser = argparse.ArgumentParser()
@@ -47,7 +47,7 @@ def test_every_setting_is_a_flag_and_every_flag_is_explained() -> None:
     assert "--num-workers N" in text
 
 
-def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
+def test_flags_override_the_environment_and_the_environment_the_defaults() -> None:
     assert parse(FINETUNE_NUM_WORKERS="7").operator.num_workers == 7
     assert parse("--num-workers=3", FINETUNE_NUM_WORKERS="7").operator.num_workers == 3
     assert parse("--namespaces=a, b,").operator.namespaces == ("a", "b")
@@ -56,24 +56,24 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
-        (("--coordinator-tls-cert=x",), "go together"),
+        (("--coordinator-tls-cert=x",), "set both"),
         (("--coordinator-service=x",), "--pod-ip"),
-        (("--coordinator-tls-secret=x", "--coordinator-tls-cert=y", "--coordinator-tls-key=z"), "takes the place of"),
+        (("--coordinator-tls-secret=x", "--coordinator-tls-cert=y", "--coordinator-tls-key=z"), "set only one"),
         (("--coordinator-tls-secret=x",), "--coordinator-url"),
-        (("--coordinator-ca=x", "--coordinator-ca-config=y"), "leave it out"),
+        (("--coordinator-ca=x", "--coordinator-ca-config=y"), "remove it"),
         (("--num-workers=0",), "1 or more"),
-        (("--leader-election=perhaps",), "neither true nor false"),
+        (("--leader-election=perhaps",), "write true or false"),
         (("--log-format=xml",), "--log-format"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
-    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_combination_is_refused(
+    arguments: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         parse(*arguments)
-    assert words in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def record(**fields: object) -> logging.LogRecord:
@@ -82,13 +82,13 @@ def record(**fields: object) -> logging.LogRecord:
     return made
 
 
-def test_json_lines_carry_the_job_the_attempt_and_the_rank() -> None:
+def test_json_lines_contain_the_job_the_attempt_and_the_rank() -> None:
     line = json.loads(JsonFormatter().format(record(job="team/circles", attempt=2, rank=0)))
     assert (line["level"], line["message"]) == ("warning", "it broke")
     assert (line["job"], line["attempt"], line["rank"]) == ("team/circles", 2, 0)
 
 
-def test_text_lines_name_the_fields_before_the_trace() -> None:
+def test_text_lines_contain_the_fields_before_the_traceback() -> None:
     try:
         raise ValueError("why")
     except ValueError:
@@ -100,6 +100,6 @@ def test_text_lines_name_the_fields_before_the_trace() -> None:
 
 
 @pytest.mark.parametrize("where", ["", "before", "before:0", "during:1"])
-def test_a_kill_switch_that_makes_no_sense(where: str) -> None:
+def test_invalid_kill_switch_is_refused(where: str) -> None:
     with pytest.raises(ValueError):
         KillSwitch(where)

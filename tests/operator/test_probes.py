@@ -1,4 +1,4 @@
-"""What the probes answer follows from fresh watches and finished passes, not from an open port."""
+"""The probes depend on fresh watches and finished reconciles, not on an open port."""
 
 from __future__ import annotations
 
@@ -10,76 +10,82 @@ import pytest
 
 from finetune_operator.cluster.kube.client.client import KubeApi
 from finetune_operator.cluster.kube.client.clock import ServerClock
-from finetune_operator.cluster.kube.operator import DEAD_SECONDS, STALE_SECONDS, OperatorOptions, Shared, Term
-from finetune_operator.cluster.kube.watch.nodes import NodeBook
+from finetune_operator.cluster.kube.options import OperatorOptions
+from finetune_operator.cluster.kube.term import (
+    DEAD_SECONDS,
+    STALE_SECONDS,
+    LeaderTerm,
+    ReplicaContext,
+)
+from finetune_operator.cluster.kube.watch.nodes import NodeStates
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import Settings
 
 NOW = 10_000.0
-Change = Callable[[Term], None]
+Change = Callable[[LeaderTerm], None]
 
 
-def leading() -> Term:
-    """One whose watches have just spoken and whose passes are finished."""
+def leading_term() -> LeaderTerm:
+    """Return a term whose watches have just received a response and whose reconciles are finished."""
     clock = ServerClock()
     api = KubeApi(cast(Any, None), clock)
-    nodes = NodeBook(lambda _: None)
-    term = Term(Shared(OperatorOptions("one"), Settings(), Metrics(), api, clock, nodes, None))
-    term.works = True
+    nodes = NodeStates(lambda _: None)
+    term = LeaderTerm(ReplicaContext(OperatorOptions("one"), Settings(), Metrics(), api, clock, nodes, None))
+    term.active = True
     for reflector in term._reflectors:
-        reflector.fresh_at = reflector.tried_at = NOW
+        reflector.last_response_at = reflector.last_activity_at = NOW
     return term
 
 
-def silent(seconds: float) -> Change:
-    """One of the watches has heard nothing for so long, and is made anew all the while."""
+def no_response_for(seconds: float) -> Change:
+    """Return a change: one of the watches has received no response for this long, but reconnects repeatedly."""
 
-    def change(term: Term) -> None:
-        term._reflectors[-1].fresh_at = NOW - seconds
-
-    return change
-
-
-def stuck(seconds: float) -> Change:
-    """The task of one of the watches has shown no sign of life for so long."""
-
-    def change(term: Term) -> None:
-        term._reflectors[0].fresh_at = term._reflectors[0].tried_at = NOW - seconds
+    def change(term: LeaderTerm) -> None:
+        term._reflectors[-1].last_response_at = NOW - seconds
 
     return change
 
 
-def hanging(seconds: float) -> Change:
-    """A pass has been under way for so long."""
+def no_activity_for(seconds: float) -> Change:
+    """Return a change: the task of one of the watches has been inactive for this long."""
 
-    def change(term: Term) -> None:
+    def change(term: LeaderTerm) -> None:
+        term._reflectors[0].last_response_at = term._reflectors[0].last_activity_at = NOW - seconds
+
+    return change
+
+
+def reconciling_for(seconds: float) -> Change:
+    """Return a change: a reconcile has been running for this long."""
+
+    def change(term: LeaderTerm) -> None:
         term._workers._began_at[JobKey("team", "circles")] = NOW - seconds
 
     return change
 
 
-def waiting(term: Term) -> None:
-    """Its caches are not complete yet."""
-    term.works = False
+def starting(term: LeaderTerm) -> None:
+    """Mark the caches as incomplete."""
+    term.active = False
 
 
 @pytest.mark.parametrize(
     ("change", "alive", "ready"),
     [
-        (silent(0.0), True, True),
-        (silent(STALE_SECONDS - 1), True, True),
-        (silent(STALE_SECONDS + 1), True, False),
-        (stuck(DEAD_SECONDS + 1), False, False),
-        (hanging(DEAD_SECONDS - 1), True, True),
-        (hanging(DEAD_SECONDS + 1), False, True),
-        (waiting, True, False),
+        (no_response_for(0.0), True, True),
+        (no_response_for(STALE_SECONDS - 1), True, True),
+        (no_response_for(STALE_SECONDS + 1), True, False),
+        (no_activity_for(DEAD_SECONDS + 1), False, False),
+        (reconciling_for(DEAD_SECONDS - 1), True, True),
+        (reconciling_for(DEAD_SECONDS + 1), False, True),
+        (starting, True, False),
     ],
 )
-def test_what_the_probes_answer(change: Change, alive: bool, ready: bool) -> None:
-    async def ask() -> tuple[bool, bool]:
-        term = leading()
+def test_probe_results(change: Change, alive: bool, ready: bool) -> None:
+    async def probe() -> tuple[bool, bool]:
+        term = leading_term()
         change(term)
         return term.is_alive(NOW), term.is_fresh(NOW)
 
-    assert asyncio.run(ask()) == (alive, ready)
+    assert asyncio.run(probe()) == (alive, ready)

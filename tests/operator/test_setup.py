@@ -1,4 +1,4 @@
-"""What ends the command before it begins: a sentence and an exit code of its own."""
+"""An invalid setup ends the command with a message and its own exit code."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from testing.controlplane.process import free_ports
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "expected"),
     [
-        ((), "for want of --kubeconfig"),
+        ((), "set --kubeconfig to run outside a pod"),
         (("--kubeconfig=/nonexistent",), "the kubeconfig /nonexistent"),
         (("--coordinator-tls-cert=/nonexistent", "--coordinator-tls-key=/nonexistent"), "coordinator's certificate"),
     ],
 )
-def test_surroundings_that_are_not_there(flags: tuple[str, ...], words: str) -> None:
+def test_missing_credentials_end_the_command(flags: tuple[str, ...], expected: str) -> None:
     (port,) = free_ports(1)
     command = [sys.executable, "-m", "finetune_operator.server.main", "run", f"--probe-port={port}", *flags]
     ended = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == EXIT_SETUP
-    assert words in ended.stderr
+    assert expected in ended.stderr
     assert "Traceback" not in ended.stderr

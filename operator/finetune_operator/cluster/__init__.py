@@ -1,1 +1,1 @@
-"""The only I/O: one protocol, several bodies (a real API server, processes on this machine, virtual time)."""
+"""The only I/O: one protocol, implemented by the Kubernetes cluster, the local cluster and the simulated cluster."""

@@ -1,4 +1,4 @@
-"""The name of a job. Apart from the protocol, for the command line reads it before it imports anything heavy."""
+"""The key of a job. Separate from the protocol, because the command line imports it before anything heavy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class JobKey(NamedTuple):
-    """Names a job."""
+    """Namespace and name of a job."""
 
     namespace: str
     name: str

@@ -1,4 +1,4 @@
-"""From a pod as the API shows it to the little that the plan reads of it. Pure; the same for every cluster."""
+"""Conversion of a pod from its API form to the fields that the plan reads. Pure; used by all clusters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from finetune_operator.plan.model.types import ObservedPod, PodPhase
 
 Json = Mapping[str, Any]
 PREEMPTION = re.compile(r"( no new claims to deallocate,)? preemption: .*", re.DOTALL)
-"""What the scheduler adds to each refusal: that nobody else can be put out either. It hides what is missing."""
+"""Suffix that the scheduler adds to each reason: that preemption would not help either. It hides the real reason."""
 
 
 def observe_pod(pod: Json) -> ObservedPod | None:
-    """Read a pod; None where it does not carry our labels."""
+    """Read a pod; return None if it does not have the operator's labels."""
     meta, status = pod["metadata"], pod.get("status") or {}
     own = meta.get("labels") or {}
     try:
@@ -55,7 +55,7 @@ def observe_pod(pod: Json) -> ObservedPod | None:
 
 
 def _termination(terminated: Json, attempt: int, pod: Json, node_rank: int) -> Termination | None:
-    """The supervisor's last words; where it left none, the end of the log that stands in for them."""
+    """Return the supervisor's termination message; if it is missing, one built from the end of the log."""
     message = terminated.get("message")
     if not message:
         return None
@@ -79,19 +79,19 @@ def _disruption(status: Json) -> str | None:
 
 
 def _waiting(status: Json, state: Json) -> str | None:
-    """Why it does not run yet: the container's words, else the scheduler's."""
+    """Return why a pod does not run yet: the container's reason, or the scheduler's."""
     if waiting := state.get("waiting"):
-        return _sentence(waiting)
+        return _join_message(waiting)
     scheduled = _find(status.get("conditions") or (), "type", "PodScheduled")
-    return PREEMPTION.sub("", _sentence(scheduled)) if scheduled.get("status") == "False" else None
+    return PREEMPTION.sub("", _join_message(scheduled)) if scheduled.get("status") == "False" else None
 
 
-def _sentence(source: Json) -> str:
+def _join_message(source: Json) -> str:
     return ": ".join(text for text in (source.get("reason"), source.get("message")) if text)
 
 
 def _find(items: Iterable[Json], key: str, value: str) -> Json:
-    """The item with this value; an empty one where there is none."""
+    """Return the first item with this value; an empty one if there is none."""
     return next((item for item in items if item.get(key) == value), {})
 
 

@@ -1,4 +1,4 @@
-"""What the core needs of a cluster. `reconcile` drives it; local, kube and simulated clusters fulfil it."""
+"""The interface between `reconcile` and a cluster. The local, Kubernetes and simulated clusters implement it."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ __all__ = ["Clock", "Cluster", "ConflictError", "JobKey"]
 
 
 class ConflictError(Exception):
-    """The object is newer than the one that the write was based on: read it again and decide anew."""
+    """The object has changed since it was read: read it again and reconcile again."""
 
 
 class Clock(Protocol):
-    """Tells the time; handed in, so that tests and the simulation have their own."""
+    """Returns the current time. It is a parameter, so that tests and the simulation can use their own."""
 
     def __call__(self) -> datetime:
-        """Now, with a time zone."""
+        """Return the current time, with a time zone."""
         ...
 
 
 class Cluster(Protocol):
-    """Objects that can be read, written and watched."""
+    """Objects that can be read and written."""
 
     async def get_job(self, key: JobKey) -> FineTuneJob | None:
-        """The job as stored; None where it is gone or being deleted."""
+        """Return the job as stored; None if it is deleted or being deleted."""
         ...
 
     async def observe(self, job: FineTuneJob) -> Observed:
-        """Pods, beats, services and ConfigMaps of a job, as last seen. May lag behind; never ahead."""
+        """Return the last observed pods, heartbeats, services and ConfigMaps of a job. May lag behind the cluster."""
         ...
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
-        """Write the status, if the job still has the resource version of `job`.
+        """Write the status if the job still has the resource version of `job`.
 
         Raises:
-            ConflictError: it has another.
+            ConflictError: the job has another resource version.
         """
         ...
 
     async def apply(self, job: FineTuneJob, action: Action) -> None:
-        """Carry out one action; one whose effect is there already is a success."""
+        """Carry out one action; an action whose effect already exists succeeds."""
         ...
 
     async def emit(self, job: FineTuneJob, event: Event) -> None:
-        """Tell a person. An event that cannot be told is no reason to fail."""
+        """Report an event to the user. A failure to report is not an error."""
         ...
 
-    async def whose_token(self, token: str) -> PodIdentity | None:
-        """The living pod that a bearer token was issued to; None: nobody's."""
+    async def authenticate_token(self, token: str) -> PodIdentity | None:
+        """Return the running pod that a bearer token was issued to; None if the token is not valid."""
         ...

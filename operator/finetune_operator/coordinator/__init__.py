@@ -1,1 +1,1 @@
-"""The HTTP endpoint that supervisors beat to. `beats` decides what counts; `server` alone knows HTTP."""
+"""The HTTP endpoint for the supervisors' heartbeats. `beats` decides which count; only `server` uses HTTP."""

@@ -1,4 +1,4 @@
-"""Which beats count: the pure half of the coordinator. Called by `server`, read by the cluster for `Observed.beats`."""
+"""Storage of the newest heartbeats: the pure part of the coordinator. The cluster reads it for `Observed.beats`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_operator.plan.model.types import ReceivedHeartbeat
 
 @dataclass(frozen=True)
 class PodIdentity:
-    """The pod that a bearer token was issued to, as the cluster answers for it."""
+    """The pod that a bearer token was issued to, as confirmed by the cluster."""
 
     namespace: str
     job: str
@@ -21,38 +21,38 @@ class PodIdentity:
     pod_uid: str
 
 
-def mismatch(identity: PodIdentity, beat: Heartbeat) -> str | None:
-    """Say in a sentence what a beat claims that its token does not prove; None where all agrees."""
+def find_mismatch(identity: PodIdentity, beat: Heartbeat) -> str | None:
+    """Return a message about the first field of a heartbeat that its token does not confirm; None if all agree."""
     claims = {
         "namespace": (beat.namespace, identity.namespace),
         "job": (beat.job, identity.job),
         "pod": (beat.pod, identity.pod),
         "podUid": (beat.pod_uid, identity.pod_uid),
     }
-    for field, (claimed, proved) in claims.items():
-        if claimed != proved:
-            return f"the beat's {field} is {claimed!r}, but its token was issued to {proved!r}"
+    for field, (claimed, confirmed) in claims.items():
+        if claimed != confirmed:
+            return f"the heartbeat's {field} is {claimed!r}, but its token was issued for {confirmed!r}"
     return None
 
 
-class BeatBook:
-    """The newest beat of each pod."""
+class HeartbeatStore:
+    """The newest heartbeat of each pod."""
 
     def __init__(self) -> None:
         self._newest: dict[str, ReceivedHeartbeat] = {}
 
-    def take(self, beat: Heartbeat, received_at: datetime) -> bool:
-        """Keep a beat unless a newer one of its pod is there; say whether anything but the sequence changed."""
+    def record(self, beat: Heartbeat, received_at: datetime) -> bool:
+        """Store a heartbeat unless a newer one of its pod is stored; return whether more than the sequence changed."""
         known = self._newest.get(beat.pod_uid)
         if known is not None and beat.sequence <= known.beat.sequence:
             return False
         self._newest[beat.pod_uid] = ReceivedHeartbeat(beat, received_at)
         return known is None or beat.model_copy(update={"sequence": known.beat.sequence}) != known.beat
 
-    def of(self, namespace: str, job: str, oldest_attempt: int = 0) -> Mapping[str, ReceivedHeartbeat]:
-        """The newest beats of a job's pods, by UID, those of gone pods included: a copy that later beats do not change.
+    def of_job(self, namespace: str, job: str, oldest_attempt: int = 0) -> Mapping[str, ReceivedHeartbeat]:
+        """Return the newest heartbeats of a job's pods, by UID, including those of deleted pods.
 
-        What older attempts said is dropped for good.
+        The mapping is a copy that later heartbeats do not change. Heartbeats of older attempts are dropped.
         """
         mine = {uid: got for uid, got in self._newest.items() if (got.beat.namespace, got.beat.job) == (namespace, job)}
         for uid in [uid for uid, got in mine.items() if got.beat.attempt < oldest_attempt]:

@@ -1,6 +1,7 @@
-"""POST /v1/beat over aiohttp: size, token, identity, sequence; then the beat is kept and the core is woken.
+"""POST /v1/beat over aiohttp: check size, token, identity and sequence, then store the heartbeat and wake the job.
 
-The cluster starts it and injects whose a token is, what to answer, and whom to wake. It decides nothing about a job.
+The cluster starts it and injects how to authenticate tokens, what to reply and which jobs to wake. It makes no decision
+about a job.
 """
 
 from __future__ import annotations
@@ -13,48 +14,53 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from finetune_contract.heartbeat import BEAT_PATH, MAX_BEAT_BYTES, Heartbeat, Reply
-from finetune_operator.coordinator.beats import BeatBook, PodIdentity, mismatch
+from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity, find_mismatch
 
-Reviewer = Callable[[str], Awaitable[PodIdentity | None]]
-"""Whose bearer token this is; None: nobody's. On Kubernetes a TokenReview."""
+Authenticator = Callable[[str], Awaitable[PodIdentity | None]]
+"""Returns the pod of a bearer token; None if the token is not valid. On Kubernetes by TokenReview."""
 Answer = Callable[[Heartbeat], Reply]
-"""What a supervisor is told."""
+"""Returns the reply to a heartbeat."""
 Wake = Callable[[str, str], None]
-"""Called with the namespace and name of a job that has news."""
+"""Called with the namespace and name of a job whose heartbeats have changed."""
 
 SHUTDOWN_SECONDS = 1.0
-"""How long requests that are under way may take when the server stops."""
+"""Time limit for running requests when the server stops."""
 
 
-class Refused(Exception):  # noqa: N818  an answer, not an error of ours
-    """A request that is not taken: its HTTP status and a sentence for the supervisor's log."""
+class RefusedError(Exception):
+    """A request that is refused, with its HTTP status and a message for the supervisor's log."""
 
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
         self.status = status
-        self.sentence = sentence
+        self.message = message
 
 
 class Coordinator:
-    """The endpoint. One instance serves all jobs of a cluster."""
+    """The heartbeat endpoint. One instance serves all jobs of a cluster."""
 
     def __init__(
-        self, book: BeatBook, review: Reviewer, answer: Answer, wake: Wake, clock: Callable[[], datetime]
+        self,
+        store: HeartbeatStore,
+        authenticate: Authenticator,
+        answer: Answer,
+        wake: Wake,
+        clock: Callable[[], datetime],
     ) -> None:
-        self._book = book
-        self._review = review
+        self._store = store
+        self._authenticate = authenticate
         self._answer = answer
         self._wake = wake
         self._clock = clock
         self._runner: web.AppRunner | None = None
 
     async def start(self, host: str, port: int, context: ssl.SSLContext | None = None) -> int:
-        """Listen, over plain HTTP where there is no context; port 0 takes a free one. Return the port.
+        """Listen, over plain HTTP if there is no context; port 0 selects a free one. Return the port.
 
         Raises:
-            OSError: the port is taken.
+            OSError: the port is in use.
         """
-        # The request's reader refuses anything larger by itself, whatever Content-Length claims.
+        # aiohttp refuses larger bodies itself, independent of Content-Length.
         app = web.Application(client_max_size=MAX_BEAT_BYTES)
         app.router.add_post(BEAT_PATH, self._post_beat)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
@@ -70,36 +76,36 @@ class Coordinator:
         return bound
 
     async def stop(self) -> None:
-        """Close the port and the connections."""
+        """Close the port and all connections."""
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
 
     async def _post_beat(self, request: web.Request) -> web.Response:
         try:
-            reply = await self._take(request)
-        except Refused as refused:
+            reply = await self._handle(request)
+        except RefusedError as refused:
             headers = {"WWW-Authenticate": "Bearer"} if refused.status == web.HTTPUnauthorized.status_code else None
-            return web.Response(status=refused.status, text=refused.sentence + "\n", headers=headers)
+            return web.Response(status=refused.status, text=refused.message + "\n", headers=headers)
         return web.Response(text=reply.to_json(), content_type="application/json")
 
-    async def _take(self, request: web.Request) -> Reply:
-        # Who speaks comes first: nothing of a stranger's body is read.
+    async def _handle(self, request: web.Request) -> Reply:
+        # Authentication comes first: the body of an unknown sender is not read.
         identity = await self._identify(request)
         beat = await _read_beat(request)
-        if wrong := mismatch(identity, beat):
-            raise Refused(403, wrong)
-        if self._book.take(beat, self._clock()):
+        if message := find_mismatch(identity, beat):
+            raise RefusedError(403, message)
+        if self._store.record(beat, self._clock()):
             self._wake(beat.namespace, beat.job)
         return self._answer(beat)
 
     async def _identify(self, request: web.Request) -> PodIdentity:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise Refused(401, "the beat has no token: send the pod's as 'Authorization: Bearer <token>'")
-        identity = await self._review(token.strip())
+            raise RefusedError(401, "the heartbeat has no token: send it as 'Authorization: Bearer <token>'")
+        identity = await self._authenticate(token.strip())
         if identity is None:
-            raise Refused(401, "the token is not one of a pod that exists here, or it has expired")
+            raise RefusedError(401, "the token does not belong to an existing pod, or it has expired")
         return identity
 
 
@@ -107,19 +113,19 @@ async def _read_beat(request: web.Request) -> Heartbeat:
     try:
         body = await request.read()
     except web.HTTPRequestEntityTooLarge as error:
-        raise Refused(413, f"the beat is larger than {MAX_BEAT_BYTES} bytes") from error
+        raise RefusedError(413, f"the heartbeat is larger than {MAX_BEAT_BYTES} bytes") from error
     except ConnectionError as error:
-        # Its process has died in the middle of it: nothing is wrong here, and nobody reads the answer.
-        raise Refused(400, "the connection was lost within the beat") from error
+        # The sender has exited during the request: this is not an error of the coordinator.
+        raise RefusedError(400, "the connection was lost while the heartbeat was read") from error
     try:
-        # Parsing 64 KiB takes about a millisecond; larger bodies never come here.
+        # Parsing 64 KiB takes about a millisecond; larger bodies were refused before.
         return Heartbeat.model_validate_json(body)
     except ValidationError as error:
-        raise Refused(400, f"this is no beat: {_first_fault(error)}") from error
+        raise RefusedError(400, f"invalid heartbeat: {_first_error(error)}") from error
 
 
-def _first_fault(error: ValidationError) -> str:
-    """The first thing that is wrong, with its path."""
-    fault = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in fault["loc"]) or "body"
-    return f"{where}: {fault['msg']}"
+def _first_error(error: ValidationError) -> str:
+    """Return the first validation error, with its path."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = ".".join(str(part) for part in first["loc"]) or "body"
+    return f"{path}: {first['msg']}"

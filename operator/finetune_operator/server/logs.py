@@ -1,4 +1,4 @@
-"""Log lines: JSON for machines, text for people, both with the job, the attempt and the rank where they are known."""
+"""Log formats: JSON for machines, text for terminals. Both include the job, the attempt and the rank if known."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sys
 from datetime import UTC, datetime
 
 FIELDS = ("job", "attempt", "rank", "reason")
-"""What a record may carry besides its message (`extra=`)."""
+"""Fields that a record may have in addition to its message (`extra=`)."""
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object in a line."""
+    """Formats a record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write a record."""
+        """Format a record."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -29,22 +29,22 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line for a person."""
+    """Formats a record as text."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-8s %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write a record; its fields come behind the message."""
+        """Format a record; its fields follow the message."""
         fields = [f"{name}={getattr(record, name)}" for name in FIELDS if hasattr(record, name)]
         head, newline, tail = super().format(record).partition("\n")
         return " ".join([head, *fields]) + newline + tail
 
 
-def set_up(form: str, level: str) -> None:
-    """Log to the error stream."""
+def configure(form: str, level: str) -> None:
+    """Log to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # One line for every request would drown all the others.
+    # Without this, one line per request would hide all other messages.
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

@@ -19,18 +19,18 @@ from finetune_operator.cluster.kube.tls import buffers
 from finetune_operator.handlers import register
 from finetune_operator.metrics import Metrics
 from finetune_operator.server import logs, probes
-from finetune_operator.server.collector import Collector
+from finetune_operator.server.garbage_collection import GarbageCollector
 from finetune_operator.server.kill_switch import VARIABLE, KillSwitch
 from finetune_operator.server.options import RunOptions, add_flags, read_options
 
 log = logging.getLogger(__name__)
 
 EXIT_SETUP = 2
-"""Exit code where the operator could not begin: trying again as it is will not help."""
+"""Exit code of an invalid setup: a restart without a change does not help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Parse the command line, run until a signal, and end with an exit code."""
+    """Parse the command line, run until a signal, and exit with an exit code."""
     parser = argparse.ArgumentParser(
         prog="finetune-operator", description="Reconciles FineTuneJobs on a Kubernetes cluster."
     )
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     )
     add_flags(run)
     options = read_options(parser, arguments)
-    logs.set_up(options.log_format, options.log_level)
-    # Each supervisor keeps a connection.
+    logs.configure(options.log_format, options.log_level)
+    # Each supervisor keeps a connection open.
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     sys.exit(asyncio.run(run_operator(options)))
@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 async def run_operator(options: RunOptions) -> int:
     """Run until a signal or a failure; return the exit code."""
-    buffers.share()
+    buffers.share_receive_buffer()
     metrics = Metrics()
     hooks: list[RequestHook] = [metrics]
     if where := os.environ.get(VARIABLE):
         hooks.append(KillSwitch(where))
     operator = Operator(options.operator, options.settings, metrics, tuple(hooks))
-    metrics.look_at(operator)
+    metrics.register_operator(operator)
     try:
         await operator.prepare()
     except SetupError as error:
@@ -66,8 +66,8 @@ async def run_operator(options: RunOptions) -> int:
     checks = {"/livez": operator.is_alive, "/readyz": operator.is_ready}
     runner = await probes.serve(options.probe_host, options.probe_port, checks, metrics.registry)
     try:
-        # One that has failed is ended by the same way as one that is told to stop, and its exit code says which.
-        with Collector(asyncio.get_running_loop()):
+        # A failed operator ends the same way as a stopped one; the exit code tells them apart.
+        with GarbageCollector(asyncio.get_running_loop()):
             await kopf.operator(
                 registry=register(operator, watch_nodes=options.watch_nodes),
                 clusterwide=True,
@@ -75,7 +75,7 @@ async def run_operator(options: RunOptions) -> int:
                 stop_flag=operator.ended,
             )
     except Exception:
-        log.exception("the operator cannot go on")
+        log.exception("unexpected error in the operator")
         return 1
     finally:
         await runner.cleanup()

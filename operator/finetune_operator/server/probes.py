@@ -1,4 +1,4 @@
-"""GET /livez, /readyz and /metrics."""
+"""The HTTP endpoints /livez, /readyz and /metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 async def serve(
     host: str, port: int, probes: dict[str, Callable[[], bool]], registry: CollectorRegistry
 ) -> web.AppRunner:
-    """Answer 200 or 503 on the probes' paths, and the metrics on /metrics.
+    """Serve the probes (status 200 or 503) and /metrics.
 
     Raises:
         OSError: the port is taken.
@@ -31,8 +31,8 @@ async def serve(
 
 def _answer(probe: Callable[[], bool]) -> Handler:
     async def answer(_: web.Request) -> web.Response:
-        good = probe()
-        return web.Response(status=200 if good else 503, text="ok\n" if good else "not ok\n")
+        healthy = probe()
+        return web.Response(status=200 if healthy else 503, text="ok\n" if healthy else "not ok\n")
 
     return answer
 

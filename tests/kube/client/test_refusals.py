@@ -60,7 +60,7 @@ def test_refusal_without_a_template_is_a_matter_for_the_administrator() -> None:
     error = ApiError(400, "BadRequest", "denied by policy")
     refusal = classify_refusal(make_job(), "Pod", "circles-a1-n0", error, NOW)
     assert refusal is not None
-    assert "ask your cluster administrator" in refusal.sentence
+    assert "ask your cluster administrator" in refusal.message
 
 
 @pytest.mark.parametrize(

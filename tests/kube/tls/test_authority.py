@@ -1,4 +1,4 @@
-"""The operator's own certificate authority: what is made, when it is renewed, and that nobody meets a stranger."""
+"""The operator's own certificate authority: its contents and renewal, and that all pods trust the certificate."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from cryptography import x509
 
 from finetune_operator.cluster.kube.tls.authority import (
-    AUTHORITY_LIFE,
-    CERTIFICATE_LIFE,
+    AUTHORITY_LIFETIME,
+    CERTIFICATE_LIFETIME,
     OVERLAP,
-    Material,
+    TlsMaterial,
     from_secret,
     new_certificate,
     renew,
@@ -35,7 +35,7 @@ URL = "https://coordinator.finetune-system.svc:8443"
 
 
 def trusts(bundle: str, certificate: str, at: datetime, folder: Path) -> bool:
-    """Whether openssl, as another implementation, finds the certificate good."""
+    """Return whether openssl, as an independent implementation, accepts the certificate."""
     (folder / "ca.crt").write_text(bundle)
     (folder / "tls.crt").write_text(certificate)
     command = ["openssl", "verify", "-attime", str(int(at.timestamp())), "-verify_hostname", HOSTS[0]]
@@ -43,19 +43,19 @@ def trusts(bundle: str, certificate: str, at: datetime, folder: Path) -> bool:
     return subprocess.run([*command, *files], capture_output=True, check=False).returncode == 0
 
 
-def test_what_is_made_is_good(tmp_path: Path) -> None:
+def test_created_certificate_is_valid(tmp_path: Path) -> None:
     material = renew(None, HOSTS, NOW)
     assert trusts(material.bundle, material.server.certificate, NOW, tmp_path)
     assert not trusts(renew(None, HOSTS, NOW).bundle, material.server.certificate, NOW, tmp_path)
-    assert not trusts(material.bundle, material.server.certificate, NOW + CERTIFICATE_LIFE + DAY, tmp_path)
+    assert not trusts(material.bundle, material.server.certificate, NOW + CERTIFICATE_LIFETIME + DAY, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("hosts", "after", "same"),
     [
         (HOSTS, timedelta(0), True),
-        (HOSTS, CERTIFICATE_LIFE * 0.6, True),
-        (HOSTS, CERTIFICATE_LIFE * 0.7, False),
+        (HOSTS, CERTIFICATE_LIFETIME * 0.6, True),
+        (HOSTS, CERTIFICATE_LIFETIME * 0.7, False),
         (("other.svc",), timedelta(0), False),
     ],
 )
@@ -66,14 +66,15 @@ def test_when_the_certificate_is_renewed(hosts: tuple[str, ...], after: timedelt
     assert renewed.bundle == material.bundle
 
 
-def test_at_no_time_does_a_pod_meet_a_stranger(tmp_path: Path) -> None:
-    """Ten years, a look a day: whoever knows the bundle of the week before trusts the certificate of today."""
+def test_running_pods_trust_every_certificate(tmp_path: Path) -> None:
+    """Renew once a day for ten years: a pod with the bundle of a week ago trusts the certificate of today."""
     now, material = NOW, renew(None, HOSTS, NOW)
-    bundles, signers = [material.bundle], {material.signer.certificate}
+    bundles, signers, renewals = [material.bundle], {material.signer.certificate}, 0
     for _ in range(3650):
         now += DAY
         renewed = renew(material, HOSTS, now)
         if renewed.server != material.server:
+            renewals += 1
             week_ago = bundles[-min(len(bundles), OVERLAP // DAY - 1)]
             assert trusts(week_ago, renewed.server.certificate, now, tmp_path)
             assert trusts(renewed.bundle, material.server.certificate, now, tmp_path)
@@ -81,25 +82,26 @@ def test_at_no_time_does_a_pod_meet_a_stranger(tmp_path: Path) -> None:
         bundles.append(material.bundle)
         signers.add(material.signer.certificate)
     assert len(signers) == 8
+    assert renewals > 3650 * DAY / CERTIFICATE_LIFETIME
     assert len(material.former) <= 1
 
 
-def test_one_that_slept_for_years_begins_anew() -> None:
+def test_expired_authority_is_replaced() -> None:
     material = renew(None, HOSTS, NOW)
-    assert renew(material, HOSTS, NOW + AUTHORITY_LIFE + DAY).signer != material.signer
+    assert renew(material, HOSTS, NOW + AUTHORITY_LIFETIME + DAY).signer != material.signer
 
 
-def test_a_secret_holds_all_of_it() -> None:
-    aged = renew(renew(None, HOSTS, NOW), HOSTS, NOW + AUTHORITY_LIFE * 0.8)
+def test_secret_contains_all_material() -> None:
+    aged = renew(renew(None, HOSTS, NOW), HOSTS, NOW + AUTHORITY_LIFETIME * 0.8)
     assert aged.successor is not None
-    later = renew(aged, HOSTS, NOW + AUTHORITY_LIFE * 0.8 + OVERLAP + DAY)
+    later = renew(aged, HOSTS, NOW + AUTHORITY_LIFETIME * 0.8 + OVERLAP + DAY)
     assert later.former
     for material in (aged, later):
         assert from_secret(to_secret(material)) == material
 
 
 @pytest.mark.parametrize("broken", ["", "tls.key", "signer.crt"])
-def test_a_secret_that_cannot_be_read_is_none(broken: str) -> None:
+def test_invalid_secret_is_ignored(broken: str) -> None:
     data = to_secret(renew(None, HOSTS, NOW))
     assert from_secret({name: text for name, text in data.items() if broken and name != broken}) is None
     assert from_secret(data | {"tls.key": to_secret(renew(None, HOSTS, NOW))["tls.key"]}) is None
@@ -112,7 +114,7 @@ def operator(jobs: Jobs, new_operator: NewOperator) -> OperatorProcess:
 
 
 def handshake(operator: OperatorProcess, authority: str) -> str:
-    """The certificate that the coordinator shows to who trusts that authority and knows its name."""
+    """Return the certificate that the coordinator presents to a client that trusts this authority."""
     context = ssl.create_default_context(cadata=authority)
     with (
         socket.create_connection((LOOPBACK, operator.coordinator_port), timeout=10) as plain,
@@ -131,51 +133,51 @@ def secret_path(jobs: Jobs) -> str:
     return f"/api/v1/namespaces/{HOME}/secrets/tls-{jobs.namespace}"
 
 
-def stored(control_plane: ControlPlane, path: str) -> Material:
+def stored(control_plane: ControlPlane, path: str) -> TlsMaterial:
     data = {name: base64.b64decode(text).decode() for name, text in control_plane.api.get(path)["data"].items()}
     material = from_secret(data)
     assert material is not None
     return material
 
 
-def keep(control_plane: ControlPlane, path: str, material: Material) -> None:
+def store_material(control_plane: ControlPlane, path: str, material: TlsMaterial) -> None:
     data = {name: base64.b64encode(text.encode()).decode() for name, text in to_secret(material).items()}
     control_plane.api.patch(path, {"data": data})
 
 
 @pytest.mark.cluster
-def test_pods_get_the_authority_and_its_successor_while_they_run(operator: OperatorProcess, jobs: Jobs) -> None:
+def test_running_pods_get_the_authority_and_its_successor(operator: OperatorProcess, jobs: Jobs) -> None:
     cluster, path = jobs.control_plane, secret_path(jobs)
     with running(operator):
         jobs.create(build_job("circles"))
-        wait_for("its pods are there", lambda: len(jobs.pods()) == 2)
+        wait_for("its pods exist", lambda: len(jobs.pods()) == 2)
         first = authority_of(jobs)
         assert handshake(operator, first) == stored(cluster, path).server.certificate
         pod = jobs.pods()["circles-a1-n0"]
         sources = next(one for one in pod["spec"]["volumes"] if one["name"] == "token")["projected"]["sources"]
         assert sources[1]["configMap"]["name"] == "circles-run"
-    # The same, but old: its end is near.
+    # Replace it by an authority that is due for renewal.
     now = datetime.now(UTC)
-    aged = renew(None, HOSTS, now - AUTHORITY_LIFE * 0.8)
-    keep(cluster, path, aged)
+    aged = renew(None, HOSTS, now - AUTHORITY_LIFETIME * 0.8)
+    store_material(cluster, path, aged)
     with running(operator):
         material = stored(cluster, path)
         assert material.signer == aged.signer
         assert material.successor is not None
-        wait_for("the job's pods know the successor", lambda: authority_of(jobs) == material.bundle)
+        wait_for("the job's pods trust the successor", lambda: authority_of(jobs) == material.bundle)
         assert handshake(operator, aged.bundle) == material.server.certificate
-    # A week later the successor signs (here: at once), and who knew the bundle of then trusts it.
+    # After the overlap the successor signs (here: immediately), and a pod with the previous bundle trusts it.
     successor = material.successor
-    in_use = Material(successor, new_certificate(successor, HOSTS, now), None, (material.signer.certificate,))
-    keep(cluster, path, in_use)
+    rotated = TlsMaterial(successor, new_certificate(successor, HOSTS, now), None, (material.signer.certificate,))
+    store_material(cluster, path, rotated)
     with running(operator):
-        shown = handshake(operator, material.bundle)
-    assert x509.load_pem_x509_certificate(shown.encode()).issuer == successor.read.subject
+        presented = handshake(operator, material.bundle)
+    assert x509.load_pem_x509_certificate(presented.encode()).issuer == successor.parsed.subject
     assert jobs.status("circles")["attempt"] == 1
 
 
 @pytest.mark.cluster
-def test_an_authority_in_a_file_reaches_the_pods(jobs: Jobs, new_operator: NewOperator) -> None:
+def test_authority_from_a_file_reaches_the_pods(jobs: Jobs, new_operator: NewOperator) -> None:
     cluster = jobs.control_plane
     certificate = cluster.authority.issue("coordinator-file", hosts=HOSTS)
     operator = new_operator(
@@ -186,6 +188,6 @@ def test_an_authority_in_a_file_reaches_the_pods(jobs: Jobs, new_operator: NewOp
     )
     with running(operator):
         jobs.create(build_job("circles"))
-        wait_for("its pods are there", lambda: len(jobs.pods()) == 2)
+        wait_for("its pods exist", lambda: len(jobs.pods()) == 2)
         assert authority_of(jobs) == cluster.authority.certificate.read_text()
         assert handshake(operator, authority_of(jobs))

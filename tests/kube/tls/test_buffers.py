@@ -1,4 +1,4 @@
-"""Many connections that talk at a time do not mix up what they receive."""
+"""Concurrent connections with a shared receive buffer do not mix up their data."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from testing.controlplane.process import LOOPBACK
 
 NUM_CONNECTIONS = 20
 NUM_BYTES = 300_000
-"""Far more than the buffer and than a record."""
+"""Much larger than the buffer and than a TLS record."""
 
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("max_size", "get_buffer"):
         monkeypatch.setattr(sslproto.SSLProtocol, name, getattr(sslproto.SSLProtocol, name))
-    buffers.share()
+    buffers.share_receive_buffer()
     yield
 
 
 @pytest.mark.usefixtures("shared")
-def test_each_connection_gets_back_what_it_sent(tmp_path: Path) -> None:
+def test_each_connection_receives_its_own_data(tmp_path: Path) -> None:
     authority = Authority(tmp_path, "test")
     pair = authority.issue("server", hosts=[LOOPBACK])
     server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -45,7 +45,7 @@ def test_each_connection_gets_back_what_it_sent(tmp_path: Path) -> None:
         received.put_nowait(protocol._ssl_buffer)
         writer.close()
 
-    async def talk(port: int, letter: int) -> bool:
+    async def exchange(port: int, letter: int) -> bool:
         reader, writer = await asyncio.open_connection(LOOPBACK, port, ssl=client_side)
         sent = bytes([letter]) * NUM_BYTES
         writer.write(sent)
@@ -56,7 +56,7 @@ def test_each_connection_gets_back_what_it_sent(tmp_path: Path) -> None:
     async def main() -> tuple[list[bool], set[int]]:
         async with await asyncio.start_server(echo, LOOPBACK, 0, ssl=server_side) as server:
             port = server.sockets[0].getsockname()[1]
-            answers = await asyncio.gather(*(talk(port, number) for number in range(NUM_CONNECTIONS)))
+            answers = await asyncio.gather(*(exchange(port, number) for number in range(NUM_CONNECTIONS)))
             return answers, {id(await received.get()) for _ in range(NUM_CONNECTIONS)}
 
     assert asyncio.run(main()) == ([True] * NUM_CONNECTIONS, {id(buffers._buffer)})

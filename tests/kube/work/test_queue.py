@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.cluster.kube.work.queue import CALM_SHARE, Backoff, Lanes, WorkQueue
+from finetune_operator.cluster.kube.work.queue import LOW_PRIORITY_SHARE, Backoff, PriorityLanes, WorkQueue
 
 DEADLINE_SECONDS = 10.0
 
@@ -19,7 +19,7 @@ def run(test: Callable[[WorkQueue[str]], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-def test_a_key_waits_once_and_in_order() -> None:
+def test_keys_are_queued_once_and_in_order() -> None:
     async def test(queue: WorkQueue[str]) -> None:
         for key in ("a", "b", "a"):
             queue.add(key)
@@ -30,14 +30,14 @@ def test_a_key_waits_once_and_in_order() -> None:
     run(test)
 
 
-def test_a_key_that_is_asked_for_during_its_pass_comes_again_after_it() -> None:
+def test_key_that_is_added_during_its_reconcile_is_returned_again_afterwards() -> None:
     async def test(queue: WorkQueue[str]) -> None:
         queue.add("a")
         key = await queue.get()
         assert key is not None
         queue.add("a")
         queue.add("b")
-        # Not handed to a second worker while the first one has it.
+        # Not given to a second worker while the first one reconciles it.
         assert await queue.get() == "b"
         queue.done(key)
         assert await queue.get() == "a"
@@ -45,7 +45,7 @@ def test_a_key_that_is_asked_for_during_its_pass_comes_again_after_it() -> None:
     run(test)
 
 
-def test_a_later_wish_does_not_put_off_an_earlier_one() -> None:
+def test_later_delay_does_not_replace_an_earlier_one() -> None:
     async def test(queue: WorkQueue[str]) -> None:
         queue.add_after("a", 0.01)
         queue.add_after("a", 3600)
@@ -54,7 +54,7 @@ def test_a_later_wish_does_not_put_off_an_earlier_one() -> None:
     run(test)
 
 
-def test_an_earlier_wish_replaces_a_later_one_and_a_pass_takes_the_place_of_both() -> None:
+def test_earlier_delay_replaces_a_later_one_and_a_reconcile_cancels_both() -> None:
     async def test(queue: WorkQueue[str]) -> None:
         queue.add_after("a", 3600)
         queue.add_after("a", 0.01)
@@ -70,7 +70,7 @@ def test_an_earlier_wish_replaces_a_later_one_and_a_pass_takes_the_place_of_both
     run(test)
 
 
-def test_closing_wakes_all_workers_and_takes_nothing_more() -> None:
+def test_closing_wakes_all_workers_and_accepts_no_more_keys() -> None:
     async def test(queue: WorkQueue[str]) -> None:
         workers = [asyncio.create_task(queue.get()) for _ in range(3)]
         queue.add_after("a", 3600)
@@ -82,22 +82,22 @@ def test_closing_wakes_all_workers_and_takes_nothing_more() -> None:
     run(test)
 
 
-def test_urgent_keys_come_first_and_calm_ones_have_their_turn() -> None:
-    lanes: Lanes[str] = Lanes()
-    assert lanes.put("calm", urgent=False)
-    for number in range(2 * CALM_SHARE):
+def test_urgent_keys_come_first_and_one_in_n_is_a_low_priority_key() -> None:
+    lanes: PriorityLanes[str] = PriorityLanes()
+    assert lanes.put("low", urgent=False)
+    for number in range(2 * LOW_PRIORITY_SHARE):
         assert lanes.put(f"urgent-{number}", urgent=True)
     order = [lanes.pop() for _ in range(len(lanes))]
-    assert order.index("calm") == CALM_SHARE - 1
-    order.remove("calm")
-    assert order == [f"urgent-{number}" for number in range(2 * CALM_SHARE)]
+    assert order.index("low") == LOW_PRIORITY_SHARE - 1
+    order.remove("low")
+    assert order == [f"urgent-{number}" for number in range(2 * LOW_PRIORITY_SHARE)]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=60), st.data())
-def test_each_key_is_handed_out_once_for_all_that_was_asked(asked: list[tuple[str, bool]], data: st.DataObject) -> None:
-    lanes: Lanes[str] = Lanes()
+def test_each_key_is_returned_once_for_all_its_requests(requests: list[tuple[str, bool]], data: st.DataObject) -> None:
+    lanes: PriorityLanes[str] = PriorityLanes()
     waiting: set[str] = set()
-    for key, urgent in asked:
+    for key, urgent in requests:
         assert lanes.put(key, urgent=urgent) == (key not in waiting)
         waiting.add(key)
         if data.draw(st.booleans()):
@@ -106,7 +106,7 @@ def test_each_key_is_handed_out_once_for_all_that_was_asked(asked: list[tuple[st
     assert sorted(lanes.pop() for _ in range(len(lanes))) == sorted(waiting)
 
 
-def test_backoff_doubles_up_to_its_bound_and_starts_anew_after_a_success() -> None:
+def test_backoff_doubles_up_to_its_limit_and_restarts_after_a_success() -> None:
     backoff: Backoff[str] = Backoff(1.0, 5.0)
     assert [backoff.next_seconds("a") for _ in range(4)] == [1.0, 2.0, 4.0, 5.0]
     assert backoff.next_seconds("b") == 1.0

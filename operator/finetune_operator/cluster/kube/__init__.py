@@ -1,5 +1,6 @@
 """The cluster behind a real API server: `finetune-operator run`.
 
-`operator` puts the parts together. `client` speaks HTTP, `cache` and `reflector` hold what was last seen, `queue` and
-`workers` make the passes, `cluster` fulfils `cluster.protocol.Cluster`, `lease` says who may write.
+`operator` runs one replica and `term` its time as leader. `cluster` implements `cluster.protocol.Cluster`. `client`
+sends requests, `watch` caches objects, `work` schedules reconciles, `beats` receives heartbeats, `tls` manages
+certificates and `leader` elects the replica that may write.
 """

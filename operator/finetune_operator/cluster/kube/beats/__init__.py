@@ -1,1 +1,1 @@
-"""Heartbeats on a cluster: the TLS endpoint, authentication, rate limits and the newest heartbeat of each pod."""
+"""Heartbeats on a cluster: authentication, rate limits, intervals and the newest heartbeat of each pod."""

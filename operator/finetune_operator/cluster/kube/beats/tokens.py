@@ -1,4 +1,4 @@
-"""Whose bearer token it is: a TokenReview, kept as long as the token lives and its pod does."""
+"""Authentication of bearer tokens by TokenReview. A result is cached while the token is valid and its pod exists."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from finetune_operator.cluster.kube.client.client import ApiError, Json, KubeApi
 from finetune_operator.cluster.kube.client.objects import TOKEN_REVIEWS
 from finetune_operator.coordinator.beats import PodIdentity
 
-MAX_KEPT = 20_000
-"""Answers kept; the ones that were not asked for longest go first."""
+MAX_CACHED = 20_000
+"""Results in the cache; the least recently used ones are dropped first."""
 REFUSAL_SECONDS = 30.0
-"""How long a refusal is kept, so that a stranger's tokens do not become requests to the API server."""
+"""How long a refusal is cached, so that repeated invalid tokens do not cause requests to the API server."""
 MAX_REVIEWS = 16
-"""Reviews under way at a time."""
+"""Maximum number of concurrent reviews."""
 REVIEW_SECONDS = 10.0
 POD_NAME = "authentication.kubernetes.io/pod-name"
 POD_UID = "authentication.kubernetes.io/pod-uid"
 
 
 @dataclass(frozen=True, slots=True)
-class Bearer:
+class BoundPod:
     """The pod that a token is bound to."""
 
     namespace: str
@@ -36,53 +36,55 @@ class Bearer:
     pod_uid: str
 
 
-FindPod = Callable[[Bearer], PodIdentity | None]
-"""The living pod of a job; None: there is none."""
+FindPod = Callable[[BoundPod], PodIdentity | None]
+"""Returns the identity of an existing pod of a job; None if there is none."""
 
 
 class TokenReviewer:
-    """Asks the API server, and remembers."""
+    """Sends TokenReviews and caches their results."""
 
     def __init__(self, api: KubeApi, audience: str, find: FindPod, wall: Callable[[], float] = time.time) -> None:
         self._api = api
         self._audience = audience
         self._find = find
         self._wall = wall
-        self._kept: OrderedDict[bytes, tuple[Bearer | None, float]] = OrderedDict()
+        self._cached: OrderedDict[bytes, tuple[BoundPod | None, float]] = OrderedDict()
         self._reviews = asyncio.Semaphore(MAX_REVIEWS)
 
-    async def whose(self, token: str) -> PodIdentity | None:
-        """The pod of a token; None where it is nobody's, or the pod is gone."""
-        # Kept by digest: a dump of the memory shows no tokens.
+    async def authenticate(self, token: str) -> PodIdentity | None:
+        """Return the pod of a token; None if the token is not valid or its pod is deleted."""
+        # The key is a digest, so that a memory dump contains no tokens.
         digest = hashlib.sha256(token.encode()).digest()
-        kept = self._kept.get(digest)
-        if kept is None or kept[1] <= self._wall():
-            kept = await self._review(token, digest)
+        cached = self._cached.get(digest)
+        if cached is None or cached[1] <= self._wall():
+            cached = await self._review(token, digest)
         else:
-            self._kept.move_to_end(digest)
-        bearer = kept[0] if kept is not None else None
-        return self._find(bearer) if bearer is not None else None
+            self._cached.move_to_end(digest)
+        bound = cached[0] if cached is not None else None
+        return self._find(bound) if bound is not None else None
 
-    async def _review(self, token: str, digest: bytes) -> tuple[Bearer | None, float] | None:
+    async def _review(self, token: str, digest: bytes) -> tuple[BoundPod | None, float] | None:
         spec = {"token": token, "audiences": [self._audience]}
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
         async with self._reviews:
             try:
-                review = await self._api.request("POST", TOKEN_REVIEWS.path(), body, seconds=REVIEW_SECONDS, unled=True)
+                review = await self._api.request(
+                    "POST", TOKEN_REVIEWS.path(), body, seconds=REVIEW_SECONDS, without_lease=True
+                )
             except ApiError:
-                # Nothing is known of the token: its supervisor is refused for now, goes on, and tries again.
+                # The token could not be checked: the request is refused, and the supervisor continues and retries.
                 return None
-        bearer = read_review(review, self._audience)
-        expires = expiry(token) if bearer is not None else self._wall() + REFUSAL_SECONDS
-        answer = (bearer, expires)
-        self._kept[digest] = answer
-        if len(self._kept) > MAX_KEPT:
-            self._kept.popitem(last=False)
-        return answer
+        bound = parse_review(review, self._audience)
+        expires = token_expiry(token) if bound is not None else self._wall() + REFUSAL_SECONDS
+        result = (bound, expires)
+        self._cached[digest] = result
+        if len(self._cached) > MAX_CACHED:
+            self._cached.popitem(last=False)
+        return result
 
 
-def read_review(review: Json, audience: str) -> Bearer | None:
-    """The pod that a review names; None where the token is refused, for others, or bound to no pod."""
+def parse_review(review: Json, audience: str) -> BoundPod | None:
+    """Return the pod that a review names; None if the token is refused, has another audience, or has no pod."""
     status: dict[str, Any] = review.get("status") or {}
     if not status.get("authenticated") or audience not in (status.get("audiences") or ()):
         return None
@@ -92,11 +94,11 @@ def read_review(review: Json, audience: str) -> Bearer | None:
     parts = user["username"].split(":")
     if not names or not uids or parts[:2] != ["system", "serviceaccount"]:
         return None
-    return Bearer(parts[2], names[0], uids[0])
+    return BoundPod(parts[2], names[0], uids[0])
 
 
-def expiry(token: str) -> float:
-    """When a token that was found to be good ends, in seconds since the epoch; 0 where it does not say."""
+def token_expiry(token: str) -> float:
+    """Return when a valid token expires, in seconds since the epoch; 0 if it does not contain this."""
     try:
         payload = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))

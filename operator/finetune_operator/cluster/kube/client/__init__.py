@@ -1,1 +1,1 @@
-"""HTTP requests to the API server and the object types they carry."""
+"""HTTP requests to the API server, and the object types that they carry."""

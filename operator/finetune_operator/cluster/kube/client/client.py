@@ -1,8 +1,8 @@
 """Requests to the API server in plain JSON, over the asyncio client of the `kubernetes` package.
 
-Its models are left aside: thousands of them would take most of the memory, and the plan reads few of their fields.
-All requests of the operator go through `KubeApi.request` and `KubeApi.watch`; so does everything that is to hold for
-all of them: the count, the server's clock, and that only a leader writes.
+The package's model classes are not used: thousands of instances would take most of the memory, and `plan` reads few of
+their fields. All requests of the operator go through `KubeApi.request` and `KubeApi.watch`, and so do the rules that
+hold for all of them: request metrics, the server's clock, and that only the leader writes.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Json = dict[str, Any]
 JSON = "application/json"
 PARTIAL_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 PARTIAL = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
-"""Media types of objects without their spec, data and status: what is not asked for need not be read."""
+"""Media types of objects without spec, data and status: less to transfer and to parse."""
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 
 STRICT = {"fieldValidation": "Strict"}
-"""Or the API server would leave out, without a word, what `spec.podTemplate` has misspelt."""
+"""Makes the API server refuse unknown fields in `spec.podTemplate` instead of dropping them."""
 
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 40.0
-"""Longer than the longest time-out of an admission webhook (30 s): its verdict is better than none."""
+"""Longer than the longest timeout of an admission webhook (30 s), so that its answer is received."""
 WATCH_SILENCE_SECONDS = 150.0
-"""The API server sends a bookmark about once a minute; a watch that says nothing for so long is dead."""
+"""The API server sends a bookmark about once a minute; a watch that is silent for longer is broken."""
 BAD_REQUEST, NOT_FOUND, CONFLICT, GONE, TOO_MANY = 400, 404, 409, 410, 429
-PASSING = frozenset({TOO_MANY, 401, 408, 500, 502, 503, 504})
-"""Answers that say nothing about the request itself: the same one may succeed later.
+TRANSIENT = frozenset({TOO_MANY, 401, 408, 500, 502, 503, 504})
+"""Status codes that do not depend on the request itself: the same request may succeed later.
 
-401 is one of them: an API server that has just started refuses tokens that it will take in a moment.
+401 is one of them: an API server that has just started refuses tokens that it accepts a moment later.
 """
 
 
@@ -56,43 +56,43 @@ class ApiError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
     @property
-    def passing(self) -> bool:
+    def transient(self) -> bool:
         """Whether the same request may succeed later."""
-        return self.status == 0 or self.status in PASSING
+        return self.status == 0 or self.status in TRANSIENT
 
     @property
     def already_exists(self) -> bool:
-        """Whether there is an object of that name."""
+        """Whether an object with this name exists."""
         return self.status == CONFLICT and self.reason == "AlreadyExists"
 
 
 class SetupError(Exception):
-    """What the operator was told about its surroundings is wrong; the message says what."""
+    """The operator's environment is not usable (credentials, certificates); the message gives the cause."""
 
 
 class NotLeaderError(Exception):
-    """This process may not write any more: another one may be leading by now."""
+    """This process may not write: another replica may be the leader."""
 
 
 class RequestHook(Protocol):
-    """Told of requests: for metrics, and for the tests that end the process between two of them."""
+    """Observer of requests: metrics, and tests that kill the process between two requests."""
 
     def before(self, method: str, path: str) -> None:
-        """A request is about to be sent."""
+        """Handle a request that is about to be sent."""
 
     def after(self, method: str, path: str, status: int, seconds: float) -> None:
-        """It was answered; status 0: it was not."""
+        """Handle the response to a request; status 0 means no response."""
 
 
 class KubeApi:
-    """One user's requests over a pool of kept connections."""
+    """Requests as one user, over a pool of persistent connections."""
 
     def __init__(self, client: ApiClient, clock: ServerClock, hooks: tuple[RequestHook, ...] = ()) -> None:
         self._client = client
         self._clock = clock
         self._hooks = hooks
         self.may_write: Callable[[], bool] = lambda: True
-        """Asked before each write; the lease puts its own answer here."""
+        """Called before each write; the leader election replaces it."""
 
     async def close(self) -> None:
         """Close all connections."""
@@ -103,15 +103,15 @@ class KubeApi:
         return await self.request("GET", path, query=query, accept=accept)
 
     async def create(self, path: str, manifest: Mapping[str, Any]) -> Json:
-        """Create an object in the collection at `path`; return its metadata. A field that does not exist is refused."""
+        """Create an object in the collection at `path`; return its metadata. Unknown fields are refused."""
         return await self.request("POST", path, manifest, query=STRICT, accept=PARTIAL)
 
     async def replace(self, path: str, manifest: Mapping[str, Any]) -> Json:
-        """Replace an object, or its status, if it still has the manifest's resource version; return its metadata."""
+        """Replace an object or its status if it still has the manifest's resource version; return its metadata."""
         return await self.request("PUT", path, manifest, accept=PARTIAL)
 
     async def apply(self, path: str, manifest: Mapping[str, Any], manager: str) -> Json:
-        """Apply an object on the server's side; what other managers wrote into our fields is overwritten."""
+        """Apply an object on the server; values of other managers in our fields are overwritten."""
         query = {"fieldManager": manager, "force": "true"}
         return await self.request("PATCH", path, manifest, query=query, content_type=APPLY)
 
@@ -129,17 +129,25 @@ class KubeApi:
         content_type: str = JSON,
         accept: str = JSON,
         seconds: float = REQUEST_SECONDS,
-        unled: bool = False,
+        without_lease: bool = False,
     ) -> Json:
-        """Send one request and return its decoded answer.
+        """Send one request and return its decoded response.
 
-        unled: a write that is right whoever leads, such as a review or the lease itself.
+        Args:
+            method: HTTP method.
+            path: path on the API server, without the query.
+            body: JSON-serializable body.
+            query: query parameters.
+            content_type: media type of the body.
+            accept: media type of the response.
+            seconds: timeout.
+            without_lease: allow a write that does not depend on leadership, such as a review or the lease itself.
 
         Raises:
-            ApiError: it was refused, or nobody answered in time.
-            NotLeaderError: it is a write, and this process leads no more.
+            ApiError: the request was refused, or got no response in time.
+            NotLeaderError: it is a write, and this process is not the leader.
         """
-        if method != "GET" and not unled and not self.may_write():
+        if method != "GET" and not without_lease and not self.may_write():
             raise NotLeaderError
         loop = asyncio.get_running_loop()
         started, status = loop.time(), 0
@@ -155,7 +163,7 @@ class KubeApi:
         finally:
             for hook in self._hooks:
                 hook.after(method, path, status, loop.time() - started)
-        self._clock.hear(response.headers.get("Date"))
+        self._clock.sync(response.headers.get("Date"))
         if status >= BAD_REQUEST:
             raise _error(status, response.headers, data)
         answer: Json = from_json(data, cache_strings="keys")
@@ -165,7 +173,7 @@ class KubeApi:
         """Stream the events of a watch until the server ends it.
 
         Raises:
-            ApiError: it was refused, the connection broke, or it was silent for too long.
+            ApiError: the watch was refused, the connection broke, or it was silent for too long.
         """
         for hook in self._hooks:
             hook.before("WATCH", path)
@@ -187,7 +195,7 @@ class KubeApi:
     async def _send(
         self, method: str, path: str, body: Any, headers: dict[str, str], silence_seconds: float | None = None
     ) -> aiohttp.ClientResponse:
-        """Send by the client's own pool, with its own credentials."""
+        """Send a request with the client's own connection pool and credentials."""
         headers["User-Agent"] = self._client.user_agent
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence_seconds)
@@ -198,10 +206,10 @@ class KubeApi:
 
 
 async def connect(kubeconfig: Path | None, context: str | None = None, num_connections: int = 64) -> ApiClient:
-    """A client from a kubeconfig, or from what a pod is given where there is none.
+    """Return a client for a kubeconfig; without one, for the pod's service account.
 
     Raises:
-        SetupError: neither can be read.
+        SetupError: the credentials cannot be read.
     """
     configuration = Configuration()
     try:
@@ -215,20 +223,22 @@ async def connect(kubeconfig: Path | None, context: str | None = None, num_conne
             loader.load_and_set(configuration)
     except (config.ConfigException, OSError) as error:
         source = (
-            f"the kubeconfig {kubeconfig}" if kubeconfig else "this pod's service account, for want of --kubeconfig"
+            f"the kubeconfig {kubeconfig}"
+            if kubeconfig
+            else "this pod's service account (set --kubeconfig to run outside a pod)"
         )
         raise SetupError(f"cannot read {source}: {error}") from error
     configuration.connection_pool_maxsize = num_connections
-    # Or each request would look for proxies and passwords in the environment, in a thread of its own.
+    # Otherwise each request reads proxies and passwords from the environment, in a separate thread.
     configuration.client_session_kwargs = {"trust_env": False}
     return ApiClient(configuration)
 
 
-async def each_page(api: KubeApi, path: str, query: Mapping[str, str], accept: str) -> AsyncGenerator[Json, None]:
-    """The pages of a list, each with its items and the list's resource version.
+async def iterate_pages(api: KubeApi, path: str, query: Mapping[str, str], accept: str) -> AsyncGenerator[Json, None]:
+    """Yield the pages of a list, each with its items and the list's resource version.
 
     Raises:
-        ApiError: as `KubeApi.request`; 410 where the list took so long that it is no longer to be had.
+        ApiError: see `KubeApi.request`; 410 if the list took so long that its snapshot has expired.
     """
     token = ""
     while True:

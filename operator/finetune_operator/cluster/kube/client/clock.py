@@ -1,4 +1,4 @@
-"""The API server's time. All times in objects are its, so the operator compares them with nothing else."""
+"""The API server's time. All timestamps in objects are the server's, so the operator uses its clock only."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
 TOLERANCE = timedelta(seconds=2)
-"""The Date header has whole seconds, and answers take a while: less than this is no difference."""
-LISTEN_SECONDS = 10.0
-"""Time between two looks at the header."""
+"""The Date header has a resolution of one second, and responses take time: smaller differences are ignored."""
+SYNC_SECONDS = 10.0
+"""Minimum time between two comparisons with the Date header."""
 
 
 class ServerClock:
-    """This machine's clock, moved to the API server's where the two are apart."""
+    """This machine's clock, corrected to the API server's clock if the two differ."""
 
     def __init__(
         self, wall: Callable[[], datetime] | None = None, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._wall = wall or _utc_now
         self._monotonic = monotonic
-        self._listen_at = 0.0
+        self._sync_at = 0.0
         self.offset = timedelta(0)
-        """What is added to this machine's time."""
+        """Correction added to this machine's time."""
 
     def __call__(self) -> datetime:
-        """Now, by the API server's clock."""
+        """Return the current time of the API server's clock."""
         return self._wall() + self.offset
 
-    def hear(self, date: str | None) -> None:
-        """Take the Date header of an answer that has just come."""
-        if date is None or self._monotonic() < self._listen_at:
+    def sync(self, date: str | None) -> None:
+        """Compare with the Date header of a response that has just arrived."""
+        if date is None or self._monotonic() < self._sync_at:
             return
-        self._listen_at = self._monotonic() + LISTEN_SECONDS
+        self._sync_at = self._monotonic() + SYNC_SECONDS
         try:
             server = parsedate_to_datetime(date)
         except ValueError:

@@ -1,6 +1,6 @@
-"""Events for `kubectl describe`: sent aside, one after the other, so that no pass waits for them.
+"""Events for `kubectl describe`, sent one after the other in a separate task, so that no reconcile waits for them.
 
-An event's name follows from what it says, so that a restarted operator, or a second one, does not say it again.
+An event's name is derived from its content, so that a restarted operator or a second replica does not repeat it.
 """
 
 from __future__ import annotations
@@ -21,34 +21,38 @@ from finetune_operator.plan.model.types import Event
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING = 10_000
+MAX_QUEUED = 10_000
 """Events that may wait to be sent; further ones are dropped."""
 MAX_REMEMBERED = 20_000
-"""Names of events that are known to be there."""
-MAX_LOOKS = 50
-LOOK_SECONDS = 0.1
-"""How often, and how far apart, an event looks whether more important writes wait, before it goes all the same."""
-MAX_NOTE = 1024
-"""Longest note that the API takes."""
+"""Names of sent events that are remembered."""
+MAX_BUSY_CHECKS = 50
+BUSY_CHECK_SECONDS = 0.1
+"""Number and interval of the checks for more important writes before an event is sent anyway."""
+MAX_MESSAGE = 1024
+"""Longest message that the API accepts."""
 
 
 class EventSender:
-    """Takes events and sends them."""
+    """Queue of events, and the task that sends them."""
 
     def __init__(self, api: KubeApi, clock: Clock, instance: str, busy: Callable[[], bool]) -> None:
-        """Take what it works with.
+        """Create an empty queue.
 
-        busy: whether more important writes wait; events wait for them, but not for ever.
+        Args:
+            api: where events are sent.
+            clock: time of the events.
+            instance: identity of this replica.
+            busy: returns whether more important writes wait; events are delayed for them, for a limited time.
         """
         self._api = api
         self._clock = clock
         self._instance = instance
         self._busy = busy
-        self._waiting: asyncio.Queue[Json] = asyncio.Queue(MAX_WAITING)
+        self._queue: asyncio.Queue[Json] = asyncio.Queue(MAX_QUEUED)
         self._sent: OrderedDict[str, None] = OrderedDict()
 
-    def tell(self, job: FineTuneJob, event: Event) -> None:
-        """Take an event. One that was sent already is no news."""
+    def enqueue(self, job: FineTuneJob, event: Event) -> None:
+        """Queue an event, unless it was sent before."""
         body = build_event(job, event, self._clock(), self._instance)
         name = body["metadata"]["name"]
         if name in self._sent:
@@ -57,15 +61,15 @@ class EventSender:
         if len(self._sent) > MAX_REMEMBERED:
             self._sent.popitem(last=False)
         try:
-            self._waiting.put_nowait(body)
+            self._queue.put_nowait(body)
         except asyncio.QueueFull:
-            log.warning("too many events wait to be sent; dropped: %s %s", event.reason, event.message)
+            log.warning("the event queue is full; dropped: %s %s", event.reason, event.message)
 
     async def run(self) -> None:
-        """Send for ever."""
+        """Send events until cancelled."""
         while True:
-            body = await self._waiting.get()
-            await self._let_others_go_first()
+            body = await self._queue.get()
+            await self._wait_while_busy()
             try:
                 await self._api.create(EVENTS.path(body["metadata"]["namespace"]), body)
             except NotLeaderError:
@@ -73,21 +77,21 @@ class EventSender:
             except ApiError as error:
                 if not error.already_exists:
                     log.warning(
-                        "cannot tell the event %s of %s: %s", body["reason"], body["involvedObject"]["name"], error
+                        "cannot send the event %s of %s: %s", body["reason"], body["involvedObject"]["name"], error
                     )
 
-    async def _let_others_go_first(self) -> None:
-        for _ in range(MAX_LOOKS):
+    async def _wait_while_busy(self) -> None:
+        for _ in range(MAX_BUSY_CHECKS):
             if not self._busy():
                 return
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(BUSY_CHECK_SECONDS)
 
 
 def build_event(job: FineTuneJob, event: Event, now: datetime, instance: str) -> Json:
-    """An event of a job."""
+    """Return the manifest of an event of a job."""
     meta = job.metadata
-    said = "\0".join((meta.uid, str(job.status.attempt), event.reason, event.message))
-    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+    content = "\0".join((meta.uid, str(job.status.attempt), event.reason, event.message))
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     time = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "apiVersion": "v1",
@@ -102,8 +106,8 @@ def build_event(job: FineTuneJob, event: Event, now: datetime, instance: str) ->
         },
         "type": "Warning" if event.warning else "Normal",
         "reason": event.reason,
-        "message": event.message if len(event.message) <= MAX_NOTE else event.message[: MAX_NOTE - 1] + "…",
-        # What `kubectl describe` sorts and counts by; the newer API leaves them out.
+        "message": event.message if len(event.message) <= MAX_MESSAGE else event.message[: MAX_MESSAGE - 1] + "…",
+        # `kubectl describe` sorts and counts by these fields; the newer events API does not set them.
         "firstTimestamp": time,
         "lastTimestamp": time,
         "count": 1,

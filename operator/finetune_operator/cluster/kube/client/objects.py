@@ -1,4 +1,4 @@
-"""Where the objects are on the API server, and the little that is kept of each. Pure."""
+"""API paths of the objects, and the parts of each object that the operator keeps. Pure."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from finetune_operator.api import job as api
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus, ObjectMeta
 from finetune_operator.api.managed import is_ours
 from finetune_operator.cluster.kube.client.client import Json
-from finetune_operator.cluster.kube.watch.memory import lean
+from finetune_operator.cluster.kube.client.memory import compact
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.model.types import ObservedPod
 
-OWNED = f"{labels.MANAGED_BY}={names.OPERATOR}"
-"""Label selector of all that the operator creates."""
+OWNED_SELECTOR = f"{labels.MANAGED_BY}={names.OPERATOR}"
+"""Label selector of all objects that the operator creates."""
 
 
 @dataclass(frozen=True)
 class Resource:
-    """A kind of object, as paths name it."""
+    """A resource type, as API paths name it."""
 
     root: str
     plural: str
 
     def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
-        """Path of a collection (of all namespaces where none is given), of an object, or of a part of it."""
+        """Return the path of a collection (in all namespaces if none is given), an object, or its subresource."""
         parts = [self.root, *(("namespaces", namespace) if namespace else ()), self.plural, name, subresource]
         return "/".join(part for part in parts if part)
 
@@ -45,12 +45,12 @@ LEASES = Resource("/apis/coordination.k8s.io/v1", "leases")
 ENDPOINT_SLICES = Resource("/apis/discovery.k8s.io/v1", "endpointslices")
 TOKEN_REVIEWS = Resource("/apis/authentication.k8s.io/v1", "tokenreviews")
 BY_KIND = {"Pod": PODS, "Service": SERVICES, "ConfigMap": CONFIGS}
-"""What the plan creates."""
+"""Resource types of the objects that the plan creates."""
 
 
 @dataclass(frozen=True, slots=True)
 class KubeJob:
-    """A job as stored, or the sentence that says why it cannot be read."""
+    """A job as stored, or the message that explains why it cannot be read."""
 
     key: JobKey
     uid: str
@@ -58,7 +58,7 @@ class KubeJob:
     job: FineTuneJob | None
     refusal: str = ""
     conditions: tuple[Json, ...] = ()
-    """Those of a job that cannot be read; for all others they are in `job`."""
+    """Conditions of a job that cannot be read; otherwise they are in `job`."""
     generation: int = 0
 
 
@@ -81,35 +81,35 @@ class KubeChild:
 
 
 def decode_job(thing: Json) -> KubeJob | None:
-    """Read a job; None where it is being deleted or is another controller's."""
+    """Read a job; return None if it is being deleted or another controller manages it."""
     meta = thing["metadata"]
     if meta.get("deletionTimestamp") or not is_ours(thing):
         return None
     key = JobKey(meta["namespace"], meta["name"])
     try:
-        # The API server has refused what its CRD does not know. What only we do not know is of a newer CRD, which comes
-        # before its operator in an upgrade and outlives it in a rollback.
+        # The API server refuses fields that its CRD does not define. Fields that only this operator does not know come
+        # from a newer CRD, which is installed before the operator in an upgrade and stays after a rollback.
         job = FineTuneJob.model_validate(thing, extra="ignore")
     except ValidationError as error:
         conditions = tuple((thing.get("status") or {}).get("conditions") or ())
-        refusal = explain(error)
+        refusal = describe_validation_error(error)
         return KubeJob(key, meta["uid"], meta["resourceVersion"], None, refusal, conditions, meta.get("generation", 1))
-    return KubeJob(key, meta["uid"], meta["resourceVersion"], lean(job))
+    return KubeJob(key, meta["uid"], meta["resourceVersion"], compact(job))
 
 
 def decode_pod(pod: Json) -> KubePod | None:
-    """Read a pod; None where it is no job's."""
+    """Read a pod; return None if it belongs to no job."""
     observed, child = observe_pod(pod), decode_child(pod)
     return KubePod(child.job, child.owner_uid, observed) if observed is not None and child is not None else None
 
 
 def decode_created(kind: str, meta: Json) -> KubePod | KubeChild | None:
-    """Read an object that was created just now from its metadata alone: nobody has done anything with it yet."""
+    """Read an object from the metadata in the response to its creation; it has no status yet."""
     return decode_pod({**meta, "spec": {}, "status": {}}) if kind == "Pod" else decode_child(meta)
 
 
 def decode_child(thing: Json) -> KubeChild | None:
-    """Read an object's metadata; None where it is no job's."""
+    """Read an object's metadata; return None if it belongs to no job."""
     meta = thing["metadata"]
     job = (meta.get("labels") or {}).get(labels.JOB)
     owner = owner_uid(thing)
@@ -117,27 +117,27 @@ def decode_child(thing: Json) -> KubeChild | None:
 
 
 def owner_uid(thing: Json) -> str:
-    """UID of the job that controls an object; empty where none does."""
+    """Return the UID of the job that controls an object; empty if there is none."""
     owners = thing["metadata"].get("ownerReferences") or ()
     return next((owner["uid"] for owner in owners if owner["kind"] == api.KIND and owner.get("controller")), "")
 
 
-def explain(error: ValidationError) -> str:
-    """Say in a sentence what is wrong with a job that cannot be read."""
-    fault = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    return f"{where}: {fault['msg']}; write it as the present version of the FineTuneJob asks for"
+def describe_validation_error(error: ValidationError) -> str:
+    """Return a message that names the first invalid field of a job that cannot be read."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return f"{field}: {first['msg']}; write it as the current version of FineTuneJob requires"
 
 
 def with_status(job: FineTuneJob, status: FineTuneJobStatus, written: Json) -> KubeJob:
-    """The job as it is stored after a status write that was taken, from the metadata that came back."""
+    """Return the job as stored after a successful status write, from the metadata in the response."""
     meta = ObjectMeta.model_validate(written["metadata"])
-    stored = lean(job.model_copy(update={"metadata": meta, "status": status}))
+    stored = compact(job.model_copy(update={"metadata": meta, "status": status}))
     return KubeJob(JobKey(meta.namespace, meta.name), meta.uid, meta.resource_version, stored)
 
 
 def status_body(job: FineTuneJob, status: FineTuneJobStatus) -> Json:
-    """What is sent to write a status: the API server takes all the rest from the stored object."""
+    """Return the body of a status write; the API server keeps the other fields of the stored object."""
     return {
         "apiVersion": api.API_VERSION,
         "kind": api.KIND,
@@ -152,7 +152,7 @@ def status_body(job: FineTuneJob, status: FineTuneJobStatus) -> Json:
 
 
 def refusal_body(job: KubeJob, now: datetime) -> Json | None:
-    """Merge patch for the status of a job that cannot be read; None where it says so already."""
+    """Return the merge patch for the status of a job that cannot be read; None if the status is up to date."""
     accepted: dict[str, Any] = {
         "type": conditions.ConditionType.ACCEPTED.value,
         "status": "False",

@@ -1,7 +1,7 @@
-"""What the API server would not create: remembered for the plan, with a sentence for the status.
+"""Creations that the API server refused: recorded for the plan, with a message for the status.
 
-An object that is wrong in itself would be refused again and again: it is held back until the job is edited, and tried
-once in a while, for a policy may have changed. What a quota or a right refuses is tried by the worker's back-off.
+The API server would refuse an invalid object each time: its job is held until it is edited, and retried at intervals
+in case a policy has changed. After a refusal by a quota or by RBAC, the worker retries with its backoff.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.model.types import Refusal
 
 FORBIDDEN, UNPROCESSABLE = 403, 422
-WRONG = frozenset({BAD_REQUEST, UNPROCESSABLE})
-"""Answers to a create that say that the object itself is wrong."""
-REFUSED = WRONG | {FORBIDDEN}
-"""Answers to a create that a person must do something about."""
+INVALID = frozenset({BAD_REQUEST, UNPROCESSABLE})
+"""Status codes of a creation that mean that the object itself is invalid."""
+REFUSED = INVALID | {FORBIDDEN}
+"""Status codes of a creation that require an action of the user or the administrator."""
 HOLD = timedelta(seconds=60)
-"""How long what is wrong in itself is held back."""
+"""How long a job with an invalid object is held."""
 UNKNOWN_FIELD = re.compile(r'unknown field "([^"]+)"')
-SIMILAR = 0.75
-"""How alike two names are of which one is a slip of the pen."""
+SIMILARITY = 0.75
+"""Similarity of two names from which one is taken for a misspelling of the other."""
 FIELDS = re.findall(
     r"\w+",
     """
@@ -42,60 +42,63 @@ FIELDS = re.findall(
     sizeLimit medium defaultMode items optional valueFrom fieldRef secretKeyRef configMapKeyRef
     """,
 )
-"""Fields of pods that people write into a podTemplate."""
+"""Pod fields that are typical in a podTemplate, for suggestions."""
 
 
-class _Kept(NamedTuple):
+class _RecordedRefusal(NamedTuple):
     uid: str
     generation: int
     refusal: Refusal
 
 
 class Refusals:
-    """The newest refusal of each job, while its spec stays as it was refused."""
+    """The newest refusal of each job, valid until its spec changes."""
 
     def __init__(self) -> None:
-        self._kept: dict[JobKey, _Kept] = {}
+        self._recorded: dict[JobKey, _RecordedRefusal] = {}
 
-    def take(self, key: JobKey, job: FineTuneJob, refusal: Refusal) -> None:
-        """Remember one."""
-        self._kept[key] = _Kept(job.metadata.uid, job.metadata.generation, refusal)
+    def record(self, key: JobKey, job: FineTuneJob, refusal: Refusal) -> None:
+        """Record a refusal for the job's current generation."""
+        self._recorded[key] = _RecordedRefusal(job.metadata.uid, job.metadata.generation, refusal)
 
-    def of(self, key: JobKey, job: FineTuneJob) -> Refusal | None:
-        """What was refused of a job as it is now."""
-        kept = self._kept.get(key)
-        if kept is None or (kept.uid, kept.generation) != (job.metadata.uid, job.metadata.generation):
+    def get(self, key: JobKey, job: FineTuneJob) -> Refusal | None:
+        """Return the refusal of the job's current generation; None if there is none."""
+        recorded = self._recorded.get(key)
+        if recorded is None or (recorded.uid, recorded.generation) != (job.metadata.uid, job.metadata.generation):
             return None
-        return kept.refusal
+        return recorded.refusal
 
     def forget(self, key: JobKey) -> None:
-        """Something was created, or the job is gone."""
-        self._kept.pop(key, None)
+        """Drop the refusal of a job: a creation succeeded, or the job was deleted."""
+        self._recorded.pop(key, None)
 
 
-def judge(job: FineTuneJob, kind: str, name: str, error: ApiError, now: datetime) -> Refusal | None:
-    """What an answer to a create means for its job; None: nothing that a person could do anything about."""
+def classify_refusal(job: FineTuneJob, kind: str, name: str, error: ApiError, now: datetime) -> Refusal | None:
+    """Return what a failed creation means for its job; None if no user action is needed."""
     if error.status not in REFUSED:
         return None
-    if error.status not in WRONG:
-        return Refusal(f"{kind} {name} was refused: {error.message}")
+    if error.status not in INVALID:
+        return Refusal(f"the API server refused to create {kind} {name}: {error.message}")
     return Refusal(_explain(job, kind, error.message), hold_until=now + HOLD)
 
 
 def _explain(job: FineTuneJob, kind: str, message: str) -> str:
     if kind != "Pod" or job.spec.pod_template is None:
-        return f"the cluster takes no {kind} of this job: {_as_clause(message)}; show this to whoever runs the cluster"
+        return f"the API server rejects the {kind} of this job: {_as_clause(message)}; ask your cluster administrator"
     if fields := UNKNOWN_FIELD.findall(message):
-        return " ".join(f"{_misspelt(field)}." for field in fields).removesuffix(".")
-    return f"spec.podTemplate: the cluster takes no such pod: {_as_clause(message)}; put it right and apply again"
+        return " ".join(f"{_describe_unknown(field)}." for field in fields).removesuffix(".")
+    return (
+        f"spec.podTemplate: the API server rejects the pod: {_as_clause(message)}; "
+        "correct spec.podTemplate and apply the job again"
+    )
 
 
-def _misspelt(field: str) -> str:
+def _describe_unknown(field: str) -> str:
     parent, _, name = field.rpartition(".")
-    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=SIMILAR)
-    there = re.sub(r"\[[0-9]+]", "", f"pod.{parent}".rstrip("."))
-    instead = f"write {close[0]}" if close else f"write one that 'kubectl explain {there}' shows"
-    return f"spec.podTemplate.{field}: a pod has no field {name}; {instead}, or leave it out"
+    similar = difflib.get_close_matches(name, FIELDS, n=1, cutoff=SIMILARITY)
+    path = re.sub(r"\[[0-9]+]", "", f"pod.{parent}".rstrip("."))
+    instead = f"write {similar[0]}" if similar else f"write a field that 'kubectl explain {path}' lists"
+    return f"spec.podTemplate.{field}: a pod has no field {name}; {instead}, or remove it"
 
 
 def _as_clause(message: str) -> str:

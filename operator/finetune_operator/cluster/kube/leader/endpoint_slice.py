@@ -1,7 +1,7 @@
-"""Sends the supervisors to the replica that leads: the EndpointSlice of the coordinator's service is the leader's.
+"""Routes heartbeats to the leader: the EndpointSlice of the coordinator's Service contains the leader's address.
 
-The service has no selector, so nobody else writes its endpoints. A replica that begins to lead puts its own address
-there; all beats come to it from then on.
+The Service has no selector, so no controller writes its endpoints. A replica that becomes the leader writes its own
+address; from then on it receives all heartbeats.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """Where the coordinator of this replica listens."""
+class LeaderEndpoint:
+    """Address of this replica's coordinator, and the Service that it belongs to."""
 
     namespace: str
     service: str
@@ -29,11 +29,11 @@ class Endpoint:
     port: int
 
 
-async def publish(api: KubeApi, endpoint: Endpoint) -> None:
-    """Put this replica into the service; try again while the API server cannot take it.
+async def publish_endpoint(api: KubeApi, endpoint: LeaderEndpoint) -> None:
+    """Make this replica the endpoint of the Service; retry while the API server is not available.
 
     Raises:
-        ApiError: it is refused.
+        ApiError: the API server refuses the write.
     """
     path = ENDPOINT_SLICES.path(endpoint.namespace, endpoint.service)
     while True:
@@ -41,15 +41,15 @@ async def publish(api: KubeApi, endpoint: Endpoint) -> None:
             uid = await _service_uid(api, endpoint)
             await api.apply(path, build_slice(endpoint, uid), manager=names.OPERATOR)
         except ApiError as error:
-            if not error.passing:
+            if not error.transient:
                 raise
-            log.warning("cannot write the coordinator's endpoint yet: %s", error)
+            log.warning("cannot write the coordinator's endpoint; retrying: %s", error)
             await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
         else:
             return
 
 
-async def _service_uid(api: KubeApi, endpoint: Endpoint) -> str:
+async def _service_uid(api: KubeApi, endpoint: LeaderEndpoint) -> str:
     try:
         service = await api.get(SERVICES.path(endpoint.namespace, endpoint.service))
     except ApiError as error:
@@ -60,8 +60,8 @@ async def _service_uid(api: KubeApi, endpoint: Endpoint) -> str:
     return uid
 
 
-def build_slice(endpoint: Endpoint, service_uid: str = "") -> Json:
-    """The slice with one endpoint. It goes with its service, where that one's UID is known."""
+def build_slice(endpoint: LeaderEndpoint, service_uid: str = "") -> Json:
+    """Return the EndpointSlice with one endpoint. If the Service's UID is known, the Service owns it."""
     owner = {"apiVersion": "v1", "kind": "Service", "name": endpoint.service, "uid": service_uid}
     return {
         "apiVersion": "discovery.k8s.io/v1",

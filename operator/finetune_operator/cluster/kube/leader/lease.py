@@ -1,7 +1,8 @@
-"""Who may write: one Lease, held by one replica at a time.
+"""Leader election: one Lease, held by one replica at a time; only its holder may write.
 
-A replica never compares its clock with another one's: it takes a lease over when it has seen it unchanged for the
-lease's length, and stops writing `RENEW_MARGIN` of that length before anybody else may take over. `Tenure` is pure.
+A replica never compares its clock with another one's: it takes a lease over when it has observed no change for the
+lease's duration, and it stops writing `RENEW_MARGIN` of that duration before another replica may take over.
+`LeaseState` is pure.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from finetune_operator.cluster.protocol import Clock
 log = logging.getLogger(__name__)
 
 RENEW_MARGIN = 1 / 3
-"""Share of the lease's length that a holder leaves between its last write and its end."""
+"""Share of the lease's duration between a holder's last write and the end of the lease."""
 RETRIES_PER_LEASE = 7
-"""Looks at the lease within its length."""
+"""Attempts to acquire or renew the lease within its duration."""
 
 
 @dataclass(frozen=True)
 class LeaseOptions:
-    """Which lease, and for whom."""
+    """Name of the lease, and the identity of this replica."""
 
     namespace: str
     name: str
     identity: str
-    """Unique for this process: a restarted pod is not its predecessor."""
+    """Unique for this process: a restarted pod has another identity."""
     seconds: float = 15.0
 
 
-class Tenure:
-    """What one replica knows of the lease, in its own time."""
+class LeaseState:
+    """What one replica knows about the lease, by its own clock."""
 
     def __init__(self, identity: str, seconds: float) -> None:
         self._identity = identity
@@ -45,26 +46,26 @@ class Tenure:
         self._changed_at = 0.0
         self._renewed_at: float | None = None
 
-    def see(self, holder: str, version: str, now: float) -> None:
-        """Take what was read."""
+    def observe(self, holder: str, version: str, now: float) -> None:
+        """Record what was read."""
         if self._record != (holder, version):
             self._record = (holder, version)
             self._changed_at = now
 
-    def renew(self, now: float) -> None:
-        """A renewal, sent at `now`, was taken."""
+    def record_renewal(self, now: float) -> None:
+        """Record a successful renewal that was sent at `now`."""
         self._renewed_at = now
 
-    def lose(self) -> None:
-        """Another replica holds it."""
+    def record_loss(self) -> None:
+        """Record that another replica holds the lease."""
         self._renewed_at = None
 
     def may_write(self, now: float) -> bool:
-        """Whether nobody else can hold it, nor will while a write of now is under way."""
+        """Return whether no other replica can hold the lease now or until a write of now is completed."""
         return self._renewed_at is not None and now < self._renewed_at + self._seconds * (1 - RENEW_MARGIN)
 
-    def may_take(self, now: float) -> bool:
-        """Whether it is free, ours, or left by a replica that renews it no more."""
+    def may_acquire(self, now: float) -> bool:
+        """Return whether the lease is free, ours, or no longer renewed by its holder."""
         if self._record is None:
             return False
         holder = self._record[0]
@@ -72,66 +73,66 @@ class Tenure:
 
 
 class Elector:
-    """Takes the lease, renews it, gives it back."""
+    """Acquires, renews and releases the lease."""
 
     def __init__(self, api: KubeApi, options: LeaseOptions, wall: Clock) -> None:
         self._api = api
         self._options = options
         self._wall = wall
-        self._tenure = Tenure(options.identity, options.seconds)
+        self._state = LeaseState(options.identity, options.seconds)
         self._path = LEASES.path(options.namespace, options.name)
         self._lease: Json = {}
 
     def may_write(self) -> bool:
-        """Whether this replica leads, at this moment."""
-        return self._tenure.may_write(asyncio.get_running_loop().time())
+        """Return whether this replica is the leader now."""
+        return self._state.may_write(asyncio.get_running_loop().time())
 
     async def acquire(self) -> None:
-        """Wait until the lease is ours."""
+        """Wait until this replica holds the lease."""
         log.info("waiting for the lease %s/%s", self._options.namespace, self._options.name)
-        while not await self._try():
+        while not await self._acquire_or_renew():
             await self._pause()
-        log.info("leading as %s", self._options.identity)
+        log.info("acquired the lease; leading as %s", self._options.identity)
 
     async def hold(self) -> None:
         """Renew the lease until it is lost."""
         while self.may_write():
             await self._pause()
-            await self._try()
-        log.error("the lease is lost: it could not be renewed in time")
+            await self._acquire_or_renew()
+        log.error("lost the lease: it could not be renewed in time")
 
     async def release(self) -> None:
-        """Give the lease back, so that the next replica need not wait for its end."""
+        """Release the lease, so that the next replica does not have to wait until it expires."""
         if not self.may_write():
             return
-        self._tenure.lose()
+        self._state.record_loss()
         try:
             await self._write(self._spec(holder=""))
         except ApiError as error:
-            log.info("the lease could not be given back, and will run out: %s", error)
+            log.info("cannot release the lease; it expires by itself: %s", error)
 
     async def _pause(self) -> None:
-        # Spread, so that two replicas do not meet again and again.
+        # Random, so that two replicas do not collide repeatedly.
         step = self._options.seconds / RETRIES_PER_LEASE
         await asyncio.sleep(step * random.uniform(0.8, 1.2))  # noqa: S311
 
-    async def _try(self) -> bool:
-        """Look at the lease; take it or renew it where we may. Say whether it is ours."""
+    async def _acquire_or_renew(self) -> bool:
+        """Acquire the lease if it is free, or renew it; return whether this replica holds it."""
         try:
             if not self.may_write():
                 await self._read()
-                if not self._tenure.may_take(asyncio.get_running_loop().time()):
+                if not self._state.may_acquire(asyncio.get_running_loop().time()):
                     return False
-            # The lease runs from before the request: the server may have taken it at any moment since.
+            # The lease starts before the request: the server may process it at any moment after that.
             started = asyncio.get_running_loop().time()
             await self._write(self._spec(holder=self._options.identity))
         except ApiError as error:
             if error.status == CONFLICT:
-                self._tenure.lose()
+                self._state.record_loss()
                 return False
             log.warning("cannot reach the lease: %s", error)
             return self.may_write()
-        self._tenure.renew(started)
+        self._state.record_renewal(started)
         return True
 
     async def _read(self) -> None:
@@ -143,7 +144,7 @@ class Elector:
             self._lease = {}
         holder = (self._lease.get("spec") or {}).get("holderIdentity") or ""
         version = self._lease.get("metadata", {}).get("resourceVersion", "")
-        self._tenure.see(holder, version, asyncio.get_running_loop().time())
+        self._state.observe(holder, version, asyncio.get_running_loop().time())
 
     async def _write(self, spec: dict[str, Any]) -> None:
         meta: Json = {"namespace": self._options.namespace, "name": self._options.name}
@@ -152,15 +153,15 @@ class Elector:
             collection = LEASES.path(self._options.namespace)
             self._lease = await self._request("POST", collection, {**body, "metadata": meta})
             return
-        # Labels and annotations are somebody else's: of whoever made it, such as a chart.
+        # Keep labels and annotations of other tools, such as Helm.
         found = self._lease["metadata"]
         meta |= {key: found[key] for key in ("resourceVersion", "labels", "annotations") if key in found}
         self._lease = await self._request("PUT", self._path, {**body, "metadata": meta})
 
     async def _request(self, method: str, path: str, body: Json | None = None) -> Json:
-        # A request that hangs must not outlast the lease.
+        # The timeout is shorter than the lease, so that a request that hangs does not outlast it.
         seconds = self._options.seconds * RENEW_MARGIN
-        return await self._api.request(method, path, body, seconds=seconds, unled=True)
+        return await self._api.request(method, path, body, seconds=seconds, without_lease=True)
 
     def _spec(self, holder: str) -> dict[str, Any]:
         old = self._lease.get("spec") or {}

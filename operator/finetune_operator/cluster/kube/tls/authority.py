@@ -1,7 +1,7 @@
-"""The operator's own certificate authority: what is kept of it, and when it is renewed. Pure but for the keys' dice.
+"""The operator's own certificate authority: its contents and its renewal. Pure, except for generating random keys.
 
-`keeper` reads it from a Secret and writes it back. An authority is renewed long before its end, and its successor is
-trusted by everybody for `OVERLAP` before it signs anything: a pod that runs through it all never meets a stranger.
+`manager` reads it from a Secret and writes it back. A successor is created long before the authority expires, and all
+supervisors trust it for `OVERLAP` before it signs, so a running pod always trusts the coordinator's certificate.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-AUTHORITY_LIFE = timedelta(days=730)
-CERTIFICATE_LIFE = timedelta(days=90)
-RENEW_LEFT = 1 / 3
-"""Share of its life that is left when something is renewed."""
+AUTHORITY_LIFETIME = timedelta(days=730)
+CERTIFICATE_LIFETIME = timedelta(days=90)
+RENEW_REMAINING = 1 / 3
+"""Remaining share of its lifetime at which a certificate is renewed."""
 OVERLAP = timedelta(days=7)
-"""How long a new authority is trusted before it signs: far longer than the kubelets need to hand it to the pods."""
+"""How long a new authority is trusted before it signs: much longer than kubelets need to update mounted ConfigMaps."""
 BACKDATE = timedelta(minutes=5)
-"""Clocks differ: a certificate is good a little before it was made."""
+"""Tolerated clock difference: a certificate is valid from this long before its creation."""
 NAME = "finetune-operator"
 UNUSED = (
     "content_commitment",
@@ -38,71 +38,71 @@ UNUSED = (
     "encipher_only",
     "decipher_only",
 )
-"""Uses of a key that none of these certificates is for."""
+"""Key usages that none of these certificates has."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A certificate and its key, as PEM."""
+class KeyPair:
+    """A certificate and its private key, as PEM."""
 
     certificate: str
     key: str
 
     @property
-    def read(self) -> x509.Certificate:
-        """The certificate."""
+    def parsed(self) -> x509.Certificate:
+        """The parsed certificate."""
         return x509.load_pem_x509_certificate(self.certificate.encode())
 
 
 @dataclass(frozen=True)
-class Material:
-    """All that is kept."""
+class TlsMaterial:
+    """The complete content of the Secret."""
 
-    signer: Pair
+    signer: KeyPair
     """The authority that signs."""
-    server: Pair
+    server: KeyPair
     """The coordinator's certificate."""
-    successor: Pair | None = None
-    """The authority that will sign next: trusted already."""
+    successor: KeyPair | None = None
+    """The authority that signs next; it is already trusted."""
     former: tuple[str, ...] = ()
-    """Authorities that sign no more, while they last."""
+    """Authorities that no longer sign and have not expired."""
 
     @property
     def bundle(self) -> str:
-        """What supervisors trust, as PEM."""
+        """Authorities that supervisors trust, as PEM."""
         successor = [self.successor.certificate] if self.successor else []
         return "".join([self.signer.certificate, *successor, *self.former])
 
 
-def renew(material: Material | None, hosts: tuple[str, ...], now: datetime) -> Material:
-    """What is to be kept from now on; the same object where nothing is due."""
-    if material is None or _ended(material.signer, now):
+def renew(material: TlsMaterial | None, hosts: tuple[str, ...], now: datetime) -> TlsMaterial:
+    """Return the material to use from now on; the same object if nothing has to be renewed."""
+    if material is None or _is_expired(material.signer, now):
         signer = new_authority(now)
-        return Material(signer, new_certificate(signer, hosts, now))
-    renewed = _drop_former(_advance(material, now), now)
-    if not _serves(renewed, hosts, now):
-        renewed = Material(
+        return TlsMaterial(signer, new_certificate(signer, hosts, now))
+    renewed = _drop_expired(_rotate(material, now), now)
+    if not _is_server_valid(renewed, hosts, now):
+        renewed = TlsMaterial(
             renewed.signer, new_certificate(renewed.signer, hosts, now), renewed.successor, renewed.former
         )
     return renewed
 
 
-def new_authority(now: datetime) -> Pair:
-    """An authority that signs itself."""
+def new_authority(now: datetime) -> KeyPair:
+    """Create a self-signed authority."""
     key = ec.generate_private_key(ec.SECP256R1())
-    # Its own number makes its name its own: two authorities of one name could be taken for one another.
+    # A random number makes the name unique: clients could confuse two authorities with the same name.
     name = _name(f"{NAME} {x509.random_serial_number():x}")
-    builder = _builder(name, name, key.public_key(), now, AUTHORITY_LIFE)
+    builder = _builder(name, name, key.public_key(), now, AUTHORITY_LIFETIME)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(signs=True), critical=True)
     return _pair(builder.sign(key, hashes.SHA256()), key)
 
 
-def new_certificate(authority: Pair, hosts: Iterable[str], now: datetime) -> Pair:
-    """A server's certificate for some DNS names."""
-    key, signer = ec.generate_private_key(ec.SECP256R1()), authority.read
+def new_certificate(authority: KeyPair, hosts: Iterable[str], now: datetime) -> KeyPair:
+    """Create a server certificate for DNS names."""
+    key, signer = ec.generate_private_key(ec.SECP256R1()), authority.parsed
     names = [x509.DNSName(host) for host in hosts]
-    builder = _builder(_name(NAME), signer.subject, key.public_key(), now, CERTIFICATE_LIFE)
+    builder = _builder(_name(NAME), signer.subject, key.public_key(), now, CERTIFICATE_LIFETIME)
     for extension, critical in (
         (x509.BasicConstraints(ca=False, path_length=None), True),
         (_usage(signs=False), True),
@@ -115,8 +115,8 @@ def new_certificate(authority: Pair, hosts: Iterable[str], now: datetime) -> Pai
     return _pair(builder.sign(signing_key, hashes.SHA256()), key)
 
 
-def to_secret(material: Material) -> dict[str, str]:
-    """The Secret's data, in plain text."""
+def to_secret(material: TlsMaterial) -> dict[str, str]:
+    """Return the Secret's data, not base64-encoded."""
     data = {
         "ca.crt": material.bundle,
         "tls.crt": material.server.certificate,
@@ -130,74 +130,74 @@ def to_secret(material: Material) -> dict[str, str]:
     return data
 
 
-def from_secret(data: Mapping[str, str]) -> Material | None:
-    """What a Secret holds; None where it is empty or cannot be read: then all of it is made anew."""
+def from_secret(data: Mapping[str, str]) -> TlsMaterial | None:
+    """Parse the Secret's data; return None if it is empty or invalid, in which case all of it is created again."""
     try:
         signer, server = _read_pair(data, "signer"), _read_pair(data, "tls")
         successor = _read_pair(data, "successor") if "successor.crt" in data else None
         former = data.get("former.crt", "").encode()
-        kept = x509.load_pem_x509_certificates(former) if former.strip() else []
-        return Material(signer, server, successor, tuple(_pem(one) for one in kept))
+        certificates = x509.load_pem_x509_certificates(former) if former.strip() else []
+        return TlsMaterial(signer, server, successor, tuple(_pem(certificate) for certificate in certificates))
     except (KeyError, ValueError, TypeError):
         return None
 
 
-def _advance(material: Material, now: datetime) -> Material:
-    """Make a successor in time; let it sign once everybody knows it."""
+def _rotate(material: TlsMaterial, now: datetime) -> TlsMaterial:
+    """Create a successor in time; let it sign once all supervisors trust it."""
     successor = material.successor
     if successor is None:
-        if not _due(material.signer, now):
+        if not _needs_renewal(material.signer, now):
             return material
-        return Material(material.signer, material.server, new_authority(now), material.former)
-    if now < successor.read.not_valid_before_utc + BACKDATE + OVERLAP:
+        return TlsMaterial(material.signer, material.server, new_authority(now), material.former)
+    if now < successor.parsed.not_valid_before_utc + BACKDATE + OVERLAP:
         return material
-    return Material(successor, material.server, None, (*material.former, material.signer.certificate))
+    return TlsMaterial(successor, material.server, None, (*material.former, material.signer.certificate))
 
 
-def _drop_former(material: Material, now: datetime) -> Material:
-    lasting = tuple(
-        one for one in material.former if x509.load_pem_x509_certificate(one.encode()).not_valid_after_utc > now
+def _drop_expired(material: TlsMaterial, now: datetime) -> TlsMaterial:
+    valid = tuple(
+        pem for pem in material.former if x509.load_pem_x509_certificate(pem.encode()).not_valid_after_utc > now
     )
-    if lasting == material.former:
+    if valid == material.former:
         return material
-    return Material(material.signer, material.server, material.successor, lasting)
+    return TlsMaterial(material.signer, material.server, material.successor, valid)
 
 
-def _serves(material: Material, hosts: tuple[str, ...], now: datetime) -> bool:
-    """Whether the server's certificate is of the signer, for these names, and not near its end."""
-    certificate = material.server.read
+def _is_server_valid(material: TlsMaterial, hosts: tuple[str, ...], now: datetime) -> bool:
+    """Return whether the server certificate is signed by the signer, for these names, and not due for renewal."""
+    certificate = material.server.parsed
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return (
-        not _due(material.server, now)
-        and certificate.issuer == material.signer.read.subject
+        not _needs_renewal(material.server, now)
+        and certificate.issuer == material.signer.parsed.subject
         and tuple(names.get_values_for_type(x509.DNSName)) == hosts
     )
 
 
-def _due(pair: Pair, now: datetime) -> bool:
-    certificate = pair.read
-    life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
-    return certificate.not_valid_after_utc - now < life * RENEW_LEFT
+def _needs_renewal(pair: KeyPair, now: datetime) -> bool:
+    certificate = pair.parsed
+    lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
+    return certificate.not_valid_after_utc - now < lifetime * RENEW_REMAINING
 
 
-def _ended(pair: Pair, now: datetime) -> bool:
-    return pair.read.not_valid_after_utc <= now
+def _is_expired(pair: KeyPair, now: datetime) -> bool:
+    return pair.parsed.not_valid_after_utc <= now
 
 
-def _read_pair(data: Mapping[str, str], name: str) -> Pair:
-    pair = Pair(data[f"{name}.crt"], data[f"{name}.key"])
+def _read_pair(data: Mapping[str, str], name: str) -> KeyPair:
+    pair = KeyPair(data[f"{name}.crt"], data[f"{name}.key"])
     key = load_pem_private_key(pair.key.encode(), None)
-    if key.public_key() != pair.read.public_key():
-        raise ValueError(f"{name}.crt and {name}.key do not belong together")
+    if key.public_key() != pair.parsed.public_key():
+        raise ValueError(f"{name}.key is not the key of {name}.crt")
     return pair
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, life: timedelta
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime, lifetime: timedelta
 ) -> x509.CertificateBuilder:
     builder = x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key)
     builder = builder.serial_number(x509.random_serial_number())
-    return builder.not_valid_before(now - BACKDATE).not_valid_after(now + life)
+    return builder.not_valid_before(now - BACKDATE).not_valid_after(now + lifetime)
 
 
 def _name(common: str) -> x509.Name:
@@ -208,9 +208,9 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
     return x509.KeyUsage(digital_signature=True, key_cert_sign=signs, crl_sign=signs, **dict.fromkeys(UNUSED, False))
 
 
-def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> Pair:
+def _pair(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> KeyPair:
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return Pair(_pem(certificate), private.decode())
+    return KeyPair(_pem(certificate), private.decode())
 
 
 def _pem(certificate: x509.Certificate) -> str:

@@ -1,7 +1,7 @@
-"""One buffer to receive into for all TLS connections of this process.
+"""One receive buffer for all TLS connections of this process.
 
-asyncio sets 256 KiB aside for each: a gigabyte for 4,000 supervisors. What is received goes on to OpenSSL before the
-loop does anything else, so one buffer will do for all connections of one loop.
+asyncio allocates 256 KiB for each connection: a gigabyte for 4,000 supervisors. Received data is passed to OpenSSL
+before the event loop does anything else, so all connections of one loop can share a buffer.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any
 
 RECEIVE_BYTES = 64 * 1024
 RECORD_BYTES = 16 * 1024
-"""Longest TLS record: there is no use in asking OpenSSL for more at a time."""
+"""Maximum size of a TLS record: OpenSSL returns no more at a time."""
 
 _buffer = bytearray(RECEIVE_BYTES)
 _view = memoryview(_buffer)
 
 
-def share() -> None:
-    """Let all TLS connections that are made from now on share a buffer. For processes with one event loop."""
+def share_receive_buffer() -> None:
+    """Make all TLS connections created from now on share a buffer. For processes with one event loop."""
     sslproto.SSLProtocol.max_size = RECORD_BYTES
     sslproto.SSLProtocol.get_buffer = _get_buffer  # type: ignore[method-assign,assignment]
 
 
 def _get_buffer(connection: Any, _: int) -> memoryview:
-    # In place of the one that it has made for itself.
+    # Replaces the buffer that the connection has allocated.
     connection._ssl_buffer, connection._ssl_buffer_view = _buffer, _view
     return _view

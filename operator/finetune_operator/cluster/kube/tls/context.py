@@ -1,4 +1,4 @@
-"""The coordinator's endpoint over TLS, with certificates that may be renewed while it runs."""
+"""The TLS context of the coordinator's endpoint, with certificates that may be renewed while it runs."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 10.0
+CHECK_SECONDS = 10.0
 
 
 class ServerCertificate:
-    """A context for a server, and the files that it is from."""
+    """A server's TLS context, and the files that it is loaded from."""
 
     def __init__(self, certificate: Path, key: Path) -> None:
-        """Load them.
+        """Load the files.
 
         Raises:
-            OSError, ssl.SSLError: they cannot be read, or do not belong together.
+            OSError, ssl.SSLError: they cannot be read, or the key is not the certificate's.
         """
         self._certificate = certificate
         self._key = key
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._loaded = self._state()
+        self._loaded = self._modification_times()
         self.context.load_cert_chain(certificate, key)
 
-    async def follow(self, look_seconds: float = LOOK_SECONDS) -> None:
-        """Load them anew whenever they change; connections made from then on get the new certificate."""
+    async def reload_on_change(self, check_seconds: float = CHECK_SECONDS) -> None:
+        """Reload the files whenever they change; later connections use the new certificate."""
         while True:
-            await asyncio.sleep(look_seconds)
+            await asyncio.sleep(check_seconds)
             try:
-                state = await asyncio.to_thread(self._state)
-                if state == self._loaded:
+                times = await asyncio.to_thread(self._modification_times)
+                if times == self._loaded:
                     continue
                 self.context.load_cert_chain(self._certificate, self._key)
             except (OSError, ssl.SSLError) as error:
-                # Half of a pair may be there already: the next look finds the other one.
-                log.warning("the coordinator's certificate cannot be loaded anew: %s", error)
+                # Only one of the two files may have been replaced: the next check finds the other one.
+                log.warning("cannot reload the coordinator's certificate: %s", error)
             else:
-                self._loaded = state
-                log.info("the coordinator's certificate was loaded anew")
+                self._loaded = times
+                log.info("reloaded the coordinator's certificate")
 
-    def _state(self) -> tuple[int, int]:
+    def _modification_times(self) -> tuple[int, int]:
         return self._certificate.stat().st_mtime_ns, self._key.stat().st_mtime_ns

@@ -1,8 +1,8 @@
-"""What was last seen of one kind of object: the pure half of an informer.
+"""The last observed objects of one type: the pure part of an informer.
 
-Fed by a reflector with what it lists and watches, and by the operator with the server's answers to its own writes. An
-answer is taken only where the watch has not come so far yet: so a write is read back at once, and an object that was
-deleted since does not come back to life. Resource versions of one kind are compared as the integers that they are.
+A reflector fills it from lists and watches; the operator adds the responses to its own writes. A response is stored
+only if the watch has not reached its version yet: so a write is visible at once, and an object that was deleted since
+is not stored again. Resource versions of one type are compared as integers.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ T_contra = TypeVar("T_contra", contravariant=True)
 
 
 class ObjectKey(NamedTuple):
-    """Names an object of a kind; the namespace of one that has none is empty."""
+    """Namespace and name of an object; the namespace of a cluster-scoped object is empty."""
 
     namespace: str
     name: str
 
 
-class Changed(Protocol[T_contra]):
-    """Told of every change, after it."""
+class ChangeListener(Protocol[T_contra]):
+    """Called after every change of a cache."""
 
     def __call__(self, key: ObjectKey, old: T_contra | None, new: T_contra | None) -> None:
-        """Take the old value, None where there was none, and the new one, None where it is gone."""
+        """Handle a change. `old` is None for a new object, `new` is None for a deleted one."""
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -36,47 +36,47 @@ class Entry(NamedTuple, Generic[T]):
 
 
 class Cache(Generic[T]):
-    """Values by key, and by group: what a value belongs to, such as its job."""
+    """Values by key and by group. A group is what a value belongs to, such as its job."""
 
-    def __init__(self, group: Callable[[T], Hashable], changed: Changed[T]) -> None:
+    def __init__(self, group: Callable[[T], Hashable], changed: ChangeListener[T]) -> None:
         self._group = group
         self._changed = changed
         self._entries: dict[ObjectKey, Entry[T]] = {}
         self._groups: dict[Hashable, dict[ObjectKey, T]] = {}
-        self._seen: dict[str, int] = {}
+        self._synced: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def get(self, key: ObjectKey) -> T | None:
-        """The value of a key; None where there is none."""
+        """Return the value of a key; None if there is none."""
         entry = self._entries.get(key)
         return None if entry is None else entry.value
 
     def group(self, group: Hashable) -> Iterable[T]:
-        """All values that belong to something."""
+        """Return all values of a group."""
         return self._groups.get(group, {}).values()
 
     def values(self) -> Iterator[T]:
-        """All values."""
+        """Return all values."""
         return (entry.value for entry in self._entries.values())
 
-    def seen(self, scope: str) -> int:
-        """The newest resource version that the list or the watch of a scope has come to; 0: none.
+    def synced_version(self, scope: str) -> int:
+        """Return the newest resource version that the list or the watch of a scope has reached; 0 if there is none.
 
-        A scope is a namespace, or the empty text for all of them. All that a reflector feeds is of one scope.
+        A scope is a namespace, or the empty string for all of them. Each reflector has one scope.
         """
-        return self._seen.get(scope, 0)
+        return self._synced.get(scope, 0)
 
-    def knows(self, key: ObjectKey, version: int) -> bool:
-        """Whether this version of an object, or a newer one, is here: then it need not be read."""
+    def has_version(self, key: ObjectKey, version: int) -> bool:
+        """Return whether this version of an object, or a newer one, is cached."""
         entry = self._entries.get(key)
         return entry is not None and entry.version >= version
 
     def replace(self, scope: str, values: Iterable[tuple[ObjectKey, Entry[T]]], version: int) -> None:
-        """Take a whole list as of a version: what is not in it is gone, unless it was written later."""
+        """Store a complete list of a version. Objects that are not in it are removed, unless they are newer."""
         listed = dict(values)
-        self._seen[scope] = version
+        self._synced[scope] = version
         old = [(key, entry.version) for key, entry in self._entries.items() if scope in ("", key.namespace)]
         for key, old_version in old:
             if key not in listed and old_version <= version:
@@ -84,25 +84,25 @@ class Cache(Generic[T]):
         for key, entry in listed.items():
             self._put(key, entry)
 
-    def see(self, scope: str, key: ObjectKey, entry: Entry[T]) -> None:
-        """Take an object that the watch tells of."""
-        self.see_version(scope, entry.version)
+    def update(self, scope: str, key: ObjectKey, entry: Entry[T]) -> None:
+        """Store an object from a watch event."""
+        self.advance(scope, entry.version)
         self._put(key, entry)
 
-    def see_deleted(self, scope: str, key: ObjectKey, version: int) -> None:
-        """Take an object's end that the watch tells of."""
-        self.see_version(scope, version)
+    def delete(self, scope: str, key: ObjectKey, version: int) -> None:
+        """Remove an object that a watch event reports as deleted."""
+        self.advance(scope, version)
         old = self._entries.get(key)
         if old is not None and old.version <= version:
             self._remove(key)
 
-    def see_version(self, scope: str, version: int) -> None:
-        """Take a bookmark: nothing has happened up to this version that was not told."""
-        self._seen[scope] = max(self.seen(scope), version)
+    def advance(self, scope: str, version: int) -> None:
+        """Record that the watch has reported all changes up to this version (a bookmark)."""
+        self._synced[scope] = max(self.synced_version(scope), version)
 
     def put_written(self, key: ObjectKey, entry: Entry[T]) -> None:
-        """Take the server's answer to a write of ours, where the watch will tell of it only later."""
-        if entry.version > max(self.seen(""), self.seen(key.namespace)):
+        """Store the response to one of our writes, if the watch has not reached its version yet."""
+        if entry.version > max(self.synced_version(""), self.synced_version(key.namespace)):
             self._put(key, entry)
 
     def _put(self, key: ObjectKey, entry: Entry[T]) -> None:

@@ -1,4 +1,4 @@
-"""Which jobs want a pass: each at most once at a time, soon, later, or after an error with a growing delay."""
+"""The work queue: at most one reconcile per job at a time, started now, later, or with a delay after an error."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
-CALM_SHARE = 8
-"""Every so many-th pass is a calm one, however many urgent ones wait."""
+LOW_PRIORITY_SHARE = 8
+"""One reconcile in N serves the low-priority lane, even while urgent jobs wait."""
 
 
 class Backoff(Generic[K]):
-    """Pure: how long to wait after each further error of a key."""
+    """Delays after consecutive errors of a key. Pure."""
 
     def __init__(self, first_seconds: float, max_seconds: float) -> None:
         self._first = first_seconds
@@ -22,23 +22,23 @@ class Backoff(Generic[K]):
         self._errors: dict[K, int] = {}
 
     def next_seconds(self, key: K) -> float:
-        """Count an error; say how long to wait."""
+        """Count an error and return the delay before the next attempt."""
         errors = self._errors.get(key, 0)
         self._errors[key] = errors + 1
-        # The exponent is bounded, so that years of errors do not overflow.
+        # The exponent is bounded, so that it does not overflow after years of errors.
         return min(self._first * 2.0 ** min(errors, 32), self._max)
 
     def forget(self, key: K) -> None:
-        """A pass succeeded."""
+        """Reset the count after a success."""
         self._errors.pop(key, None)
 
 
-class Lanes(Generic[K]):
-    """Pure: who is next. Urgent keys come first, calm ones whenever it is their turn, each lane in its order."""
+class PriorityLanes(Generic[K]):
+    """Order of the waiting keys. Urgent keys come first; one in N is a low-priority key; first in, first out. Pure."""
 
     def __init__(self) -> None:
         self._urgent: deque[K] = deque()
-        self._calm: deque[K] = deque()
+        self._low: deque[K] = deque()
         self._is_urgent: dict[K, bool] = {}
         self._turn = 0
 
@@ -46,23 +46,23 @@ class Lanes(Generic[K]):
         return len(self._is_urgent)
 
     def put(self, key: K, *, urgent: bool) -> bool:
-        """Put a key in its lane; say whether it is new. One that has become urgent changes lanes."""
+        """Add a key, or move it to the urgent lane; return whether it was not waiting before."""
         known = self._is_urgent.get(key)
         if known or known is urgent:
             return False
         self._is_urgent[key] = urgent
-        # What a calm key leaves in the other lane is passed over when it is met.
-        (self._urgent if urgent else self._calm).append(key)
+        # A key that changes lanes stays in the low-priority lane, where `pop` skips it.
+        (self._urgent if urgent else self._low).append(key)
         return known is None
 
     def pop(self) -> K:
-        """Take the next key.
+        """Remove and return the next key.
 
         Raises:
-            IndexError: there is none.
+            IndexError: no key waits.
         """
-        self._turn = (self._turn + 1) % CALM_SHARE
-        lanes = (self._calm, self._urgent) if self._turn == 0 else (self._urgent, self._calm)
+        self._turn = (self._turn + 1) % LOW_PRIORITY_SHARE
+        lanes = (self._low, self._urgent) if self._turn == 0 else (self._urgent, self._low)
         for lane in lanes:
             while lane:
                 key = lane.popleft()
@@ -73,37 +73,37 @@ class Lanes(Generic[K]):
 
 
 class WorkQueue(Generic[K]):
-    """Keys whose jobs want a pass.
+    """Keys of the jobs to reconcile.
 
-    A key that is asked for while its pass is under way comes again after it. A pass sees everything, so it takes the
-    place of whatever was asked for before it began, later passes included.
+    A key that is added while it is being reconciled is returned again afterwards. A reconcile reads the complete state,
+    so it replaces all requests that were made before it started, including delayed ones.
     """
 
     def __init__(self) -> None:
-        self._ready: Lanes[K] = Lanes()
+        self._ready: PriorityLanes[K] = PriorityLanes()
         self._num_ready = asyncio.Semaphore(0)
-        self._again: dict[K, bool] = {}
-        """Keys that are to come again after the pass that is under way, and whether that is urgent."""
+        self._requeued: dict[K, bool] = {}
+        """Keys to return again after their running reconcile, and whether that is urgent."""
         self._working: set[K] = set()
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._closed = False
 
     @property
     def depth(self) -> int:
-        """Number of keys that wait for a pass."""
-        return len(self._ready) + len(self._again)
+        """Number of waiting keys."""
+        return len(self._ready) + len(self._requeued)
 
     def add(self, key: K, *, urgent: bool = True) -> None:
-        """Ask for a pass now."""
+        """Request a reconcile now."""
         if self._closed:
             return
         if key in self._working:
-            self._again[key] = urgent or self._again.get(key, False)
+            self._requeued[key] = urgent or self._requeued.get(key, False)
         elif self._ready.put(key, urgent=urgent):
             self._num_ready.release()
 
     def add_after(self, key: K, seconds: float) -> None:
-        """Ask for a pass in a while, a calm one; an earlier wish stays."""
+        """Request a low-priority reconcile after a delay, unless an earlier one is scheduled."""
         if self._closed:
             return
         loop = asyncio.get_running_loop()
@@ -113,13 +113,13 @@ class WorkQueue(Generic[K]):
             return
         if timer is not None:
             timer.cancel()
-        self._timers[key] = loop.call_at(due, self._ring, key)
+        self._timers[key] = loop.call_at(due, self._timer_fired, key)
 
     async def get(self) -> K | None:
-        """The next key; its pass is under way until `done`. None: the queue is closed."""
+        """Wait for the next key; its reconcile is running until `done`. Return None if the queue is closed."""
         await self._num_ready.acquire()
         if self._closed:
-            # For the next one that asks.
+            # Wakes the next waiting worker.
             self._num_ready.release()
             return None
         key = self._ready.pop()
@@ -129,20 +129,20 @@ class WorkQueue(Generic[K]):
         return key
 
     def done(self, key: K) -> None:
-        """A pass is over."""
+        """Record that the reconcile of a key has ended."""
         self._working.discard(key)
-        urgent = self._again.pop(key, None)
+        urgent = self._requeued.pop(key, None)
         if urgent is not None:
             self.add(key, urgent=urgent)
 
     def close(self) -> None:
-        """Hand out no more keys."""
+        """Return no more keys."""
         self._closed = True
         self._num_ready.release()
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
 
-    def _ring(self, key: K) -> None:
+    def _timer_fired(self, key: K) -> None:
         self._timers.pop(key, None)
         self.add(key, urgent=False)

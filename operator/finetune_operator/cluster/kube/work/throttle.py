@@ -1,7 +1,7 @@
-"""How often mere progress may be written into statuses. Pure: the time is handed in.
+"""Rate limit of progress writes into statuses. Pure: the time is a parameter.
 
-Every watcher of FineTuneJobs pays for a status write, etcd most of all, so there is a bound for the whole operator,
-and one for each job. What begins or ends something does not wait for it.
+A status write costs every watcher of FineTuneJobs, and etcd most of all. So there is a limit for the operator and one
+for each job. Status changes that start or end something are not limited.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class ProgressThrottle(Generic[K]):
-    """A least distance from each key's last write, and a token bucket for all of them together."""
+    """A minimum interval between the writes of each key, and a token bucket for the writes of all keys."""
 
     def __init__(self, seconds_per_key: float, writes_per_second: float, burst: float) -> None:
         self._seconds = seconds_per_key
@@ -24,15 +24,15 @@ class ProgressThrottle(Generic[K]):
         self._written_at: dict[K, float] = {}
         self._reserved: dict[K, float] = {}
 
-    def wrote(self, key: K, now: float) -> None:
-        """A status was written, for whatever reason: the progress until now is in it."""
+    def record_write(self, key: K, now: float) -> None:
+        """Record that a status was written for any reason: it contains the progress until now."""
         self._written_at[key] = now
         self._reserved.pop(key, None)
 
     def delay(self, key: K, now: float) -> float:
-        """In how many seconds a key's progress may be written; 0: now.
+        """Return the seconds until a key's progress may be written; 0 means now.
 
-        A key whose own distance is kept and that waits for the bucket has its place there until it writes.
+        A key that only waits for the bucket keeps its reserved token until it writes.
         """
         moment = self._reserved.get(key)
         if moment is None:
@@ -43,12 +43,12 @@ class ProgressThrottle(Generic[K]):
         return max(0.0, moment - now)
 
     def forget(self, key: K) -> None:
-        """Drop what is kept of a key."""
+        """Drop the state of a key."""
         self._written_at.pop(key, None)
         self._reserved.pop(key, None)
 
     def _take_token(self, now: float) -> float:
-        """Take a token; say when it is there. The bucket may owe: then the moment lies ahead."""
+        """Take a token and return when it is available. The bucket may go negative: then that is in the future."""
         self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
         self._filled_at = now
         self._tokens -= 1.0

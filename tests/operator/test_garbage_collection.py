@@ -1,4 +1,4 @@
-"""Collections are made by the clock, in small pieces; of everything when there is something to gain."""
+"""Young objects are collected at a fixed interval, everything only if memory has grown or after a long time."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import weakref
 
 import pytest
 
-from finetune_operator.server.collector import FULL_SECONDS, GROWTH_BYTES, Collector, resident_bytes
+from finetune_operator.server.garbage_collection import FULL_SECONDS, GROWTH_BYTES, GarbageCollector, resident_bytes
 
 MIB = 1 << 20
 
 
 class Cycle:
-    """Garbage that only a collection finds."""
+    """Garbage that only the cyclic collector finds."""
 
     def __init__(self) -> None:
         self.me = self
 
 
 def old_cycle() -> weakref.ref[Cycle]:
-    """One that young collections do not look at any more."""
+    """Return a reference to a cycle that collections of young objects no longer inspect."""
     cycle = Cycle()
     gc.collect(1)
     return weakref.ref(cycle)
@@ -30,44 +30,44 @@ def old_cycle() -> weakref.ref[Cycle]:
 @pytest.mark.parametrize(
     ("grown", "seconds", "collected"), [(0, 0.0, False), (GROWTH_BYTES, 0.0, True), (0, FULL_SECONDS, True)]
 )
-def test_all_is_collected_when_memory_has_grown_or_the_time_has_come(
+def test_full_collection_runs_if_memory_has_grown_or_the_interval_is_over(
     grown: int, seconds: float, collected: bool
 ) -> None:
     sizes = [100 * MIB]
 
-    async def look() -> bool:
+    async def check() -> bool:
         loop = asyncio.get_running_loop()
-        with Collector(loop, lambda: sizes[-1]) as collector:
+        with GarbageCollector(loop, lambda: sizes[-1]) as collector:
             cycle = old_cycle()
             sizes.append(sizes[-1] + grown)
             later = loop.time() + seconds
             loop.time = lambda: later  # type: ignore[method-assign]
-            collector.look_at_memory()
+            collector.collect_if_grown()
             return cycle() is None
 
-    assert asyncio.run(look()) is collected
+    assert asyncio.run(check()) is collected
 
 
-def test_young_objects_do_not_pile_up_where_each_replaces_one_that_is_freed() -> None:
-    """Python's own count of allocations stays low then, and its look at them comes late and takes long."""
+def test_young_objects_are_collected_even_if_each_replaces_a_freed_one() -> None:
+    """Python's own allocation count stays low in this case, so its collection is late and takes long."""
 
     async def replace() -> int:
         kept = [[number] for number in range(50_000)]
-        with Collector(asyncio.get_running_loop(), lambda: MIB) as collector:
+        with GarbageCollector(asyncio.get_running_loop(), lambda: MIB) as collector:
             for number in range(len(kept)):
                 kept[number] = [number]
-            piled_up = len(gc.get_objects(generation=0))
-            collector.look_at_young()
-            return piled_up - len(gc.get_objects(generation=0))
+            accumulated = len(gc.get_objects(generation=0))
+            collector.collect_young()
+            return accumulated - len(gc.get_objects(generation=0))
 
     assert asyncio.run(replace()) > 40_000
 
 
-def test_python_makes_none_by_itself_meanwhile_and_does_so_again_after() -> None:
+def test_python_runs_no_full_collection_by_itself_until_the_end() -> None:
     before = gc.get_threshold()
 
     async def allocate() -> bool:
-        with Collector(asyncio.get_running_loop(), lambda: MIB):
+        with GarbageCollector(asyncio.get_running_loop(), lambda: MIB):
             cycle = old_cycle()
             kept = [[number] for number in range(200_000)]
             return cycle() is not None and len(kept) == 200_000
@@ -76,7 +76,7 @@ def test_python_makes_none_by_itself_meanwhile_and_does_so_again_after() -> None
     assert gc.get_threshold() == before
 
 
-def test_the_memory_of_this_process_is_known() -> None:
+def test_resident_memory_is_reported() -> None:
     before = resident_bytes()
     ballast = bytearray(b"x" * (64 * MIB))
     assert resident_bytes() - before > 32 * MIB

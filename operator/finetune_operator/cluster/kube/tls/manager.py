@@ -1,7 +1,7 @@
-"""Keeps the operator's own authority in a Secret of its namespace, and its certificate in files that a server loads.
+"""Keeps the operator's own authority in a Secret, and the coordinator's certificate in files that the server loads.
 
-Only the replica that leads calls it. Where another one was quicker, the write fails by the resource version, and what
-that one wrote is taken.
+Only the leader calls it. If another replica was faster, the write fails because of the resource version, and the
+material that the other replica wrote is used.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 from finetune_operator.api import labels, names
 from finetune_operator.cluster.kube.client.client import CONFLICT, NOT_FOUND, ApiError, Json, KubeApi
 from finetune_operator.cluster.kube.client.objects import SECRETS
-from finetune_operator.cluster.kube.tls.authority import Material, from_secret, renew, to_secret
+from finetune_operator.cluster.kube.tls.authority import TlsMaterial, from_secret, renew, to_secret
 from finetune_operator.cluster.protocol import Clock
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 3600.0
+CHECK_SECONDS = 3600.0
 RETRY_SECONDS = 2.0
 
 
-class CertificateKeeper:
-    """One Secret, and the files of its certificate."""
+class CertificateManager:
+    """The Secret, and the files of the certificate."""
 
     def __init__(self, api: KubeApi, namespace: str, name: str, hosts: tuple[str, ...], clock: Clock) -> None:
         self._api = api
@@ -34,27 +34,27 @@ class CertificateKeeper:
         self._name = name
         self._hosts = hosts
         self._clock = clock
-        # Keys lie in a folder of this user's alone, and go with the process.
+        # The folder is readable by this user only, and is deleted when the process ends.
         self._folder = tempfile.TemporaryDirectory(prefix="finetune-tls-")
         folder = Path(self._folder.name)
         self.certificate, self.key = folder / "tls.crt", folder / "tls.key"
         self.bundle = ""
-        """What supervisors are to trust."""
+        """Authorities that supervisors trust, as PEM."""
 
     async def load(self) -> None:
-        """Read the Secret, make or renew what is due, and write the files.
+        """Read the Secret, create or renew its contents if needed, and write the files.
 
         Raises:
-            ApiError: the Secret can be neither read nor written.
+            ApiError: the Secret cannot be read or written.
         """
         while True:
             try:
-                material = await self._renewed()
+                material = await self._load_or_renew()
                 break
             except ApiError as error:
-                if not error.passing and error.status != CONFLICT:
+                if not error.transient and error.status != CONFLICT:
                     raise
-                log.warning("cannot renew the coordinator's certificate yet: %s", error)
+                log.warning("cannot renew the coordinator's certificate; retrying: %s", error)
                 await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
         self.bundle = material.bundle
         for path, text in ((self.certificate, material.server.certificate), (self.key, material.server.key)):
@@ -62,25 +62,25 @@ class CertificateKeeper:
                 path.touch(mode=0o600)
                 path.write_text(text)
 
-    async def follow(self, changed: Callable[[str], None], look_seconds: float = LOOK_SECONDS) -> None:
-        """Look again and again; tell of a bundle that is not the one before."""
+    async def renew_periodically(self, changed: Callable[[str], None], check_seconds: float = CHECK_SECONDS) -> None:
+        """Check the certificate periodically; call `changed` with each new bundle."""
         while True:
-            await asyncio.sleep(look_seconds)
+            await asyncio.sleep(check_seconds)
             before = self.bundle
             await self.load()
             if self.bundle != before:
                 changed(self.bundle)
 
-    async def _renewed(self) -> Material:
+    async def _load_or_renew(self) -> TlsMaterial:
         stored = await self._read()
         data = {name: base64.b64decode(text).decode() for name, text in (stored.get("data") or {}).items()}
-        kept = from_secret(data)
-        if data and kept is None:
-            log.warning("the Secret %s/%s holds no usable authority: it is made anew", self._namespace, self._name)
-        material = renew(kept, self._hosts, self._clock())
-        if material is not kept:
+        previous = from_secret(data)
+        if data and previous is None:
+            log.warning("the Secret %s/%s contains no valid authority; creating it again", self._namespace, self._name)
+        material = renew(previous, self._hosts, self._clock())
+        if material is not previous:
             await self._write(stored, material)
-            log.info("the coordinator's certificate was renewed")
+            log.info("renewed the coordinator's certificate")
         return material
 
     async def _read(self) -> Json:
@@ -91,7 +91,7 @@ class CertificateKeeper:
                 raise
             return {}
 
-    async def _write(self, stored: Json, material: Material) -> None:
+    async def _write(self, stored: Json, material: TlsMaterial) -> None:
         meta = stored.get("metadata") or {
             "name": self._name,
             "namespace": self._namespace,

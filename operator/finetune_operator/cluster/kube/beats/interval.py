@@ -1,0 +1,43 @@
+"""Interval between heartbeats: it grows with the number of pods. Pure: the time is a parameter."""
+
+from __future__ import annotations
+
+from finetune_operator.plan.policies.nodes import SILENT_BEATS
+from finetune_operator.settings import Settings
+
+WAITING_SHARE = 0.25
+"""Share of the heartbeat rate that is available to pods that wait for a new world and send more often."""
+
+
+class HeartbeatInterval:
+    """The interval that is requested now, and the longest one that a pod may still use."""
+
+    def __init__(self, settings: Settings, beats_per_second: float) -> None:
+        self._shortest = settings.beat_seconds
+        # Short enough that a pod is not reported as silent.
+        self._longest = max(self._shortest, settings.beat_timeout_seconds / SILENT_BEATS)
+        self._rate = beats_per_second
+        self._requested = self._shortest
+        self._previous = 0.0
+        self._previous_until = 0.0
+
+    def choose_seconds(self, num_pods: int, now: float) -> float:
+        """Return the seconds between two heartbeats of each of `num_pods` pods."""
+        requested = round(min(max(self._shortest, num_pods / self._rate), self._longest), 1)
+        if requested < self._requested:
+            # Pods use the previous interval until their next heartbeat is answered.
+            self._previous = max(self._requested, self.longest_seconds(now))
+            self._previous_until = now + self._previous
+        self._requested = requested
+        return requested
+
+    def choose_waiting_seconds(self, seconds: float, num_waiting: int) -> float:
+        """Return the seconds between two heartbeats of each of `num_waiting` waiting pods, at least `seconds`.
+
+        If a thousand jobs lose a pod at the same time, the heartbeats of the other pods must not delay the reconciles.
+        """
+        return max(seconds, round(num_waiting / (WAITING_SHARE * self._rate), 1))
+
+    def longest_seconds(self, now: float) -> float:
+        """Return the longest interval that a pod may use now; a pod that is silent for much longer is lost."""
+        return max(self._requested, self._previous) if now < self._previous_until else self._requested

@@ -1,0 +1,175 @@
+"""One term of leadership: the caches, the work queue, the workers and the heartbeat endpoint of a leading replica.
+
+`operator` creates a term when the replica gets the lease and drops it when the lease is lost. Nothing of a term is used
+again, so a takeover is the same as a start (docs/adr/0005-a-standby-holds-nothing.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_operator.cluster.kube.beats.coordinator import RateLimitedCoordinator
+from finetune_operator.cluster.kube.client import objects
+from finetune_operator.cluster.kube.client.client import PARTIAL, PARTIAL_LIST, KubeApi
+from finetune_operator.cluster.kube.client.clock import ServerClock
+from finetune_operator.cluster.kube.client.events import EventSender
+from finetune_operator.cluster.kube.cluster import ClusterDependencies, KubeCluster
+from finetune_operator.cluster.kube.leader.endpoint_slice import LeaderEndpoint, publish_endpoint
+from finetune_operator.cluster.kube.options import CoordinatorOptions, OperatorOptions
+from finetune_operator.cluster.kube.tls.context import CHECK_SECONDS, ServerCertificate
+from finetune_operator.cluster.kube.tls.manager import CertificateManager
+from finetune_operator.cluster.kube.watch.nodes import NodeStates
+from finetune_operator.cluster.kube.watch.reflector import Reflector, WatchSource
+from finetune_operator.cluster.kube.work.queue import WorkQueue
+from finetune_operator.cluster.kube.work.workers import ReconcileObserver, WorkerContext, Workers
+from finetune_operator.cluster.protocol import JobKey
+from finetune_operator.settings import Settings
+
+log = logging.getLogger(__name__)
+
+DEAD_SECONDS = 400.0
+"""A watch or a reconcile without any activity for longer does not recover without a restart."""
+STALE_SECONDS = 200.0
+"""The cache of a watch without any response for longer is out of date."""
+FINISH_SECONDS = 20.0
+"""Time limit for running reconciles when the operator stops."""
+
+
+@dataclass(frozen=True)
+class ReplicaContext:
+    """Objects that a replica has before it leads and keeps afterwards."""
+
+    options: OperatorOptions
+    settings: Settings
+    observer: ReconcileObserver
+    api: KubeApi
+    clock: ServerClock
+    nodes: NodeStates
+    certificate: ServerCertificate | None
+
+
+class LeaderTerm:
+    """One term of leadership."""
+
+    def __init__(self, replica: ReplicaContext) -> None:
+        self._replica = replica
+        options, settings = replica.options, replica.settings
+        self.queue: WorkQueue[JobKey] = WorkQueue()
+        self._events = EventSender(
+            replica.api, replica.clock, options.identity, busy=lambda: self.queue.depth > options.num_workers
+        )
+        dependencies = ClusterDependencies(replica.api, self.queue, self._events, replica.clock, replica.nodes)
+        self.cluster = KubeCluster(dependencies, settings, options.limits)
+        context = WorkerContext(self.cluster, self.queue, settings, replica.clock, replica.observer)
+        self._workers = Workers(context, options.num_workers)
+        self._coordinator = RateLimitedCoordinator(
+            self.cluster.beats, self.cluster.authenticate_token, self.cluster.answer_heartbeat, replica.clock
+        )
+        self._reflectors = [
+            Reflector(replica.api, source, cache, scope)
+            for source, cache in _watch_sources(self.cluster)
+            for scope in options.namespaces or ("",)
+        ]
+        self.active = False
+        """Whether the caches are complete and jobs are reconciled."""
+        self._finished = asyncio.Event()
+
+    async def run(self) -> None:
+        """List, watch, listen and reconcile until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for reflector in self._reflectors:
+                    tasks.create_task(reflector.run())
+                # A reconcile reads all caches: missing entries of an incomplete cache would look like lost pods.
+                for reflector in self._reflectors:
+                    await reflector.synced.wait()
+                log.info("caches are synced: %d jobs, %d pods", len(self.cluster.jobs), len(self.cluster.pods))
+                await self._listen(tasks)
+                tasks.create_task(self._events.run())
+                self.active = True
+                await self._workers.run()
+                self._finished.set()
+                # The queue is closed: wait until this task is cancelled.
+                await asyncio.Event().wait()
+        finally:
+            self.active = False
+            await self._coordinator.stop()
+
+    async def finish(self) -> None:
+        """Start no more reconciles, and wait for those that are running."""
+        self.queue.close()
+        if self.active:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FINISH_SECONDS):
+                    await self._finished.wait()
+
+    def is_alive(self, now: float) -> bool:
+        """Return whether all tasks make progress."""
+        listening = all(now - reflector.last_activity_at < DEAD_SECONDS for reflector in self._reflectors)
+        return not self.active or (listening and self._workers.longest_reconcile_seconds(now) < DEAD_SECONDS)
+
+    def is_fresh(self, now: float) -> bool:
+        """Return whether the caches are up to date."""
+        return self.active and all(now - reflector.last_response_at < STALE_SECONDS for reflector in self._reflectors)
+
+    async def _listen(self, tasks: asyncio.TaskGroup) -> None:
+        options, certificate = self._replica.options.coordinator, self._replica.certificate
+        if options is None:
+            return
+        if options.secret:
+            certificate = await self._own_certificate(options, tasks)
+        elif options.authority is not None:
+            self.cluster.authority = options.authority.read_text()
+            tasks.create_task(self._watch_authority(options.authority))
+        context = None
+        if certificate is not None:
+            context = certificate.context
+            tasks.create_task(certificate.reload_on_change())
+        port = await self._coordinator.start(options.host, options.port, context)
+        log.info("receiving heartbeats on port %d%s", port, "" if context else " without TLS")
+        if options.service:
+            endpoint = LeaderEndpoint(options.namespace, options.service, options.address, port)
+            await publish_endpoint(self._replica.api, endpoint)
+
+    async def _own_certificate(self, options: CoordinatorOptions, tasks: asyncio.TaskGroup) -> ServerCertificate:
+        manager = CertificateManager(
+            self._replica.api, options.namespace, options.secret, options.hosts, self._replica.clock
+        )
+        await manager.load()
+
+        def distribute(bundle: str) -> None:
+            self.cluster.authority = bundle
+            tasks.create_task(self.cluster.distribute_authority())
+
+        # A previous leader may have stopped before it had updated all ConfigMaps.
+        distribute(manager.bundle)
+        tasks.create_task(manager.renew_periodically(distribute))
+        return ServerCertificate(manager.certificate, manager.key)
+
+    async def _watch_authority(self, path: Path) -> None:
+        """Distribute the certificate authority in a file to the jobs, again after each change."""
+        distributed = ""
+        while True:
+            if self.cluster.authority != distributed:
+                distributed = self.cluster.authority
+                await self.cluster.distribute_authority()
+            await asyncio.sleep(CHECK_SECONDS)
+            with suppress(OSError):
+                self.cluster.authority = await asyncio.to_thread(path.read_text)
+
+
+def _watch_sources(cluster: KubeCluster) -> list[tuple[WatchSource[Any], Any]]:
+    """Return each watched collection with the cache that it fills."""
+    owned = {"labelSelector": objects.OWNED_SELECTOR}
+    partial = {"query": owned, "list_accept": PARTIAL_LIST, "watch_accept": PARTIAL}
+    return [
+        (WatchSource(objects.JOBS, objects.decode_job), cluster.jobs),
+        (WatchSource(objects.PODS, objects.decode_pod, query=owned), cluster.pods),
+        (WatchSource(objects.SERVICES, objects.decode_child, **partial), cluster.services),  # type: ignore[arg-type]
+        (WatchSource(objects.CONFIGS, objects.decode_child, **partial), cluster.configs),  # type: ignore[arg-type]
+    ]

@@ -1,0 +1,55 @@
+"""Intervals between heartbeats, and the store of the newest ones."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from finetune_contract.heartbeat import Heartbeat, RankReport, RankState
+from finetune_operator.cluster.kube.beats.interval import HeartbeatInterval
+from finetune_operator.cluster.kube.beats.store import JobHeartbeats
+from finetune_operator.cluster.protocol import JobKey
+from finetune_operator.settings import Settings
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+BEAT = Heartbeat(
+    job="job",
+    namespace="ns",
+    job_uid="owner",
+    pod="job-a1-n0",
+    pod_uid="uid",
+    attempt=1,
+    node_rank=0,
+    sequence=1,
+    ranks=(RankReport(rank=0, state=RankState.TRAINING, step=1),),
+)
+
+
+def test_waiting_pods_together_stay_within_their_share_of_the_rate() -> None:
+    interval = HeartbeatInterval(Settings(), beats_per_second=500)
+    assert interval.choose_waiting_seconds(1.0, 3) == 1.0
+    assert interval.choose_waiting_seconds(1.0, 3000) == 24.0
+
+
+def test_interval_grows_with_the_number_of_pods_and_the_longest_one_is_remembered() -> None:
+    interval = HeartbeatInterval(Settings(), beats_per_second=500)
+    assert interval.choose_seconds(100, 0.0) == 5.0
+    assert interval.choose_seconds(4000, 1.0) == interval.longest_seconds(1.0) == 8.0
+    assert interval.choose_seconds(10**6, 2.0) == interval.longest_seconds(2.0) == 20.0
+    # Pods use the previous interval until their next heartbeat.
+    assert interval.choose_seconds(100, 3.0) == 5.0
+    assert interval.longest_seconds(22.9) == 20.0
+    assert interval.longest_seconds(23.1) == 5.0
+
+
+def test_waiting_pods_are_counted_until_they_stop_waiting() -> None:
+    store = JobHeartbeats(lambda *_: None)
+    for uid in ("a", "b", "c"):
+        store.record(BEAT.model_copy(update={"pod_uid": uid, "waiting": True}), NOW)
+    assert store.num_waiting == 3
+    store.record(BEAT.model_copy(update={"pod_uid": "a", "sequence": BEAT.sequence + 1}), NOW)
+    assert store.num_waiting == 2
+    store.of_job(BEAT.namespace, BEAT.job, oldest_attempt=BEAT.attempt + 1)
+    assert store.num_waiting == 0
+    store.record(BEAT.model_copy(update={"waiting": True}), NOW)
+    store.forget(JobKey(BEAT.namespace, BEAT.job))
+    assert store.num_waiting == 0

@@ -1,0 +1,62 @@
+"""Reading of nodes, and the states that are remembered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_operator.cluster.kube.watch.nodes import GONE, MAX_GONE, NodeStates, observe_node
+from finetune_operator.plan.model.types import HEALTHY, ObservedNode
+
+
+def node(ready: str = "True", *taints: str) -> dict[str, Any]:
+    return {
+        "spec": {"taints": [{"key": key, "effect": "NoSchedule"} for key in taints]},
+        "status": {"conditions": [{"type": "Ready", "status": ready}]},
+    }
+
+
+def leaving(taint: str) -> ObservedNode:
+    return ObservedNode(leaving=taint)
+
+
+AWS = "aws-node-termination-handler/spot-itn"
+GKE = "cloud.google.com/impending-node-termination"
+AKS = "remediator.kubernetes.azure.com/unschedulable"
+
+
+@pytest.mark.parametrize(
+    ("manifest", "state"),
+    [
+        (node(), HEALTHY),
+        (node("False"), HEALTHY),
+        (node("Unknown"), ObservedNode(lost=True)),
+        (node("True", "example.com/other", "karpenter.sh/disrupted"), leaving("karpenter.sh/disrupted")),
+        (node("True", "node.kubernetes.io/unreachable"), ObservedNode(lost=True)),
+        (node("True", "node.kubernetes.io/unschedulable"), HEALTHY),
+        (node("True", AWS), leaving(AWS)),
+        (node("True", GKE), leaving(GKE)),
+        (node("True", AKS), leaving(AKS)),
+        ({}, HEALTHY),
+    ],
+)
+def test_state_of_a_node(manifest: dict[str, Any], state: ObservedNode) -> None:
+    assert observe_node(manifest) == state
+
+
+def test_only_changes_are_reported() -> None:
+    changed: list[str] = []
+    states = NodeStates(changed.append)
+    for state in (HEALTHY, GONE, GONE, HEALTHY, HEALTHY):
+        states.update("node-1", state)
+    assert changed == ["node-1", "node-1"]
+    assert states.get(None) == HEALTHY
+
+
+def test_number_of_remembered_deleted_nodes_is_limited() -> None:
+    states = NodeStates(lambda _: None)
+    for number in range(MAX_GONE + 2):
+        states.update(f"node-{number}", GONE)
+    assert states.get("node-1") == HEALTHY
+    assert states.get("node-2") == GONE
