@@ -1,11 +1,12 @@
-"""How long a save holds training up, beside `accelerator.save_state` on the same state, in one run.
+"""How long a save blocks training, compared with `accelerator.save_state` on the same state, in one run.
 
 Two states: a UNet with AdamW, the largest that fits this machine's memory, and a LoRA with AdamW. Steps are real:
-forward, backward, AdamW. Ours is saved as the loop saves it, beside the next step; the stall is what the loop waited by
-its own clock. Accelerate's is what its call took. Both write to the same disk; medians of a few rounds.
+forward, backward, AdamW. Our save runs as in the loop, in parallel with the next step; the stall is the time that the
+loop waited, by its own clock. Accelerate's stall is the duration of its call. Both write to the same disk; the figures
+are medians of a few rounds.
 
-Durable is the time until a checkpoint is written, made durable, read back from the disk, and committed, with no
-training beside it; next to it stands the disk's own time for the same bytes: one plain write with fsync.
+The time to durable is the time until a checkpoint is written, flushed, read back from the disk, and committed, without
+training in parallel. The table compares it with one plain write of the same bytes with fsync.
 
 The last line is JSON: {"stall_ratio_full", "stall_ratio_lora", "durable_over_raw_write"}.
 """
@@ -42,16 +43,16 @@ from testing.measure.report import finish
 from testing.trainer import tiny
 
 WIDTHS = (320, 256, 224, 192, 160, 128, 96, 64, 32)
-"""Channels of the UNet's first block; 320 is Stable Diffusion 1.5's, with 860 million parameters."""
+"""Channels of the UNet's first block; 320 is that of Stable Diffusion 1.5, with 860 million parameters."""
 BYTES_PER_PARAMETER = 36
-"""Weights, gradients, two moments and the copy of all but the gradients, and as much again to be read and written."""
+"""Weights, gradients, two moments, a copy of all but the gradients, and page cache for reading and writing."""
 MEMORY_SHARE = 0.6
 CHUNK = 8 * 1024 * 1024
 
 
 @dataclass
-class Figures:
-    """What was measured of one state; seconds."""
+class SaveFigures:
+    """The measurements of one state, in seconds and bytes."""
 
     name: str
     num_bytes: int = 0
@@ -60,47 +61,47 @@ class Figures:
     stalls: list[float] = field(default_factory=list)
     theirs: list[float] = field(default_factory=list)
     durable: list[float] = field(default_factory=list)
-    durable_beside: list[float] = field(default_factory=list)
+    durable_during_steps: list[float] = field(default_factory=list)
     raw: list[float] = field(default_factory=list)
     plain_steps: list[float] = field(default_factory=list)
     saving_steps: list[float] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
-        """Our stall over accelerate's."""
+        """Return our stall divided by accelerate's."""
         return statistics.median(self.stalls) / statistics.median(self.theirs)
 
     @property
     def durable_ratio(self) -> float:
-        """Time to durable over the disk's own time for the same bytes."""
+        """Return the time to durable divided by the time of a plain write of the same bytes."""
         return statistics.median(self.durable) / statistics.median(self.raw)
 
 
-class _Kept(Reporter):
-    """Remembers the stall and the time to durable that a rank would report."""
+class _StallReporter(Reporter):
+    """Gives access to the stall and the time to durable that a rank reports."""
 
     def __init__(self) -> None:
         super().__init__(0, None)
 
     @property
     def stall_and_durable(self) -> tuple[float, float]:
-        """Of the newest checkpoint."""
+        """Return both values of the newest checkpoint."""
         checkpoint = self._report.checkpoint
         assert checkpoint is not None
         return checkpoint.stall_seconds or 0.0, checkpoint.durable_seconds or 0.0
 
 
-class Bench:
+class SaveBench:
     """One state, trained by real steps."""
 
     def __init__(self, name: str, unet: nn.Module, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-        self.figures = Figures(name)
+        self.figures = SaveFigures(name)
         self._unet = unet
         self._folder = folder
         optimizer = torch.optim.AdamW(parameters.values(), lr=1e-5, fused=True)
         self._state = TrainState(parameters, optimizer)
         self._inputs = (torch.randn(1, 4, 16, 16), torch.tensor([7]), torch.randn(1, 8, 768))
-        self._reporter = _Kept()
+        self._reporter = _StallReporter()
         store = FolderStore(folder / "ours", "uid", 1, Retention(keep=1))
         spec = tiny.make_spec(Path("base"), Path("data"))
         self._checkpointer = Checkpointer(spec, World(0, 1, 0, torch.device("cpu")), store, self._reporter)
@@ -109,7 +110,7 @@ class Bench:
         self._accelerator.prepare(_holder(parameters), optimizer)
 
     def step(self) -> float:
-        """One optimizer step; its seconds."""
+        """Run one optimizer step, and return its duration in seconds."""
         began = time.perf_counter()
         predicted = self._unet(*self._inputs, return_dict=False)[0]
         predicted.square().mean().backward()
@@ -121,25 +122,30 @@ class Bench:
         return time.perf_counter() - began
 
     def round(self) -> None:
-        """Each of the measurements once."""
+        """Take each measurement once."""
         figures = self.figures
         figures.plain_steps += [self.step(), self.step()]
-        self._ours_beside_steps()
+        self._ours_during_steps()
         self._ours_alone()
         self._theirs()
         os.sync()
         figures.raw.append(raw_write(self._folder / "raw", figures.ours_bytes))
 
     def warm_up(self) -> None:
-        """First steps, and the first save of each, whose buffers are new."""
+        """Run the first steps and the first save of each kind, which allocate buffers."""
         self.step()
         self.figures.num_bytes = total_bytes(self._state.snapshot({}).tensors)
-        self._ours_beside_steps()
+        self._ours_during_steps()
         self._theirs()
-        for kept in (self.figures.stalls, self.figures.theirs, self.figures.durable_beside, self.figures.saving_steps):
+        for kept in (
+            self.figures.stalls,
+            self.figures.theirs,
+            self.figures.durable_during_steps,
+            self.figures.saving_steps,
+        ):
             kept.clear()
 
-    def _ours_beside_steps(self) -> None:
+    def _ours_during_steps(self) -> None:
         os.sync()
         before = self._reporter.stall_and_durable if self._reporter._report.checkpoint else None
         self._checkpointer.save(self._state)
@@ -147,7 +153,7 @@ class Bench:
             self.figures.saving_steps.append(self.step())
         stall, durable = self._reporter.stall_and_durable
         self.figures.stalls.append(stall)
-        self.figures.durable_beside.append(durable)
+        self.figures.durable_during_steps.append(durable)
 
     def _ours_alone(self) -> None:
         self.step()
@@ -171,7 +177,7 @@ class Bench:
 
 
 def _holder(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module of just these parameters, so that both save the same state."""
+    """Return a module with exactly these parameters, so that both sides save the same state."""
     holder = nn.Module()
     for name, parameter in parameters.items():
         holder.register_parameter(name.replace(".", "_"), parameter)
@@ -179,7 +185,7 @@ def _holder(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
 
 
 def raw_write(path: Path, num_bytes: int) -> float:
-    """Seconds of a plain write of so many bytes with fsync."""
+    """Return the duration of a plain write of random bytes with fsync, in seconds."""
     chunk = os.urandom(CHUNK)
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:
@@ -193,7 +199,7 @@ def raw_write(path: Path, num_bytes: int) -> float:
 
 
 def make_unet(width: int) -> UNet2DConditionModel:
-    """A UNet with Stable Diffusion 1.5's layout."""
+    """Return a UNet with the layout of Stable Diffusion 1.5."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=16,
@@ -204,23 +210,25 @@ def make_unet(width: int) -> UNet2DConditionModel:
 
 
 def count_parameters(width: int) -> int:
-    """How many a UNet of this width has; none of them is made."""
+    """Return the number of parameters of a UNet of this width, without allocating them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in make_unet(width).parameters())
 
 
 def choose_width(limit: int | None) -> int:
-    """The widest UNet whose training and saving fit this machine's free memory and disk."""
-    room = min(MEMORY_SHARE * psutil.virtual_memory().available, psutil.disk_usage(tempfile.gettempdir()).free / 2)
+    """Return the widest UNet whose training and saving fit this machine's free memory and disk."""
+    free_bytes = min(
+        MEMORY_SHARE * psutil.virtual_memory().available, psutil.disk_usage(tempfile.gettempdir()).free / 2
+    )
     for width in WIDTHS:
-        if width <= (limit or WIDTHS[0]) and count_parameters(width) * BYTES_PER_PARAMETER <= room:
+        if width <= (limit or WIDTHS[0]) and count_parameters(width) * BYTES_PER_PARAMETER <= free_bytes:
             return width
     return WIDTHS[-1]
 
 
-def measure(bench: Bench, rounds: int) -> Figures:
-    """All rounds of one state."""
-    print(f"  {bench.figures.name}: a first save of each, not counted", flush=True)
+def measure(bench: SaveBench, rounds: int) -> SaveFigures:
+    """Run all rounds of one state."""
+    print(f"  {bench.figures.name}: warm-up, not counted", flush=True)
     bench.warm_up()
     for number in range(rounds):
         bench.round()
@@ -234,14 +242,14 @@ def measure(bench: Bench, rounds: int) -> Figures:
 
 
 def lora_parameters(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
-    """Adapters on the attention projections; everything else is frozen."""
+    """Add adapters to the attention projections, freeze all other weights, and return the adapters' parameters."""
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
-def row(figures: Figures) -> list[object]:
-    """One line of the table."""
+def row(figures: SaveFigures) -> list[object]:
+    """Return one line of the table."""
     median = statistics.median
     return [
         figures.name,
@@ -251,26 +259,26 @@ def row(figures: Figures) -> list[object]:
         f"{1000 * median(figures.theirs):.1f}",
         f"{100 * figures.ratio:.2f} %",
         f"{median(figures.plain_steps):.2f} / {median(figures.saving_steps):.2f}",
-        f"{median(figures.durable):.2f} / {median(figures.durable_beside):.2f}",
+        f"{median(figures.durable):.2f} / {median(figures.durable_during_steps):.2f}",
         f"{median(figures.raw):.2f}",
     ]
 
 
 def main() -> None:
-    """Measure, and report."""
+    """Run the bench, and print the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each measurement (default 3)")
     parser.add_argument("--width", type=int, default=None, help="widest UNet to try; default: what fits")
-    parser.add_argument("--no-limit", action="store_true", help="end well even where the stall is over 5 percent")
+    parser.add_argument("--no-limit", action="store_true", help="exit with 0 even if the stall is over 5 percent")
     args = parser.parse_args()
     width = choose_width(args.width)
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as name:
         print(f"UNet of width {width}: {count_parameters(width) / 1e6:.0f} million parameters", flush=True)
         unet = make_unet(width)
-        full = measure(Bench("full", unet, dict(unet.named_parameters()), Path(name) / "full"), args.rounds)
+        full = measure(SaveBench("full", unet, dict(unet.named_parameters()), Path(name) / "full"), args.rounds)
         shutil.rmtree(Path(name) / "full")
         unet = make_unet(min(width, 96))
-        lora = measure(Bench("LoRA", unet, lora_parameters(unet), Path(name) / "lora"), args.rounds)
+        lora = measure(SaveBench("LoRA", unet, lora_parameters(unet), Path(name) / "lora"), args.rounds)
     result = {
         "stall_ratio_full": round(full.ratio, 4),
         "stall_ratio_lora": round(lora.ratio, 4),

@@ -1,10 +1,10 @@
-"""Training speed of each method at the SD 1.5 and SDXL architectures, paired with its floor and with a plain loop.
+"""Training speed of each method at the SD 1.5 and SDXL architectures, compared with its floor and with a plain loop.
 
-`make bench-train`. Random weights, 256 px, batch 1, bf16, on the GPU where there is one. Ours is the product's own loop
-over its own cache; the floor is forward, backward and a fused optimizer on a batch that is ready; the plain loop does
-what the usual scripts do in every step, in a process of its own. They take turns, step by step; where memory does not
-hold the plain loop beside the others, it comes after them. On a known GPU the share of its peak arithmetic is told.
-Options::
+`make bench-train`. Random weights, 256 px, batch 1, bf16, on the GPU if the machine has one. "ours" is the product's
+loop over its cache. The floor is forward pass, backward pass and a fused optimizer on a prepared batch. The plain loop
+does the work of the usual scripts in every step, in a separate process. Their steps alternate; if the memory cannot
+hold the plain loop next to the others, it runs after them. On a known GPU the output has the share of its peak
+arithmetic. Options::
 
     python -m bench.train --methods LoRA ControlNet --families sd15 --pairs 3
     python -m bench.train --methods LoRA --families sdxl --resolution 1024 --batch 4
@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 
 from bench.train_plain import Floor, Plain
+from finetune_contract.methods import encodes_text
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer import heap
 from finetune_trainer.checkpoint.checkpointer import Checkpointer
@@ -39,27 +40,27 @@ from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.checkpoint.store.folder import FolderStore
 from finetune_trainer.checkpoint.store.retention import Retention
 from finetune_trainer.data.prefetch import Prefetcher
-from finetune_trainer.data.prepare import Demand, Preparation
+from finetune_trainer.data.prepare import DataRequirements, Preparation
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
 from finetune_trainer.methods.method import MethodContext
-from finetune_trainer.methods.registry import method_class
+from finetune_trainer.methods.registry import method_class, method_traits
 from finetune_trainer.optim.optimizer import learning_rate, make_optimizer
 from finetune_trainer.report import Reporter
+from finetune_trainer.train.determinism import make_deterministic
 from finetune_trainer.train.loop import Loop
 from finetune_trainer.train.micro_batch import MicroBatch
 from finetune_trainer.train.preemption_notice import PreemptionNotice
-from finetune_trainer.train.run import be_deterministic
 from testing.measure.architectures import UNETS, RandomFamily
-from testing.measure.device import count_flops, forget_peak, measure, peak_bytes, peak_flops, the_device
-from testing.measure.process import elsewhere
+from testing.measure.device import count_flops, measured_device, peak_bytes, peak_flops, reset_peak, time_step
+from testing.measure.process import build_in_new_process
 from testing.measure.report import finish
 
 Turn = dict[str, float]
-"""Seconds of a step, by whose it is; and the facts about ours that are the same in each turn."""
-DEVICE = the_device()
+"""Seconds of one step of each loop, and figures of our loop that are the same in each turn."""
+DEVICE = measured_device()
 DTYPE = torch.bfloat16
 NUM_IMAGES = 8
 METHODS: dict[str, dict[str, Any]] = {
@@ -81,19 +82,19 @@ KEYS = {
 SIDE_BY_SIDE = {
     (name, method) for name in ("tiny", "sd15") for method in ("LoRA", "DreamBoothLoRA", "TextualInversion")
 }
-"""Where memory holds the plain loop beside ours, so that it takes turns, too."""
+"""Cases whose plain loop fits in memory next to ours, so that their steps can alternate."""
 NEEDED_GIB = {("sdxl", "Full"): 47, ("sdxl", "DreamBooth"): 47, ("sdxl", "ControlNet"): 29}
-"""Weights, gradients and AdamW's moments in fp32, where a machine may lack that much."""
+"""Weights, gradients and AdamW's moments in fp32, in GiB, of cases that some machines cannot hold."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is measured, and how.
+class TrainSetting:
+    """Settings of a measurement.
 
     Attributes:
-        pairs: steps of each.
+        pairs: measured steps of each loop.
         resolution: side of the square images in pixels.
-        batch: images in a step, all in one pass.
+        batch: images per step, all in one forward pass.
     """
 
     pairs: int
@@ -103,21 +104,21 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """The product's loop, with its first step done."""
+    """The product's loop after its first step."""
 
     loop: Loop
     first_step_seconds: float
     peak_bytes: int
 
     def step(self) -> None:
-        """One step of the product's loop, as it is in a rank."""
-        be_deterministic(DEVICE)
+        """Run one step of the product's loop, as in a rank."""
+        make_deterministic(DEVICE)
         self.loop.train_step()
         torch.use_deterministic_algorithms(False)
 
 
 def write_data(folder: Path, resolution: int) -> Path:
-    """A few pictures with captions and conditioning images."""
+    """Write a few pictures with captions and conditioning images, and return the folder."""
     folder.mkdir()
     random = np.random.default_rng(0)
     rows = []
@@ -129,8 +130,8 @@ def write_data(folder: Path, resolution: int) -> Path:
     return folder
 
 
-def make_spec(method: str, data: Path, setting: Setting) -> RunSpec:
-    """The run of one method."""
+def make_spec(method: str, data: Path, setting: TrainSetting) -> RunSpec:
+    """Return the run specification of one method."""
     columns = {"conditioning": "edges"} if method == "ControlNet" else {}
     training = {
         "method": method,
@@ -155,24 +156,24 @@ def make_spec(method: str, data: Path, setting: Setting) -> RunSpec:
 
 
 def make_ours(family: RandomFamily, spec: RunSpec, cache: Path) -> Ours:
-    """Prepare the data and the loop as a rank does, and train the first step."""
-    began = time.monotonic()
+    """Prepare the data and the loop as a rank does, and run the first step."""
+    started = time.monotonic()
     loop = make_loop(family, spec, cache)
     loop.train_step()
-    return Ours(loop, time.monotonic() - began, peak_bytes())
+    return Ours(loop, time.monotonic() - started, peak_bytes())
 
 
 def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
-    """Prepare the data and the loop as a rank does. Memory is measured from when the data are ready."""
+    """Prepare the data and the loop as a rank does. The measurement of memory starts after the data preparation."""
     world, training, reporter = World(0, 1, 0, DEVICE), spec.training, Reporter(0, None)
-    kind = method_class(training.method)
-    demand = Demand(
-        kind.captions(training), kind.needs_captions, not kind.encodes_text(training), kind.needs_conditioning
+    kind, traits = method_class(training.method), method_traits(training.method)
+    demand = DataRequirements(
+        kind.captions(training), traits.needs_captions, not encodes_text(training), traits.needs_conditioning
     )
     data = Preparation(spec, demand, family, world, DTYPE, cache, lambda _: None, lambda _: None).run()
     gc.collect()
-    heap.give_back()
-    forget_peak()
+    heap.release_free_memory()
+    reset_peak()
     method = kind(MethodContext(family, training, Draws(0), DEVICE, DTYPE))
     parameters = method.parameters()
     state = TrainState(parameters, make_optimizer(training, parameters.values()))
@@ -185,7 +186,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         batches=Prefetcher(data.batches),
         draws=Draws(0),
         state=state,
-        buckets=LocalGradients(list(parameters.values()), DEVICE),
+        gradients=LocalGradients(list(parameters.values()), DEVICE),
         learning_rate=learning_rate(training, 1000),
         checkpointer=checkpointer,
         notice=PreemptionNotice(),
@@ -193,15 +194,15 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         validator=None,
         total_steps=1000,
         micro_batch=MicroBatch(spec.global_batch, reporter.warn),
-        num_timesteps=family.schedule.num_timesteps,
+        num_timesteps=family.objective.num_timesteps,
     )
 
 
-def make_turn(family_name: str, method: str, data: Path, cache: Path, setting: Setting) -> Callable[[], Turn]:
-    """One step of ours and one of its floor; in a process of its own, as a rank is."""
+def make_turn(family_name: str, method: str, data: Path, cache: Path, setting: TrainSetting) -> Callable[[], Turn]:
+    """Return a function that runs one step of our loop and one of its floor. Called in a separate process."""
     diffusers.utils.logging.set_verbosity_error()
     if DEVICE.type == "cpu":
-        heap.keep_freed(os.environ)
+        heap.keep_freed_memory(os.environ)
     ours = make_ours(RandomFamily(family_name), make_spec(method, data, setting), cache)
     loop, refs = ours.loop, [SampleRef(0, index) for index in range(setting.batch)]
     floor = Floor(loop.method, loop.batches.take(refs, []), loop.state.optimizer)
@@ -209,30 +210,30 @@ def make_turn(family_name: str, method: str, data: Path, cache: Path, setting: S
 
     def turn() -> Turn:
         gc.collect()
-        return {**facts, "ours": measure(ours.step), "floor": measure(floor.step)}
+        return {**facts, "ours": time_step(ours.step), "floor": time_step(floor.step)}
 
     return turn
 
 
-def make_plain_turn(family_name: str, method: str, data: Path, setting: Setting) -> Callable[[], Turn]:
-    """One step of the plain loop; in a process with the heap that any script has."""
+def make_plain_turn(family_name: str, method: str, data: Path, setting: TrainSetting) -> Callable[[], Turn]:
+    """Return a function that runs one step of the plain loop. Runs in a separate process with the default heap."""
     diffusers.utils.logging.set_verbosity_error()
     images = sorted(data.glob("[0-9]*.png"))
     plain = Plain(RandomFamily(family_name), method, images, setting.resolution, setting.batch)
 
     def turn() -> Turn:
         gc.collect()
-        return {"plain": measure(plain.step)}
+        return {"plain": time_step(plain.step)}
 
     return turn
 
 
-def run_case(family_name: str, method: str, setting: Setting) -> dict[str, float]:
-    """Measure one method on one family: medians over the pairs, the first of which does not count."""
+def run_case(family_name: str, method: str, setting: TrainSetting) -> dict[str, float]:
+    """Return the figures of one method on one family: medians over the pairs without the first one."""
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "data", setting.resolution)
-        ours = elsewhere(make_turn, family_name, method, data, Path(folder) / "cache" / family_name, setting)
-        plain = elsewhere(make_plain_turn, family_name, method, data, setting)
+        ours = build_in_new_process(make_turn, family_name, method, data, Path(folder) / "cache" / family_name, setting)
+        plain = build_in_new_process(make_plain_turn, family_name, method, data, setting)
         rounds = range(setting.pairs + 1)
         if (family_name, method) in SIDE_BY_SIDE:
             with ours as one, plain as other:
@@ -246,7 +247,7 @@ def run_case(family_name: str, method: str, setting: Setting) -> dict[str, float
 
 
 def summarize(turns: Sequence[Turn], batch: int) -> dict[str, float]:
-    """The figures of a method."""
+    """Return the figures of a method."""
     medians = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
     limit = peak_flops()
     return {
@@ -256,28 +257,30 @@ def summarize(turns: Sequence[Turn], batch: int) -> dict[str, float]:
         "first_step_seconds": medians["first_step"],
         "peak_gib": medians["peak_bytes"] / 2**30,
         **{f"{name}_seconds": medians[name] for name in ("ours", "floor", "plain")},
-        # Only of a GPU is the peak known, and only there is all arithmetic counted.
+        # The peak is known, and all arithmetic is counted, only on a GPU.
         **({} if limit is None else {"flop_share": medians["flops"] / medians["ours"] / limit}),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, and print a table and one line of JSON."""
+    """Measure each method, and print a table and one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.train", description=main.__doc__)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which (default: all)")
-    parser.add_argument("--families", nargs="+", choices=UNETS, default=["sd15", "sdxl"], help="which")
-    parser.add_argument("--pairs", type=int, default=5, help="steps of each measured (default: 5)")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels (default: 256)")
-    parser.add_argument("--batch", type=int, default=1, help="images in a step (default: 1)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods (default: all)")
+    parser.add_argument(
+        "--families", nargs="+", choices=UNETS, default=["sd15", "sdxl"], help="architectures (default: sd15 sdxl)"
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="measured steps of each loop (default: 5)")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the images in pixels (default: 256)")
+    parser.add_argument("--batch", type=int, default=1, help="images per step (default: 1)")
     options = parser.parse_args(arguments)
-    setting = Setting(options.pairs, options.resolution, options.batch)
+    setting = TrainSetting(options.pairs, options.resolution, options.batch)
     rows: list[list[object]] = []
     result: dict[str, float] = {}
     for family in options.families:
         for method in options.methods:
             needed = NEEDED_GIB.get((family, method))
             if needed is not None and psutil.virtual_memory().total < needed * 2**30:
-                rows.append([family, method, f"does not fit: AdamW in fp32 takes {needed} GiB"])
+                rows.append([family, method, f"does not fit: AdamW in fp32 needs {needed} GiB"])
                 continue
             figures = run_case(family, method, setting)
             key = KEYS[method] if family == "sd15" else f"{family}_{KEYS[method]}"

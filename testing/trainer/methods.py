@@ -1,4 +1,4 @@
-"""The methods with settings for the tiny bases: the table that the tests of all methods run through."""
+"""Settings of each method for the tiny bases: the table that the tests of all methods use."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from finetune_contract.spec import ModelSpec, TrainingSpec
-from finetune_trainer.data.batches import SIZES, Batch
+from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.base import open_base
+from finetune_trainer.models.family import IMAGE_SIZES
 from testing.trainer import tiny
 
 CPU = torch.device("cpu")
@@ -44,14 +45,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def make_method(base: Path, name: str, dtype: torch.dtype = torch.float32, **training: Any) -> Method:
-    """A method on a tiny base, as a rank makes it."""
+    """Return a method on a tiny base, created as in a rank."""
     spec = TrainingSpec.model_validate({**SETTINGS[name], **training})
     context = MethodContext(open_base(ModelSpec(base=str(base))), spec, Draws(0), CPU, dtype)
     return method_class(spec.method)(context)
 
 
 def make_batch(family: str, seed: int = 0, count: int = 3, caption: str = "") -> Batch:
-    """A batch of random numbers as the family takes them."""
+    """Return a batch of random numbers in the family's shapes."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -63,7 +64,7 @@ def make_batch(family: str, seed: int = 0, count: int = 3, caption: str = "") ->
     text = {
         "hidden": normal(count, tiny.NUM_TOKENS, width),
         "pooled": normal(count, tiny.WIDTH),
-        SIZES: torch.tensor([[20, 24, 0, number, 16, 16] for number in range(count)], dtype=torch.float32),
+        IMAGE_SIZES: torch.tensor([[20, 24, 0, number, 16, 16] for number in range(count)], dtype=torch.float32),
     }
     captions = tuple(caption or f"word {number}" for number in range(count))
     conditioning = torch.rand((count, 3, 16, 16), generator=generator)

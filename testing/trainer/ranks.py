@@ -1,4 +1,4 @@
-"""Real rank processes for tests, forked from a server that has imported torch and diffusers already."""
+"""Real rank processes for tests, forked from a server that has already imported torch and diffusers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ class Ranks:
     """The ranks of one attempt at a job.
 
     Attributes:
-        folder: the job's folder is `folder/job`; the cache is beside it.
-        kill_at: stage of a save at which a rank kills itself, as SIGKILL would, and how many times it comes before.
-        kill_rank: the rank that does; default: whichever comes there first.
-        saves_all: no save that is due is passed over because the last is still being written, as a slow disk has it;
-            so the third save is that of the same step on every machine.
-        own_disks: each rank has a node of its own that shares no disk with the others: job's folder and cache.
-        extra: more variables, and `per_rank` those of single ranks.
+        spec: the run.
+        folder: parent of the job's folder, which is `folder/job`; the cache is next to it.
+        attempt: number of the attempt.
+        world_size: number of ranks.
+        kill_at: stage of a save at which a rank sends itself SIGKILL, and how often the stage is passed before.
+        kill_rank: the rank that is killed; default: the first one that reaches the stage.
+        extra: additional environment variables of all ranks.
+        own_disks: whether each rank runs on a separate node that shares neither job folder nor cache.
+        saves_all: whether every due save waits for the last one instead of being skipped on a slow disk, so that e.g.
+            the third save is of the same step on every machine.
+        per_rank: additional environment variables of single ranks.
     """
 
     spec: RunSpec
@@ -65,15 +69,15 @@ class Ranks:
 
     @property
     def job_dir(self) -> Path:
-        """The job's folder, as rank 0 sees it."""
+        """Return the job's folder of rank 0."""
         return self.disk(0) / "job"
 
     def disk(self, rank: int) -> Path:
-        """The folder that stands for a rank's disk."""
+        """Return the folder that represents a rank's disk."""
         return self.folder / f"disk-{rank}" if self.own_disks else self.folder
 
     def wait(self) -> list[int]:
-        """Exit codes by rank when all have ended, minus a signal's number; SIGKILL for those that do not end."""
+        """Wait for all ranks and return their exit codes, negative for signals. Kill ranks that exceed the deadline."""
         deadline = time.monotonic() + DEADLINE_SECONDS
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -83,18 +87,22 @@ class Ranks:
         return [int(process.exitcode or 0) for process in self.processes]
 
     def run(self) -> list[int]:
-        """Start, and wait for the end."""
+        """Start all ranks, and wait for their end."""
         return self.start().wait()
 
     def send(self, number: signal.Signals, *ranks: int) -> None:
-        """Send a signal to these ranks."""
+        """Send a signal to ranks."""
         for rank in ranks:
             pid = self.processes[rank].pid
             assert pid is not None
             os.kill(pid, number)
 
     def wait_until(self, condition: Callable[[dict[str, Any]], bool], rank: int = 0) -> dict[str, Any]:
-        """Wait for a report that fulfils a condition; the rank must not end before."""
+        """Wait for a report that meets a condition, and return it.
+
+        Raises:
+            AssertionError: the rank ended, or the deadline passed, without such a report.
+        """
         deadline = time.monotonic() + DEADLINE_SECONDS
         while time.monotonic() < deadline:
             for report in self.reports(rank):
@@ -106,17 +114,17 @@ class Ranks:
         raise AssertionError(f"no such report; last: {self.reports(rank)[-1:]}\n{self.stderr(rank)}")
 
     def reports(self, rank: int = 0) -> list[dict[str, Any]]:
-        """All reports of a rank so far."""
+        """Return all reports of a rank so far."""
         path = self._log(rank).with_suffix(".reports")
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
     def stderr(self, rank: int = 0) -> str:
-        """What a rank has written to stderr."""
+        """Return what a rank has written to stderr."""
         return self._log(rank).read_text(encoding="utf-8")
 
     def weights(self) -> bytes:
-        """The exported LoRA."""
+        """Return the exported LoRA."""
         return (self.job_dir / "outputs" / "pytorch_lora_weights.safetensors").read_bytes()
 
     def _kill_at(self, rank: int) -> tuple[str, int] | None:
@@ -145,14 +153,14 @@ class Ranks:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _rank(env: dict[str, str], log: Path, kill_at: tuple[str, int] | None, saves_all: bool) -> None:
-    """Body of a rank process."""
+    """Run a rank in this process."""
     from finetune_trainer import rank  # noqa: PLC0415  the tests themselves need no torch
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -160,29 +168,29 @@ def _rank(env: dict[str, str], log: Path, kill_at: tuple[str, int] | None, saves
     os.dup2(output, sys.stderr.fileno())
     reports = os.open(log.with_suffix(".reports"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.environ.update({**env, environment.REPORT_FD: str(reports)})
-    seen: list[str] = []
+    reached: list[str] = []
 
     def on_save_stage(stage: str) -> None:
         if kill_at is not None and stage.startswith(kill_at[0]):
-            seen.append(stage)
-            if len(seen) > kill_at[1]:
+            reached.append(stage)
+            if len(reached) > kill_at[1]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     if "TEST_LOG_BATCHES" in env:
         _log_batches(log.with_suffix(".batches"))
     if saves_all:
         _wait_for_each_save()
-    if "TEST_MEET_OFTEN" in env:
+    if "TEST_SYNC_OFTEN" in env:
         from finetune_trainer.data.cache import stream_map  # noqa: PLC0415
 
-        stream_map.MEET_SECONDS = 0.0
+        stream_map.SYNC_SECONDS = 0.0
     code = rank.main(os.environ, on_save_stage)
     sys.stderr.flush()
     os._exit(code)
 
 
 def _wait_for_each_save() -> None:
-    """Ask whether a save is due only when the last one is over."""
+    """Check whether a save is due only after the last one has ended."""
     from finetune_trainer.checkpoint.checkpointer import Checkpointer  # noqa: PLC0415  the tests themselves need no torch
 
     due = Checkpointer.due
@@ -196,22 +204,22 @@ def _wait_for_each_save() -> None:
 
 
 def _log_batches(path: Path) -> None:
-    """Write down the samples of every step that this rank makes."""
+    """Log the samples of every step of this rank."""
     from finetune_trainer.data.prefetch import Prefetcher  # noqa: PLC0415  the tests themselves need no torch
     from finetune_trainer.train.loop import Loop  # noqa: PLC0415
 
     take, accumulate = Prefetcher.take, Loop._accumulate
     step = 0
 
-    def noting_accumulate(self: Any, number: int) -> None:
+    def logging_accumulate(self: Any, number: int) -> None:
         nonlocal step
         step = number
         accumulate(self, number)
 
-    def noting_take(self: Any, refs: Any, *more: Any) -> Any:
+    def logging_take(self: Any, refs: Any, *more: Any) -> Any:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "refs": [(ref.epoch, ref.index) for ref in refs]}) + "\n")
         return take(self, refs, *more)
 
-    Loop._accumulate = noting_accumulate  # type: ignore[method-assign, assignment]
-    Prefetcher.take = noting_take  # type: ignore[method-assign, assignment]
+    Loop._accumulate = logging_accumulate  # type: ignore[method-assign, assignment]
+    Prefetcher.take = logging_take  # type: ignore[method-assign, assignment]

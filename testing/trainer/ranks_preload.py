@@ -1,4 +1,4 @@
-"""What the fork server of `ranks` imports once for all ranks."""
+"""Modules that the fork server of `ranks` imports once for all ranks."""
 
 import diffusers.optimization
 import peft.utils

@@ -1,4 +1,4 @@
-"""Data sets in the forms that can be streamed, made from the tiny one, and their map phase within this process."""
+"""Writes the tiny data set in all layouts that can be streamed, and runs their map phase in this process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from pyarrow import parquet
 
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.captions import OwnCaptions
-from finetune_trainer.data.prepare import Demand, Preparation, PreparedData
+from finetune_trainer.data.prepare import DataRequirements, Preparation, PreparedData
 from finetune_trainer.distributed.world import World
 from finetune_trainer.models.base import open_base
-
-FILL50K = {"image": "image", "caption": "text", "conditioning": "conditioning_image"}
-"""Names of the columns of ControlNet's circles on the hub."""
+from testing.objectstore.server import ObjectStore
 
 
 def rows_of(folder: Path, split: str = "train") -> list[dict[str, Any]]:
-    """The samples of a folder with metadata.jsonl as rows of a table in the fill50k form."""
+    """Return the samples of a folder with metadata.jsonl as rows of a table, with the columns of fill50k."""
     lines = (folder / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {
@@ -36,14 +34,14 @@ def rows_of(folder: Path, split: str = "train") -> list[dict[str, Any]]:
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]], group_rows: int = 3) -> Path:
-    """One file of several row groups."""
+    """Write a .parquet file with several row groups."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=group_rows)
     return path
 
 
 def write_hub_folder(folder: Path, data: Path) -> Path:
-    """What a data set of the hub looks like: a card, and files of each split."""
+    """Write a folder with the layout of a data set of the hub: a card, and files of each split."""
     rows = rows_of(data)
     write_parquet(folder / "data" / "train-00000-of-00002.parquet", rows[:4])
     write_parquet(folder / "data" / "train-00001-of-00002.parquet", rows[4:])
@@ -61,26 +59,39 @@ configs:
 
 
 def write_tar(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A tar as WebDataset's: the files of a sample share their name's beginning."""
+    """Write a .tar file as WebDataset does: the names of the files of a sample have the same stem."""
     with tarfile.open(path, "w") as tar:
         for number, row in enumerate(rows):
             for suffix, data in (("png", row["image"]["bytes"]), ("txt", row["text"].encode())):
-                about = tarfile.TarInfo(f"{number:05d}.{suffix}")
-                about.size = len(data)
-                tar.addfile(about, io.BytesIO(data))
+                info = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
     return path
 
 
+def upload(store: ObjectStore, url: str, source: Path) -> str:
+    """Copy a folder into a bucket, which is a folder of the server. Return its URL."""
+    target = store.folder / url.removeprefix("s3://") / source.name
+    target.mkdir(parents=True)
+    for path in sorted(source.rglob("*")):
+        other = target / path.relative_to(source)
+        if path.is_dir():
+            other.mkdir(parents=True, exist_ok=True)
+        else:
+            other.write_bytes(path.read_bytes())
+    return f"{url}/{source.name}"
+
+
 def streamed(spec: RunSpec, source: Path | str | None = None, **dataset: Any) -> RunSpec:
-    """The run with its data set, or another, streamed."""
+    """Return the run with its data set, or another one, streamed."""
     update = {"streaming": True, "source": str(source or spec.dataset.source), **dataset}
     return spec.model_copy(update={"dataset": spec.dataset.model_copy(update=update)})
 
 
-def prepare(spec: RunSpec, cache: Path, said: list[str] | None = None, conditioning: bool = False) -> PreparedData:
-    """The map phase of a run on one rank."""
+def prepare(spec: RunSpec, cache: Path, reports: list[str] | None = None, conditioning: bool = False) -> PreparedData:
+    """Run the map phase of a run on one rank. The lines on its progress are appended to `reports`."""
     world = World(0, 1, 0, torch.device("cpu"))
-    demand = Demand(OwnCaptions(), conditioning=conditioning)
+    requirements = DataRequirements(OwnCaptions(), conditioning=conditioning)
     family = open_base(spec.model)
-    say = (said if said is not None else []).append
-    return Preparation(spec, demand, family, world, torch.float32, cache, say, say).run()
+    report = (reports if reports is not None else []).append
+    return Preparation(spec, requirements, family, world, torch.float32, cache, report, report).run()

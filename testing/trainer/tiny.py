@@ -1,4 +1,4 @@
-"""A Stable Diffusion base of a few thousand random weights, a data set of a few pictures, and a run over them."""
+"""A Stable Diffusion base with a few thousand random weights, a data set of a few images, and a run on them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,18 @@ WIDTH = 16
 
 
 FAMILIES = ("sd1", "sd2", "sdxl")
-"""What `write_base` can write: SD 1.x, SD 2.x (v-prediction, linear projections, heads by level), SDXL."""
+"""Families of `write_base`: SD 1.x, SD 2.x (v-prediction, linear projections, heads per level), SDXL."""
 
 
 def write_base(folder: Path, prediction_type: str = "epsilon", family: str = "sd1", second_width: int = WIDTH) -> Path:
-    """Write the base model in diffusers' layout; the same weights every time. The last is of SDXL's second encoder."""
+    """Write the base model in diffusers' layout, with the same weights every time.
+
+    Args:
+        folder: where to write.
+        prediction_type: the schedule's prediction type; SD 2.x always uses v-prediction.
+        family: one of FAMILIES.
+        second_width: width of SDXL's second text encoder.
+    """
     torch.manual_seed(0)
     if family == "sd2":
         prediction_type = "v_prediction"
@@ -115,7 +122,7 @@ def xl_config(is_xl: bool, second_width: int = WIDTH) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """CLIP's tokenizer without merges: every letter is a token."""
+    """Write CLIP's tokenizer without merges: every letter is a token."""
     folder.mkdir(parents=True)
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -133,7 +140,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def write_data(folder: Path, num_samples: int = NUM_SAMPLES, size: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Path:
-    """Write splits `train` and `test` of random pictures."""
+    """Write splits `train` and `test` of random images."""
     for number, split in enumerate(("train", "test")):
         random = np.random.default_rng(number)
         (folder / split).mkdir(parents=True)
@@ -149,7 +156,7 @@ def write_data(folder: Path, num_samples: int = NUM_SAMPLES, size: tuple[int, in
 
 
 def make_spec(base: Path, data: Path, **training: Any) -> RunSpec:
-    """A run of six steps with a global batch of four; `training` overrides its settings, by their outside names."""
+    """Return a run of six steps with a global batch of four; `training` overrides settings, by their manifest names."""
     settings = {
         "method": "LoRA",
         "steps": 6,

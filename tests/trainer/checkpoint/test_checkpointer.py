@@ -1,4 +1,4 @@
-"""Saves beside the loop: what is copied when, what trouble with the storage does, and what stays."""
+"""The checkpointer: background saves, storage errors, retention, and the format of the files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from testing.trainer import tiny
 CPU = torch.device("cpu")
 
 
-class Clock:
+class ManualClock:
     def __init__(self) -> None:
         self.now = 0.0
 
@@ -44,12 +44,12 @@ class Clock:
         return self.now
 
 
-class Loop:
-    """A loop of one rank that does nothing but steps, with a store whose stages can be held up or fail."""
+class LoopHarness:
+    """A loop of one rank that only changes the state, with a store whose stages a test can delay or fail."""
 
     def __init__(self, job_dir: Path, max_stale_seconds: float = 100.0, scratch: Path | None = None) -> None:
         self.state = make_state()
-        self.clock = Clock()
+        self.clock = ManualClock()
         self.on_stage: Callable[[str], None] = lambda _: None
         self.reporter = Reporter(0, None)
         spec = tiny.make_spec(Path("base"), Path("data")).model_copy(
@@ -57,8 +57,8 @@ class Loop:
         )
         store: FolderStore = FolderStore(job_dir, spec.uid, 1, Retention(keep=2), self._stage)
         if scratch is not None:
-            # Stages are those of the storage behind.
-            store = ScratchStore(scratch, store, spec.uid, 1, reads_behind=True)
+            # `on_stage` receives the stages of the durable storage.
+            store = ScratchStore(scratch, store, spec.uid, 1, reads_durable=True)
         self.checkpointer = Checkpointer(spec, World(0, 1, 0, CPU), store, self.reporter, SaveOptions(clock=self.clock))
         self.checkpointer.restore(self.state)
 
@@ -76,13 +76,25 @@ class Loop:
             self.checkpointer.save(self.state)
 
     def settle(self) -> None:
-        """Wait for the save that is under way."""
+        """Wait for the running save."""
         assert self.checkpointer._task is not None
         self.checkpointer._task.future.exception()
 
     @property
     def error(self) -> str:
         return self.reporter._report.checkpoint_error or ""
+
+
+class ObservedEvent(threading.Event):
+    """An event that shows whether a thread waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited_for = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waited_for.set()
+        return super().wait(timeout)
 
 
 def make_state() -> TrainState:
@@ -99,156 +111,163 @@ def full(stage: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
 
 
-def test_the_loop_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
-    """The save is held up behind its copy; ten more steps change the state; what is saved is the step's own."""
-    loop, held, go_on = Loop(tmp_path), threading.Event(), threading.Event()
+def test_training_continues_while_a_save_is_written(tmp_path: Path) -> None:
+    """The save is delayed after its copy while ten steps change the state; it still holds the state of its step."""
+    harness, held, resume = LoopHarness(tmp_path), threading.Event(), threading.Event()
 
     def hold(stage: str) -> None:
         if stage.startswith("write model"):
             held.set()
-            go_on.wait(30)
+            resume.wait(30)
 
-    loop.on_stage = hold
+    harness.on_stage = hold
     for _ in range(11):
-        loop.step()
+        harness.step()
     assert held.wait(30)
     assert names(tmp_path) == [".writing-step-00000001-a1"]
-    go_on.set()
-    loop.settle()
+    resume.set()
+    harness.settle()
     saved = load_file(paths.checkpoints(tmp_path) / "step-00000001-a1" / "model.safetensors")
     assert set(saved["w"].tolist()) == {1.0}
     assert saved["b"].tolist() == [1.0] * 3
-    # The next one did not begin before the last was over, and then at once.
-    loop.step()
-    loop.settle()
+    # The next save starts only when the last one has ended, and then at once.
+    harness.step()
+    harness.settle()
     assert names(tmp_path) == ["step-00000001-a1", "step-00000012-a1"]
 
 
-def test_the_state_changes_only_behind_the_copy(tmp_path: Path) -> None:
-    loop, go_on = Loop(tmp_path), threading.Event()
-    loop.on_stage = lambda stage: (go_on.wait(30), None)[1] if stage == "copy" else None
-    loop.step()
-    stepping = threading.Thread(target=loop.step)
+def test_state_changes_only_after_the_copy(tmp_path: Path) -> None:
+    harness, resume = LoopHarness(tmp_path), threading.Event()
+    harness.on_stage = lambda stage: (resume.wait(30), None)[1] if stage == "copy" else None
+    harness.step()
+    task = harness.checkpointer._task
+    assert task is not None
+    task.copied = copied = ObservedEvent()
+    stepping = threading.Thread(target=harness.step)
     stepping.start()
-    assert loop.state.step == 1
-    assert stepping.is_alive()
-    go_on.set()
+    assert copied.waited_for.wait(30)
+    assert harness.state.step == 1
+    resume.set()
     stepping.join()
-    loop.settle()
+    harness.settle()
     saved = load_file(paths.checkpoints(tmp_path) / "step-00000001-a1" / "model.safetensors")
     assert saved["b"].tolist() == [1.0] * 3
 
 
-def test_a_full_disk_stops_nothing_until_too_much_would_be_lost(tmp_path: Path) -> None:
-    loop = Loop(tmp_path, max_stale_seconds=100)
-    loop.step()
-    loop.settle()
-    loop.on_stage = full
-    loop.step()
-    loop.settle()
-    loop.step()
-    assert "No space left on device" in loop.error
-    # What was half written does not stay: it would keep the disk full.
+def test_full_disk_stops_training_only_at_the_staleness_limit(tmp_path: Path) -> None:
+    harness = LoopHarness(tmp_path, max_stale_seconds=100)
+    harness.step()
+    harness.settle()
+    harness.on_stage = full
+    harness.step()
+    harness.settle()
+    harness.step()
+    assert "No space left on device" in harness.error
+    # The incomplete checkpoint is removed, because it would keep the disk full.
     assert names(tmp_path) == ["step-00000001-a1"]
-    loop.clock.now = 90
-    loop.step()
-    loop.settle()
-    loop.step()
-    loop.clock.now = 101
+    harness.clock.now = 90
+    harness.step()
+    harness.settle()
+    harness.step()
+    harness.clock.now = 101
     with pytest.raises(StaleError, match=re.escape("no checkpoint for 100 s (spec.checkpoint.maxStale)")):
-        loop.step()
+        harness.step()
 
 
-def test_a_disk_that_has_room_again(tmp_path: Path) -> None:
-    loop = Loop(tmp_path)
-    loop.on_stage = full
-    loop.step()
-    loop.settle()
-    loop.step()
-    assert loop.error
-    loop.on_stage = lambda _: None
-    loop.step()
+def test_saves_succeed_again_when_the_disk_has_space(tmp_path: Path) -> None:
+    harness = LoopHarness(tmp_path)
+    harness.on_stage = full
+    harness.step()
+    harness.settle()
+    harness.step()
+    assert harness.error
+    harness.on_stage = lambda _: None
+    harness.step()
     assert names(tmp_path) == []
-    loop.clock.now = 3
-    loop.step()
-    loop.settle()
-    assert names(tmp_path) == [f"step-{loop.state.step:08d}-a1"]
-    loop.step()
-    assert loop.error == ""
+    harness.clock.now = 3
+    harness.step()
+    harness.settle()
+    assert names(tmp_path) == [f"step-{harness.state.step:08d}-a1"]
+    harness.step()
+    assert harness.error == ""
 
 
-def test_a_stale_handle_is_one_failed_save(tmp_path: Path) -> None:
-    loop, stages = Loop(tmp_path), iter([OSError(errno.ESTALE, os.strerror(errno.ESTALE))])
+def test_stale_nfs_handle_fails_one_save_only(tmp_path: Path) -> None:
+    harness, stages = LoopHarness(tmp_path), iter([OSError(errno.ESTALE, os.strerror(errno.ESTALE))])
 
     def stale(stage: str) -> None:
         if stage == "rename" and (error := next(stages, None)):
             raise error
 
-    loop.on_stage = stale
-    assert not loop.checkpointer.try_to_save(advance(loop))
-    assert loop.checkpointer.try_to_save(loop.state)
+    harness.on_stage = stale
+    assert not harness.checkpointer.try_to_save(advance(harness))
+    assert harness.checkpointer.try_to_save(harness.state)
     assert names(tmp_path) == ["step-00000001-a1"]
 
 
-def advance(loop: Loop) -> TrainState:
-    loop.step()
-    return loop.state
+def advance(harness: LoopHarness) -> TrainState:
+    harness.step()
+    return harness.state
 
 
-def test_a_save_that_must_succeed_is_tried_again_while_that_is_allowed(tmp_path: Path) -> None:
-    loop = Loop(tmp_path, max_stale_seconds=0.5)
-    loop.on_stage = full
+def test_required_save_is_retried_until_the_staleness_limit(tmp_path: Path) -> None:
+    harness = LoopHarness(tmp_path, max_stale_seconds=0.5)
+    harness.on_stage = full
     with pytest.raises(StaleError, match="No space left"):
-        loop.checkpointer.save_and_wait(advance(loop))
+        harness.checkpointer.save_and_wait(advance(harness))
 
 
-def test_a_slow_disk_is_told_of(tmp_path: Path) -> None:
-    loop, go_on = Loop(tmp_path, max_stale_seconds=1000), threading.Event()
-    loop.on_stage = lambda stage: (go_on.wait(30), None)[1] if stage == "write model" else None
-    loop.step()
-    loop.clock.now = 130
-    loop.step()
-    assert "the save of step 1 is not done after 120 s" in loop.error
-    loop.clock.now = 1001
+def test_slow_disk_is_reported(tmp_path: Path) -> None:
+    harness, resume = LoopHarness(tmp_path, max_stale_seconds=1000), threading.Event()
+    harness.on_stage = lambda stage: (resume.wait(30), None)[1] if stage == "write model" else None
+    harness.step()
+    harness.clock.now = 130
+    harness.step()
+    assert "the save of step 1 is not done after 120 s" in harness.error
+    harness.clock.now = 1001
     with pytest.raises(StaleError, match=r"spec\.checkpoint\.maxStale"):
-        loop.step()
-    go_on.set()
+        harness.step()
+    resume.set()
 
 
-def test_a_storage_that_hangs_behind_a_scratch_is_told_of(tmp_path: Path) -> None:
-    """Saves go on to the scratch; what is only there is not safe."""
-    loop, held, go_on = Loop(tmp_path / "job", 1000, scratch=tmp_path / "scratch"), threading.Event(), threading.Event()
+def test_hanging_durable_storage_behind_a_scratch_is_reported(tmp_path: Path) -> None:
+    """Saves to the scratch continue, but a checkpoint on the scratch alone does not count as safe."""
+    harness, held, resume = (
+        LoopHarness(tmp_path / "job", 1000, scratch=tmp_path / "scratch"),
+        threading.Event(),
+        threading.Event(),
+    )
 
     def hold(stage: str) -> None:
         if stage == "check the fence":
             held.set()
-            go_on.wait(30)
+            resume.wait(30)
 
-    loop.on_stage = hold
-    loop.step()
-    # The save is over before its copy has begun: that is another thread's.
+    harness.on_stage = hold
+    harness.step()
+    # The save ends before its copy starts, because another thread copies.
     assert held.wait(30)
-    loop.settle()
-    loop.clock.now = 130
-    loop.step()
-    loop.settle()
-    assert "the save of step 1 is not done after 120 s" in loop.error
+    harness.settle()
+    harness.clock.now = 130
+    harness.step()
+    harness.settle()
+    assert "the save of step 1 is not done after 120 s" in harness.error
     assert names(tmp_path / "scratch")[-1] == "step-00000002-a1"
-    loop.clock.now = 1001
+    harness.clock.now = 1001
     with pytest.raises(StaleError, match=r"spec\.checkpoint\.maxStale"):
-        loop.step()
-    go_on.set()
+        harness.step()
+    resume.set()
 
 
-def test_a_superseded_save_ends_the_loop(tmp_path: Path) -> None:
-    loop = Loop(tmp_path)
-    loop.step()
-    loop.settle()
+def test_superseded_save_ends_the_loop(tmp_path: Path) -> None:
+    harness = LoopHarness(tmp_path)
+    harness.step()
+    harness.settle()
     FolderStore(tmp_path, tiny.make_spec(Path("b"), Path("d")).uid, 2, Retention()).open()
-    loop.step()
-    loop.settle()
+    harness.step()
+    harness.settle()
     with pytest.raises(SupersededError):
-        loop.step()
+        harness.step()
 
 
 SHAPES = st.sampled_from([(), (0,), (3,), (2, 3), (1, 1, 5)])
@@ -260,7 +279,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool
         st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=4), st.tuples(SHAPES, DTYPES)
     )
 )
-def test_streams_are_safetensors(
+def test_streams_are_valid_safetensors_files(
     tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, tuple[tuple[int, ...], torch.dtype]]
 ) -> None:
     tensors = {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in kinds.items()}
@@ -274,8 +293,8 @@ def test_streams_are_safetensors(
         assert torch.equal(loaded[name], tensor)
 
 
-def test_streams_take_tensors_as_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strides, and sizes beyond a chunk; the disk begins early."""
+def test_streams_write_strided_and_large_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors with strides and tensors larger than a chunk, with early flushes."""
     monkeypatch.setattr(tensor_stream, "FLUSH_BYTES", tensor_stream.CHUNK_BYTES // 2)
     large = torch.arange(5_000_000, dtype=torch.float32)
     tensors = {
@@ -288,7 +307,7 @@ def test_streams_take_tensors_as_they_lie(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_buffers_are_kept_from_save_to_save() -> None:
+def test_host_buffers_are_reused() -> None:
     copy, parameter = HostCopy(CPU), torch.zeros(SMALL_NUMEL + 1)
     first = copy.copy({"model": {"w": parameter, "small": parameter[:3]}})["model"]
     parameter.fill_(2.0)
@@ -302,7 +321,7 @@ def test_buffers_are_kept_from_save_to_save() -> None:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 5))
 @example([1, 0], 1)
 @example([0, 0], 2)
-def test_every_tensor_is_in_one_part(sizes: list[int], parts: int) -> None:
+def test_every_tensor_is_in_exactly_one_part(sizes: list[int], parts: int) -> None:
     groups = {"model": {str(number): torch.zeros(size, dtype=torch.uint8) for number, size in enumerate(sizes)}}
     taken = [take_part(groups, part, parts).get("model", {}) for part in range(parts)]
     assert sorted(name for part in taken for name in part) == sorted(groups["model"])
@@ -320,7 +339,7 @@ STEPS = [(step, 1) for step in (10, 20, 30, 40, 50)]
 
 
 @pytest.mark.parametrize(
-    ("retention", "best", "gone"),
+    ("retention", "best", "removed"),
     [
         (Retention(keep=1), None, [50, 40, 30, 20, 10]),
         (Retention(keep=3), None, [30, 20, 10]),
@@ -332,11 +351,11 @@ STEPS = [(step, 1) for step in (10, 20, 30, 40, 50)]
         (Retention(keep=1, best=False), 20, [50, 40, 30, 20, 10]),
     ],
 )
-def test_what_may_go(retention: Retention, best: int | None, gone: list[int]) -> None:
-    assert [step for step, _ in removable([*STEPS, (60, 1)], (60, 1), retention, best)] == gone
+def test_retention_removes_older_checkpoints(retention: Retention, best: int | None, removed: list[int]) -> None:
+    assert [step for step, _ in removable([*STEPS, (60, 1)], (60, 1), retention, best)] == removed
 
 
-def test_the_best_stays(tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept(tmp_path: Path) -> None:
     store = FolderStore(tmp_path, "uid", 1, Retention(keep=1, best=True))
     store.open()
     for step in (1, 2, 3):
@@ -345,18 +364,18 @@ def test_the_best_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000002-a1", "step-00000003-a1"]
 
 
-def test_newer_ones_are_not_touched() -> None:
+def test_newer_checkpoints_are_not_removed() -> None:
     assert removable([(10, 1), (20, 1), (30, 1)], (20, 2), Retention(keep=1), None) == [(20, 1), (10, 1)]
 
 
-def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
-    """One file for each group, and a manifest without its own hash."""
-    loop = Loop(tmp_path / "new")
-    loop.checkpointer.save_and_wait(advance(loop))
+def test_checkpoint_of_format_1_can_be_restored(tmp_path: Path) -> None:
+    """Format 1: one file for each group, and a manifest without its own hash."""
+    harness = LoopHarness(tmp_path / "new")
+    harness.checkpointer.save_and_wait(advance(harness))
     (folder,) = paths.checkpoints(tmp_path / "new").iterdir()
     manifest = folder / "manifest.json"
     text = manifest.read_text().replace('"format_version": 2', '"format_version": 1')
     manifest.write_text(re.sub(r',\s*"sha256": "[0-9a-f]+"\s*}\s*$', "}", text))
-    again = Loop(tmp_path / "new")
+    again = LoopHarness(tmp_path / "new")
     assert again.state.step == 1
     assert again.state.parameters["b"].tolist() == [1.0] * 3

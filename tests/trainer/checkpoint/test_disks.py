@@ -1,4 +1,4 @@
-"""Nodes with disks of their own: nothing is shared, or a scratch disk stands before what is."""
+"""Nodes with separate disks: without shared storage, or with a scratch disk in front of it."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def restored(ranks: Ranks) -> int:
 
 
 @pytest.fixture(scope="module")
-def truth(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of two ranks that nobody disturbs."""
-    ranks = Ranks(tiny.make_spec(base, data), tmp_path_factory.mktemp("truth") / "job", world_size=2)
+def expected(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return the weights of an uninterrupted run on two ranks."""
+    ranks = Ranks(tiny.make_spec(base, data), tmp_path_factory.mktemp("expected") / "job", world_size=2)
     assert ranks.run() == [ExitCode.DONE] * 2, ranks.stderr()
     return ranks.weights()
 
 
 @pytest.mark.trainer
 @pytest.mark.parametrize("empty", [0, 1])
-def test_a_node_with_an_empty_disk_is_given_the_checkpoint(
-    base: Path, data: Path, tmp_path: Path, truth: bytes, empty: int
+def test_node_with_an_empty_disk_receives_the_checkpoint(
+    base: Path, data: Path, tmp_path: Path, expected: bytes, empty: int
 ) -> None:
-    """No disk is shared; both die, and one of them comes back on a new machine."""
+    """No disk is shared. Both ranks are killed, and one of them restarts on a new machine."""
     spec = tiny.make_spec(base, data)
     first = Ranks(spec, tmp_path / "job", 1, 2, ("copy", 2), own_disks=True, saves_all=True)
     assert -signal.SIGKILL in first.run()
@@ -61,7 +61,7 @@ def test_a_node_with_an_empty_disk_is_given_the_checkpoint(
     again = Ranks(spec, tmp_path / "job", 2, 2, own_disks=True)
     assert again.run() == [ExitCode.DONE] * 2, again.stderr()
     assert 0 < left == restored(again) <= newest
-    assert again.weights() == truth
+    assert again.weights() == expected
 
 
 def scratch_of(ranks: Ranks, rank: int) -> dict[str, str]:
@@ -69,47 +69,47 @@ def scratch_of(ranks: Ranks, rank: int) -> dict[str, str]:
 
 
 def with_scratch(ranks: Ranks) -> Ranks:
-    """Each rank is a node: a scratch of its own, the storage shared."""
+    """Make each rank a node: a separate scratch, and a shared storage."""
     ranks.per_rank = {rank: {**scratch_of(ranks, rank), "LOCAL_RANK": "0"} for rank in range(ranks.world_size)}
     return ranks
 
 
 @pytest.mark.trainer
 @pytest.mark.parametrize("lost", ["no scratch", "all scratch"])
-def test_ranks_go_on_from_scratch_where_it_is_there_and_else_from_the_storage(
-    base: Path, data: Path, tmp_path: Path, truth: bytes, lost: str
+def test_ranks_resume_from_scratch_if_it_exists_and_else_from_the_storage(
+    base: Path, data: Path, tmp_path: Path, expected: bytes, lost: str
 ) -> None:
     spec = tiny.make_spec(base, data)
     first = with_scratch(Ranks(spec, tmp_path / "job", 1, 2, ("copy", 2), 0))
-    first.run()
+    assert -signal.SIGKILL in first.run()
     on_scratch = [steps(first.folder / f"scratch-{rank}") for rank in range(2)]
     assert all(on_scratch), on_scratch
     if lost == "all scratch":
         for rank in range(2):
             shutil.rmtree(first.folder / f"scratch-{rank}")
     else:
-        # What had not got behind is on scratch still.
+        # Checkpoints that had not been copied are still on scratch.
         shutil.rmtree(paths.checkpoints(first.job_dir))
-    behind = max(steps(first.job_dir), default=0)
+    on_storage = max(steps(first.job_dir), default=0)
     again = with_scratch(Ranks(spec, tmp_path / "job", 2, 2))
     assert again.run() == [ExitCode.DONE] * 2, again.stderr()
-    assert restored(again) == (behind if lost == "all scratch" else max(map(max, on_scratch)))
-    assert again.weights() == truth
-    # The end of a run is on the storage, not on scratch alone, and that is what was told.
+    assert restored(again) == (on_storage if lost == "all scratch" else max(map(max, on_scratch)))
+    assert again.weights() == expected
+    # The final checkpoint is on the storage, not only on scratch, and it is the reported one.
     assert steps(again.job_dir)[-1] == 6
     assert again.reports()[-1]["checkpoint"]["step"] == 6
 
 
-class Bed:
-    """A scratch before a storage."""
+class ScratchHarness:
+    """A scratch in front of a durable storage."""
 
     def __init__(self, tmp_path: Path, attempt: int = 1) -> None:
         self.storage, self.scratch = tmp_path / "storage", tmp_path / "scratch"
-        self.behind = FolderStore(self.storage, "uid", attempt, Retention(3))
-        self.store = ScratchStore(self.scratch, self.behind, "uid", attempt, reads_behind=True)
+        self.durable = FolderStore(self.storage, "uid", attempt, Retention(3))
+        self.store = ScratchStore(self.scratch, self.durable, "uid", attempt, reads_durable=True)
         self.store.open()
-        self.told: list[int] = []
-        self.drain = Drain(self.store, lambda committed, _: self.told.append(committed.manifest.step))
+        self.reported: list[int] = []
+        self.drain = Drain(self.store, lambda committed, _: self.reported.append(committed.manifest.step))
 
     def save(self, step: int) -> Committed:
         committed = self.store.save(snapshot(step), 0)
@@ -117,84 +117,84 @@ class Bed:
         return committed
 
 
-def test_the_storage_gets_a_whole_copy(tmp_path: Path) -> None:
-    bed = Bed(tmp_path)
-    bed.save(2)
-    bed.drain.wait()
-    ended = bed.drain.take_end()
+def test_storage_receives_a_complete_copy(tmp_path: Path) -> None:
+    harness = ScratchHarness(tmp_path)
+    harness.save(2)
+    harness.drain.wait()
+    ended = harness.drain.take_result()
     assert ended is not None
-    assert (ended.error, ended.begun_at, bed.told) == (None, 2.0, [2])
-    chosen = FolderStore(bed.storage, "uid", 1, Retention()).choose(pytest.fail)
+    assert (ended.error, ended.begun_at, harness.reported) == (None, 2.0, [2])
+    chosen = FolderStore(harness.storage, "uid", 1, Retention()).choose(pytest.fail)
     assert chosen is not None
-    assert bed.behind.load(chosen).tensors["model"]["w"].tolist() == [2.0] * 3
+    assert harness.durable.load(chosen).tensors["model"]["w"].tolist() == [2.0] * 3
 
 
-def test_a_slow_storage_is_passed_over(tmp_path: Path) -> None:
-    """While one is copied others come; of those only the newest is copied."""
-    bed, go_on, begun = Bed(tmp_path), threading.Event(), threading.Event()
+def test_slow_storage_receives_only_the_newest_checkpoint(tmp_path: Path) -> None:
+    """Several checkpoints are saved during one copy; only the newest of them is copied next."""
+    harness, resume, begun = ScratchHarness(tmp_path), threading.Event(), threading.Event()
 
     def hold(stage: str) -> None:
         if stage == "check the fence":
             begun.set()
-            go_on.wait(30)
+            resume.wait(30)
 
-    bed.behind.on_stage = hold
-    bed.save(2)
+    harness.durable.on_stage = hold
+    harness.save(2)
     assert begun.wait(30)
     for step in (4, 6, 8):
-        bed.save(step)
-    go_on.set()
-    bed.drain.wait()
-    assert bed.told == [2, 8]
-    assert steps(bed.storage) == [2, 8]
-    # What was being copied stayed until it was behind.
-    assert steps(bed.scratch) == [2, 6, 8]
-    bed.save(10)
-    assert steps(bed.scratch) == [8, 10]
-    bed.drain.wait()
+        harness.save(step)
+    resume.set()
+    harness.drain.wait()
+    assert harness.reported == [2, 8]
+    assert steps(harness.storage) == [2, 8]
+    # The checkpoint that was being copied was not removed before the end of its copy.
+    assert steps(harness.scratch) == [2, 6, 8]
+    harness.save(10)
+    assert steps(harness.scratch) == [8, 10]
+    harness.drain.wait()
 
 
-def test_a_full_storage_is_one_failed_copy_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    bed = Bed(tmp_path)
+def test_full_storage_fails_one_copy_and_keeps_no_leftovers(tmp_path: Path) -> None:
+    harness = ScratchHarness(tmp_path)
 
     def full(stage: str) -> None:
         if stage == "write manifest":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    bed.behind.on_stage = full
-    bed.save(2)
-    bed.drain.wait()
-    ended = bed.drain.take_end()
+    harness.durable.on_stage = full
+    harness.save(2)
+    harness.drain.wait()
+    ended = harness.drain.take_result()
     assert ended is not None
     assert "No space left on device" in str(ended.error)
-    assert [entry.name for entry in paths.checkpoints(bed.storage).iterdir()] == []
-    bed.behind.on_stage = lambda _: None
-    bed.save(4)
-    bed.drain.wait()
-    assert steps(bed.storage) == [4]
+    assert [entry.name for entry in paths.checkpoints(harness.storage).iterdir()] == []
+    harness.durable.on_stage = lambda _: None
+    harness.save(4)
+    harness.drain.wait()
+    assert steps(harness.storage) == [4]
 
 
-def test_a_superseded_copy_does_not_count(tmp_path: Path) -> None:
-    bed = Bed(tmp_path)
-    FolderStore(bed.storage, "uid", 2, Retention()).open()
-    bed.save(2)
-    bed.drain.wait()
-    ended = bed.drain.take_end()
+def test_superseded_copy_does_not_count(tmp_path: Path) -> None:
+    harness = ScratchHarness(tmp_path)
+    FolderStore(harness.storage, "uid", 2, Retention()).open()
+    harness.save(2)
+    harness.drain.wait()
+    ended = harness.drain.take_result()
     assert ended is not None
     assert isinstance(ended.error, SupersededError)
-    assert steps(bed.storage) == []
+    assert steps(harness.storage) == []
 
 
-def test_a_damaged_scratch_gives_way_to_the_storage(tmp_path: Path) -> None:
-    bed = Bed(tmp_path)
-    bed.save(2)
-    bed.drain.wait()
-    committed = bed.save(4)
-    bed.drain.wait()
-    for folder in (committed.folder, paths.checkpoints(bed.storage) / committed.folder.name):
+def test_storage_is_used_if_the_scratch_is_damaged(tmp_path: Path) -> None:
+    harness = ScratchHarness(tmp_path)
+    harness.save(2)
+    harness.drain.wait()
+    committed = harness.save(4)
+    harness.drain.wait()
+    for folder in (committed.folder, paths.checkpoints(harness.storage) / committed.folder.name):
         (folder / "model.safetensors").write_bytes(b"")
     warnings: list[str] = []
-    chosen = Bed(tmp_path, attempt=2).store.choose(warnings.append)
+    chosen = ScratchHarness(tmp_path, attempt=2).store.choose(warnings.append)
     assert chosen is not None
     assert chosen.manifest.step == 2
     assert len(warnings) >= 1

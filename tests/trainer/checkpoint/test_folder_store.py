@@ -1,4 +1,4 @@
-"""Checkpoints: what is committed, what counts as whole, what is chosen and what goes."""
+"""Checkpoints in a folder: commit, verification, choice of the newest, removal of old ones, and the fence."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def choose(job_dir: Path, attempt: int = 9) -> tuple[Committed | None, list[str]
     return open_store(job_dir, attempt).choose(warnings.append), warnings
 
 
-def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+def test_saved_checkpoint_is_restored(tmp_path: Path) -> None:
     committed = open_store(tmp_path, attempt=2).save(snapshot(40), 12.5)
     assert committed.folder.name == "step-00000040-a2"
     assert sorted(entry.name for entry in committed.folder.iterdir()) == sorted([*FILES, "manifest.json"])
@@ -65,11 +65,11 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert loaded.tensors["model"]["w"].tolist() == [40.0] * 3
 
 
-def test_nothing_to_choose(tmp_path: Path) -> None:
+def test_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert choose(tmp_path) == (None, [])
 
 
-def test_the_newest_step_is_chosen_and_of_equals_the_newest_attempt(tmp_path: Path) -> None:
+def test_newest_step_is_chosen_and_then_the_newest_attempt(tmp_path: Path) -> None:
     open_store(tmp_path, attempt=1).save(snapshot(10), 0)
     open_store(tmp_path, attempt=2).save(snapshot(10), 0)
     open_store(tmp_path, attempt=3).save(snapshot(9), 0)
@@ -98,12 +98,12 @@ def _replace_by_folder(file: Path) -> None:
 
 
 DAMAGES = [
-    *[(name, _flip, f"{name} has other contents than its SHA-256 says") for name in FILES],
+    *[(name, _flip, f"{name} .* SHA-256") for name in FILES],
     *[
-        (name, lambda file: file.write_bytes(file.read_bytes()[:-1]), f"{name} has .* bytes in place of")
+        (name, lambda file: file.write_bytes(file.read_bytes()[:-1]), f"{name} has .* bytes instead of")
         for name in FILES
     ],
-    *[(name, lambda file: file.write_bytes(b""), f"{name} has 0 bytes in place of") for name in FILES],
+    *[(name, lambda file: file.write_bytes(b""), f"{name} has 0 bytes instead of") for name in FILES],
     *[(name, lambda file: file.unlink(), f"{name} is missing") for name in (*FILES, "manifest.json")],
     ("manifest.json", lambda file: file.write_bytes(b""), "manifest.json is damaged"),
     ("manifest.json", lambda file: file.write_bytes(file.read_bytes()[:50]), "manifest.json is damaged"),
@@ -120,9 +120,9 @@ FOREIGN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "sentence"), DAMAGES)
-def test_damaged_checkpoint_is_set_aside_with_the_reason(
-    tmp_path: Path, name: str, damage: Callable[[Path], object], sentence: str
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGES)
+def test_damaged_checkpoint_is_renamed_with_the_reason(
+    tmp_path: Path, name: str, damage: Callable[[Path], object], message: str
 ) -> None:
     store = open_store(tmp_path)
     store.save(snapshot(1), 0)
@@ -131,50 +131,48 @@ def test_damaged_checkpoint_is_set_aside_with_the_reason(
     chosen, (warning,) = choose(tmp_path)
     assert chosen is not None
     assert chosen.manifest.step == 1
-    assert re.search(f"^checkpoint step-00000002-a1 is damaged: {sentence}", warning), warning
-    assert warning.endswith("set aside as corrupt-step-00000002-a1-1")
-    aside = paths.checkpoints(tmp_path) / "corrupt-step-00000002-a1-1"
-    assert (aside / "reason.txt").read_text().strip() in warning
-    assert names(tmp_path) == [aside.name, "step-00000001-a1"]
+    assert re.search(f"^checkpoint step-00000002-a1 is damaged: {message}", warning), warning
+    assert warning.endswith("renamed to corrupt-step-00000002-a1-1")
+    corrupt = paths.checkpoints(tmp_path) / "corrupt-step-00000002-a1-1"
+    assert (corrupt / "reason.txt").read_text().strip() in warning
+    assert names(tmp_path) == [corrupt.name, "step-00000001-a1"]
     assert open_store(tmp_path, 9).num_corrupt() == 1
-    # It is not looked at again, and never deleted.
+    # It is not read again, and never deleted.
     chosen, warnings = choose(tmp_path)
     assert chosen is not None
     assert warnings == []
     open_store(tmp_path, 9, keep=1).save(snapshot(3), 0)
-    assert names(tmp_path) == [aside.name, "step-00000003-a9"]
+    assert names(tmp_path) == [corrupt.name, "step-00000003-a9"]
 
 
-@pytest.mark.parametrize(("damage", "sentence"), FOREIGN)
-def test_checkpoint_that_is_not_ours_to_judge_is_left_alone(
-    tmp_path: Path, damage: Callable[[Path], object], sentence: str
-) -> None:
+@pytest.mark.parametrize(("damage", "message"), FOREIGN)
+def test_foreign_checkpoint_is_skipped_and_kept(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     store = open_store(tmp_path)
     store.save(snapshot(1), 0)
     damage(store.save(snapshot(2), 0).folder / "manifest.json")
     chosen, (warning,) = choose(tmp_path)
     assert chosen is not None
     assert chosen.manifest.step == 1
-    assert re.search(f"^checkpoint step-00000002-a1 is skipped: {sentence}", warning), warning
+    assert re.search(f"^checkpoint step-00000002-a1 is skipped: {message}", warning), warning
     assert names(tmp_path) == ["step-00000001-a1", "step-00000002-a1"]
 
 
-def test_extra_files_are_no_harm(tmp_path: Path) -> None:
+def test_extra_files_are_ignored(tmp_path: Path) -> None:
     committed = open_store(tmp_path).save(snapshot(1), 0)
     (committed.folder / ".nfs0001").write_bytes(b"x")
     (paths.checkpoints(tmp_path) / "notes.txt").touch()
     assert choose(tmp_path)[0] is not None
 
 
-def test_older_ones_go_only_beyond_keep(tmp_path: Path) -> None:
+def test_checkpoints_beyond_keep_are_removed(tmp_path: Path) -> None:
     store = open_store(tmp_path, keep=2)
     for step in (1, 2, 3):
         store.save(snapshot(step), 0)
     assert names(tmp_path) == ["step-00000002-a1", "step-00000003-a1"]
 
 
-def test_damaged_newer_one_does_not_push_out_the_good(tmp_path: Path) -> None:
-    """Attempt 1 left a damaged checkpoint of step 9; attempt 2 goes on from step 1 and keeps one."""
+def test_damaged_newer_checkpoint_does_not_count_for_keep(tmp_path: Path) -> None:
+    """Attempt 1 left a damaged checkpoint of step 9; attempt 2 resumes from step 1 and keeps one checkpoint."""
     store = open_store(tmp_path, keep=2)
     store.save(snapshot(1), 0)
     _flip(store.save(snapshot(9), 0).folder / "state.json")
@@ -187,7 +185,7 @@ def test_damaged_newer_one_does_not_push_out_the_good(tmp_path: Path) -> None:
     assert "step-00000009-a1 is damaged" in warning
 
 
-def test_damaged_one_of_the_same_name_is_replaced(tmp_path: Path) -> None:
+def test_damaged_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     _flip(store.save(snapshot(1), 0).folder / "state.json")
     store.save(snapshot(1), 0)
@@ -196,14 +194,14 @@ def test_damaged_one_of_the_same_name_is_replaced(tmp_path: Path) -> None:
 
 
 def test_two_survivors_write_the_same_step(tmp_path: Path) -> None:
-    """The first rename counts; the other finds a whole one, and is content."""
+    """The first rename counts; the second writer finds a valid checkpoint and keeps it."""
     store = open_store(tmp_path)
     first = store.save(snapshot(1), 0, "-r1")
     assert store.save(snapshot(1), 1, "-r2").folder == first.folder
     assert names(tmp_path) == ["step-00000001-a1"]
 
 
-def test_a_step_is_claimed_once(tmp_path: Path) -> None:
+def test_step_can_be_claimed_once(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     assert store.claim(4)
     assert not store.claim(4)
@@ -226,7 +224,7 @@ def test_parts_of_several_writers_make_one_checkpoint(tmp_path: Path) -> None:
     }
 
 
-def test_a_part_that_is_missing_is_no_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint_with_a_missing_part_is_not_committed(tmp_path: Path) -> None:
     store, state = open_store(tmp_path), snapshot(3)
     files = store.write_part(Snapshot(3, take_part(state.tensors, 0, 2), {}), 0, 2)
     lost = [entry.model_copy(update={"name": "optimizer-00002-of-00002.safetensors"}) for entry in files]
@@ -235,7 +233,7 @@ def test_a_part_that_is_missing_is_no_checkpoint(tmp_path: Path) -> None:
     assert choose(tmp_path) == (None, [])
 
 
-def test_leftovers_are_swept(tmp_path: Path) -> None:
+def test_leftovers_are_removed(tmp_path: Path) -> None:
     open_store(tmp_path)
     for name in (".writing-step-00000001-a1", ".deleting-step-00000001-a1"):
         (paths.checkpoints(tmp_path) / name).mkdir()
@@ -247,7 +245,7 @@ def test_superseded_attempt_commits_nothing(tmp_path: Path) -> None:
     store = open_store(tmp_path, attempt=1)
     store.save(snapshot(1), 0)
     open_store(tmp_path, attempt=2)
-    with pytest.raises(SupersededError, match="attempt 2 has begun: attempt 1 writes nothing more"):
+    with pytest.raises(SupersededError, match="attempt 2 has begun: attempt 1 stops writing"):
         store.save(snapshot(2), 0)
     assert choose(tmp_path)[0] is not None
     assert [name for name in names(tmp_path) if not name.startswith(".")] == ["step-00000001-a1"]
@@ -255,7 +253,7 @@ def test_superseded_attempt_commits_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["write optimizer", "read back", "write manifest", "check the fence"])
 def test_superseded_during_a_save(tmp_path: Path, stage: str) -> None:
-    """The newer attempt sweeps away what the older one still writes."""
+    """The newer attempt removes the files that the older one still writes."""
 
     def supersede(now: str) -> None:
         if now == stage:
@@ -283,19 +281,19 @@ def test_superseded_at_the_start(tmp_path: Path) -> None:
         open_store(tmp_path, attempt=2)
 
 
-def test_the_same_attempt_may_begin_again(tmp_path: Path) -> None:
+def test_same_attempt_can_restart(tmp_path: Path) -> None:
     open_store(tmp_path, attempt=2).save(snapshot(1), 0)
     open_store(tmp_path, attempt=2).save(snapshot(2), 0)
     assert (paths.fence(tmp_path) / "attempt-00000002").exists()
 
 
-def test_unwritable_storage_is_named(tmp_path: Path) -> None:
+def test_error_names_the_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "job").write_text("a file", encoding="utf-8")
     with pytest.raises(StorageError, match=r"checkpoint storage: .*job"):
         open_store(tmp_path / "job")
 
 
-def test_superseded_behind_the_rename_does_not_count(tmp_path: Path) -> None:
+def test_superseded_after_the_rename_deletes_nothing(tmp_path: Path) -> None:
     def supersede(now: str) -> None:
         if now == "check the fence again":
             open_store(tmp_path, attempt=2)
@@ -303,17 +301,17 @@ def test_superseded_behind_the_rename_does_not_count(tmp_path: Path) -> None:
     open_store(tmp_path, keep=1).save(snapshot(1), 0)
     with pytest.raises(SupersededError):
         open_store(tmp_path, keep=1, on_stage=supersede).save(snapshot(2), 0)
-    # The newer attempt has seen neither or both: nothing was deleted.
+    # Nothing was deleted, so the newer attempt still has the checkpoint that it may have chosen.
     assert names(tmp_path) == ["step-00000001-a1", "step-00000002-a1"]
 
 
-def test_storage_that_does_not_keep_what_was_written(tmp_path: Path) -> None:
+def test_data_that_reads_back_differently_is_not_committed(tmp_path: Path) -> None:
     def damage(stage: str) -> None:
         if stage == "read back":
             _flip(paths.checkpoints(tmp_path) / ".writing-step-00000002-a1" / "model.safetensors")
 
     open_store(tmp_path, keep=1).save(snapshot(1), 0)
-    with pytest.raises(StorageError, match="what was written does not read back: model"):
+    with pytest.raises(StorageError, match="written data reads back differently: model"):
         open_store(tmp_path, keep=1, on_stage=damage).save(snapshot(2), 0)
     chosen, _ = choose(tmp_path)
     assert chosen is not None
@@ -321,20 +319,20 @@ def test_storage_that_does_not_keep_what_was_written(tmp_path: Path) -> None:
 
 
 def _save_twice(job_dir: Path, stage: str) -> None:
-    def die(now: str) -> None:
+    def kill(now: str) -> None:
         if now.startswith(stage):
             os.kill(os.getpid(), signal.SIGKILL)
 
     open_store(job_dir).save(snapshot(1), 0)
-    open_store(job_dir, keep=1, on_stage=die).save(snapshot(2), 0)
+    open_store(job_dir, keep=1, on_stage=kill).save(snapshot(2), 0)
 
 
-NOT_OF_THE_STORE = {SaveStage.COPY, SaveStage.WRITE_EMA, SaveStage.DONE}
-"""Not met here, or after the end of the save."""
+OTHER_STAGES = {SaveStage.COPY, SaveStage.WRITE_EMA, SaveStage.DONE}
+"""Stages that this save does not reach, or that come after its end."""
 
 
-@pytest.mark.parametrize("stage", [stage for stage in SaveStage if stage not in NOT_OF_THE_STORE])
-def test_kill_within_a_save_loses_no_committed_checkpoint(tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize("stage", [stage for stage in SaveStage if stage not in OTHER_STAGES])
+def test_kill_during_a_save_loses_no_committed_checkpoint(tmp_path: Path, stage: str) -> None:
     process = multiprocessing.get_context("fork").Process(target=_save_twice, args=(tmp_path, stage))
     process.start()
     process.join()

@@ -1,4 +1,4 @@
-"""Runs of real ranks, interrupted in every way, end with the weights of the undisturbed run."""
+"""Runs of real ranks that are interrupted and resumed end with the weights of the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def spec(base: Path, data: Path) -> RunSpec:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of all jobs of this module, which share one cache."""
+    """Return the folder of all jobs of this module, which share one cache."""
     return tmp_path_factory.mktemp("jobs")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(spec: RunSpec, folder: Path) -> Callable[[int], bytes]:
-    """Weights of the undisturbed run on so many ranks."""
+def uninterrupted(spec: RunSpec, folder: Path) -> Callable[[int], bytes]:
+    """Return a function that gives the weights of the uninterrupted run on a number of ranks."""
     weights: dict[int, bytes] = {}
 
     def run(world_size: int) -> bytes:
         if world_size not in weights:
-            ranks = Ranks(spec, folder / f"undisturbed-{world_size}", world_size=world_size)
+            ranks = Ranks(spec, folder / f"uninterrupted-{world_size}", world_size=world_size)
             assert ranks.run() == [ExitCode.DONE] * world_size, ranks.stderr()
             weights[world_size] = ranks.weights()
         return weights[world_size]
@@ -48,14 +48,14 @@ def undisturbed(spec: RunSpec, folder: Path) -> Callable[[int], bytes]:
 
 
 def finish(ranks: Ranks) -> Ranks:
-    """Run the next attempt to its end."""
+    """Run the next attempt until it is done."""
     following = Ranks(ranks.spec, ranks.folder, ranks.attempt + 1, ranks.world_size)
     assert following.run() == [ExitCode.DONE] * ranks.world_size, following.stderr()
     return following
 
 
 def restored_step(ranks: Ranks) -> int:
-    """Step that an attempt began at."""
+    """Return the step that an attempt resumed from."""
     return int(next(report["restoredStep"] for report in ranks.reports() if "restoredStep" in report))
 
 
@@ -65,8 +65,8 @@ def _choice(request: pytest.FixtureRequest) -> random.Random:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_notice_at_a_random_step_loses_nothing(
-    spec: RunSpec, undisturbed: Callable[[int], bytes], world_size: int, choice: random.Random, tmp_path: Path
+def test_resume_after_a_preemption_notice_keeps_weights(
+    spec: RunSpec, uninterrupted: Callable[[int], bytes], world_size: int, choice: random.Random, tmp_path: Path
 ) -> None:
     step, rank = choice.randrange(STEPS - 3), choice.randrange(world_size)
     ranks = Ranks(spec, tmp_path / "job", world_size=world_size)
@@ -79,12 +79,12 @@ def test_notice_at_a_random_step_loses_nothing(
     assert last["checkpoint"]["step"] == last["step"]
     following = finish(ranks)
     assert restored_step(following) == last["step"]
-    assert following.weights() == undisturbed(world_size)
+    assert following.weights() == uninterrupted(world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_sudden_death_at_a_random_moment(
-    spec: RunSpec, undisturbed: Callable[[int], bytes], world_size: int, choice: random.Random, tmp_path: Path
+def test_resume_after_sigkill_keeps_weights(
+    spec: RunSpec, uninterrupted: Callable[[int], bytes], world_size: int, choice: random.Random, tmp_path: Path
 ) -> None:
     step, rank = choice.randrange(STEPS - 3), choice.randrange(world_size)
     ranks = Ranks(spec, tmp_path / "job", world_size=world_size).start()
@@ -93,17 +93,17 @@ def test_sudden_death_at_a_random_moment(
     codes = ranks.wait()
     assert codes[rank] == -signal.SIGKILL
     assert all(code == ExitCode.FABRIC for other, code in enumerate(codes) if other != rank), codes
-    assert finish(ranks).weights() == undisturbed(world_size)
+    assert finish(ranks).weights() == uninterrupted(world_size)
 
 
 @pytest.mark.parametrize("stage", SaveStage)
-def test_sudden_death_within_a_save(
-    spec: RunSpec, undisturbed: Callable[[int], bytes], stage: str, tmp_path: Path
+def test_resume_after_sigkill_during_a_save_keeps_weights(
+    spec: RunSpec, uninterrupted: Callable[[int], bytes], stage: str, tmp_path: Path
 ) -> None:
     ranks = Ranks(spec, tmp_path / "job", kill_at=(stage, 1), saves_all=True)
     assert ranks.run() == [-signal.SIGKILL], ranks.stderr()
     following = finish(ranks)
     assert restored_step(following) > 0
-    assert following.weights() == undisturbed(1)
+    assert following.weights() == uninterrupted(1)
     checkpoints = ranks.job_dir / "checkpoints"
     assert [entry.name for entry in checkpoints.iterdir()] == [f"step-{STEPS:08d}-a2"]

@@ -1,4 +1,4 @@
-"""Sharded training (FSDP2): real ranks over gloo, and shards that are read at another number of ranks."""
+"""Sharded training (FSDP2): real ranks over gloo, and shards that another number of ranks reads."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 
 TOLERANCE = 1e-4
-"""Weights after six steps at another number of ranks may differ by so much of themselves: the same sums, in another
-order."""
+"""Relative difference of the weights after six steps on another number of ranks: the sums have another order."""
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], world_size: int) -> list[Path]:
-    """The files that so many ranks would write."""
+    """Write the files that this number of ranks would write."""
     files = []
     for rank in range(world_size):
         mine, offsets = {}, {}
@@ -50,28 +49,28 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], world_size: int) -> l
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 5))
-def test_shards_are_read_at_any_number_of_ranks(
+def test_any_number_of_ranks_can_read_shards(
     tmp_path_factory: pytest.TempPathFactory, num_rows: int, written_by: int, read_by: int
 ) -> None:
-    whole = torch.arange(num_rows * 3, dtype=torch.float32).view(num_rows, 3)
-    reader = ShardReader(write_shards(tmp_path_factory.mktemp("shards"), {"w": whole}, written_by))
+    complete = torch.arange(num_rows * 3, dtype=torch.float32).view(num_rows, 3)
+    reader = ShardReader(write_shards(tmp_path_factory.mktemp("shards"), {"w": complete}, written_by))
     assert reader.shape("w") == (num_rows, 3)
-    slices = whole.chunk(read_by)
+    slices = complete.chunk(read_by)
     for rank in range(read_by):
-        like = slices[rank] if rank < len(slices) else whole[:0]
+        like = slices[rank] if rank < len(slices) else complete[:0]
         assert torch.equal(reader.read("w", slice_offset((num_rows, 3), rank, read_by), like), like)
 
 
-def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
-    whole = torch.zeros(8, 2)
-    files = write_shards(tmp_path, {"w": whole}, 4)
+def test_error_names_the_missing_rows(tmp_path: Path) -> None:
+    complete = torch.zeros(8, 2)
+    files = write_shards(tmp_path, {"w": complete}, 4)
     reader = ShardReader([files[0], *files[2:]])
-    with pytest.raises(StorageError, match="rows 2 to 8 of w are in no file"):
-        reader.read("w", (0, 0), whole)
+    with pytest.raises(StorageError, match="rows 2 to 8 of w are missing in all files"):
+        reader.read("w", (0, 0), complete)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_torchs_distributed_checkpoint_reads_the_shards(tmp_path: Path) -> None:
+def test_torch_distributed_checkpoint_reads_the_shards(tmp_path: Path) -> None:
     tensors = {"model.w": torch.randn(5, 3), "optimizer.w.exp_avg": torch.randn(5, 3)}
     write_shards(tmp_path, tensors, 3)
     found = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
@@ -80,12 +79,12 @@ def test_torchs_distributed_checkpoint_reads_the_shards(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5))
-def test_no_rank_makes_more_passes_than_the_largest_share(global_batch: int, world_size: int, batch_size: int) -> None:
-    made = [
+def test_all_ranks_have_at_most_one_pass_less(global_batch: int, world_size: int, batch_size: int) -> None:
+    num_passes = [
         len(list(micro_batches(rank_share(3, global_batch, rank, world_size), batch_size)))
         for rank in range(world_size)
     ]
-    assert max(made) == most_micro_batches(global_batch, world_size, batch_size) <= min(made) + 1
+    assert max(num_passes) == most_micro_batches(global_batch, world_size, batch_size) <= min(num_passes) + 1
 
 
 def spec_of(base: Path, data: Path, method: str, sharding: Sharding = Sharding.FULL, **training: Any) -> RunSpec:
@@ -94,7 +93,9 @@ def spec_of(base: Path, data: Path, method: str, sharding: Sharding = Sharding.F
 
 def outputs(ranks: Ranks) -> dict[str, bytes]:
     folder = ranks.job_dir / paths.OUTPUTS
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any(name.endswith(".safetensors") for name in files), sorted(files)
+    return files
 
 
 def weights(ranks: Ranks) -> dict[str, Tensor]:
@@ -108,9 +109,9 @@ def weights(ranks: Ranks) -> dict[str, Tensor]:
 def assert_close(one: Ranks, other: Ranks) -> None:
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
-    apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours])
-    whole = torch.cat([theirs[name].flatten() for name in ours])
-    assert float(apart.norm() / whole.norm()) < TOLERANCE
+    difference = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours])
+    reference = torch.cat([theirs[name].flatten() for name in ours])
+    assert float(difference.norm() / reference.norm()) < TOLERANCE
 
 
 def done(ranks: Ranks) -> Ranks:
@@ -120,20 +121,24 @@ def done(ranks: Ranks) -> Ranks:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """Two ranks with slices of everything, which nobody disturbs."""
+def uninterrupted(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Return an uninterrupted sharded run on two ranks."""
     return done(Ranks(spec_of(base, data, "Full"), tmp_path_factory.mktemp("sharded") / "job", world_size=2))
 
 
 @pytest.mark.trainer
-def test_slices_train_what_whole_weights_train(base: Path, data: Path, tmp_path: Path, undisturbed: Ranks) -> None:
-    whole = done(Ranks(spec_of(base, data, "Full", Sharding.NONE), tmp_path / "job", world_size=2))
-    ours, theirs = outputs(undisturbed), outputs(whole)
+def test_sharded_training_matches_replicated_training(
+    base: Path, data: Path, tmp_path: Path, uninterrupted: Ranks
+) -> None:
+    replicated = done(Ranks(spec_of(base, data, "Full", Sharding.NONE), tmp_path / "job", world_size=2))
+    ours, theirs = outputs(uninterrupted), outputs(replicated)
     assert ours.keys() == theirs.keys()
-    # Names of classes, too: what is written knows nothing of slices.
-    assert all(ours[name] == theirs[name] for name in ours if name.endswith(".json"))
-    assert_close(undisturbed, whole)
-    newest = max(paths.checkpoints(undisturbed.job_dir).glob("step-*"))
+    # Config files contain class names, which must not be those of sharded modules.
+    configs = [name for name in ours if name.endswith(".json")]
+    assert configs
+    assert all(ours[name] == theirs[name] for name in configs)
+    assert_close(uninterrupted, replicated)
+    newest = max(paths.checkpoints(uninterrupted.job_dir).glob("step-*"))
     names = {path.name for path in newest.iterdir()}
     assert names == {
         *("shards-00001-of-00002.safetensors", "shards-00002-of-00002.safetensors"),
@@ -143,10 +148,10 @@ def test_slices_train_what_whole_weights_train(base: Path, data: Path, tmp_path:
 
 @pytest.mark.trainer
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_run_ends_with_the_same_bytes(
-    base: Path, data: Path, tmp_path: Path, undisturbed: Ranks, victim: int
+def test_resume_of_a_killed_sharded_run_keeps_bytes(
+    base: Path, data: Path, tmp_path: Path, uninterrupted: Ranks, victim: int
 ) -> None:
-    """One rank dies while it writes its shard; all begin again at the checkpoint before."""
+    """One rank is killed while it writes its shard; all ranks resume from the previous checkpoint."""
     spec = spec_of(base, data, "Full")
     killed = Ranks(spec, tmp_path / "job", 1, 2, ("write shards", 1), victim)
     codes = killed.run()
@@ -155,33 +160,33 @@ def test_a_killed_run_ends_with_the_same_bytes(
     again = done(Ranks(spec, tmp_path / "job", 2, 2))
     began = next(report["restoredStep"] for report in again.reports() if "restoredStep" in report)
     assert began == 2
-    assert outputs(again) == outputs(undisturbed)
+    assert outputs(again) == outputs(uninterrupted)
 
 
 @pytest.mark.trainer
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_checkpoint_of_two_ranks_goes_on_at_another_number(
-    base: Path, data: Path, tmp_path: Path, undisturbed: Ranks, world_size: int
+def test_another_number_of_ranks_resumes_a_sharded_checkpoint(
+    base: Path, data: Path, tmp_path: Path, uninterrupted: Ranks, world_size: int
 ) -> None:
     spec = spec_of(base, data, "Full")
     stopped = Ranks(spec, tmp_path / "job", 1, 2, ("write shards", 1))
     assert -signal.SIGKILL in stopped.run()
     resized = done(Ranks(spec, tmp_path / "job", 2, world_size))
     assert any(report.get("restoredStep") == 2 for report in resized.reports())
-    assert_close(resized, undisturbed)
+    assert_close(resized, uninterrupted)
 
 
 @pytest.mark.trainer
-def test_a_controlnet_in_slices(base: Path, data: Path, tmp_path: Path) -> None:
+def test_resume_of_a_sharded_controlnet_keeps_bytes(base: Path, data: Path, tmp_path: Path) -> None:
     spec = spec_of(base, data, "ControlNet")
-    truth = done(Ranks(spec, tmp_path / "truth", world_size=2))
+    expected = done(Ranks(spec, tmp_path / "expected", world_size=2))
     assert -signal.SIGKILL in Ranks(spec, tmp_path / "job", 1, 2, ("write shards", 2)).run()
     again = done(Ranks(spec, tmp_path / "job", 2, 2))
-    assert outputs(again) == outputs(truth)
+    assert outputs(again) == outputs(expected)
 
 
 @pytest.mark.trainer
-def test_shards_want_a_disk_that_all_see(base: Path, data: Path, tmp_path: Path) -> None:
+def test_sharding_without_shared_storage_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
     ranks = Ranks(spec_of(base, data, "Full"), tmp_path / "job", world_size=2, own_disks=True)
     assert set(ranks.run()) == {ExitCode.STORAGE}
-    assert "ranks [1] do not see rank 0's checkpoints" in ranks.stderr()
+    assert "ranks [1] cannot access rank 0's checkpoints" in ranks.stderr()

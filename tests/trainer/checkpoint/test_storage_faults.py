@@ -1,4 +1,4 @@
-"""Real disks that are full, read-only or not readable: small file systems in memory, mounted for a test."""
+"""Real disks that are full, read-only or unreadable: small in-memory file systems that each test mounts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune_trainer.checkpoint.store.folder import FolderStore
 from finetune_trainer.checkpoint.store.retention import Retention
 from finetune_trainer.errors import StaleError
 from testing.trainer import tiny
-from tests.trainer.checkpoint.test_checkpointer import Loop, names
+from tests.trainer.checkpoint.test_checkpointer import LoopHarness, names
 
 NOBODY = 65534
 UID = tiny.make_spec(Path("b"), Path("d")).uid
@@ -26,7 +26,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 
 @pytest.fixture
 def disk() -> Iterator[Path]:
-    """A disk of 1 MiB; a checkpoint of the loop takes an eighth of it."""
+    """Mount a disk of 1 MiB; a checkpoint of the harness takes an eighth of it."""
     folder = Path(tempfile.mkdtemp(prefix="disk-"))
     folder.chmod(0o755)
     mount("-t", "tmpfs", "-o", "size=1m,mode=755", "tmpfs", str(folder))
@@ -40,59 +40,56 @@ def mount(*arguments: str) -> None:
 
 
 @needs_root
-def test_a_disk_without_room(disk: Path) -> None:
-    """Saves fail and leave nothing half written; when there is room again they succeed."""
-    loop = Loop(disk / "job")
-    loop.step()
-    loop.settle()
+def test_full_disk_fails_saves_until_space_is_free(disk: Path) -> None:
+    """Saves fail and leave no incomplete checkpoint; they succeed again when space is free."""
+    harness = LoopHarness(disk / "job")
+    harness.step()
+    harness.settle()
     with (disk / "fill").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"x" * 4096)
-    loop.step()
-    loop.settle()
-    loop.step()
-    assert "No space left on device" in loop.error
+    harness.step()
+    harness.settle()
+    harness.step()
+    assert "No space left on device" in harness.error
     assert names(disk / "job") == ["step-00000001-a1"]
     (disk / "fill").unlink()
-    loop.clock.now = 10
-    loop.step()
-    loop.settle()
-    loop.step()
-    assert loop.error == ""
-    # The last step, which took the news of that save, has begun another one.
-    loop.settle()
+    harness.clock.now = 10
+    harness.step()
+    harness.settle()
+    harness.step()
+    assert harness.error == ""
+    # The last step collected the result of that save and started another one.
+    harness.settle()
     assert names(disk / "job") == ["step-00000004-a1", "step-00000005-a1"]
 
 
 @needs_root
-def test_a_disk_that_turns_read_only(disk: Path) -> None:
-    loop = Loop(disk / "job", max_stale_seconds=100)
-    loop.step()
-    loop.settle()
+def test_read_only_disk_stops_training_at_the_staleness_limit(disk: Path) -> None:
+    harness = LoopHarness(disk / "job", max_stale_seconds=100)
+    harness.step()
+    harness.settle()
     mount("-o", "remount,ro", str(disk))
-    loop.step()
-    loop.settle()
-    loop.step()
-    assert "Read-only file system" in loop.error
-    loop.clock.now = 90
-    loop.step()
-    loop.settle()
-    loop.step()
-    loop.clock.now = 101
+    harness.step()
+    harness.settle()
+    harness.step()
+    assert "Read-only file system" in harness.error
+    harness.clock.now = 90
+    harness.step()
+    harness.settle()
+    harness.step()
+    harness.clock.now = 101
     with pytest.raises(StaleError, match="Read-only file system"):
-        loop.step()
-    # What is there can be read all the same.
+        harness.step()
+    # Existing checkpoints can still be read.
     chosen = FolderStore(disk / "job", UID, 1, Retention()).choose(pytest.fail)
     assert chosen is not None
     assert chosen.manifest.step == 1
 
 
 @contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Root may read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
+def as_unprivileged_user() -> Iterator[None]:
+    """Run the block as an unprivileged user, because root can read every file."""
     os.seteuid(NOBODY)
     try:
         yield
@@ -102,16 +99,16 @@ def as_nobody() -> Iterator[None]:
 
 @needs_root
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
-def test_a_file_that_may_not_be_read_is_left_alone(disk: Path, name: str) -> None:
-    """It may be whole: it is passed over, and not set aside."""
-    loop = Loop(disk / "job")
+def test_checkpoint_with_an_unreadable_file_is_skipped(disk: Path, name: str) -> None:
+    """The checkpoint may be valid: it is skipped, and not renamed."""
+    harness = LoopHarness(disk / "job")
     for _ in range(2):
-        loop.step()
-        loop.settle()
+        harness.step()
+        harness.settle()
     newest = paths.checkpoints(disk / "job") / "step-00000002-a1"
     (newest / name).chmod(0)
     warnings: list[str] = []
-    with as_nobody():
+    with as_unprivileged_user():
         chosen = FolderStore(disk / "job", UID, 1, Retention()).choose(warnings.append)
     assert chosen is not None
     assert chosen.manifest.step == 1

@@ -1,4 +1,4 @@
-"""Every method on every family: trained end to end, and resumed bit for bit."""
+"""Every method on every family: trained end to end, and resumed with bit-identical results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Method as MethodName
 from finetune_trainer.report import Reporter
+from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.preemption_notice import PreemptionNotice
-from finetune_trainer.train.run import RankContext, run_rank
+from finetune_trainer.train.run import run_rank
 from testing.trainer import tiny
 from testing.trainer.methods import SETTINGS
 from testing.trainer.ranks import Ranks
@@ -44,13 +45,13 @@ ON_TWO_RANKS = {
     "TextualInversion": tiny.FAMILIES,
     "ControlNet": tiny.FAMILIES,
 }
-"""Settings, and the families that they run on by two ranks: each method once on each family."""
+"""Families on which each entry of SETTINGS runs with two ranks: each method once on each family."""
 PAIRS = [(name, family) for name, families in ON_TWO_RANKS.items() for family in families]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _restored_settings() -> Iterator[None]:
-    """A rank that runs in this process changes torch for all that comes after it."""
+    """Undo the torch settings that a rank in this process changes."""
     yield
     torch.use_deterministic_algorithms(False)
     gc.unfreeze()
@@ -58,12 +59,12 @@ def _restored_settings() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of all jobs of this module, which share one cache."""
+    """Folder of all jobs of this module; they share one cache."""
     return tmp_path_factory.mktemp("methods")
 
 
 class StoppingReporter(Reporter):
-    """Gives notice when a step is done."""
+    """Triggers the preemption notice after a step."""
 
     def __init__(self, notice: PreemptionNotice, step: int) -> None:
         super().__init__(0, None)
@@ -77,7 +78,7 @@ class StoppingReporter(Reporter):
 
 
 def run_here(spec: RunSpec, job_dir: Path, attempt: int = 1, stop_at: int | None = None) -> ExitCode:
-    """One rank in this process; given notice after a step, where one is named."""
+    """Run one rank in this process; trigger the preemption notice after step `stop_at`, if given."""
     notice = PreemptionNotice()
     reporter = Reporter(0, None) if stop_at is None else StoppingReporter(notice, stop_at)
     context = RankContext(spec, attempt, job_dir, job_dir.parent / "cache", notice, reporter)
@@ -90,39 +91,41 @@ def read_outputs(job_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} on {case[1]}")
-def test_stopped_and_resumed_ends_with_the_same_bytes(
+def test_stopped_and_resumed_run_writes_the_same_bytes(
     case: tuple[str, str], bases: dict[str, Path], data: Path, folder: Path
 ) -> None:
     method, family = case
     spec = tiny.make_spec(bases[family], data, **OPTIONS, **SETTINGS[method])
-    whole, halves = folder / f"{method}-{family}", folder / f"{method}-{family}-halves"
-    assert run_here(spec, whole) is ExitCode.DONE
-    assert run_here(spec, halves, stop_at=2) is ExitCode.SAVED
-    assert run_here(spec, halves, attempt=2) is ExitCode.DONE
-    assert read_outputs(halves) == read_outputs(whole)
-    assert read_outputs(whole)
+    full_run, resumed = folder / f"{method}-{family}", folder / f"{method}-{family}-resumed"
+    assert run_here(spec, full_run) is ExitCode.DONE
+    assert run_here(spec, resumed, stop_at=2) is ExitCode.SAVED
+    assert run_here(spec, resumed, attempt=2) is ExitCode.DONE
+    assert read_outputs(resumed) == read_outputs(full_run)
+    assert read_outputs(full_run)
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=lambda case: f"{case[0]} on {case[1]}")
-def test_on_two_ranks(case: tuple[str, str], bases: dict[str, Path], data: Path, folder: Path) -> None:
+def test_killed_and_resumed_run_on_two_ranks_writes_the_same_bytes(
+    case: tuple[str, str], bases: dict[str, Path], data: Path, folder: Path
+) -> None:
     method, family = case
     spec = tiny.make_spec(bases[family], data, **OPTIONS, **SETTINGS[method])
-    halves = Ranks(spec, folder / f"{method}-{family}-two", world_size=2, kill_at=("rename", 1), saves_all=True)
-    halves.run()
-    rest = Ranks(spec, halves.folder, 2, 2)
-    whole = Ranks(spec, folder / f"{method}-{family}-whole", world_size=2)
-    for ranks in (rest.start(), whole.start()):
+    resumed = Ranks(spec, folder / f"{method}-{family}-two", world_size=2, kill_at=("rename", 1), saves_all=True)
+    resumed.run()
+    rest = Ranks(spec, resumed.folder, 2, 2)
+    full_run = Ranks(spec, folder / f"{method}-{family}-full_run", world_size=2)
+    for ranks in (rest.start(), full_run.start()):
         assert ranks.wait() == [ExitCode.DONE] * 2, ranks.stderr()
     assert any(report.get("restoredStep", 0) > 0 for report in rest.reports())
-    assert read_outputs(rest.job_dir) == read_outputs(whole.job_dir)
+    assert read_outputs(rest.job_dir) == read_outputs(full_run.job_dir)
 
 
-def test_two_ranks_try_each_method_on_each_family() -> None:
+def test_two_rank_cases_cover_each_method_on_each_family() -> None:
     tried = [(SETTINGS[name]["method"], family) for name, family in PAIRS]
     assert sorted(tried) == sorted(itertools.product([method.value for method in MethodName], tiny.FAMILIES))
 
 
-def test_textual_inversion_saves_kilobytes(base: Path, data: Path, folder: Path) -> None:
+def test_textual_inversion_checkpoints_are_small(base: Path, data: Path, folder: Path) -> None:
     spec = tiny.make_spec(base, data, steps=2, **SETTINGS["TextualInversion"])
     assert run_here(spec, folder / "small") is ExitCode.DONE
     checkpoints = [path for path in (folder / "small" / "checkpoints").iterdir() if path.name.startswith("step-")]
@@ -132,13 +135,13 @@ def test_textual_inversion_saves_kilobytes(base: Path, data: Path, folder: Path)
 
 
 @pytest.mark.parametrize("method", ["LoRA", "Full"])
-def test_fp16_and_its_scale_resume(method: str, base: Path, data: Path, folder: Path) -> None:
+def test_fp16_run_resumes_with_its_loss_scale(method: str, base: Path, data: Path, folder: Path) -> None:
     options = {"precision": "fp16", "optimizer": "prodigy", "learningRate": 1}
     spec = tiny.make_spec(base, data, **{**OPTIONS, **options, "steps": 4}, **SETTINGS[method])
-    whole, halves = folder / f"fp16-{method}", folder / f"fp16-{method}-halves"
-    assert run_here(spec, whole) is ExitCode.DONE
-    assert run_here(spec, halves, stop_at=2) is ExitCode.SAVED
-    assert run_here(spec, halves, attempt=2) is ExitCode.DONE
-    assert read_outputs(halves) == read_outputs(whole)
-    (state,) = (whole / "checkpoints").glob("step-*4-a1/state.json")
+    full_run, resumed = folder / f"fp16-{method}", folder / f"fp16-{method}-resumed"
+    assert run_here(spec, full_run) is ExitCode.DONE
+    assert run_here(spec, resumed, stop_at=2) is ExitCode.SAVED
+    assert run_here(spec, resumed, attempt=2) is ExitCode.DONE
+    assert read_outputs(resumed) == read_outputs(full_run)
+    (state,) = (full_run / "checkpoints").glob("step-*4-a1/state.json")
     assert json.loads(state.read_text(encoding="utf-8"))["lossScale"]["value"] <= 65536

@@ -1,4 +1,4 @@
-"""The short forms of `make bench-learning` and `make bench-map`: all the figures and pictures that they promise."""
+"""Short runs of `make bench-learning` and `make bench-map`: all figures and pictures of their output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def last_line(*command: str, **environment: str) -> dict[str, float]:
     return figures
 
 
-def test_learning_is_measured(tmp_path: Path) -> None:
+def test_bench_learning_reports_all_figures_and_pictures(tmp_path: Path) -> None:
     command = [
         "bench.learning",
         "--cases",
@@ -49,8 +49,8 @@ def test_learning_is_measured(tmp_path: Path) -> None:
             assert picture.width > 6 * 64
 
 
-def test_bases_begin_as_the_first() -> None:
-    """What is new of SD 2.x and SDXL adds nothing before it is trained."""
+def test_untrained_sd2_and_sdxl_bases_predict_like_the_sd1_base() -> None:
+    """The additional weights of SD 2.x and SDXL have no effect before training."""
     import torch  # noqa: PLC0415  slow
     from diffusers import StableDiffusionPipeline  # noqa: PLC0415  slow
 
@@ -79,13 +79,13 @@ def test_bases_begin_as_the_first() -> None:
     )
 
 
-def test_the_map_phase_is_measured() -> None:
+def test_bench_map_reports_all_figures() -> None:
     figures = last_line("bench.map_phase", "--images", "8", "16", "--step-seconds", "0")
     for name in ("train_peak_mib_8", "map_peak_mib_16", "images_per_second_16", "wait_ms_16", "growth"):
         assert figures[name] > 0
 
 
-def test_the_judges_tell_the_shapes_apart() -> None:
+def test_measures_distinguish_the_shapes() -> None:
     from testing.learning.cases import SCENES, is_blue, is_ring, is_square, overlap_with_edge  # noqa: PLC0415  slow
 
     for number, scene in enumerate(SCENES):

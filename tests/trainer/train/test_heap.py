@@ -1,4 +1,4 @@
-"""The heap that keeps what is freed, in processes of their own: it cannot be undone."""
+"""Heap settings that keep freed memory, in separate processes, because they cannot be undone."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 def use(): return [bytearray(b"x") * {BLOCK_BYTES} for _ in range({NUM_BLOCKS})]
 
-kept = heap.keep_freed(os.environ)
+kept = heap.keep_freed_memory(os.environ)
 use()
 before = faults()
 use()
 again, full = faults() - before, resident()
-heap.give_back()
+heap.release_free_memory()
 print(int(kept), again, full - resident())
 """
 
 
 def run(**environment: str) -> tuple[bool, int, int]:
-    """Whether it is kept, page faults of the second use, bytes that were given back."""
+    """Return whether freed memory is kept, the page faults of the second use, and the bytes that were released."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=clean | environment, capture_output=True, text=True, check=True, timeout=60
@@ -40,7 +40,7 @@ def run(**environment: str) -> tuple[bool, int, int]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
-def test_what_is_freed_is_used_again_until_it_is_given_back() -> None:
+def test_freed_memory_is_reused_until_it_is_released() -> None:
     kept, faults, given_back = run()
     assert kept
     num_pages = NUM_BLOCKS * BLOCK_BYTES // os.sysconf("SC_PAGE_SIZE")
@@ -48,5 +48,5 @@ def test_what_is_freed_is_used_again_until_it_is_given_back() -> None:
     assert given_back > NUM_BLOCKS * BLOCK_BYTES / 2
 
 
-def test_settings_of_the_environment_stay() -> None:
+def test_malloc_settings_of_the_environment_are_kept() -> None:
     assert not run(MALLOC_ARENA_MAX="2")[0]

@@ -1,4 +1,4 @@
-"""Curves and pictures of a run: told at intervals, by timestep, to whatever is asked for; a resumed run goes on."""
+"""The metrics logger and the trackers: logged steps, losses by timestep, and resumed tracker runs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from finetune_contract.spec import TrackerName
 from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.train.metrics_logger import EVERY_STEPS, MetricsLogger
-from finetune_trainer.train.trackers import Run, check_trackers, open_trackers
+from finetune_trainer.train.trackers import TrackedRun, check_trackers, open_trackers
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 
 pytestmark = pytest.mark.trainer
 
 
-class Told:
-    """A tracker that remembers."""
+class RecordingTracker:
+    """A tracker that records what is logged."""
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
@@ -48,57 +48,57 @@ class Told:
         self.logged.append((-1, {}))
 
 
-class Broken(Told):
+class FailingTracker(RecordingTracker):
     def log(self, step: int, values: Mapping[str, float]) -> None:
         raise OSError("the disk is full")
 
 
 def tenths(**values: float) -> list[float]:
     listed = [0.0] * NUM_TIMESTEP_BUCKETS
-    for place, value in values.items():
-        listed[int(place[1:])] = value
+    for name, value in values.items():
+        listed[int(name[1:])] = value
     return listed
 
 
-def test_losses_are_gathered_by_timestep_between_two_tellings() -> None:
-    told = Told()
-    journal = MetricsLogger([told], 1000, pytest.fail)
-    journal.step(1, {"loss": 1.0}, tenths(t0=3.0), tenths(t0=2))
+def test_losses_by_timestep_are_averaged_between_logged_steps() -> None:
+    recorded = RecordingTracker()
+    logger = MetricsLogger([recorded], 1000, pytest.fail)
+    logger.log_step(1, {"loss": 1.0}, tenths(t0=3.0), tenths(t0=2))
     for step in range(2, EVERY_STEPS + 1):
-        journal.step(step, {"loss": step}, tenths(t0=1.0, t9=4.0), tenths(t0=1, t9=2))
-    assert told.logged == [
+        logger.log_step(step, {"loss": step}, tenths(t0=1.0, t9=4.0), tenths(t0=1, t9=2))
+    assert recorded.logged == [
         (1, {"loss": 1.0, "loss/timesteps 0000-0099": 1.5}),
         (EVERY_STEPS, {"loss": EVERY_STEPS, "loss/timesteps 0000-0099": 1.0, "loss/timesteps 0900-0999": 2.0}),
     ]
 
 
-def test_a_tracker_that_fails_is_given_up_and_the_others_go_on() -> None:
-    told, warnings = Told(), list[str]()
-    journal = MetricsLogger([Broken(), told], 1000, warnings.append)
+def test_failing_tracker_is_disabled_and_the_others_continue() -> None:
+    recorded, warnings = RecordingTracker(), list[str]()
+    logger = MetricsLogger([FailingTracker(), recorded], 1000, warnings.append)
     for step in (1, EVERY_STEPS):
-        journal.step(step, {"loss": 1.0}, tenths(), tenths())
-    assert warnings == ["training.trackers: Broken is given up: the disk is full"]
-    assert [step for step, _ in told.logged] == [1, EVERY_STEPS]
+        logger.log_step(step, {"loss": 1.0}, tenths(), tenths())
+    assert warnings == ["training.trackers: FailingTracker failed and is disabled: the disk is full"]
+    assert [step for step, _ in recorded.logged] == [1, EVERY_STEPS]
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(
-        ConfigError, match=r"training\.trackers: mlflow needs the package mlflow, which this image lacks"
+        ConfigError, match=r"training\.trackers: mlflow needs the package mlflow, which is not installed in this image"
     ):
         check_trackers([TrackerName.MLFLOW])
 
 
-def run_of(job_dir: Path, step: int) -> Run:
+def run_of(job_dir: Path, step: int) -> TrackedRun:
     spec = {"namespace": "default", "job": "dog", "uid": "abc", "model": {"base": "x"}, "dataset": {"source": "y"}}
-    return Run(RunSpec.model_validate({**spec, "training": {"method": "LoRA"}, "globalBatch": 1}), job_dir, step)
+    return TrackedRun(RunSpec.model_validate({**spec, "training": {"method": "LoRA"}, "globalBatch": 1}), job_dir, step)
 
 
 @pytest.mark.parametrize("name", list(TrackerName))
-def test_a_resumed_run_goes_on_in_the_same_place(
+def test_resumed_run_continues_in_the_same_tracker_run(
     name: TrackerName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the real packages."""
+    """Uses the real packages."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     picture = tmp_path / "grid.png"
     Image.new("RGB", (4, 4)).save(picture)
@@ -136,14 +136,14 @@ def _check_mlflow(folder: Path) -> None:
     assert sorted(metric.step for metric in history) == list(range(1, 11))
 
 
-def test_a_rank_tells_its_trackers_and_nobody_else(base: Path, data: Path, tmp_path: Path) -> None:
-    """Nothing goes to the network unless asked for, nothing is left behind, and a notice still reaches the rank."""
+def test_rank_logs_to_its_trackers_without_network_access(base: Path, data: Path, tmp_path: Path) -> None:
+    """By default nothing is sent to the network, and no helper process is left running."""
     spec = tiny.make_spec(base, data, steps=2, trackers=[name.value for name in TrackerName])
     (tmp_path / "run.json").write_text(spec.to_json(), encoding="utf-8")
     job_dir = tmp_path / "job"
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
-        # Not the variables of this process: some of them tell a package that it is tested, and it behaves otherwise.
+        # Not this process's variables: some of them show a package that a test runs, which changes its behaviour.
         env = {
             **{name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ},
             **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), url),
@@ -157,15 +157,15 @@ def test_a_rank_tells_its_trackers_and_nobody_else(base: Path, data: Path, tmp_p
             [sys.executable, "-m", "finetune_trainer.rank"], env=env, capture_output=True, check=False
         )
         assert rank.returncode == ExitCode.DONE, rank.stderr.decode()
-        assert _asked(proxy) == []
+        assert _requests(proxy) == []
     assert (job_dir / "tensorboard").is_dir()
     assert len(list((job_dir / "wandb").glob("offline-run-*"))) == 1
     assert (job_dir / "mlflow.db").is_file()
-    assert [process.info for process in psutil.process_iter(["environ"]) if _is_of(process, job_dir)] == []
+    assert [process.info for process in psutil.process_iter(["environ"]) if _belongs_to(process, job_dir)] == []
 
 
-def _asked(proxy: socket.socket) -> list[bytes]:
-    """The first lines of what a proxy was asked, which has answered nothing yet."""
+def _requests(proxy: socket.socket) -> list[bytes]:
+    """Return the first lines of the requests that wait at a proxy."""
     proxy.setblocking(False)
     lines: list[bytes] = []
     while True:
@@ -178,13 +178,13 @@ def _asked(proxy: socket.socket) -> list[bytes]:
             lines.append(connection.recv(4096).partition(b"\r\n")[0])
 
 
-def _is_of(process: psutil.Process, job_dir: Path) -> bool:
+def _belongs_to(process: psutil.Process, job_dir: Path) -> bool:
     environ: dict[str, str] = process.info["environ"] or {}
     return environ.get(environment.CHECKPOINT_DIR) == str(job_dir)
 
 
-def test_the_ranks_add_up_their_losses_by_timestep(base: Path, data: Path, tmp_path: Path) -> None:
-    """The held-out losses, too, are told by part of the schedule; their mean is the loss."""
+def test_held_out_losses_are_recorded_by_timestep(base: Path, data: Path, tmp_path: Path) -> None:
+    """The held-out loss is the mean of the losses of the four parts of the schedule."""
     spec = tiny.make_spec(base, data, steps=2, validation={"split": "test"})
     ranks = Ranks(spec, tmp_path / "job", world_size=2)
     assert ranks.run() == [ExitCode.DONE] * 2, ranks.stderr()

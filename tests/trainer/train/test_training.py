@@ -1,4 +1,4 @@
-"""Optimizer, schedule, average, state and reports: the loop's smaller parts."""
+"""The loop's smaller parts: optimizer, schedule, moving average, state, reports and the preemption notice."""
 
 from __future__ import annotations
 
@@ -37,31 +37,40 @@ def make_training(**settings: Any) -> TrainingSpec:
     return TrainingSpec.model_validate({"method": "LoRA", "learningRate": 0.1, **settings})
 
 
-@pytest.mark.parametrize("name", list(LrScheduler))
-def test_schedules_rise_and_never_exceed_the_peak(name: LrScheduler) -> None:
+def learning_rates(name: LrScheduler) -> list[float]:
     rate = learning_rate(make_training(lrScheduler=name.value, lrWarmupSteps=10), 100)
-    values = [rate(step) for step in range(100)]
-    assert all(0 <= value <= 0.1 + 1e-9 for value in values)
-    if name is not LrScheduler.CONSTANT:
-        assert values[:3] == pytest.approx([0, 0.01, 0.02])
-    if name in (LrScheduler.LINEAR, LrScheduler.COSINE):
-        assert values[-1] < 0.002
+    return [rate(step) for step in range(100)]
 
 
-def test_the_rate_of_a_step_does_not_depend_on_the_steps_before() -> None:
+@pytest.mark.parametrize("name", list(LrScheduler))
+def test_schedules_never_exceed_the_peak(name: LrScheduler) -> None:
+    assert all(0 <= value <= 0.1 + 1e-9 for value in learning_rates(name))
+
+
+@pytest.mark.parametrize("name", sorted(set(LrScheduler) - {LrScheduler.CONSTANT}))
+def test_schedules_with_warmup_rise_from_zero(name: LrScheduler) -> None:
+    assert learning_rates(name)[:3] == pytest.approx([0, 0.01, 0.02])
+
+
+@pytest.mark.parametrize("name", [LrScheduler.LINEAR, LrScheduler.COSINE])
+def test_decaying_schedules_end_near_zero(name: LrScheduler) -> None:
+    assert learning_rates(name)[-1] < 0.002
+
+
+def test_learning_rate_does_not_depend_on_earlier_steps() -> None:
     rate = learning_rate(make_training(lrScheduler="cosine"), 100)
     late = rate(70)
     rate(3)
     assert rate(70) == late
 
 
-def test_an_8_bit_optimizer_is_for_gpus() -> None:
-    with pytest.raises(ConfigError, match=r"training\.optimizer: adamw8bit is for GPUs; write adamw or adafactor"):
+def test_8_bit_optimizer_needs_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"training\.optimizer: adamw8bit needs a GPU; write adamw or adafactor"):
         make_optimizer(make_training(optimizer="adamw8bit"), [nn.Parameter(torch.zeros(1))])
 
 
-def test_prodigy_follows_the_papers_formulas() -> None:
-    """Algorithm 4 of https://arxiv.org/abs/2306.06101, written out with numpy."""
+def test_prodigy_matches_the_paper() -> None:
+    """Compares with Algorithm 4 of https://arxiv.org/abs/2306.06101, implemented with numpy."""
     start = np.array([1.0, -2.0, 0.5])
     parameter = nn.Parameter(torch.tensor(start, dtype=torch.float64))
     optimizer = Prodigy([parameter], lr=1.0, betas=(0.9, 0.99), eps=1e-8)
@@ -81,7 +90,7 @@ def test_prodigy_follows_the_papers_formulas() -> None:
     assert d > 1e-4
 
 
-def test_prodigy_needs_no_learning_rate() -> None:
+def test_prodigy_converges_with_its_default_learning_rate() -> None:
     parameter = nn.Parameter(torch.zeros(4))
     optimizer = Prodigy([parameter])
     for _ in range(300):
@@ -90,29 +99,29 @@ def test_prodigy_needs_no_learning_rate() -> None:
     assert parameter.tolist() == pytest.approx([7.0] * 4, abs=0.5)
 
 
-def test_scale_of_the_loss_falls_and_rises() -> None:
+def test_loss_scale_falls_and_rises() -> None:
     scale = LossScale()
-    scale.overflowed()
+    scale.record_overflow()
     assert scale.value == FIRST_SCALE / 2
     for _ in range(STEPS_TO_DOUBLE - 1):
-        scale.held()
+        scale.record_finite()
     other = LossScale()
     other.restore(json.loads(json.dumps(scale.values())))
-    other.held()
+    other.record_finite()
     assert other.value == FIRST_SCALE
     with pytest.raises(ConfigError, match=r"training\.precision: the gradients overflow fp16 in every step"):
         for _ in range(100):
-            other.overflowed()
+            other.record_overflow()
 
 
-def test_average_follows_the_parameters() -> None:
+def test_moving_average_follows_the_parameters() -> None:
     assert decay_at(1) < decay_at(100) < decay_at(10**9) == 0.9999
     parameter = nn.Parameter(torch.zeros(2))
     ema = Ema({"w": parameter})
     parameter.data.fill_(1.0)
     ema.update(1)
     expected = 1 - decay_at(1)
-    with ema.in_place():
+    with ema.applied():
         assert parameter.tolist() == pytest.approx([expected] * 2)
     assert parameter.tolist() == [1.0, 1.0]
 
@@ -136,7 +145,7 @@ def step(state: TrainState) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "prodigy"])
-def test_restored_state_goes_on_bit_for_bit(optimizer: str) -> None:
+def test_restored_state_continues_bit_for_bit(optimizer: str) -> None:
     one, other = make_state(optimizer=optimizer), make_state(optimizer=optimizer)
     for _ in range(3):
         step(one)
@@ -172,7 +181,7 @@ def test_checkpoint_of_other_shapes_is_refused() -> None:
         state.restore(snapshot)
 
 
-def test_checkpoint_without_an_average_is_refused() -> None:
+def test_checkpoint_without_moving_average_is_refused() -> None:
     with pytest.raises(ConfigError, match="other weights"):
         make_state().restore(make_state(with_ema=False).snapshot({}))
 
@@ -188,7 +197,7 @@ def read_reports(fd: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in os.read(fd, 65536).decode().splitlines()]
 
 
-def test_reports_are_whole_seldom_and_at_once_when_it_matters() -> None:
+def test_progress_reports_are_rate_limited_and_state_changes_are_not() -> None:
     reader, writer = os.pipe()
     clock = _Clock()
     reporter = Reporter(1, writer, clock)
@@ -213,17 +222,17 @@ def test_reports_are_whole_seldom_and_at_once_when_it_matters() -> None:
     assert all(report["rank"] == 1 for report in reports)
 
 
-def test_a_full_or_closed_pipe_holds_nothing_up() -> None:
+def test_full_or_closed_pipe_never_blocks() -> None:
     reader, writer = os.pipe()
     reporter = Reporter(0, writer)
     for number in range(3000):
-        reporter.warn(f"sentence {number} {'x' * 40}")
+        reporter.warn(f"message {number} {'x' * 40}")
     os.close(reader)
     reporter.state(RankState.SAVING)
     Reporter(0, None).state(RankState.DONE)
 
 
-def _leave(held: bool, report: Path) -> None:
+def _receive_notice(held: bool, report: Path) -> None:
     def on_leave() -> None:
         report.write_text("leaving", encoding="utf-8")
 
@@ -237,16 +246,16 @@ def _leave(held: bool, report: Path) -> None:
             pass
         report.write_text("held", encoding="utf-8")
         os._exit(ExitCode.STORAGE)
-    # A C call that no Python handler can interrupt.
+    # A C call that a Python signal handler cannot interrupt.
     reader, _ = os.pipe()
     os.read(reader, 1)
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_notice_ends_the_process_unless_it_is_held(held: bool, tmp_path: Path) -> None:
+def test_preemption_notice_ends_the_process_unless_it_is_held(held: bool, tmp_path: Path) -> None:
     process_id = os.fork()
     if process_id == 0:
-        _leave(held, tmp_path / "report")
+        _receive_notice(held, tmp_path / "report")
         os._exit(1)
     _, status = os.waitpid(process_id, 0)
     assert os.waitstatus_to_exitcode(status) == (ExitCode.STORAGE if held else ExitCode.SAVED)
@@ -263,7 +272,7 @@ def test_grid_has_a_row_for_each_label_and_a_column_for_each_caption() -> None:
 
 
 def test_held_out_timesteps_cover_the_schedule_evenly() -> None:
-    refs = [SampleRef(look, index) for look in range(NUM_TIMESTEPS) for index in range(16)]
+    refs = [SampleRef(quarter, index) for quarter in range(NUM_TIMESTEPS) for index in range(16)]
     timesteps = sorted(spread_timestep(ref, 16, 1000) for ref in refs)
     gaps = {following - one for one, following in pairwise(timesteps)}
     assert gaps <= {15, 16}
@@ -271,7 +280,7 @@ def test_held_out_timesteps_cover_the_schedule_evenly() -> None:
     assert timesteps[-1] >= 984
 
 
-def test_tensor_files_are_the_same_bytes_whatever_the_order(tmp_path: Path) -> None:
+def test_tensor_files_do_not_depend_on_the_order(tmp_path: Path) -> None:
     from safetensors import safe_open  # noqa: PLC0415
 
     tensors = {"b": torch.ones(3), "a": torch.zeros(2, 2, dtype=torch.bfloat16)}

@@ -1,1 +1,1 @@
-"""Checkpoints that cannot be lost: written aside, verified before they count, fenced by attempt."""
+"""Saves and restores a run: temporary files first, verification before commit, an attempt fence."""

@@ -1,4 +1,7 @@
-"""Saving beside the loop: the loop stands still only until the state is copied, and mostly not even for that."""
+"""Saves checkpoints in the background: the loop waits at most until the state is copied to host memory.
+
+The training loop calls it on every rank. The writer's thread copies, writes and commits.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from finetune_trainer.checkpoint.health import CheckpointHealth
 from finetune_trainer.checkpoint.host_copy import HostCopy
 from finetune_trainer.checkpoint.interval import SaveClock, due_seconds, save_due
 from finetune_trainer.checkpoint.roles import Role, choose_checkpoint, choose_shards, open_storage
-from finetune_trainer.checkpoint.save_task import SaveTask, Share, Writer
+from finetune_trainer.checkpoint.save_task import CheckpointWriter, SavePart, SaveTask
 from finetune_trainer.checkpoint.sharded_state import ShardedState
 from finetune_trainer.checkpoint.shards import ShardReader
 from finetune_trainer.checkpoint.snapshot import BEST, Committed, Snapshot
@@ -33,18 +36,21 @@ from finetune_trainer.errors import FabricError, StaleError, StorageError
 from finetune_trainer.report import Reporter
 
 WRITER_NICENESS = 5
-"""The writer's thread yields to those that train; not much, for it may hold the interpreter that they wait for."""
+"""Niceness of the writer's thread, so that training comes first.
+
+It is low because the writer may hold the interpreter lock that training waits for.
+"""
 
 
 @dataclass(frozen=True)
 class SaveOptions:
-    """What a run, a test or a measurement may want otherwise.
+    """Options of a Checkpointer that a run, a test or a bench may override.
 
     Attributes:
-        best: the best validation so far, {"step", "loss"}.
-        clock: monotonic seconds.
-        mtbf_seconds: mean time between interruptions, as far as the operator has seen.
-        min_part_bytes: smallest part of a checkpoint that a rank of its own writes.
+        best: returns the best validation so far, {"step", "loss"}.
+        clock: monotonic time in seconds.
+        mtbf_seconds: mean time between interruptions, as observed by the operator.
+        min_part_bytes: minimum size of the part of a checkpoint that one rank writes.
     """
 
     best: Callable[[], Mapping[str, Any] | None] = lambda: None
@@ -54,11 +60,11 @@ class SaveOptions:
 
 
 class Checkpointer:
-    """The checkpoints of a run, as the loop sees them. Every rank has one, and all call the same methods.
+    """The loop's interface to checkpoints. Every rank has one, and all ranks call the same methods.
 
     Args:
         store: the storage, as this rank sees it.
-        options: what is seldom given.
+        options: overrides of the defaults.
     """
 
     def __init__(
@@ -78,27 +84,27 @@ class Checkpointer:
         self._role = Role(world.rank, (0,), own_disk=False)
         self._copy = HostCopy(world.device)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer", initializer=_yield_to_training)
-        self._writer: Writer | None = None
-        self._rescue: EmergencySave | None = None
+        self._writer: CheckpointWriter | None = None
+        self._emergency_save: EmergencySave | None = None
         self._task: SaveTask | None = None
         self._begun_step = 0
-        """Step that was last saved, or is being saved."""
+        """Step of the newest save, finished or running."""
         self._safe_step = 0
-        """Step that all ranks know to be committed."""
+        """Newest step that is committed as far as all ranks know."""
         self._saved_at = self._clock()
-        """When the state of the newest checkpoint was that of the loop."""
+        """Time at which the newest checkpoint's state was the loop's state."""
         self._cost_seconds: float | None = None
         self._stall_seconds: float | None = None
         self._size_bytes: int | None = None
-        self._trouble = CheckpointHealth(spec.max_stale_seconds, reporter)
+        self._health = CheckpointHealth(spec.max_stale_seconds, reporter)
         self._has_scratch = isinstance(store, ScratchStore)
-        self._drain = Drain(store, self._drained) if isinstance(store, ScratchStore) and world.is_first else None
+        self._drain = Drain(store, self._report_drained) if isinstance(store, ScratchStore) and world.is_first else None
 
     def restore(self, state: TrainState) -> None:
-        """Go on from the newest checkpoint that verifies, if there is one.
+        """Restore the newest valid checkpoint into the state, if one exists. All ranks call it.
 
         Raises:
-            ConfigError: it is of another model than the run specification asks for.
+            ConfigError: the checkpoint holds other weights than the run specification defines.
             StorageError: the storage cannot be written or read.
             SupersededError: a newer attempt has begun.
             FabricError: a peer was lost.
@@ -116,22 +122,22 @@ class Checkpointer:
         if self._role.chooses and (number := self._store.num_corrupt()):
             self._reporter.corrupt_checkpoints(number)
         channel = Channel(self._world) if len(self._role.sharing) > 1 else None
-        self._writer = Writer(self._store, self._copy, channel, self._committed, self._last_values)
-        self._copy.mark()
+        self._writer = CheckpointWriter(self._store, self._copy, channel, self._report_committed, self._late_values)
+        self._copy.mark_changed()
         if self._world.size > 1 and not state.is_sharded:
-            # Of a sharded state no survivor holds the whole.
-            self._rescue = EmergencySave(
-                self._world.rank, self._store.behind, self._reporter, self._rescued, self._report
+            # No survivor holds a complete sharded state.
+            self._emergency_save = EmergencySave(
+                self._world.rank, self._store.durable, self._reporter, self._host_snapshot, self._report
             )
         self._begun_step = self._safe_step = state.step
         self._saved_at = self._clock()
         if self._has_scratch and state.step > 0:
-            self._put_behind(state, found)
+            self._make_durable(state, found)
 
-    def _put_behind(self, state: TrainState, found: Committed | None) -> None:
-        """What was on a scratch alone is saved anew, so that the storage has it."""
-        is_behind = self._world.is_first and self._store.behind.newest()[0] >= state.step
-        if not self._world.share(is_behind):
+    def _make_durable(self, state: TrainState, found: Committed | None) -> None:
+        """Save again what was restored from a scratch alone, so that the durable storage has it."""
+        is_durable = self._world.is_first and self._store.durable.newest()[0] >= state.step
+        if not self._world.share(is_durable):
             self._begun_step = self._safe_step = -1
             self.try_to_save(state)
         elif found is not None and self._world.is_first:
@@ -147,65 +153,65 @@ class Checkpointer:
         state.restore_shards(ShardReader(files), self._store.load_values(found))
 
     def due(self, step: int) -> bool:
-        """Whether the state after this step should be saved. Only rank 0 knows: the clocks of the ranks differ.
+        """Return whether to save the state after this step. Only rank 0 decides, because the ranks' clocks differ.
 
-        The next save is not due before the last is over.
+        No save is due while another one runs.
 
         Raises:
-            StaleError: nothing could be saved for longer than is allowed.
+            StaleError: the newest checkpoint is older than the run allows.
             SupersededError: a newer attempt has begun.
         """
-        self._look_at_last()
+        self._collect_last()
         if not self._world.is_first:
             return False
         now = self._clock()
         since = now - self._saved_at
         if self._drain is not None and (copied := self._drain.current):
-            self._trouble.slow(copied[0], now - copied[1], since)
+            self._health.check_running_save(copied[0], now - copied[1], since)
         if self._task is not None:
-            self._trouble.slow(self._task.step, now - self._task.begun_at, since)
+            self._health.check_running_save(self._task.step, now - self._task.begun_at, since)
             return False
-        if self._trouble.text:
-            self._trouble.check(since)
-            return self._trouble.retry_due(now)
+        if self._health.error:
+            self._health.check(since)
+            return self._health.retry_due(now)
         return save_due(self._spec.checkpoint_interval, self._save_clock(step - self._begun_step, since))
 
     def _save_clock(self, steps_since: int = 0, seconds_since: float = 0.0) -> SaveClock:
         return SaveClock(steps_since, seconds_since, self._cost_seconds, self._options.mtbf_seconds)
 
     def _interval_seconds(self) -> float | None:
-        """Seconds between two checkpoints, where they are counted in seconds."""
+        """Return the seconds between two checkpoints; None if the interval counts steps only."""
         seconds = due_seconds(self._spec.checkpoint_interval, self._save_clock())
         return round(seconds, 1) if math.isfinite(seconds) else None
 
     def save(self, state: TrainState) -> None:
-        """Begin to save the state, unless that was begun already; `before_update` waits for what must be waited for."""
+        """Start to save the state, unless a save of this step has started. `before_update` waits for its copy."""
         began = self._clock()
         if state.step == self._begun_step:
             return
         if self._task is not None and not self._task.future.done() and self._role.own_disk:
-            # A slower disk than rank 0's: it saves less often.
+            # This node's disk is slower than rank 0's: it saves less often.
             return
         self._wait_for_last()
         self._begun_step = state.step
         if not self._role.writes:
             return
-        share = self._share(state)
-        if share.part is None:
+        part = self._part(state)
+        if part.index is None:
             return
         assert self._writer is not None
-        # Even to name thousands of tensors takes milliseconds: that, too, is done beside the loop.
-        task = SaveTask(state.step, lambda: self._snapshot(state), share, began)
+        # Listing thousands of tensors takes milliseconds, so the writer's thread does that, too.
+        task = SaveTask(state.step, lambda: self._snapshot(state), part, began)
         self._task = task
-        task.future = self._pool.submit(self._writer.carry_out, task)
+        task.future = self._pool.submit(self._writer.run, task)
         task.stall_seconds = self._clock() - began
 
-    def updated(self) -> None:
-        """The state has changed: from here on it may be copied as it is."""
-        self._copy.mark()
+    def mark_updated(self) -> None:
+        """Record that the state has changed: from now on a save may copy it."""
+        self._copy.mark_changed()
 
     def before_update(self) -> None:
-        """Wait until the state may change."""
+        """Wait until a running save has copied the state, so that it may change."""
         task = self._task
         if task is not None and not task.copied.is_set():
             began = self._clock()
@@ -213,24 +219,24 @@ class Checkpointer:
             task.stall_seconds += self._clock() - began
 
     def save_and_wait(self, state: TrainState) -> None:
-        """Commit the state, and return on every rank only when it is committed. Tries for as long as is allowed.
+        """Commit the state. Return on every rank when it is committed; retry until the staleness limit.
 
         Raises:
-            StaleError: nothing could be saved for longer than is allowed.
+            StaleError: the newest checkpoint is older than the run allows.
             SupersededError: a newer attempt has begun.
             FabricError: a peer was lost.
         """
         pause = 1.0
         while not self.try_to_save(state):
-            over = self._world.is_first and self._trouble.is_over(self._clock() - self._saved_at + pause)
-            # All say why: whoever ends first is taken for the cause.
-            if why := self._world.share(self._trouble.sentence() if over else ""):
-                raise StaleError(why)
+            is_stale = self._world.is_first and self._health.is_stale(self._clock() - self._saved_at + pause)
+            # Every rank reports the reason, because the first rank to exit is recorded as the cause.
+            if reason := self._world.share(self._health.stale_message() if is_stale else ""):
+                raise StaleError(reason)
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
 
     def try_to_save(self, state: TrainState) -> bool:
-        """Save the state and wait for it; say on every rank whether it is committed.
+        """Save the state and wait for the end. Return on every rank whether the state is committed.
 
         Raises:
             SupersededError: a newer attempt has begun.
@@ -244,33 +250,33 @@ class Checkpointer:
         self._finish_last()
         if self._drain is not None:
             self._drain.wait()
-            self._look_at_drain()
-        is_safe = not self._world.is_first or not self._trouble.text
+            self._collect_drain()
+        is_safe = not self._world.is_first or not self._health.error
         if all(self._world.gather_numbers(int(is_safe))):
             self._safe_step = state.step
             return True
         self._begun_step = -1
         return False
 
-    def rescue(self, state: TrainState) -> None:
-        """A peer is gone, and the loop with it: save the last finished step, if no one has. From any thread; once.
+    def emergency_save(self, state: TrainState) -> None:
+        """Save the last finished step after a peer was lost, unless another rank has. From any thread; at most once.
 
-        Never raises: what is lost is no more than without it.
+        Never raises: if it fails, the attempt loses only what it would have lost without it.
         """
-        if self._rescue is not None:
-            self._rescue.run(state, self._task)
+        if self._emergency_save is not None:
+            self._emergency_save.run(state, self._task)
 
-    def _share(self, state: TrainState) -> Share:
-        """What this rank does in a save of this state."""
+    def _part(self, state: TrainState) -> SavePart:
+        """Return which part of this state this rank saves."""
         rank, sharing = self._role.rank, self._role.sharing
         if self._role.own_disk:
-            return Share(0, (rank,), rank)
+            return SavePart(0, (rank,), rank)
         if state.is_sharded:
-            return Share(rank, sharing, rank)
+            return SavePart(rank, sharing, rank)
         if self._size_bytes is None:
             self._size_bytes = total_bytes(state.snapshot({}).tensors)
         writers = sharing[: num_parts(self._size_bytes, len(sharing), self._options.min_part_bytes)]
-        return Share(writers.index(rank) if rank in writers else None, writers, rank)
+        return SavePart(writers.index(rank) if rank in writers else None, writers, rank)
 
     def _snapshot(self, state: TrainState) -> Snapshot:
         about = {
@@ -281,74 +287,82 @@ class Checkpointer:
         }
         return state.snapshot(about)
 
-    def _last_values(self) -> dict[str, Any]:
+    def _late_values(self) -> dict[str, Any]:
         return {BEST: self._options.best()}
 
     def _finish_last(self) -> None:
-        """Wait on all ranks for the end of the save that is under way."""
+        """Wait on all ranks for the end of the running save."""
         if self._task is not None:
             self._task.written.wait()
-        # Behind this no part is missing: the one who commits waits for nobody who may be gone. Not a barrier: on a GPU
-        # that would only be queued.
+        # After this exchange every part is written, so the committing rank never waits for a rank that may be lost.
+        # A barrier would not do this: on a GPU it is only queued.
         self._world.gather_numbers(0)
         self._wait_for_last()
 
-    def _rescued(self, state: TrainState) -> Snapshot:
-        """The state in the host's memory, whatever the GPU still waits for."""
+    def _host_snapshot(self, state: TrainState) -> Snapshot:
+        """Return the state in host memory, even if the GPU's own stream hangs in a collective."""
         snapshot = self._snapshot(state)
-        values = {**snapshot.values, **self._last_values()}
-        return Snapshot(snapshot.step, self._copy.take_out(snapshot.tensors), values)
+        values = {**snapshot.values, **self._late_values()}
+        return Snapshot(snapshot.step, self._copy.copy_to_host(snapshot.tensors), values)
 
     def _wait_for_last(self) -> None:
         if self._task is not None:
-            _settle(self._task.future)
-            self._look_at_last()
+            _wait_for(self._task.future)
+            self._collect_last()
 
-    def _look_at_last(self) -> None:
-        """Take in how the last save ended, if it has."""
-        self._look_at_drain()
+    def _collect_last(self) -> None:
+        """Collect the result of the last save, if it has ended.
+
+        Raises:
+            SupersededError: a newer attempt has begun.
+        """
+        self._collect_drain()
         task = self._task
         if task is None or not task.future.done():
             return
         self._task = None
         error = task.future.exception()
         if error is None:
-            if task.share.commits:
+            if task.part.commits:
                 if self._drain is None:
-                    self._safe(task.begun_at)
+                    self._record_durable(task.begun_at)
                 self._cost_seconds = task.stall_seconds + task.work_seconds
         elif isinstance(error, StorageError | FabricError):
-            self._trouble.note(str(error), self._clock())
+            self._health.record_failure(str(error), self._clock())
         else:
             raise error
 
-    def _look_at_drain(self) -> None:
-        """Take in how the last copy from scratch to the storage behind it ended, if one has."""
-        ended = None if self._drain is None else self._drain.take_end()
-        if ended is None:
-            return
-        if ended.error is None:
-            self._safe(ended.begun_at)
-        elif isinstance(ended.error, StorageError):
-            self._trouble.note(str(ended.error), self._clock())
-        else:
-            raise ended.error
+    def _collect_drain(self) -> None:
+        """Collect the result of the last copy from scratch to the durable storage, if one has ended.
 
-    def _safe(self, begun_at: float) -> None:
-        """What was the loop's state then will outlive this machine."""
-        self._trouble.clear()
+        Raises:
+            SupersededError: a newer attempt has begun.
+        """
+        result = None if self._drain is None else self._drain.take_result()
+        if result is None:
+            return
+        if result.error is None:
+            self._record_durable(result.begun_at)
+        elif isinstance(result.error, StorageError):
+            self._health.record_failure(str(result.error), self._clock())
+        else:
+            raise result.error
+
+    def _record_durable(self, begun_at: float) -> None:
+        """Record that the state which the loop had at this time survives the loss of this machine."""
+        self._health.record_success()
         self._saved_at = begun_at
 
-    def _committed(self, task: SaveTask, committed: Committed) -> None:
-        """Told by the writer's thread. What is on scratch alone is not worth telling."""
+    def _report_committed(self, task: SaveTask, committed: Committed) -> None:
+        """Report a commit. The writer's thread calls it. A checkpoint on scratch alone is not reported."""
         if self._drain is not None:
             self._stall_seconds = task.stall_seconds
             self._drain.offer(committed, task.begun_at)
         elif not self._has_scratch:
             self._report(committed, task.stall_seconds, self._clock() - task.begun_at)
 
-    def _drained(self, committed: Committed, begun_at: float) -> None:
-        """Told by the drain's thread."""
+    def _report_drained(self, committed: Committed, begun_at: float) -> None:
+        """Report a checkpoint that reached the durable storage. The drain's thread calls it."""
         self._report(committed, self._stall_seconds, self._clock() - begun_at)
 
     def _report(
@@ -368,11 +382,11 @@ class Checkpointer:
         )
 
 
-def _settle(future: Future[Any]) -> None:
-    """Wait for the end of a save, however it ends."""
+def _wait_for(future: Future[Any]) -> None:
+    """Wait for the end of a save; its error is not raised here."""
     future.exception()
 
 
 def _yield_to_training() -> None:
-    """On Linux each thread has a niceness of its own."""
+    """Lower the priority of this thread; on Linux niceness is per thread."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)

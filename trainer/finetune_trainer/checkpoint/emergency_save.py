@@ -1,9 +1,9 @@
-"""The just-in-time checkpoint: a survivor of replicated training saves the last finished step when a peer is gone.
+"""The emergency save (just-in-time checkpoint): a survivor of replicated training saves the last finished step.
 
-Every replica holds the whole state, and the state changes only in the optimizer's step. So when a collective fails or
-hangs because a peer died, whoever is left can save what the gang has done, and sudden death loses no step
-(cf. "Just-In-Time Checkpointing", EuroSys 2024). Survivors agree through the storage alone: the first claims the step
-and writes it; the others wait for that, and write it themselves where nothing comes of it.
+Every replica holds the complete state, and the state changes only in the optimizer's step. So when a collective fails
+or hangs because a peer was lost, any survivor can save the gang's progress, and the loss of a rank loses no step
+(cf. "Just-In-Time Checkpointing", EuroSys 2024). Survivors coordinate through the storage alone: the first claims the
+step and writes it; the others wait for the commit, and write the step themselves if it does not appear in time.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from finetune_trainer.errors import RankError
 from finetune_trainer.report import Reporter
 
 _LOG = logging.getLogger(__name__)
-WHOLE_SECONDS = 30.0
-"""How long an update, or a look at the average, may take that is under way when the word comes."""
+UPDATE_LOCK_SECONDS = 30.0
+"""How long to wait for a running update, or a running use of the moving average, to finish."""
 CLAIM_SECONDS = 15.0
-"""How long the one who claimed a step may take before another one writes it, and what it may take for each byte."""
+"""How long the rank that claimed a step may take, in addition to the time for its bytes, before another rank writes."""
 SLOWEST_BYTES_PER_SECOND = 50e6
+"""Lowest write speed that the wait for the claiming rank assumes."""
 POLL_SECONDS = 0.05
 
 
 class EmergencySave:
-    """Saves the last finished step once, from whichever thread comes first."""
+    """Saves the last finished step once, from the first thread that requests it."""
 
     def __init__(
         self,
@@ -48,33 +49,33 @@ class EmergencySave:
         self._snapshot = snapshot
         self._report = report
         self._lock = threading.Lock()
-        self._is_over = False
+        self._has_run = False
 
     def run(self, state: TrainState, task: SaveTask | None, claim_seconds: float = CLAIM_SECONDS) -> None:
-        """Save the state's step unless it is saved.
+        """Save the state's step unless it is committed.
 
         Args:
-            state: the loop changes it no more once this has begun.
-            task: the ordinary save that is under way; it is waited for, but not for the parts of lost peers.
+            state: the loop cannot change it after this call has started.
+            task: the running ordinary save; its end is awaited, but not the parts of lost peers.
             claim_seconds: see CLAIM_SECONDS.
         """
         with self._lock:
-            if self._is_over:
+            if self._has_run:
                 return
-            self._is_over = True
-            # Never let go: nobody changes the state behind this.
-            if not state.whole.acquire(timeout=WHOLE_SECONDS) or state.torn:
-                _LOG.warning("the state is in the middle of an update: nothing can be saved")
+            self._has_run = True
+            # Never released: no thread may change the state after this.
+            if not state.update_lock.acquire(timeout=UPDATE_LOCK_SECONDS) or state.torn:
+                _LOG.warning("emergency save skipped: the state is in the middle of an update")
                 return
             try:
                 self._save(state, task, claim_seconds)
             except RankError as error:
-                _LOG.warning("step %d could not be saved for the lost peer: %s", state.step, error)
+                _LOG.warning("emergency save of step %d failed: %s", state.step, error)
             except Exception:
-                _LOG.exception("step %d could not be saved for the lost peer", state.step)
+                _LOG.exception("emergency save of step %d failed", state.step)
 
     def _save(self, state: TrainState, task: SaveTask | None, claim_seconds: float) -> None:
-        # A rank that says so is given the time.
+        # The supervisor gives a rank in this state time to finish.
         self._reporter.state(RankState.SAVING)
         if task is not None:
             task.abandoned.set()
@@ -83,13 +84,14 @@ class EmergencySave:
             return
         snapshot = self._snapshot(state)
         seconds = claim_seconds + total_bytes(snapshot.tensors) / SLOWEST_BYTES_PER_SECOND
-        if not self._store.claim(state.step) and self._other_saves(state.step, seconds):
+        if not self._store.claim(state.step) and self._wait_for_commit(state.step, seconds):
             return
         committed = self._store.save(snapshot, time.time(), f"-r{self._rank}")
-        _LOG.info("a peer is gone: step %d was saved by rank %d", state.step, self._rank)
+        _LOG.info("a peer was lost: rank %d saved step %d", self._rank, state.step)
         self._report(committed)
 
-    def _other_saves(self, step: int, seconds: float) -> bool:
+    def _wait_for_commit(self, step: int, seconds: float) -> bool:
+        """Wait until another rank has committed the step; return False after the timeout."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self._store.holds(step):

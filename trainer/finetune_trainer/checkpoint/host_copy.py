@@ -1,7 +1,7 @@
-"""Copies of tensors in the host's memory, into buffers that are kept from save to save.
+"""Copies tensors to host memory, into buffers that are reused for every save.
 
-Made by the writer's thread while the loop runs the next forward and backward pass: the state changes only in the
-optimizer's step, so the copy has to be finished only before that one (CheckFreq, FAST 2021).
+The writer's thread makes the copy while the loop runs the next forward and backward pass. The state changes only in the
+optimizer's step, so the copy must be complete only before that step (CheckFreq, FAST 2021).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from finetune_trainer.checkpoint.split import Groups, size_bytes
 
 SMALL_NUMEL = 32 * 1024
-"""Torch copies a tensor of fewer elements in the thread that asks for it."""
+"""torch copies a tensor with fewer elements in the calling thread."""
 
 
 class HostCopy:
-    """The buffers of one rank: as much host memory as it writes of the state."""
+    """The buffers of one rank: as much host memory as the part of the state that it writes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -28,30 +28,33 @@ class HostCopy:
         self._stream = torch.Stream(device) if device.type == "cuda" else None
         self._ready: torch.Event | None = None
 
-    def mark(self) -> None:
-        """Say from the loop's thread that the state has changed: on a GPU, behind what is queued now."""
+    def mark_changed(self) -> None:
+        """Record that the state has changed; on a GPU, when the work queued so far is done. The loop calls it."""
         if self._stream is not None:
             self._ready = torch.Event(self._device)
             self._ready.record()
 
     def copy(self, groups: Groups) -> dict[str, dict[str, Tensor]]:
-        """Copy tensors; blocks until all are there. Called from the writer's thread."""
+        """Copy tensors, and block until all are complete. The writer's thread calls it."""
         wanted = {(group, name): tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
-        with self._behind_the_last_change():
+        with self._after_last_change():
             self._copy_all(wanted)
         return {group: {name: self._buffers[group, name] for name in tensors} for group, tensors in groups.items()}
 
-    def take_out(self, groups: Groups) -> Groups:
-        """The tensors in the host's memory, where the loop goes on no more: no buffers, no copy of what is there."""
-        with self._behind_the_last_change():
+    def copy_to_host(self, groups: Groups) -> Groups:
+        """Return the tensors in host memory, for a loop that has ended: no buffers, and CPU tensors are not copied."""
+        with self._after_last_change():
             return {
                 group: {name: tensor.detach().cpu() for name, tensor in tensors.items()}
                 for group, tensors in groups.items()
             }
 
     @contextlib.contextmanager
-    def _behind_the_last_change(self) -> Iterator[None]:
-        """On a GPU a stream of its own, for the loop's may hang in a collective that never ends."""
+    def _after_last_change(self) -> Iterator[None]:
+        """Run the block after the last change of the state.
+
+        On a GPU it runs on a separate stream, because the loop's stream may hang in a collective.
+        """
         if self._stream is None:
             yield
             return
@@ -72,7 +75,7 @@ class HostCopy:
             else:
                 _copy(source, target)
         if small:
-            # One call for all of them: each would give the interpreter away, and wait for it again.
+            # One call for all: each separate call would release the interpreter lock and wait for it again.
             torch._foreach_copy_([target for _, target in small], [source for source, _ in small])
 
     def _buffer(self, key: tuple[str, str], like: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ class HostCopy:
 
 def _copy(source: Tensor, target: Tensor) -> None:
     if source.device.type == "cpu" and source.is_contiguous():
-        # Not torch's own copy: it would start a second team of threads on the cores that train.
+        # Not torch's copy: it would start a second thread pool on the cores that train.
         ctypes.memmove(target.data_ptr(), source.data_ptr(), size_bytes(source))
     else:
         target.copy_(source, non_blocking=True)

@@ -1,4 +1,4 @@
-"""When to save. Pure; called by rank 0 after every step with its own clock."""
+"""When to save. Pure; rank 0 calls it after every step with its own clock."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from finetune_contract.interval import DEFAULT_MTBF_SECONDS, auto_seconds
 from finetune_contract.spec import CheckpointInterval
 
 FIRST_SAVE_SECONDS = 0.5
-"""What `auto` takes a save to cost before one has been measured."""
+"""Cost of a save that `auto` assumes before one has been measured."""
 
 
 @dataclass(frozen=True)
 class SaveClock:
-    """What the decision to save depends on.
+    """Inputs of the decision to save.
 
     Attributes:
         steps_since: finished steps since the last checkpoint.
         seconds_since: seconds since the last checkpoint, or since the loop began.
-        save_seconds: what the last save cost, or None.
-        mtbf_seconds: mean time between interruptions, as far as the operator has seen.
+        save_seconds: cost of the last save in seconds; None before the first.
+        mtbf_seconds: mean time between interruptions, as observed by the operator.
     """
 
     steps_since: int
@@ -30,7 +30,7 @@ class SaveClock:
 
 
 def save_due(interval: CheckpointInterval, clock: SaveClock) -> bool:
-    """Whether a checkpoint is due: by steps, by seconds, by whichever comes first, or by `auto`."""
+    """Return whether a checkpoint is due: by steps, by seconds, by the first of both, or by `auto`."""
     if clock.steps_since == 0:
         return False
     if interval.steps is not None and clock.steps_since >= interval.steps:
@@ -39,7 +39,7 @@ def save_due(interval: CheckpointInterval, clock: SaveClock) -> bool:
 
 
 def due_seconds(interval: CheckpointInterval, clock: SaveClock) -> float:
-    """Seconds between two checkpoints, as it stands; infinite where only steps count."""
+    """Return the current number of seconds between two checkpoints; infinite if only steps count."""
     if interval.seconds is not None:
         return float(interval.seconds)
     if interval.steps is not None:

@@ -1,7 +1,7 @@
-"""Which rank writes to which disk, and which checkpoint the ranks go on from.
+"""Which rank writes to which disk, and which checkpoint the ranks resume from.
 
-The ranks find out by themselves whether they share a disk with rank 0. Those that do write each checkpoint together.
-Each other node keeps whole checkpoints of its own on its disk, and any one of them is good for all to go on from.
+The ranks detect whether they share a disk with rank 0. Those that do write each checkpoint together. Every other node
+keeps complete checkpoints on its own disk, and all ranks can resume from any one of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from finetune_trainer.errors import StorageError
 
 @dataclass(frozen=True)
 class Role:
-    """What a rank has to do with checkpoints.
+    """A rank's part in saving and restoring.
 
     Attributes:
+        rank: the rank.
         sharing: ranks that share rank 0's disk, rank 0 first.
-        own_disk: this rank writes whole checkpoints to its node's own disk.
+        own_disk: whether this rank writes complete checkpoints to its node's own disk.
     """
 
     rank: int
@@ -30,17 +31,17 @@ class Role:
 
     @property
     def chooses(self) -> bool:
-        """Whether this rank looks through a disk for a checkpoint."""
+        """Return whether this rank searches a disk for a checkpoint."""
         return self.rank == 0 or self.own_disk
 
     @property
     def writes(self) -> bool:
-        """Whether this rank writes anything in an ordinary save."""
+        """Return whether this rank writes in an ordinary save."""
         return self.rank in self.sharing or self.own_disk
 
 
 def open_storage(store: CheckpointStore, world: World) -> Role:
-    """Mark the attempt on every disk, and find out who shares rank 0's. All ranks call it.
+    """Mark the attempt on every disk, and detect which ranks share rank 0's disk. All ranks call it.
 
     Raises:
         StorageError: a disk cannot be written.
@@ -63,10 +64,11 @@ def open_storage(store: CheckpointStore, world: World) -> Role:
 def choose_checkpoint(
     store: CheckpointStore, role: Role, world: World, warn: Callable[[str], None]
 ) -> tuple[Committed | None, Snapshot | None]:
-    """The newest checkpoint of all disks that verifies, given to every rank. All ranks call it.
+    """Choose the newest valid checkpoint of all disks, and send its contents to every rank. All ranks call it.
 
     Returns:
-        The checkpoint on the rank that read it, and its contents, on every rank; None where there is none.
+        The checkpoint, on the rank that read it, else None; and its contents, on every rank. Both are None if no valid
+        checkpoint exists.
 
     Raises:
         StorageError: a disk cannot be read.
@@ -84,17 +86,17 @@ def choose_checkpoint(
 
 
 def choose_shards(store: CheckpointStore, role: Role, world: World, warn: Callable[[str], None]) -> Committed | None:
-    """The newest checkpoint that verifies, on every rank; each then reads from it what it needs. All ranks call it.
+    """Choose the newest valid checkpoint for sharded training. All ranks call it; each then reads what it needs.
 
     Raises:
-        StorageError: a rank does not see rank 0's storage, or it cannot be read.
+        StorageError: a rank cannot access rank 0's storage, or the storage cannot be read.
         FabricError: a peer was lost.
     """
     if len(role.sharing) < world.size:
-        apart = sorted(set(range(world.size)) - set(role.sharing))
+        separate = sorted(set(range(world.size)) - set(role.sharing))
         raise StorageError(
-            f"spec.checkpoint.storage: ranks {apart} do not see rank 0's checkpoints, and with sharding each rank "
-            "writes a part of every one; use a volume that all pods share, or a bucket"
+            f"spec.checkpoint.storage: ranks {separate} cannot access rank 0's checkpoints, and with sharding each "
+            "rank writes a part of every checkpoint; use a volume that all pods share, or a bucket"
         )
     found = store.choose(warn) if world.is_first else None
     name = world.share(found.folder.name if found else "")
@@ -104,7 +106,7 @@ def choose_shards(store: CheckpointStore, role: Role, world: World, warn: Callab
 
 
 def _share(snapshot: Snapshot | None, world: World, source: int) -> Snapshot:
-    """Give every rank what one has read, so that no disk need be shared."""
+    """Send what one rank has read to every rank, so that no disk must be shared."""
     header = None
     if snapshot is not None:
         header = (snapshot.step, dict(snapshot.values), sorted(snapshot.tensors))

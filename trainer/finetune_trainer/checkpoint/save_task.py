@@ -1,4 +1,4 @@
-"""One save, carried out by the writer's thread while the loop trains on."""
+"""One save: the writer's thread runs it while the loop continues to train."""
 
 from __future__ import annotations
 
@@ -25,42 +25,45 @@ _FILES = TypeAdapter(tuple[FileEntry, ...])
 
 
 @dataclass(frozen=True)
-class Share:
-    """This rank's share of a save.
+class SavePart:
+    """The part of a checkpoint that this rank writes.
 
     Attributes:
-        part: number of the part that it writes, or None.
-        writers: ranks that write the parts, in their order; the first commits. One writer commits alone.
+        index: index of the part, from 0; None if this rank writes none.
+        writers: ranks that write the parts, in order; the first one commits. A single writer commits alone.
         rank: this rank.
     """
 
-    part: int | None
+    index: int | None
     writers: tuple[int, ...]
     rank: int
 
     @property
     def commits(self) -> bool:
-        """Whether this rank commits what was written."""
-        return self.part == 0
+        """Return whether this rank commits the checkpoint."""
+        return self.index == 0
 
 
 @dataclass
 class SaveTask:
-    """A save that is under way, as the loop's thread and the writer's both see it.
+    """A running save, shared by the loop's thread and the writer's thread.
 
     Attributes:
-        step: step whose state it saves.
-        take: names the live state; its tensors may be read until `copied` is set.
-        copied: the copy is made: the state may change.
-        written: this rank's part is durable, or has failed.
-        abandoned: nobody waits for the other parts any more.
-        stall_seconds: for how long the loop has stood still for it.
-        work_seconds: what the writer's thread computed for it.
+        step: step whose state is saved.
+        take_snapshot: returns the live state; its tensors may be read until `copied` is set.
+        part: the part that this rank writes.
+        begun_at: when the save was requested, in seconds of the loop's clock.
+        copied: set when the copy is complete: the state may change.
+        written: set when this rank's part is durable, or has failed.
+        abandoned: set when the committing rank must not wait for the other parts.
+        stall_seconds: how long the loop has waited for this save.
+        work_seconds: CPU time of the writer's thread for this save.
+        future: the result of the writer's thread.
     """
 
     step: int
-    take: Callable[[], Snapshot]
-    share: Share
+    take_snapshot: Callable[[], Snapshot]
+    part: SavePart
     begun_at: float
     copied: threading.Event = field(default_factory=threading.Event)
     written: threading.Event = field(default_factory=threading.Event)
@@ -70,12 +73,15 @@ class SaveTask:
     future: Future[Committed | None] = field(default_factory=Future)
 
 
-class Writer:
-    """What the writer's thread needs to carry a save out.
+class CheckpointWriter:
+    """Runs saves in the writer's thread.
 
     Args:
-        on_commit: told of what was committed.
-        last_values: values of state.json that must be read from somewhere; the loop is not to wait for them.
+        store: where this rank writes.
+        copy: this rank's buffers.
+        channel: carries the results of the other ranks' parts; None if this rank writes alone.
+        on_commit: called with each committed checkpoint.
+        late_values: returns values of state.json that are read from a file, so that the loop does not wait for them.
     """
 
     def __init__(
@@ -84,26 +90,26 @@ class Writer:
         copy: HostCopy,
         channel: Channel | None,
         on_commit: Callable[[SaveTask, Committed], None],
-        last_values: Callable[[], Mapping[str, Any]],
+        late_values: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._store = store
         self._copy = copy
         self._channel = channel
         self._on_commit = on_commit
-        self._last_values = last_values
+        self._late_values = late_values
 
-    def carry_out(self, task: SaveTask) -> Committed | None:
-        """Copy, write, and commit where this rank does.
+    def run(self, task: SaveTask) -> Committed | None:
+        """Copy, write, and commit if this rank is the one that commits.
 
         Raises:
-            RankError: it could not be saved; where another rank commits, that one is told instead.
+            RankError: the save failed. A rank that does not commit sends its error to the committing rank instead.
         """
         began = time.thread_time()
         try:
-            committed = self._carry_out(task)
+            committed = self._run(task)
         except RankError:
-            if task.share.commits:
-                # A full disk must not be filled by what is half there.
+            if task.part.commits:
+                # An incomplete checkpoint must not keep a full disk full.
                 self._store.discard(task.step)
             raise
         finally:
@@ -114,45 +120,57 @@ class Writer:
             self._on_commit(task, committed)
         return committed
 
-    def _carry_out(self, task: SaveTask) -> Committed | None:
-        share = task.share
-        parts = len(share.writers)
-        assert share.part is not None
+    def _run(self, task: SaveTask) -> Committed | None:
+        part = task.part
+        num_parts = len(part.writers)
+        assert part.index is not None
         self._store.on_stage(SaveStage.COPY)
-        snapshot = task.take()
-        # Of shards each rank has no others than its own.
-        part = snapshot.tensors if snapshot.offsets else take_part(snapshot.tensors, share.part, parts)
-        mine = Snapshot(task.step, self._copy.copy(part), snapshot.values, snapshot.offsets)
+        snapshot = task.take_snapshot()
+        # A sharded rank holds its own shards only.
+        tensors = snapshot.tensors if snapshot.offsets else take_part(snapshot.tensors, part.index, num_parts)
+        mine = Snapshot(task.step, self._copy.copy(tensors), snapshot.values, snapshot.offsets)
         task.copied.set()
-        if share.commits:
-            files = self._store.write_part(mine, 0, parts)
+        if part.commits:
+            files = self._store.write_part(mine, 0, num_parts)
             task.written.set()
-            words = [self._hear(task, rank) for rank in share.writers[1:]]
+            results = [self._receive_result(task, rank) for rank in part.writers[1:]]
             files += tuple(
-                entry for rank, word in zip(share.writers[1:], words, strict=True) for entry in _files(rank, word)
+                entry for rank, result in zip(part.writers[1:], results, strict=True) for entry in _files(rank, result)
             )
-            values = {**snapshot.values, **self._last_values()}
+            values = {**snapshot.values, **self._late_values()}
             return self._store.commit(Snapshot(task.step, {}, values), files, time.time())
         assert self._channel is not None
-        try:
-            files = self._store.write_part(mine, share.part, parts)
-        except RankError as error:
-            self._channel.tell(_key(task, share.rank), json.dumps(str(error)))
-        else:
-            self._channel.tell(_key(task, share.rank), _FILES.dump_json(files).decode())
+        self._write_and_send(mine, task, num_parts)
         return None
 
-    def _hear(self, task: SaveTask, rank: int) -> str:
-        """What another rank says of its part."""
+    def _write_and_send(self, mine: Snapshot, task: SaveTask, num_parts: int) -> None:
+        """Write this rank's part, and send its files, or its error, to the committing rank."""
+        part = task.part
         assert self._channel is not None
-        return self._channel.hear(_key(task, rank), lambda: not task.abandoned.is_set())
+        assert part.index is not None
+        try:
+            files = self._store.write_part(mine, part.index, num_parts)
+        except RankError as error:
+            self._channel.send(_key(task, part.rank), json.dumps(str(error)))
+        else:
+            self._channel.send(_key(task, part.rank), _FILES.dump_json(files).decode())
+
+    def _receive_result(self, task: SaveTask, rank: int) -> str:
+        """Return another rank's files, or its error, as JSON."""
+        assert self._channel is not None
+        return self._channel.receive(_key(task, rank), lambda: not task.abandoned.is_set())
 
 
-def _files(rank: int, word: str) -> tuple[FileEntry, ...]:
+def _files(rank: int, result: str) -> tuple[FileEntry, ...]:
+    """Return the files of another rank's part.
+
+    Raises:
+        StorageError: the rank reported an error.
+    """
     try:
-        return _FILES.validate_json(word)
+        return _FILES.validate_json(result)
     except ValidationError:
-        raise StorageError(f"rank {rank}: {json.loads(word)}") from None
+        raise StorageError(f"rank {rank}: {json.loads(result)}") from None
 
 
 def _key(task: SaveTask, rank: int) -> str:

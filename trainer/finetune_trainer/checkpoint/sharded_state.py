@@ -1,4 +1,4 @@
-"""The state of sharded training: each rank has its slices of it, and a checkpoint holds the slices of all."""
+"""The state of sharded training: each rank holds its slices, and a checkpoint holds the slices of all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.checkpoint.shards import GROUP, ShardReader
 from finetune_trainer.checkpoint.snapshot import Snapshot
-from finetune_trainer.checkpoint.state import OTHER_WEIGHTS, TrainState
+from finetune_trainer.checkpoint.state import WEIGHTS_MISMATCH, TrainState
 from finetune_trainer.distributed.sharding import Shards
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
@@ -21,7 +21,7 @@ from finetune_trainer.optim.ema import Ema
 from finetune_trainer.optim.optimizer import make_optimizer
 
 _STEP = "step"
-"""AdamW's count of its steps, the one number that is no slice."""
+"""AdamW's step count, the only value of its state that is not a slice."""
 
 
 @dataclass
@@ -29,10 +29,10 @@ class ShardedState(TrainState):
     """See TrainState; `parameters` are this rank's slices.
 
     Attributes:
-        offsets: where each slice begins.
-        shapes: shapes of the whole tensors.
-        shards: gathers the weights; None where this rank is alone and holds them whole.
-        writes_common: this rank writes what all ranks hold alike.
+        offsets: start of each slice in the complete tensor.
+        shapes: shapes of the complete tensors.
+        shards: gathers the weights; None if a single rank holds the complete weights.
+        writes_common: whether this rank writes the values that are the same on all ranks.
     """
 
     offsets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -44,24 +44,24 @@ class ShardedState(TrainState):
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Besides, every rank holds all weights in it. All ranks enter it."""
+        """See TrainState. Within this block every rank also holds all weights. All ranks enter it."""
         with super().averaged(), contextlib.nullcontext() if self.shards is None else self.shards.gathered():
             yield
 
     @contextlib.contextmanager
     def exported(self) -> Iterator[None]:
-        """Besides, rank 0 holds the modules that it can write. All ranks enter it."""
-        with super().averaged(), contextlib.nullcontext() if self.shards is None else self.shards.whole():
+        """See TrainState. Within this block rank 0 also holds complete modules. All ranks enter it."""
+        with super().averaged(), contextlib.nullcontext() if self.shards is None else self.shards.unsharded():
             yield
 
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
-        """This rank's slices, with their places; numbers that all ranks hold alike are rank 0's."""
+        """Return this rank's slices with their offsets; rank 0 also returns the values that all ranks share."""
         tensors: dict[str, Tensor] = {}
         offsets: dict[str, tuple[int, ...]] = {}
         for group, name, tensor in self._slices():
             if tensor.dim() == 0:
                 if self.writes_common:
-                    # A reader of shards wants a first dimension.
+                    # ShardReader needs a first dimension.
                     tensors[f"{group}{name}"], offsets[f"{group}{name}"] = tensor.view(1), (0,)
             elif tensor.numel() > 0:
                 tensors[f"{group}{name}"] = tensor
@@ -71,18 +71,18 @@ class ShardedState(TrainState):
 
     @torch.no_grad()
     def restore_shards(self, reader: ShardReader, values: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint that any number of ranks wrote.
+        """Restore the state from a checkpoint that any number of ranks wrote.
 
         Raises:
-            ConfigError: it is of another model than the run specification asks for.
-            StorageError: it can no longer be read.
+            ConfigError: the checkpoint holds other weights than the run specification defines.
+            StorageError: the checkpoint can no longer be read.
         """
         found = {name: reader.shape(name) for name in reader.names if name.startswith("model.")}
         has_ema = any(name.startswith("ema.") for name in reader.names)
         if found != {f"model.{name}": shape for name, shape in self.shapes.items()} or has_ema != (
             self.ema is not None
         ):
-            raise ConfigError(OTHER_WEIGHTS)
+            raise ConfigError(WEIGHTS_MISMATCH)
         for name, parameter in self.parameters.items():
             parameter.copy_(reader.read(f"model.{name}", self.offsets[name], parameter))
             self.optimizer.state[parameter] = {}
@@ -114,26 +114,28 @@ class ShardedState(TrainState):
                 yield "ema.", name, self.ema.tensors[name]
 
     def _owner(self, name: str) -> str:
-        """The parameter that a tensor belongs to: the moments of x.weight are x.weight.exp_avg."""
+        """Return the parameter that a tensor belongs to, e.g. x.weight for x.weight.exp_avg."""
         return name if name in self.offsets else name.rpartition(".")[0]
 
 
 def make_sharded_state(
     training: TrainingSpec, world: World, parameters: Mapping[str, nn.Parameter], shards: Shards | None
 ) -> ShardedState:
-    """The state of a rank before its first step.
+    """Return a rank's state before the first step.
 
     Args:
-        parameters: its slices; of a rank that is alone, the whole.
-        shards: what they are slices of; None for a rank that is alone.
+        training: the training settings.
+        world: the ranks.
+        parameters: this rank's slices; the complete tensors if a single rank trains.
+        shards: the sharding of the tensors; None if a single rank trains.
     """
-    whole = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    complete = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return ShardedState(
         parameters,
         make_optimizer(training, parameters.values()),
         Ema(parameters) if training.ema else None,
-        offsets=shards.offsets if shards else {name: (0,) * len(shape) for name, shape in whole.items()},
-        shapes=shards.shapes if shards else whole,
+        offsets=shards.offsets if shards else {name: (0,) * len(shape) for name, shape in complete.items()},
+        shapes=shards.shapes if shards else complete,
         shards=shards,
         writes_common=world.is_first,
     )

@@ -1,8 +1,8 @@
 """Shards of tensors in safetensors files, as torch's distributed checkpoint writes and reads them.
 
-The layout is that of torch's HuggingFaceStorageWriter: a file for each rank, and in its header, for every tensor, where
-the shard begins in the whole one (DCP_SHARDING_INFO). So a checkpoint is written without a pickle, can be read at any
-number of ranks, and torch's own tools read it, too.
+The layout is that of torch's HuggingFaceStorageWriter: one file for each rank, whose header has the offset of every
+shard in the complete tensor (DCP_SHARDING_INFO). So a checkpoint contains no pickle, any number of ranks can read it,
+and torch's own tools can, too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from finetune_trainer.checkpoint.split import group_of
 from finetune_trainer.errors import StorageError
 
 GROUP = "shards"
-"""The group of tensors, and so the beginning of the files' names, that holds shards: names begin with their own group,
-e.g. model.conv_in.weight."""
+"""Group of tensors that are shards, and prefix of their file names.
+
+The tensors' names begin with their original group, e.g. model.conv_in.weight.
+"""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A shard in a file: the rows from `first` to `last` of the whole tensor."""
+    """A shard in a file: rows `first` to `last` (exclusive) of the complete tensor."""
 
     file: Any
     first: int
@@ -36,7 +38,7 @@ class _Piece:
 
 
 class ShardReader:
-    """Reads slices of whole tensors from the shards that any number of ranks wrote.
+    """Reads slices of complete tensors from shards that any number of ranks wrote.
 
     Raises:
         StorageError: a file cannot be read.
@@ -53,25 +55,25 @@ class ShardReader:
 
     @property
     def names(self) -> set[str]:
-        """Names of all tensors."""
+        """Return the names of all tensors."""
         return set(self._pieces)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a whole tensor."""
+        """Return the shape of a complete tensor."""
         pieces = self._pieces[name]
         rest = pieces[0].file.get_slice(name).get_shape()[1:]
         return (max(piece.last for piece in pieces), *rest)
 
     def read(self, name: str, offset: Sequence[int], like: Tensor) -> Tensor:
-        """The slice of a whole tensor that has the shape and the dtype of `like` and begins at `offset`.
+        """Return the slice of a complete tensor that begins at `offset` and has the shape and dtype of `like`.
 
         Args:
-            name: of the whole tensor.
-            offset: zero in all dimensions but the first.
-            like: may be empty.
+            name: name of the complete tensor.
+            offset: start of the slice; zero in all dimensions except the first.
+            like: a tensor with the shape and dtype to return; may be empty.
 
         Raises:
-            StorageError: some of it is in no file.
+            StorageError: some rows are in no file.
         """
         found = torch.empty(like.shape, dtype=like.dtype)
         begin, end = offset[0], offset[0] + (like.shape[0] if like.numel() else 0)
@@ -83,12 +85,12 @@ class ShardReader:
                 found[first - begin : last - begin] = rows
                 done = last
         if done < end:
-            raise StorageError(f"checkpoint shards: rows {done} to {end} of {name} are in no file")
+            raise StorageError(f"checkpoint shards: rows {done} to {end} of {name} are missing in all files")
         return found
 
     def _index(self, file: Any) -> None:
         info = json.loads((file.metadata() or {})[CUSTOM_METADATA_KEY])
-        for name in file.keys():  # noqa: SIM118  no mapping
+        for name in file.keys():  # noqa: SIM118  not a mapping
             first = int(info[name][SAVED_OFFSETS_KEY][0])
             rows = file.get_slice(name).get_shape()[0]
             self._pieces.setdefault(name, []).append(_Piece(file, first, first + rows))

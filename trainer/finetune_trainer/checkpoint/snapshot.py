@@ -1,4 +1,4 @@
-"""What goes into a checkpoint, and what is known of one that was committed."""
+"""The contents of a checkpoint, and a committed checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_trainer.checkpoint.split import Groups
 
 STATE = "state.json"
 BEST = "best_validation"
-"""Key of a snapshot's values: {"step", "loss"} of the best validation so far; its checkpoint may stay for that."""
+"""Key of a snapshot's values: {"step", "loss"} of the best validation so far; retention may keep its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Snapshot:
     """The state of a run after a step.
 
     Attributes:
-        step: finished optimizer steps.
+        step: number of finished optimizer steps.
         tensors: groups of named tensors, e.g. "model" and "optimizer".
-        values: everything else, as JSON.
-        offsets: where a tensor begins in the whole one, for those that are shards, by name.
+        values: all other values, as JSON.
+        offsets: start of each shard in its complete tensor, by name; empty if the tensors are not shards.
     """
 
     step: int
@@ -34,10 +34,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Committed:
-    """A checkpoint that was verified.
+    """A committed and verified checkpoint.
 
     Attributes:
-        folder: where its files are; of one in an object store, where they are once it was chosen.
+        folder: folder of its files; for an object store, the local folder that they are fetched to.
+        manifest: its manifest.
     """
 
     folder: Path
@@ -45,5 +46,5 @@ class Committed:
 
     @property
     def size_bytes(self) -> int:
-        """Size of its files."""
+        """Return the size of its files."""
         return sum(entry.size_bytes for entry in self.manifest.files)

@@ -1,4 +1,4 @@
-"""The state of a run: what a checkpoint holds, and how it goes in and out of it."""
+"""The state of a run: what a checkpoint holds, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.optim.ema import Ema
 from finetune_trainer.optim.loss_scale import LossScale
 
-OTHER_WEIGHTS = (
-    "training: the checkpoints of this job hold other weights than training asks for now; undo the change, or make a "
-    "new job"
+WEIGHTS_MISMATCH = (
+    "training: the checkpoints of this job hold other weights than training defines now; undo the change, or create "
+    "a new job"
 )
 NUM_LOSSES = 20
-"""The reported loss is the mean over so many global batches."""
+"""Number of global batches that the reported loss is averaged over."""
 _LOSS_SCALE = "lossScale"
 _COUNT = "#count"
-"""Behind the name of what an optimizer keeps as a plain integer."""
+"""Suffix of optimizer values that are plain integers."""
 
 
 @dataclass
 class TrainState:
-    """Everything that changes while training.
+    """All values that change during training.
 
     Attributes:
-        parameters: what is trained, by name.
-        optimizer: its optimizer.
-        ema: its moving average, or None.
-        step: finished optimizer steps.
+        parameters: the trained parameters, by name.
+        optimizer: their optimizer.
+        ema: their moving average, or None.
+        step: number of finished optimizer steps.
         losses: mean losses of the last global batches.
-        loss_scale: the loss's scale in fp16, else None.
+        loss_scale: the loss scale in fp16, else None.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -47,45 +47,45 @@ class TrainState:
     step: int = 0
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_LOSSES))
     loss_scale: LossScale | None = None
-    whole: threading.Lock = field(default_factory=threading.Lock)
-    """Held while the parameters are not those of the last finished step; whoever else holds it may read them."""
+    update_lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while the parameters are not those of the last finished step. Another thread that holds it may read them."""
     torn: bool = False
-    """An update broke off in the middle: the parameters are of no step."""
+    """Whether an update failed in the middle, so that the parameters belong to no step."""
 
     is_sharded: ClassVar[bool] = False
-    """Whether a rank holds only a part of it."""
+    """Whether a rank holds only a part of the state."""
 
     @property
     def mean_loss(self) -> float:
-        """Mean loss over the last global batches; NaN before the first."""
+        """Return the mean loss over the last global batches; NaN before the first."""
         return sum(self.losses) / len(self.losses) if self.losses else float("nan")
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
-        """The block that takes the state from one step to the next."""
-        with self.whole:
+        """Guard the block that changes the state from one step to the next."""
+        with self.update_lock:
             self.torn = True
             yield
             self.torn = False
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this block the parameters hold their moving average, where one is kept."""
+        """Within this block the parameters hold their moving average, if one is kept."""
         if self.ema is None:
             yield
             return
-        with self.whole, self.ema.in_place():
+        with self.update_lock, self.ema.applied():
             yield
 
     def exported(self) -> contextlib.AbstractContextManager[None]:
-        """The block in which rank 0 writes the outputs. All ranks enter it."""
+        """Return the context in which rank 0 writes the outputs. All ranks enter it."""
         return self.averaged()
 
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
-        """The state as a checkpoint holds it.
+        """Return the state as a checkpoint holds it.
 
         Args:
-            about: what else a reader of state.json wants to know.
+            about: further values of state.json that describe the run.
         """
         tensors: dict[str, Mapping[str, Tensor]] = {
             "model": {name: parameter.detach() for name, parameter in self.parameters.items()},
@@ -100,20 +100,20 @@ class TrainState:
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a checkpoint.
+        """Restore the state from a checkpoint.
 
         Raises:
-            ConfigError: it is of another model than the run specification asks for.
+            ConfigError: the checkpoint holds other weights than the run specification defines.
         """
         self._check(snapshot)
         for name, parameter in self.parameters.items():
             parameter.copy_(snapshot.tensors["model"][name])
             self.optimizer.state[parameter] = {}
-        # An optimizer without state has no tensors, and so no file.
+        # An optimizer without state has no tensors, so it has no file.
         for name, value in snapshot.tensors.get("optimizer", {}).items():
             owner, _, key = name.rpartition(".")
             parameter = self.parameters[owner]
-            # A clone, for what was read may be a view into a mapped file.
+            # A copy, because the value may be a view of a memory-mapped file.
             kept = int(value) if key.endswith(_COUNT) else value.to(parameter.device, copy=True)
             self.optimizer.state[parameter][key.removesuffix(_COUNT)] = kept
         if self.ema is not None:
@@ -136,4 +136,4 @@ class TrainState:
         have = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         found = {name: tuple(value.shape) for name, value in snapshot.tensors.get("model", {}).items()}
         if have != found or (self.ema is not None and "ema" not in snapshot.tensors):
-            raise ConfigError(OTHER_WEIGHTS)
+            raise ConfigError(WEIGHTS_MISMATCH)

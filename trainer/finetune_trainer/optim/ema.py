@@ -1,4 +1,4 @@
-"""An exponential moving average of what is trained."""
+"""An exponential moving average (EMA) of the trained parameters."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MAX_DECAY = 0.9999
 
 
 def decay_at(step: int) -> float:
-    """Share of the average that is kept at a finished step (from 1); it rises, so the first steps are forgotten."""
+    """Return the decay at a finished step (from 1). It rises, so that the first steps lose their weight."""
     return min(MAX_DECAY, (1 + step) / (10 + step))
 
 
 class Ema:
-    """The average, beside the parameters."""
+    """The average, kept in addition to the parameters."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
@@ -26,12 +26,12 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters as they are after a step."""
+        """Update the average with the parameters after a step."""
         for name, average in self.tensors.items():
             average.lerp_(self._parameters[name], 1 - decay_at(step))
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Within this block the parameters hold the average."""
         self._swap()
         try:
@@ -41,7 +41,7 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """By value: a parameter may share its memory with others."""
+        """Swap values, not tensors: a parameter may share its memory with others."""
         for name, parameter in self._parameters.items():
             kept = parameter.detach().clone()
             parameter.copy_(self.tensors[name])

@@ -1,8 +1,9 @@
-"""The scale of the loss in fp16 (https://arxiv.org/abs/1710.03740, section 3.2), kept with the state of the run.
+"""Loss scale for fp16 (https://arxiv.org/abs/1710.03740, section 3.2), saved with the state of the run.
 
-Gradients of fp16 vanish below 6e-8: the loss is multiplied before backward, and the sum of the gradients divided after.
-Where they overflow the step moves nothing and the scale is halved; after many good steps it is doubled. All scales are
-powers of two, so scaling itself rounds nothing. Every rank sees the same sums, and so comes to the same scale.
+fp16 gradients underflow below 6e-8: the loss is multiplied before the backward pass, and the sum of the gradients is
+divided after it. If the gradients overflow, the step changes no weights and the scale is halved. After many finite
+steps the scale is doubled. All scales are powers of two, so scaling adds no rounding errors. Every rank has the same
+sums, so all ranks compute the same scale.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ STEPS_TO_DOUBLE = 2000
 
 
 class LossScale:
-    """The scale, and how long it has held."""
+    """The scale, and the number of steps without overflow."""
 
     def __init__(self) -> None:
         self.value = FIRST_SCALE
         self._good_steps = 0
 
-    def held(self) -> None:
-        """The gradients of a step were finite."""
+    def record_finite(self) -> None:
+        """Record a step with finite gradients."""
         self._good_steps += 1
         if self._good_steps == STEPS_TO_DOUBLE:
             self.value *= 2
             self._good_steps = 0
 
-    def overflowed(self) -> None:
-        """They were not.
+    def record_overflow(self) -> None:
+        """Record a step whose gradients overflowed.
 
         Raises:
-            ConfigError: nothing is left to take away.
+            ConfigError: the scale cannot be reduced further.
         """
         if self.value <= 1:
             raise ConfigError(
@@ -45,9 +46,9 @@ class LossScale:
         self._good_steps = 0
 
     def values(self) -> dict[str, Any]:
-        """As a checkpoint holds it."""
+        """Return the values that a checkpoint holds."""
         return {"value": self.value, "goodSteps": self._good_steps}
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the values from a checkpoint."""
         self.value, self._good_steps = float(values["value"]), int(values["goodSteps"])

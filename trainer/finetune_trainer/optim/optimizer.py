@@ -18,15 +18,15 @@ LearningRate = Callable[[int], float]
 
 
 def make_optimizer(training: TrainingSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the manifest names.
+    """Return the optimizer that the manifest names.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it is not available on this device or in this image.
     """
     trained = list(parameters)
     common: dict[str, Any] = {"lr": training.learning_rate, "weight_decay": training.adam_weight_decay}
     if training.optimizer is OptimizerName.ADAFACTOR:
-        # https://arxiv.org/abs/1804.04235; its second moments take rows and columns in place of whole matrices.
+        # https://arxiv.org/abs/1804.04235; it stores second moments per row and column instead of per element.
         return torch.optim.Adafactor(trained, **common)
     of_adam: dict[str, Any] = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
     if training.optimizer is OptimizerName.PRODIGY:
@@ -38,27 +38,27 @@ def make_optimizer(training: TrainingSpec, parameters: Iterable[nn.Parameter]) -
 
 
 def _adamw_8bit(parameters: Sequence[nn.Parameter]) -> Any:
-    """The class of the optimizer with 8-bit moments (https://arxiv.org/abs/2110.02861).
+    """Return the class of the optimizer with 8-bit moments (https://arxiv.org/abs/2110.02861).
 
     Raises:
-        ConfigError: it is not for this device, or not installed.
+        ConfigError: it does not support this device, or is not installed.
     """
     if any(parameter.device.type != "cuda" for parameter in parameters):
-        raise ConfigError("training.optimizer: adamw8bit is for GPUs; write adamw or adafactor on CPUs")
+        raise ConfigError("training.optimizer: adamw8bit needs a GPU; write adamw or adafactor on CPUs")
     try:
         return importlib.import_module("bitsandbytes").optim.AdamW8bit
     except ImportError as error:
         raise ConfigError(
-            "training.optimizer: adamw8bit needs the package bitsandbytes, which this image lacks; install it, or "
-            "write adafactor"
+            "training.optimizer: adamw8bit needs the package bitsandbytes, which is not installed in this image; "
+            "install it, or write adafactor"
         ) from error
 
 
 def learning_rate(training: TrainingSpec, total_steps: int) -> LearningRate:
-    """The learning rate of each step, from 0, by diffusers' schedules; the same whatever the number of ranks."""
+    """Return the learning rate as a function of the step (from 0), by diffusers' schedules; same for all ranks."""
     from diffusers.optimization import get_scheduler  # noqa: PLC0415  slow to import
 
-    # The scheduler is built for its formula alone: its own counter would have to be saved and restored.
+    # Only the scheduler's formula is used: its own step counter would have to be saved and restored.
     carrier = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
     schedule = get_scheduler(
         training.lr_scheduler.value,
@@ -71,6 +71,6 @@ def learning_rate(training: TrainingSpec, total_steps: int) -> LearningRate:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Use a learning rate for the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = value

@@ -1,7 +1,7 @@
 """Prodigy (https://arxiv.org/abs/2306.06101), in its Adam form: an optimizer that finds its own step size.
 
-The distance from the start to a solution is estimated as training goes on, and takes the place of a learning rate that
-a person would have to look for. The manifest's learning rate becomes a factor to it, and 1 is right.
+The distance from the start to a solution is estimated during training, and replaces a learning rate that the user would
+have to search for. The manifest's learning rate is a factor of the step size; 1 is the recommended value.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 FIRST_DISTANCE = 1e-6
-"""The distance that is believed in at first; it only ever grows."""
+"""Initial estimate of the distance; it never decreases."""
 _DISTANCE = "distance"
 _NUMERATOR = "numerator"
 
 
 class Prodigy(torch.optim.Optimizer):
-    """Algorithm 4 of the paper, with decoupled weight decay. All that it remembers are tensors of its parameters."""
+    """Algorithm 4 of the paper, with decoupled weight decay. Its state consists of tensors of its parameters only."""
 
     def __init__(
         self,
@@ -32,11 +32,11 @@ class Prodigy(torch.optim.Optimizer):
     ) -> None:
         super().__init__(list(params), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if len(self.param_groups) != 1:
-            raise ValueError("one distance is estimated for all parameters: give them as one group")
+            raise ValueError("one distance is estimated for all parameters: pass them as one group")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take one step with the gradients that are there."""
+        """Take one step with the current gradients."""
         assert closure is None
         (group,) = self.param_groups
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -47,12 +47,12 @@ class Prodigy(torch.optim.Optimizer):
                 self.state[parameter].update(_fresh_state(parameter))
         common = self.state[parameters[0]]
         if _DISTANCE not in common:
-            # In the state of the first parameter, so that a checkpoint holds them without knowing of them.
+            # Stored in the first parameter's state, so that a checkpoint includes them like all other state.
             like = {"dtype": torch.float32, "device": parameters[0].device}
             common[_DISTANCE] = torch.tensor(FIRST_DISTANCE, **like)
             common[_NUMERATOR] = torch.tensor(0.0, **like)
         distance = float(common[_DISTANCE])
-        growth = self._take_in(parameters, group, distance)
+        growth = self._update_moments(parameters, group, distance)
         common[_NUMERATOR].mul_(math.sqrt(group["betas"][1])).add_(growth)
         reached = torch.stack([self.state[parameter]["sum"].abs().sum() for parameter in parameters]).sum()
         if float(reached) > 0:
@@ -60,8 +60,8 @@ class Prodigy(torch.optim.Optimizer):
         for parameter in parameters:
             _move(parameter, self.state[parameter], group, distance)
 
-    def _take_in(self, parameters: list[nn.Parameter], group: dict[str, Any], distance: float) -> Tensor:
-        """Update the moments, and return by how much the estimate's numerator grows."""
+    def _update_moments(self, parameters: list[nn.Parameter], group: dict[str, Any], distance: float) -> Tensor:
+        """Update the moments, and return the increase of the estimate's numerator."""
         beta1, beta2 = group["betas"]
         slow = math.sqrt(beta2)
         weight = (1 - slow) * group["lr"] * distance**2

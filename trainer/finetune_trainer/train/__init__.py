@@ -1,1 +1,1 @@
-"""The one training loop, and the life of a rank around it."""
+"""The training loop, and the lifecycle of a rank: load, cache, restore, train, export."""

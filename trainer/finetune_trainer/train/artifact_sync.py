@@ -1,6 +1,6 @@
-"""What lies beside the checkpoints where these go to an object store: validation results and outputs.
+"""Copies validation results and outputs between the job's local folder and its object store.
 
-They are written into the job's local folder as ever, and this copies them to the store and back. Called by rank 0 only.
+They are always written to the local folder first. Only rank 0 calls this module.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from finetune_trainer.errors import StorageError
 
 
 class ArtifactSync:
-    """A job's local folder and its folder in the store; without a store it does nothing."""
+    """Syncs a job's local folder with its folder in the store; does nothing without a store."""
 
     def __init__(self, job_dir: Path, bucket: Bucket | None) -> None:
         self._job_dir = job_dir
         self._bucket = bucket
         self._known: dict[str, tuple[int, int]] = {}
-        """Size and time of change of what is in the store as it is here."""
+        """Size and modification time of files that are identical here and in the store."""
 
     def pull_validation(self) -> None:
-        """Bring what earlier attempts have noted; what is here already is of this very job, and newer.
+        """Fetch the results of earlier attempts. Local files are kept: they are from the same job, and newer.
 
         Raises:
             StorageError: the store cannot be read.
@@ -41,7 +41,7 @@ class ArtifactSync:
             raise StorageError(f"validation: {error}") from error
 
     def push_validation(self) -> None:
-        """Copy what was noted.
+        """Copy validation results to the store.
 
         Raises:
             StorageError: the store cannot be written.
@@ -49,15 +49,15 @@ class ArtifactSync:
         self._push(paths.VALIDATION)
 
     def push_outputs(self, outputs: tuple[WrittenOutput, ...]) -> tuple[WrittenOutput, ...]:
-        """Copy the outputs, and say where they are.
+        """Copy the outputs to the store, and return them with their locations there.
 
         Raises:
             StorageError: the store cannot be written.
         """
         self._push(paths.OUTPUTS)
-        return tuple(output.model_copy(update={"to": self._place(output.to)}) for output in outputs)
+        return tuple(output.model_copy(update={"to": self._location(output.to)}) for output in outputs)
 
-    def _place(self, to: str) -> str:
+    def _location(self, to: str) -> str:
         path = Path(to)
         if self._bucket is None or not path.is_relative_to(self._job_dir):
             return to

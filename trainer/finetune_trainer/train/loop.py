@@ -1,4 +1,4 @@
-"""The training loop: the same for every method, data set and number of ranks."""
+"""The training loop: the same for every method, data set and number of ranks. Built by `build`, run by `run`."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from finetune_trainer.train.preemption_notice import PreemptionNotice
 from finetune_trainer.train.validation import Validator
 
 SPEED_STEPS = 20
-"""Images per second are measured over so many steps."""
+"""Number of steps that images per second are averaged over."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all ranks agree on after a step.
+    """The result of a step, the same on all ranks.
 
     Attributes:
-        loss: mean over the global batch.
-        stop: some rank has been told to stop.
-        save: a checkpoint is due.
-        by_timestep: sums and counts of the samples' losses by tenth of the schedule.
+        loss: mean loss over the global batch.
+        stop: whether a rank has received the preemption notice.
+        save: whether a checkpoint is due.
+        by_timestep: sums and counts of the samples' losses, by tenth of the schedule.
     """
 
     loss: float
@@ -52,7 +52,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Loop:
-    """Trains from the step that the state is at."""
+    """Trains from the state's current step."""
 
     spec: RunSpec
     world: World
@@ -60,7 +60,7 @@ class Loop:
     batches: Prefetcher
     draws: Draws
     state: TrainState
-    buckets: Gradients
+    gradients: Gradients
     learning_rate: LearningRate
     checkpointer: Checkpointer
     notice: PreemptionNotice
@@ -69,27 +69,27 @@ class Loop:
     total_steps: int
     micro_batch: MicroBatch
     num_timesteps: int
-    journal: MetricsLogger | None = None
+    metrics: MetricsLogger | None = None
 
     def run(self) -> bool:
-        """Train until all steps are done or a notice comes; either way the last step is committed.
+        """Train until all steps are done or a preemption notice arrives. In both cases the last step is committed.
 
         Returns:
             Whether all steps are done.
 
         Raises:
-            RankError: training cannot go on.
+            RankError: training cannot continue.
         """
         step_seconds: deque[float] = deque(maxlen=SPEED_STEPS)
         self.reporter.begin(self.state.step, self.total_steps)
-        self._look_if_due()
+        self._validate_if_due()
         while self.state.step < self.total_steps:
-            # Saving and validating have states of their own; this is where training goes on after them.
+            # Saving and validating set other states; training resumes here after them.
             self.reporter.state(RankState.TRAINING)
             began = time.monotonic()
             result = self.train_step()
             step_seconds.append(time.monotonic() - began)
-            self._tell(result, self._speed(step_seconds))
+            self._report_step(result, self._speed(step_seconds))
             is_last = self.state.step == self.total_steps
             if is_last or result.stop:
                 self.checkpointer.save_and_wait(self.state)
@@ -97,34 +97,34 @@ class Loop:
                 self.checkpointer.save(self.state)
             if result.stop and not is_last:
                 return False
-            self._look_if_due()
+            self._validate_if_due()
         return True
 
-    def _tell(self, result: StepResult, images_per_second: float) -> None:
+    def _report_step(self, result: StepResult, images_per_second: float) -> None:
         step = self.state.step
         self.reporter.progress(step, self.state.mean_loss, images_per_second)
-        if self.journal is not None:
+        if self.metrics is not None:
             rate = self.learning_rate(step - 1)
             values = {"loss": result.loss, "learning rate": rate, "images per second": images_per_second}
-            self.journal.step(step, values, *result.by_timestep)
+            self.metrics.log_step(step, values, *result.by_timestep)
 
     def train_step(self) -> StepResult:
-        """One optimizer step over one global batch.
+        """Run one optimizer step over one global batch.
 
         Raises:
-            ConfigError: loss or gradients are no longer finite; the parameters are as before.
+            ConfigError: loss or gradients are not finite; the parameters are unchanged.
             FabricError: a peer was lost.
         """
         step = self.state.step
-        self.buckets.clear()
-        with self.buckets.passes():
+        self.gradients.clear()
+        with self.gradients.passes():
             self._accumulate(step)
-        self.buckets.signals[Signal.NOTICES] = float(self.notice.given)
-        self.buckets.signals[Signal.SAVE_DUE] = float(self.checkpointer.due(step + 1))
-        self.buckets.reduce(self.world)
-        norm = self.buckets.norm() / self._loss_scale
-        # The one place in a step where the host waits for the device.
-        common = torch.cat([self.buckets.signals, norm.view(1), self.buckets.by_timestep.flatten()]).tolist()
+        self.gradients.signals[Signal.NOTICES] = float(self.notice.given)
+        self.gradients.signals[Signal.SAVE_DUE] = float(self.checkpointer.due(step + 1))
+        self.gradients.reduce(self.world)
+        norm = self.gradients.norm() / self._loss_scale
+        # The only place in a step where the host waits for the device.
+        common = torch.cat([self.gradients.signals, norm.view(1), self.gradients.by_timestep.flatten()]).tolist()
         (loss_sum, num_samples, notices, save_due, norm_value), tenths = common[:5], common[5:]
         loss = loss_sum / num_samples
         overflowed = self.state.loss_scale is not None and math.isfinite(loss) and not math.isfinite(norm_value)
@@ -137,13 +137,13 @@ class Loop:
         with self.state.updating():
             set_learning_rate(self.state.optimizer, self.learning_rate(step))
             if not overflowed:
-                self._move(norm_value)
-            self._rescale(overflowed)
+                self._step_optimizer(norm_value)
+            self._update_loss_scale(overflowed)
             self.state.step = step + 1
             self.state.losses.append(loss)
             if self.state.ema is not None:
                 self.state.ema.update(step + 1)
-            self.checkpointer.updated()
+            self.checkpointer.mark_updated()
         return StepResult(
             loss, notices > 0, save_due > 0, (tenths[:NUM_TIMESTEP_BUCKETS], tenths[NUM_TIMESTEP_BUCKETS:])
         )
@@ -152,47 +152,47 @@ class Loop:
     def _loss_scale(self) -> float:
         return 1.0 if self.state.loss_scale is None else self.state.loss_scale.value
 
-    def _move(self, norm: float) -> None:
-        """Let the optimizer take its step along the true gradients, clipped; most often they are that already."""
+    def _step_optimizer(self, norm: float) -> None:
+        """Step the optimizer with the unscaled, clipped gradients. In most steps the factor is 1."""
         factor = clip_factor(norm, self.spec.training.max_grad_norm) / self._loss_scale
         if factor != 1.0:
-            self.buckets.scale(factor)
+            self.gradients.scale(factor)
         self.state.optimizer.step()
 
-    def _rescale(self, overflowed: bool) -> None:
-        """Take a lower loss scale where fp16 could not hold the gradients, and perhaps a higher one where it could.
+    def _update_loss_scale(self, overflowed: bool) -> None:
+        """Lower the loss scale after an overflow; record a finite step otherwise, which may raise the scale.
 
         Raises:
-            ConfigError: it never can.
+            ConfigError: the scale cannot be reduced further.
         """
         if self.state.loss_scale is not None:
-            (self.state.loss_scale.overflowed if overflowed else self.state.loss_scale.held)()
+            (self.state.loss_scale.record_overflow if overflowed else self.state.loss_scale.record_finite)()
 
     def _accumulate(self, step: int) -> None:
-        """Add the gradients of this rank's share of the global batch; every sample counts 1 / global batch.
+        """Add the gradients of this rank's share of the global batch; every sample has the weight 1 / global batch.
 
         Raises:
             ConfigError: memory runs out with one sample.
         """
         positions = rank_share(step, self.spec.global_batch, self.world.rank, self.world.size)
-        while not self._fits(step, positions):
+        while not self._try_accumulate(step, positions):
             self.micro_batch.halve(len(positions))
-            self.buckets.clear()
+            self.gradients.clear()
         size = self.micro_batch.size
         most = most_micro_batches(self.spec.global_batch, self.world.size, size)
-        if self.buckets.in_step and math.ceil(len(positions) / size) < most:
-            self._keep_in_step(step)
+        if self.gradients.forward_is_collective and math.ceil(len(positions) / size) < most:
+            self._run_empty_pass(step)
 
-    def _keep_in_step(self, step: int) -> None:
-        """A forward and a backward pass that count for nothing: the other ranks have one sample more."""
+    def _run_empty_pass(self, step: int) -> None:
+        """Run a forward and a backward pass with zero weight, because the other ranks have one sample more."""
         batch = self.batches.take(self._refs(range(step, step + 1)), [])
         torch.autograd.backward(self.method.losses(batch).sum() * 0)
 
-    def _fits(self, step: int, positions: range) -> bool:
-        """Add the gradients of these positions; False, with some of them added, where memory ran out.
+    def _try_accumulate(self, step: int, positions: range) -> bool:
+        """Add the gradients of these positions. Return False, with some of them added, if memory ran out.
 
         Raises:
-            ConfigError: memory ran out, and the step cannot be begun again.
+            ConfigError: memory ran out, and the step cannot be repeated.
         """
         parts = self.batches.split(self._refs(positions), self.micro_batch.size)
         next_step = rank_share(step + 1, self.spec.global_batch, self.world.rank, self.world.size)
@@ -206,40 +206,38 @@ class Loop:
                 losses = self.method.losses(batch)
                 loss = losses.sum()
                 torch.autograd.backward(loss * self._loss_scale / self.spec.global_batch)
-                self.buckets.signals[Signal.LOSS] += loss.detach()
-                self.buckets.signals[Signal.SAMPLES] += len(part)
-                self._note_by_timestep(batch.timesteps, losses.detach())
+                self.gradients.signals[Signal.LOSS] += loss.detach()
+                self.gradients.signals[Signal.SAMPLES] += len(part)
+                self._add_losses_by_timestep(batch.timesteps, losses.detach())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if self.buckets.in_step:
-                # Where a pass is a collective, no rank can begin it again by itself.
-                raise self.micro_batch.too_large(len(positions)) from error
+            if self.gradients.forward_is_collective:
+                # A pass with collectives cannot be repeated by one rank alone.
+                raise self.micro_batch.too_large_error(len(positions)) from error
             return False
         return True
 
-    def _note_by_timestep(self, timesteps: Tensor, losses: Tensor) -> None:
+    def _add_losses_by_timestep(self, timesteps: Tensor, losses: Tensor) -> None:
         tenths = timesteps * NUM_TIMESTEP_BUCKETS // self.num_timesteps
-        self.buckets.by_timestep[0].index_add_(0, tenths, losses)
-        self.buckets.by_timestep[1].index_add_(0, tenths, torch.ones_like(losses))
+        self.gradients.by_timestep[0].index_add_(0, tenths, losses)
+        self.gradients.by_timestep[1].index_add_(0, tenths, torch.ones_like(losses))
 
     def _refs(self, positions: range) -> list[SampleRef]:
         seed, num_samples = self.spec.training.seed, len(self.batches.source)
         return [sample_at(seed, num_samples, position) for position in positions]
 
-    def _look_due(self) -> bool:
-        return self.validator is not None and self.validator.due(self.state.step)
-
-    def _look_if_due(self) -> None:
-        """Validate the state unless an earlier attempt has. It is committed first."""
-        if self.validator is None or not self._look_due() or self.validator.is_noted(self.state.step):
+    def _validate_if_due(self) -> None:
+        """Save and validate the state if a validation is due and no earlier attempt has recorded it."""
+        step = self.state.step
+        if self.validator is None or not self.validator.due(step) or self.validator.is_recorded(step):
             return
         is_saved = self.checkpointer.try_to_save(self.state)
         self.reporter.state(RankState.VALIDATING)
-        # Where nothing is unsaved a notice need not wait for the pictures.
+        # If the state is saved, a preemption notice does not have to wait for the validation.
         with self.notice.released() if is_saved else contextlib.nullcontext(), self.state.averaged():
-            self.validator.look(self.state.step)
+            self.validator.validate(step)
 
     def _speed(self, step_seconds: deque[float]) -> float:
-        """Images per second of the whole world over the last steps."""
+        """Return the images per second of all ranks over the last steps."""
         return self.spec.global_batch * len(step_seconds) / sum(step_seconds)

@@ -1,7 +1,7 @@
-"""How many samples go through the model at once: fewer where memory runs out, the global batch being the same.
+"""Size of the micro-batch: halved when memory runs out, with the same global batch.
 
-Gradients are summed over a step's samples whatever the micro-batch, and every draw is keyed by its sample, so a step
-that ran out of memory is simply begun again with half of it.
+Gradients are summed over all samples of a step for any micro-batch size, and every random draw is keyed by its sample.
+So a step that ran out of memory is repeated with half the micro-batch, and gives the same result.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from finetune_trainer.errors import ConfigError
 
 _ON_CPU = ("can't allocate memory", "could not create a memory object", "bad allocation", "std::bad_alloc")
-"""What torch and its libraries say where a CPU's memory runs out; they raise RuntimeError for it as for all else."""
+"""Messages of torch and its libraries when a CPU's memory runs out; the exception type is a plain RuntimeError."""
 
 
 class MicroBatch:
     """The size of a rank's micro-batches.
 
     Args:
-        size: what was asked for, or chosen.
-        warn: told when it is halved.
+        size: the requested or chosen size.
+        warn: receives a message when the size is halved.
     """
 
     def __init__(self, size: int, warn: Callable[[str], None]) -> None:
@@ -30,37 +30,39 @@ class MicroBatch:
         self._warn = warn
 
     def halve(self, share: int) -> None:
-        """Memory ran out with this size: go on with half of what a pass really held.
+        """Halve the size after memory ran out, starting from the number of samples that a pass really held.
 
         Args:
-            share: samples of this rank's step, for no pass holds more.
+            share: number of samples of this rank in a step; no pass holds more.
 
         Raises:
-            ConfigError: it was one sample.
+            ConfigError: a pass already held only one sample.
         """
         held = min(self.size, share)
         if held <= 1:
             raise ConfigError(
                 "training.batchSize: memory runs out with one sample at a time; write gradientCheckpointing: true, "
-                "optimizer: adafactor or a smaller resolution, or ask for more memory"
+                "optimizer: adafactor or a smaller resolution, or request more memory"
             )
         self.size = held // 2
-        self._warn(f"memory ran out with {held} samples at a time; goes on with {self.size}, and the same global batch")
+        self._warn(
+            f"memory ran out with {held} samples at a time; continuing with {self.size} and the same global batch"
+        )
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def too_large(self, share: int) -> ConfigError:
-        """What to say where memory ran out and nothing can be begun again; `share` as above."""
+    def too_large_error(self, share: int) -> ConfigError:
+        """Return the error for memory that ran out in a step that cannot be repeated; `share` as in `halve`."""
         held = min(self.size, share)
         return ConfigError(
-            f"training.batchSize: memory runs out with {held} samples at a time, and with sharding a step cannot be "
-            "begun again; write a smaller one, gradientCheckpointing: true or offload: cpu, or ask for more memory"
+            f"training.batchSize: memory runs out with {held} samples at a time, and a sharded step cannot be "
+            "repeated; write a smaller batchSize, gradientCheckpointing: true or offload: cpu, or request more memory"
         )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or on a CPU."""
+    """Return whether an exception means that memory ran out, on a GPU or on a CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ON_CPU)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _ON_CPU)

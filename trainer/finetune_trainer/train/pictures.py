@@ -1,4 +1,4 @@
-"""The grid that a person compares pictures in."""
+"""The grid of validation pictures, for comparison by the user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 _CELL = 192
-"""Pictures are enlarged to at least so many pixels."""
+"""Minimum width in pixels that pictures are enlarged to."""
 _MARGIN = 12
 _FONT_SIZE = 15
 _LINE = 20
@@ -17,15 +17,15 @@ _LABEL_WIDTH = 110
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """A picture from uint8 pixels (3, H, W)."""
+    """Return a picture from uint8 pixels (3, H, W)."""
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy()))
 
 
 def build_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str]) -> Image.Image:
-    """Rows of pictures with a label at the left, one column for each caption.
+    """Return a grid: rows of pictures with a label at the left, one column for each caption.
 
-    Small pictures are enlarged without smoothing, so that what is seen is what was drawn. All are square and of one
-    size.
+    All pictures must be square and have the same size. Small pictures are enlarged without smoothing, so that the grid
+    shows the original pixels.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     width = rows[0][1][0].width

@@ -1,10 +1,11 @@
-"""SIGTERM, the notice that this machine is about to be taken away.
+"""The preemption notice (SIGTERM): this machine will be reclaimed soon.
 
-During training it only sets a flag, and the loop stops when all ranks agree. Before that there is nothing to save (what
-the map phase has written stays), so the rank leaves at once, even from the middle of an import or a rendezvous.
+During training the notice only sets a flag, and the loop stops when all ranks agree. Before training there is nothing
+to save (the results of the map phase are already stored), so the rank exits at once, even during an import or a
+rendezvous.
 
-SIGUSR2 says that a peer is gone for good and the collective that this rank may hang in will never end: what can be
-saved is saved, beside the thread that hangs, and the rank leaves.
+SIGUSR2 means that a peer is lost, so that a collective that this rank may be waiting in never ends. The emergency save
+then runs in a separate thread, and the rank exits.
 """
 
 from __future__ import annotations
@@ -19,57 +20,61 @@ from collections.abc import Callable, Iterator
 from finetune_contract.exit_codes import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ORPHANED = signal.SIGUSR2
+PEER_LOST = signal.SIGUSR2
 
 
 class PreemptionNotice:
-    """Whether this rank has been told to stop, and what that means at the moment."""
+    """Whether this rank has received the preemption notice, and whether the notice ends it at once.
+
+    Args:
+        on_leave: called before the notice ends the process.
+    """
 
     def __init__(self, on_leave: Callable[[], None] = lambda: None) -> None:
         self._on_leave = on_leave
         self._lock = threading.Lock()
         self._given = False
         self._held = False
-        self._on_orphaned: Callable[[], None] = lambda: None
+        self._on_peer_lost: Callable[[], None] = lambda: None
 
     @property
     def given(self) -> bool:
-        """Whether the notice has come."""
+        """Return whether the preemption notice has arrived."""
         return self._given
 
     def listen(self) -> None:
-        """Take the signals from now on. Main thread only."""
+        """Handle the signals from now on. Call it in the main thread only."""
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        for number in (*SIGNALS, ORPHANED):
+        for number in (*SIGNALS, PEER_LOST):
             signal.signal(number, lambda *_: None)
-        # Python runs handlers between bytecodes, and a rank may sit in a C call for minutes (a rendezvous). The
-        # descriptor is written by the C-level handler, so a thread hears of it in any case.
+        # Python runs signal handlers between bytecodes, and a rank may be in a C call for minutes (a rendezvous). The
+        # C-level handler writes to the descriptor, so the watching thread is notified in any case.
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader, writer), daemon=True, name="notice").start()
 
     def hold(self) -> None:
-        """From now on the notice only sets the flag: there is state to save, or the rank ends by a code of its own.
+        """From now on, the notice only sets the flag: there is state to save, or the rank exits with its own code.
 
-        It is not let go again: a save that failed must not look like one that was committed.
+        This cannot be undone, because a failed save must not exit with the code of a committed one.
         """
         self._set_held(True)
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:
-        """In this block of a rank that holds it nothing is unsaved: the notice ends the rank at once."""
+        """Within this block, the notice ends the rank at once, because nothing is unsaved. Call `hold` before."""
         self._set_held(False)
         try:
             yield
         finally:
             self._set_held(True)
 
-    def when_orphaned(self, save: Callable[[], None]) -> None:
-        """Call this when a peer is gone for good, in a thread of its own."""
-        self._on_orphaned = save
+    def on_peer_lost(self, save: Callable[[], None]) -> None:
+        """Set the function to call when a peer is lost. It runs in a separate thread."""
+        self._on_peer_lost = save
 
     def give(self) -> None:
-        """Take note of it; ends the process unless it is held."""
+        """Record the notice. End the process unless `hold` was called."""
         with self._lock:
             self._given = True
             self._leave_unless_held()
@@ -83,14 +88,15 @@ class PreemptionNotice:
     def _leave_unless_held(self) -> None:
         if not self._held:
             self._on_leave()
-            # No unwinding: other threads and C calls need not agree, and every file is written aside.
+            # No unwinding: other threads and C calls cannot delay the exit, and every file is written to a temporary
+            # name first.
             os._exit(ExitCode.SAVED)
 
     def _watch(self, reader: socket.socket, writer: socket.socket) -> None:
-        # The writer is held here, for the descriptor that signals write to must stay open.
+        # This reference to `writer` keeps open the descriptor that signals write to.
         while data := reader.recv(16):
-            if ORPHANED in data:
-                self._on_orphaned()
+            if PEER_LOST in data:
+                self._on_peer_lost()
                 os._exit(ExitCode.FABRIC)
             if any(number in SIGNALS for number in data):
                 self.give()

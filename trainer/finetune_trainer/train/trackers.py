@@ -1,7 +1,7 @@
-"""Where the curves and pictures of a run are shown, beside the files in the job's folder: rank 0 tells them.
+"""Trackers: services that show a run's curves and pictures, in addition to the files in the job's folder.
 
-The packages are none of the trainer's own: only what the manifest asks for is imported. A resumed run goes on in the
-run that was begun, under the same name.
+Only rank 0 uses them. Their packages are optional: only those that the manifest names are imported. A resumed run
+continues in the same tracker run, with the same name.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from PIL import Image
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import TrackerName
 from finetune_trainer.errors import ConfigError
-from finetune_trainer.files import write_aside
+from finetune_trainer.files import write_atomically
 
 _PACKAGES = {TrackerName.TENSORBOARD: "tensorboard", TrackerName.WANDB: "wandb", TrackerName.MLFLOW: "mlflow"}
 _PROJECT = "finetune-operator"
-_MLFLOW_NOTE = "mlflow-run.json"
+_MLFLOW_RUN_FILE = "mlflow-run.json"
 
 
 class Tracker(Protocol):
-    """One place where a run is shown."""
+    """A service that shows a run."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show numbers of a step."""
+        """Log the metrics of a step."""
         ...
 
     def picture(self, step: int, path: Path) -> None:
-        """Show a picture that was drawn after a step."""
+        """Log a picture that was generated after a step."""
         ...
 
     def close(self) -> None:
-        """Nothing more comes from this attempt."""
+        """End the tracker run of this attempt."""
         ...
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a tracker is made for.
+class TrackedRun:
+    """The run that a tracker shows.
 
     Attributes:
         spec: the run.
         job_dir: the job's folder.
-        step: where this attempt begins; what a killed one has told of later steps is not so.
+        step: step at which this attempt begins; metrics of later steps are from a killed attempt and are invalid.
     """
 
     spec: RunSpec
@@ -60,31 +60,31 @@ class Run:
 
 
 class TensorBoard:
-    """Event files in the job's folder; see `Tracker`."""
+    """TensorBoard: event files in the job's folder; see `Tracker`."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         writer: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self._writer = writer(str(run.job_dir / "tensorboard"), purge_step=run.step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show numbers of a step."""
+        """Log the metrics of a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def picture(self, step: int, path: Path) -> None:
-        """Show a picture that was drawn after a step."""
+        """Log a picture that was generated after a step."""
         with Image.open(path) as image:
             self._writer.add_image("validation", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Nothing more comes from this attempt."""
+        """End the tracker run of this attempt."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """Weights & Biases; without a key the run is kept in the job's folder, for `wandb sync`; see `Tracker`."""
+    """Weights & Biases; without an API key the run is stored in the job's folder, for `wandb sync`; see `Tracker`."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         self._wandb = importlib.import_module("wandb")
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         self._run = self._wandb.init(
@@ -98,24 +98,24 @@ class WeightsAndBiases:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show numbers of a step."""
+        """Log the metrics of a step."""
         self._run.log(dict(values), step=step)
 
     def picture(self, step: int, path: Path) -> None:
-        """Show a picture that was drawn after a step."""
+        """Log a picture that was generated after a step."""
         self._run.log({"validation": self._wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        """Nothing more comes from this attempt; its helper process has ended behind this."""
+        """End the tracker run of this attempt, and its helper process."""
         self._run.finish()
         self._wandb.teardown()
 
 
 class MlFlow:
-    """MLflow: the server that MLFLOW_TRACKING_URI names, or a database in the job's folder; see `Tracker`."""
+    """MLflow: the server in MLFLOW_TRACKING_URI, or a database in the job's folder; see `Tracker`."""
 
-    def __init__(self, run: Run) -> None:
-        # It tells its makers of each run unless told otherwise, and where nobody can be reached it waits for them.
+    def __init__(self, run: TrackedRun) -> None:
+        # By default MLflow sends usage data for each run, and waits for the server if it is unreachable.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self._mlflow = importlib.import_module("mlflow")
         if not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -124,27 +124,29 @@ class MlFlow:
                 self._mlflow.create_experiment(_PROJECT, artifact_location=(run.job_dir / "mlflow").as_uri())
         if not os.environ.get("MLFLOW_EXPERIMENT_NAME"):
             self._mlflow.set_experiment(_PROJECT)
-        note = run.job_dir / _MLFLOW_NOTE
-        known = json.loads(note.read_text(encoding="utf-8"))["run"] if note.is_file() else None
-        begun = self._mlflow.start_run(run_id=known, run_name=None if known else f"{run.spec.namespace}/{run.spec.job}")
-        if known is None:
-            write_aside(note, json.dumps({"run": begun.info.run_id}).encode())
+        file = run.job_dir / _MLFLOW_RUN_FILE
+        run_id = json.loads(file.read_text(encoding="utf-8"))["run"] if file.is_file() else None
+        started = self._mlflow.start_run(
+            run_id=run_id, run_name=None if run_id else f"{run.spec.namespace}/{run.spec.job}"
+        )
+        if run_id is None:
+            write_atomically(file, json.dumps({"run": started.info.run_id}).encode())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show numbers of a step."""
+        """Log the metrics of a step."""
         self._mlflow.log_metrics({name.replace(" ", "_"): value for name, value in values.items()}, step=step)
 
     def picture(self, step: int, path: Path) -> None:
-        """Show a picture that was drawn after a step."""
+        """Log a picture that was generated after a step."""
         del step
         self._mlflow.log_artifact(str(path), "validation")
 
     def close(self) -> None:
-        """Nothing more comes from this attempt."""
+        """End the tracker run of this attempt."""
         self._mlflow.end_run()
 
 
-_TRACKERS: dict[TrackerName, Callable[[Run], Tracker]] = {
+_TRACKERS: dict[TrackerName, Callable[[TrackedRun], Tracker]] = {
     TrackerName.TENSORBOARD: TensorBoard,
     TrackerName.WANDB: WeightsAndBiases,
     TrackerName.MLFLOW: MlFlow,
@@ -152,31 +154,31 @@ _TRACKERS: dict[TrackerName, Callable[[Run], Tracker]] = {
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Refuse what is not installed, before anything is loaded.
+    """Refuse trackers that are not installed, before anything is loaded.
 
     Raises:
-        ConfigError: naming the package.
+        ConfigError: the message names the package.
     """
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise ConfigError(
-                f"training.trackers: {name.value} needs the package {_PACKAGES[name]}, which this image lacks; install "
-                "it, or leave it out: the losses and pictures are in the job's folder anyway"
+                f"training.trackers: {name.value} needs the package {_PACKAGES[name]}, which is not installed in this "
+                "image; install it, or leave the tracker out: losses and pictures are in the job's folder anyway"
             )
 
 
-def open_trackers(names: Sequence[TrackerName], run: Run) -> list[Tracker]:
-    """Begin, or go on, where the manifest asks for.
+def open_trackers(names: Sequence[TrackerName], run: TrackedRun) -> list[Tracker]:
+    """Open the trackers that the manifest names, and resume their runs if they exist.
 
     Raises:
-        ConfigError: one cannot be reached.
+        ConfigError: a tracker cannot be used.
     """
     opened: list[Tracker] = []
     for name in names:
         try:
             opened.append(_TRACKERS[name](run))
         except Exception as error:
-            # Each library raises kinds of its own, and whatever it is, this tracker cannot be used.
+            # Each library raises its own exception types. Any of them means that the tracker cannot be used.
             summary = " ".join(str(error).split())[:300]
             raise ConfigError(f"training.trackers: {name.value} cannot be used: {summary}") from error
     return opened

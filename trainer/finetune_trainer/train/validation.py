@@ -1,7 +1,7 @@
-"""Looking at what is learnt: the loss on held-out samples, and pictures of the manifest's prompts.
+"""Validation: the loss on held-out samples, and pictures of the manifest's prompts.
 
-Everything is drawn from the validation's own seed, so it is the same at every look, comparable from run to run, and
-disturbs no draw of training. The ranks share the work.
+All random draws use the validation's own seed. So they are the same in every validation, results of different runs are
+comparable, and no draw of training changes. The ranks share the work.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 
 from finetune_contract import paths
 from finetune_contract.spec import ValidationSpec
-from finetune_trainer.data.batches import SIZES, BatchMaker, Texts
+from finetune_trainer.data.batches import BatchMaker, Texts
 from finetune_trainer.data.images.decoding import CENTRE, micro_conditioning
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.order import SampleRef, micro_batches
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
-from finetune_trainer.files import write_aside
+from finetune_trainer.files import write_atomically
 from finetune_trainer.methods.method import Method
-from finetune_trainer.models.family import Family, ImageEncoder
+from finetune_trainer.models.family import IMAGE_SIZES, Family, ImageEncoder
 from finetune_trainer.models.sampling import draw_latents
 from finetune_trainer.train.metrics_logger import MetricsLogger
 from finetune_trainer.train.pictures import build_grid, to_picture
@@ -37,7 +37,7 @@ from finetune_trainer.train.pictures import build_grid, to_picture
 _LOG = logging.getLogger(__name__)
 
 NUM_TIMESTEPS = 4
-"""Timesteps that each is looked at, one in each quarter of the schedule."""
+"""Number of timesteps for each held-out sample, one in each quarter of the schedule."""
 _PICTURES = "pictures"
 
 
@@ -46,12 +46,17 @@ class Validator:
     """Validates one run.
 
     Attributes:
+        spec: the validation settings.
         text: embeddings of the prompts.
-        batches: makes the training batches; pictures take their conditions from the same samples.
-        held_out: makes the held-out batches, with the validation's own draws; None where no split was named.
-        latent_size: height and width of a picture's latents.
-        batch_size: samples in one forward pass.
-        noted: called by rank 0 when the results of a look are written.
+        batches: makes the training batches; pictures use the conditioning images of these samples.
+        held_out: makes the held-out batches, with the validation's own draws; None if no split is named.
+        resolution: side of the square pictures in pixels, a multiple of the pixels per latent.
+        batch_size: number of samples in one forward pass.
+        total_steps: number of steps of the run.
+        job_dir: the job's folder.
+        on_progress: receives progress messages.
+        metrics: logs the results to the trackers; None if there are none.
+        on_results: called by rank 0 when the results of a validation are written.
     """
 
     spec: ValidationSpec
@@ -61,24 +66,24 @@ class Validator:
     text: Texts
     batches: BatchMaker
     held_out: BatchMaker | None
-    latent_size: tuple[int, int]
+    resolution: int
     batch_size: int
     total_steps: int
     job_dir: Path
-    say: Callable[[str], None]
-    journal: MetricsLogger | None = None
-    noted: Callable[[], None] = lambda: None
+    on_progress: Callable[[str], None]
+    metrics: MetricsLogger | None = None
+    on_results: Callable[[], None] = lambda: None
 
     def due(self, step: int) -> bool:
-        """Whether the model is looked at after a step: the untrained one, the trained one, and those between."""
+        """Return whether to validate after a step: at the start, at the end, and at multiples of `spec.steps`."""
         return step in (0, self.total_steps) or (self.spec.steps is not None and step % self.spec.steps == 0)
 
-    def is_noted(self, step: int) -> bool:
-        """Whether an earlier attempt has noted all results of a step; every rank gets the same answer."""
-        return self.world.share(self._is_noted(step))
+    def is_recorded(self, step: int) -> bool:
+        """Return whether an earlier attempt has recorded all results of a step; the same on every rank."""
+        return self.world.share(self._is_recorded(step))
 
-    def look(self, step: int) -> None:
-        """Look at the model as it is after a step, and note what is seen.
+    def validate(self, step: int) -> None:
+        """Validate the model after a step, and record the results. All ranks call it.
 
         Raises:
             StorageError: the results cannot be written.
@@ -86,63 +91,63 @@ class Validator:
         self.method.set_training(False)
         try:
             if self.held_out is not None:
-                self._note_loss(step, self._held_out_losses(self.held_out))
+                self._record_loss(step, self._held_out_losses(self.held_out))
             if self.spec.prompts:
-                self._note_pictures(step, self._draw())
+                self._record_pictures(step, self._draw())
             if self.world.is_first:
-                self.noted()
+                self.on_results()
         except OSError as error:
             raise StorageError(f"validation: cannot write: {error}") from error
         finally:
             self.method.set_training(True)
 
-    def _is_noted(self, step: int) -> bool:
+    def _is_recorded(self, step: int) -> bool:
         folder = self.job_dir / paths.VALIDATION
         has_loss = self.held_out is None or any(entry["step"] == step for entry in read_losses(folder / paths.LOSSES))
         return has_loss and (not self.spec.prompts or (folder / _grid_name(step)).is_file())
 
     @torch.no_grad()
     def _held_out_losses(self, batches: BatchMaker) -> list[float]:
-        """Mean over samples for each part of the schedule. Each is computed by one rank, so the sum adds zeros."""
+        """Return the mean over samples for each part of the schedule.
+
+        One rank computes each loss, so the sum over ranks only adds zeros.
+        """
         num_samples = len(batches.source)
         count = num_samples * NUM_TIMESTEPS
         losses = torch.zeros(count, dtype=torch.float64, device=self.world.device)
         mine = range(self.world.rank * count // self.world.size, (self.world.rank + 1) * count // self.world.size)
-        # Samples of unequal shapes go into no common batch.
+        # Samples with different shapes cannot share a batch.
         for part in micro_batches(mine, 1 if batches.shapes.buckets else self.batch_size):
             refs = [SampleRef(index % NUM_TIMESTEPS, index // NUM_TIMESTEPS) for index in part]
-            timesteps = [spread_timestep(ref, num_samples, self.family.schedule.num_timesteps) for ref in refs]
+            timesteps = [spread_timestep(ref, num_samples, self.family.objective.num_timesteps) for ref in refs]
             losses[part.start : part.stop] = self.method.losses(batches.make(refs, timesteps)).double()
-            self.say(f"held-out loss {part.stop - mine.start}/{len(mine)}")
+            self.on_progress(f"held-out loss {part.stop - mine.start}/{len(mine)}")
         means: list[float] = self.world.sum(losses).view(num_samples, NUM_TIMESTEPS).mean(0).tolist()
         return means
 
     @torch.no_grad()
     def _draw(self) -> Tensor:
-        """Pictures of all prompts, uint8 (prompts, 3, H, W), the same on every rank."""
+        """Return pictures of all prompts, uint8 (prompts, 3, H, W), the same on every rank."""
         vae: ImageEncoder = self.family.load_image_encoder(self.world.device)
         prompts = self.spec.prompts
         drawn: dict[int, Tensor] = {}
         for number in range(self.world.rank, len(prompts), self.world.size):
-            self.say(f"picture {number + 1}/{len(prompts)}")
+            self.on_progress(f"picture {number + 1}/{len(prompts)}")
             drawn[number] = self._draw_one(vae, number)
-        factor = self.family.latent_shape[1]
-        side = tuple(size * factor for size in self.latent_size)
-        pixels = torch.zeros((len(prompts), 3, *side), dtype=torch.uint8, device=self.world.device)
+        shape = (len(prompts), 3, self.resolution, self.resolution)
+        pixels = torch.zeros(shape, dtype=torch.uint8, device=self.world.device)
         for number, picture in drawn.items():
             pixels[number] = picture
         return self.world.sum(pixels)
 
     def _draw_one(self, vae: ImageEncoder, number: int) -> Tensor:
-        """The picture of one prompt, uint8 (3, H, W)."""
+        """Return the picture of one prompt, uint8 (3, H, W)."""
         device = self.world.device
-        channels, factor, _ = self.family.latent_shape
-        shape = (1, channels, *self.latent_size)
+        square = (self.resolution, self.resolution)
+        shape = (1, *self.family.latent_shape(*square))
         noise = Draws(self.spec.seed).normal(Purpose.PICTURE, SampleRef(0, number), shape).to(device)
-        resolution = self.latent_size[0] * factor
-        square = (resolution, resolution)
         size = micro_conditioning(square, square, CENTRE)
-        text = {**self.text.get(["", self.spec.prompts[number]]), SIZES: size.expand(2, -1)}
+        text = {**self.text.get(["", self.spec.prompts[number]]), IMAGE_SIZES: size.expand(2, -1)}
         text = {name: value.to(device) for name, value in text.items()}
         condition = self._condition(number)
 
@@ -150,38 +155,38 @@ class Validator:
             return self.method.predict(noisy, timesteps, text, condition)
 
         spec = self.spec
-        latents = draw_latents(predict, self.family.schedule, noise, spec.num_inference_steps, spec.guidance_scale)
+        latents = draw_latents(predict, self.family.objective, noise, spec.num_inference_steps, spec.guidance_scale)
         return ((vae.decode(latents)[0] + 1) * 127.5).round().to(torch.uint8)
 
     def _condition(self, number: int) -> Tensor | None:
-        """What a picture is conditioned on, (2, 3, H, W): prompt i takes the condition of sample i."""
+        """Return the conditioning image of a picture, (2, 3, H, W): prompt i uses that of sample i."""
         batches = self.held_out or self.batches
         if batches.conditioning is None:
             return None
-        # Pictures are squares, whatever the samples are.
+        # Pictures are square, even if the samples are not.
         shapes = dataclasses.replace(batches.conditioning.shapes, buckets=False)
         plain = dataclasses.replace(batches.conditioning, dropout=0.0, shapes=shapes)
         ref = SampleRef(0, number % len(batches.source))
-        # The image itself may be gone: of a stream only its posterior is kept.
+        # The image may be unavailable: for a stream, only the latent posterior is stored.
         size = batches.latents.posterior(ref.index, CENTRE).size
         condition = plain.read(batches.source, ref, CENTRE, size, batches.draws)
         return condition.to(self.world.device).expand(2, -1, -1, -1)
 
-    def _note_loss(self, step: int, by_timestep: list[float]) -> None:
+    def _record_loss(self, step: int, by_timestep: list[float]) -> None:
         if not self.world.is_first:
             return
         loss = sum(by_timestep) / len(by_timestep)
         _LOG.info("held-out loss after step %d: %.5f", step, loss)
         path = self.job_dir / paths.VALIDATION / paths.LOSSES
-        # What a killed attempt noted of later steps is not so yet.
+        # Drop later steps: a killed attempt recorded them, and this attempt has not reached them yet.
         earlier = [entry for entry in read_losses(path) if entry["step"] < step]
         entry = {"step": step, "loss": loss, "byTimestep": by_timestep}
-        write_aside(path, json.dumps([*earlier, entry], indent=1).encode())
-        if self.journal is not None:
+        write_atomically(path, json.dumps([*earlier, entry], indent=1).encode())
+        if self.metrics is not None:
             parts = {f"held-out loss/quarter {number + 1}": value for number, value in enumerate(by_timestep)}
-            self.journal.validation(step, {"held-out loss": loss, **parts}, None)
+            self.metrics.log_validation(step, {"held-out loss": loss, **parts}, None)
 
-    def _note_pictures(self, step: int, pixels: Tensor) -> None:
+    def _record_pictures(self, step: int, pixels: Tensor) -> None:
         if not self.world.is_first:
             return
         folder = self.job_dir / paths.VALIDATION
@@ -197,8 +202,8 @@ class Validator:
                 (f"after\n{step} steps", pictures),
             ]
             _save_png(build_grid(rows, self.spec.prompts), folder / paths.GRID)
-        if self.journal is not None:
-            self.journal.validation(step, {}, folder / _grid_name(step))
+        if self.metrics is not None:
+            self.metrics.log_validation(step, {}, folder / _grid_name(step))
 
 
 def _grid_name(step: int) -> str:
@@ -206,19 +211,19 @@ def _grid_name(step: int) -> str:
 
 
 def spread_timestep(ref: SampleRef, num_samples: int, num_timesteps: int) -> int:
-    """Timestep of a held-out look: the looks of all samples together cover the schedule evenly.
+    """Return the timestep of a held-out loss. The timesteps of all samples together cover the schedule evenly.
 
     Args:
-        ref: number of the look (as epoch), and sample.
-        num_samples: held-out samples.
-        num_timesteps: timesteps of the schedule.
+        ref: the quarter of the schedule (as epoch), and the sample.
+        num_samples: number of held-out samples.
+        num_timesteps: number of timesteps of the schedule.
     """
-    place = ref.epoch + (ref.index + 0.5) / num_samples
-    return int(place / NUM_TIMESTEPS * num_timesteps)
+    quarters = ref.epoch + (ref.index + 0.5) / num_samples
+    return int(quarters / NUM_TIMESTEPS * num_timesteps)
 
 
 def read_losses(path: Path) -> list[dict[str, Any]]:
-    """The held-out losses noted so far, by step; none where there is no such file."""
+    """Return the recorded held-out losses, by step; an empty list if the file does not exist."""
     try:
         return list(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError):
@@ -226,11 +231,11 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
 
 
 def best_validation(path: Path) -> dict[str, Any] | None:
-    """The lowest held-out loss noted so far, {"step", "loss"}; None where none was."""
+    """Return the lowest recorded held-out loss, {"step", "loss"}; None if there is none."""
     return min(read_losses(path), key=lambda entry: float(entry["loss"]), default=None)
 
 
 def _save_png(picture: Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, "png")
-    write_aside(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())

@@ -1,1 +1,1 @@
-"""Where checkpoints are stored: one file per kind of storage, with a common base."""
+"""Checkpoint stores: one module per kind of storage, with a common base."""

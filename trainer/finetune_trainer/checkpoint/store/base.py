@@ -1,9 +1,9 @@
-"""The checkpoints of one job on one storage, as one rank sees them: what is common to every kind of storage.
+"""The checkpoints of one job on one storage, as one rank sees them: the part that all kinds of storage share.
 
-A save is written by one rank or by several, each its own files; every file is made durable, then read back. One rank
-commits: the manifest is written last, and that alone makes a checkpoint count; the attempt fence is looked at before
-and behind it. Only then do older checkpoints go. A kill at any moment leaves whole checkpoints and, at most, files that
-no manifest names; the next attempt sweeps those away.
+One or several ranks write a checkpoint, each its own files. Every file is flushed to durable storage, then read back.
+One rank commits: it writes the manifest last, and only a checkpoint with a manifest counts. The attempt fence is
+checked before and after the commit. Only then are older checkpoints removed. A kill at any moment leaves complete
+checkpoints and, at most, files that no manifest names; the next attempt removes those.
 """
 
 from __future__ import annotations
@@ -31,25 +31,24 @@ _LOG = logging.getLogger(__name__)
 
 NAME = re.compile(r"step-(\d{8,})-a(\d+)")
 """Name of a checkpoint that counts: its step and the attempt that wrote it."""
-COPY = "-copy"
-"""Tells what is copied from another storage apart from what is written here."""
+IMPORT_WRITER = "-copy"
+"""Writer suffix of checkpoints that are copied from another storage."""
 StageHook = Callable[[str], None]
 
 
 def checkpoint_name(step: int, attempt: int) -> str:
-    """Name of a checkpoint."""
+    """Return the name of a checkpoint."""
     return f"step-{step:08d}-a{attempt}"
 
 
 class CheckpointStore(ABC):
-    """Writes, commits, chooses and prunes.
+    """Writes, commits, chooses and prunes checkpoints.
 
     Args:
-        job_uid: whose checkpoints count.
-        attempt: which attempt this is.
-        retention: what stays.
-        on_stage: called between any two stages of a save, with the name of the one to come; tests kill the process
-            there.
+        job_uid: UID of the job; only its checkpoints count.
+        attempt: number of this attempt.
+        retention: which checkpoints to keep.
+        on_stage: called before each stage of a save with its name; tests kill the process there.
     """
 
     def __init__(self, job_uid: str, attempt: int, retention: Retention, on_stage: StageHook = lambda _: None) -> None:
@@ -60,7 +59,7 @@ class CheckpointStore(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Mark the attempt, and sweep away what killed saves have left.
+        """Mark the attempt, and remove the leftovers of killed saves.
 
         Raises:
             SupersededError: a newer attempt has begun.
@@ -69,7 +68,9 @@ class CheckpointStore(ABC):
 
     @abstractmethod
     def put_probe(self) -> str:
-        """Leave something of a name that nobody can have looked for yet, and return the name.
+        """Create a probe with a new random name, and return the name.
+
+        The name is new, so no file system can have cached that it does not exist.
 
         Raises:
             StorageError: the storage cannot be written.
@@ -77,27 +78,27 @@ class CheckpointStore(ABC):
 
     @abstractmethod
     def has_probe(self, name: str) -> bool:
-        """Whether another rank's probe is here: then the storage is the same one."""
+        """Return whether another rank's probe is visible here, so that both ranks share this storage."""
 
     @abstractmethod
     def remove_probe(self, name: str) -> None:
-        """Take it away again."""
+        """Remove a probe, if possible."""
 
     @abstractmethod
     def find(self, name: str) -> Committed:
-        """A checkpoint that another rank has chosen, to be read by this one, too.
+        """Return a checkpoint that another rank has chosen, so that this rank can read it.
 
         Raises:
-            StorageError: it is not here.
+            StorageError: the checkpoint is missing.
         """
 
     @abstractmethod
     def num_corrupt(self) -> int:
-        """How many damaged checkpoints have been set aside in the life of the job."""
+        """Return how many damaged checkpoints have been quarantined since the job started."""
 
     @abstractmethod
     def claim(self, step: int) -> bool:
-        """Claim the writing of a step for this process; False where another one of this attempt has.
+        """Claim the writing of a step for this process; return False if another process of this attempt has claimed it.
 
         Raises:
             StorageError: the storage cannot be written.
@@ -105,17 +106,17 @@ class CheckpointStore(ABC):
 
     @abstractmethod
     def discard(self, step: int, writer: str = "") -> None:
-        """Remove what a failed save has written, as far as that is possible."""
+        """Remove the files of a failed save, as far as possible."""
 
     def choose(self, warn: Callable[[str], None]) -> Committed | None:
-        """The newest checkpoint that verifies.
+        """Return the newest valid checkpoint; None if there is none.
 
-        Each newer one is told to `warn`; those that are damaged are set aside under a name that says so.
+        Each newer checkpoint is reported to `warn`; damaged ones are quarantined.
 
         Raises:
             StorageError: the storage cannot be read.
         """
-        with telling():
+        with storage_errors():
             candidates = sorted(self._list(), reverse=True)
         for step, attempt in candidates:
             name = checkpoint_name(step, attempt)
@@ -124,61 +125,64 @@ class CheckpointStore(ABC):
             except ForeignCheckpointError as error:
                 warn(f"checkpoint {name} is skipped: {error}")
             except BadCheckpointError as error:
-                warn(f"checkpoint {name} is damaged: {error}; {self._set_aside(name, str(error))}")
+                warn(f"checkpoint {name} is damaged: {error}; {self._quarantine(name, str(error))}")
         return None
 
     def holds(self, step: int) -> bool:
-        """Whether this attempt, or an older one, has committed this step or a later one."""
-        with telling():
+        """Return whether this attempt, or an older one, has committed this step or a later one."""
+        with storage_errors():
             return any(entry >= step and attempt <= self._attempt for entry, attempt in self._list())
 
     def save(self, snapshot: Snapshot, time: float, writer: str = "") -> Committed:
-        """Write a checkpoint alone, verify it, and only then let older ones go.
+        """Write a complete checkpoint, verify it, and then remove older ones.
 
         Args:
-            snapshot: what to save.
-            time: now, seconds since the epoch, for the manifest.
-            writer: tells apart the processes that may write the same step at the same time.
+            snapshot: the state to save.
+            time: current time in seconds since the epoch, for the manifest.
+            writer: suffix that separates processes that may write the same step at the same time.
 
         Raises:
             SupersededError: a newer attempt has begun; nothing was committed.
-            StorageError: it could not be written or does not read back.
+            StorageError: the checkpoint cannot be written, or reads back differently.
         """
-        with self._guarded():
-            self._make_room(snapshot.step, writer)
+        with self._reporting_superseded():
+            self._clear_leftovers(snapshot.step, writer)
         files = self.write_part(snapshot, 0, 1, writer)
         return self.commit(snapshot, files, time, writer)
 
     def write_part(self, snapshot: Snapshot, part: int, parts: int, writer: str = "") -> tuple[FileEntry, ...]:
-        """Write one part of a checkpoint: durable, and read back.
+        """Write one part of a checkpoint durably, and read it back.
 
         Args:
-            snapshot: its tensors are those of this part.
-            part: its number, from 0.
+            snapshot: the state; its tensors are those of this part.
+            part: index of the part, from 0.
             parts: number of parts.
             writer: see `save`.
 
+        Returns:
+            The files of this part.
+
         Raises:
             SupersededError: a newer attempt has begun.
-            StorageError: it could not be written or does not read back.
+            StorageError: the part cannot be written, or reads back differently.
         """
-        with self._guarded():
+        with self._reporting_superseded():
             return self._write_part(snapshot, part, parts, writer)
 
     def commit(self, snapshot: Snapshot, files: Iterable[FileEntry], time: float, writer: str = "") -> Committed:
-        """Make what was written count, and only then let older checkpoints go.
+        """Commit the written files as a checkpoint, and then remove older ones.
 
         Args:
-            snapshot: its step and values are written; its tensors are in the files.
+            snapshot: the state; its step and values are written here, its tensors are in the files.
             files: the files of all parts.
             time: see `save`.
             writer: see `save`.
 
         Raises:
             SupersededError: a newer attempt has begun; the checkpoint does not count.
-            StorageError: it could not be written, or a part is missing.
+            StorageError: the manifest cannot be written, or a part is missing.
         """
-        with self._guarded():
+        with self._reporting_superseded():
             self.on_stage(SaveStage.WRITE_STATE)
             state = json.dumps(snapshot.values, indent=1, sort_keys=True).encode()
             ordered = self._write_state(snapshot.step, writer, state, tuple(files))
@@ -191,45 +195,45 @@ class CheckpointStore(ABC):
         self.on_stage(SaveStage.DONE)
         return committed
 
-    def adopt(self, committed: Committed) -> Committed:
-        """Copy a checkpoint from another storage of the same job, verify the copy, and let older ones go.
+    def import_checkpoint(self, committed: Committed) -> Committed:
+        """Copy a checkpoint from another storage of the same job, verify the copy, and remove older ones.
 
         Raises:
             SupersededError: a newer attempt has begun; the copy does not count.
-            StorageError: it could not be copied.
+            StorageError: the checkpoint cannot be copied.
         """
         manifest = committed.manifest
-        with self._guarded():
+        with self._reporting_superseded():
             if self.holds(manifest.step):
                 return committed
             best = self.load_values(committed).get(BEST)
-            self._make_room(manifest.step, COPY)
-            files = self._copy_in(committed)
+            self._clear_leftovers(manifest.step, IMPORT_WRITER)
+            files = self._import_files(committed)
             plain = manifest.model_copy(update={"files": by_name(files), "attempt": self._attempt})
-            copy = self._publish(plain.sealed(), COPY)
+            copy = self._publish(plain.sealed(), IMPORT_WRITER)
             self._check_fence()
             self._prune(copy, best)
         return copy
 
     def newest(self) -> tuple[int, int]:
-        """Step and attempt of the newest that has the name of a checkpoint; (-1, 0) where there is none.
+        """Return step and attempt of the newest checkpoint by name, unverified; (-1, 0) if there is none.
 
         Raises:
             StorageError: the storage cannot be read.
         """
-        with telling():
+        with storage_errors():
             return max(self._list(), default=(-1, 0))
 
     @property
-    def behind(self) -> CheckpointStore:
-        """The storage that outlives this machine; of most stores it is the store itself."""
+    def durable(self) -> CheckpointStore:
+        """Return the storage that survives the loss of this machine. Defaults to self."""
         return self
 
     def load(self, committed: Committed) -> Snapshot:
-        """Read a checkpoint that was chosen.
+        """Read a chosen checkpoint.
 
         Raises:
-            StorageError: it can no longer be read.
+            StorageError: the checkpoint can no longer be read.
         """
         tensors: dict[str, dict[str, Tensor]] = {}
         try:
@@ -242,10 +246,10 @@ class CheckpointStore(ABC):
         return Snapshot(committed.manifest.step, tensors, self.load_values(committed))
 
     def load_values(self, committed: Committed) -> dict[str, Any]:
-        """Read what a checkpoint holds besides tensors.
+        """Read the values of a checkpoint that are not tensors.
 
         Raises:
-            StorageError: it can no longer be read.
+            StorageError: the checkpoint can no longer be read.
         """
         files = [committed.folder / entry.name for entry in committed.manifest.files]
         try:
@@ -256,50 +260,50 @@ class CheckpointStore(ABC):
 
     @abstractmethod
     def _check_fence(self) -> None:
-        """Go on only while no newer attempt has begun."""
+        """Raise SupersededError if a newer attempt has begun."""
 
     @abstractmethod
     def _list(self) -> list[tuple[int, int]]:
-        """Step and attempt of everything with the name of a checkpoint."""
+        """Return step and attempt of everything with the name of a checkpoint."""
 
     @abstractmethod
     def _verified(self, name: str) -> Committed:
-        """Look at every byte of a checkpoint.
+        """Return a checkpoint after every byte was verified.
 
         Raises:
             BadCheckpointError: see `manifest.verify`.
         """
 
     @abstractmethod
-    def _set_aside(self, name: str, why: str) -> str:
-        """Keep a damaged checkpoint with the reason where it counts no more; say in words what became of it."""
+    def _quarantine(self, name: str, why: str) -> str:
+        """Keep a damaged checkpoint, with the reason, where it no longer counts; return what was done, as text."""
 
     @abstractmethod
-    def _make_room(self, step: int, writer: str) -> None:
-        """Remove what an earlier try of the same writer has left."""
+    def _clear_leftovers(self, step: int, writer: str) -> None:
+        """Remove the leftovers of an earlier try of the same writer."""
 
     @abstractmethod
     def _write_part(self, snapshot: Snapshot, part: int, parts: int, writer: str) -> tuple[FileEntry, ...]:
         """See `write_part`."""
 
     @abstractmethod
-    def _copy_in(self, committed: Committed) -> tuple[FileEntry, ...]:
-        """Copy the files of another storage's checkpoint: durable, and read back."""
+    def _import_files(self, committed: Committed) -> tuple[FileEntry, ...]:
+        """Copy the files of another storage's checkpoint durably, and read them back."""
 
     @abstractmethod
     def _write_state(self, step: int, writer: str, state: bytes, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
-        """Write state.json, see that all parts are there, and return all files in the order of their names."""
+        """Write state.json, check that all parts exist, and return all files in the order of their names."""
 
     @abstractmethod
     def _publish(self, manifest: Manifest, writer: str) -> Committed:
-        """Write the manifest, look at the fence, and make the checkpoint count."""
+        """Write the manifest, check the fence, and commit the checkpoint."""
 
     @abstractmethod
     def _remove(self, name: str) -> None:
-        """Take a checkpoint out of the list first, then delete it: a kill leaves no half that looks whole."""
+        """Remove a checkpoint from the list first, then delete it, so that a kill leaves no incomplete checkpoint."""
 
     def _prune(self, newest: Committed, best: Mapping[str, Any] | None) -> None:
-        """Remove what the retention lets go of."""
+        """Remove the checkpoints that the retention does not keep."""
         entry = (newest.manifest.step, newest.manifest.attempt)
         try:
             best_step = None if best is None else int(best["step"])
@@ -309,14 +313,17 @@ class CheckpointStore(ABC):
                 self.on_stage(f"{SaveStage.REMOVE} {name}")
                 self._remove(name)
         except OSError as error:
-            # The newer one is committed; the next save tries again.
+            # The newer checkpoint is committed; the next save retries the removal.
             _LOG.warning("checkpoint storage: an old checkpoint cannot be removed: %s", error)
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """A newer attempt sweeps away what an older one still writes: then that is the cause of what fails."""
+    def _reporting_superseded(self) -> Iterator[None]:
+        """Raise SupersededError instead of StorageError if a newer attempt has begun.
+
+        A newer attempt removes the files that an older one still writes, so it is the cause of the failure.
+        """
         try:
-            with telling():
+            with storage_errors():
                 yield
         except StorageError:
             with contextlib.suppress(OSError):
@@ -325,19 +332,19 @@ class CheckpointStore(ABC):
 
 
 def ordered_names(found: Iterable[str]) -> list[tuple[int, int]]:
-    """Step and attempt of those names that are a checkpoint's."""
+    """Return step and attempt of the names that are names of checkpoints."""
     matches = (NAME.fullmatch(name) for name in found)
     return [(int(match[1]), int(match[2])) for match in matches if match]
 
 
 def by_name(files: Iterable[FileEntry]) -> tuple[FileEntry, ...]:
-    """Files in the order in which a manifest names them."""
+    """Return files in the order of a manifest."""
     return tuple(sorted(files, key=lambda file: file.name))
 
 
 @contextlib.contextmanager
-def telling() -> Iterator[None]:
-    """Say what is wrong with the storage in one sentence."""
+def storage_errors() -> Iterator[None]:
+    """Convert errors of the storage to StorageError with a one-line message."""
     try:
         yield
     except OSError as error:
@@ -345,4 +352,4 @@ def telling() -> Iterator[None]:
         what = error.strerror or str(error)
         raise StorageError(f"checkpoint storage: {what}" + (f" ({where})" if where else "")) from error
     except BadCheckpointError as error:
-        raise StorageError(f"checkpoint storage: what was written does not read back: {error}") from error
+        raise StorageError(f"checkpoint storage: written data reads back differently: {error}") from error

@@ -1,14 +1,14 @@
-"""Checkpoints in an object store, where nothing can be renamed: the manifest, the last object written, makes one count.
+"""Checkpoints in an object store. Objects cannot be renamed, so the manifest, which is written last, is the commit.
 
     <job>/fence/attempt-00000002                          see `fence`
     <job>/checkpoints/step-00000040-a2/5f0c.../model.safetensors
     <job>/checkpoints/step-00000040-a2/9e1b.../state.json
     <job>/checkpoints/step-00000040-a2/manifest.json      names the objects above
-    <job>/corrupt/step-00000040-a2/reason.txt             that one was found damaged, and counts no more
+    <job>/corrupt/step-00000040-a2/reason.txt             marks the checkpoint as damaged: it no longer counts
 
-Each writer writes below a name of its own that nobody has used, so no object is ever written over, and the manifest is
-put on the condition that there is none. A checkpoint is fetched to this machine's disk to be verified and read. What
-somebody copies out of the store is a checkpoint as `finetune checkpoints` reads it.
+Each writer uses a new random prefix, so no object is overwritten, and the manifest is written on the condition that
+none exists. A checkpoint is fetched to this machine's disk to be verified and read. A copy of the store's folder is a
+checkpoint that `finetune checkpoints` can read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from finetune_trainer.checkpoint.store.base import (
     by_name,
     checkpoint_name,
     ordered_names,
-    telling,
+    storage_errors,
 )
 from finetune_trainer.checkpoint.store.fence import check_marks
 from finetune_trainer.checkpoint.store.retention import Retention
@@ -50,7 +50,7 @@ _CLAIM = "claims"
 _PROBE = "probes"
 _BLOCK = 8 * 1024 * 1024
 NUM_FETCHES = 4
-"""Objects that are fetched at a time, and times that a damaged one is fetched before it is believed to be damaged."""
+"""Number of objects fetched at a time, and number of fetches before a checkpoint is treated as damaged."""
 
 
 class BucketStore(CheckpointStore):
@@ -58,7 +58,10 @@ class BucketStore(CheckpointStore):
 
     Args:
         bucket: the job's folder in the store.
-        local: folder of this machine for what is fetched; it holds one checkpoint at a time.
+        local: folder on this machine for fetched files; it holds one checkpoint at a time.
+        job_uid: see `CheckpointStore`.
+        attempt: see `CheckpointStore`.
+        retention: see `CheckpointStore`.
     """
 
     def __init__(
@@ -75,52 +78,52 @@ class BucketStore(CheckpointStore):
         self._local = local
 
     def open(self) -> None:
-        """Mark the attempt, and sweep away what no manifest names."""
-        with telling():
+        """Mark the attempt, and remove objects that no manifest names."""
+        with storage_errors():
             self._bucket.put_new(f"{paths.FENCE}/{paths.fence_mark(self._attempt)}", b"")
             self._check_fence()
             names = self._checkpoints.names()
-            whole = {name.partition("/")[0] for name in names if name.endswith(f"/{paths.MANIFEST}")}
-            self._checkpoints.remove([name for name in names if name.partition("/")[0] not in whole])
+            complete = {name.partition("/")[0] for name in names if name.endswith(f"/{paths.MANIFEST}")}
+            self._checkpoints.remove([name for name in names if name.partition("/")[0] not in complete])
             for folder in (_CLAIM, _PROBE):
                 below = self._bucket.below(folder)
                 below.remove(below.names())
 
     def put_probe(self) -> str:
-        """Leave an object of a new name."""
+        """Create an object with a new name."""
         name = secrets.token_hex(8)
-        with telling():
+        with storage_errors():
             self._bucket.put(f"{_PROBE}/{name}", b"")
         return name
 
     def has_probe(self, name: str) -> bool:
-        """Whether it is in this rank's bucket, too."""
-        with telling():
+        """Return whether the object exists in this rank's bucket, too."""
+        with storage_errors():
             return self._bucket.exists(f"{_PROBE}/{name}")
 
     def remove_probe(self, name: str) -> None:
-        """Take it away again."""
+        """Remove the object, if possible."""
         with contextlib.suppress(OSError):
             self._bucket.remove([f"{_PROBE}/{name}"])
 
     def find(self, name: str) -> Committed:
-        """Fetch it to this rank's folder."""
-        with telling():
+        """Fetch the checkpoint to this rank's folder."""
+        with storage_errors():
             return self._verified(name)
 
     def num_corrupt(self) -> int:
-        """How many have a reason written beside them."""
+        """Return how many checkpoints are marked as damaged."""
         with contextlib.suppress(OSError):
             return len(self._corrupt())
         return 0
 
     def claim(self, step: int) -> bool:
-        """Put an object on the condition that there is none."""
-        with telling():
+        """Write an object on the condition that none exists."""
+        with storage_errors():
             return self._bucket.put_new(f"{_CLAIM}/{checkpoint_name(step, self._attempt)}", b"")
 
     def discard(self, step: int, writer: str = "") -> None:
-        """Remove what has no manifest; other writers of the same step may be at work."""
+        """Remove the objects of the step unless it has a manifest; another writer may have committed it."""
         del writer
         name = checkpoint_name(step, self._attempt)
         with contextlib.suppress(OSError):
@@ -136,11 +139,11 @@ class BucketStore(CheckpointStore):
 
     def _list(self) -> list[tuple[int, int]]:
         end = f"/{paths.MANIFEST}"
-        whole = {name.removesuffix(end) for name in self._checkpoints.names() if name.endswith(end)}
-        return ordered_names(whole - self._corrupt())
+        complete = {name.removesuffix(end) for name in self._checkpoints.names() if name.endswith(end)}
+        return ordered_names(complete - self._corrupt())
 
     def _verified(self, name: str) -> Committed:
-        """Fetch it, and look at what came; a transfer that went wrong is tried again."""
+        """Fetch the checkpoint and verify the copy; a damaged transfer is repeated."""
         folder, bucket = self._local / name, self._checkpoints.below(name)
         for left in reversed(range(NUM_FETCHES)):
             shutil.rmtree(self._local, ignore_errors=True)
@@ -153,16 +156,16 @@ class BucketStore(CheckpointStore):
                     raise
         raise AssertionError
 
-    def _set_aside(self, name: str, why: str) -> str:
-        """Write the reason where those that count are told from the others."""
+    def _quarantine(self, name: str, why: str) -> str:
+        """Mark the checkpoint as damaged, with the reason."""
         try:
             self._bucket.put(f"{_CORRUPT}/{name}/{paths.CORRUPT_REASON}", f"{why}\n".encode())
         except OSError as error:
-            return f"it cannot be set aside ({error}) and is skipped"
-        return f"set aside by {_CORRUPT}/{name}/{paths.CORRUPT_REASON}"
+            return f"it cannot be marked as damaged ({error}) and is skipped"
+        return f"marked as damaged by {_CORRUPT}/{name}/{paths.CORRUPT_REASON}"
 
-    def _make_room(self, step: int, writer: str) -> None:
-        """Nothing to do: what is written has a name of its own."""
+    def _clear_leftovers(self, step: int, writer: str) -> None:
+        """Do nothing: every try uses a new prefix."""
 
     def _write_part(self, snapshot: Snapshot, part: int, parts: int, writer: str) -> tuple[FileEntry, ...]:
         below = f"{secrets.token_hex(6)}{writer}"
@@ -182,7 +185,7 @@ class BucketStore(CheckpointStore):
             self._read_back(name, file)
         return tuple(files)
 
-    def _copy_in(self, committed: Committed) -> tuple[FileEntry, ...]:
+    def _import_files(self, committed: Committed) -> tuple[FileEntry, ...]:
         name = checkpoint_name(committed.manifest.step, self._attempt)
         below = secrets.token_hex(6)
         files = []
@@ -203,7 +206,7 @@ class BucketStore(CheckpointStore):
         self._checkpoints.put(f"{name}/{entry.name}", state)
         self._read_back(name, entry)
         for file in files:
-            # Another rank's part was read back by that rank; here it must be seen, too.
+            # Another rank has read its part back; check that it is visible from here, too.
             _check_size(self._checkpoints.below(name), file)
         return by_name((*files, entry))
 
@@ -213,12 +216,12 @@ class BucketStore(CheckpointStore):
         self.on_stage(SaveStage.WRITE_MANIFEST)
         name = checkpoint_name(manifest.step, manifest.attempt)
         if not self._checkpoints.put_new(f"{name}/{paths.MANIFEST}", manifest.model_dump_json(indent=1).encode()):
-            # A survivor of the same attempt wrote the same state, or this very request came through and was repeated.
+            # A survivor of the same attempt wrote the same state, or this request succeeded and was then repeated.
             manifest = self._verified(name).manifest
         return Committed(self._local / name, manifest)
 
     def _remove(self, name: str) -> None:
-        """The manifest goes first."""
+        """Delete the manifest first."""
         self._checkpoints.remove([f"{name}/{paths.MANIFEST}"])
         self.on_stage(SaveStage.DELETE)
         self._checkpoints.remove([each for each in self._checkpoints.names() if each.startswith(f"{name}/")])
@@ -230,7 +233,7 @@ class BucketStore(CheckpointStore):
             while block := file.read(_BLOCK):
                 digest.update(block)
         if digest.hexdigest() != entry.sha256:
-            raise BadCheckpointError(f"{entry.name} has other contents than its SHA-256 says")
+            raise BadCheckpointError(f"{entry.name} does not match its SHA-256")
 
 
 def _check_size(bucket: Bucket, entry: FileEntry) -> None:
@@ -239,7 +242,7 @@ def _check_size(bucket: Bucket, entry: FileEntry) -> None:
     except FileNotFoundError as error:
         raise BadCheckpointError(f"{entry.name} is missing") from error
     if size != entry.size_bytes:
-        raise BadCheckpointError(f"{entry.name} has {size} bytes in place of {entry.size_bytes}")
+        raise BadCheckpointError(f"{entry.name} has {size} bytes instead of {entry.size_bytes}")
 
 
 def _download(bucket: Bucket, entry: FileEntry, folder: Path) -> None:
@@ -247,11 +250,11 @@ def _download(bucket: Bucket, entry: FileEntry, folder: Path) -> None:
     try:
         bucket.download(entry.name, folder / entry.name)
     except DamagedObjectError as error:
-        raise BadCheckpointError(f"{entry.name} has other contents than its SHA-256 says: {error}") from error
+        raise BadCheckpointError(f"{entry.name} does not match its SHA-256: {error}") from error
 
 
 def _fetch(bucket: Bucket, folder: Path, job_uid: str) -> Manifest:
-    """Bring a checkpoint to this machine, and verify it here.
+    """Fetch a checkpoint to this machine, and verify it here.
 
     Raises:
         BadCheckpointError: see `manifest.verify`.

@@ -1,7 +1,7 @@
 """The attempt fence: marks on the shared storage by which an attempt learns that a newer one has begun.
 
-Rank 0 marks its attempt before it looks for a checkpoint, and looks for a newer mark before it commits or deletes
-anything. A mark is a file of its own that is made once and never written again, so it needs no lock.
+Rank 0 marks its attempt before it searches for a checkpoint, and checks for a newer mark before it commits or deletes
+anything. Each mark is a separate file that is created once and never rewritten, so it needs no lock.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Fence:
         self._attempt = attempt
 
     def mark(self) -> None:
-        """Say that this attempt has begun.
+        """Record that this attempt has begun.
 
         Raises:
-            SupersededError: a newer one has begun already.
+            SupersededError: a newer attempt has begun.
             OSError: the storage cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -34,21 +34,21 @@ class Fence:
         self.check()
 
     def check(self) -> None:
-        """Go on only while no newer attempt has begun.
+        """Raise an error if a newer attempt has begun.
 
         Raises:
-            SupersededError: one has.
+            SupersededError: a newer attempt has begun.
             OSError: the storage cannot be read.
         """
         check_marks((entry.name for entry in self._folder.iterdir()), self._attempt)
 
 
 def check_marks(names: Iterable[str], attempt: int) -> None:
-    """Go on only while none of the marks is a newer attempt's.
+    """Raise an error if one of the marks is from a newer attempt.
 
     Raises:
-        SupersededError: one is.
+        SupersededError: a newer attempt has begun.
     """
     newest = max(map(paths.marked_attempt, names), default=0)
     if newest > attempt:
-        raise SupersededError(f"attempt {newest} has begun: attempt {attempt} writes nothing more")
+        raise SupersededError(f"attempt {newest} has begun: attempt {attempt} stops writing")

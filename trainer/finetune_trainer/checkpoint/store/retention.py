@@ -1,4 +1,4 @@
-"""Which checkpoints may go. Pure; called by the store once a newer one was verified."""
+"""Which checkpoints to remove. Pure; the store calls it after a newer checkpoint was verified."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Retention:
-    """What stays.
+    """Which checkpoints to keep.
 
     Attributes:
-        keep: the newest so many.
-        every_steps: besides, the first at or behind each multiple of so many steps.
-        best: besides, the one of the best validation.
+        keep: number of newest checkpoints to keep.
+        every_steps: also keep the first checkpoint at or after each multiple of this number of steps.
+        best: also keep the checkpoint of the best validation.
     """
 
     keep: int = 3
@@ -24,12 +24,13 @@ class Retention:
 def removable(
     kept: Iterable[tuple[int, int]], newest: tuple[int, int], retention: Retention, best_step: int | None
 ) -> list[tuple[int, int]]:
-    """The checkpoints that may go, the newest of them first.
+    """Return the checkpoints to remove, newest first.
 
     Args:
-        kept: (step, attempt) of all that are there.
-        newest: (step, attempt) of the one that was verified just now. Newer ones were found damaged, or are of a
-            superseded attempt: they do not count, and are not touched.
+        kept: (step, attempt) of all existing checkpoints.
+        newest: (step, attempt) of the checkpoint that was verified just now. Newer ones are damaged, or are from a
+            superseded attempt: they do not count and are not removed.
+        retention: which checkpoints to keep.
         best_step: step of the best validation so far.
     """
     older = sorted((entry for entry in kept if entry < newest), reverse=True)
@@ -37,13 +38,13 @@ def removable(
     if retention.every_steps is not None:
         stay |= _milestones([*older, newest], retention.every_steps)
     if retention.best and best_step is not None:
-        # Of several attempts at one step the newest is what training went on from.
+        # If several attempts saved this step, training continued from the newest one.
         stay |= set([entry for entry in older if entry[0] == best_step][:1])
     return [entry for entry in older if entry not in stay]
 
 
 def _milestones(entries: list[tuple[int, int]], every_steps: int) -> set[tuple[int, int]]:
-    """The first checkpoint at or behind each multiple."""
+    """Return the first checkpoint at or after each multiple of `every_steps`."""
     first: dict[int, tuple[int, int]] = {}
     for entry in sorted(entries, reverse=True):
         first[entry[0] // every_steps] = entry

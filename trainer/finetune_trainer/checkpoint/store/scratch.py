@@ -1,7 +1,8 @@
-"""Local scratch first, shared storage behind: a save is over when it is on this node's own disk.
+"""Checkpoints on a node's scratch disk, copied to the durable storage in the background.
 
-Each node keeps whole checkpoints on its scratch, where ranks that begin anew in their pods find them. `Drain` copies
-them to the storage behind, which alone counts for what survives a machine.
+A save ends when the checkpoint is on this node's own disk. Each node keeps complete checkpoints on its scratch, where
+ranks that restart in their pods find them. `Drain` copies them to the durable storage. Only a copy there survives the
+loss of the machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_trainer.checkpoint.snapshot import Committed
-from finetune_trainer.checkpoint.store.base import COPY, CheckpointStore
+from finetune_trainer.checkpoint.store.base import IMPORT_WRITER, CheckpointStore
 from finetune_trainer.checkpoint.store.folder import FolderStore
 from finetune_trainer.checkpoint.store.retention import Retention
 from finetune_trainer.errors import RankError, StorageError
@@ -22,46 +23,50 @@ from finetune_trainer.errors import RankError, StorageError
 _LOG = logging.getLogger(__name__)
 
 KEEP = 2
-"""On scratch: the newest, and the one that is being copied perhaps."""
+"""Checkpoints on scratch: the newest, and one that may be being copied."""
 
 
 class ScratchStore(FolderStore):
-    """The checkpoints on a node's scratch, with the storage behind it; see `CheckpointStore`.
+    """The checkpoints on a node's scratch, in front of a durable storage; see `CheckpointStore`.
 
     Args:
         scratch: the job's folder on this node's own disk.
-        behind: the job's storage.
-        reads_behind: this rank looks through the storage behind, too; one does.
+        durable: the job's storage.
+        job_uid: see `CheckpointStore`.
+        attempt: see `CheckpointStore`.
+        reads_durable: whether this rank also searches the durable storage; one rank does.
     """
 
-    def __init__(self, scratch: Path, behind: CheckpointStore, job_uid: str, attempt: int, reads_behind: bool) -> None:
+    def __init__(
+        self, scratch: Path, durable: CheckpointStore, job_uid: str, attempt: int, reads_durable: bool
+    ) -> None:
         super().__init__(scratch, job_uid, attempt, Retention(KEEP))
-        self._behind = behind
-        self._reads_behind = reads_behind
+        self._durable = durable
+        self._reads_durable = reads_durable
         self.pinned = ""
-        """Name of the checkpoint that is being copied: it stays."""
+        """Name of the checkpoint that is being copied: it is not removed."""
 
     @property
-    def behind(self) -> CheckpointStore:
-        """The storage that outlives this machine."""
-        return self._behind
+    def durable(self) -> CheckpointStore:
+        """Return the storage that survives the loss of this machine."""
+        return self._durable
 
     def open(self) -> None:
-        """Mark the attempt on both."""
-        if self._reads_behind:
-            self._behind.open()
+        """Mark the attempt on both storages."""
+        if self._reads_durable:
+            self._durable.open()
         super().open()
 
     def num_corrupt(self) -> int:
-        """Of both."""
-        return super().num_corrupt() + (self._behind.num_corrupt() if self._reads_behind else 0)
+        """Return the number of both storages."""
+        return super().num_corrupt() + (self._durable.num_corrupt() if self._reads_durable else 0)
 
     def choose(self, warn: Callable[[str], None]) -> Committed | None:
-        """The newest of both that verifies; the storage behind is not read where it has nothing newer."""
+        """Return the newest valid checkpoint of both; the durable storage is read only if it has a newer one."""
         found = super().choose(warn)
         step = -1 if found is None else found.manifest.step
-        if self._reads_behind and self._behind.newest()[0] > step:
-            other = self._behind.choose(warn)
+        if self._reads_durable and self._durable.newest()[0] > step:
+            other = self._durable.choose(warn)
             if other is not None and other.manifest.step > step:
                 return other
         return found
@@ -72,13 +77,13 @@ class ScratchStore(FolderStore):
 
 
 @dataclass(frozen=True)
-class Drained:
-    """How a copy ended.
+class DrainResult:
+    """The result of a copy.
 
     Attributes:
-        committed: the copy, where it came about.
-        error: why it did not.
-        begun_at: when the state was the loop's, by the loop's clock.
+        committed: the copy; None after an error.
+        error: why the copy failed; None after success.
+        begun_at: when the state was the loop's state, in seconds of the loop's clock.
     """
 
     committed: Committed | None
@@ -87,7 +92,7 @@ class Drained:
 
 
 class Drain:
-    """Copies the newest checkpoint of a scratch to the storage behind it, one at a time, beside the loop."""
+    """Copies the newest checkpoint of a scratch to the durable storage, one at a time, in a background thread."""
 
     def __init__(self, store: ScratchStore, on_commit: Callable[[Committed, float], None]) -> None:
         self._store = store
@@ -98,12 +103,12 @@ class Drain:
         self._busy = False
         self._idle = threading.Event()
         self._idle.set()
-        self._ended: Drained | None = None
+        self._result: DrainResult | None = None
         self.current: tuple[int, float] | None = None
-        """Step that is being copied, and when it was the loop's."""
+        """Step that is being copied, and when its state was the loop's state."""
 
     def offer(self, committed: Committed, begun_at: float) -> None:
-        """Copy this one next; one that has not been begun by then is passed over."""
+        """Copy this checkpoint next. It replaces an older one whose copy has not started."""
         with self._lock:
             self._waiting = (committed, begun_at)
             self._idle.clear()
@@ -111,14 +116,14 @@ class Drain:
                 self._busy = True
                 self._pool.submit(self._work)
 
-    def take_end(self) -> Drained | None:
-        """How the last copy ended, once; None where none has ended since."""
+    def take_result(self) -> DrainResult | None:
+        """Return the result of the last copy, once; None if no copy has ended since the last call."""
         with self._lock:
-            ended, self._ended = self._ended, None
-        return ended
+            result, self._result = self._result, None
+        return result
 
     def wait(self) -> None:
-        """Until nothing is left to copy."""
+        """Wait until nothing is left to copy."""
         self._idle.wait()
 
     def _work(self) -> None:
@@ -132,19 +137,19 @@ class Drain:
                 (committed, begun_at), self._waiting = self._waiting, None
                 self._store.pinned = committed.folder.name
                 self.current = (committed.manifest.step, begun_at)
-            ended = self._copy(committed, begun_at)
+            result = self._copy(committed, begun_at)
             with self._lock:
-                self._ended = ended
+                self._result = result
 
-    def _copy(self, committed: Committed, begun_at: float) -> Drained:
+    def _copy(self, committed: Committed, begun_at: float) -> DrainResult:
         try:
-            copy = self._store.behind.adopt(committed)
+            copy = self._store.durable.import_checkpoint(committed)
         except RankError as error:
-            self._store.behind.discard(committed.manifest.step, COPY)
-            return Drained(None, error, begun_at)
+            self._store.durable.discard(committed.manifest.step, IMPORT_WRITER)
+            return DrainResult(None, error, begun_at)
         except Exception as error:
-            # Somebody waits for this thread.
-            _LOG.exception("a checkpoint cannot be copied in a way that nothing expected")
-            return Drained(None, StorageError(f"checkpoint storage: {error!r}"), begun_at)
+            # The loop may wait for this thread, so every error becomes a result.
+            _LOG.exception("unexpected error while copying a checkpoint")
+            return DrainResult(None, StorageError(f"checkpoint storage: {error!r}"), begun_at)
         self._on_commit(copy, begun_at)
-        return Drained(copy, None, begun_at)
+        return DrainResult(copy, None, begun_at)

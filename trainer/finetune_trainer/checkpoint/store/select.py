@@ -1,4 +1,4 @@
-"""Which kind of storage a job's checkpoints go to. Called by `run`, once for each rank."""
+"""Selects the kind of storage for a job's checkpoints. Called once by each rank."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from finetune_trainer.checkpoint.store.scratch import ScratchStore
 from finetune_trainer.errors import ConfigError
 
 _FETCHED = "fetched"
-"""Folder, in the job's local one, of what was brought from an object store."""
+"""Folder, inside the job's local folder, of checkpoints that were fetched from an object store."""
 
 
 @dataclass(frozen=True)
-class Places:
+class JobFolders:
     """The job's folders, as a rank sees them.
 
     Attributes:
-        job_dir: on the pods' storage.
-        scratch: on this node's own disk, where checkpoints go there first.
-        bucket: in an object store, where checkpoints go there; then what is in `job_dir` is a copy.
+        job_dir: folder on the pods' storage.
+        scratch: folder on this node's own disk, if checkpoints go there first.
+        bucket: folder in an object store, if checkpoints go there; `job_dir` then holds a copy.
     """
 
     job_dir: Path
@@ -34,10 +34,10 @@ class Places:
 
 
 def open_bucket(url: str | None) -> Bucket | None:
-    """The job's folder in an object store, where it has one.
+    """Open the job's folder in an object store; return None if the job has none.
 
     Raises:
-        ConfigError: it cannot be opened: a package is missing, or the URL is none.
+        ConfigError: it cannot be opened: a package is missing, or the URL is invalid.
     """
     if url is None:
         return None
@@ -47,22 +47,22 @@ def open_bucket(url: str | None) -> Bucket | None:
         raise ConfigError(f"spec.checkpoint.storage.bucket: {error}") from error
 
 
-def make_store(spec: RunSpec, attempt: int, places: Places, rank: int) -> CheckpointStore:
-    """The store of one rank.
+def make_store(spec: RunSpec, attempt: int, folders: JobFolders, rank: int) -> CheckpointStore:
+    """Return the store of one rank.
 
     Args:
         spec: the run.
-        attempt: which attempt this is.
-        places: the job's folders.
-        rank: number of the rank; ranks of one node must not empty each other's folders.
+        attempt: number of this attempt.
+        folders: the job's folders.
+        rank: the rank; ranks of one node use separate folders, so that none empties another's.
     """
     retention = Retention(spec.keep, spec.keep_every_steps, spec.keep_best)
     store: CheckpointStore
-    if places.bucket is None:
-        store = FolderStore(places.job_dir, spec.uid, attempt, retention)
+    if folders.bucket is None:
+        store = FolderStore(folders.job_dir, spec.uid, attempt, retention)
     else:
-        local = places.job_dir / _FETCHED / f"rank-{rank}"
-        store = BucketStore(places.bucket, local, spec.uid, attempt, retention)
-    if places.scratch is None:
+        local = folders.job_dir / _FETCHED / f"rank-{rank}"
+        store = BucketStore(folders.bucket, local, spec.uid, attempt, retention)
+    if folders.scratch is None:
         return store
-    return ScratchStore(places.scratch, store, spec.uid, attempt, reads_behind=rank == 0)
+    return ScratchStore(folders.scratch, store, spec.uid, attempt, reads_durable=rank == 0)

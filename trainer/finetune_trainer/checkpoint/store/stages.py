@@ -1,4 +1,4 @@
-"""The stages of a save, in their order, as the hook between them is told: tests and benches kill ranks there."""
+"""The stages of a save, in order. A hook receives each stage before it starts; tests and benches kill ranks there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class SaveStage(StrEnum):
-    """What comes next. A hook may be told of it with more words, such as the folder that is removed."""
+    """The stage that comes next. The text that a hook receives may continue, e.g. with the folder to remove."""
 
     COPY = "copy"
     WRITE_EMA = "write ema"
@@ -27,9 +27,9 @@ class SaveStage(StrEnum):
 IN_PARTS = frozenset(
     {SaveStage.COPY, SaveStage.WRITE_EMA, SaveStage.WRITE_MODEL, SaveStage.WRITE_OPTIMIZER, SaveStage.READ_BACK}
 )
-"""Stages that ranks other than 0 may come to, each in its part."""
+"""Stages that ranks other than 0 may reach, each for its part."""
 
 
 def write_stage(group: str) -> str:
-    """The stage in which a group of tensors is written."""
+    """Return the stage in which a group of tensors is written."""
     return f"write {group}"

@@ -1,7 +1,7 @@
-"""Safetensors files written straight from the tensors' own memory, hashed on the way.
+"""Writes safetensors files directly from the tensors' memory, and hashes them in the same pass.
 
-The library's writer takes all tensors as one copy in memory first; a state of 10 GB would need 20. Here each tensor's
-bytes go to the hash and to the file as they lie there, and both let other Python threads run meanwhile.
+The library's writer first copies all tensors in memory: a state of 10 GB would need 20 GB. Here each tensor's bytes go
+to the hash and to the file without a copy, and both operations release the interpreter lock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finetune_contract.manifest import FileEntry
 
 CHUNK_BYTES = 8 * 1024 * 1024
 FLUSH_BYTES = 64 * 1024 * 1024
-"""After so many bytes the disk is made to begin: the last flush then has little left to wait for."""
+"""Number of bytes after which an early flush starts, so that the last flush has little left to write."""
 _BUFFER_BYTES = 1024 * 1024
 _LENGTH_BYTES = 8
 _DTYPES = {
@@ -43,23 +43,23 @@ _DTYPES = {
 def write_stream(
     path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] = MappingProxyType({})
 ) -> FileEntry:
-    """Write named tensors, durable; the same tensors give the same bytes.
+    """Write named tensors durably; the same tensors give the same bytes.
 
     Args:
-        path: a file that is made anew.
-        tensors: of any shape, on any device; a tensor that is not contiguous on the CPU costs a copy of itself.
-        offsets: where shards begin in the whole tensors; then all of `tensors` are shards.
+        path: the file to create; an existing file is replaced.
+        tensors: tensors of any shape, on any device. A tensor that is not contiguous in CPU memory is copied.
+        offsets: start of each shard in its complete tensor; if given, all of `tensors` are shards.
 
     Returns:
-        Name, size and SHA-256 of what was meant to be written.
+        Name, size and SHA-256 of the intended contents.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the file cannot be written.
     """
     digest = hashlib.sha256()
     size = 0
     flush: Future[None] | None = None
-    # A thread starts with the first early flush: a small file has none.
+    # The thread starts with the first early flush: a small file has none.
     with path.open("wb", buffering=_BUFFER_BYTES) as file, ThreadPoolExecutor(1) as flusher:
         for chunk in chunks(tensors, offsets):
             digest.update(chunk)
@@ -67,7 +67,7 @@ def write_stream(
             before, size = size, size + len(chunk)
             if before // FLUSH_BYTES != size // FLUSH_BYTES and (flush is None or flush.done()):
                 if flush is not None:
-                    # An error of the disk is told once.
+                    # The kernel reports a disk error only once, so the result must be read.
                     flush.result()
                 flush = flusher.submit(os.fdatasync, file.fileno())
         file.flush()
@@ -80,8 +80,8 @@ def write_stream(
 def chunks(
     tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] = MappingProxyType({})
 ) -> Iterator[memoryview]:
-    """The bytes of a safetensors file, from its beginning to its end; see `write_stream`."""
-    # Large elements first, so that every tensor is aligned to its own.
+    """Yield the bytes of a safetensors file, from beginning to end; see `write_stream`."""
+    # Large elements first, so that every tensor is aligned to its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     for data in (_header(ordered, offsets), *(_view(tensor) for _, tensor in ordered)):
         for start in range(0, len(data), CHUNK_BYTES):
@@ -108,6 +108,6 @@ def _header(ordered: list[tuple[str, Tensor]], offsets: Mapping[str, Sequence[in
 
 
 def _view(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it lies contiguous in the host's memory."""
+    """Return the bytes of a tensor, without a copy if it is contiguous in host memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

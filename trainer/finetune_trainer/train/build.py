@@ -1,0 +1,177 @@
+"""Builds the parts of a run: data, method, state, checkpointer, loop. Called by `run`, in the order of its phases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune_contract import paths
+from finetune_contract.methods import encodes_text
+from finetune_contract.run_spec import RunSpec
+from finetune_contract.spec import Offload, Precision, Sharding
+from finetune_trainer.checkpoint.checkpointer import Checkpointer, SaveOptions
+from finetune_trainer.checkpoint.sharded_state import ShardedState, make_sharded_state
+from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.checkpoint.store.select import JobFolders, make_store
+from finetune_trainer.data.prefetch import Prefetcher
+from finetune_trainer.data.prepare import DataRequirements, Preparation, PreparedData
+from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.data.sampling.order import total_steps
+from finetune_trainer.distributed.buckets import GradientBuckets
+from finetune_trainer.distributed.gradients import Gradients
+from finetune_trainer.distributed.local import LocalGradients
+from finetune_trainer.distributed.sharding import ShardedGradients, Shards
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.methods.method import Method, MethodContext
+from finetune_trainer.methods.registry import method_class, method_traits
+from finetune_trainer.optim.ema import Ema
+from finetune_trainer.optim.loss_scale import LossScale
+from finetune_trainer.optim.optimizer import learning_rate, make_optimizer
+from finetune_trainer.train.artifact_sync import ArtifactSync
+from finetune_trainer.train.context import RankContext
+from finetune_trainer.train.inputs import RunInputs
+from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.metrics_logger import MetricsLogger
+from finetune_trainer.train.micro_batch import MicroBatch
+from finetune_trainer.train.trackers import TrackedRun, open_trackers
+from finetune_trainer.train.validation import Validator, best_validation
+
+
+@dataclass(frozen=True)
+class RunBuilder:
+    """Builds the parts of one rank's run."""
+
+    context: RankContext
+    world: World
+    inputs: RunInputs
+    artifacts: ArtifactSync
+
+    @property
+    def spec(self) -> RunSpec:
+        """The run, with local paths and with the settings of its memory preset."""
+        return self.inputs.spec
+
+    def prepare_data(self) -> PreparedData:
+        """Run the map phase: all ranks fill the caches."""
+        reporter, training = self.context.reporter, self.spec.training
+        method, traits = method_class(training.method), method_traits(training.method)
+        return Preparation(
+            spec=self.spec,
+            requirements=DataRequirements(
+                captions=method.captions(training),
+                needs_captions=traits.needs_captions,
+                caches_text=not encodes_text(training),
+                conditioning=traits.needs_conditioning,
+            ),
+            family=self.inputs.family,
+            world=self.world,
+            dtype=self.inputs.dtype,
+            cache_dir=self.context.cache_dir,
+            report=reporter.detail,
+            warn=reporter.warn,
+        ).run()
+
+    def make_method(self) -> Method:
+        """Load the models and prepare them for training."""
+        training, inputs = self.spec.training, self.inputs
+        context = MethodContext(inputs.family, training, Draws(training.seed), self.world.device, inputs.dtype)
+        return method_class(training.method)(context)
+
+    def make_state(self, method: Method) -> TrainState:
+        """Return the state before the first step; sharded if the run specifies it.
+
+        Raises:
+            ConfigError: the method cannot be sharded.
+        """
+        training = self.spec.training
+        parameters = method.parameters()
+        if training.sharding is Sharding.NONE:
+            return TrainState(
+                parameters,
+                make_optimizer(training, parameters.values()),
+                Ema(parameters) if training.ema else None,
+                loss_scale=LossScale() if training.precision is Precision.FP16 else None,
+            )
+        shards: Shards | None = None
+        if self.world.size > 1 or training.offload is not Offload.NONE:
+            if not method.sharded_modules():
+                raise ConfigError(f"training.sharding: {training.method} cannot be sharded; leave it out")
+            shards = Shards(method.sharded_modules(), parameters, self.world, training.offload)
+            parameters = shards.parameters
+        return make_sharded_state(training, self.world, parameters, shards)
+
+    def make_checkpointer(self) -> Checkpointer:
+        """Return the checkpointer with this rank's store."""
+        context = self.context
+        options = SaveOptions(
+            best=lambda: best_validation(context.job_dir / paths.VALIDATION / paths.LOSSES),
+            mtbf_seconds=context.mtbf_seconds,
+            min_part_bytes=context.min_part_bytes,
+        )
+        folders = JobFolders(context.job_dir, context.scratch, self.inputs.bucket)
+        store = make_store(self.spec, context.attempt, folders, self.world.rank)
+        store.on_stage = context.on_save_stage
+        return Checkpointer(self.spec, self.world, store, context.reporter, options)
+
+    def make_loop(self, method: Method, state: TrainState, data: PreparedData, checkpointer: Checkpointer) -> Loop:
+        """Return the training loop, and open the trackers."""
+        training = self.spec.training
+        num_samples = len(data.batches.source)
+        steps = total_steps(training.steps, training.epochs, num_samples, self.spec.global_batch)
+        metrics = self._make_metrics_logger(state.step)
+        return Loop(
+            spec=self.spec,
+            world=self.world,
+            method=method,
+            batches=Prefetcher(data.batches),
+            draws=Draws(training.seed),
+            state=state,
+            gradients=self._make_gradients(method, state),
+            learning_rate=learning_rate(training, steps),
+            checkpointer=checkpointer,
+            notice=self.context.notice,
+            reporter=self.context.reporter,
+            validator=self._make_validator(method, data, steps, metrics),
+            total_steps=steps,
+            micro_batch=MicroBatch(training.batch_size, self.context.reporter.warn),
+            num_timesteps=self.inputs.family.objective.num_timesteps,
+            metrics=metrics,
+        )
+
+    def _make_gradients(self, method: Method, state: TrainState) -> Gradients:
+        if isinstance(state, ShardedState) and state.shards is not None:
+            return ShardedGradients(state.shards, self.world)
+        parameters = list(method.parameters().values())
+        if self.world.size == 1:
+            return LocalGradients(parameters, self.world.device)
+        return GradientBuckets(parameters, self.world.device)
+
+    def _make_metrics_logger(self, step: int) -> MetricsLogger | None:
+        names = self.spec.training.trackers
+        if not names or not self.world.is_first:
+            return None
+        trackers = open_trackers(names, TrackedRun(self.spec, self.context.job_dir, step))
+        return MetricsLogger(trackers, self.inputs.family.objective.num_timesteps, self.context.reporter.warn)
+
+    def _make_validator(
+        self, method: Method, data: PreparedData, steps: int, metrics: MetricsLogger | None
+    ) -> Validator | None:
+        training, family = self.spec.training, self.inputs.family
+        if training.validation is None:
+            return None
+        return Validator(
+            spec=training.validation,
+            world=self.world,
+            method=method,
+            family=family,
+            text=method.text or data.text,
+            batches=data.batches,
+            held_out=data.held_out,
+            resolution=training.resolution // family.pixels_per_latent * family.pixels_per_latent,
+            batch_size=training.batch_size,
+            total_steps=steps,
+            job_dir=self.context.job_dir,
+            on_progress=self.context.reporter.detail,
+            metrics=metrics,
+            on_results=self.artifacts.push_validation,
+        )

@@ -1,0 +1,96 @@
+"""What a rank is started with, read from the environment that the supervisor sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from finetune_contract import environment
+from finetune_contract.interval import DEFAULT_MTBF_SECONDS
+from finetune_contract.run_spec import RunSpec
+from finetune_trainer.checkpoint.split import MIN_PART_BYTES
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.report import Reporter
+from finetune_trainer.train.preemption_notice import PreemptionNotice
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a rank is started with.
+
+    Attributes:
+        spec: the run specification.
+        attempt: number of this attempt, from 1.
+        job_dir: the job's folder on the shared storage.
+        cache_dir: folder shared by all jobs.
+        notice: the preemption notice (SIGTERM).
+        reporter: sends reports to the supervisor.
+        on_save_stage: see CheckpointStore.
+        scratch: the job's folder on this node's own disk; None if checkpoints do not go to scratch first.
+        bucket: URL of the job's folder in an object store; None if checkpoints go to `job_dir`.
+        min_part_bytes: see SaveOptions.
+        mtbf_seconds: see SaveOptions.
+    """
+
+    spec: RunSpec
+    attempt: int
+    job_dir: Path
+    cache_dir: Path
+    notice: PreemptionNotice
+    reporter: Reporter
+    on_save_stage: Callable[[str], None] = lambda _: None
+    scratch: Path | None = None
+    bucket: str | None = None
+    min_part_bytes: int = MIN_PART_BYTES
+    mtbf_seconds: float = DEFAULT_MTBF_SECONDS
+
+
+def read_context(
+    env: Mapping[str, str], notice: PreemptionNotice, reporter: Reporter, on_save_stage: Callable[[str], None]
+) -> RankContext:
+    """Read the variables that the supervisor sets.
+
+    Raises:
+        ConfigError: a variable is missing, or the run specification is invalid.
+    """
+    try:
+        spec_file = Path(env[environment.RUN_SPEC])
+        job_dir = Path(env[environment.CHECKPOINT_DIR])
+        cache_dir = Path(env[environment.CACHE_DIR])
+        attempt = int(env[environment.ATTEMPT])
+    except KeyError as error:
+        raise ConfigError(f"{error.args[0]} is not set; start ranks by the supervisor") from error
+    except ValueError as error:
+        raise ConfigError(f"{environment.ATTEMPT} is not a number: {error}") from error
+    return RankContext(
+        _read_spec(spec_file),
+        attempt,
+        job_dir,
+        cache_dir,
+        notice,
+        reporter,
+        on_save_stage,
+        scratch=Path(env[environment.SCRATCH_DIR]) if env.get(environment.SCRATCH_DIR) else None,
+        bucket=env.get(environment.BUCKET) or None,
+        min_part_bytes=int(env.get(environment.MIN_PART_BYTES, MIN_PART_BYTES)),
+        mtbf_seconds=float(env.get(environment.MTBF_SECONDS) or DEFAULT_MTBF_SECONDS),
+    )
+
+
+def _read_spec(path: Path) -> RunSpec:
+    """Read the run specification.
+
+    Raises:
+        ConfigError: the file cannot be read, or is invalid; the message names the first wrong field.
+    """
+    try:
+        return RunSpec.read(path)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or environment.RUN_SPEC
+        raise ConfigError(f"{where}: {first['msg']} (in the run specification {path})") from error
+    except OSError as error:
+        raise ConfigError(f"{environment.RUN_SPEC}: {path} cannot be read: {error.strerror}") from error

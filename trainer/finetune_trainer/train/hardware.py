@@ -1,0 +1,129 @@
+"""Applies a memory preset: measures the devices and the base, and calls `preset`. Called once by each rank."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune_contract.methods import TrainedPart, encodes_text
+from finetune_contract.run_spec import RunSpec
+from finetune_contract.spec import LoraSpec, TrainingSpec
+from finetune_trainer.checkpoint.store.select import JobFolders
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import StorageError
+from finetune_trainer.files import write_atomically
+from finetune_trainer.methods.registry import method_traits
+from finetune_trainer.models.family import Family
+from finetune_trainer.tensor_file import count_numbers
+from finetune_trainer.train.preset import Hardware, PresetChoice, Weights, choose, preset_bytes
+
+PRESET_FILE = "preset.json"
+"""File in the job's folder: the first attempt's choice of the settings that a checkpoint depends on."""
+_KEPT = ("precision", "optimizer", "center_crop", "sharding")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_LORA_SHARE = 5e-4
+"""Weights of an adapter of rank 1, as a share of the base. SDXL has attention in most blocks; SD 1.5 needs less."""
+_CONTROLNET_SHARE = 0.45
+"""Weights of the encoder and the middle block, as a share of the denoiser."""
+
+
+def apply_preset(
+    spec: RunSpec, family: Family, world: World, folders: JobFolders, env: Mapping[str, str]
+) -> PresetChoice | None:
+    """Return the settings of the manifest's memoryPreset for these devices, the same on every rank. All ranks call it.
+
+    Returns:
+        The choice; None if the manifest has no preset.
+
+    Raises:
+        ConfigError: the preset is unknown.
+        StorageError: the job's folder cannot be written.
+    """
+    preset = spec.training.memory_preset
+    if preset is None:
+        return None
+    least = min(world.gather_numbers(preset_bytes(preset) or memory_bytes(world.device, env)))
+    least_of_host = min(world.gather_numbers(memory_bytes(torch.device("cpu"), env)))
+    hardware = Hardware(
+        memory_bytes=least,
+        is_gpu=world.device.type == "cuda",
+        has_bf16=all(world.gather_numbers(has_bf16(world.device))),
+        has_8bit=all(world.gather_numbers(_has_8bit(world.device))),
+        host_bytes=least_of_host,
+        num_ranks=world.size,
+    )
+    recorded = world.share(_read_choice(folders.job_dir / PRESET_FILE))
+    training = spec.training.model_copy(update=recorded)
+    weights = count_weights(training, family)
+    choice = choose(training, hardware, weights, bool(recorded), _may_shard(training, folders))
+    if world.is_first and not recorded:
+        _write_choice(folders.job_dir / PRESET_FILE, choice.training)
+    return choice
+
+
+def count_weights(training: TrainingSpec, family: Family) -> Weights:
+    """Return the number of weights that a method holds while it trains, from the headers of the base's files."""
+    denoiser, text = count_numbers(family.denoiser_files()), count_numbers(family.text_encoder_files())
+    trained = method_traits(training.method).trains
+    held_text = text if encodes_text(training) else 0
+    if trained is TrainedPart.BASE:
+        return Weights(denoiser, 0, denoiser + held_text)
+    if trained is TrainedPart.CONTROLNET:
+        return Weights(denoiser, denoiser, int(_CONTROLNET_SHARE * denoiser))
+    if trained is TrainedPart.TOKENS:
+        return Weights(denoiser, denoiser + held_text, 0)
+    rank = (training.lora or LoraSpec()).rank
+    return Weights(denoiser, denoiser + held_text, int(_LORA_SHARE * rank * (denoiser + held_text)))
+
+
+def memory_bytes(device: torch.device, env: Mapping[str, str] = os.environ) -> int:
+    """Return the memory of this rank's GPU, or its share of the container's available memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limit = math.inf
+    if _CGROUP_LIMIT.is_file() and (text := _CGROUP_LIMIT.read_text(encoding="ascii").strip()) != "max":
+        limit = int(text)
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable"):
+            limit = min(limit, int(line.split()[1]) * 1024)
+    return int(limit) // int(env.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device has bf16 instructions; without them bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+
+
+def _may_shard(training: TrainingSpec, folders: JobFolders) -> bool:
+    """Return whether the method and the other settings support sharding."""
+    return method_traits(training.method).shardable and not training.aspect_buckets and folders.scratch is None
+
+
+def _has_8bit(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _read_choice(path: Path) -> dict[str, Any]:
+    """Return what an earlier attempt chose. A resumed run keeps its format on any hardware."""
+    try:
+        recorded = TrainingSpec.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+    # An older trainer has recorded fewer settings.
+    return {name: getattr(recorded, name) for name in _KEPT if name in recorded.model_fields_set}
+
+
+def _write_choice(path: Path, training: TrainingSpec) -> None:
+    try:
+        write_atomically(path, training.model_dump_json(include=set(_KEPT)).encode())
+    except OSError as error:
+        raise StorageError(f"checkpoint storage: cannot write {path}: {error.strerror}") from error
