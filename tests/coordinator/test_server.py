@@ -101,7 +101,7 @@ def test_older_heartbeat_is_answered_and_not_stored() -> None:
         "attempt",
         "bytes",
         "large",
-        "large-stranger",
+        "large-unknown-sender",
     ],
 )
 def test_refusals_contain_a_message(body: str | bytes, token: str | None, status: int, expected: str) -> None:

@@ -13,7 +13,7 @@ from finetune_contract.heartbeat import CommittedCheckpoint, RankState, WrittenO
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import Reason
 from finetune_operator.cluster.kube.client.client import ApiError
-from finetune_operator.cluster.kube.client.refusals import judge
+from finetune_operator.cluster.kube.client.refusals import classify_refusal
 from finetune_operator.plan.model.types import Event, Plan, PodPhase
 from tests.plan.harness import World, last_words, make_job, seconds
 
@@ -153,7 +153,7 @@ def _not_taken(error: ApiError, **spec: Any) -> Story:
     """The API server refuses the first pod."""
     story = Story(job=make_job(**SPEC | spec))
     story.step()
-    story.refusal = judge(story.job, "Pod", "circles-a1-n0", error, story.now)
+    story.refusal = classify_refusal(story.job, "Pod", "circles-a1-n0", error, story.now)
     story.tick(1)
     story.step()
     return story

@@ -100,7 +100,7 @@ def is_standby(operator: OperatorProcess) -> bool:
 
 
 def outage_is_over(operator: OperatorProcess, over_at: float) -> bool:
-    """Return whether the outage has lasted long enough; meanwhile the operator is alive and does not lead."""
+    """Return whether the outage has lasted long enough; check that the operator is alive and does not lead."""
     assert operator.get("/livez")[0] == 200
     assert not operator.leads()
     return time.monotonic() >= over_at

@@ -41,7 +41,6 @@ class GangSupervisors:
 
     def wait_for_new_world(self) -> dict[str, NewWorld]:
         """Report a lost peer for all pods until each has received its new world; switch to its attempt."""
-        """All of them have lost a peer; each beats until it is told where it belongs, and goes there."""
         worlds: dict[str, NewWorld] = {}
 
         def all_have_a_world() -> bool:

@@ -66,7 +66,7 @@ async def run_operator(options: RunOptions) -> int:
     checks = {"/livez": operator.is_alive, "/readyz": operator.is_ready}
     runner = await probes.serve(options.probe_host, options.probe_port, checks, metrics.registry)
     try:
-        # A failed operator ends the same way as a stopped one; the exit code tells them apart.
+        # A failed operator ends the same way as a stopped one; the exit code distinguishes them.
         with GarbageCollector(asyncio.get_running_loop()):
             await kopf.operator(
                 registry=register(operator, watch_nodes=options.watch_nodes),

@@ -95,7 +95,12 @@ GROUPS: dict[str, tuple[_Flag, ...]] = {
         _Flag("coordinator-audience", _DEFAULTS.coordinator_audience, "audience of the supervisors' tokens"),
         _Flag("token-seconds", _DEFAULTS.token_seconds, "lifetime of a supervisor's token", int),
         _Flag("beat-seconds", _DEFAULTS.beat_seconds, "maximum time between two heartbeats", float),
-        _Flag("beats-per-second", 500.0, "maximum heartbeat rate of all pods; more pods send less often", float),
+        _Flag(
+            "beats-per-second",
+            500.0,
+            "maximum heartbeat rate of all pods; with more pods, each sends less often",
+            float,
+        ),
         _Flag("beat-timeout-seconds", _DEFAULTS.beat_timeout_seconds, "time until a pod is reported as silent", float),
     ),
     "progress in the status": (
