@@ -1,7 +1,4 @@
-"""One manifest for each way of being wrong that we know of, and what a person is told.
-
-The same table is held against `parse_job` and against the API server.
-"""
+"""Invalid manifests: one for each kind of problem, with its message. Checked with `parse_job` and the API server."""
 
 from __future__ import annotations
 
@@ -13,19 +10,19 @@ from tests.api.manifests import GONE, GOOD, Document, patched
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A way of being wrong."""
+class BadManifest:
+    """A manifest with one problem."""
 
     name: str
     patch: dict[str, Any]
-    """Of `base`."""
+    """Change of the manifest `base` that causes the problem."""
     field: str
-    """What is to blame."""
-    words: str
-    """Part of the sentence."""
+    """Field that the message names."""
+    message: str
+    """Part of the message."""
     base: str = "smallest"
-    kubectl_knows: bool = True
-    """Whether it gets as far as the API server's checks of a FineTuneJob."""
+    reaches_schema: bool = True
+    """Whether the API server checks it with the schema of a FineTuneJob."""
 
     @property
     def document(self) -> Document:
@@ -33,306 +30,386 @@ class Bad:
 
 
 BAD = (
-    # What it is.
-    Bad("other-kind", {"kind": "Job"}, "kind", "write kind: FineTuneJob", kubectl_knows=False),
-    Bad("no-kind", {"kind": GONE}, "kind", "write kind: FineTuneJob", kubectl_knows=False),
-    Bad("other-version", {"apiVersion": "v1"}, "apiVersion", f"write apiVersion: {API_VERSION}", kubectl_knows=False),
-    Bad("no-name", {"metadata.name": GONE}, "metadata.name", "Required value; write name", kubectl_knows=False),
-    Bad("no-metadata", {"metadata": GONE}, "metadata", "Required value; write metadata", kubectl_knows=False),
-    Bad("namespace-is-a-path", {"metadata.namespace": "../x"}, "metadata.namespace", "match", kubectl_knows=False),
-    Bad("name-in-capitals", {"metadata.name": "Circles_1"}, "metadata.name", "lower-case letters"),
-    Bad("name-with-dot", {"metadata.name": "circles.v1"}, "metadata.name", "lower-case letters"),
-    Bad("name-begins-with-digit", {"metadata.name": "1circle"}, "metadata.name", "a letter first"),
-    Bad("name-too-long", {"metadata.name": "c" * 52}, "metadata.name", "write a name of at most 51"),
-    # Fields that are missing, unknown or misplaced.
-    Bad("no-spec", {"spec": GONE}, "spec", "Required value; write spec"),
-    Bad("no-model", {"spec.model": GONE}, "spec.model", "Required value; write model"),
-    Bad("no-dataset", {"spec.dataset": None}, "spec.dataset", "Required value; write dataset"),
-    Bad("no-output-place", {"spec.outputs": [{"format": "webui"}]}, "spec.outputs[0].to", "Required value; write to"),
-    Bad("misspelt", {"spec.training.learningrate": 1}, "spec.training.learningrate", "write learningRate"),
-    Bad("snake-case", {"spec.training.batch_size": 2}, "spec.training.batch_size", "write batchSize"),
-    Bad("flag", {"spec.training.max_train_steps": 2}, "spec.training.max_train_steps", "write spec.training.steps"),
-    Bad("misplaced", {"spec.processesPerNode": 2}, "spec.processesPerNode", "write spec.topology.processesPerNode"),
-    Bad(
+    # The kind of the object.
+    BadManifest("other-kind", {"kind": "Job"}, "kind", "write kind: FineTuneJob", reaches_schema=False),
+    BadManifest("no-kind", {"kind": GONE}, "kind", "write kind: FineTuneJob", reaches_schema=False),
+    BadManifest(
+        "other-version", {"apiVersion": "v1"}, "apiVersion", f"write apiVersion: {API_VERSION}", reaches_schema=False
+    ),
+    BadManifest(
+        "no-name", {"metadata.name": GONE}, "metadata.name", "Required value; write name", reaches_schema=False
+    ),
+    BadManifest("no-metadata", {"metadata": GONE}, "metadata", "Required value; write metadata", reaches_schema=False),
+    BadManifest(
+        "namespace-is-a-path", {"metadata.namespace": "../x"}, "metadata.namespace", "match", reaches_schema=False
+    ),
+    BadManifest("name-in-capitals", {"metadata.name": "Circles_1"}, "metadata.name", "lower-case letters"),
+    BadManifest("name-with-dot", {"metadata.name": "circles.v1"}, "metadata.name", "lower-case letters"),
+    BadManifest("name-begins-with-digit", {"metadata.name": "1circle"}, "metadata.name", "a letter first"),
+    BadManifest("name-too-long", {"metadata.name": "c" * 52}, "metadata.name", "write a name of at most 51"),
+    # Missing, unknown or misplaced fields.
+    BadManifest("no-spec", {"spec": GONE}, "spec", "Required value; write spec"),
+    BadManifest("no-model", {"spec.model": GONE}, "spec.model", "Required value; write model"),
+    BadManifest("no-dataset", {"spec.dataset": None}, "spec.dataset", "Required value; write dataset"),
+    BadManifest(
+        "no-output-place", {"spec.outputs": [{"format": "webui"}]}, "spec.outputs[0].to", "Required value; write to"
+    ),
+    BadManifest("misspelt", {"spec.training.learningrate": 1}, "spec.training.learningrate", "write learningRate"),
+    BadManifest("snake-case", {"spec.training.batch_size": 2}, "spec.training.batch_size", "write batchSize"),
+    BadManifest(
+        "flag-of-a-script",
+        {"spec.training.max_train_steps": 2},
+        "spec.training.max_train_steps",
+        "write spec.training.steps",
+    ),
+    BadManifest(
+        "misplaced", {"spec.processesPerNode": 2}, "spec.processesPerNode", "write spec.topology.processesPerNode"
+    ),
+    BadManifest(
         "invented",
         {"spec.model.flavour": "x"},
         "spec.model.flavour",
-        "known here are base, revision, variant, config, vae",
+        "the fields here are base, revision, variant, config, vae",
     ),
-    Bad("invented-at-top", {"template": {}}, "template", "known here are apiVersion, kind, metadata, spec, status"),
-    # Values of the wrong type.
-    Bad("quoted-number", {"spec.training.steps": "200"}, "spec.training.steps", "write 200 without quotes"),
-    Bad("words-for-number", {"spec.training.steps": "many"}, "spec.training.steps", "must be of type integer"),
-    Bad("fraction", {"spec.training.steps": 2.5}, "spec.training.steps", "must be of type integer"),
-    Bad("quoted-rate", {"spec.training.learningRate": "1e-4"}, "spec.training.learningRate", "write 0.0001 without"),
-    Bad("quoted-bool", {"spec.training.ema": "yes"}, "spec.training.ema", "write true without quotes"),
-    Bad("number-for-bool", {"spec.suspend": 1}, "spec.suspend", "write true or false"),
-    Bad("number-for-text", {"spec.model.revision": 7}, "spec.model.revision", "write a text"),
-    Bad("text-for-fields", {"spec.model": "sd15"}, "spec.model", "must be of type object"),
-    Bad("text-for-list", {"spec.outputs": "webui"}, "spec.outputs", "must be of type array"),
-    Bad("nothing-in-list", {"spec.outputs": [None]}, "spec.outputs[0]", "must be of type object"),
-    Bad("fraction-of-cpu", {"spec.topology.resources": {"cpu": 0.5}}, "spec.topology.resources.cpu", "e.g. 8, 500m"),
-    # Values out of bounds.
-    Bad("method-in-lower-case", {"spec.training.method": "lora"}, "spec.training.method", "write LoRA"),
-    Bad("unknown-method", {"spec.training.method": "Hypernetwork"}, "spec.training.method", 'values: "LoRA", "Dream'),
-    Bad("unknown-optimizer", {"spec.training.optimizer": "AdamW"}, "spec.training.optimizer", "write adamw"),
-    Bad("unknown-format", {"spec.outputs": [{"format": "ckpt", "to": "o"}]}, "spec.outputs[0].format", "Unsupported"),
-    Bad("batch-of-zero", {"spec.training.batchSize": 0}, "spec.training.batchSize", "greater than or equal to 1"),
-    Bad("no-nodes", {"spec.topology.nodes": 0}, "spec.topology.nodes", "should be greater than or equal to 1"),
-    Bad("negative-steps", {"spec.training.steps": -1}, "spec.training.steps", "should be greater than or equal to 1"),
-    Bad("rate-of-zero", {"spec.training.learningRate": 0}, "spec.training.learningRate", "should be greater than 0"),
-    Bad("rate-without-minus", {"spec.training.learningRate": 1e4}, "spec.training.learningRate", "or equal to 10"),
-    Bad("beta-of-one", {"spec.training.adamBeta1": 1}, "spec.training.adamBeta1", "should be less than 1"),
-    Bad("resolution", {"spec.training.resolution": 500}, "spec.training.resolution", "write 496 or 504"),
-    Bad("empty-base", {"spec.model.base": ""}, "spec.model.base", "should be at least 1 chars long"),
-    Bad("long-base", {"spec.model.base": "x" * 1025}, "spec.model.base", "may not be more than 1024"),
-    Bad("no-modules", {"spec.training.lora.targetModules": []}, "spec.training.lora.targetModules", "at least 1 items"),
-    Bad(
+    BadManifest(
+        "invented-at-top", {"template": {}}, "template", "the fields here are apiVersion, kind, metadata, spec, status"
+    ),
+    # Values of a wrong type.
+    BadManifest("quoted-number", {"spec.training.steps": "200"}, "spec.training.steps", "write 200 without quotes"),
+    BadManifest("text-for-number", {"spec.training.steps": "many"}, "spec.training.steps", "must be of type integer"),
+    BadManifest("fraction", {"spec.training.steps": 2.5}, "spec.training.steps", "must be of type integer"),
+    BadManifest(
+        "quoted-rate", {"spec.training.learningRate": "1e-4"}, "spec.training.learningRate", "write 0.0001 without"
+    ),
+    BadManifest("quoted-bool", {"spec.training.ema": "yes"}, "spec.training.ema", "write true without quotes"),
+    BadManifest("number-for-bool", {"spec.suspend": 1}, "spec.suspend", "write true or false"),
+    BadManifest("number-for-text", {"spec.model.revision": 7}, "spec.model.revision", "write a string"),
+    BadManifest("text-for-fields", {"spec.model": "sd15"}, "spec.model", "must be of type object"),
+    BadManifest("text-for-list", {"spec.outputs": "webui"}, "spec.outputs", "must be of type array"),
+    BadManifest("nothing-in-list", {"spec.outputs": [None]}, "spec.outputs[0]", "must be of type object"),
+    BadManifest(
+        "fraction-of-cpu", {"spec.topology.resources": {"cpu": 0.5}}, "spec.topology.resources.cpu", "e.g. 8, 500m"
+    ),
+    # Values that are out of bounds.
+    BadManifest("method-in-lower-case", {"spec.training.method": "lora"}, "spec.training.method", "write LoRA"),
+    BadManifest(
+        "unknown-method", {"spec.training.method": "Hypernetwork"}, "spec.training.method", 'values: "LoRA", "Dream'
+    ),
+    BadManifest("unknown-optimizer", {"spec.training.optimizer": "AdamW"}, "spec.training.optimizer", "write adamw"),
+    BadManifest(
+        "unknown-format", {"spec.outputs": [{"format": "ckpt", "to": "o"}]}, "spec.outputs[0].format", "Unsupported"
+    ),
+    BadManifest(
+        "batch-of-zero", {"spec.training.batchSize": 0}, "spec.training.batchSize", "greater than or equal to 1"
+    ),
+    BadManifest("no-nodes", {"spec.topology.nodes": 0}, "spec.topology.nodes", "should be greater than or equal to 1"),
+    BadManifest(
+        "negative-steps", {"spec.training.steps": -1}, "spec.training.steps", "should be greater than or equal to 1"
+    ),
+    BadManifest(
+        "rate-of-zero", {"spec.training.learningRate": 0}, "spec.training.learningRate", "should be greater than 0"
+    ),
+    BadManifest(
+        "rate-without-minus", {"spec.training.learningRate": 1e4}, "spec.training.learningRate", "or equal to 10"
+    ),
+    BadManifest("beta-of-one", {"spec.training.adamBeta1": 1}, "spec.training.adamBeta1", "should be less than 1"),
+    BadManifest("resolution", {"spec.training.resolution": 500}, "spec.training.resolution", "write 496 or 504"),
+    BadManifest("empty-base", {"spec.model.base": ""}, "spec.model.base", "should be at least 1 chars long"),
+    BadManifest("long-base", {"spec.model.base": "x" * 1025}, "spec.model.base", "may not be more than 1024"),
+    BadManifest(
+        "no-modules", {"spec.training.lora.targetModules": []}, "spec.training.lora.targetModules", "at least 1 items"
+    ),
+    BadManifest(
         "too-many-outputs",
         {"spec.outputs": [{"format": "webui", "to": str(number)} for number in range(9)]},
         "spec.outputs",
         "must have at most 8 items",
     ),
-    # Rules about one text.
-    Bad("queue-name", {"spec.queueName": "My Queue"}, "spec.queueName", "lower-case letters"),
-    Bad("manager", {"spec.managedBy": "kueue"}, "spec.managedBy", "write its domain and name"),
-    Bad("priority-class", {"spec.priorityClassName": "High_"}, "spec.priorityClassName", "lower-case letters"),
-    Bad("secret-name", {"spec.secrets": [{"name": "HF_TOKEN"}]}, "spec.secrets[0].name", "lower-case letters"),
-    Bad(
+    # Rules about one string.
+    BadManifest("queue-name", {"spec.queueName": "My Queue"}, "spec.queueName", "lower-case letters"),
+    BadManifest("manager", {"spec.managedBy": "kueue"}, "spec.managedBy", "write its domain and name"),
+    BadManifest("priority-class", {"spec.priorityClassName": "High_"}, "spec.priorityClassName", "lower-case letters"),
+    BadManifest("secret-name", {"spec.secrets": [{"name": "HF_TOKEN"}]}, "spec.secrets[0].name", "lower-case letters"),
+    BadManifest(
         "claim-name",
         {"spec.checkpoint.storage.persistentVolumeClaim": {"claimName": "/mnt"}},
         "spec.checkpoint.storage.persistentVolumeClaim.claimName",
         "lower-case letters",
     ),
-    Bad("base-is-a-page", {"spec.model.base": "https://example.com/a/b"}, "spec.model.base", "write its hub id"),
-    Bad("set-is-a-page", {"spec.dataset.source": "http://example.com/a"}, "spec.dataset.source", "write its hub id"),
-    Bad("preset", {"spec.training.memoryPreset": "16 GB"}, "spec.training.memoryPreset", "write auto, cpu or"),
-    Bad("duration", {"spec.recovery.hangTimeout": "10 minutes"}, "spec.recovery.hangTimeout", "e.g. 90s, 10m or 1h30m"),
-    Bad("no-time", {"spec.recovery.hangTimeout": "0s"}, "spec.recovery.hangTimeout", "e.g. 90s, 10m or 1h30m"),
-    Bad("stale", {"spec.checkpoint.maxStale": "never"}, "spec.checkpoint.maxStale", "e.g. 90s, 10m or 1h30m"),
-    Bad("best-of-nothing", {"spec.checkpoint.keepBest": True}, "spec.checkpoint.keepBest", "add training.validation"),
-    Bad("shrink-no-unit", {"spec.recovery.shrinkAfter": "30"}, "spec.recovery.shrinkAfter", "write e.g. 90s"),
-    Bad("no-unit", {"spec.recovery.spot.fallbackAfter": "30"}, "spec.recovery.spot.fallbackAfter", "write e.g. 90s"),
-    Bad(
+    BadManifest(
+        "base-is-a-page", {"spec.model.base": "https://example.com/a/b"}, "spec.model.base", "write its hub id"
+    ),
+    BadManifest(
+        "data-set-is-a-page", {"spec.dataset.source": "http://example.com/a"}, "spec.dataset.source", "write its hub id"
+    ),
+    BadManifest("preset", {"spec.training.memoryPreset": "16 GB"}, "spec.training.memoryPreset", "write auto, cpu or"),
+    BadManifest(
+        "duration", {"spec.recovery.hangTimeout": "10 minutes"}, "spec.recovery.hangTimeout", "e.g. 90s, 10m or 1h30m"
+    ),
+    BadManifest("no-time", {"spec.recovery.hangTimeout": "0s"}, "spec.recovery.hangTimeout", "e.g. 90s, 10m or 1h30m"),
+    BadManifest("stale", {"spec.checkpoint.maxStale": "never"}, "spec.checkpoint.maxStale", "e.g. 90s, 10m or 1h30m"),
+    BadManifest(
+        "best-of-nothing",
+        {"spec.checkpoint.keepBest": True},
+        "spec.checkpoint.keepBest",
+        "write training.validation.split",
+    ),
+    BadManifest("shrink-no-unit", {"spec.recovery.shrinkAfter": "30"}, "spec.recovery.shrinkAfter", "write e.g. 90s"),
+    BadManifest(
+        "no-unit", {"spec.recovery.spot.fallbackAfter": "30"}, "spec.recovery.spot.fallbackAfter", "write e.g. 90s"
+    ),
+    BadManifest(
         "relative-path",
         {"spec.checkpoint.storage.hostPath": {"path": "checkpoints"}},
         "spec.checkpoint.storage.hostPath.path",
-        "write it from the root on",
+        "write it from the root",
     ),
-    Bad(
+    BadManifest(
         "path-upwards",
         {"spec.checkpoint.storage.nfs": {"server": "nfs", "path": "/exports/.."}},
         "spec.checkpoint.storage.nfs.path",
         "without '..'",
     ),
-    Bad(
+    BadManifest(
         "unknown-scheme",
         {"spec.outputs": [{"format": "webui", "to": "ftp://host/x"}]},
         "spec.outputs[0].to",
         "write a folder",
     ),
-    Bad("hub-without-owner", {"spec.outputs": [{"format": "webui", "to": "hub://x"}]}, "spec.outputs[0].to", "hub://o"),
-    Bad(
+    BadManifest(
+        "hub-without-owner",
+        {"spec.outputs": [{"format": "webui", "to": "hub://x"}]},
+        "spec.outputs[0].to",
+        "write a folder",
+    ),
+    BadManifest(
         "two-words-for-a-token",
         {"spec.training.textualInversion.placeholderToken": "cat toy"},
         "spec.training.textualInversion.placeholderToken",
         "write one token",
         base="textual-inversion",
     ),
-    # Rules about fields that contradict or need each other.
-    Bad("no-method", {"spec.training": {"steps": 5}}, "spec.training.method", "write e.g. method: LoRA"),
-    Bad("method-and-script", {"spec.training.script": {"path": "/x.py"}}, "spec.training.script", "leave one of them"),
-    Bad("no-length", {"spec.training.steps": GONE}, "spec.training.steps", "write e.g. steps: 1000, or epochs: 10"),
-    Bad("steps-and-epochs", {"spec.training.epochs": 2}, "spec.training.epochs", "leave one of them out"),
-    Bad(
+    # Rules about fields that exclude or require each other.
+    BadManifest("no-method", {"spec.training": {"steps": 5}}, "spec.training.method", "write e.g. method: LoRA"),
+    BadManifest(
+        "method-and-script", {"spec.training.script": {"path": "/x.py"}}, "spec.training.script", "leave script out"
+    ),
+    BadManifest(
+        "no-length", {"spec.training.steps": GONE}, "spec.training.steps", "write e.g. steps: 1000 or epochs: 10"
+    ),
+    BadManifest("steps-and-epochs", {"spec.training.epochs": 2}, "spec.training.epochs", "leave steps out, or"),
+    BadManifest(
         "only-warm-up",
         {"spec.training.lrWarmupSteps": 200, "spec.training.lrScheduler": "linear"},
         "spec.training.lrWarmupSteps",
-        "write fewer than steps",
+        "write a number below steps",
     ),
-    Bad(
+    BadManifest(
         "constant-warm-up",
         {"spec.training.lrWarmupSteps": 10},
         "spec.training.lrWarmupSteps",
         "write lrScheduler: constant_with_warmup",
     ),
-    Bad(
+    BadManifest(
         "lora-for-full", {"spec.training.method": "Full", "spec.training.lora": {}}, "spec.training.lora", "leave lora"
     ),
-    Bad("lora-for-script", {"spec.training.lora": {"rank": 4}}, "spec.training.lora", "leave lora", base="script"),
-    Bad(
+    BadManifest(
+        "lora-for-script", {"spec.training.lora": {"rank": 4}}, "spec.training.lora", "leave lora", base="script"
+    ),
+    BadManifest(
         "dreambooth-for-lora",
         {"spec.training.dreambooth": {"instancePrompt": "a dog"}},
         "spec.training.dreambooth",
         "write method: DreamBooth",
     ),
-    Bad(
+    BadManifest(
         "dreambooth-without-prompt",
         {"spec.training.method": "DreamBoothLoRA"},
         "spec.training.dreambooth",
         "write e.g. dreambooth: {instancePrompt",
     ),
-    Bad(
+    BadManifest(
         "class-images-without-class",
         {"spec.training.dreambooth.numClassImages": 300},
         "spec.training.dreambooth.classPrompt",
         "write e.g. classPrompt",
         base="dreambooth",
     ),
-    Bad(
+    BadManifest(
         "inversion-for-lora",
         {"spec.training.textualInversion": {"placeholderToken": "<x>", "initializerToken": "toy"}},
         "spec.training.textualInversion",
         "leave textualInversion out",
     ),
-    Bad(
+    BadManifest(
         "inversion-without-token",
         {"spec.training.method": "TextualInversion"},
         "spec.training.textualInversion",
         "write e.g. textualInversion: {placeholderToken",
     ),
-    Bad(
+    BadManifest(
         "token-from-itself",
         {"spec.training.textualInversion.initializerToken": "<cat-toy>"},
         "spec.training.textualInversion.initializerToken",
         "write a word that the text encoder knows",
         base="textual-inversion",
     ),
-    Bad("controlnet-for-lora", {"spec.training.controlnet": {}}, "spec.training.controlnet", "leave controlnet out"),
-    Bad(
+    BadManifest(
+        "controlnet-for-lora", {"spec.training.controlnet": {}}, "spec.training.controlnet", "leave controlnet out"
+    ),
+    BadManifest(
         "controlnet-without-column",
         {"spec.dataset.columns": GONE},
         "spec.dataset.columns.conditioning",
         "write e.g. columns: {conditioning:",
         base="controlnet",
     ),
-    Bad(
+    BadManifest(
         "streamed-crops", {"spec.dataset.streaming": True}, "spec.dataset.streaming", "write training.centerCrop: true"
     ),
-    Bad("streamed-script", {"spec.dataset.streaming": True}, "spec.dataset.streaming", "by its args", base="script"),
-    Bad("one-column", {"spec.dataset.columns": {"caption": "image"}}, "spec.dataset.columns.caption", "with the texts"),
-    Bad(
+    BadManifest(
+        "streamed-script",
+        {"spec.dataset.streaming": True},
+        "spec.dataset.streaming",
+        "leave streaming out",
+        base="script",
+    ),
+    BadManifest(
+        "one-column",
+        {"spec.dataset.columns": {"caption": "image"}},
+        "spec.dataset.columns.caption",
+        "contains the captions",
+    ),
+    BadManifest(
         "condition-is-image",
         {"spec.dataset.columns": {"conditioning": "image"}},
         "spec.dataset.columns.conditioning",
-        "with the conditioning images",
+        "contains the conditioning images",
     ),
-    Bad(
+    BadManifest(
         "empty-timestep-range",
         {"spec.training.timestepBias": {"strategy": "range", "begin": 600, "end": 200}},
         "spec.training.timestepBias.end",
         "begin: 200 and end: 600",
     ),
-    Bad("nothing-to-validate", {"spec.training.validation": {"steps": 5}}, "spec.training.validation.prompts", "write"),
-    Bad(
+    BadManifest(
+        "nothing-to-validate", {"spec.training.validation": {"steps": 5}}, "spec.training.validation.prompts", "write"
+    ),
+    BadManifest(
         "validated-on-training-set",
         {"spec.training.validation": {"split": "train"}},
         "spec.training.validation.split",
         "write the name of a held-out split",
     ),
-    Bad(
+    BadManifest(
         "validation-of-script",
         {"spec.training.validation": {"prompts": ["a dog"]}},
         "spec.training.validation",
-        "tell the script by its args",
+        "leave validation out",
         base="script",
     ),
-    Bad(
+    BadManifest(
         "half-precision-on-cpu",
         {"spec.topology.accelerator": "cpu", "spec.training.precision": "fp16"},
         "spec.training.precision",
         "write bf16 or fp32",
     ),
-    Bad(
+    BadManifest(
         "8-bit-on-cpu",
         {"spec.topology.accelerator": "cpu", "spec.training.optimizer": "adamw8bit"},
         "spec.training.optimizer",
-        "write adamw or adafactor",
+        "write adamw, adafactor or prodigy",
     ),
-    Bad("cpu-preset-on-gpu", {"spec.training.memoryPreset": "cpu"}, "spec.training.memoryPreset", "write auto"),
-    Bad("ccl-on-gpu", {"spec.topology.cpu": {"backend": "ccl"}}, "spec.topology.cpu.backend", "write accelerator: cpu"),
-    Bad("no-minimum", {"spec.topology.maxNodes": 4}, "spec.topology.minNodes", "write both, or nodes"),
-    Bad("no-maximum", {"spec.topology.minNodes": 4}, "spec.topology.maxNodes", "write both, or nodes"),
-    Bad(
+    BadManifest("cpu-preset-on-gpu", {"spec.training.memoryPreset": "cpu"}, "spec.training.memoryPreset", "write auto"),
+    BadManifest(
+        "ccl-on-gpu", {"spec.topology.cpu": {"backend": "ccl"}}, "spec.topology.cpu.backend", "write accelerator: cpu"
+    ),
+    BadManifest("no-minimum", {"spec.topology.maxNodes": 4}, "spec.topology.minNodes", "write both, or write nodes"),
+    BadManifest("no-maximum", {"spec.topology.minNodes": 4}, "spec.topology.maxNodes", "write both, or write nodes"),
+    BadManifest(
         "fixed-and-range",
         {"spec.topology": {"nodes": 2, "minNodes": 1, "maxNodes": 4}},
         "spec.topology.nodes",
         "write nodes for a fixed number",
     ),
-    Bad("range-backwards", {"spec.topology": {"minNodes": 4, "maxNodes": 2}}, "spec.topology.maxNodes", "at least min"),
-    Bad(
+    BadManifest(
+        "range-backwards", {"spec.topology": {"minNodes": 4, "maxNodes": 2}}, "spec.topology.maxNodes", "at least min"
+    ),
+    BadManifest(
         "other-number-of-gpus",
         {"spec.topology": {"processesPerNode": 2, "resources": {"nvidia.com/gpu": 4}}},
         "spec.topology.resources",
-        "write processesPerNode",
+        "as processesPerNode",
     ),
-    Bad(
+    BadManifest(
         "gpus-on-cpu",
         {"spec.topology": {"accelerator": "cpu", "resources": {"nvidia.com/gpu": "1"}}},
         "spec.topology.resources",
-        "is none on cpu",
+        "none on cpu",
     ),
-    Bad(
+    BadManifest(
         "misspelt-resource", {"spec.topology.resources": {"memroy": "1Gi"}}, "spec.topology.resources", "write cpu, mem"
     ),
-    Bad("no-quantity", {"spec.topology.resources": {"memory": "32GB"}}, "spec.topology.resources", "memory: 32Gi"),
-    Bad("negative-cpu", {"spec.topology.resources": {"cpu": -1}}, "spec.topology.resources", "memory: 32Gi"),
-    Bad("no-volume", {"spec.checkpoint.storage": {}}, "spec.checkpoint.storage", "write e.g. persistentVolumeClaim"),
-    Bad(
+    BadManifest(
+        "no-quantity", {"spec.topology.resources": {"memory": "32GB"}}, "spec.topology.resources", "memory: 32Gi"
+    ),
+    BadManifest("negative-cpu", {"spec.topology.resources": {"cpu": -1}}, "spec.topology.resources", "memory: 32Gi"),
+    BadManifest("no-volume", {"spec.checkpoint.storage": {}}, "spec.checkpoint.storage", "e.g. persistentVolumeClaim"),
+    BadManifest(
         "two-volumes",
         {"spec.checkpoint.storage": {"hostPath": {"path": "/a"}, "nfs": {"server": "nfs", "path": "/a"}}},
         "spec.checkpoint.storage",
         "exactly one of",
     ),
-    Bad(
+    BadManifest(
         "bucket-is-a-page",
         {"spec.checkpoint.storage": {"bucket": {"url": "https://s3.example.com/models"}}},
         "spec.checkpoint.storage.bucket.url",
         "e.g. s3://models/checkpoints",
     ),
-    Bad(
+    BadManifest(
         "endpoint-without-scheme",
         {"spec.checkpoint.storage": {"bucket": {"url": "s3://models", "endpoint": "minio:9000"}}},
         "spec.checkpoint.storage.bucket.endpoint",
         "write e.g. https://minio.example.com",
     ),
-    Bad(
+    BadManifest(
         "endpoint-for-none",
         {"spec.checkpoint.storage": {"bucket": {"url": "gs://models", "endpoint": "https://minio.example.com"}}},
         "spec.checkpoint.storage.bucket.endpoint",
-        "leave it out",
+        "leave endpoint out",
     ),
-    Bad(
+    BadManifest(
         "scratch-for-slices",
         {"spec.training.method": "Full", "spec.training.sharding": "full", "spec.checkpoint.scratch": {}},
         "spec.checkpoint.scratch",
         "leave scratch out",
     ),
-    Bad(
+    BadManifest(
         "scratch-size",
         {"spec.checkpoint.scratch": {"sizeLimit": "50GB"}},
         "spec.checkpoint.scratch.sizeLimit",
         "write e.g. 50Gi",
     ),
-    Bad(
+    BadManifest(
         "sharded-adafactor",
         {"spec.training.method": "Full", "spec.training.sharding": "full", "spec.training.optimizer": "adafactor"},
         "spec.training.sharding",
         "write optimizer: adamw",
     ),
-    Bad(
+    BadManifest(
         "sharded-lora",
         {"spec.training.sharding": "full"},
         "spec.training.sharding",
-        "sharding is for Full, DreamBooth, ControlNet",
+        "only DreamBooth, Full and ControlNet support sharding",
     ),
-    Bad(
+    BadManifest(
         "offload-of-no-slices",
         {"spec.training.method": "Full", "spec.training.offload": "cpu"},
         "spec.training.offload",
         "write sharding: full",
     ),
-    Bad(
+    BadManifest(
         "offload-on-cpu",
         {
             "spec.topology.accelerator": "cpu",
@@ -343,23 +420,25 @@ BAD = (
         "spec.training.offload",
         "leave offload out",
     ),
-    Bad(
+    BadManifest(
         "two-intervals",
         {"spec.checkpoint.interval": {"steps": 100, "seconds": 60}},
         "spec.checkpoint.interval.seconds",
-        "leave one of them out",
+        "leave steps out, leave seconds out",
     ),
-    Bad(
+    BadManifest(
         "outputs-overwrite",
         {"spec.outputs": [{"format": "webui", "to": "out"}, {"format": "kohya", "to": "out"}]},
         "spec.outputs",
-        "write another to for each",
+        "write a different to for each",
     ),
-    Bad(
+    BadManifest(
         "kohya-of-full",
         {"spec.training.method": "Full", "spec.outputs": [{"format": "kohya", "to": "out"}]},
         "spec.outputs",
-        "write diffusers, webui or openvino",
+        "write format: diffusers",
     ),
-    Bad("secret-twice", {"spec.secrets": [{"name": "a"}, {"name": "a"}]}, "spec.secrets", "write each Secret once"),
+    BadManifest(
+        "secret-twice", {"spec.secrets": [{"name": "a"}, {"name": "a"}]}, "spec.secrets", "write each Secret once"
+    ),
 )

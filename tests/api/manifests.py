@@ -1,4 +1,4 @@
-"""Good manifests for the tests, and how to change one."""
+"""Valid manifests for the tests, and a function that patches one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from finetune_operator.api.job import API_VERSION, KIND
 Document = dict[str, Any]
 
 GONE = object()
-"""In a patch: the field is taken away."""
+"""Value in a patch that removes the field."""
 
 
 def patched(document: Document, patch: dict[str, Any]) -> Document:
-    """A copy with fields set by their dotted paths."""
+    """Return a copy with fields set by their dotted paths."""
     document = copy.deepcopy(document)
     for path, value in patch.items():
         *parents, name = path.split(".")

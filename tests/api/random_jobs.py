@@ -1,4 +1,4 @@
-"""Random manifests for hypothesis: each field of the spec alone is right, together they may break any rule."""
+"""Random manifests for hypothesis: each field alone is valid, combinations may break any rule."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Change = tuple[str, Any]
 NAMES = st.sampled_from(["a", "circles", "hub-token", "a.b", "Not_A_Name", "-", "x" * 60])
 MANAGERS = st.sampled_from(["a/b", "kueue.x-k8s.io/multikueue", "a", "a/", "/b", "A/b", "a.b/C_d", "a/b/c"])
 DURATIONS = st.sampled_from(["90s", "10m", "1h30m", "0s", "", "10 minutes", "1.5h", "30m1h"])
-PLACES = st.sampled_from(["out", "/out", "s3://b/x", "s3://", "hub://a/b", "hub://a", "ftp://x/y", "https://x.y/z"])
+LOCATIONS = st.sampled_from(["out", "/out", "s3://b/x", "s3://", "hub://a/b", "hub://a", "ftp://x/y", "https://x.y/z"])
 PATHS = st.sampled_from(["/a", "/a/b", "a", "", "/a/../b", "/..", "/a..b", "../a"])
 RESOURCES = st.dictionaries(
     st.sampled_from(["cpu", "memory", "nvidia.com/gpu", "hugepages-2Mi", "memroy", "/", "a/b"]),
     st.sampled_from([1, 2, 0, -1, "1", "2", "500m", "32Gi", "32GB", "1.5", ".5", "1e3", "1E", "", "-1", "+1", "1 "]),
     max_size=4,
 )
-# What only a rule tells right from wrong: random values would hardly ever be right.
+# Fields whose form only a rule checks: random values would almost never be valid.
 SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "spec.queueName": NAMES,
     "spec.priorityClassName": NAMES,
@@ -34,9 +34,9 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "spec.recovery.hangTimeout": DURATIONS,
     "spec.recovery.spot.fallbackAfter": DURATIONS,
     "spec.recovery.shrinkAfter": DURATIONS,
-    "spec.outputs[].to": PLACES,
-    "spec.model.base": PLACES,
-    "spec.dataset.source": PLACES,
+    "spec.outputs[].to": LOCATIONS,
+    "spec.model.base": LOCATIONS,
+    "spec.dataset.source": LOCATIONS,
     "spec.checkpoint.storage.hostPath.path": PATHS.filter(bool),
     "spec.checkpoint.storage.nfs.path": PATHS.filter(bool),
     "spec.checkpoint.scratch.sizeLimit": st.sampled_from(["50Gi", "50GB", "1e3", "many"]),
@@ -58,7 +58,7 @@ MAX_TEXT = 12
 
 
 def values(path: str, schema: Schema) -> st.SearchStrategy[Any]:
-    """What fits a field's schema."""
+    """Return values that match a field's schema."""
     if path in SPECIAL:
         return SPECIAL[path]
     if "enum" in schema:
@@ -84,13 +84,13 @@ def _scalars(schema: Schema) -> st.SearchStrategy[Any]:
         case "boolean":
             return st.booleans()
         case "string":
-            # Nothing that JSON or YAML would have to escape: this is not a test of theirs.
+            # No characters that JSON or YAML must escape: their escaping is not under test.
             text = st.characters(categories=("L", "N", "P"))
             return st.text(text, min_size=schema.get("minLength", 0), max_size=MAX_TEXT)
         case "integer":
             factor = schema.get("multipleOf", 1)
             low, high = schema["minimum"] // factor, schema["maximum"] // factor
-            # Small numbers meet the bounds that fields set each other.
+            # Small numbers reach the bounds between fields.
             small = st.integers(low, min(low + 5, high))
             return (small | st.integers(low, high)).map(lambda number: number * factor)
         case _:
@@ -104,7 +104,7 @@ def _scalars(schema: Schema) -> st.SearchStrategy[Any]:
 
 
 def _leaves(path: str, schema: Schema) -> Iterator[tuple[str, Schema]]:
-    """Fields that are changed one by one; those of an optional part go together, for some are required."""
+    """Yield the fields to change one by one; the fields of an optional part are changed together: some are required."""
     for name, field in schema["properties"].items():
         below = f"{path}.{name}"
         if "properties" in field and not field.get("required"):
@@ -118,7 +118,7 @@ def _changes() -> st.SearchStrategy[Change]:
     for part in ("spec.model", "spec.dataset"):
         leaves += _leaves(part, crd.find(part))
     given = [st.tuples(st.just(path), values(path, schema)) for path, schema in leaves]
-    # Null is how a patch takes a field away; several methods have no other way to lose theirs.
+    # Null removes a field, e.g. the settings of a method.
     optional = [path for path, _ in leaves if path not in ("spec.model.base", "spec.dataset.source")]
     taken = st.tuples(st.sampled_from(["spec.training.method", "spec.training.steps", *optional]), st.none())
     return st.one_of(*given, *[taken] * 4)
@@ -130,25 +130,25 @@ BASES = st.sampled_from([base for name, base in GOOD.items() if name not in ("lo
 
 @st.composite
 def documents(draw: st.DrawFn) -> Document:
-    """Manifests in which every field by itself is right."""
+    """Return manifests in which every field by itself is valid."""
     return patched(draw(BASES), dict(draw(CHANGES)))
 
 
 @st.composite
 def valid_documents(draw: st.DrawFn) -> Document:
-    """Manifests that are right as a whole."""
+    """Return valid manifests."""
     return _valid(draw(BASES), draw(CHANGES))
 
 
 @st.composite
 def valid_edits(draw: st.DrawFn) -> tuple[Document, Document]:
-    """Two manifests of a job that are right, the second one a small edit of the first."""
+    """Return two valid manifests of a job, the second one a small edit of the first."""
     document: Document = draw(valid_documents())
     return document, _valid(document, draw(st.lists(_changes(), max_size=3)))
 
 
 def _valid(document: Document, changes: list[Change]) -> Document:
-    """A manifest with those of some changes that keep it right."""
+    """Return a manifest with those changes that keep it valid."""
     for change in changes:
         changed = patched(document, dict([change]))
         try:

@@ -1,4 +1,4 @@
-"""The CRD is what a structural schema may be, and the committed files are what the models say."""
+"""The CRD is a structural schema, and the committed files match the models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_contract.spec import SpecModel
 from finetune_operator.api import crd, yaml_text
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import MAX_JOB_NAME
-from finetune_operator.api.rules.rule import Cause
+from finetune_operator.api.rules.rule import FieldErrorReason
 from finetune_operator.api.rules.spec import RULES
 from tests.api.manifests import FULL
 from tools import generate
@@ -48,13 +48,13 @@ def test_every_field_is_described() -> None:
     assert not [path for path, node in fields.items() if not node.get("description") and "metadata" not in path]
 
 
-def test_exclusive_bounds_are_booleans_beside_the_bound() -> None:
+def test_exclusive_bounds_are_a_bound_and_a_boolean() -> None:
     rate = crd.find("spec.training.learningRate")
     assert (rate["minimum"], rate["exclusiveMinimum"], rate["maximum"]) == (0, True, 10)
     assert "exclusiveMaximum" not in rate
 
 
-def test_every_text_and_list_of_the_spec_is_bounded() -> None:
+def test_every_string_and_list_of_the_spec_is_bounded() -> None:
     for path, node in nodes("spec", crd.find("spec")):
         if node.get("type") == "string":
             assert "maxLength" in node or "enum" in node, path
@@ -64,7 +64,7 @@ def test_every_text_and_list_of_the_spec_is_bounded() -> None:
             assert "maxProperties" in node, path
 
 
-def test_defaults_are_those_of_the_models_and_the_status_has_none() -> None:
+def test_spec_has_the_defaults_of_the_models_and_status_has_none() -> None:
     assert crd.find("spec.training.batchSize")["default"] == 1
     assert crd.find("spec.topology")["default"] == {
         "accelerator": "gpu",
@@ -74,7 +74,7 @@ def test_defaults_are_those_of_the_models_and_the_status_has_none() -> None:
     assert not [path for path, node in nodes("status", crd.find("status")) if "default" in node]
 
 
-def test_maps_and_free_parts() -> None:
+def test_maps_and_free_form_parts() -> None:
     resources = crd.find("spec.topology.resources")
     assert resources["additionalProperties"] == {"x-kubernetes-int-or-string": True}
     template = crd.find("spec.podTemplate")
@@ -92,7 +92,7 @@ def test_columns() -> None:
 
 
 @pytest.mark.parametrize("path", [path for _, _, path, _, _ in crd.COLUMNS if not path.startswith(".metadata")])
-def test_a_column_shows_a_field_that_is_there(path: str) -> None:
+def test_columns_show_existing_fields(path: str) -> None:
     assert crd.find(path.removeprefix("."))
 
 
@@ -103,19 +103,19 @@ def test_names() -> None:
     assert spec["versions"][0]["subresources"] == {"status": {}}
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.path}: {rule.sentence[:30]}")
-def test_a_rule_blames_a_field_that_is_there_and_says_what_to_write(rule: Any) -> None:
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.path}: {rule.message[:30]}")
+def test_rule_names_an_existing_field_and_gives_advice(rule: Any) -> None:
     assert crd.find(rule.path)
-    assert "write" in rule.sentence or "leave" in rule.sentence
-    assert "\n" not in rule.sentence
-    assert rule.path.removesuffix("[]").rpartition(".")[2] in rule.sentence
+    assert "write" in rule.message or "leave" in rule.message
+    assert "\n" not in rule.message
+    assert rule.path.removesuffix("[]").rpartition(".")[2] in rule.message
     place = "" if rule.scope.at_root else rule.scope.path
-    (entry,) = (entry for entry in crd.find(place)["x-kubernetes-validations"] if entry["message"] == rule.sentence)
+    (entry,) = (entry for entry in crd.find(place)["x-kubernetes-validations"] if entry["message"] == rule.message)
     assert entry["rule"] == rule.cel
-    assert entry.get("reason", Cause.INVALID) == rule.cause
+    assert entry.get("reason", FieldErrorReason.INVALID) == rule.reason
 
 
-def test_the_limit_on_names_is_that_of_the_longest_child() -> None:
+def test_limit_on_job_names_is_derived_from_the_longest_child() -> None:
     assert any(f"<= {MAX_JOB_NAME}" in rule.cel for rule in RULES)
 
 
@@ -132,56 +132,56 @@ class Inner(SpecModel):
 
 
 class Undescribed(SpecModel):
-    """A part with a field that says nothing."""
+    """A part with a field without a description."""
 
     size: int = 1
 
 
 class Union(SpecModel):
-    """A part with a field of two kinds."""
+    """A part with a field of two types."""
 
     size: int | bool = Field(default=1, description="a size")
 
 
 class Exotic(SpecModel):
-    """A part with a pattern, which rules should say instead."""
+    """A part with a pattern, which must be a rule instead."""
 
     size: str = Field(default="1", description="a size", pattern="^[0-9]$")
 
 
 @pytest.mark.parametrize(
-    ("model", "words"), [(Undescribed, "no description"), (Union, "anyOf|no type"), (Exotic, "has no pattern")]
+    ("model", "message"), [(Undescribed, "no description"), (Union, "anyOf|no type"), (Exotic, "has no pattern")]
 )
-def test_what_cannot_be_said_is_refused(model: type[SpecModel], words: str) -> None:
+def test_unsupported_schema_features_are_refused(model: type[SpecModel], message: str) -> None:
     raw = model.model_json_schema()
-    with pytest.raises(crd.SchemaError, match=words):
+    with pytest.raises(crd.SchemaError, match=message):
         crd.structural(raw, raw.get("$defs", {}), model.__name__)
 
 
-def test_references_are_put_in_place_and_what_stands_beside_them_counts() -> None:
+def test_references_are_inlined_and_keys_next_to_them_take_precedence() -> None:
     class Outer(SpecModel):
         """An outer part."""
 
-        inner: Inner | None = Field(default=None, description="what the outer part has it for")
+        inner: Inner | None = Field(default=None, description="purpose in the outer part")
 
     raw = Outer.model_json_schema()
     assert crd.structural(raw, raw["$defs"], "Outer")["properties"] == {
         "inner": {
-            "description": "what the outer part has it for",
+            "description": "purpose in the outer part",
             "type": "object",
             "properties": {"colour": {"description": "a colour", "type": "string", "enum": ["red"], "default": "red"}},
         }
     }
 
 
-def test_the_definition_is_written_so_that_it_is_read_back() -> None:
+def test_rendered_definition_is_read_back_unchanged() -> None:
     assert yaml_text.load(crd.render()) == crd.custom_resource_definition()
 
 
-def test_the_full_manifest_uses_every_field_of_the_spec() -> None:
-    """So that a test with it is a test of all fields."""
+def test_full_manifest_uses_every_field_of_the_spec() -> None:
+    """A test with the full manifest covers all fields."""
     given = FineTuneJob.model_validate(FULL).spec.model_dump(by_alias=True, exclude_unset=True)
-    # Alternatives of what it has.
+    # Fields that exclude a field of the manifest.
     others = {
         *("training.steps", "training.script", "training.textualInversion", "training.controlnet"),
         *("topology.nodes", "topology.cpu", "checkpoint.storage.hostPath", "checkpoint.storage.nfs"),
@@ -200,11 +200,11 @@ def missing(path: str, schema: dict[str, Any], value: dict[str, Any]) -> Iterato
             yield from missing(below, field, value[name])
 
 
-def test_generated_files_are_those_that_are_committed() -> None:
+def test_committed_files_are_up_to_date() -> None:
     assert generate.differences(generate.ROOT) == ""
 
 
-def test_a_difference_is_shown_and_mended(tmp_path: Path) -> None:
+def test_difference_is_shown_and_fixed(tmp_path: Path) -> None:
     generate.write(tmp_path)
     path = tmp_path / crd.FILE
     path.write_text(path.read_text().replace("- ftj", "- job"))
@@ -216,6 +216,6 @@ def test_a_difference_is_shown_and_mended(tmp_path: Path) -> None:
     assert generate.differences(tmp_path) == ""
 
 
-def test_the_command_checks() -> None:
+def test_check_command_succeeds() -> None:
     command = [sys.executable, str(generate.ROOT / "tools/generate.py"), "--check"]
     assert subprocess.run(command, check=False, capture_output=True, timeout=60).returncode == 0

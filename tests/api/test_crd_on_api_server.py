@@ -1,4 +1,4 @@
-"""A real API server takes the CRD, and says with it what `parse_job` says without it."""
+"""A real API server accepts the CRD and reports the same problems as `parse_job`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from finetune_operator.api.job import (
 from finetune_operator.api.rules import edits
 from finetune_operator.api.rules.spec import RULES
 from finetune_operator.api.validate import InvalidJob, Problem, parse_job
-from testing.controlplane.api import Api, ApiError
+from testing.controlplane.api import Api, ControlPlaneApiError
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import ControlPlane, KubectlError
-from tests.api.bad_manifests import BAD, Bad
+from tests.api.bad_manifests import BAD, BadManifest
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
 from tests.api.random_jobs import documents, valid_edits
 from tests.api.test_edits import ALLOWED, CHANGES
@@ -40,13 +40,13 @@ STATUS = FineTuneJobStatus(
     observed_generation=1,
     phase=Phase.RUNNING,
     reason="Training",
-    message="Steps are being trained.",
+    message="The ranks are training.",
     conditions=(
         Condition(
             type="Running",
             status="True",
             reason="Training",
-            message="All is well.",
+            message="The ranks are training.",
             last_transition_time=NOW,
             observed_generation=1,
         ),
@@ -81,7 +81,7 @@ STATUS = FineTuneJobStatus(
             pod="circles-a1-n1",
             node="node-1",
             exit_code=75,
-            message="saved on notice",
+            message="saved on a preemption notice",
             lost_steps=0,
         ),
         AttemptStatus(attempt=2, started_at=NOW),
@@ -89,7 +89,7 @@ STATUS = FineTuneJobStatus(
     tally=TallyStatus(
         failures_since_checkpoint=0, trained_steps=40, trained_seconds=20.5, step_time=NOW, suspended_seconds=0
     ),
-    warnings=("a corrupt checkpoint was passed over",),
+    warnings=("a corrupt checkpoint was skipped",),
     outputs=(OutputStatus(format="diffusers", to="/out", bytes=3, sha256="0" * 64),),
 )
 """A status with every field."""
@@ -97,7 +97,7 @@ STATUS = FineTuneJobStatus(
 
 @pytest.fixture(scope="module")
 def api(control_plane: ControlPlane) -> Api:
-    """The API server, with the CRD as it is committed."""
+    """The API server with the committed CRD."""
     control_plane.kubectl("apply", "--server-side", "-f", "-", stdin=crd.render())
     wait_for("the CRD is established", lambda: condition(control_plane.api, "Established") == "True")
     return control_plane.api
@@ -113,23 +113,23 @@ def jobs(namespace: str) -> str:
 
 
 def refusal(api: Api, document: Document, namespace: str = "default") -> str:
-    """What the API server says to a manifest; empty where it takes it. Nothing is stored."""
+    """Return the API server's error for a manifest; empty if it is accepted. Nothing is stored."""
     try:
         api.create(f"{jobs(namespace)}?dryRun=All&fieldValidation=Strict", document)
-    except ApiError as error:
+    except ControlPlaneApiError as error:
         return error.message
     return ""
 
 
-def told(message: str, problem: Problem) -> bool:
-    """Whether an API server's message says what we say of a problem; in its own words where it has some."""
-    if problem.sentence in message:
+def contains(message: str, problem: Problem) -> bool:
+    """Return whether an API server's message contains a problem, possibly without our advice."""
+    if problem.message in message:
         return True
-    words = problem.sentence.split("; ")[0]
-    return re.sub(r"^Invalid value: .*: (?=should|must)", "", words) in message
+    text = problem.message.split("; ")[0]
+    return re.sub(r"^Invalid value: .*: (?=should|must)", "", text) in message
 
 
-def test_the_definition_is_accepted_as_it_is(api: Api) -> None:
+def test_definition_is_accepted_unchanged(api: Api) -> None:
     assert condition(api, "NamesAccepted") == "True"
     assert condition(api, "NonStructuralSchema") in (None, "False")
     stored = api.get(f"{CRDS}/{crd.NAME}")["spec"]["versions"][0]
@@ -141,60 +141,60 @@ def test_the_definition_is_accepted_as_it_is(api: Api) -> None:
 
 
 @pytest.mark.parametrize("document", GOOD.values(), ids=GOOD.keys())
-def test_a_good_manifest_is_taken(api: Api, document: Document) -> None:
+def test_valid_manifests_are_accepted(api: Api, document: Document) -> None:
     assert refusal(api, document) == ""
 
 
-@pytest.mark.parametrize("bad", [bad for bad in BAD if bad.kubectl_knows], ids=lambda bad: bad.name)
-def test_a_bad_manifest_is_refused_with_the_same_sentence(api: Api, bad: Bad) -> None:
+@pytest.mark.parametrize("bad", [bad for bad in BAD if bad.reaches_schema], ids=lambda bad: bad.name)
+def test_invalid_manifests_are_refused_with_the_same_message(api: Api, bad: BadManifest) -> None:
     message = refusal(api, bad.document)
     assert bad.field in message
     with pytest.raises(InvalidJob) as caught:
         parse_job(bad.document)
-    assert [problem for problem in caught.value.problems if not told(message, problem)] == []
+    assert [problem for problem in caught.value.problems if not contains(message, problem)] == []
 
 
-@pytest.mark.parametrize("bad", [bad for bad in BAD if not bad.kubectl_knows], ids=lambda bad: bad.name)
-def test_what_is_no_finetunejob_is_refused_in_kubectls_own_words(
-    api: Api, control_plane: ControlPlane, bad: Bad
-) -> None:
+@pytest.mark.parametrize("bad", [bad for bad in BAD if not bad.reaches_schema], ids=lambda bad: bad.name)
+def test_other_objects_are_refused_by_kubectl(api: Api, control_plane: ControlPlane, bad: BadManifest) -> None:
     with pytest.raises(KubectlError):
         control_plane.kubectl("apply", "--dry-run=server", "-f", "-", stdin=yaml_text.dump(bad.document))
 
 
-def test_kubectl_apply_prints_our_sentence(api: Api, control_plane: ControlPlane) -> None:
+def test_kubectl_apply_prints_our_message(api: Api, control_plane: ControlPlane) -> None:
     document = patched(SMALLEST, {"spec.training.epochs": 3, "spec.recovery.hangTimeout": "soon"})
     with pytest.raises(KubectlError) as caught:
         control_plane.kubectl("apply", "-f", "-", stdin=yaml_text.dump(document))
     assert (
-        "spec.training.epochs: Forbidden: steps and epochs contradict each other; leave one of" in caught.value.stderr
+        "spec.training.epochs: Forbidden: steps and epochs exclude each other; leave steps out" in caught.value.stderr
     )
-    assert 'spec.recovery.hangTimeout: Invalid value: "soon": hangTimeout is not a length of' in caught.value.stderr
+    assert 'spec.recovery.hangTimeout: Invalid value: "soon": hangTimeout is not a duration' in caught.value.stderr
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=documents())
-def test_the_api_server_and_python_judge_random_manifests_alike(api: Api, document: Document) -> None:
+def test_api_server_and_python_agree_on_random_manifests(api: Api, document: Document) -> None:
     try:
         parse_job(document)
         ours: set[str] = set()
     except InvalidJob as error:
-        ours = {problem.sentence for problem in error.problems}
+        ours = {problem.message for problem in error.problems}
     message = refusal(api, document)
-    theirs = {rule.sentence for rule in RULES if rule.sentence in message}
+    theirs = {rule.message for rule in RULES if rule.message in message}
     assert theirs == ours
     assert bool(message) == bool(ours), message
 
 
 @pytest.mark.parametrize("document", GOOD.values(), ids=GOOD.keys())
-def test_the_api_server_fills_the_defaults_that_python_fills(api: Api, document: Document) -> None:
+def test_api_server_and_python_set_the_same_defaults(api: Api, document: Document) -> None:
     stored = api.create(f"{jobs('default')}?dryRun=All", document)
     expected = parse_job(document).spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     assert stored["spec"] == expected
     assert parse_job(stored).spec == parse_job(document).spec
 
 
-def test_a_status_is_stored_whole_and_shown_in_columns(api: Api, control_plane: ControlPlane, namespace: str) -> None:
+def test_status_is_stored_completely_and_shown_in_columns(
+    api: Api, control_plane: ControlPlane, namespace: str
+) -> None:
     api.create(jobs(namespace), FULL)
     assert (
         columns(control_plane, namespace)
@@ -210,7 +210,7 @@ def test_a_status_is_stored_whole_and_shown_in_columns(api: Api, control_plane: 
     assert cells[:6] == ["circles", "DreamBoothLoRA", "Running", "40", "20%", "4m10s"]
     assert re.fullmatch(r"\d+[dh]\w*|-?\d+.*", cells[6])
     assert cells[7:10] == ["3/4", "1", "0"]
-    assert row.endswith("Steps are being trained.")
+    assert row.endswith("The ranks are training.")
     assert cells[11:14] == ["0.125", "3.5", "0.97"]
 
 
@@ -218,18 +218,18 @@ def columns(control_plane: ControlPlane, namespace: str) -> str:
     return " ".join(control_plane.kubectl("get", "ftj", "-n", namespace).splitlines()[0].split())
 
 
-def test_a_job_is_listed_among_all(api: Api, control_plane: ControlPlane, namespace: str) -> None:
+def test_kubectl_get_all_lists_jobs(api: Api, control_plane: ControlPlane, namespace: str) -> None:
     api.create(jobs(namespace), SMALLEST)
 
     def listed() -> bool:
-        # kubectl learns what there is by discovery, which lags behind the definition.
+        # kubectl finds the resource by discovery, which lags behind the definition.
         return "finetunejob.finetune-operator.io/circles" in control_plane.kubectl("get", "all", "-n", namespace)
 
     wait_for("kubectl get all lists the job", listed)
 
 
 @pytest.mark.parametrize("steps", ["200.0", "2e2", "200"])
-def test_a_whole_number_may_be_written_as_a_float(api: Api, control_plane: ControlPlane, steps: str) -> None:
+def test_integer_may_be_written_as_a_float(api: Api, control_plane: ControlPlane, steps: str) -> None:
     text = yaml_text.dump(SMALLEST).replace("steps: 200", f"steps: {steps}")
     stored = control_plane.kubectl("apply", "--dry-run=server", "-o", "json", "-f", "-", stdin=text)
     assert yaml_text.load(stored)["spec"]["training"]["steps"] == 200
@@ -237,7 +237,7 @@ def test_a_whole_number_may_be_written_as_a_float(api: Api, control_plane: Contr
 
 
 @pytest.mark.parametrize("steps", ["200.5", "1e30", "'200'"])
-def test_another_number_may_not(api: Api, control_plane: ControlPlane, steps: str) -> None:
+def test_non_integer_is_refused_for_an_integer_field(api: Api, control_plane: ControlPlane, steps: str) -> None:
     text = yaml_text.dump(SMALLEST).replace("steps: 200", f"steps: {steps}")
     with pytest.raises(KubectlError, match=r"spec\.training\.steps"):
         control_plane.kubectl("apply", "--dry-run=server", "-f", "-", stdin=text)
@@ -246,48 +246,48 @@ def test_another_number_may_not(api: Api, control_plane: ControlPlane, steps: st
 
 
 def edit(api: Api, namespace: str, document: Document) -> str:
-    """What the API server says to an edit of a stored job; empty where it takes it. Nothing is stored."""
+    """Return the API server's error for an edit of a stored job; empty if it is accepted. Nothing is stored."""
     path = f"{jobs(namespace)}/{document['metadata']['name']}"
     stored = api.get(path)
     try:
         api.request("PUT", f"{path}?dryRun=All", {**document, "metadata": stored["metadata"]})
-    except ApiError as error:
+    except ControlPlaneApiError as error:
         return error.message
     return ""
 
 
 @pytest.fixture
 def begun(api: Api, namespace: str) -> str:
-    """A namespace with FULL in it, whose first attempt has begun."""
+    """A namespace with the job FULL, whose first attempt has begun."""
     api.create(jobs(namespace), FULL)
     api.patch(f"{jobs(namespace)}/circles/status", {"status": {"attempt": 1}})
     return namespace
 
 
-def test_what_is_fixed_stays_once_the_job_has_begun(api: Api, begun: str) -> None:
+def test_fixed_fields_are_refused_after_the_first_attempt_began(api: Api, begun: str) -> None:
     for path, patch in CHANGES.items():
         edited = patched(FULL, patch)
         expected = edits.forbidden_edits(parse_job({**FULL, "status": {"attempt": 1}}), parse_job(edited))
         message = edit(api, begun, edited)
         assert path in [fixed.path for fixed in expected]
         for fixed in edits.FIXED:
-            assert (f"{fixed.path}: Forbidden: {fixed.sentence}" in message) == (fixed in expected), message
+            assert (f"{fixed.path}: Forbidden: {fixed.message}" in message) == (fixed in expected), message
 
 
-def test_an_edit_that_brings_a_status_along_is_refused_all_the_same(api: Api, begun: str) -> None:
-    """The rules let a write pass that changes the message of the status: an edit cannot."""
+def test_edit_that_includes_a_status_is_refused_as_well(api: Api, begun: str) -> None:
+    """The rules skip writes that change status.message; an edit of the spec cannot change it."""
     api.patch(f"{jobs(begun)}/circles/status", {"status": {"message": "training"}})
     edited = patched(FULL, {"spec.training.seed": 77}) | {"status": {"attempt": 1, "message": "another one"}}
     assert "spec.training: Forbidden" in edit(api, begun, edited)
 
 
-def test_the_rest_may_change_at_any_time(api: Api, begun: str) -> None:
+def test_changeable_fields_are_accepted_at_any_time(api: Api, begun: str) -> None:
     assert {path: edit(api, begun, patched(FULL, patch)) for path, patch in ALLOWED.items()} == dict.fromkeys(
         ALLOWED, ""
     )
 
 
-def test_before_the_first_attempt_all_but_the_manager_may_change(api: Api, namespace: str) -> None:
+def test_before_the_first_attempt_only_managed_by_is_fixed(api: Api, namespace: str) -> None:
     api.create(jobs(namespace), FULL)
     for path, patch in CHANGES.items():
         assert bool(edit(api, namespace, patched(FULL, patch))) == (path == "spec.managedBy"), path
@@ -295,7 +295,7 @@ def test_before_the_first_attempt_all_but_the_manager_may_change(api: Api, names
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edited=valid_edits(), attempt=st.integers(0, 2))
-def test_the_api_server_and_python_judge_random_edits_alike(
+def test_api_server_and_python_agree_on_random_edits(
     api: Api, namespace: str, edited: tuple[Document, Document], attempt: int
 ) -> None:
     name = f"job-{uuid.uuid4().hex[:12]}"
@@ -304,30 +304,32 @@ def test_the_api_server_and_python_judge_random_edits_alike(
     stored = api.patch(f"{jobs(namespace)}/{name}/status", {"status": {"attempt": attempt}})
     ours = edits.forbidden_edits(parse_job(stored), parse_job(after))
     message = edit(api, namespace, after)
-    assert [fixed for fixed in edits.FIXED if fixed.sentence in message] == ours
+    assert [fixed for fixed in edits.FIXED if fixed.message in message] == ours
     assert bool(message) == bool(ours), message
 
 
-def test_kubectl_apply_says_what_to_do_instead(api: Api, begun: str, control_plane: ControlPlane) -> None:
+def test_kubectl_apply_reports_the_remedy_of_a_forbidden_edit(
+    api: Api, begun: str, control_plane: ControlPlane
+) -> None:
     document = patched(FULL, {"spec.training.epochs": 4, "metadata.namespace": begun})
     with pytest.raises(KubectlError) as caught:
         control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=yaml_text.dump(document))
     assert (
-        "spec.training: Forbidden: training cannot change once the job has begun: the checkpoints go on with the old "
-        "settings; write the change into a new job with another name" in caught.value.stderr
+        "spec.training: Forbidden: training cannot change after the first attempt has begun: the checkpoints depend on "
+        "the old settings; write the change into a new job with another name" in caught.value.stderr
     )
 
 
-def test_a_phase_that_is_none_is_refused(api: Api, namespace: str) -> None:
+def test_unknown_phase_is_refused(api: Api, namespace: str) -> None:
     api.create(jobs(namespace), SMALLEST)
-    with pytest.raises(ApiError, match=r"status\.phase: Unsupported value"):
+    with pytest.raises(ControlPlaneApiError, match=r"status\.phase: Unsupported value"):
         api.patch(f"{jobs(namespace)}/circles/status", {"status": {"phase": "Resting"}})
 
 
-def test_explain_describes_fields(api: Api, control_plane: ControlPlane) -> None:
+def test_kubectl_explain_describes_fields(api: Api, control_plane: ControlPlane) -> None:
     wait_for("the schema is published", lambda: "batchSize" in control_plane.kubectl("explain", "ftj.spec.training"))
     text = control_plane.kubectl("explain", "ftj.spec.training")
-    assert "samples in one forward pass of one rank" in text
+    assert "Samples in one forward pass of one rank" in text
     text = control_plane.kubectl("explain", "ftj.spec.training.method")
-    assert "fine-tuning method; required unless script is given" in text
+    assert "Fine-tuning method; required" in text
     assert "DreamBoothLoRA" in text

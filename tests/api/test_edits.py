@@ -1,4 +1,4 @@
-"""What may change of a job that has begun, and that every field of the spec is on one of the two lists."""
+"""Edits of a job whose first attempt has begun; every field of the spec is either fixed or changeable."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CHANGES: dict[str, Any] = {
     "spec.queueName": {"spec.queueName": GONE},
     "spec.managedBy": {"spec.managedBy": "kueue.x-k8s.io/multikueue"},
 }
-"""An edit of FULL that changes each fixed field."""
+"""For each fixed field an edit of FULL that changes it."""
 
 ALLOWED: dict[str, Any] = {
     "spec.topology.minNodes": {"spec.topology.minNodes": 1},
@@ -62,7 +62,7 @@ ALLOWED: dict[str, Any] = {
     "spec.secrets": {"spec.secrets": []},
     "spec.podTemplate": {"spec.podTemplate": {"metadata": {"labels": {"a": "b"}}}},
 }
-"""An edit of FULL that changes each other field."""
+"""For each changeable field an edit of FULL that changes it."""
 
 
 def job_of(document: Document, attempt: int = 0) -> FineTuneJob:
@@ -87,7 +87,7 @@ def test_every_field_of_the_spec_is_fixed_or_changeable() -> None:
         assert len(covering) == 1, leaf
 
 
-def test_the_lists_name_fields_that_are_there() -> None:
+def test_both_lists_contain_existing_fields_only() -> None:
     for path in (*(entry.path for entry in edits.FIXED), *edits.CHANGEABLE):
         assert crd.find(path)
     assert CHANGES.keys() == {entry.path for entry in edits.FIXED}
@@ -95,23 +95,23 @@ def test_the_lists_name_fields_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", CHANGES)
-def test_what_is_fixed_stays_once_the_job_has_begun(path: str) -> None:
+def test_fixed_fields_are_refused_after_the_first_attempt_began(path: str) -> None:
     assert path in refused(CHANGES[path], attempt=1)
     assert (path in refused(CHANGES[path], attempt=0)) == (path == "spec.managedBy")
 
 
 @pytest.mark.parametrize("patch", ALLOWED.values(), ids=ALLOWED.keys())
-def test_the_rest_may_change(patch: dict[str, Any]) -> None:
+def test_changeable_fields_are_accepted(patch: dict[str, Any]) -> None:
     assert refused(patch, attempt=1) == []
 
 
-def test_a_sentence_names_the_field_and_what_to_do() -> None:
+def test_message_names_the_field_and_the_remedy() -> None:
     for fixed in edits.FIXED:
-        assert fixed.sentence.startswith(f"{fixed.name} cannot change once the job ")
-        assert fixed.sentence.endswith("write the change into a new job with another name")
+        assert fixed.message.startswith(f"{fixed.name} cannot change after the ")
+        assert fixed.message.endswith("write the change into a new job with another name")
 
 
-def test_the_fixed_part_of_a_spec() -> None:
+def test_fixed_part_leaves_out_changeable_fields() -> None:
     assert edits.fixed_part(FULL["spec"])["topology"] == {
         "accelerator": "gpu",
         "maxNodes": 8,
@@ -131,5 +131,5 @@ def test_the_fixed_part_of_a_spec() -> None:
         (None, True),
     ],
 )
-def test_whose_job_it_is(spec: dict[str, Any] | None, ours: bool) -> None:
+def test_jobs_of_other_controllers_are_not_ours(spec: dict[str, Any] | None, ours: bool) -> None:
     assert is_ours({**SMALLEST, "spec": spec}) is ours

@@ -1,4 +1,4 @@
-"""Every way of being wrong is told with its field and what to write instead; all of them at once."""
+"""`parse_job` reports every problem of a manifest, with its field and what to write instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_contract.spec import Method
 from finetune_operator.api.job import Accelerator, FineTuneJob
 from finetune_operator.api.rules.spec import RULES
 from finetune_operator.api.validate import InvalidJob, Problem, broken_rules, parse_job
-from tests.api.bad_manifests import BAD, Bad
+from tests.api.bad_manifests import BAD, BadManifest
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
 
 
@@ -21,26 +21,26 @@ def problems(document: object) -> tuple[Problem, ...]:
 
 
 @pytest.mark.parametrize("document", GOOD.values(), ids=GOOD.keys())
-def test_a_good_manifest_is_read(document: Document) -> None:
+def test_valid_manifests_are_parsed(document: Document) -> None:
     job = parse_job(document)
     assert job.metadata.name == document["metadata"]["name"]
     assert broken_rules(job) == []
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
-def test_a_bad_manifest_is_refused_with_its_field_and_what_to_write(bad: Bad) -> None:
+def test_invalid_manifests_are_refused_with_field_and_advice(bad: BadManifest) -> None:
     found = problems(bad.document)
     assert [problem.field for problem in found] == [bad.field]
-    assert bad.words in found[0].sentence
-    assert str(found[0]) == f"{bad.field}: {found[0].sentence}"
+    assert bad.message in found[0].message
+    assert str(found[0]) == f"{bad.field}: {found[0].message}"
 
 
-def test_the_table_of_bad_manifests_breaks_every_rule() -> None:
-    told = {problem.sentence for bad in BAD for problem in problems(bad.document)}
-    assert {rule.sentence for rule in RULES} - told == set()
+def test_bad_manifests_break_every_rule() -> None:
+    reported = {problem.message for bad in BAD for problem in problems(bad.document)}
+    assert {rule.message for rule in RULES} - reported == set()
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     document = patched(
         SMALLEST,
         {
@@ -64,27 +64,27 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("document", [None, [], [SMALLEST], "kind: FineTuneJob", 3])
-def test_what_is_no_mapping_is_refused(document: object) -> None:
+def test_document_that_is_not_a_mapping_is_refused(document: object) -> None:
     (problem,) = problems(document)
     assert "write apiVersion, kind, metadata and spec" in str(problem)
 
 
-def test_the_fields_of_another_kind_are_not_judged() -> None:
+def test_fields_of_another_kind_are_not_checked() -> None:
     fields = [problem.field for problem in problems({"kind": "Pod", "apiVersion": "v1", "spec": {"containers": []}})]
     assert fields == ["apiVersion", "kind"]
 
 
-def test_the_source_stands_before_every_sentence() -> None:
+def test_source_is_the_prefix_of_every_message() -> None:
     with pytest.raises(InvalidJob) as caught:
         parse_job(patched(SMALLEST, {"spec.training.steps": 0, "spec.model.base": ""}), source="job.yaml")
     lines = str(caught.value).splitlines()
     assert len(lines) == 2
-    assert lines == caught.value.sentences
+    assert lines == caught.value.messages
     assert all(line.startswith("job.yaml: spec.") for line in lines)
 
 
 @pytest.mark.parametrize("names", ["batch_size", "batchSize"])
-def test_python_names_are_not_read_where_the_api_server_would_not_read_them(names: str) -> None:
+def test_python_field_names_are_refused(names: str) -> None:
     document = patched(SMALLEST, {f"spec.training.{names}": 2})
     if names == "batchSize":
         assert parse_job(document).spec.training.batch_size == 2
@@ -92,7 +92,7 @@ def test_python_names_are_not_read_where_the_api_server_would_not_read_them(name
         assert problems(document)
 
 
-def test_defaults_are_filled() -> None:
+def test_defaults_are_set() -> None:
     spec = parse_job(SMALLEST).spec
     assert spec.training.method is Method.LORA
     assert (spec.training.batch_size, spec.training.learning_rate) == (1, 1e-4)
@@ -100,7 +100,7 @@ def test_defaults_are_filled() -> None:
     assert spec.checkpoint.keep == 3
 
 
-def test_what_the_api_server_adds_is_no_obstacle() -> None:
+def test_fields_added_by_the_api_server_are_accepted() -> None:
     stored = patched(
         FULL,
         {
@@ -116,28 +116,28 @@ def test_what_the_api_server_adds_is_no_obstacle() -> None:
     assert (job.metadata.uid, job.metadata.generation, job.status.attempt) == ("1f0c3a2b-0000", 2, 2)
 
 
-def test_a_stored_job_that_breaks_a_rule_is_found_out() -> None:
+def test_broken_rules_of_a_stored_job_are_found() -> None:
     job = FineTuneJob.model_validate(patched(SMALLEST, {"spec.training.epochs": 3}))
     assert [problem.field for problem in broken_rules(job)] == ["spec.training.epochs"]
 
 
-def test_long_values_are_cut_in_sentences() -> None:
+def test_long_values_are_shortened_in_messages() -> None:
     (problem,) = problems(patched(SMALLEST, {"spec.training.steps": "x" * 5000}))
-    assert len(problem.sentence) < 300
+    assert len(problem.message) < 300
 
 
 @pytest.mark.parametrize(
-    ("patch", "words"),
+    ("patch", "message"),
     [
         ({"spec.trainng": {}}, "write training"),
         ({"spec.training.lr": 1}, "write spec.training.learningRate"),
         ({"spec.training.train_batch_size": 1}, "write batchSize"),
         ({"spec.learningRate": 1}, "write spec.training.learningRate"),
         ({"spec.training.keep": 1}, "write spec.checkpoint.keep"),
-        ({"spec.training.lora.r": 1}, "known here are rank, alpha, dropout, targetModules"),
+        ({"spec.training.lora.r": 1}, "the fields here are rank, alpha, dropout, targetModules"),
     ],
 )
-def test_an_unknown_field_gets_the_best_guess(patch: dict[str, Any], words: str) -> None:
+def test_unknown_field_is_answered_with_the_most_similar_one(patch: dict[str, Any], message: str) -> None:
     (problem,) = problems(patched(SMALLEST, patch))
-    assert problem.sentence.startswith("unknown field")
-    assert words in problem.sentence
+    assert problem.message.startswith("unknown field")
+    assert message in problem.message

@@ -1,4 +1,4 @@
-"""The strategic merge, case by case, as `kubectl apply` users know it."""
+"""Cases of the strategic merge, as `kubectl apply` does it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         },
     ),
     (
-        "environment by name, and a source is replaced whole",
+        "environment by name, an item with a source is replaced",
         {"env": [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}]},
         {"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]},
         {
@@ -49,7 +49,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         },
     ),
     (
-        "volumes by name, and a source is replaced whole",
+        "volumes by name, an item with a source is replaced",
         {"volumes": [{"name": "checkpoints", "emptyDir": {}}]},
         {"volumes": [{"name": "checkpoints", "persistentVolumeClaim": {"claimName": "c"}}]},
         {"volumes": [{"name": "checkpoints", "persistentVolumeClaim": {"claimName": "c"}}]},
@@ -84,8 +84,8 @@ def test_merge(base: dict[str, Any], patch: dict[str, Any], expected: dict[str, 
 
 
 @pytest.mark.parametrize("item", [{"image": "mine"}, "trainer", None])
-def test_an_item_without_its_key_is_refused(item: object) -> None:
-    with pytest.raises(MergeError, match="an item of containers has no name; write one"):
+def test_item_without_its_merge_key_is_refused(item: object) -> None:
+    with pytest.raises(MergeError, match="an item of containers has no name, which is needed to merge it; write name"):
         merge({}, {"containers": [item]})
 
 
@@ -102,16 +102,16 @@ OBJECTS = st.recursive(
 
 
 @given(OBJECTS, OBJECTS)
-def test_merging_twice_is_merging_once(base: dict[str, Any], patch: dict[str, Any]) -> None:
+def test_merge_is_idempotent(base: dict[str, Any], patch: dict[str, Any]) -> None:
     once = merge(base, patch)
     assert merge(once, patch) == once
 
 
 @given(OBJECTS)
-def test_nothing_over_something_and_something_over_nothing(value: dict[str, Any]) -> None:
+def test_empty_patch_and_empty_base(value: dict[str, Any]) -> None:
     assert merge(value, {}) == value
     assert merge({}, value) == value
 
 
-def test_only_lists_of_a_pod_that_have_a_key_are_listed() -> None:
+def test_lists_without_a_key_are_not_merged_by_item() -> None:
     assert not {"tolerations", "envFrom", "command", "args"} & MERGE_KEYS.keys()

@@ -1,4 +1,4 @@
-"""The service, the ConfigMap and the run specification; and that no manifest has a field that Kubernetes lacks."""
+"""The service, the ConfigMap and the run specification; manifests contain only fields that Kubernetes has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.plan.harness import make_job
 SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="ca", cache_claim="cache")
 
 
-def test_the_service_is_headless_and_tells_of_pods_that_are_not_ready() -> None:
+def test_service_is_headless_and_publishes_addresses_that_are_not_ready() -> None:
     service = build_service(make_job(), SETTINGS)
     assert service["metadata"]["name"] == "circles"
     assert service["spec"]["clusterIP"] == "None"
@@ -29,14 +29,14 @@ def test_the_service_is_headless_and_tells_of_pods_that_are_not_ready() -> None:
 @pytest.mark.parametrize(
     ("nodes", "ranks"), [({"nodes": 3}, [0]), ({"minNodes": 2, "maxNodes": 3}, [0, 1, 2]), ({}, [0])]
 )
-def test_the_service_selects_the_pods_that_may_be_the_meeting_point(nodes: dict[str, Any], ranks: list[int]) -> None:
+def test_service_selects_the_pods_that_may_run_the_rendezvous(nodes: dict[str, Any], ranks: list[int]) -> None:
     job = make_job(topology={"accelerator": "cpu"} | nodes)
     selector = build_service(job, SETTINGS)["spec"]["selector"].items()
     pods = [build_pod(job, 1, rank, SETTINGS)["metadata"]["labels"] for rank in range(num_nodes(job.spec))]
     assert [rank for rank, labels in enumerate(pods) if selector <= labels.items()] == ranks
 
 
-def test_the_run_specification_can_be_read_back() -> None:
+def test_run_specification_is_read_back() -> None:
     job = make_job(outputs=[{"format": "diffusers", "to": "/out"}], checkpoint={"interval": {"steps": 10}, "keep": 2})
     config = build_config(job)
     assert config["metadata"]["name"] == "circles-run"
@@ -55,7 +55,7 @@ def test_the_run_specification_can_be_read_back() -> None:
         ({"minNodes": 1, "maxNodes": 4}, {"batchSize": 2}, 4, 8),
     ],
 )
-def test_the_global_batch(topology: dict[str, Any], training: dict[str, Any], nodes: int, batch: int) -> None:
+def test_global_batch(topology: dict[str, Any], training: dict[str, Any], nodes: int, batch: int) -> None:
     spec = make_job(topology={"accelerator": "cpu"} | topology, training={"method": "LoRA", "steps": 1} | training).spec
     assert num_nodes(spec) == nodes
     assert global_batch(spec) == batch
@@ -65,7 +65,7 @@ KINDS = {"Pod": "V1Pod", "Service": "V1Service", "ConfigMap": "V1ConfigMap"}
 
 
 def unknown_fields(value: Any, kind: str, path: str) -> list[str]:
-    """Fields that the API's own definition, as the client has it, does not know."""
+    """Return the fields that the client's definition of the API does not contain."""
     if listed := re.fullmatch(r"list\[(.+)\]", kind):
         return [fault for item in value for fault in unknown_fields(item, listed[1], path + "[]")]
     if mapped := re.fullmatch(r"dict\(str, (.+)\)", kind):
@@ -82,7 +82,7 @@ def unknown_fields(value: Any, kind: str, path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
-def test_every_field_is_one_of_kubernetes(accelerator: str) -> None:
+def test_manifests_have_no_unknown_fields(accelerator: str) -> None:
     job = make_job(
         topology={"accelerator": accelerator, "nodes": 2, "resources": {"memory": "1Gi"}},
         checkpoint={"storage": {"nfs": {"server": "s", "path": "/"}}},

@@ -1,4 +1,4 @@
-"""Where pods go: near each other or apart, on spot nodes or on any."""
+"""Scheduling of pods: near each other or apart, on spot nodes or any."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def spec_of(**spec: Any) -> dict[str, Any]:
     return found
 
 
-def test_gpu_pods_want_to_be_in_one_zone() -> None:
+def test_gpu_pods_prefer_one_zone() -> None:
     spec = spec_of(topology=GPU)
-    (wish,) = spec["affinity"].pop("podAffinity")["preferredDuringSchedulingIgnoredDuringExecution"]
-    assert wish["podAffinityTerm"] == {"labelSelector": SIBLINGS, "topologyKey": "topology.kubernetes.io/zone"}
+    (preference,) = spec["affinity"].pop("podAffinity")["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert preference["podAffinityTerm"] == {"labelSelector": SIBLINGS, "topologyKey": "topology.kubernetes.io/zone"}
     assert spec["affinity"] == {}
     assert "topologySpreadConstraints" not in spec
     assert spec["tolerations"] == [GPU_TOLERATION]
 
 
-def test_cpu_pods_want_to_be_on_different_nodes() -> None:
+def test_cpu_pods_prefer_different_nodes() -> None:
     spec = spec_of(topology=CPU)
     (constraint,) = spec["topologySpreadConstraints"]
     assert constraint == {
@@ -44,30 +44,30 @@ def test_cpu_pods_want_to_be_on_different_nodes() -> None:
 
 
 @pytest.mark.parametrize("topology", [{"accelerator": "cpu"}, {"accelerator": "gpu", "nodes": 1}])
-def test_a_single_pod_has_nothing_to_be_near_to(topology: dict[str, Any]) -> None:
+def test_single_pod_has_no_affinity(topology: dict[str, Any]) -> None:
     assert not {"affinity", "topologySpreadConstraints"} & spec_of(topology=topology).keys()
 
 
-def test_the_selector_finds_the_pods_of_the_job() -> None:
+def test_selector_matches_the_pods_of_the_job() -> None:
     pod = build_pod(make_job(topology=GPU), 2, 1, Settings())
     assert SIBLINGS["matchLabels"].items() <= pod["metadata"]["labels"].items()
 
 
-def test_spot_nodes_of_any_provider_are_asked_for_and_their_taints_tolerated() -> None:
+def test_spot_requires_spot_nodes_of_any_provider_and_tolerates_their_taints() -> None:
     spec = spec_of(topology=GPU, recovery={"spot": {}})
     required = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-    asked = {}
+    required_labels = {}
     for term in required["nodeSelectorTerms"]:
         (expression,) = term["matchExpressions"]
         assert expression["operator"] == "In"
-        (asked[expression["key"]],) = expression["values"]
-    assert asked == dict(SPOT_LABELS)
+        (required_labels[expression["key"]],) = expression["values"]
+    assert required_labels == dict(SPOT_LABELS)
     assert spec["tolerations"][0] == GPU_TOLERATION
-    assert {toleration["key"]: toleration["value"] for toleration in spec["tolerations"][1:]} == asked
+    assert {toleration["key"]: toleration["value"] for toleration in spec["tolerations"][1:]} == required_labels
     assert "podAffinity" in spec["affinity"]
 
 
-def test_a_pod_template_has_the_last_word() -> None:
+def test_pod_template_takes_precedence() -> None:
     template = {
         "spec": {
             "affinity": {"nodeAffinity": None},

@@ -1,4 +1,4 @@
-"""The pod manifest: identity, environment, volumes, resources, security, and what a podTemplate may change."""
+"""The pod manifest: identity, environment, volumes, resources, security, and changes by podTemplate."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def test_identity() -> None:
     assert owner["controller"] is True
 
 
-def test_all_of_the_contracts_environment_is_set() -> None:
+def test_every_variable_of_the_contract_is_set() -> None:
     names = {value for name, value in vars(environment).items() if name.isupper()} - {
-        # Set by the supervisor, by the manifests of some pods, or by nobody but measurements.
+        # Set by the supervisor, only for some pods, or only in benchmarks.
         environment.REPORT_FD,
         environment.STANDBY,
         environment.MTBF_SECONDS,
         environment.FORK_SERVER,
         environment.MIN_PART_BYTES,
-        # Where checkpoints go to a bucket.
+        # Set only for a bucket or a scratch disk.
         environment.BUCKET,
         environment.S3_ENDPOINT,
         environment.SCRATCH_DIR,
@@ -90,7 +90,7 @@ def test_environment() -> None:
     assert env[environment.COORDINATOR_CA] == "/finetune/token/ca.crt"
 
 
-def test_every_path_of_the_environment_is_mounted() -> None:
+def test_every_path_in_the_environment_is_mounted() -> None:
     pod = pod_of()
     mounts = [mount["mountPath"] for mount in trainer(pod)["volumeMounts"]]
     for name in (
@@ -106,7 +106,7 @@ def test_every_path_of_the_environment_is_mounted() -> None:
     assert env_of(pod)[environment.TERMINATION_LOG] == trainer(pod)["terminationMessagePath"]
 
 
-def test_every_mount_has_its_volume_and_the_other_way_round() -> None:
+def test_mounts_and_volumes_match() -> None:
     pod = pod_of()
     mounted = [mount["name"] for mount in trainer(pod)["volumeMounts"]]
     assert mounted == [volume["name"] for volume in pod["spec"]["volumes"]]
@@ -126,21 +126,21 @@ def test_storage(storage: dict[str, Any] | None, source: dict[str, Any]) -> None
     assert volume(pod_of(checkpoint=checkpoint), "checkpoints") == {"name": "checkpoints", **source}
 
 
-def test_the_authority_is_in_the_jobs_own_config_where_the_operator_keeps_it_there() -> None:
+def test_certificate_authority_comes_from_the_jobs_config_map_if_the_operator_stores_it_there() -> None:
     pod = pod_of(settings=Settings(coordinator_url="https://coordinator:8443", coordinator_ca_in_run=True))
     _, ca = volume(pod, "token")["projected"]["sources"]
     assert ca["configMap"] == {"name": "circles-run", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
     assert env_of(pod)[environment.COORDINATOR_CA] == "/finetune/token/ca.crt"
 
 
-def test_the_cache_is_on_the_storage_unless_there_is_a_claim_for_it() -> None:
+def test_cache_is_on_the_storage_unless_it_has_a_claim() -> None:
     assert env_of(pod_of())[environment.CACHE_DIR] == "/finetune/storage/.cache"
     shared = pod_of(settings=Settings(cache_claim="cache"))
     assert env_of(shared)[environment.CACHE_DIR] == "/finetune/cache"
     assert volume(shared, "cache")["persistentVolumeClaim"] == {"claimName": "cache"}
 
 
-def test_the_token_is_bound_to_the_coordinator() -> None:
+def test_token_is_bound_to_the_coordinator() -> None:
     token, ca = volume(pod_of(), "token")["projected"]["sources"]
     assert token["serviceAccountToken"] == {
         "audience": "finetune-coordinator",
@@ -151,7 +151,7 @@ def test_the_token_is_bound_to_the_coordinator() -> None:
     assert pod_of()["spec"]["automountServiceAccountToken"] is False
 
 
-def test_without_a_coordinator_there_is_no_token() -> None:
+def test_no_token_without_a_coordinator() -> None:
     pod = pod_of(settings=Settings())
     assert "token" not in [volume["name"] for volume in pod["spec"]["volumes"]]
     assert env_of(pod)[environment.COORDINATOR_TOKEN] == ""
@@ -171,12 +171,12 @@ def test_topologies(topology: dict[str, Any], image: str, backend: str, resource
     pod = pod_of(topology=topology)
     assert image in trainer(pod)["image"]
     assert env_of(pod)[environment.BACKEND] == backend
-    asked = trainer(pod)["resources"]
-    assert asked["requests"] == {"cpu": env_of(pod)[environment.PROCESSES_PER_NODE]} | asked.get("limits", {})
-    assert resources.items() <= asked.get("limits", {}).items()
+    found = trainer(pod)["resources"]
+    assert found["requests"] == {"cpu": env_of(pod)[environment.PROCESSES_PER_NODE]} | found.get("limits", {})
+    assert resources.items() <= found.get("limits", {}).items()
 
 
-def test_cores_are_asked_for_where_nobody_says_how_many() -> None:
+def test_cores_are_requested_by_default() -> None:
     topology = {"accelerator": "cpu", "processesPerNode": 4, "resources": {"memory": "8Gi"}}
     assert trainer(pod_of(topology=topology))["resources"] == {
         "requests": {"memory": "8Gi", "cpu": "4"},
@@ -195,15 +195,15 @@ def test_cores_are_asked_for_where_nobody_says_how_many() -> None:
         ({"accelerator": "cpu", "resources": {"memory": 1}}, "1Mi"),
     ],
 )
-def test_shared_memory_has_a_bound(topology: dict[str, Any], size: str) -> None:
+def test_shared_memory_is_limited(topology: dict[str, Any], size: str) -> None:
     shared = volume(pod_of(topology=topology), "shared-memory")
     assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": size}
 
 
-def test_the_fabrics_environment() -> None:
+def test_environment_of_the_communication_libraries() -> None:
     gpu = env_of(pod_of(topology={"accelerator": "gpu"}))
     assert gpu["NCCL_DEBUG"] == "WARN"
-    # A survivor of a dead peer must live to save.
+    # The surviving rank of a lost peer must be able to save.
     assert (gpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"], gpu["TORCH_NCCL_ENABLE_MONITORING"]) == ("0", "0")
     ccl = env_of(pod_of(topology={"accelerator": "cpu", "processesPerNode": 2, "cpu": {"backend": "ccl"}}))
     assert (ccl["CCL_PROCESS_LAUNCHER"], ccl["CCL_LOCAL_SIZE"], ccl["FI_PROVIDER"]) == ("none", "2", "tcp")
@@ -234,7 +234,7 @@ def test_grace_secrets_and_priority() -> None:
     assert "priorityClassName" not in pod_of()["spec"]
 
 
-def test_a_pod_template_is_laid_over() -> None:
+def test_pod_template_is_merged() -> None:
     template = {
         "metadata": {"labels": {"team": "vision"}, "annotations": {"a": "b"}},
         "spec": {
@@ -259,7 +259,7 @@ def test_a_pod_template_is_laid_over() -> None:
     assert [container["name"] for container in pod["spec"]["containers"]] == ["trainer", "sidecar"]
 
 
-def test_a_pod_template_cannot_make_it_another_pod() -> None:
+def test_pod_template_cannot_change_the_identity() -> None:
     template = {
         "metadata": {
             "name": "other",
@@ -273,33 +273,39 @@ def test_a_pod_template_cannot_make_it_another_pod() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "message"),
     [
-        ({"containers": [{"name": "trainer", "image": "mine"}]}, "containers is no field of a PodTemplateSpec; write"),
+        (
+            {"containers": [{"name": "trainer", "image": "mine"}]},
+            "containers is not a field of a PodTemplateSpec; write",
+        ),
         (
             {"spec": {"containers": [{"name": "trainer", "$patch": "delete"}]}},
-            "takes the container trainer away; leave",
+            "removes the container trainer; keep",
         ),
-        ({"spec": {"containers": "trainer"}}, "takes the container trainer away"),
-        ({"spec": {"containers": None}}, "takes the container trainer away"),
-        ({"spec": {"$patch": "replace", "containers": [{"image": "mine"}, "trainer"]}}, "takes the container trainer"),
-        ({"spec": "nodeSelector"}, "takes the container trainer away"),
-        ({"spec": {"$patch": "replace", "containers": [{"name": "other"}]}}, "takes the container trainer away"),
+        ({"spec": {"containers": "trainer"}}, "removes the container trainer"),
+        ({"spec": {"containers": None}}, "removes the container trainer"),
+        (
+            {"spec": {"$patch": "replace", "containers": [{"image": "mine"}, "trainer"]}},
+            "removes the container trainer",
+        ),
+        ({"spec": "nodeSelector"}, "removes the container trainer"),
+        ({"spec": {"$patch": "replace", "containers": [{"name": "other"}]}}, "removes the container trainer"),
     ],
 )
-def test_a_pod_template_that_leaves_no_trainer_is_refused(template: dict[str, Any], words: str) -> None:
-    with pytest.raises(MergeError, match=words):
+def test_pod_template_that_removes_the_trainer_is_refused(template: dict[str, Any], message: str) -> None:
+    with pytest.raises(MergeError, match=message):
         pod_of(podTemplate=template)
 
 
-def test_a_manifest_is_the_same_every_time_and_plain_json() -> None:
+def test_manifest_is_deterministic_and_plain_json() -> None:
     job: FineTuneJob = make_job(checkpoint=CLAIM)
     one, other = (build_pod(job, 1, 0, SETTINGS) for _ in range(2))
     assert json.dumps(one) == json.dumps(other)
     assert job == make_job(checkpoint=CLAIM)
 
 
-def test_a_bucket_is_named_in_the_environment_and_the_disk_is_the_pods_own() -> None:
+def test_bucket_is_in_the_environment_and_the_volume_is_local() -> None:
     bucket = {"url": "s3://models/runs/", "endpoint": "https://s3.example.com"}
     pod = pod_of(checkpoint={"storage": {"bucket": bucket}})
     env = env_of(pod)
@@ -311,7 +317,7 @@ def test_a_bucket_is_named_in_the_environment_and_the_disk_is_the_pods_own() -> 
     assert environment.S3_ENDPOINT not in public
 
 
-def test_scratch_is_a_disk_of_the_node() -> None:
+def test_scratch_is_an_empty_dir_of_the_node() -> None:
     pod = pod_of(checkpoint={**CLAIM, "scratch": {"sizeLimit": "50Gi"}})
     assert volume(pod, "node-disk")["emptyDir"] == {"sizeLimit": "50Gi"}
     assert env_of(pod)[environment.SCRATCH_DIR] == "/finetune/scratch/default/circles-1f0c3a2b"

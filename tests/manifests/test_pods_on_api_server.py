@@ -1,4 +1,4 @@
-"""A real API server takes every kind of pod, in a namespace that enforces the restricted Pod Security Standard."""
+"""A real API server accepts every kind of pod in a namespace with the restricted Pod Security Standard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.manifests import build_config, build_pod, build_service, num_nodes
 from finetune_operator.manifests.placement import SPOT_LABELS
 from finetune_operator.settings import Settings
-from testing.controlplane.api import Api, ApiError
+from testing.controlplane.api import Api, ControlPlaneApiError
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import ControlPlane
 from tests.plan.harness import make_job
@@ -72,7 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def restricted(control_plane: ControlPlane) -> str:
-    """A namespace that refuses pods which are not restricted."""
+    """A namespace that enforces the restricted standard."""
     enforced = {
         "pod-security.kubernetes.io/enforce": "restricted",
         "pod-security.kubernetes.io/enforce-version": "latest",
@@ -86,38 +86,36 @@ def job_in(namespace: str, **spec: Any) -> FineTuneJob:
 
 
 def dry_run(api: Api, manifest: dict[str, Any]) -> Any:
-    """Have an object admitted and validated; nothing is stored."""
+    """Submit an object for admission and validation; nothing is stored."""
     plural = {"Pod": "pods", "Service": "services", "ConfigMap": "configmaps"}[manifest["kind"]]
     path = f"/api/v1/namespaces/{manifest['metadata']['namespace']}/{plural}?dryRun=All&fieldValidation=Strict"
     return api.create(path, manifest)
 
 
 @pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_object_of_a_job_is_taken(control_plane: ControlPlane, restricted: str, spec: dict[str, Any]) -> None:
+def test_every_object_of_a_job_is_accepted(control_plane: ControlPlane, restricted: str, spec: dict[str, Any]) -> None:
     job = job_in(restricted, **spec)
     for manifest in (build_service(job, SETTINGS), build_config(job)):
         dry_run(control_plane.api, manifest)
     for node_rank in range(num_nodes(job.spec)):
         pod = build_pod(job, 1, node_rank, SETTINGS)
-        taken = dry_run(control_plane.api, pod)
-        # What we say of it is what is stored, and not something that an admission plugin thought better.
+        stored = dry_run(control_plane.api, pod)
+        # The API server stores our values; no admission plugin replaces them.
         for field in ("hostname", "subdomain", "affinity", "topologySpreadConstraints", "securityContext"):
-            assert taken["spec"].get(field) == pod["spec"].get(field)
-        assert taken["spec"]["terminationGracePeriodSeconds"] == job.spec.recovery.notice_seconds
+            assert stored["spec"].get(field) == pod["spec"].get(field)
+        assert stored["spec"]["terminationGracePeriodSeconds"] == job.spec.recovery.notice_seconds
 
 
-def test_a_folder_of_the_node_is_more_than_restricted_pods_may_have(
-    control_plane: ControlPlane, restricted: str
-) -> None:
-    """So the namespace does enforce it, and claims or NFS are what such a cluster needs."""
+def test_restricted_namespace_refuses_host_path(control_plane: ControlPlane, restricted: str) -> None:
+    """The namespace really enforces the standard; on such a cluster jobs need a claim or NFS."""
     job = job_in(restricted, checkpoint={"storage": {"hostPath": {"path": "/mnt"}}})
-    with pytest.raises(ApiError, match='violates PodSecurity "restricted:latest": restricted volume types'):
+    with pytest.raises(ControlPlaneApiError, match='violates PodSecurity "restricted:latest": restricted volume types'):
         dry_run(control_plane.api, build_pod(job, 1, 0, SETTINGS))
 
 
 @pytest.fixture(params=SPOT_LABELS, ids=lambda label: str(label[0]))
 def spot_node(control_plane: ControlPlane, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A provider's spot node beside one that is none."""
+    """A provider's spot node and an ordinary node."""
     key, value = request.param
     (plain,) = control_plane.add_nodes(1, prefix="plain")
     taint = {"key": key, "value": value, "effect": "NoSchedule"}
@@ -126,7 +124,7 @@ def spot_node(control_plane: ControlPlane, request: pytest.FixtureRequest) -> It
     control_plane.delete_nodes([plain, spot])
 
 
-def test_a_spot_job_goes_to_spot_nodes(control_plane: ControlPlane, namespace: str, spot_node: str) -> None:
+def test_spot_job_is_scheduled_on_spot_nodes(control_plane: ControlPlane, namespace: str, spot_node: str) -> None:
     job = job_in(namespace, recovery={"spot": {}}, checkpoint={})
     api, path = control_plane.api, f"/api/v1/namespaces/{namespace}/pods"
     for node_rank in range(2):

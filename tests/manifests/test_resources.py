@@ -34,16 +34,16 @@ from finetune_operator.manifests.resources import parse_quantity
         ("100n", Decimal("1e-7")),
     ],
 )
-def test_quantities(text: str, value: Decimal | int) -> None:
+def test_quantities_are_parsed(text: str, value: Decimal | int) -> None:
     assert parse_quantity(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "Gi", "32GB", "-1", "1 Gi", "1K", "1e", "ten"])
-def test_what_is_none_is_refused(text: str) -> None:
+def test_invalid_quantities_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a Kubernetes quantity; write"):
         parse_quantity(text)
 
 
 @given(st.from_regex(QUANTITY, fullmatch=True).filter(lambda text: re.fullmatch(QUANTITY, text.strip())))
-def test_what_the_rules_take_can_be_read(text: str) -> None:
+def test_quantities_that_pass_the_rules_are_parsed(text: str) -> None:
     assert parse_quantity(text.strip()) >= 0

@@ -1,11 +1,11 @@
-"""A folder of an object store (s3://bucket/folder and the like), through fsspec. Torch-free.
+"""A folder of an object store (e.g. s3://bucket/folder), accessed through fsspec. Torch-free.
 
-The one place that knows how a store is opened, which package it needs, whose credentials it takes, and what goes wrong:
-every failure is a BucketError, which is an OSError with one sentence. Used for checkpoints, data sets and bases.
+Only this module opens object stores: it selects the Python package and translates all errors to BucketError, an OSError
+with a one-line message. Used for checkpoints, data sets and base models.
 
-Credentials are the user's: those of the environment (a Secret named in `spec.secrets`, e.g. AWS_ACCESS_KEY_ID) or the
-workload identity of the pod's service account, as the store's own client finds them. Another server than the public one
-is named by the client's own variable, AWS_ENDPOINT_URL for s3://.
+Credentials come from the user: from the environment (a Secret named in `spec.secrets`, e.g. AWS_ACCESS_KEY_ID) or from
+the workload identity of the pod's service account; the store's client finds them. The client's own variable selects
+another server than the public one: AWS_ENDPOINT_URL for s3://.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
-"""The Python package that each scheme needs besides fsspec."""
+"""Python package that each scheme needs in addition to fsspec."""
 BLOCK_BYTES = 32 * 1024 * 1024
-"""Large objects go up and come down in parts of this size."""
+"""Size of the parts in which large objects are uploaded and downloaded."""
 _STAMPS = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime")
-"""What the clients tell of an object's contents: by the time that it was written at the latest."""
+"""Fields of the clients' answers that change when an object's contents change; at least the time of the write."""
 _NO_READ = "cannot be read"
 _CHECKSUM_ERRORS = frozenset({"FlexibleChecksumError", "ChecksumError"})
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -30,25 +30,25 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class BucketError(OSError):
-    """An object store could not be used; the text names the URL and what is wrong."""
+    """An object store cannot be used; the message contains the URL and the problem."""
 
 
 class DamagedObjectError(BucketError):
-    """An object has other contents than the checksum that the store keeps with it."""
+    """An object's contents do not match the checksum that the store keeps for it."""
 
 
 def is_bucket_url(location: str) -> bool:
-    """Whether a location of a manifest is a folder or an object of an object store."""
+    """Return whether a location of a manifest is a folder or an object of an object store."""
     return location.partition("://")[0] in PACKAGES and "://" in location
 
 
 class Bucket:
     """A folder of an object store; names are relative to it, with '/' between their parts.
 
-    Nothing of what was listed is remembered, for other machines write there, too.
+    Listings are not cached, because other machines write to the folder, too.
 
     Raises:
-        BucketError: no such scheme, its package is missing, or the URL names no bucket.
+        BucketError: the scheme is unknown, its package is missing, or the URL names no bucket.
     """
 
     def __init__(self, url: str) -> None:
@@ -56,29 +56,29 @@ class Bucket:
         self.url = url.rstrip("/")
         if scheme not in PACKAGES or not rest.strip("/"):
             known = ", ".join(f"{name}://" for name in PACKAGES)
-            raise BucketError(f"{url}: no folder of an object store; write {known} with the bucket's name behind it")
+            raise BucketError(f"{url}: not a folder of an object store; write {known} followed by the bucket's name")
         self._fs = _filesystem(scheme, url)
         self._root = rest.strip("/")
 
     def below(self, name: str) -> Bucket:
-        """A folder in this one."""
+        """Return a folder in this one."""
         other = object.__new__(Bucket)
         other.url, other._fs, other._root = f"{self.url}/{name}", self._fs, f"{self._root}/{name}"
         return other
 
     def names(self) -> list[str]:
-        """Names of all objects in this folder and the folders in it, sorted; none where nothing is."""
-        with self._telling("cannot be listed"):
+        """Return the names of all objects in this folder and its subfolders, sorted."""
+        with self._translating_errors("cannot be listed"):
             found = self._fs.find(self._root)
         return sorted(path.removeprefix(f"{self._root}/") for path in found)
 
     def stamps(self, only: str | None = None) -> dict[str, str]:
-        """Names of all objects in this folder and the folders in it, each with what changes when its contents do.
+        """Return the names of all objects in this folder and its subfolders, each with a stamp of its contents.
 
         Args:
-            only: a single one, and no others.
+            only: restrict the result to this object.
         """
-        with self._telling("cannot be listed"):
+        with self._translating_errors("cannot be listed"):
             if only is None:
                 found = self._fs.find(self._root, detail=True)
             else:
@@ -90,50 +90,52 @@ class Bucket:
         }
 
     def exists(self, name: str) -> bool:
-        """Whether there is such an object."""
-        with self._telling(_NO_READ):
+        """Return whether an object exists."""
+        with self._translating_errors(_NO_READ):
             return bool(self._fs.isfile(self._path(name)))
 
     def size_bytes(self, name: str) -> int:
-        """Size of an object.
+        """Return the size of an object.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: it does not exist.
         """
-        with self._telling(_NO_READ):
+        with self._translating_errors(_NO_READ):
             return int(self._fs.info(self._path(name))["size"])
 
     def read(self, name: str) -> bytes:
-        """All of a small object.
+        """Return the contents of a small object.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: it does not exist.
         """
-        with self._telling(_NO_READ):
+        with self._translating_errors(_NO_READ):
             return bytes(self._fs.cat_file(self._path(name)))
 
     def open(self, name: str, block_bytes: int = BLOCK_BYTES) -> contextlib.AbstractContextManager[BinaryIO]:
-        """Read an object from its beginning to its end, part by part; smaller parts suit whoever jumps in it."""
+        """Open an object for reading in parts; smaller parts suit readers that seek."""
         return self._open(name, "rb", _NO_READ, block_bytes)
 
     def create(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        """Write a large object part by part; it is there, whole, when the block ends well, and not before."""
+        """Open a large object for writing in parts; it becomes visible, complete, when the block ends without error."""
         return self._open(name, "wb", "cannot be written")
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a small object, in place of one of this name."""
-        with self._telling("cannot be written"):
+        """Write a small object; an object of this name is replaced."""
+        with self._translating_errors("cannot be written"):
             self._fs.pipe_file(self._path(name), data)
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Write a small object unless there is one of this name; False where there is.
+        """Write a small object unless one of this name exists.
 
-        Two writers at once: one wins, where the store knows conditional writes (S3's If-None-Match). Where it refuses
-        them, the object is looked for first: then both may believe that they have won, in the time of one request.
+        Returns:
+            Whether it was written. Of two concurrent writers one wins if the store supports conditional writes (S3's
+            If-None-Match). Otherwise only the check before the write protects the object, and both may win within the
+            time of one request.
         """
         if self.exists(name):
             return False
-        with self._telling("cannot be written"):
+        with self._translating_errors("cannot be written"):
             try:
                 self._fs.pipe_file(self._path(name), data, mode="create")
             except FileExistsError:
@@ -147,24 +149,24 @@ class Bucket:
         return True
 
     def remove(self, names: list[str]) -> None:
-        """Remove objects; one that is gone already is no error."""
-        with self._telling("cannot be removed"), contextlib.suppress(FileNotFoundError):
+        """Remove objects; missing objects are no error."""
+        with self._translating_errors("cannot be removed"), contextlib.suppress(FileNotFoundError):
             if names:
                 self._fs.rm([self._path(name) for name in names])
 
     def upload(self, name: str, path: Path) -> None:
-        """Write a file of this machine as an object, in place of one of this name."""
-        with self._telling("cannot be written"):
+        """Upload a local file as an object; an object of this name is replaced."""
+        with self._translating_errors("cannot be written"):
             self._fs.put_file(str(path), self._path(name))
 
     def download(self, name: str, path: Path) -> None:
-        """Write an object into a file of this machine, whose folder is made where it is missing.
+        """Download an object into a local file; create its folder if it is missing.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: the object does not exist.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._telling(_NO_READ):
+        with self._translating_errors(_NO_READ):
             self._fs.get_file(self._path(name), str(path))
 
     def _path(self, name: str) -> str:
@@ -173,21 +175,21 @@ class Bucket:
     @contextlib.contextmanager
     def _open(self, name: str, mode: str, what: str, block_bytes: int = BLOCK_BYTES) -> Iterator[BinaryIO]:
         with (
-            self._telling(what),
+            self._translating_errors(what),
             self._fs.open(self._path(name), mode, block_size=block_bytes, cache_type="readahead") as file,
         ):
             yield file
 
     @contextlib.contextmanager
-    def _telling(self, what: str) -> Iterator[None]:
-        """Every client has errors of its own, and few of them are OSErrors."""
+    def _translating_errors(self, what: str) -> Iterator[None]:
+        """Translate the errors of all clients to BucketError; few of them are OSErrors."""
         try:
             yield
         except (FileExistsError, BucketError):
             raise
         except Exception as error:
             if isinstance(error, FileNotFoundError) and what == _NO_READ:
-                # An object that is not there; where something is written it is the bucket.
+                # The object is missing; on a write this error means a missing bucket.
                 raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             kind = DamagedObjectError if type(error).__name__ in _CHECKSUM_ERRORS else BucketError
@@ -195,15 +197,15 @@ class Bucket:
 
 
 def _is_refused_condition(error: OSError) -> bool:
-    """Whether a store does not know conditional writes: S3's NotImplemented, or an invalid argument."""
+    """Return whether a store does not support conditional writes (S3's NotImplemented)."""
     return "NotImplemented" in str(error) or "not implemented" in str(error)
 
 
 def _filesystem(scheme: str, url: str) -> Any:
-    """The client of a scheme.
+    """Return the client of a scheme.
 
     Raises:
-        BucketError: its package is missing, or it cannot be made.
+        BucketError: its package is missing, or the client cannot be created.
     """
     package = PACKAGES[scheme]
     try:
@@ -211,8 +213,8 @@ def _filesystem(scheme: str, url: str) -> Any:
         fsspec = importlib.import_module("fsspec")
     except ImportError as error:
         raise BucketError(
-            f"{url}: {scheme}:// needs the Python package {package}, which is not installed here; install {package}, "
-            "or use an image that has it"
+            f"{url}: {scheme}:// needs the Python package {package}, which is not installed; install {package}, or use "
+            "an image that contains it"
         ) from error
     try:
         return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **_OPTIONS.get(scheme, {}))

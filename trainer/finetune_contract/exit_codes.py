@@ -1,7 +1,7 @@
-"""How a rank, and the supervisor above it, says why it ended.
+"""Exit codes of a rank and of its supervisor.
 
-The numbers are those of sysexits.h where one fits, so that they stay clear of the shell's 126-165. The trainer ends
-with them; the operator's table of causes reads them.
+The numbers are those of sysexits.h if one fits, so that they do not collide with the shell's 126-165. The operator's
+table of causes reads them.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ class ExitCode(IntEnum):
     """The trainer's own exit codes."""
 
     DONE = 0
-    """All steps trained, all outputs written."""
+    """All steps are trained and all outputs are written."""
     CONFIG = 64
-    """The run specification cannot be run: trying again will not help."""
+    """The run specification cannot be run; another attempt would fail, too."""
     DATA = 65
-    """The data set cannot be used as asked: trying again will not help."""
+    """The data set cannot be used as requested; another attempt would fail, too."""
     SOFTWARE = 70
-    """An exception that nothing expected."""
+    """An unexpected exception."""
     STORAGE = 74
-    """Checkpoints or outputs can no longer be written or read."""
+    """Checkpoints or outputs cannot be written or read."""
     SAVED = 75
-    """Stopped on notice: the state of the last finished step is committed. Start again to go on."""
+    """Stopped on a preemption notice: the state of the last completed step is committed, and a restart continues."""
     STALE = 78
-    """No checkpoint could be written for longer than is allowed."""
+    """No checkpoint could be written for longer than checkpoint.maxStale."""
     FABRIC = 76
-    """A peer or the connection to it was lost in a collective."""
+    """A collective failed because a peer or the connection to it was lost."""
     SUPERSEDED = 77
-    """A newer attempt owns the checkpoints: this one has no more say."""
+    """A newer attempt owns the checkpoints; this one must not write any longer."""
 
 
 HOLDABLE = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
-"""Exit codes of ranks whose pod can keep running and start them again in the next attempt."""
+"""Exit codes of ranks that their pod can start again in the next attempt."""
 
 
 def describe(code: int) -> str:
-    """Say what an exit code means, in a few words: ours by the table above, 128+n as the signal it stands for."""
+    """Return a short description of an exit code: the meaning of an ExitCode, or the signal of 128+n."""
     try:
-        return _WORDS[ExitCode(code)]
+        return _DESCRIPTIONS[ExitCode(code)]
     except ValueError:
         pass
     number = -code if code < 0 else code - 128
@@ -50,7 +50,7 @@ def describe(code: int) -> str:
         return f"exit code {code}"
 
 
-_WORDS = {
+_DESCRIPTIONS = {
     ExitCode.DONE: "done",
     ExitCode.CONFIG: "configuration error",
     ExitCode.DATA: "data error",

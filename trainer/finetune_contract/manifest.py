@@ -1,4 +1,4 @@
-"""The manifest that makes a checkpoint count, and the check of a checkpoint against it."""
+"""The manifest, whose presence commits a checkpoint, and the verification of a checkpoint against it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: str
-    """Below the checkpoint's folder; with '/' between its parts where it is not right in it."""
+    """Path relative to the checkpoint's folder, with '/' between its parts."""
     size_bytes: int = Field(ge=0)
     sha256: str
 
     @field_validator("name")
     @classmethod
     def _stays_below(cls, name: str) -> str:
-        """What is fetched by its name must not land elsewhere."""
+        """Refuse names that lead out of the folder: files are downloaded under their names."""
         if name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")):
-            raise ValueError(f"{name!r} is no name below a folder")
+            raise ValueError(f"{name!r} is not a relative path inside the folder")
         return name
 
 
 class Manifest(BaseModel):
-    """What a whole checkpoint consists of."""
+    """Contents of a complete checkpoint."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -45,18 +45,18 @@ class Manifest(BaseModel):
     attempt: int = Field(ge=1)
     step: int = Field(ge=0)
     time: float
-    """When it was written, seconds since the epoch."""
+    """Time of the write, in seconds since the epoch."""
     files: tuple[FileEntry, ...]
     sha256: str = ""
-    """Of the manifest itself without this field; empty in format 1."""
+    """Hash of the manifest itself without this field; empty in format 1."""
 
     def sealed(self) -> Manifest:
-        """The same manifest with its own hash."""
+        """Return the manifest with its own hash."""
         return self.model_copy(update={"sha256": self._digest()})
 
     @property
     def is_intact(self) -> bool:
-        """Whether it says what it said when it was sealed."""
+        """Whether the manifest is unchanged since it was sealed."""
         return self.format_version == 1 or self.sha256 == self._digest()
 
     def _digest(self) -> str:
@@ -64,19 +64,19 @@ class Manifest(BaseModel):
 
 
 class BadCheckpointError(Exception):
-    """A folder is no whole checkpoint of this job; the text names the file and what is wrong with it."""
+    """A folder is not a complete checkpoint of this job; the message names the file and the problem."""
 
 
 class ForeignCheckpointError(BadCheckpointError):
-    """It is not for this trainer to judge: of another job, of a newer format, or not readable at the moment."""
+    """A checkpoint cannot be verified: it belongs to another job, has a newer format, or is not readable now."""
 
 
 def verify(folder: Path, job_uid: str) -> Manifest:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        ForeignCheckpointError: it is not this job's, of a newer format, or cannot be read at the moment.
-        BadCheckpointError: it is not whole.
+        ForeignCheckpointError: it belongs to another job, has a newer format, or is not readable now.
+        BadCheckpointError: it is incomplete or damaged.
     """
     manifest = read_manifest(folder)
     check_manifest(manifest, job_uid)
@@ -88,15 +88,16 @@ def verify(folder: Path, job_uid: str) -> Manifest:
 
 
 def check_manifest(manifest: Manifest, job_uid: str) -> None:
-    """Check what a manifest says of itself.
+    """Check the format, the hash and the job of a manifest.
 
     Raises:
-        ForeignCheckpointError: it is of another job, or of a newer format.
+        ForeignCheckpointError: it belongs to another job, or has a newer format.
         BadCheckpointError: it is damaged.
     """
     if manifest.format_version > FORMAT_VERSION:
         raise ForeignCheckpointError(
-            f"{paths.MANIFEST} has format {manifest.format_version}, and this trainer reads up to {FORMAT_VERSION}"
+            f"{paths.MANIFEST} has format {manifest.format_version}, but this trainer reads formats up to "
+            f"{FORMAT_VERSION}"
         )
     if not manifest.is_intact:
         raise BadCheckpointError(f"{paths.MANIFEST} is damaged")
@@ -108,8 +109,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
-        ForeignCheckpointError: it cannot be read at the moment.
-        BadCheckpointError: there is none, or it is damaged.
+        ForeignCheckpointError: it is not readable now.
+        BadCheckpointError: it is missing or damaged.
     """
     try:
         return Manifest.model_validate_json((folder / paths.MANIFEST).read_bytes())
@@ -122,10 +123,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_size(folder: Path, entry: FileEntry) -> None:
-    """Check that a file is there with its size.
+    """Check that a file exists and has its size.
 
     Raises:
-        ForeignCheckpointError: it cannot be looked at.
+        ForeignCheckpointError: it is not readable.
         BadCheckpointError: it is missing, or has another size.
     """
     try:
@@ -135,19 +136,19 @@ def verify_size(folder: Path, entry: FileEntry) -> None:
     except OSError as error:
         raise ForeignCheckpointError(f"{entry.name} cannot be read: {error.strerror}") from error
     if size != entry.size_bytes:
-        raise BadCheckpointError(f"{entry.name} has {size} bytes in place of {entry.size_bytes}")
+        raise BadCheckpointError(f"{entry.name} has {size} bytes instead of {entry.size_bytes}")
 
 
 def verify_file(folder: Path, entry: FileEntry, from_disk: bool = False) -> None:
     """Check a file against its size and hash.
 
     Args:
-        folder: where it is.
-        entry: what it should be.
-        from_disk: ask the system to forget what it has of the file in memory, so that the disk is read.
+        folder: folder of the checkpoint.
+        entry: expected name, size and hash.
+        from_disk: drop the file from the page cache first, so that the disk is read.
 
     Raises:
-        ForeignCheckpointError: it cannot be read.
+        ForeignCheckpointError: it is not readable.
         BadCheckpointError: it is missing, or has other contents.
     """
     verify_size(folder, entry)
@@ -161,4 +162,4 @@ def verify_file(folder: Path, entry: FileEntry, from_disk: bool = False) -> None
     except OSError as error:
         raise ForeignCheckpointError(f"{entry.name} cannot be read: {error.strerror}") from error
     if found != entry.sha256:
-        raise BadCheckpointError(f"{entry.name} has other contents than its SHA-256 says")
+        raise BadCheckpointError(f"{entry.name} does not match its SHA-256")

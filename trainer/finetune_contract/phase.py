@@ -1,4 +1,4 @@
-"""The phases of a job, as `status.phase` shows them."""
+"""Phases of a job: the values of `status.phase`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Phase(StrEnum):
-    """Where a job is."""
+    """Phase of a job."""
 
     PENDING = "Pending"
     QUEUED = "Queued"
@@ -20,4 +20,4 @@ class Phase(StrEnum):
 
 
 FINISHED = frozenset({Phase.SUCCEEDED, Phase.FAILED})
-"""Final phases: a job in one of them never leaves it."""
+"""Final phases: a job never leaves them."""

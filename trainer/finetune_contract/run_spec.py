@@ -1,4 +1,4 @@
-"""What a trainer is asked to do: the parts of a FineTuneJob that it needs, and the batch that the whole job agreed on.
+"""The run specification: the parts of a FineTuneJob that the trainer needs, and the global batch of the job.
 
 The operator writes it into the job's ConfigMap; every rank reads the same file.
 """
@@ -20,7 +20,7 @@ from finetune_contract.spec import (
 
 
 class RunSpec(SpecModel):
-    """One job, as every rank of every attempt sees it. It does not depend on the attempt or on the number of nodes."""
+    """One job, the same for every rank of every attempt: independent of the attempt and of the number of pods."""
 
     namespace: str
     job: str
@@ -28,13 +28,13 @@ class RunSpec(SpecModel):
     model: ModelSpec
     dataset: DatasetSpec
     training: TrainingSpec
-    global_batch: int = Field(ge=1, description="samples in one optimizer step, whatever the number of ranks")
+    global_batch: int = Field(ge=1, description="samples in one optimizer step, for any number of ranks")
     checkpoint_interval: CheckpointInterval = CheckpointInterval()
     keep: int = Field(default=3, ge=1)
     keep_every_steps: int | None = Field(default=None, ge=1)
     keep_best: bool = False
     max_stale_seconds: float = Field(
-        default=1800.0, gt=0, description="longest time to train on while no checkpoint can be written"
+        default=1800.0, gt=0, description="time after which the attempt fails if no checkpoint can be written"
     )
     outputs: tuple[OutputSpec, ...] = ()
 
@@ -43,11 +43,11 @@ class RunSpec(SpecModel):
         """Read the file that the operator wrote.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
             pydantic.ValidationError: it is not a run specification.
         """
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
 
     def to_json(self) -> str:
-        """Write as JSON, sorted, so that the same run is the same text."""
+        """Return JSON in a fixed order: the same run gives the same text."""
         return self.model_dump_json(by_alias=True, exclude_none=True, indent=1)

@@ -1,10 +1,10 @@
-"""Times that both sides know of."""
+"""Timeouts that both sides use."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others, to meet them and in a collective. Only a silent network needs it: a peer that
-dies closes its connection, which is seen at once. Ranks also wait this long for the slowest while latents are being
-computed."""
+"""Time that a rank waits for the others in the rendezvous and in a collective. It matters only on a network that drops
+packets silently: the connection of a peer that exits is closed, which is detected immediately. It also limits the wait
+for the slowest rank while latents are computed."""

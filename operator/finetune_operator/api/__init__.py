@@ -1,1 +1,1 @@
-"""The FineTuneJob models, the CRD that follows from them, and the words that the operator uses."""
+"""The FineTuneJob models, the CRD generated from them, and the operator's labels, names, conditions and reasons."""

@@ -1,15 +1,15 @@
-"""Condition types of a job, and what each one means."""
+"""Condition types of a job and their meanings."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
 DISRUPTION_TARGET = "DisruptionTarget"
-"""Kubernetes' condition on a pod that is being taken away for no fault of its own."""
+"""Kubernetes' condition on a pod that is terminated because of a disruption."""
 
 
 class ConditionType(StrEnum):
-    """Types of the job's conditions; CONDITIONS says what each means."""
+    """Types of the job's conditions; CONDITIONS documents them."""
 
     ACCEPTED = "Accepted"
     RUNNING = "Running"
@@ -22,14 +22,14 @@ class ConditionType(StrEnum):
 
 
 CONDITIONS: dict[ConditionType, str] = {
-    ConditionType.ACCEPTED: "The spec can be run. False: it is refused, and the message says what to write instead.",
-    ConditionType.RUNNING: "All pods of the newest attempt are up and its ranks are at work.",
-    ConditionType.RECOVERING: "Capacity or a failure ended an attempt, and its successor is not training yet.",
-    ConditionType.COMPLETE: "All steps are trained and all outputs written. Final.",
-    ConditionType.FAILED: "The job ended without its model. Final.",
-    ConditionType.SUSPENDED: "spec.suspend is true and no pod is left.",
-    ConditionType.NOTICE_TOO_SHORT: "A save takes longer than recovery.noticeSeconds: a preemption may cost the steps "
-    "since the last checkpoint. Give more notice where the capacity has it, or faster storage.",
-    ConditionType.CHECKPOINT_STALE: "Training goes on, but no newer checkpoint can be written; the message says why.",
+    ConditionType.ACCEPTED: "The spec can be run. If False, it is refused, and the message says what to write instead.",
+    ConditionType.RUNNING: "All pods of the newest attempt are running and its ranks are working.",
+    ConditionType.RECOVERING: "A loss of capacity or a failure ended an attempt, and the next one is not training yet.",
+    ConditionType.COMPLETE: "All steps are trained and all outputs are written. Final.",
+    ConditionType.FAILED: "The job ended before its outputs were written. Final.",
+    ConditionType.SUSPENDED: "spec.suspend is true and the job has no pods.",
+    ConditionType.NOTICE_TOO_SHORT: "A save takes longer than recovery.noticeSeconds: a preemption may lose the steps "
+    "since the last checkpoint. Raise recovery.noticeSeconds if the capacity allows it, or use faster storage.",
+    ConditionType.CHECKPOINT_STALE: "Training continues, but no newer checkpoint can be written; the message says why.",
 }
-"""What each condition means where it is True."""
+"""Meaning of each condition if it is True."""

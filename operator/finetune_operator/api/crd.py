@@ -1,8 +1,8 @@
-"""From the FineTuneJob models to the CustomResourceDefinition.
+"""Generates the CustomResourceDefinition from the FineTuneJob models.
 
-Pydantic writes JSON schema; the API server takes structural schemas only: no references, no unions, no null, no titles,
-and a boolean beside the bound where JSON schema has an exclusive bound. The rewriter knows what our models use and
-refuses the rest, so that nothing is lost silently.
+Pydantic writes JSON schema; the API server accepts structural schemas only: no references, no unions, no null, no
+titles, and exclusive bounds as a bound with a boolean. The rewriter supports the keywords that our models use and
+refuses all others, so that nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from finetune_operator.api import yaml_text
 from finetune_operator.api.job import GROUP, KIND, PLURAL, SHORT_NAME, SINGULAR, VERSION, FineTuneJob
 from finetune_operator.api.rules import edits
-from finetune_operator.api.rules.rule import Cause, Rule
+from finetune_operator.api.rules.rule import FieldErrorReason, Rule
 from finetune_operator.api.rules.spec import RULES
 
 Schema = dict[str, Any]
 
 NAME = f"{PLURAL}.{GROUP}"
-"""Name of the definition."""
+"""Name of the CustomResourceDefinition."""
 FILE = f"crds/{GROUP}_{PLURAL}.yaml"
-"""Where it is committed, relative to the repository."""
+"""Path of the committed file, relative to the repository."""
 HEADER = "# Generated from the models in operator/finetune_operator/api by `make generate`. Do not edit.\n"
 
 _BOUNDS = ("minLength", "maxLength", "minItems", "maxItems", "maxProperties", "minimum", "maximum", "multipleOf")
@@ -33,30 +33,30 @@ _KNOWN = {
 }
 
 COLUMNS = (
-    ("Method", "string", ".spec.training.method", "what is trained", 0),
-    ("Phase", "string", ".status.phase", "where the job is", 0),
-    ("Step", "integer", ".status.step", "finished optimizer steps", 0),
-    ("Progress", "string", ".status.progress", "share of the steps", 0),
-    ("ETA", "string", ".status.eta", "time left at the present speed", 0),
-    ("Checkpoint", "date", ".status.lastCheckpoint.time", "age of the newest verified checkpoint", 0),
-    ("Nodes", "string", ".status.nodes", "pods that are up / pods asked for", 0),
-    ("Preemptions", "integer", ".status.preemptions", "attempts that capacity ended", 0),
-    ("Failures", "integer", ".status.failures", "attempts that the program ended", 0),
-    ("Age", "date", ".metadata.creationTimestamp", "time since the job was made", 0),
-    ("Loss", "number", ".status.loss", "training loss, smoothed", 1),
-    ("Images/s", "number", ".status.imagesPerSecond", "images trained in a second, by all ranks", 1),
-    ("Goodput", "number", ".status.goodput", "share of the time that went into kept steps", 1),
-    ("Message", "string", ".status.message", "why the job is where it is", 1),
+    ("Method", "string", ".spec.training.method", "Fine-tuning method", 0),
+    ("Phase", "string", ".status.phase", "Phase of the job", 0),
+    ("Step", "integer", ".status.step", "Completed optimizer steps", 0),
+    ("Progress", "string", ".status.progress", "Completed share of the steps", 0),
+    ("ETA", "string", ".status.eta", "Estimated time left", 0),
+    ("Checkpoint", "date", ".status.lastCheckpoint.time", "Age of the newest verified checkpoint", 0),
+    ("Nodes", "string", ".status.nodes", "Running pods / requested pods", 0),
+    ("Preemptions", "integer", ".status.preemptions", "Attempts ended by a loss of capacity", 0),
+    ("Failures", "integer", ".status.failures", "Attempts ended by an error of the program", 0),
+    ("Age", "date", ".metadata.creationTimestamp", "Time since the job was created", 0),
+    ("Loss", "number", ".status.loss", "Smoothed training loss", 1),
+    ("Images/s", "number", ".status.imagesPerSecond", "Images per second, of all ranks together", 1),
+    ("Goodput", "number", ".status.goodput", "Share of the time spent on steps that were kept", 1),
+    ("Message", "string", ".status.message", "Explanation of the phase", 1),
 )
-"""Name, type, JSON path, description and priority of kubectl's columns; priority 1 is shown with -o wide."""
+"""Name, type, JSON path, description and priority of kubectl's columns; those of priority 1 need -o wide."""
 
 
 class SchemaError(Exception):
-    """The models use something that a structural schema cannot say, or leave a field without a description."""
+    """The models use a feature that structural schemas lack, or a field has no description."""
 
 
 def custom_resource_definition() -> Schema:
-    """The whole definition, as Kubernetes takes it."""
+    """Return the complete definition in Kubernetes' form."""
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -87,16 +87,16 @@ def custom_resource_definition() -> Schema:
 
 
 def render() -> str:
-    """Write the definition as the file that is committed."""
+    """Return the text of the committed file."""
     return HEADER + yaml_text.dump(custom_resource_definition())
 
 
 @cache
 def job_schema() -> Schema:
-    """The structural schema of a FineTuneJob, with its rules. Shared: do not change it."""
+    """Return the structural schema of a FineTuneJob, with its rules. The object is shared: do not modify it."""
     raw = FineTuneJob.model_json_schema(by_alias=True)
-    # Kubernetes has its own schema for metadata and takes no other, not even a description. Its own bound on names,
-    # repeated, keeps the cost of our rules on them low.
+    # Kubernetes has its own schema for metadata and accepts no other, not even a description. Repeating its bound on
+    # names keeps the estimated cost of our rules on them low.
     metadata = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 253}}}
     schema = {
         "description": raw["description"],
@@ -108,20 +108,20 @@ def job_schema() -> Schema:
         "required": ["spec"],
     }
     for name in ("apiVersion", "kind", "status"):
-        # What the operator did not say the API server should not say for it.
+        # The API server must not add values that the operator did not write.
         _drop_defaults(schema["properties"][name])
     for rule in RULES:
         _add_rule(schema, rule)
     for fixed in edits.FIXED:
-        _add_entry(schema, fixed.cel, fixed.sentence, edits.CAUSE, fixed.path)
+        _add_entry(schema, fixed.cel, fixed.message, edits.REASON, fixed.path)
     return schema
 
 
 def find(path: str) -> Schema:
-    """The part of the schema at a path, e.g. 'spec.outputs[].to'.
+    """Return the part of the schema at a path, e.g. 'spec.outputs[].to'.
 
     Raises:
-        KeyError: there is no such field.
+        KeyError: no such field exists.
     """
     return _find(job_schema(), path)
 
@@ -141,17 +141,17 @@ def _column(name: str, kind: str, path: str, description: str, priority: int) ->
 
 
 def _add_rule(schema: Schema, rule: Rule[Any]) -> None:
-    place, field = ("", rule.path) if rule.scope.at_root else (rule.scope.path, rule.field)
-    _add_entry(_find(schema, place), rule.cel, rule.sentence, rule.cause, field)
+    path, field = ("", rule.path) if rule.scope.at_root else (rule.scope.path, rule.field)
+    _add_entry(_find(schema, path), rule.cel, rule.message, rule.reason, field)
 
 
-def _add_entry(place: Schema, cel: str, sentence: str, cause: Cause, field: str) -> None:
-    entry: Schema = {"rule": cel, "message": sentence}
-    if cause is not Cause.INVALID:
-        entry["reason"] = cause.value
+def _add_entry(node: Schema, cel: str, message: str, reason: FieldErrorReason, field: str) -> None:
+    entry: Schema = {"rule": cel, "message": message}
+    if reason is not FieldErrorReason.INVALID:
+        entry["reason"] = reason.value
     if field:
         entry["fieldPath"] = f".{field}"
-    place.setdefault("x-kubernetes-validations", []).append(entry)
+    node.setdefault("x-kubernetes-validations", []).append(entry)
 
 
 def _drop_defaults(schema: Schema) -> None:
@@ -163,10 +163,10 @@ def _drop_defaults(schema: Schema) -> None:
 
 
 def structural(raw: Mapping[str, Any], definitions: Mapping[str, Schema], path: str) -> Schema:
-    """Rewrite one node of JSON schema, and what is below it, as a structural schema.
+    """Rewrite one node of a JSON schema, and all nodes below it, as a structural schema.
 
     Raises:
-        SchemaError: it cannot be said so, or a field has no description.
+        SchemaError: structural schemas have no such feature, or a field has no description.
     """
     node = _resolve(raw, definitions)
     if unknown := {key for key in node if key not in _KNOWN and not key.startswith("x-kubernetes-")}:
@@ -188,7 +188,7 @@ def structural(raw: Mapping[str, Any], definitions: Mapping[str, Schema], path: 
 
 
 def _resolve(raw: Mapping[str, Any], definitions: Mapping[str, Schema]) -> Schema:
-    """Put a reference's target, or the one branch that is not null, in its place. What stands beside it has its say."""
+    """Inline the target of a reference, or the one branch that is not null. Keys next to it take precedence."""
     node = dict(raw)
     if "$ref" in node:
         target = definitions[node.pop("$ref").removeprefix("#/$defs/")]
@@ -214,7 +214,7 @@ def _bounds(node: Mapping[str, Any]) -> Schema:
 
 
 def _without_null(default: object) -> object:
-    """A default as the API server takes it: whole, for rules look at it before its own fields' defaults are filled."""
+    """Return a default without nulls. It must be complete: rules run before the defaults of its fields are set."""
     if isinstance(default, Mapping):
         return {name: _without_null(value) for name, value in default.items() if value is not None}
     return default

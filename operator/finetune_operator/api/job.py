@@ -1,6 +1,6 @@
-"""FineTuneJob (`finetune-operator.io/v1alpha1`, short name `ftj`): the one source of the CRD, its docs and its checks.
+"""FineTuneJob (`finetune-operator.io/v1alpha1`, short name `ftj`): the only source of the CRD, its docs and its checks.
 
-The parts that the trainer reads, too, stand in `finetune_contract.spec`.
+The parts that the trainer reads, too, are defined in `finetune_contract.spec`.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from finetune_contract.phase import Phase
 from finetune_contract.spec import (
     MAX_STEPS,
     CheckpointInterval,
     DatasetSpec,
-    Location,
     ModelSpec,
     OutputSpec,
     SpecModel,
     TrainingSpec,
 )
+from finetune_operator.api.fields import Duration, ManagerName, ObjectName, Quantity, list_map
 from finetune_operator.api.names import MAX_NODES
+from finetune_operator.api.storage import ScratchSpec, StorageSpec
 
 GROUP = "finetune-operator.io"
 VERSION = "v1alpha1"
@@ -32,36 +33,21 @@ PLURAL = "finetunejobs"
 SINGULAR = "finetunejob"
 SHORT_NAME = "ftj"
 CONTROLLER = f"{GROUP}/finetunejob-controller"
-"""This operator, as `spec.managedBy` names it."""
+"""Name of this operator in `spec.managedBy`."""
 
-Duration = Annotated[str, Field(max_length=32)]
-"""A length of time as a person writes it: '90s', '10m', '1h30m'. `rules` looks at its form, `duration` reads it."""
-ObjectName = Annotated[str, Field(min_length=1, max_length=253)]
-"""Name of a Kubernetes object. `rules` looks at its form."""
-ManagerName = Annotated[str, Field(min_length=1, max_length=63)]
-"""Name of a controller with its domain before it. `rules` looks at its form."""
-Path = Annotated[str, Field(min_length=1, max_length=1024)]
-"""Absolute path."""
-Quantity = Annotated[str, Field(max_length=32)] | int
-"""Amount of a resource: 8, 500m, 32Gi. `rules` looks at its form."""
 MAX_SECONDS = 2**31 - 1
-"""Longest deadline or time to live, 68 years."""
-
-
-def list_map(key: str) -> dict[str, JsonValue]:
-    """Schema of a list whose items are told apart by `key`, so that writers of different items can share it."""
-    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+"""Longest deadline or TTL: 68 years."""
 
 
 class Accelerator(StrEnum):
-    """What the ranks compute on."""
+    """Devices of the ranks."""
 
     GPU = "gpu"
     CPU = "cpu"
 
 
 class CpuBackend(StrEnum):
-    """How CPU ranks talk to each other."""
+    """Communication libraries of CPU ranks."""
 
     GLOO = "gloo"
     CCL = "ccl"
@@ -70,181 +56,153 @@ class CpuBackend(StrEnum):
 class CpuSpec(SpecModel):
     """Settings of CPU training."""
 
-    backend: CpuBackend = Field(default=CpuBackend.GLOO, description="gloo (native torch) or ccl (oneCCL with IPEX)")
+    backend: CpuBackend = Field(
+        default=CpuBackend.GLOO, description="Communication library: gloo (built into torch) or ccl (oneCCL with IPEX)"
+    )
 
 
 class TopologySpec(SpecModel):
-    """How many machines, and what each is."""
+    """Number and kind of the pods."""
 
-    accelerator: Accelerator = Field(default=Accelerator.GPU, description="what the ranks compute on")
+    accelerator: Accelerator = Field(default=Accelerator.GPU, description="Devices of the ranks")
     nodes: int | None = Field(
-        default=None, ge=1, le=MAX_NODES, description="number of pods; default 1, or give minNodes and maxNodes"
+        default=None,
+        ge=1,
+        le=MAX_NODES,
+        description="Number of pods; default: 1. For a range write minNodes and maxNodes instead",
     )
     min_nodes: int | None = Field(
-        default=None, ge=1, le=MAX_NODES, description="fewest pods that the job may go on with"
+        default=None, ge=1, le=MAX_NODES, description="Smallest number of pods that the job may continue with"
     )
-    max_nodes: int | None = Field(default=None, ge=1, le=MAX_NODES, description="number of pods when there is room")
-    processes_per_node: int = Field(default=1, ge=1, le=64, description="ranks in each pod; on gpu, its GPUs")
+    max_nodes: int | None = Field(
+        default=None, ge=1, le=MAX_NODES, description="Number of pods if the cluster has room for all of them"
+    )
+    processes_per_node: int = Field(
+        default=1, ge=1, le=64, description="Number of ranks in each pod; with accelerator gpu also its number of GPUs"
+    )
     resources: dict[str, Quantity] | None = Field(
         default=None,
         max_length=8,
-        description="resources of each pod, e.g. {cpu: 8, memory: 32Gi}; nvidia.com/gpu follows processesPerNode",
+        description="Resources of each pod, e.g. {cpu: 8, memory: 32Gi}; nvidia.com/gpu is derived from "
+        "processesPerNode",
     )
-    cpu: CpuSpec = Field(default=CpuSpec(), description="settings of CPU training")
-
-
-class PersistentVolumeClaim(SpecModel):
-    """A claim in the job's namespace, ReadWriteMany where there are several nodes."""
-
-    claim_name: ObjectName = Field(description="name of the claim")
-
-
-class HostPath(SpecModel):
-    """A folder of the node; the same on all nodes only where an administrator has seen to it."""
-
-    path: Path = Field(description="absolute path on the node")
-
-
-class Nfs(SpecModel):
-    """An NFS export."""
-
-    server: ObjectName = Field(description="host name or address of the server")
-    path: Path = Field(description="exported path")
-
-
-class BucketSpec(SpecModel):
-    """A folder of an object store; credentials come from spec.secrets or from the pods' workload identity."""
-
-    url: Location = Field(
-        description="s3://, gs:// or az:// with the bucket and a folder, e.g. s3://models/checkpoints"
-    )
-    endpoint: Location | None = Field(
-        default=None, description="address of an S3 server other than the public one, e.g. https://minio.example.com"
-    )
-
-
-class StorageSpec(SpecModel):
-    """Where checkpoints are kept: exactly one of the volumes, or a bucket."""
-
-    persistent_volume_claim: PersistentVolumeClaim | None = Field(default=None, description="a claim")
-    host_path: HostPath | None = Field(default=None, description="a folder of the node")
-    nfs: Nfs | None = Field(default=None, description="an NFS export")
-    bucket: BucketSpec | None = Field(
-        default=None,
-        description="a folder of an object store; pods then share no disk, and each fills a cache of its own",
-    )
-
-
-class ScratchSpec(SpecModel):
-    """The nodes' own disks (emptyDir), as the first place of a checkpoint."""
-
-    size_limit: Annotated[str, Field(max_length=32)] | None = Field(
-        default=None, description="most that it may take, e.g. 50Gi; three checkpoints have to fit"
-    )
+    cpu: CpuSpec = Field(default=CpuSpec(), description="Settings of CPU training")
 
 
 class CheckpointSpec(SpecModel):
-    """Checkpoints: where, how often, how many."""
+    """Storage, frequency and number of the checkpoints."""
 
-    storage: StorageSpec | None = Field(default=None, description="volume shared by all pods; required on a cluster")
+    storage: StorageSpec | None = Field(default=None, description="Storage that all pods share; required on a cluster")
     scratch: ScratchSpec | None = Field(
         default=None,
-        description="write to the node's own disk first and copy to storage behind that, where storage is slow; {} is "
-        "enough",
+        description="Write checkpoints to the node's own disk first and copy them to storage in the background; for "
+        "slow storage; {} enables it",
     )
-    interval: CheckpointInterval = Field(default=CheckpointInterval(), description="how often to save; default: auto")
-    keep: int = Field(default=3, ge=1, le=1000, description="number of verified checkpoints to keep")
+    interval: CheckpointInterval = Field(
+        default=CheckpointInterval(), description="Time or steps between checkpoints; default: chosen automatically"
+    )
+    keep: int = Field(default=3, ge=1, le=1000, description="Number of verified checkpoints to keep")
     keep_every: int | None = Field(
         default=None,
         ge=1,
         le=MAX_STEPS,
-        description="besides, keep the first checkpoint at or behind each multiple of so many steps",
+        description="Also keep the first checkpoint at or after each multiple of this number of steps",
     )
     keep_best: bool = Field(
-        default=False, description="besides, keep the checkpoint of the lowest held-out loss; needs validation.split"
+        default=False,
+        description="Also keep the checkpoint with the lowest held-out loss; requires training.validation.split",
     )
     max_stale: Duration | None = Field(
         default=None,
-        description="longest time to train on while no checkpoint can be written; then the attempt fails; default 30m",
+        description="Time after which the attempt fails if no checkpoint can be written; default: 30m",
     )
 
 
 class SpotSpec(SpecModel):
-    """Capacity that may be taken away."""
+    """Preemptible nodes."""
 
     fallback_after: Duration | None = Field(
         default=None,
-        description="ask for on-demand nodes after waiting so long for spot, e.g. 30m",
+        description="Waiting time for spot nodes after which on-demand nodes are accepted, too, e.g. 30m; default: "
+        "never",
     )
 
 
 class RecoverySpec(SpecModel):
-    """What to do when pods are lost."""
+    """Recovery from failures and lost pods."""
 
-    max_failures: int = Field(default=3, ge=0, le=1000, description="failures to survive; preemptions do not count")
-    spot: SpotSpec | None = Field(default=None, description="run on spot nodes; {} is enough")
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        le=1000,
+        description="Number of failures after which the job still continues; preemptions do not count",
+    )
+    spot: SpotSpec | None = Field(default=None, description="Run on spot nodes; {} enables it")
     shrink_after: Duration | None = Field(
         default=None,
-        description="go on with fewer nodes, but minNodes at least, after waiting so long for room; default: 5m",
+        description="Waiting time for missing pods after which the job continues with fewer, at least minNodes; "
+        "default: 5m",
     )
     hang_timeout: Duration | None = Field(
         default=None,
-        description="longest time without a step; default: from the job's own steps",
+        description="Longest time without a completed step; default: derived from the measured step time",
     )
     notice_seconds: int = Field(
         default=120,
         ge=1,
         le=86400,
-        description="time between notice and end that the capacity gives: the pods' grace period",
+        description="Grace period between the preemption notice and the kill, in seconds",
     )
 
 
 class SecretRef(SpecModel):
     """A Secret in the job's namespace whose keys become environment variables of the trainer."""
 
-    name: ObjectName = Field(description="name of the Secret")
+    name: ObjectName = Field(description="Name of the Secret")
 
 
 class FineTuneJobSpec(SpecModel):
-    """What a user asks for."""
+    """Desired state of the job."""
 
-    model: ModelSpec = Field(description="the model to begin with")
-    dataset: DatasetSpec = Field(description="images and captions to learn from")
-    training: TrainingSpec = Field(description="what is trained, for how long and how")
-    topology: TopologySpec = Field(default=TopologySpec(), description="how many machines, and what each is")
-    checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="checkpoints: where, how often, how many")
-    recovery: RecoverySpec = Field(default=RecoverySpec(), description="what to do when pods are lost")
-    outputs: tuple[OutputSpec, ...] = Field(
-        default=(), max_length=8, description="files to write when all steps are trained"
+    model: ModelSpec = Field(description="Base model")
+    dataset: DatasetSpec = Field(description="Images and captions to train on")
+    training: TrainingSpec = Field(description="Method, length and hyperparameters of the training")
+    topology: TopologySpec = Field(default=TopologySpec(), description="Number and kind of the pods")
+    checkpoint: CheckpointSpec = Field(
+        default=CheckpointSpec(), description="Storage, frequency and number of the checkpoints"
     )
-    suspend: bool = Field(default=False, description="save, stop and give the machines back until set to false")
-    queue_name: ObjectName | None = Field(default=None, description="queue that admits the job")
+    recovery: RecoverySpec = Field(default=RecoverySpec(), description="Recovery from failures and lost pods")
+    outputs: tuple[OutputSpec, ...] = Field(
+        default=(), max_length=8, description="Outputs to write after the last step"
+    )
+    suspend: bool = Field(default=False, description="Save, stop and release the nodes until it is set to false")
+    queue_name: ObjectName | None = Field(default=None, description="Queue that admits the job; not supported yet")
     priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods")
     active_deadline_seconds: int | None = Field(
-        default=None, ge=1, le=MAX_SECONDS, description="fail the job when it takes longer in all"
+        default=None, ge=1, le=MAX_SECONDS, description="Time in seconds after which the job fails"
     )
     ttl_seconds_after_finished: int | None = Field(
-        default=None, ge=0, le=MAX_SECONDS, description="delete the job so long after its end"
+        default=None, ge=0, le=MAX_SECONDS, description="Time in seconds after the job's end when it is deleted"
     )
     secrets: tuple[SecretRef, ...] = Field(
         default=(),
         max_length=16,
-        description="Secrets for the trainer's environment",
+        description="Secrets whose keys become environment variables of the trainer",
         json_schema_extra=list_map("name"),
     )
     managed_by: ManagerName = Field(
         default=CONTROLLER,
-        description="controller that takes care of the job; the operator leaves the job of another one alone",
+        description="Controller that manages the job; this operator ignores jobs of other controllers",
     )
     pod_template: dict[str, Any] | None = Field(
         default=None,
-        description="PodTemplateSpec merged over the rendered pods by Kubernetes' strategic rules: containers, env and "
-        "volumes by name, other lists (tolerations, command) whole",
+        description="PodTemplateSpec that is merged over the pods by Kubernetes' strategic rules: containers, env and "
+        "volumes by name; other lists (tolerations, command) are replaced",
     )
 
 
 class StatusModel(SpecModel):
-    """Base of what the operator writes; fields that a newer operator wrote are kept out, not refused."""
+    """Base of the parts that the operator writes. Fields written by a newer operator are ignored, not refused."""
 
     model_config = SpecModel.model_config | {"extra": "ignore"}
 
@@ -252,157 +210,170 @@ class StatusModel(SpecModel):
 class Condition(StatusModel):
     """A Kubernetes condition."""
 
-    type: str = Field(description="what the condition is about")
+    type: str = Field(description="Type of the condition")
     status: str = Field(description="True, False or Unknown")
-    reason: str = Field(description="why, in one CamelCase word")
-    message: str = Field(default="", description="why, in a sentence")
-    last_transition_time: datetime = Field(description="when status last changed")
-    observed_generation: int | None = Field(default=None, description="generation of the spec that it speaks of")
+    reason: str = Field(description="Reason in one CamelCase word")
+    message: str = Field(default="", description="Explanation for users")
+    last_transition_time: datetime = Field(description="Time of the last change of status")
+    observed_generation: int | None = Field(
+        default=None, description="Generation of the spec that the condition refers to"
+    )
 
 
 class CheckpointStatus(StatusModel):
-    """The newest checkpoint that was committed and verified."""
+    """The newest committed and verified checkpoint."""
 
-    step: int = Field(description="optimizer steps that it holds")
-    time: datetime = Field(description="when it was committed")
-    bytes: int = Field(description="its size")
-    attempt: int | None = Field(default=None, description="attempt that wrote it")
-    save_seconds: float | None = Field(default=None, description="from its step until it was durable")
-    stall_seconds: float | None = Field(default=None, description="time for which training stood still for it")
+    step: int = Field(description="Number of optimizer steps that it contains")
+    time: datetime = Field(description="Time of the commit")
+    bytes: int = Field(description="Size in bytes")
+    attempt: int | None = Field(default=None, description="Attempt that wrote it")
+    save_seconds: float | None = Field(default=None, description="Time from its step until it was durable, in seconds")
+    stall_seconds: float | None = Field(default=None, description="Time for which training paused for it, in seconds")
 
 
 class AttemptSeconds(StatusModel):
-    """Where the time of a restart goes, in seconds. What is not there has not come about."""
+    """Duration of each phase of a restart, in seconds. A phase that has not ended is absent."""
 
     teardown: float | None = Field(
-        default=None, description="from the end of the attempt before to this one's start, its back-off included"
+        default=None, description="From the end of the previous attempt to the start of this one, back-off included"
     )
-    queueing: float | None = Field(default=None, description="until all pods had a node")
-    pulling: float | None = Field(default=None, description="from there until all containers ran")
-    restoring: float | None = Field(default=None, description="from there until the ranks began to train")
-    first_step: float | None = Field(default=None, description="from there until the first step was finished")
+    queueing: float | None = Field(default=None, description="From the start until all pods had a node")
+    pulling: float | None = Field(default=None, description="From the end of queueing until all containers ran")
+    restoring: float | None = Field(default=None, description="From the end of pulling until the ranks began to train")
+    first_step: float | None = Field(
+        default=None, description="From the end of restoring until the first step was completed"
+    )
     detection: float | None = Field(
-        default=None, description="from the end of its first container until that was seen, where both are known"
+        default=None,
+        description="From the end of the attempt's first container until the operator observed it, if both are known",
     )
 
 
 class Capacity(StrEnum):
-    """What kind of nodes a pod asks for."""
+    """Kind of nodes that a pod requests."""
 
     SPOT = "spot"
-    """Spot nodes and no others."""
+    """Spot nodes only."""
     ANY = "any"
-    """Spot nodes where there are some, others where there are none."""
+    """Spot nodes if available, otherwise any node."""
 
 
 class AttemptStatus(StatusModel):
-    """One line of the ledger: how an attempt began and why it ended."""
+    """One entry of the ledger: the start, the progress and the end of an attempt."""
 
-    attempt: int = Field(description="number, from 1")
-    started_at: datetime = Field(description="when it was decided")
-    gang_complete: bool = Field(default=False, description="whether all its pods had been seen")
+    attempt: int = Field(description="Number of the attempt, from 1")
+    started_at: datetime = Field(description="Time of the decision to start it")
+    gang_complete: bool = Field(default=False, description="Whether all its pods have been observed")
     pod_attempts: tuple[int, ...] = Field(
         default=(),
         exclude_if=lambda value: not value,
-        description="for each node rank the attempt that its pod was made for, where pods of earlier ones were kept",
+        description="Attempt that created the pod of each node rank, if pods of earlier attempts were kept",
     )
-    training_at: datetime | None = Field(default=None, description="when the first step of it was finished")
-    progress_at: datetime | None = Field(default=None, description="when anything was last seen to go on")
-    from_step: int | None = Field(default=None, description="step that it restored")
-    to_step: int | None = Field(default=None, description="last step that it was seen to finish")
-    nodes: int | None = Field(default=None, description="number of its pods, where that is not maxNodes")
+    training_at: datetime | None = Field(default=None, description="Time at which its first step was completed")
+    progress_at: datetime | None = Field(default=None, description="Time of the last observed progress")
+    from_step: int | None = Field(default=None, description="Step that it restored")
+    to_step: int | None = Field(default=None, description="Last step that was observed to be completed")
+    nodes: int | None = Field(default=None, description="Number of its pods, if that is not maxNodes")
     pod_ranks: tuple[int, ...] | None = Field(
-        default=None, description="for each node rank the number in its pod's name, where these are not the same"
+        default=None, description="Number in the pod's name for each node rank, if it differs from the node rank"
     )
     pod_nodes: tuple[str, ...] | None = Field(
-        default=None, description="for each node rank the node of its pod, while the attempt is at work"
+        default=None, description="Kubernetes node of each node rank's pod, while the attempt is running"
     )
     capacity: Capacity | None = Field(
-        default=None, description="what its new pods ask for; not there: what recovery.spot says"
+        default=None, description="Nodes that its new pods request; absent: as recovery.spot specifies"
     )
     mtbf_seconds: float | None = Field(
-        default=None, description="mean time between the job's interruptions when it began, as told to its ranks"
+        default=None,
+        description="Mean time between the job's interruptions at its start, in seconds, as its ranks received it",
     )
     next_nodes: int | None = Field(
-        default=None, description="number of pods that the next attempt begins with, where its end decided that"
+        default=None, description="Number of pods that the next attempt begins with, if the end of this one decided it"
     )
-    ended_at: datetime | None = Field(default=None, description="when its end was seen")
-    reason: str | None = Field(default=None, description="why it ended, one of the documented reasons")
-    counts_as: str | None = Field(default=None, description="Preemption, Failure or nothing")
-    rank: int | None = Field(default=None, description="first rank that was lost or failed")
-    pod: str | None = Field(default=None, description="its pod")
-    node: str | None = Field(default=None, description="its node")
-    exit_code: int | None = Field(default=None, description="its exit code")
-    message: str | None = Field(default=None, description="its last words")
-    seconds: AttemptSeconds = Field(default=AttemptSeconds(), description="where its time went beside training")
-    lost_steps: int | None = Field(default=None, description="steps that the next attempt had to do again")
+    ended_at: datetime | None = Field(default=None, description="Time at which its end was observed")
+    reason: str | None = Field(default=None, description="Reason of its end; see the reference of reasons")
+    counts_as: str | None = Field(default=None, description="Preemption or Failure; absent: neither")
+    rank: int | None = Field(default=None, description="First rank that was lost or failed")
+    pod: str | None = Field(default=None, description="Pod of that rank")
+    node: str | None = Field(default=None, description="Node of that pod")
+    exit_code: int | None = Field(default=None, description="Exit code of that rank")
+    message: str | None = Field(default=None, description="Last output of that rank")
+    seconds: AttemptSeconds = Field(default=AttemptSeconds(), description="Duration of each phase before training")
+    lost_steps: int | None = Field(default=None, description="Number of steps that the next attempt had to repeat")
 
 
 class OutputStatus(StatusModel):
-    """An output that was written whole."""
+    """A completely written output."""
 
-    format: str = Field(description="file format")
-    to: str = Field(description="where it is")
-    bytes: int = Field(description="its size")
-    sha256: str | None = Field(default=None, description="hash of the file, where it is one file")
+    format: str = Field(description="File format")
+    to: str = Field(description="Location")
+    bytes: int = Field(description="Size in bytes")
+    sha256: str | None = Field(default=None, description="SHA-256 of the file, if it is a single file")
 
 
 class TallyStatus(StatusModel):
-    """Sums over all attempts, for the ledger keeps only the newest."""
+    """Sums over all attempts; the ledger keeps only the newest ones."""
 
     failures_since_checkpoint: int = Field(
-        default=0, description="failures since the last newer checkpoint; maxFailures bounds them"
+        default=0, description="Failures since the last new checkpoint; recovery.maxFailures limits them"
     )
-    failed_step: int | None = Field(default=None, description="step that the last attempt failed after")
-    failures_at_step: int = Field(default=0, description="failures in a row after that step")
-    trained_steps: int = Field(default=0, description="optimizer steps seen to be finished, those done again included")
-    trained_seconds: float = Field(default=0, description="time in which they were trained")
-    step_time: datetime | None = Field(default=None, description="when the newest step was seen")
-    suspended_seconds: float = Field(default=0, description="time for which the job was suspended")
+    failed_step: int | None = Field(default=None, description="Last completed step of the last failed attempt")
+    failures_at_step: int = Field(default=0, description="Consecutive failures after that step")
+    trained_steps: int = Field(default=0, description="Observed optimizer steps, repeated ones included")
+    trained_seconds: float = Field(default=0, description="Time in which they were trained, in seconds")
+    step_time: datetime | None = Field(default=None, description="Time at which the newest step was observed")
+    suspended_seconds: float = Field(default=0, description="Time for which the job was suspended, in seconds")
 
 
 class FineTuneJobStatus(StatusModel):
-    """How far the job is, what it lost, and when it will end."""
+    """Observed state of the job."""
 
     observed_generation: int | None = Field(
-        default=None, description="generation of the spec that this status speaks of"
+        default=None, description="Generation of the spec that this status refers to"
     )
-    phase: Phase | None = Field(default=None, description="where the job is")
-    reason: str | None = Field(default=None, description="why, in one CamelCase word")
-    message: str | None = Field(default=None, description="why, in a sentence")
+    phase: Phase | None = Field(default=None, description="Phase of the job")
+    reason: str | None = Field(default=None, description="Reason in one CamelCase word")
+    message: str | None = Field(default=None, description="Explanation for users")
     conditions: tuple[Condition, ...] = Field(
         default=(),
-        description="Accepted, Running, Recovering, Complete, Failed, Suspended, NoticeTooShort, CheckpointStale",
+        description="Conditions: Accepted, Running, Recovering, Complete, Failed, Suspended, NoticeTooShort, "
+        "CheckpointStale",
         json_schema_extra=list_map("type"),
     )
-    attempt: int = Field(default=0, description="newest attempt; an older one may no longer commit")
-    step: int | None = Field(default=None, description="finished optimizer steps")
-    total_steps: int | None = Field(default=None, description="optimizer steps in all")
-    progress: str | None = Field(default=None, description="share of the steps, e.g. 40%")
-    eta: str | None = Field(default=None, description="time left at the present speed, e.g. 4m10s")
-    loss: float | None = Field(default=None, description="training loss, smoothed")
-    images_per_second: float | None = Field(default=None, description="images trained in a second, by all ranks")
-    last_checkpoint: CheckpointStatus | None = Field(default=None, description="newest verified checkpoint")
+    attempt: int = Field(
+        default=0, description="Number of the newest attempt; older attempts can no longer commit checkpoints"
+    )
+    step: int | None = Field(default=None, description="Completed optimizer steps")
+    total_steps: int | None = Field(default=None, description="Total number of optimizer steps")
+    progress: str | None = Field(default=None, description="Completed share of the steps, e.g. 40%")
+    eta: str | None = Field(default=None, description="Estimated time left, e.g. 4m10s")
+    loss: float | None = Field(default=None, description="Smoothed training loss")
+    images_per_second: float | None = Field(default=None, description="Images per second, of all ranks together")
+    last_checkpoint: CheckpointStatus | None = Field(default=None, description="Newest verified checkpoint")
     checkpoint_interval_seconds: float | None = Field(
         default=None,
-        description="time between checkpoints; with auto it follows from their cost and the rate of interruptions",
+        description="Time between checkpoints in seconds; without an interval in the spec, derived from the cost of "
+        "a save "
+        "and the rate of interruptions",
     )
-    corrupt_checkpoints: int | None = Field(default=None, description="damaged checkpoints that were set aside")
-    nodes: str | None = Field(default=None, description="pods that are up / pods asked for, e.g. 3/4")
-    preemptions: int = Field(default=0, description="attempts that capacity ended")
-    failures: int = Field(default=0, description="attempts that the program ended")
-    lost_steps: int = Field(default=0, description="steps that had to be done again")
+    corrupt_checkpoints: int | None = Field(
+        default=None, description="Number of corrupt checkpoints that were moved to a corrupt- folder"
+    )
+    nodes: str | None = Field(default=None, description="Running pods / requested pods, e.g. 3/4")
+    preemptions: int = Field(default=0, description="Attempts ended by a loss of capacity")
+    failures: int = Field(default=0, description="Attempts ended by an error of the program")
+    lost_steps: int = Field(default=0, description="Number of repeated steps")
     goodput: float | None = Field(
-        default=None, description="share of the time since the start that went into kept steps"
+        default=None, description="Share of the time since the start that was spent on steps that were kept"
     )
-    start_time: datetime | None = Field(default=None, description="when the first attempt began")
-    completion_time: datetime | None = Field(default=None, description="when the job ended")
+    start_time: datetime | None = Field(default=None, description="Start of the first attempt")
+    completion_time: datetime | None = Field(default=None, description="End of the job")
     attempts: tuple[AttemptStatus, ...] = Field(
-        default=(), description="the ledger: the newest attempts", json_schema_extra=list_map("attempt")
+        default=(), description="The ledger: the newest attempts", json_schema_extra=list_map("attempt")
     )
-    tally: TallyStatus = Field(default=TallyStatus(), description="sums over all attempts")
-    warnings: tuple[str, ...] = Field(default=(), description="what the trainer warned of, the newest last")
-    outputs: tuple[OutputStatus, ...] = Field(default=(), description="outputs that were written")
+    tally: TallyStatus = Field(default=TallyStatus(), description="Sums over all attempts")
+    warnings: tuple[str, ...] = Field(default=(), description="Warnings of the trainer, the newest last")
+    outputs: tuple[OutputStatus, ...] = Field(default=(), description="Written outputs")
 
 
 class ObjectMeta(StatusModel):
@@ -420,12 +391,10 @@ class ObjectMeta(StatusModel):
 
 
 class FineTuneJob(SpecModel):
-    """Fine-tunes a diffusion model on machines that may be taken away, and goes on from where it was."""
+    """Fine-tunes a diffusion model on preemptible nodes and resumes from its last checkpoint."""
 
-    api_version: str = Field(default=API_VERSION, description="version of this schema, finetune-operator.io/v1alpha1")
+    api_version: str = Field(default=API_VERSION, description="Version of this schema: finetune-operator.io/v1alpha1")
     kind: str = Field(default=KIND, description="FineTuneJob")
-    metadata: ObjectMeta = Field(description="name, namespace, labels and annotations")
-    spec: FineTuneJobSpec = Field(description="what a user asks for")
-    status: FineTuneJobStatus = Field(
-        default=FineTuneJobStatus(), description="how far the job is, what it lost, and when it will end"
-    )
+    metadata: ObjectMeta = Field(description="Name, namespace, labels and annotations")
+    spec: FineTuneJobSpec = Field(description="Desired state of the job")
+    status: FineTuneJobStatus = Field(default=FineTuneJobStatus(), description="Observed state of the job")

@@ -1,11 +1,11 @@
-"""Labels on the children of a job."""
+"""Labels of the objects that the operator creates. The operator uses no annotations."""
 
 from __future__ import annotations
 
 from finetune_operator.api.job import GROUP
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
-"""Standard label; OPERATOR on everything that we create."""
+"""Standard label; OPERATOR on every object that the operator creates."""
 JOB = f"{GROUP}/job"
 """Label of every child: the name of its job."""
 ATTEMPT = f"{GROUP}/attempt"
@@ -14,4 +14,4 @@ NODE_RANK = f"{GROUP}/node-rank"
 """Label of a pod: its index in the gang, from 0."""
 
 CAPACITY = f"{GROUP}/capacity"
-"""Label of a pod that asks for other nodes than the job's spec alone would have it: a `Capacity`."""
+"""Label of a pod that requests other nodes than the job's spec alone implies: a `Capacity`."""

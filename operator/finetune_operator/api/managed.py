@@ -1,4 +1,4 @@
-"""Whose job it is: `spec.managedBy`, as a batch/v1 Job has it."""
+"""Whether this operator manages a job: `spec.managedBy`, as in a batch/v1 Job."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from finetune_operator.api.job import CONTROLLER
 
 
 def is_ours(document: Mapping[str, Any]) -> bool:
-    """Whether this operator takes care of a job.
+    """Return whether this operator manages a job.
 
-    It takes the object as it was stored, not a FineTuneJob: another controller's job is none of our business even
-    where we could not read it.
+    The argument is the stored object, not a FineTuneJob: the jobs of another controller must be ignored even if they
+    cannot be parsed.
     """
     spec = document.get("spec")
     manager = spec.get("managedBy") if isinstance(spec, Mapping) else None

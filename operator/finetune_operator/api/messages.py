@@ -1,7 +1,7 @@
-"""From an error of pydantic to a sentence, in the API server's own words, and then what to write instead.
+"""Turns pydantic's errors into messages: the API server's text, then what to write instead.
 
-A person meets the same words from `finetune` and from `kubectl apply`: where the API server has words for an error of
-form (an unknown value, a bound), these are repeated here, and a hint is added that only we can give.
+`finetune` and `kubectl apply` report the same text: if the API server has a message for an error of form (an unknown
+value, a bound), it is repeated here, followed by advice that the API server cannot give.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import yaml
 from pydantic.alias_generators import to_camel, to_snake
 from pydantic_core import ErrorDetails
 
+from finetune_contract.methods import WRITTEN_FORMATS
+from finetune_contract.spec import OutputFormat
 from finetune_operator.api import crd, yaml_text
 
 FLAGS = {
@@ -41,24 +43,27 @@ FLAGS = {
     "checkpointing_steps": "spec.checkpoint.interval.steps",
     "checkpoints_total_limit": "spec.checkpoint.keep",
 }
-"""Flags of the diffusers scripts that people know by heart, and where the same thing is written here."""
+"""Common flags of the diffusers scripts, and the field of each."""
+
+UNWRITTEN_VALUES: dict[str, frozenset[str]] = {"spec.outputs[].format": frozenset(OutputFormat) - WRITTEN_FORMATS}
+"""Values of the schema that no method supports yet: messages do not recommend them."""
 
 _HINTS = {
-    "integer": "write a whole number",
+    "integer": "write an integer, e.g. 100",
     "number": "write a number, e.g. 0.0001",
     "boolean": "write true or false",
-    "string": "write a text, in quotes where it looks like something else",
-    "array": "write a list, e.g. [one, two]",
-    "object": "write its fields below it",
-    "integer,string": "write a whole number or a text, e.g. 8, 500m or 32Gi",
+    "string": "write a string, in quotes if it looks like a number or a boolean",
+    "array": "write a list, with one '- ' for each item",
+    "object": "write its fields, indented below it",
+    "integer,string": "write an integer or a string, e.g. 8, 500m or 32Gi",
 }
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {"integer": (int,), "number": (int, float), "boolean": (bool,)}
 MAX_SHOWN = 80
-"""Characters of a wrong value that a sentence repeats."""
+"""Characters of a wrong value that a message repeats."""
 
 
-def document_path(error: ErrorDetails, document: Mapping[str, Any]) -> str:
-    """Where an error is, e.g. 'spec.outputs[0].format', without what pydantic adds to tell a union's branches apart."""
+def find_path(error: ErrorDetails, document: Mapping[str, Any]) -> str:
+    """Return the path of an error, e.g. 'spec.outputs[0].format', without pydantic's names of union branches."""
     path = ""
     value: Any = document
     for key in error["loc"]:
@@ -72,8 +77,8 @@ def document_path(error: ErrorDetails, document: Mapping[str, Any]) -> str:
 
 
 def describe_error(error: ErrorDetails, path: str) -> str:
-    """Say what is wrong with the field at a path, and what to write instead."""
-    describe = _SENTENCES.get(error["type"])
+    """Return the problem of the field at a path and what to write instead."""
+    describe = _MESSAGES.get(error["type"])
     if describe is not None:
         return describe(error, path)
     if error["type"].endswith(("_type", "_parsing")) or "int_from" in error["type"]:
@@ -82,16 +87,16 @@ def describe_error(error: ErrorDetails, path: str) -> str:
 
 
 def show(value: object) -> str:
-    """A value as JSON, cut where it is long."""
+    """Return a value as JSON, shortened to MAX_SHOWN characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
-def _bound(words: str, key: str) -> Callable[[ErrorDetails, str], str]:
+def _bound(relation: str, key: str) -> Callable[[ErrorDetails, str], str]:
     def describe(error: ErrorDetails, _: str) -> str:
         bound = error["ctx"][key]
         plain = int(bound) if bound == int(bound) else bound
-        return f"Invalid value: {show(error['input'])}: should be {words} {plain}"
+        return f"Invalid value: {show(error['input'])}: should be {relation} {plain}"
 
     return describe
 
@@ -99,8 +104,8 @@ def _bound(words: str, key: str) -> Callable[[ErrorDetails, str], str]:
 def _multiple(error: ErrorDetails, _: str) -> str:
     factor = error["ctx"]["multiple_of"]
     below = error["input"] // factor * factor
-    words = f"Invalid value: {show(error['input'])}: should be a multiple of {factor}"
-    return f"{words}; write {below} or {below + factor}"
+    problem = f"Invalid value: {show(error['input'])}: should be a multiple of {factor}"
+    return f"{problem}; write {below} or {below + factor}"
 
 
 def _too_short(error: ErrorDetails, _: str) -> str:
@@ -111,7 +116,7 @@ def _too_long(error: ErrorDetails, _: str) -> str:
     return f"Too long: may not be more than {error['ctx']['max_length']} bytes"
 
 
-def _other_form(error: ErrorDetails, _: str) -> str:
+def _pattern_mismatch(error: ErrorDetails, _: str) -> str:
     return f"Invalid value: {show(error['input'])}: should match '{error['ctx']['pattern']}'"
 
 
@@ -128,16 +133,22 @@ def _missing(_: ErrorDetails, path: str) -> str:
     node = _schema(path)
     name = path.rpartition(".")[2]
     meaning = node and node.get("description")
-    return f"Required value; write {name} ({meaning})" if meaning else f"Required value; write {name}"
+    return f"Required value; write {name} ({_lower_first(meaning)})" if meaning else f"Required value; write {name}"
+
+
+def _lower_first(text: str) -> str:
+    """Return a description for the middle of a sentence; names such as ControlNet keep their capitals."""
+    return text[:1].lower() + text[1:] if text.partition(" ")[0][1:].islower() else text
 
 
 def _unsupported(error: ErrorDetails, path: str) -> str:
     known = (_schema(path) or {}).get("enum", [])
     if not isinstance(error["input"], str):
         return _wrong_type(error, path)
-    words = f"Unsupported value: {show(error['input'])}: supported values: {', '.join(map(show, known))}"
-    guess = closest(error["input"], known)
-    return f"{words}; write {guess}" if guess else words
+    problem = f"Unsupported value: {show(error['input'])}: supported values: {', '.join(map(show, known))}"
+    unwritten = UNWRITTEN_VALUES.get(_generic(path), frozenset())
+    guess = closest(error["input"], [value for value in known if value not in unwritten])
+    return f"{problem}; write {guess}" if guess else problem
 
 
 def _wrong_type(error: ErrorDetails, path: str) -> str:
@@ -148,7 +159,7 @@ def _wrong_type(error: ErrorDetails, path: str) -> str:
 
 
 def _without_quotes(value: object, kind: str) -> str | None:
-    """What to write where a text would be right as a number or a truth value: '200', 'yes'."""
+    """Return the advice for a quoted number or boolean, e.g. '200' or 'yes'; None for other strings."""
     if not isinstance(value, str) or kind not in _PLAIN_TYPES:
         return None
     try:
@@ -160,17 +171,17 @@ def _without_quotes(value: object, kind: str) -> str | None:
 
 
 def _unknown(_error: ErrorDetails, path: str) -> str:
-    """An unknown field may be misspelt, at the wrong place, or a flag of the diffusers scripts."""
+    """Return the message for a field that is misspelt, at the wrong place, or a flag of the diffusers scripts."""
     parent, _, name = path.rpartition(".")
     known = list((_schema(parent) or {}).get("properties", {}))
     guess = closest(to_camel(name), known)
     if guess is None:
-        elsewhere = {*_places().get(name, ()), *_places().get(to_camel(name), ())}
+        elsewhere = {*_paths_by_name().get(name, ()), *_paths_by_name().get(to_camel(name), ())}
         guess = FLAGS.get(to_snake(name)) or (elsewhere.pop() if len(elsewhere) == 1 else None)
-    return f"unknown field; write {guess}" if guess else f"unknown field; known here are {', '.join(known)}"
+    return f"unknown field; write {guess}" if guess else f"unknown field; the fields here are {', '.join(known)}"
 
 
-_SENTENCES: dict[str, Callable[[ErrorDetails, str], str]] = {
+_MESSAGES: dict[str, Callable[[ErrorDetails, str], str]] = {
     "missing": _missing,
     "extra_forbidden": _unknown,
     "enum": _unsupported,
@@ -181,34 +192,39 @@ _SENTENCES: dict[str, Callable[[ErrorDetails, str], str]] = {
     "multiple_of": _multiple,
     "string_too_short": _too_short,
     "string_too_long": _too_long,
-    "string_pattern_mismatch": _other_form,
+    "string_pattern_mismatch": _pattern_mismatch,
     "too_short": _too_few,
     "too_long": _too_many,
 }
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that somebody may have meant; letters' case does not count."""
+    """Return the known name that is most similar to a word, ignoring case; None if none is similar."""
     folded = {candidate.casefold(): candidate for candidate in known}
     found = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.7)
     return folded[found[0]] if found else None
 
 
 def _schema(path: str) -> dict[str, Any] | None:
-    """The schema of the field at a path; None where none is known."""
+    """Return the schema of the field at a path; None if there is no such field."""
     try:
-        return crd.find(re.sub(r"\[\d+\]", "[]", path))
+        return crd.find(_generic(path))
     except KeyError:
         return None
 
 
+def _generic(path: str) -> str:
+    """Return a path without the indexes of list items, e.g. 'spec.outputs[].format'."""
+    return re.sub(r"\[\d+\]", "[]", path)
+
+
 @cache
-def _places() -> dict[str, list[str]]:
-    """Where each name of the spec stands."""
-    places: dict[str, list[str]] = {}
+def _paths_by_name() -> dict[str, list[str]]:
+    """Return the paths of each field name of the spec."""
+    found: dict[str, list[str]] = {}
     for path in _paths("spec", crd.find("spec")):
-        places.setdefault(path.rpartition(".")[2], []).append(path)
-    return places
+        found.setdefault(path.rpartition(".")[2], []).append(path)
+    return found
 
 
 def _paths(path: str, schema: Mapping[str, Any]) -> Iterator[str]:

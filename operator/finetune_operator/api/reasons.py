@@ -1,4 +1,4 @@
-"""Reasons in the status, the conditions, the ledger and events, each with its meaning and remedy.
+"""Reasons in the status, the conditions, the ledger and events, each with its meaning and its remedy.
 
 docs/reference/reasons.md is generated from REASONS.
 """
@@ -10,16 +10,16 @@ from enum import StrEnum
 
 
 class CountsAs(StrEnum):
-    """What the end of an attempt is counted as. An end that is neither counts as nothing."""
+    """Budget that the end of an attempt is charged to; some ends are charged to neither."""
 
     PREEMPTION = "Preemption"
-    """Capacity ended it: spends nothing of recovery.maxFailures."""
+    """A loss of capacity: does not count towards recovery.maxFailures."""
     FAILURE = "Failure"
-    """The program ended it: spends one of recovery.maxFailures."""
+    """An error of the program: counts towards recovery.maxFailures."""
 
 
 class Reason(StrEnum):
-    """Why a job is where it is, and why an attempt ended: status.reason, conditions, the ledger and events."""
+    """Reasons of a job's phase and of the end of an attempt: in status.reason, conditions, the ledger and events."""
 
     ACCEPTED = "Accepted"
     INVALID_SPEC = "InvalidSpec"
@@ -90,231 +90,238 @@ class Reason(StrEnum):
 
 
 class Topic(StrEnum):
-    """What a reason speaks of; the sections of its documentation."""
+    """Sections of the documentation of reasons."""
 
     SPEC = "Is the spec accepted?"
     WAITING = "What does the job wait for?"
-    WORKING = "What is it doing?"
-    CAPACITY = "Why was an attempt taken away?"
+    WORKING = "What is the job doing?"
+    CAPACITY = "Why was an attempt preempted?"
     FAILURE = "Why did an attempt fail?"
-    REGROUP = "Why was the gang put together anew?"
+    REGROUP = "Why did the gang change?"
     END = "How did the job end?"
-    EVENT = "Seen as events only"
+    EVENT = "Events only"
 
 
 @dataclass(frozen=True)
 class ReasonDoc:
-    """What a reason means and what a person should do about it."""
+    """Meaning of a reason and what a user should do about it."""
 
     topic: Topic
     meaning: str
-    do: str
+    remedy: str
     counts_as: CountsAs | None = None
-    """What an attempt that ended so is counted as; None: nothing."""
+    """What an attempt that ended for this reason counts as; None: neither."""
     final: bool = False
-    """Whether trying again cannot help: the job fails at once."""
+    """Whether another attempt would fail, too: the job fails immediately."""
 
 
 NOTHING = "Nothing."
-_RESUMES = "Nothing: the next attempt goes on from the last checkpoint."
+_RESUMES = "Nothing: the next attempt continues from the last checkpoint."
 
 
-def _capacity(meaning: str, do: str = _RESUMES) -> ReasonDoc:
-    return ReasonDoc(Topic.CAPACITY, meaning, do, CountsAs.PREEMPTION)
+def _capacity(meaning: str, remedy: str = _RESUMES) -> ReasonDoc:
+    return ReasonDoc(Topic.CAPACITY, meaning, remedy, CountsAs.PREEMPTION)
 
 
-def _failure(meaning: str, do: str, *, final: bool = False) -> ReasonDoc:
-    return ReasonDoc(Topic.FAILURE, meaning, do, CountsAs.FAILURE, final)
+def _failure(meaning: str, remedy: str, *, final: bool = False) -> ReasonDoc:
+    return ReasonDoc(Topic.FAILURE, meaning, remedy, CountsAs.FAILURE, final)
 
 
-def _regroup(meaning: str, do: str = NOTHING) -> ReasonDoc:
-    return ReasonDoc(Topic.REGROUP, meaning, do)
+def _regroup(meaning: str, remedy: str = NOTHING) -> ReasonDoc:
+    return ReasonDoc(Topic.REGROUP, meaning, remedy)
 
 
 REASONS: dict[Reason, ReasonDoc] = {
     Reason.ACCEPTED: ReasonDoc(Topic.SPEC, "The spec can be run.", NOTHING),
     Reason.INVALID_SPEC: ReasonDoc(
-        Topic.SPEC, "The spec contradicts itself or cannot be read.", "Write what the message says and apply again."
+        Topic.SPEC,
+        "The spec is not valid: a field has a wrong value, or fields contradict each other.",
+        "Follow the advice in the message and apply the manifest again.",
     ),
     Reason.NOT_SUPPORTED: ReasonDoc(
         Topic.SPEC,
-        "The spec is right, but this version of the operator or of the trainer cannot do it.",
-        "Take the way that the message names, or a newer version.",
+        "The spec is valid, but this version does not support one of its settings.",
+        "Follow the advice in the message, or install a newer version.",
     ),
     Reason.QUEUED: ReasonDoc(
         Topic.WAITING,
-        "A pod has a scheduling gate: the queue that put it there has not admitted it yet.",
-        "Look at the queue's quota; nothing of the job runs until it is admitted.",
+        "A pod has a scheduling gate: the queue that added it has not admitted the pod yet.",
+        "Check the quota of the queue; no pod of the job starts before it is admitted.",
     ),
     Reason.WAITING_FOR_PODS: ReasonDoc(
-        Topic.WAITING, "Pods of the newest attempt are created, placed or started.", NOTHING
+        Topic.WAITING, "Pods of the newest attempt are being created, scheduled or started.", NOTHING
     ),
     Reason.UNSCHEDULABLE: ReasonDoc(
         Topic.WAITING,
-        "The scheduler has no room for a pod; the message holds its own words.",
-        "Add nodes; or ask for less in topology.resources or leave recovery.spot out, then suspend the job and "
-        "resume it.",
+        "The scheduler finds no node for a pod; the message contains the scheduler's explanation.",
+        "Add nodes; or request less in topology.resources or remove recovery.spot, then suspend the job and resume it.",
     ),
     Reason.IMAGE_PULL: ReasonDoc(
         Topic.WAITING,
-        "A pod's image is not there yet; the message holds the kubelet's words.",
-        "On an error, put the image's name or the pull secret in podTemplate right, then suspend the job and "
-        "resume it.",
+        "The image of a pod is not on its node yet; the message contains the kubelet's explanation.",
+        "On an error, correct the image's name or the pull secret in podTemplate, then suspend the job and resume it.",
     ),
     Reason.CONTAINER_CONFIG: ReasonDoc(
         Topic.WAITING,
-        "A pod cannot start, because a Secret, a ConfigMap or a volume that it names is missing.",
-        "Create what the message names; the pod starts by itself.",
+        "A pod cannot start because a Secret, a ConfigMap or a volume that it refers to is missing.",
+        "Create the object that the message names; then the pod starts without further action.",
     ),
     Reason.FAILED_CREATE: ReasonDoc(
         Topic.WAITING,
-        "The cluster refused a pod or another object of the job. For a quota, a webhook or a Pod Security Standard, it "
-        "is tried again, ever more seldom. For a podTemplate that makes no valid pod, the job is not accepted until "
-        "it is edited.",
-        "Do what the message asks for; put podTemplate right where it is at fault.",
+        "The cluster refused to create a pod or another object of the job. If a quota, a webhook or a Pod Security "
+        "Standard refused it, the operator tries again with increasing delay. If podTemplate produces an invalid pod, "
+        "the job is not accepted until podTemplate is edited.",
+        "Fix the cause that the message names; correct podTemplate if the message names it.",
     ),
     Reason.BACK_OFF: ReasonDoc(
         Topic.WAITING,
-        "An attempt failed, and the next one waits so that it does not fail in a circle.",
-        "Read the last words of the failed attempt in the ledger.",
+        "An attempt failed; the next one waits, so that the job does not fail in a tight loop.",
+        "Read the last output of the failed attempt in the ledger (status.attempts).",
     ),
     Reason.SUSPENDING: ReasonDoc(Topic.WAITING, "spec.suspend is true; the ranks are saving their state.", NOTHING),
     Reason.SUSPENDED: ReasonDoc(
         Topic.WAITING,
-        "spec.suspend is true; the state is saved and the machines are given back.",
-        "Set spec.suspend to false to go on.",
+        "spec.suspend is true; the state is saved and the nodes are released.",
+        "Set spec.suspend to false to resume.",
     ),
-    Reason.LOADING: ReasonDoc(Topic.WORKING, "The ranks read the model and the data set.", NOTHING),
-    Reason.CACHING: ReasonDoc(Topic.WORKING, "The ranks compute latents and text embeddings, once.", NOTHING),
-    Reason.RESTORING: ReasonDoc(Topic.WORKING, "The ranks verify a checkpoint and read it.", NOTHING),
-    Reason.TRAINING: ReasonDoc(Topic.WORKING, "Steps are being trained.", NOTHING),
-    Reason.SAVING: ReasonDoc(Topic.WORKING, "A checkpoint is being written.", NOTHING),
+    Reason.LOADING: ReasonDoc(Topic.WORKING, "The ranks load the model and the data set.", NOTHING),
+    Reason.CACHING: ReasonDoc(
+        Topic.WORKING, "The ranks compute the latents and text embeddings, once per job.", NOTHING
+    ),
+    Reason.RESTORING: ReasonDoc(Topic.WORKING, "The ranks verify and load a checkpoint.", NOTHING),
+    Reason.TRAINING: ReasonDoc(Topic.WORKING, "The ranks are training.", NOTHING),
+    Reason.SAVING: ReasonDoc(Topic.WORKING, "The ranks are writing a checkpoint.", NOTHING),
     Reason.VALIDATING: ReasonDoc(
-        Topic.WORKING, "Validation pictures are drawn, or the held-out loss is taken.", NOTHING
+        Topic.WORKING, "The ranks generate validation images or compute the held-out loss.", NOTHING
     ),
     Reason.EXPORTING: ReasonDoc(Topic.WORKING, "All steps are trained; the outputs are being written.", NOTHING),
     Reason.SILENT: ReasonDoc(
         Topic.WORKING,
-        "A pod runs, but its supervisor has not been heard for a while.",
-        "Look at the network between the pod and the coordinator; training itself goes on.",
+        "A pod is running, but the coordinator receives no heartbeats from it.",
+        "Check the network between the pod and the coordinator; training itself continues.",
     ),
     Reason.SAVE_TAKES_LONGER: ReasonDoc(
         Topic.WORKING,
-        "The last save took longer than recovery.noticeSeconds; the message has both figures.",
-        "Raise recovery.noticeSeconds where the capacity gives more notice, or use faster storage.",
+        "The last save took longer than recovery.noticeSeconds; the message contains both durations.",
+        "Raise recovery.noticeSeconds if the capacity gives more notice, or use faster storage.",
     ),
-    Reason.SAVE_IN_TIME: ReasonDoc(Topic.WORKING, "A save fits into recovery.noticeSeconds again.", NOTHING),
-    Reason.NOTICE_SAVED: _capacity("A pod was told to stop, and its ranks saved their last step before they left."),
-    Reason.PREEMPTED: _capacity("A pod was taken away with notice; the cluster did not say by whom."),
+    Reason.SAVE_IN_TIME: ReasonDoc(Topic.WORKING, "A save takes less than recovery.noticeSeconds again.", NOTHING),
+    Reason.NOTICE_SAVED: _capacity(
+        "A pod received a preemption notice, and its ranks saved their last step before they exited."
+    ),
+    Reason.PREEMPTED: _capacity("A pod was terminated with a preemption notice; the cluster did not record the cause."),
     Reason.PREEMPTION_BY_SCHEDULER: _capacity(
-        "A pod had to make room for one of a higher priority.",
-        "Nothing; where it happens too often, give the job a higher spec.priorityClassName.",
+        "The scheduler preempted a pod in favor of a pod with a higher priority.",
+        "Nothing; if it happens too often, give the job a higher spec.priorityClassName.",
     ),
-    Reason.EVICTION_BY_EVICTION_API: _capacity("A pod was evicted through the API, as kubectl drain does."),
-    Reason.DELETION_BY_TAINT_MANAGER: _capacity("A pod's node got a taint that the pod does not tolerate."),
-    Reason.DELETION_BY_POD_GC: _capacity("A pod's node is gone, and the pod was cleaned up after it."),
+    Reason.EVICTION_BY_EVICTION_API: _capacity("A pod was evicted through the eviction API, e.g. by kubectl drain."),
+    Reason.DELETION_BY_TAINT_MANAGER: _capacity("The node of a pod received a taint that the pod does not tolerate."),
+    Reason.DELETION_BY_POD_GC: _capacity("The node of a pod no longer exists, and Kubernetes deleted the pod."),
     Reason.TERMINATION_BY_KUBELET: _capacity(
-        "A node ended the pod, because it shuts down or runs short of a resource.",
-        "Nothing on a shutdown; ask for more memory or ephemeral storage when the node ran short.",
+        "The kubelet terminated a pod because its node shuts down or is short of a resource.",
+        "Nothing on a shutdown; request more memory or ephemeral storage if the node was short of it.",
     ),
-    Reason.POD_DELETED: _capacity("Somebody deleted a pod of the attempt."),
-    Reason.POD_LOST: _capacity("A pod of the attempt is gone and said nothing, as when its node vanishes."),
-    Reason.NODE_LOST: _capacity("A pod's node is gone or no longer answers."),
+    Reason.POD_DELETED: _capacity("A pod of the attempt was deleted by a user or another controller."),
+    Reason.POD_LOST: _capacity("A pod of the attempt disappeared without a report, e.g. because its node failed."),
+    Reason.NODE_LOST: _capacity("The node of a pod was deleted or no longer responds."),
     Reason.PROCESS_FAILED: _failure(
-        "A rank ended with an error that has no better name.", "Read its last words in the ledger and the pod's log."
+        "A rank exited with an error that has no more specific reason.",
+        "Read its last output in the ledger (status.attempts) and the log of its pod.",
     ),
     Reason.OUT_OF_MEMORY: _failure(
         "A rank ran out of memory, of the GPU or of the pod.",
-        "Ask for more memory in topology.resources; or, in a new job, halve training.batchSize and double "
-        "training.gradientAccumulation, or switch gradientCheckpointing on.",
+        "Request more memory in topology.resources; or, in a new job, halve training.batchSize and double "
+        "training.gradientAccumulation, or set training.gradientCheckpointing to true.",
     ),
     Reason.EVICTED: _failure(
-        "The node ended the pod, because the pod used more of a resource than it had asked for.",
-        "Ask for more memory or ephemeral storage in topology.resources.",
+        "The kubelet evicted a pod that used more of a resource than it had requested.",
+        "Request more memory or ephemeral storage in topology.resources.",
     ),
     Reason.FABRIC_ERROR: _failure(
         "A rank lost its peers in a collective, and no other cause was found.",
-        "Look at the network between the nodes; NCCL's or gloo's own words are in the ledger.",
+        "Check the network between the nodes; the ledger (status.attempts) contains the error of NCCL or gloo.",
     ),
     Reason.STORAGE_ERROR: _failure(
         "Checkpoints or outputs could not be written or read.",
-        "Make room on checkpoint.storage, or see to it that all pods can write there.",
+        "Free space on checkpoint.storage, and make sure that all pods can write to it.",
     ),
     Reason.CHECKPOINT_STALE: _failure(
-        "No checkpoint could be written for longer than checkpoint.maxStale: going on would have lost more.",
-        "Make room on checkpoint.storage, or see to it that it can be written; the message says what was wrong.",
+        "No checkpoint could be written for longer than checkpoint.maxStale, so the attempt was ended.",
+        "Free space on checkpoint.storage, or fix the error in the message.",
     ),
     Reason.CHECKPOINT_WRITTEN: ReasonDoc(Topic.WORKING, "Checkpoints can be written again.", NOTHING),
     Reason.DATA_ERROR: _failure(
-        "The data set cannot be used as the spec asks.", "Put spec.dataset right and create the job anew.", final=True
+        "The data set cannot be used with this spec.", "Correct spec.dataset and create a new job.", final=True
     ),
     Reason.CONFIGURATION_ERROR: _failure(
-        "The trainer cannot run what the spec asks for.",
-        "Write what the message says and create the job anew.",
-        final=True,
+        "The trainer cannot run this spec.", "Follow the advice in the message and create a new job.", final=True
     ),
     Reason.HANG: _failure(
-        "No step was finished within recovery.hangTimeout.",
-        "Look at the rank and the node that the ledger names; raise recovery.hangTimeout where steps just take longer.",
+        "No step was completed within recovery.hangTimeout.",
+        "Check the rank and the node that the ledger (status.attempts) names; raise recovery.hangTimeout if the steps "
+        "of this job really take longer.",
     ),
     Reason.SUPERSEDED: ReasonDoc(
-        Topic.CAPACITY, "Ranks of an older attempt found that a newer one owns the checkpoints, and left.", NOTHING
+        Topic.CAPACITY, "Ranks of an older attempt found that a newer one owns the checkpoints, and exited.", NOTHING
     ),
     Reason.SHRUNK: _regroup(
-        "There was no room for some pods for recovery.shrinkAfter; the job goes on with fewer.",
-        "Nothing: it grows back when there is room. Add nodes to have it faster.",
+        "Some pods had no node for longer than recovery.shrinkAfter; the job continues with fewer pods.",
+        "Nothing: the job grows again when nodes are available. Add nodes to speed this up.",
     ),
-    Reason.GROWN: _regroup("There is room for more pods again; all saved, and the job goes on with more."),
+    Reason.GROWN: _regroup("Nodes for more pods are available; the ranks saved, and the job continues with more pods."),
     Reason.FELL_BACK: _regroup(
-        "There were no spot nodes for recovery.spot.fallbackAfter; pods without a node now ask for any.",
-        "Nothing: the job goes back to spot nodes when there are some. Until then the others cost more.",
+        "No spot nodes were available for recovery.spot.fallbackAfter; pods without a node now accept any node.",
+        "Nothing: the job returns to spot nodes when they are available. Until then the other nodes cost more.",
     ),
-    Reason.BACK_TO_SPOT: _regroup("Spot nodes are there again; all saved, and the job goes on there."),
+    Reason.BACK_TO_SPOT: _regroup("Spot nodes are available again; the ranks saved, and the job continues on them."),
     Reason.PODS_LATE: _regroup(
-        "Ranks gave up waiting for a pod that had no node or no image yet; they wait anew.",
-        "Read what the late pod waits for in the job's message.",
+        "Ranks timed out waiting for a pod without a node or an image; they wait again in a new attempt.",
+        "Read in the job's message what the late pod waits for.",
     ),
     Reason.FINISHED: ReasonDoc(
-        Topic.END, "All steps are trained and all outputs written.", "Fetch what status.outputs names."
+        Topic.END, "All steps are trained and all outputs are written.", "Fetch the outputs listed in status.outputs."
     ),
     Reason.MAX_FAILURES_EXCEEDED: ReasonDoc(
         Topic.END,
-        "The program failed more often than recovery.maxFailures allows without a newer checkpoint in between.",
-        "Mend what the last attempts in the ledger died of; create the job anew.",
+        "The program failed more often than recovery.maxFailures allows without a new checkpoint in between.",
+        "Fix the cause of the last failures (see status.attempts) and create a new job.",
     ),
     Reason.SAME_STEP_FAILURES: ReasonDoc(
         Topic.END,
-        "The program failed several times in a row after the same step: trying again will not help.",
-        "Read the last words in the ledger: a sample of that step, or the state that it comes to, is the likely cause.",
+        "The program failed several times in a row after the same step; another attempt would fail, too.",
+        "Read the last output in the ledger (status.attempts): a sample of that step, or the state of the model after "
+        "it, is the likely cause.",
     ),
     Reason.DEADLINE_EXCEEDED: ReasonDoc(
         Topic.END,
         "The job took longer than spec.activeDeadlineSeconds.",
         "In a new job, raise spec.activeDeadlineSeconds or train fewer steps.",
     ),
-    Reason.ATTEMPT_STARTED: ReasonDoc(Topic.EVENT, "An attempt was decided; its pods are being created.", NOTHING),
+    Reason.ATTEMPT_STARTED: ReasonDoc(Topic.EVENT, "An attempt starts; its pods are being created.", NOTHING),
     Reason.ATTEMPT_ENDED: ReasonDoc(
-        Topic.EVENT, "An attempt ended; the message names the cause, the rank and the node.", "See the cause."
+        Topic.EVENT,
+        "An attempt ended; the message contains the cause, the rank and the node.",
+        "See the reason of the cause.",
     ),
     Reason.RECOVERED: ReasonDoc(
         Topic.EVENT,
-        "An attempt finished its first step after another one had ended; the message says what that cost.",
+        "An attempt completed its first step after another attempt had ended; the message contains the lost time.",
         NOTHING,
     ),
-    Reason.CHECKPOINT_COMMITTED: ReasonDoc(Topic.EVENT, "A first checkpoint was committed and verified.", NOTHING),
-    Reason.TRAINER_WARNING: ReasonDoc(
-        Topic.EVENT,
-        "The trainer noticed something, e.g. a corrupt checkpoint that it passed over.",
-        "Read the message.",
+    Reason.CHECKPOINT_COMMITTED: ReasonDoc(
+        Topic.EVENT, "The first checkpoint of the job was committed and verified.", NOTHING
     ),
-    Reason.OUTPUT_WRITTEN: ReasonDoc(Topic.EVENT, "An output was written whole.", NOTHING),
+    Reason.TRAINER_WARNING: ReasonDoc(
+        Topic.EVENT, "The trainer reports a problem, e.g. a corrupt checkpoint that it skipped.", "Read the message."
+    ),
+    Reason.OUTPUT_WRITTEN: ReasonDoc(Topic.EVENT, "An output is completely written.", NOTHING),
     Reason.NAME_TAKEN: ReasonDoc(
         Topic.EVENT,
-        "An object that the job needs is there already and belongs to somebody else.",
-        "Delete that object, or create the job anew under another name.",
+        "An object that the job needs already exists and does not belong to the job.",
+        "Delete that object, or create the job under another name.",
     ),
 }
-"""Every reason's documentation, in the order in which a person looks for it."""
+"""Documentation of every reason, in the order of the reference."""
 
 REGROUPS = frozenset(reason for reason, doc in REASONS.items() if doc.topic is Topic.REGROUP)
-"""Ends of an attempt that were decided for the sake of another gang: no pod is to blame, and they count as nothing."""
+"""Reasons of attempts that ended only to change the gang: no pod failed, so they count as neither."""

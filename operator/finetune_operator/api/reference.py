@@ -1,10 +1,13 @@
-"""The reference of the API for people, as Markdown: every field and rule, and every reason."""
+"""Generates the API reference in Markdown: every field, rule, method, condition and reason."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from pydantic.alias_generators import to_camel
+
+from finetune_contract.methods import METHODS
 from finetune_operator.api import conditions, crd, reasons
 from finetune_operator.api.job import API_VERSION, KIND, SHORT_NAME
 from finetune_operator.api.rules import edits
@@ -24,36 +27,37 @@ _LENGTHS = (
 
 
 def render_job() -> str:
-    """Write the reference of all fields and rules."""
+    """Return the reference of all fields, methods and rules."""
     lines = [
         HEADER,
         f"# {KIND}",
         "",
-        f"`{API_VERSION}`, short name `{SHORT_NAME}`. Unknown fields are refused, and so is what breaks a rule, by "
-        "`kubectl apply` and by `finetune run` with the same sentences.",
+        f"`{API_VERSION}`, short name `{SHORT_NAME}`. `kubectl apply` and `finetune run` refuse unknown fields and "
+        "values that break a rule, with the same messages.",
         "",
-        "A field without a default that is not required is left out when it is not needed. A length of time is written "
-        "as `90s`, `10m` or `1h30m`.",
+        "A field that is neither required nor has a default is optional. Durations are written as `90s`, `10m` or "
+        "`1h30m`.",
     ]
     for root in ("spec", "status"):
         for path, schema in _objects(root, crd.find(root)):
             lines += ["", f"## {path}", "", f"{_sentence(schema['description'])}", "", *_fields(schema)]
-    lines += ["", "## Rules", "", "| field | what is refused, and what to write instead |", "|-|-|"]
-    lines += [f"| `{rule.path}` | {_cell(rule.sentence)} |" for rule in RULES]
+    lines += _methods()
+    lines += ["", "## Rules", "", "| field | problem, and what to write instead |", "|-|-|"]
+    lines += [f"| `{rule.path}` | {_cell(rule.message)} |" for rule in RULES]
     return "\n".join([*lines, *_edits()]) + "\n"
 
 
 def render_reasons() -> str:
-    """Write the reference of all conditions and reasons."""
+    """Return the reference of all conditions and reasons."""
     lines = [
         HEADER,
         "# Conditions and reasons",
         "",
-        "What `kubectl describe ftj` and `finetune describe` show, and what to do about it.",
+        "Conditions and reasons shown by `kubectl describe ftj` and `finetune describe`, and how to react.",
         "",
         "## Conditions",
         "",
-        "| condition | True means |",
+        "| condition | meaning if True |",
         "|-|-|",
         *(f"| `{condition}` | {_cell(meaning)} |" for condition, meaning in conditions.CONDITIONS.items()),
     ]
@@ -61,9 +65,35 @@ def render_reasons() -> str:
         rows = {reason: doc for reason, doc in reasons.REASONS.items() if doc.topic is topic}
         lines += ["", f"## {topic}", "", "| reason | meaning | what to do | counts as |", "|-|-|-|-|"]
         lines += [
-            f"| `{reason}` | {_cell(doc.meaning)} | {_cell(doc.do)} | {_counts(doc)} |" for reason, doc in rows.items()
+            f"| `{reason}` | {_cell(doc.meaning)} | {_cell(doc.remedy)} | {_counts(doc)} |"
+            for reason, doc in rows.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _methods() -> list[str]:
+    """Return the table of methods, from the traits that the rules and the trainer read, too."""
+    return [
+        "",
+        "## Methods",
+        "",
+        "| method | settings | output formats | captions | conditioning images | sharding |",
+        "|-|-|-|-|-|-|",
+        *(
+            f"| `{method}` | {_names(map(to_camel, traits.settings))} | {_names(sorted(traits.formats))} "
+            f"| {_needed(traits.needs_captions)} | {_needed(traits.needs_conditioning)} "
+            f"| {'supported' if traits.shardable else 'not supported'} |"
+            for method, traits in METHODS.items()
+        ),
+    ]
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _needed(needed: bool) -> str:
+    return "required" if needed else "not required"
 
 
 def _edits() -> list[str]:
@@ -71,15 +101,16 @@ def _edits() -> list[str]:
         "",
         "## Edits",
         "",
-        "Before its first attempt begins, all of a job but `managedBy` may change. From then on what the trainer and "
-        "its checkpoints depend on stays; `kubectl apply` and `finetune run` refuse to change it.",
+        "Before the first attempt begins, every field of a job except `managedBy` may change. After that, the fields "
+        "that the trainer and its checkpoints depend on are fixed; `kubectl apply` and `finetune run` refuse to change "
+        "them.",
         "",
-        "| field | what is refused, and what to do instead |",
+        "| field | problem, and what to do instead |",
         "|-|-|",
-        *(f"| `{fixed.path}` | {_cell(fixed.sentence)} |" for fixed in edits.FIXED),
+        *(f"| `{fixed.path}` | {_cell(fixed.message)} |" for fixed in edits.FIXED),
         "",
-        "The rest may change at any time. To have a change at once that takes effect with the next attempt, suspend "
-        "the job and resume it.",
+        "All other fields may change at any time. To apply a change immediately that takes effect with the next "
+        "attempt, suspend the job and resume it.",
         "",
         "| field | takes effect |",
         "|-|-|",
@@ -93,7 +124,7 @@ def _counts(doc: reasons.ReasonDoc) -> str:
 
 
 def _objects(path: str, schema: Schema) -> Iterator[tuple[str, Schema]]:
-    """An object and all objects below it, outer before inner."""
+    """Yield an object and all objects below it, outer before inner."""
     yield path, schema
     for name, child in schema["properties"].items():
         below = child.get("items", child)
@@ -124,7 +155,7 @@ def _type(field: Schema) -> str:
 
 
 def _default(field: Schema) -> str:
-    """A default that is worth showing: that of an object stands with its fields."""
+    """Return the default to show; the default of an object is shown by its fields."""
     default = field.get("default")
     if default is None or default in ([], {}) or field["type"] == "object":
         return ""
@@ -148,10 +179,10 @@ def _bounds(field: Schema) -> str:
 
 
 def _sentence(text: str) -> str:
-    """A description as a sentence of its own."""
+    """Return a description as a complete sentence."""
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
 def _cell(text: str) -> str:
-    """Text for a cell of a table."""
+    """Escape text for a table cell."""
     return text.replace("|", "\\|").replace("<", "&lt;")

@@ -1,7 +1,7 @@
-"""From a manifest to a FineTuneJob, or to sentences that say what to write instead: all of them, not only the first.
+"""Validates manifests: returns a FineTuneJob, or reports all problems, each with what to write instead.
 
-The command line calls `parse_job` on what a person wrote; the plan calls `broken_rules` on what the API server stored,
-for it may have been stored under an older definition.
+The command line calls `parse_job` on a user's manifest. The plan calls `broken_rules` on stored jobs, because a job may
+have been stored under an older definition.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from finetune_operator.api.job import API_VERSION, KIND, FineTuneJob
-from finetune_operator.api.messages import describe_error, document_path
+from finetune_operator.api.messages import describe_error, find_path
 from finetune_operator.api.rules.rule import Rule, Scope
 from finetune_operator.api.rules.spec import RULES
 
 Manifest = Mapping[str, Any]
 MAX_WHOLE = 2.0**53
-"""From here on a float does not hold every whole number."""
+"""Above this value a float does not represent every integer."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a manifest."""
+    """One problem of a manifest."""
 
     field: str
-    """Where, as the API server writes it, e.g. 'spec.outputs[0].format'; empty: the whole document."""
-    sentence: str
-    """What is wrong and what to write instead."""
+    """Path in the API server's notation, e.g. 'spec.outputs[0].format'; empty: the complete document."""
+    message: str
+    """The problem and what to write instead."""
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.sentence}" if self.field else self.sentence
+        return f"{self.field}: {self.message}" if self.field else self.message
 
 
-class InvalidJob(ValueError):  # noqa: N818  it is named for what it says
-    """A manifest cannot be run."""
+class InvalidJob(ValueError):  # noqa: N818  shorter than InvalidJobError
+    """A manifest is not a valid FineTuneJob."""
 
     def __init__(self, problems: Iterable[Problem], source: str = "") -> None:
         self.problems = tuple(problems)
@@ -46,30 +46,30 @@ class InvalidJob(ValueError):  # noqa: N818  it is named for what it says
         super().__init__(problems, source)
 
     @property
-    def sentences(self) -> list[str]:
-        """One line for each problem: the field, what is wrong, what to write instead."""
+    def messages(self) -> list[str]:
+        """One line for each problem: the field, the problem, and what to write instead."""
         return [f"{self.source}: {problem}" if self.source else str(problem) for problem in self.problems]
 
     def __str__(self) -> str:
-        return "\n".join(self.sentences)
+        return "\n".join(self.messages)
 
 
 def parse_job(document: object, *, source: str = "") -> FineTuneJob:
-    """Read a manifest, as strictly as the API server does, and hold it to all rules.
+    """Parse a manifest as strictly as the API server does and check all rules.
 
     Args:
-        document: what YAML or JSON gave, or the API server.
-        source: where it came from, e.g. a file's name; put before every sentence.
+        document: a document read from YAML or JSON, or from the API server.
+        source: origin of the document, e.g. a file name; a prefix of every message.
 
     Raises:
-        InvalidJob: with everything that is wrong with it.
+        InvalidJob: with all problems.
     """
     if not isinstance(document, Mapping):
-        found = "empty" if document is None else "no mapping of fields"
+        found = "empty" if document is None else "not a mapping of fields"
         raise InvalidJob([Problem("", f"the manifest is {found}; write apiVersion, kind, metadata and spec")], source)
-    problems = list(_not_ours(document))
+    problems = list(_other_kind(document))
     if problems:
-        # What another kind's fields should be is not ours to say.
+        # The fields of another kind cannot be checked.
         raise InvalidJob(problems, source)
     manifest: Manifest = _as_stored(document)
     job: FineTuneJob | None = None
@@ -84,24 +84,23 @@ def parse_job(document: object, *, source: str = "") -> FineTuneJob:
 
 
 def broken_rules(job: FineTuneJob) -> list[Problem]:
-    """What is wrong with a job whose fields are all right by themselves."""
+    """Return the rules that a job breaks whose fields are valid by themselves."""
     return list(_rule_problems(job.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"status"})))
 
 
-def _not_ours(document: Manifest) -> Iterator[Problem]:
+def _other_kind(document: Manifest) -> Iterator[Problem]:
     for field, expected in (("apiVersion", API_VERSION), ("kind", KIND)):
         found = document.get(field)
         if found is None:
-            yield Problem(field, f"Required value: write {field}: {expected}")
+            yield Problem(field, f"Required value; write {field}: {expected}")
         elif found != expected:
-            yield Problem(field, f"Invalid value: {json.dumps(found, default=str)}: write {field}: {expected}")
+            yield Problem(field, f"Invalid value: {json.dumps(found, default=str)}; write {field}: {expected}")
 
 
 def _as_stored(value: Any) -> Any:
-    """A document as kubectl sends it and the API server reads it.
+    """Return a document as kubectl sends it and the API server reads it.
 
-    Fields that are null are left out (an item of a list is something that should be there), and 200.0 is the whole
-    number that it is.
+    Fields that are null are removed (null items of lists stay and are refused), and 200.0 becomes the integer 200.
     """
     if isinstance(value, Mapping):
         return {name: _as_stored(below) for name, below in value.items() if below is not None}
@@ -115,7 +114,7 @@ def _as_stored(value: Any) -> Any:
 def _field_problems(error: ValidationError, document: Manifest) -> Iterator[Problem]:
     seen: set[str] = set()
     for details in error.errors(include_url=False):
-        path = document_path(details, document)
+        path = find_path(details, document)
         # A value that fits no branch of a union has one error for each branch.
         if path not in seen:
             seen.add(path)
@@ -123,7 +122,7 @@ def _field_problems(error: ValidationError, document: Manifest) -> Iterator[Prob
 
 
 def _rule_problems(document: Manifest) -> Iterator[Problem]:
-    """Try the rules on every part that can be read; a part with a wrong field has had its sentence."""
+    """Check the rules on every part that is valid by itself; an invalid part has been reported already."""
     for scope, rules, reader in _by_scope():
         for path, value in _find(document, scope.path):
             part = _read(reader, value)
@@ -133,7 +132,7 @@ def _rule_problems(document: Manifest) -> Iterator[Problem]:
 
 @cache
 def _by_scope() -> list[tuple[Scope[Any], list[Rule[Any]], TypeAdapter[Any]]]:
-    """The rules of each scope, with what reads it."""
+    """Return the rules of each scope, with the parser of its part."""
     rules: dict[Scope[Any], list[Rule[Any]]] = {}
     for rule in RULES:
         rules.setdefault(rule.scope, []).append(rule)
@@ -141,7 +140,7 @@ def _by_scope() -> list[tuple[Scope[Any], list[Rule[Any]], TypeAdapter[Any]]]:
 
 
 def _problem(rule: Rule[Any], path: str) -> Problem:
-    return Problem(f"{path}.{rule.field}" if rule.field else path, rule.sentence)
+    return Problem(f"{path}.{rule.field}" if rule.field else path, rule.message)
 
 
 def _read(reader: TypeAdapter[Any], value: object) -> Any:
@@ -152,18 +151,18 @@ def _read(reader: TypeAdapter[Any], value: object) -> Any:
 
 
 def _find(document: object, path: str) -> Iterator[tuple[str, object]]:
-    """Where a scope's path leads to in a document: nowhere, to one place, or to every item of a list."""
+    """Yield path and value of each part that a scope's path matches: none, one, or every item of a list."""
     found: list[tuple[str, object]] = [("", document)]
     for name in path.split("."):
-        found = [below for place, value in found for below in _step(place, value, name)]
+        found = [below for path_so_far, value in found for below in _step(path_so_far, value, name)]
     return iter(found)
 
 
-def _step(place: str, value: object, name: str) -> Iterator[tuple[str, object]]:
+def _step(path: str, value: object, name: str) -> Iterator[tuple[str, object]]:
     key = name.removesuffix("[]")
     if not isinstance(value, Mapping) or value.get(key) is None:
         return
-    below = f"{place}.{key}" if place else key
+    below = f"{path}.{key}" if path else key
     if not name.endswith("[]"):
         yield below, value[key]
     elif isinstance(value[key], (list, tuple)):
@@ -171,5 +170,5 @@ def _step(place: str, value: object, name: str) -> Iterator[tuple[str, object]]:
 
 
 def _json(value: object) -> str:
-    """What strict reading needs: pydantic takes texts for enums and lists for tuples from JSON only."""
+    """Return JSON for strict parsing: only from JSON does pydantic accept strings for enums and lists for tuples."""
     return json.dumps(value, default=str)

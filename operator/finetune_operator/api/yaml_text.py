@@ -1,6 +1,7 @@
-"""YAML as kubectl reads it, and as people like to read it.
+"""Reads YAML as kubectl does and writes it in a readable form.
 
-PyYAML alone would read 1e-4 as a text, 1:30 as ninety, a date as no JSON at all, and a key that stands twice as once.
+PyYAML alone reads 1e-4 as a string, 1:30 as ninety and dates as objects without a JSON form, and it accepts duplicate
+keys.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ _REPLACED = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2
 
 
 class Loader(yaml.SafeLoader):
-    """Reads numbers as JSON has them, dates as text, and refuses a key that stands twice."""
+    """Reads numbers in JSON's forms and dates as strings; refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse what kubectl refuses, too, before the last of two values would silently win."""
+        """Refuse duplicate keys, as kubectl does; PyYAML would silently keep the last value."""
         seen: set[object] = set()
         for key, _ in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
             if name is not None and name in seen and name != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {name!r}; leave one of them out", key.start_mark
+                )
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes in the given order, without anchors, lists indented below their key."""
+    """Writes keys in the given order, without anchors, and indents lists below their key."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Write equal parts out instead of pointing from one to the other."""
+        """Write equal parts in full instead of as references."""
         return True
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
@@ -57,10 +60,10 @@ _use_json_numbers(Dumper)
 
 
 def load_all(text: str) -> Iterator[Any]:
-    """Read the documents of a text; empty ones are left out.
+    """Read the documents of a text; empty ones are skipped.
 
     Raises:
-        yaml.YAMLError: it is not YAML, or a key stands twice.
+        yaml.YAMLError: the text is not YAML, or has a duplicate key.
     """
     return (document for document in yaml.load_all(text, Loader) if document is not None)
 
@@ -75,5 +78,5 @@ def load(text: str) -> Any:
 
 
 def dump(document: object) -> str:
-    """Write a document so that `load` and kubectl read the same back."""
+    """Write a document so that `load` and kubectl read the same values."""
     return yaml.dump(document, Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)

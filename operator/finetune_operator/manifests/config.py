@@ -12,7 +12,7 @@ from finetune_operator.manifests.run_spec import build_run_spec
 
 
 def build_config(job: FineTuneJob) -> dict[str, Any]:
-    """One ConfigMap for all attempts: they read the same run."""
+    """Return the ConfigMap of a job; all attempts read the same one."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

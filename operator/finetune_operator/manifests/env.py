@@ -1,4 +1,4 @@
-"""The trainer's environment (finetune_contract.environment), as Kubernetes writes it."""
+"""The environment variables of the trainer (finetune_contract.environment) in a pod manifest."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_contract import environment, paths
-from finetune_operator.api.job import FineTuneJob, StorageSpec
+from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host
+from finetune_operator.api.storage import StorageSpec
 from finetune_operator.manifests import layout
 from finetune_operator.manifests.fabric import backend, fabric_env
 from finetune_operator.manifests.volumes import cache_dir
@@ -15,32 +16,32 @@ from finetune_operator.settings import Settings
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a pod belongs."""
+class PodSlot:
+    """Position of a pod in a job: its attempt, its node rank and its gang."""
 
     attempt: int
     node_rank: int
     num_nodes: int
-    """Pods of the gang."""
+    """Number of pods in the gang."""
     first_pod: tuple[int, int]
-    """Attempt and number of node rank 0's pod: the others meet there."""
-    stands_by: bool = False
-    """Whether it waits for the next world instead of going to work."""
+    """Attempt and node rank in the name of node rank 0's pod, which runs the rendezvous."""
+    is_standby: bool = False
+    """Whether the pod is a standby pod, which waits to be assigned to a gang."""
     mtbf_seconds: float | None = None
-    """Mean time between the job's interruptions so far; None: not known."""
+    """Observed mean time between the job's interruptions; None: unknown."""
 
 
-def build_env(job: FineTuneJob, place: Place, settings: Settings) -> list[dict[str, Any]]:
-    """All variables of the container `trainer`, those of Secrets aside."""
+def build_env(job: FineTuneJob, slot: PodSlot, settings: Settings) -> list[dict[str, Any]]:
+    """Return all variables of the container `trainer` except those from Secrets."""
     values = {
         environment.RUN_SPEC: f"{layout.RUN}/{layout.RUN_SPEC_KEY}",
-        environment.ATTEMPT: str(place.attempt),
-        **_gang(job, place, settings),
+        environment.ATTEMPT: str(slot.attempt),
+        **_gang(job, slot, settings),
         **_folders(job, settings),
         **_coordinator(settings),
         environment.GRACE_SECONDS: str(job.spec.recovery.notice_seconds),
         environment.TERMINATION_LOG: layout.TERMINATION_LOG,
-        # The root file system is read-only: what libraries write into the home folder goes to scratch.
+        # The root file system is read-only: files that libraries write to the home folder go to scratch.
         "HOME": layout.SCRATCH,
         **fabric_env(job.spec.topology),
     }
@@ -50,17 +51,17 @@ def build_env(job: FineTuneJob, place: Place, settings: Settings) -> list[dict[s
     ]
 
 
-def _gang(job: FineTuneJob, place: Place, settings: Settings) -> dict[str, str]:
+def _gang(job: FineTuneJob, slot: PodSlot, settings: Settings) -> dict[str, str]:
     topology = job.spec.topology
     return {
-        environment.NODE_RANK: str(place.node_rank),
-        environment.NUM_NODES: str(max(place.num_nodes, place.node_rank + 1)),
+        environment.NODE_RANK: str(slot.node_rank),
+        environment.NUM_NODES: str(max(slot.num_nodes, slot.node_rank + 1)),
         environment.PROCESSES_PER_NODE: str(topology.processes_per_node),
-        environment.MASTER_ADDR: pod_host(job.metadata.name, *place.first_pod, job.metadata.namespace),
+        environment.MASTER_ADDR: pod_host(job.metadata.name, *slot.first_pod, job.metadata.namespace),
         environment.MASTER_PORT: str(settings.rendezvous_port),
         environment.BACKEND: backend(topology),
-        **({environment.MTBF_SECONDS: f"{place.mtbf_seconds:g}"} if place.mtbf_seconds else {}),
-        **({environment.STANDBY: "1"} if place.stands_by else {}),
+        **({environment.MTBF_SECONDS: f"{slot.mtbf_seconds:g}"} if slot.mtbf_seconds else {}),
+        **({environment.STANDBY: "1"} if slot.is_standby else {}),
     }
 
 

@@ -1,7 +1,7 @@
-"""Kubernetes' strategic merge for pods: how `spec.podTemplate` is laid over what the operator renders.
+"""Kubernetes' strategic merge for pods: merges `spec.podTemplate` over the pod that the operator builds.
 
-Objects are merged key by key, `null` removes a key, and lists are replaced whole, except those below whose items have
-a key of their own: they are merged item by item, and `$patch: delete` or `$patch: replace` in an item does that to it.
+Objects are merged key by key, and `null` removes a key. Lists are replaced, except the lists in MERGE_KEYS, whose items
+have a key: they are merged item by item, and `$patch: delete` or `$patch: replace` in an item deletes or replaces it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ MERGE_KEYS = {
     "schedulingGates": "name",
     "resourceClaims": "name",
 }
-"""The patchMergeKey of each list in PodSpec that has one. Tolerations and envFrom, among others, have none."""
+"""The patchMergeKey of each list in PodSpec that has one. Tolerations and envFrom, for example, have none."""
 
 EXCLUSIVE = frozenset({"env", "volumes"})
-"""Lists whose items hold one of several sources: an item is replaced whole, for two sources in one are refused."""
+"""Lists whose items contain one of several sources. Items are replaced: the API refuses an item with two sources."""
 
 
 class MergeError(ValueError):
-    """A patch that cannot be laid over anything; the message says where and why."""
+    """A patch cannot be merged; the message names the field and the problem."""
 
 
 def merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay a patch over an object; neither is changed.
+    """Return an object merged with a patch; the arguments are not modified.
 
     Raises:
-        MergeError: an item of a list that is merged by a key lacks that key.
+        MergeError: an item of a list that is merged by a key has no such key.
     """
     if patch.get(DIRECTIVE) == "replace":
         return {key: value for key, value in patch.items() if key != DIRECTIVE}
@@ -58,13 +58,15 @@ def _merge_value(key: str, base: Any, value: Any) -> Any:
     if isinstance(value, list) and key in MERGE_KEYS:
         for item in value:
             if not isinstance(item, Mapping) or MERGE_KEYS[key] not in item:
-                raise MergeError(f"an item of {key} has no {MERGE_KEYS[key]}; write one, for items are merged by it")
+                raise MergeError(
+                    f"an item of {key} has no {MERGE_KEYS[key]}, which is needed to merge it; write {MERGE_KEYS[key]}"
+                )
         return _merge_items(base if isinstance(base, list) else [], value, MERGE_KEYS[key], key in EXCLUSIVE)
     return value
 
 
 def _merge_items(base: list[Any], patch: list[Any], name: str, exclusive: bool) -> list[Any]:
-    """Merge two lists by the key of their items: those of the base keep their order, new ones come behind."""
+    """Merge two lists by the key of their items: items of the base keep their order, new items follow."""
     items = {item[name]: item for item in base}
     for item in patch:
         key = item[name]

@@ -1,8 +1,8 @@
-"""Where the pods of a gang go: near each other or apart, on spot nodes or on any, and what they put up with there.
+"""Scheduling of a gang's pods: near each other or apart, on spot nodes or any, and with which tolerations.
 
-Wishes, but for spot (which is one, too, for pods that fell back from it): a gang that cannot be placed ideally trains
-more slowly, one that is not placed not at all.
-`spec.podTemplate` is laid over this; a list without a merge key, such as tolerations, replaces ours as a whole.
+All constraints are preferences, because slow training is better than none. The exception is spot, which is required
+unless the pod has fallen back to any node. `spec.podTemplate` is merged over this; a list without a merge key, such as
+tolerations, replaces the operator's list.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ ZONE = "topology.kubernetes.io/zone"
 HOST = "kubernetes.io/hostname"
 
 SPOT_LABELS = (
-    # Karpenter looks at the first term alone until that has failed, so its own label comes first.
+    # Karpenter tries only the first term until that has failed, so its own label is first.
     ("karpenter.sh/capacity-type", "spot"),
     ("eks.amazonaws.com/capacityType", "SPOT"),
     ("cloud.google.com/gke-spot", "true"),
     ("kubernetes.azure.com/scalesetpriority", "spot"),
 )
-"""How Karpenter, EKS, GKE and AKS label their spot nodes. AKS taints them so, too; elsewhere administrators do."""
+"""Labels of spot nodes of Karpenter, EKS, GKE and AKS. AKS also taints them; elsewhere administrators may."""
 
 
 def build_placement(job: FineTuneJob, capacity: Capacity | None = None) -> dict[str, Any]:
-    """The fields of a PodSpec that say where the pod goes; only those that say something.
+    """Return the fields of a PodSpec that control scheduling; empty fields are left out.
 
     Args:
-        job: whose pod it is.
-        capacity: the nodes that it may take, where that is not simply what the spec says.
+        job: the job that owns the pod.
+        capacity: kind of nodes that the pod requests; None: as the spec specifies.
     """
     fields = {
         "affinity": _affinity(job, capacity),
@@ -47,7 +47,7 @@ def _affinity(job: FineTuneJob, capacity: Capacity | None) -> dict[str, Any]:
     if job.spec.recovery.spot is not None:
         affinity["nodeAffinity"] = _spot_affinity(capacity)
     if _is_gpu(job) and num_nodes(job.spec) > 1:
-        # Gradients travel between the pods in every step: within a zone they are faster and cost nothing.
+        # The pods exchange gradients in every step; within a zone this is faster and free of charge.
         near = {"labelSelector": _siblings(job), "topologyKey": ZONE}
         affinity["podAffinity"] = {
             "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": near}]
@@ -56,10 +56,10 @@ def _affinity(job: FineTuneJob, capacity: Capacity | None) -> dict[str, Any]:
 
 
 def _spot_affinity(capacity: Capacity | None) -> dict[str, Any]:
-    """Spot nodes and no others, or only rather than others."""
+    """Return the affinity to spot nodes: required, or preferred if the pod accepts any node."""
     terms = [{"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]} for key, value in SPOT_LABELS]
     if capacity is Capacity.ANY:
-        # Karpenter, too, tries what is preferred first, and lets go of it where it cannot be had.
+        # Karpenter, too, tries preferences first and drops those that it cannot satisfy.
         weighted = [{"weight": 50, "preference": term} for term in terms]
         return {"preferredDuringSchedulingIgnoredDuringExecution": weighted}
     # Terms are alternatives: no node has the labels of two providers.
@@ -67,7 +67,7 @@ def _spot_affinity(capacity: Capacity | None) -> dict[str, Any]:
 
 
 def _spread(job: FineTuneJob) -> list[dict[str, Any]]:
-    """CPU pods go to different nodes: two on one would share its memory bandwidth, and its end."""
+    """Spread CPU pods over nodes: two on one node would share its memory bandwidth and its failures."""
     if _is_gpu(job) or num_nodes(job.spec) == 1:
         return []
     return [{"maxSkew": 1, "topologyKey": HOST, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": _siblings(job)}]
@@ -76,7 +76,7 @@ def _spread(job: FineTuneJob) -> list[dict[str, Any]]:
 def _tolerations(job: FineTuneJob) -> list[dict[str, Any]]:
     tolerations: list[dict[str, Any]] = []
     if _is_gpu(job):
-        # Nodes with GPUs are tainted so, by custom, against pods that need none.
+        # By convention nodes with GPUs have this taint, which keeps other pods away.
         tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
     if job.spec.recovery.spot is not None:
         tolerations += [

@@ -1,4 +1,4 @@
-"""One pod of a gang: the manifest that a real API server and the local cluster both get."""
+"""Builds the manifest of one pod of a gang, for a Kubernetes API server and for the local cluster alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_operator.api.job import Accelerator, Capacity, FineTuneJob
 from finetune_operator.api.labels import CAPACITY
 from finetune_operator.api.names import CONTAINER, pod_name, service_name
 from finetune_operator.manifests import layout
-from finetune_operator.manifests.env import Place, build_env
+from finetune_operator.manifests.env import PodSlot, build_env
 from finetune_operator.manifests.merge import MergeError, merge
 from finetune_operator.manifests.metadata import build_metadata, pod_labels
 from finetune_operator.manifests.placement import build_placement
@@ -23,62 +23,66 @@ TEMPLATE_FIELDS = ("metadata", "spec")
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a pod's place depends on beside its own numbers."""
+class PodOptions:
+    """Properties of a pod that depend on its gang, not only on its attempt and node rank."""
 
     num_nodes: int | None = None
-    """Pods of its gang; None: as many as the spec asks for."""
+    """Number of pods in its gang; None: the number that the spec requests."""
     first_pod: tuple[int, int] | None = None
-    """Attempt and number of node rank 0's pod, where that one was kept; None: it is of this pod's attempt."""
+    """Attempt and node rank in the name of node rank 0's pod, if that pod was kept; None: a pod of this attempt."""
     capacity: Capacity | None = None
-    """Nodes that it may take, where that is not simply what the spec says."""
+    """Kind of nodes that the pod requests; None: as the spec specifies."""
     mtbf_seconds: float | None = None
-    """Mean time between the job's interruptions so far."""
-    stands_by: bool = False
-    """Whether it belongs to no gang yet: its ranks wait for the next world."""
+    """Observed mean time between the job's interruptions."""
+    is_standby: bool = False
+    """Whether it is a standby pod: it starts no ranks until it is assigned to a gang."""
     avoid: tuple[str, ...] = ()
-    """Names of nodes to be taken only where there are no others."""
+    """Names of nodes to use only if no others are available."""
 
 
-ALONE = Surroundings()
+DEFAULT_OPTIONS = PodOptions()
 
 
 def build_pod(
-    job: FineTuneJob, attempt: int, node_rank: int, settings: Settings, around: Surroundings = ALONE
+    job: FineTuneJob, attempt: int, node_rank: int, settings: Settings, options: PodOptions = DEFAULT_OPTIONS
 ) -> dict[str, Any]:
-    """The pod of one node rank (from 0) in one attempt (from 1), with `spec.podTemplate` laid over it.
+    """Return the pod of one node rank (from 0) in one attempt (from 1), merged with `spec.podTemplate`.
 
     Raises:
-        MergeError: the template cannot be laid over it, or leaves no pod that trains.
+        MergeError: the template cannot be merged, or removes the trainer.
     """
     identity = _identity(job, attempt, node_rank)
-    if around.capacity is not None:
-        identity["metadata"]["labels"][CAPACITY] = around.capacity.value
-    size = around.num_nodes or num_nodes(job.spec)
-    place = Place(attempt, node_rank, size, around.first_pod or (attempt, 0), around.stands_by, around.mtbf_seconds)
-    spec = _pod_spec(job, build_env(job, place, settings), settings, around.capacity)
-    _avoid(spec, around.avoid)
+    if options.capacity is not None:
+        identity["metadata"]["labels"][CAPACITY] = options.capacity.value
+    size = options.num_nodes or num_nodes(job.spec)
+    slot = PodSlot(
+        attempt, node_rank, size, options.first_pod or (attempt, 0), options.is_standby, options.mtbf_seconds
+    )
+    spec = _pod_spec(job, build_env(job, slot, settings), settings, options.capacity)
+    _avoid(spec, options.avoid)
     pod = {**identity, "spec": spec | identity["spec"]}
     if not job.spec.pod_template:
         return pod
-    # The template comes over what is rendered, and the identity once more over the template: whatever it says, the
-    # pod stays the one that the plan looks for.
-    pod = merge(merge(pod, _template(job.spec.pod_template)), identity)
+    # The template is merged over the pod, then the identity over the result: the plan must find the pod even if the
+    # template sets a name or labels.
+    pod = merge(merge(pod, _check_template(job.spec.pod_template)), identity)
     if not _has_trainer(pod):
-        raise MergeError(f"it takes the container {CONTAINER} away; leave it in and write only what is to differ in it")
+        raise MergeError(
+            f"it removes the container {CONTAINER}; keep the container and write only the fields to change"
+        )
     return pod
 
 
-def _template(template: dict[str, Any]) -> dict[str, Any]:
-    """The job's PodTemplateSpec. The API server would leave out without a word what it has no field for."""
+def _check_template(template: dict[str, Any]) -> dict[str, Any]:
+    """Check the fields of a PodTemplateSpec; the API server would silently drop unknown ones."""
     for name in template:
         if name not in TEMPLATE_FIELDS:
-            raise MergeError(f"{name} is no field of a PodTemplateSpec; write it below spec or metadata")
+            raise MergeError(f"{name} is not a field of a PodTemplateSpec; write it below spec or metadata")
     return template
 
 
 def _has_trainer(pod: dict[str, Any]) -> bool:
-    """Whether the container that trains is there; what a template puts in its place may have any form."""
+    """Return whether the trainer's container exists; a template may have put a value of any form in its place."""
     containers = pod["spec"].get("containers")
     if not isinstance(containers, list):
         return False
@@ -94,7 +98,7 @@ def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
         "spec": {
             "hostname": name,
             "subdomain": service_name(job.metadata.name),
-            # A pod that ended is an attempt that ended: the next attempt has new pods.
+            # The end of a pod ends its attempt; the next attempt has new pods.
             "restartPolicy": "Never",
         },
     }
@@ -118,7 +122,7 @@ def _pod_spec(
 
 
 def _avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:
-    """Add a preference: a job that fits on no other node must not wait for ever."""
+    """Add a preference against nodes, not a requirement: a job that fits on no other node must not wait forever."""
     if not nodes:
         return
     term = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": list(nodes)}]}
@@ -137,7 +141,7 @@ def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) 
         "command": list(settings.trainer_command),
         "env": env,
         "terminationMessagePath": layout.TERMINATION_LOG,
-        # Where the supervisor itself was killed, the end of the log is better than nothing.
+        # If the supervisor itself was killed, the end of the log replaces its termination message.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "resources": build_resources(topology, settings.cores_per_rank),
         "securityContext": {
@@ -153,7 +157,7 @@ def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) 
 
 
 def _pod_security(settings: Settings) -> dict[str, Any]:
-    """What the restricted Pod Security Standard asks for, and volumes that this user may write to."""
+    """Return the settings of the restricted Pod Security Standard; the trainer's user can write to the volumes."""
     user = settings.trainer_user_id
     return {
         "runAsNonRoot": True,

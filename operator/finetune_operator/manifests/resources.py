@@ -1,4 +1,4 @@
-"""What a pod asks for of its node, and how much of its memory may be shared memory."""
+"""Resource requests and limits of a pod, and the size of its shared memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GPU_RESOURCE = "nvidia.com/gpu"
 MEMORY = "memory"
 MEBIBYTE = 2**20
 SHARED_MEMORY_PER_RANK_BYTES = 4 * 2**30
-"""Bound of /dev/shm for each rank where the pod has no memory limit: data loaders' batches and NCCL's buffers fit."""
+"""Limit of /dev/shm for each rank if the pod has no memory limit: enough for data loaders and NCCL's buffers."""
 
 _QUANTITY = re.compile(r"^\+?([0-9.]+)([KMGTPE]i|[numkMGTPE]?|[eE][-+]?[0-9]+)$")
 _SCALES = {
@@ -22,9 +22,9 @@ _SCALES |= {f"{unit}i": Decimal(1024) ** power for power, unit in enumerate("KMG
 
 
 def build_resources(topology: TopologySpec, cores_per_rank: int) -> dict[str, Any]:
-    """What is asked for is also the limit, so that a gang's slowest pod is not one whose node is crowded.
+    """Return requests and limits. They are equal, so that no pod of a gang is slowed down by others on its node.
 
-    The cores that a pod is given where nobody asked for any are no limit: a rank may take what is idle.
+    Cores requested by default are not a limit: a rank may use idle cores.
     """
     amounts = {name: str(amount) for name, amount in (topology.resources or {}).items()}
     if topology.accelerator is Accelerator.GPU:
@@ -37,9 +37,9 @@ def build_resources(topology: TopologySpec, cores_per_rank: int) -> dict[str, An
 
 
 def shared_memory_size(topology: TopologySpec) -> str:
-    """Size limit of /dev/shm, as a quantity.
+    """Return the size limit of /dev/shm as a quantity.
 
-    It counts towards the memory limit of the pod, so half of that is left for the program, as on any Linux machine.
+    It counts towards the memory limit of the pod, so half of the limit is left for the program, as is usual on Linux.
     """
     memory = (topology.resources or {}).get(MEMORY)
     if memory is None:
@@ -50,10 +50,10 @@ def shared_memory_size(topology: TopologySpec) -> str:
 
 
 def parse_quantity(text: str) -> Decimal:
-    """Read a Kubernetes quantity, e.g. '32Gi' as 34359738368.
+    """Parse a Kubernetes quantity, e.g. '32Gi' as 34359738368.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a quantity.
     """
     match = _QUANTITY.match(text)
     if match is None:

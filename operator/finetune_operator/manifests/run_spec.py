@@ -1,4 +1,4 @@
-"""What the trainer is told of a job, and the numbers of its gang that follow from the spec."""
+"""The run specification of a job, and the numbers of its gang that are derived from the spec."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from finetune_operator.api.duration import parse_seconds
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
 
 DEFAULT_MAX_STALE = "30m"
-"""How long a job trains on without a checkpoint where the spec does not say."""
+"""Default of checkpoint.maxStale."""
 
 
 def num_nodes(spec: FineTuneJobSpec) -> int:
-    """Number of pods in the gang."""
+    """Return the number of pods in the gang."""
     return spec.topology.nodes or spec.topology.max_nodes or 1
 
 
 def global_batch(spec: FineTuneJobSpec) -> int:
-    """Samples in one optimizer step: fixed for the job, whatever becomes of the number of nodes."""
+    """Return the samples in one optimizer step: fixed for the job, even if the number of pods changes."""
     training = spec.training
     num_ranks = num_nodes(spec) * spec.topology.processes_per_node
     return training.batch_size * training.gradient_accumulation * num_ranks
 
 
 def build_run_spec(job: FineTuneJob) -> RunSpec:
-    """The run specification that all ranks of all attempts read."""
+    """Return the run specification that all ranks of all attempts read."""
     spec = job.spec
     return RunSpec(
         namespace=job.metadata.namespace,

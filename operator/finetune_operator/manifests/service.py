@@ -1,4 +1,4 @@
-"""The headless service that gives the pod where the ranks meet its host name."""
+"""The headless service that gives the pod of the rendezvous its host name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from finetune_operator.settings import Settings
 
 
 def build_service(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
-    """One service for all attempts: a pod's name holds its attempt.
+    """Return the service of a job, which serves all attempts: the names of pods contain their attempt.
 
-    The ranks meet at the pod of node rank 0, and only its name is looked up; each pod more would cost the cluster two
-    endpoint writes for every step of its life. In an elastic job any pod may be the first of a smaller world.
+    The rendezvous runs in the pod of node rank 0, so only its name is resolved; selecting more pods would cost two
+    endpoint writes for every change of every pod. In an elastic job any pod can become node rank 0 of a smaller gang.
     """
     name = job.metadata.name
     selector = job_labels(name)
@@ -28,7 +28,7 @@ def build_service(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
         "spec": {
             "clusterIP": "None",
             "selector": selector,
-            # Ranks look for rank 0 before anything of it is ready.
+            # Ranks resolve the name of rank 0 before its pod is ready.
             "publishNotReadyAddresses": True,
             "ports": [{"name": "rendezvous", "port": settings.rendezvous_port, "protocol": "TCP"}],
         },

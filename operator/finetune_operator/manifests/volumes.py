@@ -1,11 +1,12 @@
-"""The pod's volumes and where they are mounted: storage, cache, run specification, token, scratch."""
+"""Volumes of a pod and their mounts: storage, cache, run specification, token, scratch."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.job import FineTuneJob, StorageSpec, TopologySpec
+from finetune_operator.api.job import FineTuneJob, TopologySpec
 from finetune_operator.api.names import config_name
+from finetune_operator.api.storage import StorageSpec
 from finetune_operator.manifests import layout
 from finetune_operator.manifests.resources import shared_memory_size
 from finetune_operator.settings import Settings
@@ -14,7 +15,7 @@ Volume = dict[str, Any]
 
 
 def build_volumes(job: FineTuneJob, settings: Settings) -> list[tuple[Volume, dict[str, Any]]]:
-    """Each volume with its mount."""
+    """Return each volume with its mount."""
     volumes = [
         _mounted("checkpoints", _storage(job.spec.checkpoint.storage), layout.STORAGE),
         _mounted("run", {"configMap": {"name": config_name(job.metadata.name)}}, layout.RUN, read_only=True),
@@ -32,7 +33,7 @@ def build_volumes(job: FineTuneJob, settings: Settings) -> list[tuple[Volume, di
 
 
 def cache_dir(settings: Settings) -> str:
-    """The folder that jobs share for latents, embeddings and the hub's files."""
+    """Return the folder that jobs share for latents, embeddings and files from the hub."""
     return layout.CACHE if settings.cache_claim else layout.CACHE_ON_STORAGE
 
 
@@ -52,7 +53,7 @@ def _storage(storage: StorageSpec | None) -> dict[str, Any]:
         return {"hostPath": {"path": storage.host_path.path, "type": "DirectoryOrCreate"}}
     if storage.nfs is not None:
         return {"nfs": {"server": storage.nfs.server, "path": storage.nfs.path}}
-    # With a bucket, what lies here is a copy of what is there, or can be made anew.
+    # With a bucket, this volume contains only copies of objects and files that can be created again.
     return {"emptyDir": {}}
 
 
@@ -65,7 +66,7 @@ def _claim(name: str) -> dict[str, Any]:
 
 
 def _token(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
-    """A token that only the coordinator takes, beside the authority that the coordinator's certificate is from."""
+    """Return the volume with a token for the coordinator only, and with the authority of its certificate."""
     sources: list[dict[str, Any]] = [
         {
             "serviceAccountToken": {

@@ -1,4 +1,4 @@
-"""Finding base models."""
+"""Opening of base models."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.models.base import open_base
 
 
-def test_the_vae_may_be_another(base: Path, tmp_path: Path) -> None:
+def test_model_vae_replaces_the_vae_of_the_base(base: Path, tmp_path: Path) -> None:
     vae = shutil.copytree(base / "vae", tmp_path / "vae")
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}), encoding="utf-8")
-    assert open_base(ModelSpec(base=str(base), vae=str(vae))).latent_scale == 0.5
-    assert open_base(ModelSpec(base=str(base))).latent_scale == pytest.approx(0.18215)
+    assert open_base(ModelSpec(base=str(base), vae=str(vae))).scale_latents(torch.ones(())) == 0.5
+    assert open_base(ModelSpec(base=str(base))).scale_latents(torch.ones(())) == pytest.approx(0.18215)
 
 
-def test_hub_ids_come_from_the_shared_cache(base: Path, tmp_path: Path) -> None:
-    """A revision that was fetched before is found without the hub."""
+def test_hub_id_is_read_from_the_local_hub_cache(base: Path, tmp_path: Path) -> None:
+    """A downloaded revision is found without network access; a missing one is refused."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--org--tiny"
     shutil.copytree(base, repository / "snapshots" / commit)
@@ -47,39 +47,39 @@ def test_hub_ids_come_from_the_shared_cache(base: Path, tmp_path: Path) -> None:
     assert "ConfigError: model.base: cannot fetch org/other at revision v1 from the hub" in missing.stderr
 
 
-def test_pickles_are_never_read(tmp_path: Path) -> None:
+def test_pickle_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.bin").touch()
     with pytest.raises(ConfigError, match=r"model\.bin is a pickle, which can run code when it is read; convert it"):
         open_base(ModelSpec(base=str(tmp_path / "model.bin")))
 
 
-def test_weights_that_are_pickles_only_are_refused(base: Path, tmp_path: Path) -> None:
+def test_base_with_pickled_weights_only_is_refused(base: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(base, tmp_path / "base")
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ConfigError, match=r"model\.base: the UNet of .*base cannot be read"):
-        open_base(ModelSpec(base=str(copy))).load_unet(torch.float32)
+        open_base(ModelSpec(base=str(copy))).load_denoiser(torch.float32)
 
 
-def test_damaged_weights_are_named(base: Path, tmp_path: Path) -> None:
+def test_damaged_weights_raise_config_error(base: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(base, tmp_path / "base")
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ConfigError, match=r"model\.base: the UNet of .*base cannot be read"):
-        open_base(ModelSpec(base=str(copy))).load_unet(torch.float32)
+        open_base(ModelSpec(base=str(copy))).load_denoiser(torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("index", "sentence"),
+    ("index", "message"),
     [
-        (None, r"holds no model_index\.json; write a folder in diffusers' layout or a hub id"),
+        (None, r"contains no model_index\.json; write a folder in diffusers' layout or a hub id"),
         ("{", r"model_index\.json cannot be read"),
         ("[]", r"model_index\.json is not a JSON object"),
-        ('{"_class_name": "FluxPipeline"}', r"is a FluxPipeline, which is no known family; use one of Stable"),
+        ('{"_class_name": "FluxPipeline"}', r"is a FluxPipeline, which is not supported; use one of Stable"),
     ],
 )
-def test_folders_that_are_no_base(tmp_path: Path, index: str | None, sentence: str) -> None:
+def test_folder_without_a_supported_pipeline_is_refused(tmp_path: Path, index: str | None, message: str) -> None:
     if index is not None:
         (tmp_path / "model_index.json").write_text(index, encoding="utf-8")
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=message):
         open_base(ModelSpec(base=str(tmp_path)))

@@ -1,4 +1,4 @@
-"""What each method writes is what diffusers' own pipelines read, and they answer as the trained model does."""
+"""diffusers' pipelines load the exports of each method and compute the same output as the trained model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from diffusers import ControlNetModel, DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune_contract.spec import Method as MethodName
 from finetune_contract.spec import OutputFormat
-from finetune_operator.api.rules.supported import DIFFUSERS_ONLY, OUTPUT_FORMATS
 from finetune_trainer.export.outputs import write_outputs
 from finetune_trainer.methods.method import Method
-from finetune_trainer.methods.registry import METHODS
 from testing.trainer import tiny
 from testing.trainer.methods import make_batch, make_method
 
@@ -24,7 +21,7 @@ CAPTION = "word"
 
 
 def trained(base: Path, name: str, family: str, **training: Any) -> Method:
-    """A method after a few large steps."""
+    """Return a method after a few large steps."""
     method = make_method(base, name, **training)
     caption = f"{CAPTION} <cat>" if name == "TextualInversion" else CAPTION
     optimizer = torch.optim.AdamW(method.parameters().values(), lr=2e-2)
@@ -37,6 +34,7 @@ def trained(base: Path, name: str, family: str, **training: Any) -> Method:
 
 
 def ours(method: Method, family: str, caption: str = CAPTION) -> Tensor:
+    """Return the output of the trained method."""
     batch = make_batch(family, 9, 1, caption)
     text = batch.text if method.text is None else {**batch.text, **method.text.get(batch.captions)}
     with torch.no_grad():
@@ -44,7 +42,7 @@ def ours(method: Method, family: str, caption: str = CAPTION) -> Tensor:
 
 
 def theirs(pipeline: Any, family: str, caption: str | None, **control: Any) -> Tensor:
-    """The pipeline's UNet on the same input, with the text that the pipeline itself makes of the caption, if any."""
+    """Return the output of the pipeline's UNet for the same input; the pipeline encodes the caption, if any."""
     batch = make_batch(family, 9, 1)
     text = dict(batch.text)
     if caption is not None and family == "sdxl":
@@ -55,8 +53,8 @@ def theirs(pipeline: Any, family: str, caption: str | None, **control: Any) -> T
     if family == "sdxl":
         inputs["added_cond_kwargs"] = {"text_embeds": text["pooled"], "time_ids": text["sizes"]}
     with torch.no_grad():
-        answer: Tensor = pipeline.unet(batch.latents, batch.timesteps, **inputs, **control).sample
-    return answer
+        prediction: Tensor = pipeline.unet(batch.latents, batch.timesteps, **inputs, **control).sample
+    return prediction
 
 
 def open_pipeline(folder: Path) -> Any:
@@ -70,7 +68,9 @@ def write(method: Method, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["Full", "DreamBooth, text"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_pipelines(bases: dict[str, Path], family: str, name: str, tmp_path: Path) -> None:
+def test_exported_pipeline_computes_the_same_as_the_trained_model(
+    bases: dict[str, Path], family: str, name: str, tmp_path: Path
+) -> None:
     method = trained(bases[family], name, family)
     pipeline = open_pipeline(write(method, tmp_path))
     caption = CAPTION if method.text is not None else None
@@ -82,7 +82,9 @@ def test_pipelines(bases: dict[str, Path], family: str, name: str, tmp_path: Pat
 @pytest.mark.parametrize("output", [OutputFormat.DIFFUSERS, OutputFormat.KOHYA])
 @pytest.mark.parametrize("name", ["LoRA", "LoRA, text"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_loras(bases: dict[str, Path], family: str, name: str, output: OutputFormat, tmp_path: Path) -> None:
+def test_exported_lora_computes_the_same_as_the_trained_model(
+    bases: dict[str, Path], family: str, name: str, output: OutputFormat, tmp_path: Path
+) -> None:
     if "text" in name and output is OutputFormat.KOHYA:
         lora = {"rank": 2, "alpha": 3, "trainTextEncoder": True}
         method = trained(bases[family], name, family, lora=lora)
@@ -97,7 +99,9 @@ def test_loras(bases: dict[str, Path], family: str, name: str, output: OutputFor
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_embeddings(bases: dict[str, Path], family: str, tmp_path: Path) -> None:
+def test_exported_embeddings_compute_the_same_as_the_trained_model(
+    bases: dict[str, Path], family: str, tmp_path: Path
+) -> None:
     method = trained(bases[family], "TextualInversion", family)
     folder = write(method, tmp_path)
     pipeline = open_pipeline(bases[family])
@@ -115,7 +119,9 @@ def test_embeddings(bases: dict[str, Path], family: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_controlnets(bases: dict[str, Path], family: str, tmp_path: Path) -> None:
+def test_exported_controlnet_computes_the_same_and_can_be_trained_further(
+    bases: dict[str, Path], family: str, tmp_path: Path
+) -> None:
     method = trained(bases[family], "ControlNet", family)
     controlnet = ControlNetModel.from_pretrained(write(method, tmp_path))
     pipeline, batch = open_pipeline(bases[family]), make_batch(family, 9, 1)
@@ -131,9 +137,3 @@ def test_controlnets(bases: dict[str, Path], family: str, tmp_path: Path) -> Non
     again = make_method(bases[family], "ControlNet", controlnet={"base": str(tmp_path / "outputs")})
     again.set_training(False)
     torch.testing.assert_close(ours(again, family), ours(method, family))
-
-
-def test_both_sides_agree_on_the_formats_of_each_method() -> None:
-    for name, method in METHODS.items():
-        assert method.formats == OUTPUT_FORMATS.get(name, DIFFUSERS_ONLY), name
-    assert set(METHODS) == set(MethodName)

@@ -1,4 +1,4 @@
-"""Named attention kernels and compiled blocks give what the plain ones give."""
+"""Named attention kernels and compiled blocks compute the same as the default ones."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("attention", ["flash", "math"])
-def test_named_kernels_compute_the_same(base: Path, attention: str) -> None:
+def test_named_attention_kernel_computes_the_same_loss(base: Path, attention: str) -> None:
     batch = make_batch("sd1")
     plain = make_method(base, "LoRA").losses(batch)
     torch.testing.assert_close(make_method(base, "LoRA", attention=attention).losses(batch), plain)
 
 
-def test_a_kernel_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"training\.attention: efficient is not there on cpu in float32; write auto"):
+def test_unavailable_attention_kernel_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"training\.attention: efficient is not available on cpu with float32; write auto"
+    ):
         attention_kernel(Attention.EFFICIENT, CPU, torch.float32)
 
 
-def test_compiled_blocks_train_as_the_plain_ones_do(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through torch's tracer, and without its code generator, which takes half a minute."""
+def test_compiled_blocks_have_the_same_gradients(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses torch's tracer without its code generator, which takes half a minute."""
     compiled: list[str] = []
     own = torch.nn.Module.compile
 
@@ -47,21 +49,21 @@ def test_compiled_blocks_train_as_the_plain_ones_do(base: Path, monkeypatch: pyt
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     batch = make_batch("sd1")
-    plain, traced_too = make_method(base, "LoRA"), make_method(base, "LoRA", compile=True)
+    plain, compiled_method = make_method(base, "LoRA"), make_method(base, "LoRA", compile=True)
     assert set(compiled) == {"BasicTransformerBlock"}
-    for method in (plain, traced_too):
+    for method in (plain, compiled_method):
         method.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
-    gradients = [[p.grad for p in method.parameters().values()] for method in (plain, traced_too)]
+    gradients = [[p.grad for p in method.parameters().values()] for method in (plain, compiled_method)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on this machine, and torch compiles with it")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++, which is not installed")
 @pytest.mark.parametrize(("training", "world_size"), [({}, 1), ({"method": "Full", "sharding": Sharding.FULL}, 2)])
-def test_a_run_with_compiled_blocks_has_the_losses_of_a_plain_one(
+def test_run_with_compiled_blocks_has_the_same_losses(
     base: Path, data: Path, tmp_path: Path, training: dict[str, Any], world_size: int
 ) -> None:
-    """Through torch's own code generator and the machine's compiler."""
+    """Uses torch's code generator and the compiler of this machine."""
     runs = []
     for compiles in (False, True):
         spec = tiny.make_spec(base, data, steps=3, compile=compiles, **training)
@@ -75,13 +77,13 @@ def test_a_run_with_compiled_blocks_has_the_losses_of_a_plain_one(
 
 
 def losses(run: Ranks) -> list[float]:
-    """Of each step, from the last checkpoint."""
+    """Return the loss of each step from the last checkpoint."""
     newest = max(paths.checkpoints(run.job_dir).glob("step-*"))
     values: dict[str, list[float]] = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     return values["losses"]
 
 
-def test_without_a_compiler_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ConfigError, match=r"training\.compile: needs a C\+\+ compiler"):
-        compile_blocks(torch.nn.Linear(1, 1))
+    with pytest.raises(ConfigError, match=r"training\.compile: the image has no C\+\+ compiler; write compile: false"):
+        compile_blocks(torch.nn.Linear(1, 1), {"Linear"})

@@ -1,4 +1,4 @@
-"""LoRA: gradients against a plain reference, and files that diffusers loads."""
+"""LoRA: losses and gradients compared with a plain reference, and files that diffusers loads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from peft import LoraConfig
 from safetensors import safe_open
 
-from finetune_contract.spec import ModelSpec, OutputFormat, OutputSpec, TrainingSpec
+from finetune_contract.methods import METHODS
+from finetune_contract.spec import Method, ModelSpec, OutputFormat, OutputSpec, TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.order import SampleRef
@@ -51,8 +52,8 @@ def train_a_little(lora: Lora) -> None:
         optimizer.zero_grad()
 
 
-def test_loss_and_gradients_agree_with_a_plain_loop(base: Path) -> None:
-    """The plain loop is what diffusers' own script does in fp32: one batch, mean loss, autograd's own gradients."""
+def test_loss_and_gradients_equal_those_of_a_plain_loop(base: Path) -> None:
+    """The plain loop is the one of diffusers' script in fp32: one batch, mean loss, gradients by autograd."""
     lora, batch = make_lora(base), make_batch(count=4)
     parameters = list(lora.parameters().values())
     for parameter in parameters:
@@ -73,8 +74,8 @@ def test_loss_and_gradients_agree_with_a_plain_loop(base: Path) -> None:
     noisy = DDPMScheduler.from_pretrained(base, subfolder="scheduler").add_noise(
         batch.latents, batch.noise, batch.timesteps
     )
-    answer = unet(noisy, batch.timesteps, encoder_hidden_states=batch.text["hidden"]).sample
-    loss = torch.nn.functional.mse_loss(answer, batch.noise)
+    prediction = unet(noisy, batch.timesteps, encoder_hidden_states=batch.text["hidden"]).sample
+    loss = torch.nn.functional.mse_loss(prediction, batch.noise)
     torch.autograd.backward(loss)
 
     torch.testing.assert_close(torch.cat(losses).mean(), loss, rtol=1e-5, atol=1e-6)
@@ -88,7 +89,7 @@ def test_loss_and_gradients_agree_with_a_plain_loop(base: Path) -> None:
 
 
 def split(batch: Batch, sizes: tuple[int, ...]) -> list[Batch]:
-    """A batch cut into micro-batches."""
+    """Return a batch split into micro-batches."""
     parts, start = [], 0
     for size in sizes:
         rows = slice(start, start + size)
@@ -98,7 +99,7 @@ def split(batch: Batch, sizes: tuple[int, ...]) -> list[Batch]:
     return parts
 
 
-def test_it_begins_as_the_base_and_the_same_every_time(base: Path) -> None:
+def test_initial_adapter_is_reproducible_and_has_no_effect(base: Path) -> None:
     first, second = make_lora(base), make_lora(base)
     for name, parameter in first.parameters().items():
         assert torch.equal(parameter, second.parameters()[name])
@@ -106,13 +107,13 @@ def test_it_begins_as_the_base_and_the_same_every_time(base: Path) -> None:
         assert "lora_B" not in name or not parameter.any()
 
 
-def test_bf16_trains_fp32_weights_and_agrees_roughly(base: Path) -> None:
+def test_bf16_trains_fp32_weights_with_similar_losses(base: Path) -> None:
     exact, rough = make_lora(base), make_lora(base, torch.bfloat16)
     assert all(parameter.dtype is torch.float32 for parameter in rough.parameters().values())
     torch.testing.assert_close(exact.losses(make_batch()), rough.losses(make_batch()), rtol=0.05, atol=0.02)
 
 
-def test_gradient_checkpointing_changes_no_gradient(base: Path) -> None:
+def test_gradient_checkpointing_keeps_gradients(base: Path) -> None:
     plain, saving = make_lora(base), make_lora(base, gradientCheckpointing=True)
     for lora in (plain, saving):
         torch.autograd.backward(lora.losses(make_batch()).sum())
@@ -120,7 +121,7 @@ def test_gradient_checkpointing_changes_no_gradient(base: Path) -> None:
         torch.testing.assert_close(parameter.grad, saving.parameters()[name].grad)
 
 
-def test_dropout_only_while_training(base: Path) -> None:
+def test_dropout_is_active_only_in_training(base: Path) -> None:
     lora = make_lora(base, lora={"rank": 2, "dropout": 0.5})
     train_a_little(lora)
     batch = make_batch()
@@ -129,13 +130,15 @@ def test_dropout_only_while_training(base: Path) -> None:
     assert torch.equal(lora.losses(batch), lora.losses(batch))
 
 
-def test_unknown_target_modules_are_named(base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"training\.lora\.targetModules: to_w match no module .* to_k, .*to_q"):
+def test_unknown_target_modules_are_refused(base: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"training\.lora\.targetModules: to_w match no layer .* write one or more of .*to_k, .*to_q"
+    ):
         make_lora(base, lora={"targetModules": ["to_w"]})
 
 
-def test_diffusers_loads_what_was_written(base: Path, tmp_path: Path) -> None:
-    """The pipeline with the file answers as the trained UNet does; alpha is not the rank."""
+def test_diffusers_loads_the_exported_lora(base: Path, tmp_path: Path) -> None:
+    """The pipeline with the file computes the same as the trained UNet; alpha differs from the rank."""
     lora, batch = make_lora(base), make_batch()
     train_a_little(lora)
     (written,) = write_outputs(lora, (), tmp_path)
@@ -148,19 +151,19 @@ def test_diffusers_loads_what_was_written(base: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         ours = lora.predict(noisy, batch.timesteps, batch.text)
         theirs = pipeline.unet(noisy, batch.timesteps, encoder_hidden_states=batch.text["hidden"]).sample
-        base_answer = UNet2DConditionModel.from_pretrained(base / "unet")(
+        base_prediction = UNet2DConditionModel.from_pretrained(base / "unet")(
             noisy, batch.timesteps, encoder_hidden_states=batch.text["hidden"]
         ).sample
     torch.testing.assert_close(ours, theirs)
-    assert (ours - base_answer).abs().max() > 1e-3
+    assert (ours - base_prediction).abs().max() > 1e-3
 
 
-def test_file_is_laid_out_as_diffusers_writes_it(base: Path, tmp_path: Path) -> None:
+def test_file_has_the_content_that_diffusers_writes(base: Path, tmp_path: Path) -> None:
     lora = make_lora(base)
     write_outputs(lora, (), tmp_path / "ours")
     from peft.utils import get_peft_model_state_dict  # noqa: PLC0415
 
-    unet = lora._unet
+    unet = lora._denoiser
     StableDiffusionPipeline.save_lora_weights(
         tmp_path / "theirs",
         unet_lora_layers=get_peft_model_state_dict(unet),
@@ -175,35 +178,38 @@ def test_file_is_laid_out_as_diffusers_writes_it(base: Path, tmp_path: Path) -> 
     assert contents[0] == contents[1]
 
 
-def test_writing_again_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
+def test_writing_outputs_twice_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
     lora = make_lora(base)
-    outputs = (OutputSpec(format=OutputFormat.DIFFUSERS, to=str(tmp_path / "elsewhere")),)
+    outputs = (OutputSpec(format=OutputFormat.DIFFUSERS, to=str(tmp_path / "target")),)
     first = write_outputs(lora, outputs, tmp_path)
     assert first == write_outputs(lora, outputs, tmp_path)
-    assert [entry.name for entry in (tmp_path / "elsewhere").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert [entry.name for entry in (tmp_path / "target").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
 @pytest.mark.parametrize(
-    ("output", "sentence"),
+    ("output", "message"),
     [
-        ({"format": "openvino", "to": "x"}, r"outputs\[0\]\.format: the method has no openvino; write diffusers"),
-        ({"format": "diffusers", "to": "s3://b/x"}, r"outputs\[0\]\.to: s3://b/x cannot be written to; write a folder"),
+        ({"format": "openvino", "to": "x"}, r"outputs\[0\]\.format: the method cannot write openvino; write diffusers"),
+        (
+            {"format": "diffusers", "to": "s3://b/x"},
+            r"outputs\[0\]\.to: s3://b/x is not a supported target; write a folder",
+        ),
     ],
 )
-def test_outputs_that_cannot_be_written_are_refused_early(output: dict[str, str], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        check_outputs([OutputSpec.model_validate(output)], Lora.formats)
+def test_unsupported_outputs_are_refused_before_the_run(output: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_outputs([OutputSpec.model_validate(output)], METHODS[Method.LORA].formats)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_short_way_is_pefts(base: Path, dtype: torch.dtype) -> None:
-    """Same answers and gradients as peft's own layers give, which a dropout of almost nothing keeps."""
-    short, long = make_lora(base, dtype), make_lora(base, dtype, lora={"rank": 2, "alpha": 6, "dropout": 1e-9})
+def test_fast_linears_have_the_losses_and_gradients_of_peft(base: Path, dtype: torch.dtype) -> None:
+    """A dropout of almost zero keeps peft's own layers in the reference."""
+    fast, reference = make_lora(base, dtype), make_lora(base, dtype, lora={"rank": 2, "alpha": 6, "dropout": 1e-9})
     tolerance: Any = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 0.1, "atol": 0.01}
-    for lora in (short, long):
+    for lora in (fast, reference):
         torch.manual_seed(0)
         for parameter in lora.parameters().values():
             torch.nn.init.normal_(parameter, std=0.1)
         torch.autograd.backward(lora.losses(make_batch()).sum())
-    for name, parameter in short.parameters().items():
-        torch.testing.assert_close(parameter.grad, long.parameters()[name].grad, **tolerance)
+    for name, parameter in fast.parameters().items():
+        torch.testing.assert_close(parameter.grad, reference.parameters()[name].grad, **tolerance)

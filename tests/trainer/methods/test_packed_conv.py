@@ -1,4 +1,4 @@
-"""Packed convolutions give the bits of the plain ones, and are used where nothing else reads the weights."""
+"""Packed convolutions compute the same as the plain ones, and are used only if nothing else reads the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def both_passes(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("kernel", "padding", "bias"), [(3, 1, True), (2, 0, False), (3, 0, True), (5, 2, True)])
-def test_outputs_and_gradients_are_those_of_the_plain_layer(kernel: int, padding: int, bias: bool) -> None:
+def test_packed_layer_has_the_outputs_and_gradients_of_the_plain_layer(kernel: int, padding: int, bias: bool) -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(24, 40, kernel, padding=padding, bias=bias).to(torch.bfloat16).requires_grad_(False)
     packed = copy.deepcopy(plain)
@@ -34,7 +34,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_layer(kernel: int, padding
         torch.testing.assert_close(one, other, rtol=1.6e-2, atol=1e-3 * float(one.abs().max()))
 
 
-def test_layers_that_are_trained_or_otherwise_stay() -> None:
+def test_trained_and_unsupported_layers_are_not_packed() -> None:
     layers = nn.ModuleList(
         [
             nn.Conv2d(4, 4, 3).to(torch.bfloat16),
@@ -50,11 +50,13 @@ def test_layers_that_are_trained_or_otherwise_stay() -> None:
 
 
 @pytest.mark.parametrize("name", ["LoRA", "TextualInversion", "ControlNet"])
-def test_methods_with_a_frozen_unet_learn_the_same(name: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_with_a_frozen_denoiser_have_the_same_gradients(
+    name: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = make_batch("sd1", caption="<cat>")
     packed = make_method(base, name, torch.bfloat16)
     with monkeypatch.context() as patch:
-        patch.setattr("finetune_trainer.methods.unet_method.pack_convolutions", lambda _: 0)
+        patch.setattr("finetune_trainer.methods.denoiser_method.pack_convolutions", lambda _: 0)
         plain = make_method(base, name, torch.bfloat16)
     for method in (plain, packed):
         method.losses(batch).sum().backward()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Losses and gradients against plain references, written from the papers' formulas in fp32 with diffusers' models."""
+"""Losses and gradients compared with plain references: the papers' formulas in fp32 on diffusers' models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from finetune_contract.spec import ModelSpec
 from finetune_trainer.data.batches import Batch
-from finetune_trainer.data.images.decoding import View, micro_conditioning
+from finetune_trainer.data.images.decoding import CropView, micro_conditioning
 from finetune_trainer.methods.method import Method
 from finetune_trainer.models.base import open_base
 from testing.trainer import tiny
@@ -31,13 +31,13 @@ def alphas(base: Path) -> Any:
     return np.cumprod(1 - betas)
 
 
-def plain_loss(base: Path, batch: Batch, answer: Any, is_v: bool, gamma: float | None = None) -> Tensor:
-    """Mean over the samples, from the formulas; `answer` is the model."""
+def plain_loss(base: Path, batch: Batch, predict: Any, is_v: bool, gamma: float | None = None) -> Tensor:
+    """Return the mean loss over the samples, from the formulas; `predict` is the model."""
     a = torch.tensor(alphas(base)[batch.timesteps.numpy()]).view(-1, 1, 1, 1)
     mixed = batch.noise if batch.mixed is None else batch.mixed
     noisy = (a.sqrt() * batch.latents + (1 - a).sqrt() * mixed).float()
     target = (a.sqrt() * batch.noise - (1 - a).sqrt() * batch.latents).float() if is_v else batch.noise
-    errors = ((answer(noisy) - target) ** 2).mean(dim=(1, 2, 3))
+    errors = ((predict(noisy) - target) ** 2).mean(dim=(1, 2, 3))
     if gamma is not None:
         snr = (a / (1 - a)).view(-1)
         errors = errors * (snr.clamp(max=gamma) / (snr + 1 if is_v else snr)).float()
@@ -66,7 +66,9 @@ def assert_gradients(method: Method, module: nn.Module, prefix: str = "") -> Non
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_full(bases: dict[str, Path], family: str, gamma: float | None) -> None:
+def test_full_has_the_loss_and_gradients_of_the_reference(
+    bases: dict[str, Path], family: str, gamma: float | None
+) -> None:
     base, batch = bases[family], make_batch(family)
     batch = dataclasses.replace(batch, mixed=batch.noise + 0.1 * torch.randn_like(batch.noise))
     method = make_method(base, "Full", snrGamma=gamma)
@@ -85,20 +87,20 @@ def test_full(bases: dict[str, Path], family: str, gamma: float | None) -> None:
     assert_gradients(method, unet, "unet.")
 
 
-def test_prior_preservation(base: Path) -> None:
+def test_prior_preservation_has_the_loss_and_gradients_of_the_reference(base: Path) -> None:
     """L = E|instances| + w E|class images| (https://arxiv.org/abs/2208.12242, eq. 2)."""
     weight = 0.3
-    whole = make_batch("sd1", count=4)
-    batch = dataclasses.replace(whole, weights=torch.tensor([1, 1, weight, weight]))
+    everything = make_batch("sd1", count=4)
+    batch = dataclasses.replace(everything, weights=torch.tensor([1, 1, weight, weight]))
     method = make_method(base, "DreamBooth")
-    # The loop divides by the number of instances: class images come on top.
+    # The loop divides by the number of instance images, without the class images.
     loss = method.losses(batch).sum() / 2
     backward(loss)
     unet = UNet2DConditionModel.from_pretrained(base / "unet").train()
 
     def part(rows: slice) -> Tensor:
-        text = {"hidden": whole.text["hidden"][rows]}
-        one = Batch(whole.latents[rows], whole.noise[rows], whole.timesteps[rows], (), text)
+        text = {"hidden": everything.text["hidden"][rows]}
+        one = Batch(everything.latents[rows], everything.noise[rows], everything.timesteps[rows], (), text)
         return plain_loss(base, one, lambda noisy: unet(noisy, one.timesteps, one.text["hidden"]).sample, False)
 
     reference = part(slice(0, 2)) + weight * part(slice(2, 4))
@@ -108,12 +110,12 @@ def test_prior_preservation(base: Path) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_controlnet(bases: dict[str, Path], family: str) -> None:
+def test_controlnet_has_the_loss_and_gradients_of_the_reference(bases: dict[str, Path], family: str) -> None:
     base, batch = bases[family], make_batch(family)
     method = make_method(base, "ControlNet")
     torch.manual_seed(1)
     for parameter in method.parameters().values():
-        # Beyond its beginning, where the last layers are zero and let no gradient through.
+        # Initially the last layers are zero, so other layers would get no gradient.
         parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
     loss = method.losses(batch).mean()
     backward(loss)
@@ -122,7 +124,7 @@ def test_controlnet(bases: dict[str, Path], family: str) -> None:
     controlnet.load_state_dict(dict(method.parameters()))
     inputs = conditions(batch, family)
 
-    def answer(noisy: Tensor) -> Any:
+    def predict(noisy: Tensor) -> Any:
         control = controlnet(noisy, batch.timesteps, controlnet_cond=batch.conditioning, **inputs)
         return unet(
             noisy,
@@ -132,15 +134,15 @@ def test_controlnet(bases: dict[str, Path], family: str) -> None:
             **inputs,
         ).sample
 
-    reference = plain_loss(base, batch, answer, family == "sd2")
+    reference = plain_loss(base, batch, predict, family == "sd2")
     backward(reference)
     torch.testing.assert_close(loss, reference, **EXACT)
     assert_gradients(method, controlnet)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_textual_inversion(bases: dict[str, Path], family: str) -> None:
-    """The usual way: the table grows by two rows, all of it gets gradients, and only the new rows are kept."""
+def test_textual_inversion_has_the_loss_and_gradients_of_the_reference(bases: dict[str, Path], family: str) -> None:
+    """The reference enlarges the table by two rows, computes all gradients, and keeps those of the new rows."""
     base, batch = bases[family], make_batch(family, caption="a <cat>")
     method = make_method(base, "TextualInversion")
     loss = method.losses(batch).mean()
@@ -172,9 +174,9 @@ def test_textual_inversion(bases: dict[str, Path], family: str) -> None:
         text["pooled"] = outputs[1].text_embeds
     else:
         text["hidden"] = outputs[0].last_hidden_state
-    told = conditions(dataclasses.replace(batch, text=text), family)
+    inputs = conditions(dataclasses.replace(batch, text=text), family)
     is_v = family == "sd2"
-    reference = plain_loss(base, batch, lambda noisy: unet(noisy, batch.timesteps, **told).sample, is_v)
+    reference = plain_loss(base, batch, lambda noisy: unet(noisy, batch.timesteps, **inputs).sample, is_v)
     backward(reference)
     torch.testing.assert_close(loss, reference, **EXACT)
     assert set(method.parameters()) == set(kinds)
@@ -186,7 +188,7 @@ def test_textual_inversion(bases: dict[str, Path], family: str) -> None:
         torch.testing.assert_close(gradient, table.grad[-2:], **EXACT)
 
 
-def test_cached_and_uncached_text_agree(bases: dict[str, Path]) -> None:
+def test_cached_and_live_text_conditions_have_the_same_loss(bases: dict[str, Path]) -> None:
     for family, base in bases.items():
         batch = make_batch(family)
         encoder = open_base(ModelSpec(base=str(base))).load_text_encoder(CPU)
@@ -196,7 +198,7 @@ def test_cached_and_uncached_text_agree(bases: dict[str, Path]) -> None:
         torch.testing.assert_close(frozen.losses(cached), live.losses(batch), **EXACT)
 
 
-def test_sdxl_is_told_what_its_pipeline_tells_it(bases: dict[str, Path]) -> None:
+def test_sdxl_conditions_equal_those_of_its_pipeline(bases: dict[str, Path]) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(bases["sdxl"])
     encoder = open_base(ModelSpec(base=str(bases["sdxl"]))).load_text_encoder(CPU)
     with torch.no_grad():
@@ -205,13 +207,13 @@ def test_sdxl_is_told_what_its_pipeline_tells_it(bases: dict[str, Path]) -> None
     torch.testing.assert_close(ours["hidden"], torch.cat([empty, prompt]))
     torch.testing.assert_close(ours["pooled"], torch.cat([empty_pooled, pooled]))
     sizes = pipeline._get_add_time_ids((300, 400), (2, 3), (16, 16), torch.float32, tiny.WIDTH)
-    view = View(left=3 / 5, top=1.0)
+    view = CropView(left=3 / 5, top=1.0)
     assert micro_conditioning((400, 300), (16, 16), view).tolist() == [300, 400, 0, 3, 16, 16]
     assert sizes.tolist() == [[300, 400, 2, 3, 16, 16]]
 
 
-def test_mirrored_crops_are_counted_from_the_other_side() -> None:
-    plain = micro_conditioning((64, 32), (16, 16), View(left=0.25, top=0.5))
-    mirrored = micro_conditioning((64, 32), (16, 16), View(left=0.25, top=0.5, flip=True))
+def test_crop_offset_of_a_mirrored_image_counts_from_the_right() -> None:
+    plain = micro_conditioning((64, 32), (16, 16), CropView(left=0.25, top=0.5))
+    mirrored = micro_conditioning((64, 32), (16, 16), CropView(left=0.25, top=0.5, flip=True))
     assert plain.tolist() == [32, 64, 0, 4, 16, 16]
     assert mirrored.tolist() == [32, 64, 0, 12, 16, 16]

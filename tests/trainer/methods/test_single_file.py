@@ -1,4 +1,4 @@
-"""Bases that are one file: the same weights as the folder that they were made from, and nothing but weights."""
+"""Single-file bases: they have the weights of the folder that they were written from; other content is refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from finetune_contract.spec import ModelSpec
 from finetune_trainer.errors import ConfigError
-from finetune_trainer.methods.kohya import original_name
 from finetune_trainer.models.base import open_base
+from finetune_trainer.models.original_names import original_name
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 from tests.trainer.checkpoint.test_sharding import done
@@ -43,13 +43,13 @@ _OPEN_CLIP = {
     ".mlp.fc2": ".mlp.c_proj",
     ".self_attn.": ".attn.",
 }
-"""Names in the code of SDXL's second text encoder."""
+"""Names in the original code of SDXL's second text encoder."""
 _VAE_MIDDLE = {"resnets.0": "block_1", "attentions.0": "attn_1", "resnets.1": "block_2"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
 def to_original(pipeline: Any) -> dict[str, Tensor]:
-    """The weights by the names of Stable Diffusion's original code."""
+    """Return the weights by the names of Stable Diffusion's original code."""
     state: dict[str, Tensor] = {}
     for name, value in pipeline.unet.state_dict().items():
         module, _, last = name.rpartition(".")
@@ -70,7 +70,7 @@ def to_original(pipeline: Any) -> dict[str, Tensor]:
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Queries, keys and values in one tensor; the projection from the right."""
+    """Return the weights by open_clip's names: query, key and value in one tensor, the projection transposed."""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         new = name
@@ -100,7 +100,7 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_a_single_file_is_the_folder_it_was_made_from(base: Path, tmp_path: Path, suffix: str) -> None:
+def test_single_file_has_the_weights_of_its_folder(base: Path, tmp_path: Path, suffix: str) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     file = tmp_path / f"model{suffix}"
     state = to_original(pipeline)
@@ -110,23 +110,23 @@ def test_a_single_file_is_the_folder_it_was_made_from(base: Path, tmp_path: Path
         save_file(state, file)
     spec = ModelSpec(base=str(file), config=str(base))
     family = open_base(spec, tmp_path / "cache")
-    for name, value in family.load_unet(torch.float32).state_dict().items():
+    for name, value in family.load_denoiser(torch.float32).state_dict().items():
         assert torch.equal(value, pipeline.unet.state_dict()[name]), name
     encoder = family.load_image_encoder(torch.device("cpu"))
     pixels = torch.rand(1, 3, 16, 16)
     expected = open_base(ModelSpec(base=str(base))).load_image_encoder(torch.device("cpu")).encode(pixels)
     torch.testing.assert_close(encoder.encode(pixels), expected)
     assert len(list((tmp_path / "cache" / "bases").iterdir())) == 1
-    assert open_base(spec, tmp_path / "cache").unet_files() == family.unet_files()
+    assert open_base(spec, tmp_path / "cache").denoiser_files() == family.denoiser_files()
 
 
 @pytest.fixture(scope="module")
 def xl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SDXL, whose text encoders are told apart by their widths."""
+    """An SDXL whose text encoders have different widths, by which diffusers distinguishes them."""
     return tiny.write_base(tmp_path_factory.mktemp("xl") / "base", family="sdxl", second_width=2 * tiny.WIDTH)
 
 
-def test_a_single_file_of_sdxl_trains_what_its_folder_trains(xl_base: Path, data: Path, tmp_path: Path) -> None:
+def test_single_file_of_sdxl_trains_the_same_weights_as_its_folder(xl_base: Path, data: Path, tmp_path: Path) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(xl_base)
     file = tmp_path / "model.safetensors"
     save_file(to_original(pipeline), file)
@@ -134,7 +134,7 @@ def test_a_single_file_of_sdxl_trains_what_its_folder_trains(xl_base: Path, data
     single = spec.model_copy(update={"model": ModelSpec(base=str(file), config=str(xl_base))})
     family = open_base(single.model, tmp_path / "cache")
     assert type(family) is type(open_base(spec.model))
-    for name, value in family.load_unet(torch.float32).state_dict().items():
+    for name, value in family.load_denoiser(torch.float32).state_dict().items():
         assert torch.equal(value, pipeline.unet.state_dict()[name]), name
     trained = [done(Ranks(each, tmp_path / name / "job")) for name, each in (("single", single), ("folder", spec))]
     assert trained[0].weights() == trained[1].weights()
@@ -145,7 +145,9 @@ class _Bomb:
         return print, ("run",)
 
 
-def test_a_pickle_that_holds_more_than_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickle_with_more_than_weights_is_refused_and_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "model.ckpt"
     torch.save({"state_dict": {"x": torch.zeros(1)}, "more": _Bomb()}, file)
     with pytest.raises(ConfigError, match=r"model\.base: .*model\.ckpt"):
@@ -157,7 +159,7 @@ def test_a_pickle_that_holds_more_than_weights_is_refused(tmp_path: Path, capsys
     assert capsys.readouterr().out == ""
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_damaged_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x10" * 100)
-    with pytest.raises(ConfigError, match=r"model\.base: .*model\.safetensors is no checkpoint"):
+    with pytest.raises(ConfigError, match=r"model\.base: .*model\.safetensors is not a readable checkpoint"):
         open_base(ModelSpec(base=str(tmp_path / "model.safetensors")), tmp_path / "cache")

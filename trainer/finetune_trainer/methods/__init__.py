@@ -1,1 +1,1 @@
-"""What can be trained. One method, one file, one row in the registry; the loop knows only the protocol."""
+"""Training methods. Each has one file and one row in the registry; the loop uses only the protocol `Method`."""

@@ -1,4 +1,4 @@
-"""Text-to-image fine-tuning of all of the UNet's weights."""
+"""Text-to-image fine-tuning of all weights of the denoiser."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from finetune_contract.methods import encodes_text
 from finetune_contract.spec import OutputFormat
+from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.method import MethodContext
-from finetune_trainer.methods.unet_method import UNetMethod
 
 
-class Full(UNetMethod):
-    """All weights of the UNet, and of the text encoders where asked; see `Method`."""
+class Full(DenoiserMethod):
+    """All weights of the denoiser, and optionally of the text encoders; see `Method`."""
 
-    formats: ClassVar = frozenset({OutputFormat.DIFFUSERS})
-    _trains_unet: ClassVar = True
+    _trains_denoiser: ClassVar = True
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)
         self._is_mixed = True
-        self._trained = {"unet": self._unet}
-        if self.encodes_text(context.training):
+        self._trained = {context.family.denoiser_name: self._denoiser}
+        if encodes_text(context.training):
             for part in self._load_text(torch.float32).parts:
                 part.model.requires_grad_(True)
                 self._trained[part.name] = part.model
@@ -41,10 +41,10 @@ class Full(UNetMethod):
         )
 
     def sharded_modules(self) -> Sequence[nn.Module]:
-        """All that is trained."""
+        """Return all trained modules."""
         return list(self._trained.values())
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write the whole pipeline as a folder in diffusers' layout, fp32."""
-        assert output_format in self.formats
+        """Write the complete pipeline as a folder in diffusers' layout, fp32."""
+        assert output_format is OutputFormat.DIFFUSERS
         return self._family.write_pipeline(folder, self._trained)

@@ -1,10 +1,10 @@
-"""Which kernels a model runs on: the attention that the manifest names, and blocks that are compiled."""
+"""Kernels of the models: the attention kernel that the manifest names, and compiled blocks."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 
 import torch
@@ -20,42 +20,48 @@ _BACKENDS = {
     Attention.MATH: SDPBackend.MATH,
 }
 _COMPILERS = ("c++", "g++", "clang++", "gcc", "cc")
-_REPEATED = "BasicTransformerBlock"
-"""Class of the block that a UNet is mostly made of: compiled once, it serves in all its places."""
-_HEAD = 64
+_HEAD_SIZE = 64
+"""Size of an attention head in the probe of a kernel."""
 
 
 def attention_kernel(
     attention: Attention, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], AbstractContextManager[None]]:
-    """Makes blocks within which attention is computed as asked for; `auto` leaves it to torch.
+    """Return a factory of contexts in which torch uses the named attention kernel; with `auto` torch chooses.
 
     Raises:
-        ConfigError: this device cannot do that.
+        ConfigError: the device does not support the kernel.
     """
     if attention is Attention.AUTO:
         return contextlib.nullcontext
     backend = _BACKENDS[attention]
-    probe = torch.zeros(1, 1, 16, _HEAD, device=device, dtype=dtype)
+    probe = torch.zeros(1, 1, 16, _HEAD_SIZE, device=device, dtype=dtype)
     try:
         with sdpa_kernel(backend):
             nn.functional.scaled_dot_product_attention(probe, probe, probe)
     except RuntimeError as error:
         raise ConfigError(
-            f"training.attention: {attention.value} is not there on {device.type} in {str(dtype).partition('.')[2]}; "
-            "write auto"
+            f"training.attention: {attention.value} is not available on {device.type} with "
+            f"{str(dtype).partition('.')[2]}; write auto"
         ) from error
     return lambda: sdpa_kernel(backend)
 
 
-def compile_blocks(module: nn.Module) -> None:
-    """Compile each transformer block by itself: most of the gain, at a fraction of the time that the whole takes.
+def compile_blocks(module: nn.Module, names: Collection[str]) -> None:
+    """Compile each repeated block separately.
+
+    This has most of the speedup of compiling the complete module and takes a fraction of the time, because torch
+    compiles equal blocks once.
+
+    Args:
+        module: module that contains the blocks.
+        names: class names of the blocks; see `Family`.
 
     Raises:
-        ConfigError: there is no compiler.
+        ConfigError: no C++ compiler is installed.
     """
     if not any(shutil.which(name) for name in _COMPILERS):
-        raise ConfigError("training.compile: needs a C++ compiler, which this image lacks; write compile: false")
+        raise ConfigError("training.compile: the image has no C++ compiler; write compile: false")
     for block in module.modules():
-        if type(block).__name__ == _REPEATED:
+        if type(block).__name__ in names:
             block.compile()

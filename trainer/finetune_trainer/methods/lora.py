@@ -1,40 +1,39 @@
-"""Text-to-image LoRA (https://arxiv.org/abs/2106.09685): low-rank updates of the UNet's attention projections."""
+"""Text-to-image LoRA (https://arxiv.org/abs/2106.09685): low-rank updates of the denoiser's attention layers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from finetune_contract.spec import LoraSpec, OutputFormat, TrainingSpec
+from finetune_contract.methods import encodes_text
+from finetune_contract.spec import LoraSpec, OutputFormat
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.kohya import to_kohya
 from finetune_trainer.methods.lora_linear import use_fast_linears
 from finetune_trainer.methods.method import MethodContext
-from finetune_trainer.methods.unet_method import UNetMethod
 from finetune_trainer.tensor_file import write_tensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 TEXT_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""What is adapted of a text encoder."""
+"""Layers of a text encoder that get an adapter."""
 
 
-class Lora(UNetMethod):
-    """LoRA on the UNet, and on the text encoders where asked; see `Method`."""
-
-    formats: ClassVar = frozenset({OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI})
+class Lora(DenoiserMethod):
+    """LoRA on the denoiser, and optionally on the text encoders; see `Method`."""
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)
         self._spec = context.training.lora or LoraSpec()
-        # DoRA takes norms of the frozen weights in every step.
+        # DoRA computes norms of the frozen weights in every step.
         self._uses_weights = self._spec.use_dora
-        _add_adapter(self._unet, self._spec)
-        use_fast_linears(self._unet)
-        self._adapted: dict[str, Any] = {"unet": self._unet}
-        if self.encodes_text(context.training):
+        _add_adapter(self._denoiser, self._spec)
+        use_fast_linears(self._denoiser)
+        self._adapted: dict[str, Any] = {context.family.denoiser_name: self._denoiser}
+        if encodes_text(context.training):
             for part in self._load_text(context.dtype).parts:
                 part.model.add_adapter(_config(self._spec, TEXT_MODULES))
                 use_fast_linears(part.model)
@@ -42,41 +41,36 @@ class Lora(UNetMethod):
                 self._modules.append(part.model)
         self._finish(
             {
-                name if module is self._unet else f"{prefix}.{name}": parameter
+                name if module is self._denoiser else f"{prefix}.{name}": parameter
                 for prefix, module in self._adapted.items()
                 for name, parameter in module.named_parameters()
                 if parameter.requires_grad
             }
         )
 
-    @staticmethod
-    def encodes_text(training: TrainingSpec) -> bool:
-        """Whether the text encoders are adapted."""
-        return training.lora is not None and training.lora.train_text_encoder
-
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write one file: as diffusers' load_lora_weights reads it, or as kohya's scripts and the web UIs name it."""
-        assert output_format in self.formats
+        """Write one file, for diffusers' load_lora_weights or with the names of kohya's scripts and the web UIs."""
         path = folder / WEIGHTS_NAME
         if output_format is OutputFormat.DIFFUSERS:
             write_tensors(path, self._state(), {"format": "pt", "lora_adapter_metadata": self._metadata()})
             return [path]
+        assert output_format in (OutputFormat.KOHYA, OutputFormat.WEBUI)
         alpha = self._spec.alpha if self._spec.alpha is not None else self._spec.rank
         path = folder / "lora.safetensors"
-        write_tensors(path, to_kohya(self._state(), alpha, self._unet.config), {"format": "pt"})
+        write_tensors(path, to_kohya(self._state(), alpha, self._family.kohya_name), {"format": "pt"})
         return [path]
 
     def _state(self) -> dict[str, Tensor]:
-        """All adapters by diffusers' names."""
+        """Return all adapters by diffusers' names."""
         from peft.utils import get_peft_model_state_dict  # noqa: PLC0415  slow to import
 
         state: dict[str, Tensor] = {}
         for prefix, module in self._adapted.items():
-            # Some releases of transformers have this level and some do not; the files' names have it.
-            inner = "" if module is self._unet or hasattr(module, "text_model") else "text_model."
+            # Only some releases of transformers have this level; the names in the files always have it.
+            inner = "" if module is self._denoiser or hasattr(module, "text_model") else "text_model."
             for name, value in get_peft_model_state_dict(module).items():
-                # The loader of text encoders wants the level that peft leaves out.
-                is_bare = module is not self._unet and name.endswith(".lora_magnitude_vector")
+                # diffusers' loader of text encoders expects the suffix that peft omits.
+                is_bare = module is not self._denoiser and name.endswith(".lora_magnitude_vector")
                 state[f"{prefix}.{inner}{name}{'.weight' if is_bare else ''}"] = value
         return state
 
@@ -84,7 +78,7 @@ class Lora(UNetMethod):
         metadata: dict[str, Any] = {}
         for prefix, module in self._adapted.items():
             config = module.peft_config["default"].to_dict()
-            # peft holds the target modules as a set, whose order differs from process to process.
+            # peft keeps the target modules in a set, whose order differs between processes.
             metadata |= {
                 f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()
             }
@@ -104,14 +98,14 @@ def _config(spec: LoraSpec, target_modules: tuple[str, ...]) -> Any:
     )
 
 
-def _add_adapter(unet: Any, spec: LoraSpec) -> None:
+def _add_adapter(denoiser: Any, spec: LoraSpec) -> None:
     try:
-        unet.add_adapter(_config(spec, spec.target_modules))
+        denoiser.add_adapter(_config(spec, spec.target_modules))
     except ValueError as error:
         known = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
+            {name.rsplit(".", 1)[-1] for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
         )
         raise ConfigError(
-            f"training.lora.targetModules: {', '.join(spec.target_modules)} match no module of the base's UNet; "
-            f"its linear modules end with {', '.join(known)}"
+            f"training.lora.targetModules: {', '.join(spec.target_modules)} match no layer of the base's "
+            f"denoiser; write one or more of {', '.join(known)}"
         ) from error

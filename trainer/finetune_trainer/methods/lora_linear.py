@@ -1,8 +1,9 @@
-"""A linear layer with its adapter as one step of the graph: the same mathematics as peft's, with fewer passes.
+"""A linear layer with its adapter as one node of the graph: the mathematics of peft with fewer passes over memory.
 
-peft's own forward copies the input to fp32, multiplies, scales, copies back and adds, each a pass over activations that
-autograd then keeps and retraces; on CPUs that takes a third as long as the UNet itself. Here the adapter's matrices are
-rounded to the input's format once, and backward computes its four products directly.
+peft's forward copies the input to fp32, multiplies, scales, copies back and adds. Each of these is a pass over
+activations, which autograd keeps and repeats in the backward pass. On CPUs they take a third of the time of the UNet
+itself. Here the adapter's matrices are rounded to the input's format once, and the backward pass computes its four
+products directly.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class _AdaptedLinear(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T (https://arxiv.org/abs/2106.09685, eq. 3); W and b are frozen."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913, PLR0917  a function of the graph takes every tensor by itself
+    def forward(  # noqa: PLR0913, PLR0917  autograd needs each tensor as an argument of its own
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -43,7 +44,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def use_fast_linears(module: nn.Module) -> None:
-    """Let every adapted linear layer of a module take the short way; those with dropout or DoRA keep peft's."""
+    """Replace the forward of every adapted linear layer of a module; layers with dropout or DoRA keep peft's."""
     from peft.tuners.lora.layer import Linear  # noqa: PLC0415  slow to import
 
     for layer in module.modules():
@@ -60,7 +61,7 @@ def _forward_of(layer: Any) -> Callable[..., Tensor]:
 
     def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        answer: Tensor = _AdaptedLinear.apply(x, base.weight, base.bias, down, up, scale)
-        return answer
+        output: Tensor = _AdaptedLinear.apply(x, base.weight, base.bias, down, up, scale)
+        return output
 
     return forward

@@ -1,4 +1,4 @@
-"""The diffusion loss that all text-to-image methods share."""
+"""The loss that all text-to-image methods share."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from collections.abc import Callable
 from torch import Tensor
 
 from finetune_trainer.data.batches import Batch
-from finetune_trainer.models.noise_schedule import NoiseSchedule
+from finetune_trainer.models.objective import Objective
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
-def diffusion_losses(batch: Batch, schedule: NoiseSchedule, predict: Predict, snr_gamma: float | None) -> Tensor:
-    """Mean squared error between the model's answer and the target, for each sample, times the sample's weight.
+def diffusion_losses(batch: Batch, objective: Objective, predict: Predict, snr_gamma: float | None) -> Tensor:
+    """Return the weighted mean squared error between prediction and target of each sample.
 
-    Simple loss of DDPM (https://arxiv.org/abs/2006.11239, eq. 14), in the noise or in v, by the schedule; with
-    Min-SNR weights (https://arxiv.org/abs/2303.09556) where `snr_gamma` is set.
+    With a discrete noise schedule this is the simple loss of DDPM (https://arxiv.org/abs/2006.11239, eq. 14), in the
+    noise or in v, optionally with Min-SNR weights (https://arxiv.org/abs/2303.09556).
 
     Args:
         batch: n samples.
-        schedule: the base's noise schedule.
-        predict: the model, of noisy latents and timesteps.
-        snr_gamma: Min-SNR's gamma, or None for equal weights.
+        objective: the base's objective: noising, target and loss weights.
+        predict: the denoiser, of noisy latents and timesteps.
+        snr_gamma: gamma of the Min-SNR weights, or None for equal weights.
 
     Returns:
         float32 (n,).
     """
     mixed = batch.noise if batch.mixed is None else batch.mixed
-    noisy = schedule.add_noise(batch.latents, mixed, batch.timesteps)
-    target = schedule.target(batch.latents, batch.noise, batch.timesteps)
+    noisy = objective.add_noise(batch.latents, mixed, batch.timesteps)
+    target = objective.target(batch.latents, batch.noise, batch.timesteps)
     losses = (predict(noisy, batch.timesteps).float() - target).square().flatten(1).mean(1)
-    if snr_gamma is not None:
-        losses = losses * schedule.min_snr_weights(batch.timesteps, snr_gamma)
+    weights = objective.loss_weights(batch.timesteps, snr_gamma)
+    if weights is not None:
+        losses = losses * weights
     return losses if batch.weights is None else losses * batch.weights

@@ -1,11 +1,11 @@
-"""What the loop asks of a method: what is trained, what a batch's losses are, and how the result is written."""
+"""Interface between the training loop and a method: trained parameters, losses of a batch, and export."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,13 @@ from finetune_trainer.models.family import Family
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method is made from.
+    """Inputs from which a method is created.
 
     Attributes:
         family: the opened base model.
         training: the manifest's settings.
-        draws: keyed draws, for weights that begin at random.
-        device: where to compute.
+        draws: keyed random draws, for weights that are initialized randomly.
+        device: device of the training.
         dtype: number format of frozen weights and of the forward pass.
     """
 
@@ -37,53 +37,49 @@ class MethodContext:
 
 
 class Method(Protocol):
-    """A fine-tuning method, made and ready to train."""
+    """A fine-tuning method that is ready to train."""
 
     def __init__(self, context: MethodContext) -> None: ...
 
-    formats: ClassVar[frozenset[OutputFormat]]
-    """Formats that `export` knows."""
-    needs_captions: ClassVar[bool]
-    """Whether the data set must have captions."""
-    needs_conditioning: ClassVar[bool]
-    """Whether batches bring conditioning images."""
     text: Texts | None
-    """Embeddings that the method computes itself, with their graph; None where those of the cache serve."""
+    """Text conditions that the method computes itself, with their graph; None if it uses the cached ones."""
 
     @staticmethod
     def captions(training: TrainingSpec) -> Captions:
-        """How samples are captioned."""
-        ...
-
-    @staticmethod
-    def encodes_text(training: TrainingSpec) -> bool:
-        """Whether `text` will be there: text encoders are trained, so nothing of them can be cached."""
+        """Return how the caption of a sample is chosen."""
         ...
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What is trained, by name, in a fixed order; float32. The loop owns their gradients and their optimizer."""
+        """Return the trained parameters by name, float32, in a fixed order.
+
+        The loop owns their gradients and their optimizer.
+        """
         ...
 
     def sharded_modules(self) -> Sequence[nn.Module]:
-        """Modules whose parameters may be cut into slices; none where a method is trained whole on every rank."""
+        """Return the modules whose parameters can be sharded; empty if the method cannot be sharded."""
         ...
 
     def set_training(self, training: bool) -> None:
-        """Switch what only training does (dropout, gradient checkpointing) on or off."""
+        """Switch dropout and gradient checkpointing, which only training uses, on or off."""
         ...
 
     def losses(self, batch: Batch) -> Tensor:
-        """Loss of each sample, float32 (n,), with the graph for backward."""
+        """Return the loss of each sample, float32 (n,), with the graph for the backward pass."""
         ...
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], conditioning: Tensor | None = None
     ) -> Tensor:
-        """The model's answer to noisy latents, for validation pictures."""
+        """Return the model's output for noisy latents, for validation pictures."""
         ...
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write the trained weights into an empty folder in one of `formats`; the same weights give the same bytes.
+        """Write the trained weights into an empty folder. Equal weights give equal bytes.
+
+        Args:
+            output_format: one of the method's formats in `finetune_contract.methods`.
+            folder: target folder.
 
         Returns:
             The files written.

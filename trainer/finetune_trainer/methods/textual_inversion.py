@@ -1,29 +1,25 @@
-"""Textual inversion (https://arxiv.org/abs/2208.01618): a new token's few vectors are all that is trained."""
+"""Textual inversion (https://arxiv.org/abs/2208.01618): only the embedding vectors of a new token are trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
 
 from torch import nn
 
 from finetune_contract.spec import OutputFormat, TrainingSpec
-from finetune_trainer.data.captions import Captions, TokenSentences
+from finetune_trainer.data.captions import Captions, TokenTemplates
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.method import MethodContext
-from finetune_trainer.methods.unet_method import UNetMethod
 from finetune_trainer.models.text import TextPart
 from finetune_trainer.tensor_file import write_tensors
 
-_NAMES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": "learned_embeds_2.safetensors"}
-_WEBUI_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+_FILE_NAME = "learned_embeds{}.safetensors"
+"""diffusers' name of an embedding file; the number of the text encoder follows from the second one on."""
 
 
-class TextualInversion(UNetMethod):
-    """The new rows of the embedding tables, beside the tables themselves; see `Method`."""
-
-    formats: ClassVar = frozenset({OutputFormat.DIFFUSERS, OutputFormat.WEBUI})
-    needs_captions: ClassVar = False
+class TextualInversion(DenoiserMethod):
+    """Additional rows of the embedding tables; the tables themselves are frozen. See `Method`."""
 
     def __init__(self, context: MethodContext) -> None:
         super().__init__(context)
@@ -31,7 +27,8 @@ class TextualInversion(UNetMethod):
         assert spec is not None
         self._spec = spec
         self._vectors: dict[str, nn.Parameter] = {}
-        for part in self._load_text(context.dtype).parts:
+        self._parts = self._load_text(context.dtype).parts
+        for part in self._parts:
             self._vectors[part.name] = self._add_vectors(part)
             if context.training.gradient_checkpointing:
                 part.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -40,30 +37,27 @@ class TextualInversion(UNetMethod):
 
     @staticmethod
     def captions(training: TrainingSpec) -> Captions:
-        """Captions that hold the new token."""
+        """Return captions that contain the new token."""
         spec = training.textual_inversion
         assert spec is not None
-        return TokenSentences(spec.placeholder_token, spec.learnable_property)
-
-    @staticmethod
-    def encodes_text(training: TrainingSpec) -> bool:
-        """Always."""
-        del training
-        return True
+        return TokenTemplates(spec.placeholder_token, spec.learnable_property)
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write a file for each text encoder, as diffusers' load_textual_inversion reads it, or one for the web UIs."""
-        if output_format is OutputFormat.WEBUI and len(self._vectors) > 1:
-            path = folder / "learned_embeds.safetensors"
-            write_tensors(path, {_WEBUI_KEYS[name]: value for name, value in self._vectors.items()}, {"format": "pt"})
+        """Write one file per text encoder for diffusers' load_textual_inversion, or one file for the web UIs."""
+        if output_format is OutputFormat.WEBUI:
+            path = folder / _FILE_NAME.format("")
+            vectors = {part.webui_key: self._vectors[part.name] for part in self._parts}
+            write_tensors(path, vectors, {"format": "pt"})
             return [path]
-        key = "emb_params" if output_format is OutputFormat.WEBUI else self._spec.placeholder_token
+        assert output_format is OutputFormat.DIFFUSERS
+        paths = []
         for name, value in self._vectors.items():
-            write_tensors(folder / _NAMES[name], {key: value}, {"format": "pt"})
-        return [folder / _NAMES[name] for name in self._vectors]
+            paths.append(folder / _FILE_NAME.format(name.removeprefix("text_encoder")))
+            write_tensors(paths[-1], {self._spec.placeholder_token: value}, {"format": "pt"})
+        return paths
 
     def _add_vectors(self, part: TextPart) -> nn.Parameter:
-        """New rows that begin as copies of the initializer's."""
+        """Add rows for the new token, initialized with copies of the initializer token's vector."""
         word, token = self._spec.initializer_token, self._spec.placeholder_token
         try:
             vector = part.embedding_of(word)

@@ -1,1 +1,1 @@
-"""The rules a FineTuneJob must satisfy: one table for the CRD (CEL) and for Python."""
+"""The rules that a FineTuneJob must satisfy: one table for the CRD (CEL) and for Python."""

@@ -1,14 +1,16 @@
-"""What of a job's spec may change once its first attempt has begun: one table for the CRD and for Python.
+"""Fields of a job's spec that may change once its first attempt has begun: one table for the CRD and for Python.
 
-The trainer is told of the job once, by the ConfigMap that all attempts read, and its checkpoints go on from one
-attempt to the next. So what they depend on stays; what only the operator reads, or only the next pods, may change.
-Before the first attempt everything may: a job that was refused is mended and applied again.
+All attempts read the same ConfigMap, which is written once, and each attempt continues from the checkpoints of the one
+before. So the fields that the trainer and its checkpoints depend on are fixed; fields that only the operator or the
+next pods read may change. Before the first attempt every field may change: a refused job is corrected and applied
+again.
 
-`status.attempt` rises with the resource version, before anything of the attempt exists. So no edit can slip in between.
+`status.attempt` is raised with the resource version, before anything of the attempt is created. So no edit can happen
+in between.
 
-The API server looks at all rules in every write, those of the status included: comparing whole specs there would cost
-more than all the rest of the write. A write that changes the message of the status can only be one of the status, for
-an edit keeps the stored status, whatever it says of it; and a write of the status keeps the stored spec.
+The API server evaluates all rules on every write, writes of the status included; comparing complete specs there would
+cost more than the rest of the write. A write that changes `status.message` can only be a write of the status: an edit
+of the spec keeps the stored status, whatever status it contains, and a write of the status keeps the stored spec.
 """
 
 from __future__ import annotations
@@ -18,69 +20,69 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.rules.rule import Cause
+from finetune_operator.api.rules.rule import FieldErrorReason
 
-CAUSE = Cause.FORBIDDEN
+REASON = FieldErrorReason.FORBIDDEN
 _BEFORE_THE_FIRST_ATTEMPT = "oldSelf.?status.?attempt.orValue(0) == 0"
 _WRITES_STATUS = (
     "has(self.status.message) && has(oldSelf.status.message) && self.status.message != oldSelf.status.message"
 )
-_ELSE = "write the change into a new job with another name"
+_ADVICE = "write the change into a new job with another name"
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """A part of the spec that stays as it was."""
+class FixedField:
+    """A part of the spec that must not change."""
 
     path: str
     why: str
     optional: bool = False
-    """Whether it may be left out and has no default."""
+    """Whether it has no default and may be left out."""
     always: bool = False
-    """Whether it stays from the job's creation on, and not only from its first attempt on."""
+    """Whether it is fixed from the job's creation, not only from its first attempt."""
 
     @property
     def name(self) -> str:
-        """The field's own name, e.g. 'nodes'."""
+        """Name of the field itself, e.g. 'nodes'."""
         return self.path.rpartition(".")[2]
 
     @property
-    def sentence(self) -> str:
+    def message(self) -> str:
         """Why the edit is refused and what to do instead; names the field."""
-        when = "once the job exists" if self.always else "once the job has begun"
-        return f"{self.name} cannot change {when}: {self.why}; {_ELSE}"
+        when = "after the job is created" if self.always else "after the first attempt has begun"
+        return f"{self.name} cannot change {when}: {self.why}; {_ADVICE}"
 
     @property
     def cel(self) -> str:
-        """The transition rule, at the root: only there is the status in sight."""
+        """The transition rule, for the root: only there are spec and status both accessible."""
         new, old = f"self.{self.path}", f"oldSelf.{self.path}"
-        stays = f"{new} == {old}"
+        is_unchanged = f"{new} == {old}"
         if self.optional:
-            stays = f"has({new}) == has({old}) && (!has({new}) || {stays})"
+            is_unchanged = f"has({new}) == has({old}) && (!has({new}) || {is_unchanged})"
         if self.always:
-            return stays
-        return f"{_BEFORE_THE_FIRST_ATTEMPT} || {_WRITES_STATUS} || {stays}"
+            return is_unchanged
+        return f"{_BEFORE_THE_FIRST_ATTEMPT} || {_WRITES_STATUS} || {is_unchanged}"
 
 
-_GLOBAL_BATCH = "the global batch follows from it"
+_GLOBAL_BATCH = "the global batch depends on it"
 
 FIXED = (
-    Fixed("spec.model", "the checkpoints are of the old model"),
-    Fixed("spec.dataset", "the checkpoints hold a place in the old data"),
-    Fixed("spec.training", "the checkpoints go on with the old settings"),
-    Fixed("spec.topology.accelerator", "the global batch was chosen for the old one"),
-    Fixed("spec.topology.nodes", _GLOBAL_BATCH, optional=True),
-    Fixed("spec.topology.maxNodes", _GLOBAL_BATCH, optional=True),
-    Fixed("spec.topology.processesPerNode", _GLOBAL_BATCH),
-    Fixed("spec.topology.cpu", "all attempts add up gradients in the same way"),
-    Fixed("spec.checkpoint", "all attempts share the checkpoints of the first"),
-    Fixed("spec.outputs", "the trainer was told where to write when the job began"),
-    Fixed("spec.queueName", "the old queue has admitted it", optional=True),
-    Fixed("spec.managedBy", "two controllers would take care of it", always=True),
+    FixedField("spec.model", "the checkpoints belong to the old model"),
+    FixedField("spec.dataset", "the checkpoints contain a position in the old data set"),
+    FixedField("spec.training", "the checkpoints depend on the old settings"),
+    FixedField("spec.topology.accelerator", "the global batch was chosen for the old one"),
+    FixedField("spec.topology.nodes", _GLOBAL_BATCH, optional=True),
+    FixedField("spec.topology.maxNodes", _GLOBAL_BATCH, optional=True),
+    FixedField("spec.topology.processesPerNode", _GLOBAL_BATCH),
+    FixedField("spec.topology.cpu", "all attempts must sum gradients in the same way"),
+    FixedField("spec.checkpoint", "all attempts share the checkpoints of the first"),
+    FixedField("spec.outputs", "the trainer received the list of outputs when the job began"),
+    FixedField("spec.queueName", "the old queue has admitted the job", optional=True),
+    FixedField("spec.managedBy", "two controllers would manage the job", always=True),
 )
-"""What stays, in the order in which a manifest is written."""
+"""Fixed fields, in the order of a manifest."""
 
-AT_ONCE = "at once"
+AT_ONCE = "immediately"
 NEXT_ATTEMPT = "with the next attempt"
 
 CHANGEABLE = {
@@ -98,27 +100,29 @@ CHANGEABLE = {
     "spec.secrets": NEXT_ATTEMPT,
     "spec.podTemplate": NEXT_ATTEMPT,
 }
-"""What may change at any time, and when the change takes effect."""
+"""Fields that may change at any time, and when the change takes effect."""
 
 
-def forbidden_edits(old: FineTuneJob, new: FineTuneJob) -> list[Fixed]:
-    """What changes between a stored job and its edit and may not. The status that counts is the stored one's."""
+def forbidden_edits(old: FineTuneJob, new: FineTuneJob) -> list[FixedField]:
+    """Return the fixed fields that differ between a stored job and its edit. Only the stored job's status counts."""
     before, after = _dump(old), _dump(new)
-    begun = old.status.attempt > 0
-    return [fixed for fixed in FIXED if (fixed.always or begun) and _at(before, fixed.path) != _at(after, fixed.path)]
+    has_begun = old.status.attempt > 0
+    return [
+        fixed for fixed in FIXED if (fixed.always or has_begun) and _at(before, fixed.path) != _at(after, fixed.path)
+    ]
 
 
 def fixed_part(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A spec, as a document, without what may change at any time."""
-    return _without(spec, "spec")
+    """Return a spec, as a document, without the fields that may change at any time."""
+    return _without_changeable(spec, "spec")
 
 
-def _without(part: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _without_changeable(part: Mapping[str, Any], path: str) -> dict[str, Any]:
     kept = {}
     for name, value in part.items():
         below = f"{path}.{name}"
         if below not in CHANGEABLE:
-            kept[name] = _without(value, below) if isinstance(value, Mapping) else value
+            kept[name] = _without_changeable(value, below) if isinstance(value, Mapping) else value
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Rules that several fields share: what the text of a name, a path, a length of time or an amount looks like."""
+"""Rules that several fields share: the form of a name, a path, a duration or an amount."""
 
 from __future__ import annotations
 
@@ -18,43 +18,45 @@ MEMORY_PRESET = "^(auto|cpu|[1-9][0-9]{0,3}GB)$"
 
 
 def object_name(path: str) -> Rule[str]:
-    """A text is the name of a Kubernetes object."""
+    """Return the rule that a string is a valid name of a Kubernetes object."""
     name = path.rpartition(".")[2].removesuffix("[]")
     return form(
-        path, DNS_NAME, f"{name} is not the name of a Kubernetes object; write lower-case letters, digits, '-' and '.'"
+        path,
+        DNS_NAME,
+        f"{name} is not a valid name of a Kubernetes object; write lower-case letters, digits, '-' and '.'",
     )
 
 
-def length_of_time(path: str) -> Rule[str]:
-    """A text is a length of time."""
+def is_duration(path: str) -> Rule[str]:
+    """Return the rule that a string is a duration."""
     name = path.rpartition(".")[2]
     return Rule(
         Scope(path, str),
         "",
         f"self.matches(r'{duration.PATTERN}') && self.matches('[1-9]')",
         lambda text: re.fullmatch(duration.PATTERN, text) is not None and re.search("[1-9]", text) is not None,
-        f"{name} is not a length of time; write e.g. 90s, 10m or 1h30m",
+        f"{name} is not a duration; write e.g. 90s, 10m or 1h30m",
     )
 
 
-def absolute(path: str) -> Rule[str]:
-    """A text is an absolute path."""
+def absolute_path(path: str) -> Rule[str]:
+    """Return the rule that a string is an absolute path."""
     return Rule(
         Scope(path, str),
         "",
         "self.startsWith('/') && !(self + '/').contains('/../')",
         lambda text: text.startswith("/") and "/../" not in text + "/",
-        "path is not absolute; write it from the root on and without '..', e.g. /mnt/checkpoints",
+        "path is not an absolute path; write it from the root and without '..', e.g. /mnt/checkpoints",
     )
 
 
 def no_web_address(path: str, example: str) -> Rule[str]:
-    """A text is no web address."""
+    """Return the rule that a string is not a web address."""
     name = path.rpartition(".")[2]
     return Rule(
         Scope(path, str),
         "",
         "!self.startsWith('http://') && !self.startsWith('https://')",
         lambda text: not text.startswith(("http://", "https://")),
-        f"{name} is a web address, which is not read; write its hub id, e.g. {example}, a folder or an s3:// URL",
+        f"{name} is a web address, which cannot be read; write its hub id, e.g. {example}, a folder or an s3:// URL",
     )

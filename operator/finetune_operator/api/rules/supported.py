@@ -1,6 +1,6 @@
-"""What the API has a field for and this version's trainer cannot do yet: one sentence each, never silently ignored.
+"""Settings that the API has a field for and this version's trainer does not support; none is ignored silently.
 
-The plan refuses such a job with the reason NotSupported, and `finetune run` before it starts anything.
+The plan refuses such a job with the reason NotSupported; `finetune run` refuses it before it starts anything.
 """
 
 from __future__ import annotations
@@ -8,40 +8,46 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from finetune_contract.spec import Method, OutputFormat, Precision, Sharding
+from finetune_contract.methods import METHODS, WRITTEN_FORMATS
+from finetune_contract.spec import OutputFormat, Precision, Sharding
 from finetune_operator.api.job import FineTuneJobSpec
+from finetune_operator.api.rules.rule import join_names
 
-DIFFUSERS_ONLY = frozenset({OutputFormat.DIFFUSERS})
-LORA_FORMATS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI})
-OUTPUT_FORMATS = {
-    Method.LORA: LORA_FORMATS,
-    Method.DREAMBOOTH_LORA: LORA_FORMATS,
-    Method.TEXTUAL_INVERSION: frozenset({OutputFormat.DIFFUSERS, OutputFormat.WEBUI}),
-}
-"""Formats of each method's output, where it has more than `DIFFUSERS_ONLY`."""
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "hub://")
-TABLE_FILES = (".csv", ".arrow")
+UNREAD_TABLES = (".csv", ".arrow")
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that the trainer lacks."""
+    """A feature that the trainer lacks."""
 
     field: str
-    asked: Callable[[FineTuneJobSpec], bool]
-    sentence: str
+    """Field that requests the feature."""
+    is_requested: Callable[[FineTuneJobSpec], bool]
+    message: str
+    """The limitation and what to write instead."""
+
+
+def _written_formats() -> str:
+    """Return the methods of each output format, e.g. 'diffusers for every method, kohya for LoRA'."""
+    parts = []
+    for written in (each for each in OutputFormat if each in WRITTEN_FORMATS):
+        methods = [method.value for method, traits in METHODS.items() if written in traits.formats]
+        parts.append(f"{written} for {'every method' if len(methods) == len(METHODS) else join_names(methods)}")
+    return ", ".join(parts)
 
 
 MISSING = (
     Missing(
         "spec.training.precision",
         lambda spec: spec.training.sharding is not Sharding.NONE and spec.training.precision is Precision.FP16,
-        "fp16 does not go with sharding; write bf16",
+        "sharding does not support fp16; write precision: bf16",
     ),
     Missing(
         "spec.training.aspectBuckets",
         lambda spec: spec.training.sharding is not Sharding.NONE and spec.training.aspect_buckets,
-        "ranks would make unequal numbers of passes, which sharding forbids; leave one of them out",
+        "with aspectBuckets the ranks run different numbers of passes, which sharding does not support; leave "
+        "aspectBuckets out, or leave sharding out",
     ),
     Missing(
         "spec.training.aspectBuckets",
@@ -50,34 +56,36 @@ MISSING = (
             and spec.training.dreambooth is not None
             and spec.training.dreambooth.class_prompt is not None
         ),
-        "class images are squares, which go into no batch of another shape; leave aspectBuckets out, or classPrompt",
+        "class images are square and fit into no batch of another shape; leave aspectBuckets out, or leave out "
+        "classPrompt, numClassImages and priorLossWeight",
     ),
     Missing(
         "spec.dataset.source",
-        lambda spec: spec.dataset.source.endswith(TABLE_FILES),
-        "of single files this version reads .jsonl, .parquet and .tar; write one of these, a folder or a hub id",
+        lambda spec: spec.dataset.source.endswith(UNREAD_TABLES),
+        "this version does not read .csv and .arrow files; write a .jsonl, .parquet or .tar file, a folder or a hub id",
     ),
     Missing(
         "spec.outputs",
         lambda spec: any(output.format not in _formats(spec) for output in spec.outputs),
-        "this version writes diffusers for every method, kohya and webui for a LoRA, webui for TextualInversion; write "
+        f"this version does not write one of the formats for this method (it writes {_written_formats()}); write "
         "format: diffusers",
     ),
     Missing(
         "spec.outputs",
         lambda spec: any(output.to.startswith(REMOTE_SCHEMES) for output in spec.outputs),
-        "this version writes to folders only; write a folder in to",
+        "this version writes to folders only; write a folder in to, e.g. to: /outputs/lora",
     ),
 )
 
 
 def _formats(spec: FineTuneJobSpec) -> frozenset[OutputFormat]:
+    """Return the formats that can be written; a script is treated as a method that writes diffusers only."""
     method = spec.training.method
-    return DIFFUSERS_ONLY if method is None else OUTPUT_FORMATS.get(method, DIFFUSERS_ONLY)
+    return frozenset({OutputFormat.DIFFUSERS}) if method is None else METHODS[method].formats
 
 
 def find_missing(spec: FineTuneJobSpec) -> Iterator[str]:
-    """A sentence, with the field before it, for each thing that a spec asks of the trainer in vain."""
+    """Yield one message, with the field at its start, for each unsupported feature that a spec requests."""
     for missing in MISSING:
-        if missing.asked(spec):
-            yield f"{missing.field}: {missing.sentence}."
+        if missing.is_requested(spec):
+            yield f"{missing.field}: {missing.message}."

@@ -1,15 +1,20 @@
-"""The rules of `spec.training`, and of what it asks of the rest of the spec. Part of the table in `rules`."""
+"""The rules of `spec.training` and of its combinations with the rest of the spec. Part of the table in `spec`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
+from pydantic.alias_generators import to_camel
+
+from finetune_contract.methods import (
+    METHODS,
+    SHARDABLE_METHODS,
+    methods_where,
+)
 from finetune_contract.spec import (
-    SHARDED_METHODS,
     DreamBoothSpec,
     LrScheduler,
-    Method,
     Offload,
     Optimizer,
     Precision,
@@ -21,7 +26,7 @@ from finetune_contract.spec import (
 )
 from finetune_operator.api.job import Accelerator, FineTuneJobSpec
 from finetune_operator.api.rules.forms import MEMORY_PRESET
-from finetune_operator.api.rules.rule import Cause, Rule, Scope, cel_words, form
+from finetune_operator.api.rules.rule import FieldErrorReason, Rule, Scope, cel_list, form, join_names
 
 SPEC = Scope("spec", FineTuneJobSpec)
 TRAINING = Scope("spec.training", TrainingSpec)
@@ -30,33 +35,48 @@ TEXTUAL_INVERSION = Scope("spec.training.textualInversion", TextualInversionSpec
 TIMESTEP_BIAS = Scope("spec.training.timestepBias", TimestepBiasSpec)
 VALIDATION = Scope("spec.training.validation", ValidationSpec)
 
-LORA_METHODS = (Method.LORA, Method.DREAMBOOTH_LORA)
-DREAMBOOTH_METHODS = (Method.DREAMBOOTH, Method.DREAMBOOTH_LORA)
+_EXAMPLES = {
+    "dreambooth": "{instancePrompt: a photo of sks dog}",
+    "textual_inversion": "{placeholderToken: <cat-toy>, initializerToken: toy}",
+}
+"""An example of each settings block that a method requires."""
 
 
-def _only_for(field: str, methods: tuple[Method, ...], block: Callable[[TrainingSpec], object]) -> Rule[TrainingSpec]:
-    """The settings of a method are refused where another one, or a script, would not read them."""
+def _forbidden_settings(name: str) -> Rule[TrainingSpec]:
+    """Return the rule that refuses the settings of a method if another method, or a script, would not read them."""
+    field = to_camel(name)
+    methods = methods_where(lambda traits: name in traits.settings)
+    also = " with dataset.columns.conditioning" if METHODS[methods[0]].needs_conditioning else ""
     return Rule(
         TRAINING,
         field,
-        f"!has(self.{field}) || has(self.method) && self.method in {cel_words(methods)}",
-        lambda training: block(training) is None or training.method in methods,
-        f"{field} is read by {' and '.join(methods)} only; leave {field} out, or write method: {methods[0]}",
-        Cause.FORBIDDEN,
+        f"!has(self.{field}) || has(self.method) && self.method in {cel_list(methods)}",
+        lambda training: getattr(training, name) is None or training.method in methods,
+        f"{field} applies to {join_names(methods)} only; leave {field} out, or write method: {methods[0]}{also}",
+        FieldErrorReason.FORBIDDEN,
     )
 
 
-def _needed_for(
-    field: str, methods: tuple[Method, ...], block: Callable[[TrainingSpec], object], example: str
-) -> Rule[TrainingSpec]:
+def _required_settings(name: str) -> Rule[TrainingSpec]:
+    """Return the rule that requires the settings of a method that have no default."""
+    field = to_camel(name)
+    methods = methods_where(lambda traits: name in traits.required_settings)
     return Rule(
         TRAINING,
         field,
-        f"has(self.{field}) || !has(self.method) || !(self.method in {cel_words(methods)})",
-        lambda training: block(training) is not None or training.method not in methods,
-        f"{field} is needed by {' and '.join(methods)}; write e.g. {field}: {example}",
-        Cause.REQUIRED,
+        f"has(self.{field}) || !has(self.method) || !(self.method in {cel_list(methods)})",
+        lambda training: getattr(training, name) is not None or training.method not in methods,
+        f"method {' and '.join(methods)} requires {field}; write e.g. {field}: {_EXAMPLES[name]}",
+        FieldErrorReason.REQUIRED,
     )
+
+
+def _settings_rules() -> Iterator[Rule[TrainingSpec]]:
+    """Yield the rules of the methods' own settings, from the table of methods."""
+    for name in dict.fromkeys(name for traits in METHODS.values() for name in traits.settings):
+        yield _forbidden_settings(name)
+        if any(name in traits.required_settings for traits in METHODS.values()):
+            yield _required_settings(name)
 
 
 TRAINING_RULES: tuple[Rule[Any], ...] = (
@@ -65,32 +85,32 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
         "method",
         "has(self.method) || has(self.script)",
         lambda training: training.method is not None or training.script is not None,
-        "method is missing; write e.g. method: LoRA, or a script with its path",
-        Cause.REQUIRED,
+        "method is missing; write e.g. method: LoRA",
+        FieldErrorReason.REQUIRED,
     ),
     Rule(
         TRAINING,
         "script",
         "!has(self.method) || !has(self.script)",
         lambda training: training.method is None or training.script is None,
-        "method and script contradict each other; leave one of them out",
-        Cause.FORBIDDEN,
+        "method and script exclude each other; leave script out",
+        FieldErrorReason.FORBIDDEN,
     ),
     Rule(
         TRAINING,
         "steps",
         "has(self.steps) || has(self.epochs) || !has(self.method)",
         lambda training: (training.steps, training.epochs) != (None, None) or training.method is None,
-        "steps is missing; write e.g. steps: 1000, or epochs: 10",
-        Cause.REQUIRED,
+        "steps or epochs is required; write e.g. steps: 1000 or epochs: 10",
+        FieldErrorReason.REQUIRED,
     ),
     Rule(
         TRAINING,
         "epochs",
         "!has(self.steps) || !has(self.epochs)",
         lambda training: training.steps is None or training.epochs is None,
-        "steps and epochs contradict each other; leave one of them out",
-        Cause.FORBIDDEN,
+        "steps and epochs exclude each other; leave steps out, or leave epochs out",
+        FieldErrorReason.FORBIDDEN,
     ),
     Rule(
         TRAINING,
@@ -99,76 +119,63 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
         lambda training: (
             not training.steps or not training.lr_warmup_steps or training.lr_warmup_steps < training.steps
         ),
-        "lrWarmupSteps leaves no step at the full learning rate; write fewer than steps",
+        "lrWarmupSteps leaves no step at the full learning rate; write a number below steps",
     ),
     Rule(
         TRAINING,
         "lrWarmupSteps",
         "self.lrWarmupSteps == 0 || self.lrScheduler != 'constant'",
         lambda training: training.lr_warmup_steps == 0 or training.lr_scheduler is not LrScheduler.CONSTANT,
-        "lrWarmupSteps is not read by lrScheduler constant; write lrScheduler: constant_with_warmup",
+        "lrScheduler constant ignores lrWarmupSteps; write lrScheduler: constant_with_warmup, or leave lrWarmupSteps "
+        "out",
     ),
     Rule(
         TRAINING,
         "sharding",
-        f"self.sharding == 'none' || has(self.method) && self.method in {cel_words(SHARDED_METHODS)}",
-        lambda training: training.sharding is Sharding.NONE or training.method in SHARDED_METHODS,
-        f"sharding is for {', '.join(SHARDED_METHODS)}, which train whole models; leave sharding out",
-        Cause.FORBIDDEN,
+        f"self.sharding == 'none' || has(self.method) && self.method in {cel_list(SHARDABLE_METHODS)}",
+        lambda training: training.sharding is Sharding.NONE or training.method in SHARDABLE_METHODS,
+        f"only {join_names(SHARDABLE_METHODS)} support sharding, since they train complete models; leave sharding out",
+        FieldErrorReason.FORBIDDEN,
     ),
     Rule(
         TRAINING,
         "sharding",
         "self.sharding == 'none' || self.optimizer == 'adamw'",
         lambda training: training.sharding is Sharding.NONE or training.optimizer is Optimizer.ADAMW,
-        "sharding cuts the optimizer's state into slices, which only AdamW's allows; write optimizer: adamw, or leave "
-        "sharding out",
-        Cause.FORBIDDEN,
+        "sharding splits the optimizer's state, which only adamw supports; write optimizer: adamw, or leave sharding "
+        "out",
+        FieldErrorReason.FORBIDDEN,
     ),
     Rule(
         TRAINING,
         "offload",
         "self.offload == 'none' || self.sharding == 'full'",
         lambda training: training.offload is Offload.NONE or training.sharding is Sharding.FULL,
-        "offload keeps slices in the host's memory; write sharding: full, on one GPU, too, or leave offload out",
-        Cause.FORBIDDEN,
+        "offload applies to sharded training only; leave offload out, or write sharding: full, on one GPU, too, with "
+        f"method {join_names(SHARDABLE_METHODS)}",
+        FieldErrorReason.FORBIDDEN,
     ),
     form(
         "spec.training.memoryPreset",
         MEMORY_PRESET,
-        "memoryPreset is unknown; write auto, cpu or the GPU's memory, e.g. 16GB",
+        "memoryPreset is not valid; write auto, cpu or the GPU's memory, e.g. 16GB",
     ),
-    _only_for("lora", LORA_METHODS, lambda training: training.lora),
-    _only_for("dreambooth", DREAMBOOTH_METHODS, lambda training: training.dreambooth),
-    _needed_for(
-        "dreambooth",
-        DREAMBOOTH_METHODS,
-        lambda training: training.dreambooth,
-        "{instancePrompt: a photo of sks dog}",
-    ),
-    _only_for("textualInversion", (Method.TEXTUAL_INVERSION,), lambda training: training.textual_inversion),
-    _needed_for(
-        "textualInversion",
-        (Method.TEXTUAL_INVERSION,),
-        lambda training: training.textual_inversion,
-        "{placeholderToken: <cat-toy>, initializerToken: toy}",
-    ),
-    _only_for("controlnet", (Method.CONTROLNET,), lambda training: training.controlnet),
+    *_settings_rules(),
     Rule(
         TRAINING,
         "validation",
         "!has(self.validation) || has(self.method)",
         lambda training: training.validation is None or training.method is not None,
-        "validation is not read by a script; leave it out, or tell the script by its args",
-        Cause.FORBIDDEN,
+        "validation is not supported with a script; leave validation out",
+        FieldErrorReason.FORBIDDEN,
     ),
     Rule(
         VALIDATION,
         "prompts",
         "self.prompts.size() > 0 || has(self.split)",
         lambda validation: len(validation.prompts) > 0 or validation.split is not None,
-        "validation has nothing to look at; write prompts to draw, a held-out split, or both",
-        Cause.REQUIRED,
+        "validation needs prompts or split; write prompts to draw, the name of a held-out split, or both",
+        FieldErrorReason.REQUIRED,
     ),
     Rule(
         DREAMBOOTH,
@@ -178,34 +185,35 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
             dreambooth.class_prompt is not None
             or (dreambooth.num_class_images == 100 and dreambooth.prior_loss_weight == 1.0)
         ),
-        "numClassImages and priorLossWeight need classPrompt; write e.g. classPrompt: a photo of a dog",
-        Cause.REQUIRED,
+        "numClassImages and priorLossWeight need classPrompt; write e.g. classPrompt: a photo of a dog, or leave "
+        "numClassImages and priorLossWeight out",
+        FieldErrorReason.REQUIRED,
     ),
     form(
         "spec.training.textualInversion.placeholderToken",
         r"^[^ \t\n\r]+$",
-        "placeholderToken has a space in it; write one token, e.g. <cat-toy>",
+        "placeholderToken contains white space; write one token, e.g. <cat-toy>",
     ),
     Rule(
         TEXTUAL_INVERSION,
         "initializerToken",
         "self.initializerToken != self.placeholderToken",
         lambda inversion: inversion.initializer_token != inversion.placeholder_token,
-        "initializerToken is the new token itself; write a word that the text encoder knows, e.g. toy",
+        "initializerToken is the same as placeholderToken; write a word that the text encoder knows, e.g. toy",
     ),
     Rule(
         TIMESTEP_BIAS,
         "end",
         "self.begin < self.end",
         lambda bias: bias.begin < bias.end,
-        "end is not after begin, so the range holds no timestep; write e.g. begin: 200 and end: 600",
+        "end is not greater than begin, so the range contains no timestep; write e.g. begin: 200 and end: 600",
     ),
     Rule(
         SPEC,
         "training.precision",
         "self.topology.accelerator != 'cpu' || self.training.precision != 'fp16'",
         lambda spec: spec.topology.accelerator is not Accelerator.CPU or spec.training.precision is not Precision.FP16,
-        "precision fp16 is for GPUs; write bf16 or fp32 with accelerator cpu",
+        "precision fp16 is not supported with accelerator cpu; write bf16 or fp32",
     ),
     Rule(
         SPEC,
@@ -214,15 +222,15 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
         lambda spec: (
             spec.topology.accelerator is not Accelerator.CPU or spec.training.optimizer is not Optimizer.ADAMW_8BIT
         ),
-        "optimizer adamw8bit is for GPUs; write adamw or adafactor with accelerator cpu",
+        "optimizer adamw8bit is not supported with accelerator cpu; write adamw, adafactor or prodigy",
     ),
     Rule(
         SPEC,
         "training.offload",
         "self.topology.accelerator != 'cpu' || self.training.offload == 'none'",
         lambda spec: spec.topology.accelerator is not Accelerator.CPU or spec.training.offload is Offload.NONE,
-        "offload is for GPUs, and with accelerator cpu all is in the host's memory already; leave offload out",
-        Cause.FORBIDDEN,
+        "offload is for GPUs: with accelerator cpu all data is in the host's memory already; leave offload out",
+        FieldErrorReason.FORBIDDEN,
     ),
     Rule(
         SPEC,
@@ -233,6 +241,7 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
             spec.training.memory_preset in (None, "auto")
             or (spec.training.memory_preset == "cpu") == (spec.topology.accelerator is Accelerator.CPU)
         ),
-        "memoryPreset is not for this accelerator; write auto, cpu with accelerator cpu, or the GPU's memory",
+        "memoryPreset does not fit topology.accelerator; write auto, cpu with accelerator: cpu, or the GPU's memory, "
+        "e.g. 16GB, with accelerator: gpu",
     ),
 )

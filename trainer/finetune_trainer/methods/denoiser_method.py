@@ -1,4 +1,4 @@
-"""What methods on a UNet share: the base, the loss, the precision, and the text where its encoders are trained."""
+"""Common part of all methods on a denoiser: the base, the loss, the precision, and text encoders that are trained."""
 
 from __future__ import annotations
 
@@ -20,23 +20,21 @@ from finetune_trainer.methods.packed_conv import pack_convolutions
 from finetune_trainer.models.text import TextEncoder
 
 
-class UNetMethod:
-    """The common part; a method says in `__init__` what of it is trained, by `_train`, and then calls `_finish`."""
+class DenoiserMethod:
+    """Base class of the methods: a subclass selects the trained parameters in `__init__` and ends with `_finish`."""
 
-    needs_captions: ClassVar = True
-    needs_conditioning: ClassVar = False
-    _trains_unet: ClassVar = False
-    """Whether the UNet's own weights are trained, and so kept in fp32."""
-    _copies_unet: ClassVar = False
-    """Whether something that is trained begins as a copy of it, and so wants it in fp32 at first."""
+    _trains_denoiser: ClassVar = False
+    """Whether the denoiser's own weights are trained. They are then kept in fp32."""
+    _copies_denoiser: ClassVar = False
+    """Whether trained weights are initialized with a copy of the denoiser's. It is then loaded in fp32 first."""
 
     _uses_weights = False
-    """Whether something reads the frozen weights besides their own layers, so that they must stay as they are."""
+    """Whether frozen weights are read outside of their own layers, so that their layout must not change."""
 
     def __init__(self, context: MethodContext) -> None:
         self._context = context
         self._family = context.family
-        self._schedule = context.family.schedule.to(context.device)
+        self._objective = context.family.objective.to(context.device)
         self._snr_gamma = context.training.snr_gamma
         self._dtype = context.dtype
         self._is_mixed = False
@@ -44,29 +42,23 @@ class UNetMethod:
         self._parameters: dict[str, nn.Parameter] = {}
         self._modules: list[Any] = []
         self.text: Texts | None = None
-        is_exact = self._trains_unet or self._copies_unet
-        self._unet = context.family.load_unet(torch.float32 if is_exact else context.dtype)
-        self._unet.requires_grad_(self._trains_unet)
+        is_exact = self._trains_denoiser or self._copies_denoiser
+        self._denoiser = context.family.load_denoiser(torch.float32 if is_exact else context.dtype)
+        self._denoiser.requires_grad_(self._trains_denoiser)
         torch.manual_seed(context.draws.torch_seed(Purpose.INIT, SampleRef(0, 0)))
 
     @staticmethod
     def captions(training: TrainingSpec) -> Captions:
-        """The data set's own."""
+        """Return the captions of the data set."""
         del training
         return OwnCaptions()
 
-    @staticmethod
-    def encodes_text(training: TrainingSpec) -> bool:
-        """Unless a method says otherwise, text encoders are frozen."""
-        del training
-        return False
-
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What is trained, by name."""
+        """Return the trained parameters by name."""
         return self._parameters
 
     def sharded_modules(self) -> Sequence[nn.Module]:
-        """None, unless a method says otherwise."""
+        """Return no modules; methods that can be sharded override this."""
         return ()
 
     def set_training(self, training: bool) -> None:
@@ -75,75 +67,78 @@ class UNetMethod:
             module.train(training)
 
     def losses(self, batch: Batch) -> Tensor:
-        """Loss of each sample, float32 (n,)."""
+        """Return the loss of each sample, float32 (n,)."""
         text = batch.text if self.text is None else {**batch.text, **self.text.get(batch.captions)}
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             return self.predict(noisy, timesteps, text, batch.conditioning)
 
-        return diffusion_losses(batch, self._schedule, predict, self._snr_gamma)
+        return diffusion_losses(batch, self._objective, predict, self._snr_gamma)
 
     def predict(
         self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], conditioning: Tensor | None = None
     ) -> Tensor:
-        """The model's answer to noisy latents."""
+        """Return the denoiser's output for noisy latents (n, ...)."""
         with self._autocast(), self._attention():
-            return self._answer(
+            return self._predict(
                 self._to_input(noisy), timesteps, self._family.conditions(text, self._dtype), conditioning
             )
 
-    def _answer(
+    def _predict(
         self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Any], conditioning: Tensor | None
     ) -> Tensor:
         del conditioning
-        answer: Tensor = self._unet(noisy, timesteps, **conditions, return_dict=False)[0]
-        return answer
+        return self._family.predict(self._denoiser, noisy, timesteps, conditions)
 
-    def _to_input(self, images: Tensor) -> Tensor:
-        """In the dtype of the forward pass, channels last: convolutions keep that form, and are faster in it."""
-        return images.to(self._dtype).contiguous(memory_format=torch.channels_last)
+    def _to_input(self, values: Tensor) -> Tensor:
+        """Return latents or images in the dtype of the forward pass.
+
+        Images, and latents of their form, become channels last: convolutions keep this layout and are faster with it.
+        """
+        layout = torch.channels_last if values.dim() == 4 else torch.contiguous_format
+        return values.to(self._dtype).contiguous(memory_format=layout)
 
     def _autocast(self) -> torch.autocast:
-        """Where weights that are trained are used themselves, they are in fp32 and the arithmetic is not."""
+        """Return the context of the forward pass: autocast if trained fp32 weights are used in a lower precision."""
         is_low = self._dtype is not torch.float32
         return torch.autocast(self._context.device.type, self._dtype, enabled=self._is_mixed and is_low)
 
     def _load_text(self, dtype: torch.dtype) -> TextEncoder:
-        """Text encoders for captions that are encoded in every step."""
+        """Load the text encoders of a method that encodes captions in every step."""
         encoder = self._family.load_text_encoder(self._context.device, dtype)
         self.text = _LiveText(self, encoder)
         return encoder
 
     def _finish(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Take what is trained, move everything to the device, and begin."""
+        """Register the trained parameters, move all modules to the device and prepare them for training."""
         device, training = self._context.device, self._context.training
         self._parameters = dict(trained)
         for parameter in self._parameters.values():
             parameter.data = parameter.data.float()
-        self._modules = [self._unet, *self._modules]
-        self._unet.to(device)
-        if not self._trains_unet:
-            # Not where weights are trained: optimizers and checkpoints want them as they come.
-            _frozen_channels_last(self._unet)
+        self._modules = [self._denoiser, *self._modules]
+        self._denoiser.to(device)
+        if not self._trains_denoiser:
+            # Trained weights keep their layout, which optimizers and checkpoints expect.
+            _frozen_channels_last(self._denoiser)
             if not self._uses_weights:
-                pack_convolutions(self._unet)
+                pack_convolutions(self._denoiser)
         if training.compile:
             for module in self._modules:
-                compile_blocks(module)
+                compile_blocks(module, self._family.compiled_blocks)
         if training.gradient_checkpointing:
-            self._unet.enable_gradient_checkpointing()
+            self._denoiser.enable_gradient_checkpointing()
         self.set_training(True)
 
 
 class _LiveText:
     """Embeddings of the method's own text encoders; see `Texts`."""
 
-    def __init__(self, method: UNetMethod, encoder: TextEncoder) -> None:
+    def __init__(self, method: DenoiserMethod, encoder: TextEncoder) -> None:
         self._method = method
         self._encoder = encoder
 
     def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of captions by name, with their graph."""
+        """Return the embeddings of captions by name, with their graph."""
         with self._method._autocast():
             return self._encoder.encode(captions)
 
