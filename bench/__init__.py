@@ -1,1 +1,1 @@
-"""Measurements and long checks. Each prints progress, a table for people, and JSON as its last line."""
+"""Benchmarks. Each one prints its progress, a table, and a line of JSON at the end."""

@@ -1,8 +1,8 @@
-"""Two ranks on two cores beside one rank with two threads: images trained in a second, the same global batch.
+"""Compare two ranks on two cores with one rank of two threads: images per second with the same global batch.
 
-Runs the demo's job both ways, in turn (A B A B ...), through the `finetune` command, and takes each run's own speed
-while it trains. The last line is JSON: {"two_ranks", "one_rank", "ratio"}; the ratio is that of the medians of the
-pairs, above 1 where two ranks are faster.
+Run the demo's job alternately in both configurations (A B A B ...) through the `finetune` command, and take the speed
+that each run reports while it trains. The last line is JSON: {"two_ranks", "one_rank", "ratio"}. The ratio is the
+median of the pairs' ratios; above 1, two ranks are faster.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 16
 
 
-def manifest(folder: Path, data: Path, num_ranks: int, num_steps: int) -> Path:
-    """Write the demo's job for so many ranks; the global batch stays."""
+def write_manifest(folder: Path, data: Path, num_ranks: int, num_steps: int) -> Path:
+    """Write the demo's job for a number of ranks with the same global batch, and return its path."""
     job: dict[str, Any] = yaml.safe_load((ROOT / "examples/lora-circles.yaml").read_text())
     spec = job["spec"]
     spec["model"]["base"] = str(ROOT / "examples/base-circles")
@@ -41,11 +41,11 @@ def manifest(folder: Path, data: Path, num_ranks: int, num_steps: int) -> Path:
     return path
 
 
-def images_per_second(folder: Path, data: Path, num_ranks: int, num_steps: int, number: int) -> float:
-    """Train once; return the speed that the job's status ends with."""
+def measure_images_per_second(folder: Path, data: Path, num_ranks: int, num_steps: int, number: int) -> float:
+    """Train once and return the speed in the final status of the job."""
     finetune = str(Path(sys.executable).parent / "finetune")
     home = str(folder / f"state-{number}-{num_ranks}")
-    path = manifest(folder, data, num_ranks, num_steps)
+    path = write_manifest(folder, data, num_ranks, num_steps)
     subprocess.run([finetune, "run", str(path), "--home", home, "--plain"], check=True, stdout=subprocess.DEVNULL)
     command = [finetune, "get", "lora-circles", "--home", home, "-o", "json"]
     status = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["status"]
@@ -55,12 +55,12 @@ def images_per_second(folder: Path, data: Path, num_ranks: int, num_steps: int, 
 def main() -> None:
     """Measure the pairs and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each (default 5)")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run (default 60)")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each configuration (default 5)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps per run (default 60)")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     if cores < 2:
-        sys.exit(f"this machine grants {cores} core; two are needed")
+        sys.exit(f"this process may use only {cores} core; the benchmark needs two")
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:2]))
     pairs: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory(prefix="bench-ranks-") as name:
@@ -69,8 +69,8 @@ def main() -> None:
         make = [sys.executable, "-m", "finetune_trainer.demo.circles", str(data), "--style", "stripes"]
         subprocess.run([*make, "--num-train", "64", "--num-validation", "8"], check=True)
         for number in range(args.pairs):
-            two = images_per_second(folder, data, 2, args.steps, number)
-            one = images_per_second(folder, data, 1, args.steps, number)
+            two = measure_images_per_second(folder, data, 2, args.steps, number)
+            one = measure_images_per_second(folder, data, 1, args.steps, number)
             pairs.append((two, one))
             print(f"  pair {number + 1}/{args.pairs}: two ranks {two:.1f}, one rank {one:.1f} images/s", flush=True)
     ratio = statistics.median(two / one for two, one in pairs)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from testing.controlplane.build import ALL_MODULES, HELM, BuildError, ensure_programs
+from testing.helm import Helm
 from testing.realnodes import archive
 from testing.realnodes.builder import LIGHT, OPERATOR, WHOLE
 from testing.realnodes.cluster import RealCluster, in_own_network
@@ -27,7 +28,6 @@ from testing.realnodes.run import Run, report
 from testing.realnodes.runtime import MissingError
 from testing.realnodes.store import ClaimStore, FolderStore
 from testing.realnodes.user_cluster import RefusedError, UserCluster, image_from
-from tests.chart.helm import Helm
 
 FLAGS = {"progress-seconds": 0.5, "lease-seconds": 5, "beat-seconds": 1, "failure-backoff-seconds": 1}
 

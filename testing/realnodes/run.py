@@ -12,18 +12,18 @@ from typing import Any
 
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import KubectlError
+from testing.helm import CHART, Helm, HelmError
 from testing.realnodes import security
 from testing.realnodes.faults import FAULTS, Fault, Scene
 from testing.realnodes.job import FAULT_STEP, LONG_STEPS, STEPS, Bed, make_namespace
 from testing.realnodes.names import CLUSTER_KINDS, CRD, HOME, OF_CHART, RELEASE, TEAM
 from testing.realnodes.store import Cluster, Object
-from tests.chart.helm import CHART, Helm, HelmError
 
 KINDS = "pods,services,configmaps,secrets,leases,endpointslices,persistentvolumeclaims"
 EXPECTED_LEFT = ("configmap/kube-root-ca.crt", "pod/carrier")
 """What Kubernetes itself puts into a namespace, and what the test put there."""
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Run:
     helm: Helm
     bed: Bed
     values: dict[str, Any]
-    say: Say
+    say: PrintLine
     long_steps: int = LONG_STEPS
     upgrades: int = 0
     weights: dict[int, str] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import pytest
 
 from testing.controlplane.build import HELM, ensure_programs
 from testing.controlplane.server import ControlPlane
-from tests.chart.helm import HOME, Helm
+from testing.helm import HOME, Helm
 
 
 @pytest.fixture(scope="session")

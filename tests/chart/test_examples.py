@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from testing.controlplane.server import ControlPlane, KubectlError
-from tests.chart.helm import CHART, HOME, RELEASE, Helm
+from testing.helm import CHART, HOME, RELEASE, Helm
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 

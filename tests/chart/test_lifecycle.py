@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from testing.controlplane.api import ApiError
+from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.process import LOOPBACK, free_ports, wait_for
 from testing.controlplane.server import ControlPlane
+from testing.helm import CHART, HOME, NAME, RELEASE, Helm, Values, operator_args
 from testing.operator.harness import Jobs, OperatorProcess, build_job, running
-from tests.chart.helm import CHART, HOME, NAME, RELEASE, Helm, Values, operator_args
 
 LISTED = "pods,services,endpointslices,configmaps,secrets,leases,deployments,replicasets,poddisruptionbudgets"
 NAMESPACED = f"{LISTED},networkpolicies,roles,rolebindings,serviceaccounts,persistentvolumeclaims"
@@ -116,7 +116,7 @@ def test_from_install_to_uninstall(release: Helm, control_plane: ControlPlane, n
     for name in ("circles", "squares"):
         jobs.delete(name)
     wait_until_empty(control_plane, namespace)
-    with pytest.raises(ApiError):
+    with pytest.raises(ControlPlaneApiError):
         jobs.get("circles")
 
     # And back again, over the CRD that was kept.

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from testing.controlplane.api import ApiError
+from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.server import ControlPlane
-from tests.chart.helm import HOME, Helm, Object, one
+from testing.helm import HOME, Helm, Object, one
 
 FOREIGN = {"ServiceMonitor", "PrometheusRule", "Certificate"}
 """Kinds whose operators are not here."""
@@ -59,7 +59,7 @@ def test_its_pods_are_restricted(helm: Helm, control_plane: ControlPlane, values
     for name, spec in pods(objects).items():
         create(control_plane, name, spec)
         loose = {**spec, "securityContext": {**spec["securityContext"], "runAsNonRoot": False}}
-        with pytest.raises(ApiError) as caught:
+        with pytest.raises(ControlPlaneApiError) as caught:
             create(control_plane, name, loose)
         assert "violates PodSecurity" in caught.value.message
 

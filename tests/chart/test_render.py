@@ -14,7 +14,7 @@ import yaml
 from finetune_contract.phase import Phase
 from finetune_operator.api.reasons import REASONS, CountsAs, Reason
 from finetune_operator.server.options import add_flags, read_options
-from tests.chart.helm import CHART, HOME, NAME, Helm, HelmError, Object, kinds, one, operator_args
+from testing.helm import CHART, HOME, NAME, Helm, HelmError, Object, kinds, one, operator_args
 
 ROOT = CHART.parents[1]
 MONITORING = {"serviceMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}}

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.harness import Bed
+from tests.cli.harness import CliHarness
 
 
 @pytest.fixture
-def bed(tmp_path: Path) -> Iterator[Bed]:
-    """A job of two fake ranks. Whatever the test did, nothing of it may be left running."""
+def harness(tmp_path: Path) -> Iterator[CliHarness]:
+    """Yield a harness with a job of two fake ranks. Assert afterwards that no process of the test still runs."""
     if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("two ranks want two cores")
-    bed = Bed(tmp_path)
+        pytest.skip("two ranks need two cores")
+    harness = CliHarness(tmp_path)
     try:
-        yield bed
+        yield harness
     finally:
-        left = bed.processes()
-        bed.close()
-    assert left == []
+        remaining = harness.processes()
+        harness.close()
+    assert remaining == []

@@ -1,7 +1,8 @@
-"""A rank in a few lines: it speaks the contract, keeps in step with its peers, and trains nothing.
+"""A minimal rank: it implements the contract, runs in lockstep with its peers, and trains nothing.
 
-It rendezvouses at MASTER_ADDR:MASTER_PORT, reports on FINETUNE_REPORT_FD, saves the step to a file, agrees with its
-peers on a step when one of them has notice, and ends with the trainer's exit codes. Standard library only.
+It connects to its peers at MASTER_ADDR:MASTER_PORT, reports on FINETUNE_REPORT_FD, saves the step to a file, agrees
+with its peers on the last step after a preemption notice, and exits with the trainer's exit codes. It uses only the
+standard library.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ training = False
 
 
 def on_notice(*_: object) -> None:
-    """Before training there is nothing to save: leave at once, as the trainer does."""
+    """Handle a preemption notice. Before training there is nothing to save: exit at once, as the trainer does."""
     global notice  # noqa: PLW0603
     notice = True
     if not training:
@@ -40,7 +41,7 @@ def on_notice(*_: object) -> None:
 
 
 class Peers:
-    """Lock step: before each step the ranks tell rank 0 whether they have notice, and all hear the same answer."""
+    """Lockstep: before each step the ranks report to rank 0 whether they have a notice, and all get the same answer."""
 
     def __init__(self) -> None:
         address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -85,9 +86,9 @@ def report(state: str, **values: Any) -> None:
 
 def save(step: int) -> None:
     if RANK == 0:
-        aside = STATE.with_suffix(".new")
-        aside.write_text(str(step))
-        aside.replace(STATE)
+        temporary = STATE.with_suffix(".new")
+        temporary.write_text(str(step))
+        temporary.replace(STATE)
         checkpoint = {"step": step, "time": time.time(), "sizeBytes": 1234, "attempt": ATTEMPT}
         report("Training", step=step, checkpoint=checkpoint)
 
@@ -103,19 +104,19 @@ def train(args: argparse.Namespace) -> None:
             save(step - 1)
             report("Saved", step=step - 1)
             sys.exit(ExitCode.SAVED)
-        time.sleep(args.step_seconds)  # the step's work
+        time.sleep(args.step_seconds)  # simulates the work of a step
         if args.hang_at == step and ATTEMPT == 1 and args.rank in (None, RANK):
             hang(args.hang)
         report("Training", step=step, totalSteps=args.steps, loss=round(1 / step, 3), imagesPerSecond=8.0)
         if args.fail_at == step:
-            print(f"step {step} is not for me", file=sys.stderr)
+            print(f"step {step} failed on purpose", file=sys.stderr)
             sys.exit(args.fail_with)
         if step % args.save_every == 0:
             save(step)
 
 
 def hang(how: str) -> None:
-    """Stand still for good."""
+    """Hang forever."""
     if how == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     lock = threading.Lock()
@@ -132,11 +133,11 @@ def main() -> None:
     parser.add_argument("--fail-with", type=int, default=ExitCode.SOFTWARE)
     parser.add_argument("--hang-at", type=int)
     parser.add_argument("--hang", choices=("stop", "deadlock"), default="deadlock")
-    parser.add_argument("--rank", type=int, help="the rank that hangs; default: all")
-    parser.add_argument("--deaf", action="store_true", help="ignore SIGTERM")
+    parser.add_argument("--rank", type=int, help="the rank that hangs (default: all)")
+    parser.add_argument("--ignore-sigterm", action="store_true", help="ignore SIGTERM, the preemption notice")
     args = parser.parse_args()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if args.deaf else on_notice)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if args.ignore_sigterm else on_notice)
     FOLDER.mkdir(parents=True, exist_ok=True)
     report("Loading")
     print(f"rank {RANK} of attempt {ATTEMPT} is up", flush=True)

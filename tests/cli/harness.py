@@ -1,4 +1,4 @@
-"""A folder with a job of fake ranks, and the `finetune` command as a person calls it."""
+"""A folder with a job of fake ranks, and the `finetune` command as a user calls it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ KEY = JobKey("default", "circles")
 PATIENCE_SECONDS = 60.0
 
 
-class Bed:
-    """One state folder, one manifest."""
+class CliHarness:
+    """One state folder with one manifest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,10 +38,10 @@ class Bed:
         self.runs: list[subprocess.Popen[str]] = []
         _write_model(folder / "model")
         _write_data(folder / "data")
-        self.ranks()
+        self.set_rank_arguments()
 
-    def ranks(self, *arguments: str) -> None:
-        """Write the manifest, with these arguments for the fake ranks."""
+    def set_rank_arguments(self, *arguments: str) -> None:
+        """Write the manifest with arguments for the fake ranks."""
         command = ["finetune-supervisor", "--", "python", str(FAKE_RANK), *arguments]
         container = {"name": "trainer", "command": command}
         self.document["spec"]["podTemplate"] = {"spec": {"containers": [container]}}
@@ -52,7 +52,7 @@ class Bed:
         self.manifest.write_text(yaml.safe_dump(self.document))
 
     def call(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Call `finetune` and wait for its end."""
+        """Call `finetune` and wait for its exit."""
         return subprocess.run(
             [FINETUNE, command, *arguments, "--home", str(self.home.path)],
             capture_output=True,
@@ -63,11 +63,11 @@ class Bed:
         )
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """`finetune run` to its end."""
+        """Call `finetune run` and wait for its exit."""
         return self.call("run", str(self.manifest), *arguments)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """`finetune run` in the background."""
+        """Start `finetune run` in the background."""
         process = subprocess.Popen(
             [FINETUNE, "run", str(self.manifest), *arguments, "--home", str(self.home.path)],
             stdout=subprocess.PIPE,
@@ -79,35 +79,35 @@ class Bed:
         return process
 
     def job(self) -> FineTuneJob | None:
-        """The job as stored."""
+        """Return the stored job."""
         return jobs.read_job(self.home, KEY)
 
     def status(self) -> dict[str, Any]:
-        """The job's status, as kubectl shows it."""
+        """Return the job's status as kubectl shows it."""
         job = self.job()
         assert job is not None
         return job.status.model_dump(mode="json", by_alias=True, exclude_none=True)
 
-    def until_step(self, step: int) -> None:
-        """Wait until the status shows so many steps."""
-        self.until(lambda: (job := self.job()) is not None and (job.status.step or 0) >= step)
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the status shows at least this step."""
+        self.wait_until(lambda: (job := self.job()) is not None and (job.status.step or 0) >= step)
 
-    def until(self, reached: Callable[[], bool]) -> None:
-        """Poll, with a deadline."""
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Poll a condition, with a deadline."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not reached():
-            assert time.monotonic() < deadline, "it never came about"
+        while not condition():
+            assert time.monotonic() < deadline, "condition not met in time"
             time.sleep(0.01)
 
-    def checkpoint(self) -> int:
-        """The step that the fake ranks saved last."""
+    def saved_step(self) -> int:
+        """Return the step that the fake ranks saved last."""
         job = self.job()
         assert job is not None
         return int((jobs.storage_folder(self.home, job) / "step").read_text())
 
     def processes(self) -> list[int]:
-        """Pids of all processes of this state folder's pods."""
-        wanted = f"{MARKER}={self.home.path}/".encode()
+        """Return the pids of all processes of this state folder's pods."""
+        marker = f"{MARKER}={self.home.path}/".encode()
         found = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdecimal():
@@ -115,18 +115,18 @@ class Bed:
                     environment = (folder / "environ").read_bytes().split(b"\0")
                 except OSError:
                     continue
-                if any(variable.startswith(wanted) for variable in environment):
+                if any(variable.startswith(marker) for variable in environment):
                     found.append(int(folder.name))
         return found
 
     def kill_pods(self) -> None:
-        """SIGKILL to every process of every pod, parents first, as the end of a machine."""
+        """SIGKILL every process of every pod, parents first, as after a machine failure."""
         for pid in sorted(self.processes()):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End whatever a failed test has left."""
+        """Kill the processes that a failed test left."""
         for process in self.runs:
             if process.poll() is None:
                 process.kill()

@@ -1,4 +1,4 @@
-"""Jobs in different phases, for what people read about them."""
+"""Jobs in different phases, for tests of the output."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ RUNNING = job(
                 "toStep": 130,
             },
         ],
-        "warnings": ["checkpoint step-60-a1 is passed over: unet.safetensors is missing"],
+        "warnings": ["checkpoint step-60-a1 is skipped: unet.safetensors is missing"],
     },
     ago(minutes=15),
 )
@@ -168,7 +168,7 @@ EVENTS = [
     {
         "type": "Warning",
         "reason": "TrainerWarning",
-        "message": "the disk is nearly full",
+        "message": "the disk is almost full",
         "count": 3,
         "firstTimestamp": ago(minutes=9),
         "lastTimestamp": ago(seconds=40),

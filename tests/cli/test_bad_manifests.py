@@ -1,4 +1,4 @@
-"""Bad manifests are refused before anything starts: exit code 2, a sentence with the field, and no trace."""
+"""Bad manifests are refused before anything starts: exit code 2, a message with the field, and no files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.cli.main import main
-from tests.cli.harness import Bed
+from tests.cli.harness import CliHarness
 
 Change = Callable[[dict[str, Any], Path], object]
 
@@ -20,24 +20,24 @@ def put(path: str, value: Any) -> Change:
     """Set a field of spec."""
 
     def change(document: dict[str, Any], _: Path) -> None:
-        place = document["spec"]
+        parent = document["spec"]
         *names, last = path.split(".")
         for name in names:
-            place = place.setdefault(name, {})
-        place[last] = value
+            parent = parent.setdefault(name, {})
+        parent[last] = value
 
     return change
 
 
 def drop(path: str) -> Change:
-    """Leave a field of spec out."""
+    """Remove a field of spec."""
 
     def change(document: dict[str, Any], _: Path) -> None:
-        place = document["spec"]
+        parent = document["spec"]
         *names, last = path.split(".")
         for name in names:
-            place = place[name]
-        del place[last]
+            parent = parent[name]
+        del parent[last]
 
     return change
 
@@ -55,14 +55,6 @@ def row(**columns: Any) -> Change:
     return metadata(json.dumps(columns) + "\n")
 
 
-def in_all(*changes: Change) -> Change:
-    def change(document: dict[str, Any], folder: Path) -> None:
-        for one in changes:
-            one(document, folder)
-
-    return change
-
-
 def make_pickle(document: dict[str, Any], folder: Path) -> None:
     (folder / "model.bin").write_bytes(b"x")
     document["spec"]["model"]["base"] = "model.bin"
@@ -73,20 +65,20 @@ def make_single_file(document: dict[str, Any], folder: Path) -> None:
     document["spec"]["model"]["base"] = "model.gguf"
 
 
-def make_file_in_the_way(document: dict[str, Any], folder: Path) -> None:
+def make_output_file(document: dict[str, Any], folder: Path) -> None:
     (folder / "out").write_text("")
     document["spec"]["outputs"] = [{"format": "diffusers", "to": "out"}]
 
 
 CASES: dict[str, tuple[Change, str, str]] = {
-    # name: (what is done to a good manifest, the field, what the sentence says)
+    # name: (change of a good manifest, field in the message, text in the message)
     "no kind": (lambda document, _: document.pop("kind"), "kind", "FineTuneJob"),
     "another kind": (top("kind", "PyTorchJob"), "kind", "FineTuneJob"),
     "another version": (top("apiVersion", "finetune-operator.io/v9"), "apiVersion", "v1alpha1"),
     "no spec": (lambda document, _: document.pop("spec"), "spec", ""),
     "no name": (top("metadata", {}), "metadata.name", ""),
     "bad name": (top("metadata", {"name": "My Job"}), "metadata.name", ""),
-    "a name that climbs": (top("metadata", {"name": "../../x"}), "metadata.name", ""),
+    "name with parent folders": (top("metadata", {"name": "../../x"}), "metadata.name", ""),
     "long name": (top("metadata", {"name": "x" * 60}), "metadata.name", ""),
     "no model": (drop("model"), "spec.model", ""),
     "no base": (put("model", {}), "spec.model.base", ""),
@@ -100,7 +92,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "no length": (drop("training.steps"), "spec.training", "steps"),
     "two lengths": (put("training.epochs", 3), "spec.training", "epochs"),
     "no steps": (put("training.steps", 0), "spec.training.steps", "1"),
-    "steps in words": (put("training.steps", "many"), "spec.training.steps", "integer"),
+    "steps as text": (put("training.steps", "many"), "spec.training.steps", "integer"),
     "batch of zero": (put("training.batchSize", 0), "spec.training.batchSize", "1"),
     "half a batch": (put("training.batchSize", 1.5), "spec.training.batchSize", "integer"),
     "negative accumulation": (put("training.gradientAccumulation", -1), "spec.training.gradientAccumulation", "1"),
@@ -108,9 +100,9 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "learning rate not a number": (put("training.learningRate", float("nan")), "spec.training.learningRate", ""),
     "unknown schedule": (put("training.lrScheduler", "wavy"), "spec.training.lrScheduler", "cosine"),
     "unknown precision": (put("training.precision", "fp8"), "spec.training.precision", "bf16"),
-    "precision of GPUs": (put("training.precision", "fp16"), "spec.training.precision", "bf16"),
+    "precision for GPUs only": (put("training.precision", "fp16"), "spec.training.precision", "bf16"),
     "odd resolution": (put("training.resolution", 100), "spec.training.resolution", "8"),
-    "optimizer of GPUs": (put("training.optimizer", "adamw8bit"), "spec.training.optimizer", "adamw"),
+    "optimizer for GPUs only": (put("training.optimizer", "adamw8bit"), "spec.training.optimizer", "adamw"),
     "settings of another method": (
         put("training.dreambooth", {"instancePrompt": "a dog"}),
         "spec.training.dreambooth",
@@ -139,22 +131,22 @@ CASES: dict[str, tuple[Change, str, str]] = {
     ),
     "two intervals": (put("checkpoint.interval", {"steps": 5, "seconds": 5}), "spec.checkpoint.interval", ""),
     "keep none": (put("checkpoint.keep", 0), "spec.checkpoint.keep", "1"),
-    "a duration in words": (put("recovery.hangTimeout", "a while"), "spec.recovery.hangTimeout", "10m"),
+    "duration as text": (put("recovery.hangTimeout", "a while"), "spec.recovery.hangTimeout", "10m"),
     "negative failures": (put("recovery.maxFailures", -1), "spec.recovery.maxFailures", "0"),
     "queue": (put("queueName", "team"), "spec.queueName", "leave it out"),
     "another manager": (put("managedBy", "example.org/other"), "spec.managedBy", "leave managedBy out"),
-    "suspended": (put("suspend", True), "spec.suspend", "leave it out"),
+    "suspended": (put("suspend", True), "spec.suspend", "leave suspend out"),
     "unknown output": (put("outputs", [{"format": "gguf", "to": "out"}]), "spec.outputs[0].format", "diffusers"),
-    "output without a place": (put("outputs", [{"format": "diffusers"}]), "spec.outputs[0].to", ""),
-    "output over a file": (make_file_in_the_way, "spec.outputs[0].to", "folder"),
+    "output without a target": (put("outputs", [{"format": "diffusers"}]), "spec.outputs[0].to", ""),
+    "output over a file": (make_output_file, "spec.outputs[0].to", "folder"),
     "template": (put("podTemplate", {"spec": {"containers": [{"image": "x"}]}}), "spec.podTemplate", "name"),
-    "base that is not there": (put("model.base", "nowhere"), "spec.model.base", "does not exist"),
-    "base below a folder": (put("model.base", "data/nowhere"), "spec.model.base", "does not exist"),
-    "base that is no model": (put("model.base", "data"), "spec.model.base", "model_index.json"),
+    "missing base": (put("model.base", "nowhere"), "spec.model.base", "does not exist"),
+    "missing base below a folder": (put("model.base", "data/nowhere"), "spec.model.base", "does not exist"),
+    "base that is not a model": (put("model.base", "data"), "spec.model.base", "model_index.json"),
     "pickle": (make_pickle, "spec.model.base", "safetensors"),
     "single file": (make_single_file, "spec.model.base", "single file"),
-    "vae that is not there": (put("model.vae", "./vae"), "spec.model.vae", "does not exist"),
-    "data set that is not there": (put("dataset.source", "./nowhere"), "spec.dataset.source", "metadata.jsonl"),
+    "missing vae": (put("model.vae", "./vae"), "spec.model.vae", "does not exist"),
+    "missing data set": (put("dataset.source", "./nowhere"), "spec.dataset.source", "metadata.jsonl"),
     "data set without metadata": (put("dataset.source", "model"), "spec.dataset.source", "metadata.jsonl"),
     "data set that is a file": (put("dataset.source", "job.yaml"), "spec.dataset.source", "folder"),
     "wrong split": (put("dataset.split", "test"), "spec.dataset.split", "train"),
@@ -171,113 +163,119 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "file_name, text",
     ),
     "empty caption": (row(file_name="0.png", text=" "), "spec.dataset.columns.caption", "empty"),
-    "caption that is no text": (row(file_name="0.png", text=7), "spec.dataset.columns.caption", "texts"),
-    "image that is not there": (row(file_name="gone.png", text="x"), "spec.dataset.source", "gone.png"),
-    "line that is no JSON": (metadata("a.png, a circle\n"), "spec.dataset.source", "line 1"),
-    "line that is no object": (metadata("[1]\n"), "spec.dataset.source", "line 1"),
+    "caption that is not text": (row(file_name="0.png", text=7), "spec.dataset.columns.caption", "texts"),
+    "missing image": (row(file_name="gone.png", text="x"), "spec.dataset.source", "gone.png"),
+    "line that is not JSON": (metadata("a.png, a circle\n"), "spec.dataset.source", "line 1"),
+    "line that is not an object": (metadata("[1]\n"), "spec.dataset.source", "line 1"),
     "no samples": (metadata("\n\n"), "spec.dataset.source", "no samples"),
 }
 
 
 @dataclass(frozen=True)
-class Result:
+class CommandResult:
     returncode: int
     stdout: str
     stderr: str
 
 
-class Finetune:
-    """The command, called within this process: a refusal takes milliseconds, and there are many."""
+class InProcessCommand:
+    """Calls the command in this process: the many refusals then take milliseconds each."""
 
-    def __init__(self, bed: Bed, capture: pytest.CaptureFixture[str]) -> None:
-        self._bed = bed
+    def __init__(self, harness: CliHarness, capture: pytest.CaptureFixture[str]) -> None:
+        self._bed = harness
         self._capture = capture
 
-    def __call__(self, command: str, *arguments: str) -> Result:
+    def __call__(self, command: str, *arguments: str) -> CommandResult:
         with pytest.raises(SystemExit) as end:
             main([command, *arguments, "--home", str(self._bed.home.path)])
         out, err = self._capture.readouterr()
         assert isinstance(end.value.code, int)
-        return Result(end.value.code, out, err)
+        return CommandResult(end.value.code, out, err)
 
-    def run(self, *arguments: str) -> Result:
+    def run(self, *arguments: str) -> CommandResult:
         return self("run", str(self._bed.manifest), *arguments)
 
 
 @pytest.fixture
-def finetune(bed: Bed, capsys: pytest.CaptureFixture[str]) -> Finetune:
-    return Finetune(bed, capsys)
+def finetune(harness: CliHarness, capsys: pytest.CaptureFixture[str]) -> InProcessCommand:
+    return InProcessCommand(harness, capsys)
 
 
-@pytest.mark.parametrize(("change", "field", "words"), CASES.values(), ids=CASES.keys())
-def test_refused_with_a_sentence(bed: Bed, finetune: Finetune, change: Change, field: str, words: str) -> None:
-    change(bed.document, bed.folder)
-    bed.write()
+@pytest.mark.parametrize(("change", "field", "text"), CASES.values(), ids=CASES.keys())
+def test_a_bad_manifest_is_refused_with_a_message(
+    harness: CliHarness, finetune: InProcessCommand, change: Change, field: str, text: str
+) -> None:
+    change(harness.document, harness.folder)
+    harness.write()
     result = finetune.run()
     assert result.returncode == 2, result.stdout
-    blamed = [line for line in result.stderr.splitlines() if f": {field}" in line]
-    assert blamed, result.stderr
-    assert words in blamed[0]
-    assert result.stderr.startswith(f"finetune: {bed.manifest}: ")
+    messages = [line for line in result.stderr.splitlines() if f": {field}" in line]
+    assert messages, result.stderr
+    assert text in messages[0]
+    assert result.stderr.startswith(f"finetune: {harness.manifest}: ")
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
-    assert not bed.home.path.exists()
+    assert not harness.home.path.exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "text"),
     [
-        (b"", "holds 0 documents"),
-        (b"kind: FineTuneJob\n---\nkind: FineTuneJob\n", "holds 2 documents"),
-        (b"kind: [", "is no YAML: line 1"),
-        (b"kind: a\nkind: b\n", "key 'kind' stands there twice"),
-        (b"- 1\n", "holds list where a FineTuneJob should be"),
+        (b"", "contains 0 documents"),
+        (b"kind: FineTuneJob\n---\nkind: FineTuneJob\n", "contains 2 documents"),
+        (b"kind: [", "is not valid YAML: line 1"),
+        (b"kind: a\nkind: b\n", "duplicate key 'kind'"),
+        (b"- 1\n", "contains a list, not an object with kind: FineTuneJob"),
         (b"\xff\xfe", "is not text"),
         (b"a: &a [*a]\n", "kind"),
-        (b"x: !!python/object/apply:os.system [id]\n", "is no YAML"),
+        (b"x: !!python/object/apply:os.system [id]\n", "is not valid YAML"),
     ],
     ids=["empty", "two", "cut", "twice", "list", "bytes", "cycle", "code"],
 )
-def test_files_that_are_no_manifest(bed: Bed, finetune: Finetune, content: bytes, words: str) -> None:
-    bed.manifest.write_bytes(content)
+def test_a_file_that_is_not_a_manifest_is_refused(
+    harness: CliHarness, finetune: InProcessCommand, content: bytes, text: str
+) -> None:
+    harness.manifest.write_bytes(content)
     result = finetune.run()
     assert result.returncode == 2
-    assert words in result.stderr
+    assert text in result.stderr
     assert "Traceback" not in result.stderr
-    assert not bed.home.path.exists()
+    assert not harness.home.path.exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "text"),
     [
         (["--preempt", "rank=1"], "at-step"),
         (["--preempt", "rank=x,at-step=4"], "whole number"),
-        (["--preempt", "rank=2,at-step=4"], "there is no rank 2; the job's ranks are 0 to 1"),
-        (["--kill", "node=1,at-step=4"], "knows no 'node'"),
+        (["--preempt", "rank=2,at-step=4"], "rank 2 does not exist; the job's ranks are 0 to 1"),
+        (["--kill", "node=1,at-step=4"], "unknown key 'node'"),
         (["--kill", "rank=0,at-state=Sleeping"], "Training"),
         (["--kill", "rank=0,at-step=4,at-state=Saving"], "one of"),
         (["--set", "training.steps"], "FIELD=VALUE"),
         (["--set", "training.steps=[1"], "--set"),
-        (["--set", "training.steps.more=1"], "no group of fields"),
+        (["--set", "training.steps.more=1"], "training.steps has no fields"),
         (["--set", "training.stepz=1"], "spec.training.stepz"),
     ],
 )
-def test_command_lines(bed: Bed, finetune: Finetune, arguments: list[str], words: str) -> None:
+def test_bad_arguments_are_refused(
+    harness: CliHarness, finetune: InProcessCommand, arguments: list[str], text: str
+) -> None:
     result = finetune.run(*arguments)
     assert result.returncode == 2
-    assert words in result.stderr
-    assert not bed.home.path.exists()
+    assert text in result.stderr
+    assert not harness.home.path.exists()
 
 
-def test_a_file_that_is_not_there(bed: Bed) -> None:
-    result = bed.call("run", "nowhere.yaml")
+def test_a_missing_file_is_refused(harness: CliHarness) -> None:
+    result = harness.call("run", "nowhere.yaml")
     assert (result.returncode, result.stderr) == (2, "finetune: nowhere.yaml does not exist\n")
-    assert bed.call("run", ".").returncode == 2
+    assert harness.call("run", ".").returncode == 2
 
 
 @pytest.mark.parametrize("command", ["describe", "logs", "delete", "get"])
 @pytest.mark.parametrize("name", ["nothing", "../..", "/etc"])
-def test_jobs_that_are_not_there(finetune: Finetune, command: str, name: str) -> None:
+def test_a_missing_job_is_refused(finetune: InProcessCommand, command: str, name: str) -> None:
     result = finetune(command, name)
     assert result.returncode == 2
     assert result.stderr

@@ -1,4 +1,4 @@
-"""A state folder that breaks halfway never makes the next start fail."""
+"""Damage of the state folder never makes the next start fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.harness import KEY, PATIENCE_SECONDS, Bed
+from tests.cli.harness import KEY, PATIENCE_SECONDS, CliHarness
 
 GARBAGE = {
     "empty": b"",
@@ -22,19 +22,19 @@ GARBAGE = {
 
 
 @pytest.fixture
-def stopped(bed: Bed) -> Bed:
-    """A job that was interrupted, with a checkpoint."""
-    bed.ranks("--step-seconds", "0.02")
-    process = bed.start()
-    bed.until_step(12)
+def stopped(harness: CliHarness) -> CliHarness:
+    """Return a harness whose job was interrupted and has a checkpoint."""
+    harness.set_rank_arguments("--step-seconds", "0.02")
+    process = harness.start()
+    harness.wait_for_step(12)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
-    return bed
+    return harness
 
 
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
-def test_a_broken_job_falls_back_to_the_version_before(stopped: Bed, garbage: bytes) -> None:
+def test_a_broken_job_file_falls_back_to_the_previous_version(stopped: CliHarness, garbage: bytes) -> None:
     path = stopped.home.job(KEY).job
     path.write_bytes(garbage)
     assert KEY.name in stopped.call("get").stderr
@@ -42,34 +42,34 @@ def test_a_broken_job_falls_back_to_the_version_before(stopped: Bed, garbage: by
     result = stopped.run()
     assert result.returncode == 0, result.stderr
     assert f"{path} " in result.stderr
-    assert "set aside as job.json.broken-1" in result.stderr
+    assert "renamed to job.json.broken-1" in result.stderr
     assert path.with_name("job.json.broken-1").read_bytes() == garbage
-    # It is still the same job, and went on from its checkpoint.
+    # It is still the same job, and it resumed from its checkpoint.
     assert (stopped.status()["attempts"][-1]["fromStep"]) >= 10
 
 
-def spoil(name: str) -> Callable[[Path], object]:
+def truncate(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(b'{"cut')
 
 
-def both_copies(folder: Path) -> None:
-    spoil("job.json")(folder)
-    spoil("job.json.previous")(folder)
+def truncate_both_copies(folder: Path) -> None:
+    truncate("job.json")(folder)
+    truncate("job.json.previous")(folder)
 
 
-def job_is_a_folder(folder: Path) -> None:
+def replace_job_by_folder(folder: Path) -> None:
     (folder / "job.json").unlink()
     (folder / "job.json").mkdir()
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "events": spoil("events.json"),
-    "endpoint": spoil("endpoint.json"),
-    "config": spoil("configmaps/circles-run.json"),
-    "service": spoil("services/circles.json"),
-    "lock": spoil("lock"),
-    "both copies of the job": both_copies,
-    "the job is a folder": job_is_a_folder,
+    "events": truncate("events.json"),
+    "endpoint": truncate("endpoint.json"),
+    "config": truncate("configmaps/circles-run.json"),
+    "service": truncate("services/circles.json"),
+    "lock": truncate("lock"),
+    "both copies of the job": truncate_both_copies,
+    "the job is a folder": replace_job_by_folder,
     "no job": lambda folder: (folder / "job.json").unlink(),
     "no folder": shutil.rmtree,
     "no configs": lambda folder: shutil.rmtree(folder / "configmaps"),
@@ -81,20 +81,20 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_the_next_start_works(stopped: Bed, damage: Callable[[Path], object]) -> None:
+def test_the_next_start_works_after_damage(stopped: CliHarness, damage: Callable[[Path], object]) -> None:
     damage(stopped.home.job(KEY).path)
     assert stopped.call("get").returncode == 0
     result = stopped.run()
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
-    assert stopped.checkpoint() == 40
+    assert stopped.saved_step() == 40
     assert stopped.call("describe", KEY.name).returncode == 0
     assert stopped.call("delete", KEY.name).returncode == 0
 
 
-def test_a_home_that_is_a_file(bed: Bed) -> None:
-    bed.home.path.write_text("")
-    result = bed.run()
+def test_a_home_that_is_a_file_is_refused(harness: CliHarness) -> None:
+    harness.home.path.write_text("")
+    result = harness.run()
     assert result.returncode == 2
-    assert result.stderr.startswith(f"finetune: --home: {bed.home.path} cannot be made or used")
+    assert result.stderr.startswith(f"finetune: --home: {harness.home.path} cannot be created or used")
     assert len(result.stderr.splitlines()) == 1

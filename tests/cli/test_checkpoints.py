@@ -1,4 +1,4 @@
-"""`finetune checkpoints`: what people are shown of checkpoints, whole and damaged."""
+"""`finetune checkpoints`: the output for intact and damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -55,21 +55,19 @@ def test_list(job_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert good.split()[:3] == ["step-00000002-a1", "2", "1"]
     assert good.endswith("committed")
     assert bad.startswith("corrupt-step-00000004-a1-1")
-    assert bad.endswith("set aside: model.safetensors has other contents than its SHA-256 says")
+    assert bad.endswith("corrupt: model.safetensors does not match its SHA-256")
     assert run(capsys, "list", "--folder", str(job_dir / "checkpoints"))[1] == text
 
 
 def test_verify(job_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "verify", "--folder", str(job_dir)) == (
         Exit.SUCCEEDED,
-        "step-00000004-a1: whole\nstep-00000002-a1: whole\n",
+        "step-00000004-a1: intact\nstep-00000002-a1: intact\n",
     )
     damage(job_dir, 4)
     code, text = run(capsys, "verify", "--folder", str(job_dir))
     assert code == Exit.FAILED
-    assert text.splitlines()[0] == (
-        "step-00000004-a1: DAMAGED: model.safetensors has other contents than its SHA-256 says"
-    )
+    assert text.splitlines()[0] == ("step-00000004-a1: DAMAGED: model.safetensors does not match its SHA-256")
     assert run(capsys, "verify", "--folder", str(job_dir), "--checkpoint", "2")[0] == Exit.SUCCEEDED
 
 
@@ -78,25 +76,25 @@ def test_diff(job_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == Exit.SUCCEEDED
     assert text.splitlines() == [
         "step-00000002-a1 -> step-00000004-a1: +2 steps",
-        "the same 2 tensors in both",
+        "tensors with the same names and shapes in both: 2",
         "losses: mean 0.5 of 1 -> mean 0.25 of 1",
         "step: 2 -> 4",
-        "the same bytes in both: optimizer.safetensors",
+        "identical files: optimizer.safetensors",
     ]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
-        (["list"], "name a job, or give a folder with --folder"),
+        (["list"], "give the name of a job, or a folder with --folder"),
         (["list", "circles"], "no job circles in namespace default"),
-        (["verify", "--folder", ".", "--checkpoint", "9"], "no checkpoint 9; there are none"),
+        (["verify", "--folder", ".", "--checkpoint", "9"], "no checkpoint 9; existing checkpoints: none"),
     ],
 )
-def test_what_is_not_there(
+def test_missing_jobs_and_checkpoints_are_reported(
     tmp_path: Path,
     arguments: list[str],
-    sentence: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -104,18 +102,18 @@ def test_what_is_not_there(
     monkeypatch.setenv("FINETUNE_HOME", str(tmp_path))
     code, text = run(capsys, *arguments)
     assert code == Exit.USAGE
-    assert sentence in text
+    assert message in text
 
 
-def test_no_checkpoints_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "list", "--folder", str(tmp_path)) == (
         Exit.SUCCEEDED,
         f"No checkpoints in {tmp_path / 'checkpoints'}.\n",
     )
 
 
-def test_of_a_bucket(bucket_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Listed, verified and compared as in a folder; a damaged one is told."""
+def test_checkpoints_of_a_bucket(bucket_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """List, verify and diff work as for a folder, and report a damaged checkpoint."""
     url = f"{bucket_url}/default/tiny"
     store = BucketStore(Bucket(url), tmp_path, "uid", 1, Retention())
     store.open()
@@ -123,11 +121,11 @@ def test_of_a_bucket(bucket_url: str, tmp_path: Path, capsys: pytest.CaptureFixt
         store.save(Snapshot(step, {"model": {"w": torch.full((2, 3), float(step))}}, {"step": step}), 1e9)
     assert run(capsys, "verify", "--folder", url) == (
         Exit.SUCCEEDED,
-        "".join(f"step-0000000{step}-a1: whole\n" for step in (6, 4, 2)),
+        "".join(f"step-0000000{step}-a1: intact\n" for step in (6, 4, 2)),
     )
     code, text = run(capsys, "diff", "--folder", url, "--checkpoints", "2", "4")
     assert code == Exit.SUCCEEDED
-    assert "the same 1 tensors in both" in text
+    assert "tensors with the same names and shapes in both: 1" in text
     assert "step: 2 -> 4" in text
     bucket = Bucket(f"{url}/checkpoints")
     (name,) = (each for each in bucket.names() if "00000006" in each and each.endswith("model.safetensors"))
@@ -140,10 +138,10 @@ def test_of_a_bucket(bucket_url: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line.split()[0] for line in lines] == [
         *("NAME", "step-00000004-a1", "step-00000002-a1", "corrupt-step-00000006-a1"),
     ]
-    assert "set aside: " in lines[-1]
+    assert "corrupt: " in lines[-1]
 
 
-def test_of_a_bucket_that_is_not_there(bucket_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bucket_without_its_package_is_reported(bucket_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(capsys, "list", "--folder", "gs://models/x")
     assert code == Exit.USAGE
     assert "gs:// needs the Python package gcsfs" in text

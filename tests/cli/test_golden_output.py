@@ -1,4 +1,4 @@
-"""What people read: get, describe, the lines of a run. Golden texts lie in golden/."""
+"""The output for users: get, describe, and the lines of a run. The golden texts are in golden/."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ from pathlib import Path
 
 import pytest
 
+from finetune_contract.phase import Phase
 from finetune_operator.api.crd import COLUMNS as CRD_COLUMNS
 from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.reasons import Reason
 from finetune_operator.cli.commands import get
-from finetune_operator.cli.commands.describe import Place, description
-from finetune_operator.cli.output import figures, story, summary
+from finetune_operator.cli.commands.describe import LocalDetails, format_description
+from finetune_operator.cli.output import changes, formatting, summary
+from finetune_operator.plan.model.explain import explain_end
 from tests.cli.samples import EVENTS, FAILED, NOW, PENDING, RUNNING, SUCCEEDED
 
 GOLDEN = Path(__file__).parent / "golden"
-PLACE = Place("/state/storage/default/circles-1f0c3a2b", "process 4711")
-NOWHERE = Place("/state/storage/default/x", "<none>")
+RUNNING_DETAILS = LocalDetails("/state/storage/default/circles-1f0c3a2b", "process 4711")
+IDLE_DETAILS = LocalDetails("/state/storage/default/x", "<none>")
 
 ALL = [PENDING, RUNNING, FAILED, SUCCEEDED]
 
 TEXTS: dict[str, Callable[[], str]] = {
-    "get.txt": lambda: get.table(ALL, NOW),
-    "get-wide.txt": lambda: get.table(ALL, NOW, wide=True),
-    "describe-pending.txt": lambda: description(PENDING, [], NOWHERE, NOW),
-    "describe-running.txt": lambda: description(RUNNING, EVENTS, PLACE, NOW),
-    "describe-failed.txt": lambda: description(FAILED, [], NOWHERE, NOW),
-    "describe-succeeded.txt": lambda: description(SUCCEEDED, [], NOWHERE, NOW),
+    "get.txt": lambda: get.format_table(ALL, NOW),
+    "get-wide.txt": lambda: get.format_table(ALL, NOW, wide=True),
+    "describe-pending.txt": lambda: format_description(PENDING, [], IDLE_DETAILS, NOW),
+    "describe-running.txt": lambda: format_description(RUNNING, EVENTS, RUNNING_DETAILS, NOW),
+    "describe-failed.txt": lambda: format_description(FAILED, [], IDLE_DETAILS, NOW),
+    "describe-succeeded.txt": lambda: format_description(SUCCEEDED, [], IDLE_DETAILS, NOW),
 }
 
 
 @pytest.fixture
 def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Times are shown in the local time zone."""
+    """Set the time zone, because times are shown in local time."""
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     yield
@@ -46,7 +49,7 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("utc")
 @pytest.mark.parametrize("name", TEXTS)
 def test_golden(name: str) -> None:
-    """FINETUNE_WRITE_GOLDEN=1 writes them anew; the difference is for a person to read."""
+    """FINETUNE_WRITE_GOLDEN=1 writes the files again. Read the difference before you commit it."""
     path = GOLDEN / name
     if os.environ.get("FINETUNE_WRITE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)
@@ -54,9 +57,9 @@ def test_golden(name: str) -> None:
     assert TEXTS[name]() == path.read_text()
 
 
-def test_the_columns_are_those_of_kubectl() -> None:
-    ours = [name for name, _ in get.COLUMNS + get.WIDE]
-    assert ours == ["NAME", *(name.upper() for name, *_ in CRD_COLUMNS)]
+def test_columns_equal_those_of_kubectl() -> None:
+    names = [name for name, _ in get.COLUMNS + get.WIDE]
+    assert names == ["NAME", *(name.upper() for name, *_ in CRD_COLUMNS)]
 
 
 @pytest.mark.parametrize(
@@ -81,51 +84,64 @@ def test_the_columns_are_those_of_kubectl() -> None:
         (9 * 365 * 86400 + 86400, "9y"),
     ],
 )
-def test_ages_are_kubectls(seconds: float, text: str) -> None:
-    assert figures.age(NOW - timedelta(seconds=seconds), NOW) == text
+def test_age_has_the_format_of_kubectl(seconds: float, text: str) -> None:
+    assert formatting.format_age(NOW - timedelta(seconds=seconds), NOW) == text
 
 
-def test_story_of_a_loss() -> None:
+def test_changes_after_a_lost_pod() -> None:
     old = RUNNING.status.model_copy(update={"attempts": RUNNING.status.attempts[:0], "warnings": ()})
-    lines = list(story.happened(old, RUNNING.status))
+    lines = list(changes.describe_changes(old, RUNNING.status))
     assert lines[0].startswith("attempt 1 ended at step 67 because of rank 1 (circles-a1-n1 on local-1)")
     assert lines[0].endswith("It counts as a preemption.")
     assert lines[1:] == [
         "attempt 2 begins",
-        "attempt 2 goes on at step 60",
-        "warning: checkpoint step-60-a1 is passed over: unet.safetensors is missing",
+        "attempt 2 resumes from step 60",
+        "warning: checkpoint step-60-a1 is skipped: unet.safetensors is missing",
     ]
-    assert list(story.happened(RUNNING.status, RUNNING.status)) == []
+    assert list(changes.describe_changes(RUNNING.status, RUNNING.status)) == []
 
 
-def test_progress_in_a_line() -> None:
-    assert story.progress(RUNNING.status) == "step 130/200 (65%), loss 0.0731, 4.48 images/s, ETA 4m10s"
-    assert story.progress(FineTuneJobStatus(step=1)) == "step 1"
+def test_back_off_line_does_not_repeat_the_reason_of_the_end() -> None:
+    why = explain_end(FAILED.status.attempts[-1])
+    changed = {
+        "phase": Phase.RECOVERING,
+        "reason": Reason.BACK_OFF,
+        "message": f"{why} The next attempt begins at 12:00:05 UTC.",
+    }
+    lines = list(changes.describe_changes(FAILED.status, FAILED.status.model_copy(update=changed)))
+    assert lines == ["Recovering: The next attempt begins at 12:00:05 UTC."]
 
 
-def test_committed_once() -> None:
+def test_progress_line() -> None:
+    assert changes.format_progress(RUNNING.status) == "step 130/200 (65%), loss 0.0731, 4.48 images/s, ETA 4m10s"
+    assert changes.format_progress(FineTuneJobStatus(step=1)) == "step 1"
+
+
+def test_a_commit_is_described_once() -> None:
     before = RUNNING.status.model_copy(update={"last_checkpoint": None})
-    assert list(story.committed(before, RUNNING.status)) == ["checkpoint of step 120 committed (3.3 MiB)"]
-    assert list(story.committed(RUNNING.status, RUNNING.status)) == []
+    assert list(changes.describe_commit(before, RUNNING.status)) == ["checkpoint of step 120 committed (3.3 MiB)"]
+    assert list(changes.describe_commit(RUNNING.status, RUNNING.status)) == []
 
 
-def test_first_and_last_line() -> None:
-    assert summary.headline(RUNNING, Path("/state")) == (
-        "circles: LoRA on 2 nodes of 1 rank (cpu), going on from step 120; state in /state"
+def test_headline_and_end() -> None:
+    assert summary.format_headline(RUNNING, Path("/state")) == (
+        "circles: LoRA on 2 nodes of 1 rank (cpu), resuming from step 120; state in /state"
     )
-    assert summary.end(SUCCEEDED, "/out/stripes", Path("job.yaml"), NOW) == (
+    assert summary.format_end(SUCCEEDED, "/out/stripes", Path("job.yaml"), NOW) == (
         "stripes Succeeded in 9m: 200/200 steps, 0 restarts (0 preemptions, 0 failures), 0 steps lost; "
         "outputs in /out/stripes"
     )
-    assert summary.end(FAILED, "", Path("job.yaml"), NOW).splitlines()[1] == "Its logs: finetune logs squares"
+    assert (
+        summary.format_end(FAILED, "", Path("job.yaml"), NOW).splitlines()[1] == "See its logs: finetune logs squares"
+    )
     suspended = RUNNING.model_copy(update={"status": RUNNING.status.model_copy(update={"phase": "Suspended"})})
-    assert summary.end(suspended, "", Path("job.yaml"), NOW) == (
-        "circles is suspended at step 120, which is saved; the same command goes on: finetune run job.yaml"
+    assert summary.format_end(suspended, "", Path("job.yaml"), NOW) == (
+        "circles is suspended at step 120, with the state saved; to resume: finetune run job.yaml"
     )
 
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 40, "5.0 TiB")]
 )
-def test_sizes(num_bytes: int, text: str) -> None:
-    assert figures.size(num_bytes) == text
+def test_size_has_a_binary_unit(num_bytes: int, text: str) -> None:
+    assert formatting.format_size(num_bytes) == text

@@ -1,4 +1,4 @@
-"""A kubelet with pods of a few lines of Python, and waiting with a deadline."""
+"""A kubelet whose pods run a few lines of Python, and functions that wait with a deadline."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune_operator.api import labels, names
-from finetune_operator.cluster.local.endpoint import Endpoint
 from finetune_operator.cluster.local.home import Home
-from finetune_operator.cluster.local.kubelet.kubelet import Kubelet, World
+from finetune_operator.cluster.local.kubelet.kubelet import Kubelet, KubeletContext
 from finetune_operator.cluster.local.kubelet.pod import Pod
-from finetune_operator.cluster.local.tasks import Tasks
+from finetune_operator.cluster.local.ports import JobPorts
+from finetune_operator.cluster.local.task_scope import TaskScope
 from finetune_operator.cluster.protocol import JobKey
 
 KEY = JobKey("default", "circles")
@@ -28,8 +28,8 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class Bed:
-    """A state folder and what its kubelets say."""
+class KubeletHarness:
+    """A state folder, and the warnings and changes that its kubelets report."""
 
     def __init__(self, folder: Path) -> None:
         self.home = Home(folder / "state")
@@ -40,33 +40,33 @@ class Bed:
 
     @asynccontextmanager
     async def kubelet(self) -> AsyncIterator[Kubelet]:
-        """A kubelet from start to close. Leaving the block leaves its pods alive, as the end of a runner does."""
-        async with Tasks() as tasks:
-            endpoint = Endpoint(self.home.job(KEY).endpoint, self.warnings.append)
-            world = World(
+        """Yield a started kubelet and close it after the block. Its pods keep running, as after the end of a runner."""
+        async with TaskScope() as tasks:
+            ports = JobPorts(self.home.job(KEY).endpoint, self.warnings.append)
+            context = KubeletContext(
                 now=utc_now,
                 spawn=tasks.spawn,
                 changed=self.changed.set,
                 warn=self.warnings.append,
                 configs=self.configs.get,
-                master_port=endpoint.master_port,
+                master_port=ports.master_port,
             )
-            kubelet = Kubelet(self.home, KEY, world)
+            kubelet = Kubelet(self.home, KEY, context)
             try:
                 await kubelet.start()
                 yield kubelet
             finally:
                 kubelet.close()
 
-    async def until(self, reached: Callable[[], bool]) -> None:
-        """Wait for something that a change of a pod brings about."""
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition, which is checked after every change of a pod."""
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while not reached():
+            while not condition():
                 self.changed.clear()
-                if not reached():
+                if not condition():
                     await self.changed.wait()
 
-    async def until_file(self, name: str) -> Path:
+    async def wait_for_file(self, name: str) -> Path:
         """Wait for a file that a pod writes."""
         path = self.data / name
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -74,8 +74,8 @@ class Bed:
                 await asyncio.sleep(0.005)
         return path
 
-    def python(self, code: str, name: str = "circles-a1-n0", **spec: Any) -> dict[str, Any]:
-        """A pod that runs Python code; /data is a folder that the test sees."""
+    def python_pod(self, code: str, name: str = "circles-a1-n0", **spec: Any) -> dict[str, Any]:
+        """Return a pod that runs Python code. /data in the code is a folder that the test can read."""
         container = {
             "name": names.CONTAINER,
             "command": [sys.executable, "-c", code.replace("/data", str(self.data))],
@@ -95,7 +95,7 @@ class Bed:
         }
 
 
-def terminated(pod: Pod) -> dict[str, Any]:
-    """How a pod's container ended."""
+def terminated_state(pod: Pod) -> dict[str, Any]:
+    """Return the `terminated` state of a pod's container."""
     state: dict[str, Any] = pod.value["status"]["containerStatuses"][0]["state"]["terminated"]
     return state

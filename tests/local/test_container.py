@@ -1,4 +1,4 @@
-"""What a pod manifest means on this machine."""
+"""Translation of a pod manifest into a process of this machine."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cluster.local.kubelet.container import (
     Container,
-    Place,
+    LocalResources,
     UnsupportedError,
     build_container,
-    expand,
+    expand_references,
 )
 from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.manifests import build_pod
 
-PLACE = Place(
+RESOURCES = LocalResources(
     folders={"checkpoints": Path("/state/storage"), "data": Path("/disk/data")},
     termination_log=Path("/state/pods/p/termination-log"),
     temporary=Path("/tmp/finetune-1"),
@@ -34,14 +34,14 @@ def build(**container: Any) -> Container:
         "metadata": {"name": "circles-a1-n0", "namespace": "default", "uid": "uid-1", "labels": {"a/b": "c"}},
         "spec": {"subdomain": "circles", "containers": [value]},
     }
-    return build_container(pod, PLACE, MACHINE, lambda command: (f"/venv/bin/{command}",))
+    return build_container(pod, RESOURCES, MACHINE, lambda command: (f"/venv/bin/{command}",))
 
 
 def variables(*entries: dict[str, Any], **container: Any) -> dict[str, str]:
     return dict(build(env=list(entries), **container).environment)
 
 
-def test_only_what_stands_in_for_the_image_is_inherited() -> None:
+def test_only_allowed_variables_are_inherited() -> None:
     env = build().environment
     assert env["PATH"] == "/bin"
     assert "SECRET" not in env
@@ -86,7 +86,7 @@ def test_paths_below_mounts_are_rewritten() -> None:
     assert container.working_folder == Path("/state/storage/work")
 
 
-def test_a_mounted_tmp_is_the_pods_own_but_files_below_it_are_the_machines() -> None:
+def test_a_mounted_tmp_is_rewritten_but_not_files_below_it() -> None:
     env = variables(
         {"name": "HOME", "value": "/tmp"},
         {"name": "FILE", "value": "/tmp/mine.py"},
@@ -108,11 +108,11 @@ def test_a_mounted_tmp_is_the_pods_own_but_files_below_it_are_the_machines() -> 
         ("x.b.circles", "x.b.circles"),
     ],
 )
-def test_host_names_of_the_gang_are_the_loopback(text: str, expected: str) -> None:
+def test_host_names_of_the_gang_become_the_loopback_address(text: str, expected: str) -> None:
     assert variables({"name": "HOST", "value": text})["HOST"] == expected
 
 
-def test_the_rendezvous_port_is_one_that_is_free_here() -> None:
+def test_the_rendezvous_port_is_replaced_by_a_free_port() -> None:
     assert variables({"name": "MASTER_PORT", "value": "29500"})["MASTER_PORT"] == "15001"
     assert "MASTER_PORT" not in variables()
 
@@ -129,19 +129,19 @@ def test_the_rendezvous_port_is_one_that_is_free_here() -> None:
         ("status.podIP", "127.0.0.1"),
     ],
 )
-def test_the_downward_api(path: str, value: str) -> None:
+def test_fields_of_the_downward_api(path: str, value: str) -> None:
     assert variables({"name": "X", "valueFrom": {"fieldRef": {"fieldPath": path}}})["X"] == value
 
 
 @pytest.mark.parametrize(
     "source", [{"fieldRef": {"fieldPath": "status.qosClass"}}, {"secretKeyRef": {"name": "s", "key": "k"}}]
 )
-def test_what_this_machine_does_not_have(source: dict[str, Any]) -> None:
+def test_unsupported_sources_of_variables_are_refused(source: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match=r"variable X: .* does not exist on this machine"):
         variables({"name": "X", "valueFrom": source})
 
 
-def test_a_pod_without_a_command() -> None:
+def test_a_pod_without_a_command_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="no command"):
         build(command=[])
 
@@ -150,11 +150,11 @@ def test_a_pod_without_a_command() -> None:
     ("text", "expected"),
     [("$(A)/x", "1/x"), ("$(B)", "$(B)"), ("$$(A)", "$(A)"), ("$A", "$A"), ("$(A)$(A)", "11"), ("$$", "$")],
 )
-def test_references(text: str, expected: str) -> None:
-    assert expand(text, {"A": "1"}) == expected
+def test_references_are_expanded(text: str, expected: str) -> None:
+    assert expand_references(text, {"A": "1"}) == expected
 
 
-def test_a_pod_as_the_operator_builds_it() -> None:
+def test_translation_of_a_pod_that_the_operator_builds() -> None:
     spec = {
         "model": {"base": "a/b"},
         "dataset": {"source": "c/d"},
@@ -165,12 +165,12 @@ def test_a_pod_as_the_operator_builds_it() -> None:
     pod = build_pod(job, 3, 1, LOCAL)
     pod["metadata"]["uid"] = "uid-2"
     folders = {volume["name"]: Path("/state") / volume["name"] for volume in pod["spec"]["volumes"]}
-    place = Place(folders, Path("/state/last-words"), Path("/tmp/x"), "local-1", 15_002)
-    env = build_container(pod, place, MACHINE, lambda command: (command,)).environment
+    resources = LocalResources(folders, Path("/state/termination"), Path("/tmp/x"), "local-1", 15_002)
+    env = build_container(pod, resources, MACHINE, lambda command: (command,)).environment
     assert env["FINETUNE_CHECKPOINT_DIR"] == "/state/checkpoints/default/circles-1f0c3a2b"
     assert env["FINETUNE_CACHE_DIR"] == "/state/cache"
     assert env["FINETUNE_RUN_SPEC"] == "/state/run/run.json"
-    assert env["FINETUNE_TERMINATION_LOG"] == "/state/last-words"
+    assert env["FINETUNE_TERMINATION_LOG"] == "/state/termination"
     assert env["FINETUNE_POD_UID"] == "uid-2"
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("127.0.0.1", "15002")
     assert not any("/finetune/" in value for value in env.values())

@@ -1,4 +1,4 @@
-"""The small parts of the local cluster: cores, devices, faults, files, locks, ports, observed pods."""
+"""Small parts of the local cluster: cores, devices, faults, files, locks, ports, observed pods."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from finetune_contract.heartbeat import RankReport, RankState
 from finetune_operator.api import labels
-from finetune_operator.cluster.local.endpoint import Endpoint
-from finetune_operator.cluster.local.faults import Fault, FaultKind, parse_fault
-from finetune_operator.cluster.local.files import BrokenFileError, read_json, recover, write_json
+from finetune_operator.cluster.local.faults import FaultKind, PlannedFault, parse_fault
+from finetune_operator.cluster.local.files import BrokenFileError, read_json, read_or_recover, write_json
 from finetune_operator.cluster.local.home import CACHE_CLAIM, Home, default_home
 from finetune_operator.cluster.local.kubelet.cores import choose_cores, parse_cpu, wanted_cores
 from finetune_operator.cluster.local.kubelet.devices import choose_gpus, find_gpus, wanted_gpus
 from finetune_operator.cluster.local.lock import LockedError, hold, holder
+from finetune_operator.cluster.local.ports import JobPorts
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.model.types import PodPhase
@@ -57,16 +57,16 @@ def test_siblings_never_share_a_core(
         ({"requests": {"cpu": "100m"}}, 2, 1),
     ],
 )
-def test_a_pods_share_of_eight_cores(resources: dict[str, dict[str, str]], num_pods: int, cores: int) -> None:
+def test_share_of_eight_cores(resources: dict[str, dict[str, str]], num_pods: int, cores: int) -> None:
     assert wanted_cores({"resources": resources}, num_pods, 8) == cores
 
 
 @pytest.mark.parametrize(("quantity", "cores"), [("2", 2), ("2.5", 3), ("100m", 1), (4, 4), ("0", 0)])
-def test_cpu_quantities(quantity: str | int, cores: int) -> None:
+def test_cpu_quantities_are_rounded_up(quantity: str | int, cores: int) -> None:
     assert parse_cpu(quantity) == cores
 
 
-def test_gpus(tmp_path: Path) -> None:
+def test_gpus_are_found_and_chosen(tmp_path: Path) -> None:
     for name in ("0000:01:00.0", "0000:02:00.0"):
         (tmp_path / name).mkdir()
     assert find_gpus({}, tmp_path) == ("0", "1")
@@ -81,25 +81,25 @@ def test_gpus(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("rank=1,at-step=40", Fault(FaultKind.KILL, 1, at_step=40)),
-        (" at-step=0 , rank=0 ", Fault(FaultKind.KILL, 0, at_step=0)),
-        ("rank=3,at-state=saving", Fault(FaultKind.KILL, 3, at_state=RankState.SAVING)),
+        ("rank=1,at-step=40", PlannedFault(FaultKind.KILL, 1, at_step=40)),
+        (" at-step=0 , rank=0 ", PlannedFault(FaultKind.KILL, 0, at_step=0)),
+        ("rank=3,at-state=saving", PlannedFault(FaultKind.KILL, 3, at_state=RankState.SAVING)),
     ],
 )
-def test_faults_are_read(text: str, fault: Fault) -> None:
+def test_faults_are_parsed(text: str, fault: PlannedFault) -> None:
     assert parse_fault(FaultKind.KILL, text) == fault
 
 
-def test_when_a_fault_is_due() -> None:
+def test_a_fault_is_due_at_its_step_or_state() -> None:
     reports = [RankReport(rank=0, state=RankState.SAVING, step=5), RankReport(rank=1, state=RankState.TRAINING)]
-    assert Fault(FaultKind.KILL, 1, at_step=5).is_due(reports)
-    assert not Fault(FaultKind.KILL, 1, at_step=6).is_due(reports)
-    assert Fault(FaultKind.KILL, 0, at_state=RankState.SAVING).is_due(reports)
-    assert not Fault(FaultKind.KILL, 1, at_state=RankState.SAVING).is_due(reports)
-    assert not Fault(FaultKind.KILL, 1, at_step=0).is_due([])
+    assert PlannedFault(FaultKind.KILL, 1, at_step=5).is_due(reports)
+    assert not PlannedFault(FaultKind.KILL, 1, at_step=6).is_due(reports)
+    assert PlannedFault(FaultKind.KILL, 0, at_state=RankState.SAVING).is_due(reports)
+    assert not PlannedFault(FaultKind.KILL, 1, at_state=RankState.SAVING).is_due(reports)
+    assert not PlannedFault(FaultKind.KILL, 1, at_step=0).is_due([])
 
 
-def test_a_written_file_is_whole_and_the_one_before_is_kept(tmp_path: Path) -> None:
+def test_a_write_is_atomic_and_keeps_the_previous_version(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "x.json"
     for number in range(3):
         write_json(path, {"number": number}, keep_previous=True)
@@ -108,25 +108,25 @@ def test_a_written_file_is_whole_and_the_one_before_is_kept(tmp_path: Path) -> N
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["x.json", "x.json.previous"]
 
 
-def test_recovery_of_files(tmp_path: Path) -> None:
+def test_a_broken_file_is_renamed_and_the_previous_version_is_used(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     warnings: list[str] = []
-    assert recover(path, dict, warnings.append) is None
+    assert read_or_recover(path, dict, warnings.append) is None
     assert warnings == []
     write_json(path, {"number": 1}, keep_previous=True)
     write_json(path, {"number": 2}, keep_previous=True)
     path.write_text("{")
     with pytest.raises(BrokenFileError, match=r"x\.json cannot be read"):
         read_json(path, dict)
-    assert recover(path, dict, warnings.append) == {"number": 1}
+    assert read_or_recover(path, dict, warnings.append) == {"number": 1}
     assert len(warnings) == 2
     assert (tmp_path / "x.json.broken-1").read_text() == "{"
     path.write_text("")
-    assert recover(path, dict, warnings.append) == {"number": 1}
+    assert read_or_recover(path, dict, warnings.append) == {"number": 1}
     assert (tmp_path / "x.json.broken-2").exists()
 
 
-def test_one_holder_at_a_time(tmp_path: Path) -> None:
+def test_a_lock_has_one_holder(tmp_path: Path) -> None:
     path = tmp_path / "job" / "lock"
     with hold(path):
         process = holder(path)
@@ -137,7 +137,7 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
     assert holder(path) is None
 
 
-def test_the_kernel_frees_the_lock_of_the_dead(tmp_path: Path) -> None:
+def test_the_kernel_releases_the_lock_of_a_killed_process(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     code = (
         "import sys, pathlib, signal\nfrom finetune_operator.cluster.local.lock import hold\n"
@@ -158,7 +158,7 @@ def test_the_kernel_frees_the_lock_of_the_dead(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
+def test_a_lock_whose_file_was_removed_can_be_taken_again(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with hold(path):
         path.unlink()
@@ -166,24 +166,24 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
             assert path.exists()
 
 
-def test_ports_outlive_the_runner(tmp_path: Path) -> None:
+def test_ports_are_kept_for_the_next_runner(tmp_path: Path) -> None:
     warnings: list[str] = []
     path = tmp_path / "endpoint.json"
-    first = Endpoint(path, warnings.append)
+    first = JobPorts(path, warnings.append)
     first.keep_coordinator_port(17_000)
     port = first.master_port(2)
-    again = Endpoint(path, warnings.append)
+    again = JobPorts(path, warnings.append)
     assert again.coordinator_port == 17_000
     assert again.master_port(2) == port
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", port))
         assert again.master_port(3) != port
     path.write_text('{"coordinator": "x"}')
-    assert Endpoint(path, warnings.append).coordinator_port == 0
+    assert JobPorts(path, warnings.append).coordinator_port == 0
     assert len(warnings) == 1
 
 
-def test_where_things_are() -> None:
+def test_layout_of_the_state_folder() -> None:
     home = Home(Path("/home/me/state"))
     assert home.claim(CACHE_CLAIM) == Path("/home/me/state/cache")
     assert home.claim("data") == Path("/home/me/state/volumes/data")
@@ -209,23 +209,23 @@ def pod(**status: object) -> dict[str, object]:
     }
 
 
-def test_observed_pods() -> None:
+def test_pods_are_observed() -> None:
     seen = observe_pod(pod(phase="Running", containerStatuses=[{"name": "trainer", "ready": True, "state": {}}]))
     assert seen is not None
     assert (seen.attempt, seen.node_rank, seen.phase, seen.ready, seen.node) == (2, 1, PodPhase.RUNNING, True, "node-7")
-    said = "0/3 nodes are available: 3 Insufficient cpu."
+    kept = "0/3 nodes are available: 3 Insufficient cpu."
     for more in ("", " preemption: not helpful.", " no new claims to deallocate, preemption: 0/3 nodes are available."):
-        unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": said + more}
+        unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": kept + more}
         waiting = observe_pod(pod(conditions=[unscheduled]))
         assert waiting is not None
-        # Of the scheduler's words those that say what is missing.
-        assert (waiting.phase, waiting.waiting) == (PodPhase.PENDING, f"Unschedulable: {said}")
-    stranger = pod()
-    stranger["metadata"]["labels"] = {}  # type: ignore[index]
-    assert observe_pod(stranger) is None
+        # Only the part of the scheduler's message that names what is missing is kept.
+        assert (waiting.phase, waiting.waiting) == (PodPhase.PENDING, f"Unschedulable: {kept}")
+    unlabelled = pod()
+    unlabelled["metadata"]["labels"] = {}  # type: ignore[index]
+    assert observe_pod(unlabelled) is None
 
 
-def test_the_end_of_the_log_stands_in_for_last_words() -> None:
+def test_the_end_of_the_log_replaces_the_termination_message() -> None:
     state = {"terminated": {"exitCode": 137, "reason": "OOMKilled", "message": "line 1\nline 2"}}
     seen = observe_pod(pod(phase="Failed", containerStatuses=[{"name": "trainer", "state": state}]))
     assert seen is not None

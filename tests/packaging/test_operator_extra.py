@@ -1,4 +1,4 @@
-"""The operator's extra is installed as its image installs it, and must bring no torch."""
+"""The operator's extra, installed as in its image, must not install torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(json.dumps(sorted(name.split(".")[0] for name in sys.modules)))
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of a fresh environment with the operator's extra and nothing else."""
+    """Return the Python of a new environment that contains only the operator's extra."""
     folder = tmp_path_factory.mktemp("operator-extra") / "venv"
     uv = str(Path(sys.executable).parent / "uv")
     env = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
@@ -39,7 +39,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_the_operator_extra_brings_no_torch(python: Path) -> None:
+def test_the_operator_extra_does_not_install_torch(python: Path) -> None:
     listed = subprocess.run(
         [str(Path(sys.executable).parent / "uv"), "pip", "list", "--format", "json", "--python", str(python)],
         check=True,
@@ -58,7 +58,7 @@ def test_every_module_of_the_operator_imports_without_torch(python: Path, tmp_pa
     assert not set(json.loads(result.stdout)) & HEAVY
 
 
-def test_the_command_answers(python: Path, tmp_path: Path) -> None:
+def test_the_command_prints_its_help(python: Path, tmp_path: Path) -> None:
     result = subprocess.run(
         [str(python.parent / "finetune"), "--help"], capture_output=True, text=True, cwd=tmp_path, check=False
     )

@@ -12,12 +12,12 @@ import pytest
 from testing.controlplane.build import HELM, ensure_programs
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import ControlPlane
+from testing.helm import CHART, Helm
 from testing.realnodes import store
 from testing.realnodes.job import make_namespace
 from testing.realnodes.names import CRD, FAULT_TAINT, HOME, OURS, RELEASE, TEAM
 from testing.realnodes.user_cluster import RefusedError, UserCluster
 from testing.realnodes.volumes import VOLUMES, Volumes, phase
-from tests.chart.helm import CHART, Helm
 
 SECONDS = 60.0
 

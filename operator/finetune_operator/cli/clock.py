@@ -1,4 +1,4 @@
-"""The clock of the command line. Everything below is handed one."""
+"""The clock of the command line. The modules below receive it as an argument."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from datetime import UTC, datetime
 
 
 def utc_now() -> datetime:
-    """Now."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)

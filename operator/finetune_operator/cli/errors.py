@@ -1,4 +1,4 @@
-"""How the command ends."""
+"""Exit codes and errors of the command."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Exit(IntEnum):
     FAILED = 1
     """The job failed."""
     USAGE = 2
-    """The command or the manifest cannot be carried out; nothing was started."""
+    """The command line or the manifest is invalid; nothing was started."""
     INTERRUPTED = 130
-    """Stopped on request, with the state saved."""
+    """Stopped on request; the state is saved."""
 
 
 class UsageError(Exception):
-    """Something that the user can put right: one sentence, or several, one a line."""
+    """An error that the user can fix. The text is one message or several, one per line."""

@@ -1,4 +1,4 @@
-"""From a manifest file to a job: YAML, `--set`, paths made absolute, the API's own checks."""
+"""Turns a manifest file into a job: reads YAML, applies `--set`, makes paths absolute, runs the API's checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_operator.api.validate import InvalidJob, parse_job
 from finetune_operator.cli.errors import UsageError
 
 MAX_MANIFEST_BYTES = 1024 * 1024
-"""What the API server takes at most, too."""
+"""The API server has the same limit."""
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -26,10 +26,10 @@ def load_manifest(path: Path, settings: Sequence[str] = ()) -> FineTuneJob:
 
     Args:
         path: the YAML (or JSON) file; relative paths in it are relative to its folder.
-        settings: `--set` values, e.g. 'training.steps=50', below spec.
+        settings: `--set` values below spec, e.g. 'training.steps=50'.
 
     Raises:
-        UsageError: it cannot be read, or is no FineTuneJob.
+        UsageError: the file cannot be read, or is not a valid FineTuneJob.
     """
     document = _read_yaml(path)
     for setting in settings:
@@ -37,12 +37,12 @@ def load_manifest(path: Path, settings: Sequence[str] = ()) -> FineTuneJob:
     try:
         job = parse_job(document)
     except InvalidJob as error:
-        raise UsageError("\n".join(f"{path}: {sentence}" for sentence in error.sentences)) from error
+        raise UsageError("\n".join(f"{path}: {message}" for message in error.messages)) from error
     return make_absolute(job, path.absolute().parent)
 
 
 def make_absolute(job: FineTuneJob, folder: Path) -> FineTuneJob:
-    """Make the job's paths independent of where the command was called."""
+    """Make the job's paths independent of the current folder."""
     spec = job.spec
     controlnet = spec.training.controlnet
     if controlnet is not None and controlnet.base:
@@ -67,44 +67,44 @@ def make_absolute(job: FineTuneJob, folder: Path) -> FineTuneJob:
 
 
 def absolute_source(text: str, folder: Path) -> str:
-    """Make a path absolute; a hub id or a URL stays. 'owner/name' is a path where something is there to say so."""
+    """Make a path absolute; keep a hub id or a URL. 'owner/name' is a path only if `is_local` is true."""
     if _URL.match(text) or (is_hub_id(text) and not is_local(text, folder)):
         return text
     return absolute_output(text, folder)
 
 
 def absolute_output(text: str, folder: Path) -> str:
-    """Make a path absolute; a URL stays."""
+    """Make a path absolute; keep a URL."""
     return text if _URL.match(text) else os.path.normpath(folder / Path(text).expanduser())
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a text has the form of a hub id: owner/name."""
+    """Return whether a text has the form of a hub id: owner/name."""
     return _HUB_ID.match(text) is not None
 
 
 def is_local(text: str, folder: Path) -> bool:
-    """Whether what looks like owner/name means a path here: it exists, or the folder that it lies in does."""
+    """Return whether a text of the form owner/name is a path: it exists, or its parent folder does."""
     path = folder / text
     return path.exists() or path.parent.is_dir()
 
 
 def is_url(text: str) -> bool:
-    """Whether it begins with a scheme, e.g. s3://."""
+    """Return whether a text begins with a scheme, e.g. s3://."""
     return _URL.match(text) is not None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise UsageError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: this is no manifest")
+            raise UsageError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, the limit for a manifest")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
     except IsADirectoryError as error:
-        raise UsageError(f"{path} is a folder; name the manifest in it") from error
+        raise UsageError(f"{path} is a folder; write the path of the manifest in it") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not text: a manifest is YAML or JSON in UTF-8") from error
+        raise UsageError(f"{path} is not text; a manifest is YAML or JSON in UTF-8") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     return _only_document(path, text)
@@ -114,16 +114,16 @@ def _only_document(path: Path, text: str) -> dict[str, Any]:
     try:
         documents = list(yaml_text.load_all(text))
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no YAML: {_where(error)}") from error
+        raise UsageError(f"{path} is not valid YAML: {_locate(error)}") from error
     if len(documents) != 1:
-        raise UsageError(f"{path} holds {len(documents)} documents; a local run takes a file with one FineTuneJob")
+        raise UsageError(f"{path} contains {len(documents)} documents; a local run needs a file with one FineTuneJob")
     document = documents[0]
     if not isinstance(document, dict):
-        raise UsageError(f"{path} holds {type(document).__name__} where a FineTuneJob should be (kind: FineTuneJob)")
+        raise UsageError(f"{path} contains a {type(document).__name__}, not an object with kind: FineTuneJob")
     return document
 
 
-def _where(error: yaml.YAMLError) -> str:
+def _locate(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
     return f"line {mark.line + 1}: {problem}" if mark else problem
@@ -134,20 +134,20 @@ def _apply_setting(document: dict[str, Any], setting: str) -> None:
     names = path.strip().removeprefix("spec.").split(".")
     if not equals or not all(names):
         raise UsageError(f"--set {setting!r}: write FIELD=VALUE, e.g. --set training.steps=50")
-    place: Any = document.setdefault("spec", {})
+    parent: Any = document.setdefault("spec", {})
     for name in names[:-1]:
-        place = place.setdefault(name, {}) if isinstance(place, dict) else None
-        place = place if place is not None else {}
-    if not isinstance(place, dict):
-        raise UsageError(f"--set {setting!r}: {'.'.join(names[:-1])} is no group of fields")
+        parent = parent.setdefault(name, {}) if isinstance(parent, dict) else None
+        parent = parent if parent is not None else {}
+    if not isinstance(parent, dict):
+        raise UsageError(f"--set {setting!r}: {'.'.join(names[:-1])} has no fields")
     try:
-        place[names[-1]] = yaml_text.load(text)
+        parent[names[-1]] = yaml_text.load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {setting!r}: {_where(error)}") from error
+        raise UsageError(f"--set {setting!r}: {_locate(error)}") from error
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "spec") -> Iterable[str]:
-    """Name the fields in which two specs differ, e.g. 'spec.training.steps is 50 and would become 60'."""
+    """Yield a message for each field that differs, e.g. 'spec.training.steps is 50 and would become 60'."""
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)
         if before == after:
@@ -155,9 +155,9 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: 
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from describe_difference(before, after, f"{prefix}.{name}")
         else:
-            yield f"{prefix}.{name} is {_short(before)} and would become {_short(after)}"
+            yield f"{prefix}.{name} is {_shorten(before)} and would become {_shorten(after)}"
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = "unset" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

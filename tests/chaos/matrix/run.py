@@ -26,9 +26,9 @@ from finetune_operator.api.names import pod_name
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.jobs import create_job, key_of, remove_job
-from finetune_operator.cluster.local.runner import NOTICE, LocalRun
+from finetune_operator.cluster.local.runner import SHUTDOWN_MESSAGE, LocalRun
 from finetune_operator.cluster.local.settings import LOCAL
-from finetune_operator.cluster.reconcile import Pass
+from finetune_operator.cluster.reconcile import ReconcileResult
 from tests.chaos.matrix import faults
 from tests.chaos.matrix.cells import DISK, Cell
 
@@ -69,18 +69,18 @@ class Watch:
     on_end: list[Callable[[], None]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def see(self, seen: Pass) -> None:
+    def on_reconcile(self, result: ReconcileResult) -> None:
         """Note when the first attempt was seen to end."""
-        attempts = seen.job.status.attempts if seen.job is not None else ()
+        attempts = result.job.status.attempts if result.job is not None else ()
         if self.ended_at is None and attempts and attempts[0].ended_at is not None:
             self.ended_at = time.monotonic()
         if attempts and attempts[0].reason is not None:
             while self.on_end:
                 self.on_end.pop()()
 
-    def warn(self, sentence: str) -> None:
-        """Keep it."""
-        self.warnings.append(sentence)
+    def warn(self, message: str) -> None:
+        """Keep a warning."""
+        self.warnings.append(message)
 
 
 class Bed:
@@ -188,7 +188,7 @@ class Bed:
                 async with asyncio.timeout(CELL_SECONDS):
                     seen = await task
             except TimeoutError:
-                seen = Pass(run.cluster.job if run.cluster else None)
+                seen = ReconcileResult(run.cluster.job if run.cluster else None)
                 struck_at = None
             finally:
                 ground.stop_proxies()
@@ -261,13 +261,13 @@ class Ground:
 
     def _coordinator_port(self) -> int:
         assert self.run is not None
-        return self.run.cluster.endpoint.coordinator_port if self.run.cluster else 0
+        return self.run.cluster.ports.coordinator_port if self.run.cluster else 0
 
 
 class Strike:
     """Waits for the moment of a cell and does what is to be done."""
 
-    def __init__(self, cell: Cell, ground: Ground, watch: Watch, task: asyncio.Task[Pass]) -> None:
+    def __init__(self, cell: Cell, ground: Ground, watch: Watch, task: asyncio.Task[ReconcileResult]) -> None:
         self._cell = cell
         self._ground = ground
         self._watch = watch
@@ -330,13 +330,13 @@ class Strike:
             faults.signal_all(self._supervisors, signal.SIGTERM)
             return
         for rank in self._cell.victims:
-            await self._kubelet.preempt(pod_name("matrix", 1, rank), "TerminationByKubelet", NOTICE)
+            await self._kubelet.preempt(pod_name("matrix", 1, rank), "TerminationByKubelet", SHUTDOWN_MESSAGE)
 
     async def _sigkill(self) -> None:
         """The process is gone; with all: the machines are."""
         if self._cell.target == "all":
             for rank in self._cell.victims:
-                await self._kubelet.vanish(pod_name("matrix", 1, rank))
+                await self._kubelet.kill_pod(pod_name("matrix", 1, rank))
         else:
             faults.signal_all(self._supervisors if self._hits_supervisor else self._ranks, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""`finetune delete`: stop a job gracefully where it runs, then remove it and its checkpoints."""
+"""`finetune delete`: stops a running job gracefully, then deletes the job and its checkpoints."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def delete(arguments: argparse.Namespace) -> Exit:
         raise UsageError(f"no job {key.name} in namespace {key.namespace} of {home.path}")
     runner = holder(folder.lock)
     if runner is not None:
-        _say(f"{key.name} is running: asking process {runner.pid} to save and stop")
+        _print(f"{key.name} is running: waiting for process {runner.pid} to save and stop")
         send_signal(runner, signal.SIGTERM)
     try:
         with hold(folder.lock, wait=True):
             _remove(home, key)
     except LockedError as error:
-        raise UsageError(f"job {key.name} was started again by {error.holder}") from error
-    _say(f'finetunejob "{key.name}" deleted')
+        raise UsageError(f"another process started job {key.name} again: {error}") from error
+    _print(f'finetunejob "{key.name}" deleted')
     return Exit.SUCCEEDED
 
 
@@ -42,7 +42,7 @@ def _remove(home: Home, key: JobKey) -> None:
     try:
         job = read_job(home, key)
     except BrokenFileError as error:
-        _say(f"{error}; its checkpoints, if any, stay below {home.storage}")
+        _print(f"{error}; checkpoints of the job, if any, remain in {home.storage}")
         job = None
     if job is not None:
         _remove_checkpoints(job, storage_folder(home, job))
@@ -52,13 +52,13 @@ def _remove(home: Home, key: JobKey) -> None:
 def _remove_checkpoints(job: FineTuneJob, folder: Path) -> None:
     if folder.is_dir():
         step = f" (newest: step {job.status.last_checkpoint.step})" if job.status.last_checkpoint else ""
-        _say(f"removing its checkpoints{step}: {folder}")
+        _print(f"deleting its checkpoints{step}: {folder}")
     for output in job.status.outputs:
         if not Path(output.to).is_relative_to(folder):
-            _say(f"its output stays: {output.to}")
+            _print(f"keeping its output: {output.to}")
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

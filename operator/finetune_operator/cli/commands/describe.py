@@ -1,4 +1,4 @@
-"""`finetune describe`: all that is known of a job, as kubectl describe lays it out."""
+"""`finetune describe`: shows all details of a job in the layout of kubectl describe."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 from finetune_operator.api.job import AttemptStatus, Condition, FineTuneJob, FineTuneJobStatus
 from finetune_operator.cli.clock import utc_now
-from finetune_operator.cli.commands.get import find
+from finetune_operator.cli.commands.get import find_job
 from finetune_operator.cli.errors import Exit
-from finetune_operator.cli.output import figures
-from finetune_operator.cli.output.table import block, columns, indented
+from finetune_operator.cli.output import formatting
+from finetune_operator.cli.output.formatting import pluralize
+from finetune_operator.cli.output.table import format_columns, format_fields, indent_lines
 from finetune_operator.cluster.local.files import BrokenFileError, read_json
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.jobs import storage_folder
@@ -29,46 +30,52 @@ def describe(arguments: argparse.Namespace) -> Exit:
     """Carry out `finetune describe`."""
     home = Home(arguments.home)
     key = JobKey(arguments.namespace, arguments.name)
-    job = find(home, key)
+    job = find_job(home, key)
     try:
         events = read_json(home.job(key).events, list) or []
     except BrokenFileError as error:
         sys.stderr.write(f"finetune: warning: {error}\n")
         events = []
     runner = holder(home.job(key).lock)
-    place = Place(str(storage_folder(home, job)), f"process {runner.pid}" if runner else NONE)
-    sys.stdout.write(description(job, events, place, utc_now()))
+    details = LocalDetails(str(storage_folder(home, job)), f"process {runner.pid}" if runner else NONE)
+    sys.stdout.write(format_description(job, events, details, utc_now()))
     return Exit.SUCCEEDED
 
 
 @dataclass(frozen=True)
-class Place:
-    """What is true of a job on this machine only."""
+class LocalDetails:
+    """Details of a job that exist only for a local run."""
 
     folder: str
-    """Where its checkpoints lie."""
+    """Folder of its checkpoints."""
     runner: str
-    """Who drives it now."""
+    """The process that runs it now, or `NONE`."""
 
 
-def description(job: FineTuneJob, events: list[dict[str, Any]], place: Place, now: datetime) -> str:
-    """A job in full, its ages counted from `now`."""
+def format_description(job: FineTuneJob, events: list[dict[str, Any]], details: LocalDetails, now: datetime) -> str:
+    """Return all details of a job as text, with ages relative to `now`."""
     meta = job.metadata
     head = [
         ("Name", meta.name),
         ("Namespace", meta.namespace),
         ("Labels", "\n".join(f"{name}={value}" for name, value in sorted(meta.labels.items())) or NONE),
         ("Created", _time(meta.creation_timestamp, now)),
-        ("Folder", place.folder),
-        ("Run by", place.runner),
+        ("Folder", details.folder),
+        ("Run by", details.runner),
     ]
-    parts = [block(head), "Spec:\n", block(_spec(job), 2), "Status:\n", block(_status(job.status, now), 2)]
-    parts += ["Conditions:\n", indented(_conditions(job.status.conditions, now))]
-    parts += ["Attempts:\n", indented(_attempts(job.status.attempts, now)), *_last_words(job.status.attempts)]
+    parts = [
+        format_fields(head),
+        "Spec:\n",
+        format_fields(_spec(job), 2),
+        "Status:\n",
+        format_fields(_status(job.status, now), 2),
+    ]
+    parts += ["Conditions:\n", indent_lines(_conditions(job.status.conditions, now))]
+    parts += ["Attempts:\n", indent_lines(_attempts(job.status.attempts, now)), *_last_outputs(job.status.attempts)]
     if job.status.outputs:
-        rows = [(output.format, figures.size(output.bytes), output.to) for output in job.status.outputs]
-        parts += ["Outputs:\n", indented(columns(("Format", "Size", "To"), rows))]
-    parts += ["Events:\n", indented(_events(events, now))]
+        rows = [(output.format, formatting.format_size(output.bytes), output.to) for output in job.status.outputs]
+        parts += ["Outputs:\n", indent_lines(format_columns(("Format", "Size", "To"), rows))]
+    parts += ["Events:\n", indent_lines(_events(events, now))]
     return "".join(parts)
 
 
@@ -76,17 +83,20 @@ def _spec(job: FineTuneJob) -> Iterator[tuple[str, str]]:
     spec, training, topology = job.spec, job.spec.training, job.spec.topology
     yield "Model", spec.model.base
     yield "Dataset", f"{spec.dataset.source} ({spec.dataset.split})"
-    yield "Method", figures.method(job)
+    yield "Method", formatting.format_method(job)
     length = f"{training.steps} steps" if training.steps else f"{training.epochs} epochs" if training.epochs else ""
     if length:
         yield "Length", length
     num_ranks = num_nodes(spec) * topology.processes_per_node
-    yield "Batch", f"{training.batch_size} x {training.gradient_accumulation} x {figures.plural(num_ranks, 'rank')}"
+    yield (
+        "Batch",
+        f"{training.batch_size} x {training.gradient_accumulation} x {pluralize(num_ranks, 'rank')}",
+    )
     yield "Learning rate", f"{training.learning_rate:g} ({training.lr_scheduler.value})"
     yield "Resolution", f"{training.resolution} px, {training.precision.value}"
     yield (
         "Topology",
-        f"{figures.plural(num_nodes(spec), 'node')} of {topology.processes_per_node}, {topology.accelerator.value}",
+        f"{pluralize(num_nodes(spec), 'node')} of {topology.processes_per_node}, {topology.accelerator.value}",
     )
     if spec.suspend:
         yield "Suspend", "true"
@@ -96,16 +106,16 @@ def _status(status: FineTuneJobStatus, now: datetime) -> Iterator[tuple[str, str
     yield "Phase", status.phase.value if status.phase else NONE
     yield "Reason", status.reason or NONE
     yield "Message", status.message or NONE
-    yield "Step", figures.steps(status) + (f" ({status.progress})" if status.progress else "") or NONE
+    yield "Step", formatting.format_steps(status) + (f" ({status.progress})" if status.progress else "") or NONE
     if status.eta:
         yield "ETA", status.eta
     if status.loss is not None:
-        yield "Loss", figures.loss(status.loss)
+        yield "Loss", formatting.format_loss(status.loss)
     if status.images_per_second is not None:
-        yield "Speed", figures.rate(status.images_per_second)
+        yield "Speed", formatting.format_rate(status.images_per_second)
     if (checkpoint := status.last_checkpoint) is not None:
-        age = figures.age(checkpoint.time, now)
-        yield "Last checkpoint", f"step {checkpoint.step}, {figures.size(checkpoint.bytes)}, {age} ago"
+        age = formatting.format_age(checkpoint.time, now)
+        yield "Last checkpoint", f"step {checkpoint.step}, {formatting.format_size(checkpoint.bytes)}, {age} ago"
     yield "Nodes", status.nodes or NONE
     yield "Preemptions", str(status.preemptions)
     yield "Failures", str(status.failures)
@@ -124,18 +134,18 @@ def _conditions(conditions: tuple[Condition, ...], now: datetime) -> str:
     if not conditions:
         return NONE + "\n"
     rows = [
-        (entry.type, entry.status, entry.reason, figures.age(entry.last_transition_time, now), entry.message)
+        (entry.type, entry.status, entry.reason, formatting.format_age(entry.last_transition_time, now), entry.message)
         for entry in conditions
     ]
-    return columns(("Type", "Status", "Reason", "Since", "Message"), rows)
+    return format_columns(("Type", "Status", "Reason", "Since", "Message"), rows)
 
 
 def _attempts(attempts: tuple[AttemptStatus, ...], now: datetime) -> str:
-    """The ledger."""
+    """Return the ledger as a table."""
     if not attempts:
         return NONE + "\n"
-    header = ("Attempt", "Began", "Lasted", "Steps", "Ended by", "Counts as", "Rank", "Node", "Exit", "Lost")
-    return columns(header, (_attempt(entry, now) for entry in attempts))
+    header = ("Attempt", "Started", "Duration", "Steps", "Ended by", "Counts as", "Rank", "Node", "Exit", "Lost")
+    return format_columns(header, (_attempt(entry, now) for entry in attempts))
 
 
 def _attempt(entry: AttemptStatus, now: datetime) -> list[str]:
@@ -143,8 +153,8 @@ def _attempt(entry: AttemptStatus, now: datetime) -> list[str]:
     last = "" if entry.to_step is None else str(entry.to_step)
     return [
         str(entry.attempt),
-        figures.age(entry.started_at, now) + " ago",
-        figures.seconds(((entry.ended_at or now) - entry.started_at).total_seconds()),
+        formatting.format_age(entry.started_at, now) + " ago",
+        formatting.format_duration(((entry.ended_at or now) - entry.started_at).total_seconds()),
         f"{first}-{last}" if first or last else "",
         entry.reason or ("" if entry.ended_at is None else "?"),
         entry.counts_as or "",
@@ -155,32 +165,34 @@ def _attempt(entry: AttemptStatus, now: datetime) -> list[str]:
     ]
 
 
-def _last_words(attempts: tuple[AttemptStatus, ...]) -> Iterator[str]:
+def _last_outputs(attempts: tuple[AttemptStatus, ...]) -> Iterator[str]:
     for entry in attempts:
         if entry.message:
-            yield f"Last words of attempt {entry.attempt}:\n"
-            yield indented(entry.message.rstrip("\n") + "\n")
+            yield f"Last output of attempt {entry.attempt}:\n"
+            yield indent_lines(entry.message.rstrip("\n") + "\n")
 
 
 def _events(events: list[dict[str, Any]], now: datetime) -> str:
     if not events:
         return NONE + "\n"
     rows = [(event["type"], event["reason"], _since(event, now), event["message"]) for event in events]
-    return columns(("Type", "Reason", "Age", "Message"), rows)
+    return format_columns(("Type", "Reason", "Age", "Message"), rows)
 
 
 def _since(event: dict[str, Any], now: datetime) -> str:
-    """As kubectl: '5s', or '5s (x3 over 2m)'."""
-    last = figures.age(datetime.fromisoformat(event["lastTimestamp"]), now)
+    """Return the age of an event in kubectl's format: '5s', or '5s (x3 over 2m)'."""
+    last = formatting.format_age(datetime.fromisoformat(event["lastTimestamp"]), now)
     if event["count"] == 1:
         return last
-    return f"{last} (x{event['count']} over {figures.age(datetime.fromisoformat(event['firstTimestamp']), now)})"
+    return (
+        f"{last} (x{event['count']} over {formatting.format_age(datetime.fromisoformat(event['firstTimestamp']), now)})"
+    )
 
 
 def _time(moment: datetime | None, now: datetime) -> str:
     if moment is None:
         return NONE
-    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S %Z} ({figures.age(moment, now)} ago)"
+    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S %Z} ({formatting.format_age(moment, now)} ago)"
 
 
 def _text(value: int | None) -> str:

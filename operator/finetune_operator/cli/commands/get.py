@@ -1,4 +1,4 @@
-"""`finetune get`: the columns of `kubectl get ftj`, and -o wide, json and yaml."""
+"""`finetune get`: shows the columns of `kubectl get ftj`, or -o wide, json and yaml."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from finetune_operator.api import yaml_text
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.errors import Exit, UsageError
-from finetune_operator.cli.output import figures
-from finetune_operator.cli.output.table import columns
+from finetune_operator.cli.output import formatting
+from finetune_operator.cli.output.table import format_columns
 from finetune_operator.cluster.local.files import BrokenFileError
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.jobs import read_job
@@ -25,7 +25,7 @@ Column = tuple[str, Callable[[FineTuneJob, datetime], str]]
 
 def _checkpoint_age(job: FineTuneJob, now: datetime) -> str:
     checkpoint = job.status.last_checkpoint
-    return "" if checkpoint is None else figures.age(checkpoint.time, now)
+    return "" if checkpoint is None else formatting.format_age(checkpoint.time, now)
 
 
 def _number(value: float | None) -> str:
@@ -43,7 +43,7 @@ COLUMNS: tuple[Column, ...] = (
     ("NODES", lambda job, now: job.status.nodes or ""),
     ("PREEMPTIONS", lambda job, now: str(job.status.preemptions)),
     ("FAILURES", lambda job, now: str(job.status.failures)),
-    ("AGE", lambda job, now: figures.age(job.metadata.creation_timestamp, now)),
+    ("AGE", lambda job, now: formatting.format_age(job.metadata.creation_timestamp, now)),
 )
 WIDE: tuple[Column, ...] = (
     ("LOSS", lambda job, now: _number(job.status.loss)),
@@ -57,57 +57,58 @@ def get(arguments: argparse.Namespace) -> Exit:
     """Carry out `finetune get`."""
     home = Home(arguments.home)
     if arguments.name is not None:
-        found = [find(home, JobKey(arguments.namespace, arguments.name))]
+        found = [find_job(home, JobKey(arguments.namespace, arguments.name))]
     else:
-        found = list(_all(home, arguments.namespace))
+        found = list(_read_all(home, arguments.namespace))
     if arguments.output in ("json", "yaml"):
-        sys.stdout.write(_document(found, arguments))
+        sys.stdout.write(_format_document(found, arguments))
     elif found:
-        sys.stdout.write(table(found, utc_now(), wide=arguments.output == "wide"))
+        sys.stdout.write(format_table(found, utc_now(), wide=arguments.output == "wide"))
     else:
-        sys.stderr.write(f"No jobs in namespace {arguments.namespace}, state folder {home.path}.\n")
+        sys.stderr.write(f"No jobs in namespace {arguments.namespace} of state folder {home.path}.\n")
     return Exit.SUCCEEDED
 
 
-def table(jobs: list[FineTuneJob], now: datetime, *, wide: bool = False) -> str:
-    """Jobs as a table."""
+def format_table(jobs: list[FineTuneJob], now: datetime, *, wide: bool = False) -> str:
+    """Return jobs as a table."""
     chosen = COLUMNS + WIDE if wide else COLUMNS
-    return columns([name for name, _ in chosen], ([cell(job, now) for _, cell in chosen] for job in jobs))
+    return format_columns([name for name, _ in chosen], ([cell(job, now) for _, cell in chosen] for job in jobs))
 
 
-def find(home: Home, key: JobKey) -> FineTuneJob:
-    """A job by its name.
+def find_job(home: Home, key: JobKey) -> FineTuneJob:
+    """Return the job with a name.
 
     Raises:
-        UsageError: there is none, or it cannot be read.
+        UsageError: it does not exist, or cannot be read.
     """
     try:
         job = read_job(home, key)
     except (BrokenFileError, OSError) as error:
-        raise UsageError(f"{error}; 'finetune run' of its manifest sets the file aside and goes on") from error
+        raise UsageError(f"{error}; run 'finetune run' with its manifest to recover the job") from error
     if job is None:
         names = ", ".join(other.name for other in home.jobs() if other.namespace == key.namespace)
-        there = f"there are {names}" if names else "there are none"
-        raise UsageError(f"no job {key.name} in namespace {key.namespace} of {home.path}; {there}")
+        raise UsageError(
+            f"no job {key.name} in namespace {key.namespace} of {home.path}; existing jobs: {names or 'none'}"
+        )
     return job
 
 
-def as_object(job: FineTuneJob) -> dict[str, Any]:
-    """A job as kubectl -o json shows it."""
+def to_object(job: FineTuneJob) -> dict[str, Any]:
+    """Return a job as kubectl -o json shows it."""
     value: dict[str, Any] = job.model_dump(mode="json", by_alias=True, exclude_none=True)
     return value
 
 
-def _document(jobs: list[FineTuneJob], arguments: argparse.Namespace) -> str:
-    value: Any = {"apiVersion": "v1", "kind": "List", "items": [as_object(job) for job in jobs]}
+def _format_document(jobs: list[FineTuneJob], arguments: argparse.Namespace) -> str:
+    value: Any = {"apiVersion": "v1", "kind": "List", "items": [to_object(job) for job in jobs]}
     if arguments.name is not None:
-        value = as_object(jobs[0])
+        value = to_object(jobs[0])
     if arguments.output == "json":
         return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     return yaml_text.dump(value)
 
 
-def _all(home: Home, namespace: str) -> Iterator[FineTuneJob]:
+def _read_all(home: Home, namespace: str) -> Iterator[FineTuneJob]:
     for key in home.jobs():
         if key.namespace != namespace:
             continue

@@ -1,4 +1,4 @@
-"""`finetune logs`: what the pods of a job wrote, also when these are gone."""
+"""`finetune logs`: shows the output of a job's pods, including deleted pods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_name
-from finetune_operator.cli.commands.get import find
+from finetune_operator.cli.commands.get import find_job
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cluster.local.home import Home, JobFolder
 from finetune_operator.cluster.local.inotify import FolderWatch
@@ -25,31 +25,30 @@ def logs(arguments: argparse.Namespace) -> Exit:
     """Carry out `finetune logs`."""
     home = Home(arguments.home)
     key = JobKey(arguments.namespace, arguments.name)
-    job = find(home, key)
+    job = find_job(home, key)
     folder = home.job(key)
     per_pod = job.spec.topology.processes_per_node
-    made = _attempts(folder, key.name)
-    attempt = arguments.attempt or max(made, default=0)
+    started = _find_attempts(folder, key.name)
+    attempt = arguments.attempt or max(started, default=0)
     if attempt == 0:
         raise UsageError(f"job {key.name} has not started a pod yet")
     node_rank = None if arguments.rank is None else arguments.rank // per_pod
-    paths = _files(folder, job, attempt, node_rank)
+    paths = _find_files(folder, job, attempt, node_rank)
     if not paths:
-        known = ", ".join(map(str, sorted(made | {entry.attempt for entry in job.status.attempts})))
-        raise UsageError(
-            f"job {key.name} has no log of attempt {attempt}, rank {arguments.rank}; its attempts: {known}"
-        )
-    wanted = line_filter(arguments.rank, per_pod)
+        attempts = ", ".join(map(str, sorted(started | {entry.attempt for entry in job.status.attempts})))
+        whose = f"attempt {attempt}" if arguments.rank is None else f"attempt {attempt}, rank {arguments.rank}"
+        raise UsageError(f"job {key.name} has no log of {whose}; its attempts: {attempts}")
+    is_shown = make_line_filter(arguments.rank, per_pod)
     if arguments.follow and holder(folder.lock) is not None:
-        asyncio.run(_follow(home, key, attempt, node_rank, wanted))
+        asyncio.run(_follow(home, key, attempt, node_rank, is_shown))
     else:
         for path in paths:
-            Tail(path, wanted).write_new()
+            Tail(path, is_shown).write_new()
     return Exit.SUCCEEDED
 
 
-def line_filter(rank: int | None, per_pod: int) -> Callable[[str], bool]:
-    """Which lines of a pod's log to show: with a rank, its own and those of no rank."""
+def make_line_filter(rank: int | None, per_pod: int) -> Callable[[str], bool]:
+    """Return a function that selects the lines to show: with a rank, its own lines and those of no rank."""
     if rank is None or per_pod == 1:
         return lambda line: True
     own = f"[rank {rank}]"
@@ -57,16 +56,16 @@ def line_filter(rank: int | None, per_pod: int) -> Callable[[str], bool]:
 
 
 class Tail:
-    """A growing file, written to the terminal by whole lines."""
+    """Copies a growing file to the terminal in complete lines."""
 
-    def __init__(self, path: Path, wanted: Callable[[str], bool]) -> None:
+    def __init__(self, path: Path, is_shown: Callable[[str], bool]) -> None:
         self._path = path
-        self._wanted = wanted
+        self._is_shown = is_shown
         self._position = 0
         self._rest = b""
 
     def write_new(self) -> None:
-        """Write what came since the last time."""
+        """Write the lines that were added since the last call."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._position)
@@ -81,30 +80,30 @@ class Tail:
     def _write(self, lines: list[bytes]) -> None:
         for line in lines:
             text = line.decode(errors="replace")
-            if self._wanted(text):
+            if self._is_shown(text):
                 sys.stdout.write(text + "\n")
 
 
-async def _follow(home: Home, key: JobKey, first: int, node_rank: int | None, wanted: Callable[[str], bool]) -> None:
-    """Write what is there and what comes, of this attempt and later ones, until nobody runs the job any more."""
+async def _follow(home: Home, key: JobKey, first: int, node_rank: int | None, is_shown: Callable[[str], bool]) -> None:
+    """Write existing and new lines of this attempt and later ones, until no process runs the job."""
     folder = home.job(key)
     tails: dict[Path, Tail] = {}
     with FolderWatch(folder.logs) as watch:
         while True:
-            # Looked for before the files are read: what a runner wrote before its end is not missed.
+            # Check before reading the files, so that the last lines before the runner's exit are not missed.
             running = holder(folder.lock) is not None
-            job = find(home, key)
-            for attempt in sorted(_attempts(folder, key.name) | {first}):
-                for path in _files(folder, job, attempt, node_rank) if attempt >= first else ():
-                    tails.setdefault(path, Tail(path, wanted)).write_new()
+            job = find_job(home, key)
+            for attempt in sorted(_find_attempts(folder, key.name) | {first}):
+                for path in _find_files(folder, job, attempt, node_rank) if attempt >= first else ():
+                    tails.setdefault(path, Tail(path, is_shown)).write_new()
             if not running:
                 return
-            # The runner's end is no change of this folder: look for it now and then.
-            await watch.changed(timeout_seconds=1.0)
+            # The runner's exit does not change this folder, so check for it periodically.
+            await watch.wait_for_change(timeout_seconds=1.0)
 
 
-def _files(folder: JobFolder, job: FineTuneJob, attempt: int, node_rank: int | None) -> list[Path]:
-    """The logs of the pods that an attempt has or had, one of a kept pod's earlier attempts included."""
+def _find_files(folder: JobFolder, job: FineTuneJob, attempt: int, node_rank: int | None) -> list[Path]:
+    """Return the logs of an attempt's pods. A kept pod's log is named after the attempt that created the pod."""
     name = job.metadata.name
     entry = next((entry for entry in job.status.attempts if entry.attempt == attempt), None)
     if entry is not None and entry.pod_attempts:
@@ -121,8 +120,8 @@ def _node_rank(path: Path) -> int:
     return int(path.stem.rpartition("-n")[2])
 
 
-def _attempts(folder: JobFolder, name: str) -> set[int]:
-    """The attempts that pods were made for."""
+def _find_attempts(folder: JobFolder, name: str) -> set[int]:
+    """Return the attempts for which pods were created."""
     pattern = re.compile(rf"{re.escape(name)}-a(\d+)-n\d+\.log")
     names = [path.name for path in folder.logs.glob("*.log")]
     return {int(match.group(1)) for match in map(pattern.fullmatch, names) if match}

@@ -1,4 +1,4 @@
-"""`finetune run`: all that can be refused is refused here, before anything starts; then `drive` takes over."""
+"""`finetune run`: makes all checks before anything starts, then calls `drive`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 from finetune_contract.phase import FINISHED, Phase
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
 from finetune_operator.api.rules.edits import fixed_part, forbidden_edits
-from finetune_operator.cli import preflight
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import describe_difference, load_manifest
-from finetune_operator.cli.output.stdout import tell
+from finetune_operator.cli.output.streams import write_flushed
+from finetune_operator.cli.preflight.check import find_problems, measure_machine
 from finetune_operator.cluster.local import jobs
-from finetune_operator.cluster.local.faults import Fault, FaultKind, parse_fault, parse_room
+from finetune_operator.cluster.local.faults import FaultKind, PlannedFault, parse_fault, parse_room
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.lock import LockedError, hold
 from finetune_operator.manifests import num_nodes
@@ -26,26 +26,26 @@ def run(arguments: argparse.Namespace) -> Exit:
     manifest = load_manifest(arguments.file, arguments.set)
     home = Home(arguments.home)
     faults = read_faults(arguments, manifest.spec)
-    if sentences := preflight.check(manifest, home, preflight.this_machine()):
-        raise UsageError("\n".join(f"{arguments.file}: {sentence}" for sentence in sentences))
+    if problems := find_problems(manifest, home, measure_machine()):
+        raise UsageError("\n".join(f"{arguments.file}: {problem}" for problem in problems))
     key = jobs.key_of(manifest)
     _check_home(home)
     try:
         with hold(home.job(key).lock):
             return _run_locked(arguments, home, manifest, faults)
     except LockedError as error:
-        who = f"process {error.holder.pid}" if error.holder else "another process"
+        owner = f"process {error.holder.pid}" if error.holder else "another process"
         raise UsageError(
-            f"job {key.name} is being run by {who}; look at it with 'finetune get {key.name}' and "
+            f"{owner} is already running job {key.name}; follow it with 'finetune get {key.name}' and "
             f"'finetune logs -f {key.name}'"
         ) from error
 
 
-def read_faults(arguments: argparse.Namespace, spec: FineTuneJobSpec) -> list[Fault]:
-    """The faults that the command line asks for.
+def read_faults(arguments: argparse.Namespace, spec: FineTuneJobSpec) -> list[PlannedFault]:
+    """Return the faults that the command line requests.
 
     Raises:
-        UsageError: one cannot be read, or names a rank that there is not.
+        UsageError: a fault cannot be parsed, or its rank does not exist.
     """
     try:
         faults = [parse_fault(FaultKind.PREEMPT, text) for text in arguments.preempt]
@@ -56,7 +56,9 @@ def read_faults(arguments: argparse.Namespace, spec: FineTuneJobSpec) -> list[Fa
     num_ranks = num_nodes(spec) * spec.topology.processes_per_node
     for fault in faults:
         if fault.rank >= num_ranks and fault.kind is not FaultKind.ROOM:
-            raise UsageError(f"--{fault.kind}: there is no rank {fault.rank}; the job's ranks are 0 to {num_ranks - 1}")
+            raise UsageError(
+                f"--{fault.kind}: rank {fault.rank} does not exist; the job's ranks are 0 to {num_ranks - 1}"
+            )
     return faults
 
 
@@ -65,25 +67,25 @@ def _check_home(home: Home) -> None:
         home.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"--home: {home.path} cannot be made or used ({error.strerror}); write a folder that you may write to"
+            f"--home: {home.path} cannot be created or used ({error.strerror}); write a folder that you can write to"
         ) from error
     if not os.access(home.path, os.W_OK | os.X_OK):
-        raise UsageError(f"--home: {home.path} may not be written to; write another folder")
+        raise UsageError(f"--home: {home.path} is not writable; write another folder")
 
 
-def _run_locked(arguments: argparse.Namespace, home: Home, manifest: FineTuneJob, faults: list[Fault]) -> Exit:
-    job = _take_or_create(home, manifest)
+def _run_locked(arguments: argparse.Namespace, home: Home, manifest: FineTuneJob, faults: list[PlannedFault]) -> Exit:
+    job = _load_or_create(home, manifest)
     if job.status.phase in FINISHED:
-        return _already_finished(job)
-    # Only here, for what comes with it (an HTTP server) takes longer to import than a job to refuse.
-    from finetune_operator.cli.commands.drive import drive_job  # noqa: PLC0415
+        return _report_finished(job)
+    # Imported late: its HTTP server takes longer to import than the checks above take to refuse a job.
+    from finetune_operator.cli.drive import drive_job  # noqa: PLC0415
 
     return drive_job(job, home, faults, plain=arguments.plain, file=arguments.file)
 
 
-def _take_or_create(home: Home, manifest: FineTuneJob) -> FineTuneJob:
-    """The job as stored, brought up to the manifest, or a new one."""
-    stored = jobs.take_job(home, jobs.key_of(manifest), _warn)
+def _load_or_create(home: Home, manifest: FineTuneJob) -> FineTuneJob:
+    """Return the stored job, updated to the manifest, or a new one."""
+    stored = jobs.load_job(home, jobs.key_of(manifest), _warn)
     if stored is None:
         return jobs.create_job(home, manifest, utc_now)
     old = stored.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -92,8 +94,8 @@ def _take_or_create(home: Home, manifest: FineTuneJob) -> FineTuneJob:
         differences = describe_difference(fixed_part(old), fixed_part(new))
         name = stored.metadata.name
         raise UsageError(
-            f"job {name} exists with another spec: {'; '.join(differences)}. "
-            f"Give the new one another metadata.name, or remove the old one: finetune delete {name}"
+            f"job {name} already exists with a different spec: {'; '.join(differences)}. "
+            f"Give the new job another metadata.name, or delete the old one: finetune delete {name}"
         )
     if old != new:
         stored = jobs.with_spec(stored, manifest.spec)
@@ -101,12 +103,12 @@ def _take_or_create(home: Home, manifest: FineTuneJob) -> FineTuneJob:
     return stored
 
 
-def _already_finished(job: FineTuneJob) -> Exit:
+def _report_finished(job: FineTuneJob) -> Exit:
     name, phase = job.metadata.name, job.status.phase
-    tell(sys.stdout, f"{name} has {phase} already: {job.status.message or ''}\n")
-    tell(sys.stdout, f"To run it anew: finetune delete {name}, then this command again.\n")
+    write_flushed(sys.stdout, f"{name} has already {phase}: {job.status.message or ''}\n")
+    write_flushed(sys.stdout, f"To run it again: finetune delete {name}, then repeat this command.\n")
     return Exit.SUCCEEDED if phase is Phase.SUCCEEDED else Exit.FAILED
 
 
-def _warn(sentence: str) -> None:
-    tell(sys.stderr, f"finetune: warning: {sentence}\n")
+def _warn(message: str) -> None:
+    write_flushed(sys.stderr, f"finetune: warning: {message}\n")

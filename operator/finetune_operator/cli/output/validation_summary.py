@@ -1,4 +1,4 @@
-"""What a validation has left to look at: the held-out loss before and after, and the picture."""
+"""Summarizes the result files of a validation: the held-out loss before and after, and the picture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from finetune_contract import paths
 from finetune_operator.cluster.local.files import BrokenFileError, read_json
 
 
-def looks(folder: Path) -> Iterator[str]:
-    """Lines for a person; none where the job validated nothing, or left nothing that can be read."""
+def describe_validation(folder: Path) -> Iterator[str]:
+    """Yield lines about a job's validation; none if the job has no validation or its files cannot be read."""
     try:
         losses = read_json(folder / paths.LOSSES, list) or []
         first, last = losses[0], losses[-1]

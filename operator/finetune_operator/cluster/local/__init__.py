@@ -1,1 +1,1 @@
-"""A cluster of processes on this machine, fulfilling `cluster.protocol` (docs/architecture.md, "The local cluster")."""
+"""A cluster of processes on this machine. Implements `cluster.protocol` (docs/architecture.md, "The local cluster")."""

@@ -1,6 +1,6 @@
-"""The local cluster: one job, its objects in files, its pods on this machine. Fulfils `cluster.protocol.Cluster`.
+"""The local cluster: one job, its objects in files, its pods on this machine. Implements `cluster.protocol.Cluster`.
 
-Its owner holds the job's lock, so what is in memory is the truth and the files follow it.
+The owner holds the job's lock, so the state in memory is authoritative and the files follow it.
 """
 
 from __future__ import annotations
@@ -14,88 +14,92 @@ from typing import Any
 from finetune_contract.heartbeat import Heartbeat, Reply
 from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
-from finetune_operator.cluster.local.endpoint import Endpoint
-from finetune_operator.cluster.local.files import Warn, recover, write_json
+from finetune_operator.cluster.local.files import Warn, read_or_recover, write_json
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.jobs import key_of, store_job, with_spec
 from finetune_operator.cluster.local.kubelet.container import LOOPBACK
-from finetune_operator.cluster.local.kubelet.kubelet import Kubelet, World
-from finetune_operator.cluster.local.kubelet.pod import stamp
+from finetune_operator.cluster.local.kubelet.kubelet import Kubelet, KubeletContext
+from finetune_operator.cluster.local.kubelet.pod import format_timestamp
 from finetune_operator.cluster.local.kubelet.volumes import token_files
+from finetune_operator.cluster.local.ports import JobPorts
 from finetune_operator.cluster.local.settings import LOCAL
-from finetune_operator.cluster.local.tasks import Tasks
+from finetune_operator.cluster.local.task_scope import TaskScope
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
-from finetune_operator.coordinator.beats import BeatBook, PodIdentity
+from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
 from finetune_operator.plan.model.types import Action, Create, DeletePod, Event, Manifest, Observed
 from finetune_operator.plan.model.view import oldest_attempt
 from finetune_operator.plan.replies import reply_to
 
 MAX_EVENTS = 200
-"""Events kept of a job; the oldest go first."""
+"""Maximum number of events kept per job. The oldest are dropped."""
 
 
 class LocalCluster:
-    """One job and all that belongs to it."""
+    """One job with its pods, ConfigMaps, Services, events and heartbeats."""
 
-    def __init__(self, home: Home, job: FineTuneJob, now: Clock, tasks: Tasks, warn: Warn) -> None:
+    def __init__(self, home: Home, job: FineTuneJob, now: Clock, tasks: TaskScope, warn: Warn) -> None:
         self._key = key_of(job)
         self._folder = home.job(self._key)
         self._job: FineTuneJob | None = job
-        self.book = BeatBook()
-        """What its supervisors said."""
+        self.heartbeats = HeartbeatStore()
+        """The last heartbeats of its supervisors."""
         self._now = now
         self._warn = warn
         self._writing = asyncio.Lock()
         self.wake = asyncio.Event()
         """Set by every change."""
-        self.endpoint = Endpoint(self._folder.endpoint, warn)
+        self.ports = JobPorts(self._folder.endpoint, warn)
         self._objects = {kind: _read_objects(self._folder.objects(kind), warn) for kind in ("ConfigMap", "Service")}
-        self._events = recover(self._folder.events, _events, warn) or []
+        self._events = read_or_recover(self._folder.events, _events, warn) or []
         self._identities: dict[str, PodIdentity] = {}
-        world = World(
+        context = KubeletContext(
             now=now,
             spawn=tasks.spawn,
             changed=self.wake.set,
             warn=warn,
             configs=self._config_data,
-            master_port=self.endpoint.master_port,
+            master_port=self.ports.master_port,
         )
-        self.kubelet = Kubelet(home, self._key, world)
+        self.kubelet = Kubelet(home, self._key, context)
 
     @property
     def job(self) -> FineTuneJob | None:
-        """The job; None once it was deleted."""
+        """The job; None after its deletion."""
         return self._job
 
     # -- Cluster ------------------------------------------------------------------------------------------------------
 
     async def get_job(self, key: JobKey) -> FineTuneJob | None:
-        """The job, if it is this one."""
+        """Return the job if it has this key."""
         return self._job if key == self._key else None
 
     async def observe(self, job: FineTuneJob) -> Observed:
-        """What is there now. Deleted pods that have ended are shown once more, and then go."""
+        """Return the current state. A deleted pod that has ended is returned once more, then removed."""
         pods = self.kubelet.pods
         seen = [observed for pod in pods if (observed := observe_pod(pod.value)) is not None]
-        await self.kubelet.collect(frozenset(pod.uid for pod in pods))
+        await self.kubelet.remove_ended(frozenset(pod.uid for pod in pods))
         meta = job.metadata
         return Observed(
             pods=tuple(seen),
-            beats=self.book.of(meta.namespace, meta.name, oldest_attempt=oldest_attempt(job.status)),
+            beats=self.heartbeats.of_job(meta.namespace, meta.name, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(self._objects["Service"]),
             configs=frozenset(self._objects["ConfigMap"]),
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
-        """Write the status, unless the job has changed since it was read."""
+        """Write the status.
+
+        Raises:
+            ConflictError: the job has changed since it was read.
+        """
         async with self._writing:
             if self._job is None or self._job.metadata.resource_version != job.metadata.resource_version:
                 raise ConflictError
             await self._store(self._job.model_copy(update={"status": status}))
 
     async def apply(self, job: FineTuneJob, action: Action) -> None:
-        """Carry out one action."""
+        """Execute one action."""
         if isinstance(action, Create):
             await self._create(action.manifest)
         elif isinstance(action, DeletePod):
@@ -105,8 +109,8 @@ class LocalCluster:
             self.wake.set()
 
     async def emit(self, job: FineTuneJob, event: Event) -> None:
-        """Keep an event for `finetune describe`; the same one again only counts."""
-        now = stamp(self._now())
+        """Store an event for `finetune describe`. A repeated event only raises its count."""
+        now = format_timestamp(self._now())
         kind = "Warning" if event.warning else "Normal"
         for known in self._events:
             if (known["type"], known["reason"], known["message"]) == (kind, event.reason, event.message):
@@ -121,8 +125,8 @@ class LocalCluster:
         except OSError as error:
             self._warn(f"{self._folder.events} cannot be written: {error}")
 
-    async def whose_token(self, token: str) -> PodIdentity | None:
-        """The pod that a token was made for."""
+    async def authenticate_token(self, token: str) -> PodIdentity | None:
+        """Return the existing pod that a token was created for; None if there is none."""
         digest = _digest(token)
         if digest not in self._identities:
             self._identities = await asyncio.to_thread(self._read_identities)
@@ -130,7 +134,7 @@ class LocalCluster:
         living = {pod.uid for pod in self.kubelet.pods}
         return identity if identity is not None and identity.pod_uid in living else None
 
-    # -- for the runner -----------------------------------------------------------------------------------------------
+    # -- methods for the runner ---------------------------------------------------------------------------------------
 
     async def suspend(self, suspend: bool) -> None:
         """Set spec.suspend, as a user would with kubectl."""
@@ -140,13 +144,13 @@ class LocalCluster:
                 await self._store(with_spec(self._job, spec))
 
     def answer(self, beat: Heartbeat) -> Reply:
-        """What a supervisor is told. All pods are on this machine, and each attempt meets at a port of its own."""
+        """Return the reply to a heartbeat. Each attempt has its own rendezvous port on this machine."""
         reply = reply_to(self._job, beat, LOCAL)
         if reply.world is None:
             return reply
-        port = self.endpoint.master_port(reply.world.attempt)
-        here = reply.world.model_copy(update={"master_addr": LOOPBACK, "master_port": port})
-        return reply.model_copy(update={"world": here})
+        port = self.ports.master_port(reply.world.attempt)
+        local_world = reply.world.model_copy(update={"master_addr": LOOPBACK, "master_port": port})
+        return reply.model_copy(update={"world": local_world})
 
     # -- objects ------------------------------------------------------------------------------------------------------
 
@@ -157,7 +161,7 @@ class LocalCluster:
         elif name not in self._objects[kind]:
             self._objects[kind][name] = manifest
             await asyncio.to_thread(write_json, self._folder.objects(kind) / f"{name}.json", manifest)
-            self.kubelet.look_for_startable()
+            self.kubelet.recheck_waiting_pods()
             self.wake.set()
 
     async def _store(self, job: FineTuneJob) -> None:
@@ -185,26 +189,26 @@ class LocalCluster:
 
 
 def _digest(token: str) -> str:
-    # Looked up by digest, so that the time of the look-up says nothing about a token.
+    # Lookup is by digest, so that its timing reveals nothing about a token.
     return hashlib.sha256(token.strip().encode()).hexdigest()
 
 
 def _read_objects(folder: Path, warn: Warn) -> dict[str, Manifest]:
     objects: dict[str, Manifest] = {}
     for path in sorted(folder.glob("*.json")):
-        if (found := recover(path, _manifest, warn)) is not None:
+        if (found := read_or_recover(path, _manifest, warn)) is not None:
             objects[found["metadata"]["name"]] = found
     return objects
 
 
 def _manifest(value: Any) -> Manifest:
     if not isinstance(value, dict) or not isinstance(value["metadata"]["name"], str):
-        raise TypeError("it is no object")
+        raise TypeError("not a Kubernetes object")
     return value
 
 
 def _events(value: Any) -> list[dict[str, Any]]:
     for event in value:
         if not isinstance(event["count"], int) or not isinstance(event["message"] + event["reason"], str):
-            raise TypeError("it is no list of events")
+            raise TypeError("not a list of events")
     return list(value)

@@ -1,4 +1,4 @@
-"""JSON files that are whole or not there. All state of the local cluster goes through here. Blocking: use a thread."""
+"""JSON files that are written atomically. All state of the local cluster uses them. Blocking: call in a thread."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
-"""Takes a sentence for a person."""
+"""Receives a warning message for the user."""
 
 
 class BrokenFileError(Exception):
-    """A file is there but does not hold what it should; the message says which and why."""
+    """A file exists but its content is invalid. The message contains the path and the cause."""
 
 
 def write_json(path: Path, value: Any, *, keep_previous: bool = False) -> None:
-    """Write aside, fsync, rename, fsync the folder: a reader sees the old file or the new one, whole.
+    """Write to a temporary file, fsync, rename, fsync the folder: a reader gets the complete old or new file.
 
     Args:
         path: the file.
-        value: what json can write.
-        keep_previous: keep the version before as `<name>.previous`, for `recover`.
+        value: a value that json can write.
+        keep_previous: keep the previous version as `<name>.previous`, for `read_or_recover`.
 
     Raises:
-        OSError: disk full, not writable.
+        OSError: the disk is full, or the file is not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One writer holds the job's lock, so a fixed name will do, and what a dead one left is overwritten.
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
+    # Only the holder of the job's lock writes, so a fixed name is safe. A leftover of a killed writer is overwritten.
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
     if keep_previous:
         _keep_previous(path)
-    aside.replace(path)
+    temporary.replace(path)
     sync_folder(path.parent)
 
 
 def read_json(path: Path, parse: Callable[[Any], T]) -> T | None:
-    """Read a file; None where there is none. Changes nothing on disk.
+    """Return the parsed content of a file; None if it does not exist. Changes nothing on disk.
 
     Raises:
-        BrokenFileError: it is no JSON, or `parse` raised ValueError, TypeError or KeyError.
-        OSError: it cannot be read.
+        BrokenFileError: the content is not JSON, or `parse` raised ValueError, TypeError or KeyError.
+        OSError: the file cannot be read.
     """
     try:
         text = path.read_bytes()
@@ -62,14 +62,14 @@ def read_json(path: Path, parse: Callable[[Any], T]) -> T | None:
         raise BrokenFileError(f"{path} {reason}") from error
 
 
-def recover(path: Path, parse: Callable[[Any], T], warn: Warn) -> T | None:
-    """Read a file for its owner: a broken one is set aside with a warning and the version before is taken."""
+def read_or_recover(path: Path, parse: Callable[[Any], T], warn: Warn) -> T | None:
+    """Read a file as its owner: rename a broken file with a warning, and use the previous version."""
     previous = path.with_name(path.name + ".previous")
-    for candidate, source in ((path, ""), (previous, "the version before it is used")):
+    for candidate, source in ((path, ""), (previous, "using the previous version")):
         try:
             found = read_json(candidate, parse)
         except BrokenFileError as error:
-            warn(f"{error}: set aside as {set_aside(candidate).name}")
+            warn(f"{error}: renamed to {rename_broken(candidate).name}")
             continue
         if found is not None:
             if source:
@@ -78,8 +78,8 @@ def recover(path: Path, parse: Callable[[Any], T], warn: Warn) -> T | None:
     return None
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a broken file out of the way, under a name that is free, and return that."""
+def rename_broken(path: Path) -> Path:
+    """Rename a broken file to a free name `<name>.broken-<number>` and return the new path."""
     number = 1
     while (target := path.with_name(f"{path.name}.broken-{number}")).exists():
         number += 1
@@ -97,7 +97,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _keep_previous(path: Path) -> None:
-    """Give the present file a second name, so that at no moment there is none."""
+    """Hard-link the current file to `<name>.previous`, so that a complete file exists at every moment."""
     link = path.with_name(f".{path.name}.link")
     link.unlink(missing_ok=True)
     with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Where the local cluster keeps what: the layout of the state folder."""
+"""The layout of the state folder of the local cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_operator.cluster.key import JobKey
 
 HOME_VARIABLE = "FINETUNE_HOME"
 CACHE_CLAIM = "finetune-cache"
-"""Claim of the cache that all jobs share."""
+"""Name of the claim for the cache that all jobs share."""
 
 
 @dataclass(frozen=True)
@@ -22,36 +22,36 @@ class JobFolder:
 
     @property
     def job(self) -> Path:
-        """The FineTuneJob."""
+        """File of the FineTuneJob."""
         return self.path / "job.json"
 
     @property
     def events(self) -> Path:
-        """What a person was told."""
+        """File of the job's events."""
         return self.path / "events.json"
 
     @property
     def lock(self) -> Path:
-        """Held by the `finetune run` that drives the job."""
+        """File that the `finetune run` of the job locks."""
         return self.path / "lock"
 
     @property
     def endpoint(self) -> Path:
-        """Port of the coordinator, and the gang's rendezvous ports by attempt."""
+        """File with the coordinator's port and the gang's rendezvous ports by attempt."""
         return self.path / "endpoint.json"
 
     @property
     def pods(self) -> Path:
-        """One folder for each pod."""
+        """Folder with one folder per pod."""
         return self.path / "pods"
 
     @property
     def logs(self) -> Path:
-        """One file for each pod; they outlive the pods."""
+        """Folder with one log file per pod. Logs remain after the deletion of their pods."""
         return self.path / "logs"
 
     def objects(self, kind: str) -> Path:
-        """Folder of ConfigMaps or Services."""
+        """Return the folder of the ConfigMaps or Services."""
         return self.path / f"{kind.lower()}s"
 
 
@@ -63,26 +63,26 @@ class Home:
 
     @property
     def storage(self) -> Path:
-        """Stands for the storage that all pods share: checkpoints and outputs, unless a job names its own."""
+        """Folder in place of the shared storage: checkpoints and outputs of all jobs that name no other storage."""
         return self.path / "storage"
 
     def claim(self, name: str) -> Path:
-        """Folder that stands for a PersistentVolumeClaim; the cache's has a place where people look for it."""
+        """Return the folder in place of a PersistentVolumeClaim. The cache has a folder that users find easily."""
         return self.path / "cache" if name == CACHE_CLAIM else self.path / "volumes" / name
 
     def job(self, key: JobKey) -> JobFolder:
-        """Folder of a job, whether it exists or not."""
+        """Return the folder of a job. It may not exist."""
         return JobFolder(self.path / "jobs" / key.namespace / key.name)
 
     def jobs(self) -> Iterator[JobKey]:
-        """Jobs that have a folder, by name."""
+        """Yield the keys of the jobs that have a folder, sorted by name."""
         for folder in sorted((self.path / "jobs").glob("*/*")):
             if folder.is_dir():
                 yield JobKey(folder.parent.name, folder.name)
 
 
 def default_home(env: Mapping[str, str] = os.environ) -> Path:
-    """$FINETUNE_HOME, else the XDG state folder."""
+    """Return $FINETUNE_HOME if it is set, else a folder in the XDG state folder."""
     if chosen := env.get(HOME_VARIABLE):
         return Path(chosen).expanduser().absolute()
     state = env.get("XDG_STATE_HOME") or "~/.local/state"

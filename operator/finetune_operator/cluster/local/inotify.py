@@ -1,4 +1,4 @@
-"""Changes of a folder, from the kernel: no polling."""
+"""Waits for changes of a folder through inotify, without polling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class FolderWatch:
-    """Watches the files of a folder. Used as a context, inside a running loop."""
+    """Watches the files of a folder. Used as a context manager, inside a running event loop."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -35,8 +35,8 @@ class FolderWatch:
         asyncio.get_running_loop().remove_reader(self._descriptor)
         os.close(self._descriptor)
 
-    async def changed(self, timeout_seconds: float) -> None:
-        """Wait for a change since the last call, or until the time is over."""
+    async def wait_for_change(self, timeout_seconds: float) -> None:
+        """Wait for a change since the last call, or until the timeout."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
                 await self._changed.wait()

@@ -1,4 +1,4 @@
-"""Jobs in the state folder, for those who do not run them: found, read, made, removed. Blocking."""
+"""Creates, reads and removes jobs in the state folder. Blocking: call in a thread."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from finetune_contract.paths import job_folder
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, ObjectMeta
-from finetune_operator.cluster.local.files import Warn, read_json, recover, write_json
+from finetune_operator.cluster.local.files import Warn, read_json, read_or_recover, write_json
 from finetune_operator.cluster.local.home import Home, JobFolder
-from finetune_operator.cluster.local.kubelet.launch import clear_away, pod_folders
+from finetune_operator.cluster.local.kubelet.launch import find_pods, kill_and_remove
 from finetune_operator.cluster.protocol import Clock, JobKey
 
 
 def key_of(job: FineTuneJob) -> JobKey:
-    """The key of a job."""
+    """Return the key of a job."""
     return JobKey(job.metadata.namespace, job.metadata.name)
 
 
 def with_spec(job: FineTuneJob, spec: FineTuneJobSpec) -> FineTuneJob:
-    """A job with another spec and so with the next generation."""
+    """Return a job with a new spec and the next generation."""
     meta = job.metadata
     return job.model_copy(
         update={"spec": spec, "metadata": meta.model_copy(update={"generation": meta.generation + 1})}
@@ -29,35 +29,35 @@ def with_spec(job: FineTuneJob, spec: FineTuneJobSpec) -> FineTuneJob:
 
 
 def parse_stored(value: Any) -> FineTuneJob:
-    """Read a stored job.
+    """Parse a stored job.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not a job.
     """
     return FineTuneJob.model_validate(value)
 
 
 def store_job(folder: JobFolder, job: FineTuneJob) -> None:
-    """Write a job, and keep the version before."""
+    """Write a job and keep the previous version."""
     write_json(folder.job, job.model_dump(mode="json", by_alias=True, exclude_none=True), keep_previous=True)
 
 
 def read_job(home: Home, key: JobKey) -> FineTuneJob | None:
-    """Read a job without touching anything; None where there is none.
+    """Return a job without changing anything on disk; None if it does not exist.
 
     Raises:
-        BrokenFileError: its file is broken.
+        BrokenFileError: the content of its file is invalid.
     """
     return read_json(home.job(key).job, parse_stored)
 
 
-def take_job(home: Home, key: JobKey, warn: Warn) -> FineTuneJob | None:
-    """Read a job as the holder of its lock: a broken file is set aside and the version before it is used."""
-    return recover(home.job(key).job, parse_stored, warn)
+def load_job(home: Home, key: JobKey, warn: Warn) -> FineTuneJob | None:
+    """Read a job as the holder of its lock: rename a broken file and use the previous version."""
+    return read_or_recover(home.job(key).job, parse_stored, warn)
 
 
 def create_job(home: Home, job: FineTuneJob, now: Clock) -> FineTuneJob:
-    """Store a job as the API server would: a fresh identity, no status. What a lost one left behind goes."""
+    """Store a job as the API server would: with a new identity and no status. Remove files of an earlier, lost job."""
     key = key_of(job)
     clear_folder(home.job(key))
     meta = ObjectMeta(
@@ -69,13 +69,13 @@ def create_job(home: Home, job: FineTuneJob, now: Clock) -> FineTuneJob:
         labels=job.metadata.labels,
         annotations=job.metadata.annotations,
     )
-    fresh = FineTuneJob(metadata=meta, spec=job.spec)
-    store_job(home.job(key), fresh)
-    return fresh
+    created = FineTuneJob(metadata=meta, spec=job.spec)
+    store_job(home.job(key), created)
+    return created
 
 
 def storage_folder(home: Home, job: FineTuneJob) -> Path:
-    """Folder of a job's checkpoints on this machine."""
+    """Return the folder of a job's checkpoints on this machine."""
     storage = job.spec.checkpoint.storage
     root = home.storage
     if storage is not None and storage.host_path is not None:
@@ -86,9 +86,9 @@ def storage_folder(home: Home, job: FineTuneJob) -> Path:
 
 
 def clear_folder(folder: JobFolder) -> None:
-    """End the pods of a job that nobody drives and remove all of it but the lock and what was set aside."""
-    for files in pod_folders(folder.pods):
-        clear_away(files.folder)
+    """Kill the pods of a job that no process runs. Remove its files except for the lock and renamed broken files."""
+    for files in find_pods(folder.pods):
+        kill_and_remove(files.folder)
     for path in folder.path.iterdir() if folder.path.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -97,7 +97,7 @@ def clear_folder(folder: JobFolder) -> None:
 
 
 def remove_job(home: Home, key: JobKey) -> None:
-    """Remove all of a job, its lock at last. The caller holds that."""
+    """Remove a job completely, its lock last. The caller holds the lock."""
     folder = home.job(key)
     clear_folder(folder)
     shutil.rmtree(folder.path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""One `finetune run` for each job: an flock that the kernel lets go of when its holder dies, however it dies."""
+"""Allows one `finetune run` per job: an flock, which the kernel releases whenever its holder exits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_operator.cluster.local.kubelet.processes import ProcessId, identif
 
 
 class LockedError(Exception):
-    """Another process holds the lock; `holder` is known unless it has only just taken it."""
+    """Another process holds the lock. `holder` is None if that process has not yet written its identity."""
 
     def __init__(self, holder: ProcessId | None) -> None:
         super().__init__(f"held by process {holder.pid}" if holder else "held by another process")
@@ -22,20 +22,20 @@ class LockedError(Exception):
 
 @contextmanager
 def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock for a while. The descriptor is not inherited: a pod that outlives us does not keep it.
+    """Hold the lock inside the block. Pods do not inherit the descriptor, so a pod never keeps the lock.
 
     Args:
-        path: the lock file; it is made, and stays.
-        wait: wait for another holder's end instead of raising.
+        path: the lock file. It is created if missing, and not deleted.
+        wait: wait until another holder releases the lock instead of raising.
 
     Raises:
         LockedError: another process holds it.
     """
     descriptor = _open_locked(path, wait)
     try:
-        me = identify(os.getpid())
-        assert me is not None
-        os.pwrite(descriptor, json.dumps(me.to_json()).encode(), 0)
+        own = identify(os.getpid())
+        assert own is not None
+        os.pwrite(descriptor, json.dumps(own.to_json()).encode(), 0)
         yield
     finally:
         os.ftruncate(descriptor, 0)
@@ -43,7 +43,7 @@ def hold(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def holder(path: Path) -> ProcessId | None:
-    """The living process that holds a lock; None where nobody does."""
+    """Return the running process that holds a lock; None if no process does."""
     try:
         process = ProcessId.from_json(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError, KeyError):
@@ -63,7 +63,7 @@ def _open_locked(path: Path, wait: bool) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise LockedError(holder(path)) from error
-        # Whoever deleted the job held the lock of a file that is gone.
+        # The previous holder deleted the job, and this descriptor belongs to the deleted lock file.
         os.close(descriptor)
 
 

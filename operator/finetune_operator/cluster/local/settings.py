@@ -1,4 +1,4 @@
-"""What an administrator decides on a cluster, as it suits one machine."""
+"""The operator's settings for a run on one machine. On a cluster, an administrator chooses them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOCAL = Settings(
     failure_backoff_max_seconds=60.0,
     cause_seconds=3.0,
     regroup_seconds=1.0,
-    # Pods that ask for none share the machine evenly.
+    # Pods without a cpu request share the machine's cores evenly.
     cores_per_rank=0,
 )
-"""Nothing travels far, and a person is watching."""
+"""Shorter delays than on a cluster: there is no network, and a user is watching."""

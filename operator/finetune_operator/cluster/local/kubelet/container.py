@@ -1,7 +1,7 @@
-"""What a pod manifest means on this machine: command, environment, paths. Pure.
+"""Translates a pod manifest into a process of this machine: command, environment, paths. Pure.
 
-There is no mount namespace, no pod network and no container image here, so what a kubelet would arrange around the
-process is written into its environment and arguments instead.
+A local pod has no mount namespace, no pod network and no container image. Paths, host names and variables that these
+would provide are rewritten in the environment and the arguments of the process.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_INTERFACE = "lo"
 TERMINATION_LOG = "/dev/termination-log"
 """Kubernetes' default terminationMessagePath."""
-SHARED_WITH_THIS_MACHINE = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108
-"""Where a pod has a folder of its own, but a path below one of these is likely to mean a file of this machine."""
-FROM_THIS_MACHINE = (
+MACHINE_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108
+"""Folders that a pod may mount, but a longer path below them most likely means a file of this machine."""
+INHERITED_VARIABLES = (
     *("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH"),
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "SSL_CERT_FILE"),
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
-"""What stands in for the image and for what an administrator sets: all that a pod inherits."""
+"""All variables that a pod inherits. They replace the image's environment and an administrator's settings."""
 
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
 
 
 class UnsupportedError(Exception):
-    """The manifest asks for what this machine cannot give; the message is a sentence."""
+    """The manifest requires something that a local run does not support. The message is for the user."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """What of this machine a pod gets."""
+class LocalResources:
+    """Folders, port and devices of this machine that a pod uses."""
 
     folders: Mapping[str, Path]
-    """Folder behind each volume, by the volume's name."""
+    """Folder of each volume, by the volume's name."""
     termination_log: Path
     temporary: Path
     node: str
@@ -55,55 +55,55 @@ class Container:
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     working_folder: Path | None
-    """None: the pod's own temporary folder."""
+    """None means the pod's own temporary folder."""
 
 
 def main_container(pod: Manifest) -> Manifest:
-    """The container that trains: the first. Side cars of a podTemplate have no place here."""
+    """Return the container that trains, which is the first. Sidecars of a podTemplate do not run locally."""
     container: Manifest = pod["spec"]["containers"][0]
     return container
 
 
-def build_container(pod: Manifest, place: Place, base: Mapping[str, str], resolve: Resolve) -> Container:
+def build_container(pod: Manifest, resources: LocalResources, base: Mapping[str, str], resolve: Resolve) -> Container:
     """Translate a pod's main container.
 
     Args:
         pod: the manifest, with its UID.
-        place: what it gets.
-        base: environment of this process; only `FROM_THIS_MACHINE` is taken.
-        resolve: finds a command of this very installation.
+        resources: what the pod uses of this machine.
+        base: environment of this process; only `INHERITED_VARIABLES` are copied.
+        resolve: finds a command of this installation.
 
     Raises:
-        UnsupportedError: a source of a variable that there is no such thing of here, or no command.
+        UnsupportedError: a variable has a source that does not exist locally, or the pod has no command.
     """
     container = main_container(pod)
-    paths = _Paths.of(container, place)
+    paths = _MountedPaths.of(container, resources)
     names = _gang_names(pod)
 
     def localize(text: str) -> str:
         return names.sub(LOOPBACK, paths.rewrite(text))
 
-    stated = _stated_environment(pod, container, place)
-    env = {name: base[name] for name in FROM_THIS_MACHINE if name in base}
-    env |= {name: localize(value) for name, value in stated.items()}
-    env |= _local_network(stated, place)
-    env["TMPDIR"] = str(paths.folder("/tmp") or place.temporary)  # noqa: S108  the container's, not ours
-    if place.gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
+    declared = _declared_environment(pod, container, resources)
+    env = {name: base[name] for name in INHERITED_VARIABLES if name in base}
+    env |= {name: localize(value) for name, value in declared.items()}
+    env |= _network_environment(declared, resources)
+    env["TMPDIR"] = str(paths.folder("/tmp") or resources.temporary)  # noqa: S108  the container's, not ours
+    if resources.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(resources.gpus)
     command = [*(container.get("command") or ()), *(container.get("args") or ())]
     if not command:
-        raise UnsupportedError("the pod has no command, and without its image this machine knows none")
-    argv = [localize(expand(word, stated)) for word in command]
+        raise UnsupportedError("the pod has no command, and a local run has no image with a default command")
+    argv = [localize(expand_references(word, declared)) for word in command]
     folder = container.get("workingDir")
     return Container((*resolve(argv[0]), *argv[1:]), env, Path(paths.rewrite(folder)) if folder else None)
 
 
 Resolve = Callable[[str], Sequence[str]]
-"""From the first word of a command to what starts it here."""
+"""Maps the first word of a command to the program and arguments that start it on this machine."""
 
 
-def expand(text: str, variables: Mapping[str, str]) -> str:
-    """Expand $(NAME) as Kubernetes does: unknown names stay as they are, $$ is a dollar sign."""
+def expand_references(text: str, variables: Mapping[str, str]) -> str:
+    """Expand $(NAME) as Kubernetes does: keep unknown names unchanged, and turn $$ into a dollar sign."""
 
     def replacement(match: re.Match[str]) -> str:
         if match.group() == "$$":
@@ -114,35 +114,35 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Paths:
-    """Paths inside the container, and the paths of this machine behind them; the longest first."""
+class _MountedPaths:
+    """Paths inside the container and the paths of this machine that replace them, the longest first."""
 
     mounts: Sequence[tuple[str, Path]]
 
     @classmethod
-    def of(cls, container: Manifest, place: Place) -> _Paths:
+    def of(cls, container: Manifest, resources: LocalResources) -> _MountedPaths:
         mounts = [
-            (mount["mountPath"].rstrip("/"), place.folders[mount["name"]] / mount.get("subPath", ""))
+            (mount["mountPath"].rstrip("/"), resources.folders[mount["name"]] / mount.get("subPath", ""))
             for mount in container.get("volumeMounts") or ()
         ]
-        mounts.append((container.get("terminationMessagePath") or TERMINATION_LOG, place.termination_log))
+        mounts.append((container.get("terminationMessagePath") or TERMINATION_LOG, resources.termination_log))
         return cls(sorted(mounts, key=lambda mount: len(mount[0]), reverse=True))
 
     def folder(self, path: str) -> Path | None:
-        """The folder behind a mountPath."""
+        """Return the folder that replaces a mountPath."""
         return next((folder for mounted, folder in self.mounts if mounted == path), None)
 
     def rewrite(self, text: str) -> str:
-        """Rewrite a path that is mounted or lies below a mount, also behind the `=` of an option."""
+        """Rewrite a path that is a mount or is below one, also after the `=` of an option."""
         option, equals, value = text.partition("=") if text.startswith("-") else ("", "", text)
         for mounted, folder in self.mounts:
-            if value == mounted or (value.startswith(mounted + "/") and mounted not in SHARED_WITH_THIS_MACHINE):
+            if value == mounted or (value.startswith(mounted + "/") and mounted not in MACHINE_FOLDERS):
                 return f"{option}{equals}{folder}{value[len(mounted) :]}"
         return text
 
 
 def _gang_names(pod: Manifest) -> re.Pattern[str]:
-    """Matches the host names of the gang: <hostname>.<subdomain>, short or in full."""
+    """Return a pattern for the host names of the gang: <hostname>.<subdomain>, short or fully qualified."""
     subdomain = pod["spec"].get("subdomain")
     if not subdomain:
         return re.compile(r"(?!)")
@@ -151,43 +151,43 @@ def _gang_names(pod: Manifest) -> re.Pattern[str]:
     return re.compile(rf"(?<![\w.-])[a-z0-9-]+\.{re.escape(subdomain)}{full}(?![\w.-])")
 
 
-def _local_network(stated: Mapping[str, str], place: Place) -> dict[str, str]:
-    """Keep the gang on the loopback, with a rendezvous port that is free here."""
+def _network_environment(declared: Mapping[str, str], resources: LocalResources) -> dict[str, str]:
+    """Return variables that keep the gang on the loopback interface, with a rendezvous port that is free."""
     env = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE}
-    if environment.MASTER_PORT in stated:
-        env[environment.MASTER_PORT] = str(place.master_port)
+    if environment.MASTER_PORT in declared:
+        env[environment.MASTER_PORT] = str(resources.master_port)
     return env
 
 
-def _stated_environment(pod: Manifest, container: Manifest, place: Place) -> dict[str, str]:
-    """The environment that the manifest states, in its order, references to earlier variables expanded."""
+def _declared_environment(pod: Manifest, container: Manifest, resources: LocalResources) -> dict[str, str]:
+    """Return the environment that the manifest declares, in order, with references to earlier variables expanded."""
     env: dict[str, str] = {}
     for entry in container.get("env") or ():
         if "valueFrom" in entry:
-            value = _value_from(entry["name"], entry["valueFrom"], pod, place)
+            value = _read_source(entry["name"], entry["valueFrom"], pod, resources)
         else:
-            value = expand(str(entry.get("value") or ""), env)
+            value = expand_references(str(entry.get("value") or ""), env)
         env[entry["name"]] = value
     return env
 
 
-def _value_from(name: str, source: Mapping[str, Any], pod: Manifest, place: Place) -> str:
+def _read_source(name: str, source: Mapping[str, Any], pod: Manifest, resources: LocalResources) -> str:
     if "fieldRef" in source:
-        return _field(name, source["fieldRef"]["fieldPath"], pod, place)
+        return _read_field(name, source["fieldRef"]["fieldPath"], pod, resources)
     if "secretKeyRef" in source and source["secretKeyRef"].get("optional"):
         return ""
     raise UnsupportedError(
-        f"variable {name}: {', '.join(source)} does not exist on this machine; give the value itself"
+        f"variable {name}: {', '.join(source)} does not exist on this machine; write the value itself"
     )
 
 
-def _field(name: str, path: str, pod: Manifest, place: Place) -> str:
+def _read_field(name: str, path: str, pod: Manifest, resources: LocalResources) -> str:
     metadata = pod["metadata"]
     fields = {
         "metadata.name": metadata["name"],
         "metadata.namespace": metadata.get("namespace", "default"),
         "metadata.uid": metadata["uid"],
-        "spec.nodeName": place.node,
+        "spec.nodeName": resources.node,
         "spec.serviceAccountName": pod["spec"].get("serviceAccountName", "default"),
         "status.podIP": LOOPBACK,
         "status.podIPs": LOOPBACK,

@@ -1,4 +1,4 @@
-"""Which GPUs a pod gets, where this machine has any."""
+"""Finds the GPUs of this machine and chooses those of a pod."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def find_gpus(env: Mapping[str, str] = os.environ, driver: Path = DRIVER_GPUS) -> tuple[str, ...]:
-    """GPUs of this machine, as CUDA_VISIBLE_DEVICES names them; what that variable hides stays hidden."""
+    """Return the GPUs of this machine by their names in CUDA_VISIBLE_DEVICES. If the variable is set, only those."""
     if "CUDA_VISIBLE_DEVICES" in env:
         return tuple(name.strip() for name in env["CUDA_VISIBLE_DEVICES"].split(",") if name.strip())
     try:
@@ -23,14 +23,14 @@ def find_gpus(env: Mapping[str, str] = os.environ, driver: Path = DRIVER_GPUS) -
 
 
 def wanted_gpus(container: Manifest) -> int:
-    """How many GPUs a container asks for."""
+    """Return the number of GPUs that a container requests."""
     resources = container.get("resources") or {}
-    asked = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
-    return int(asked.get(GPU_RESOURCE, 0))
+    requested = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
+    return int(requested.get(GPU_RESOURCE, 0))
 
 
 def choose_gpus(available: Iterable[str], siblings: Iterable[tuple[str, ...]], wanted: int) -> tuple[str, ...] | None:
-    """Choose GPUs that no pod of the same job has; None while there are too few."""
+    """Choose GPUs that no pod of the same job uses; None if too few are free."""
     taken = {gpu for gpus in siblings for gpu in gpus}
     free = [gpu for gpu in available if gpu not in taken]
     return tuple(free[:wanted]) if len(free) >= wanted else None

@@ -1,4 +1,4 @@
-"""Processes and folders of a pod on disk: what the kubelet does in threads. Blocking."""
+"""Starts and removes the processes and folders of a pod. Blocking: the kubelet calls it in threads."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from finetune_operator.cluster.local.kubelet.processes import MARKER, kill_marke
 SUPERVISOR = "finetune-supervisor"
 SUPERVISOR_MODULE = "finetune_trainer.supervisor"
 MAX_MESSAGE_BYTES = 4096
-"""Kubernetes keeps so much of a termination message."""
+"""Kubernetes' limit for a termination message."""
 MAX_FALLBACK_BYTES = 2048
-"""And so much of the log in its place (terminationMessagePolicy: FallbackToLogsOnError)."""
+"""Kubernetes' limit for the end of the log that replaces it (terminationMessagePolicy: FallbackToLogsOnError)."""
 SHIM_COMMAND = (sys.executable, "-I", "-S", str(Path(shim.__file__)))
 
 
 def resolve_command(command: str) -> tuple[str, ...]:
-    """What starts a command here: the programs of this very installation first, whatever PATH says."""
-    beside = Path(sys.executable).parent / command
-    if "/" not in command and os.access(beside, os.X_OK):
-        return (str(beside),)
+    """Return the program and arguments that start a command. Programs of this installation precede those of PATH."""
+    installed = Path(sys.executable).parent / command
+    if "/" not in command and os.access(installed, os.X_OK):
+        return (str(installed),)
     if command == SUPERVISOR:
         return (sys.executable, "-m", SUPERVISOR_MODULE)
     return (command,)
 
 
 def machine_environment() -> dict[str, str]:
-    """Our own environment, with the programs of this installation first: it stands in for the container's image."""
-    here = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)])}
+    """Return this process's environment with this installation first in PATH. It replaces the container's image."""
+    installation = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": os.pathsep.join([installation, os.environ.get("PATH", os.defpath)])}
 
 
 def temporary_folder(pod_folder: Path) -> Path:
-    """A pod's folder for temporary files. Short, for sockets below it may have no more than 107 characters."""
+    """Return a pod's folder for temporary files. It is short, because a socket's path has at most 107 characters."""
     digest = hashlib.sha256(str(pod_folder).encode()).hexdigest()
     return Path(tempfile.gettempdir()) / f"finetune-{digest[:12]}"
 
 
 def launch(files: PodFiles, container: Container, cores: frozenset[int], log: Path) -> Mapping[str, Any]:
-    """Start a pod's shim and return its first words: the processes, or an exit code and a message.
+    """Start a pod's shim and return its answer: the processes, or an exit code and a message.
 
     Raises:
-        OSError: a file cannot be written, or there are no more processes to be had.
+        OSError: a file cannot be written, or a process cannot be started.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    order = {
+    request = {
         "argv": container.argv,
         "environment": {**container.environment, MARKER: str(files.folder)},
         "working_folder": str(container.working_folder or temporary_folder(files.folder)),
@@ -68,8 +68,8 @@ def launch(files: PodFiles, container: Container, cores: frozenset[int], log: Pa
         "process_file": str(files.process),
         "exit_file": str(files.exit),
     }
-    write_json(files.container, order)
-    answer, question = os.pipe()
+    write_json(files.container, request)
+    read_end, write_end = os.pipe()
     try:
         pid = os.posix_spawn(
             SHIM_COMMAND[0],
@@ -77,50 +77,50 @@ def launch(files: PodFiles, container: Container, cores: frozenset[int], log: Pa
             {MARKER: str(files.folder)},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, question, 1),
+                (os.POSIX_SPAWN_DUP2, write_end, 1),
                 (os.POSIX_SPAWN_OPEN, 2, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
             ],
-            # The terminal's Ctrl-C is for the command; what becomes of the pods is the core's to decide.
+            # The terminal's Ctrl-C must reach only the command; the core decides what happens to the pods.
             setsid=True,
         )
     finally:
-        os.close(question)
-    with os.fdopen(answer, "rb") as pipe:
-        words = pipe.read()
-    if not words:
+        os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        content = pipe.read()
+    if not content:
         reap(pid, block=True)
-        raise OSError(f"the pod's processes died while they started; see {log}")
-    news: Mapping[str, Any] = json.loads(words)
-    return news
+        raise OSError(f"the pod's processes exited during their start; see {log}")
+    answer: Mapping[str, Any] = json.loads(content)
+    return answer
 
 
 def reap(pid: int, *, block: bool = False) -> None:
-    """Collect an ended child, so that it does not stay a zombie; an adopted one is init's to collect."""
+    """Wait for an ended child, so that it does not remain a zombie. For adopted pods, init does this."""
     with suppress(ChildProcessError):
         os.waitpid(pid, 0 if block else os.WNOHANG)
 
 
-def clear_away(pod_folder: Path) -> bool:
-    """Kill what is left of a pod and remove its folders; say whether all its processes are gone."""
-    gone = kill_marked(pod_folder)
+def kill_and_remove(pod_folder: Path) -> bool:
+    """Kill the remaining processes of a pod and remove its folders. Return whether all processes have exited."""
+    all_exited = kill_marked(pod_folder)
     for folder in (pod_folder, temporary_folder(pod_folder)):
         shutil.rmtree(folder, ignore_errors=True)
-    return gone
+    return all_exited
 
 
-def pod_folders(pods: Path) -> list[PodFiles]:
-    """Pods that an earlier runner left."""
+def find_pods(pods: Path) -> list[PodFiles]:
+    """Return the pods in a job's folder of pods."""
     try:
         return [PodFiles(folder) for folder in sorted(pods.iterdir()) if folder.is_dir()]
     except FileNotFoundError:
         return []
 
 
-def cores_of_others(home: Home, own: JobFolder) -> list[frozenset[int]]:
-    """Cores that living pods of other jobs are pinned to."""
+def cores_of_other_jobs(home: Home, own: JobFolder) -> list[frozenset[int]]:
+    """Return the cores that running pods of other jobs are pinned to."""
     cores = []
     for folder in (home.job(key) for key in home.jobs()):
-        for files in pod_folders(folder.pods) if folder != own else ():
+        for files in find_pods(folder.pods) if folder != own else ():
             with suppress(BrokenFileError, OSError, ValueError):
                 pod = read_json(files.pod, partial(Pod.from_json, files=files))
                 if pod is not None and not pod.ended:
@@ -128,11 +128,11 @@ def cores_of_others(home: Home, own: JobFolder) -> list[frozenset[int]]:
     return cores
 
 
-def read_last_words(files: PodFiles, log: Path) -> str:
-    """The pod's termination message, cut as Kubernetes cuts it; where it left none, the end of its log."""
+def read_termination_message(files: PodFiles, log: Path) -> str:
+    """Return the pod's termination message, truncated as in Kubernetes; if there is none, the end of its log."""
     try:
-        if words := files.termination_log.read_bytes()[:MAX_MESSAGE_BYTES]:
-            return words.decode(errors="replace")
+        if message := files.termination_log.read_bytes()[:MAX_MESSAGE_BYTES]:
+            return message.decode(errors="replace")
     except OSError:
         pass
     try:

@@ -1,4 +1,4 @@
-"""Processes by an identity that outlives the reuse of pids, watched through pidfds: no polling, no signal astray."""
+"""Identifies, watches and signals processes through pidfds, without polling and safe against the reuse of pids."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from pathlib import Path
 from typing import Any
 
 MARKER = "FINETUNE_LOCAL_POD"
-"""Variable that every process of a pod carries: the pod's folder. It stands in for a cgroup."""
+"""Environment variable of every process of a pod: the pod's folder. It replaces a cgroup."""
 PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process, and no other that later gets its pid."""
+    """Identity of a process. It differs from that of a later process with the same pid."""
 
     pid: int
     start_ticks: int
-    """When it started, in clock ticks since the machine did (field 22 of /proc/<pid>/stat)."""
+    """Start time in clock ticks since boot (field 22 of /proc/<pid>/stat)."""
     boot_id: str
 
     @classmethod
     def from_json(cls, value: Any) -> ProcessId:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            ValueError, TypeError, KeyError: it is something else.
+            ValueError, TypeError, KeyError: the value has another form.
         """
         return cls(int(value["pid"]), int(value["startTicks"]), str(value["bootId"]))
 
     def to_json(self) -> dict[str, Any]:
-        """Write as a JSON object."""
+        """Return a JSON object."""
         return {"pid": self.pid, "startTicks": self.start_ticks, "bootId": self.boot_id}
 
 
 def identify(pid: int) -> ProcessId | None:
-    """The identity of a process that runs now; None where there is none, or only a zombie."""
+    """Return the identity of a running process; None if it does not exist or is a zombie."""
     try:
         stat = (PROC / str(pid) / "stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The command's name is in parentheses and may hold any of them.
+    # The command's name is in parentheses and may contain parentheses itself.
     fields = stat[stat.rindex(b")") + 2 :].split()
     if fields[0] in (b"Z", b"X"):
         return None
@@ -57,35 +57,35 @@ def identify(pid: int) -> ProcessId | None:
 
 @functools.cache
 def boot_id() -> str:
-    """The kernel's name for the time since the machine started."""
+    """Return the kernel's id of the current boot."""
     return (PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
 def is_alive(process: ProcessId) -> bool:
-    """Say whether it still runs."""
+    """Return whether a process still runs."""
     return identify(process.pid) == process
 
 
-async def wait_gone(process: ProcessId) -> None:
-    """Wait until a process has ended, whoever its parent is."""
+async def wait_for_exit(process: ProcessId) -> None:
+    """Wait until a process has ended. It need not be a child of this process."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return
     loop = asyncio.get_running_loop()
-    gone = asyncio.Event()
-    loop.add_reader(descriptor, gone.set)
+    ended = asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
     try:
-        # The descriptor holds whatever had the pid when it was opened.
+        # The descriptor refers to the process that had the pid when it was opened.
         if is_alive(process):
-            await gone.wait()
+            await ended.wait()
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)
 
 
 def send_signal(process: ProcessId, number: signal.Signals) -> None:
-    """Send a signal to exactly this process; that it has ended is fine."""
+    """Send a signal to exactly this process. Do nothing if it has ended."""
     with suppress(ProcessLookupError):
         descriptor = os.pidfd_open(process.pid)
         try:
@@ -96,20 +96,20 @@ def send_signal(process: ProcessId, number: signal.Signals) -> None:
 
 
 def find_marked(folder: Path) -> list[int]:
-    """Pids of the processes that carry a pod's marker, whatever became of their parents, sessions and groups."""
-    wanted = f"{MARKER}={folder}".encode()
-    return [pid for pid in _pids() if wanted in _environment(pid).split(b"\0")]
+    """Return the pids of all processes with a pod's marker, independent of parents, sessions and groups."""
+    marker = f"{MARKER}={folder}".encode()
+    return [pid for pid in _list_pids() if marker in _read_environment(pid).split(b"\0")]
 
 
 def kill_marked(folder: Path, patience_seconds: float = 10.0) -> bool:
-    """SIGKILL all processes of a pod and see them gone. Blocking; it takes milliseconds.
+    """SIGKILL all processes of a pod and wait until they have exited. Blocking; usually takes milliseconds.
 
     Returns:
-        Whether all are gone. One in an uninterruptible read of a dead disk may stay longer than the patience.
+        Whether all have exited. A process in an uninterruptible read of a failed disk may exceed the patience.
     """
     deadline = time.monotonic() + patience_seconds
     num_empty = 0
-    # A process in the middle of an exec shows no environment for an instant: one empty look is not enough.
+    # During an exec, a process has no environment for an instant: one empty scan is not enough.
     while num_empty < 2:
         pids = find_marked(folder)
         num_empty = 0 if pids else num_empty + 1
@@ -126,7 +126,7 @@ def _kill(pid: int, folder: Path, deadline: float) -> None:
     except ProcessLookupError:
         return
     try:
-        if f"{MARKER}={folder}".encode() in _environment(pid).split(b"\0"):
+        if f"{MARKER}={folder}".encode() in _read_environment(pid).split(b"\0"):
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             poll = select.poll()
             poll.register(descriptor, select.POLLIN)
@@ -137,14 +137,14 @@ def _kill(pid: int, folder: Path, deadline: float) -> None:
         os.close(descriptor)
 
 
-def _pids() -> Iterator[int]:
+def _list_pids() -> Iterator[int]:
     own = os.getpid()
-    for name in os.listdir(PROC):  # noqa: PTH208  a Path for each of them would cost more than the read
+    for name in os.listdir(PROC):  # noqa: PTH208  creating Path objects would take longer than the read
         if name.isdecimal() and int(name) != own:
             yield int(name)
 
 
-def _environment(pid: int) -> bytes:
+def _read_environment(pid: int) -> bytes:
     try:
         return (PROC / str(pid) / "environ").read_bytes()
     except OSError:

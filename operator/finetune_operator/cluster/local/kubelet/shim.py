@@ -1,12 +1,12 @@
-"""The parent of one pod's processes: it outlives `finetune run`, so that a pod's exit code is never lost.
+"""The parent of one pod's processes. It outlives `finetune run`, so that a pod's exit code is never lost.
 
-Run by the kubelet as `python -I -S shim.py CONTAINER.json`, standard library only, for it stays as long as the pod.
-It starts the container in a session and on cores of its own, prints a line of JSON as soon as the container runs or
-cannot, waits for its end, ends what the container left behind, and writes the exit code. What a container's PID
-namespace does, a "child subreaper" does here: orphans come to it.
+The kubelet runs it as `python -I -S shim.py CONTAINER.json`. It uses only the standard library, because it occupies
+memory for the lifetime of the pod. It starts the container in its own session and on its own cores, prints a line of
+JSON when the container runs or fails to start, waits for its end, kills its remaining processes, and writes the exit
+code. A "child subreaper" replaces the container's PID namespace: orphaned processes become children of the shim.
 """
 
-# pathlib and contextlib would cost memory for as long as the pod lives.
+# pathlib and contextlib would use memory for the lifetime of the pod.
 # ruff: noqa: PTH104, PTH123, PTH208, SIM105, S606
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import sys
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # so would typing
+if TYPE_CHECKING:  # typing would use memory too
     from typing import Any, TypeAlias
 
     Json: TypeAlias = dict[str, Any]
@@ -32,47 +32,47 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """Be the parent of the container from its start to its end."""
+    """Start the container and wait for its end."""
     with open(sys.argv[1], encoding="utf-8") as file:
         container = json.load(file)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    news = os.dup(1)
+    start_pipe = os.dup(1)
     log = os.open(container["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     pid, failure = start(container)
     if failure:
         os.waitpid(pid, 0)
-        os.write(news, json.dumps({"exitCode": failure[0], "message": failure[1]}).encode())
+        os.write(start_pipe, json.dumps({"exitCode": failure[0], "message": failure[1]}).encode())
         return
     processes = {"container": identity(pid), "shim": identity(os.getpid())}
     write_json(container["process_file"], processes)
-    tell(news, processes)
+    report_start(start_pipe, processes)
     _, status = os.waitpid(pid, 0)
-    end_orphans()
+    kill_orphans()
     code = os.waitstatus_to_exitcode(status)
     write_json(container["exit_file"], {"exitCode": code if code >= 0 else 128 - code})
 
 
-def tell(news: int, processes: Json) -> None:
-    """Say that the container runs; who asked may be dead by now, and is not needed any more."""
+def report_start(start_pipe: int, processes: Json) -> None:
+    """Report that the container runs. The kubelet may have exited already; then the report is not needed."""
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
-        os.write(news, json.dumps(processes).encode())
+        os.write(start_pipe, json.dumps(processes).encode())
     except BrokenPipeError:
         pass
-    os.close(news)
+    os.close(start_pipe)
 
 
 def start(container: Json) -> tuple[int, tuple[int, str] | None]:
-    """Fork and exec; return the pid and, where the exec failed, its exit code and reason."""
+    """Fork and exec. Return the pid and, if exec failed, an exit code and a reason."""
     read_end, write_end = os.pipe()
     shim = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
             os.setsid()
-            # When the shim is killed, its container goes with it: nobody else would hear of its end.
+            # If the shim is killed, kill the container too: no other process would notice its end.
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != shim:
                 os._exit(EXIT_NOT_EXECUTABLE)
@@ -94,8 +94,8 @@ def start(container: Json) -> tuple[int, tuple[int, str] | None]:
     return pid, (int(code), reason) if code else None
 
 
-def end_orphans() -> None:
-    """SIGKILL whatever descends from the container, generation by generation, until nobody is left."""
+def kill_orphans() -> None:
+    """SIGKILL all descendants of the container, generation by generation, until none is left."""
     while True:
         for child in children():
             try:
@@ -109,7 +109,7 @@ def end_orphans() -> None:
 
 
 def children() -> list[int]:
-    """Pids of our children. Not every kernel lists them in /proc/<pid>/task/<pid>/children."""
+    """Return the pids of this process's children. Not every kernel has /proc/<pid>/task/<pid>/children."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdecimal():
@@ -122,21 +122,21 @@ def children() -> list[int]:
 
 
 def stat_fields(pid: int) -> list[bytes]:
-    """The fields of /proc/<pid>/stat behind the command's name, which may hold spaces and parentheses."""
+    """Return the fields of /proc/<pid>/stat after the command's name, which may contain spaces and parentheses."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         stat = file.read()
     return stat[stat.rindex(b")") + 2 :].split()
 
 
 def identity(pid: int) -> Json:
-    """The same identity that `processes.ProcessId` reads."""
+    """Return the identity of a process in the format that `processes.ProcessId` reads."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot_id = file.read().strip()
     return {"pid": pid, "startTicks": int(stat_fields(pid)[19]), "bootId": boot_id}
 
 
 def write_json(path: str, value: Json) -> None:
-    """Whole or not there."""
+    """Write a JSON file atomically."""
     with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(value, file)
         file.flush()

@@ -1,4 +1,4 @@
-"""Folders in place of volumes. Blocking: use a thread."""
+"""Prepares a folder in place of each volume of a pod. Blocking: call in a thread."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from finetune_operator.cluster.local.kubelet.container import UnsupportedError
 from finetune_operator.plan.model.types import Manifest
 
 SHARED_VOLUME = "checkpoints"
-"""The emptyDir that all pods share here, as they would share a claim on a cluster."""
+"""The emptyDir that all pods share in a local run, as they share a claim on a cluster."""
 Configs = Callable[[str], Mapping[str, str] | None]
-"""Data of a ConfigMap; None: there is none."""
+"""Returns the data of the ConfigMap with a name; None if it does not exist."""
 
 
-class NotYetError(Exception):
-    """Something that the pod mounts does not exist yet; the message says what."""
+class MissingConfigError(Exception):
+    """A ConfigMap that the pod mounts does not exist yet. The message names it."""
 
 
 def prepare_volumes(pod: Manifest, pod_folder: Path, home: Home, configs: Configs) -> dict[str, Path]:
-    """Make the folder behind each volume of a pod and fill it.
+    """Create and fill the folder of each volume of a pod.
 
     Returns:
         The folders by the volumes' names.
 
     Raises:
-        NotYetError: a ConfigMap is missing.
-        UnsupportedError: a kind of volume that this machine does not have.
-        OSError: a folder cannot be made or written.
+        MissingConfigError: a ConfigMap does not exist.
+        UnsupportedError: a local run does not support this kind of volume.
+        OSError: a folder cannot be created or written.
     """
     return {
         volume["name"]: _prepare(volume, pod_folder / "volumes" / volume["name"], home, configs)
@@ -39,15 +39,15 @@ def prepare_volumes(pod: Manifest, pod_folder: Path, home: Home, configs: Config
 
 
 def missing_configs(pod: Manifest, configs: Configs) -> list[str]:
-    """Names of the ConfigMaps that a pod needs and that do not exist."""
+    """Return the names of the ConfigMaps that a pod needs and that do not exist."""
     volumes = pod["spec"].get("volumes") or ()
     projected = [source for volume in volumes for source in (volume.get("projected") or {}).get("sources") or ()]
-    wanted = [source["configMap"] for source in (*volumes, *projected) if "configMap" in source]
-    return [config["name"] for config in wanted if not config.get("optional") and configs(config["name"]) is None]
+    mounted = [source["configMap"] for source in (*volumes, *projected) if "configMap" in source]
+    return [config["name"] for config in mounted if not config.get("optional") and configs(config["name"]) is None]
 
 
 def token_files(pod: Manifest, pod_folder: Path) -> list[Path]:
-    """Files of this pod that hold a token."""
+    """Return the files of a pod that contain a token."""
     return [
         pod_folder / "volumes" / volume["name"] / source["serviceAccountToken"]["path"]
         for volume in pod["spec"].get("volumes") or ()
@@ -59,17 +59,17 @@ def token_files(pod: Manifest, pod_folder: Path) -> list[Path]:
 def _prepare(volume: Mapping[str, Any], own: Path, home: Home, configs: Configs) -> Path:
     name = volume["name"]
     if "emptyDir" in volume:
-        return _made(home.storage if name == SHARED_VOLUME else own)
+        return _ensure_folder(home.storage if name == SHARED_VOLUME else own)
     if "hostPath" in volume:
-        return _made(_absolute(name, volume["hostPath"]["path"]))
+        return _ensure_folder(_absolute(name, volume["hostPath"]["path"]))
     if "persistentVolumeClaim" in volume:
-        return _made(home.claim(volume["persistentVolumeClaim"]["claimName"]))
+        return _ensure_folder(home.claim(volume["persistentVolumeClaim"]["claimName"]))
     if "configMap" in volume:
-        _write_config(_made(own), volume["configMap"], configs)
+        _write_config(_ensure_folder(own), volume["configMap"], configs)
         return own
     if "projected" in volume:
         for source in volume["projected"].get("sources") or ():
-            _project(name, _made(own), source, configs)
+            _project(name, _ensure_folder(own), source, configs)
         return own
     kinds = ", ".join(sorted(set(volume) - {"name"})) or "no source"
     raise UnsupportedError(
@@ -91,7 +91,7 @@ def _write_config(folder: Path, config: Mapping[str, Any], configs: Configs) -> 
     if data is None:
         if config.get("optional"):
             return
-        raise NotYetError(f'configmap "{config["name"]}" not found')
+        raise MissingConfigError(f'configmap "{config["name"]}" not found')
     items = config.get("items") or [{"key": key, "path": key} for key in data]
     for item in items:
         if item["key"] not in data:
@@ -113,6 +113,6 @@ def _absolute(volume: str, path: str) -> Path:
     return Path(path)
 
 
-def _made(folder: Path) -> Path:
+def _ensure_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

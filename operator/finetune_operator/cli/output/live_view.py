@@ -1,4 +1,4 @@
-"""The live view in a terminal: what happens scrolls by above, and below stands where the job is now."""
+"""The live view in a terminal: event lines scroll above, the current state of the job is shown below."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from rich.text import Text
 from finetune_contract.heartbeat import RankReport, RankState
 from finetune_contract.phase import Phase
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
-from finetune_operator.cli.output import figures, story
+from finetune_operator.cli.output import changes, formatting
+from finetune_operator.cli.output.formatting import pluralize
 from finetune_operator.cluster.protocol import Clock
-from finetune_operator.cluster.reconcile import Pass
+from finetune_operator.cluster.reconcile import ReconcileResult
 from finetune_operator.plan.model.types import Observed, ObservedPod
 from finetune_operator.plan.model.view import members_of
 
@@ -33,22 +34,22 @@ STYLES = {
 }
 RANK_STYLES = {RankState.TRAINING: "green", RankState.FAILED: "red", RankState.SAVING: "magenta"}
 MAX_RANKS = 16
-"""Rows of the table of ranks; the rest is counted."""
+"""Number of ranks in the table. The last row counts the others."""
 
 
 class LiveView:
-    """Draws on a terminal. Used as a context."""
+    """Draws on a terminal. Used as a context manager."""
 
     def __init__(self, start: FineTuneJobStatus, now: Clock, console: Console | None = None) -> None:
         self._status = start
         self._now = now
-        self._seen: Pass | None = None
+        self._result: ReconcileResult | None = None
         self._console = console or Console(highlight=False)
         self._live = Live(
             console=self._console,
             get_renderable=self._draw,
             refresh_per_second=REFRESH_PER_SECOND,
-            # The last picture would only repeat what the summary says.
+            # The last frame would only repeat the summary.
             transient=True,
         )
 
@@ -59,31 +60,31 @@ class LiveView:
     def __exit__(self, *raised: object) -> None:
         self._live.stop()
 
-    def see(self, seen: Pass) -> None:
-        """Take in a pass; it is drawn at the next refresh."""
-        self._seen = seen
-        if seen.job is None:
+    def on_reconcile(self, result: ReconcileResult) -> None:
+        """Store the result of a reconcile for the next refresh, and print what changed."""
+        self._result = result
+        if result.job is None:
             return
-        old, self._status = self._status, seen.job.status
-        for line in story.happened(old, self._status):
-            self.say(line)
+        old, self._status = self._status, result.job.status
+        for line in changes.describe_changes(old, self._status):
+            self.print_line(line)
 
-    def say(self, line: str) -> None:
-        """Write a line above the picture."""
+    def print_line(self, line: str) -> None:
+        """Print a line above the live display."""
         self._console.print(Text(f"{self._now().astimezone():%H:%M:%S}  {line}"))
 
-    def warn(self, sentence: str) -> None:
-        """Write a warning above the picture."""
-        self._console.print(Text(f"warning: {sentence}", style="yellow"))
+    def warn(self, message: str) -> None:
+        """Print a warning above the live display."""
+        self._console.print(Text(f"warning: {message}", style="yellow"))
 
     def _draw(self) -> RenderableType:
-        if self._seen is None or self._seen.job is None:
+        if self._result is None or self._result.job is None:
             return Text("")
-        return picture(self._seen.job, self._seen.observed, self._now())
+        return render_status(self._result.job, self._result.observed, self._now())
 
 
-def picture(job: FineTuneJob, observed: Observed, now: datetime) -> RenderableType:
-    """Where the job is now."""
+def render_status(job: FineTuneJob, observed: Observed, now: datetime) -> RenderableType:
+    """Return the current state of the job as a renderable."""
     reports = {
         report.rank: report
         for received in observed.beats.values()
@@ -113,7 +114,7 @@ def _bar(status: FineTuneJobStatus) -> RenderableType:
     grid.add_column()
     total = status.total_steps or 1
     bar = ProgressBar(total=total, completed=status.step or 0, width=40)
-    label = Text(f"{figures.steps(status) or '-'}  {status.progress or ''}")
+    label = Text(f"{formatting.format_steps(status) or '-'}  {status.progress or ''}")
     if status.eta and status.phase is Phase.RUNNING:
         label.append(f"  {status.eta} left")
     grid.add_row(bar, label)
@@ -123,20 +124,20 @@ def _bar(status: FineTuneJobStatus) -> RenderableType:
 def _figures(status: FineTuneJobStatus, now: datetime) -> Text:
     parts = []
     if status.loss is not None:
-        parts.append(f"loss {figures.loss(status.loss)}")
+        parts.append(f"loss {formatting.format_loss(status.loss)}")
     if status.images_per_second is not None:
-        parts.append(figures.rate(status.images_per_second))
+        parts.append(formatting.format_rate(status.images_per_second))
     if (checkpoint := status.last_checkpoint) is not None:
-        parts.append(f"checkpoint of step {checkpoint.step}, {figures.age(checkpoint.time, now)} old")
+        parts.append(f"checkpoint of step {checkpoint.step}, {formatting.format_age(checkpoint.time, now)} old")
     if num_restarts := status.preemptions + status.failures:
-        causes = f"{figures.plural(status.preemptions, 'preemption')}, {figures.plural(status.failures, 'failure')}"
-        parts.append(f"{figures.plural(num_restarts, 'restart')} ({causes})")
-        parts.append(f"{figures.plural(status.lost_steps, 'step')} lost")
+        causes = f"{pluralize(status.preemptions, 'preemption')}, {pluralize(status.failures, 'failure')}"
+        parts.append(f"{pluralize(num_restarts, 'restart')} ({causes})")
+        parts.append(f"{pluralize(status.lost_steps, 'step')} lost")
     return Text("   ".join(parts))
 
 
 def _ranks(job: FineTuneJob, observed: Observed, reports: dict[int, RankReport]) -> Table:
-    """One row for each rank of the newest attempt that has a pod."""
+    """Return a table with one row per rank of the newest attempt that has a pod."""
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     for column in ("RANK", "NODE", "STATE", "STEP", ""):
         table.add_column(column, no_wrap=True, overflow="ellipsis")
@@ -157,6 +158,6 @@ def _rank_row(rank: int, pod: ObservedPod, report: RankReport | None) -> tuple[s
         return str(rank), pod.node or "", Text(pod.waiting or pod.phase.value, style="dim"), "", ""
     state = Text(report.state.value, style=RANK_STYLES.get(report.state, ""))
     if pod.deleted_at is not None:
-        state.append(" (told to stop)", style="yellow")
+        state.append(" (stopping)", style="yellow")
     step = "" if report.step is None else str(report.step)
     return str(rank), pod.node or "", state, step, report.detail or ""

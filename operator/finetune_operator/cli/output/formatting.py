@@ -1,4 +1,4 @@
-"""How figures are written for people. Pure."""
+"""Formats numbers, sizes, ages and names for output. Pure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from finetune_operator.api.duration import format_seconds
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
 
 
-def plural(number: int, one: str, many: str | None = None) -> str:
-    """A number with its noun, e.g. '1 step', '2 steps', '0 steps'."""
+def pluralize(number: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun, e.g. '1 step', '2 steps', '0 steps'."""
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def size(num_bytes: int) -> str:
-    """A size with three digits or so, e.g. '1.2 MiB'."""
+def format_size(num_bytes: int) -> str:
+    """Return a size with a binary unit, e.g. '1.2 MiB'."""
     amount = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024:
@@ -34,11 +34,14 @@ AGES = (
     (2 * YEAR, DAY, "d", 0, ""),
     (8 * YEAR, YEAR, "y", DAY, "d"),
 )
-"""Below so many seconds: the large unit and, where one is shown, the small one. kubectl's rules."""
+"""Rows of kubectl's rules: upper limit in seconds, seconds and name of the large unit, the same of the small unit.
+
+A small unit of 0 seconds is not shown.
+"""
 
 
-def age(since: datetime | None, now: datetime) -> str:
-    """Time since a moment, rounded down as kubectl does: 119s, 4m10s, 15m, 7h5m, 47h, 3d4h, 15d, 2y3d."""
+def format_age(since: datetime | None, now: datetime) -> str:
+    """Return the time since a moment, rounded down as kubectl does: 119s, 4m10s, 15m, 7h5m, 47h, 3d4h, 15d, 2y3d."""
     if since is None:
         return ""
     total = int((now - since).total_seconds())
@@ -49,29 +52,29 @@ def age(since: datetime | None, now: datetime) -> str:
     return f"{total // large}{unit}" + (f"{rest}{small_unit}" if rest else "")
 
 
-def seconds(length: float) -> str:
-    """A length of time; with a decimal where it is short."""
+def format_duration(length: float) -> str:
+    """Return a duration; below 10 seconds with one decimal."""
     return f"{length:.1f} s" if length < 10 else format_seconds(length)
 
 
-def loss(value: float | None) -> str:
-    """A loss with four significant digits."""
+def format_loss(value: float | None) -> str:
+    """Return a loss with four significant digits."""
     return "" if value is None else f"{value:.4g}"
 
 
-def rate(images_per_second: float | None) -> str:
-    """Images in a second."""
+def format_rate(images_per_second: float | None) -> str:
+    """Return a speed in images per second."""
     return "" if images_per_second is None else f"{images_per_second:.3g} images/s"
 
 
-def steps(status: FineTuneJobStatus) -> str:
-    """Finished steps of all, e.g. '40/200'."""
+def format_steps(status: FineTuneJobStatus) -> str:
+    """Return finished and total steps, e.g. '40/200'."""
     if status.step is None:
         return ""
     return f"{status.step}/{status.total_steps}" if status.total_steps else str(status.step)
 
 
-def method(job: FineTuneJob) -> str:
-    """What is trained: the method, or 'Script'."""
+def format_method(job: FineTuneJob) -> str:
+    """Return the name of the method, or 'Script'."""
     chosen = job.spec.training.method
     return "Script" if chosen is None else chosen.value

@@ -1,4 +1,4 @@
-"""Ports that outlive a runner: the coordinator's, which pods go on beating to, and each attempt's rendezvous."""
+"""Ports that must survive a runner: the coordinator's, where pods send heartbeats, and each attempt's rendezvous."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from finetune_operator.cluster.local.files import Warn, recover, write_json
+from finetune_operator.cluster.local.files import Warn, read_or_recover, write_json
 from finetune_operator.cluster.local.kubelet.container import LOOPBACK
 
 PORTS = range(15_000, 32_000)
-"""Below the range that the kernel takes for outgoing connections, so that none of these is taken in between."""
+"""Below the kernel's range for outgoing connections, so that no connection takes one of these ports meanwhile."""
 
 
-class Endpoint:
-    """The ports of one job, in a file. Blocking, but short."""
+class JobPorts:
+    """The ports of one job, stored in a file. Blocking, but fast."""
 
     def __init__(self, path: Path, warn: Warn) -> None:
         self._path = path
-        self._coordinator, self._rendezvous = recover(path, _parse, warn) or (0, {})
+        self._coordinator, self._rendezvous = read_or_recover(path, _parse, warn) or (0, {})
 
     @property
     def coordinator_port(self) -> int:
-        """Where the coordinator listened last; 0: it never did."""
+        """Port that the coordinator last listened on; 0 if it never did."""
         return self._coordinator
 
     def keep_coordinator_port(self, port: int) -> None:
-        """Remember where it listens."""
+        """Store the port that the coordinator listens on."""
         if port != self._coordinator:
             self._coordinator = port
             self._write()
 
     def master_port(self, attempt: int) -> int:
-        """The rendezvous port of an attempt: the same for all its pods, another one for every attempt."""
+        """Return the rendezvous port of an attempt: the same for all its pods, a new one for each attempt."""
         if attempt not in self._rendezvous:
-            self._rendezvous = {attempt: free_port()}
+            self._rendezvous = {attempt: find_free_port()}
             self._write()
         return self._rendezvous[attempt]
 
@@ -44,11 +44,11 @@ class Endpoint:
         write_json(self._path, {"coordinator": self._coordinator, "rendezvous": rendezvous})
 
 
-def free_port() -> int:
-    """A port of the loopback that nobody listens on.
+def find_free_port() -> int:
+    """Return a port of the loopback interface that no process listens on.
 
     Raises:
-        OSError: there is none.
+        OSError: no port is free.
     """
     for port in random.sample(PORTS, 200):
         with socket.socket() as probe:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-CHART = Path(__file__).parents[2] / "charts" / "finetune-operator"
+CHART = Path(__file__).parents[1] / "charts" / "finetune-operator"
 RELEASE = "ftj"
 HOME = "finetune-system"
 NAME = "ftj-finetune-operator"

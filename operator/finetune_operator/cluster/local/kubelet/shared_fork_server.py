@@ -1,7 +1,7 @@
-"""One fork server for all pods of a run, as one image is on a node for all of them: imports are done once.
+"""One fork server for all pods of a run, so that the imports of the trainer are loaded only once.
 
-Started beside the first pod that can use it. It ends once the run is over and its last rank has ended: pods live on
-when `finetune run` does not. Where it cannot be had, each pod's supervisor does without.
+It starts with the first pod that can use it. It exits when the run is over and its last rank has ended, because pods
+can outlive `finetune run`. If it cannot start, each pod's supervisor starts its ranks without it.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ from finetune_operator.cluster.local.kubelet.launch import SUPERVISOR, resolve_c
 _DESCRIPTOR = 3
 """The server's listening socket, after standard input, output and error."""
 END_SECONDS = 2.0
-"""How long the end of a run waits for its server, where no rank is left."""
+"""How long the end of a run waits for its server to exit if no rank is left."""
 
 
-class SharedForks:
+class SharedForkServer:
     """The server of one run."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pid = 0
         self._address = ""
-        self._life = -1
-        """Our end of its standard input: it ends after this is closed."""
+        self._stdin_end = -1
+        """Write end of its standard input. The server exits after this is closed."""
 
-    def join(self, container: Container) -> Container:
-        """Tell a container of the server, where its supervisor's ranks are the trainer's own."""
+    def attach(self, container: Container) -> Container:
+        """Return the container with the server's address in its environment, if it runs the trainer's own ranks."""
         env = container.environment
         if container.argv != tuple(resolve_command(SUPERVISOR)) or env.get(environment.FORK_SERVER):
             return container
-        address = self._ready(env)
+        address = self._ensure_running(env)
         if not address:
             return container
         changed = {**env, environment.FORK_SERVER: address}
         return Container(container.argv, changed, container.working_folder)
 
     def close(self) -> None:
-        """The run is over."""
+        """End the run's use of the server, and wait briefly for the server to exit."""
         with self._lock:
-            if self._life < 0:
+            if self._stdin_end < 0:
                 return
-            os.close(self._life)
-            self._life = -1
+            os.close(self._stdin_end)
+            self._stdin_end = -1
             deadline = time.monotonic() + END_SECONDS
-            while self._lives() and time.monotonic() < deadline:
+            while self._is_running() and time.monotonic() < deadline:
                 time.sleep(0.01)
 
-    def _ready(self, env: Mapping[str, str]) -> str:
-        """The address of a server that lives; empty where none can be started."""
+    def _ensure_running(self, env: Mapping[str, str]) -> str:
+        """Return the address of a running server, started if necessary; empty if it cannot be started."""
         with self._lock:
-            if not self._lives():
+            if not self._is_running():
                 self._address = ""
                 with suppress(OSError):
                     self._start(env)
             return self._address
 
-    def _lives(self) -> bool:
+    def _is_running(self) -> bool:
         if not self._pid:
             return False
         with suppress(ChildProcessError):
@@ -74,10 +74,10 @@ class SharedForks:
         return False
 
     def _start(self, env: Mapping[str, str]) -> None:
-        if self._life >= 0:
-            os.close(self._life)
-        stdin, self._life = os.pipe()
-        # The ranks get the environment of their own pods, and the token is for supervisors only.
+        if self._stdin_end >= 0:
+            os.close(self._stdin_end)
+        stdin, self._stdin_end = os.pipe()
+        # Each rank gets the environment of its own pod. The token is for supervisors only.
         own = {name: value for name, value in env.items() if name != environment.COORDINATOR_TOKEN}
         command = (*server_command(_DESCRIPTOR), SHARED)
         try:

@@ -1,4 +1,4 @@
-"""Background tasks of which none fails unseen."""
+"""Background tasks whose errors always surface."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Coroutine
 from typing import Any
 
 
-class Tasks:
-    """Tasks that live as long as an `async with` block; one that fails ends the block with its error."""
+class TaskScope:
+    """Runs tasks for the duration of an `async with` block. A failed task ends the block with its error."""
 
     def __init__(self) -> None:
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Tasks:
+    async def __aenter__(self) -> TaskScope:
         await self._group.__aenter__()
         return self
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a bucket, brought to this machine so that `checkpoints` can read them like those of a folder."""
+"""Downloads checkpoints of a bucket, so that `finetune checkpoints` can read them like those of a folder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from finetune_operator.cli.errors import UsageError
 
 
 class BucketCopy:
-    """A folder of this machine that gets what is asked for of a job's folder in a bucket.
+    """A local folder that receives the requested checkpoints of a job's folder in a bucket.
 
     Args:
         url: of the job's folder.
         folder: an empty folder.
 
     Raises:
-        UsageError: the bucket cannot be read; the text says why.
+        UsageError: the bucket cannot be read; the message contains the cause.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -28,33 +28,36 @@ class BucketCopy:
             self._names = self._bucket.names()
             self._corrupt = job.below(paths.CORRUPT.rstrip("-"))
             self._reasons = self._corrupt.names()
-            self._bring_manifests()
+            self._download_manifests()
         except OSError as error:
             raise UsageError(str(error)) from error
 
-    def bring(self, name: str) -> None:
-        """Bring all files of a checkpoint, by the name of its folder here.
+    def download(self, name: str) -> None:
+        """Download all files of a checkpoint.
+
+        Args:
+            name: name of its folder in the local copy.
 
         Raises:
-            UsageError: they cannot be read.
+            UsageError: a file cannot be read.
         """
         stored = name.removeprefix(paths.CORRUPT)
         try:
             for each in self._names:
-                if each.startswith(f"{stored}/") and not (target := self._place(each)).exists():
+                if each.startswith(f"{stored}/") and not (target := self._target(each)).exists():
                     self._bucket.download(each, target)
         except OSError as error:
             raise UsageError(str(error)) from error
 
-    def _bring_manifests(self) -> None:
+    def _download_manifests(self) -> None:
         for reason in self._reasons:
             self._corrupt.download(reason, self._folder / f"{paths.CORRUPT}{reason}")
         for each in self._names:
             if each.endswith(f"/{paths.MANIFEST}"):
-                self._bucket.download(each, self._place(each))
+                self._bucket.download(each, self._target(each))
 
-    def _place(self, name: str) -> Path:
-        """One that was set aside has a reason; on a disk its name would say so."""
+    def _target(self, name: str) -> Path:
+        """Return the local path of a file. A corrupt checkpoint gets the prefix that it has on a disk."""
         stored = name.partition("/")[0]
-        is_aside = any(reason.startswith(f"{stored}/") for reason in self._reasons)
-        return self._folder / (f"{paths.CORRUPT}{name}" if is_aside else name)
+        is_corrupt = any(reason.startswith(f"{stored}/") for reason in self._reasons)
+        return self._folder / (f"{paths.CORRUPT}{name}" if is_corrupt else name)

@@ -1,0 +1,113 @@
+"""Runs all checks of a job against this machine. Called by `finetune run` and `finetune validate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from finetune_contract.methods import METHODS
+from finetune_operator.api.job import CONTROLLER, Accelerator, FineTuneJob, FineTuneJobSpec, TopologySpec
+from finetune_operator.api.rules.supported import find_missing
+from finetune_operator.cli.preflight.dataset import find_dataset_problems, find_metadata
+from finetune_operator.cli.preflight.disk import find_disk_problems, find_output_problems, find_storage_problems
+from finetune_operator.cli.preflight.model import find_model_problems
+from finetune_operator.cluster.local.home import Home
+from finetune_operator.cluster.local.kubelet.devices import find_gpus
+from finetune_operator.cluster.local.settings import LOCAL
+from finetune_operator.manifests import build_pod, num_nodes
+from finetune_operator.manifests.merge import MergeError
+from finetune_operator.plan.policies.acceptance import find_unsupported
+
+
+@dataclass(frozen=True)
+class MachineCapacity:
+    """Cores and GPUs that the ranks of a job can use."""
+
+    num_cores: int
+    num_gpus: int
+
+
+def measure_machine() -> MachineCapacity:
+    """Return the capacity of the machine that this process runs on."""
+    return MachineCapacity(len(os.sched_getaffinity(0)), len(find_gpus()))
+
+
+def find_problems(job: FineTuneJob, home: Home, machine: MachineCapacity) -> list[str]:
+    """Return a message for every problem of a job on this machine; empty if it can run.
+
+    Args:
+        job: with absolute paths.
+        home: the state folder.
+        machine: what the ranks can use.
+    """
+    return [*_spec_problems(job.spec, home, machine), *_template_problems(job)]
+
+
+def find_warnings(spec: FineTuneJobSpec) -> Iterator[str]:
+    """Yield messages about settings that deserve a warning but do not prevent the run."""
+    if spec.secrets:
+        yield (
+            "spec.secrets: a local run has no Secrets; the trainer receives the hub's variables (such as HF_TOKEN) "
+            "from your environment"
+        )
+    requested, dataset = spec.dataset.max_samples, spec.dataset
+    metadata = find_metadata(dataset, dataset.split)
+    if requested is not None and metadata is not None:
+        with metadata.open("rb") as file:
+            found = sum(1 for line in islice(file, requested) if line.strip())
+        if found < requested:
+            yield f"spec.dataset.maxSamples: {requested} samples are requested, but {metadata} contains only {found}"
+
+
+def _spec_problems(spec: FineTuneJobSpec, home: Home, machine: MachineCapacity) -> Iterator[str]:
+    unsupported = [*find_unsupported(spec, LOCAL), *find_missing(spec)]
+    yield from unsupported
+    if spec.managed_by != CONTROLLER:
+        yield f"spec.managedBy: a local run cannot hand the job to {spec.managed_by}; leave managedBy out"
+    if spec.suspend:
+        yield "spec.suspend: a suspended job does not run; leave suspend out, and stop the run with Ctrl-C instead"
+    yield from _topology_problems(spec, machine)
+    yield from find_storage_problems(spec.checkpoint.storage)
+    # Fields that the trainer does not support have a message already.
+    if not any(message.startswith("spec.model") for message in unsupported):
+        yield from find_model_problems(spec.model)
+    if not any(message.startswith("spec.dataset") for message in unsupported):
+        method = spec.training.method
+        needs_captions = method is None or METHODS[method].needs_captions
+        yield from find_dataset_problems(spec.dataset, "dataset.split", spec.dataset.split, needs_captions)
+        validation = spec.training.validation
+        if validation is not None and validation.split is not None:
+            field = "training.validation.split"
+            yield from find_dataset_problems(spec.dataset, field, validation.split, needs_captions)
+    for number, output in enumerate(spec.outputs):
+        yield from find_output_problems(number, output)
+    yield from find_disk_problems(spec, home)
+
+
+def _template_problems(job: FineTuneJob) -> Iterator[str]:
+    try:
+        build_pod(job, 1, 0, LOCAL)
+    except MergeError as error:
+        yield f"spec.podTemplate: {error}"
+
+
+def _topology_problems(spec: FineTuneJobSpec, machine: MachineCapacity) -> Iterator[str]:
+    topology = spec.topology
+    num_ranks = num_nodes(spec) * topology.processes_per_node
+    if topology.accelerator is Accelerator.GPU:
+        if machine.num_gpus == 0:
+            yield "spec.topology.accelerator: this machine has no GPU; write accelerator: cpu"
+        elif num_ranks > machine.num_gpus:
+            yield _too_many(topology, num_ranks, machine.num_gpus, "GPUs")
+    elif num_ranks > machine.num_cores:
+        yield _too_many(topology, num_ranks, machine.num_cores, "cores")
+
+
+def _too_many(topology: TopologySpec, num_ranks: int, available: int, unit: str) -> str:
+    field = "processesPerNode" if topology.processes_per_node > available else "nodes"
+    return (
+        f"spec.topology.{field}: {num_ranks} ranks do not fit on the {available} {unit} of this machine; "
+        f"write nodes and processesPerNode whose product is at most {available}"
+    )
