@@ -1,8 +1,8 @@
-"""The map phase from a thousand images to a hundred thousand: its memory, its speed, and how long a step waits.
+"""Measures the map phase from a thousand to a hundred thousand images: memory, speed, and the wait of a step.
 
-`make bench-map`. Small pictures, a small VAE (examples/base-circles), each number of images in a process of its own
-that caches all latents and captions, opens the cache again as a later attempt does, and draws micro-batches while a
-device is busy for as long as a step takes. Options::
+`make bench-map`. The pictures and the VAE (examples/base-circles) are small. A separate process for each number of
+images caches all latents and captions, opens the cache again as a later attempt does, and takes micro-batches while a
+device would be busy for the duration of a step. Options::
 
     python -m bench.map_phase --images 1000 100000 --step-seconds 0.05
 """
@@ -43,7 +43,7 @@ MIB = 2**20
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Pictures that are all different, with captions that are all different."""
+    """Write pictures and captions, each of them different."""
     folder.mkdir()
     random = np.random.default_rng(0)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as rows:
@@ -53,8 +53,8 @@ def write_images(folder: Path, count: int) -> None:
             rows.write(json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}) + "\n")
 
 
-def prepare(data: Path, cache: Path, say: Any, streaming: bool) -> PreparedData:
-    """The map phase as a rank does it."""
+def prepare(data: Path, cache: Path, report: Any, streaming: bool) -> PreparedData:
+    """Run the map phase as a rank does."""
     spec = RunSpec.model_validate(
         {
             "namespace": "bench",
@@ -67,26 +67,26 @@ def prepare(data: Path, cache: Path, say: Any, streaming: bool) -> PreparedData:
         }
     )
     world = World(0, 1, 0, torch.device("cpu"))
-    demand = DataRequirements(OwnCaptions())
+    requirements = DataRequirements(OwnCaptions())
     family = open_base(spec.model)
-    return Preparation(spec, demand, family, world, torch.float32, cache, say, print).run()
+    return Preparation(spec, requirements, family, world, torch.float32, cache, report, print).run()
 
 
-def say(began: float, last: list[float], text: str) -> None:
-    """A line every ten seconds."""
+def print_progress(began: float, last: list[float], text: str) -> None:
+    """Print a line at most every ten seconds."""
     if time.monotonic() - last[0] > 10:
         last[0] = time.monotonic()
         print(f"{time.monotonic() - began:5.0f} s: {text}", flush=True)
 
 
 def run_case(count: int, folder: Path, step_seconds: float, streaming: bool) -> dict[str, float]:
-    """Cache so many images, and draw from them."""
+    """Cache `count` images, and take micro-batches of them."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     data = folder / f"data-{count}"
     write_images(data, count)
     began = time.monotonic()
-    progress = functools.partial(say, began, [began])
+    progress = functools.partial(print_progress, began, [began])
     prepare(data, folder / f"cache-{count}", progress, streaming)
     map_seconds = time.monotonic() - began
     gc.collect()
@@ -98,7 +98,7 @@ def run_case(count: int, folder: Path, step_seconds: float, streaming: bool) -> 
     batches = Prefetcher(prepared.batches)
 
     def refs(step: int) -> list[SampleRef]:
-        return [sample_at(0, count, step * BATCH + place) for place in range(BATCH)]
+        return [sample_at(0, count, step * BATCH + number) for number in range(BATCH)]
 
     batches.take(refs(0), refs(1))
     time.sleep(step_seconds)
@@ -118,8 +118,10 @@ def run_case(count: int, folder: Path, step_seconds: float, streaming: bool) -> 
 def main(arguments: list[str] | None = None) -> int:
     """Measure each number of images; print a table and one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.map_phase", description=main.__doc__)
-    parser.add_argument("--images", nargs="+", type=int, default=[1000, 100_000], help="how many (default: two sizes)")
-    parser.add_argument("--step-seconds", type=float, default=0.05, help="how long a step takes (default: 0.05)")
+    parser.add_argument(
+        "--images", nargs="+", type=int, default=[1000, 100_000], help="image counts (default: 1000 100000)"
+    )
+    parser.add_argument("--step-seconds", type=float, default=0.05, help="seconds per step (default: 0.05)")
     parser.add_argument("--streaming", action="store_true", help="read the images as a stream")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -133,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(*rows[-1], flush=True)
     first, last = (result[f"train_peak_mib_{count}"] for count in (options.images[0], options.images[-1]))
     result["growth"] = round(last / first, 3)
-    header = ["images", "images/s", "opened again in s", "map phase peak MiB", "training peak MiB", "wait in a step ms"]
+    header = ["images", "images/s", "reopen s", "map phase peak MiB", "training peak MiB", "wait per step ms"]
     finish(header, rows, result)
     return 0
 

@@ -1,9 +1,9 @@
-"""Small circle bases of the other families, made of `examples/base-circles`, which is an SD 1.x; for `bench.learning`.
+"""Small circle bases of the other families, derived from `examples/base-circles` (an SD 1.x), for `bench.learning`.
 
-`sd2` predicts v. `sdxl` has two text encoders, and is told the size and the crop of the picture. Both begin with the
-weights of the SD 1.x base wherever these fit, and are trained for a few minutes on plain circles: in a loop of their
-own, with diffusers' schedulers and its order of SDXL's sizes, so that a mistake in the trainer's would show. They are
-kept in the user's cache by a hash of all that decides them.
+`sd2` predicts v. `sdxl` has two text encoders, and is conditioned on the size and the crop of the picture. Both start
+from the weights of the SD 1.x base where these fit, and are trained for a few minutes on plain circles. Their training
+loop is separate from the trainer and uses diffusers' schedulers and its order of SDXL's sizes, so an error in the
+trainer's code becomes visible. They are kept in the user's cache under a hash of everything that determines them.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from finetune_trainer.demo import base_unet, base_vae, circles
 from finetune_trainer.demo.architecture import IMAGE_SIZE
-from finetune_trainer.demo.picture_metrics import look_at, sample_images
+from finetune_trainer.demo.picture_metrics import measure_picture, sample_images
 
 BASE = Path(__file__).parents[2] / "examples" / "base-circles"
 FAMILIES = ("sd1", "sd2", "sdxl")
 NUM_STEPS = {"sd2": 200, "sdxl": 500}
-"""Training steps of a base; the sd1 base is there."""
+"""Training steps of a base; the sd1 base is part of the repository."""
 _MAX_SAMPLES = 2048
 _BATCH_SIZE = 32
 _LEARNING_RATE = 1e-3
 _CAPTION_DROPOUT = 0.1
 _MAX_SIZE = 96
-"""Side of the largest picture that SDXL's crops are cut from."""
+"""Side of the largest picture that SDXL's crops come from."""
 _SIZE_CHANNELS = 16
 """Width of the embedding of each of SDXL's six sizes."""
 _SHOWN_EVERY = 50
 _DRAWN = 4
-"""Every so manyth caption is drawn with a new base, to see that it can draw."""
+"""One caption in this many is drawn with a new base, as a check."""
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Samples:
+class CirclePictures:
     """Captioned pictures of circles.
 
     Attributes:
         latents: scaled latents, float32 (n, 4, 8, 8).
         token_ids: int64 (n, tokens).
-        sizes: as SDXL is told them: height and width of the picture, top and left of the crop, height and width of the
+        sizes: SDXL's image sizes: height and width of the picture, top and left of the crop, height and width of the
             crop; float32 (n, 6).
     """
 
@@ -71,13 +71,13 @@ class Samples:
     sizes: Tensor
 
 
-def ensure_base(family: str, say: Say, num_steps: int | None = None) -> Path:
-    """The folder of a family's base, which is made now where the cache has none.
+def ensure_base(family: str, say: PrintLine, num_steps: int | None = None) -> Path:
+    """Return the folder of a family's base; train the base if it is not in the cache.
 
     Args:
         family: one of `FAMILIES`.
-        say: told how far the making is.
-        num_steps: training steps; default: those of a base that draws well.
+        say: receives progress messages.
+        num_steps: training steps; the default is enough for a base that draws well.
     """
     if family == "sd1":
         return BASE
@@ -89,31 +89,31 @@ def ensure_base(family: str, say: Say, num_steps: int | None = None) -> Path:
     started = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-        # As many threads everywhere: their number decides the last bits.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        # The number of threads affects the last bits: use the same number on all machines.
         torch.set_num_threads(1)
         try:
-            _make(family, steps, Path(aside) / family, say)
+            _make(family, steps, Path(temporary) / family, say)
         finally:
             torch.set_num_threads(threads)
         try:
-            (Path(aside) / family).rename(folder)
+            (Path(temporary) / family).rename(folder)
         except OSError:
-            # Another run was faster; its base is the same.
+            # Another process was faster; its base is identical.
             if not folder.is_dir():
                 raise
-    say(f"{family} base: made in {time.monotonic() - started:.0f} s, kept in {folder}")
+    say(f"{family} base: trained in {time.monotonic() - started:.0f} s, stored in {folder}")
     return folder
 
 
 def cache_folder() -> Path:
-    """Where the bases are kept: under `$XDG_CACHE_HOME`, else under `~/.cache`."""
+    """Return the folder of the bases: below `$XDG_CACHE_HOME`, else below `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "finetune-operator" / "learning-bases"
 
 
 def _key(num_steps: int) -> str:
-    """Hash of all that decides a base: what it begins with, the code that makes it, the libraries, the steps."""
+    """Return a hash of everything that determines a base: initial weights, training code, libraries and steps."""
     code = [Path(module.__file__ or "") for module in (base_unet, base_vae, circles)]
     files = sorted(path for path in BASE.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors"))
     digest = hashlib.sha256(f"{num_steps} {version('torch')} {version('diffusers')} {version('transformers')}".encode())
@@ -122,7 +122,7 @@ def _key(num_steps: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _make(family: str, num_steps: int, folder: Path, say: Say) -> None:
+def _make(family: str, num_steps: int, folder: Path, say: PrintLine) -> None:
     say(f"{family} base: {num_steps} steps on plain circles, from the weights of {BASE.name}")
     torch.manual_seed(0)
     base = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, dtype=torch.float32)
@@ -136,12 +136,12 @@ def _make(family: str, num_steps: int, folder: Path, say: Say) -> None:
         shutil.copytree(BASE / "tokenizer", tokenizer)
     captions = circles.all_captions()[::_DRAWN]
     drawn = sample_images(pipeline, captions, num_inference_steps=15)
-    right = sum(look_at(image).caption == caption for image, caption in zip(drawn, captions, strict=True))
-    say(f"{family} base: draws {right} of {len(captions)} captions in the right colours")
+    right = sum(measure_picture(image).caption == caption for image, caption in zip(drawn, captions, strict=True))
+    say(f"{family} base: {right} of {len(captions)} captions are drawn in the right colours")
 
 
 def build_v_prediction(base: Any) -> Any:
-    """An SD 2.x in shape: linear projections, heads by level, exact GELU in the text encoder, and v as target."""
+    """Return a pipeline like SD 2.x: linear projections, heads by level, exact GELU in the text encoder, v target."""
     unet = _grow(base.unet)
     text_encoder = _grow_text(CLIPTextModel, base.text_encoder, num_layers=3)
     scheduler = DDIMScheduler.from_config(base.scheduler.config, prediction_type="v_prediction")
@@ -158,7 +158,7 @@ def build_v_prediction(base: Any) -> Any:
 
 
 def build_xl(base: Any) -> Any:
-    """An SDXL in shape: two text encoders, of which the UNet sees the last layer but one, and the image's sizes."""
+    """Return a pipeline like SDXL: the UNet gets the last but one layer of two text encoders, and the image's sizes."""
     width = base.text_encoder.config.hidden_size
     unet = _grow(
         base.unet,
@@ -167,7 +167,7 @@ def build_xl(base: Any) -> Any:
         addition_time_embed_dim=_SIZE_CHANNELS,
         projection_class_embeddings_input_dim=width + 6 * _SIZE_CHANNELS,
     )
-    # It adds nothing until it has learnt to.
+    # Zero weights: the new embedding has no effect before training.
     torch.nn.init.zeros_(unet.add_embedding.linear_2.weight)
     torch.nn.init.zeros_(unet.add_embedding.linear_2.bias)
     return StableDiffusionXLPipeline(
@@ -184,7 +184,7 @@ def build_xl(base: Any) -> Any:
 
 
 def _grow(unet: Any, **settings: Any) -> Any:
-    """A UNet with other settings and the weights of this one; where a matrix is wider, the new columns are zero."""
+    """Return a UNet with other settings and the weights of this one; additional columns of matrices are zero."""
     heads = [unet.config.attention_head_dim] * len(unet.config.block_out_channels)
     changed = {"use_linear_projection": True, "attention_head_dim": heads, **settings}
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
@@ -194,7 +194,7 @@ def _grow(unet: Any, **settings: Any) -> Any:
 
 
 def _grow_text(kind: Any, encoder: Any, num_layers: int, hidden_act: str = "gelu") -> Any:
-    """A text encoder of `num_layers` with the weights of this one in its first layers."""
+    """Return a text encoder of `num_layers` layers with the weights of this one in its first layers."""
     settings = {"num_hidden_layers": num_layers, "hidden_act": hidden_act}
     grown = kind(CLIPTextConfig(**{**encoder.config.to_dict(), **settings}))
     core = getattr(grown, "text_model", grown)
@@ -203,7 +203,7 @@ def _grow_text(kind: Any, encoder: Any, num_layers: int, hidden_act: str = "gelu
 
 
 def _take_over(weights: Mapping[str, Tensor], module: torch.nn.Module) -> None:
-    """Copy weights by name: 1 x 1 convolutions into linear layers too, and matrices into wider ones."""
+    """Copy weights by name, also from 1 x 1 convolutions to linear layers and from matrices to wider ones."""
     for name, value in module.state_dict().items():
         old = weights.get(name)
         if old is None:
@@ -214,8 +214,8 @@ def _take_over(weights: Mapping[str, Tensor], module: torch.nn.Module) -> None:
         value[tuple(slice(size) for size in old.shape)].copy_(old)
 
 
-def _samples(vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, cropped: bool) -> Samples:
-    """Pictures of plain circles: whole, or half of them cut out of a larger picture."""
+def _samples(vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, cropped: bool) -> CirclePictures:
+    """Return pictures of plain circles; with `cropped`, every second one is a crop of a larger picture."""
     random = torch.Generator().manual_seed(0)
     pixels, captions, sizes = [], [], []
     for index in range(count):
@@ -228,7 +228,7 @@ def _samples(vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, cropped: 
         captions.append(scene.caption)
         sizes.append([side, side, top, left, IMAGE_SIZE, IMAGE_SIZE])
     latents = base_vae.encode(vae, torch.stack(pixels)) * vae.config.scaling_factor
-    return Samples(latents, _token_ids(tokenizer, captions), torch.tensor(sizes, dtype=torch.float32))
+    return CirclePictures(latents, _token_ids(tokenizer, captions), torch.tensor(sizes, dtype=torch.float32))
 
 
 def _token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -236,7 +236,7 @@ def _token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return ids
 
 
-def _train(family: str, pipeline: Any, samples: Samples, num_steps: int, say: Say) -> None:
+def _train(family: str, pipeline: Any, samples: CirclePictures, num_steps: int, say: PrintLine) -> None:
     """Train UNet and text encoders together, in place."""
     conditions = _conditions if family == "sd2" else _conditions_xl
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -244,19 +244,19 @@ def _train(family: str, pipeline: Any, samples: Samples, num_steps: int, say: Sa
     trained = [parameter for module in modules if module is not None for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, num_steps, pct_start=0.1)
-    # Of the squared error of the noise; that of v has the emphasis in itself.
+    # Weights of the squared error of the noise. The error of v needs none: it contains this weighting.
     weights = base_unet.loss_weights(schedule.alphas_cumprod)
     for step in range(1, num_steps + 1):
         rows = torch.randint(len(samples.latents), (_BATCH_SIZE,))
         latents, noise = samples.latents[rows], torch.randn(_BATCH_SIZE, *samples.latents.shape[1:])
         timesteps = torch.randint(schedule.config.num_train_timesteps, (_BATCH_SIZE,))
-        answer = pipeline.unet(
+        prediction = pipeline.unet(
             schedule.add_noise(latents, noise, timesteps), timesteps, **conditions(pipeline, samples, rows)
         ).sample
         if family == "sd2":
-            losses = (answer - schedule.get_velocity(latents, noise, timesteps)).square().mean((1, 2, 3))
+            losses = (prediction - schedule.get_velocity(latents, noise, timesteps)).square().mean((1, 2, 3))
         else:
-            losses = weights[timesteps] * (answer - noise).square().mean((1, 2, 3))
+            losses = weights[timesteps] * (prediction - noise).square().mean((1, 2, 3))
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(losses.mean())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -266,16 +266,16 @@ def _train(family: str, pipeline: Any, samples: Samples, num_steps: int, say: Sa
             say(f"{family} base: step {step} of {num_steps}, loss {losses.mean().item():.4f}")
 
 
-def _conditions(pipeline: Any, samples: Samples, rows: Tensor) -> dict[str, Any]:
-    """The UNet's conditions; a share of the captions is the empty one."""
+def _conditions(pipeline: Any, samples: CirclePictures, rows: Tensor) -> dict[str, Any]:
+    """Return the UNet's conditions; a share of the captions is replaced with the empty caption."""
     dropped = torch.rand(len(rows), 1) < _CAPTION_DROPOUT
     empty = _token_ids(pipeline.tokenizer, [""])
     ids = torch.where(dropped, empty, samples.token_ids[rows])
     return {"encoder_hidden_states": pipeline.text_encoder(ids).last_hidden_state}
 
 
-def _conditions_xl(pipeline: Any, samples: Samples, rows: Tensor) -> dict[str, Any]:
-    """The UNet's conditions; a share of the captions is nothing at all."""
+def _conditions_xl(pipeline: Any, samples: CirclePictures, rows: Tensor) -> dict[str, Any]:
+    """Return the UNet's conditions; a share of the text embeddings is replaced with zeros."""
     ids = samples.token_ids[rows]
     first, second = (
         encoder(ids, output_hidden_states=True) for encoder in (pipeline.text_encoder, pipeline.text_encoder_2)

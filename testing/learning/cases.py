@@ -1,7 +1,8 @@
-"""What each method is to learn on the circles base, and how its pictures are judged; called by `bench.learning`.
+"""Learning goals of each method on the circles base, and the evaluation of its pictures. Called by `bench.learning`.
 
-The base has seen plain circles only. Style: it learns to draw squares. Subject: a prompt comes to mean one yellow ring,
-and circles stay circles. Token: a new word comes to mean a colour. Condition: the circle is drawn where the edge is.
+The base was trained on plain circles only. Style: it learns to draw squares. Subject: a prompt becomes the name of one
+yellow ring, and other circles stay full. Token: a new word becomes the name of a colour. Condition: the circle is drawn
+at the position of the edge.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune_trainer.demo.circles import Scene, make_dataset, make_scene, paint
-from finetune_trainer.demo.picture_metrics import look_at
+from finetune_trainer.demo.circles import CircleScene, make_dataset, make_scene, paint
+from finetune_trainer.demo.picture_metrics import measure_picture
 
 NUM_PICTURES = 8
 SCENES = [make_scene(0, "validation", index) for index in range(NUM_PICTURES)]
@@ -30,13 +31,13 @@ _WIDE_LORA = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a case: the mean over some of its pictures.
+    """One number of a case: a mean over some of its pictures.
 
     Attributes:
         key: its name.
-        what: what it is, for a person.
-        pictures: which pictures it is taken of.
-        number: tells of picture i how far it is what was to be learnt, from 0 to 1.
+        what: description for the table.
+        pictures: the pictures that it is computed from.
+        number: returns how well picture i meets the learning goal, from 0 to 1.
     """
 
     key: str
@@ -46,18 +47,18 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Case:
-    """Something to learn.
+class LearningCase:
+    """One learning goal with its training run.
 
     Attributes:
         training: the manifest's settings.
-        steps: enough to learn it from the sd1 base.
-        data: writes the data set into a folder.
-        prompts: what is drawn before and after.
-        measures: what is told of the pictures.
-        conditioning: column of the conditioning images, where there are any.
-        steps_on: by family where that is other: what decides the place and the shape is learnt sooner from v, whose
-            loss has more weight where there is much noise.
+        steps: training steps that are enough on the sd1 base.
+        data: writes the data set into a folder and returns it.
+        prompts: prompts of the pictures before and after training.
+        measures: numbers that are computed from the pictures.
+        conditioning: column of the conditioning images; None if the method needs none.
+        steps_on: training steps on other families, if different. Position and shape are learnt faster with v
+            prediction, whose loss has more weight at high noise.
     """
 
     training: dict[str, Any]
@@ -70,7 +71,7 @@ class Case:
 
 
 def shape_of(picture: Image.Image) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Where a picture differs from its frame."""
+    """Return the mask (H, W) of the pixels that differ from the picture's frame."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
     frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
     far: np.ndarray[Any, np.dtype[np.bool_]] = np.linalg.norm(pixels - np.median(frame, axis=0), axis=2) > _CONTRAST
@@ -78,7 +79,7 @@ def shape_of(picture: Image.Image) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def is_square(picture: Image.Image, number: int) -> float:
-    """1 where the shape fills its box, as a square does; a disc fills 0.785 of it."""
+    """Return 1 if the shape fills its bounding box, as a square does; a disc fills 0.785 of it."""
     del number
     rows, columns = np.nonzero(shape_of(picture))
     if len(rows) == 0:
@@ -87,29 +88,29 @@ def is_square(picture: Image.Image, number: int) -> float:
 
 
 def is_ring(picture: Image.Image, number: int) -> float:
-    """1 where there is a shape whose middle is empty."""
+    """Return 1 if the picture has a shape with an empty centre."""
     del number
     shape = shape_of(picture)
     rows, columns = np.nonzero(shape)
     if len(rows) == 0:
         return 0.0
-    middle, centre = round(rows.mean()), round(columns.mean())
-    return float(shape[middle - 1 : middle + 2, centre - 1 : centre + 2].mean() < 0.5)
+    row, column = round(rows.mean()), round(columns.mean())
+    return float(shape[row - 1 : row + 2, column - 1 : column + 2].mean() < 0.5)
 
 
 def is_class(picture: Image.Image, number: int) -> float:
-    """1 where the class's prompt still gives a full circle in its colours."""
-    return float(look_at(picture).caption == _CLASS and is_ring(picture, number) == 0)
+    """Return 1 if the picture is a full circle in the colours of the class prompt."""
+    return float(measure_picture(picture).caption == _CLASS and is_ring(picture, number) == 0)
 
 
 def is_blue(picture: Image.Image, number: int) -> float:
-    """1 where the circle is blue."""
+    """Return 1 if the circle is blue."""
     del number
-    return float(look_at(picture).circle == "blue")
+    return float(measure_picture(picture).circle == "blue")
 
 
 def overlap_with_edge(picture: Image.Image, number: int) -> float:
-    """Overlap (intersection over union) of the shape with the disc whose edge was the condition."""
+    """Return the overlap (intersection over union) of the shape with the disc whose edge was the condition."""
     scene = SCENES[number]
     down, across = np.indices((picture.height, picture.width)) + 0.5
     size = picture.width
@@ -119,21 +120,21 @@ def overlap_with_edge(picture: Image.Image, number: int) -> float:
 
 
 def circles(style: str) -> Callable[[Path], Path]:
-    """The circles set in a style."""
+    """Return a writer of the circles data set in a style."""
     return lambda folder: make_dataset(folder, style=style, num_train=256, num_validation=NUM_PICTURES)
 
 
 def rings(folder: Path) -> Path:
-    """A few photos of one yellow ring, without captions, as a person would bring them."""
+    """Write a few photos of one yellow ring, without captions, as a user would provide them."""
     folder.mkdir()
     for number in range(6):
         scene = make_scene(0, "train", number)
-        paint(Scene("yellow", "purple", scene.x, scene.y, scene.radius), "rings").save(folder / f"{number}.png")
+        paint(CircleScene("yellow", "purple", scene.x, scene.y, scene.radius), "rings").save(folder / f"{number}.png")
     return folder
 
 
-def blue_things(folder: Path) -> Path:
-    """Blue circles whose captions have a new word for the colour."""
+def blue_circles(folder: Path) -> Path:
+    """Write blue circles whose captions have a new word for the colour."""
     make_dataset(folder, num_train=600, num_validation=1)
     path = folder / "train" / "metadata.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -145,14 +146,14 @@ def blue_things(folder: Path) -> Path:
 _SQUARES = (Measure("squares", "share of squares", range(NUM_PICTURES), is_square),)
 _SUBJECT_PROMPTS = [_SUBJECT] * _NUM_SUBJECT + [_CLASS] * _NUM_SUBJECT
 _SUBJECT_MEASURES = (
-    Measure("rings", "share of rings for the subject's prompt", range(_NUM_SUBJECT), is_ring),
-    Measure("kept", "share of full circles for the class's", range(_NUM_SUBJECT, 2 * _NUM_SUBJECT), is_class),
+    Measure("rings", "share of rings for the subject prompt", range(_NUM_SUBJECT), is_ring),
+    Measure("kept", "share of full circles for the class prompt", range(_NUM_SUBJECT, 2 * _NUM_SUBJECT), is_class),
 )
 CASES = {
-    "style_full": Case(
+    "style_full": LearningCase(
         {"method": "Full", "learningRate": 2e-4}, 250, circles("squares"), CAPTIONS, _SQUARES, steps_on={"sd2": 150}
     ),
-    "style_lora": Case(
+    "style_lora": LearningCase(
         {"method": "LoRA", "learningRate": 2e-3, "lora": {"rank": 16, "targetModules": _WIDE_LORA}},
         250,
         circles("squares"),
@@ -160,7 +161,7 @@ CASES = {
         _SQUARES,
         steps_on={"sd2": 120},
     ),
-    "subject": Case(
+    "subject": LearningCase(
         {
             "method": "DreamBooth",
             "learningRate": 2e-4,
@@ -177,7 +178,7 @@ CASES = {
         _SUBJECT_MEASURES,
         steps_on={"sd2": 120, "sdxl": 120},
     ),
-    "subject_lora": Case(
+    "subject_lora": LearningCase(
         {
             "method": "DreamBoothLoRA",
             "learningRate": 2e-3,
@@ -190,14 +191,14 @@ CASES = {
         _SUBJECT_MEASURES,
         steps_on={"sd2": 100, "sdxl": 100},
     ),
-    "token": Case(
+    "token": LearningCase(
         {
             "method": "TextualInversion",
             "learningRate": 5e-3,
             "textualInversion": {"placeholderToken": "<sea>", "initializerToken": "circle"},
         },
         150,
-        blue_things,
+        blue_circles,
         [
             f"<sea> circle with {colour} background"
             for colour in ("white", "black", "yellow", "green", "pink", "orange")
@@ -205,7 +206,7 @@ CASES = {
         (Measure("blue", "share of blue circles", range(6), is_blue),),
         steps_on={"sd2": 80, "sdxl": 80},
     ),
-    "condition": Case(
+    "condition": LearningCase(
         {"method": "ControlNet", "learningRate": 1e-3},
         1200,
         circles("plain"),

@@ -1,4 +1,4 @@
-"""The content-addressed cache and the map phase that fills it."""
+"""Tests of the content-addressed cache, and of the map phase that fills it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from finetune_trainer.data.cache.encode import fill
-from finetune_trainer.data.cache.hashes import FileHashes, hash_text
 from finetune_trainer.data.cache.store import Item, TensorCache
+from finetune_trainer.data.hashes import FileHashes, hash_text
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 
@@ -24,7 +24,7 @@ def item(value: float) -> Item:
     return {"mean": torch.full((2,), value), "std": torch.zeros(2)}
 
 
-def test_items_come_back(tmp_path: Path) -> None:
+def test_put_items_are_found_by_another_cache_object(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path / "new")
     cache.refresh()
     assert cache.missing(["b", "a", "a"]) == ["a", "b"]
@@ -35,7 +35,7 @@ def test_items_come_back(tmp_path: Path) -> None:
     assert other.get("a")["mean"].tolist() == [1.0, 1.0]
 
 
-def test_damaged_shard_is_computed_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_items_of_a_damaged_shard_are_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     TensorCache(tmp_path).put({"a": item(1.0)})
     (shard,) = tmp_path.iterdir()
     shard.write_bytes(shard.read_bytes()[:-4])
@@ -47,7 +47,7 @@ def test_damaged_shard_is_computed_anew(tmp_path: Path, caplog: pytest.LogCaptur
     assert cache.get("a")["mean"].tolist() == [2.0, 2.0]
 
 
-def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
+def test_sweep_removes_only_old_partial_files(tmp_path: Path) -> None:
     for name, age in ((".old.safetensors.1.writing", 7200), (".new.safetensors.2.writing", 60)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
@@ -58,52 +58,58 @@ def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.safetensors"))
 
 
-def test_unwritable_folder(tmp_path: Path) -> None:
+def test_unwritable_folder_raises_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cache: cannot write"):
         TensorCache(tmp_path / "file").put({"a": item(1.0)})
 
 
-def test_fill_computes_what_is_missing_once(tmp_path: Path) -> None:
-    made: list[int] = []
+def test_fill_computes_only_missing_items(tmp_path: Path) -> None:
+    encoded: list[int] = []
 
     def encode(number: int) -> Item:
-        made.append(number)
+        encoded.append(number)
         return item(number)
 
     TensorCache(tmp_path).put({"b": item(7.0)})
     cache = TensorCache(tmp_path)
     fill(cache, {"a": 0, "b": 1, "c": 2}, lambda: encode, ALONE, lambda *_: None)
-    assert made == [0, 2]
+    assert encoded == [0, 2]
     assert cache.get("b")["mean"].tolist() == [7.0, 7.0]
-    fill(TensorCache(tmp_path), {"a": 0, "b": 1, "c": 2}, lambda: pytest.fail("read"), ALONE, lambda *_: None)
+    fill(
+        TensorCache(tmp_path),
+        {"a": 0, "b": 1, "c": 2},
+        lambda: pytest.fail("the encoder was loaded although no item is missing"),
+        ALONE,
+        lambda *_: None,
+    )
 
 
-def test_interrupted_fill_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_fill_continues_with_missing_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune_trainer.data.cache.encode.SHARD_ITEMS", 2)
     work = {f"k{number}": number for number in range(5)}
 
-    def dies(number: int) -> Item:
+    def encode_until_interrupt(number: int) -> Item:
         if number == 3:
             raise KeyboardInterrupt
         return item(number)
 
     with pytest.raises(KeyboardInterrupt):
-        fill(TensorCache(tmp_path), work, lambda: dies, ALONE, lambda *_: None)
-    made: list[int] = []
+        fill(TensorCache(tmp_path), work, lambda: encode_until_interrupt, ALONE, lambda *_: None)
+    encoded: list[int] = []
     cache = TensorCache(tmp_path)
 
     def encode(number: int) -> Item:
-        made.append(number)
+        encoded.append(number)
         return item(number)
 
     fill(cache, work, lambda: encode, ALONE, lambda *_: None)
-    assert made == [2, 3, 4]
+    assert encoded == [2, 3, 4]
     assert [float(cache.get(key)["mean"][0]) for key in work] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
-class _Pair(World):
-    """Two ranks in two threads."""
+class _ThreadWorld(World):
+    """A world of two ranks that are threads of this process."""
 
     meeting = threading.Barrier(2)
     box: ClassVar[list[Any]] = [None]
@@ -121,18 +127,18 @@ class _Pair(World):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_ranks_share_the_work(tmp_path: Path, shared: bool) -> None:
-    """On a shared disk each item is computed once; on disks of their own, each rank ends with all items."""
+def test_ranks_share_the_missing_items(tmp_path: Path, shared: bool) -> None:
+    """Each item is computed once on a shared disk. On separate disks, each rank computes all items."""
     work = {f"k{number}": number for number in range(6)}
-    made: list[list[int]] = [[], []]
+    encoded: list[list[int]] = [[], []]
     caches = [TensorCache(tmp_path / ("one" if shared else str(rank))) for rank in range(2)]
 
     def run(rank: int) -> None:
         def encode(number: int) -> Item:
-            made[rank].append(number)
+            encoded[rank].append(number)
             return item(number)
 
-        fill(caches[rank], work, lambda: encode, _Pair(rank, 2, rank, torch.device("cpu")), lambda *_: None)
+        fill(caches[rank], work, lambda: encode, _ThreadWorld(rank, 2, rank, torch.device("cpu")), lambda *_: None)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -140,25 +146,25 @@ def test_ranks_share_the_work(tmp_path: Path, shared: bool) -> None:
     for thread in threads:
         thread.join()
     assert all(cache.missing(work) == [] for cache in caches)
-    assert [len(numbers) for numbers in made] == ([3, 3] if shared else [6, 6])
+    assert [len(numbers) for numbers in encoded] == ([3, 3] if shared else [6, 6])
 
 
-def test_hashes_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
+def test_hashes_are_kept_until_the_file_changes(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"one")
     hashes = FileHashes(tmp_path / "note.json")
     first = hashes.of_file(file)
-    hashes.keep()
+    hashes.save()
     assert FileHashes(tmp_path / "note.json").of_file(file) == first
     file.write_bytes(b"other")
     assert FileHashes(tmp_path / "note.json").of_file(file) != first
 
 
-def test_damaged_note_is_no_harm(tmp_path: Path) -> None:
+def test_damaged_note_of_hashes_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "note.json").write_text("[1, 2", encoding="utf-8")
     (tmp_path / "weights").write_bytes(b"one")
     assert len(FileHashes(tmp_path / "note.json").of_file(tmp_path / "weights")) == 64
 
 
-def test_hash_of_texts_knows_where_each_ends() -> None:
+def test_hash_text_separates_its_parts() -> None:
     assert hash_text("ab", "c") != hash_text("a", "bc")

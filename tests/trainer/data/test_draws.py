@@ -1,4 +1,4 @@
-"""Keyed draws."""
+"""Tests of keyed random draws."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REF = SampleRef(epoch=3, index=14)
 SHAPE = (4, 8, 8)
 
 
-def test_a_draw_depends_on_its_key_alone() -> None:
+def test_draw_depends_only_on_its_key() -> None:
     first = Draws(7).normal(Purpose.NOISE, REF, SHAPE)
     other = Draws(7)
     other.normal(Purpose.NOISE, SampleRef(0, 0), SHAPE)
@@ -21,7 +21,7 @@ def test_a_draw_depends_on_its_key_alone() -> None:
     assert first.dtype is torch.float32
 
 
-def test_every_part_of_the_key_counts() -> None:
+def test_each_part_of_the_key_changes_the_draw() -> None:
     draws = [
         Draws(7).normal(Purpose.NOISE, REF, SHAPE),
         Draws(8).normal(Purpose.NOISE, REF, SHAPE),
@@ -34,8 +34,8 @@ def test_every_part_of_the_key_counts() -> None:
             assert (one - other).abs().min() > 0
 
 
-def test_neighbouring_samples_share_no_numbers() -> None:
-    """Counters of neighbours must lie so far apart that long draws never overlap."""
+def test_neighbouring_samples_have_independent_draws() -> None:
+    """The counters of neighbouring samples are far enough apart that long draws never overlap."""
     one = Draws(7).normal(Purpose.NOISE, SampleRef(0, 1), (4, 128, 128)).flatten()
     other = Draws(7).normal(Purpose.NOISE, SampleRef(0, 2), (4, 128, 128)).flatten()
     assert len(set(one.tolist()) & set(other.tolist())) < 0.02 * len(one)
@@ -49,8 +49,8 @@ def test_timesteps_cover_the_schedule() -> None:
     assert abs(sum(timesteps) / 4000 - 499.5) < 20
 
 
-def test_draws_never_change() -> None:
-    """A checkpoint of an older release goes on with the same draws."""
+def test_draws_are_stable_across_releases() -> None:
+    """A run that resumes from a checkpoint of an older release makes the same draws."""
     draws = Draws(1)
     assert draws.integer(Purpose.TIMESTEP, SampleRef(2, 3), 1000) == 188
     assert draws.normal(Purpose.NOISE, SampleRef(2, 3), (2,)).tolist() == pytest.approx([0.61542642, -1.54307067])

@@ -1,4 +1,4 @@
-"""What the cache holds is what the encoders say."""
+"""Tests that the cache holds the outputs of the encoders."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from diffusers import StableDiffusionPipeline
 from finetune_contract.spec import DatasetSpec, ModelSpec
 from finetune_trainer.data.batches import Augmentation, BatchMaker
 from finetune_trainer.data.cache.encode import LatentCache, LatentStore, LiveLatents, TextCache
-from finetune_trainer.data.cache.hashes import FileHashes
-from finetune_trainer.data.images.decoding import View
-from finetune_trainer.data.images.scan import scan_images
+from finetune_trainer.data.cache.image_scan import scan_images
+from finetune_trainer.data.hashes import FileHashes
+from finetune_trainer.data.images.decoding import CropView
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.data.sampling.shapes import Shapes
-from finetune_trainer.data.sources.base import Source
-from finetune_trainer.data.sources.open_source import open_source
+from finetune_trainer.data.sources.base import SampleSource
+from finetune_trainer.data.sources.open import open_source
 from finetune_trainer.distributed.world import World
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.family import Family
@@ -27,7 +27,7 @@ from testing.trainer import tiny
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
 SQUARE = Shapes(tiny.RESOLUTION)
-VIEWS = [View(), View(flip=True)]
+VIEWS = [CropView(), CropView(flip=True)]
 
 
 @pytest.fixture(name="family")
@@ -36,7 +36,7 @@ def _family(base: Path) -> Family:
 
 
 @pytest.fixture(name="source")
-def _source(data: Path) -> Source:
+def _source(data: Path) -> SampleSource:
     return open_source(DatasetSpec(source=str(data)), "train")
 
 
@@ -49,12 +49,14 @@ def silent(done: int, of: int) -> None:
     del done, of
 
 
-def latent_cache(folder: Path, family: Family, hashes: FileHashes, source: Source) -> LatentCache:
-    census = scan_images(len(source), source.open, folder, hashes, ALONE, silent)
-    return LatentCache(LatentStore(folder, family, hashes, SQUARE), census.ids)
+def latent_cache(folder: Path, family: Family, hashes: FileHashes, source: SampleSource) -> LatentCache:
+    scan = scan_images(len(source), source.open, folder, hashes, ALONE, silent)
+    return LatentCache(LatentStore(folder, family, hashes, SQUARE), scan.ids)
 
 
-def test_cached_latents_are_the_live_ones(family: Family, source: Source, hashes: FileHashes, tmp_path: Path) -> None:
+def test_cached_latents_equal_live_latents(
+    family: Family, source: SampleSource, hashes: FileHashes, tmp_path: Path
+) -> None:
     cached = latent_cache(tmp_path, family, hashes, source)
     cached.fill(source, VIEWS, ALONE, silent)
     live = LiveLatents(family.load_image_encoder(CPU), source, SQUARE)
@@ -66,7 +68,7 @@ def test_cached_latents_are_the_live_ones(family: Family, source: Source, hashes
     assert not torch.equal(cached.posterior(0, VIEWS[0]).mean, cached.posterior(0, VIEWS[1]).mean)
 
 
-def test_embeddings_are_the_pipeline_s(family: Family, base: Path, hashes: FileHashes, tmp_path: Path) -> None:
+def test_embeddings_equal_those_of_the_pipeline(family: Family, base: Path, hashes: FileHashes, tmp_path: Path) -> None:
     text = TextCache(tmp_path, family, hashes, torch.float32)
     captions = ["picture 1", "", "picture 1", "a caption of many more letters than the encoder takes"]
     text.fill(captions, ALONE, silent)
@@ -77,8 +79,8 @@ def test_embeddings_are_the_pipeline_s(family: Family, base: Path, hashes: FileH
     assert torch.equal(hidden[0], hidden[2])
 
 
-def test_batches_do_not_depend_on_how_they_are_cut(
-    family: Family, source: Source, hashes: FileHashes, tmp_path: Path
+def test_samples_do_not_depend_on_the_batch_size(
+    family: Family, source: SampleSource, hashes: FileHashes, tmp_path: Path
 ) -> None:
     text = TextCache(tmp_path, family, hashes, torch.float32)
     text.fill([source.caption(index) for index in range(len(source))], ALONE, silent)
@@ -86,25 +88,25 @@ def test_batches_do_not_depend_on_how_they_are_cut(
     latents.fill(source, VIEWS, ALONE, silent)
     maker = BatchMaker(source, latents, text, family, Draws(3), Augmentation(False, True), CPU, SQUARE)
     refs = [SampleRef(epoch, index) for epoch in range(2) for index in range(3)]
-    whole = maker.make(refs)
+    batch = maker.make(refs)
     for number, ref in enumerate(refs):
-        part = maker.make([ref])
-        assert torch.equal(part.latents[0], whole.latents[number])
-        assert torch.equal(part.noise[0], whole.noise[number])
-        assert part.timesteps[0] == whole.timesteps[number]
-        assert torch.equal(part.text["hidden"][0], whole.text["hidden"][number])
-    assert whole.captions == tuple(source.caption(ref.index) for ref in refs)
-    # Another epoch samples the posterior anew.
-    assert not torch.equal(whole.latents[0], whole.latents[3])
+        single = maker.make([ref])
+        assert torch.equal(single.latents[0], batch.latents[number])
+        assert torch.equal(single.noise[0], batch.noise[number])
+        assert single.timesteps[0] == batch.timesteps[number]
+        assert torch.equal(single.text["hidden"][0], batch.text["hidden"][number])
+    assert batch.captions == tuple(source.caption(ref.index) for ref in refs)
+    # The next epoch draws another sample of the posterior.
+    assert not torch.equal(batch.latents[0], batch.latents[3])
 
 
-def test_half_of_the_images_are_mirrored() -> None:
+def test_flip_mirrors_half_of_the_images() -> None:
     views = [Augmentation(False, True).view(Draws(0), SampleRef(0, index)) for index in range(400)]
     assert 150 < sum(view.flip for view in views) < 250
     assert all(view in Augmentation(False, True).fixed_views() for view in views)
 
 
-def test_random_crops_cover_the_room() -> None:
+def test_random_crops_cover_all_positions() -> None:
     views = [Augmentation(True, False).view(Draws(0), SampleRef(0, index)) for index in range(200)]
     assert min(view.left for view in views) < 0.1
     assert max(view.top for view in views) > 0.9

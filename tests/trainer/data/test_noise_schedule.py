@@ -1,4 +1,4 @@
-"""The noise schedule and the loss, against diffusers and against the papers' formulas in plain numpy."""
+"""Tests of the noise schedule and the loss, against diffusers and the formulas of the papers in numpy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.loss import diffusion_losses
-from finetune_trainer.models.noise_schedule import read_schedule
+from finetune_trainer.models.diffusion_objective import read_objective
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-# What diffusers computes in float32 is itself no better.
+# The error of diffusers' own computation in float32.
 TOLERANCE = 1e-4
 TIMESTEPS = torch.tensor([0, 1, 250, 998, 999])
 
@@ -29,9 +29,9 @@ def make_batch() -> Batch:
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_agrees_with_diffusers(kind: str, prediction_type: str) -> None:
+def test_schedule_agrees_with_diffusers(kind: str, prediction_type: str) -> None:
     config: dict[str, Any] = {**CONFIG, "beta_schedule": kind, "prediction_type": prediction_type}
-    schedule, reference, batch = read_schedule(config), DDPMScheduler(**config), make_batch()
+    schedule, reference, batch = read_objective(config), DDPMScheduler(**config), make_batch()
     torch.testing.assert_close(
         schedule.add_noise(batch.latents, batch.noise, TIMESTEPS),
         reference.add_noise(batch.latents, batch.noise, TIMESTEPS),
@@ -48,25 +48,25 @@ def test_agrees_with_diffusers(kind: str, prediction_type: str) -> None:
 
 
 def plain_losses(batch: Batch, prediction_type: str, gamma: float | None) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The loss for a model that answers half of what it is shown, by the papers' formulas, in float64."""
+    """Return the losses of a model that predicts half of its input, by the formulas of the papers, in float64."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas = np.cumprod(1 - betas)[batch.timesteps.numpy()][:, None, None, None]
     clean, noise = batch.latents.double().numpy(), batch.noise.double().numpy()
-    answer = (alphas**0.5 * clean + (1 - alphas) ** 0.5 * noise) / 2
+    prediction = (alphas**0.5 * clean + (1 - alphas) ** 0.5 * noise) / 2
     snr = (alphas / (1 - alphas)).reshape(-1)
     if prediction_type == "epsilon":
         target, weight_of_noise = noise, snr
     else:
         target, weight_of_noise = alphas**0.5 * noise - (1 - alphas) ** 0.5 * clean, snr + 1
     weights = 1.0 if gamma is None else np.minimum(snr, gamma) / weight_of_noise
-    return np.asarray(weights * ((answer - target) ** 2).mean(axis=(1, 2, 3)))
+    return np.asarray(weights * ((prediction - target) ** 2).mean(axis=(1, 2, 3)))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_losses_agree_with_the_formulas(prediction_type: str, gamma: float | None) -> None:
     batch = make_batch()
-    schedule = read_schedule({**CONFIG, "prediction_type": prediction_type})
+    schedule = read_objective({**CONFIG, "prediction_type": prediction_type})
 
     def half(noisy: Tensor, timesteps: Tensor) -> Tensor:
         return noisy / 2
@@ -76,19 +76,25 @@ def test_losses_agree_with_the_formulas(prediction_type: str, gamma: float | Non
     np.testing.assert_allclose(losses.numpy(), plain_losses(batch, prediction_type, gamma), rtol=2e-6)
 
 
-def test_trained_betas() -> None:
-    schedule = read_schedule({"trained_betas": [0.1, 0.2], "num_train_timesteps": 2})
+def test_schedule_uses_trained_betas() -> None:
+    schedule = read_objective({"trained_betas": [0.1, 0.2], "num_train_timesteps": 2})
     assert schedule.alphas_cumprod.tolist() == pytest.approx([0.9, 0.72])
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "message"),
     [
-        ({"prediction_type": "sample"}, "model.base: its scheduler predicts 'sample'; use a base with epsilon"),
-        ({"beta_schedule": "cosine"}, "model.base: its scheduler has beta_schedule 'cosine'; use a base with linear"),
-        ({"rescale_betas_zero_snr": True}, "model.base: its scheduler has rescale_betas_zero_snr"),
+        (
+            {"prediction_type": "sample"},
+            "model.base: prediction_type 'sample' of its scheduler is not supported; use a base with epsilon",
+        ),
+        (
+            {"beta_schedule": "cosine"},
+            "model.base: beta_schedule 'cosine' of its scheduler is not supported; use a base with linear",
+        ),
+        ({"rescale_betas_zero_snr": True}, "model.base: rescale_betas_zero_snr of its scheduler is not supported"),
     ],
 )
-def test_unknown_schedules_are_refused(config: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        read_schedule(config)
+def test_unsupported_schedules_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_objective(config)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: every image is cut to the nearest shape, and only equal shapes share a batch."""
+"""Tests of aspect-ratio buckets: each image is cropped to the nearest shape, and each batch has a single shape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.data.sampling.shapes import Shapes
 from finetune_trainer.errors import ConfigError
-from finetune_trainer.train.run import check_spec
+from finetune_trainer.train.checks import check_spec
 from testing.trainer import tiny
 from testing.trainer.methods import SETTINGS
 from tests.trainer.methods.test_methods import read_outputs, run_here
@@ -38,7 +38,7 @@ def _restored_settings() -> Iterator[None]:
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([16, 64, 512, 768, 1024]))
-def test_every_image_gets_a_shape_that_the_model_takes(width: int, height: int, resolution: int) -> None:
+def test_each_image_gets_a_shape_that_the_model_supports(width: int, height: int, resolution: int) -> None:
     shape = Shapes(resolution, buckets=True).of((width, height))
     assert shape[0] % 8 == shape[1] % 8 == 0
     assert shape[0] * shape[1] <= resolution**2
@@ -50,7 +50,7 @@ def test_every_image_gets_a_shape_that_the_model_takes(width: int, height: int, 
     assert Shapes(resolution).of((width, height)) == (resolution, resolution)
 
 
-def test_the_usual_shapes_of_sdxl_are_there() -> None:
+def test_shapes_include_the_usual_ones_of_sdxl() -> None:
     shapes = Shapes(1024, buckets=True)
     for shape in ((1024, 1024), (1152, 896), (896, 1152), (1216, 832), (1344, 768), (768, 1344)):
         assert shape in shapes.all
@@ -58,7 +58,7 @@ def test_the_usual_shapes_of_sdxl_are_there() -> None:
     assert shapes.of((4000, 3000)) == (1152, 896)
 
 
-def test_sdxl_is_told_the_shape() -> None:
+def test_micro_conditioning_has_the_shape() -> None:
     assert micro_conditioning((3000, 2000), (1216, 832), CENTRE).tolist() == [2000, 3000, 0, 16, 832, 1216]
 
 
@@ -69,14 +69,14 @@ class _Batches:
         return SIZES[index]
 
 
-def test_only_equal_shapes_share_a_batch() -> None:
+def test_each_batch_has_a_single_shape() -> None:
     refs = [SampleRef(epoch, index) for epoch in range(3) for index in range(len(SIZES))]
     parts = Prefetcher(_Batches()).split(refs, 2)  # type: ignore[arg-type]
     assert sorted((ref.epoch, ref.index) for part in parts for ref in part) == [(r.epoch, r.index) for r in refs]
     assert all(len(part) <= 2 and len({SIZES[ref.index] for ref in part}) == 1 for part in parts)
 
 
-def test_unequal_images_train_and_resume(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_images_of_different_shapes_train_and_resume(bases: dict[str, Path], tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     random = np.random.default_rng(0)
@@ -88,16 +88,16 @@ def test_unequal_images_train_and_resume(bases: dict[str, Path], tmp_path: Path)
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     options = {"aspectBuckets": True, "steps": 4, "randomFlip": True}
     spec = tiny.make_spec(bases["sdxl"], data, **options, **SETTINGS["ControlNet"])
-    assert run_here(spec, tmp_path / "whole") is ExitCode.DONE
-    assert run_here(spec, tmp_path / "halves", stop_at=2) is ExitCode.SAVED
-    assert run_here(spec, tmp_path / "halves", attempt=2) is ExitCode.DONE
-    assert read_outputs(tmp_path / "halves") == read_outputs(tmp_path / "whole")
+    assert run_here(spec, tmp_path / "uninterrupted") is ExitCode.DONE
+    assert run_here(spec, tmp_path / "resumed", stop_at=2) is ExitCode.SAVED
+    assert run_here(spec, tmp_path / "resumed", attempt=2) is ExitCode.DONE
+    assert read_outputs(tmp_path / "resumed") == read_outputs(tmp_path / "uninterrupted")
     square = tiny.make_spec(bases["sdxl"], data, **{**options, "aspectBuckets": False}, **SETTINGS["ControlNet"])
     assert run_here(square, tmp_path / "square") is ExitCode.DONE
-    assert read_outputs(tmp_path / "square") != read_outputs(tmp_path / "whole")
+    assert read_outputs(tmp_path / "square") != read_outputs(tmp_path / "uninterrupted")
 
 
-def test_class_images_are_squares(base: Path, data: Path) -> None:
+def test_class_images_refuse_aspect_buckets(base: Path, data: Path) -> None:
     spec = tiny.make_spec(base, data, aspectBuckets=True, **SETTINGS["DreamBooth"])
-    with pytest.raises(ConfigError, match=r"training\.aspectBuckets: class images are squares"):
+    with pytest.raises(ConfigError, match=r"training\.aspectBuckets: class images are square"):
         check_spec(spec)

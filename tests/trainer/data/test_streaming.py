@@ -1,4 +1,4 @@
-"""What is streamed trains as what is copied first, and nothing of the source is kept."""
+"""Tests of streaming: training equals that on a copied data set, and no image of the source is kept."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.spec import Columns, DatasetSpec
 from finetune_trainer.data.batches import Batch, BatchMaker
 from finetune_trainer.data.cache.encode import SHARD_ITEMS
-from finetune_trainer.data.cache.stream_map import Share
+from finetune_trainer.data.cache.stream_map import RowShare
 from finetune_trainer.data.sampling.order import SampleRef
-from finetune_trainer.data.sources.open_stream import Opener
+from finetune_trainer.data.sources.open import open_stream
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, DataError
-from finetune_trainer.train.run import check_spec
-from testing.measure.memory import forget_peak, peak_bytes
-from testing.measure.process import in_a_process
+from finetune_trainer.train.checks import check_spec
+from testing.measure.memory import peak_bytes, reset_peak
+from testing.measure.process import call_in_new_process
 from testing.objectstore.server import ObjectStore
 from testing.trainer import streams, tiny
 from testing.trainer.ranks import Ranks
-from tests.trainer.data.test_fetched import put
 
 pytestmark = pytest.mark.trainer
 
@@ -63,19 +62,19 @@ def assert_equal(one: Batch, other: Batch) -> None:
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_batches_are_those_of_the_copy(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
+def test_streamed_batches_equal_those_of_the_copy(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
     spec = tiny.make_spec(base, data, centerCrop=True, randomFlip=True)
     source = SOURCES[kind](tmp_path, data)
     spec = streams.streamed(spec, source, columns=COLUMNS.get(kind, Columns()), streaming=False)
     plain = batch_of(streams.prepare(spec, tmp_path / "plain").batches)
-    said: list[str] = []
+    reports: list[str] = []
     cache = tmp_path / "streamed"
-    assert_equal(batch_of(streams.prepare(streams.streamed(spec), cache, said).batches), plain)
-    assert f"{tiny.NUM_SAMPLES} images read" in said
+    assert_equal(batch_of(streams.prepare(streams.streamed(spec), cache, reports).batches), plain)
+    assert f"{tiny.NUM_SAMPLES} images read" in reports
     assert_nothing_kept(cache, data)
-    again: list[str] = []
-    assert_equal(batch_of(streams.prepare(streams.streamed(spec), cache, again).batches), plain)
-    assert not any("images read" in text for text in again)
+    second: list[str] = []
+    assert_equal(batch_of(streams.prepare(streams.streamed(spec), cache, second).batches), plain)
+    assert not any("images read" in text for text in second)
 
 
 def assert_nothing_kept(cache: Path, data: Path) -> None:
@@ -88,7 +87,7 @@ def assert_nothing_kept(cache: Path, data: Path) -> None:
 
 @pytest.fixture(name="odd")
 def _odd(tmp_path: Path) -> Path:
-    """Pictures of all sorts and sizes; of two the image is broken, of one the condition."""
+    """Pictures of different modes and sizes. Two images are broken, and one conditioning image."""
     folder = tiny.write_data(tmp_path / "odd", num_samples=10, size=(40, 24))
     train = folder / "train"
     picture = Image.open(train / "0.png")
@@ -105,15 +104,17 @@ def _odd(tmp_path: Path) -> Path:
     return folder
 
 
-def test_odd_and_broken_images_shapes_conditions_and_validation(base: Path, odd: Path, tmp_path: Path) -> None:
+def test_streaming_handles_broken_images_shapes_conditions_and_validation(
+    base: Path, odd: Path, tmp_path: Path
+) -> None:
     spec = tiny.make_spec(
         base, odd, method="ControlNet", aspectBuckets=True, randomFlip=True, validation={"split": "test"}
     )
     spec = streams.streamed(spec, max_broken=3, max_samples=9, streaming=False)
-    said: list[str] = []
-    plain = streams.prepare(spec, tmp_path / "plain", said, conditioning=True)
-    heard: list[str] = []
-    prepared = streams.prepare(streams.streamed(spec), tmp_path / "streamed", heard, conditioning=True)
+    reports: list[str] = []
+    plain = streams.prepare(spec, tmp_path / "plain", reports, conditioning=True)
+    streamed_reports: list[str] = []
+    prepared = streams.prepare(streams.streamed(spec), tmp_path / "streamed", streamed_reports, conditioning=True)
     assert len(prepared.batches.source) == 6
     for index in range(6):
         assert prepared.batches.shape(index) == plain.batches.shape(index)
@@ -122,40 +123,42 @@ def test_odd_and_broken_images_shapes_conditions_and_validation(base: Path, odd:
     assert plain.held_out is not None
     assert prepared.held_out is not None
     assert_equal(batch_of(prepared.held_out), batch_of(plain.held_out))
-    (warning,) = (text for text in said if "broken" in text)
-    assert warning in heard
+    (warning,) = (text for text in reports if "broken" in text)
+    assert warning in streamed_reports
     refused = streams.streamed(spec, max_broken=2)
-    again: list[str] = []
+    second: list[str] = []
     with pytest.raises(DataError, match=r"3 of 9 images are broken: .*5\.png.*dataset\.maxBroken allows 2"):
-        streams.prepare(refused, tmp_path / "streamed", again, conditioning=True)
-    assert not any("images read" in text for text in again)
+        streams.prepare(refused, tmp_path / "streamed", second, conditioning=True)
+    assert not any("images read" in text for text in second)
 
 
-def test_one_image_that_changed_is_read_anew(base: Path, tmp_path: Path) -> None:
+def test_only_a_changed_image_is_read_again(base: Path, tmp_path: Path) -> None:
     data = tiny.write_data(tmp_path / "data")
     spec = streams.streamed(tiny.make_spec(base, data, centerCrop=True))
     first = batch_of(streams.prepare(spec, tmp_path / "cache").batches)
     Image.new("RGB", (tiny.RESOLUTION, tiny.RESOLUTION), "red").save(data / "train" / "2.png")
-    said: list[str] = []
-    second = batch_of(streams.prepare(spec, tmp_path / "cache", said).batches)
-    assert [text for text in said if "images read" in text] == ["1 images read"]
-    same = [torch.equal(one, other) for one, other in zip(first.latents, second.latents, strict=True)]
+    reports: list[str] = []
+    changed = batch_of(streams.prepare(spec, tmp_path / "cache", reports).batches)
+    assert [text for text in reports if "images read" in text] == ["1 images read"]
+    same = [torch.equal(one, other) for one, other in zip(first.latents, changed.latents, strict=True)]
     assert same == [index % tiny.NUM_SAMPLES != 2 for index in range(len(same))]
 
 
 @pytest.mark.parametrize("limit", [1, 3, 4, 100])
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
-def test_only_the_first_so_many_are_read(kind: str, limit: int, base: Path, data: Path, tmp_path: Path) -> None:
+def test_max_samples_limits_the_images_that_are_read(
+    kind: str, limit: int, base: Path, data: Path, tmp_path: Path
+) -> None:
     source = SOURCES[kind](tmp_path, data)
     spec = streams.streamed(tiny.make_spec(base, data, centerCrop=True), source, max_samples=limit)
     spec = streams.streamed(spec, columns=COLUMNS.get(kind, Columns()))
-    said: list[str] = []
-    prepared = streams.prepare(spec, tmp_path / "cache", said)
-    wanted = min(limit, tiny.NUM_SAMPLES)
+    reports: list[str] = []
+    prepared = streams.prepare(spec, tmp_path / "cache", reports)
+    expected = min(limit, tiny.NUM_SAMPLES)
     assert [prepared.batches.source.caption(index) for index in range(len(prepared.batches.source))] == [
-        f"picture {number}" for number in range(wanted)
+        f"picture {number}" for number in range(expected)
     ]
-    assert [text for text in said if "images read" in text][-1] == f"{wanted} images read"
+    assert [text for text in reports if "images read" in text][-1] == f"{expected} images read"
 
 
 @given(
@@ -164,32 +167,35 @@ def test_only_the_first_so_many_are_read(kind: str, limit: int, base: Path, data
     known=st.booleans(),
     limit=st.none() | st.integers(1, 30),
 )
-def test_every_row_is_encoded_by_one_rank(size: int, counts: list[int], known: bool, limit: int | None) -> None:
-    told: list[int | None] = [count if known else None for count in counts]
-    shares = [Share.of(World(rank, size, 0, torch.device("cpu")), told, limit) for rank in range(size)]
+def test_each_row_is_encoded_by_exactly_one_rank(size: int, counts: list[int], known: bool, limit: int | None) -> None:
+    known_counts: list[int | None] = [count if known else None for count in counts]
+    shares = [RowShare.of(World(rank, size, 0, torch.device("cpu")), known_counts, limit) for rank in range(size)]
     for part, count in enumerate(counts):
         for row in range(count):
             (owner,) = (share for share in shares if share.has(part, row))
             assert owner.reads(part)
 
 
-def test_ranks_that_stream_from_a_bucket_end_with_the_weights_of_the_copy(
+def test_streaming_from_a_bucket_gives_the_weights_of_the_copy(
     base: Path, data: Path, tmp_path: Path, object_store: ObjectStore, bucket_url: str
 ) -> None:
     spec = tiny.make_spec(base, data, steps=2, centerCrop=True)
     plain = Ranks(spec, tmp_path / "plain" / "job", world_size=2)
     assert plain.run() == [ExitCode.DONE] * 2, plain.stderr()
-    tables = put(object_store, bucket_url, streams.write_hub_folder(tmp_path / "tables", data))
-    # Of the row groups of 3, 1 and 3 samples the first is the one rank's and the second the other's.
-    for name, url, shares in (("folder", put(object_store, bucket_url, data), [3, 4]), ("tables", tables, [2, 5])):
+    tables = streams.upload(object_store, bucket_url, streams.write_hub_folder(tmp_path / "tables", data))
+    # The row groups have 3, 1 and 3 samples. Rank 0 reads the first, rank 1 the second; they share the third.
+    for name, url, shares in (
+        ("folder", streams.upload(object_store, bucket_url, data), [3, 4]),
+        ("tables", tables, [2, 5]),
+    ):
         ranks = Ranks(
             streams.streamed(spec, url),
             tmp_path / name / "job",
             world_size=2,
-            # They meet after each image, of which one has more than the other.
+            # The ranks synchronize after each image, although one of them has more images than the other.
             extra={
                 **object_store.environment,
-                "TEST_MEET_OFTEN": "1",
+                "TEST_SYNC_OFTEN": "1",
                 "HF_HOME": str(tmp_path / name / "cache" / "hub"),
             },
         )
@@ -200,74 +206,76 @@ def test_ranks_that_stream_from_a_bucket_end_with_the_weights_of_the_copy(
 
 
 def num_read(ranks: Ranks, rank: int = 0) -> int:
-    """Images that a rank says that it has read."""
+    """Return the number of images that a rank has read, according to its log."""
     (found,) = re.findall(rf"stream: (\d+) images read by rank {rank}\n", ranks.stderr(rank))
     return int(found)
 
 
-def test_a_killed_map_goes_on_with_what_is_missing(base: Path, tmp_path: Path) -> None:
+def test_killed_map_phase_continues_with_missing_images(base: Path, tmp_path: Path) -> None:
     count = SHARD_ITEMS + 14
     data = tiny.write_data(tmp_path / "data", num_samples=count)
     spec = tiny.make_spec(base, data, steps=1, centerCrop=True)
     plain = Ranks(spec, tmp_path / "plain" / "job")
     assert plain.run() == [ExitCode.DONE], plain.stderr()
-    # A pipe that nobody writes to: the rank waits there for ever.
-    stuck = data / "train" / f"{SHARD_ITEMS}.png"
-    content = stuck.read_bytes()
-    stuck.unlink()
-    os.mkfifo(stuck)
+    # A pipe without a writer: the rank waits for it forever.
+    blocked = data / "train" / f"{SHARD_ITEMS}.png"
+    content = blocked.read_bytes()
+    blocked.unlink()
+    os.mkfifo(blocked)
     ranks = Ranks(streams.streamed(spec), tmp_path / "streamed" / "job").start()
     ranks.wait_until(lambda _: any((tmp_path / "streamed" / "cache" / "samples").glob("*/*.safetensors")))
     ranks.send(signal.SIGKILL, 0)
     assert ranks.wait() == [-signal.SIGKILL]
-    stuck.unlink()
-    stuck.write_bytes(content)
-    again = Ranks(streams.streamed(spec), tmp_path / "streamed" / "job", attempt=2)
-    assert again.run() == [ExitCode.DONE], again.stderr()
-    assert num_read(again) == 14
-    assert again.weights() == plain.weights()
+    blocked.unlink()
+    blocked.write_bytes(content)
+    resumed = Ranks(streams.streamed(spec), tmp_path / "streamed" / "job", attempt=2)
+    assert resumed.run() == [ExitCode.DONE], resumed.stderr()
+    assert num_read(resumed) == 14
+    assert resumed.weights() == plain.weights()
 
 
-def test_what_cannot_be_streamed_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
-    def opening(source: str, split: str = "train", **columns: str) -> None:
+def test_data_sets_that_cannot_be_streamed_are_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    def open_source_stream(source: str, split: str = "train", **columns: str) -> None:
         spec = DatasetSpec(source=source, streaming=True, columns=Columns(**columns))
-        Opener(spec, split, None, True, tmp_path / "notes").open()
+        open_stream(spec, split, None, True, tmp_path / "notes")
 
     with pytest.raises(ConfigError, match=r"dataset\.streaming: a random crop .* write training\.centerCrop: true"):
         check_spec(streams.streamed(tiny.make_spec(base, data)))
     table = str(SOURCES["parquet"](tmp_path, data))
     with pytest.raises(
-        DataError, match=r"dataset\.columns\.caption: .*'words'.* columns are conditioning_image, image"
+        DataError, match=r"dataset\.columns\.caption: .*'words'.* columns are conditioning_image, image, text; "
     ):
-        opening(table, caption="words")
+        open_source_stream(table, caption="words")
     with pytest.raises(DataError, match=r"dataset\.source: there is no folder or file /nowhere"):
-        opening("/nowhere")
-    with pytest.raises(DataError, match=r"dataset\.split: .* no split 'val'; it has test, train"):
-        opening(str(data), "val")
-    with pytest.raises(DataError, match=r"dataset\.source: cannot load split 'val' of .*: it has train, test"):
-        opening(str(SOURCES["hub"](tmp_path, data)), "val")
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1 and no more")
+        open_source_stream("/nowhere")
+    with pytest.raises(DataError, match=r"dataset\.split: .* no split 'val'; write one that it has: test, train"):
+        open_source_stream(str(data), "val")
+    with pytest.raises(
+        DataError, match=r"dataset\.source: cannot load split 'val' of .*: write a split that it has: train, test"
+    ):
+        open_source_stream(str(SOURCES["hub"](tmp_path, data)), "val")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 without a footer")
     with pytest.raises(DataError, match=r"dataset\.source: .*bad\.parquet cannot be read"):
-        opening(str(tmp_path / "bad.parquet"))
+        open_source_stream(str(tmp_path / "bad.parquet"))
 
 
-def test_a_script_on_the_hub_has_its_own_sentence(tmp_path: Path) -> None:
+def test_script_of_the_hub_has_a_message_with_alternatives(tmp_path: Path) -> None:
     script = tmp_path / "circles" / "circles.py"
     script.parent.mkdir()
     script.write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=r"dataset\.source: .* is a script, .* write a data set of parquet files"):
-        Opener(DatasetSpec(source=str(script)), "train", None, True, tmp_path).open()
+        open_stream(DatasetSpec(source=str(script)), "train", None, True, tmp_path)
 
 
-def test_memory_does_not_grow_with_the_images(base: Path, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_images(base: Path, tmp_path: Path) -> None:
     few, many = (write_noise(tmp_path / f"{count}.parquet", count) for count in (40, 400))
     assert many.stat().st_size > few.stat().st_size + 140e6
-    small, large = in_a_process(peaks_of, base, [few, many], tmp_path / "cache")
+    small, large = call_in_new_process(peaks_of, base, [few, many], tmp_path / "cache")
     assert large < small + 60e6
 
 
 def write_noise(path: Path, count: int) -> Path:
-    """Pictures of 400 KB each, in row groups of 20."""
+    """Write a table of pictures of 400 KB, in row groups of 20."""
     rows = []
     for number in range(count):
         picture = io.BytesIO()
@@ -278,11 +286,11 @@ def write_noise(path: Path, count: int) -> Path:
 
 
 def peaks_of(base: Path, tables: list[Path], cache: Path) -> list[int]:
-    """The most memory that streaming each of the tables takes, in bytes."""
+    """Return the peak memory of streaming each of the tables, in bytes."""
     torch.set_num_threads(1)
     peaks = []
     for table in tables:
-        forget_peak()
+        reset_peak()
         streams.prepare(streams.streamed(tiny.make_spec(base, table, centerCrop=True)), cache)
         peaks.append(peak_bytes())
     return peaks

@@ -61,6 +61,7 @@ def assert_gradients(method: Method, module: nn.Module, prefix: str = "") -> Non
     reference = dict(module.named_parameters())
     assert method.parameters().keys() == {f"{prefix}{name}" for name in reference}
     for name, parameter in reference.items():
+        assert parameter.grad is not None, name
         torch.testing.assert_close(method.parameters()[f"{prefix}{name}"].grad, parameter.grad, **EXACT)
 
 

@@ -1,1 +1,1 @@
-"""From a data set to micro-batches: sources, sample order, keyed draws, the cache of frozen encoders' outputs."""
+"""Turns a data set into micro-batches: sources, sample order, keyed draws, and the cache of encoder outputs."""

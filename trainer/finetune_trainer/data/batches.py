@@ -1,4 +1,4 @@
-"""Micro-batches: everything that a method needs of a few samples, with all their draws made."""
+"""Micro-batches: everything that a method needs of a few samples, including all their random draws."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from torch import Tensor
 
 from finetune_trainer.data.cache.encode import Posterior
 from finetune_trainer.data.captions import Captions, OwnCaptions
-from finetune_trainer.data.images.decoding import Size, View, micro_conditioning, to_pixels
+from finetune_trainer.data.images.decoding import CropView, decode_conditioning, micro_conditioning, to_pixels
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.noising import Noising
 from finetune_trainer.data.sampling.order import SampleRef
-from finetune_trainer.data.sampling.shapes import Shapes
-from finetune_trainer.data.sources.base import Samples, decode_conditioning
-from finetune_trainer.models.family import Family
+from finetune_trainer.data.sampling.shapes import Shapes, Size
+from finetune_trainer.data.sources.base import SampleSet
+from finetune_trainer.models.family import IMAGE_SIZES, Family
 
-SIZES = "sizes"
-"""Name in `Batch.text` of what SDXL is told of each image's size, float32 (n, 6)."""
+"""Name in `Batch.text` of SDXL's conditions on the size of each image, float32 (n, 6)."""
 _PRIOR_OFFSET = 1 << 40
-"""Added to a sample's index in the draws of its class image, so that no two draws share a key."""
+"""Added to the index of a sample in the keys of the draws for its class image, so that all keys are different."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,13 @@ class Batch:
 
     Attributes:
         latents: clean scaled latents, float32 (n, C, h, w).
-        noise: the noise that is learnt, the same shape.
+        noise: the noise of the training target, the same shape.
         timesteps: int64 (n,).
         captions: n captions.
-        text: what the family's text encoder made of the captions, by name, first dimension n; only the sizes where
+        text: outputs of the family's text encoder for the captions, by name, first dimension n; only the sizes if
             the method encodes captions itself.
-        mixed: the noise that is mixed into the latents, where it is not `noise`.
-        weights: weight of each sample's loss, float32 (n,); None where all are 1.
+        mixed: the noise that is added to the latents; None if it is `noise`.
+        weights: weight of each sample's loss, float32 (n,); None if all are 1.
         conditioning: ControlNet's condition, float32 (n, 3, H, W) in [0, 1].
     """
 
@@ -54,43 +53,43 @@ class Batch:
 
 
 class Latents(Protocol):
-    """Where posteriors come from: the cache or the encoder itself."""
+    """Provides posteriors: the cache or the encoder itself."""
 
-    def posterior(self, index: int, view: View) -> Posterior:
-        """Posterior of an image in a view."""
+    def posterior(self, index: int, view: CropView) -> Posterior:
+        """Return the posterior of an image in a view."""
         ...
 
 
 class Texts(Protocol):
-    """Where embeddings come from: the cache, or the method that trains the encoder."""
+    """Provides embeddings: the cache, or the method that trains the encoder."""
 
     def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of captions by name, stacked (n, ...)."""
+        """Return the embeddings of captions by name, stacked (n, ...)."""
         ...
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a sample's view is drawn."""
+    """Options for drawing the view of a sample."""
 
     random_crop: bool
     random_flip: bool
 
-    def view(self, draws: Draws, ref: SampleRef) -> View:
-        """The view of one drawing of a sample."""
+    def view(self, draws: Draws, ref: SampleRef) -> CropView:
+        """Draw the view for one use of a sample."""
         left, top = draws.uniform(Purpose.CROP, ref, 2) if self.random_crop else (0.5, 0.5)
         flip = self.random_flip and draws.integer(Purpose.FLIP, ref, 2) == 1
-        return View(left, top, flip)
+        return CropView(left, top, flip)
 
-    def fixed_views(self) -> list[View]:
-        """All views that can be drawn, where they are few: without a random crop."""
+    def fixed_views(self) -> list[CropView]:
+        """Return all views that can be drawn. Random crops have no such list."""
         assert not self.random_crop
-        return [View(), View(flip=True)] if self.random_flip else [View()]
+        return [CropView(), CropView(flip=True)] if self.random_flip else [CropView()]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One drawing of a sample, on the CPU; see `Batch`."""
+    """One use of a sample, on the CPU; see `Batch`."""
 
     latents: Tensor
     noise: Tensor
@@ -104,18 +103,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """ControlNet's condition: read from the source in the view of its image.
+    """Reads ControlNet's condition from the source, in the same view as the image.
 
     Attributes:
-        shapes: what images are cut to.
-        dropout: share of drawings that get an empty one.
+        shapes: the shapes of the images.
+        dropout: fraction of uses that get an empty condition.
     """
 
     shapes: Shapes
     dropout: float = 0.0
 
-    def read(self, source: Samples, ref: SampleRef, view: View, size: Size, draws: Draws) -> Tensor:
-        """Condition of one drawing of a sample whose image is of (width, height), float32 (3, H, W) in [0, 1]."""
+    def read(self, source: SampleSet, ref: SampleRef, view: CropView, size: Size, draws: Draws) -> Tensor:
+        """Read the condition for one use of a sample whose image has `size`; float32 (3, H, W) in [0, 1]."""
         width, height = self.shapes.of(size)
         if self.dropout > 0 and draws.uniform(Purpose.CONDITION, ref, 1)[0] < self.dropout:
             return torch.zeros(3, height, width)
@@ -127,18 +126,18 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Prior:
-    """Class images for prior preservation: each sample brings one along.
+    """Class images for prior preservation: one for each sample.
 
     Attributes:
-        batches: makes their samples.
-        weight: of their loss.
+        batches: makes the samples of class images.
+        weight: weight of their loss.
     """
 
     batches: BatchMaker
     weight: float
 
     def sample(self, draws: Draws, ref: SampleRef) -> Sample:
-        """The class image that one drawing of a sample is paired with."""
+        """Return the class image for one use of a sample."""
         index = draws.integer(Purpose.PRIOR, ref, len(self.batches.source))
         key = SampleRef(ref.epoch, _PRIOR_OFFSET + ref.index)
         return self.batches.sample(index, key, None, self.weight)
@@ -149,17 +148,23 @@ class BatchMaker:
     """Makes the micro-batches of a run.
 
     Attributes:
-        text: embeddings; None where the method encodes captions itself.
-        shapes: what images are cut to.
-        sizes: width and height of every image, int32 (n, 2), where there is more than one shape.
+        source: the data set.
+        latents: provides the posteriors of images.
+        text: provides embeddings; None if the method encodes captions itself.
+        family: the base model.
+        draws: the random draws of the run.
+        augmentation: options for drawing views.
+        device: the device of the batches.
+        shapes: the shapes of the images.
+        sizes: width and height of every image, int32 (n, 2); None if there is only one shape.
         captions: chooses each sample's caption.
-        caption_dropout: share of drawings with the empty caption.
+        caption_dropout: fraction of uses with the empty caption.
         noising: draws noise and timesteps.
         prior: class images for prior preservation.
         conditioning: reads ControlNet's condition.
     """
 
-    source: Samples
+    source: SampleSet
     latents: Latents
     text: Texts | None
     family: Family
@@ -175,21 +180,21 @@ class BatchMaker:
     conditioning: Conditioning | None = None
 
     def shape(self, index: int) -> Size:
-        """Width and height that a sample is trained at; only samples of one shape go into one batch."""
+        """Return the width and height at which a sample is trained. All samples of a batch have the same shape."""
         if self.sizes is None:
             return (self.shapes.resolution, self.shapes.resolution)
         width, height = self.sizes[index].tolist()
         return self.shapes.of((width, height))
 
     def make(self, refs: Sequence[SampleRef], timesteps: Sequence[int] | None = None) -> Batch:
-        """The micro-batch of these samples, their class images behind them; timesteps are drawn unless given."""
+        """Make the micro-batch of these samples, followed by their class images. Timesteps are drawn unless given."""
         given = [None] * len(refs) if timesteps is None else timesteps
         samples = [self.sample(ref.index, ref, timestep) for ref, timestep in zip(refs, given, strict=True)]
         if self.prior is not None:
             samples += [self.prior.sample(self.draws, ref) for ref in refs]
         captions = tuple(sample.caption for sample in samples)
         text = {} if self.text is None else self.text.get(captions)
-        text[SIZES] = torch.stack([sample.sizes for sample in samples])
+        text[IMAGE_SIZES] = torch.stack([sample.sizes for sample in samples])
         conditions = [sample.conditioning for sample in samples if sample.conditioning is not None]
         is_perturbed = any(sample.mixed is not sample.noise for sample in samples)
         return Batch(
@@ -204,15 +209,15 @@ class BatchMaker:
         )
 
     def sample(self, index: int, key: SampleRef, timestep: int | None = None, weight: float = 1.0) -> Sample:
-        """One drawing of sample `index`, with the draws of `key`."""
+        """Make one use of sample `index`, with the random draws of `key`."""
         draws = self.draws
         view = self.augmentation.view(draws, key)
         posterior = self.latents.posterior(index, view)
-        shape = tuple(posterior.mean.shape)
-        latents = posterior.sample(draws.normal(Purpose.LATENT, key, shape)) * self.family.latent_scale
-        noise = self.noising.noise(draws, key, shape)
+        unscaled = posterior.sample(draws.normal(Purpose.LATENT, key, tuple(posterior.mean.shape)))
+        latents = self.family.scale_latents(unscaled)
+        noise = self.noising.noise(draws, key, tuple(latents.shape))
         if timestep is None:
-            timestep = self.noising.timestep(draws, key, self.family.schedule.num_timesteps)
+            timestep = self.noising.timestep(draws, key, self.family.objective.num_timesteps)
         return Sample(
             latents=latents,
             noise=noise,
@@ -229,7 +234,7 @@ class BatchMaker:
             return ""
         return self.captions.caption(self.source, ref, self.draws)
 
-    def _condition(self, ref: SampleRef, view: View, size: Size) -> Tensor | None:
+    def _condition(self, ref: SampleRef, view: CropView, size: Size) -> Tensor | None:
         if self.conditioning is None:
             return None
         return self.conditioning.read(self.source, ref, view, size, self.draws)

@@ -1,4 +1,4 @@
-"""What a sample is called: the caption of the data set, one prompt for all, or a sentence with the new token."""
+"""Chooses the captions of samples: the data set's captions, one prompt for all, or templates with the new token."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Protocol
 from finetune_contract.spec import LearnableProperty
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.order import SampleRef
-from finetune_trainer.data.sources.base import Samples
+from finetune_trainer.data.sources.base import SampleSet
 
-SENTENCES = {
+TEMPLATES = {
     LearnableProperty.OBJECT: (
         "a photo of a {}",
         "a picture of one {}",
@@ -31,31 +31,31 @@ SENTENCES = {
         "a dark picture in the style of {}",
     ),
 }
-"""Neutral sentences around a new token (https://arxiv.org/abs/2208.01618, section 4)."""
+"""Neutral prompt templates around a new token (https://arxiv.org/abs/2208.01618, section 4)."""
 
 
 class Captions(Protocol):
-    """Chooses the caption of each drawing of a sample."""
+    """Chooses the caption of each use of a sample."""
 
-    def caption(self, source: Samples, ref: SampleRef, draws: Draws) -> str:
-        """Caption of one drawing of a sample."""
+    def caption(self, source: SampleSet, ref: SampleRef, draws: Draws) -> str:
+        """Return the caption of one use of a sample."""
         ...
 
-    def every(self, source: Samples) -> Sequence[str]:
-        """All captions that can come up."""
+    def every(self, source: SampleSet) -> Sequence[str]:
+        """Return all captions that can be chosen."""
         ...
 
 
 class OwnCaptions:
     """The data set's captions."""
 
-    def caption(self, source: Samples, ref: SampleRef, draws: Draws) -> str:
-        """Caption of one drawing of a sample."""
+    def caption(self, source: SampleSet, ref: SampleRef, draws: Draws) -> str:
+        """Return the caption of one use of a sample."""
         del draws
         return source.caption(ref.index)
 
-    def every(self, source: Samples) -> Sequence[str]:
-        """All captions that can come up."""
+    def every(self, source: SampleSet) -> Sequence[str]:
+        """Return all captions that can be chosen."""
         return [source.caption(index) for index in range(len(source))]
 
 
@@ -65,34 +65,34 @@ class OnePrompt:
 
     prompt: str
 
-    def caption(self, source: Samples, ref: SampleRef, draws: Draws) -> str:
-        """Caption of one drawing of a sample."""
+    def caption(self, source: SampleSet, ref: SampleRef, draws: Draws) -> str:
+        """Return the caption of one use of a sample."""
         del source, ref, draws
         return self.prompt
 
-    def every(self, source: Samples) -> Sequence[str]:
-        """All captions that can come up."""
+    def every(self, source: SampleSet) -> Sequence[str]:
+        """Return all captions that can be chosen."""
         del source
         return [self.prompt]
 
 
 @dataclass(frozen=True)
-class TokenSentences:
-    """Captions that hold a new token: the data set's own where they do, else a neutral sentence, drawn anew."""
+class TokenTemplates:
+    """Captions with a new token: the data set's own caption if it has the token, else a random template."""
 
     token: str
     learnable: LearnableProperty
 
-    def caption(self, source: Samples, ref: SampleRef, draws: Draws) -> str:
-        """Caption of one drawing of a sample."""
+    def caption(self, source: SampleSet, ref: SampleRef, draws: Draws) -> str:
+        """Return the caption of one use of a sample."""
         own = source.caption(ref.index)
         if self.token in own:
             return own
-        sentences = SENTENCES[self.learnable]
-        return sentences[draws.integer(Purpose.SENTENCE, ref, len(sentences))].format(self.token)
+        templates = TEMPLATES[self.learnable]
+        return templates[draws.integer(Purpose.SENTENCE, ref, len(templates))].format(self.token)
 
-    def every(self, source: Samples) -> Sequence[str]:
-        """All captions that can come up."""
+    def every(self, source: SampleSet) -> Sequence[str]:
+        """Return all captions that can be chosen."""
         own = [source.caption(index) for index in range(len(source))]
-        sentences = [sentence.format(self.token) for sentence in SENTENCES[self.learnable]]
-        return [*sentences, *(caption for caption in own if self.token in caption)]
+        filled = [template.format(self.token) for template in TEMPLATES[self.learnable]]
+        return [*filled, *(caption for caption in own if self.token in caption)]

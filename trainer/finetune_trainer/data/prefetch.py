@@ -1,4 +1,4 @@
-"""Makes the next micro-batch while the model is busy with this one, so that the loop does not wait for it."""
+"""Prepares the next micro-batch while the model trains on the current one, so that the loop does not wait for it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from finetune_trainer.data.batches import Batch, BatchMaker
 from finetune_trainer.data.cache.encode import LiveLatents
-from finetune_trainer.data.images.decoding import Size
 from finetune_trainer.data.sampling.order import SampleRef
-from finetune_trainer.data.sources.base import Samples
+from finetune_trainer.data.sampling.shapes import Size
+from finetune_trainer.data.sources.base import SampleSet
 
 
 class Prefetcher:
-    """One micro-batch ahead. A batch follows from its samples alone, so it does not matter when it is made.
+    """Prepares one micro-batch ahead. A batch depends only on its samples, so it can be prepared at any time.
 
     Args:
-        batches: makes them; where it encodes images as it goes, on the device that trains, nothing is made ahead.
+        batches: makes the batches. If it encodes images on the training device, no batch is prepared ahead.
     """
 
     def __init__(self, batches: BatchMaker) -> None:
@@ -27,26 +27,26 @@ class Prefetcher:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: tuple[tuple[SampleRef, ...], Future[Batch]] | None = None
         self.waited_seconds = 0.0
-        """How long the loop has waited for batches in all."""
+        """Total time that the loop has waited for batches."""
 
     @property
-    def source(self) -> Samples:
-        """Where the samples come from."""
+    def source(self) -> SampleSet:
+        """The data set of the samples."""
         return self._batches.source
 
     def split(self, refs: Sequence[SampleRef], size: int) -> list[list[SampleRef]]:
-        """Cut samples into micro-batches of at most `size`, in their order; those of one shape together."""
+        """Split samples into micro-batches of at most `size` samples of one shape, in their order."""
         by_shape: dict[Size, list[SampleRef]] = {}
         for ref in refs:
             by_shape.setdefault(self._batches.shape(ref.index), []).append(ref)
         return [group[start : start + size] for group in by_shape.values() for start in range(0, len(group), size)]
 
     def take(self, refs: Sequence[SampleRef], then: Sequence[SampleRef]) -> Batch:
-        """The micro-batch of these samples; that of `then` is begun."""
+        """Return the micro-batch of these samples, and start to prepare that of `then`."""
         began = time.monotonic()
         ahead, self._ahead = self._ahead, None
-        is_known = ahead is not None and ahead[0] == tuple(refs)
-        batch = ahead[1].result() if ahead is not None and is_known else self._batches.make(refs)
+        is_ready = ahead is not None and ahead[0] == tuple(refs)
+        batch = ahead[1].result() if ahead is not None and is_ready else self._batches.make(refs)
         self.waited_seconds += time.monotonic() - began
         if self._pool is not None and then:
             self._ahead = (tuple(then), self._pool.submit(self._batches.make, then))

@@ -1,5 +1,5 @@
-"""The demo's world: a data set of coloured circles, and the small base model that was trained on it.
+"""The data set of the demo, which shows coloured circles, and the small base model that is trained on it.
 
-Nothing here knows about jobs, attempts or the operator. `circles` makes data and needs no torch; `train_base` trains
-the model that `examples/base-circles` ships.
+This package does not depend on jobs, attempts or the operator. `circles` writes the data set and does not need torch.
+`train_base` trains the model in `examples/base-circles`.
 """

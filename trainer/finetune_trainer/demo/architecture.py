@@ -1,8 +1,8 @@
-"""The parts of the demo's base model, untrained: a Stable Diffusion 1.x in shape, four million parameters in size.
+"""Builds the untrained parts of the demo's base model, a Stable Diffusion 1.x with four million parameters.
 
-Like SD 1.x: a VAE that shrinks the side eight times to four latent channels, a UNet that attends to the text encoder's
-last hidden states, and a scaled-linear noise schedule with 1,000 timesteps and noise as the target. Called by
-`train_base` only; what it makes is shipped in `examples/base-circles` and loads with plain diffusers.
+As in SD 1.x, the VAE reduces each side by a factor of eight and has four latent channels, the UNet attends to the last
+hidden states of the text encoder, and the noise schedule is scaled-linear with 1,000 timesteps and noise as the target.
+Called by `train_base` only. The trained model is in `examples/base-circles` and loads with plain diffusers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TEXT_WIDTH: Final = 64
 
 
 def build_vae() -> AutoencoderKL:
-    """The VAE: images (batch, 3, 64, 64) in [-1, 1] to latents (batch, 4, 8, 8) and back."""
+    """Build the VAE: images (batch, 3, 64, 64) in [-1, 1] to latents (batch, 4, 8, 8) and back."""
     num_levels = len(_VAE_CHANNELS)
     return AutoencoderKL(
         sample_size=IMAGE_SIZE,
@@ -36,7 +36,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text encoder: token ids (batch, 24) to hidden states (batch, 24, 64)."""
+    """Build the text encoder: token ids (batch, 24) to hidden states (batch, 24, 64)."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -54,7 +54,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """The UNet: noisy latents (batch, 4, 8, 8), timesteps (batch) and hidden states to the noise."""
+    """Build the UNet: noisy latents (batch, 4, 8, 8), timesteps (batch) and hidden states to the noise."""
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 2 ** (len(_VAE_CHANNELS) - 1),
         in_channels=_LATENT_CHANNELS,
@@ -70,7 +70,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> PNDMScheduler:
-    """The noise schedule of SD 1.x, with its default sampler."""
+    """Build the noise schedule of SD 1.x, with its default sampler."""
     scheduler = PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -81,6 +81,6 @@ def build_scheduler() -> PNDMScheduler:
         steps_offset=1,
         prediction_type="epsilon",
     )
-    # PNDM has no such setting, but DDIM and DDPM take theirs from this file, and clipping latents ruins the pictures.
+    # PNDM has no such setting, but DDIM and DDPM read theirs from the same file, and clipped latents ruin pictures.
     scheduler.register_to_config(clip_sample=False)
     return scheduler

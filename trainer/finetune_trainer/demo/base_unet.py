@@ -28,7 +28,7 @@ def train_unet(pipeline: StableDiffusionPipeline, num_steps: int, seed: int) -> 
     torch.manual_seed(seed)
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
     latents, token_ids = _samples(pipeline.vae, pipeline.tokenizer, seed)
-    nothing = _token_ids(pipeline.tokenizer, [""])
+    empty = _token_ids(pipeline.tokenizer, [""])
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     weights = loss_weights(schedule.alphas_cumprod)
     trained = [*unet.parameters(), *text_encoder.parameters()]
@@ -37,7 +37,7 @@ def train_unet(pipeline: StableDiffusionPipeline, num_steps: int, seed: int) -> 
     for step in range(num_steps):
         rows = torch.randint(len(latents), (_BATCH_SIZE,))
         dropped = torch.rand(_BATCH_SIZE, 1) < _CAPTION_DROPOUT
-        states = text_encoder(torch.where(dropped, nothing, token_ids[rows])).last_hidden_state
+        states = text_encoder(torch.where(dropped, empty, token_ids[rows])).last_hidden_state
         timesteps = torch.randint(schedule.config.num_train_timesteps, (_BATCH_SIZE,))
         noise = torch.randn_like(latents[rows])
         noisy = schedule.add_noise(latents[rows], noise, timesteps)
@@ -52,17 +52,17 @@ def train_unet(pipeline: StableDiffusionPipeline, num_steps: int, seed: int) -> 
 
 
 def loss_weights(alphas_cumprod: Tensor) -> Tensor:
-    """A weight for each timestep's squared error of the noise: 1 + 1/SNR, up to a limit.
+    """Return a weight for the squared error of the noise at each timestep: 1 + 1/SNR, up to a limit.
 
-    Without a limit this is the squared error of v (Salimans and Ho, 2022, appendix D). It gives the noisiest steps,
-    where the colours are decided, the weight that a short training needs.
+    Without a limit, this is the squared error of v (Salimans and Ho, 2022, appendix D). The noisiest timesteps decide
+    the colours, and a short training needs a larger weight for them.
     """
     inverse_snr = (1 - alphas_cumprod) / alphas_cumprod
     return 1 + inverse_snr.clamp(max=_MAX_EMPHASIS)
 
 
 def _samples(vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int) -> tuple[Tensor, Tensor]:
-    """Scaled latents (samples, 4, 8, 8) and token ids (samples, tokens), encoded once."""
+    """Return scaled latents (samples, 4, 8, 8) and token ids (samples, tokens). They are encoded once."""
     scenes = [make_scene(seed, "train", index) for index in range(_NUM_SAMPLES)]
     pixels = torch.stack([to_tensor(paint(scene, size=IMAGE_SIZE)) for scene in scenes])
     token_ids = _token_ids(tokenizer, [scene.caption for scene in scenes])

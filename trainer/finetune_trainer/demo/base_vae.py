@@ -1,6 +1,6 @@
 """Trains the VAE of the demo's base model. Called by `train_base`.
 
-It learns from random shapes as well as from circles, so that it can show what the UNet has never seen.
+The training data contain random shapes as well as circles, so that the VAE can also represent other styles.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ _NUM_CIRCLES = 4096
 _LEARNING_RATE = 2e-3
 _KL_WEIGHT = 1e-6
 
-# (share of the steps done, side of the crops, batch size). Colours are learnt from small crops, sixteen times cheaper
-# than whole pictures, which come last for what needs the wider view.
+# (end of the stage as a fraction of all steps, side of the crops, batch size). Colours are learnt from small crops,
+# which cost a sixteenth of complete pictures. Complete pictures come last, for features that need a larger context.
 _STAGES = ((0.5, 16, 16), (0.8, 32, 16), (1.0, 64, 8))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as (3, height, width) uint8."""
+    """Convert an RGB picture to uint8 (3, height, width)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Pixels 0 to 255 as the VAE takes them: float32 from -1 to 1."""
+    """Convert pixels from 0 to 255 to the input range of the VAE: float32 from -1 to 1."""
     return pixels.float() / 127.5 - 1
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """The means of the unscaled latents, (pictures, 4, 8, 8), of pictures (pictures, 3, 64, 64) uint8."""
+    """Return the means of the unscaled latents (pictures, 4, 8, 8) of uint8 pictures (pictures, 3, 64, 64)."""
     return torch.cat([vae.encode(normalise(part)).latent_dist.mean for part in torch.split(pixels, 64)])
 
 
@@ -50,7 +50,7 @@ def train_vae(num_steps: int, seed: int) -> AutoencoderKL:
     """Train a VAE from scratch and set its `scaling_factor` so that scaled latents of circles have unit variance."""
     torch.manual_seed(seed)
     vae = build_vae()
-    _let_colours_through(vae)
+    _init_as_average(vae)
     pictures = _pictures(seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, num_steps, pct_start=0.05)
@@ -70,8 +70,8 @@ def train_vae(num_steps: int, seed: int) -> AutoencoderKL:
     return vae
 
 
-def _let_colours_through(vae: AutoencoderKL) -> None:
-    """Start as a plain average of pixels with little noise: from torch's defaults, learning takes many times longer."""
+def _init_as_average(vae: AutoencoderKL) -> None:
+    """Initialise the VAE as an average of pixels with little noise. Torch's defaults need many times more steps."""
     for name, parameter in vae.named_parameters():
         layer = name.removesuffix(".weight")
         if layer.endswith("samplers.0.conv"):
@@ -86,13 +86,13 @@ def _let_colours_through(vae: AutoencoderKL) -> None:
 def _pictures(seed: int) -> Tensor:
     random = np.random.default_rng(seed)
     shapes = [to_tensor(paint_shapes(random, IMAGE_SIZE)) for _ in range(_NUM_SHAPES)]
-    # Last: the scaling factor is measured on them.
+    # The circles come last, because the scaling factor is computed from the last pictures.
     circles = [to_tensor(paint(make_scene(seed, "train", index), size=IMAGE_SIZE)) for index in range(_NUM_CIRCLES)]
     return torch.stack(shapes + circles)
 
 
 def _batches(pictures: Tensor, num_steps: int, seed: int) -> Iterator[Tensor]:
-    """Random crops of random pictures, turned and mirrored by chance."""
+    """Yield random crops of random pictures, randomly rotated and mirrored."""
     random = torch.Generator().manual_seed(seed)
     for step in range(num_steps):
         _, side, batch_size = next(stage for stage in _STAGES if step < stage[0] * num_steps)
@@ -104,6 +104,6 @@ def _batches(pictures: Tensor, num_steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def _picture_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
-    """Squared error, for colours to settle soon, and absolute error, for sharp edges."""
+    """Return the sum of the squared error, for fast convergence of colours, and the absolute error, for sharp edges."""
     error = decoded - pixels
     return error.square().mean() + error.abs().mean()

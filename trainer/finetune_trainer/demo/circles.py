@@ -1,10 +1,10 @@
-"""The fill-circles data set: a circle of one colour on a background of another, with its caption and its edges.
+"""Writes the circles data set: pictures of a circle on a background of another colour, with captions and edges.
 
-The base model of the demo has seen the style `plain` only. The other styles keep the captions and change the look, so
-that what a LoRA has learnt can be seen at a glance. Sample `index` of a split is a function of (seed, split, index)
-alone, and it has the same place, size and colours in every style.
+The base model of the demo is trained on the style `plain` only. The other styles keep the captions and change the
+appearance, so that the effect of a LoRA is easy to see. Sample `index` of a split depends only on (seed, split, index),
+and it has the same position, size and colours in every style.
 
-Called by the demo, its tests and `train_base`; needs no torch. As a command::
+Called by the demo, its tests and `train_base`. Does not need torch. As a command::
 
     python -m finetune_trainer.demo.circles FOLDER --style stripes --num-train 64 --num-validation 16
 """
@@ -39,20 +39,21 @@ PALETTE: Final[dict[str, Colour]] = {
     "white": (245, 245, 245),
     "black": (15, 15, 15),
 }
-"""The colour names of the captions and their sRGB values, far enough apart to be told by the mean of a few pixels."""
+"""The colour names of the captions, with sRGB values that the mean of a few pixels can distinguish."""
 
 SPLITS: Final = ("train", "validation")
 
-# Drawn this many times larger and averaged down: PIL draws without antialiasing.
+# Pictures are drawn larger by this factor and then reduced, because PIL draws without antialiasing.
 _SUPERSAMPLING: Final = 4
-# Wide enough stripes to survive a VAE that shrinks the side eight times.
+# The stripes are wide enough for a VAE that reduces each side by a factor of eight.
 _STRIPES_PER_SIDE: Final = 10
 _SPEC_FILE: Final = "circles.json"
+_DESCRIPTION: Final = "Write a data set of coloured circles with captions, for trying fine-tuning."
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
-    """One picture, free of pixels: two colour names, and the circle's place as fractions of the image's side."""
+class CircleScene:
+    """The content of a picture: two colour names, and the position of the circle as fractions of the image's side."""
 
     circle: str
     background: str
@@ -62,18 +63,18 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The sentence that describes the picture, in every style."""
+        """The caption of the picture, which is the same in every style."""
         return caption(self.circle, self.background)
 
     def box(self, size: int) -> Box:
-        """The square around the circle as (left, top, right, bottom), in pixels of an image of `size` x `size`."""
+        """Return the square around the circle as (left, top, right, bottom), in pixels of a `size` x `size` image."""
         left, top = (self.x - self.radius) * size, (self.y - self.radius) * size
         return left, top, left + 2 * self.radius * size, top + 2 * self.radius * size
 
 
 @dataclass(frozen=True, slots=True)
-class DatasetSpec:
-    """Everything that the bytes of a data set follow from."""
+class CirclesSpec:
+    """The arguments of a data set, which determine all its bytes."""
 
     style: str
     num_train: int
@@ -83,26 +84,26 @@ class DatasetSpec:
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
-            raise ValueError(f"style {self.style!r} is not known; use one of {', '.join(STYLES)}")
+            raise ValueError(f"style {self.style!r} does not exist; use one of {', '.join(STYLES)}")
         for name in ("num_train", "num_validation", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 0 or more")
         if self.size < 16:
-            raise ValueError(f"size is {self.size} pixels, too few to show a circle; use 16 or more")
+            raise ValueError(f"size is {self.size} pixels, which is too small to show a circle; use 16 or more")
 
 
 def caption(circle: str, background: str) -> str:
-    """The one form that captions of this data set have."""
+    """Return the caption for a pair of colours."""
     return f"{circle} circle with {background} background"
 
 
 def all_captions() -> list[str]:
-    """Every caption of the set, in the palette's order; a circle never has its background's colour."""
+    """Return all captions, in the order of the palette. A circle never has the colour of its background."""
     return [caption(circle, background) for circle in PALETTE for background in PALETTE if circle != background]
 
 
-def make_scene(seed: int, split: str, index: int) -> Scene:
-    """Draw sample `index` of a split from a generator that is keyed by (seed, split, index)."""
+def make_scene(seed: int, split: str, index: int) -> CircleScene:
+    """Draw sample `index` of a split from a random generator that is keyed by (seed, split, index)."""
     key = np.random.SeedSequence([seed, SPLITS.index(split), index])
     random = np.random.Generator(np.random.Philox(key))
     names = list(PALETTE)
@@ -110,19 +111,19 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
     background = (circle + 1 + int(random.integers(len(names) - 1))) % len(names)
     radius = float(random.uniform(0.22, 0.36))
     x, y = random.uniform(radius + 0.04, 1 - radius - 0.04, size=2)
-    return Scene(names[circle], names[background], float(x), float(y), radius)
+    return CircleScene(names[circle], names[background], float(x), float(y), radius)
 
 
-def paint(scene: Scene, style: str = "plain", size: int = 64) -> Image.Image:
-    """The picture of a scene: RGB, `size` x `size`, antialiased."""
+def paint(scene: CircleScene, style: str = "plain", size: int = 64) -> Image.Image:
+    """Paint the picture of a scene: RGB, `size` x `size`, antialiased."""
     mask = STYLES[style](scene, size * _SUPERSAMPLING).reduce(_SUPERSAMPLING)
     image = Image.new("RGB", (size, size), PALETTE[scene.background])
     image.paste(PALETTE[scene.circle], mask=mask)
     return image
 
 
-def paint_edges(scene: Scene, style: str = "plain", size: int = 64) -> Image.Image:
-    """The outline of the scene's shape in white on black: RGB, `size` x `size`, antialiased."""
+def paint_edges(scene: CircleScene, style: str = "plain", size: int = 64) -> Image.Image:
+    """Paint the outline of the scene's shape in white on black: RGB, `size` x `size`, antialiased."""
     scale = size * _SUPERSAMPLING
     edges = Image.new("L", (scale, scale))
     draw = ImageDraw.Draw(edges)
@@ -131,7 +132,7 @@ def paint_edges(scene: Scene, style: str = "plain", size: int = 64) -> Image.Ima
     return edges.reduce(_SUPERSAMPLING).convert("RGB")
 
 
-def make_dataset(  # noqa: PLR0913 - the arguments are the whole description of the data set
+def make_dataset(  # noqa: PLR0913 - the arguments describe the data set completely
     folder: str | os.PathLike[str],
     *,
     style: str = "plain",
@@ -140,15 +141,15 @@ def make_dataset(  # noqa: PLR0913 - the arguments are the whole description of 
     size: int = 64,
     seed: int = 0,
 ) -> Path:
-    """Write the data set in the image-folder form of `datasets`, or finish what an interrupted call has begun.
+    """Write the data set in the imagefolder layout of `datasets`, or finish an interrupted call.
 
-    Each of `folder/train` and `folder/validation` has `000000.png` ..., `edges/000000.png` ... and, written last,
-    `metadata.jsonl` with the columns file_name, text and conditioning_image. Every file appears whole or not at all,
-    and files that are there are kept, so calling again is cheap and changes nothing. One caller at a time.
+    `folder/train` and `folder/validation` have `000000.png` ..., `edges/000000.png` ... and `metadata.jsonl` with the
+    columns file_name, text and conditioning_image, which is written last. Each file is written atomically, and existing
+    files are kept, so a second call is fast and changes nothing. Only one process may write to a folder at a time.
 
-    Returns the folder. Raises ValueError on bad arguments, and when the folder holds a data set of other arguments.
+    Return the folder. Raise ValueError for invalid arguments, and if the folder has a data set with other arguments.
     """
-    spec = DatasetSpec(style, num_train, num_validation, size, seed)
+    spec = CirclesSpec(style, num_train, num_validation, size, seed)
     root = Path(folder)
     _claim(root, spec)
     for split, num_samples in zip(SPLITS, (num_train, num_validation), strict=True):
@@ -156,19 +157,20 @@ def make_dataset(  # noqa: PLR0913 - the arguments are the whole description of 
     return root
 
 
-def _claim(root: Path, spec: DatasetSpec) -> None:
-    """Note what the folder is for; refuse one that is for something else."""
+def _claim(root: Path, spec: CirclesSpec) -> None:
+    """Write the arguments of the data set to the folder. Refuse a folder with other arguments."""
     note = root / _SPEC_FILE
     wanted = json.dumps(asdict(spec), indent=2) + "\n"
     if not note.exists():
-        _write_whole(note, lambda part: part.write_text(wanted, encoding="utf-8"))
+        _write_if_missing(note, lambda part: part.write_text(wanted, encoding="utf-8"))
     elif (found := note.read_text(encoding="utf-8")) != wanted:
         raise ValueError(
-            f"folder {root} holds a data set of {' '.join(found.split())}; name another folder or empty it"
+            f"folder {root} has a data set with other arguments: {' '.join(found.split())}; "
+            "name another folder, or empty it"
         )
 
 
-def _write_split(folder: Path, spec: DatasetSpec, split: str, num_samples: int) -> None:
+def _write_split(folder: Path, spec: CirclesSpec, split: str, num_samples: int) -> None:
     rows = []
     for index in range(num_samples):
         scene = make_scene(spec.seed, split, index)
@@ -178,16 +180,16 @@ def _write_split(folder: Path, spec: DatasetSpec, split: str, num_samples: int) 
         _save_png(folder / edges, partial(paint_edges, scene, spec.style, spec.size))
         rows.append({"file_name": name, "text": scene.caption, "conditioning_image": edges})
     table = "".join(json.dumps(row) + "\n" for row in rows)
-    # Last: a folder with this file has all the files that it names.
-    _write_whole(folder / "metadata.jsonl", lambda part: part.write_text(table, encoding="utf-8"))
+    # This file is written last, so that all the files that it names exist.
+    _write_if_missing(folder / "metadata.jsonl", lambda part: part.write_text(table, encoding="utf-8"))
 
 
 def _save_png(path: Path, make: Callable[[], Image.Image]) -> None:
-    _write_whole(path, lambda part: make().save(part, format="PNG"))
+    _write_if_missing(path, lambda part: make().save(part, format="PNG"))
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path` and rename it there, unless `path` is there already."""
+def _write_if_missing(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a temporary file with `write` and rename it to `path`, unless `path` exists."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,29 +198,29 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     part.replace(path)
 
 
-def _disc(scene: Scene, scale: int) -> Image.Image:
-    """Coverage of the circle's area, 0 or 255, at `scale` x `scale`."""
+def _disc(scene: CircleScene, scale: int) -> Image.Image:
+    """Return the mask of the circle's area, 0 or 255, at `scale` x `scale`."""
     mask = Image.new("L", (scale, scale))
     ImageDraw.Draw(mask).ellipse(scene.box(scale), fill=255)
     return mask
 
 
-def _striped_disc(scene: Scene, scale: int) -> Image.Image:
-    """The circle behind horizontal bars of the background's colour, which lie still wherever the circle is."""
+def _striped_disc(scene: CircleScene, scale: int) -> Image.Image:
+    """Return the circle behind horizontal bars of the background's colour, at positions independent of the circle."""
     rows = (np.arange(scale) * _STRIPES_PER_SIDE // scale) % 2 == 0
     stripes = Image.fromarray(np.repeat(np.where(rows, 255, 0).astype(np.uint8)[:, None], scale, axis=1))
     return ImageChops.multiply(_disc(scene, scale), stripes)
 
 
-def _square(scene: Scene, scale: int) -> Image.Image:
-    """The square around the circle, in the circle's place."""
+def _square(scene: CircleScene, scale: int) -> Image.Image:
+    """Return the square around the circle."""
     mask = Image.new("L", (scale, scale))
     ImageDraw.Draw(mask).rectangle(scene.box(scale), fill=255)
     return mask
 
 
-def _ring(scene: Scene, scale: int) -> Image.Image:
-    """The circle with a hole of half its radius."""
+def _ring(scene: CircleScene, scale: int) -> Image.Image:
+    """Return the circle with a hole of half its radius."""
     mask = _disc(scene, scale)
     left, top, right, bottom = scene.box(scale)
     inset = (right - left) / 4
@@ -226,24 +228,24 @@ def _ring(scene: Scene, scale: int) -> Image.Image:
     return mask
 
 
-STYLES: Final[dict[str, Callable[[Scene, int], Image.Image]]] = {
+STYLES: Final[dict[str, Callable[[CircleScene, int], Image.Image]]] = {
     "plain": _disc,
     "stripes": _striped_disc,
     "squares": _square,
     "rings": _ring,
 }
-"""Where a style puts the circle's colour: scene and side in pixels to a mask of that side."""
+"""The area that each style paints in the circle's colour, as a mask for a scene and a side in pixels."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `make_dataset`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m finetune_trainer.demo.circles", description=main.__doc__)
-    parser.add_argument("folder", type=Path, help="where to write; an interrupted call is finished by the next one")
-    parser.add_argument("--style", default="plain", choices=tuple(STYLES), help="look of the circles (default: plain)")
+    """Run `make_dataset` from the command line, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m finetune_trainer.demo.circles", description=_DESCRIPTION)
+    parser.add_argument("folder", type=Path, help="folder to write to; the next call finishes an interrupted one")
+    parser.add_argument("--style", default="plain", choices=tuple(STYLES), help="style of the circles (default: plain)")
     parser.add_argument("--num-train", type=int, default=64, help="training samples (default: 64)")
     parser.add_argument("--num-validation", type=int, default=16, help="held-out samples (default: 16)")
     parser.add_argument("--size", type=int, default=64, help="side of an image in pixels (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other samples (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     options = vars(parser.parse_args(arguments))
     try:
         folder = make_dataset(options.pop("folder"), **options)

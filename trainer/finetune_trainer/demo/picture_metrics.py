@@ -1,4 +1,4 @@
-"""What a person would see in a generated picture, as numbers; and grids of pictures for the person.
+"""Measures the colours and the shape in generated pictures, and combines pictures in a grid.
 
 Called by `train_base`, the demo and the tests.
 """
@@ -17,13 +17,13 @@ from PIL import Image
 from finetune_trainer.demo.circles import PALETTE, caption
 
 _COLOURS = np.array(list(PALETTE.values()), dtype=np.float64)
-# A pixel this far from the background, in sRGB units, belongs to the shape.
+# Smallest distance of a pixel of the shape from the background's colour, in sRGB units.
 _CONTRAST = 50.0
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """The nearest colour names in a picture, and how round its shape is: 1 for a disc, 0 where there is no shape."""
+class PictureMetrics:
+    """The nearest colour names in a picture, and the roundness of its shape: 1 for a disc, 0 without a shape."""
 
     circle: str
     background: str
@@ -31,19 +31,19 @@ class Look:
 
     @property
     def caption(self) -> str:
-        """The caption that the picture deserves."""
+        """The caption that describes the picture."""
         return caption(self.circle, self.background)
 
 
-def look_at(image: Image.Image) -> Look:
-    """Tell the background by the picture's frame, and the shape by what differs from it."""
+def measure_picture(image: Image.Image) -> PictureMetrics:
+    """Measure a picture: the background is the colour of its border, and the shape is what differs from it."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
     background = np.median(frame, axis=0)
     shape = np.linalg.norm(pixels - background, axis=2) > _CONTRAST
     if not shape.any():
-        return Look(_nearest(background), _nearest(background), 0.0)
-    return Look(_nearest(np.median(pixels[shape], axis=0)), _nearest(background), _roundness(shape))
+        return PictureMetrics(_nearest(background), _nearest(background), 0.0)
+    return PictureMetrics(_nearest(np.median(pixels[shape], axis=0)), _nearest(background), _roundness(shape))
 
 
 def sample_images(
@@ -54,7 +54,7 @@ def sample_images(
     num_inference_steps: int = 25,
     guidance_scale: float = 4.0,
 ) -> list[Image.Image]:
-    """One picture for each caption by DDIM; picture i starts from noise that is keyed by (seed, i) alone."""
+    """Generate one picture for each caption with DDIM. The initial noise of picture i depends only on (seed, i)."""
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     images: list[Image.Image] = pipeline(
@@ -67,7 +67,7 @@ def sample_images(
 
 
 def picture_grid(rows: Sequence[Sequence[Image.Image]], *, margin: int = 4) -> Image.Image:
-    """Rows of pictures of one size as one picture."""
+    """Combine rows of pictures of equal size in one picture."""
     width, height = rows[0][0].size
     columns = max(len(row) for row in rows)
     grid = Image.new("RGB", (columns * (width + margin) + margin, len(rows) * (height + margin) + margin), "grey")
@@ -82,7 +82,7 @@ def _nearest(colour: npt.NDArray[np.float64]) -> str:
 
 
 def _roundness(shape: npt.NDArray[np.bool_]) -> float:
-    """Overlap (intersection over union) of a shape with the disc of the same area and centre."""
+    """Return the overlap (intersection over union) of a shape with the disc of the same area and centre."""
     rows, columns = np.nonzero(shape)
     down, across = np.indices(shape.shape)
     distance = np.hypot(down - rows.mean(), across - columns.mean())

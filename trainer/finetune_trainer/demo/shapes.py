@@ -1,7 +1,7 @@
-"""Random pictures for training the VAE, so that it can show styles that the rest of the base model has never seen.
+"""Paints random pictures for training the VAE, so that it can represent styles on which the UNet is not trained.
 
-Ellipses, boxes, polygons and rings, flat, striped or shaded, in any colours, on flat or shaded backgrounds. Called by
-`train_base` only.
+The pictures have ellipses, boxes, polygons and rings that are plain, striped or shaded, in any colours, on plain,
+striped or shaded backgrounds. Called by `train_base` only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SUPERSAMPLING: Final = 4
 
 
 def paint_shapes(random: np.random.Generator, size: int) -> Image.Image:
-    """One to three random shapes on a random background: RGB, `size` x `size`, antialiased."""
+    """Paint one to three random shapes on a random background: RGB, `size` x `size`, antialiased."""
     scale = size * _SUPERSAMPLING
     image = _fill(random, scale)
     for _ in range(int(random.integers(1, 4))):
@@ -28,7 +28,7 @@ def paint_shapes(random: np.random.Generator, size: int) -> Image.Image:
 
 
 def _colour(random: np.random.Generator) -> Colour:
-    """A colour of the captions, or any other, with the same chance."""
+    """Return a colour of the captions, or any colour, with equal probability."""
     if random.random() < 0.5:
         return list(PALETTE.values())[int(random.integers(len(PALETTE)))]
     red, green, blue = (int(value) for value in random.integers(0, 256, size=3))
@@ -36,7 +36,7 @@ def _colour(random: np.random.Generator) -> Colour:
 
 
 def _fill(random: np.random.Generator, scale: int) -> Image.Image:
-    """A whole picture of one colour, of stripes in two, or of a shade from one to another."""
+    """Return a picture of one colour, of stripes in two colours, or of a gradient between two colours."""
     first, second = _colour(random), _colour(random)
     kind = random.random()
     if kind < 0.5:
@@ -48,20 +48,20 @@ def _fill(random: np.random.Generator, scale: int) -> Image.Image:
 
 
 def _stripes(random: np.random.Generator, scale: int) -> npt.NDArray[np.float64]:
-    """Stripes of 1/16 to 1/5 of the side, half of them along an axis; values 0 and 1."""
+    """Return stripes of 1/16 to 1/5 of the side as values 0 and 1. Half of the pictures have them along an axis."""
     width = random.uniform(1 / 16, 1 / 5)
     return np.floor(_ramp(random, scale) / width + random.random()) % 2
 
 
 def _shade(random: np.random.Generator, scale: int) -> npt.NDArray[np.float64]:
-    """A linear shade from 0 to 1 across the picture."""
+    """Return a linear gradient from 0 to 1 over the picture."""
     ramp = _ramp(random, scale)
     shade: npt.NDArray[np.float64] = (ramp - ramp.min()) / (ramp.max() - ramp.min())
     return shade
 
 
 def _ramp(random: np.random.Generator, scale: int) -> npt.NDArray[np.float64]:
-    """The position of each pixel along a direction, in sides of the picture."""
+    """Return the position of each pixel along a random direction, in units of the picture's side."""
     angle = random.integers(2) * np.pi / 2 if random.random() < 0.5 else random.uniform(0, np.pi)
     across = np.arange(scale) / scale
     ramp: npt.NDArray[np.float64] = np.cos(angle) * across[:, None] + np.sin(angle) * across[None, :]
@@ -69,7 +69,7 @@ def _ramp(random: np.random.Generator, scale: int) -> npt.NDArray[np.float64]:
 
 
 def _shape(random: np.random.Generator, scale: int) -> Image.Image:
-    """The area of one random shape, 0 or 255, anywhere in the picture."""
+    """Return the mask of one random shape at a random position, 0 or 255."""
     mask = Image.new("L", (scale, scale))
     draw = ImageDraw.Draw(mask)
     x, y = random.uniform(0.15, 0.85, size=2) * scale
@@ -88,7 +88,7 @@ def _shape(random: np.random.Generator, scale: int) -> Image.Image:
 
 
 def _corners(random: np.random.Generator, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """The corners of a regular polygon with three to six of them, turned by chance."""
+    """Return the corners of a regular polygon with three to six corners and a random rotation."""
     num_corners = int(random.integers(3, 7))
     angles = random.uniform(0, 2 * np.pi) + np.arange(num_corners) * 2 * np.pi / num_corners
     return [(x + radius * float(np.cos(angle)), y + radius * float(np.sin(angle))) for angle in angles]

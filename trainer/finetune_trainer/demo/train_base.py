@@ -1,6 +1,6 @@
 """Trains the base model of the demo from scratch and saves it as a diffusers folder in half precision.
 
-On one thread, for a model like the one in `examples/base-circles`::
+To train a model like the one in `examples/base-circles`, on one thread::
 
     python -m finetune_trainer.demo.train_base --out examples/base-circles
 """
@@ -23,7 +23,7 @@ from finetune_trainer.demo.architecture import NUM_TOKENS, build_scheduler, buil
 from finetune_trainer.demo.base_unet import train_unet
 from finetune_trainer.demo.base_vae import train_vae
 from finetune_trainer.demo.circles import all_captions
-from finetune_trainer.demo.picture_metrics import look_at, picture_grid, sample_images
+from finetune_trainer.demo.picture_metrics import measure_picture, picture_grid, sample_images
 from finetune_trainer.demo.vocabulary import write_tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _ROUND = 0.85
 def train_base(
     *, vae_steps: int, unet_steps: int, seed: int, vae: AutoencoderKL | None = None
 ) -> StableDiffusionPipeline:
-    """Train every part of the base, or all but a `vae` that is given; the pipeline is in fp32."""
+    """Train all parts of the base model, except for a given `vae`. Return the pipeline in fp32."""
     vae = vae or train_vae(vae_steps, seed)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,19 +55,22 @@ def train_base(
 
 
 def save_base(pipeline: StableDiffusionPipeline, folder: Path) -> int:
-    """Save the pipeline in half precision, whole or not at all, and return its size in bytes.
+    """Save the pipeline in half precision, and return its size in bytes.
 
-    Files beside the model's own, such as a README, stay. Raises ValueError when the model is over 8 MB.
+    The model replaces an existing one only after it is complete. Other files in the folder, such as a README, stay.
+    Raise ValueError if the model is larger than 8 MB.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-        part = Path(aside)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        part = Path(temporary)
         pipeline.to(torch.float16).save_pretrained(part, safe_serialization=True)
         write_tokenizer(part / "tokenizer", NUM_TOKENS)
-        _forget_origin(part)
+        _remove_local_paths(part)
         num_bytes = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
         if num_bytes > _MAX_BYTES:
-            raise ValueError(f"the model takes {num_bytes} bytes; make its parts smaller than {_MAX_BYTES} in all")
+            raise ValueError(
+                f"the model has {num_bytes} bytes; reduce its parts to less than {_MAX_BYTES} bytes in total"
+            )
         for child in part.iterdir():
             target = folder / child.name
             if target.is_dir():
@@ -76,8 +79,8 @@ def save_base(pipeline: StableDiffusionPipeline, folder: Path) -> int:
     return num_bytes
 
 
-def _forget_origin(folder: Path) -> None:
-    """Take out of the configurations where on this machine the parts were loaded from."""
+def _remove_local_paths(folder: Path) -> None:
+    """Remove from the configurations the paths on this machine that the parts were loaded from."""
     for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
@@ -85,33 +88,34 @@ def _forget_origin(folder: Path) -> None:
 
 
 def score_base(folder: Path, grid: Path | None = None) -> dict[str, float]:
-    """Draw every caption once with the saved model; the shares of right colours and of clean circles.
+    """Generate one picture for each caption with the saved model.
 
-    The pictures are written to `grid` where one is named, a row for each colour of the circle.
+    Return the fractions of pictures with the right colours and with a round circle. If `grid` is given, write the
+    pictures to this file, with one row for each colour of the circle.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)
     captions = all_captions()
     images = sample_images(pipeline, captions)
     if grid is not None:
         picture_grid([images[start : start + 9] for start in range(0, len(images), 9)]).save(grid)
-    looks = [look_at(image) for image in images]
-    right = [look.caption == wanted for look, wanted in zip(looks, captions, strict=True)]
+    metrics = [measure_picture(image) for image in images]
+    right = [each.caption == caption for each, caption in zip(metrics, captions, strict=True)]
     return {
         "right_colours": sum(right) / len(right),
-        "round_circles": sum(look.roundness >= _ROUND for look in looks) / len(looks),
+        "round_circles": sum(each.roundness >= _ROUND for each in metrics) / len(metrics),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train the demo's base model, save it, and print as the last line, in JSON, how good it is."""
+    """Train the demo's base model and save it. The last line of the output is its quality in JSON."""
     parser = argparse.ArgumentParser(prog="python -m finetune_trainer.demo.train_base", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to save the model to")
-    parser.add_argument("--grid", type=Path, help="PNG file for one picture of every caption")
-    parser.add_argument("--vae", type=Path, help="folder of a model whose VAE is kept and not trained again")
+    parser.add_argument("--grid", type=Path, help="PNG file to write, with one picture for each caption")
+    parser.add_argument("--vae", type=Path, help="folder of a model whose VAE is reused instead of trained")
     parser.add_argument("--vae-steps", type=int, default=9000, help="training steps of the VAE (default: 9000)")
     parser.add_argument("--unet-steps", type=int, default=6000, help="training steps of the UNet (default: 6000)")
     parser.add_argument("--num-threads", type=int, default=1, help="threads to train with (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data and the draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data and of all random draws (default: 0)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(options.num_threads)

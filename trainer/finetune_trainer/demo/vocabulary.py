@@ -1,7 +1,7 @@
-"""The demo's vocabulary: a CLIP tokenizer for which every word of the captions is one token.
+"""Builds the demo's CLIP tokenizer, in which every word of the captions is a single token.
 
-Like CLIP's it is a byte-level pair encoding, so any other word is spelled and nothing is unknown. Called by
-`train_base` only.
+Like CLIP's tokenizer it is a byte-level pair encoding, so other words are spelled in letters, and no word is unknown.
+Called by `train_base` only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Pair = tuple[str, str]
 WORDS: Final = (
     *PALETTE,
     *("circle", "with", "background"),
-    # Not in the captions of the base: for those who fine-tune it.
+    # Words for fine-tuning. They are not in the captions of the base.
     *("a", "the", "of", "in", "on", "and", "photo", "picture", "style", "square", "ring", "striped", "stripes"),
 )
 
@@ -32,9 +32,9 @@ _SPECIAL_TOKENS: Final = ("<|startoftext|>", "<|endoftext|>")
 
 
 def learn_merges(words: Iterable[str]) -> list[Pair]:
-    """Merges that make each of `words` a single token (byte pair encoding; Sennrich et al., ACL 2016).
+    """Return the merges that make each of `words` a single token (byte pair encoding; Sennrich et al., ACL 2016).
 
-    The most frequent pair is merged first, the alphabetically first among equals, until no pair is left.
+    The most frequent pair is merged first, or the alphabetically first of several, until no pair remains.
     """
     spellings = [[*word[:-1], word[-1] + _END_OF_WORD] for word in sorted(set(words))]
     merges: list[Pair] = []
@@ -46,7 +46,7 @@ def learn_merges(words: Iterable[str]) -> list[Pair]:
 
 
 def write_tokenizer(folder: Path, num_tokens: int) -> CLIPTokenizer:
-    """Write the tokenizer's files and load it from them; it pads to `num_tokens`, its longest sentence."""
+    """Write the files of the tokenizer, and load it from them. It pads all texts to `num_tokens`, its longest input."""
     merges = learn_merges(WORDS)
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + _END_OF_WORD for letter in letters), *(first + second for first, second in merges)]
@@ -70,7 +70,7 @@ def write_tokenizer(folder: Path, num_tokens: int) -> CLIPTokenizer:
 
 
 def _merge(spelling: list[str], pair: Pair) -> list[str]:
-    """The spelling with each occurrence of the pair joined, from the left."""
+    """Return the spelling with each occurrence of the pair joined, from the left."""
     joined: list[str] = []
     for symbol in spelling:
         if joined and (joined[-1], symbol) == pair:

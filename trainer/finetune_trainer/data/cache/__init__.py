@@ -1,1 +1,1 @@
-"""The cache of frozen encoder outputs, and the map phase that fills it."""
+"""The cache of the outputs of frozen encoders, and the map phase that fills it."""

@@ -1,4 +1,4 @@
-"""The map phase: what frozen encoders make of images and captions is computed once, by all ranks, into the cache."""
+"""The map phase: all ranks compute the outputs of the frozen encoders once, and store them in the cache."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune_trainer.data.cache.hashes import FileHashes, hash_text
 from finetune_trainer.data.cache.store import Item, TensorCache
-from finetune_trainer.data.images.decoding import View, to_pixels
+from finetune_trainer.data.hashes import FileHashes, hash_text
+from finetune_trainer.data.images.decoding import CropView, decode_sample, to_pixels
 from finetune_trainer.data.sampling.shapes import Shapes
-from finetune_trainer.data.sources.base import Source, decode_sample
+from finetune_trainer.data.sources.base import SampleSource
 from finetune_trainer.distributed.world import World
 from finetune_trainer.models.family import Family, ImageEncoder
 from finetune_trainer.models.text import TextEncoder
 
 SHARD_ITEMS = 256
 SHARD_SECONDS = 5.0
-"""At least so often what was computed is written, for a preemption loses what was not."""
+"""Longest time between two writes. A preemption loses what has not been written."""
 
 Progress = Callable[[int, int], None]
-"""Told how many of how many items this rank has done."""
+"""Receives the number of items that this rank has finished, and the number that it has to do."""
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """What the VAE says of an image.
+    """The VAE's posterior distribution of an image's latents.
 
     Attributes:
-        mean: of the unscaled latents, float32 (C, h, w).
+        mean: mean of the unscaled latents, float32 (C, h, w).
         std: their standard deviation, the same shape.
         size: width and height of the image as stored.
     """
@@ -43,7 +43,7 @@ class Posterior:
     size: tuple[int, int]
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Latents (C, h, w) drawn with the given standard normal noise."""
+        """Return latents (C, h, w) that are sampled with the given standard normal noise."""
         return self.mean + self.std * noise
 
 
@@ -54,27 +54,27 @@ def fill(
     world: World,
     progress: Progress,
 ) -> None:
-    """Compute what the cache lacks, each rank its share, and wait until all is there.
+    """Compute the items that the cache lacks, an equal part on each rank, and wait until all are stored.
 
-    Items are encoded one by one: in a batch their last bits would depend on their neighbours, and those on where a
-    killed map phase had stopped.
+    Items are encoded one by one. In a batch, the last bits of an item would depend on its neighbours, and these on the
+    point where a killed map phase had stopped.
 
     Args:
-        cache: where the items go.
-        work: key of each item wanted, and the number that the encoder knows it by.
-        make_encoder: reads the encoder; called only where something is missing.
+        cache: stores the items.
+        work: key of each item, and the number by which the encoder identifies it.
+        make_encoder: loads the encoder; called only if an item is missing.
         world: the ranks.
-        progress: told after each item.
+        progress: called after each item.
     """
     if world.is_first:
         cache.sweep(time.time())
     cache.refresh()
-    # One list for all: what a rank finds missing depends on what the others have written by then.
+    # All ranks use one list: what is missing at the time of a rank's check depends on what the others have written.
     missing = world.share(cache.missing(work))
     _encode([(key, work[key]) for key in missing[world.rank :: world.size]], cache, make_encoder, progress)
     world.barrier()
     cache.refresh()
-    # Where the ranks share no disk, each computes for itself what the others have computed for themselves.
+    # If the ranks share no disk, each rank also computes the items that the other ranks have stored on their disks.
     _encode([(key, work[key]) for key in cache.missing(work)], cache, make_encoder, progress)
     cache.refresh()
 
@@ -99,7 +99,7 @@ def _encode(
 
 
 class TextCache:
-    """Text embeddings by caption."""
+    """The text embeddings of captions."""
 
     def __init__(self, root: Path, family: Family, hashes: FileHashes, dtype: torch.dtype) -> None:
         self._family = family
@@ -108,7 +108,7 @@ class TextCache:
         self._cache = TensorCache(root / "text" / self._encoder_id[:32])
 
     def fill(self, captions: Sequence[str], world: World, progress: Progress) -> None:
-        """Compute what is missing of these captions' embeddings."""
+        """Compute the embeddings of these captions that the cache lacks."""
         distinct = sorted(set(captions))
 
         def make_encoder() -> Callable[[int], Item]:
@@ -123,7 +123,7 @@ class TextCache:
         fill(self._cache, {self._key(text): i for i, text in enumerate(distinct)}, make_encoder, world, progress)
 
     def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of captions that were filled in, stacked (n, ...)."""
+        """Return the embeddings of captions, stacked (n, ...). `fill` must have computed them."""
         items = [self._cache.get(self._key(caption)) for caption in captions]
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
@@ -132,7 +132,7 @@ class TextCache:
 
 
 class LatentStore:
-    """Posteriors of images by content and view, as one VAE and one set of shapes make them."""
+    """The posteriors of images by content and view, for one VAE and one set of shapes."""
 
     def __init__(self, root: Path, family: Family, hashes: FileHashes, shapes: Shapes) -> None:
         self._family = family
@@ -140,36 +140,36 @@ class LatentStore:
         self._encoder_id = hash_text("latents with sizes", hashes.of_files(family.image_encoder_files()), str(shapes))
         self.cache = TensorCache(root / "latents" / self._encoder_id[:32])
 
-    def key(self, image_id: str, view: View) -> str:
-        """Key of the posterior of an image in a view."""
+    def key(self, image_id: str, view: CropView) -> str:
+        """Return the key of the posterior of an image in a view."""
         return hash_text(self._encoder_id, image_id, f"{view.left} {view.top} {view.flip}")
 
-    def make_encoder(self, device: torch.device) -> Callable[[Image.Image, View], Item]:
-        """Read the VAE; the answer makes the item of an image in a view."""
+    def make_encoder(self, device: torch.device) -> Callable[[Image.Image, CropView], Item]:
+        """Load the VAE, and return a function that computes the item of an image in a view."""
         encoder = self._family.load_image_encoder(device)
 
-        def encode(image: Image.Image, view: View) -> Item:
+        def encode(image: Image.Image, view: CropView) -> Item:
             posterior = encode_image(encoder, image, self._shapes, view)
             return {"mean": posterior.mean, "std": posterior.std, "size": torch.tensor(posterior.size)}
 
         return encode
 
-    def posterior(self, image_id: str, view: View) -> Posterior:
-        """Posterior of an image in a view that is there."""
+    def posterior(self, image_id: str, view: CropView) -> Posterior:
+        """Return the posterior of an image in a view. The cache must hold it."""
         item = self.cache.get(self.key(image_id, view))
         width, height = item["size"].tolist()
         return Posterior(item["mean"], item["std"], (width, height))
 
 
 class LatentCache:
-    """Posteriors of the images of one data set, for a few fixed views of each."""
+    """The posteriors of the images of one data set, for a few fixed views of each image."""
 
     def __init__(self, store: LatentStore, image_ids: Sequence[str]) -> None:
         self._store = store
         self._image_ids = image_ids
 
-    def fill(self, source: Source, views: Sequence[View], world: World, progress: Progress) -> None:
-        """Compute what is missing of the posteriors of every image in each of the views."""
+    def fill(self, source: SampleSource, views: Sequence[CropView], world: World, progress: Progress) -> None:
+        """Compute the posteriors of all images in each of the views that the cache lacks."""
         numbers = [(index, view) for index in range(len(source)) for view in views]
         work = {self._store.key(self._image_ids[index], view): number for number, (index, view) in enumerate(numbers)}
 
@@ -184,25 +184,25 @@ class LatentCache:
 
         fill(self._store.cache, work, make_encoder, world, progress)
 
-    def posterior(self, index: int, view: View) -> Posterior:
-        """Posterior of an image in a view that was filled in."""
+    def posterior(self, index: int, view: CropView) -> Posterior:
+        """Return the posterior of an image in a view. `fill` must have computed it."""
         return self._store.posterior(self._image_ids[index], view)
 
 
 class LiveLatents:
-    """Posteriors computed when they are asked for: where a random crop makes each one new."""
+    """Posteriors that are computed on request, because a random crop makes each of them different."""
 
-    def __init__(self, encoder: ImageEncoder, source: Source, shapes: Shapes) -> None:
+    def __init__(self, encoder: ImageEncoder, source: SampleSource, shapes: Shapes) -> None:
         self._encoder = encoder
         self._source = source
         self._shapes = shapes
 
-    def posterior(self, index: int, view: View) -> Posterior:
-        """Posterior of an image in any view."""
+    def posterior(self, index: int, view: CropView) -> Posterior:
+        """Compute the posterior of an image in any view."""
         return encode_image(self._encoder, decode_sample(self._source, index), self._shapes, view)
 
 
-def encode_image(encoder: ImageEncoder, image: Image.Image, shapes: Shapes, view: View) -> Posterior:
-    """What a VAE says of one image, cut to its shape and view."""
+def encode_image(encoder: ImageEncoder, image: Image.Image, shapes: Shapes, view: CropView) -> Posterior:
+    """Encode one image with a VAE, cropped to its shape and view."""
     mean, std = encoder.encode(to_pixels(image, shapes.of(image.size), view).unsqueeze(0))
     return Posterior(mean[0].float().cpu(), std[0].float().cpu(), image.size)

@@ -1,8 +1,8 @@
-"""A content-addressed store of named tensors: what frozen encoders made of images and captions.
+"""A content-addressed store of named tensors: the outputs of frozen encoders for images and captions.
 
-A folder of safetensors shards, each written aside and renamed, so that whatever is there is whole; shared by all ranks
-and all jobs with the same encoder. An item's key is the hash of all that its tensors depend on, so nothing in it ever
-becomes stale, and an interrupted map phase goes on with what is missing.
+It is a folder of safetensors shards. Each shard is written to a temporary file and then renamed, so every shard is
+complete. All ranks, and all jobs with the same encoder, share the folder. The key of an item is the hash of everything
+that its tensors depend on, so no item becomes stale, and an interrupted map phase continues with the missing items.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune_trainer.data.cache.hashes import hash_text
+from finetune_trainer.data.hashes import hash_text
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import sync_file, sync_folder
 
@@ -29,15 +29,15 @@ _LOG = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _LEFTOVER_SECONDS = 3600.0
 MAX_OPEN = 64
-"""Shards that are open at a time: each holds the names of all of its tensors in memory."""
+"""Largest number of open shards: each one keeps the names of all its tensors in memory."""
 
 Item = Mapping[str, Tensor]
 
 
 class TensorCache:
-    """The items of one encoder. Reading maps the files into memory; nothing is held beyond the pages in use.
+    """The items of one encoder. Reading maps the files into memory, so only the pages in use take memory.
 
-    For each item it remembers 16 bytes and the number of its shard, so a hundred thousand take a few megabytes.
+    The index has 16 bytes and the number of the shard per item, so a hundred thousand items take a few megabytes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,42 +51,42 @@ class TensorCache:
         self._reading = threading.Lock()
 
     def sweep(self, now: float) -> None:
-        """Remove what killed ranks have left half written; what is younger may still be at work.
+        """Remove the partial files of killed ranks. Newer partial files may belong to a running rank and stay.
 
         Args:
             now: seconds since the epoch.
         """
-        for aside in self._folder.glob(".*.writing"):
+        for partial in self._folder.glob(".*.writing"):
             with contextlib.suppress(OSError):
-                if now - aside.stat().st_mtime > _LEFTOVER_SECONDS:
-                    aside.unlink()
+                if now - partial.stat().st_mtime > _LEFTOVER_SECONDS:
+                    partial.unlink()
 
     def refresh(self) -> None:
-        """Look for shards that were added since."""
+        """Index the shards that were added since the last call."""
         for shard in sorted(self._folder.glob(f"*{_SUFFIX}")):
             if shard not in self._indexed:
                 self._index(shard)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that no shard holds, each once, sorted."""
+        """Return the keys that no shard holds, without duplicates, sorted."""
         return sorted({key for key in keys if _digest(key) not in self._shard_of})
 
     def __contains__(self, key: str) -> bool:
         return _digest(key) in self._shard_of
 
     def shard(self, key: str) -> int:
-        """Number of the shard that holds an item: those of one shard are read fastest one after the other.
+        """Return the number of the shard that holds an item. Reading the items of one shard in a row is fastest.
 
         Raises:
-            KeyError: it is not here.
+            KeyError: no shard holds it.
         """
         return self._shard_of[_digest(key)]
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an item.
+        """Return the tensors of an item.
 
         Raises:
-            KeyError: it is not here.
+            KeyError: no shard holds it.
         """
         shard = self.shard(key)
         with self._reading:
@@ -104,19 +104,19 @@ class TensorCache:
             StorageError: it cannot be written.
         """
         shard = self._folder / f"{hash_text(*sorted(items))[:32]}{_SUFFIX}"
-        aside = self._folder / f".{shard.name}.{secrets.token_hex(4)}.writing"
+        partial = self._folder / f".{shard.name}.{secrets.token_hex(4)}.writing"
         tensors = {
             f"{key}.{part}": tensor.contiguous().cpu() for key, item in items.items() for part, tensor in item.items()
         }
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, aside)
-            sync_file(aside)
-            aside.replace(shard)
+            save_file(tensors, partial)
+            sync_file(partial)
+            partial.replace(shard)
             sync_folder(self._folder)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
-                aside.unlink()
+                partial.unlink()
             raise StorageError(f"cache: cannot write {shard}: {error}") from error
 
     def _index(self, shard: Path) -> None:
@@ -124,7 +124,7 @@ class TensorCache:
             with safe_open(shard, framework="pt") as file:
                 names = sorted(file.keys())
         except (OSError, SafetensorError) as error:
-            _LOG.warning("cache: %s is damaged and is computed anew: %s", shard, error)
+            _LOG.warning("cache: %s is damaged; its items will be computed again: %s", shard, error)
             return
         self._indexed.add(shard)
         number = len(self._shards)
@@ -135,5 +135,5 @@ class TensorCache:
 
 
 def _digest(key: str) -> bytes:
-    """A key as it is remembered."""
+    """Return the form of a key that the index stores."""
     return hashlib.blake2b(key.encode(), digest_size=16).digest()

@@ -1,7 +1,7 @@
-"""The map phase of a stream: each image is read once, by one rank, and what training needs of it goes into the cache.
+"""The map phase of a stream: one rank reads each image once, and stores what training needs of it in the cache.
 
-The ranks share whole parts where each gets as many, so that a part goes over the network once. Of the parts left over,
-and where there are fewer than ranks, each reads all and encodes every nth row: encoding is what takes long.
+As many parts as the ranks can share equally are assigned to single ranks, so that each of them is transferred once.
+The remaining parts are read by all ranks, and each rank encodes every nth row, because encoding takes most of the time.
 """
 
 from __future__ import annotations
@@ -21,39 +21,45 @@ import numpy as np
 from PIL import Image
 
 from finetune_trainer.data.cache.encode import SHARD_ITEMS, SHARD_SECONDS, LatentStore
+from finetune_trainer.data.cache.image_scan import ImageScan
+from finetune_trainer.data.cache.records import RecordedSamples, SampleRecord, SampleRecords
 from finetune_trainer.data.cache.store import Item
 from finetune_trainer.data.images import decoding
-from finetune_trainer.data.images.decoding import View
-from finetune_trainer.data.images.scan import ImageScan
-from finetune_trainer.data.sources.base import whole_image
-from finetune_trainer.data.sources.stream import Reader, Record, Records, Stream, StreamedRow, StreamedSamples
+from finetune_trainer.data.images.decoding import CropView, image_errors
+from finetune_trainer.data.sources.stream import ImageReader, Stream, StreamedRow
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError, StorageError
 
 _LOG = logging.getLogger(__name__)
-MEET_SECONDS = 60.0
-"""The ranks meet so often, so that none waits for the others longer than a collective may take."""
-_AT_ONCE = 8
-"""Images that are read and decoded ahead of the encoder."""
+SYNC_SECONDS = 60.0
+"""Interval at which the ranks synchronize, so that no rank waits longer than the timeout of a collective."""
+_READ_AHEAD = 8
+"""Number of images that are read and decoded ahead of the encoder."""
 
 
 @dataclass(frozen=True)
-class Share:
+class RowShare:
     """The rows that a rank encodes.
 
     Attributes:
         rank: number of the rank.
         size: number of ranks.
-        num_whole: the first so many parts are shared as wholes, the others by rows.
+        num_assigned: number of parts, from the first, that are assigned to single ranks; the others are shared by rows.
     """
 
     rank: int
     size: int
-    num_whole: int
+    num_assigned: int
 
     @classmethod
-    def of(cls, world: World, counts: Sequence[int | None], limit: int | None) -> Share:
-        """A rank's share of the first `limit` rows of parts with so many rows each, where that is known."""
+    def of(cls, world: World, counts: Sequence[int | None], limit: int | None) -> RowShare:
+        """Return a rank's share.
+
+        Args:
+            world: the rank and the number of ranks.
+            counts: number of rows of each part; None if it is unknown.
+            limit: only the first `limit` rows are encoded; None for all.
+        """
         if limit is None:
             num_used = len(counts)
         elif None in counts:
@@ -64,49 +70,49 @@ class Share:
         return cls(world.rank, world.size, num_used // world.size * world.size)
 
     def reads(self, part: int) -> bool:
-        """Whether any row of a part is among them."""
-        return part >= self.num_whole or part % self.size == self.rank
+        """Return whether the share has any row of a part."""
+        return part >= self.num_assigned or part % self.size == self.rank
 
     def has(self, part: int, row: int) -> bool:
-        """Whether a row is among them."""
-        return self.reads(part) and (part < self.num_whole or row % self.size == self.rank)
+        """Return whether the share has a row."""
+        return self.reads(part) and (part < self.num_assigned or row % self.size == self.rank)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A row whose files were read.
+class DecodedRow:
+    """A row whose files have been read.
 
     Attributes:
-        key: what it is remembered by.
-        record: what is remembered.
-        image: decoded; None where it is broken.
-        condition: bytes of the conditioning image; empty where there is none.
+        key: key of the record in the cache.
+        record: its record.
+        image: the decoded image; None if it is broken.
+        condition: bytes of the conditioning image; empty if there is none.
     """
 
     key: str
-    record: Record
+    record: SampleRecord
     image: Image.Image | None
     condition: bytes
 
 
 @dataclass
 class _Unwritten:
-    """What was made of rows and is not in the cache yet."""
+    """Results of rows that are not in the cache yet."""
 
     latents: dict[str, Item] = field(default_factory=dict)
-    records: dict[str, Record] = field(default_factory=dict)
+    records: dict[str, SampleRecord] = field(default_factory=dict)
     rows: dict[int, int] = field(default_factory=dict)
     conditions: dict[str, bytes] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
 
     @property
     def is_due(self) -> bool:
-        """Whether it is to be written now: a preemption would lose it."""
+        """Whether it is time to write: a preemption loses what has not been written."""
         return len(self.records) >= SHARD_ITEMS or time.monotonic() - self.since > SHARD_SECONDS
 
 
-class _Counted:
-    """Rows that are counted as they pass."""
+class _CountedRows:
+    """Iterates over rows and counts them."""
 
     def __init__(self, rows: Iterable[StreamedRow]) -> None:
         self._rows = rows
@@ -119,65 +125,67 @@ class _Counted:
 
 
 class StreamMap:
-    """Reads a stream, as far as the cache lacks something of it; all ranks take part.
+    """Reads the rows of a stream that the cache lacks, and stores their results. All ranks take part.
 
     Args:
-        stream: what is read.
-        store: where the images' posteriors go.
+        stream: the data set.
+        store: stores the images' posteriors.
         root: the cache that all jobs share.
         world: the ranks.
-        views: what is encoded of each image.
-        limit: only the first so many samples; None for all.
-        say: told what a person may want to know.
+        views: the views of each image to encode.
+        limit: only the first `limit` samples; None for all.
+        report: receives lines on the progress.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917  all of it differs from call to call
+    def __init__(  # noqa: PLR0913, PLR0917  every argument differs between the calls
         self,
         stream: Stream,
         store: LatentStore,
         root: Path,
         world: World,
-        views: Sequence[View],
+        views: Sequence[CropView],
         limit: int | None,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self._stream = stream
         self._store = store
-        self._records = Records(root, stream.identity)
+        self._records = SampleRecords(root, stream.identity)
         self._world = world
         self._views = views
         self._limit = limit
-        self._say = say
-        self._encode: Callable[[Image.Image, View], Item] | None = None
+        self._report = report
+        self._encode: Callable[[Image.Image, CropView], Item] | None = None
         self._unwritten = _Unwritten()
         self._num_done = 0
-        self._met_at = time.monotonic()
+        self._synchronized_at = time.monotonic()
 
-    def run(self) -> tuple[StreamedSamples, ImageScan, list[int]]:
-        """Read what is missing.
+    def run(self) -> tuple[RecordedSamples, ImageScan, list[int]]:
+        """Read and encode the rows that the cache lacks.
 
         Returns:
-            The samples, their images' hashes and sizes, and which of them are broken.
+            The samples, the hashes and sizes of their images, and the indices of the broken samples.
 
         Raises:
             DataError: the data set cannot be used.
             StorageError: it cannot be read now, or the cache cannot be written.
         """
         if self._world.share(self._stream.state) != self._stream.state:
-            raise StorageError("dataset.source: it was changed while the ranks opened it; it is opened anew")
+            raise StorageError(
+                "dataset.source: the data set changed while the ranks opened it; the next attempt opens it again"
+            )
         if self._world.is_first:
             self._records.sweep(time.time())
             self._store.cache.sweep(time.time())
         self._refresh()
         counts = [self._stream.num_rows(part) for part in range(self._stream.num_parts())]
-        self._map_together(Share.of(self._world, counts, self._limit))
-        # Where the ranks share no disk, each reads for itself what the others have read for themselves.
-        return self._result(self._map_together(Share(0, 1, 0)))
+        self._map_together(RowShare.of(self._world, counts, self._limit))
+        # If the ranks share no disk, each rank also reads the rows that the other ranks have stored on their disks.
+        return self._result(self._map_together(RowShare(0, 1, 0)))
 
-    def _map_together(self, share: Share) -> list[int]:
+    def _map_together(self, share: RowShare) -> list[int]:
         counts = self._map(share)
+        # Ranks that are still reading send 0 at each synchronization.
         while min(self._world.gather_numbers(1)) == 0:
-            # Another rank is not done and has only said so.
             pass
         if self._num_done:
             _LOG.info("stream: %d images read by rank %d", self._num_done, self._world.rank)
@@ -189,8 +197,8 @@ class StreamMap:
         self._records.refresh()
         self._store.cache.refresh()
 
-    def _map(self, share: Share) -> list[int]:
-        """Map a share of the rows; the numbers of rows of the parts read are those of all parts where it has all."""
+    def _map(self, share: RowShare) -> list[int]:
+        """Map a share of the rows. Return the number of rows of each part; a part of other ranks may count as 0."""
         counts: list[int] = []
         for part in range(self._stream.num_parts()):
             left = None if self._limit is None else self._limit - sum(counts)
@@ -200,8 +208,12 @@ class StreamMap:
         self._write()
         return counts
 
-    def _map_part(self, part: int, share: Share, left: int | None) -> int:
-        """Map a share of a part, or of its first rows; returns how many rows it has, or there are left to take."""
+    def _map_part(self, part: int, share: RowShare, left: int | None) -> int:
+        """Map a share of a part.
+
+        Returns:
+            The number of rows of the part, at most `left`; 0 if the share has none of them and the number is unknown.
+        """
         known = self._num_rows(part)
         if not share.reads(part) and (known is not None or self._limit is None):
             return known or 0
@@ -211,9 +223,9 @@ class StreamMap:
         if first is None:
             assert end is not None
             return end
-        rows = _Counted(islice(self._stream.read(part, first), None if end is None else end - first))
-        for seen in self._look(rows, part, share):
-            self._take(seen)
+        rows = _CountedRows(islice(self._stream.read(part, first), None if end is None else end - first))
+        for decoded in self._decode_rows(rows, part, share):
+            self._encode_row(decoded)
         if known is None and first + rows.count != end:
             self._unwritten.rows[part] = first + rows.count
         return first + rows.count
@@ -222,16 +234,16 @@ class StreamMap:
         known = self._stream.num_rows(part)
         return self._records.num_rows(part) if known is None else known
 
-    def _first_missing(self, part: int, share: Share, end: int | None, known: int | None) -> int | None:
-        """Where to begin to read: the first row of the share that is not in the cache, None where there is nothing."""
+    def _first_missing(self, part: int, share: RowShare, end: int | None, known: int | None) -> int | None:
+        """Return the first row of the share that the cache lacks; None if it has all of them."""
         rows = count() if end is None else range(end)
-        first = next((row for row in rows if share.has(part, row) and not self._is_there(part, row)), None)
+        first = next((row for row in rows if share.has(part, row) and not self._is_cached(part, row)), None)
         if first is None and known is None and end and self._records.find(self._stream.key(part, end - 1)) is None:
-            # Whether there are so many rows is not known.
+            # The number of rows is unknown: read the last row that is needed, to learn whether it exists.
             return end - 1
         return first
 
-    def _is_there(self, part: int, row: int) -> bool:
+    def _is_cached(self, part: int, row: int) -> bool:
         record = self._records.find(self._stream.key(part, row))
         if record is None:
             return False
@@ -241,38 +253,38 @@ class StreamMap:
             return False
         return all(self._store.key(record.image_id, view) in self._store.cache for view in self._views)
 
-    def _look(self, rows: Iterable[StreamedRow], part: int, share: Share) -> Iterator[Seen]:
-        """Read and decode those of the rows that are missing some way ahead, in their order."""
-        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="stream") as pool:
-            ahead: deque[Future[Seen]] = deque()
+    def _decode_rows(self, rows: Iterable[StreamedRow], part: int, share: RowShare) -> Iterator[DecodedRow]:
+        """Read and decode the rows of the share that the cache lacks, ahead of the encoder. Yield them in order."""
+        with ThreadPoolExecutor(_READ_AHEAD, thread_name_prefix="stream") as pool:
+            ahead: deque[Future[DecodedRow]] = deque()
             for row in rows:
-                if share.has(part, row.number) and not self._is_there(part, row.number):
-                    ahead.append(pool.submit(look, row, self._stream.key(part, row.number)))
-                if len(ahead) == _AT_ONCE:
+                if share.has(part, row.number) and not self._is_cached(part, row.number):
+                    ahead.append(pool.submit(decode_row, row, self._stream.key(part, row.number)))
+                if len(ahead) == _READ_AHEAD:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def _take(self, seen: Seen) -> None:
-        """Encode a row, and write what was made of the last ones where it is time to."""
-        unwritten, record = self._unwritten, seen.record
-        if seen.image is not None and not record.is_broken:
+    def _encode_row(self, decoded: DecodedRow) -> None:
+        """Encode a row. Write the results, and synchronize the ranks, when it is time to."""
+        unwritten, record = self._unwritten, decoded.record
+        if decoded.image is not None and not record.is_broken:
             for view in self._views:
                 key = self._store.key(record.image_id, view)
                 if key not in self._store.cache and key not in unwritten.latents:
                     if self._encode is None:
                         self._encode = self._store.make_encoder(self._world.device)
-                    unwritten.latents[key] = self._encode(seen.image, view)
+                    unwritten.latents[key] = self._encode(decoded.image, view)
         if record.condition_id and not self._records.has_condition(record.condition_id):
-            unwritten.conditions[record.condition_id] = seen.condition
-        unwritten.records[seen.key] = record
+            unwritten.conditions[record.condition_id] = decoded.condition
+        unwritten.records[decoded.key] = record
         self._num_done += 1
-        self._say(f"{self._num_done} images read")
+        self._report(f"{self._num_done} images read")
         if unwritten.is_due:
             self._write()
-        if time.monotonic() - self._met_at > MEET_SECONDS:
+        if time.monotonic() - self._synchronized_at > SYNC_SECONDS:
             self._world.gather_numbers(0)
-            self._met_at = time.monotonic()
+            self._synchronized_at = time.monotonic()
 
     def _write(self) -> None:
         unwritten = self._unwritten
@@ -281,8 +293,8 @@ class StreamMap:
         self._records.put(unwritten.records, unwritten.rows, unwritten.conditions)
         self._unwritten = _Unwritten()
 
-    def _result(self, counts: Sequence[int]) -> tuple[StreamedSamples, ImageScan, list[int]]:
-        samples = StreamedSamples(self._stream, self._records, counts)
+    def _result(self, counts: Sequence[int]) -> tuple[RecordedSamples, ImageScan, list[int]]:
+        samples = RecordedSamples(self._stream, self._records, counts)
         ids: list[str] = []
         sizes = np.zeros((len(samples), 2), dtype=np.int32)
         broken: list[int] = []
@@ -295,8 +307,8 @@ class StreamMap:
         return samples, ImageScan(tuple(ids), sizes), broken
 
 
-def look(row: StreamedRow, key: str) -> Seen:
-    """Read and decode a row's files.
+def decode_row(row: StreamedRow, key: str) -> DecodedRow:
+    """Read and decode the files of a row.
 
     Raises:
         StorageError: they cannot be read now.
@@ -307,18 +319,18 @@ def look(row: StreamedRow, key: str) -> Seen:
     if row.conditioning is not None:
         decoded, condition_id, condition = _decode(row.conditioning)
         is_broken |= decoded is None
-    return Seen(key, Record(image_id, size, row.caption, condition_id, is_broken), image, condition)
+    return DecodedRow(key, SampleRecord(image_id, size, row.caption, condition_id, is_broken), image, condition)
 
 
-def _decode(reader: Reader) -> tuple[Image.Image | None, str, bytes]:
-    """An image, None where it is broken; the hash of its bytes, empty where there are none; and these."""
+def _decode(reader: ImageReader) -> tuple[Image.Image | None, str, bytes]:
+    """Return an image (None if it is broken), the hash of its bytes (empty if there are none), and the bytes."""
     try:
         data = reader()
     except DataError:
         return None, "", b""
     image_id = hashlib.sha256(data).hexdigest()
     try:
-        with whole_image(image_id):
+        with image_errors(image_id):
             return decoding.decode(io.BytesIO(data)), image_id, data
     except DataError:
         return None, image_id, data

@@ -1,1 +1,1 @@
-"""From image files to pixels: decoding, the image scan, and generated class images."""
+"""Decodes images to pixels, and generates class images."""

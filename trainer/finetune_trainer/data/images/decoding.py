@@ -1,7 +1,9 @@
-"""From an image file's bytes to the pixels that the VAE takes. Pure; called by sources and encoders."""
+"""Decodes image files, and prepares the pixels that the VAE takes."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
@@ -10,20 +12,20 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from finetune_trainer.data.sampling.shapes import Size
+from finetune_trainer.data.sources.base import SampleSet, SampleSource
+from finetune_trainer.errors import DataError
+
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
 
 
-Size = tuple[int, int]
-"""Width and height in pixels."""
-
-
 @dataclass(frozen=True)
-class View:
-    """Which part of a resized image is seen, as fractions of the room there is to move, and whether mirrored.
+class CropView:
+    """The part of a resized image that is cropped, and whether it is mirrored.
 
     Attributes:
-        left: 0 is the leftmost crop, 1 the rightmost.
-        top: 0 is the topmost crop, 1 the lowest.
+        left: horizontal position as a fraction of the free space: 0 is the leftmost crop, 1 the rightmost.
+        top: vertical position as a fraction of the free space: 0 is the topmost crop, 1 the lowest.
         flip: mirror left and right.
     """
 
@@ -32,14 +34,45 @@ class View:
     flip: bool = False
 
 
-CENTRE = View()
+CENTRE = CropView()
+
+
+def decode_sample(source: SampleSource, index: int) -> Image.Image:
+    """Return the image of a sample as RGB.
+
+    Raises:
+        DataError: it is broken.
+    """
+    with source.open(index) as file, image_errors(source.name(index)):
+        return decode(file)
+
+
+def decode_conditioning(source: SampleSet, index: int) -> Image.Image:
+    """Return the conditioning image of a sample as RGB.
+
+    Raises:
+        DataError: it is broken.
+    """
+    with source.open_conditioning(index) as file, image_errors(f"the conditioning image of {source.name(index)}"):
+        return decode(file)
+
+
+@contextlib.contextmanager
+def image_errors(name: str) -> Iterator[None]:
+    """Translate the errors of decoding an image within this block to a DataError."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"dataset.source: {name} is not a complete image: {error}; replace it, or remove it from the data set"
+        ) from error
 
 
 def decode(file: IO[bytes]) -> Image.Image:
-    """Read an image as RGB, the way up that its EXIF says, transparent parts on white.
+    """Decode an image as RGB, in the orientation of its EXIF data, with transparent parts on white.
 
     Raises:
-        OSError: it is not a whole image of a known format.
+        OSError: it is not a complete image of a supported format.
     """
     with Image.open(file) as image:
         image.load()
@@ -47,9 +80,9 @@ def decode(file: IO[bytes]) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB with 8 bits a channel from whatever mode a file has."""
+    """Convert an image of any mode to RGB with 8 bits per channel."""
     if image.mode in _SIXTEEN_BIT:
-        # Pillow clips 16-bit values at 255 in place of scaling them.
+        # Pillow clips 16-bit values at 255 instead of scaling them.
         image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -59,7 +92,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Crop:
-    """Where a square is cut: from an image resized to width x height, at left and top, in pixels."""
+    """The position of a crop: at left and top, in pixels, of an image that is resized to width x height."""
 
     width: int
     height: int
@@ -67,17 +100,17 @@ class Crop:
     top: int
 
 
-def crop_of(size: Size, target: Size, view: View) -> Crop:
-    """The crop that a view means for an image of (width, height): resized so that it just covers `target`."""
+def crop_of(size: Size, target: Size, view: CropView) -> Crop:
+    """Return the crop of a view for an image of (width, height), which is resized until it just covers `target`."""
     scale = max(end / side for end, side in zip(target, size, strict=True))
     width, height = (max(end, round(side * scale)) for end, side in zip(target, size, strict=True))
     return Crop(width, height, round((width - target[0]) * view.left), round((height - target[1]) * view.top))
 
 
 def to_pixels(
-    image: Image.Image, target: Size, view: View, resample: Image.Resampling = Image.Resampling.LANCZOS
+    image: Image.Image, target: Size, view: CropView, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
-    """Resize until it just covers `target` (width, height), crop to it, maybe mirror.
+    """Resize an image until it just covers `target` (width, height), crop it to this size, and mirror it if needed.
 
     Returns:
         float32 (3, height, width) in [-1, 1].
@@ -91,15 +124,15 @@ def to_pixels(
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
-def micro_conditioning(size: Size, target: Size, view: View) -> Tensor:
-    """What SDXL is told of an image's size (https://arxiv.org/abs/2307.01952, section 2.2).
+def micro_conditioning(size: Size, target: Size, view: CropView) -> Tensor:
+    """Return SDXL's conditions on the size of an image (https://arxiv.org/abs/2307.01952, section 2.2).
 
-    The crop is counted in the mirrored image where the view is mirrored, as it is what the model sees.
+    If the view is mirrored, the left of the crop is counted in the mirrored image, because the model gets that image.
 
     Args:
         size: width and height of the image as stored.
-        target: width and height that are trained on.
-        view: part of it that is seen.
+        target: width and height of the training.
+        view: the part of the image that is cropped.
 
     Returns:
         float32 (6,): height and width as stored, top and left of the crop, height and width of the crop.

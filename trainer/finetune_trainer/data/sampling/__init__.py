@@ -1,1 +1,1 @@
-"""Which sample is used when, and every random number drawn for it. Pure."""
+"""The order of the samples, and the random numbers drawn for each of them. Pure functions."""

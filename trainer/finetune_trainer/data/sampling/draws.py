@@ -1,7 +1,7 @@
-"""Every random number of a run, each from a generator of its own keyed by what it is for.
+"""Draws all random numbers of a run. Each draw has its own generator, keyed by its purpose and its sample.
 
-Philox is a counter-based generator: its key is (seed, purpose) and its counter begins at (epoch, sample). So a draw
-depends on neither the rank nor the device nor the draws before it, and a resumed run makes the same ones.
+Philox is a counter-based generator: its key is (seed, purpose) and its counter starts at (epoch, sample). A draw
+therefore does not depend on the rank, the device or earlier draws, and a resumed run makes the same draws.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MASK64 = (1 << 64) - 1
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of a run's identity: never change or reuse one."""
+    """The purpose of a draw. The numbers are part of a run's identity: never change or reuse one."""
 
     NOISE = 1
     TIMESTEP = 2
@@ -27,21 +27,21 @@ class Purpose(IntEnum):
     CROP = 4
     FLIP = 5
     INIT = 6
-    """Weights that are trained from scratch."""
+    """Initial weights of parts that are trained from scratch."""
     DROPOUT = 7
-    """Keyed by (step, position) in place of (epoch, sample)."""
+    """Dropout of modules, keyed by (step, position) instead of (epoch, sample)."""
     PICTURE = 8
-    """Noise that a validation picture or a class image starts from."""
+    """Initial noise of a validation picture or a class image."""
     OFFSET = 9
     """Noise offset."""
     PERTURBATION = 10
-    """Noise added to the input only."""
+    """Input perturbation: noise that is added to the input only."""
     CAPTION = 11
     """Whether a caption is dropped."""
     SENTENCE = 12
-    """Sentence around a new token."""
+    """Prompt template around a new token."""
     PRIOR = 13
-    """Class image that a sample is paired with."""
+    """Class image that is paired with a sample."""
     CONDITION = 14
     """Whether ControlNet's condition is dropped."""
 
@@ -53,19 +53,19 @@ class Draws:
         self._seed = seed
 
     def normal(self, purpose: Purpose, ref: SampleRef, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers, float32, on the CPU."""
+        """Draw standard normal numbers, float32, on the CPU."""
         return torch.from_numpy(self._generator(purpose, ref).standard_normal(shape, dtype=np.float32))
 
     def integer(self, purpose: Purpose, ref: SampleRef, end: int) -> int:
-        """An integer from 0 up to, and without, `end`."""
+        """Draw an integer from 0 to `end`, exclusive."""
         return int(self._generator(purpose, ref).integers(end))
 
     def uniform(self, purpose: Purpose, ref: SampleRef, count: int) -> list[float]:
-        """Numbers from 0 up to, and without, 1."""
+        """Draw numbers from 0 to 1, exclusive."""
         return [float(value) for value in self._generator(purpose, ref).random(count)]
 
     def torch_seed(self, purpose: Purpose, ref: SampleRef) -> int:
-        """A seed for torch's global generator, where a module draws by itself (dropout, initial weights)."""
+        """Draw a seed for torch's global generator, which some modules use (dropout, initial weights)."""
         return int(self._generator(purpose, ref).integers(1 << 63))
 
     def _generator(self, purpose: Purpose, ref: SampleRef) -> np.random.Generator:

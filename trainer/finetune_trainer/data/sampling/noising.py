@@ -1,4 +1,4 @@
-"""Which timestep and which noise a drawing of a sample gets, by the manifest's options."""
+"""Draws the timestep and the noise of each draw of a sample, with the manifest's options."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from finetune_trainer.data.sampling.order import SampleRef
 
 @dataclass(frozen=True)
 class Noising:
-    """How noise and timesteps are drawn; as it stands, the plain way.
+    """Options for drawing noise and timesteps. The defaults give standard normal noise and uniform timesteps.
 
     Attributes:
-        offset: standard deviation of noise that is the same all over a channel.
-        perturbation: standard deviation of noise that is added to the input, and not to the target.
+        offset: standard deviation of additional noise that is constant over each channel.
+        perturbation: standard deviation of additional noise that is added to the input only, not to the target.
         bias: timesteps that are drawn more often.
     """
 
@@ -28,33 +28,33 @@ class Noising:
 
     @classmethod
     def of(cls, training: TrainingSpec) -> Noising:
-        """What the manifest asks for."""
+        """Return the options of a manifest."""
         return cls(training.noise_offset or 0.0, training.input_perturbation or 0.0, training.timestep_bias)
 
     def timestep(self, draws: Draws, ref: SampleRef, num_timesteps: int) -> int:
-        """Timestep of a drawing."""
+        """Draw a timestep."""
         if self.bias is None:
             return draws.integer(Purpose.TIMESTEP, ref, num_timesteps)
         sums = np.cumsum(timestep_weights(self.bias, num_timesteps))
-        place = draws.uniform(Purpose.TIMESTEP, ref, 1)[0] * sums[-1]
-        return min(int(np.searchsorted(sums, place, side="right")), num_timesteps - 1)
+        point = draws.uniform(Purpose.TIMESTEP, ref, 1)[0] * sums[-1]
+        return min(int(np.searchsorted(sums, point, side="right")), num_timesteps - 1)
 
     def noise(self, draws: Draws, ref: SampleRef, shape: tuple[int, ...]) -> Tensor:
-        """The noise that is learnt, float32 of shape (C, h, w)."""
+        """Draw the noise of the training target, float32 of the latents' shape (C, ...)."""
         noise = draws.normal(Purpose.NOISE, ref, shape)
         if self.offset > 0:
-            noise = noise + self.offset * draws.normal(Purpose.OFFSET, ref, (shape[0], 1, 1))
+            noise = noise + self.offset * draws.normal(Purpose.OFFSET, ref, (shape[0], *[1] * (len(shape) - 1)))
         return noise
 
     def mixed(self, draws: Draws, ref: SampleRef, noise: Tensor) -> Tensor:
-        """The noise that is mixed into the input, where the learnt noise is given."""
+        """Return the noise that is added to the input, given the noise of the training target."""
         if self.perturbation == 0:
             return noise
         return noise + self.perturbation * draws.normal(Purpose.PERTURBATION, ref, tuple(noise.shape))
 
 
 def timestep_weights(bias: TimestepBiasSpec, num_timesteps: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """How often each timestep is drawn, up to a factor, (num_timesteps,)."""
+    """Return the unnormalised probability of each timestep, (num_timesteps,)."""
     weights = np.ones(num_timesteps)
     count = max(1, round(bias.portion * num_timesteps))
     if bias.strategy is BiasStrategy.EARLIER:

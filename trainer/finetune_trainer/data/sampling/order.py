@@ -1,7 +1,7 @@
-"""The order in which samples are seen: an endless stream of positions, each of which knows its epoch and sample.
+"""The order of the samples: an endless stream of positions, each of which maps to an epoch and a sample.
 
-Counter-based: position p of the stream is found without walking there, so a resumed run, or one on another number of
-ranks, sees the same samples in the same order. Nothing is kept but the seed.
+The order is counter-based: the sample at position p is computed without iterating to it. A resumed run, or a run on
+another number of ranks, therefore trains on the same samples in the same order. The only state is the seed.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ _NUM_ROUNDS = 6
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One drawing of a sample: which one, and in which pass over the data set. All draws of it are keyed by both."""
+    """One use of a sample: its index, and the epoch. All random draws for it are keyed by both."""
 
     epoch: int
     index: int
 
 
 def sample_at(seed: int, num_samples: int, position: int) -> SampleRef:
-    """The sample at a position of the stream; every epoch holds each sample once, in an order of its own."""
+    """Return the sample at a position of the stream. Each epoch has every sample once, in its own order."""
     epoch, offset = divmod(position, num_samples)
     return SampleRef(epoch, permute(_mix(seed ^ _mix(epoch)), num_samples, offset))
 
 
 def permute(key: int, size: int, index: int) -> int:
-    """Image of `index` under the permutation of range(size) that `key` selects.
+    """Return the image of `index` under the permutation of range(size) that `key` selects.
 
-    A balanced Feistel network permutes the next power of four, and walking on while the result lies outside of the
-    range makes it a permutation of the range itself (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-    It takes fewer than four walks on average, and no table however large the data set is.
+    A balanced Feistel network permutes the range of the next power of four. It is applied again while the result is
+    outside range(size), which makes it a permutation of range(size) (cycle walking; Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002). It takes fewer than four applications on average, and no table for any size.
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     half_mask = (1 << half_bits) - 1
@@ -48,27 +48,28 @@ def permute(key: int, size: int, index: int) -> int:
 
 
 def rank_share(step: int, global_batch: int, rank: int, world_size: int) -> range:
-    """Positions of the stream that a rank takes in a step: contiguous, and unequal by at most one.
+    """Return the positions of the stream that a rank trains on in a step.
 
-    The shares of all ranks are exactly positions step * global_batch .. (step + 1) * global_batch.
+    They are contiguous, and the shares of two ranks differ in length by at most one. The shares of all ranks together
+    are exactly the positions from step * global_batch to (step + 1) * global_batch, exclusive.
     """
     first = step * global_batch
     return range(first + rank * global_batch // world_size, first + (rank + 1) * global_batch // world_size)
 
 
 def micro_batches(positions: range, batch_size: int) -> Iterator[range]:
-    """Cut a share into runs of `batch_size` positions, the last of which may be shorter."""
+    """Split a share into ranges of `batch_size` positions; the last one may be shorter."""
     for start in range(0, len(positions), batch_size):
         yield positions[start : start + batch_size]
 
 
 def most_micro_batches(global_batch: int, world_size: int, batch_size: int) -> int:
-    """How many micro-batches the rank with the largest share makes in a step."""
+    """Return the number of micro-batches per step of the rank with the largest share."""
     return math.ceil(math.ceil(global_batch / world_size) / batch_size)
 
 
 def total_steps(steps: int | None, epochs: int | None, num_samples: int, global_batch: int) -> int:
-    """Optimizer steps to train: as asked, or enough to see every sample `epochs` times."""
+    """Return the number of optimizer steps: `steps`, or enough to train on every sample `epochs` times."""
     if steps is not None:
         return steps
     assert epochs is not None

@@ -1,4 +1,4 @@
-"""Which width and height an image is trained at: the square, or the nearest of a few shapes of about the same area."""
+"""The width and height at which an image is trained: the square, or the best of a few shapes of about the same area."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from finetune_trainer.data.images.decoding import Size
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 _COARSE, _FINE = 64, 8
-"""Sides are multiples of the first, as the bases were trained; of the second where the square is smaller than this."""
+"""Sides are multiples of the first, as in the training of the bases; of the second if the resolution is small."""
 _SMALL = 256
+"""Resolutions below this one are small."""
 _LONGEST = 2.0
-"""Longest side over shortest."""
+"""Largest ratio of the longer side to the shorter one."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,14 @@ class Shapes:
 
     Attributes:
         resolution: side of the square.
-        buckets: whether there are others.
+        buckets: whether there are shapes other than the square.
     """
 
     resolution: int
     buckets: bool = False
 
     def of(self, size: Size) -> Size:
-        """Width and height for an image of this size: of all shapes the one with the nearest ratio."""
+        """Return the width and height to train an image of this size at: the shape with the nearest aspect ratio."""
         if not self.buckets:
             return (self.resolution, self.resolution)
         ratio = math.log(size[0] / size[1])
@@ -36,7 +38,7 @@ class Shapes:
 
     @cached_property
     def all(self) -> tuple[Size, ...]:
-        """Every shape, the square among them; none has more pixels than it."""
+        """All shapes, including the square; none has more pixels than the square."""
         if not self.buckets:
             return ((self.resolution, self.resolution),)
         step = _COARSE if self.resolution >= _SMALL else _FINE

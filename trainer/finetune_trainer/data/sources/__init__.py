@@ -1,1 +1,1 @@
-"""Where samples come from. One file per layout of a data set, streamed or not."""
+"""Opens data sets. Each layout of a data set has one module, for indexed and for streamed reading."""

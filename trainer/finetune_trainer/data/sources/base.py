@@ -1,77 +1,55 @@
-"""Where samples come from: a folder of images, a .jsonl file, or what the `datasets` library loads.
-
-Opened once at the start. Whatever is wrong with it ends the rank with the sentence of a DataError.
-"""
+"""The interface of a data set whose samples can be read by index. `stream` has that of a data set read in order."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Protocol
 
-from PIL import Image
 
-from finetune_trainer.data.images import decoding
-from finetune_trainer.errors import DataError
-
-
-class Samples(Protocol):
-    """What training reads of a data set; its images have been encoded by then."""
+class SampleSet(Protocol):
+    """The part of a data set that training reads after its images have been encoded."""
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         ...
 
     def caption(self, index: int) -> str:
-        """Caption of a sample; empty where the source has none."""
+        """Return the caption of a sample; empty if the data set has no captions."""
         ...
 
     def open_conditioning(self, index: int) -> IO[bytes]:
-        """The encoded conditioning image of a sample; only where the manifest names its column."""
+        """Open the encoded conditioning image of a sample. The manifest must name its column."""
         ...
 
     def name(self, index: int) -> str:
-        """How a person finds the sample: its file, or its row."""
+        """Return the name under which a user finds the sample: its file, or its row."""
         ...
 
 
-class Source(Samples, Protocol):
-    """An indexed set of samples whose images can be read whenever they are wanted."""
+class SampleSource(SampleSet, Protocol):
+    """An indexed set of samples whose images can be read at any time."""
 
     def open(self, index: int) -> IO[bytes]:
-        """The encoded image (PNG, JPEG, ...) of a sample, as stored."""
+        """Open the encoded image (PNG, JPEG, ...) of a sample, as stored."""
         ...
 
     def file(self, index: int) -> Path | None:
-        """The file that holds the image and nothing else, where there is one."""
+        """Return the file that holds this image and nothing else; None if there is no such file."""
         ...
 
 
-def decode_sample(source: Source, index: int) -> Image.Image:
-    """The image of a sample as RGB.
+def missing_column(field: str, column: str, columns: Iterable[str], where: str) -> str:
+    """Return the message for a column of the manifest that the data set lacks.
 
-    Raises:
-        DataError: it is broken.
+    Args:
+        field: name of the field below `dataset.columns`.
+        column: the column that the field names.
+        columns: the columns that exist.
+        where: the file, row or data set.
     """
-    with source.open(index) as file, whole_image(source.name(index)):
-        return decoding.decode(file)
-
-
-def decode_conditioning(source: Samples, index: int) -> Image.Image:
-    """The conditioning image of a sample as RGB.
-
-    Raises:
-        DataError: it is broken.
-    """
-    with source.open_conditioning(index) as file, whole_image(f"the conditioning image of {source.name(index)}"):
-        return decoding.decode(file)
-
-
-@contextlib.contextmanager
-def whole_image(name: str) -> Iterator[None]:
-    """Within this block an image is read; what is wrong with it becomes a DataError."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"dataset.source: {name} is not a whole image: {error}") from error
+    names = ", ".join(sorted(columns)) or "none"
+    return (
+        f"dataset.columns.{field}: {where} has no column {column!r}; the columns are {names}; "
+        f"set dataset.columns.{field} to one of them"
+    )

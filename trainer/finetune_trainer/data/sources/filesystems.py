@@ -1,4 +1,4 @@
-"""Folders that samples are streamed from: of this machine, or of an object store."""
+"""Folders that hold a data set: on this machine, or in an object store."""
 
 from __future__ import annotations
 
@@ -11,66 +11,66 @@ from finetune_contract.bucket import Bucket, BucketError, is_bucket_url
 from finetune_trainer.errors import DataError, StorageError
 
 _BLOCK_BYTES = 1024 * 1024
-"""Of a table that lies in a bucket: its parts are found by jumping."""
+"""Read size for an object: a table is read at random offsets, so larger blocks would transfer unneeded bytes."""
 
 
-class Place(Protocol):
-    """A folder; names are relative to it, with '/' between their parts."""
+class Filesystem(Protocol):
+    """A folder. Names are relative to it, with '/' between their parts."""
 
     url: str
 
-    def names(self) -> list[str]:
-        """Names of all files in it and the folders in it, sorted."""
+    def list_files(self) -> list[str]:
+        """List the names of all files in the folder and its subfolders, sorted."""
         ...
 
-    def files_in(self, below: str) -> list[str]:
-        """Names of the files that lie right in a folder of it, empty for itself; without that folder's, sorted."""
+    def list_subfolder(self, subfolder: str) -> list[str]:
+        """List the names of the files directly in a subfolder ("" for the folder itself), without its path, sorted."""
         ...
 
-    def folders_with(self, name: str) -> list[str]:
-        """Names of the folders right in it that hold a file of this name, sorted."""
+    def list_subfolders_with(self, name: str) -> list[str]:
+        """List the names of the direct subfolders that hold a file of this name, sorted."""
         ...
 
     def stamp(self, name: str) -> str | None:
-        """What changes when a file does; None where there is none."""
+        """Return a text that changes when the file changes; None if there is no such file."""
         ...
 
     def read(self, name: str) -> bytes:
-        """All of a file.
+        """Read a complete file.
 
         Raises:
-            DataError: there is none.
+            DataError: it does not exist.
             StorageError: it cannot be read now.
         """
         ...
 
     def open(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A file, to jump in; fails as `read` does."""
+        """Open a file for reading at any offset. Raise the errors of `read`."""
         ...
 
 
-class Folder:
+class LocalFolder:
     """A folder of this machine."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.url = str(path)
 
-    def names(self) -> list[str]:
-        """Names of all files in it and the folders in it, sorted."""
+    def list_files(self) -> list[str]:
+        """List the names of all files in the folder and its subfolders, sorted."""
         return sorted(path.relative_to(self._path).as_posix() for path in self._path.rglob("*") if path.is_file())
 
-    def files_in(self, below: str) -> list[str]:
-        """Names of the files that lie right in a folder of it; none where that is no folder."""
-        folder = self._path / below
+    def list_subfolder(self, subfolder: str) -> list[str]:
+        """List the names of the files directly in a subfolder, sorted; empty if there is no such subfolder."""
+        folder = self._path / subfolder
         return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
-    def folders_with(self, name: str) -> list[str]:
-        """Names of the folders right in it that hold a file of this name, sorted."""
+    def list_subfolders_with(self, name: str) -> list[str]:
+        """List the names of the direct subfolders that hold a file of this name, sorted."""
         return sorted(path.parent.name for path in self._path.glob(f"*/{name}"))
 
     def stamp(self, name: str) -> str | None:
-        """Size and time of change of a file; None where there is none."""
+        """Return the size and the modification time of a file; None if there is no such file."""
         try:
             stat = (self._path / name).stat()
         except OSError:
@@ -78,7 +78,7 @@ class Folder:
         return f"{stat.st_size} {stat.st_mtime_ns}"
 
     def read(self, name: str) -> bytes:
-        """All of a file.
+        """Read a complete file.
 
         Raises:
             DataError: it cannot be read.
@@ -88,7 +88,7 @@ class Folder:
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
-        """A file.
+        """Open a file.
 
         Raises:
             DataError: it cannot be read.
@@ -97,82 +97,101 @@ class Folder:
             with (self._path / name).open("rb") as file:
                 yield file
         except OSError as error:
-            raise DataError(f"dataset.source: {self._path / name} cannot be read: {error.strerror}") from error
+            raise DataError(unreadable_file("file", self._path / name, error)) from error
 
 
 class BucketFolder:
-    """A folder of an object store, listed once."""
+    """A folder of an object store. It is listed once.
+
+    Args:
+        bucket: the folder.
+        only: list only the object of this name.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+        BucketError: the store cannot be read now.
+    """
 
     def __init__(self, bucket: Bucket, only: str | None = None) -> None:
         self._bucket = bucket
         self.url = bucket.url
         self._stamps = bucket.stamps(only)
 
-    def names(self) -> list[str]:
-        """Names of all objects in it and the folders in it, sorted."""
+    def list_files(self) -> list[str]:
+        """List the names of all objects in the folder and its subfolders, sorted."""
         return sorted(self._stamps)
 
-    def files_in(self, below: str) -> list[str]:
-        """Names of the objects that lie right in a folder of it; none where there is no such folder."""
-        start = f"{below}/" if below else ""
+    def list_subfolder(self, subfolder: str) -> list[str]:
+        """List the names of the objects directly in a subfolder, sorted; empty if there is no such subfolder."""
+        start = f"{subfolder}/" if subfolder else ""
         names = (name.removeprefix(start) for name in self._stamps if name.startswith(start))
         return sorted(name for name in names if "/" not in name)
 
-    def folders_with(self, name: str) -> list[str]:
-        """Names of the folders right in it that hold an object of this name, sorted."""
+    def list_subfolders_with(self, name: str) -> list[str]:
+        """List the names of the direct subfolders that hold an object of this name, sorted."""
         parts = (each.split("/") for each in self._stamps)
         return sorted(part[0] for part in parts if part[1:] == [name])
 
     def stamp(self, name: str) -> str | None:
-        """What the store tells of an object's contents; None where there is none."""
+        """Return what the store reports of an object's contents (ETag, size, ...); None if there is no such object."""
         return self._stamps.get(name)
 
     def read(self, name: str) -> bytes:
-        """All of an object.
+        """Read a complete object.
 
         Raises:
-            DataError: there is none.
+            DataError: it does not exist.
             StorageError: the store cannot be read now.
         """
-        with _telling(f"{self.url}/{name}"):
+        with _bucket_errors(f"{self.url}/{name}"):
             return self._bucket.read(name)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
-        """An object.
+        """Open an object.
 
         Raises:
-            DataError: there is none.
+            DataError: it does not exist.
             StorageError: the store cannot be read now.
         """
-        with _telling(f"{self.url}/{name}"), self._bucket.open(name, _BLOCK_BYTES) as file:
+        with _bucket_errors(f"{self.url}/{name}"), self._bucket.open(name, _BLOCK_BYTES) as file:
             yield file
 
 
-def open_place(url: str, only: str | None = None) -> Place:
-    """A folder by its path or URL; of one in a bucket only a single object, where that is named.
+def open_filesystem(url: str, only: str | None = None) -> Filesystem:
+    """Open a folder.
+
+    Args:
+        url: its path or URL.
+        only: name of the single object that is needed; a folder of a bucket then lists no others.
 
     Raises:
-        DataError: nothing is there.
+        DataError: there is no such folder in the object store.
         StorageError: the store cannot be read now.
     """
     if not is_bucket_url(url):
-        return Folder(Path(url))
-    with _telling(url):
-        place = BucketFolder(Bucket(url), only)
-    if not place.names():
-        whole = f"{url}/{only}" if only else url
-        raise DataError(
-            f"dataset.source: there is nothing at {whole}; write the URL of a folder, or of one file, that is"
-        )
-    return place
+        return LocalFolder(Path(url))
+    with _bucket_errors(url):
+        folder = BucketFolder(Bucket(url), only)
+    if not folder.list_files():
+        missing = f"{url}/{only}" if only else url
+        raise DataError(f"dataset.source: {missing} does not exist; write the URL of an existing folder or file")
+    return folder
+
+
+def unreadable_file(what: str, path: Path, error: OSError) -> str:
+    """Return the message for a local file of the data set that cannot be read."""
+    return f"dataset.source: {what} {path} cannot be read: {error.strerror}; restore it, or remove it from the data set"
 
 
 @contextlib.contextmanager
-def _telling(what: str) -> Iterator[None]:
+def _bucket_errors(what: str) -> Iterator[None]:
+    """Translate the errors of an object store that occur within this block."""
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"dataset.source: there is no {what}") from error
+        raise DataError(
+            f"dataset.source: {what} does not exist; write the URL of an existing folder or file, or upload it"
+        ) from error
     except BucketError as error:
         raise StorageError(f"dataset.source: {error}") from error

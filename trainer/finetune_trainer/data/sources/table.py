@@ -1,156 +1,94 @@
-"""Samples of a table that the `datasets` library loads: .parquet and .tar files, or a data set of the hub."""
+"""The layout of tables in files: .parquet, and .tar as WebDataset writes it; a single file, or a folder of them."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
 
-from finetune_contract.bucket import is_bucket_url
-from finetune_contract.spec import DatasetSpec
-from finetune_trainer.data.sources.filesystems import Place
-from finetune_trainer.data.sources.folder import METADATA
-from finetune_trainer.data.sources.table_cells import check_columns, image_columns, open_image, read_caption
-from finetune_trainer.errors import DataError, RankError
+from finetune_trainer.data.sources import hub
+from finetune_trainer.data.sources.filesystems import Filesystem, open_filesystem
+from finetune_trainer.data.sources.hub import TableSource
+from finetune_trainer.data.sources.layout import METADATA, DatasetLayout, SplitRequest
+from finetune_trainer.data.sources.parquet import ParquetStream, TableFile
+from finetune_trainer.data.sources.stream import Stream
+from finetune_trainer.errors import DataError
 
-PARQUET, TAR = ".parquet", ".tar"
-TABLES = (PARQUET, TAR)
-"""Ends of the names of files that hold many samples; a .tar is laid out as WebDataset's are."""
-JSONL = ".jsonl"
-SINGLE_FILES = (JSONL, *TABLES)
-"""Ends of the names of files that are a data set by themselves."""
+_PARQUET, _TAR = ".parquet", ".tar"
+_SUFFIXES = (_PARQUET, _TAR)
+_WEBDATASET = "webdataset"
 _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
-"""Names by which the files of splits are known."""
+"""Names of splits that are recognised in the paths of files."""
 
 
-class TableSource:
-    """Samples of a table whose image columns hold undecoded files."""
-
-    def __init__(self, table: Any, spec: DatasetSpec, has_captions: bool) -> None:
-        self._table = table
-        self._columns = spec.columns
-        # A column by itself: a row would be read with its image.
-        self._captions = table[spec.columns.caption] if has_captions else None
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def caption(self, index: int) -> str:
-        """Caption of a sample; the first where a row holds several, empty where there is no such column.
-
-        Raises:
-            DataError: it is no text.
-        """
-        return "" if self._captions is None else read_caption(self._captions[index], self.name(index))
-
-    def open(self, index: int) -> IO[bytes]:
-        """The image file within the row, or that the row names.
-
-        Raises:
-            DataError: the row holds none.
-        """
-        return self._open(index, "image", self._columns.image)
-
-    def open_conditioning(self, index: int) -> IO[bytes]:
-        """The conditioning image within the row, or that the row names.
-
-        Raises:
-            DataError: the row holds none.
-        """
-        assert self._columns.conditioning is not None
-        return self._open(index, "conditioning", self._columns.conditioning)
-
-    def name(self, index: int) -> str:
-        """Number of the row."""
-        return f"row {index}"
-
-    def file(self, index: int) -> Path | None:
-        """None: images lie within rows."""
-        del index
-        return None
-
-    def _open(self, index: int, field: str, column: str) -> IO[bytes]:
-        return open_image(self._table[index][column], field, column, self.name(index))
-
-
-def open_table(spec: DatasetSpec, split: str, max_samples: int | None, needs_captions: bool) -> TableSource:
-    """Open one split of a .parquet or .tar file, of a folder of these, or of a hub data set.
+def load_tables(request: SplitRequest) -> TableSource:
+    """Open one split of a file, or of a folder of files, whose samples can be read by index.
 
     Raises:
-        DataError: it cannot be loaded, or has no such split or column.
+        DataError: it cannot be loaded, or lacks the split or a column.
     """
-    import datasets  # noqa: PLC0415  seconds to import, and folders do not need it
-
-    with loading(spec.source, split):
-        if spec.source.endswith(TABLES):
-            kind = "parquet" if spec.source.endswith(PARQUET) else "webdataset"
-            table = datasets.load_dataset(kind, data_files={split: spec.source}, split=split)
-        else:
-            table = datasets.load_dataset(spec.source, split=split)
-    check_columns(spec.columns, table.column_names, needs_captions, spec.source)
-    if max_samples is not None:
-        table = table.select(range(min(max_samples, len(table))))
-    for column in image_columns(spec.columns).values():
-        table = table.cast_column(column, datasets.Image(decode=False))
-    return TableSource(table, spec, spec.columns.caption in table.column_names)
+    if not request.names_file(_SUFFIXES):
+        return hub.load_split(request)
+    return hub.load_split(request, "parquet" if request.source.endswith(_PARQUET) else _WEBDATASET)
 
 
-@contextlib.contextmanager
-def loading(source: str, split: str) -> Iterator[None]:
-    """Within this block the `datasets` library opens a data set; what is wrong with it becomes a DataError."""
-    try:
-        yield
-    except RankError:
-        raise
-    except Exception as error:
-        # The library raises dozens of kinds, and whatever it is, this data set cannot be used.
-        summary = " ".join(str(error).split())[:300]
-        if "scripts are no longer supported" in summary:
-            raise DataError(
-                f"dataset.source: {source} is a script, which the datasets library no longer runs; convert it to "
-                "parquet once with an older release, or write a data set of parquet files or a folder of images"
-            ) from error
-        raise DataError(f"dataset.source: cannot load split {split!r} of {source}: {summary}") from error
-
-
-def check_place(spec: DatasetSpec) -> None:
-    """Refuse a path of this machine where nothing is.
+def stream_tables(request: SplitRequest, notes: Path) -> Stream:
+    """Open one split of a file, or of a folder of files, as a stream.
 
     Raises:
-        DataError: naming it.
+        DataError: it cannot be loaded, or lacks the split or a column.
+        StorageError: it cannot be read now.
     """
-    is_path = spec.source.startswith(("/", "./", "../", "~"))
-    if is_path and not is_bucket_url(spec.source) and not Path(spec.source).exists():
-        raise DataError(
-            f"dataset.source: there is no folder or file {spec.source}; write one that the job's pods can see"
-        )
+    if request.names_file(_SUFFIXES):
+        parent, name = request.parent_and_name
+        return _stream_files(open_filesystem(parent, name), [name], request, notes)
+    if request.is_local:
+        # The library knows more ways to name the splits of a folder.
+        return hub.stream_split(request, notes)
+    return _stream_files(request.folder, find_tables(request.folder, request.split), request, notes)
 
 
-def holds_tables(place: Place) -> bool:
-    """Whether a folder is one of tables, not of images with their metadata."""
-    if place.stamp(METADATA) is not None or place.folders_with(METADATA):
+def _stream_files(folder: Filesystem, names: Sequence[str], request: SplitRequest, notes: Path) -> Stream:
+    if names[0].endswith(_PARQUET):
+        files = [
+            TableFile(f"{folder.url}/{name}", folder.stamp(name) or "missing", partial(folder.open, name))
+            for name in names
+        ]
+        return ParquetStream(files, hub.columns_of(request), notes)
+    urls = [f"{folder.url}/{name}" for name in names]
+    return hub.stream_split(request, notes, _WEBDATASET, {request.split: urls})
+
+
+def holds_tables(folder: Filesystem) -> bool:
+    """Return whether a folder is one of tables, and not of images with their metadata."""
+    if folder.stamp(METADATA) is not None or folder.list_subfolders_with(METADATA):
         return False
-    return any(name.endswith(TABLES) for name in place.names())
+    return any(name.endswith(_SUFFIXES) for name in folder.list_files())
 
 
-def tables_of_split(place: Place, split: str) -> list[str]:
-    """Names of the tables of a split, in order: by the folder or by the beginning of the file's name.
+def find_tables(folder: Filesystem, split: str) -> list[str]:
+    """Return the names of the tables of a split, in order: the split is a folder, or the start of the file's name.
 
     Raises:
-        DataError: there are tables of other splits only.
+        DataError: there are only tables of other splits.
     """
-    tables = [name for name in place.names() if name.endswith(TABLES)]
-    kind = PARQUET if any(name.endswith(PARQUET) for name in tables) else TAR
-    tables = [name for name in tables if name.endswith(kind)]
-    own = [name for name in tables if _is_of(name, split)]
-    others = [other for other in _SPLITS if any(_is_of(name, other) for name in tables)]
+    tables = [name for name in folder.list_files() if name.endswith(_SUFFIXES)]
+    suffix = _PARQUET if any(name.endswith(_PARQUET) for name in tables) else _TAR
+    tables = [name for name in tables if name.endswith(suffix)]
+    own = [name for name in tables if _belongs_to(name, split)]
+    others = [other for other in _SPLITS if any(_belongs_to(name, other) for name in tables)]
     if not own and others:
-        raise DataError(f"dataset.split: {place.url} has no split {split!r}; it has {', '.join(others)}")
+        raise DataError(
+            f"dataset.split: {folder.url} has no split {split!r}; write one that it has: {', '.join(others)}"
+        )
     return own or tables
 
 
-def _is_of(name: str, split: str) -> bool:
+def _belongs_to(name: str, split: str) -> bool:
     *folders, file = PurePosixPath(name).parts
     return split in folders or re.match(rf"{re.escape(split)}[-_.]", file) is not None
+
+
+LAYOUT = DatasetLayout(_SUFFIXES, holds_tables, load_tables, stream_tables)
+"""A .parquet or .tar file, or a folder that has them and no metadata.jsonl."""

@@ -1,8 +1,7 @@
-"""Broken images are counted, named, and left out up to a limit; what was found is remembered by content."""
+"""Tests of the image scan: broken images are named and skipped up to a limit; results are cached by content."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ from safetensors import safe_open
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.spec import DatasetSpec
 from finetune_trainer.data.cache import encode, store
-from finetune_trainer.data.cache.hashes import FileHashes
+from finetune_trainer.data.cache.image_scan import ImageScan, describe_broken, scan_images
+from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.images import decoding
-from finetune_trainer.data.images.scan import ImageScan, KeptSource, describe_broken, scan_images
-from finetune_trainer.data.sources.base import Source
-from finetune_trainer.data.sources.open_source import open_source
+from finetune_trainer.data.sources.base import SampleSource
+from finetune_trainer.data.sources.open import open_source
+from finetune_trainer.data.sources.subset import KeptSource
 from finetune_trainer.distributed.world import World
-from testing.trainer import tiny
+from finetune_trainer.errors import DataError
+from testing.trainer import streams, tiny
 from testing.trainer.ranks import Ranks
 
 pytestmark = pytest.mark.trainer
@@ -29,14 +30,14 @@ pytestmark = pytest.mark.trainer
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def look(source: Source, folder: Path) -> ImageScan:
+def scan_source(source: SampleSource, folder: Path) -> ImageScan:
     hashes = FileHashes(folder / "hashes.json")
     return scan_images(len(source), source.open, folder, hashes, ALONE, lambda *_: None)
 
 
 @pytest.fixture(name="damaged")
 def _damaged(tmp_path: Path) -> Path:
-    """Of the seven training images one is cut short, one is a text, one is not there, one has a broken condition."""
+    """A data set of seven images: one is truncated, one is a text, one is missing, one has a broken condition."""
     folder = tiny.write_data(tmp_path / "damaged")
     train = folder / "train"
     (train / "1.png").write_bytes((train / "1.png").read_bytes()[:200])
@@ -46,14 +47,14 @@ def _damaged(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_census_opens_each_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many images there are: what a later attempt reads again is on its way to the next step."""
+def test_scan_opens_each_shard_twice_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a later attempt's scan delays its first step, so it must not open shards repeatedly."""
     (tmp_path / "data").mkdir()
     for side in range(1, 41):
         Image.new("RGB", (side, 5)).save(tmp_path / "data" / f"{side}.png")
     source = open_source(DatasetSpec(source=str(tmp_path / "data")), "train", needs_captions=False)
     monkeypatch.setattr(encode, "SHARD_ITEMS", 8)
-    expected = look(source, tmp_path).sizes.tolist()
+    expected = scan_source(source, tmp_path).sizes.tolist()
 
     opened: list[Path] = []
 
@@ -63,12 +64,12 @@ def test_a_census_opens_each_shard_once(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(store, "safe_open", open_shard)
     monkeypatch.setattr(store, "MAX_OPEN", 2)
-    assert look(source, tmp_path).sizes.tolist() == expected
-    # Once for what is in it, once for the sizes.
+    assert scan_source(source, tmp_path).sizes.tolist() == expected
+    # Once to index it, and once to read the sizes.
     assert [opened.count(shard) for shard in set(opened)] == [2] * 5
 
 
-def test_sizes_are_those_that_are_seen(tmp_path: Path) -> None:
+def test_sizes_are_those_of_decoded_images(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     upright = Image.new("RGB", (6, 9))
     exif = upright.getexif()
@@ -76,23 +77,23 @@ def test_sizes_are_those_that_are_seen(tmp_path: Path) -> None:
     upright.save(tmp_path / "data" / "0.jpg", exif=exif)
     Image.new("RGB", (5, 5)).save(tmp_path / "data" / "1.png")
     source = open_source(DatasetSpec(source=str(tmp_path / "data")), "train", needs_captions=False)
-    census = look(source, tmp_path)
-    assert census.sizes.tolist() == [[9, 6], [5, 5]]
-    assert census.broken == []
-    assert not census.all_square
-    assert census.without([0]).all_square
+    scan = scan_source(source, tmp_path)
+    assert scan.sizes.tolist() == [[9, 6], [5, 5]]
+    assert scan.broken == []
+    assert not scan.all_square
+    assert scan.without([0]).all_square
 
 
-def test_broken_images_are_found_and_remembered(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_images_are_found_and_cached(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(DatasetSpec(source=str(damaged)), "train")
-    census = look(source, tmp_path)
-    assert census.broken == [1, 3, 4]
-    assert describe_broken(source, census.broken).startswith("dataset.source: 3 of 7 images are broken: ")
-    monkeypatch.setattr(decoding, "decode", lambda _: pytest.fail("decoded again"))
-    assert np.array_equal(look(source, tmp_path).sizes, census.sizes)
+    scan = scan_source(source, tmp_path)
+    assert scan.broken == [1, 3, 4]
+    assert describe_broken(source, scan.broken).startswith("dataset.source: 3 of 7 images are broken: ")
+    monkeypatch.setattr(decoding, "decode", lambda _: pytest.fail("an image was decoded again"))
+    assert np.array_equal(scan_source(source, tmp_path).sizes, scan.sizes)
 
 
-def test_the_others_keep_their_own_samples(damaged: Path) -> None:
+def test_kept_source_maps_indices_to_samples(damaged: Path) -> None:
     source = open_source(DatasetSpec(source=str(damaged)), "train")
     kept = KeptSource(source, [1, 3, 4])
     assert [kept.caption(index) for index in range(len(kept))] == [f"picture {number}" for number in (0, 2, 5, 6)]
@@ -100,17 +101,29 @@ def test_the_others_keep_their_own_samples(damaged: Path) -> None:
     assert kept.name(1) == source.name(2)
 
 
-def test_training_goes_on_without_as_many_as_are_allowed(base: Path, damaged: Path, tmp_path: Path) -> None:
+def test_training_skips_broken_images_up_to_the_limit(base: Path, damaged: Path, tmp_path: Path) -> None:
     spec = tiny.make_spec(base, damaged, method="ControlNet", steps=1)
     refused = Ranks(spec, tmp_path / "refused")
     assert refused.run() == [ExitCode.DATA]
     last = refused.stderr().splitlines()[-1]
     assert last.startswith("dataset.source: 4 of 7 images are broken: ")
-    assert last.endswith("dataset.maxBroken allows 0: mend or remove them, or write maxBroken: 4")
+    assert last.endswith("dataset.maxBroken allows 0: replace or remove them, or write maxBroken: 4")
     allowed = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_broken": 4})})
     ranks = Ranks(allowed, tmp_path / "allowed", world_size=2)
     assert ranks.run() == [ExitCode.DONE] * 2, ranks.stderr()
     (warning,) = ranks.reports()[-1]["warnings"]
     assert "1.png" in warning
-    assert warning.endswith("training goes on without")
-    json.dumps(ranks.reports(1)[-1])
+    assert warning.endswith("training continues without them")
+    assert not ranks.reports(1)[-1].get("warnings"), "rank 0 reports the warning for all ranks"
+
+
+def test_data_set_with_only_broken_images_is_refused(base: Path, tmp_path: Path) -> None:
+    """The message does not recommend a larger `maxBroken`, because no value of it helps."""
+    data = tiny.write_data(tmp_path / "data", num_samples=2)
+    for number in range(2):
+        (data / "train" / f"{number}.png").write_bytes(b"")
+    spec = tiny.make_spec(base, data, centerCrop=True)
+    spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_broken": 2})})
+    with pytest.raises(DataError, match=r"dataset\.source: 2 of 2 images are broken: .*; replace them") as refusal:
+        streams.prepare(spec, tmp_path / "cache")
+    assert "maxBroken" not in str(refusal.value)

@@ -1,8 +1,10 @@
-"""Data sets, and what is said about those that cannot be used."""
+"""Tests of data sets in all layouts, and of the messages for those that cannot be used."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from pathlib import Path
 
 import datasets
@@ -10,9 +12,9 @@ import pytest
 from PIL import Image
 
 from finetune_contract.spec import Columns, DatasetSpec
-from finetune_trainer.data.sources.base import decode_sample
-from finetune_trainer.data.sources.open_source import open_source
-from finetune_trainer.data.sources.table import open_table
+from finetune_trainer.data import sources
+from finetune_trainer.data.images.decoding import decode_sample
+from finetune_trainer.data.sources.open import FILE_SUFFIXES, LAYOUTS, open_source
 from finetune_trainer.errors import DataError
 from testing.trainer import tiny
 
@@ -24,23 +26,23 @@ def write_metadata(folder: Path, *rows: object) -> DatasetSpec:
     return DatasetSpec(source=str(folder))
 
 
-def test_folder_with_splits(data: Path) -> None:
+def test_folder_with_splits_opens_the_requested_one(data: Path) -> None:
     source = open_source(DatasetSpec(source=str(data)), "test")
     assert len(source) == tiny.NUM_SAMPLES
     assert source.caption(2) == "picture 2"
     assert decode_sample(source, 2).size == (tiny.RESOLUTION, tiny.RESOLUTION)
 
 
-def test_max_samples(data: Path) -> None:
+def test_max_samples_limits_the_samples(data: Path) -> None:
     assert len(open_source(DatasetSpec(source=str(data)), "train", 3)) == 3
 
 
-def test_folder_without_splits_serves_any(tmp_path: Path) -> None:
+def test_folder_without_splits_opens_for_any_split(tmp_path: Path) -> None:
     spec = write_metadata(tmp_path, {"file_name": "a.png", "text": "one"})
     assert open_source(spec, "train").caption(0) == "one"
 
 
-def test_other_columns(tmp_path: Path) -> None:
+def test_manifest_can_name_other_columns(tmp_path: Path) -> None:
     spec = write_metadata(tmp_path, {"picture": "a.png", "words": "one"})
     spec = spec.model_copy(update={"columns": Columns(image="picture", caption="words")})
     source = open_source(spec, "train")
@@ -49,39 +51,39 @@ def test_other_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "sentence"),
+    ("rows", "message"),
     [
-        ([{"file_name": "a.png", "caption": "x"}], r"dataset\.columns\.caption: .* columns are caption, file_name"),
+        ([{"file_name": "a.png", "caption": "x"}], r"dataset\.columns\.caption: .* columns are caption, file_name; "),
         ([{"path": "a.png", "text": "x"}], r"dataset\.columns\.image: .* columns are path, text"),
-        ([{"file_name": "a.png", "text": None}], r"dataset\.columns\.caption: .*:1 holds None, not a text"),
+        ([{"file_name": "a.png", "text": None}], r"dataset\.columns\.caption: .*:1 is None, which is not a text"),
         (["words"], r"metadata\.jsonl:1 is not a JSON object"),
-        ([], r"dataset\.source: .* holds no samples"),
+        ([], r"dataset\.source: .* has no samples; write"),
     ],
 )
-def test_bad_metadata(tmp_path: Path, rows: list[object], sentence: str) -> None:
-    with pytest.raises(DataError, match=sentence):
+def test_invalid_metadata_is_refused(tmp_path: Path, rows: list[object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         open_source(write_metadata(tmp_path, *rows), "train")
 
 
-def test_broken_json(tmp_path: Path) -> None:
+def test_invalid_json_names_the_line(tmp_path: Path) -> None:
     spec = write_metadata(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file', encoding="utf-8")
-    with pytest.raises(DataError, match=r"metadata\.jsonl:2 is not JSON"):
+    with pytest.raises(DataError, match=r"metadata\.jsonl:2 is not valid JSON"):
         open_source(spec, "train")
 
 
-def test_missing_split_names_those_that_exist(data: Path) -> None:
-    with pytest.raises(DataError, match=r"dataset\.split: .* no split 'val'; it has test, train"):
+def test_missing_split_names_the_existing_ones(data: Path) -> None:
+    with pytest.raises(DataError, match=r"dataset\.split: .* no split 'val'; write one that it has: test, train"):
         open_source(DatasetSpec(source=str(data)), "val")
 
 
-def test_missing_folder() -> None:
+def test_missing_folder_is_refused() -> None:
     with pytest.raises(DataError, match=r"dataset\.source: there is no folder or file /nowhere"):
         open_source(DatasetSpec(source="/nowhere"), "train")
 
 
-def test_folder_without_metadata(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds neither metadata\.jsonl nor train/metadata\.jsonl"):
+def test_folder_without_metadata_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has neither metadata\.jsonl nor train/metadata\.jsonl; write one"):
         open_source(DatasetSpec(source=str(tmp_path)), "train")
 
 
@@ -91,12 +93,12 @@ def test_missing_and_broken_images_are_named(tmp_path: Path) -> None:
     source = open_source(spec, "train")
     with pytest.raises(DataError, match=r"gone\.png cannot be read"):
         decode_sample(source, 0)
-    with pytest.raises(DataError, match=r"bad\.png is not a whole image"):
+    with pytest.raises(DataError, match=r"bad\.png is not a complete image"):
         decode_sample(source, 1)
 
 
-def test_table_of_the_datasets_library(tmp_path: Path) -> None:
-    """A parquet file, which the library loads as it does a data set of the hub."""
+def test_datasets_library_loads_a_table(tmp_path: Path) -> None:
+    """A parquet file in a folder with a card, which the library opens in the same way as a data set of the hub."""
     images = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     table = datasets.Dataset.from_dict(
         {"image": images, "text": ["one", "two"]},
@@ -107,10 +109,23 @@ def test_table_of_the_datasets_library(tmp_path: Path) -> None:
         "---\nconfigs:\n- config_name: default\n  data_files: data/train.parquet\n---\n", encoding="utf-8"
     )
     spec = DatasetSpec(source=str(tmp_path / "repo"))
-    source = open_table(spec, "train", None, True)
+    source = open_source(spec, "train")
     assert [source.caption(index) for index in range(len(source))] == ["one", "two"]
     assert decode_sample(source, 1).getpixel((0, 0)) == (0, 0, 255)
     with pytest.raises(DataError, match=r"dataset\.columns\.caption: .*'words'.* columns are image, text"):
-        open_table(spec.model_copy(update={"columns": Columns(caption="words")}), "train", None, True)
+        open_source(spec.model_copy(update={"columns": Columns(caption="words")}), "train")
     with pytest.raises(DataError, match=r"dataset\.source: cannot load split 'test'"):
-        open_table(spec, "test", None, True)
+        open_source(spec, "test")
+
+
+def test_each_layout_is_in_the_table() -> None:
+    names = sorted(module.name for module in pkgutil.iter_modules(sources.__path__))
+    modules = [importlib.import_module(f"{sources.__name__}.{name}") for name in names]
+    layouts = {module.__name__: module.LAYOUT for module in modules if hasattr(module, "LAYOUT")}
+    assert len(layouts) == len(LAYOUTS)
+    for name, layout in layouts.items():
+        assert layout in LAYOUTS, f"add {name}.LAYOUT to LAYOUTS in sources/open.py"
+
+
+def test_no_file_suffix_belongs_to_two_layouts() -> None:
+    assert len(FILE_SUFFIXES) == len(set(FILE_SUFFIXES)) > 0

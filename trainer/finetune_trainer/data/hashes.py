@@ -1,4 +1,4 @@
-"""SHA-256 of files, each computed once: a note beside the cache remembers them by path, size and time of change."""
+"""SHA-256 hashes of files and texts. Hashes of files are computed once, and kept in a note with size and mtime."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from finetune_trainer.files import write_aside
+from finetune_trainer.files import write_atomically
 
 
 class FileHashes:
-    """Hashes of files that seldom change (weights, images)."""
+    """Hashes of files that rarely change (weights, images).
+
+    Args:
+        note: the file that keeps them between runs.
+    """
 
     def __init__(self, note: Path) -> None:
         self._note = note
@@ -19,7 +23,7 @@ class FileHashes:
         self._changed = False
 
     def of_file(self, path: Path) -> str:
-        """SHA-256 of a file, in hex.
+        """Return the SHA-256 of a file, in hex.
 
         Raises:
             OSError: it cannot be read.
@@ -36,18 +40,18 @@ class FileHashes:
         return digest
 
     def of_files(self, paths: Iterable[Path]) -> str:
-        """One hash of several files: of their names and contents, in the order given."""
+        """Return one hash of the names and contents of several files, in the given order."""
         return hash_text(*(part for path in paths for part in (path.name, self.of_file(path))))
 
-    def keep(self) -> None:
-        """Write what was newly computed. Two writers at once lose no more than each other's news."""
+    def save(self) -> None:
+        """Write the note. If two processes write at the same time, only new hashes of one of them are lost."""
         if self._changed:
-            write_aside(self._note, json.dumps(self._known).encode())
+            write_atomically(self._note, json.dumps(self._known).encode())
             self._changed = False
 
 
 def hash_text(*parts: str) -> str:
-    """SHA-256 of texts, each with its length, so that no two lists collide."""
+    """Return the SHA-256 of several texts, in hex. Each is hashed with its length, so lists do not collide."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode()
@@ -62,5 +66,5 @@ def _read(note: Path) -> dict[str, tuple[int, int, str]]:
             name: (int(size), int(time), str(sha)) for name, (size, time, sha) in json.loads(note.read_bytes()).items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
-        # Nothing is lost but the time to hash anew.
+        # A damaged note only costs the time to compute the hashes again.
         return {}

@@ -1,0 +1,69 @@
+"""Tests of bases and data sets in an object store, with a real S3 server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from finetune_contract.exit_codes import ExitCode
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.fetched import fetch
+from testing.objectstore.server import ObjectStore
+from testing.trainer import streams, tiny
+from testing.trainer.ranks import Ranks
+
+pytestmark = pytest.mark.trainer
+
+
+def test_run_from_a_bucket_equals_the_run_from_folders(
+    base: Path, data: Path, tmp_path: Path, object_store: ObjectStore, bucket_url: str
+) -> None:
+    spec = tiny.make_spec(base, data, steps=1)
+    plain = Ranks(spec, tmp_path / "plain" / "job", world_size=2)
+    assert plain.run() == [ExitCode.DONE] * 2, plain.stderr()
+    remote = spec.model_copy(
+        update={
+            "model": spec.model.model_copy(update={"base": streams.upload(object_store, bucket_url, base)}),
+            "dataset": spec.dataset.model_copy(update={"source": streams.upload(object_store, bucket_url, data)}),
+        }
+    )
+    ranks = Ranks(remote, tmp_path / "remote" / "job", world_size=2, extra=dict(object_store.environment))
+    assert ranks.run() == [ExitCode.DONE] * 2, ranks.stderr()
+    assert ranks.weights() == plain.weights()
+    latents = [
+        sorted(path.name for path in (tmp_path / run / "cache" / "latents").iterdir()) for run in ("plain", "remote")
+    ]
+    assert latents[0] == latents[1] != []
+
+
+def test_complete_files_are_not_fetched_again(
+    tmp_path: Path, object_store: ObjectStore, bucket_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "texts"
+    source.mkdir()
+    (source / "a.txt").write_text("one", encoding="utf-8")
+    (source / "b.txt").write_text("two", encoding="utf-8")
+    url = streams.upload(object_store, bucket_url, source)
+    reports: list[str] = []
+    folder = Path(fetch(url, "dataset.source", tmp_path / "cache", reports.append))
+    assert reports[-1] == "2/2 objects fetched"
+    assert (folder / "a.txt").read_text(encoding="utf-8") == "one"
+    before = (folder / "a.txt").stat().st_mtime_ns
+    (folder / "b.txt").write_text("cut", encoding="utf-8")
+    os.truncate(folder / "b.txt", 1)
+    assert Path(fetch(url, "dataset.source", tmp_path / "cache", reports.append)) == folder
+    assert (folder / "a.txt").stat().st_mtime_ns == before
+    assert (folder / "b.txt").read_text(encoding="utf-8") == "two"
+
+
+def test_missing_object_is_refused(tmp_path: Path, bucket_url: str) -> None:
+    for name in ("nothing", "model.safetensors"):
+        with pytest.raises(ConfigError, match=rf"model\.base: nothing exists at {bucket_url}/{name}; write the URL"):
+            fetch(f"{bucket_url}/{name}", "model.base", tmp_path, lambda _: None)
+
+
+def test_locations_outside_of_buckets_are_unchanged(tmp_path: Path) -> None:
+    for location in ("/data", "owner/name", "./x.parquet"):
+        assert fetch(location, "dataset.source", tmp_path, lambda _: None) == location

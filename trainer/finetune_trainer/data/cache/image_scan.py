@@ -1,0 +1,126 @@
+"""The image scan: the hashes and sizes of a source's images, and which of them are broken.
+
+One of the ranks decodes each image once. The result is cached by the file's content, so the next attempt, and the next
+job with the same images, only read the results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from finetune_trainer.data.cache.encode import Progress, fill
+from finetune_trainer.data.cache.store import Item, TensorCache
+from finetune_trainer.data.hashes import FileHashes, hash_text
+from finetune_trainer.data.images import decoding
+from finetune_trainer.data.images.decoding import image_errors
+from finetune_trainer.data.sources.base import SampleSet
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import DataError
+
+_SIZE = "size"
+_NUM_NAMED = 10
+"""Broken images that are named; the others are counted."""
+
+ImageOpener = Callable[[int], IO[bytes]]
+"""Opens the encoded image with this index."""
+
+
+@dataclass(frozen=True)
+class ImageScan:
+    """The result of a scan.
+
+    Attributes:
+        ids: SHA-256 of each image's bytes; empty if they cannot be read.
+        sizes: width and height of each decoded image, int32 (n, 2); zeros if it is broken.
+    """
+
+    ids: tuple[str, ...]
+    sizes: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+
+    @property
+    def broken(self) -> list[int]:
+        """Indices of the images that cannot be decoded."""
+        return [int(index) for index in np.flatnonzero(self.sizes[:, 0] == 0)]
+
+    @property
+    def all_square(self) -> bool:
+        """Whether all images are square, so that no cropping is needed."""
+        return bool((self.sizes[:, 0] == self.sizes[:, 1]).all())
+
+    def without(self, removed: Sequence[int]) -> ImageScan:
+        """Return the scan of the other images."""
+        excluded = set(removed)
+        ids = tuple(each for index, each in enumerate(self.ids) if index not in excluded)
+        return ImageScan(ids, np.delete(self.sizes, list(removed), axis=0))
+
+
+def scan_images(  # noqa: PLR0913, PLR0917  every argument differs between the calls
+    count: int, opener: ImageOpener, root: Path, hashes: FileHashes, world: World, progress: Progress
+) -> ImageScan:
+    """Scan all images. All ranks take part and get the same result.
+
+    Args:
+        count: number of images.
+        opener: opens one of them.
+        root: the cache that all jobs share.
+        hashes: hashes of files, each computed once.
+        world: the ranks.
+        progress: receives this rank's progress.
+    """
+    ids = _hash_all(count, opener, hashes, world)
+    cache = TensorCache(root / "images")
+    work = {_key(each): index for index, each in enumerate(ids) if each}
+
+    def measure(index: int) -> Item:
+        try:
+            with opener(index) as file, image_errors(str(index)):
+                return {_SIZE: torch.tensor(decoding.decode(file).size, dtype=torch.int32)}
+        except DataError:
+            return {_SIZE: torch.zeros(2, dtype=torch.int32)}
+
+    fill(cache, work, lambda: measure, world, progress)
+    sizes = np.zeros((count, 2), dtype=np.int32)
+    keys = [(index, _key(each)) for index, each in enumerate(ids) if each]
+    # Shard by shard: in any other order most reads would open a shard again.
+    for index, key in sorted(keys, key=lambda pair: cache.shard(pair[1])):
+        sizes[index] = cache.get(key)[_SIZE].numpy()
+    return ImageScan(ids, sizes)
+
+
+def describe_broken(source: SampleSet, broken: Sequence[int]) -> str:
+    """Return a message with the number of broken images and the names of the first ones."""
+    named = ", ".join(source.name(index) for index in broken[:_NUM_NAMED])
+    more = f" and {len(broken) - _NUM_NAMED} more" if len(broken) > _NUM_NAMED else ""
+    verb = "is" if len(broken) == 1 else "are"
+    return f"dataset.source: {len(broken)} of {len(source)} images {verb} broken: {named}{more}"
+
+
+def _hash_all(count: int, opener: ImageOpener, hashes: FileHashes, world: World) -> tuple[str, ...]:
+    """Return the hashes of all images; each rank computes its part of them."""
+    share = [_hash_image(opener, index, hashes) for index in range(world.rank, count, world.size)]
+    ids = [""] * count
+    for rank in range(world.size):
+        ids[rank :: world.size] = world.share(share, rank)
+    return tuple(ids)
+
+
+def _hash_image(opener: ImageOpener, index: int, hashes: FileHashes) -> str:
+    try:
+        with opener(index) as file:
+            name = getattr(file, "name", None)
+            if isinstance(name, str) and Path(name).is_file():
+                return hashes.of_file(Path(name))
+            return hashlib.sha256(file.read()).hexdigest()
+    except (OSError, DataError):
+        return ""
+
+
+def _key(image_id: str) -> str:
+    return hash_text("size", image_id)
