@@ -1,4 +1,4 @@
-"""Gradients of whole parameters: in flat buffers, and where autograd puts them."""
+"""Gradients of complete parameters: in flat buffers, and where autograd puts them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from finetune_trainer.distributed.gradients import Gradients, Signal, clip_facto
 from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
 
-Make = Callable[[list[nn.Parameter], torch.device], Gradients]
+BuildGradients = Callable[[list[nn.Parameter], torch.device], Gradients]
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
 
 
 @given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=30), limit=st.integers(1, 120))
-def test_every_parameter_has_its_place_in_order(sizes: list[int], limit: int) -> None:
+def test_every_parameter_is_in_one_bucket_in_order(sizes: list[int], limit: int) -> None:
     groups = assign_buckets(sizes, limit)
     assert [index for group in groups for index in group] == list(range(len(sizes)))
     assert all(len(group) == 1 or sum(sizes[index] for index in group) <= limit for group in groups)
-    # No two neighbours would have fitted into one.
+    # No bucket could hold the first parameter of the next one.
     for one, following in pairwise(groups):
         assert sum(sizes[index] for index in one) + sizes[following[0]] > limit
 
@@ -40,12 +40,12 @@ def _network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(name="make", params=[GradientBuckets, LocalGradients])
-def _make(request: pytest.FixtureRequest) -> Make:
-    make: Make = request.param
+def _make(request: pytest.FixtureRequest) -> BuildGradients:
+    make: BuildGradients = request.param
     return make
 
 
-def test_passes_of_a_step_are_added_up(network: nn.Module, make: Make) -> None:
+def test_passes_of_a_step_are_summed(network: nn.Module, make: BuildGradients) -> None:
     parameters = list(network.parameters())
     gradients = make(parameters, CPU)
     inputs = torch.randn(4, 3)
@@ -61,7 +61,7 @@ def test_passes_of_a_step_are_added_up(network: nn.Module, make: Make) -> None:
         assert gradients.signals.tolist() == [0, 4 * num_passes, 0, 0]
 
 
-def test_a_step_begun_again_forgets_its_first_passes(network: nn.Module, make: Make) -> None:
+def test_clear_drops_earlier_passes(network: nn.Module, make: BuildGradients) -> None:
     parameters = list(network.parameters())
     gradients = make(parameters, CPU)
     torch.autograd.backward(network(torch.randn(4, 3)).sum())
@@ -73,8 +73,8 @@ def test_a_step_begun_again_forgets_its_first_passes(network: nn.Module, make: M
     torch.testing.assert_close([parameter.grad for parameter in parameters], list(expected))
 
 
-def test_what_backward_does_not_come_to_is_zero(network: nn.Module, make: Make) -> None:
-    """Then the optimizer moves it all the same, by its moments and its decay: as where another rank came to it."""
+def test_parameters_without_backward_have_zero_gradients(network: nn.Module, make: BuildGradients) -> None:
+    """The optimizer then still updates them by moments and weight decay, as on ranks whose backward reached them."""
     assert isinstance(network, nn.Sequential)
     gradients = make(list(network.parameters()), CPU)
     torch.autograd.backward(network(torch.randn(4, 3)).sum())
@@ -88,7 +88,7 @@ def test_what_backward_does_not_come_to_is_zero(network: nn.Module, make: Make) 
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in network[0].parameters())
 
 
-def test_signals_are_no_part_of_the_norm(network: nn.Module, make: Make) -> None:
+def test_norm_excludes_signals(network: nn.Module, make: BuildGradients) -> None:
     parameters = list(network.parameters())
     gradients = make(parameters, CPU)
     torch.autograd.backward(network(torch.randn(4, 3)).sum())
@@ -109,7 +109,7 @@ def norm_of(parameters: list[nn.Parameter]) -> torch.Tensor:
 
 
 @given(norm=st.floats(0, 1e30), max_norm=st.floats(1e-6, 1e6))
-def test_a_norm_is_clipped_and_never_raised(norm: float, max_norm: float) -> None:
+def test_a_norm_is_clipped_and_never_increased(norm: float, max_norm: float) -> None:
     factor = clip_factor(norm, max_norm)
     assert factor <= 1
     assert norm * factor <= max_norm * (1 + 1e-12)
@@ -117,5 +117,5 @@ def test_a_norm_is_clipped_and_never_raised(norm: float, max_norm: float) -> Non
         assert factor == 1
 
 
-def test_zero_switches_clipping_off() -> None:
+def test_zero_disables_clipping() -> None:
     assert clip_factor(1e6, 0) == 1

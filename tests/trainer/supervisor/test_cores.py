@@ -1,4 +1,4 @@
-"""How a pod's cores are shared out among its ranks."""
+"""Division of a pod's cores among its ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune_trainer.supervisor.cores import CoreShare, ccl_environment, cgroup
         ({0, 1}, 4.0, 1, [CoreShare(2, frozenset({0, 1}))]),
     ],
 )
-def test_cores_are_shared_out(cores: set[int], quota: float | None, num_ranks: int, expected: list[CoreShare]) -> None:
+def test_share_cores(cores: set[int], quota: float | None, num_ranks: int, expected: list[CoreShare]) -> None:
     assert share_cores(frozenset(cores), quota, num_ranks) == expected
 
 
@@ -35,11 +35,11 @@ def test_cores_are_shared_out(cores: set[int], quota: float | None, num_ranks: i
         (CoreShare(2, None), {"CCL_LOCAL_RANK": "1"}),
     ],
 )
-def test_oneccl_gets_a_core_that_the_compute_threads_leave_free(share: CoreShare, expected: dict[str, str]) -> None:
+def test_oneccl_gets_a_core_without_compute_threads(share: CoreShare, expected: dict[str, str]) -> None:
     assert ccl_environment(share, 1) == expected
 
 
-def test_quota_is_read_from_both_cgroup_versions(tmp_path: Path) -> None:
+def test_cgroup_quota_of_both_versions(tmp_path: Path) -> None:
     assert cgroup_quota(tmp_path) is None
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text("150000\n")

@@ -1,4 +1,4 @@
-"""Ranks forked by a real server, and what happens where there is none."""
+"""Ranks that a real fork server forks, and ranks that start without one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from finetune_trainer.supervisor.ranks import RankProcess, RankStarter
 
 pytestmark = pytest.mark.trainer
 
-PATIENCE_SECONDS = 60.0
+TIMEOUT_SECONDS = 60.0
 CONFIG = Config(
     namespace="default",
     job="circles",
@@ -54,14 +54,14 @@ print("a line of the log")
 print(json.dumps(seen), file=sys.stderr)
 sys.exit(7)
 """
-WAITS = "import signal\nsignal.pause()\n"
+WAITING = "import signal\nsignal.pause()\n"
 
 
 @pytest.fixture(scope="module", name="folder")
 def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("modules")
     (folder / "forked_rank.py").write_text(FORKED)
-    (folder / "waiting_rank.py").write_text(WAITS)
+    (folder / "waiting_rank.py").write_text(WAITING)
     return folder
 
 
@@ -77,60 +77,60 @@ def _server(folder: Path) -> Iterator[tuple[ForkClient, int]]:
 
 
 def run(module: str, server: ForkClient | None, *signals: int, share: CoreShare | None = None) -> RankEnd:
-    """Start a rank, send it signals once it is asked for, and see it to its end."""
+    """Start a rank, send it signals right after the order, and return its end."""
 
-    async def life() -> RankEnd:
+    async def run_rank() -> RankEnd:
         command = (sys.executable, "-m", module, "one", "two")
         rank = await RankStarter(command, lambda: None, server).start(CONFIG, 0, share or CoreShare(1, None))
         for number in signals:
             rank.signal(number)
-        return await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
+        return await asyncio.wait_for(rank.follow(), TIMEOUT_SECONDS)
 
-    return asyncio.run(life())
+    return asyncio.run(run_rank())
 
 
-def test_a_forked_rank_is_like_one_that_was_started(
+def test_a_forked_rank_equals_a_started_one(
     server: tuple[ForkClient, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     core = min(os.sched_getaffinity(0))
     end = run("forked_rank", server[0], share=CoreShare(1, frozenset({core})))
     assert end.exit_code == 7
-    seen = json.loads(end.last_words)
+    result = json.loads(end.last_words)
     parent = server[1]
-    assert seen == {"rank": "1", "cores": [core], "threads": 3, "argv": ["one", "two"], "parent": parent}
+    assert result == {"rank": "1", "cores": [core], "threads": 3, "argv": ["one", "two"], "parent": parent}
     assert "[rank 1] a line of the log" in capsys.readouterr().out
 
 
 def test_reports_of_a_forked_rank_arrive(server: tuple[ForkClient, int]) -> None:
-    async def life() -> RankProcess:
+    async def run_rank() -> RankProcess:
         command = (sys.executable, "-m", "forked_rank")
         rank = await RankStarter(command, lambda: None, server[0]).start(CONFIG, 0, CoreShare(1, None))
-        await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
+        await asyncio.wait_for(rank.follow(), TIMEOUT_SECONDS)
         return rank
 
-    report = asyncio.run(life()).report
+    report = asyncio.run(run_rank()).report
     assert (report.state, report.step) == (RankState.TRAINING, 5)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, ExitCode.SAVED), (signal.SIGKILL, 137)])
 def test_signals_reach_a_forked_rank(server: tuple[ForkClient, int], number: int, code: int) -> None:
-    async def life() -> RankEnd:
+    async def run_rank() -> RankEnd:
         rank = await RankStarter((sys.executable, "-m", "waiting_rank"), lambda: None, server[0]).start(
             CONFIG, 0, CoreShare(1, None)
         )
         following = asyncio.create_task(rank.follow())
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            while not rank.pid:  # noqa: ASYNC110  nobody tells of it
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            while not rank.pid:  # noqa: ASYNC110  no event announces it
                 await asyncio.sleep(0.001)
         rank.signal(number)
-        return await asyncio.wait_for(following, PATIENCE_SECONDS)
+        return await asyncio.wait_for(following, TIMEOUT_SECONDS)
 
-    assert asyncio.run(life()).exit_code == code
+    assert asyncio.run(run_rank()).exit_code == code
 
 
-def test_a_rank_ends_with_the_connection_of_who_asked_for_it(server: tuple[ForkClient, int]) -> None:
-    async def life() -> int:
+def test_a_rank_ends_with_the_connection_of_its_client(server: tuple[ForkClient, int]) -> None:
+    async def run_rank() -> int:
         read_fd, write_fd = os.pipe()
         env = {**os.environ, environment.REPORT_FD: str(write_fd)}
         process = await server[0].fork(["waiting_rank"], env, None)
@@ -139,28 +139,30 @@ def test_a_rank_ends_with_the_connection_of_who_asked_for_it(server: tuple[ForkC
         os.close(write_fd)
         return os.pidfd_open(process.pid)
 
-    descriptor = asyncio.run(life())
-    assert select.select([descriptor], [], [], PATIENCE_SECONDS)[0], "a rank outlived the loop that asked for it"
+    descriptor = asyncio.run(run_rank())
+    assert select.select([descriptor], [], [], TIMEOUT_SECONDS)[0], "a rank survived the connection of its client"
     os.close(descriptor)
 
 
-def test_a_rank_that_is_not_forked_yet_leaves_on_notice() -> None:
+def test_a_signal_before_the_fork_cancels_the_rank() -> None:
     with listen() as listening:
         assert run("waiting_rank", ForkClient(address_of(listening), None), signal.SIGTERM).exit_code == ExitCode.SAVED
         assert run("waiting_rank", ForkClient(address_of(listening), None), signal.SIGKILL).exit_code == 137
 
 
-def test_without_a_server_the_rank_is_started_by_its_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_starts_by_its_command_without_a_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
     with listen() as listening:
         address = address_of(listening)
     assert run("forked_rank", ForkClient(address, None)).exit_code == 7
 
 
-def test_a_server_that_ends_before_it_forks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_starts_by_its_command_if_the_server_exits_before_the_fork(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
-    async def life() -> RankEnd:
+    async def run_rank() -> RankEnd:
         with listen() as listening:
             starter = RankStarter(
                 (sys.executable, "-m", "forked_rank"), lambda: None, ForkClient(address_of(listening), None)
@@ -168,29 +170,29 @@ def test_a_server_that_ends_before_it_forks(folder: Path, monkeypatch: pytest.Mo
             rank = await starter.start(CONFIG, 0, CoreShare(1, None))
             connection, _ = listening.accept()
             connection.close()
-            return await asyncio.wait_for(rank.follow(), PATIENCE_SECONDS)
+            return await asyncio.wait_for(rank.follow(), TIMEOUT_SECONDS)
 
-    assert asyncio.run(life()).exit_code == 7
+    assert asyncio.run(run_rank()).exit_code == 7
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="wants another user")
-def test_another_user_has_no_orders_to_give(server: tuple[ForkClient, int]) -> None:
-    stranger = os.fork()
-    if stranger == 0:
-        turned_away = False
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch to another user")
+def test_orders_of_another_user_are_refused(server: tuple[ForkClient, int]) -> None:
+    other_user = os.fork()
+    if other_user == 0:
+        refused = False
         with contextlib.suppress(OSError):
             os.setuid(65534)
             connection = socket.socket(socket.AF_UNIX)
-            connection.settimeout(PATIENCE_SECONDS)
+            connection.settimeout(TIMEOUT_SECONDS)
             connection.connect("\0" + server[0].address[1:])
-            turned_away = connection.recv(1) == b""
-        os._exit(0 if turned_away else 1)
-    _, status = os.waitpid(stranger, 0)
+            refused = connection.recv(1) == b""
+        os._exit(0 if refused else 1)
+    _, status = os.waitpid(other_user, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert run("forked_rank", server[0]).exit_code == 7
 
 
-def test_orders_that_are_none_end_nothing(server: tuple[ForkClient, int]) -> None:
+def test_invalid_orders_do_not_stop_the_server(server: tuple[ForkClient, int]) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect("\0" + server[0].address[1:])
         connection.sendall(b"\0\0\0\0\0\0\0\2{}")

@@ -1,4 +1,4 @@
-"""Whole runs of real ranks, and how they end."""
+"""Complete runs of real ranks, and their exit codes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ pytestmark = pytest.mark.trainer
 
 
 def lora(ranks: Ranks) -> dict[str, torch.Tensor]:
-    return dict(load_file(ranks.job_dir / "outputs" / "pytorch_lora_weights.safetensors"))
+    tensors = dict(load_file(ranks.job_dir / "outputs" / "pytorch_lora_weights.safetensors"))
+    assert tensors
+    return tensors
 
 
-def test_the_command_of_the_supervisor(base: Path, data: Path, tmp_path: Path) -> None:
-    """The entry point itself, imports and all."""
+def test_rank_started_by_its_command(base: Path, data: Path, tmp_path: Path) -> None:
+    """Run the entry point in a new process, including its imports."""
     (tmp_path / "run.json").write_text(tiny.make_spec(base, data).to_json(), encoding="utf-8")
     env = {
         **os.environ,
@@ -48,7 +50,7 @@ def test_the_command_of_the_supervisor(base: Path, data: Path, tmp_path: Path) -
     assert (tmp_path / "job" / "outputs" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_validation_draws_a_grid_and_notes_the_loss(base: Path, data: Path, tmp_path: Path) -> None:
+def test_validation_writes_images_and_losses(base: Path, data: Path, tmp_path: Path) -> None:
     validation = {"prompts": ["picture 1", "picture 2", "x"], "split": "test", "steps": 4, "numInferenceSteps": 2}
     ranks = Ranks(tiny.make_spec(base, data, validation=validation), tmp_path / "job", world_size=2)
     assert ranks.run() == [ExitCode.DONE] * 2, ranks.stderr()
@@ -58,7 +60,7 @@ def test_validation_draws_a_grid_and_notes_the_loss(base: Path, data: Path, tmp_
     assert losses[-1]["loss"] < losses[0]["loss"]
     assert Image.open(folder / "before-after.png").width > 3 * 192
     assert len(list((folder / "pictures").iterdir())) == 9
-    # A look disturbs nothing: the run without one ends with the same weights.
+    # Validation does not change training: the run without it ends with the same weights.
     plain = Ranks(tiny.make_spec(base, data), tmp_path / "plain", world_size=2)
     assert plain.run() == [ExitCode.DONE] * 2
     assert plain.weights() == ranks.weights()
@@ -80,15 +82,17 @@ def test_final_report(base: Path, data: Path, tmp_path: Path) -> None:
         "state.json",
     }
     for name in ("model", "optimizer"):
-        assert all("lora_" in key for key in load_file(newest / f"{name}.safetensors"))
+        keys = list(load_file(newest / f"{name}.safetensors"))
+        assert keys
+        assert all("lora_" in key for key in keys)
     assert last["checkpoint"]["stallSeconds"] >= 0
     assert last["checkpoint"]["durableSeconds"] > 0
     (output,) = last["outputs"]
     assert output["sizeBytes"] == len(ranks.weights())
 
 
-def test_elastic_worlds_see_the_same_batches(base: Path, data: Path, tmp_path: Path) -> None:
-    """1 rank, 3 ranks (shares of 2, 1 and 1), 5 ranks (one without any sample): the losses agree to rounding."""
+def test_losses_do_not_depend_on_the_world_size(base: Path, data: Path, tmp_path: Path) -> None:
+    """1 rank, 3 ranks (shares of 2, 1 and 1), 5 ranks (one without samples): the weights agree up to rounding."""
     spec = tiny.make_spec(base, data, randomFlip=True)
     runs = [Ranks(spec, tmp_path / f"job{size}", world_size=size) for size in (1, 3, 5)]
     for ranks in runs:
@@ -99,8 +103,8 @@ def test_elastic_worlds_see_the_same_batches(base: Path, data: Path, tmp_path: P
             torch.testing.assert_close(value, reference[name], rtol=1e-3, atol=1e-4)
 
 
-def test_resized_run_goes_on_with_the_same_batches(base: Path, data: Path, tmp_path: Path) -> None:
-    """Two ranks, then one, then two again."""
+def test_resized_run_continues_with_the_same_batches(base: Path, data: Path, tmp_path: Path) -> None:
+    """Run with two ranks, then one, then two again."""
     spec = tiny.make_spec(base, data, steps=12)
     reference = Ranks(spec, tmp_path / "reference", world_size=2)
     assert reference.run() == [ExitCode.DONE] * 2
@@ -116,7 +120,7 @@ def test_resized_run_goes_on_with_the_same_batches(base: Path, data: Path, tmp_p
 
 
 def test_only_random_crops_are_encoded_in_every_step(base: Path, tmp_path: Path) -> None:
-    """Images that are not square are encoded in every step where they are cropped at random, else once for all jobs."""
+    """Images that are not square are encoded in every step if cropped at random, otherwise once for all jobs."""
     data = tiny.write_data(tmp_path / "data", size=(24, 16))
     live = Ranks(tiny.make_spec(base, data), tmp_path / "live")
     assert live.run() == [ExitCode.DONE], live.stderr()
@@ -127,7 +131,7 @@ def test_only_random_crops_are_encoded_in_every_step(base: Path, tmp_path: Path)
     assert live.weights() != cached.weights()
     cache = tmp_path / "cache"
     filled = sorted(cache.rglob("*.safetensors"))
-    # A second job finds all it needs in the cache.
+    # A second job finds all latents in the cache.
     again = Ranks(tiny.make_spec(base, data, centerCrop=True), tmp_path / "again")
     assert again.run() == [ExitCode.DONE]
     assert again.weights() == cached.weights()
@@ -151,8 +155,8 @@ def test_v_prediction_bf16_min_snr_and_epochs(base: Path, data: Path, tmp_path: 
     assert all(value.dtype is torch.float32 for value in lora(ranks).values())
 
 
-def test_notice_before_training_leaves_at_once(base: Path, data: Path, tmp_path: Path) -> None:
-    """Rank 0 waits for a rank that never comes, deep in the rendezvous."""
+def test_preemption_notice_before_training_exits_at_once(base: Path, data: Path, tmp_path: Path) -> None:
+    """Rank 0 waits in the rendezvous for a rank that never joins."""
     ranks = Ranks(tiny.make_spec(base, data), tmp_path / "job", extra={"WORLD_SIZE": "2"}).start()
     ranks.wait_until(lambda report: report["state"] == "Starting")
     ranks.send(signal.SIGTERM, 0)
@@ -161,13 +165,13 @@ def test_notice_before_training_leaves_at_once(base: Path, data: Path, tmp_path:
     assert not (ranks.job_dir / "checkpoints").exists()
 
 
-def test_damaged_newest_checkpoint_is_passed_over(base: Path, data: Path, tmp_path: Path) -> None:
+def test_damaged_newest_checkpoint_is_skipped(base: Path, data: Path, tmp_path: Path) -> None:
     spec = tiny.make_spec(base, data)
     ranks = Ranks(spec, tmp_path / "job", world_size=2, kill_at=("prune", 2), saves_all=True)
     assert ranks.run() == [-signal.SIGKILL, ExitCode.FABRIC]
     *_, older, newest = sorted((ranks.job_dir / "checkpoints").iterdir())
     assert newest.name == "step-00000006-a1"
-    # The survivor rescues step 5 where rank 0 died before its answer to the sixth sum came.
+    # The emergency save of rank 1 holds step 5 if rank 0 was killed before rank 1 got the result of the sixth sum.
     assert older.name in ("step-00000004-a1", "step-00000005-a1")
     file = newest / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x00")
@@ -193,13 +197,13 @@ def test_superseded_attempt(base: Path, data: Path, tmp_path: Path) -> None:
 
 def test_unwritable_storage(base: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
-    (tmp_path / "job" / "job").write_text("a file in the place of a folder", encoding="utf-8")
+    (tmp_path / "job" / "job").write_text("a file instead of a folder", encoding="utf-8")
     ranks = Ranks(tiny.make_spec(base, data), tmp_path / "job")
     assert ranks.run() == [ExitCode.STORAGE]
     assert "checkpoint storage" in ranks.stderr()
 
 
-def test_steps_that_diverge_end_with_a_sentence(base: Path, data: Path, tmp_path: Path) -> None:
+def test_diverging_loss_ends_with_a_message(base: Path, data: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(base, tmp_path / "base")
     weights = load_file(broken / "unet" / "diffusion_pytorch_model.safetensors")
     save_file(
@@ -210,7 +214,7 @@ def test_steps_that_diverge_end_with_a_sentence(base: Path, data: Path, tmp_path
     assert "training.learningRate: loss" in ranks.stderr()
 
 
-BAD: list[tuple[str, dict[str, Any], ExitCode, str]] = [
+INVALID: list[tuple[str, dict[str, Any], ExitCode, str]] = [
     ("model", {"base": "/nowhere"}, ExitCode.CONFIG, "model.base: there is no folder"),
     ("model", {"base": "ftp://host/model"}, ExitCode.CONFIG, "model.base: ftp://host/model cannot be read"),
     ("model", {"variant": "fp16"}, ExitCode.CONFIG, "model.base: the "),
@@ -222,33 +226,33 @@ BAD: list[tuple[str, dict[str, Any], ExitCode, str]] = [
 ]
 
 
-@pytest.fixture(name="bad_run", params=BAD, ids=lambda bad: f"{bad[0]}.{next(iter(bad[1]))}")
-def _bad_run(request: pytest.FixtureRequest, base: Path, data: Path, tmp_path: Path) -> tuple[Ranks, ExitCode, str]:
-    part, changes, code, sentence = request.param
+@pytest.fixture(name="invalid_run", params=INVALID, ids=lambda row: f"{row[0]}.{next(iter(row[1]))}")
+def _invalid_run(request: pytest.FixtureRequest, base: Path, data: Path, tmp_path: Path) -> tuple[Ranks, ExitCode, str]:
+    part, changes, code, message = request.param
     spec = tiny.make_spec(base, data)
     spec = spec.model_copy(update={part: getattr(spec, part).model_copy(update=changes)})
-    return Ranks(spec, tmp_path / "job"), code, sentence
+    return Ranks(spec, tmp_path / "job"), code, message
 
 
-def test_bad_runs_end_with_a_sentence(bad_run: tuple[Ranks, ExitCode, str]) -> None:
-    ranks, code, sentence = bad_run
+def test_invalid_runs_end_with_a_message(invalid_run: tuple[Ranks, ExitCode, str]) -> None:
+    ranks, code, message = invalid_run
     assert ranks.run() == [code]
-    assert ranks.stderr().splitlines()[-1].startswith(sentence), ranks.stderr()
+    assert ranks.stderr().splitlines()[-1].startswith(message), ranks.stderr()
     assert ranks.reports()[-1]["state"] == "Failed"
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         (None, "FINETUNE_RUN_SPEC: .* cannot be read: No such file"),
         ("{", "FINETUNE_RUN_SPEC: Invalid JSON"),
         ('{"globalBatch": 0}', "namespace: Field required"),
     ],
 )
-def test_run_spec_that_is_none(base: Path, data: Path, tmp_path: Path, text: str | None, sentence: str) -> None:
+def test_invalid_run_spec(base: Path, data: Path, tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "other.json"
     if text is not None:
         file.write_text(text, encoding="utf-8")
     ranks = Ranks(tiny.make_spec(base, data), tmp_path / "job", extra={environment.RUN_SPEC: str(file)})
     assert ranks.run() == [ExitCode.CONFIG]
-    assert re.match(sentence, ranks.stderr().splitlines()[-1]), ranks.stderr()
+    assert re.match(message, ranks.stderr().splitlines()[-1]), ranks.stderr()

@@ -63,7 +63,7 @@ IMPOSSIBLE: dict[State, set[Input]] = {
 PAIRS = list(product(State, Input))
 
 
-@pytest.mark.parametrize(("state", "event"), PAIRS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("state", "event"), PAIRS, ids=str)
 def test_every_pair_is_a_transition_or_listed_as_none(state: State, event: Input) -> None:
     kinds = [(state, event) in TRANSITIONS, event in IGNORED[state], event in IMPOSSIBLE[state]]
     assert kinds.count(True) == 1, f"{state}, {event}: transition, ignored, impossible = {kinds}"

@@ -1,4 +1,4 @@
-"""The supervisor over real processes: fake ranks that speak the contract, a real HTTP endpoint that records beats."""
+"""The supervisor with real processes: fake ranks that send reports, and an HTTP server that records heartbeats."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState, Reply, Termination
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import DatasetSpec, ModelSpec, TrainingSpec
-from finetune_trainer.supervisor.cores import cgroup_quota
+from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
 from finetune_trainer.supervisor.ranks import send_signal
 from testing.controlplane.process import wait_for
 
 DEADLINE_SECONDS = 20.0
 
 
-class Endpoint:
-    """Records beats and answers with what the test sets."""
+class FakeCoordinator:
+    """Records heartbeats and replies with what the test sets."""
 
     def __init__(self) -> None:
         self.beats: list[dict[str, Any]] = []
         self.tokens: list[str | None] = []
         self.reply = Reply()
-        self.news = threading.Condition()
-        endpoint = self
+        self.changed = threading.Condition()
+        coordinator = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                with endpoint.news:
-                    endpoint.beats.append(json.loads(body))
-                    endpoint.tokens.append(self.headers.get("Authorization"))
-                    endpoint.news.notify_all()
-                answer = endpoint.reply.to_json().encode()
+                with coordinator.changed:
+                    coordinator.beats.append(json.loads(body))
+                    coordinator.tokens.append(self.headers.get("Authorization"))
+                    coordinator.changed.notify_all()
+                answer = coordinator.reply.to_json().encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
@@ -61,17 +61,17 @@ class Endpoint:
 
     def wait(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         deadline = time.monotonic() + DEADLINE_SECONDS
-        with self.news:
+        with self.changed:
             while True:
                 for beat in self.beats:
                     if wanted(beat):
                         return beat
-                assert self.news.wait(deadline - time.monotonic()), f"no such beat among {self.beats}"
+                assert self.changed.wait(deadline - time.monotonic()), f"no such heartbeat among {self.beats}"
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    served = Endpoint()
+def coordinator() -> Iterator[FakeCoordinator]:
+    served = FakeCoordinator()
     thread = threading.Thread(target=served.server.serve_forever, daemon=True)
     thread.start()
     yield served
@@ -79,12 +79,12 @@ def endpoint() -> Iterator[Endpoint]:
     served.server.server_close()
 
 
-Start = Callable[..., subprocess.Popen[str]]
+StartSupervisor = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start(tmp_path: Path, endpoint: Endpoint) -> Iterator[Start]:
-    """Start a supervisor whose ranks run the given Python text."""
+def start(tmp_path: Path, coordinator: FakeCoordinator) -> Iterator[StartSupervisor]:
+    """StartSupervisor a supervisor whose ranks run the given Python text."""
     spec = RunSpec(
         namespace="default",
         job="circles",
@@ -116,10 +116,10 @@ def start(tmp_path: Path, endpoint: Endpoint) -> Iterator[Start]:
             "FINETUNE_NODE_RANK": "1",
             "FINETUNE_NUM_NODES": "2",
             "FINETUNE_PROCESSES_PER_NODE": str(ranks),
-            "FINETUNE_COORDINATOR_URL": endpoint.url,
+            "FINETUNE_COORDINATOR_URL": coordinator.url,
             "FINETUNE_COORDINATOR_TOKEN": str(tmp_path / "token"),
             "FINETUNE_BEAT_SECONDS": "0.2",
-            "FINETUNE_TERMINATION_LOG": str(tmp_path / "last-words"),
+            "FINETUNE_TERMINATION_LOG": str(tmp_path / "termination-log"),
             **extra,
         }
         command = [sys.executable, "-m", "finetune_trainer.supervisor", "--", sys.executable, "-c", code]
@@ -133,62 +133,63 @@ def start(tmp_path: Path, endpoint: Endpoint) -> Iterator[Start]:
         process.communicate()
 
 
-def last_words(tmp_path: Path) -> Termination:
-    return Termination.model_validate_json((tmp_path / "last-words").read_text())
+def termination(tmp_path: Path) -> Termination:
+    return Termination.model_validate_json((tmp_path / "termination-log").read_text())
 
 
-def test_ranks_get_torch_variables_and_their_own_cores(start: Start) -> None:
+def test_ranks_get_torch_variables_and_their_share_of_the_cores(start: StartSupervisor) -> None:
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"]
     process = start(f"print(json.dumps([[os.environ[n] for n in {names}], sorted(os.sched_getaffinity(0))]))")
     out, _ = process.communicate(timeout=DEADLINE_SECONDS)
-    seen = sorted(json.loads(line.split("] ", 1)[1]) for line in out.splitlines())
-    num_cores = len(os.sched_getaffinity(0))
-    threads = str(max(1, num_cores // 2))
-    assert [environment for environment, _ in seen] == [["2", "4", "0", "2", threads], ["3", "4", "1", "2", threads]]
-    if num_cores % 2 == 0 and cgroup_quota() is None:
-        assert not set(seen[0][1]) & set(seen[1][1])
+    ranks = sorted(json.loads(line.split("] ", 1)[1]) for line in out.splitlines())
+    shares = share_cores(affinity(), cgroup_quota(), 2)
+    threads = str(shares[0].num_threads)
+    assert [variables for variables, _ in ranks] == [["2", "4", "0", "2", threads], ["3", "4", "1", "2", threads]]
+    assert [frozenset(cores) for _, cores in ranks] == [share.cores or affinity() for share in shares]
     assert process.returncode == ExitCode.DONE
 
 
-def test_reports_travel_in_beats_with_the_pods_token(start: Start, endpoint: Endpoint) -> None:
+def test_heartbeats_contain_the_reports_and_the_token(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
     process = start("report(state='Training', step=7, loss=0.5, warnings=['one']); report(state='Saving', step=8)")
     process.communicate(timeout=DEADLINE_SECONDS)
-    beat = endpoint.beats[-1]
+    beat = coordinator.beats[-1]
     assert {rank["state"] for rank in beat["ranks"]} == {RankState.DONE}
     assert [rank["step"] for rank in beat["ranks"]] == [8, 8]
-    assert beat["ranks"][0]["loss"] == 0.5, "what a later report leaves out stays as it was"
+    assert beat["ranks"][0]["loss"] == 0.5, "a field that a later report omits keeps its value"
     assert beat["ranks"][0]["warnings"] == ["one"]
-    assert [b["sequence"] for b in endpoint.beats] == list(range(1, len(endpoint.beats) + 1))
-    assert set(endpoint.tokens) == {"Bearer sesame"}
+    assert [b["sequence"] for b in coordinator.beats] == list(range(1, len(coordinator.beats) + 1))
+    assert set(coordinator.tokens) == {"Bearer sesame"}
 
 
-def test_a_change_is_told_at_once_and_a_step_at_the_next_beat(start: Start, endpoint: Endpoint) -> None:
+def test_a_change_of_state_is_sent_at_once(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
     start("report(state='Loading'); report(state='Training', step=1); signal.pause()", FINETUNE_BEAT_SECONDS="3600")
-    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    coordinator.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
 
 
-def test_notice_reaches_all_ranks_and_they_have_their_time(start: Start, endpoint: Endpoint, tmp_path: Path) -> None:
+def test_preemption_notice_reaches_all_ranks_and_waits_for_their_save(
+    start: StartSupervisor, coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
     process = start(
         """
         def save(*_):
-            time.sleep(1)  # longer than any patience but the pod's own
+            time.sleep(1)  # longer than all timeouts except the grace period
             sys.exit(75)
         signal.signal(signal.SIGTERM, save)
         report(state='Training', step=5)
         while True: signal.pause()
         """
     )
-    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    coordinator.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
     process.send_signal(signal.SIGTERM)
     assert process.wait(DEADLINE_SECONDS) == ExitCode.SAVED
-    words = last_words(tmp_path)
-    assert words.notice
-    assert words.step == 5
-    assert {end.exit_code for end in words.ends} == {ExitCode.SAVED}
-    assert endpoint.wait(lambda beat: beat["notice"])
+    message = termination(tmp_path)
+    assert message.notice
+    assert message.step == 5
+    assert {end.exit_code for end in message.ends} == {ExitCode.SAVED}
+    assert coordinator.wait(lambda beat: beat["notice"])
 
 
-def test_the_first_bad_end_is_the_cause_and_carries_its_last_words(start: Start, tmp_path: Path) -> None:
+def test_the_first_failed_rank_is_the_cause_and_its_output_is_kept(start: StartSupervisor, tmp_path: Path) -> None:
     process = start(
         """
         if rank == 3:
@@ -198,13 +199,15 @@ def test_the_first_bad_end_is_the_cause_and_carries_its_last_words(start: Start,
         """
     )
     assert process.wait(DEADLINE_SECONDS) == 1
-    words = last_words(tmp_path)
-    assert words.ends[0].rank == 3
-    assert words.ends[0].exit_code == 1
-    assert "CUDA out of memory" in words.ends[0].last_words
+    message = termination(tmp_path)
+    assert message.ends[0].rank == 3
+    assert message.ends[0].exit_code == 1
+    assert "CUDA out of memory" in message.ends[0].last_words
 
 
-def test_a_killed_rank_ends_the_pod_with_137_even_if_its_peer_hangs(start: Start, endpoint: Endpoint) -> None:
+def test_a_killed_rank_ends_the_pod_with_137_if_its_peer_hangs(
+    start: StartSupervisor, coordinator: FakeCoordinator
+) -> None:
     process = start(
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -213,37 +216,41 @@ def test_a_killed_rank_ends_the_pod_with_137_even_if_its_peer_hangs(start: Start
         """,
         FINETUNE_BEAT_SECONDS="0.05",
     )
-    beat = endpoint.wait(lambda beat: all(rank.get("detail") for rank in beat["ranks"]))
+    beat = coordinator.wait(lambda beat: all(rank.get("detail") for rank in beat["ranks"]))
     os.kill(int(beat["ranks"][0]["detail"]), signal.SIGKILL)
     assert process.wait(DEADLINE_SECONDS) == 128 + signal.SIGKILL
 
 
-def test_ranks_die_with_their_supervisor(start: Start, endpoint: Endpoint) -> None:
+def test_ranks_are_killed_with_their_supervisor(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
     process = start("report(state='Training', detail=str(os.getpid())); signal.pause()", FINETUNE_BEAT_SECONDS="0.05")
-    beat = endpoint.wait(lambda beat: all(rank.get("detail") for rank in beat["ranks"]))
+    beat = coordinator.wait(lambda beat: all(rank.get("detail") for rank in beat["ranks"]))
     descriptors = [os.pidfd_open(int(rank["detail"])) for rank in beat["ranks"]]
     process.kill()
     for descriptor in descriptors:
         ready, _, _ = select.select([descriptor], [], [], DEADLINE_SECONDS)
-        assert ready, "a rank outlived its supervisor"
+        assert ready, "a rank survived its supervisor"
         os.close(descriptor)
 
 
-def test_training_goes_on_without_a_coordinator(start: Start) -> None:
+def test_training_continues_without_a_coordinator(start: StartSupervisor) -> None:
     process = start("report(state='Training', step=1)", FINETUNE_COORDINATOR_URL="http://127.0.0.1:9")
     _, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == ExitCode.DONE
     assert err.count("training continues") == 1
 
 
-def test_an_order_to_stop_is_a_notice(start: Start, endpoint: Endpoint) -> None:
+def test_a_save_request_without_hold_is_a_preemption_notice(
+    start: StartSupervisor, coordinator: FakeCoordinator
+) -> None:
     process = start("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); report(state='Training'); signal.pause()")
-    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
-    endpoint.reply = Reply.model_validate({"order": "SaveAndStop"})
+    coordinator.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    coordinator.reply = Reply.model_validate({"order": "SaveAndStop"})
     assert process.wait(DEADLINE_SECONDS) == ExitCode.SAVED
 
 
-def test_what_ranks_that_stand_still_were_doing_is_kept(start: Start, endpoint: Endpoint, tmp_path: Path) -> None:
+def test_stacks_of_hanging_ranks_are_stored(
+    start: StartSupervisor, coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
     process = start(
         """
         import faulthandler, threading
@@ -251,24 +258,24 @@ def test_what_ranks_that_stand_still_were_doing_is_kept(start: Start, endpoint: 
         lock = threading.Lock()
         def take_it_twice():
             with lock, lock: pass
-        def tell_when_it_is_stuck():
+        def report_the_deadlock():
             while sys._current_frames()[threading.main_thread().ident].f_code.co_name != "take_it_twice": pass
             report(state='Training', step=7, detail=str(os.getpid()))
         if os.environ["FINETUNE_ATTEMPT"] == "3":
             if rank == 3:
                 report(state='Training', step=7, detail=str(os.getpid()))
                 os.kill(os.getpid(), signal.SIGSTOP)
-            threading.Thread(target=tell_when_it_is_stuck, daemon=True).start()
+            threading.Thread(target=report_the_deadlock, daemon=True).start()
             take_it_twice()
         """,
         FINETUNE_CHECKPOINT_DIR=str(tmp_path / "job"),
         **HOLD,
     )
-    beat = endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    beat = coordinator.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
     pid = int(beat["ranks"][1]["detail"])
-    wait_for("rank 3 stands still", lambda: ") T " in Path(f"/proc/{pid}/stat").read_text())
-    # The new world comes at once: what was asked for is written before the ranks are ended.
-    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4, "stacks": True})
+    wait_for("rank 3 to stop", lambda: ") T " in Path(f"/proc/{pid}/stat").read_text())
+    # The new world arrives in the same reply: the stacks are written before the ranks end.
+    coordinator.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4, "stacks": True})
     assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
     folder = tmp_path / "job" / "hangs" / "attempt-3"
     deadlocked, stopped = (folder / "rank-2.txt").read_text(), (folder / "rank-3.txt").read_text()
@@ -280,7 +287,7 @@ def test_what_ranks_that_stand_still_were_doing_is_kept(start: Start, endpoint: 
 LATE = """
         class Late:
             def __del__(self):
-                # Python has taken its signal handlers away by now.
+                # Python has removed its signal handlers at this point.
                 report(state=LAST, detail="late")
                 signal.pause()
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -289,22 +296,24 @@ LATE = """
 
 
 @pytest.mark.parametrize(("state", "code"), [("Saved", ExitCode.SAVED), ("Done", ExitCode.DONE), ("Training", 143)])
-def test_an_order_that_meets_a_rank_on_its_way_out(start: Start, endpoint: Endpoint, state: str, code: int) -> None:
+def test_save_request_during_the_exit_of_a_rank(
+    start: StartSupervisor, coordinator: FakeCoordinator, state: str, code: int
+) -> None:
     process = start(LATE.replace("LAST", repr(state)))
-    endpoint.wait(lambda beat: all(rank.get("detail") == "late" for rank in beat["ranks"]))
-    endpoint.reply = Reply.model_validate({"order": "SaveAndStop"})
+    coordinator.wait(lambda beat: all(rank.get("detail") == "late" for rank in beat["ranks"]))
+    coordinator.reply = Reply.model_validate({"order": "SaveAndStop"})
     assert process.wait(DEADLINE_SECONDS) == code
 
 
-def test_an_order_that_meets_a_rank_before_it_listens(start: Start, endpoint: Endpoint) -> None:
+def test_save_request_before_a_rank_handles_signals(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
     process = start("report(state='Starting', detail='early'); signal.pause()", FINETUNE_BEAT_SECONDS="0.05")
-    endpoint.wait(lambda beat: all(rank.get("detail") == "early" for rank in beat["ranks"]))
-    endpoint.reply = Reply.model_validate({"order": "SaveAndStop"})
+    coordinator.wait(lambda beat: all(rank.get("detail") == "early" for rank in beat["ranks"]))
+    coordinator.reply = Reply.model_validate({"order": "SaveAndStop"})
     assert process.wait(DEADLINE_SECONDS) == ExitCode.SAVED
 
 
-def test_a_superseded_supervisor_stops(start: Start, endpoint: Endpoint) -> None:
-    endpoint.reply = Reply(attempt=4)
+def test_a_superseded_supervisor_stops(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
+    coordinator.reply = Reply(attempt=4)
     process = start("signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); signal.pause()")
     assert process.wait(DEADLINE_SECONDS) == ExitCode.SUPERSEDED
 
@@ -313,7 +322,7 @@ WORLD_4 = {"attempt": 4, "nodeRank": 0, "numNodes": 3, "masterAddr": "here", "ma
 HOLD = {"FINETUNE_HOLD_SECONDS": "60", "FINETUNE_BEAT_SECONDS": "0.05"}
 
 
-def test_after_a_lost_peer_the_ranks_start_anew_in_the_world_that_is_named(start: Start, endpoint: Endpoint) -> None:
+def test_ranks_restart_in_the_new_world_after_a_lost_peer(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
     process = start(
         """
         if os.environ["FINETUNE_ATTEMPT"] == "3":
@@ -323,17 +332,17 @@ def test_after_a_lost_peer_the_ranks_start_anew_in_the_world_that_is_named(start
         """,
         **HOLD,
     )
-    waiting = endpoint.wait(lambda beat: beat["waiting"])
-    # The other one may still have been on its way in when it was told to stop.
+    waiting = coordinator.wait(lambda beat: beat["waiting"])
+    # The other rank may have received SIGTERM before its first line.
     assert waiting["ends"][0]["exitCode"] == ExitCode.FABRIC
-    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
+    coordinator.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
     assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
-    last = endpoint.beats[-1]
+    last = coordinator.beats[-1]
     assert (last["attempt"], last["nodeRank"], last["waiting"]) == (4, 0, False)
     assert {rank["detail"] for rank in last["ranks"]} == {"0 6 here 7 3", "1 6 here 7 3"}
 
 
-def test_ranks_that_hang_are_ended_for_a_new_world(start: Start, endpoint: Endpoint) -> None:
+def test_hanging_ranks_are_killed_for_a_new_world(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
     process = start(
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -342,13 +351,13 @@ def test_ranks_that_hang_are_ended_for_a_new_world(start: Start, endpoint: Endpo
         """,
         **HOLD,
     )
-    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
-    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
+    coordinator.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    coordinator.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
     assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
 
 
-def test_ranks_that_wait_for_a_lost_peer_in_vain_end_when_the_coordinator_says_so(
-    start: Start, endpoint: Endpoint
+def test_hanging_ranks_are_killed_when_the_coordinator_reports_a_lost_peer(
+    start: StartSupervisor, coordinator: FakeCoordinator
 ) -> None:
     process = start(
         """
@@ -359,34 +368,39 @@ def test_ranks_that_wait_for_a_lost_peer_in_vain_end_when_the_coordinator_says_s
         """,
         **HOLD,
     )
-    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
-    endpoint.reply = Reply(attempt=3, peer_lost=True)
-    waiting = endpoint.wait(lambda beat: beat["waiting"])
+    coordinator.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    coordinator.reply = Reply(attempt=3, peer_lost=True)
+    waiting = coordinator.wait(lambda beat: beat["waiting"])
     assert {end["exitCode"] for end in waiting["ends"]} == {ExitCode.FABRIC}
-    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
+    coordinator.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
     assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
 
 
-def test_a_supervisor_that_waits_leaves_on_notice(start: Start, endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_waiting_supervisor_exits_on_preemption_notice(
+    start: StartSupervisor, coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
     process = start("sys.exit(76)", **HOLD)
-    endpoint.wait(lambda beat: beat["waiting"])
+    coordinator.wait(lambda beat: beat["waiting"])
     process.send_signal(signal.SIGTERM)
     assert process.wait(DEADLINE_SECONDS) == ExitCode.FABRIC
-    assert last_words(tmp_path).notice
+    assert termination(tmp_path).notice
 
 
-def test_nobody_waits_for_a_world_where_nobody_answers(start: Start) -> None:
+def test_no_wait_for_a_world_if_the_coordinator_never_answered(start: StartSupervisor) -> None:
     process = start("sys.exit(76)", FINETUNE_COORDINATOR_URL="http://127.0.0.1:9", **HOLD)
     assert process.wait(DEADLINE_SECONDS) == ExitCode.FABRIC
 
 
-def test_a_rank_that_failed_by_itself_ends_the_pod(start: Start, endpoint: Endpoint) -> None:
+def test_a_failed_rank_ends_the_pod_without_waiting(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
     process = start("sys.exit(1)", **HOLD)
     assert process.wait(DEADLINE_SECONDS) == 1
-    assert not any(beat["waiting"] for beat in endpoint.beats)
+    assert [beat["waiting"] for beat in coordinator.beats] == [False] * len(coordinator.beats)
+    assert coordinator.beats
 
 
-def test_ordered_to_save_the_pod_waits_for_what_comes_after(start: Start, endpoint: Endpoint) -> None:
+def test_after_a_save_request_the_pod_waits_for_a_new_world(
+    start: StartSupervisor, coordinator: FakeCoordinator
+) -> None:
     process = start(
         """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -395,16 +409,16 @@ def test_ordered_to_save_the_pod_waits_for_what_comes_after(start: Start, endpoi
         """,
         **HOLD,
     )
-    endpoint.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
-    endpoint.reply = Reply.model_validate({"order": "SaveAndStop"})
-    saved = endpoint.wait(lambda beat: beat["waiting"])
+    coordinator.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    coordinator.reply = Reply.model_validate({"order": "SaveAndStop"})
+    saved = coordinator.wait(lambda beat: beat["waiting"])
     assert {end["exitCode"] for end in saved["ends"]} == {ExitCode.SAVED}
     assert not saved["notice"]
-    endpoint.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
+    coordinator.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
     assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
 
 
-def test_progress_bars_and_garbage_reports_do_no_harm(start: Start) -> None:
+def test_progress_bars_and_invalid_reports_are_tolerated(start: StartSupervisor) -> None:
     process = start(
         "sys.stderr.write('1%\\r2%\\r' + 'x' * 300000); os.write(int(os.environ['FINETUNE_REPORT_FD']), b'?\\n')"
     )
@@ -414,7 +428,7 @@ def test_progress_bars_and_garbage_reports_do_no_harm(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "message"),
     [
         ("FINETUNE_ATTEMPT", "zero", "FINETUNE_ATTEMPT='zero' must be an integer of at least 1"),
         ("FINETUNE_POD_NAME", "", "FINETUNE_POD_NAME is not set"),
@@ -422,18 +436,18 @@ def test_progress_bars_and_garbage_reports_do_no_harm(start: Start) -> None:
         ("FINETUNE_BEAT_SECONDS", "-1", "must be a number of seconds"),
     ],
 )
-def test_a_bad_environment_is_a_sentence(start: Start, name: str, value: str, words: str) -> None:
+def test_an_invalid_environment_variable_is_named(start: StartSupervisor, name: str, value: str, message: str) -> None:
     process = start("", **{name: value})
     _, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == ExitCode.CONFIG
-    assert words in err
+    assert message in err
 
 
-def test_a_signal_to_a_process_that_has_just_ended_leaves_its_exit_code() -> None:
+def test_a_signal_to_an_ended_process_keeps_its_exit_code() -> None:
     ended: Any = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(76)"])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
     send_signal(ended, signal.SIGTERM)
-    # For asyncio's watcher, which waits in a thread of its own.
+    # asyncio's watcher collects the exit code in its own thread.
     _, status = os.waitpid(ended.pid, 0)
     ended.returncode = os.waitstatus_to_exitcode(status)
     assert ended.returncode == ExitCode.FABRIC

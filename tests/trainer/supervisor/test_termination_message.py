@@ -1,4 +1,4 @@
-"""A supervisor's last words, and the exit code of its pod."""
+"""The termination message of a supervisor, and the exit code of its pod."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ends = st.lists(
 
 
 @given(ends)
-def test_last_words_always_fit_and_keep_the_cause(given_ends: list[RankEnd]) -> None:
+def test_message_always_fits_and_keeps_the_cause(given_ends: list[RankEnd]) -> None:
     text = fit(Termination(attempt=1, exit_code=pod_exit_code(given_ends), ends=cause_first(given_ends)))
     assert len(text.encode()) <= MAX_MESSAGE_BYTES
     kept = Termination.model_validate_json(text)
