@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import pytest
@@ -14,7 +16,9 @@ from PIL import Image
 from finetune_contract.spec import Columns, DatasetSpec
 from finetune_trainer.data import sources
 from finetune_trainer.data.images.decoding import decode_sample
+from finetune_trainer.data.sources.folder import FolderStream, SampleRow, SampleRows
 from finetune_trainer.data.sources.open import FILE_SUFFIXES, LAYOUTS, open_source
+from finetune_trainer.data.sources.table_cells import TableColumns, TableStream
 from finetune_trainer.errors import DataError
 from testing.trainer import tiny
 
@@ -129,3 +133,43 @@ def test_each_layout_is_in_the_table() -> None:
 
 def test_no_file_suffix_belongs_to_two_layouts() -> None:
     assert len(FILE_SUFFIXES) == len(set(FILE_SUFFIXES)) > 0
+
+
+class _FixedFolder:
+    """A folder whose location and stamps do not depend on this machine."""
+
+    url = "s3://bucket/data"
+
+    def list_files(self) -> list[str]:
+        return []
+
+    def list_subfolder(self, subfolder: str) -> list[str]:
+        return []
+
+    def list_subfolders_with(self, name: str) -> list[str]:
+        return []
+
+    def stamp(self, name: str) -> str | None:
+        return f"stamp of {name}"
+
+    def read(self, name: str) -> bytes:
+        raise AssertionError(name)
+
+    def open(self, name: str) -> AbstractContextManager[BinaryIO]:
+        raise AssertionError(name)
+
+
+def test_cache_keys_of_streams_are_stable_across_releases() -> None:
+    """A change of these keys makes every job read its data set again."""
+    rows = [SampleRow("0.png", "one"), SampleRow("1.png", "two", "edges-1.png")]
+    stream = FolderStream(SampleRows(_FixedFolder(), "train", rows))
+    columns = TableColumns(Columns(), needs_captions=True, source="unused")
+    table = TableStream(columns.hash_files("parquet", [("s3://bucket/data.parquet", "stamp")]))
+    keys = [stream.identity, stream.key(0, 0), stream.key(0, 1), table.identity, table.key(1, 2)]
+    assert [key[:16] for key in keys] == [
+        "caa639ff4ba3e4d7",
+        "229c8d433511bc85",
+        "992dbf9a850cb72d",
+        "7517a9691fb7bf38",
+        "39f3bf409a74a702",
+    ]

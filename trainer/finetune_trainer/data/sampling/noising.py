@@ -1,4 +1,4 @@
-"""Draws the timestep and the noise of each draw of a sample, with the manifest's options."""
+"""Draws the timestep and the noise for each use of a sample, with the options of the manifest."""
 
 from __future__ import annotations
 
