@@ -1,15 +1,33 @@
-"""Separate processes for measurements: memory that one case leaves behind must not count for another."""
+"""Separate processes for measurements and checks: memory that one leaves behind must not count for another."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+ROOT = Path(__file__).resolve().parents[2]
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def run_program(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a program of this repository, and return the JSON object of its last line.
+
+    Raises:
+        AssertionError: the program failed.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"
+    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return result
 
 
 def call_in_new_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,10 +1,10 @@
-"""Take ranks away at random moments, over and over: does every run end with the weights of the undisturbed one?
+"""Preempt and kill ranks at random times, and check that every run ends with the weights of an undisturbed run.
 
-Runs the demo's job (fewer steps, a checkpoint every few) through the `finetune` command, as a person would:
+Runs the demo's job (with fewer steps and frequent checkpoints) through the `finetune` command, as a user does:
 
 - notices: `--preempt` of a random rank at a random step;
-- kills: SIGKILL of a random rank, of a random rank's whole pod or of the whole tree (the command itself included, which
-  is then run again), at a random moment or inside a save.
+- kills: SIGKILL of a random rank, of a random pod, or of all processes including the command itself (which is then run
+  again), at a random time or during a save.
 
 The last line is JSON: {"notices", "kills", "different_weights", "lost_after_notice"}.
 """
@@ -40,8 +40,8 @@ SAVE_POLL_SECONDS = 0.0005
 
 
 @dataclass(frozen=True)
-class Case:
-    """One run and what is done to it."""
+class Disturbance:
+    """One run and its disturbance."""
 
     name: str
     kind: str
@@ -49,59 +49,59 @@ class Case:
     target: str = ""
     """rank 0, rank 1, pod 0, pod 1 or tree"""
     step: int | None = None
-    """Step at which the notice comes."""
+    """Step at which the preemption notice arrives."""
     fraction: float | None = None
-    """Share of the undisturbed run's time, from the first report of its ranks, after which the kill comes."""
+    """Time of the kill, from the start of the command, as a fraction of the undisturbed run."""
     save: int | None = None
-    """The kill comes inside the save of this number, counted from 1."""
+    """Number of the save, from 1, during which the kill happens."""
 
     @property
-    def moment(self) -> str:
-        """The moment in words."""
+    def time(self) -> str:
+        """Description of the time of the disturbance."""
         if self.step is not None:
             return f"step {self.step}"
         if self.save is not None:
-            return f"inside save {self.save}"
+            return f"during save {self.save}"
         return f"{self.fraction:.0%} of the run" if self.fraction is not None else ""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run ended with."""
+class DemoResult:
+    """Result of one run."""
 
     sha256: str
     seconds: float
     status: dict[str, Any]
-    hit: bool
-    """Whether the disturbance came before the run was over."""
+    was_disturbed: bool
+    """Whether the disturbance happened before the end of the run."""
 
 
-def draw_cases(num_notices: int, num_kills: int, num_steps: int, num_saves: int, seed: int) -> list[Case]:
-    """Draw all moments from one seed."""
+def draw_disturbances(num_notices: int, num_kills: int, num_steps: int, num_saves: int, seed: int) -> list[Disturbance]:
+    """Draw all disturbances from one seed."""
     rng = random.Random(seed)
-    cases = [
-        Case(f"notice-{i}", "notice", f"rank {rng.randrange(NUM_RANKS)}", step=rng.randrange(1, num_steps - 1))
+    disturbances = [
+        Disturbance(f"notice-{i}", "notice", f"rank {rng.randrange(NUM_RANKS)}", step=rng.randrange(1, num_steps - 1))
         for i in range(num_notices)
     ]
     targets = ["rank 0", "tree", "rank 1", "pod 0", "tree", "pod 1"]
     for i in range(num_kills):
         target = targets[i % len(targets)]
         if i % 2:
-            cases.append(Case(f"kill-{i}", "kill", target, save=rng.randrange(1, num_saves + 1)))
+            disturbances.append(Disturbance(f"kill-{i}", "kill", target, save=rng.randrange(1, num_saves + 1)))
         else:
-            cases.append(Case(f"kill-{i}", "kill", target, fraction=rng.uniform(0.0, 0.95)))
-    return cases
+            disturbances.append(Disturbance(f"kill-{i}", "kill", target, fraction=rng.uniform(0.0, 0.95)))
+    return disturbances
 
 
-def earlier(case: Case) -> Case:
-    """The same case, its moment sooner."""
-    if case.save is not None:
-        return replace(case, save=max(1, case.save - 1))
-    return replace(case, fraction=0.8 * (case.fraction or 0.0))
+def earlier(disturbance: Disturbance) -> Disturbance:
+    """Return the same disturbance at an earlier time."""
+    if disturbance.save is not None:
+        return replace(disturbance, save=max(1, disturbance.save - 1))
+    return replace(disturbance, fraction=0.8 * (disturbance.fraction or 0.0))
 
 
-class Bed:
-    """A folder for all runs, and the job that they run."""
+class DemoHarness:
+    """Runs the demo's job in one folder per run."""
 
     def __init__(self, folder: Path, num_steps: int, save_every: int) -> None:
         self.folder = folder
@@ -113,37 +113,40 @@ class Bed:
         command = [sys.executable, "-m", "finetune_trainer.demo.circles", str(self._data)]
         subprocess.run([*command, "--style", "stripes", "--num-train", "64", "--num-validation", "8"], check=True)
 
-    def run(self, case: Case) -> Outcome:
-        """Run the job once, disturbed as the case says, to its end."""
-        home = self.folder / case.name
+    def run(self, disturbance: Disturbance) -> DemoResult:
+        """Run the job once to its end, with this disturbance."""
+        home = self.folder / disturbance.name
         manifest = self._write_manifest(home)
         started = time.monotonic()
-        hit = True
-        if case.kind == "kill":
-            hit = self._run_and_kill(case, home, manifest)
-        extra = ["--preempt", f"rank={case.target[-1]},at-step={case.step}"] if case.kind == "notice" else []
-        result = subprocess.run(
+        was_disturbed = True
+        extra = []
+        if disturbance.kind == "kill":
+            was_disturbed = self._run_and_kill(disturbance, home, manifest)
+        elif disturbance.kind == "notice":
+            extra = ["--preempt", f"rank={disturbance.target[-1]},at-step={disturbance.step}"]
+        ended = subprocess.run(
             self._command(home, manifest, *extra), check=False, capture_output=True, text=True, timeout=RUN_SECONDS
         )
-        if result.returncode != 0:
-            raise SystemExit(f"{case.name} ({case.target}, {case.moment}) failed:\n{result.stdout}\n{result.stderr}")
+        if ended.returncode != 0:
+            what = f"{disturbance.name} ({disturbance.target}, {disturbance.time})"
+            raise SystemExit(f"{what} failed:\n{ended.stdout}\n{ended.stderr}")
         seconds = time.monotonic() - started
         status = self._status(home)
-        outcome = Outcome(_hash(home / "out"), seconds, status, hit)
-        if case.kind == "undisturbed":
+        result = DemoResult(_hash(home / "out"), seconds, status, was_disturbed)
+        if disturbance.kind == "undisturbed":
             self.span_seconds = seconds
         shutil.rmtree(home)
-        return outcome
+        return result
 
-    def _run_and_kill(self, case: Case, home: Path, manifest: Path) -> bool:
-        """Run until the moment, kill the target, and see the command off; say whether there was anything to kill."""
+    def _run_and_kill(self, disturbance: Disturbance, home: Path, manifest: Path) -> bool:
+        """Start the command and kill the target at its time; return whether any process was killed."""
         process = subprocess.Popen(
             self._command(home, manifest), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         try:
-            if not self._wait_for_moment(case, home, process):
+            if not self._wait_for_time(disturbance, home, process):
                 return False
-            victims = _wait_for_victims(case.target, process)
+            victims = _wait_for_victims(disturbance.target, process)
             for victim in victims:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     victim.send_signal(signal.SIGKILL)
@@ -154,19 +157,19 @@ class Bed:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
-    def _wait_for_moment(self, case: Case, home: Path, process: subprocess.Popen[bytes]) -> bool:
+    def _wait_for_time(self, disturbance: Disturbance, home: Path, process: subprocess.Popen[bytes]) -> bool:
         begun = time.monotonic()
-        if case.fraction is not None:
-            until = begun + case.fraction * self.span_seconds
+        if disturbance.fraction is not None:
+            until = begun + disturbance.fraction * self.span_seconds
             return _poll(lambda: time.monotonic() >= until, process)
-        assert case.save is not None
-        seen: set[str] = set()
+        assert disturbance.save is not None
+        saves: set[str] = set()
 
-        def inside_save() -> bool:
-            seen.update(path.name for path in home.glob("storage/*/*/checkpoints/.writing-*"))
-            return len(seen) >= (case.save or 0)
+        def is_during_save() -> bool:
+            saves.update(path.name for path in home.glob("storage/*/*/checkpoints/.writing-*"))
+            return len(saves) >= (disturbance.save or 0)
 
-        return _poll(inside_save, process)
+        return _poll(is_during_save, process)
 
     def _write_manifest(self, home: Path) -> Path:
         home.mkdir(parents=True)
@@ -203,7 +206,7 @@ class Bed:
 
 
 def _poll(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
-    """Wait for a moment, closely; False where the run was over first."""
+    """Poll until `reached` returns True; return False if the run ended first."""
     while process.poll() is None:
         if reached():
             return True
@@ -212,7 +215,7 @@ def _poll(reached: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool
 
 
 def _wait_for_victims(target: str, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Processes to kill. The moment may come before they are there: then they are hit as soon as they are."""
+    """Return the processes to kill. Wait for them if they have not started yet."""
     victims: list[psutil.Process] = []
     while not victims and process.poll() is None:
         victims = list(_victims(target, process.pid))
@@ -221,7 +224,7 @@ def _wait_for_victims(target: str, process: subprocess.Popen[bytes]) -> list[psu
 
 
 def _victims(target: str, runner: int) -> Iterator[psutil.Process]:
-    """Processes to kill, parents first, so that none can tell of its child's death."""
+    """Yield the processes to kill, parents first: no parent can then report the exit of its child."""
     try:
         tree = [psutil.Process(runner), *psutil.Process(runner).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -233,7 +236,7 @@ def _victims(target: str, runner: int) -> Iterator[psutil.Process]:
     for process in tree:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             env = process.environ()
-            # A forked rank has the environment of its fork server, and a name of its own.
+            # A forked rank shows the environment of its fork server, but has its own process name.
             if kind == "rank" and process.name() == f"rank {number}":
                 yield process
             if kind == "pod" and env.get("FINETUNE_NODE_RANK") == number:
@@ -242,55 +245,58 @@ def _victims(target: str, runner: int) -> Iterator[psutil.Process]:
 
 def _hash(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    paths = sorted(folder.rglob("*.safetensors"))
+    if not paths:
+        raise SystemExit(f"no weights in {folder}")
+    for path in paths:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def main() -> None:
-    """Run all cases and report."""
+    """Run all disturbances and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--notices", type=int, default=10, help="runs with a notice (default 10)")
+    parser.add_argument("--notices", type=int, default=10, help="runs with a preemption notice (default 10)")
     parser.add_argument("--kills", type=int, default=20, help="runs with a SIGKILL (default 20)")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default 40)")
     parser.add_argument("--save-every", type=int, default=5, help="steps between checkpoints (default 5)")
-    parser.add_argument("--seed", type=int, default=None, help="seed of the moments; default: a new one, printed")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the random times; default: a new one, printed")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
-    cases = draw_cases(args.notices, args.kills, args.steps, args.steps // args.save_every, seed)
-    print(f"{len(cases)} disturbed runs of {args.steps} steps on {NUM_RANKS} ranks; moments drawn from --seed {seed}")
+    disturbances = draw_disturbances(args.notices, args.kills, args.steps, args.steps // args.save_every, seed)
+    print(f"{len(disturbances)} runs of {args.steps} steps on {NUM_RANKS} ranks; random times from --seed {seed}")
     with tempfile.TemporaryDirectory(prefix="kill-demo-") as folder:
-        bed = Bed(Path(folder), args.steps, args.save_every)
-        truth = bed.run(Case("undisturbed", "undisturbed"))
-        print(f"  undisturbed: {truth.seconds:.1f} s, weights {truth.sha256[:12]}", flush=True)
+        harness = DemoHarness(Path(folder), args.steps, args.save_every)
+        reference = harness.run(Disturbance("undisturbed", "undisturbed"))
+        print(f"  undisturbed: {reference.seconds:.1f} s, weights {reference.sha256[:12]}", flush=True)
         rows: list[list[object]] = []
         different = lost_after_notice = 0
-        for number, drawn in enumerate(cases, 1):
-            case = drawn
-            outcome = bed.run(case)
-            while not outcome.hit:
-                case = earlier(case)
-                print(f"  {case.name}: the run was over before the moment came; again, {case.moment}", flush=True)
-                outcome = bed.run(case)
-            same = outcome.sha256 == truth.sha256
-            lost = int(outcome.status.get("lostSteps", 0))
+        for number, drawn in enumerate(disturbances, 1):
+            disturbance = drawn
+            result = harness.run(disturbance)
+            while not result.was_disturbed:
+                disturbance = earlier(disturbance)
+                print(f"  {disturbance.name}: the run ended first; retrying: {disturbance.time}", flush=True)
+                result = harness.run(disturbance)
+            same = result.sha256 == reference.sha256
+            lost = int(result.status.get("lostSteps", 0))
             different += not same
-            lost_after_notice += lost if case.kind == "notice" else 0
-            restarts = int(outcome.status["attempt"]) - 1
+            lost_after_notice += lost if disturbance.kind == "notice" else 0
+            restarts = int(result.status["attempt"]) - 1
             verdict = "same" if same else "DIFFERENT"
-            rows.append([case.name, case.target, case.moment, restarts, lost, verdict])
-            what = f"{case.kind} {case.target}, {case.moment}"
+            rows.append([disturbance.name, disturbance.target, disturbance.time, restarts, lost, verdict])
+            what = f"{disturbance.kind} {disturbance.target}, {disturbance.time}"
             print(
-                f"  {number}/{len(cases)} {what}: {outcome.seconds:.1f} s, {lost} steps lost, weights {verdict}",
+                f"  {number}/{len(disturbances)} {what}: {result.seconds:.1f} s, {lost} steps lost, weights {verdict}",
                 flush=True,
             )
-    result = {
+    summary = {
         "notices": args.notices,
         "kills": args.kills,
         "different_weights": different,
         "lost_after_notice": lost_after_notice,
     }
-    finish(["run", "target", "moment", "restarts", "lost steps", "weights"], rows, result)
+    finish(["run", "target", "time", "restarts", "lost steps", "weights"], rows, summary)
     if different or lost_after_notice:
         sys.exit(1)
 

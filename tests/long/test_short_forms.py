@@ -2,58 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_program(*command: str) -> dict[str, Any]:
-    """Run a program and return the JSON object of its last line."""
-    result = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return answer
-
-
-@pytest.mark.trainer
-@pytest.mark.timeout(900)
-def test_kill_demo() -> None:
-    result = run_program(
-        "tests.chaos.kill_demo", "--notices", "1", "--kills", "3", "--steps", "12", "--save-every", "3"
-    )
-    assert result == {"notices": 1, "kills": 3, "different_weights": 0, "lost_after_notice": 0}
-
-
-@pytest.mark.trainer
-@pytest.mark.timeout(600)
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts small disks and puts filters on connections")
-@pytest.mark.parametrize(
-    "cells",
-    [
-        ("--faults", "SIGKILL", "full disk", "--ranks", "rank 0", "--stages", "saving"),
-        ("--faults", "partition", "--ranks", "rank 1", "--stages", "training"),
-    ],
-)
-def test_kill_matrix(cells: tuple[str, ...]) -> None:
-    result = run_program("tests.chaos.kill_matrix", "--no-times", *cells)
-    assert (result["wrong"], result["cells"]) == (0, 2 if "SIGKILL" in cells else 1)
-
-
-@pytest.mark.trainer
-@pytest.mark.timeout(900)
-def test_kill_saves() -> None:
-    assert run_program("tests.chaos.kill_saves", "--kills", "8") == {
-        "kills": 8,
-        "different_weights": 0,
-        "corrupt_chosen": 0,
-    }
+from testing.measure.process import run_program
 
 
 @pytest.mark.trainer
@@ -89,5 +42,7 @@ def test_bench_operator() -> None:
 def test_bench_beats() -> None:
     result = run_program("bench.beats", "--jobs", "2", "--nodes-per-job", "2", "--seconds", "5")
     assert result["supervisors"] == 4
-    assert result["beats_per_second"] >= 0
-    assert {"cores", "p99_ms", "rss_mib", "writes_per_second"} < result.keys()
+    # The rate is rounded, and 0 for only four supervisors. A latency is measured only if heartbeats are answered.
+    assert result["p99_ms"] > 0
+    assert result["rss_mib"] > 0
+    assert {"beats_per_second", "cores", "writes_per_second"} < result.keys()

@@ -65,7 +65,7 @@ def _fetch_one(bucket: Bucket, name: str, folder: Path, field: str) -> None:
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
-            f"{field}: the object {name!r} of {bucket.url} would be stored outside the cache folder; rename it"
+            f"{field}: the object {name!r} of {bucket.url} has a path outside its folder; rename the object"
         )
     try:
         if path.is_file() and path.stat().st_size == bucket.size_bytes(name):

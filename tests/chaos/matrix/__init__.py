@@ -1,1 +1,1 @@
-"""The kill matrix: which cells there are, how a fault is done to real processes, and what must come of it."""
+"""The kill matrix: its cells, the injection of faults into real processes, and the expected results."""

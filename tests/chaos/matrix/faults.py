@@ -1,4 +1,4 @@
-"""How a fault is done to processes, disks and connections of this machine. Wants root for disks and partitions."""
+"""Injects faults into processes, disks and connections of this machine. Disks and partitions need root."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ LIMIT_BYTES = 64 * 1024**2
 
 
 def signal_all(pids: list[int], number: int) -> None:
-    """Send a signal to processes, those that are gone aside."""
+    """Send a signal to processes; ignore those that have exited."""
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
 
 def cut_off(pid: int) -> None:
-    """Let nothing more reach a process over the TCP connections that it has: a network that swallows packets.
+    """Drop all packets to the existing TCP connections of a process, like a broken network.
 
-    A filter that keeps no byte of any packet is put on copies of its sockets.
+    Attach a filter that keeps no byte of any packet to copies of its sockets.
     """
     process = os.pidfd_open(pid)
     try:
@@ -40,9 +40,9 @@ def cut_off(pid: int) -> None:
             copy = _libc.syscall(_SYS_PIDFD_GETFD, process, descriptor, 0)
             if copy < 0:
                 continue
-            with socket.socket(fileno=copy) as taken:
-                if taken.family in (socket.AF_INET, socket.AF_INET6):
-                    taken.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _drop_all())
+            with socket.socket(fileno=copy) as duplicate:
+                if duplicate.family in (socket.AF_INET, socket.AF_INET6):
+                    duplicate.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _drop_all())
     finally:
         os.close(process)
 
@@ -60,12 +60,12 @@ _KEEP_NOTHING = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
 
 
 def _drop_all() -> bytes:
-    """A classic BPF program of one instruction: return 0."""
+    """Return a classic BPF program with one instruction: return 0."""
     return struct.pack("HL", 1, ctypes.addressof(_KEEP_NOTHING))
 
 
 def forbid_writes(pid: int) -> None:
-    """Let a process write no more to any file: what can be done to one rank of many on one disk."""
+    """Forbid a process to write to files: a full disk for one of the ranks that share it."""
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
 
 
@@ -76,8 +76,11 @@ def mount_private_read_only(pid: int, folder: Path) -> None:
 
 
 def starve(pid: int, name: str) -> Callable[[], None]:
-    """Put a process into a memory cgroup of its own with a limit, for the kernel's OOM killer to hold; return how to
-    undo it."""
+    """Put a process into its own memory cgroup with a limit that the kernel's OOM killer enforces.
+
+    Returns:
+        A function that removes the cgroup.
+    """
     group = CGROUPS / name
     group.mkdir()
     (group / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES))
@@ -94,15 +97,15 @@ def starve(pid: int, name: str) -> Callable[[], None]:
 
 
 @dataclass
-class Disk:
-    """A small file system of its own."""
+class SmallDisk:
+    """A separate small file system."""
 
     folder: Path
     megabytes: int
     covered: bool = False
-    """Whether a second, read-only mount of it lies over it."""
+    """Whether a second, read-only mount covers the folder."""
 
-    def __enter__(self) -> Disk:
+    def __enter__(self) -> SmallDisk:
         self.folder.mkdir(parents=True, exist_ok=True)
         options = f"size={self.megabytes}m"
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "matrix", str(self.folder)], check=True)
@@ -113,21 +116,21 @@ class Disk:
         subprocess.run(["umount", "-l", str(self.folder)], check=False)
 
     def fill(self) -> None:
-        """Leave no room."""
+        """Fill the disk."""
         with (self.folder / ".filler").open("wb", buffering=0) as file, suppress(OSError):
             while True:
                 file.write(bytes(4096))
 
     def make_read_only(self) -> None:
-        """As a kernel does with a file system whose disk fails."""
+        """Make the file system read-only, as a kernel does after disk errors."""
         if subprocess.run(["mount", "-o", "remount,ro", str(self.folder)], check=False, capture_output=True).returncode:
-            # Files that are open for writing, as logs are, stand in the way: they stay, and nothing new can be written.
+            # Files that are open for writing, such as logs, prevent the remount. A read-only mount covers them instead.
             subprocess.run(["mount", "--bind", str(self.folder), str(self.folder)], check=True)
             subprocess.run(["mount", "-o", "remount,bind,ro", str(self.folder)], check=True)
             self.covered = True
 
     def heal(self) -> None:
-        """Make room, and let it be written to; unless it is gone by now."""
+        """Make the disk writable and free its space, unless it is already unmounted."""
         if not self.folder.is_mount():
             return
         if self.covered:
@@ -138,8 +141,8 @@ class Disk:
 
 
 @dataclass
-class Proxy:
-    """The way from one supervisor to the coordinator: it can freeze, and then swallows all that comes."""
+class CoordinatorProxy:
+    """Proxy between one supervisor and the coordinator. While frozen, it holds all data back."""
 
     target: Callable[[], int]
     port: int = 0
@@ -148,21 +151,21 @@ class Proxy:
     _server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        """Listen."""
+        """Start to listen."""
         self._open.set()
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def freeze(self) -> None:
-        """Let nothing through, in either direction."""
+        """Stop forwarding in both directions."""
         self._open.clear()
 
     def thaw(self) -> None:
-        """Let everything through."""
+        """Forward again."""
         self._open.set()
 
     def stop(self) -> None:
-        """Close."""
+        """Close the socket and all connections."""
         if self._server is not None:
             self._server.close()
         for task in self._tasks:
@@ -171,11 +174,11 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await self._open.wait()
-            there, back = await asyncio.open_connection("127.0.0.1", self.target())
+            upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self.target())
         except (OSError, asyncio.CancelledError):
             writer.close()
             return
-        for source, sink in ((reader, back), (there, writer)):
+        for source, sink in ((reader, upstream_writer), (upstream_reader, writer)):
             task = asyncio.create_task(self._pump(source, sink))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -76,11 +76,11 @@ class Supervisor:
         if os.getpid() == 1:
             loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         self._starter = await RankStarter.prepare(self._command, self._share_cores()[0], self._heartbeats.due.set)
-        if self._state is State.STARTING:
-            await self._start_ranks()
-        else:
+        if self._config.is_standby:
             self._heartbeats.heard_at = loop.time()
             read_ahead(self._config.model_base)
+        else:
+            await self._start_ranks()
         heartbeats = asyncio.create_task(self._heartbeats.run())
         while self._state not in FINAL:
             await self._run_state()

@@ -1,0 +1,39 @@
+"""Short runs of the kill programs: the same checks with fewer kills."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from testing.measure.process import run_program
+
+pytestmark = pytest.mark.trainer
+
+
+@pytest.mark.timeout(900)
+def test_kill_demo() -> None:
+    result = run_program(
+        "tests.chaos.kill_demo", "--notices", "1", "--kills", "3", "--steps", "12", "--save-every", "3"
+    )
+    assert result == {"notices": 1, "kills": 3, "different_weights": 0, "lost_after_notice": 0}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount small disks and to filter connections")
+@pytest.mark.parametrize(
+    ("cells", "num_cells"),
+    [
+        (("--faults", "SIGKILL", "full disk", "--ranks", "rank 0", "--stages", "saving"), 2),
+        (("--faults", "partition", "--ranks", "rank 1", "--stages", "training"), 1),
+    ],
+)
+def test_kill_matrix(cells: tuple[str, ...], num_cells: int) -> None:
+    result = run_program("tests.chaos.kill_matrix", "--no-times", *cells)
+    assert (result["wrong"], result["cells"]) == (0, num_cells)
+
+
+@pytest.mark.timeout(900)
+def test_kill_saves() -> None:
+    result = run_program("tests.chaos.kill_saves", "--kills", "8")
+    assert result == {"kills": 8, "different_weights": 0, "corrupt_chosen": 0}
