@@ -1,4 +1,4 @@
-"""What an image's archive says of the image."""
+"""Check an image by its archive: size, user, labels, unwanted files, SBOM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS = ("title", "description", "version", "revision", "source", "licenses")
 
 
 def faults(archive: Path, name: str) -> Iterator[str]:
-    """A sentence for each thing that the image of this name must not be."""
+    """Yield a message for each defect of the image with this name."""
     with tarfile.open(archive) as opened:
         manifest = _json(opened, "manifest.json")[0]
         config = _json(opened, manifest["Config"])["config"]
@@ -26,21 +26,21 @@ def faults(archive: Path, name: str) -> Iterator[str]:
         names = [inside for layer in manifest["Layers"] for inside in _names(opened, layer)]
     kind = name.split("-", maxsplit=1)[0]
     if kind == "operator" and size > OPERATOR_MIB * MIB:
-        yield f"{name}'s image has {size / MIB:.0f} MiB unpacked, over {OPERATOR_MIB}"
+        yield f"{name} image is {size / MIB:.0f} MiB unpacked, over {OPERATOR_MIB}"
     if config["User"].split(":")[0] in ("", "0", "root"):
-        yield f"{name}'s image runs as root"
+        yield f"{name} image runs as root"
     missing = [label for label in LABELS if f"org.opencontainers.image.{label}" not in (config.get("Labels") or {})]
     if missing:
-        yield f"{name}'s image lacks labels: {', '.join(missing)}"
+        yield f"{name} image lacks labels: {', '.join(missing)}"
     for unwanted in UNWANTED[kind]:
         if found := next((inside for inside in names if unwanted in f"/{inside}"), None):
-            yield f"{name}'s image holds {found}"
+            yield f"{name} image contains {found}"
     if not any(inside.endswith(".spdx.json") for inside in names):
-        yield f"{name}'s image has no SBOM"
+        yield f"{name} image has no SBOM"
 
 
 def size_mib(archive: Path) -> float:
-    """Its layers, unpacked."""
+    """Return the size of its layers, unpacked, in MiB."""
     with tarfile.open(archive) as opened:
         layers = _json(opened, "manifest.json")[0]["Layers"]
         return sum(opened.getmember(layer).size for layer in layers) / MIB

@@ -1,9 +1,9 @@
-"""The images that the nodes load, built from images/ on a base made by debootstrap; the archives are cached.
+"""Build the images that the nodes load, from images/ on a base made by debootstrap, and cache the archives.
 
-Called by `prepare`, and as `python -m testing.realnodes.builder NAME` by `make image-NAME` where there is no other
-builder: it builds images/NAME.Dockerfile, looks into the image and says how large it is.
+Called by `prepare`, and as `python -m testing.realnodes.builder NAME` by `make image-NAME` if no other builder is
+installed: it builds images/NAME.Dockerfile, checks the image and prints its size.
 
-What a change of the code does not change is kept: the stage with the dependencies, and what the nodes have unpacked.
+A code change does not rebuild the stage with the dependencies or the layers that the nodes have unpacked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from testing.controlplane.build import BuildError, Say, cache_folder, lock, progress
+from testing.controlplane.build import BuildError, PrintLine, cache_folder, lock, progress
 from testing.realnodes import archive, layers
 from testing.realnodes.runtime import MissingError, check_tools
 
@@ -28,22 +28,22 @@ BASE = "localhost/finetune-base:bookworm"
 BASE_PYTHON = (3, 11)
 OPERATOR, PAUSE = "localhost/operator:test", "localhost/pause:test"
 LIGHT, WHOLE = "localhost/trainer:test", "localhost/trainer-cpu:test"
-"""The trainer's own modules, with torch to come by a volume; and images/trainer-cpu.Dockerfile."""
+"""The modules of the trainer without torch, which pods mount from a volume; and images/trainer-cpu.Dockerfile."""
 INCLUDED = "python3,python3-venv,python-is-python3,ca-certificates"
-SOURCES = ("operator", "trainer", "images", "requirements", "pyproject.toml", "tests/realnodes/images")
+SOURCES = ("operator", "trainer", "images", "requirements", "pyproject.toml", "testing/realnodes/images")
 TOOLS = ("buildah", "debootstrap", "apt-get", "gcc")
 
 
 class Builder:
-    """buildah with a storage of its own in the cache."""
+    """buildah with its own storage in the cache."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, say: PrintLine) -> None:
         self._say = say
         self.folder = cache_folder().parent / "realnodes"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def ensure(self, trainer: str = LIGHT) -> Path:
-        """Build what has changed; returns the folder of the archives."""
+        """Build what has changed; return the folder of the archives."""
         kind = "whole" if trainer == WHOLE else "light"
         target = self.folder / f"images-{kind}-{self._key()}"
         with self.alone():
@@ -53,34 +53,34 @@ class Builder:
                 partial.mkdir()
                 formers = sorted(self.folder.glob(f"images-{kind}-*"), key=lambda folder: folder.stat().st_mtime)
                 for former in formers[-1:]:
-                    layers.begin_from(former, partial)
+                    layers.start_from(former, partial)
                 self._fill(partial, trainer)
-                # Somebody may be about to start nodes from the newest.
+                # Another process may be starting nodes from the newest folder.
                 for former in formers[:-1]:
                     shutil.rmtree(former)
                 partial.rename(target)
         return target
 
     def alone(self) -> AbstractContextManager[None]:
-        """Keep other builds away meanwhile."""
+        """Lock out other builds."""
         return lock(self.folder / "lock", "build of the images", self._say)
 
     def build(self, file: Path, name: str, *arguments: str) -> None:
-        """Build one image; of what it was built from, only its dependencies are kept."""
+        """Build one image; of its build stages only the dependencies are kept."""
         self._ensure_base()
         authorities = "/etc/ssl/certs"
         given = ["--volume", f"{authorities}:{authorities}:ro", "--build-arg", f"PYTHON_IMAGE={BASE}", *arguments]
         command = ("build", "--layers", *given, "--file", str(file))
         kept = f"localhost/{file.stem}-dependencies:kept"
         with progress(self._say, f"{name} from {file.relative_to(ROOT)}", 10):
-            # What a build left that was interrupted.
+            # Left by an interrupted build.
             self._buildah("rm", "--all")
             self._buildah(*command, "--target", "dependencies", "--tag", kept, str(ROOT))
             self._buildah(*command, "--tag", name, str(ROOT))
             self._buildah("rmi", "--prune")
 
     def write(self, name: str, target: Path) -> None:
-        """Write an image as an archive that one can look into."""
+        """Write an image as an archive, which `archive` can check."""
         self._buildah("push", name, f"docker-archive:{target}:{name}")
 
     def _fill(self, folder: Path, trainer: str) -> None:
@@ -97,14 +97,14 @@ class Builder:
     def _ensure_base(self) -> None:
         if BASE.split(":", maxsplit=1)[0] in self._buildah("images", "--format", "{{.Name}}").split():
             return
-        self._say("making the base with debootstrap (a minute)")
+        self._say("building the base with debootstrap (a minute)")
         root = self.folder / "base"
         shutil.rmtree(root, ignore_errors=True)
         try:
             mirror = _run("apt-get", "indextargets", "--format", "$(SITE)").splitlines()[0]
             _run("debootstrap", "--variant=minbase", f"--include={INCLUDED}", "bookworm", str(root), mirror)
         except (BuildError, IndexError) as error:
-            raise MissingError(f"no base for the images, for which a Debian mirror is needed: {error}") from None
+            raise MissingError(f"cannot build the base of the images, which needs a Debian mirror: {error}") from None
         for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
             shutil.rmtree(root / waste, ignore_errors=True)
         container = self._buildah("from", "scratch").strip()
@@ -147,10 +147,10 @@ def _run(*command: str) -> str:
 
 
 def main() -> int:
-    """Build one image and look into it."""
+    """Build one image and check it; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m testing.realnodes.builder", description=__doc__)
     parser.add_argument("name", choices=sorted(file.stem for file in (ROOT / "images").glob("*.Dockerfile")))
-    parser.add_argument("--tag", required=True, help="the image's name and tag")
+    parser.add_argument("--tag", required=True, help="name and tag of the image")
     parser.add_argument("--build-arg", action="append", default=[], help="NAME=VALUE for the Dockerfile")
     options = parser.parse_args()
     builder = Builder(functools.partial(print, flush=True))
@@ -162,7 +162,7 @@ def main() -> int:
             builder.build(ROOT / f"images/{options.name}.Dockerfile", options.tag, *given)
             builder.write(options.tag, target)
         faults = list(archive.faults(target, options.name))
-        print(f"{options.tag}: {archive.size_mib(target):.0f} MiB unpacked; {'; '.join(faults) or 'as it should be'}")
+        print(f"{options.tag}: {archive.size_mib(target):.0f} MiB unpacked; {'; '.join(faults) or 'correct'}")
     except (MissingError, BuildError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
-"""Real nodes on this machine: the control plane of the test bed, CoreDNS, and kubelets in namespaces of their own.
+"""Real nodes on this machine: the control plane of the tests, CoreDNS, and kubelets in their own namespaces.
 
-Called by `__main__`, inside a network namespace that it makes for itself (`in_own_network`): nothing listens on an
-address of the machine, and nothing of it is left when the process ends.
+Called by `__main__` inside its own network namespace (`in_own_network`): nothing listens on an address of the machine,
+and nothing remains when the process ends.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from testing.controlplane import commands
-from testing.controlplane.api import ApiError
-from testing.controlplane.build import Say
+from testing.controlplane.api import ControlPlaneApiError
+from testing.controlplane.build import PrintLine
 from testing.controlplane.process import Program, wait_for
 from testing.controlplane.server import API_SERVER_HOSTS, ControlPlane
 from testing.realnodes.layers import ensure_layers
-from testing.realnodes.node import GATEWAY, Node, NodePlace, ip
+from testing.realnodes.node import GATEWAY, NodeLayout, RealNode, ip
 from testing.realnodes.programs import ensure_all
 from testing.realnodes.runtime import ensure_runtime
 
 CLONE_NEWNET, CLONE_NEWNS = 0x40000000, 0x00020000
 GRACE = "4s"
-"""How long a node may be silent."""
+"""Time without a heartbeat after which a node is not ready."""
 READY_SECONDS = 120.0
 COREFILE = """\
 cluster.local:53 {{
@@ -43,10 +43,10 @@ cluster.local:53 {{
 
 
 def in_own_network() -> None:
-    """Leave the machine's network for one that holds nothing but a bridge."""
+    """Move this process to a new network namespace that contains only a bridge."""
     library = ctypes.CDLL(None, use_errno=True)
     if library.unshare(CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), "unshare of the network")
+        raise OSError(ctypes.get_errno(), "unshare of the network namespace")
     ip("link", "set", "lo", "up")
     ip("link", "add", "bridge0", "type", "bridge")
     ip("address", "add", f"{GATEWAY}/24", "dev", "bridge0")
@@ -55,40 +55,40 @@ def in_own_network() -> None:
 
 
 class RealCluster(ControlPlane):
-    """A control plane that kubelets can reach, and the nodes."""
+    """A control plane that kubelets can reach, and its nodes."""
 
-    def __init__(self, num_nodes: int, folder: Path, images: Path, say: Say) -> None:
-        """Prepare one whose nodes hold the images of a folder of archives."""
+    def __init__(self, num_nodes: int, folder: Path, images: Path, say: PrintLine) -> None:
+        """Prepare a cluster whose nodes contain the images of a folder of archives."""
         super().__init__({"kube-controller-manager", "kube-scheduler"}, folder=folder, toleration_seconds=1)
         self._num_nodes = num_nodes
         self._images = images
         self._say = say
-        self.nodes: list[Node] = []
+        self.nodes: list[RealNode] = []
 
     @property
     def api_port(self) -> int:
-        """Where the API server listens."""
+        """Port of the API server."""
         return self._layout.api_port
 
     def start_nodes(self) -> None:
-        """Start CoreDNS and the nodes; returns when all are ready."""
+        """Start CoreDNS and the nodes; return when all are ready."""
         assert self._guard is not None
         self._start_dns()
-        self.nodes = [Node(self._place(number), self._guard) for number in range(1, self._num_nodes + 1)]
+        self.nodes = [RealNode(self._place(number), self._guard) for number in range(1, self._num_nodes + 1)]
         for node in self.nodes:
             node.start()
         for node in self.nodes:
             self.wait_ready(node.name)
 
     def wait_ready(self, name: str, ready: bool = True) -> None:
-        """Wait until a node is ready, or is not."""
+        """Wait until a node is ready, or until it is not."""
         wait_for(f"{name} is {'' if ready else 'not '}ready", lambda: self.is_ready(name) is ready, READY_SECONDS)
 
     def is_ready(self, name: str) -> bool:
-        """What its condition says."""
+        """Return whether the condition Ready of the node is true."""
         try:
             node = self.api.get(f"/api/v1/nodes/{name}")
-        except ApiError:
+        except ControlPlaneApiError:
             return False
         conditions = {one["type"]: one["status"] for one in node.get("status", {}).get("conditions", [])}
         return conditions.get("Ready") == "True"
@@ -101,7 +101,7 @@ class RealCluster(ControlPlane):
         server = self.authority.issue("kube-apiserver-nodes", hosts=(*API_SERVER_HOSTS, GATEWAY))
         client = self.authority.issue("kube-apiserver-kubelet-client", groups=["system:masters"])
         self._commands["kube-apiserver"] += [
-            # All addresses of a network that is its own.
+            # All addresses: the network namespace belongs to this process.
             "--bind-address=0.0.0.0",
             f"--advertise-address={GATEWAY}",
             "--endpoint-reconciler-type=master-count",
@@ -123,10 +123,10 @@ class RealCluster(ControlPlane):
         self._programs["coredns"] = Program("coredns", command, self._layout.log("coredns"), self._guard)
         self._programs["coredns"].start()
 
-    def _place(self, number: int) -> NodePlace:
+    def _place(self, number: int) -> NodeLayout:
         name = f"node{number}"
         address = f"10.77.0.{10 + number}"
-        return NodePlace(
+        return NodeLayout(
             number=number,
             folder=self.folder / name,
             logs=self.folder / "logs",
@@ -140,7 +140,7 @@ class RealCluster(ControlPlane):
         )
 
     def _user(self, user: str, groups: list[str]) -> Path:
-        """Kubeconfig of a client that comes over the bridge."""
+        """Return the kubeconfig of a client that connects over the bridge."""
         client: dict[str, Any] = commands.certificate_user(self.authority.issue(user, groups=groups))
         path = self._layout.kubeconfig(user.replace(":", "-"))
         url = f"https://{GATEWAY}:{self._layout.api_port}"

@@ -1,4 +1,4 @@
-"""What happens to a job in mid-training, and what its ledger may call it."""
+"""Faults that are injected during training, and the reasons that the ledger may record for each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from testing.realnodes.cluster import RealCluster
-from testing.realnodes.job import Bed
+from testing.realnodes.job import JobsHarness
 from testing.realnodes.names import FAULT_TAINT, HOME, NAME, OURS, TEAM
-from testing.realnodes.store import Cluster
+from testing.realnodes.store import KubectlCluster
 
 PRIORITY = "urgent"
 KILL = """
@@ -24,23 +24,23 @@ exit 1
 
 @dataclass(frozen=True)
 class Scene:
-    """A job in mid-training on real nodes."""
+    """A job that trains on real nodes."""
 
-    cluster: Cluster
-    bed: Bed
+    cluster: KubectlCluster
+    harness: JobsHarness
     job: str
     upgrade: Callable[[], None]
 
     @property
     def machines(self) -> RealCluster:
-        """The cluster as one whose machines may be touched."""
+        """Return the cluster as one whose machines are accessible."""
         assert isinstance(self.cluster, RealCluster)
         return self.cluster
 
     @property
     def pod(self) -> dict[str, Any]:
-        """The pod of the second rank."""
-        pods = self.bed.pods(self.job)
+        """Return the pod of the second rank."""
+        pods = self.harness.pods(self.job)
         return next(pod for pod in pods if pod["metadata"]["labels"]["finetune-operator.io/node-rank"] == "1")
 
     @property
@@ -59,14 +59,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to lose something."""
+    """One kind of fault."""
 
     strike: Callable[[Scene], Callable[[], None]]
-    """Does it; returns what undoes it after the job has ended."""
+    """Inject the fault; return the function that undoes it after the job has ended."""
     causes: frozenset[str]
-    """Reasons that the ledger may give; empty: no attempt may end."""
+    """Reasons that the ledger may record; empty: no attempt may end."""
     own_machines: bool = False
-    """Whether it touches the nodes' machines, or must know how full they are."""
+    """Whether it needs access to the machines of the nodes, or must know their free resources."""
 
 
 def drain(scene: Scene) -> Callable[[], None]:
@@ -74,20 +74,20 @@ def drain(scene: Scene) -> Callable[[], None]:
     scene.kubectl("label", "node", node, f"{OURS}=drained")
     scene.kubectl("drain", node, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
 
-    def back() -> None:
+    def undo() -> None:
         scene.kubectl("uncordon", node)
         scene.kubectl("label", "node", node, f"{OURS}-")
 
-    return back
+    return undo
 
 
 def taint(scene: Scene) -> Callable[[], None]:
     node = scene.node
     scene.kubectl("taint", "node", node, f"{FAULT_TAINT}=true:NoExecute")
-    return lambda: void(scene.kubectl("taint", "node", node, f"{FAULT_TAINT}-"))
+    return lambda: discard(scene.kubectl("taint", "node", node, f"{FAULT_TAINT}-"))
 
 
-def outrank(scene: Scene) -> Callable[[], None]:
+def preempt_by_priority(scene: Scene) -> Callable[[], None]:
     node = scene.node
     priority = {
         "apiVersion": "scheduling.k8s.io/v1",
@@ -114,18 +114,18 @@ def outrank(scene: Scene) -> Callable[[], None]:
     }
     for thing in (priority, pod):
         scene.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
-    return lambda: void(scene.kubectl("--namespace=default", "delete", "pod", "urgent", "--wait=false"))
+    return lambda: discard(scene.kubectl("--namespace=default", "delete", "pod", "urgent", "--wait=false"))
 
 
-def delete_at_once(scene: Scene) -> Callable[[], None]:
+def force_delete(scene: Scene) -> Callable[[], None]:
     scene.kubectl("--namespace", TEAM, "delete", "pod", scene.pod_name, "--grace-period=0", "--force")
-    return nothing
+    return undo_nothing
 
 
 def kill_container(scene: Scene) -> Callable[[], None]:
     node = next(node for node in scene.machines.nodes if node.name == scene.node)
     node.inside("bash", "-c", KILL, scene.pod_name)
-    return nothing
+    return undo_nothing
 
 
 def kill_node(scene: Scene) -> Callable[[], None]:
@@ -133,40 +133,42 @@ def kill_node(scene: Scene) -> Callable[[], None]:
     node.kill()
     scene.machines.wait_ready(node.name, ready=False)
 
-    def back() -> None:
+    def undo() -> None:
         node.start()
         scene.machines.wait_ready(node.name)
 
-    return back
+    return undo
 
 
 def delete_operator(scene: Scene) -> Callable[[], None]:
     pods = json.loads(scene.kubectl("--namespace", HOME, "get", "pods", "--output=json"))["items"]
-    name = next(pod["metadata"]["name"] for pod in pods if pod["metadata"]["uid"] == scene.bed.leader())
+    name = next(pod["metadata"]["name"] for pod in pods if pod["metadata"]["uid"] == scene.harness.leader())
     scene.kubectl("--namespace", HOME, "delete", "pod", name, "--wait=false")
-    return nothing
+    return undo_nothing
 
 
 def upgrade(scene: Scene) -> Callable[[], None]:
     scene.upgrade()
     rolled_out = ("rollout", "status", f"deployment/{NAME}", "--timeout=100s")
-    return lambda: void(scene.kubectl("--namespace", HOME, *rolled_out))
+    return lambda: discard(scene.kubectl("--namespace", HOME, *rolled_out))
 
 
-def void(_: object) -> None:
-    """Drop what a command printed."""
+def discard(_: object) -> None:
+    """Ignore the output of a command."""
 
 
-def nothing() -> None:
-    """There is nothing to undo."""
+def undo_nothing() -> None:
+    """Do nothing: the fault needs no undo."""
 
 
-NOTICED = {"NoticeSaved", "Preempted"}
+WITH_NOTICE = {"NoticeSaved", "Preempted"}
 FAULTS: dict[str, Fault] = {
-    "kubectl drain": Fault(drain, frozenset(NOTICED | {"EvictionByEvictionAPI"})),
-    "termination taint": Fault(taint, frozenset(NOTICED | {"DeletionByTaintManager"})),
-    "higher priority": Fault(outrank, frozenset(NOTICED | {"PreemptionByScheduler"}), own_machines=True),
-    "delete --grace-period=0": Fault(delete_at_once, frozenset({"PodDeleted", "PodLost"})),
+    "kubectl drain": Fault(drain, frozenset(WITH_NOTICE | {"EvictionByEvictionAPI"})),
+    "termination taint": Fault(taint, frozenset(WITH_NOTICE | {"DeletionByTaintManager"})),
+    "higher priority": Fault(
+        preempt_by_priority, frozenset(WITH_NOTICE | {"PreemptionByScheduler"}), own_machines=True
+    ),
+    "delete --grace-period=0": Fault(force_delete, frozenset({"PodDeleted", "PodLost"})),
     "SIGKILL of a container": Fault(kill_container, frozenset({"ProcessFailed", "OutOfMemory"}), own_machines=True),
     "SIGKILL of a node": Fault(
         kill_node, frozenset({"NodeLost", "PodLost", "DeletionByTaintManager"}), own_machines=True
@@ -174,6 +176,6 @@ FAULTS: dict[str, Fault] = {
     "operator's pod deleted": Fault(delete_operator, frozenset()),
     "helm upgrade": Fault(upgrade, frozenset()),
 }
-"""Each fault by the name that is shown."""
+"""The faults by their displayed names."""
 SHORT = ("kubectl drain", "SIGKILL of a node", "operator's pod deleted")
-"""Of each kind one: with notice, without, and not of the job's own."""
+"""One fault of each kind: with a preemption notice, without one, and of the operator."""

@@ -1,4 +1,4 @@
-"""The job that the faults happen to: the demo's model on two nodes with one rank each, over gloo."""
+"""The job that the faults are injected into: the model of the demo on two nodes with one rank each, over gloo."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from finetune_operator.api.job import API_VERSION, KIND
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import KubectlError
 from testing.realnodes.names import HOME, NAME, OURS, TEAM
-from testing.realnodes.store import CLAIM, MOUNT, OUTPUTS, Cluster, Object, Store, apply
+from testing.realnodes.store import CLAIM, MOUNT, OUTPUTS, KubectlCluster, Object, Store, apply
 
 STEPS, SAVE_EVERY, FAULT_STEP = 40, 10, 14
 LONG_STEPS, SHORT_STEPS = 200, 120
-"""Of a job that is to train for longer than the operator is away, while it is upgraded or only moved."""
+"""Steps of a job that trains longer than the operator is absent while it is upgraded or rescheduled."""
 RUN_SECONDS = 600.0
 POLL_SECONDS = 0.5
-"""kubectl takes a third of a second of a core: asked without a pause it would be what the job waits for."""
+"""Pause between calls of kubectl. Each uses a third of a second of a core, for which the job would wait."""
 ENDED = ("Succeeded", "Failed")
 
 
@@ -28,14 +28,14 @@ T = TypeVar("T")
 
 
 @dataclass
-class Bed:
-    """The namespace of the jobs, and their volume."""
+class JobsHarness:
+    """The namespace of the jobs and their volume."""
 
-    cluster: Cluster
+    cluster: KubectlCluster
     store: Store
 
     def prepare(self) -> None:
-        """The volume with the model and the data, in a namespace that enforces the restricted standard."""
+        """Create the volume with model and data in a namespace that enforces the restricted standard."""
         enforce = {"pod-security.kubernetes.io/enforce": "restricted"}
         make_namespace(self.cluster, TEAM, enforce)
         self.store.prepare(self.cluster)
@@ -49,77 +49,77 @@ class Bed:
         return status
 
     def pods(self, name: str) -> list[dict[str, Any]]:
-        """Pods of a job that are not being deleted, by name."""
+        """Return the pods of a job that are not being deleted."""
         selector = f"--selector=finetune-operator.io/job={name}"
         items = json.loads(self.cluster.kubectl("--namespace", TEAM, "get", "pods", selector, "--output=json"))["items"]
         return [pod for pod in items if not pod["metadata"].get("deletionTimestamp")]
 
     def wait_pods(self, name: str) -> list[dict[str, Any]]:
-        """Wait until it has pods."""
+        """Wait until the job has pods; return them."""
         return self._wait(f"{name} has pods", lambda: self.pods(name))
 
     def wait_step(self, name: str, step: int) -> dict[str, Any]:
-        """Wait until it trains and has done so many steps."""
+        """Wait until the job trains and has finished this step; return its status."""
 
-        def look() -> dict[str, Any]:
+        def probe() -> dict[str, Any]:
             status = self.status(name)
             if status.get("phase") in ENDED:
                 raise AssertionError(f"{name} ended before step {step}: {json.dumps(status)}")
             trains = status.get("phase") == "Running" and (status.get("step") or 0) >= step
             return status if trains else {}
 
-        return self._wait(f"{name} reaches step {step}", look)
+        return self._wait(f"{name} reaches step {step}", probe)
 
     def wait_end(self, name: str) -> dict[str, Any]:
-        """Wait until it has ended, well or not."""
+        """Wait until the job has succeeded or failed; return its status."""
 
-        def look() -> dict[str, Any]:
+        def probe() -> dict[str, Any]:
             status = self.status(name)
             return status if status.get("phase") in ENDED else {}
 
-        return self._wait(f"{name} ends", look)
+        return self._wait(f"{name} ends", probe)
 
     def wait_next_attempt(self, name: str, attempt: int) -> float:
-        """Wait until a later attempt has finished a step; returns when that was, in seconds of the epoch."""
+        """Wait until a later attempt has finished a step; return that time in seconds since the epoch."""
 
-        def look() -> str:
+        def probe() -> str:
             status = self.status(name)
             if status.get("phase") in ENDED and status["attempt"] == attempt:
-                raise AssertionError(f"{name} ended, and its attempt {attempt} was never taken away")
+                raise AssertionError(f"{name} ended, and its attempt {attempt} was never interrupted")
             newest = (status.get("attempts") or [{}])[-1]
             return newest.get("trainingAt") or "" if newest.get("attempt", 0) > attempt else ""
 
-        stepped = self._wait(f"{name} takes its next step", look)
+        stepped = self._wait(f"{name} takes its next step", probe)
         return datetime.datetime.fromisoformat(stepped).timestamp()
 
-    def wait_news(self, name: str, former: str) -> float:
-        """Wait until another operator than `former` leads and has told of a step; returns when that was seen."""
+    def wait_new_leader(self, name: str, former: str) -> float:
+        """Wait until another operator than `former` leads and has reported a step; return that time."""
 
-        def look() -> dict[str, Any]:
+        def probe() -> dict[str, Any]:
             status = self.status(name)
             if status.get("phase") in ENDED:
-                raise AssertionError(f"{name} ended before another operator led: it has too few steps for this machine")
+                raise AssertionError(f"{name} ended before another operator led: too few steps for this machine")
             return status if self.leader() not in ("", former) else {}
 
-        step = self._wait("another operator leads", look).get("step", 0)
-        self._wait(f"{name} tells of its next step", lambda: self.status(name).get("step", 0) > step)
+        step = self._wait("another operator leads", probe).get("step", 0)
+        self._wait(f"{name} reports its next step", lambda: self.status(name).get("step", 0) > step)
         return time.time()
 
     def leader(self) -> str:
-        """UID of the operator's pod that leads; empty while none does."""
+        """Return the UID of the leading operator pod; empty if none leads."""
         lease = json.loads(self.cluster.kubectl("--namespace", HOME, "get", "lease", NAME, "--output=json"))
         return lease["spec"].get("holderIdentity") or ""
 
-    def tell(self, name: str) -> str:
-        """What is known of a job, for who has to find out what went wrong."""
+    def describe(self, name: str) -> str:
+        """Return everything that helps to find out why a job failed."""
         selector = f"--selector=finetune-operator.io/job={name}"
-        asked = (
+        commands = (
             ("get", "ftj", name, "--output=yaml"),
             ("get", "pods", "--output=wide"),
             ("get", "events", "--sort-by=.metadata.creationTimestamp"),
             ("logs", selector, "--prefix", "--tail=40"),
         )
-        return "\n".join(self._try_kubectl("--namespace", TEAM, *arguments) for arguments in asked)
+        return "\n".join(self._try_kubectl("--namespace", TEAM, *arguments) for arguments in commands)
 
     def _try_kubectl(self, *arguments: str) -> str:
         try:
@@ -132,20 +132,20 @@ class Bed:
         return wait_for(what, probe, RUN_SECONDS, POLL_SECONDS)
 
     def weights(self, name: str) -> str:
-        """Hash of what was trained, file by file."""
+        """Return a hash of the trained files."""
         found = self.store.weights(self.cluster, name)
-        assert found, f"{name} has written no weights"
+        assert found, f"{name} wrote no weights"
         return found
 
 
-def make_namespace(cluster: Cluster, name: str, labels: dict[str, str] | None = None) -> None:
-    """A namespace that a later run knows as ours."""
+def make_namespace(cluster: KubectlCluster, name: str, labels: dict[str, str] | None = None) -> None:
+    """Create a namespace that a later run recognizes as created by this test."""
     metadata = {"name": name, "labels": {OURS: "true", **(labels or {})}}
     apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
 
 
 def build_job(name: str, steps: int, pod_template: Object) -> Object:
-    """One rank on each of two nodes."""
+    """Return a job with one rank on each of two nodes."""
     apart = {
         "topologyKey": "kubernetes.io/hostname",
         "labelSelector": {"matchLabels": {"finetune-operator.io/job": name}},

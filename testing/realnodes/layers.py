@@ -1,8 +1,8 @@
-"""The images, unpacked once: a containerd folder that each node begins with.
+"""Unpack the images once, into a containerd folder that each node starts with.
 
-Layers are never written to once they are unpacked, so nodes share their files by hard links. Six gigabytes of a trainer
-are then unpacked once and not by every node; and not once more for a new version of our own code, which is a layer of
-its own: a folder begins with what the one before it had, and is given the rest.
+Unpacked layers are never written to, so nodes share their files by hard links. The six gigabytes of a trainer image are
+unpacked once and not by every node. A new version of our own code is a separate layer: a folder starts with the
+contents of the previous one and unpacks only what is missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from testing.controlplane.build import Say, lock
+from testing.controlplane.build import PrintLine, lock
 from testing.controlplane.process import Guard, Program, wait_for
 from testing.realnodes.runtime import MissingError, Runtime
 
@@ -35,14 +35,14 @@ INDEX = "index.json"
 NAME = "io.containerd.image.name"
 
 
-def begin_from(former: Path, images: Path) -> None:
-    """Let `images` begin with what an older folder of images has unpacked."""
+def start_from(former: Path, images: Path) -> None:
+    """Start the folder `images` with what an older folder has unpacked."""
     if (former / LAYERS).exists():
         copy_layers(former / LAYERS, images / FORMER)
 
 
 def layout_for(images: Path, name: str) -> Path:
-    """Folder for an OCI image layout of this image, with all blobs that are unpacked already: none is written twice."""
+    """Return the folder for an OCI layout of this image. It contains all unpacked blobs, so none is written twice."""
     layout = images / f"{name.rpartition('/')[2].partition(':')[0]}.oci"
     (layout / BLOBS).mkdir(parents=True)
     for blob in _blobs(images / FORMER / CONTENT):
@@ -50,8 +50,8 @@ def layout_for(images: Path, name: str) -> Path:
     return layout
 
 
-def ensure_layers(images: Path, runtime: Runtime, say: Say) -> Path:
-    """Folder of a containerd that has unpacked all layouts in `images`."""
+def ensure_layers(images: Path, runtime: Runtime, say: PrintLine) -> Path:
+    """Return the folder of a containerd that has unpacked all layouts in `images`."""
     layers = images / LAYERS
     with lock(images / "lock", "unpacking of the images", say):
         if not layers.exists():
@@ -73,10 +73,10 @@ def ensure_layers(images: Path, runtime: Runtime, say: Say) -> Path:
 
 
 def copy_layers(layers: Path, target: Path) -> None:
-    """A containerd folder for one node."""
+    """Create the containerd folder of one node."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _run("cp", "--archive", "--link", str(layers), str(target))
-    # Its databases are written in place.
+    # Copy the databases, because containerd writes them in place.
     for database in target.rglob("*.db"):
         aside = database.with_suffix(".aside")
         shutil.copyfile(database, aside)
@@ -84,7 +84,7 @@ def copy_layers(layers: Path, target: Path) -> None:
 
 
 def _unpack(layouts: list[Path], root: Path, work: Path, runtime: Runtime) -> None:
-    # The path of a socket may have 107 characters.
+    # The path of a socket has at most 107 characters.
     socket = Path("/run") / f"finetune-{root.parent.name}.sock"
     configuration = work / "containerd.toml"
     configuration.write_text(CONFIG.format(root=root, work=work, socket=socket))
@@ -93,10 +93,10 @@ def _unpack(layouts: list[Path], root: Path, work: Path, runtime: Runtime) -> No
         command = ["unshare", "--mount", "--propagation", "private", str(runtime.containerd)]
         Program("containerd", [*command, "--config", str(configuration)], work / "containerd.log", guard).start()
         ctr = [str(runtime.ctr), "--address", str(socket), "--namespace", "k8s.io"]
-        wait_for("containerd serves", lambda: _succeeds(*ctr, "version"), START_SECONDS)
+        wait_for("containerd accepts requests", lambda: _succeeds(*ctr, "version"), START_SECONDS)
         for layout in layouts:
             _import(layout, root, work / "import.log", ctr)
-        # To remove an image is what makes containerd drop the blobs that no image has any more.
+        # Removing an image makes containerd drop the blobs that no image uses.
         named = _name(layouts[0])
         _run(*ctr, "images", "tag", named, f"{named}-unused")
         _run(*ctr, "images", "rm", "--sync", f"{named}-unused")
@@ -119,7 +119,7 @@ def _import(layout: Path, root: Path, log: Path, ctr: list[str]) -> None:
 
 
 def pack(layout: Path, present: Path, packed: tarfile.TarFile) -> None:
-    """Write a layout as an archive that containerd takes, but for the blobs that are in the folder `present`."""
+    """Write a layout as an archive for containerd, without the blobs that are in the folder `present`."""
     there = {blob.name for blob in _blobs(present)}
     packed.add(layout / "oci-layout", "oci-layout")
     index = json.loads((layout / INDEX).read_text())

@@ -1,4 +1,4 @@
-"""What a run makes in its cluster: names that nobody else has, so that a run knows what an earlier one left."""
+"""Unique names of what a run creates in its cluster, so that a later run recognizes what is left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NAME = "finetune-test-finetune-operator"
 """Full name of the release."""
 CRD = "crd/finetunejobs.finetune-operator.io"
 OURS = "finetune.test/run"
-"""Label of both namespaces, and of a node that is being drained."""
+"""Label of both namespaces, and of a node while it is drained."""
 FAULT_TAINT = "finetune.test/termination"
 OF_CHART = f"app.kubernetes.io/instance={RELEASE}"
 CLUSTER_KINDS = "clusterroles,clusterrolebindings"

@@ -1,4 +1,4 @@
-"""One node: containerd, kubelet and kube-proxy in namespaces of their own, which may be killed and brought back."""
+"""One node: containerd, kubelet and kube-proxy in their own namespaces. It can be killed and started again."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 
 from testing.controlplane.pki import Certificate
 from testing.controlplane.process import Guard, Program, wait_for
-from testing.realnodes.janitor import CGROUPS, cgroup_of
+from testing.realnodes.cleanup import CGROUPS, cgroup_of
 from testing.realnodes.layers import copy_layers
 from testing.realnodes.runtime import Runtime
 
 INIT = Path(__file__).with_name("node_init.sh")
 GATEWAY = "10.77.0.1"
-"""Where the control plane and the names are."""
+"""Address of the control plane and of CoreDNS."""
 SETUP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class NodePlace:
-    """Where a node keeps its things, and what it runs."""
+class NodeLayout:
+    """Folders and programs of a node."""
 
     number: int
     folder: Path
@@ -55,10 +55,10 @@ class NodePlace:
         return f"{cgroup_of(os.getpid())}/{self.name}"
 
 
-class Node:
-    """A node that runs or does not."""
+class RealNode:
+    """A node, running or stopped."""
 
-    def __init__(self, place: NodePlace, guard: Guard) -> None:
+    def __init__(self, place: NodeLayout, guard: Guard) -> None:
         self.place = place
         self._guard = guard
         self._program: Program | None = None
@@ -68,9 +68,9 @@ class Node:
         return self.place.name
 
     def start(self) -> None:
-        """Start its first process and put its wire in; the kubelet registers it a little later."""
+        """Start its first process and connect its network; the kubelet registers the node later."""
         place = self.place
-        # What a kubelet left that was killed; images and their unpacked layers stay.
+        # Remove the state of a killed kubelet; images and unpacked layers stay.
         for part in ("kubelet", "log", "etc-cni", "cni"):
             shutil.rmtree(place.folder / part, ignore_errors=True)
         place.folder.mkdir(parents=True, exist_ok=True)
@@ -83,25 +83,25 @@ class Node:
         command = ["unshare", *namespaces, "--propagation", "private", "env", *environment, "bash", str(INIT)]
         self._program = Program(place.name, command, place.logs / f"{place.name}.log", self._guard)
         self._program.start()
-        child = wait_for(f"{place.name} has begun", self._child, SETUP_SECONDS)
+        child = wait_for(f"{place.name} has started", self._child, SETUP_SECONDS)
         ip("link", "add", f"wire{place.number}", "type", "veth", "peer", "name", "eth0", "netns", str(child))
         ip("link", "set", f"wire{place.number}", "master", "bridge0", "up")
         ip("route", "replace", place.pods, "via", place.address)
 
     def kill(self) -> None:
-        """SIGKILL to all of it at once, as when a machine vanishes."""
+        """Kill all its processes at once with SIGKILL, as when a machine disappears."""
         assert self._program is not None
         self._program.stop()
         self._program = None
         subprocess.run(["ip", "link", "delete", f"wire{self.place.number}"], capture_output=True, check=False)
 
     def inside(self, *command: str) -> str:
-        """Run something in the node's namespaces."""
+        """Run a command in the namespaces of the node."""
         enter = ("nsenter", "--target", str(self._child()), "--net", "--pid", "--mount")
         return subprocess.run([*enter, *command], capture_output=True, text=True, check=True).stdout
 
     def _child(self) -> int:
-        """The first process of the namespaces."""
+        """Return the first process of the namespaces."""
         pid = self._program.pid if self._program is not None else None
         if pid is None:
             return 0
@@ -133,7 +133,7 @@ class Node:
             for part in Path(self.place.cgroup).parts:
                 above, folder = folder, folder / part
                 folder.mkdir(exist_ok=True)
-                # A cpuset takes no process before it has cores and memory.
+                # A cpuset accepts processes only after it has cores and memory.
                 for name in ("cpuset.cpus", "cpuset.mems"):
                     if (folder / name).exists() and not (folder / name).read_text().strip():
                         (folder / name).write_text((above / name).read_text())
@@ -145,8 +145,8 @@ class Node:
         (place.folder / "containerd.toml").write_text(containerd_configuration(place))
 
 
-def kubelet_configuration(place: NodePlace) -> dict[str, Any]:
-    """Quick to report, and no eviction for want of a disk that all share."""
+def kubelet_configuration(place: NodeLayout) -> dict[str, Any]:
+    """Return a configuration that reports quickly and does not evict for a lack of disk, which all nodes share."""
     nothing_left = dict.fromkeys(("nodefs.available", "imagefs.available", "nodefs.inodesFree"), "0%")
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -178,8 +178,8 @@ def kubelet_configuration(place: NodePlace) -> dict[str, Any]:
     }
 
 
-def proxy_configuration(place: NodePlace) -> dict[str, Any]:
-    """Services by iptables; no connection tracking settings of the whole machine."""
+def proxy_configuration(place: NodeLayout) -> dict[str, Any]:
+    """Return a configuration that uses iptables and leaves the connection tracking settings of the machine alone."""
     return {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
@@ -195,8 +195,8 @@ def proxy_configuration(place: NodePlace) -> dict[str, Any]:
     }
 
 
-def containerd_configuration(place: NodePlace) -> str:
-    """containerd's CRI plugin with runc; this machine lets nobody lower an OOM score."""
+def containerd_configuration(place: NodeLayout) -> str:
+    """Return a configuration of the CRI plugin with runc. This machine does not allow to lower an OOM score."""
     cri = 'plugins."io.containerd.grpc.v1.cri"'
     return f"""\
 version = 2
@@ -219,5 +219,5 @@ state = "/run/containerd"
 
 
 def ip(*arguments: str) -> None:
-    """Change the network of this process' namespace."""
+    """Run `ip` in the network namespace of this process."""
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 #!/bin/bash
-# First process of a node, in network, process, mount, host name and IPC namespaces of its own.
-# Its variables: see node.py. It ends with its node: the kernel then ends everything in these namespaces.
+# First process of a node, in its own network, process, mount, hostname and IPC namespaces.
+# See node.py for its variables. When it ends, the kernel ends every process in these namespaces.
 set -eu
 mount -t proc proc /proc
 mount --make-rshared /
@@ -16,7 +16,7 @@ mount -t tmpfs run /run
 mkdir -p /run/lock /run/sysctl
 hostname "$NODE"
 
-# The kubelet would write these for the whole machine: it is shown the values that it wants.
+# The kubelet would change these for the whole machine, so it gets files with the values that it expects.
 for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
     kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
     file="/run/sysctl/$(basename "${setting%=*}")"
@@ -24,7 +24,7 @@ for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/p
     mount --bind "$file" "/proc/sys/${setting%=*}"
 done
 
-# The other end of the wire is put in by the test bed.
+# node.py connects the other end of the link.
 ip link set lo up
 until ip link show eth0 > /dev/null 2>&1; do sleep 0.05; done
 ip address add "$ADDRESS/24" dev eth0
@@ -32,8 +32,8 @@ ip link set eth0 up
 ip route add default via "$GATEWAY"
 echo 1 > /proc/sys/net/ipv4/ip_forward
 
-cat > /etc/cni/net.d/10-bed.conflist << EOF
-{"cniVersion": "1.0.0", "name": "bed", "plugins": [
+cat > /etc/cni/net.d/10-nodes.conflist << EOF
+{"cniVersion": "1.0.0", "name": "nodes", "plugins": [
   {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false, "hairpinMode": true,
    "ipam": {"type": "host-local", "ranges": [[{"subnet": "$PODS"}]], "routes": [{"dst": "0.0.0.0/0"}],
             "dataDir": "/run/cni-ipam"}}]}

@@ -1,4 +1,4 @@
-"""The programs of real nodes: a kubelet and CoreDNS from their Go modules, beside those of the control plane.
+"""The programs of real nodes: kubelet and CoreDNS from their Go modules, in addition to those of the control plane.
 
 Called by `cluster`, and as `python -m testing.realnodes.programs` to build all of them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from testing.controlplane.build import ALL_MODULES, HELM, Module, Say, ensure_programs, say_on_stderr
+from testing.controlplane.build import ALL_MODULES, HELM, Module, PrintLine, ensure_programs, print_on_stderr
 
 MODULES = Path(__file__).resolve().parent / "go"
 KUBELET = Module(
@@ -26,8 +26,8 @@ COREDNS = Module(
 )
 
 
-def ensure_all(say: Say = say_on_stderr) -> dict[str, Path]:
-    """Path of each program by name; a cold build takes 10 to 20 minutes on two cores."""
+def ensure_all(say: PrintLine = print_on_stderr) -> dict[str, Path]:
+    """Build all programs and return their paths by name. A cold build takes 10 to 20 minutes on two cores."""
     return ensure_programs(say, modules=(*ALL_MODULES, HELM, KUBELET, COREDNS))
 
 

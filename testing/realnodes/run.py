@@ -1,4 +1,4 @@
-"""One run on one cluster: an undisturbed job, a job for each fault, the uninstallation, and the table of it all."""
+"""One run on one cluster: an undisturbed job, one job per fault, the uninstallation, and the table of results."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from testing.controlplane.server import KubectlError
 from testing.helm import CHART, Helm, HelmError
 from testing.realnodes import security
 from testing.realnodes.faults import FAULTS, Fault, Scene
-from testing.realnodes.job import FAULT_STEP, LONG_STEPS, STEPS, Bed, make_namespace
+from testing.realnodes.job import FAULT_STEP, LONG_STEPS, STEPS, JobsHarness, make_namespace
 from testing.realnodes.names import CLUSTER_KINDS, CRD, HOME, OF_CHART, RELEASE, TEAM
-from testing.realnodes.store import Cluster, Object
+from testing.realnodes.store import KubectlCluster, Object
 
 KINDS = "pods,services,configmaps,secrets,leases,endpointslices,persistentvolumeclaims"
 EXPECTED_LEFT = ("configmap/kube-root-ca.crt", "pod/carrier")
-"""What Kubernetes itself puts into a namespace, and what the test put there."""
+"""What Kubernetes and the test itself create in a namespace."""
 
 PrintLine = Callable[[str], None]
 
 
 @dataclass
-class Result:
-    """What one fault came to."""
+class FaultResult:
+    """The result of one fault."""
 
     name: str
     cause: str
@@ -41,18 +41,18 @@ class Result:
 
 
 @dataclass
-class Run:
-    """One cluster, from the chart's installation to its end."""
+class ClusterRun:
+    """The checks on one cluster, from the installation of the chart to its removal."""
 
-    cluster: Cluster
+    cluster: KubectlCluster
     helm: Helm
-    bed: Bed
+    harness: JobsHarness
     values: dict[str, Any]
     say: PrintLine
     long_steps: int = LONG_STEPS
     upgrades: int = 0
     weights: dict[int, str] = field(default_factory=dict)
-    """What an undisturbed job of so many steps ends with."""
+    """Hash of the weights of an undisturbed job, by its number of steps."""
 
     def install(self, *more: str, **changes: Any) -> None:
         """Install or upgrade the chart."""
@@ -60,93 +60,93 @@ class Run:
         self.helm.run(*command, *more, values={**self.values, **changes})
 
     def begin(self) -> None:
-        """The chart, its own test, and the volume of the jobs."""
+        """Install the chart, run its test, and create the volume of the jobs."""
         make_namespace(self.cluster, HOME)
         self.install("--wait", "--timeout", "100s")
         self.say("the chart is installed")
         printed = self.helm.run("test", RELEASE, "--namespace", HOME, "--logs")
         self.say("helm test: " + "; ".join(line for line in printed.splitlines() if line.startswith("ok:")))
-        self.bed.prepare()
+        self.harness.prepare()
 
     def upgrade(self) -> None:
-        """Another Deployment: all replicas are replaced, and nobody waits for that."""
+        """Change the Deployment, which replaces all replicas, without waiting for it."""
         self.upgrades += 1
         self.install(podAnnotations={"upgrade": str(self.upgrades)})
 
     def undisturbed(self) -> list[str]:
-        """Train what every other job must end with, side by side; returns what is wrong in the pods meanwhile."""
+        """Train the reference jobs side by side; return what is wrong inside their pods."""
         jobs = {"undisturbed": STEPS, "undisturbed-long": self.long_steps}
         for name, steps in jobs.items():
-            self.bed.create(name, steps)
-        # The short one may have ended before the long one is looked into.
-        neighbour = self.bed.wait_pods("undisturbed")[0]
-        self.bed.wait_step("undisturbed-long", 1)
-        wrong = self._look_inside("undisturbed-long", neighbour)
+            self.harness.create(name, steps)
+        # The short job may have ended before the pods of the long one are checked.
+        neighbour = self.harness.wait_pods("undisturbed")[0]
+        self.harness.wait_step("undisturbed-long", 1)
+        wrong = self._check_inside("undisturbed-long", neighbour)
         for name, steps in jobs.items():
-            status = self.bed.wait_end(name)
+            status = self.harness.wait_end(name)
             assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
             assert status["attempt"] == 1, json.dumps(status["attempts"], indent=1)
-            self.weights[steps] = self.bed.weights(name)
+            self.weights[steps] = self.harness.weights(name)
         return wrong
 
-    def suffer(self, name: str) -> Result:
-        """One job, one fault in its middle."""
+    def inject(self, name: str) -> FaultResult:
+        """Run one job and inject one fault in the middle of it."""
         fault, job = FAULTS[name], f"fault-{list(FAULTS).index(name)}"
         undo: Callable[[], None] = lambda: None  # noqa: E731
         try:
-            self.bed.create(job, STEPS if fault.causes else self.long_steps)
-            before = self.bed.wait_step(job, FAULT_STEP)
-            leader, struck = self.bed.leader(), time.time()
-            undo = fault.strike(Scene(self.cluster, self.bed, job, self.upgrade))
+            self.harness.create(job, STEPS if fault.causes else self.long_steps)
+            before = self.harness.wait_step(job, FAULT_STEP)
+            leader, struck = self.harness.leader(), time.time()
+            undo = fault.strike(Scene(self.cluster, self.harness, job, self.upgrade))
             if fault.causes:
-                stepped = self.bed.wait_next_attempt(job, before["attempt"])
+                stepped = self.harness.wait_next_attempt(job, before["attempt"])
             else:
-                stepped = self.bed.wait_news(job, leader)
-            result = self._judge(name, fault, job, stepped - struck)
+                stepped = self.harness.wait_new_leader(job, leader)
+            result = self._evaluate(name, fault, job, stepped - struck)
         except (AssertionError, TimeoutError, KubectlError, HelmError) as error:
-            result = Result(name, "?", float("inf"), [str(error)])
+            result = FaultResult(name, "?", float("inf"), [str(error)])
         finally:
             undo()
         if result.wrong:
-            self.say(f"{name}: {result.verdict}\n{self.bed.tell(job)}")
+            self.say(f"{name}: {result.verdict}\n{self.harness.describe(job)}")
         return result
 
-    def _judge(self, name: str, fault: Fault, job: str, seconds: float) -> Result:
-        status = self.bed.wait_end(job)
+    def _evaluate(self, name: str, fault: Fault, job: str, seconds: float) -> FaultResult:
+        status = self.harness.wait_end(job)
         wrong = []
         if status["phase"] != "Succeeded":
-            wrong.append(f"it ended {status['phase']}: {status.get('message')}")
-        elif self.bed.weights(job) != self.weights[status["totalSteps"]]:
-            wrong.append("its weights are not those of the undisturbed run")
+            wrong.append(f"the job ended {status['phase']}: {status.get('message')}")
+        elif self.harness.weights(job) != self.weights[status["totalSteps"]]:
+            wrong.append("its weights differ from the undisturbed run")
         causes = [entry["reason"] for entry in status["attempts"] if entry.get("reason") not in (None, "Finished")]
         if fault.causes and (not causes or not set(causes) <= fault.causes):
-            wrong.append(f"the ledger says {causes}, which may be {sorted(fault.causes)}")
+            wrong.append(f"the ledger contains {causes}, expected {sorted(fault.causes)}")
         if not fault.causes and status["attempt"] != 1:
-            wrong.append(f"attempts ended, though no pod of it was touched: {causes}")
-        return Result(name, ", ".join(causes) or "-", seconds, wrong)
+            wrong.append(f"attempts ended although no pod of the job was touched: {causes}")
+        return FaultResult(name, ", ".join(causes) or "-", seconds, wrong)
 
-    def _look_inside(self, job: str, neighbour: Object) -> list[str]:
-        own, peer = self.bed.pods(job)
-        found = security.look_inside(self.cluster, own["metadata"]["name"], neighbour, peer)
+    def _check_inside(self, job: str, neighbour: Object) -> list[str]:
+        own, peer = self.harness.pods(job)
+        found = security.check_inside(self.cluster, own["metadata"]["name"], neighbour, peer)
         return list(security.differences(found))
 
     def end(self) -> list[str]:
-        """Uninstall the chart beside a job that trains, then delete the jobs and the CRD; returns what is wrong."""
+        """Uninstall the chart while a job trains, then delete the jobs and the CRD; return what is wrong."""
         wrong = []
-        self.bed.create("last", self.long_steps)
-        self.bed.wait_step("last", 1)
+        self.harness.create("last", self.long_steps)
+        self.harness.wait_step("last", 1)
         self.helm.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
         of_job = "--selector=finetune-operator.io/job=last"
         trained = ("wait", "--for=jsonpath={.status.phase}=Succeeded", "pods", of_job, "--timeout=200s")
         self._kubectl("--namespace", TEAM, *trained)
-        if self.bed.weights("last") != self.weights[self.long_steps]:
-            wrong.append("a job without an operator ended with other weights")
+        if self.harness.weights("last") != self.weights[self.long_steps]:
+            wrong.append("a job without an operator ended with different weights")
         self._kubectl("--namespace", TEAM, "delete", "ftj", "--all", "--timeout=90s")
         try:
             wait_for("nothing is left", lambda: not self._left(), 60, 1)
         except TimeoutError:
             wrong.append(f"left behind: {self._left()}")
-        # A finalizer of ours would hold these up.
+        # A finalizer of the operator would block these.
         self._kubectl("delete", CRD, "--timeout=60s")
         self._kubectl("delete", "namespace", TEAM, HOME, "--timeout=90s")
         return wrong
@@ -162,25 +162,25 @@ class Run:
         return self.cluster.kubectl(*arguments, timeout_seconds=220)
 
 
-def report(one: Run, chosen: list[str], wrong: list[str]) -> int:
-    """Run the jobs, print the table and the last line; returns the exit code."""
+def report(one: ClusterRun, chosen: list[str], wrong: list[str]) -> int:
+    """Run the jobs, print the table and the JSON line; return the exit code."""
     started = time.monotonic()
     inside = one.undisturbed()
     seconds = time.monotonic() - started
-    one.say(f"undisturbed: {seconds:.0f} s; from inside a pod: {'; '.join(inside) or 'nothing that it must not'}")
+    one.say(f"undisturbed: {seconds:.0f} s; checks inside a pod: {'; '.join(inside) or 'correct'}")
     results = []
     for name in chosen:
-        result = one.suffer(name)
+        result = one.inject(name)
         one.say(f"{name}: {result.seconds:.1f} s, {result.cause} {result.verdict}")
         results.append(result)
     left = one.end()
-    one.say(f"uninstalled beside a running job: {'; '.join(left) or 'it trained to its end, and nothing is left'}")
+    one.say(f"uninstalled while a job ran: {'; '.join(left) or 'it trained to its end, and nothing is left'}")
     wrong = [*wrong, *inside, *left]
-    print(f"\n  {'fault':26} {'to the next step':>16}  {'the ledger says':44} verdict")
+    print(f"\n  {'fault':26} {'to the next step':>16}  {'cause in the ledger':44} verdict")
     for result in results:
         print(f"  {result.name:26} {result.seconds:>14.1f} s  {result.cause:44} {result.verdict}")
-    for sentence in wrong:
-        print(f"  wrong: {sentence}")
+    for message in wrong:
+        print(f"  wrong: {message}")
     num_wrong = len(wrong) + sum(bool(result.wrong) for result in results)
     finite = [result.seconds for result in results if math.isfinite(result.seconds)]
     median = round(statistics.median(finite), 1) if finite else None

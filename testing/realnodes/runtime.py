@@ -1,6 +1,6 @@
-"""What real nodes run on beside the kubelet: containerd, runc and CNI plugins, from the machine's Debian packages.
+"""What real nodes need in addition to the kubelet: containerd, runc and CNI plugins, from Debian packages.
 
-They are unpacked into the cache, not installed: nothing of them starts by itself.
+They are unpacked into the cache, not installed, so no service starts by itself.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from testing.controlplane.build import Say, cache_folder
+from testing.controlplane.build import PrintLine, cache_folder
 
 PACKAGES = ("containerd", "runc", "containernetworking-plugins")
 TOOLS = ("ip", "iptables", "nsenter", "unshare", "buildah", "debootstrap", "apt-get", "dpkg", "gcc")
-"""Programs of the machine that are used as they are."""
+"""Programs of the machine that are used directly."""
 
 
 class MissingError(RuntimeError):
-    """Something is not to be had on this machine; the message says what, and how to get it."""
+    """This machine lacks something; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where the programs are."""
+    """Paths of the programs."""
 
     root: Path
 
@@ -51,30 +51,28 @@ class Runtime:
 
 
 def check_machine() -> None:
-    """Raise MissingError where this machine cannot run nodes."""
+    """Raise MissingError if this machine cannot run nodes."""
     if os.geteuid() != 0:
-        raise MissingError("real nodes need root: namespaces, mounts and cgroups are theirs to make")
+        raise MissingError("real nodes need root, to create namespaces, mounts and cgroups")
     check_tools(TOOLS)
     own = ("--net", "--pid", "--mount", "--uts", "--ipc", "--fork")
     refused = subprocess.run(["unshare", *own, "true"], capture_output=True, text=True, check=False)
     if refused.returncode != 0:
-        raise MissingError(f"this machine gives no namespaces to its root: {refused.stderr.strip()}")
+        raise MissingError(f"this machine does not allow root to create namespaces: {refused.stderr.strip()}")
     memory = Path("/sys/fs/cgroup/memory")
     if not memory.is_dir() or not os.access(memory, os.W_OK):
-        raise MissingError("runc of this release needs cgroup v1 hierarchies that root may write to")
+        raise MissingError("this release of runc needs cgroup v1 hierarchies that root can write to")
 
 
 def check_tools(tools: Sequence[str]) -> None:
-    """Raise MissingError where one of them is not on PATH."""
+    """Raise MissingError if one of them is not on PATH."""
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
-        raise MissingError(
-            f"not on PATH: {', '.join(missing)}; on Debian: apt-get install buildah debootstrap iptables"
-        )
+        raise MissingError(f"not on PATH: {', '.join(missing)}; on Debian run `make system-packages` as root")
 
 
-def ensure_runtime(say: Say) -> Runtime:
-    """Unpack the packages once."""
+def ensure_runtime(say: PrintLine) -> Runtime:
+    """Unpack the packages, once."""
     target = cache_folder().parent / "realnodes" / "runtime"
     if not (target / "usr/bin/containerd").exists():
         say(f"unpacking {', '.join(PACKAGES)}")

@@ -1,4 +1,4 @@
-"""What a pod of a job may do to others, tried from inside: nothing."""
+"""Check from inside a pod of a job that it has no access to others."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator
 
 from testing.realnodes.names import TEAM
-from testing.realnodes.store import Cluster, Object
+from testing.realnodes.store import KubectlCluster, Object
 
 INSIDE = r"""
 import json, os, ssl, sys, urllib.error, urllib.request
 from pathlib import Path
 from finetune_contract import environment
-from finetune_contract.heartbeat import BEAT_PATH, Beat, RankReport, RankState
+from finetune_contract.heartbeat import BEAT_PATH, Heartbeat, RankReport, RankState
 
 found = {}
 found["service account token"] = Path("/var/run/secrets/kubernetes.io").exists()
@@ -52,19 +52,19 @@ beats = os.environ[environment.COORDINATOR_URL] + BEAT_PATH
 
 
 def beat(job, pod, uid, job_uid, bearer):
-    said = Beat(job=job, namespace=os.environ["TEAM"], job_uid=job_uid, pod=pod, pod_uid=uid, attempt=1,
+    message = Heartbeat(job=job, namespace=os.environ["TEAM"], job_uid=job_uid, pod=pod, pod_uid=uid, attempt=1,
                 node_rank=0, sequence=1, ranks=(RankReport(rank=0, state=RankState.TRAINING, step=1, total_steps=2),))
-    return ask(beats, "POST", bearer, said.to_json(), trusted)
+    return ask(beats, "POST", bearer, message.to_json(), trusted)
 
 
 other = json.loads(os.environ["OTHER"])
 peer = json.loads(os.environ["PEER"])
-found["beat for another job"] = beat(other["job"], other["pod"], other["uid"], other["job_uid"], token)
-found["beat without a token"] = beat(other["job"], other["pod"], other["uid"], other["job_uid"], "")
+found["heartbeat for another job"] = beat(other["job"], other["pod"], other["uid"], other["job_uid"], token)
+found["heartbeat without a token"] = beat(other["job"], other["pod"], other["uid"], other["job_uid"], "")
 own_uid = os.environ[environment.POD_UID]
 own_pod = os.environ[environment.POD_NAME]
-found["beat in another job's name"] = beat(other["job"], own_pod, own_uid, other["job_uid"], token)
-found["beat for a peer of its own job"] = beat(peer["job"], peer["pod"], peer["uid"], peer["job_uid"], token)
+found["heartbeat in the name of another job"] = beat(other["job"], own_pod, own_uid, other["job_uid"], token)
+found["heartbeat for a peer of its own job"] = beat(peer["job"], peer["pod"], peer["uid"], peer["job_uid"], token)
 path = f"{beats}/{os.environ['TEAM']}/{other['job']}"
 methods = ("GET", "POST", "PUT", "DELETE")
 found["a path of another job"] = {ask(path, method, token, None, trusted) for method in methods} == {404}
@@ -82,16 +82,16 @@ EXPECTED: dict[str, object] = {
     "read the API, no token": 403,
     "write the API, its token": 401,
     "write the API, no token": 403,
-    "beat for another job": 403,
-    "beat without a token": 401,
-    "beat in another job's name": 403,
-    "beat for a peer of its own job": 403,
+    "heartbeat for another job": 403,
+    "heartbeat without a token": 401,
+    "heartbeat in the name of another job": 403,
+    "heartbeat for a peer of its own job": 403,
     "a path of another job": True,
 }
 
 
-def look_inside(cluster: Cluster, pod: str, other: Object, peer: Object) -> dict[str, object]:
-    """What a pod can do; `other` is a pod of another job, `peer` one of its own."""
+def check_inside(cluster: KubectlCluster, pod: str, other: Object, peer: Object) -> dict[str, object]:
+    """Return what a pod can do. `other` is a pod of another job, `peer` a pod of its own job."""
     variables = (f"TEAM={TEAM}", f"OTHER={json.dumps(names(other))}", f"PEER={json.dumps(names(peer))}")
     command = ("exec", pod, "--", "env", *variables, "python", "-c", INSIDE)
     found: dict[str, object] = json.loads(cluster.kubectl("--namespace", TEAM, *command, timeout_seconds=90))
@@ -99,14 +99,14 @@ def look_inside(cluster: Cluster, pod: str, other: Object, peer: Object) -> dict
 
 
 def names(pod: Object) -> dict[str, str]:
-    """What a beat of a pod would say of it."""
+    """Return the identity that a heartbeat of the pod would contain."""
     metadata = pod["metadata"]
     (owner,) = metadata["ownerReferences"]
     return {"job": owner["name"], "job_uid": owner["uid"], "pod": metadata["name"], "uid": metadata["uid"]}
 
 
 def differences(found: dict[str, object]) -> Iterator[str]:
-    """A sentence for each thing that is not as it must be."""
+    """Yield a message for each difference from what is expected."""
     for what, expected in EXPECTED.items():
         if found.get(what) != expected:
-            yield f"{what}: {found.get(what)!r}, not {expected!r}"
+            yield f"{what}: {found.get(what)!r} instead of {expected!r}"

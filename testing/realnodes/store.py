@@ -1,4 +1,4 @@
-"""The volume of the jobs: how the model and the data come onto it, and how the weights are read back."""
+"""The volume of the jobs: write the model and the data to it, and read the weights back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from testing.controlplane.build import Say
+from testing.controlplane.build import PrintLine
 from testing.realnodes.builder import BASE_PYTHON, ROOT
 from testing.realnodes.names import TEAM
 from testing.realnodes.runtime import MissingError
@@ -37,11 +37,11 @@ UNPACK = (
 Object = dict[str, Any]
 
 
-class Cluster(Protocol):
-    """What is asked of a cluster: kubectl."""
+class KubectlCluster(Protocol):
+    """A cluster with kubectl."""
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = 60.0) -> str:
-        """What it prints."""
+        """Run kubectl and return its output."""
 
 
 class Store(Protocol):
@@ -49,43 +49,43 @@ class Store(Protocol):
 
     @property
     def pod_template(self) -> Object:
-        """What pods need besides."""
+        """Return the fields that pods need in addition."""
 
-    def prepare(self, cluster: Cluster) -> None:
-        """Make the claim, and put the model and the data on it."""
+    def prepare(self, cluster: KubectlCluster) -> None:
+        """Create the claim and write the model and the data to it."""
 
-    def weights(self, cluster: Cluster, job: str) -> str:
-        """Hash of what a job trained, file by file; empty where there is nothing."""
+    def weights(self, cluster: KubectlCluster, job: str) -> str:
+        """Return a hash of the files that a job trained; empty if there are none."""
 
 
-def apply(cluster: Cluster, thing: Object) -> None:
+def apply(cluster: KubectlCluster, thing: Object) -> None:
     cluster.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
 
 
-def ensure_packages(say: Say) -> None:
-    """Compile what pods import from the environment of the tests: they see it read-only, and would do so each time.
+def ensure_packages(say: PrintLine) -> None:
+    """Compile what pods import from the environment of the tests, which they mount read-only.
 
-    Raises MissingError where that environment is of another Python than theirs.
+    Raise MissingError if that environment has another Python version than the pods.
     """
     if sys.version_info[:2] != BASE_PYTHON:
         ours, theirs = (".".join(map(str, version)) for version in (sys.version_info[:2], BASE_PYTHON))
         raise MissingError(
-            f"the light trainer image takes torch from this environment, which has Python {ours}, not {theirs} as the"
-            f" image: make it with PYTHON=python{theirs}, or give --trainer-image"
+            f"the light trainer image uses torch of this environment, which has Python {ours}; the image has {theirs}."
+            f" Create the environment with PYTHON=python{theirs}, or use --trainer-image"
         )
-    say("compiling what the trainer imports")
+    say("compiling the modules that the trainer imports")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", "from finetune_trainer import libraries; libraries.preload()"]
     subprocess.run(command, env=environment, check=True)
 
 
 @dataclass
-class FolderStore:
-    """A folder of this machine, which every node of it sees; torch comes from the environment of the tests."""
+class FolderVolume:
+    """A folder of this machine that all its nodes can mount; torch comes from the environment of the tests."""
 
     folder: Path
     lends_packages: bool
-    """Whether the trainer's image is without torch, and is lent the one that the tests run with."""
+    """Whether the trainer image lacks torch and mounts the torch of the tests."""
 
     @property
     def pod_template(self) -> Object:
@@ -99,7 +99,7 @@ class FolderStore:
         packages = {"name": PACKAGES, "persistentVolumeClaim": {"claimName": PACKAGES, "readOnly": True}}
         return {"containers": [container], "volumes": [packages]}
 
-    def prepare(self, cluster: Cluster) -> None:
+    def prepare(self, cluster: KubectlCluster) -> None:
         self.folder.mkdir(parents=True)
         fill(self.folder)
         for path in (self.folder, *self.folder.rglob("*")):
@@ -111,14 +111,14 @@ class FolderStore:
             apply(cluster, volume(name, folder))
             apply(cluster, claim(name, storage_class="", volume_name=name))
 
-    def weights(self, cluster: Cluster, job: str) -> str:
+    def weights(self, cluster: KubectlCluster, job: str) -> str:
         files = sorted((self.folder / OUTPUTS / job).rglob("*.safetensors"))
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else ""
 
 
 @dataclass
 class ClaimStore:
-    """A claim on a cluster of the user's, by a storage class that many nodes can write to; a pod carries things."""
+    """A claim on a cluster of the user, of a class that many nodes can write to. A pod transfers the files."""
 
     image: str
     storage_class: str | None
@@ -128,7 +128,7 @@ class ClaimStore:
     def pod_template(self) -> Object:
         return {}
 
-    def prepare(self, cluster: Cluster) -> None:
+    def prepare(self, cluster: KubectlCluster) -> None:
         apply(cluster, claim(CLAIM, storage_class=self.storage_class))
         self._make_carrier(cluster)
         fill(self.work)
@@ -136,27 +136,27 @@ class ClaimStore:
         with tarfile.open(fileobj=packed, mode="w") as archive:
             for name in ("base", "data"):
                 archive.add(self.work / name, name)
-        # kubectl is given text here: the archive travels as base64.
+        # kubectl takes text on standard input, so the archive is encoded as base64.
         text = base64.b64encode(packed.getvalue()).decode()
         self._run(cluster, "-i", "carrier", "--", "python", "-c", UNPACK, MOUNT, stdin=text)
 
-    def weights(self, cluster: Cluster, job: str) -> str:
-        # A drained node takes it along with the pods of jobs.
+    def weights(self, cluster: KubectlCluster, job: str) -> str:
+        # A drain of its node may have deleted it.
         self._make_carrier(cluster)
         return self._run(cluster, "carrier", "--", "python", "-c", HASH, f"{MOUNT}/{OUTPUTS}/{job}").strip()
 
-    def _make_carrier(self, cluster: Cluster) -> None:
+    def _make_carrier(self, cluster: KubectlCluster) -> None:
         apply(cluster, carrier(self.image))
         waiting = ("wait", "--for=condition=Ready", "pod/carrier", "--timeout=300s")
         cluster.kubectl("--namespace", TEAM, *waiting, timeout_seconds=310)
 
     @staticmethod
-    def _run(cluster: Cluster, *arguments: str, stdin: str | None = None) -> str:
+    def _run(cluster: KubectlCluster, *arguments: str, stdin: str | None = None) -> str:
         return cluster.kubectl("--namespace", TEAM, "exec", *arguments, stdin=stdin, timeout_seconds=300)
 
 
 def fill(folder: Path) -> None:
-    """Put the demo's model and data into a folder."""
+    """Write the model and the data of the demo into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     make = ("-m", "finetune_trainer.demo.circles", str(folder / "data"), "--style", "squares")
     counts = ("--num-train", "64", "--num-validation", "8")
@@ -165,7 +165,7 @@ def fill(folder: Path) -> None:
 
 
 def volume(name: str, folder: Path, storage_class: str = "", size: str = "10Gi") -> Object:
-    """A folder that all nodes see, as NFS is: for one claim, or for any one of a class."""
+    """Return a volume for a folder that all nodes can mount, like NFS: for one claim, or for any claim of a class."""
     claimed = {} if storage_class else {"claimRef": {"name": name, "namespace": TEAM}}
     return {
         "apiVersion": "v1",
@@ -182,7 +182,7 @@ def volume(name: str, folder: Path, storage_class: str = "", size: str = "10Gi")
 
 
 def claim(name: str, *, storage_class: str | None, volume_name: str = "") -> Object:
-    """A claim; without a class by the cluster's default one."""
+    """Return a claim; without a class it uses the default class of the cluster."""
     spec: Object = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
     if storage_class is not None:
         spec["storageClassName"] = storage_class
@@ -197,7 +197,7 @@ def claim(name: str, *, storage_class: str | None, volume_name: str = "") -> Obj
 
 
 def carrier(image: str) -> Object:
-    """A pod that holds the claim and does nothing, as restricted as those of jobs."""
+    """Return a pod that mounts the claim and only waits, as restricted as the pods of jobs."""
     container = {
         "name": "carrier",
         "image": image,

@@ -1,9 +1,9 @@
-"""A cluster of the user's, by KUBECONFIG: what can be tried there without touching its machines.
+"""A cluster of the user, selected by KUBECONFIG: the checks that need no access to its machines.
 
 Needs FINETUNE_OPERATOR_IMAGE and FINETUNE_TRAINER_IMAGE (name:tag, where its nodes can pull from), and a storage class
-that many nodes can write to: the default one, or FINETUNE_STORAGE_CLASS. Everything is made in namespaces of its own,
-and removed in the end; what a run left that was killed, the next one removes. Nodes are drained and tainted: nobody
-else is to need the cluster.
+that many nodes can write to: the default one, or FINETUNE_STORAGE_CLASS. Everything is created in separate namespaces
+and removed at the end; the next run removes what a killed run left. Nodes are drained and tainted, so the cluster must
+have no other users.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from testing.controlplane.build import Say
+from testing.controlplane.build import PrintLine
 from testing.controlplane.server import KubectlError
 from testing.realnodes.names import CLUSTER_KINDS, CRD, FAULT_TAINT, HOME, OF_CHART, OURS, TEAM
 
@@ -23,18 +23,18 @@ REMOVAL_SECONDS = 240.0
 
 
 class RefusedError(RuntimeError):
-    """This cluster, or what was given for it, will not do; the message says why, and what to give instead."""
+    """The cluster or its settings are unsuitable; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
 class UserCluster:
-    """kubectl with the user's own kubeconfig."""
+    """kubectl with the kubeconfig of the user."""
 
     program: Path
     kubeconfig: Path
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = 60.0) -> str:
-        """What it prints; raises KubectlError where it fails."""
+        """Return its output. Raise KubectlError if it fails."""
         result = subprocess.run(
             [str(self.program), *arguments],
             env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
@@ -48,21 +48,23 @@ class UserCluster:
             raise KubectlError(arguments, result.returncode, result.stderr)
         return result.stdout
 
-    def begin(self, say: Say) -> None:
-        """Remove what an earlier run left; raises RefusedError where something is in the way that is not ours."""
+    def begin(self, say: PrintLine) -> None:
+        """Remove what an earlier run left. Raise RefusedError if conflicting objects of others exist."""
         try:
             self.kubectl("get", "namespaces", "--output=name", timeout_seconds=20)
         except (KubectlError, subprocess.TimeoutExpired) as error:
-            raise RefusedError(f"KUBECONFIG: no administrator of a cluster that answers: {error}") from None
+            raise RefusedError(
+                f"KUBECONFIG: it must give administrator access to a reachable cluster: {error}"
+            ) from None
         if foreign := list(self._foreign()):
             raise RefusedError(
-                f"{', '.join(foreign)}: in this cluster already, and not made by this test, which makes and removes"
-                " these: uninstall the operator there (deleting the CRD removes its jobs, too), or give another cluster"
+                f"{', '.join(foreign)}: these exist in the cluster, and this test did not create them."
+                " Uninstall the operator there (deleting the CRD also removes its jobs), or use another cluster"
             )
         self.remove_all(say)
 
-    def remove_all(self, say: Say) -> None:
-        """Remove what a run has made and not removed itself; returns when it is gone."""
+    def remove_all(self, say: PrintLine) -> None:
+        """Remove what a run created and did not remove; return when it is deleted."""
         if not (there := self._there()):
             return
         say(f"removing {', '.join(there)}")
@@ -93,7 +95,7 @@ class UserCluster:
         ]
 
     def _foreign(self) -> Iterator[str]:
-        """What has a name of ours and was not made by this test."""
+        """Yield objects with the names of this test that it did not create."""
         for thing in (f"namespace/{HOME}", f"namespace/{TEAM}", CRD):
             found = self.kubectl("get", thing, "--ignore-not-found", "--output=json")
             if not found.strip():
@@ -105,8 +107,10 @@ class UserCluster:
 
 
 def image_from(variable: str) -> str:
-    """An image that the user has pushed."""
+    """Return the image that the user pushed, from an environment variable."""
     image = os.environ.get(variable, "")
     if ":" not in image.rpartition("/")[2]:
-        raise RefusedError(f"{variable}: give name:tag of an image that the nodes can pull (make image-operator, ...)")
+        raise RefusedError(
+            f"{variable}: set it to name:tag of an image that the nodes can pull (make image-operator, ...)"
+        )
     return image

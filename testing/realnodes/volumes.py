@@ -1,4 +1,4 @@
-"""Volumes for claims on `make cluster`: folders of this machine that every node sees, as many as are asked for."""
+"""Volumes for claims on `make cluster`: folders of this machine that every node can mount, created on demand."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from testing.realnodes.store import USER, volume
 CLASS = "shared"
 SPARE = 2
 SIZE = "10Ti"
-"""More than any example asks for: a folder takes what is put into it."""
+"""Larger than any example requests; the size of a folder is not limited."""
 VOLUMES = "/api/v1/persistentvolumes"
 CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
 DEFAULT = "storageclass.kubernetes.io/is-default-class"
 
 
 class Volumes:
-    """The default storage class; the controllers bind a claim of it to a volume that is free."""
+    """The default storage class; the controllers bind its claims to free volumes."""
 
     def __init__(self, api: Api, folder: Path) -> None:
         self._api = api
@@ -29,14 +29,14 @@ class Volumes:
         self._numbers = itertools.count(1)
 
     def begin(self) -> None:
-        """Make the class, and the first volumes."""
+        """Create the class and the first volumes."""
         metadata = {"name": CLASS, "annotations": {DEFAULT: "true"}}
         kind = {"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": metadata}
         self._api.create(CLASSES, {**kind, "provisioner": "kubernetes.io/no-provisioner"})
-        self.tend()
+        self.maintain()
 
-    def tend(self) -> None:
-        """Have some volumes free, and remove those whose claim is gone; called again and again."""
+    def maintain(self) -> None:
+        """Keep some volumes free, and remove those whose claim was deleted. Called periodically."""
         volumes = [one for one in self._api.get(VOLUMES)["items"] if one["spec"].get("storageClassName") == CLASS]
         for one in volumes:
             if phase(one) == "Released" and "deletionTimestamp" not in one["metadata"]:
@@ -54,6 +54,6 @@ class Volumes:
 
 
 def phase(thing: dict[str, Any]) -> str:
-    """Of a volume; a new one has none yet."""
+    """Return the phase of a volume; a new one has none."""
     found: str = thing.get("status", {}).get("phase", "Pending")
     return found

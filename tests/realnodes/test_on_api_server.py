@@ -1,4 +1,4 @@
-"""What needs an API server and its controllers, but no nodes: volumes for claims, and what a run leaves behind."""
+"""Parts of the cluster test that need an API server but no nodes: volumes, and removal of leftovers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECONDS = 60.0
 
 @pytest.fixture(scope="module")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    """One of its own: the names are those of a run, and the CRD is not there."""
+    """A separate control plane without the CRD, because the names are those of a run."""
     components = {"kube-controller-manager", "kwok"}
     with ControlPlane(components, folder=tmp_path_factory.mktemp("realnodes-control-plane")) as running:
         yield running
@@ -32,18 +32,16 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlP
 
 @pytest.fixture
 def cluster(control_plane: ControlPlane) -> UserCluster:
-    """The cluster as one of the user's."""
+    """Return the control plane as a cluster of the user."""
     return UserCluster(control_plane.kubectl_path, control_plane.kubeconfig)
 
 
 def say(_: str) -> None:
-    """Nobody listens."""
+    """Discard progress messages."""
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="volumes belong to the user of the jobs: only root can give them away")
-def test_there_is_always_a_volume_for_a_claim(
-    control_plane: ControlPlane, cluster: UserCluster, tmp_path: Path
-) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="volumes belong to the user of the jobs, which needs root")
+def test_a_claim_always_gets_a_volume(control_plane: ControlPlane, cluster: UserCluster, tmp_path: Path) -> None:
     make_namespace(cluster, TEAM)
     volumes = Volumes(control_plane.api, tmp_path)
     volumes.begin()
@@ -51,7 +49,7 @@ def test_there_is_always_a_volume_for_a_claim(
     seen: set[str] = set()
 
     def is_bound(name: str) -> bool:
-        volumes.tend()
+        volumes.maintain()
         claim = control_plane.api.get(f"{claims}/{name}")
         if phase(claim) == "Bound":
             seen.add(claim["spec"]["volumeName"])
@@ -64,15 +62,17 @@ def test_there_is_always_a_volume_for_a_claim(
     assert all((tmp_path / name).stat().st_uid == store.USER for name in seen)
     cluster.kubectl("delete", "namespace", TEAM)
 
-    def none_is_left() -> bool:
-        volumes.tend()
+    def no_volume_is_left() -> bool:
+        volumes.maintain()
         left = {volume["metadata"]["name"] for volume in control_plane.api.get(VOLUMES)["items"]}
         return not seen & left and not any((tmp_path / name).exists() for name in seen)
 
-    wait_for("their volumes are gone", none_is_left, SECONDS)
+    wait_for("their volumes are removed", no_volume_is_left, SECONDS)
 
 
-def test_what_a_killed_run_left_is_removed(control_plane: ControlPlane, cluster: UserCluster, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(
+    control_plane: ControlPlane, cluster: UserCluster, tmp_path: Path
+) -> None:
     control_plane.add_nodes(1, prefix="left")
     (node,) = cluster.kubectl("get", "nodes", "--output=name").split()
     cluster.begin(say)
@@ -96,15 +96,15 @@ def test_what_a_killed_run_left_is_removed(control_plane: ControlPlane, cluster:
 
 
 @pytest.mark.parametrize("name", [HOME, TEAM])
-def test_what_is_not_ours_is_left_alone(cluster: UserCluster, name: str) -> None:
+def test_objects_of_others_are_not_touched(cluster: UserCluster, name: str) -> None:
     cluster.kubectl("create", "namespace", name)
-    with pytest.raises(RefusedError, match=f"namespace/{name}: in this cluster already"):
+    with pytest.raises(RefusedError, match=f"namespace/{name}: these exist in the cluster"):
         cluster.begin(say)
     cluster.kubectl("delete", "namespace", name)
 
 
-def test_the_jobs_of_others_are_left_alone(cluster: UserCluster) -> None:
-    """Their CRD, and with it their jobs, would go with ours."""
+def test_jobs_of_others_are_not_touched(cluster: UserCluster) -> None:
+    """Removing the CRD would remove their jobs."""
     cluster.kubectl("create", "--filename", str(CHART / "files/crd.yaml"))
     with pytest.raises(RefusedError, match=CRD):
         cluster.begin(say)

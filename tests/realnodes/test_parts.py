@@ -1,4 +1,4 @@
-"""The parts of the cluster test that need no cluster: its lists, what it refuses, and its look into an image."""
+"""Parts of the cluster test that need no cluster: tables, refusals, image checks, cleanup."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import pytest
 
 from finetune_operator.api.reasons import Reason
 from testing.controlplane.process import wait_for
-from testing.realnodes import archive, janitor, layers, security
+from testing.realnodes import archive, cleanup, layers, security
 from testing.realnodes.faults import FAULTS
 from testing.realnodes.job import FAULT_STEP, LONG_STEPS, SAVE_EVERY, STEPS
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_ledger_can_say_what_is_expected_of_it() -> None:
+def test_expected_causes_are_reasons_of_the_ledger() -> None:
     reasons = {reason.value for reason in Reason}
     for name, fault in FAULTS.items():
         assert fault.causes <= reasons, name
     assert len(FAULTS) == 8
 
 
-def test_a_fault_falls_between_two_checkpoints_and_long_before_the_end() -> None:
+def test_a_fault_is_injected_between_two_checkpoints_and_well_before_the_end() -> None:
     assert FAULT_STEP % SAVE_EVERY
     assert FAULT_STEP < STEPS - SAVE_EVERY < LONG_STEPS
 
@@ -40,18 +40,21 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
 
 
-def test_an_unknown_fault_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_fault_is_refused_with_a_list_of_faults() -> None:
     result = run("--faults", "earthquake")
     assert result.returncode == 2
     assert "kubectl drain" in result.stderr
 
 
-def test_what_is_missing_is_said_aloud() -> None:
-    """Without the tools on PATH nothing can be tried; a cluster of the user's is given wrongly."""
+def test_missing_tools_and_settings_are_reported() -> None:
+    """Tools are missing on PATH; or the settings of a user cluster are wrong."""
     result = run(PATH="/nowhere", KUBECONFIG="")
     assert result.stderr.startswith("SKIPPED: ")
     images = {"FINETUNE_OPERATOR_IMAGE": "a:b", "FINETUNE_TRAINER_IMAGE": "c:d"}
-    for given, words in ((images, "KUBECONFIG: no administrator"), ({}, "FINETUNE_OPERATOR_IMAGE: give name:tag")):
+    for given, words in (
+        (images, "KUBECONFIG: it must give administrator"),
+        ({}, "FINETUNE_OPERATOR_IMAGE: set it to name:tag"),
+    ):
         result = run(KUBECONFIG="/nowhere", **given)
         assert result.returncode == 1
         assert result.stderr.startswith(words)
@@ -59,8 +62,8 @@ def test_what_is_missing_is_said_aloud() -> None:
 
 DIE = """
 import os, sys
-from testing.realnodes.janitor import Janitor, folder_of
-with Janitor():
+from testing.realnodes.cleanup import CleanupProcess, folder_of
+with CleanupProcess():
     folder_of(os.getpid()).mkdir()
     print(os.getpid(), flush=True)
     sys.stdin.read()
@@ -68,22 +71,22 @@ with Janitor():
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, None], ids=["killed", "ended"])
-def test_nothing_is_left_of_a_run_however_it_ends(by: signal.Signals | None) -> None:
+def test_a_run_leaves_nothing_however_it_ends(by: signal.Signals | None) -> None:
     command, pipe = [sys.executable, "-c", DIE], subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
-        folder = janitor.folder_of(int(process.stdout.readline()))
+        folder = cleanup.folder_of(int(process.stdout.readline()))
         assert folder.is_dir()
         if by is not None:
             process.send_signal(by)
         process.communicate()
-        wait_for("it is gone", lambda: not folder.exists())
+        wait_for("the folder is removed", lambda: not folder.exists())
 
 
-def test_every_difference_is_told() -> None:
+def test_every_difference_is_reported() -> None:
     assert list(security.differences(dict(security.EXPECTED))) == []
     found = {**security.EXPECTED, "read the API, its token": 200}
-    assert list(security.differences(found)) == ["read the API, its token: 200, not 401"]
+    assert list(security.differences(found)) == ["read the API, its token: 200 instead of 401"]
 
 
 def image(path: Path, files: dict[str, bytes], user: str) -> Path:
@@ -115,21 +118,21 @@ SBOM = {"usr/share/sbom/x.spdx.json": b"{}"}
         ({}, "65532", ["has no SBOM"]),
         (SBOM, "0:0", ["runs as root"]),
         (SBOM, "", ["runs as root"]),
-        ({**SBOM, "app/torch/__init__.py": b""}, "1", ["holds app/torch/"]),
-        ({**SBOM, "usr/bin/sh": b""}, "1", ["holds usr/bin/sh"]),
+        ({**SBOM, "app/torch/__init__.py": b""}, "1", ["contains app/torch/"]),
+        ({**SBOM, "usr/bin/sh": b""}, "1", ["contains usr/bin/sh"]),
         ({**SBOM, "large": bytes(151 << 20)}, "1", ["151 MiB"]),
     ],
     ids=range(7),
 )
-def test_an_image_is_looked_into(tmp_path: Path, files: dict[str, bytes], user: str, words: list[str]) -> None:
+def test_image_defects_are_found(tmp_path: Path, files: dict[str, bytes], user: str, words: list[str]) -> None:
     faults = list(archive.faults(image(tmp_path / "image.tar", files, user), "operator"))
     assert len(faults) == len(words)
     for fault, word in zip(faults, words, strict=True):
         assert word in fault
 
 
-def test_an_archive_leaves_out_the_blobs_that_are_there(tmp_path: Path) -> None:
-    """What a change of our code costs the nodes: its own layer."""
+def test_an_archive_omits_blobs_that_are_present(tmp_path: Path) -> None:
+    """A change of our code costs the nodes one layer."""
     layout, present = tmp_path / "layout", tmp_path / "present"
     for folder, blobs in ((layout / layers.BLOBS, ("dependencies", "own")), (present, ("dependencies", "older"))):
         folder.mkdir(parents=True)

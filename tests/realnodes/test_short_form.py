@@ -25,5 +25,5 @@ def test_faults_on_real_nodes() -> None:
     if result.stderr.startswith("SKIPPED: "):
         pytest.skip(result.stderr.splitlines()[0])
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    said = json.loads(result.stdout.splitlines()[-1])
-    assert (said["faults"], said["wrong"]) == (len(SHORT), 0)
+    result_line = json.loads(result.stdout.splitlines()[-1])
+    assert (result_line["faults"], result_line["wrong"]) == (len(SHORT), 0)

@@ -1,5 +1,5 @@
-# The trainer of the tests: its own modules as images/trainer-cpu.Dockerfile installs them. torch comes by a volume from
-# the environment that the tests run in: packing its six gigabytes for each node would take longer than all tests.
+# The trainer of the tests: its own modules as in images/trainer-cpu.Dockerfile. torch is mounted from the environment of
+# the tests, because packing its six gigabytes for each node would take longer than all tests.
 ARG PYTHON_IMAGE
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src

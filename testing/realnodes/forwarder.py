@@ -1,7 +1,7 @@
-"""A door to the cluster's network: a port of this machine's loopback behind which its API server answers.
+"""Forward a port of this machine's loopback to the API server in the network namespace of the cluster.
 
-The listening socket is made in the machine's network and the connections in the cluster's: a socket stays in the
-namespace that it was made in.
+The listening socket is created in the network of the machine, and the connections in the network of the cluster: a
+socket stays in the namespace in which it was created.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from testing.controlplane.process import LOOPBACK
 CHUNK_BYTES = 65536
 
 
-class Door:
-    """Make it before `in_own_network`, open it after."""
+class PortForwarder:
+    """Create it before `in_own_network`, open it after."""
 
     def __init__(self) -> None:
         self._outside = socket.create_server((LOOPBACK, 0))
         self.port: int = self._outside.getsockname()[1]
 
     def open(self, port: int) -> None:
-        """Lead to a port of the loopback of this thread's network from now on."""
+        """Start to forward to a port of the loopback in the network of this thread."""
         threading.Thread(target=self._serve, args=(port,), daemon=True).start()
 
     def _serve(self, port: int) -> None:
@@ -38,12 +38,12 @@ class Door:
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
-    """Hand on what comes, and in the end that nothing more comes."""
+    """Copy bytes until the source closes, then close the target for writing."""
     try:
         while data := source.recv(CHUNK_BYTES):
             target.sendall(data)
         target.shutdown(socket.SHUT_WR)
     except OSError:
-        # One of the two is gone; so then is the other.
+        # One connection is closed; close the other one as well.
         for end in (source, target):
             end.close()

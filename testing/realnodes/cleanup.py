@@ -1,7 +1,7 @@
-"""Clean up behind a run, however it ended: its folder on the disk and its cgroups. All else goes with its namespaces.
+"""Remove the folder and the cgroups of a run, however it ended. Everything else disappears with its namespaces.
 
-`__main__` starts it as a process of its own, which waits until its standard input ends: where a run is killed, the
-kernel sees to that. What a run left whose janitor was killed as well, the next run removes.
+`__main__` starts this as a separate process, which waits until its standard input closes; the kernel closes it if the
+run is killed. If this process is killed as well, the next run removes what is left.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from testing.controlplane.process import wait_for
 
 CGROUPS = Path("/sys/fs/cgroup")
 RUNS = cache_folder().parent / "realnodes" / "runs"
-"""Beside the images, whose files the nodes share by hard links."""
+"""On the same file system as the images, whose files the nodes share by hard links."""
 PREFIX = "finetune-realnodes-"
 SECONDS = 30.0
 KEEP = b"keep\n"
 
 
 def folder_of(run: int) -> Path:
-    """Folder of a run, by its process."""
+    """Return the folder of a run, given its process id."""
     return RUNS / f"{PREFIX}{run}"
 
 
 def cgroup_of(run: int) -> str:
-    """Its cgroup, in every hierarchy."""
+    """Return the name of its cgroup in every hierarchy."""
     return f"{PREFIX}{run}"
 
 
-class Janitor:
-    """Cleans up behind this process."""
+class CleanupProcess:
+    """Cleans up after this process."""
 
     def __init__(self, keep: bool = False) -> None:
         self._keep = keep
@@ -44,8 +44,8 @@ class Janitor:
     def __enter__(self) -> Self:
         RUNS.mkdir(parents=True, exist_ok=True)
         sweep()
-        command = [sys.executable, "-m", "testing.realnodes.janitor", str(os.getpid())]
-        # In a session of its own, so that what ends this process' group leaves it alone.
+        command = [sys.executable, "-m", "testing.realnodes.cleanup", str(os.getpid())]
+        # A new session, so that a signal to the group of this process does not reach it.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         return self
 
@@ -56,7 +56,7 @@ class Janitor:
 
 
 def sweep() -> None:
-    """Clean up behind runs whose process is gone."""
+    """Clean up after runs whose process no longer exists."""
     left = [*RUNS.glob(f"{PREFIX}*"), *(path for top in CGROUPS.iterdir() for path in top.glob(f"{PREFIX}*"))]
     for run in {path.name.removeprefix(PREFIX) for path in left}:
         if run.isdigit() and not Path("/proc", run).exists():
@@ -64,14 +64,14 @@ def sweep() -> None:
 
 
 def clean(run: int, *, keep: bool) -> None:
-    """Remove what a run left; raises TimeoutError where a cgroup still holds a process."""
-    wait_for(f"the cgroups of run {run} are gone", lambda: not list(remaining(run)), SECONDS)
+    """Remove what a run left. Raise TimeoutError if a cgroup still contains a process."""
+    wait_for(f"the cgroups of run {run} are removed", lambda: not list(remaining(run)), SECONDS)
     if not keep:
         shutil.rmtree(folder_of(run), ignore_errors=True)
 
 
 def remaining(run: int) -> list[Path]:
-    """Remove the cgroups of a run from the leaves up; returns those that still hold something."""
+    """Remove the cgroups of a run from the leaves up; return those that are not empty."""
     left = []
     for top in CGROUPS.glob(f"*/{cgroup_of(run)}"):
         for path in sorted((top, *top.rglob("*")), reverse=True):
@@ -84,9 +84,8 @@ def remaining(run: int) -> list[Path]:
 
 
 def main() -> None:
-    """Wait for the end of the run, then clean up behind it."""
-    said = sys.stdin.buffer.read()
-    clean(int(sys.argv[1]), keep=said == KEEP)
+    """Wait for the end of the run, then clean up after it."""
+    clean(int(sys.argv[1]), keep=sys.stdin.buffer.read() == KEEP)
 
 
 if __name__ == "__main__":
