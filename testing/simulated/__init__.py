@@ -1,5 +1,6 @@
-"""A cluster in virtual time: one seed decides all, and a million events take a minute or two.
+"""A simulated cluster in virtual time: one seed determines everything, and a million events take a minute or two.
 
-`engine` has the clock, `server` the objects, `kubelet` nodes and pods, `trainers` what runs in them, `operator` the
-process around the real `reconcile`, `faults` what goes wrong. Used by tests/simulation and bench/spot.
+`engine` has the clock, `server` the objects, `kubelet` nodes and pods, `gang` and `supervisor` the processes in the
+pods, `operator` the process around the real `reconcile`, `faults` the injected faults, and `cluster` all of them
+together. Used by tests/simulation and bench/spot.
 """

@@ -1,7 +1,7 @@
-"""Virtual time: a queue of what happens when, and coroutines that wait in it.
+"""Virtual time: a queue of timed actions, and coroutines that wait in it.
 
-The real `reconcile` is a coroutine. Here it is driven without an event loop: whenever it awaits a `Pause`, it goes on
-so many virtual seconds later, or never, where its operator has died meanwhile.
+The real `reconcile` is a coroutine. Here it runs without an event loop: when it awaits a `Pause`, it continues after
+that many virtual seconds, or never, if its operator was stopped in between.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Engine:
-    """The clock, the queue and the one source of chance."""
+    """The clock, the queue and the only random generator."""
 
     def __init__(self, seed: int | str) -> None:
         self.rng = random.Random(seed)
@@ -28,16 +28,16 @@ class Engine:
         self._num_queued = 0
 
     def now(self, skew_seconds: float = 0.0) -> datetime:
-        """The time, by a clock that is off by some seconds."""
+        """Return the time by a clock that is off by some seconds."""
         return EPOCH + timedelta(seconds=self.time + skew_seconds)
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
-        """Let something happen so many seconds from now; things of one moment happen in the order of asking."""
+        """Queue an action for later; actions of the same time run in the order in which they were queued."""
         self._num_queued += 1
         heapq.heappush(self._queue, (self.time + seconds, self._num_queued, action))
 
     def run(self, until: float, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Let things happen until a time, or until `stop`; say whether that came first."""
+        """Run actions until a time is reached, or until `stop` returns True; return whether `stop` came first."""
         queue = self._queue
         while queue and queue[0][0] <= until:
             self.time, _, action = heapq.heappop(queue)
@@ -49,7 +49,7 @@ class Engine:
         return False
 
     def chance(self, probability: float) -> bool:
-        """Whether something happens that happens so often."""
+        """Draw whether an event of this probability happens."""
         return self.rng.random() < probability
 
 
@@ -62,11 +62,11 @@ class Pause:
         self._seconds = seconds
 
     def __await__(self) -> Generator[float, None, None]:
-        """Hand the length of the pause to the task that drives the coroutine."""
+        """Yield the length of the pause to the task that drives the coroutine."""
         yield self._seconds
 
 
-class Task(Generic[T]):
+class SimulatedTask(Generic[T]):
     """Drives one coroutine through virtual time."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Task(Generic[T]):
         self._cancelled = False
 
     def step(self) -> None:
-        """Go on until the next pause or the end. What is not expected goes up to the caller of the engine."""
+        """Run until the next pause or the end. Unexpected exceptions propagate to the caller of the engine."""
         if self._cancelled:
             return
         try:
@@ -96,6 +96,6 @@ class Task(Generic[T]):
             self._engine.after(seconds, self.step)
 
     def cancel(self) -> None:
-        """Never go on: its process has died."""
+        """Stop for good: the process of the coroutine has been killed."""
         self._cancelled = True
         self._coroutine.close()

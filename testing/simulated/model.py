@@ -1,4 +1,4 @@
-"""The things of the simulated world, as plain data: jobs' folders on the storage, nodes, and the law of the land."""
+"""Plain data of the simulation: pods, nodes, the jobs' folders on shared storage, and the interface of the watchdog."""
 
 from __future__ import annotations
 
@@ -11,54 +11,55 @@ from finetune_operator.plan.model.types import ObservedPod
 
 
 @dataclass
-class SimPod:
-    """A pod as it really is, and what the API says of it."""
+class SimulatedPod:
+    """The real state of a pod, and the state that the API server reports."""
 
     job: str
     seen: ObservedPod
+    """What the API server reports."""
     grace_seconds: int
     num_nodes: int = 1
-    """Pods of its gang, as its manifest says."""
+    """Number of pods of its gang, according to its manifest."""
     spot_only: bool = False
-    """Whether it goes to no other nodes than spot."""
-    stands_by: bool = False
+    """Whether it accepts spot nodes only."""
+    is_standby: bool = False
     """Whether its manifest gives it no rank yet."""
-    node: Node | None = None
+    node: SimulatedNode | None = None
     running: bool = False
-    """Whether its processes live, whatever the API says."""
+    """Whether its processes run, whatever the API server reports."""
     end: Callable[[int], None] = field(default=lambda _: None)
-    """Ends its processes at once with an exit code. -1: its machine has stopped; -2: and its peers saw that."""
+    """Ends its processes at once with an exit code. -1: its node has stopped; -2: the same, and its peers notice."""
     notice: Callable[[], None] = field(default=lambda: None)
-    """SIGTERM; set by what runs in it."""
+    """Sends SIGTERM; set by the processes in the pod."""
 
 
 class BrokenInvariantError(AssertionError):
-    """The core, or the simulation of what is around it, has done what must never happen."""
+    """The plan, or the simulation around it, has violated an invariant."""
 
 
 class Watchdog(Protocol):
-    """Told of everything that an invariant speaks of, before anything else happens."""
+    """Receives every fact that an invariant is about, before anything else happens."""
 
     def status_written(self, job: FineTuneJob, new: FineTuneJobStatus) -> None:
-        """The operator wrote a status over that of `job`."""
+        """Handle a status that the operator wrote over that of `job`."""
         ...
 
     def pod_created(self, job: FineTuneJob, pod: ObservedPod) -> None:
-        """A pod came into being."""
+        """Handle the creation of a pod."""
         ...
 
     def pod_deleted(self, job: FineTuneJob, pod: ObservedPod) -> None:
-        """The operator asked for the end of a pod."""
+        """Handle the operator's request to delete a pod."""
         ...
 
     def committed(self, job_name: str, attempt: int, step: int) -> None:
-        """A gang committed a checkpoint."""
+        """Handle a checkpoint that a gang committed."""
         ...
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a job's trainers are like."""
+    """The durations and abilities of a job's trainers."""
 
     total_steps: int = 200
     step_seconds: float = 1.0
@@ -68,38 +69,38 @@ class Workload:
     restore_seconds: float = 2.0
     export_seconds: float = 5.0
     stall_seconds: float | None = None
-    """For how long a save holds up the steps, where it goes on beside them; None: all the time."""
+    """Time for which an asynchronous save stops the training; None: for the complete save."""
     warm_load_seconds: float | None = None
-    """Loading again in a pod that has loaded before; None: as long as at first."""
+    """Loading time in a pod that has loaded before; None: the same as the first time."""
     full_size: int | None = None
-    """Nodes that a step of `step_seconds` is done by; fewer take longer in proportion. None: it does not matter."""
-    rescues: bool = False
-    """Whether survivors save the last finished step when a peer dies suddenly."""
+    """Number of nodes for which `step_seconds` is valid; fewer take longer in proportion. None: it has no effect."""
+    emergency_saves: bool = False
+    """Whether survivors save the last finished step when a peer fails suddenly."""
     saves_on_notice: bool = True
-    """False: SIGTERM just ends a rank, as it does with most training scripts."""
+    """False: SIGTERM ends a rank without a save, as in most training scripts."""
 
 
 @dataclass
-class Storage:
-    """A job's folder on shared storage, atomic as the real one: the fence is looked at within the commit."""
+class SimulatedStorage:
+    """A job's folder on shared storage, atomic like the real one: a commit checks the fence."""
 
     workload: Workload
     fence: int = 0
     """Newest attempt that has marked it."""
     step: int = 0
-    """Steps of the newest checkpoint; 0: none."""
+    """Step of the newest checkpoint; 0: none."""
     attempt: int = 0
     """Attempt that wrote it."""
     num_trained: int = 0
-    """Steps finished in all, those done again included."""
+    """Steps finished in total, including repeated ones."""
 
     def mark(self, attempt: int) -> bool:
-        """Say that an attempt has begun; False where a newer one has."""
+        """Record the begin of an attempt; return False if a newer one has begun."""
         self.fence = max(self.fence, attempt)
         return attempt == self.fence
 
     def commit(self, attempt: int, step: int) -> bool:
-        """Keep a checkpoint; False where a newer attempt has begun."""
+        """Store a checkpoint; return False if a newer attempt has begun."""
         if attempt < self.fence:
             return False
         self.step, self.attempt = step, attempt
@@ -107,25 +108,25 @@ class Storage:
 
 
 @dataclass
-class Node:
-    """A machine with room for one pod."""
+class SimulatedNode:
+    """A node with room for one pod."""
 
     name: str
     up: bool = True
-    """Whether its processes run and are connected."""
+    """Whether its processes run."""
     connected: bool = True
-    """Whether the control plane and the operator are within reach; its pods reach each other in any case."""
+    """Whether it reaches the control plane and the operator; its pods reach each other in any case."""
     exists: bool = True
-    """Whether the API still shows it."""
+    """Whether the API server still has its Node."""
     lost: bool = False
     """Whether the control plane has noticed that it is silent."""
     leaving: str = ""
     """Taint of a termination handler."""
     spot: bool = True
     skew_seconds: float = 0.0
-    """How far its clock is off."""
+    """Error of its clock."""
     pods: set[str] = field(default_factory=set)
     """Names of the pods that are bound to it."""
     has_image: bool = False
-    started: list[SimPod] = field(default_factory=list)
+    started: list[SimulatedPod] = field(default_factory=list)
     """Pods whose processes were started here."""

@@ -1,6 +1,6 @@
-"""One life of the operator's process: a cache, a queue of jobs, beats in memory, and the real `reconcile`.
+"""One process of the operator: a cache, a queue of jobs, heartbeats in memory, and the real `reconcile`.
 
-Fulfils `cluster.protocol.Cluster`. All that it knows dies with it; its successor begins with a list and the statuses.
+Implements `cluster.protocol.Cluster`. Its memory is lost with it; the next process starts from a list and the statuses.
 """
 
 from __future__ import annotations
@@ -14,56 +14,61 @@ from typing import TypeVar
 from finetune_contract.heartbeat import Heartbeat, Reply
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
 from finetune_operator.cluster.protocol import JobKey
-from finetune_operator.cluster.reconcile import Pass, reconcile
-from finetune_operator.coordinator.beats import BeatBook, PodIdentity
+from finetune_operator.cluster.reconcile import ReconcileResult, reconcile
+from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
 from finetune_operator.plan.model.types import Action, Create, DeletePod, Event, Observed
 from finetune_operator.plan.model.view import nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.settings import Settings
-from testing.simulated.engine import Engine, Pause, Task
-from testing.simulated.server import ApiError, Server, Watch
+from testing.simulated.engine import Engine, Pause, SimulatedTask
+from testing.simulated.server import LaggingWatch, SimulatedApiError, SimulatedApiServer
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 5.0
-"""Beats that tell of mere progress share a pass of this distance."""
+"""Delay that batches heartbeats which report only progress into one reconcile."""
 MAX_RETRY_SECONDS = 60.0
 
 
 @dataclass
-class Weather:
-    """What calls to the API server are like at the moment."""
+class ApiConditions:
+    """The current quality of calls to the API server."""
 
     seconds: float = 0.02
-    """Mean time of a call."""
+    """Mean duration of a call."""
     failing: float = 0.0
-    """Share of the calls that fail before anything was done."""
+    """Share of the calls that fail before they are carried out."""
     lost: float = 0.0
-    """Share of the calls that are carried out, but whose answer is lost."""
+    """Share of the calls that are carried out, but whose response is lost."""
 
 
-class SimOperator:
-    """The operator from its start to its death."""
+class SimulatedOperator:
+    """The operator process from its start to its end."""
 
     def __init__(
-        self, engine: Engine, server: Server, settings: Settings, weather: Weather, skew_seconds: float = 0.0
+        self,
+        engine: Engine,
+        server: SimulatedApiServer,
+        settings: Settings,
+        api: ApiConditions,
+        skew_seconds: float = 0.0,
     ) -> None:
-        self.num_passes = 0
+        self.num_reconciles = 0
         self._engine = engine
         self._server = server
         self._settings = settings
-        self._weather = weather
+        self._api = api
         self._skew_seconds = skew_seconds
-        self._book = BeatBook()
-        self._running: dict[str, Task[Pass]] = {}
-        self._again: set[str] = set()
+        self._heartbeats = HeartbeatStore()
+        self._running: dict[str, SimulatedTask[ReconcileResult]] = {}
+        self._dirty: set[str] = set()
         self._due: dict[str, float] = {}
         self._num_errors: dict[str, int] = {}
-        self.watch = Watch(engine, 0.1, self._wake_now)
+        self.watch = LaggingWatch(engine, 0.1, self._wake_now)
         server.watches.append(self.watch)
         server.relist(self.watch)
 
     def close(self) -> None:
-        """Die: what is under way is never finished."""
+        """End at once: running reconciles never finish."""
         self.watch.closed = True
         self._disconnect()
         for task in self._running.values():
@@ -71,8 +76,8 @@ class SimOperator:
         self._running.clear()
 
     def break_watch(self, seconds: float) -> None:
-        """Events get lost; a list makes up for them some time later."""
-        self.watch.drop_coming()
+        """Lose the watch events until a relist some time later."""
+        self.watch.drop_in_flight()
         self._disconnect()
         self._engine.after(seconds, self._relist)
 
@@ -83,30 +88,30 @@ class SimOperator:
         if not self.watch.closed:
             if self.watch not in self._server.watches:
                 self._server.watches.append(self.watch)
-            self.watch.drop_coming()
+            self.watch.drop_in_flight()
             self._server.relist(self.watch)
 
     # -- the coordinator ----------------------------------------------------------------------------------------------
 
     def post(self, beat: Heartbeat) -> Reply:
-        """Take a beat and answer it."""
-        known = self._book.of(beat.namespace, beat.job).get(beat.pod_uid)
-        if self._book.take(beat, self._now()):
-            alarm = bool(beat.ends or beat.notice) and (
+        """Record a heartbeat and return the reply."""
+        known = self._heartbeats.of_job(beat.namespace, beat.job).get(beat.pod_uid)
+        if self._heartbeats.record(beat, self._now()):
+            urgent = bool(beat.ends or beat.notice) and (
                 known is None or (known.beat.ends, known.beat.notice) != (beat.ends, beat.notice)
             )
-            self.wake(beat.job, 0.0 if alarm else PROGRESS_SECONDS)
+            self.wake(beat.job, 0.0 if urgent else PROGRESS_SECONDS)
         return reply_to(self.watch.jobs.get(beat.job), beat, self._settings)
 
     # -- its queue ----------------------------------------------------------------------------------------------------
 
     def wake_all(self) -> None:
-        """Look at every job."""
+        """Reconcile every job."""
         for name in list(self.watch.jobs):
             self._wake_now(name)
 
     def wake(self, name: str, seconds: float) -> None:
-        """Look at a job so many seconds from now, unless it is looked at sooner."""
+        """Reconcile a job after this delay, unless it is due sooner."""
         at = self._engine.time + seconds
         if self._due.get(name, at + 1) > at:
             self._due[name] = at
@@ -120,27 +125,30 @@ class SimOperator:
             return
         del self._due[name]
         if name in self._running:
-            self._again.add(name)
+            self._dirty.add(name)
             return
         key = JobKey("default", name)
-        self.num_passes += 1
-        task = Task(
-            self._engine, reconcile(self, key, self._settings, self._now), partial(self._passed, name), ApiError
+        self.num_reconciles += 1
+        task = SimulatedTask(
+            self._engine,
+            reconcile(self, key, self._settings, self._now),
+            partial(self._reconciled, name),
+            SimulatedApiError,
         )
         self._running[name] = task
         task.step()
 
-    def _passed(self, name: str, made: Pass | None, error: Exception | None) -> None:
+    def _reconciled(self, name: str, result: ReconcileResult | None, error: Exception | None) -> None:
         self._running.pop(name, None)
         if error is not None:
             count = self._num_errors[name] = self._num_errors.get(name, 0) + 1
             self.wake(name, min(MAX_RETRY_SECONDS, 0.5 * 2 ** min(count, 10)))
         else:
             self._num_errors.pop(name, None)
-            if made is not None and made.look_again is not None:
-                self.wake(name, made.look_again.total_seconds())
-        if name in self._again:
-            self._again.discard(name)
+            if result is not None and result.requeue_after is not None:
+                self.wake(name, result.requeue_after.total_seconds())
+        if name in self._dirty:
+            self._dirty.discard(name)
             self._wake_now(name)
 
     def _now(self) -> datetime:
@@ -149,18 +157,18 @@ class SimOperator:
     # -- Cluster ------------------------------------------------------------------------------------------------------
 
     async def get_job(self, key: JobKey) -> FineTuneJob | None:
-        """The job as last seen."""
+        """Return the job from the cache."""
         return self.watch.jobs.get(key.name)
 
     async def observe(self, job: FineTuneJob) -> Observed:
-        """What was last seen of its children."""
+        """Return the observed state of the job from the cache."""
         name = job.metadata.name
         pods = tuple(self.watch.pods.get(name, {}).values())
         children = self.watch.children.get(name, set())
         nodes = self.watch.nodes
         return Observed(
             pods=pods,
-            beats=self._book.of("default", name, oldest_attempt=oldest_attempt(job.status)),
+            beats=self._heartbeats.of_job("default", name, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child for kind, child in children if kind == "Service"),
             configs=frozenset(child for kind, child in children if kind == "ConfigMap"),
             nodes={name: nodes[name] for name in nodes_of(job.status, pods) if name in nodes} if nodes else {},
@@ -183,20 +191,20 @@ class SimOperator:
             await self._call(lambda: server.delete_job(job.metadata.name))
 
     async def emit(self, job: FineTuneJob, event: Event) -> None:
-        """Nobody listens."""
+        """Discard the event."""
 
-    async def whose_token(self, token: str) -> PodIdentity | None:
-        """There are no tokens here."""
+    async def authenticate_token(self, token: str) -> PodIdentity | None:
+        """Return None: the simulation has no tokens."""
         return None
 
     async def _call(self, carry_out: Callable[[], T]) -> T:
-        engine, weather = self._engine, self._weather
-        await Pause(engine.rng.expovariate(1 / weather.seconds) / 2)
+        engine, api = self._engine, self._api
+        await Pause(engine.rng.expovariate(1 / api.seconds) / 2)
         chance = engine.rng.random()
-        if chance < weather.failing:
-            raise ApiError("the API server is not available")
+        if chance < api.failing:
+            raise SimulatedApiError("the API server is not available")
         result = carry_out()
-        await Pause(engine.rng.expovariate(1 / weather.seconds) / 2)
-        if chance < weather.failing + weather.lost:
-            raise ApiError("the answer was lost")
+        await Pause(engine.rng.expovariate(1 / api.seconds) / 2)
+        if chance < api.failing + api.lost:
+            raise SimulatedApiError("the response was lost")
         return result

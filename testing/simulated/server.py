@@ -1,6 +1,7 @@
 """The API server of the simulation: objects with versions, and watches that lag.
 
-It holds the truth. What the operator sees of it goes through `Watch`: in order, late, and after a break all at once.
+It has the current state. The operator reads it through a `LaggingWatch`: in order, with a delay, and after an
+interruption with a list of everything.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from finetune_contract import environment
 from finetune_operator.api import labels
 from finetune_operator.api.job import Capacity, FineTuneJob, FineTuneJobStatus
 from finetune_operator.cluster.protocol import ConflictError
-from finetune_operator.plan.model.types import Manifest, ObservedNode, ObservedPod, PodPhase
+from finetune_operator.plan.model.types import HEALTHY, Manifest, ObservedNode, ObservedPod, PodPhase
 from testing.simulated.engine import Engine
-from testing.simulated.model import Node, SimPod, Storage, Watchdog
+from testing.simulated.model import SimulatedNode, SimulatedPod, SimulatedStorage, Watchdog
 
 Key = tuple[str, str, str]
 """Kind, job and name of an object."""
 
 
-class ApiError(Exception):
-    """A call that failed, or whose answer was lost: what was asked for may have been done."""
+class SimulatedApiError(Exception):
+    """A call failed, or its response was lost; the request may have been carried out."""
 
 
-class Watch:
-    """What one operator process has seen of the objects: a cache that follows the server at a distance."""
+class LaggingWatch:
+    """The object cache of one operator process, which follows the server with a delay."""
 
     def __init__(self, engine: Engine, lag_seconds: float, wake: Callable[[str], None]) -> None:
         self.jobs: dict[str, FineTuneJob] = {}
         self.pods: dict[str, dict[str, ObservedPod]] = {}
-        """By job and name."""
+        """By job and pod name."""
         self.children: dict[str, set[tuple[str, str]]] = {}
         """Kind and name, by job."""
         self.nodes: dict[str, ObservedNode] = {}
@@ -42,27 +43,27 @@ class Watch:
         self._engine = engine
         self._wake = wake
         self._versions: dict[Key, int] = {}
-        self._coming: deque[tuple[Key, int, Any]] = deque()
+        self._in_flight: deque[tuple[Key, int, Any]] = deque()
         self._due = 0.0
 
     def send(self, key: Key, version: int, value: Any) -> None:
-        """A change sets out; what is sent later never arrives sooner."""
+        """Send a change. Changes arrive in the order in which they were sent."""
         engine = self._engine
         lag = engine.rng.expovariate(1.0 / self.lag_seconds)
         self._due = max(self._due, engine.time + lag)
-        self._coming.append((key, version, value))
+        self._in_flight.append((key, version, value))
         engine.after(self._due - engine.time, self._arrive)
 
     def _arrive(self) -> None:
-        if self._coming and not self.closed:
-            self.take(*self._coming.popleft())
+        if self._in_flight and not self.closed:
+            self.take(*self._in_flight.popleft())
 
-    def drop_coming(self) -> None:
-        """The connection breaks: what is on its way is lost. A relist must follow."""
-        self._coming.clear()
+    def drop_in_flight(self) -> None:
+        """Drop the changes in flight: the connection is interrupted. A relist must follow."""
+        self._in_flight.clear()
 
     def take(self, key: Key, version: int, value: Any) -> None:
-        """See an object as of a version, unless a newer one has been seen; a value of None: it is gone."""
+        """Store a version of an object, unless a newer one is stored; a value of None means that it was deleted."""
         if version <= self._versions.get(key, 0):
             return
         self._versions[key] = version
@@ -84,7 +85,7 @@ class Watch:
         self._wake(job)
 
     def known(self) -> set[Key]:
-        """Keys of all objects that it believes to exist."""
+        """Return the keys of all objects in the cache."""
         keys = {("Job", name, name) for name in self.jobs} | {("Node", "", name) for name in self.nodes}
         keys |= {("Pod", job, name) for job, pods in self.pods.items() for name in pods}
         return keys | {(kind, job, name) for job, items in self.children.items() for kind, name in items}
@@ -97,35 +98,39 @@ def _put(table: dict[str, Any], name: str, value: Any) -> None:
         table[name] = value
 
 
-class Server:
-    """All objects."""
+class SimulatedApiServer:
+    """All objects of the cluster."""
 
     def __init__(self, engine: Engine, watchdog: Watchdog) -> None:
         self.engine = engine
         self.jobs: dict[str, FineTuneJob] = {}
-        self.pods: dict[str, SimPod] = {}
+        self.pods: dict[str, SimulatedPod] = {}
         self.children: set[tuple[str, str, str]] = set()
         """Kind, job, name."""
-        self.nodes: dict[str, Node] = {}
-        self.storage: dict[str, Storage] = {}
-        """By the job's name, on disks that outlive all nodes."""
-        self.watches: list[Watch] = []
+        self.nodes: dict[str, SimulatedNode] = {}
+        self.storage: dict[str, SimulatedStorage] = {}
+        """By job; it does not depend on any node."""
+        self.watches: list[LaggingWatch] = []
         self.quota: int | None = None
-        """Most pods that may exist; None: no bound."""
+        """Maximum number of pods; None: no limit."""
         self.num_writes = 0
-        """Writes that the operator asked for."""
-        self.pod_changed: Callable[[SimPod], None] = lambda _: None
-        """Set by the kubelets: a pod was created, or its deletion asked for."""
+        """Number of write requests from the operator."""
+        self.pod_changed: Callable[[SimulatedPod], None] = lambda _: None
+        """Called when a pod was created or its deletion was requested; set by the kubelets."""
         self._watchdog = watchdog
         self._version = 0
         self._num_created = 0
 
-    def relist(self, watch: Watch) -> None:
-        """Show a watch everything as it is now."""
+    def relist(self, watch: LaggingWatch) -> None:
+        """Send the current state of everything to a watch."""
         now: dict[Key, Any] = {("Job", name, name): job for name, job in self.jobs.items()}
         now |= {("Pod", pod.job, name): pod.seen for name, pod in self.pods.items()}
         now |= dict.fromkeys(self.children, True)
-        now |= {("Node", "", name): told for name, node in self.nodes.items() if (told := _tell(node)) is not None}
+        now |= {
+            ("Node", "", name): state
+            for name, node in self.nodes.items()
+            if (state := _observed_node(node)) is not None
+        }
         for key in watch.known() - set(now):
             watch.take(key, self._next_version(), None)
         for key, value in now.items():
@@ -134,11 +139,11 @@ class Server:
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
     def put_job(self, job: FineTuneJob) -> None:
-        """Create or change a job, as a user does."""
+        """Create or change a job on behalf of a user."""
         self._store_job(job)
 
     def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> FineTuneJob:
-        """Write a status over the version that it was decided from."""
+        """Write a status, if the job still has the version from which it was decided."""
         self.num_writes += 1
         stored = self.jobs.get(job.metadata.name)
         if stored is None or stored.metadata.resource_version != job.metadata.resource_version:
@@ -147,14 +152,14 @@ class Server:
         return self._store_job(stored.model_copy(update={"status": status}))
 
     def delete_job(self, name: str) -> None:
-        """Delete a job and all that it owns."""
+        """Delete a job and everything that it owns."""
         self.num_writes += 1
         if self.jobs.pop(name, None) is None:
             return
-        self._tell_all(("Job", name, name), None)
+        self._send_all(("Job", name, name), None)
         for key in [key for key in self.children if key[1] == name]:
             self.children.discard(key)
-            self._tell_all(key, None)
+            self._send_all(key, None)
         for pod in [pod for pod in self.pods.values() if pod.job == name]:
             self._mark_deleted(pod, None)
 
@@ -163,27 +168,27 @@ class Server:
         meta = job.metadata.model_copy(update={"resource_version": str(version)})
         job = job.model_copy(update={"metadata": meta})
         self.jobs[job.metadata.name] = job
-        self._tell_all(("Job", job.metadata.name, job.metadata.name), job, version)
+        self._send_all(("Job", job.metadata.name, job.metadata.name), job, version)
         return job
 
     # -- pods and other children --------------------------------------------------------------------------------------
 
     def create(self, job: FineTuneJob, manifest: Manifest) -> tuple[Key, int, Any]:
-        """Create an object; that it is there already is fine. Return its key, version and what is read of it."""
+        """Create an object, unless it exists already; return its key, its version and its observed state."""
         self.num_writes += 1
         kind, meta = manifest["kind"], manifest["metadata"]
         key = (kind, job.metadata.name, meta["name"])
         if job.metadata.name not in self.jobs:
-            raise ApiError("its owner is gone")
+            raise SimulatedApiError("its owner does not exist")
         if kind != "Pod":
             if key not in self.children:
                 self.children.add(key)
-                self._tell_all(key, True)
+                self._send_all(key, True)
             return key, self._version, True
         if (known := self.pods.get(meta["name"])) is not None:
             return key, self._version, known.seen
         if self.quota is not None and len(self.pods) >= self.quota:
-            raise ApiError("exceeded quota")
+            raise SimulatedApiError("exceeded quota")
         self._num_created += 1
         spec = manifest["spec"]
         env = {item["name"]: item.get("value") for item in spec["containers"][0]["env"]}
@@ -198,23 +203,23 @@ class Server:
             fell_back=own.get(labels.CAPACITY) == Capacity.ANY,
         )
         affinity = spec.get("affinity", {}).get("nodeAffinity", {})
-        pod = SimPod(
+        pod = SimulatedPod(
             job.metadata.name,
             seen,
             spec["terminationGracePeriodSeconds"],
             int(env[environment.NUM_NODES] or 1),
             spot_only="requiredDuringSchedulingIgnoredDuringExecution" in affinity,
-            stands_by=env.get(environment.STANDBY) == "1",
+            is_standby=env.get(environment.STANDBY) == "1",
         )
         self.pods[seen.name] = pod
         self._watchdog.pod_created(self.jobs[pod.job], seen)
-        version = self._tell_all(key, seen)
+        version = self._send_all(key, seen)
         self.pod_changed(pod)
-        # The scheduler may have been here since: what it did is newer than what the answer shows.
+        # The scheduler may have bound the pod since: that change is newer than this response.
         return key, version, seen
 
     def delete_pod(self, name: str, uid: str, grace_seconds: int | None) -> None:
-        """Ask for the end of a pod, as the operator does."""
+        """Request the deletion of a pod on behalf of the operator."""
         self.num_writes += 1
         pod = self.pods.get(name)
         if pod is not None and pod.seen.uid == uid:
@@ -222,14 +227,14 @@ class Server:
                 self._watchdog.pod_deleted(job, pod.seen)
             self._mark_deleted(pod, grace_seconds)
 
-    def evict(self, pod: SimPod, disruption: str | None) -> None:
-        """Ask for the end of a pod, as the cluster does."""
+    def evict(self, pod: SimulatedPod, disruption: str | None) -> None:
+        """Request the deletion of a pod on behalf of the cluster."""
         if pod.seen.name in self.pods and pod.seen.deleted_at is None:
             if disruption is not None:
                 self.change(pod, disruption=disruption)
             self._mark_deleted(pod, None)
 
-    def _mark_deleted(self, pod: SimPod, grace_seconds: int | None) -> None:
+    def _mark_deleted(self, pod: SimulatedPod, grace_seconds: int | None) -> None:
         seen = pod.seen
         grace = pod.grace_seconds if grace_seconds is None else grace_seconds
         if grace == 0 or pod.node is None or seen.phase in (PodPhase.SUCCEEDED, PodPhase.FAILED):
@@ -237,22 +242,21 @@ class Server:
             return
         if seen.deleted_at is not None:
             grace = min(grace, int(seen.grace.total_seconds()))
-        elapsed = self.engine.now()
-        self.change(pod, deleted_at=seen.deleted_at or elapsed, grace=timedelta(seconds=grace))
+        self.change(pod, deleted_at=seen.deleted_at or self.engine.now(), grace=timedelta(seconds=grace))
         self.pod_changed(pod)
 
-    def change(self, pod: SimPod, **changes: Any) -> None:
-        """The state of a pod changes."""
+    def change(self, pod: SimulatedPod, **changes: Any) -> None:
+        """Change the reported state of a pod."""
         if self.pods.get(pod.seen.name) is pod:
             pod.seen = seen = replace(pod.seen, **changes)
-            self._tell_all(("Pod", pod.job, seen.name), seen)
+            self._send_all(("Pod", pod.job, seen.name), seen)
 
-    def remove(self, pod: SimPod) -> None:
-        """A pod is gone from the API. On a node that answers, its processes are, too."""
+    def remove(self, pod: SimulatedPod) -> None:
+        """Remove a pod. If its node is connected, its processes end, too."""
         if self.pods.get(pod.seen.name) is not pod:
             return
         del self.pods[pod.seen.name]
-        self._tell_all(("Pod", pod.job, pod.seen.name), None)
+        self._send_all(("Pod", pod.job, pod.seen.name), None)
         if pod.node is not None:
             pod.node.pods.discard(pod.seen.name)
             if pod.node.connected:
@@ -261,11 +265,11 @@ class Server:
 
     # -- nodes --------------------------------------------------------------------------------------------------------
 
-    def node_changed(self, node: Node) -> None:
-        """The API shows a node anew."""
-        self._tell_all(("Node", "", node.name), _tell(node))
+    def node_changed(self, node: SimulatedNode) -> None:
+        """Send the changed state of a node to the watches."""
+        self._send_all(("Node", "", node.name), _observed_node(node))
 
-    def _tell_all(self, key: Key, value: Any, version: int | None = None) -> int:
+    def _send_all(self, key: Key, value: Any, version: int | None = None) -> int:
         version = self._next_version() if version is None else version
         for watch in self.watches:
             watch.send(key, version, value)
@@ -276,7 +280,7 @@ class Server:
         return self._version
 
 
-def _tell(node: Node) -> ObservedNode | None:
-    """What the operator reads of a node; None where it is well."""
-    told = ObservedNode(lost=node.lost, gone=not node.exists, leaving=node.leaving)
-    return None if told == ObservedNode() else told
+def _observed_node(node: SimulatedNode) -> ObservedNode | None:
+    """Return a node as the operator observes it; None if it is healthy."""
+    state = ObservedNode(lost=node.lost, gone=not node.exists, leaving=node.leaving)
+    return None if state == HEALTHY else state

@@ -1,4 +1,4 @@
-"""Random lives of a job: the plan against a world in which pods appear late, die and are taken away.
+"""Random lives of a job: the plan against a cluster in which pods appear late, die and are taken away.
 
 The operator is restarted before every pass, for `plan` keeps nothing: what survives is the status alone.
 """
@@ -21,7 +21,7 @@ from finetune_operator.api.reasons import Reason
 from finetune_operator.plan import plan
 from finetune_operator.plan.model.conditions import is_true
 from finetune_operator.plan.model.types import Create, DeletePod, ObservedPod, Plan, PodPhase
-from tests.plan.harness import SETTINGS, RankState, World, last_words, make_job, seconds
+from tests.plan.fake_cluster import SETTINGS, FakeCluster, RankState, last_words, make_job, seconds
 
 DAY_SECONDS = 86400.0
 RANKS = st.integers(0, 2)
@@ -35,7 +35,7 @@ class JobMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.cluster = FakeCluster()
         self.num_injected_failures = 0
         self.checkpoint = 0
         self.step = 0
@@ -43,7 +43,7 @@ class JobMachine(RuleBasedStateMachine):
 
     @initialize(max_failures=st.integers(0, 3), deadline=st.sampled_from([None, 3000]))
     def apply_the_job(self, max_failures: int, deadline: int | None) -> None:
-        self.world = World(
+        self.cluster = FakeCluster(
             make_job(
                 topology={"accelerator": "cpu", "nodes": 3},
                 recovery={"maxFailures": max_failures, "noticeSeconds": 60},
@@ -57,45 +57,45 @@ class JobMachine(RuleBasedStateMachine):
     @rule(carried_out=st.floats(0, 1))
     def one_pass(self, carried_out: float) -> None:
         """A pass; the operator may die after some of its actions."""
-        world = self.world
-        decided = world.decide()
+        cluster = self.cluster
+        decided = cluster.decide()
         self.check(decided)
-        world.job = world.job.model_copy(update={"status": decided.status})
-        world.events += decided.events
+        cluster.job = cluster.job.model_copy(update={"status": decided.status})
+        cluster.events += decided.events
         for action in decided.actions[: round(carried_out * len(decided.actions))]:
-            world.apply(action)
+            cluster.apply(action)
 
     @rule()
     def a_pass_whose_write_conflicts(self) -> None:
-        self.check(self.world.decide())
+        self.check(self.cluster.decide())
 
     @rule()
     def passes_until_all_rests(self) -> None:
         # What is not shown is asked for again.
-        self.world.hidden.clear()
+        self.cluster.hidden.clear()
         for _ in range(20):
-            decided = self.world.decide()
+            decided = self.cluster.decide()
             self.check(decided)
-            self.world.step()
-            if not decided.actions and decided.status == self.world.decide().status:
+            self.cluster.step()
+            if not decided.actions and decided.status == self.cluster.decide().status:
                 return
         raise AssertionError("passes without time or news never come to rest")
 
-    # the world
+    # the cluster
 
     @rule(number=st.sampled_from([0.1, 1.0, 3.0, 11.0, 61.0, 301.0]))
     def time_goes_by(self, number: float) -> None:
-        self.world.tick(number)
+        self.cluster.tick(number)
 
     @rule(node_rank=RANKS)
     def a_pod_starts(self, node_rank: int) -> None:
         pod = self.mine(node_rank)
         if pod is not None and pod.phase is PodPhase.PENDING:
-            self.world.change(node_rank, phase=PodPhase.RUNNING, node=f"node-{node_rank}")
+            self.cluster.change(node_rank, phase=PodPhase.RUNNING, node=f"node-{node_rank}")
 
     @rule()
     def all_pods_start(self) -> None:
-        self.world.run_all()
+        self.cluster.run_all()
 
     @rule(node_rank=RANKS)
     def a_pod_is_not_shown_yet(self, node_rank: int) -> None:
@@ -103,11 +103,11 @@ class JobMachine(RuleBasedStateMachine):
         pod = self.mine(node_rank)
         # A pod that was seen once is not unseen again.
         if pod is not None and entry is not None and not entry.gang_complete and pod.phase is PodPhase.PENDING:
-            self.world.hidden.add(pod.uid)
+            self.cluster.hidden.add(pod.uid)
 
     @rule()
     def all_pods_are_shown(self) -> None:
-        self.world.hidden.clear()
+        self.cluster.hidden.clear()
 
     @rule(num_steps=st.integers(1, 30), save=st.booleans())
     def the_gang_trains(self, num_steps: int, save: bool) -> None:
@@ -123,41 +123,41 @@ class JobMachine(RuleBasedStateMachine):
             self.checkpoint = self.step
             committed = CommittedCheckpoint(step=self.step, time=0, size_bytes=1, attempt=attempt)
         for pod in pods:
-            self.world.beat(pod.node_rank, step=self.step, restored_step=self.begun_at[attempt], checkpoint=committed)
+            self.cluster.beat(pod.node_rank, step=self.step, restored_step=self.begun_at[attempt], checkpoint=committed)
 
     @rule(node_rank=RANKS, state=st.sampled_from(RankState))
     def a_rank_says_what_it_does(self, node_rank: int, state: RankState) -> None:
         pod = self.mine(node_rank)
         if pod is not None and pod.phase is PodPhase.RUNNING and state is not RankState.DONE:
-            self.world.beat(node_rank, state, warnings=(f"{state} on rank {node_rank}",))
+            self.cluster.beat(node_rank, state, warnings=(f"{state} on rank {node_rank}",))
 
     @rule()
     def beats_are_lost(self) -> None:
-        self.world.beats.clear()
+        self.cluster.beats.clear()
 
     @rule(node_rank=RANKS)
     def a_pod_is_gone_with_its_node(self, node_rank: int) -> None:
         if (pod := self.mine(node_rank)) is not None:
-            self.world.vanish(pod.name)
+            self.cluster.vanish(pod.name)
 
     @rule(node_rank=RANKS, disruption=st.one_of(st.none(), DISRUPTIONS))
     def a_pod_is_taken_away_with_notice(self, node_rank: int, disruption: str | None) -> None:
         if (pod := self.mine(node_rank)) is not None:
-            self.world.change(node_rank, disruption=disruption)
-            self.world.delete(pod.name, pod.uid, None)
+            self.cluster.change(node_rank, disruption=disruption)
+            self.cluster.delete(pod.name, pod.uid, None)
 
     @rule(node_rank=RANKS)
     def a_supervisor_is_told_to_stop(self, node_rank: int) -> None:
         pod = self.mine(node_rank)
         if pod is not None and pod.phase is PodPhase.RUNNING:
-            self.world.beat(node_rank, RankState.SAVING, notice=True)
+            self.cluster.beat(node_rank, RankState.SAVING, notice=True)
 
     @rule()
     def the_gang_saves_and_leaves(self) -> None:
         if any(pod.deleted_at is not None for pod in self.gang()):
             for pod in self.gang():
                 if pod.phase is PodPhase.RUNNING:
-                    self.world.exit(pod.node_rank, ExitCode.SAVED)
+                    self.cluster.exit(pod.node_rank, ExitCode.SAVED)
 
     @rule(node_rank=RANKS, code=FAILURES, told=st.booleans())
     def a_rank_fails(self, node_rank: int, code: int, told: bool) -> None:
@@ -166,26 +166,26 @@ class JobMachine(RuleBasedStateMachine):
             return
         self.num_injected_failures += 1
         if told:
-            self.world.beat(node_rank, ends=(RankEnd(rank=node_rank, exit_code=code, last_words="bad"),))
+            self.cluster.beat(node_rank, ends=(RankEnd(rank=node_rank, exit_code=code, last_words="bad"),))
         else:
-            self.world.exit(node_rank, code, termination=last_words(pod.attempt, code, "bad", rank=node_rank))
+            self.cluster.exit(node_rank, code, termination=last_words(pod.attempt, code, "bad", rank=node_rank))
 
     @rule(value=st.booleans())
     def spec_suspend(self, value: bool) -> None:
-        spec = self.world.job.spec.model_copy(update={"suspend": value})
-        self.world.job = self.world.job.model_copy(update={"spec": spec})
+        spec = self.cluster.job.spec.model_copy(update={"suspend": value})
+        self.cluster.job = self.cluster.job.model_copy(update={"spec": spec})
 
     @precondition(lambda self: self.step >= 100)
     @rule(node_rank=RANKS)
     def a_pod_is_done(self, node_rank: int) -> None:
         pod = self.mine(node_rank)
         if pod is not None and pod.phase is PodPhase.RUNNING and self.status.attempt in self.begun_at:
-            self.world.exit(node_rank, 0)
+            self.cluster.exit(node_rank, 0)
 
     # what must hold
 
     def check(self, decided: Plan) -> None:
-        world, before, after = self.world, self.status, decided.status
+        cluster, before, after = self.cluster, self.status, decided.status
         self.check_fence(before, decided)
         self.check_deletions(decided)
         self.check_counts(before, after)
@@ -194,8 +194,8 @@ class JobMachine(RuleBasedStateMachine):
         assert after.phase is not None
         assert after.reason is not None
         # Deciding again from what was decided, with nothing new, changes nothing.
-        job = world.job.model_copy(update={"status": after})
-        again = plan(job, world.observed(), world.now, world.settings)
+        job = cluster.job.model_copy(update={"status": after})
+        again = plan(job, cluster.observed(), cluster.now, cluster.settings)
         assert differences(after, again.status) == {}
         assert again.events == ()
         self.check_rest(job, again)
@@ -205,7 +205,7 @@ class JobMachine(RuleBasedStateMachine):
         assert after.attempt >= before.attempt
         created = [a.manifest for a in decided.actions if isinstance(a, Create) and a.manifest["kind"] == "Pod"]
         names = {manifest["metadata"]["name"] for manifest in created}
-        seen = {pod.name for pod in self.world.observed().pods}
+        seen = {pod.name for pod in self.cluster.observed().pods}
         if created:
             assert after.attempt == before.attempt
             assert all(name.startswith(f"circles-a{before.attempt}-") for name in names | seen)
@@ -216,7 +216,7 @@ class JobMachine(RuleBasedStateMachine):
         is_open = entry is not None and entry.ended_at is None
         for action in decided.actions:
             if isinstance(action, DeletePod):
-                pod = self.world.pods[action.name]
+                pod = self.cluster.pods[action.name]
                 assert pod.uid == action.uid
                 assert pod.attempt < decided.status.attempt or not is_open
 
@@ -227,7 +227,7 @@ class JobMachine(RuleBasedStateMachine):
         assert after.preemptions + after.failures <= after.attempt
         assert after.lost_steps >= before.lost_steps
         assert after.tally.failures_since_checkpoint <= after.failures
-        allowed = self.world.job.spec.recovery.max_failures
+        allowed = self.cluster.job.spec.recovery.max_failures
         if after.phase is Phase.FAILED and after.reason == Reason.MAX_FAILURES_EXCEEDED:
             assert after.tally.failures_since_checkpoint == allowed + 1
         elif after.phase is not Phase.FAILED:
@@ -236,7 +236,7 @@ class JobMachine(RuleBasedStateMachine):
     def check_rest(self, job: Any, decided: Plan) -> None:
         """Until the moment that the plan asked to be woken at, time alone changes nothing."""
         wait = decided.requeue_after.total_seconds() if decided.requeue_after is not None else 2 * DAY_SECONDS
-        later = plan(job, self.world.observed(), self.world.now + seconds(wait / 2), self.world.settings)
+        later = plan(job, self.cluster.observed(), self.cluster.now + seconds(wait / 2), self.cluster.settings)
         assert differences(decided.status, later.status) == {}
         assert later.actions == decided.actions
 
@@ -247,29 +247,29 @@ class JobMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever has happened, once nothing more does, the job comes to its end."""
         self.spec_suspend(False)
-        self.world.hidden.clear()
+        self.cluster.hidden.clear()
         for _ in range(20):
             self.passes_until_all_rests()
             if self.status.phase in FINISHED:
                 return
-            self.world.run_all()
+            self.cluster.run_all()
             self.passes_until_all_rests()
             if is_true(self.status, ConditionType.ACCEPTED) and len(self.gang()) == 3:
                 for pod in self.gang():
                     if pod.phase is PodPhase.RUNNING and pod.deleted_at is None:
-                        self.world.exit(pod.node_rank, 0)
+                        self.cluster.exit(pod.node_rank, 0)
             self.passes_until_all_rests()
-            self.world.tick(400)
+            self.cluster.tick(400)
         raise AssertionError(f"the job never ended: {self.status}")
 
     # helpers
 
     @property
     def status(self) -> FineTuneJobStatus:
-        return self.world.job.status
+        return self.cluster.job.status
 
     def gang(self) -> list[ObservedPod]:
-        return [pod for pod in self.world.pods.values() if pod.attempt == self.status.attempt]
+        return [pod for pod in self.cluster.pods.values() if pod.attempt == self.status.attempt]
 
     def mine(self, node_rank: int) -> ObservedPod | None:
         return next((pod for pod in self.gang() if pod.node_rank == node_rank), None)

@@ -1,87 +1,94 @@
-"""What must hold whatever happens, looked at in the moment in which it could break."""
+"""The invariants of the simulation, each checked at the moment at which it could break."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from finetune_contract.phase import Phase
+from finetune_contract.phase import FINISHED, Phase
 from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
 from finetune_operator.plan.model.view import members_of
-from testing.simulated.model import BrokenInvariantError, SimPod
-from testing.simulated.world import World
+from testing.simulated.cluster import SimulatedCluster
+from testing.simulated.model import BrokenInvariantError, SimulatedPod
 
-FINISHED = (Phase.SUCCEEDED, Phase.FAILED)
 ENDED = (PodPhase.SUCCEEDED, PodPhase.FAILED)
 
 
 class Invariants:
-    """The watchdog of a world; raises BrokenInvariantError."""
+    """The watchdog of a cluster. Raises BrokenInvariantError."""
 
     def __init__(self) -> None:
-        self.world: World
+        self.cluster: SimulatedCluster
         self.counts: Counter[str] = Counter()
         self._committed: dict[str, tuple[int, int]] = {}
 
-    # -- told by the simulation ---------------------------------------------------------------------------------------
+    # -- called by the simulation -------------------------------------------------------------------------------------
 
     def status_written(self, job: FineTuneJob, new: FineTuneJobStatus) -> None:
-        """No number falls, budgets are honoured, what is over stays over, and every state has its reason."""
+        """Counters never decrease, budgets are kept, a finished job stays finished, and every state has a reason."""
         old, name = job.status, job.metadata.name
         self.counts["status writes"] += 1
-        self._require(new != old, name, "a status was written that says nothing new")
-        self._require(new.attempt >= old.attempt, name, "the attempt fell")
-        self._require(new.preemptions >= old.preemptions, name, "the preemptions fell")
+        self._require(new != old, name, "a status was written without a change")
+        self._require(new.attempt >= old.attempt, name, "the attempt number decreased")
+        self._require(new.preemptions >= old.preemptions, name, "the number of preemptions decreased")
         ends_before = old.preemptions + old.failures
-        self._require(new.preemptions + new.failures >= ends_before, name, "the preemptions and failures fell")
+        self._require(
+            new.preemptions + new.failures >= ends_before, name, "the number of preemptions and failures decreased"
+        )
         if new.failures < old.failures:
-            self.counts["failures put right"] += 1
-        self._require(new.lost_steps >= old.lost_steps, name, "the lost steps fell")
-        self._require(bool(new.phase and new.reason and new.message is not None), name, "no phase, reason or message")
+            self.counts["reclassified failures"] += 1
+        self._require(new.lost_steps >= old.lost_steps, name, "the number of lost steps decreased")
+        self._require(
+            bool(new.phase and new.reason and new.message is not None), name, "phase, reason or message is missing"
+        )
         ends = new.preemptions + new.failures
-        self._require(ends <= new.attempt, name, f"{ends} ends of {new.attempt} attempts: one was counted twice")
+        self._require(ends <= new.attempt, name, f"{ends} ends were counted for {new.attempt} attempts")
         self._check_checkpoint(old, new, name)
         self._check_budget(job, new)
         if old.phase in FINISHED:
-            self._require(new.phase is old.phase, name, f"it was {old.phase} and is {new.phase}")
+            self._require(new.phase is old.phase, name, f"its phase changed from {old.phase} to {new.phase}")
         if new.attempt > old.attempt:
             if new.attempts[-1].nodes:
-                self.counts["attempts of fewer nodes"] += 1
-            self.counts["attempts in place" if new.attempts[-1].pod_attempts else "attempts of a whole gang"] += 1
+                self.counts["attempts on fewer nodes"] += 1
+            self.counts["attempts in place" if new.attempts[-1].pod_attempts else "attempts of a new gang"] += 1
 
     def pod_created(self, job: FineTuneJob, pod: ObservedPod) -> None:
-        """Only of the newest attempt, no more than asked for, and beside none of an older one."""
+        """A created pod belongs to the newest attempt, and the number of pods never exceeds the requested one."""
         self.counts["pods"] += 1
         name = job.metadata.name
-        self._require(pod.attempt == job.status.attempt, name, f"{pod.name} is not of attempt {job.status.attempt}")
-        self._require(job.status.phase not in FINISHED, name, f"{pod.name} was made after the end")
-        living = [other.seen for other in self.world.server.pods.values() if other.job == name and self._counts(other)]
+        self._require(
+            pod.attempt == job.status.attempt, name, f"{pod.name} does not belong to attempt {job.status.attempt}"
+        )
+        self._require(job.status.phase not in FINISHED, name, f"{pod.name} was created after the end of the job")
+        active = [
+            other.seen for other in self.cluster.server.pods.values() if other.job == name and self._is_active(other)
+        ]
         asked = job.spec.topology.nodes or job.spec.topology.max_nodes or 1
-        # Each pod that fell back from spot may have one beside it that waits for a spot node to take over.
-        allowed = asked + sum(other.fell_back for other in living)
-        names = [other.name for other in living]
-        self._require(len(living) <= allowed, name, f"{len(living)} pods instead of {allowed}: {names}")
+        # Each pod that fell back from spot may have a standby pod that waits for a spot node to replace it.
+        allowed = asked + sum(other.fell_back for other in active)
+        names = [other.name for other in active]
+        self._require(len(active) <= allowed, name, f"{len(active)} pods instead of {allowed}: {names}")
         members = set(members_of(job.status, job.spec))
         self._require(len(members) == (job.status.attempts[-1].nodes or asked), name, f"members {members}")
-        gang = [other for other in living if (other.attempt, other.node_rank) in members]
+        gang = [other for other in active if (other.attempt, other.node_rank) in members]
         self._require(len(gang) <= asked, name, f"{len(gang)} pods in the gang instead of {asked}: {names}")
         least = job.spec.topology.min_nodes or asked
         self._require(least <= len(members) <= asked, name, f"{len(members)} nodes, not {least} to {asked}")
 
     def pod_deleted(self, job: FineTuneJob, pod: ObservedPod) -> None:
-        """The operator ends no pod of an attempt that is at work."""
+        """The operator deletes no pod of an open attempt."""
         entry = job.status.attempts[-1] if job.status.attempts else None
         gang = members_of(job.status, job.spec)
-        at_work = entry is not None and entry.ended_at is None and (pod.attempt, pod.node_rank) in gang
+        is_active = entry is not None and entry.ended_at is None and (pod.attempt, pod.node_rank) in gang
         self._require(
-            not at_work or pod.deleted_at is not None or job.status.phase in FINISHED,
+            not is_active or pod.deleted_at is not None or job.status.phase in FINISHED,
             job.metadata.name,
-            f"{pod.name} was deleted while its attempt was at work",
+            f"{pod.name} was deleted while its attempt was open",
         )
 
     def committed(self, job_name: str, attempt: int, step: int) -> None:
-        """One attempt commits at a time, and the committed steps never fall."""
+        """Only the newest attempt commits, and the committed steps increase."""
         self.counts["checkpoints"] += 1
         before = self._committed.get(job_name, (0, 0))
         self._require(
@@ -89,53 +96,60 @@ class Invariants:
         )
         self._require(step > before[1], job_name, f"step {step} was committed after step {before[1]}")
         self._committed[job_name] = (attempt, step)
-        job = self.world.server.jobs.get(job_name)
-        self._require(job is None or attempt <= job.status.attempt, job_name, f"attempt {attempt} is not known yet")
+        job = self.cluster.server.jobs.get(job_name)
+        self._require(
+            job is None or attempt <= job.status.attempt,
+            job_name,
+            f"attempt {attempt} is newer than the one in the status",
+        )
 
-    # -- looked at by the driver --------------------------------------------------------------------------------------
+    # -- called by the episode ----------------------------------------------------------------------------------------
 
     def all_ended(self, num_writes_before: int) -> None:
-        """After a calm time every job has ended, and nothing is written any more."""
-        for name, job in self.world.server.jobs.items():
+        """After the quiet time every job has ended, and the operator writes nothing."""
+        for name, job in self.cluster.server.jobs.items():
             status = job.status
-            self._require(status.phase in FINISHED, name, f"it never ended: {status.phase} {status.message}")
+            self._require(status.phase in FINISHED, name, f"it has not ended: {status.phase} {status.message}")
             if status.phase is Phase.SUCCEEDED:
-                storage = self.world.server.storage[name]
-                self._require(storage.step == storage.workload.total_steps, name, "it ended before its last step")
-        num_writes = self.world.server.num_writes - num_writes_before
-        self._require(num_writes == 0, "all", f"{num_writes} writes while nothing happened")
+                storage = self.cluster.server.storage[name]
+                self._require(storage.step == storage.workload.total_steps, name, "it succeeded before its last step")
+        num_writes = self.cluster.server.num_writes - num_writes_before
+        self._require(num_writes == 0, "all", f"{num_writes} writes while the cluster was idle")
 
-    # -- in detail ----------------------------------------------------------------------------------------------------
+    # -- details ------------------------------------------------------------------------------------------------------
 
-    def _counts(self, pod: SimPod) -> bool:
-        """Whether a pod takes part: it is neither ended, nor on its way out, nor on a node that is out of reach."""
-
+    def _is_active(self, pod: SimulatedPod) -> bool:
+        """Return whether a pod is active: it has not ended, is not being deleted, and its node is connected."""
         reachable = pod.node is None or pod.node.connected
         return pod.seen.phase not in ENDED and pod.seen.deleted_at is None and reachable
 
     def _check_checkpoint(self, old: FineTuneJobStatus, new: FineTuneJobStatus, name: str) -> None:
         if new.last_checkpoint is None:
-            self._require(old.last_checkpoint is None, name, "the last checkpoint is forgotten")
+            self._require(old.last_checkpoint is None, name, "the last checkpoint was removed from the status")
             return
         before = old.last_checkpoint.step if old.last_checkpoint else 0
-        storage = self.world.server.storage[name]
-        self._require(new.last_checkpoint.step >= before, name, "the last checkpoint fell back")
-        self._require(new.last_checkpoint.step <= storage.step, name, "a checkpoint that does not exist")
+        storage = self.cluster.server.storage[name]
+        self._require(new.last_checkpoint.step >= before, name, "the step of the last checkpoint decreased")
+        self._require(
+            new.last_checkpoint.step <= storage.step, name, "the last checkpoint does not exist on the storage"
+        )
 
     def _check_budget(self, job: FineTuneJob, new: FineTuneJobStatus) -> None:
         name, allowed = job.metadata.name, job.spec.recovery.max_failures
-        caused = self.world.failures_caused[name]
-        self._require(new.failures <= caused, name, f"{new.failures} failures counted, {caused} caused: {_ends(new)}")
+        caused = self.cluster.failures_injected[name]
+        self._require(
+            new.failures <= caused, name, f"{new.failures} failures were counted, {caused} injected: {_ends(new)}"
+        )
         spent = new.tally.failures_since_checkpoint
         if new.phase is Phase.FAILED and new.reason == Reason.MAX_FAILURES_EXCEEDED:
-            self._require(spent == allowed + 1, name, f"failed after {spent} failures, {allowed} are allowed")
+            self._require(spent == allowed + 1, name, f"it failed after {spent} failures, {allowed} are allowed")
         elif new.phase is not Phase.FAILED and new.attempts[-1].reason != Reason.FABRIC_ERROR:
-            # After a lost peer, the last word is that of its node; nothing begins before that.
-            self._require(spent <= allowed, name, f"goes on after {spent} failures, {allowed} are allowed")
+            # After a lost peer the job waits for the state of its node before it fails or begins another attempt.
+            self._require(spent <= allowed, name, f"it continues after {spent} failures, {allowed} are allowed")
 
-    def _require(self, holds: bool, job: str, sentence: str) -> None:
+    def _require(self, holds: bool, job: str, message: str) -> None:
         if not holds:
-            raise BrokenInvariantError(f"job {job}: {sentence}")
+            raise BrokenInvariantError(f"job {job}: {message}")
 
 
 def _ends(status: FineTuneJobStatus) -> str:

@@ -1,34 +1,36 @@
-"""One pass against the simulated API server: what is carried out when some of it is refused."""
+"""One reconcile against the simulated API server, which refuses one of its actions."""
 
 from __future__ import annotations
 
-from finetune_operator.cluster.reconcile import act
+from finetune_operator.cluster.reconcile import apply_actions
 from finetune_operator.plan.model.types import Create, DeletePod
-from testing.simulated.engine import Task
+from testing.simulated.cluster import SimulatedCluster
+from testing.simulated.engine import SimulatedTask
 from testing.simulated.model import Workload
-from testing.simulated.server import ApiError
-from testing.simulated.world import World
+from testing.simulated.server import SimulatedApiError
 from tests.simulation.invariants import Invariants
 
 
-def test_a_pod_that_a_quota_refuses_keeps_no_other_from_being_deleted() -> None:
+def test_refused_creation_does_not_prevent_deletions() -> None:
     watchdog = Invariants()
-    watchdog.world = world = World("seed", watchdog, num_nodes=2)
-    world.make_job("j", Workload())
-    world.engine.run(60)
-    operator, job = world.operator, world.server.jobs["j"]
+    watchdog.cluster = cluster = SimulatedCluster("seed", watchdog, num_nodes=2)
+    cluster.make_job("j", Workload())
+    cluster.engine.run(60)
+    operator, job = cluster.operator, cluster.server.jobs["j"]
     assert operator is not None
-    world.server.jobs["j"] = job.model_copy(
+    cluster.server.jobs["j"] = job.model_copy(
         update={"status": job.status.model_copy(update={"attempts": (), "attempt": 1})}
     )
-    pod = world.server.pods["j-a1-n0"]
+    pod = cluster.server.pods["j-a1-n0"]
     metadata = {"name": "j-a2-n0", "labels": {}}
     refused = Create({"kind": "Pod", "metadata": metadata, "spec": {"containers": [{"env": []}]}})
-    world.server.quota = 0
+    cluster.server.quota = 0
     ends: list[Exception | None] = []
     actions = (refused, DeletePod(pod.seen.name, pod.seen.uid, 0))
-    task = Task(world.engine, act(operator, job, actions), lambda error, _: ends.append(error), ApiError)
+    task = SimulatedTask(
+        cluster.engine, apply_actions(operator, job, actions), lambda error, _: ends.append(error), SimulatedApiError
+    )
     task.step()
-    world.engine.run(world.engine.time + 5)
-    assert [type(error) for error in ends] == [ApiError]
-    assert pod.seen.name not in world.server.pods
+    cluster.engine.run(cluster.engine.time + 5)
+    assert [type(error) for error in ends] == [SimulatedApiError]
+    assert pod.seen.name not in cluster.server.pods

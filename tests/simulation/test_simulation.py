@@ -1,4 +1,4 @@
-"""The core against the simulated cluster: a million random events, and short lives that hypothesis can shrink."""
+"""The plan against the simulated cluster: a million random events, and short episodes with few faults."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from testing.simulated.faults import FAULTS, Fault
+from testing.simulated.cluster import SimulatedCluster
+from testing.simulated.faults import FAULTS, SimulatedFault
 from testing.simulated.model import BrokenInvariantError, Workload
-from testing.simulated.world import World
 from tests.simulation.__main__ import run
 from tests.simulation.episode import run_episode
 from tests.simulation.invariants import Invariants
@@ -20,22 +20,22 @@ EVENTS_PER_SEED = 250_000
 
 
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
-def test_a_million_events_break_nothing(seed: int) -> None:
+def test_million_random_events_break_no_invariant(seed: int) -> None:
     total = run(EVENTS_PER_SEED, seed)
     assert total.num_events >= EVENTS_PER_SEED
-    # It has seen what it is for: jobs that ended either way, after every kind of mishap.
+    # The run covers jobs with both outcomes, and every kind of fault.
     assert total.counts["jobs Succeeded"] > total.counts["jobs Failed"] > 0
-    assert set(total.faults) == {fault.cause.__name__ for fault in FAULTS}
+    assert set(total.faults) == {fault.inject.__name__ for fault in FAULTS}
 
 
-BY_NAME = {fault.cause.__name__: fault for fault in FAULTS}
+BY_NAME = {fault.inject.__name__: fault for fault in FAULTS}
 
 
-def named(names: str) -> list[Fault]:
+def named(names: str) -> list[SimulatedFault]:
     return [BY_NAME[name] for name in names.split()]
 
 
-# A failing life is a seed and a list of names: short enough to be read without shrinking, which would take minutes.
+# A failing example is a seed and a list of names: readable without shrinking, which would take minutes.
 @settings(
     max_examples=25,
     deadline=None,
@@ -43,48 +43,49 @@ def named(names: str) -> list[Fault]:
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
 @given(seed=st.integers(0, 2**16), faults=st.lists(st.sampled_from(FAULTS), max_size=12))
-# Beats that come before the news of their pod, which waited for hours: no hang.
+# Heartbeats arrive before the watch shows that their pod runs, after hours of waiting: not a hang.
 @example(
     314,
     named(
-        "set_quota suspend change_capacity suspend die set_quota preempt set_quota vanish suspend lag set_quota",
+        "set_quota suspend change_capacity suspend stop_node set_quota preempt set_quota remove_node suspend "
+        "delay_watch set_quota",
     ),
 )
-# The last pod came just when the others' ranks gave up waiting: no failure of the fabric.
+# The last pod starts just when the other ranks give up waiting: not a network failure.
 @example(
     1853946440,
     named(
-        "preempt stall_pulls preempt restart_operator take_quota die change_capacity lag partition break_watch suspend "
-        "stall_pulls partition",
+        "preempt stall_pulls preempt restart_operator reclaim_nodes stop_node change_capacity delay_watch partition "
+        "break_watch suspend stall_pulls partition",
     ),
 )
-def test_a_few_mishaps_break_nothing(seed: int, faults: list[Fault]) -> None:
-    run_episode(seed, max_events=4_000, cause=_in_turn(faults))
+def test_few_faults_break_no_invariant(seed: int, faults: list[SimulatedFault]) -> None:
+    run_episode(seed, max_events=4_000, inject=_inject_in_order(faults))
 
 
-def test_the_same_seed_is_the_same_life() -> None:
+def test_same_seed_gives_same_result() -> None:
     first, second = (run_episode("again", max_events=5_000) for _ in range(2))
     assert first == second
 
 
-def test_a_second_writer_is_noticed() -> None:
+def test_second_writer_is_detected() -> None:
     watchdog = Invariants()
-    watchdog.world = World("seed", watchdog, num_nodes=1)
-    watchdog.world.make_job("j", Workload())
+    watchdog.cluster = SimulatedCluster("seed", watchdog, num_nodes=1)
+    watchdog.cluster.make_job("j", Workload())
     watchdog.committed("j", 0, 10)
     with pytest.raises(BrokenInvariantError, match="step 10 was committed after step 10"):
         watchdog.committed("j", 0, 10)
 
 
-def _in_turn(faults: list[Fault]) -> Callable[[World], str]:
-    """The drawn mishaps, then none."""
-    left = list(faults)
+def _inject_in_order(faults: list[SimulatedFault]) -> Callable[[SimulatedCluster], str]:
+    """Return a function that injects the given faults in order, and then none."""
+    remaining = list(faults)
 
-    def cause(world: World) -> str:
-        if not left:
+    def inject(cluster: SimulatedCluster) -> str:
+        if not remaining:
             return "none"
-        fault = left.pop(0)
-        fault.cause(world)
-        return fault.cause.__name__
+        fault = remaining.pop(0)
+        fault.inject(cluster)
+        return fault.inject.__name__
 
-    return cause
+    return inject

@@ -14,13 +14,13 @@ from finetune_operator.plan import plan
 from finetune_operator.plan.model.causes import Cause, find_cause
 from finetune_operator.plan.model.types import ObservedNode, PodPhase
 from finetune_operator.plan.model.view import View
-from tests.plan.harness import START, World, last_words, seconds
+from tests.plan.fake_cluster import START, FakeCluster, last_words, seconds
 
 PREEMPTION, FAILURE = CountsAs.PREEMPTION, CountsAs.FAILURE
 
 
-def cause_of(world: World) -> Cause | None:
-    return find_cause(View(world.job, world.observed(), world.now, world.settings), gang_complete=True)
+def cause_of(cluster: FakeCluster) -> Cause | None:
+    return find_cause(View(cluster.job, cluster.observed(), cluster.now, cluster.settings), gang_complete=True)
 
 
 ONE_POD = [
@@ -56,10 +56,10 @@ ONE_POD = [
 
 @pytest.mark.parametrize(("seen", "reason", "counts_as"), ONE_POD)
 def test_one_pod(seen: dict[str, Any], reason: Reason, counts_as: CountsAs | None) -> None:
-    world = World().running()
+    cluster = FakeCluster().running()
     ended = "exit_code" in seen or "reason" in seen
-    world.change(1, phase=PodPhase.FAILED if ended else PodPhase.RUNNING, **seen)
-    cause = cause_of(world)
+    cluster.change(1, phase=PodPhase.FAILED if ended else PodPhase.RUNNING, **seen)
+    cause = cause_of(cluster)
     assert cause is not None
     assert (cause.reason, cause.counts_as) == (reason, counts_as)
     assert (cause.rank, cause.pod, cause.node) == (1, "circles-a1-n1", "node-1")
@@ -68,24 +68,24 @@ def test_one_pod(seen: dict[str, Any], reason: Reason, counts_as: CountsAs | Non
 
 @pytest.mark.parametrize("phase", [PodPhase.PENDING, PodPhase.RUNNING, PodPhase.SUCCEEDED, PodPhase.UNKNOWN])
 def test_nothing_is_wrong(phase: PodPhase) -> None:
-    world = World().running()
-    world.change(0, phase=phase)
-    assert cause_of(world) is None
+    cluster = FakeCluster().running()
+    cluster.change(0, phase=phase)
+    assert cause_of(cluster) is None
 
 
 def test_a_pod_that_did_all_is_no_cause_whatever_befalls_it() -> None:
-    world = World().running()
-    world.change(0, phase=PodPhase.SUCCEEDED, exit_code=0, deleted_at=START, disruption="DeletionByTaintManager")
-    assert cause_of(world) is None
+    cluster = FakeCluster().running()
+    cluster.change(0, phase=PodPhase.SUCCEEDED, exit_code=0, deleted_at=START, disruption="DeletionByTaintManager")
+    assert cause_of(cluster) is None
 
 
 def test_a_pod_missing_from_a_complete_gang_is_lost() -> None:
-    world = World().running()
-    world.vanish("circles-a1-n0")
-    cause = cause_of(world)
+    cluster = FakeCluster().running()
+    cluster.vanish("circles-a1-n0")
+    cause = cause_of(cluster)
     assert cause is not None
     assert (cause.reason, cause.counts_as, cause.rank) == (Reason.POD_LOST, PREEMPTION, 0)
-    assert find_cause(View(world.job, world.observed(), world.now, world.settings), gang_complete=False) is None
+    assert find_cause(View(cluster.job, cluster.observed(), cluster.now, cluster.settings), gang_complete=False) is None
 
 
 PAIRS = [
@@ -106,31 +106,31 @@ PAIRS = [
 
 @pytest.mark.parametrize(("first", "second", "rank", "reason"), PAIRS)
 def test_two_pods(first: dict[str, Any], second: dict[str, Any] | None, rank: int, reason: Reason) -> None:
-    world = World().running()
+    cluster = FakeCluster().running()
     for node_rank, seen in enumerate((first, second)):
         if seen is None:
-            world.vanish(world.pod(node_rank).name)
+            cluster.vanish(cluster.pod(node_rank).name)
         else:
-            world.change(node_rank, phase=PodPhase.FAILED if "exit_code" in seen else PodPhase.RUNNING, **seen)
-    cause = cause_of(world)
+            cluster.change(node_rank, phase=PodPhase.FAILED if "exit_code" in seen else PodPhase.RUNNING, **seen)
+    cause = cause_of(cluster)
     assert cause is not None
     assert (cause.rank, cause.reason) == (rank, reason)
 
 
 def test_of_two_failures_the_first_to_end_is_the_cause() -> None:
-    world = World().running()
-    world.exit(0, 1)
-    world.exit(1, 1)
-    world.change(1, finished_at=world.now - seconds(1))
-    cause = cause_of(world)
+    cluster = FakeCluster().running()
+    cluster.exit(0, 1)
+    cluster.exit(1, 1)
+    cluster.change(1, finished_at=cluster.now - seconds(1))
+    cause = cause_of(cluster)
     assert cause is not None
     assert cause.rank == 1
 
 
 def test_last_words_and_rank_come_from_the_supervisor() -> None:
-    world = World().running()
-    world.exit(1, 1, termination=last_words(1, 1, "RuntimeError: bad", rank=7))
-    cause = cause_of(world)
+    cluster = FakeCluster().running()
+    cluster.exit(1, 1, termination=last_words(1, 1, "RuntimeError: bad", rank=7))
+    cause = cause_of(cluster)
     assert cause is not None
     assert (cause.rank, cause.message) == (7, "RuntimeError: bad")
 
@@ -145,34 +145,34 @@ def test_last_words_and_rank_come_from_the_supervisor() -> None:
     ],
 )
 def test_memory_that_ran_out_is_known_by_its_words(words: str) -> None:
-    world = World().running()
-    world.exit(1, ExitCode.SOFTWARE, termination=last_words(1, ExitCode.SOFTWARE, words))
-    cause = cause_of(world)
+    cluster = FakeCluster().running()
+    cluster.exit(1, ExitCode.SOFTWARE, termination=last_words(1, ExitCode.SOFTWARE, words))
+    cause = cause_of(cluster)
     assert cause is not None
     assert cause.reason is Reason.OUT_OF_MEMORY
 
 
 def test_a_beat_tells_of_an_end_before_the_pod_does() -> None:
-    world = World().running()
-    world.beat(1, step=3, ends=(RankEnd(rank=1, exit_code=1, last_words="ValueError"),))
-    cause = cause_of(world)
+    cluster = FakeCluster().running()
+    cluster.beat(1, step=3, ends=(RankEnd(rank=1, exit_code=1, last_words="ValueError"),))
+    cause = cause_of(cluster)
     assert cause is not None
     assert (cause.reason, cause.exit_code, cause.message) == (Reason.PROCESS_FAILED, 1, "ValueError")
 
 
 def test_a_beat_tells_of_a_notice_before_the_pod_does() -> None:
-    world = World().running()
-    world.beat(1, step=3, notice=True)
-    cause = cause_of(world)
+    cluster = FakeCluster().running()
+    cluster.beat(1, step=3, notice=True)
+    cause = cause_of(cluster)
     assert cause is not None
     assert (cause.reason, cause.consequence) == (Reason.PREEMPTED, True)
 
 
 def test_pods_and_beats_of_an_older_attempt_are_no_cause() -> None:
-    world = World().running()
-    old = replace(world.pod(0), name="circles-a0-n0", uid="old", attempt=0, phase=PodPhase.FAILED, exit_code=1)
-    world.pods[old.name] = old
-    assert cause_of(world) is None
+    cluster = FakeCluster().running()
+    old = replace(cluster.pod(0), name="circles-a0-n0", uid="old", attempt=0, phase=PodPhase.FAILED, exit_code=1)
+    cluster.pods[old.name] = old
+    assert cause_of(cluster) is None
 
 
 @pytest.mark.parametrize(
@@ -187,14 +187,14 @@ def test_pods_and_beats_of_an_older_attempt_are_no_cause() -> None:
 )
 def test_a_pod_that_is_gone_before_its_words_are_read(node: ObservedNode | None, notice: bool, reason: Reason) -> None:
     """What was known of it, or is known of its node, tells more than that it is gone."""
-    world = World().running()
-    world.train_to(5)
-    world.settle()
-    world.beat(1, step=5, restored_step=0, notice=notice)
+    cluster = FakeCluster().running()
+    cluster.train_to(5)
+    cluster.settle()
+    cluster.beat(1, step=5, restored_step=0, notice=notice)
     # Its beat outlives it.
-    del world.pods[world.pod(1).name]
-    observed = replace(world.observed(), nodes={"node-1": node} if node else {})
-    entry = plan(world.job, observed, world.now, world.settings).status.attempts[0]
+    del cluster.pods[cluster.pod(1).name]
+    observed = replace(cluster.observed(), nodes={"node-1": node} if node else {})
+    entry = plan(cluster.job, observed, cluster.now, cluster.settings).status.attempts[0]
     assert (entry.reason, entry.counts_as, entry.node) == (reason, CountsAs.PREEMPTION, "node-1")
 
 
@@ -212,9 +212,9 @@ def test_a_pod_that_is_gone_before_its_words_are_read(node: ObservedNode | None,
 )
 def test_what_a_script_says_of_its_end(words: str, reason: Reason) -> None:
     """It has no exit codes of ours."""
-    world = World().running()
+    cluster = FakeCluster().running()
     ends = (RankEnd(rank=1, exit_code=1, last_words=words),)
-    world.exit(1, 1, termination=Termination(attempt=1, exit_code=1, ends=ends))
-    cause = cause_of(world)
+    cluster.exit(1, 1, termination=Termination(attempt=1, exit_code=1, ends=ends))
+    cause = cause_of(cluster)
     assert cause is not None
     assert (cause.reason, cause.consequence) == (reason, reason is Reason.FABRIC_ERROR)

@@ -7,7 +7,7 @@ import pytest
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model import ledger
 from finetune_operator.plan.model.revise import revise
-from tests.plan.harness import START, World
+from tests.plan.fake_cluster import START, FakeCluster
 
 
 def test_only_the_newest_attempts_are_kept() -> None:
@@ -49,52 +49,52 @@ def test_lost_steps(steps: list[tuple[int | None, int | None]], lost: list[int |
 
 def test_goodput_of_an_undisturbed_run() -> None:
     """10 s of loading, then 90 s of training: all but the loading was of use."""
-    world = World().running()
-    world.tick(10)
-    world.train_to(0)
-    world.settle()
+    cluster = FakeCluster().running()
+    cluster.tick(10)
+    cluster.train_to(0)
+    cluster.settle()
     for step in range(1, 101):
-        world.tick(0.9)
-        world.train_to(step)
-        world.settle()
+        cluster.tick(0.9)
+        cluster.train_to(step)
+        cluster.settle()
     for rank in (0, 1):
-        world.exit(rank, 0)
-    world.settle()
-    assert world.job.status.goodput == pytest.approx(0.9, abs=0.01)
+        cluster.exit(rank, 0)
+    cluster.settle()
+    assert cluster.job.status.goodput == pytest.approx(0.9, abs=0.01)
 
 
 def test_goodput_counts_neither_lost_steps_nor_recovery() -> None:
     """50 steps in 50 s, the last ten lost; 25 s to recover; 60 steps in 60 s: 100 kept seconds of 135."""
-    world = World().running()
-    world.train_to(0)
-    world.settle()
+    cluster = FakeCluster().running()
+    cluster.train_to(0)
+    cluster.settle()
     for step in range(1, 51):
-        world.tick(1)
-        world.train_to(step, checkpoint=step // 40 * 40 or None)
-        world.settle()
-    world.pods.clear()
-    world.running()
-    world.tick(25)
-    world.train_to(40, from_step=40)
-    world.settle()
+        cluster.tick(1)
+        cluster.train_to(step, checkpoint=step // 40 * 40 or None)
+        cluster.settle()
+    cluster.pods.clear()
+    cluster.running()
+    cluster.tick(25)
+    cluster.train_to(40, from_step=40)
+    cluster.settle()
     for step in range(41, 101):
-        world.tick(1)
-        world.train_to(step, from_step=40)
-        world.settle()
-    assert world.job.status.lost_steps == 10
-    assert world.job.status.goodput == pytest.approx(100 / 135, abs=0.02)
+        cluster.tick(1)
+        cluster.train_to(step, from_step=40)
+        cluster.settle()
+    assert cluster.job.status.lost_steps == 10
+    assert cluster.job.status.goodput == pytest.approx(100 / 135, abs=0.02)
 
 
 def test_goodput_stands_still_while_nothing_happens() -> None:
-    world = World().running()
-    world.train_to(0)
-    world.settle()
-    world.tick(1)
-    world.train_to(1)
-    world.settle()
-    before = world.job.status
-    world.tick(59)
-    assert world.settle().status == before
+    cluster = FakeCluster().running()
+    cluster.train_to(0)
+    cluster.settle()
+    cluster.tick(1)
+    cluster.train_to(1)
+    cluster.settle()
+    before = cluster.job.status
+    cluster.tick(59)
+    assert cluster.settle().status == before
 
 
 def test_revise_refuses_unknown_fields() -> None:

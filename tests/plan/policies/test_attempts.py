@@ -11,16 +11,16 @@ from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan.model.types import Create, DeletePod, PodPhase
-from tests.plan.harness import World
+from tests.plan.fake_cluster import FakeCluster
 
 
 def test_the_pass_that_begins_an_attempt_creates_nothing() -> None:
-    world = World()
-    decided = world.step()
+    cluster = FakeCluster()
+    decided = cluster.step()
     assert decided.status.attempt == 1
     assert decided.actions == ()
-    assert decided.status.start_time == world.now
-    second = world.step()
+    assert decided.status.start_time == cluster.now
+    second = cluster.step()
     created = [action.manifest for action in second.actions if isinstance(action, Create)]
     assert [manifest["kind"] for manifest in created] == ["ConfigMap", "Service", "Pod", "Pod"]
     assert [manifest["metadata"]["name"] for manifest in created[2:]] == ["circles-a1-n0", "circles-a1-n1"]
@@ -28,93 +28,93 @@ def test_the_pass_that_begins_an_attempt_creates_nothing() -> None:
 
 def test_a_status_write_that_was_lost_changes_nothing() -> None:
     """The raised number is only acted on once it is read back."""
-    world = World()
+    cluster = FakeCluster()
     for _ in range(3):
-        decided = world.decide()
+        decided = cluster.decide()
         assert decided.status.attempt == 1
         assert decided.actions == ()
 
 
 def test_no_attempt_begins_while_a_pod_is_left() -> None:
-    world = World().running()
-    world.vanish("circles-a1-n1")
-    world.step()
-    world.step()
-    assert world.job.status.attempt == 1
-    world.tick(2)
-    world.step()
-    assert world.job.status.attempt == 2
+    cluster = FakeCluster().running()
+    cluster.vanish("circles-a1-n1")
+    cluster.step()
+    cluster.step()
+    assert cluster.job.status.attempt == 1
+    cluster.tick(2)
+    cluster.step()
+    assert cluster.job.status.attempt == 2
 
 
 def test_an_attempt_may_end_and_its_successor_begin_in_one_pass() -> None:
-    world = World().running()
-    world.pods.clear()
-    decided = world.step()
+    cluster = FakeCluster().running()
+    cluster.pods.clear()
+    decided = cluster.step()
     assert decided.status.attempt == 2
     assert decided.actions == ()
     assert [entry.reason for entry in decided.status.attempts] == [Reason.POD_LOST, None]
-    assert world.reasons()[-2:] == ["PodLost", "AttemptStarted"]
+    assert cluster.reasons()[-2:] == ["PodLost", "AttemptStarted"]
 
 
 def test_a_pod_that_is_slow_to_show_is_asked_for_again_and_is_not_lost() -> None:
-    world = World().created()
-    uids = {pod.uid for pod in world.pods.values()}
-    world.hidden.add(world.pod(1).uid)
+    cluster = FakeCluster().created()
+    uids = {pod.uid for pod in cluster.pods.values()}
+    cluster.hidden.add(cluster.pod(1).uid)
     for _ in range(3):
-        decided = world.step()
+        decided = cluster.step()
         assert [a.manifest["metadata"]["name"] for a in decided.actions if isinstance(a, Create)] == ["circles-a1-n1"]
         assert decided.status.attempt == 1
-    world.hidden.clear()
-    world.settle()
-    assert {pod.uid for pod in world.pods.values()} == uids
-    assert world.job.status.attempts[-1].gang_complete
+    cluster.hidden.clear()
+    cluster.settle()
+    assert {pod.uid for pod in cluster.pods.values()} == uids
+    assert cluster.job.status.attempts[-1].gang_complete
 
 
 def test_a_late_pod_of_an_older_attempt_is_only_ever_deleted() -> None:
-    world = World().running()
-    world.pods.clear()
-    world.step()
-    late = replace(World().running().pod(0), uid="late", phase=PodPhase.FAILED, exit_code=1)
-    world.pods[late.name] = late
-    decided = world.step()
-    assert decided.actions == (DeletePod(late.name, "late", world.settings.peer_grace_seconds),)
+    cluster = FakeCluster().running()
+    cluster.pods.clear()
+    cluster.step()
+    late = replace(FakeCluster().running().pod(0), uid="late", phase=PodPhase.FAILED, exit_code=1)
+    cluster.pods[late.name] = late
+    decided = cluster.step()
+    assert decided.actions == (DeletePod(late.name, "late", cluster.settings.peer_grace_seconds),)
     assert decided.status.failures == 0
-    world.running()
-    assert world.job.status.attempt == 2
-    assert {pod.attempt for pod in world.pods.values()} == {2}
+    cluster.running()
+    assert cluster.job.status.attempt == 2
+    assert {pod.attempt for pod in cluster.pods.values()} == {2}
 
 
 def test_pods_of_an_attempt_that_the_status_does_not_know_are_stepped_over() -> None:
     """A status that was restored from a backup; a status that was merely read too early conflicts when written."""
-    world = World().running()
-    world.pods = {
+    cluster = FakeCluster().running()
+    cluster.pods = {
         f"circles-a7-n{rank}": replace(pod, name=f"circles-a7-n{rank}", attempt=7)
-        for rank, pod in enumerate(world.pods.values())
+        for rank, pod in enumerate(cluster.pods.values())
     }
-    decided = world.step()
+    decided = cluster.step()
     assert decided.status.attempt == 8
     assert decided.actions == ()
-    assert world.job.status.attempts[0].reason == Reason.POD_LOST
-    world.tick(1)
-    world.step()
-    world.tick(2)
-    world.running()
-    assert {pod.attempt for pod in world.pods.values()} == {8}
-    assert world.job.status.attempt == 8
+    assert cluster.job.status.attempts[0].reason == Reason.POD_LOST
+    cluster.tick(1)
+    cluster.step()
+    cluster.tick(2)
+    cluster.running()
+    assert {pod.attempt for pod in cluster.pods.values()} == {8}
+    assert cluster.job.status.attempt == 8
 
 
 def test_a_job_that_is_being_deleted_is_left_alone() -> None:
-    world = World().running()
-    metadata = world.job.metadata.model_copy(update={"deletion_timestamp": world.now})
-    world.job = world.job.model_copy(update={"metadata": metadata})
-    world.pods.clear()
-    decided = world.step()
+    cluster = FakeCluster().running()
+    metadata = cluster.job.metadata.model_copy(update={"deletion_timestamp": cluster.now})
+    cluster.job = cluster.job.model_copy(update={"metadata": metadata})
+    cluster.pods.clear()
+    decided = cluster.step()
     assert (decided.actions, decided.events, decided.requeue_after) == ((), (), None)
-    assert decided.status == world.job.status
+    assert decided.status == cluster.job.status
 
 
 def test_a_new_job_has_no_status() -> None:
-    assert World().job.status == FineTuneJobStatus()
+    assert FakeCluster().job.status == FineTuneJobStatus()
 
 
 @pytest.mark.parametrize(
@@ -125,15 +125,15 @@ def test_a_new_job_has_no_status() -> None:
 def test_how_often_to_save_follows_from_the_interruptions_that_find_unsaved_steps(
     change: dict[str, Any], num_unsaved: int
 ) -> None:
-    world = World().running()
-    world.train_to(10, checkpoint=10)
-    world.settle()
-    world.change(1, **change)
-    world.settle()
-    world.tick(600)
-    for pod in list(world.pods.values()):
-        world.vanish(pod.name)
-    world.settle()
-    begun = world.job.status.attempts[1]
-    elapsed = (begun.started_at - world.job.status.attempts[0].started_at).total_seconds()
+    cluster = FakeCluster().running()
+    cluster.train_to(10, checkpoint=10)
+    cluster.settle()
+    cluster.change(1, **change)
+    cluster.settle()
+    cluster.tick(600)
+    for pod in list(cluster.pods.values()):
+        cluster.vanish(pod.name)
+    cluster.settle()
+    begun = cluster.job.status.attempts[1]
+    elapsed = (begun.started_at - cluster.job.status.attempts[0].started_at).total_seconds()
     assert begun.mtbf_seconds == pytest.approx((DEFAULT_MTBF_SECONDS + elapsed) / (1 + num_unsaved), abs=1)

@@ -7,7 +7,7 @@ import pytest
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan.model.backoff import delay, jitter
 from finetune_operator.settings import Settings
-from tests.plan.harness import World, seconds
+from tests.plan.fake_cluster import FakeCluster, seconds
 
 
 @pytest.mark.parametrize(
@@ -19,23 +19,23 @@ def test_delay(num_failures: int, wait_seconds: int) -> None:
 
 
 def test_the_next_attempt_waits_and_says_so() -> None:
-    world = World().running()
-    world.exit(0, 1)
-    world.exit(1, 1)
-    world.step()
-    decided = world.settle()
-    assert world.job.status.attempt == 1
-    assert world.job.status.reason == Reason.BACK_OFF
+    cluster = FakeCluster().running()
+    cluster.exit(0, 1)
+    cluster.exit(1, 1)
+    cluster.step()
+    decided = cluster.settle()
+    assert cluster.job.status.attempt == 1
+    assert cluster.job.status.reason == Reason.BACK_OFF
     wait = decided.requeue_after
     assert wait is not None
     assert seconds(8) <= wait <= seconds(12)
-    assert f"{world.now + wait:%H:%M:%S}" in (world.job.status.message or "")
-    world.tick(wait.total_seconds() - 0.1)
-    world.settle()
-    assert world.job.status.attempt == 1
-    world.tick(0.1)
-    world.settle()
-    assert world.job.status.attempt == 2
+    assert f"{cluster.now + wait:%H:%M:%S}" in (cluster.job.status.message or "")
+    cluster.tick(wait.total_seconds() - 0.1)
+    cluster.settle()
+    assert cluster.job.status.attempt == 1
+    cluster.tick(0.1)
+    cluster.settle()
+    assert cluster.job.status.attempt == 2
 
 
 def test_jobs_that_fail_together_do_not_come_back_together() -> None:
@@ -47,7 +47,7 @@ def test_jobs_that_fail_together_do_not_come_back_together() -> None:
 
 
 def test_a_preempted_job_does_not_wait() -> None:
-    world = World().running()
-    world.pods.clear()
-    world.step()
-    assert world.job.status.attempt == 2
+    cluster = FakeCluster().running()
+    cluster.pods.clear()
+    cluster.step()
+    assert cluster.job.status.attempt == 2

@@ -4,59 +4,59 @@ from __future__ import annotations
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.reasons import CountsAs, Reason
-from tests.plan.harness import RankState, World, seconds
+from tests.plan.fake_cluster import FakeCluster, RankState, seconds
 
 
-def done_but_one() -> World:
+def done_but_one() -> FakeCluster:
     """All is trained; pod 0 has ended, and pod 1 fell silent a little before."""
-    world = World().running()
-    world.train_to(100)
-    world.settle()
-    world.tick(2)
-    world.beat(0, RankState.DONE, step=100)
-    world.exit(0, 0)
-    world.settle()
-    return world
+    cluster = FakeCluster().running()
+    cluster.train_to(100)
+    cluster.settle()
+    cluster.tick(2)
+    cluster.beat(0, RankState.DONE, step=100)
+    cluster.exit(0, 0)
+    cluster.settle()
+    return cluster
 
 
 def test_a_silent_pod_whose_peers_are_done_is_lost() -> None:
-    world = done_but_one()
-    plan = world.decide()
+    cluster = done_but_one()
+    plan = cluster.decide()
     assert plan.requeue_after is not None
-    world.now += seconds(59)
-    world.settle()
-    assert world.job.status.attempts[0].reason is None
-    world.now += seconds(1)
-    world.step()
-    entry = world.job.status.attempts[0]
+    cluster.now += seconds(59)
+    cluster.settle()
+    assert cluster.job.status.attempts[0].reason is None
+    cluster.now += seconds(1)
+    cluster.step()
+    entry = cluster.job.status.attempts[0]
     assert (entry.reason, entry.counts_as, entry.rank, entry.node) == (
         Reason.NODE_LOST,
         CountsAs.PREEMPTION,
         1,
         "node-1",
     )
-    world.settle()
-    world.tick(5)
-    world.settle()
-    assert world.job.status.attempt == 2
+    cluster.settle()
+    cluster.tick(5)
+    cluster.settle()
+    assert cluster.job.status.attempt == 2
 
 
 def test_a_pod_that_is_heard_has_its_time() -> None:
-    world = done_but_one()
+    cluster = done_but_one()
     for _ in range(30):
-        world.now += seconds(10)
-        world.beat(1, RankState.EXPORTING, step=100)
-        world.settle()
-    assert world.job.status.attempts[0].reason is None
-    world.exit(1, 0)
-    world.settle()
-    assert world.job.status.phase is Phase.SUCCEEDED
+        cluster.now += seconds(10)
+        cluster.beat(1, RankState.EXPORTING, step=100)
+        cluster.settle()
+    assert cluster.job.status.attempts[0].reason is None
+    cluster.exit(1, 0)
+    cluster.settle()
+    assert cluster.job.status.phase is Phase.SUCCEEDED
 
 
 def test_silence_alone_ends_nothing() -> None:
-    world = World().running()
-    world.train_to(50)
-    world.settle()
-    world.now += seconds(3600)
-    world.settle()
-    assert world.job.status.attempts[0].reason is None
+    cluster = FakeCluster().running()
+    cluster.train_to(50)
+    cluster.settle()
+    cluster.now += seconds(3600)
+    cluster.settle()
+    assert cluster.job.status.attempts[0].reason is None

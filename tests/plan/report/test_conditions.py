@@ -5,94 +5,94 @@ from __future__ import annotations
 from finetune_contract.heartbeat import CommittedCheckpoint
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.plan.model.conditions import find, is_true
-from tests.plan.harness import World, make_job
+from tests.plan.fake_cluster import FakeCluster, make_job
 
 
-def holding(world: World) -> set[str]:
-    world.settle()
-    return {condition.type for condition in world.job.status.conditions if condition.status == "True"}
+def holding(cluster: FakeCluster) -> set[str]:
+    cluster.settle()
+    return {condition.type for condition in cluster.job.status.conditions if condition.status == "True"}
 
 
 def test_a_jobs_life() -> None:
-    world = World()
-    assert holding(world) == {"Accepted"}
-    world.running().train_to(10)
-    assert holding(world) == {"Accepted", "Running"}
-    world.tick(1)
-    world.pods.clear()
-    assert holding(world) == {"Accepted", "Recovering"}
-    world.running().train_to(11, from_step=10)
-    assert holding(world) == {"Accepted", "Running"}
+    cluster = FakeCluster()
+    assert holding(cluster) == {"Accepted"}
+    cluster.running().train_to(10)
+    assert holding(cluster) == {"Accepted", "Running"}
+    cluster.tick(1)
+    cluster.pods.clear()
+    assert holding(cluster) == {"Accepted", "Recovering"}
+    cluster.running().train_to(11, from_step=10)
+    assert holding(cluster) == {"Accepted", "Running"}
     for rank in (0, 1):
-        world.exit(rank, 0)
-    assert holding(world) == {"Accepted", "Complete"}
+        cluster.exit(rank, 0)
+    assert holding(cluster) == {"Accepted", "Complete"}
 
 
 def test_conditions_that_never_held_are_left_out() -> None:
-    world = World()
-    world.settle()
-    assert [condition.type for condition in world.job.status.conditions] == ["Accepted"]
+    cluster = FakeCluster()
+    cluster.settle()
+    assert [condition.type for condition in cluster.job.status.conditions] == ["Accepted"]
 
 
 def test_the_transition_time_is_that_of_the_change() -> None:
-    world = World().running()
-    world.train_to(1)
-    world.settle()
-    began = world.now
+    cluster = FakeCluster().running()
+    cluster.train_to(1)
+    cluster.settle()
+    began = cluster.now
     for step in range(2, 5):
-        world.tick(5)
-        world.train_to(step)
-        world.settle()
-    running = find(world.job.status, ConditionType.RUNNING)
+        cluster.tick(5)
+        cluster.train_to(step)
+        cluster.settle()
+    running = find(cluster.job.status, ConditionType.RUNNING)
     assert running is not None
     assert running.last_transition_time == began
-    world.tick(5)
-    world.pods.clear()
-    world.settle()
-    ended = find(world.job.status, ConditionType.RUNNING)
+    cluster.tick(5)
+    cluster.pods.clear()
+    cluster.settle()
+    ended = find(cluster.job.status, ConditionType.RUNNING)
     assert ended is not None
-    assert (ended.status, ended.last_transition_time) == ("False", world.now)
-    assert not is_true(world.job.status, ConditionType.RUNNING)
+    assert (ended.status, ended.last_transition_time) == ("False", cluster.now)
+    assert not is_true(cluster.job.status, ConditionType.RUNNING)
 
 
 def test_a_condition_says_why_and_of_which_generation() -> None:
-    world = World().running()
+    cluster = FakeCluster().running()
     for rank in (0, 1):
-        world.exit(rank, 0)
-    world.settle()
-    complete = find(world.job.status, ConditionType.COMPLETE)
+        cluster.exit(rank, 0)
+    cluster.settle()
+    complete = find(cluster.job.status, ConditionType.COMPLETE)
     assert complete is not None
     assert (complete.reason, complete.observed_generation) == ("Finished", 1)
     assert complete.message
 
 
-def saved(world: World, save_seconds: float, step: int) -> None:
+def saved(cluster: FakeCluster, save_seconds: float, step: int) -> None:
     checkpoint = CommittedCheckpoint(
         step=step, time=0, size_bytes=1, attempt=1, durable_seconds=save_seconds, interval_seconds=90.0
     )
-    world.beat(0, step=step, restored_step=0, checkpoint=checkpoint)
-    world.settle()
+    cluster.beat(0, step=step, restored_step=0, checkpoint=checkpoint)
+    cluster.settle()
 
 
 def test_a_notice_too_short_to_save_in_is_said_once() -> None:
-    world = World(make_job(recovery={"noticeSeconds": 30})).running()
-    saved(world, 3, 10)
-    assert find(world.job.status, ConditionType.NOTICE_TOO_SHORT) is None
+    cluster = FakeCluster(make_job(recovery={"noticeSeconds": 30})).running()
+    saved(cluster, 3, 10)
+    assert find(cluster.job.status, ConditionType.NOTICE_TOO_SHORT) is None
     for step in (20, 30):
-        saved(world, 45 + step / 10, step)
-    condition = find(world.job.status, ConditionType.NOTICE_TOO_SHORT)
+        saved(cluster, 45 + step / 10, step)
+    condition = find(cluster.job.status, ConditionType.NOTICE_TOO_SHORT)
     assert condition is not None
     assert (condition.status, condition.message) == ("True", "a step and its save took 47 s; the notice is 30 s")
-    assert world.reasons().count("SaveTakesLonger") == 1
-    saved(world, 3, 40)
-    condition = find(world.job.status, ConditionType.NOTICE_TOO_SHORT)
+    assert cluster.reasons().count("SaveTakesLonger") == 1
+    saved(cluster, 3, 40)
+    condition = find(cluster.job.status, ConditionType.NOTICE_TOO_SHORT)
     assert condition is not None
     assert condition.status == "False"
 
 
 def test_the_interval_between_checkpoints_is_shown() -> None:
-    world = World().running()
-    saved(world, 3, 10)
-    assert world.job.status.checkpoint_interval_seconds == 90
-    assert world.job.status.last_checkpoint is not None
-    assert world.job.status.last_checkpoint.save_seconds == 3
+    cluster = FakeCluster().running()
+    saved(cluster, 3, 10)
+    assert cluster.job.status.checkpoint_interval_seconds == 90
+    assert cluster.job.status.last_checkpoint is not None
+    assert cluster.job.status.last_checkpoint.save_seconds == 3

@@ -9,20 +9,20 @@ from finetune_contract.phase import Phase
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan.model.types import PodPhase
 from finetune_operator.settings import Settings
-from tests.plan.harness import RankState, World, make_job
+from tests.plan.fake_cluster import FakeCluster, RankState, make_job
 
 
-def line(world: World) -> tuple[Phase | None, str | None, str]:
-    world.settle()
-    status = world.job.status
+def line(cluster: FakeCluster) -> tuple[Phase | None, str | None, str]:
+    cluster.settle()
+    status = cluster.job.status
     return status.phase, status.reason, status.message or ""
 
 
 def test_pods_are_coming_up() -> None:
-    world = World()
-    assert line(world) == (Phase.STARTING, Reason.WAITING_FOR_PODS, "0/2 pods are up")
-    world.run_all()
-    phase, reason, message = line(world)
+    cluster = FakeCluster()
+    assert line(cluster) == (Phase.STARTING, Reason.WAITING_FOR_PODS, "0/2 pods are up")
+    cluster.run_all()
+    phase, reason, message = line(cluster)
     assert (phase, reason) == (Phase.STARTING, Reason.LOADING)
     assert "not been heard" in message
 
@@ -39,10 +39,10 @@ def test_pods_are_coming_up() -> None:
     ],
 )
 def test_what_pods_wait_for_in_the_clusters_own_words(waiting: str, phase: Phase, reason: Reason) -> None:
-    world = World()
-    world.settle()
-    world.change(1, waiting=waiting)
-    assert line(world) == (phase, reason, f"circles-a1-n1: {waiting}")
+    cluster = FakeCluster()
+    cluster.settle()
+    cluster.change(1, waiting=waiting)
+    assert line(cluster) == (phase, reason, f"circles-a1-n1: {waiting}")
 
 
 WORK = [
@@ -60,124 +60,124 @@ WORK = [
 
 @pytest.mark.parametrize(("states", "phase", "reason"), WORK)
 def test_what_the_ranks_do(states: tuple[RankState, RankState], phase: Phase, reason: Reason) -> None:
-    world = World().running()
+    cluster = FakeCluster().running()
     for node_rank, state in enumerate(states):
-        world.beat(node_rank, state)
-    assert line(world)[:2] == (phase, reason)
+        cluster.beat(node_rank, state)
+    assert line(cluster)[:2] == (phase, reason)
 
 
 def test_running_from_the_first_step_on() -> None:
-    world = World().running()
-    world.train_to(0)
-    assert line(world)[0] is Phase.STARTING
-    world.train_to(1)
-    assert line(world) == (Phase.RUNNING, Reason.TRAINING, "training: step 1 of 100")
+    cluster = FakeCluster().running()
+    cluster.train_to(0)
+    assert line(cluster)[0] is Phase.STARTING
+    cluster.train_to(1)
+    assert line(cluster) == (Phase.RUNNING, Reason.TRAINING, "training: step 1 of 100")
 
 
 def test_details_are_shown() -> None:
-    world = World().running()
-    world.beat_all(RankState.CACHING, detail="12/64 images")
-    assert line(world) == (Phase.STARTING, Reason.CACHING, "caching latents and text embeddings: 12/64 images")
+    cluster = FakeCluster().running()
+    cluster.beat_all(RankState.CACHING, detail="12/64 images")
+    assert line(cluster) == (Phase.STARTING, Reason.CACHING, "caching latents and text embeddings: 12/64 images")
 
 
 def test_recovering_until_the_next_attempts_first_step() -> None:
-    world = World().running()
-    world.train_to(10)
-    world.settle()
-    world.vanish("circles-a1-n1")
-    world.step()
-    phase, reason, message = line(world)
+    cluster = FakeCluster().running()
+    cluster.train_to(10)
+    cluster.settle()
+    cluster.vanish("circles-a1-n1")
+    cluster.step()
+    phase, reason, message = line(cluster)
     assert (phase, reason) == (Phase.RECOVERING, Reason.POD_LOST)
     assert "rank 1 (circles-a1-n1 on node-1)" in message
-    world.tick(2)
-    assert line(world)[0] is Phase.RECOVERING
-    world.run_all()
-    assert line(world)[0] is Phase.RECOVERING
-    world.train_to(5, from_step=5)
-    assert line(world)[0] is Phase.RECOVERING
-    world.train_to(6, from_step=5)
-    assert line(world)[0] is Phase.RUNNING
+    cluster.tick(2)
+    assert line(cluster)[0] is Phase.RECOVERING
+    cluster.run_all()
+    assert line(cluster)[0] is Phase.RECOVERING
+    cluster.train_to(5, from_step=5)
+    assert line(cluster)[0] is Phase.RECOVERING
+    cluster.train_to(6, from_step=5)
+    assert line(cluster)[0] is Phase.RUNNING
 
 
 def test_what_was_suspended_starts_again_and_has_nothing_to_recover() -> None:
-    world = World().running()
-    world.train_to(10)
-    world.settle()
+    cluster = FakeCluster().running()
+    cluster.train_to(10)
+    cluster.settle()
     for value in (True, False):
-        spec = world.job.spec.model_copy(update={"suspend": value})
-        world.job = world.job.model_copy(update={"spec": spec})
-        world.step()
-    assert line(world)[:2] == (Phase.STARTING, Reason.SUSPENDED)
-    world.pods.clear()
-    assert line(world)[0] is Phase.STARTING
+        spec = cluster.job.spec.model_copy(update={"suspend": value})
+        cluster.job = cluster.job.model_copy(update={"spec": spec})
+        cluster.step()
+    assert line(cluster)[:2] == (Phase.STARTING, Reason.SUSPENDED)
+    cluster.pods.clear()
+    assert line(cluster)[0] is Phase.STARTING
 
 
 def test_a_pod_that_is_silent_while_it_loads() -> None:
-    world = World().running()
-    world.beat_all(RankState.LOADING)
-    requeue_after = world.settle().requeue_after
+    cluster = FakeCluster().running()
+    cluster.beat_all(RankState.LOADING)
+    requeue_after = cluster.settle().requeue_after
     assert requeue_after is not None
-    world.tick(requeue_after.total_seconds())
-    assert line(world)[:2] == (Phase.STARTING, Reason.SILENT)
+    cluster.tick(requeue_after.total_seconds())
+    assert line(cluster)[:2] == (Phase.STARTING, Reason.SILENT)
 
 
 def test_a_restarted_operator_that_has_heard_nothing_yet_believes_the_status() -> None:
     for state in (RankState.TRAINING, RankState.EXPORTING):
-        world = World().running()
-        world.train_to(10)
-        world.settle()
-        world.beat_all(state, step=10)
-        before = line(world)
-        world.beats.clear()
-        assert line(world) == before
+        cluster = FakeCluster().running()
+        cluster.train_to(10)
+        cluster.settle()
+        cluster.beat_all(state, step=10)
+        before = line(cluster)
+        cluster.beats.clear()
+        assert line(cluster) == before
 
 
 def test_without_a_coordinator_running_pods_are_all_that_is_known() -> None:
-    world = World(settings=Settings(require_storage=False)).running()
-    assert line(world)[:2] == (Phase.RUNNING, Reason.TRAINING)
+    cluster = FakeCluster(settings=Settings(require_storage=False)).running()
+    assert line(cluster)[:2] == (Phase.RUNNING, Reason.TRAINING)
 
 
 def test_a_silent_pod_is_named_with_the_time_since_when() -> None:
-    world = World().running()
-    world.train_to(10)
-    requeue_after = world.settle().requeue_after
+    cluster = FakeCluster().running()
+    cluster.train_to(10)
+    requeue_after = cluster.settle().requeue_after
     assert requeue_after is not None
-    assert requeue_after.total_seconds() == world.settings.beat_timeout_seconds
-    world.tick(30)
-    world.beat(0, step=11)
-    world.tick(30)
-    assert line(world) == (Phase.RUNNING, Reason.SILENT, "circles-a1-n1 has not been heard since 12:00:00 UTC")
-    world.beat(1, step=11)
-    assert line(world)[:2] == (Phase.RUNNING, Reason.TRAINING)
+    assert requeue_after.total_seconds() == cluster.settings.beat_timeout_seconds
+    cluster.tick(30)
+    cluster.beat(0, step=11)
+    cluster.tick(30)
+    assert line(cluster) == (Phase.RUNNING, Reason.SILENT, "circles-a1-n1 has not been heard since 12:00:00 UTC")
+    cluster.beat(1, step=11)
+    assert line(cluster)[:2] == (Phase.RUNNING, Reason.TRAINING)
 
 
 def test_a_cause_that_is_still_looked_for() -> None:
-    world = World().running()
-    world.exit(0, ExitCode.FABRIC)
-    phase, _, message = line(world)
+    cluster = FakeCluster().running()
+    cluster.exit(0, ExitCode.FABRIC)
+    phase, _, message = line(cluster)
     assert (phase, message) == (Phase.RECOVERING, "attempt 1 ended; looking for the cause")
 
 
 def test_a_finished_job_keeps_its_line() -> None:
-    world = World().running()
-    world.train_to(100)
+    cluster = FakeCluster().running()
+    cluster.train_to(100)
     for rank in (0, 1):
-        world.exit(rank, 0)
-    before = line(world)
+        cluster.exit(rank, 0)
+    before = line(cluster)
     assert before == (Phase.SUCCEEDED, Reason.FINISHED, "100 steps trained")
-    world.pods.clear()
-    world.beats.clear()
-    assert line(world) == before
+    cluster.pods.clear()
+    cluster.beats.clear()
+    assert line(cluster) == before
 
 
 def test_a_job_that_is_refused_says_why() -> None:
-    world = World(make_job(queueName="gpus"))
-    phase, reason, message = line(world)
+    cluster = FakeCluster(make_job(queueName="gpus"))
+    phase, reason, message = line(cluster)
     assert (phase, reason) == (Phase.PENDING, Reason.NOT_SUPPORTED)
     assert "queueName" in message
 
 
 def test_unknown_pods_are_not_up() -> None:
-    world = World().running()
-    world.change(0, phase=PodPhase.UNKNOWN)
-    assert line(world)[:2] == (Phase.STARTING, Reason.WAITING_FOR_PODS)
+    cluster = FakeCluster().running()
+    cluster.change(0, phase=PodPhase.UNKNOWN)
+    assert line(cluster)[:2] == (Phase.STARTING, Reason.WAITING_FOR_PODS)

@@ -11,19 +11,19 @@ from finetune_contract.heartbeat import CommittedCheckpoint, WrittenOutput
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.plan.model.types import PodPhase
 from finetune_operator.plan.report.progress import MAX_WARNINGS
-from tests.plan.harness import START, RankState, World, last_words, make_job
+from tests.plan.fake_cluster import START, FakeCluster, RankState, last_words, make_job
 
 
-def settled(world: World) -> FineTuneJobStatus:
-    world.settle()
-    return world.job.status
+def settled(cluster: FakeCluster) -> FineTuneJobStatus:
+    cluster.settle()
+    return cluster.job.status
 
 
 def test_figures() -> None:
-    world = World(make_job(training={"method": "LoRA", "steps": 100, "batchSize": 4})).running()
-    world.beat(1, step=40, loss=9.0)
-    world.beat(0, step=40, total_steps=100, loss=0.25, images_per_second=16.0)
-    status = settled(world)
+    cluster = FakeCluster(make_job(training={"method": "LoRA", "steps": 100, "batchSize": 4})).running()
+    cluster.beat(1, step=40, loss=9.0)
+    cluster.beat(0, step=40, total_steps=100, loss=0.25, images_per_second=16.0)
+    status = settled(cluster)
     assert (status.step, status.total_steps, status.progress, status.loss) == (40, 100, "40%", 0.25)
     assert status.images_per_second == 16.0
     # 60 steps of 8 images, 16 images a second.
@@ -33,138 +33,138 @@ def test_figures() -> None:
 
 @pytest.mark.parametrize(("step", "total", "progress"), [(0, 100, "0%"), (199, 200, "99%"), (1, 3, "33%")])
 def test_progress_is_never_rounded_up(step: int, total: int, progress: str) -> None:
-    world = World().running()
-    world.beat_all(step=step, total_steps=total)
-    assert settled(world).progress == progress
+    cluster = FakeCluster().running()
+    cluster.beat_all(step=step, total_steps=total)
+    assert settled(cluster).progress == progress
 
 
 def test_total_steps_are_known_from_the_spec_or_from_the_trainer() -> None:
-    assert settled(World().running()).total_steps == 100
-    epochs = World(make_job(training={"method": "LoRA", "epochs": 3})).running()
+    assert settled(FakeCluster().running()).total_steps == 100
+    epochs = FakeCluster(make_job(training={"method": "LoRA", "epochs": 3})).running()
     assert settled(epochs).total_steps is None
     epochs.beat_all(step=1, total_steps=77)
     assert settled(epochs).total_steps == 77
 
 
 def test_what_is_no_longer_said_stays() -> None:
-    world = World().running()
-    world.beat_all(step=40, loss=0.5, images_per_second=3.0)
-    before = settled(world)
-    world.beats.clear()
-    assert settled(world) == before
+    cluster = FakeCluster().running()
+    cluster.beat_all(step=40, loss=0.5, images_per_second=3.0)
+    before = settled(cluster)
+    cluster.beats.clear()
+    assert settled(cluster) == before
 
 
 def test_the_step_never_falls_within_an_attempt() -> None:
-    world = World().running()
-    world.train_to(40)
-    world.settle()
-    world.train_to(39)
-    assert settled(world).step == 40
+    cluster = FakeCluster().running()
+    cluster.train_to(40)
+    cluster.settle()
+    cluster.train_to(39)
+    assert settled(cluster).step == 40
 
 
 def test_over_attempts_the_step_falls_by_what_was_lost() -> None:
-    world = World().running()
-    world.train_to(45, checkpoint=40)
-    world.settle()
-    world.pods.clear()
-    world.running()
-    assert world.job.status.step == 45
-    world.beat_all(RankState.RESTORING, restored_step=40, step=40)
-    status = settled(world)
+    cluster = FakeCluster().running()
+    cluster.train_to(45, checkpoint=40)
+    cluster.settle()
+    cluster.pods.clear()
+    cluster.running()
+    assert cluster.job.status.step == 45
+    cluster.beat_all(RankState.RESTORING, restored_step=40, step=40)
+    status = settled(cluster)
     assert (status.step, status.lost_steps) == (40, 5)
     assert [entry.lost_steps for entry in status.attempts] == [5, None]
 
 
 def test_a_supervisors_last_words_tell_the_last_step() -> None:
-    world = World().running()
-    world.train_to(40)
-    world.settle()
+    cluster = FakeCluster().running()
+    cluster.train_to(40)
+    cluster.settle()
     for rank in (0, 1):
-        world.exit(rank, ExitCode.SAVED, termination=last_words(1, ExitCode.SAVED, "", step=41))
-    world.step()
-    assert world.job.status.attempts[0].to_step == 41
+        cluster.exit(rank, ExitCode.SAVED, termination=last_words(1, ExitCode.SAVED, "", step=41))
+    cluster.step()
+    assert cluster.job.status.attempts[0].to_step == 41
 
 
 def test_the_newest_checkpoint_is_of_the_newest_attempt_whatever_the_clocks_say() -> None:
-    world = World().running()
-    world.train_to(45, checkpoint=40)
-    world.settle()
-    world.pods.clear()
-    world.running()
+    cluster = FakeCluster().running()
+    cluster.train_to(45, checkpoint=40)
+    cluster.settle()
+    cluster.pods.clear()
+    cluster.running()
     # The checkpoint of step 40 turned out to be corrupt: this attempt began at 20.
     old = CommittedCheckpoint(step=20, time=START.timestamp(), size_bytes=1, attempt=1)
-    world.beat(0, step=20, restored_step=20, checkpoint=old)
-    assert settled(world).last_checkpoint == world.job.status.last_checkpoint
-    status = world.job.status
+    cluster.beat(0, step=20, restored_step=20, checkpoint=old)
+    assert settled(cluster).last_checkpoint == cluster.job.status.last_checkpoint
+    status = cluster.job.status
     assert status.last_checkpoint is not None
     assert status.last_checkpoint.step == 40
     new = CommittedCheckpoint(step=30, time=START.timestamp() - 300, size_bytes=1, attempt=2)
-    world.beat(0, step=30, restored_step=20, checkpoint=new)
-    checkpoint = settled(world).last_checkpoint
+    cluster.beat(0, step=30, restored_step=20, checkpoint=new)
+    checkpoint = settled(cluster).last_checkpoint
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.attempt) == (30, 2)
 
 
 def test_a_beat_of_an_older_attempt_changes_nothing() -> None:
-    world = World().running()
-    world.train_to(45)
-    late = dict(world.beats)
-    world.pods.clear()
-    world.beats.clear()
-    world.running()
-    before = settled(world)
-    world.beats.update(late)
-    assert settled(world) == before
+    cluster = FakeCluster().running()
+    cluster.train_to(45)
+    late = dict(cluster.beats)
+    cluster.pods.clear()
+    cluster.beats.clear()
+    cluster.running()
+    before = settled(cluster)
+    cluster.beats.update(late)
+    assert settled(cluster) == before
 
 
 def test_a_beat_of_another_pod_of_the_same_name_changes_nothing() -> None:
-    world = World().running()
-    before = settled(world)
-    world.train_to(45)
-    for uid, received in list(world.beats.items()):
+    cluster = FakeCluster().running()
+    before = settled(cluster)
+    cluster.train_to(45)
+    for uid, received in list(cluster.beats.items()):
         stranger = received.beat.model_copy(update={"pod_uid": "stranger"})
-        world.beats = {uid: replace(received, beat=stranger)}
-        assert settled(world) == before
+        cluster.beats = {uid: replace(received, beat=stranger)}
+        assert settled(cluster) == before
 
 
 def test_outputs_are_kept_and_written_anew() -> None:
-    world = World().running()
+    cluster = FakeCluster().running()
     lora = WrittenOutput(format="diffusers", to="/out", size_bytes=10)
-    world.beat(0, RankState.EXPORTING, outputs=(lora,))
-    world.settle()
-    world.beat(0, RankState.EXPORTING, outputs=(lora.model_copy(update={"size_bytes": 20}),))
-    assert [(output.to, output.bytes) for output in settled(world).outputs] == [("/out", 20)]
-    world.beat(0, RankState.EXPORTING)
-    assert len(settled(world).outputs) == 1
+    cluster.beat(0, RankState.EXPORTING, outputs=(lora,))
+    cluster.settle()
+    cluster.beat(0, RankState.EXPORTING, outputs=(lora.model_copy(update={"size_bytes": 20}),))
+    assert [(output.to, output.bytes) for output in settled(cluster).outputs] == [("/out", 20)]
+    cluster.beat(0, RankState.EXPORTING)
+    assert len(settled(cluster).outputs) == 1
 
 
 def test_warnings_are_kept_once_and_bounded() -> None:
-    world = World().running()
+    cluster = FakeCluster().running()
     for number in range(30):
-        world.beat(0, warnings=tuple(f"warning {n}" for n in range(number, number + 5)))
-        world.beat(1, warnings=("of rank 1", *(f"warning {n}" for n in range(number, number + 4))))
-        status = settled(world)
+        cluster.beat(0, warnings=tuple(f"warning {n}" for n in range(number, number + 5)))
+        cluster.beat(1, warnings=("of rank 1", *(f"warning {n}" for n in range(number, number + 4))))
+        status = settled(cluster)
         assert len(status.warnings) == len(set(status.warnings)) <= MAX_WARNINGS
         assert f"warning {number + 4}" in status.warnings
 
 
 def test_nodes_that_are_up() -> None:
-    world = World()
-    world.settle()
-    assert world.job.status.nodes == "0/2"
-    world.run_all()
-    world.change(1, phase=PodPhase.PENDING)
-    assert settled(world).nodes == "1/2"
-    world.change(1, phase=PodPhase.RUNNING)
-    assert settled(world).nodes == "2/2"
+    cluster = FakeCluster()
+    cluster.settle()
+    assert cluster.job.status.nodes == "0/2"
+    cluster.run_all()
+    cluster.change(1, phase=PodPhase.PENDING)
+    assert settled(cluster).nodes == "1/2"
+    cluster.change(1, phase=PodPhase.RUNNING)
+    assert settled(cluster).nodes == "2/2"
 
 
 @pytest.mark.parametrize("time", [float("nan"), float("inf"), 1e18, -1e18])
 def test_numbers_that_no_status_can_hold_are_left_out(time: float) -> None:
-    world = World().running()
+    cluster = FakeCluster().running()
     committed = CommittedCheckpoint(step=10, time=time, size_bytes=1, attempt=1)
-    world.beat(0, step=10, loss=time, images_per_second=float("inf"), checkpoint=committed)
-    status = settled(world)
+    cluster.beat(0, step=10, loss=time, images_per_second=float("inf"), checkpoint=committed)
+    status = settled(cluster)
     assert status.last_checkpoint is not None
     assert status.last_checkpoint.time == START
     assert status.loss in (None, time)

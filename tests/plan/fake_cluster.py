@@ -1,4 +1,4 @@
-"""A tiny world for the plan's tests: jobs, pods and beats as values, and a cluster of them that carries plans out.
+"""A tiny cluster for the plan's tests: jobs, pods and beats as values, and a cluster of them that carries plans out.
 
 It has no clock but its own. Pods appear when they are asked for, show up in the list when the test says so, and obey
 deletions as Kubernetes does.
@@ -54,7 +54,7 @@ def seconds(number: float) -> timedelta:
 
 
 @dataclass
-class World:
+class FakeCluster:
     """One job and all that exists of it."""
 
     job: FineTuneJob = field(default_factory=make_job)
@@ -230,14 +230,14 @@ class World:
 
     # what a test wants in one line
 
-    def running(self) -> World:
+    def running(self) -> FakeCluster:
         """Bring the next attempt's pods up."""
         self.settle()
         self.run_all()
         self.settle()
         return self
 
-    def created(self) -> World:
+    def created(self) -> FakeCluster:
         """The first attempt's pods have just been created; no pass has seen them yet."""
         self.step()
         self.step()
@@ -253,4 +253,4 @@ def last_words(attempt: int, code: int, words: str, *, rank: int = 0, step: int 
     )
 
 
-__all__ = ["ExitCode", "RankState", "World", "last_words", "make_job", "seconds"]
+__all__ = ["ExitCode", "FakeCluster", "RankState", "last_words", "make_job", "seconds"]
