@@ -1,4 +1,4 @@
-"""What `bench.train` measures against: the bare floor, and a plain loop like the usual scripts."""
+"""The two references of `bench.train`: the floor, and a plain loop as in the usual training scripts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.methods.method import Method
 from testing.measure.architectures import RandomFamily
-from testing.measure.device import the_device
+from testing.measure.device import measured_device
 
 _TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 class Floor:
-    """Forward, backward and a step of a fused optimizer over just what is trained, on a batch that is ready.
+    """Forward pass, backward pass and a step of a fused optimizer over the trained parameters, on a prepared batch.
 
-    Weights and moments are those of our loop, with which it takes turns.
+    Weights and moments are shared with the product's loop; the two are measured alternately.
     """
 
     def __init__(self, method: Method, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
@@ -34,14 +34,14 @@ class Floor:
         self._optimizer = optimizer
 
     def step(self) -> None:
-        """One step."""
+        """Run one step."""
         self._method.losses(self._batch).mean().backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
 
 class Plain:
-    """Image and text encoded, and the loss read, in every step; unfused AdamW; no channels last."""
+    """A plain loop: each step encodes image and text and reads the loss; unfused AdamW; no channels last."""
 
     def __init__(self, family: RandomFamily, method: str, images: Sequence[Path], resolution: int, batch: int) -> None:
         self._family = family
@@ -49,17 +49,17 @@ class Plain:
         self._images = list(images)
         self._resolution = resolution
         self._batch = batch
-        self._device = the_device()
+        self._device = measured_device()
         self._steps = 0
         self._dtype = torch.bfloat16
-        self._schedule = family.schedule.to(self._device)
+        self._objective = family.objective.to(self._device)
         trains_table = method == "TextualInversion"
-        # SDXL's VAE may give NaN in half precision: its scripts keep it in fp32, but for the one of textual inversion.
+        # SDXL's VAE can return NaN in half precision. Its scripts use fp32, except for textual inversion.
         self._vae_dtype = torch.float32 if family.name == "sdxl" and not trains_table else self._dtype
         self._vae = family.load_vae(self._vae_dtype).to(self._device).requires_grad_(False)
         self._text = family.load_text_encoder(self._device, torch.float32 if trains_table else self._dtype)
         trains_unet = method in ("Full", "DreamBooth")
-        unet = family.load_unet(torch.float32 if trains_unet else self._dtype)
+        unet = family.load_denoiser(torch.float32 if trains_unet else self._dtype)
         self._unet = unet.to(self._device).requires_grad_(trains_unet).train()
         self._controlnet: Any = None
         self._parameters = self._trained()
@@ -80,7 +80,7 @@ class Plain:
         return [parameter for parameter in self._unet.parameters() if parameter.requires_grad]
 
     def step(self) -> None:
-        """One step."""
+        """Run one step."""
         first = self._steps * self._batch
         self._steps += 1
         paths = [self._images[index % len(self._images)] for index in range(first, first + self._batch)]
@@ -89,7 +89,7 @@ class Plain:
             latents = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.sample() * self._family.latent_scale
         noise = torch.randn_like(latents)
         timesteps = torch.randint(1000, (len(latents),), device=self._device)
-        noisy = self._schedule.add_noise(latents, noise, timesteps)
+        noisy = self._objective.add_noise(latents, noise, timesteps)
         with torch.autocast(self._device.type, self._dtype):
             text = self._encode([f"picture {path.stem}" for path in paths])
             loss = nn.functional.mse_loss(self._predict(noisy, timesteps, text, pixels).float(), noise.float())
@@ -98,7 +98,7 @@ class Plain:
         self._optimizer.step()
         self._optimizer.zero_grad()
         if self._table is not None:
-            # All but the new row are put back.
+            # Restore all rows except the new one.
             with torch.no_grad():
                 self._parameters[0][1:] = self._table[1:]
         loss.detach().item()
@@ -123,5 +123,5 @@ class Plain:
                 noisy, timesteps, controlnet_cond=pixels.to(self._dtype), return_dict=False, **conditions
             )
             conditions |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        answer: Tensor = self._unet(noisy, timesteps, return_dict=False, **conditions)[0]
-        return answer
+        prediction: Tensor = self._unet(noisy, timesteps, return_dict=False, **conditions)[0]
+        return prediction

@@ -1,1 +1,1 @@
-"""Small bases and cases that show what each method learns."""
+"""Small bases and learning cases for `bench.learning`, which shows that each method learns."""

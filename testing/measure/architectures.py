@@ -1,4 +1,4 @@
-"""Bases of the architectures of SD 1.5 and SDXL, and a tiny one, with random weights; called by `bench.train`."""
+"""Bases with random weights in the architectures of SD 1.5 and SDXL, and a tiny one. Called by `bench.train`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -15,9 +15,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from finetune_trainer.models.noise_schedule import read_schedule
+from finetune_trainer.models.diffusion_objective import read_objective
+from finetune_trainer.models.family import IMAGE_SIZES, SingleFile
 from finetune_trainer.models.parts import VaeEncoder
 from finetune_trainer.models.text import DualText, SingleText, TextEncoder, TextPart
+from finetune_trainer.models.unet import UNetFamily
 
 NUM_TOKENS = 77
 VOCABULARY = 49408
@@ -64,21 +66,24 @@ _CLIP_G = {
 }
 
 
-class RandomFamily:
-    """A base of random weights; see `finetune_trainer.models.family.Family`."""
+class RandomFamily(UNetFamily):
+    """A base with random weights; see `finetune_trainer.models.family.Family`."""
+
+    single_file: ClassVar[SingleFile | None] = None
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.schedule = read_schedule(SCHEDULE)
+        self.objective = read_objective(SCHEDULE)
         self.latent_scale = 0.18215
-        self.latent_shape = (4, 8, 8)
+        self.latent_channels = 4
+        self.pixels_per_latent = 8
 
-    def load_unet(self, dtype: torch.dtype) -> Any:
-        """The UNet."""
+    def load_denoiser(self, dtype: torch.dtype) -> Any:
+        """Return the UNet."""
         return make(lambda: UNet2DConditionModel(**UNETS[self.name]), dtype)
 
     def load_vae(self, dtype: torch.dtype) -> Any:
-        """The VAE."""
+        """Return the VAE."""
         channels = (8, 8, 8, 8) if self.name == "tiny" else (128, 256, 512, 512)
         return make(
             lambda: AutoencoderKL(
@@ -92,51 +97,53 @@ class RandomFamily:
         )
 
     def load_image_encoder(self, device: torch.device) -> VaeEncoder:
-        """The VAE in fp32."""
+        """Return the VAE in fp32."""
         return VaeEncoder(self.load_vae(torch.float32).to(device), self.latent_scale)
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TextEncoder:
-        """The text encoders."""
+        """Return the text encoders."""
         config = {"vocab_size": VOCABULARY, "max_position_embeddings": NUM_TOKENS, "eos_token_id": VOCABULARY - 1}
         clip_l = _CLIP_L | ({"num_hidden_layers": 1} if self.name == "tiny" else {})
         first = make(lambda: CLIPTextModel(CLIPTextConfig(**config, **clip_l)), dtype).to(device)
-        parts = [TextPart("text_encoder", tokenizer(), first)]
+        parts = [TextPart("text_encoder", tokenizer(), first, "clip_l")]
         if self.name != "sdxl":
             return SingleText(parts[0])
         second = make(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config, **_CLIP_G)), dtype).to(device)
-        return DualText([*parts, TextPart("text_encoder_2", tokenizer(), second)], True)
+        return DualText([*parts, TextPart("text_encoder_2", tokenizer(), second, "clip_g")], True)
 
     def image_encoder_files(self) -> list[Path]:
-        """None."""
+        """Return no files: the weights are not read from disk."""
         return []
 
     def text_encoder_files(self) -> list[Path]:
-        """None."""
+        """Return no files: the weights are not read from disk."""
         return []
 
-    def unet_files(self) -> list[Path]:
-        """None."""
+    def denoiser_files(self) -> list[Path]:
+        """Return no files: the weights are not read from disk."""
         return []
 
     def conditions(self, text: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
-        """Keyword arguments of the UNet and of a ControlNet."""
+        """Return the keyword arguments of the UNet and of a ControlNet."""
         hidden = {"encoder_hidden_states": text["hidden"].to(dtype)}
         if self.name != "sdxl":
             return hidden
-        return {**hidden, "added_cond_kwargs": {"text_embeds": text["pooled"].to(dtype), "time_ids": text["sizes"]}}
+        return {**hidden, "added_cond_kwargs": {"text_embeds": text["pooled"].to(dtype), "time_ids": text[IMAGE_SIZES]}}
 
     def write_pipeline(self, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
-        """Write the trained modules; the other parts are random and stand nowhere."""
+        """Write the trained modules; the other parts are random and have no files."""
         for name, module in trained.items():
             module.save_pretrained(folder / name)
         return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def make(build: Callable[[], Any], dtype: torch.dtype) -> Any:
-    """A module with small random weights: one tile over and over, for drawing billions of numbers takes minutes."""
+    """Return a module with small random weights.
+
+    One tile of random numbers is repeated, because drawing billions of numbers takes minutes.
+    """
     with torch.device("meta"):
         module: nn.Module = build()
-    # Buffers are computed by the constructor and not saved: they must come from a real one.
     module = module.to(dtype).to_empty(device="cpu")
     tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     for name, parameter in module.named_parameters():
@@ -145,6 +152,7 @@ def make(build: Callable[[], Any], dtype: torch.dtype) -> Any:
             flat[start : start + _TILE] = tile[: len(flat) - start]
         if "norm" in name and name.endswith("weight"):
             parameter.data.fill_(1.0)
+    # The constructor computes buffers, and on the meta device they have no values: set them here.
     for name, buffer in module.named_buffers():
         assert name.endswith("position_ids"), name
         buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
@@ -167,5 +175,5 @@ def _tokenizer_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def tokenizer() -> Any:
-    """A tokenizer of CLIP's size that spells every word."""
+    """Return a tokenizer with CLIP's vocabulary size that splits every word into letters."""
     return CLIPTokenizer.from_pretrained(_tokenizer_folder().name)

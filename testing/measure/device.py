@@ -1,4 +1,4 @@
-"""The device that is measured: the GPU where there is one, else the CPU; its memory, its clock and its peak."""
+"""The measured device, a GPU if the machine has one, else the CPU: its memory, its step times and its peak speed."""
 
 from __future__ import annotations
 
@@ -21,54 +21,54 @@ PEAK_TFLOPS = {
     "L4": 121.0,
     "RTX 4090": 165.2,
 }
-"""bf16, dense, by NVIDIA's data sheets; the first name that is part of the device's counts."""
+"""Dense bf16 performance from NVIDIA's data sheets, by part of the device name; the first match counts."""
 
 
-def the_device() -> torch.device:
-    """What is measured on this machine."""
+def measured_device() -> torch.device:
+    """Return the device to measure on this machine."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def forget_peak() -> None:
-    """Measure the peak of the memory anew."""
+def reset_peak() -> None:
+    """Reset the peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        memory.forget_peak()
+        memory.reset_peak()
 
 
 def peak_bytes() -> int:
-    """The device's peak since `forget_peak`: of a GPU what tensors took, else this process's resident memory."""
+    """Return the peak memory since `reset_peak`: of tensors on a GPU, else the resident memory of this process."""
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else memory.peak_bytes()
 
 
-def measure(step: Callable[[], object]) -> float:
-    """Seconds of one step, until the device is done with it."""
-    wait()
-    began = time.monotonic()
+def time_step(step: Callable[[], object]) -> float:
+    """Return the duration of one step in seconds, until the device has completed it."""
+    synchronize()
+    started = time.monotonic()
     step()
-    wait()
-    return time.monotonic() - began
+    synchronize()
+    return time.monotonic() - started
 
 
-def wait() -> None:
-    """Until the device has nothing left to do."""
+def synchronize() -> None:
+    """Wait until the device has completed all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def count_flops(step: Callable[[], object]) -> int:
-    """Floating-point operations of a step's matrix products, convolutions and attention."""
+    """Return the floating-point operations of a step's matrix products, convolutions and attention."""
     with FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
 
 
 def peak_flops() -> float | None:
-    """Operations a second of the GPU in bf16, by its data sheet; None for a CPU and for an unknown GPU."""
-    return peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    """Return the GPU's bf16 operations per second from its data sheet; None for a CPU and for an unknown GPU."""
+    return peak_flops_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def peak_of(name: str) -> float | None:
-    """The same by a GPU's name."""
+def peak_flops_of(name: str) -> float | None:
+    """Return the bf16 operations per second of the GPU with this name; None if it is unknown."""
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)

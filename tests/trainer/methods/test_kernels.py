@@ -31,6 +31,16 @@ def test_named_attention_kernel_computes_the_same_loss(base: Path, attention: st
     torch.testing.assert_close(make_method(base, "LoRA", attention=attention).losses(batch), plain)
 
 
+def test_named_attention_kernel_is_the_only_enabled_one() -> None:
+    enabled = {
+        Attention.FLASH: torch.backends.cuda.flash_sdp_enabled,
+        Attention.MATH: torch.backends.cuda.math_sdp_enabled,
+    }
+    for attention in enabled:
+        with attention_kernel(attention, CPU, torch.float32)():
+            assert [name for name, is_enabled in enabled.items() if is_enabled()] == [attention]
+
+
 def test_unavailable_attention_kernel_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"training\.attention: efficient is not available on cpu with float32; write auto"
@@ -55,6 +65,7 @@ def test_compiled_blocks_have_the_same_gradients(base: Path, monkeypatch: pytest
         method.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
     gradients = [[p.grad for p in method.parameters().values()] for method in (plain, compiled_method)]
     for one, other in zip(*gradients, strict=True):
+        assert one is not None
         torch.testing.assert_close(one, other)
 
 

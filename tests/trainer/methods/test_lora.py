@@ -101,6 +101,7 @@ def split(batch: Batch, sizes: tuple[int, ...]) -> list[Batch]:
 
 def test_initial_adapter_is_reproducible_and_has_no_effect(base: Path) -> None:
     first, second = make_lora(base), make_lora(base)
+    assert any("lora_B" in name for name in first.parameters())
     for name, parameter in first.parameters().items():
         assert torch.equal(parameter, second.parameters()[name])
         assert parameter.dtype is torch.float32
@@ -118,6 +119,7 @@ def test_gradient_checkpointing_keeps_gradients(base: Path) -> None:
     for lora in (plain, saving):
         torch.autograd.backward(lora.losses(make_batch()).sum())
     for name, parameter in plain.parameters().items():
+        assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, saving.parameters()[name].grad)
 
 
@@ -212,4 +214,5 @@ def test_fast_linears_have_the_losses_and_gradients_of_peft(base: Path, dtype: t
             torch.nn.init.normal_(parameter, std=0.1)
         torch.autograd.backward(lora.losses(make_batch()).sum())
     for name, parameter in fast.parameters().items():
+        assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, reference.parameters()[name].grad, **tolerance)

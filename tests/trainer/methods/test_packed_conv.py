@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,11 @@ def test_trained_and_unsupported_layers_are_not_packed() -> None:
     assert pack_convolutions(layers) == 0
 
 
+def count_packed(method: Any) -> int:
+    """Return the number of convolutions of the denoiser whose plain weights were freed."""
+    return sum(isinstance(layer, nn.Conv2d) and layer.weight.numel() == 0 for layer in method._denoiser.modules())
+
+
 @pytest.mark.parametrize("name", ["LoRA", "TextualInversion", "ControlNet"])
 def test_methods_with_a_frozen_denoiser_have_the_same_gradients(
     name: str, base: Path, monkeypatch: pytest.MonkeyPatch
@@ -58,8 +64,10 @@ def test_methods_with_a_frozen_denoiser_have_the_same_gradients(
     with monkeypatch.context() as patch:
         patch.setattr("finetune_trainer.methods.denoiser_method.pack_convolutions", lambda _: 0)
         plain = make_method(base, name, torch.bfloat16)
+    assert [count_packed(method) > 0 for method in (plain, packed)] == [False, True]
     for method in (plain, packed):
         method.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in plain.parameters().values())
     for key, parameter in plain.parameters().items():
         expected, found = parameter.grad, packed.parameters()[key].grad
         if expected is None:

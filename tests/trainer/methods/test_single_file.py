@@ -150,7 +150,7 @@ def test_pickle_with_more_than_weights_is_refused_and_not_run(
 ) -> None:
     file = tmp_path / "model.ckpt"
     torch.save({"state_dict": {"x": torch.zeros(1)}, "more": _Bomb()}, file)
-    with pytest.raises(ConfigError, match=r"model\.base: .*model\.ckpt"):
+    with pytest.raises(ConfigError, match=r"model\.base: .*model\.ckpt contains more than weights"):
         open_base(ModelSpec(base=str(file)), tmp_path / "cache")
     assert capsys.readouterr().out == ""
     file.write_bytes(pickle.dumps(_Bomb()))

@@ -1,1 +1,1 @@
-"""Writing what was trained to where the manifest wants it."""
+"""Export of the trained weights to the outputs of the manifest."""

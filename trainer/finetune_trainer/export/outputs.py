@@ -1,4 +1,4 @@
-"""The outputs of a run: checked before it begins, written when its last step is done."""
+"""The outputs of a run: checked before the run starts, written after its last step."""
 
 from __future__ import annotations
 
@@ -20,35 +20,44 @@ _BLOCK = 1 << 24
 
 
 def check_outputs(outputs: Sequence[OutputSpec], formats: frozenset[OutputFormat]) -> None:
-    """Refuse what could not be written at the end.
+    """Refuse outputs that could not be written at the end of the run.
+
+    Args:
+        outputs: the outputs of the manifest.
+        formats: formats that the method can write.
 
     Raises:
-        ConfigError: an output has a format that the method lacks, or a place that is no folder.
+        ConfigError: an output has a format that the method cannot write, or a target that is not a folder.
     """
     for number, output in enumerate(outputs):
         if output.format not in formats:
             known = ", ".join(sorted(known.value for known in formats))
-            raise ConfigError(f"outputs[{number}].format: the method has no {output.format.value}; write {known}")
+            raise ConfigError(f"outputs[{number}].format: the method cannot write {output.format.value}; write {known}")
         if "://" in output.to:
-            raise ConfigError(f"outputs[{number}].to: {output.to} cannot be written to; write a folder")
+            raise ConfigError(f"outputs[{number}].to: {output.to} is not a supported target; write a folder")
 
 
 def write_outputs(method: Method, outputs: Sequence[OutputSpec], job_dir: Path) -> tuple[WrittenOutput, ...]:
-    """Write all outputs; relative folders are below the job's. Doing it again writes the same bytes.
+    """Write all outputs. Writing the same weights again gives the same bytes.
+
+    Args:
+        method: the trained method.
+        outputs: the outputs of the manifest; if empty, `DEFAULT_OUTPUTS`.
+        job_dir: the job's folder; relative targets are below its folder of outputs.
 
     Raises:
-        StorageError: one could not be written.
+        StorageError: an output cannot be written.
     """
     return tuple(_write(method, output, job_dir) for output in outputs or DEFAULT_OUTPUTS)
 
 
 def _write(method: Method, output: OutputSpec, job_dir: Path) -> WrittenOutput:
     folder = job_dir / paths.OUTPUTS / output.to
-    aside = folder / _WRITING
+    temporary = folder / _WRITING
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        files = sorted(method.export(output.format, aside))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        files = sorted(method.export(output.format, temporary))
         digest, size = hashlib.sha256(), 0
         for file in files:
             sync_file(file)
@@ -56,10 +65,10 @@ def _write(method: Method, output: OutputSpec, job_dir: Path) -> WrittenOutput:
                 while block := content.read(_BLOCK):
                     digest.update(block)
             size += file.stat().st_size
-            target = folder / file.relative_to(aside)
+            target = folder / file.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
-        shutil.rmtree(aside)
+        shutil.rmtree(temporary)
         sync_folder(folder)
     except OSError as error:
         raise StorageError(f"outputs: cannot write to {folder}: {error.strerror or error}") from error

@@ -1,1 +1,1 @@
-"""Base models: finding and reading their parts, and the noise schedule that they were trained with."""
+"""Base models: one file per family. They find and read the parts of a base and define its training objective."""

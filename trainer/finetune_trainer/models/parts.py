@@ -1,4 +1,4 @@
-"""Reading and writing the parts of a base model in diffusers' layout; called by the families."""
+"""Reads and writes the parts of a base model in diffusers' layout. Called by the families."""
 
 from __future__ import annotations
 
@@ -22,61 +22,70 @@ class VaeEncoder:
     """The frozen VAE; see `ImageEncoder`."""
 
     def __init__(self, vae: Any, latent_scale: float) -> None:
-        # Convolutions are faster with channels last, on CPUs and GPUs alike.
+        # Convolutions are faster with channels last, on CPUs and on GPUs.
         self._vae = vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self._latent_scale = latent_scale
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the unscaled latents, each (n, C, h, w), of pixels (n, 3, H, W)."""
+        """Return mean and standard deviation of the unscaled latents, each (n, C, h, w), of pixels (n, 3, H, W)."""
         posterior = self._vae.encode(pixels.to(self._vae.device)).latent_dist
         return posterior.mean.contiguous(), posterior.std.contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels (n, 3, H, W) in [-1, 1] of scaled latents."""
+        """Return the pixels (n, 3, H, W) in [-1, 1] of scaled latents."""
         return cast(Tensor, self._vae.decode(latents.to(self._vae.device) / self._latent_scale).sample.clamp(-1, 1))
 
 
 def load_part(folder: Path, variant: str | None, part: str, load: Callable[[dict[str, Any]], T]) -> T:
-    """Read one part; what is wrong with it is the manifest's to mend.
+    """Read one part.
+
+    Args:
+        folder: the base's folder.
+        variant: weight variant; None for the default weights.
+        part: name of the part, for messages.
+        load: reads the part with the given options of from_pretrained.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the part cannot be read; the user must change the manifest or the base.
     """
     try:
         return load({"variant": variant, "use_safetensors": True})
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         summary = " ".join(str(error).split())[:300]
-        raise ConfigError(f"model.base: the {part} of {folder} cannot be read: {summary}") from error
+        raise ConfigError(
+            f"model.base: the {part} of {folder} cannot be read: {summary}; use a complete base with .safetensors "
+            "weights of model.variant"
+        ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a part's configuration.
+    """Return a part's configuration.
 
     Raises:
-        ConfigError: it is not there or not JSON.
+        ConfigError: the file is missing or not JSON.
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"model.base: {path} cannot be read: {error}") from error
+        raise ConfigError(f"model.base: {path} cannot be read: {error}; use a complete copy of the base") from error
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """Configuration and weights of one part, sorted."""
+    """Return the configuration and weight files of one part, sorted."""
     suffix = ".safetensors" if variant is None else f".{variant}.safetensors"
     return sorted([folder / "config.json", *folder.glob(f"*{suffix}")])
 
 
 def write_pipeline(base: Path, vae: Path, variant: str | None, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
-    """Write a pipeline: trained modules, and copies of the base's other parts.
+    """Write a pipeline: the trained modules, and copies of the base's other parts.
 
     Args:
         base: the base's folder.
-        vae: the folder of the VAE in use.
-        variant: weight variant of the base; the copies are the only variant, and lose its name.
-        folder: where to; empty.
+        vae: folder of the VAE in use.
+        variant: weight variant of the base. The files of the copies do not have it in their names.
+        folder: target folder, empty.
         trained: modules by the names of their folders.
 
     Returns:
@@ -95,7 +104,7 @@ def write_pipeline(base: Path, vae: Path, variant: str | None, folder: Path, tra
 
 
 def _save_module(module: Any, folder: Path) -> None:
-    """As diffusers and transformers do, without where on this machine the base was read from."""
+    """Write a module as diffusers and transformers do, but without the local path that the base was read from."""
     if hasattr(module, "register_to_config"):
         module.register_to_config(_name_or_path="")
     else:

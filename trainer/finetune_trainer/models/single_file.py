@@ -1,6 +1,6 @@
-"""Bases that are one file, as the web UIs keep them: turned once into a folder in diffusers' layout, in the cache.
+"""Bases that are stored as one file, as the web UIs do: converted once to a folder in diffusers' layout, in the cache.
 
-A `.ckpt` is a pickle. It is read by torch's reader of weights alone, which refuses whatever else a pickle may hold.
+A `.ckpt` is a pickle. It is read by torch's weights-only reader, which refuses anything else that a pickle can contain.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import secrets
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,80 +17,92 @@ import torch
 
 from finetune_contract.spec import ModelSpec
 from finetune_trainer.errors import ConfigError, StorageError
+from finetune_trainer.models.family import SingleFile
 
 SUFFIXES = (".safetensors", ".ckpt")
-_XL_KEY = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
-"""A tensor of SDXL's second text encoder, as its original code names it."""
 _INDEX = "model_index.json"
 
 
-def convert(spec: ModelSpec, cache_dir: Path) -> Path:
-    """The folder that a single-file base is turned into; what an earlier job has turned is taken as it is.
+def convert(spec: ModelSpec, cache_dir: Path, formats: Mapping[str, SingleFile]) -> Path:
+    """Return the folder that a single-file base is converted to; a folder of an earlier job is reused.
 
     Args:
         spec: the manifest's model, whose base is a file.
         cache_dir: folder that all jobs share.
+        formats: single-file formats of the families, by the pipeline class of diffusers.
 
     Raises:
-        ConfigError: the file, or the configuration for it, cannot be read.
+        ConfigError: the file or its configuration cannot be read.
         StorageError: the folder cannot be written.
     """
     file = Path(spec.base)
     stat = file.stat()
-    # Not by content: reading gigabytes at each start only to know them again would take as long as turning them.
-    about = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {spec.config}"
-    key = hashlib.sha256(about.encode()).hexdigest()[:32]
+    # The key does not depend on the content: hashing gigabytes at each start takes as long as the conversion.
+    identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {spec.config}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     folder = cache_dir / "bases" / key
     if (folder / _INDEX).is_file():
         return folder
-    pipeline = _read(file, spec.config)
-    aside = folder.with_name(f".{key}.{secrets.token_hex(4)}.writing")
+    pipeline = _read(file, spec.config, formats)
+    temporary = folder.with_name(f".{key}.{secrets.token_hex(4)}.writing")
     try:
-        pipeline.save_pretrained(aside, safe_serialization=True)
-        # Another rank, or another job, may have been faster.
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+        # The folder exists if another rank or another job was faster.
         with contextlib.suppress(OSError):
-            aside.rename(folder)
+            temporary.rename(folder)
     except OSError as error:
         raise StorageError(f"cache: cannot write {folder}: {error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _read(file: Path, config: str | None) -> Any:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: PLC0415  slow to import
+def _read(file: Path, config: str | None, formats: Mapping[str, SingleFile]) -> Any:
+    import diffusers  # noqa: PLC0415  slow to import
 
-    kind = StableDiffusionXLPipeline if _is_xl(file) else StableDiffusionPipeline
-    options = {} if kind is StableDiffusionXLPipeline else {"safety_checker": None}
+    name = _find_pipeline(_tensor_names(file), formats)
     try:
-        return kind.from_single_file(str(file), config=config, torch_dtype=torch.float32, **options)
+        return getattr(diffusers, name).from_single_file(
+            str(file), config=config, torch_dtype=torch.float32, **formats[name].options
+        )
     except Exception as error:
-        # The reader raises whatever its many steps do, and whatever it is, this file cannot be used.
+        # The reader of diffusers raises many kinds of errors. After any of them the file cannot be used.
         summary = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"model.base: {file} cannot be read as a single-file checkpoint: {summary}; where the hub is not "
-            "reachable, name a folder with the base's configuration in model.config"
+            f"model.base: {file} cannot be read as a single-file checkpoint: {summary}; if the hub is not "
+            "reachable, write a folder with the base's configuration in model.config"
         ) from error
 
 
-def _is_xl(file: Path) -> bool:
-    """Whether the file is of SDXL.
+def _find_pipeline(names: Collection[str], formats: Mapping[str, SingleFile]) -> str:
+    """Return the pipeline class for a file with these tensors: the one whose marker is among them, else the default."""
+    marked = [pipeline for pipeline, each in formats.items() if each.marker in names]
+    default = [pipeline for pipeline, each in formats.items() if each.marker is None]
+    return (marked or default)[0]
+
+
+def _tensor_names(file: Path) -> Collection[str]:
+    """Return the names of the tensors in a file.
 
     Raises:
-        ConfigError: it is not what its name says, or holds more than weights.
+        ConfigError: the file is damaged or contains more than weights.
     """
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415  only single files need it
 
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
-                return _XL_KEY in tensors.keys()  # noqa: SIM118  it is no mapping
+                return set(tensors.keys())
         state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise ConfigError(f"model.base: {file} is no checkpoint: {' '.join(str(error).split())[:200]}") from error
-    except Exception as error:
-        # pickle's own error: something in it is not a weight.
+        summary = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"model.base: {file} holds more than weights, which could run code when it is read; use a .safetensors"
+            f"model.base: {file} is not a readable checkpoint: {summary}; write a complete .safetensors file"
         ) from error
-    return _XL_KEY in state.get("state_dict", state)
+    except Exception as error:
+        # The error class of pickle: some object in the file is not a weight.
+        raise ConfigError(
+            f"model.base: {file} contains more than weights, which can run code when it is read; write a .safetensors "
+            "file"
+        ) from error
+    return set(state.get("state_dict", state))

@@ -1,4 +1,4 @@
-"""Text encoders with their tokenizers: from captions to what the UNet attends to."""
+"""Text encoders with their tokenizers: from captions to the text conditions of the denoiser."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class TextEncoder(Protocol):
-    """The text encoders of a base, as one."""
+    """All text encoders of a base."""
 
     parts: list[TextPart]
-    """Encoder by encoder."""
+    """The single encoders."""
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """What the UNet takes of captions, by name; first dimension n."""
+        """Return the text conditions of n captions, by name, each (n, ...)."""
         ...
 
 
@@ -27,23 +27,26 @@ class TextPart:
         name: its folder in diffusers' layout.
         tokenizer: its tokenizer.
         model: the encoder.
+        webui_key: name of its vectors in the web UIs' embedding files.
     """
 
-    def __init__(self, name: str, tokenizer: Any, model: Any) -> None:
+    def __init__(self, name: str, tokenizer: Any, model: Any, webui_key: str) -> None:
         self.name = name
+        self.webui_key = webui_key
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
         self._new_tokens: dict[str, str] = {}
 
     @property
     def core(self) -> Any:
-        """The transformer, below the projection where there is one."""
+        """The transformer, without the projection that some encoders have."""
         return getattr(self.model, "text_model", self.model)
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
-        """Token ids (n, length) of captions, padded and cut to the encoder's length, on its device.
+        """Return the token ids (n, length) of captions, padded and cut to the encoder's length, on its device.
 
-        Vector j of a new token has the id -1 - j: none of the base's own, and no end of text looks smaller.
+        Vector j of a new token has the id -1 - j. It differs from all ids of the base, and the end-of-text token keeps
+        the largest id, by which CLIP finds it.
         """
         size = len(self.core.embeddings.token_embedding.weight)
         for token, spelled in self._new_tokens.items():
@@ -60,25 +63,25 @@ class TextPart:
         return torch.where(ids >= size, size - 1 - ids, ids)
 
     def add_token(self, token: str, vectors: nn.Parameter) -> None:
-        """Let `token` in captions stand for vectors (k, width) beside the table.
+        """Map `token` in captions to new vectors (k, width), which are kept outside the embedding table.
 
         Raises:
-            ValueError: the tokenizer knows it already.
+            ValueError: the tokenizer already has this token.
         """
         pieces = [token, *(f"{token}_{number}" for number in range(1, len(vectors)))]
         known = len(self.tokenizer)
         if self.tokenizer.add_tokens(pieces) != len(pieces) or known != len(
             self.core.embeddings.token_embedding.weight
         ):
-            raise ValueError(f"{token} is a token of the base already")
+            raise ValueError(f"{token} is already a token of the base")
         self._new_tokens[token] = " ".join(pieces)
         self.core.embeddings.token_embedding = _TableWithRows(self.core.embeddings.token_embedding, vectors)
 
     def embedding_of(self, word: str) -> Tensor:
-        """The table's vector (width,) of a word.
+        """Return the vector (width,) of a word in the embedding table.
 
         Raises:
-            ValueError: the word is not one token.
+            ValueError: the word is not a single token.
         """
         ids = self.tokenizer.encode(word, add_special_tokens=False)
         if len(ids) != 1:
@@ -88,25 +91,25 @@ class TextPart:
 
 
 class _TableWithRows(nn.Module):
-    """A frozen table of embeddings with a few trained rows beside it; only these get gradients.
+    """A frozen embedding table with a few additional trained rows; only these rows get gradients.
 
-    Training the whole table moves and decays 49,408 rows in every step for the sake of one
+    Training the complete table would update and decay 49,408 rows in every step, although only the new ones are used
     (https://arxiv.org/abs/2208.01618 trains one vector).
     """
 
     def __init__(self, table: nn.Embedding, rows: nn.Parameter) -> None:
         super().__init__()
         self._table = table
-        # In a list: the rows belong to the method, not to the encoder's own weights.
+        # A list hides the rows from torch: they are parameters of the method, not of the encoder.
         self._rows = [rows]
 
     @property
     def weight(self) -> Tensor:
-        """The base's own table."""
+        """The base's table, without the additional rows."""
         return self._table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embeddings (..., width) of ids, where -1 - j is row j."""
+        """Return the embeddings (..., width) of ids, where -1 - j is row j."""
         rows = self._rows[0].to(self._table.weight.dtype)
         known: Tensor = self._table(ids.clamp(min=0))
         return torch.where((ids < 0).unsqueeze(-1), rows[(-1 - ids).clamp(min=0)], known)
@@ -119,26 +122,26 @@ class SingleText:
         self.parts = [part]
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Hidden states (n, length, width) as `hidden`."""
+        """Return the hidden states (n, length, width) as `hidden`."""
         (part,) = self.parts
         return {"hidden": part.model(part.tokens(captions)).last_hidden_state}
 
 
 class DualText:
-    """SDXL: two encoders' penultimate hidden states, and the second's pooled output; see `TextEncoder`."""
+    """SDXL: penultimate hidden states of two encoders, and the pooled output of the second; see `TextEncoder`."""
 
     def __init__(self, parts: Sequence[TextPart], zero_empty: bool) -> None:
         self.parts = list(parts)
         self._zero_empty = zero_empty
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Hidden states (n, length, width 1 + width 2) as `hidden`, pooled output (n, width 2) as `pooled`.
+        """Return hidden states (n, length, width 1 + width 2) as `hidden`, pooled output (n, width 2) as `pooled`.
 
-        Both are zero for the empty caption where the base says so, in training as when pictures are drawn.
+        If the base is configured so, both are zero for the empty caption, in training and in sampling.
         """
-        answers = [part.model(part.tokens(captions), output_hidden_states=True) for part in self.parts]
-        hidden = torch.cat([answer.hidden_states[-2] for answer in answers], dim=-1)
-        pooled = answers[-1].text_embeds
+        outputs = [part.model(part.tokens(captions), output_hidden_states=True) for part in self.parts]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        pooled = outputs[-1].text_embeds
         if self._zero_empty:
             keep = torch.tensor([bool(caption) for caption in captions], device=hidden.device).to(hidden.dtype)
             hidden, pooled = hidden * keep.view(-1, 1, 1), pooled * keep.view(-1, 1)

@@ -1,0 +1,71 @@
+"""Common part of the families whose denoiser is a UNet of diffusers and whose latents are (channels, height, width)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class UNetFamily:
+    """UNet, latents and ControlNet of a family; see `Family`.
+
+    Attributes:
+        latent_scale: factor from the VAE's latents to the UNet's latents.
+        latent_channels: number of channels of the latents.
+        pixels_per_latent: number of pixels per latent along each side of an image.
+    """
+
+    denoiser_name: ClassVar[str] = "unet"
+    compiled_blocks: ClassVar[frozenset[str]] = frozenset({"BasicTransformerBlock"})
+
+    latent_scale: float
+    latent_channels: int
+    pixels_per_latent: int
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """Return channels, height and width of the latents of an image of this size in pixels."""
+        return (self.latent_channels, height // self.pixels_per_latent, width // self.pixels_per_latent)
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Return the UNet's latents for latents of the VAE."""
+        return latents * self.latent_scale
+
+    def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        """Return the UNet's output for noisy latents (n, C, h, w) at timesteps (n,)."""
+        prediction: Tensor = denoiser(noisy, timesteps, **conditions, return_dict=False)[0]
+        return prediction
+
+    def load_controlnet(self, denoiser: Any, folder: Path | None) -> Any:
+        """Return a ControlNet (https://arxiv.org/abs/2302.05543), from a folder or from the encoder of the UNet."""
+        from diffusers import ControlNetModel  # noqa: PLC0415  slow to import
+
+        if folder is None:
+            channels = _embedding_channels(self.pixels_per_latent)
+            return ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=channels)
+        return ControlNetModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+
+    def control(
+        self, controlnet: Any, noisy: Tensor, timesteps: Tensor, images: Tensor, conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the residuals that the ControlNet adds to the UNet."""
+        down, middle = controlnet(noisy, timesteps, controlnet_cond=images, return_dict=False, **conditions)
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    def kohya_name(self, part: str, module: str) -> str:
+        """Return the name of an adapted module in kohya's LoRA files, for a family with one text encoder."""
+        prefix = "lora_unet" if part == self.denoiser_name else "lora_te"
+        return f"{prefix}_{module.replace('.', '_')}"
+
+
+def _embedding_channels(pixels_per_latent: int) -> tuple[int, ...]:
+    """Return the channels of the encoder of conditioning images, 16 to 256; each level but the first halves the image.
+
+    For 8 pixels per latent these are ControlNet's own four levels.
+    """
+    channels = (16, 32, 96, 256)
+    levels = pixels_per_latent.bit_length()
+    return channels[:levels] if levels <= len(channels) else channels + (channels[-1],) * (levels - len(channels))
