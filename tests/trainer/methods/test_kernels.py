@@ -38,7 +38,7 @@ def test_named_attention_kernel_is_the_only_enabled_one() -> None:
     }
     for attention in enabled:
         with attention_kernel(attention, CPU, torch.float32)():
-            assert [name for name, is_enabled in enabled.items() if is_enabled()] == [attention]
+            assert [name for name, is_enabled in enabled.items() if is_enabled()] == [attention]  # type: ignore[no-untyped-call]
 
 
 def test_unavailable_attention_kernel_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 from torch import nn
@@ -30,6 +31,12 @@ class NoCaptions:
     def caption(self, index: int) -> str:
         del index
         return ""
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def open_conditioning(self, index: int) -> IO[bytes]:
+        raise NotImplementedError
 
 
 def training_of(name: str) -> TrainingSpec:

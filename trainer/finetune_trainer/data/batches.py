@@ -21,7 +21,6 @@ from finetune_trainer.data.sampling.shapes import Shapes, Size
 from finetune_trainer.data.sources.base import SampleSet
 from finetune_trainer.models.family import IMAGE_SIZES, Family
 
-"""Name in `Batch.text` of SDXL's conditions on the size of each image, float32 (n, 6)."""
 _PRIOR_OFFSET = 1 << 40
 """Added to the index of a sample in the keys of the draws for its class image, so that all keys are different."""
 
@@ -31,7 +30,7 @@ class Batch:
     """A micro-batch of n samples on the device.
 
     Attributes:
-        latents: clean scaled latents, float32 (n, C, h, w).
+        latents: clean scaled latents in the family's shape, float32 (n, ...).
         noise: the noise of the training target, the same shape.
         timesteps: int64 (n,).
         captions: n captions.
