@@ -16,7 +16,7 @@ from finetune_operator.manifests import global_batch
 from finetune_operator.plan.model.types import PodPhase
 from finetune_operator.plan.model.view import members_of
 from finetune_operator.plan.replies import reply_to
-from tests.plan.fake_cluster import SETTINGS, START, FakeCluster, make_job, seconds
+from tests.plan.fake_cluster import SETTINGS, FakeCluster, make_job, seconds
 
 HOLDING = replace(SETTINGS, hold_seconds=120)
 ELASTIC = {"accelerator": "cpu", "minNodes": 2, "maxNodes": 4}
@@ -67,7 +67,7 @@ def test_it_waits_for_room_first() -> None:
     hear(cluster)
     decided = cluster.settle()
     assert decided.requeue_after is not None
-    assert (cluster.job.status.message or "").endswith("it goes on without them at 12:05:00 UTC")
+    assert (cluster.job.status.message or "").endswith("continues on fewer nodes at 12:05:00 UTC")
     cluster.tick(299)
     hear(cluster)
     cluster.settle()

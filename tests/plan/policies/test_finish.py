@@ -87,7 +87,7 @@ def test_the_message_says_what_it_cost() -> None:
     for rank in (0, 1):
         cluster.exit(rank, 0)
     cluster.settle()
-    assert cluster.job.status.message == "100 steps trained in 2 attempts; 5 steps done twice"
+    assert cluster.job.status.message == "100 steps trained in 2 attempts; 5 steps repeated"
 
 
 def test_a_last_beat_that_comes_late_still_tells_of_the_outputs() -> None:

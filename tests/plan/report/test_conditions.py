@@ -82,7 +82,8 @@ def test_a_notice_too_short_to_save_in_is_said_once() -> None:
         saved(cluster, 45 + step / 10, step)
     condition = find(cluster.job.status, ConditionType.NOTICE_TOO_SHORT)
     assert condition is not None
-    assert (condition.status, condition.message) == ("True", "a step and its save took 47 s; the notice is 30 s")
+    assert condition.status == "True"
+    assert condition.message == "a step and a save took 47 s; recovery.noticeSeconds is 30 s"
     assert cluster.reasons().count("SaveTakesLonger") == 1
     saved(cluster, 3, 40)
     condition = find(cluster.job.status, ConditionType.NOTICE_TOO_SHORT)

@@ -34,15 +34,15 @@ def test_the_story_of_a_preempted_job() -> None:
         cluster.exit(rank, 0)
     cluster.settle()
     assert told(cluster) == [
-        "Accepted: the spec can be run",
-        "AttemptStarted: attempt 1 begins",
-        "CheckpointCommitted: first checkpoint, of step 40",
+        "Accepted: the spec is valid and supported",
+        "AttemptStarted: attempt 1 started",
+        "CheckpointCommitted: first checkpoint committed at step 40",
         "TerminationByKubelet: attempt 1 ended at step 40 because of rank 1 (circles-a1-n1 on node-1): "
-        "A node ended the pod, because it shuts down or runs short of a resource.",
-        "AttemptStarted: attempt 2 begins",
-        "Recovered: attempt 2 went on at step 40; 0 steps lost; 3.2 s",
-        "OutputWritten: diffusers written to /out",
-        "Finished: 100 steps trained in 2 attempts; no steps done twice",
+        "The kubelet terminated a pod because its node shuts down or is short of a resource.",
+        "AttemptStarted: attempt 2 started",
+        "Recovered: attempt 2 resumed at step 40; 0 steps lost; 3.2 s to recover",
+        "OutputWritten: diffusers output written to /out",
+        "Finished: 100 steps trained in 2 attempts; 0 steps repeated",
     ]
     assert not any(event.warning for event in cluster.events)
 

@@ -20,11 +20,11 @@ def line(cluster: FakeCluster) -> tuple[Phase | None, str | None, str]:
 
 def test_pods_are_coming_up() -> None:
     cluster = FakeCluster()
-    assert line(cluster) == (Phase.STARTING, Reason.WAITING_FOR_PODS, "0/2 pods are up")
+    assert line(cluster) == (Phase.STARTING, Reason.WAITING_FOR_PODS, "0/2 pods are running")
     cluster.run_all()
     phase, reason, message = line(cluster)
     assert (phase, reason) == (Phase.STARTING, Reason.LOADING)
-    assert "not been heard" in message
+    assert "waiting for the first heartbeat" in message
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_silent_pod_is_named_with_the_time_since_when() -> None:
     cluster.tick(30)
     cluster.beat(0, step=11)
     cluster.tick(30)
-    assert line(cluster) == (Phase.RUNNING, Reason.SILENT, "circles-a1-n1 has not been heard since 12:00:00 UTC")
+    assert line(cluster) == (Phase.RUNNING, Reason.SILENT, "circles-a1-n1 has sent no heartbeat since 12:00:00 UTC")
     cluster.beat(1, step=11)
     assert line(cluster)[:2] == (Phase.RUNNING, Reason.TRAINING)
 
@@ -155,7 +155,7 @@ def test_a_cause_that_is_still_looked_for() -> None:
     cluster = FakeCluster().running()
     cluster.exit(0, ExitCode.FABRIC)
     phase, _, message = line(cluster)
-    assert (phase, message) == (Phase.RECOVERING, "attempt 1 ended; looking for the cause")
+    assert (phase, message) == (Phase.RECOVERING, "attempt 1 ended; determining the cause")
 
 
 def test_a_finished_job_keeps_its_line() -> None:

@@ -75,5 +75,5 @@ def _describe_silence(view: View) -> str | None:
     timeout = timedelta(seconds=view.settings.beat_timeout_seconds)
     for received in view.beats.values():
         if received.received_at + timeout <= view.now:
-            return f"{received.beat.pod} has not been heard since {received.received_at:%H:%M:%S} UTC"
+            return f"{received.beat.pod} has sent no heartbeat since {received.received_at:%H:%M:%S} UTC"
     return None

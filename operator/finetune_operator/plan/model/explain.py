@@ -6,18 +6,22 @@ from finetune_operator.api.job import AttemptStatus
 from finetune_operator.api.reasons import REASONS, Reason
 
 MAX_OUTPUT_CHARACTERS = 300
-"""Maximum length of a rank's last line in a message; the ledger contains the complete output."""
+"""Maximum length of the details in a message; the ledger contains the complete output of the rank."""
 
 
 def explain_end(entry: AttemptStatus) -> str:
-    """Return why an attempt ended: its last step, the rank that ended first, the reason, and that rank's last line."""
+    """Return why an attempt ended: its last step, the rank that ended first, the reason, and its last line."""
     step = f" at step {entry.to_step}" if entry.to_step is not None else ""
-    node = f" on {entry.node}" if entry.node else ""
-    who = f" because of rank {entry.rank} ({entry.pod}{node})" if entry.rank is not None else ""
+    place = " on ".join(name for name in (entry.pod, entry.node) if name)
+    rank = f" because of rank {entry.rank} ({place})" if entry.rank is not None else ""
     last_line = (entry.message or "").strip().splitlines()[-1:]
-    said = " It said:" if entry.rank is not None else ""
-    output = f"{said} {last_line[0][:MAX_OUTPUT_CHARACTERS]}" if last_line else ""
-    return f"attempt {entry.attempt} ended{step}{who}: {explain_reason(entry.reason)}{output}"
+    details = f" Details: {last_line[0][:MAX_OUTPUT_CHARACTERS].rstrip('.')}." if last_line else ""
+    return f"attempt {entry.attempt} ended{step}{rank}: {explain_reason(entry.reason)}{details}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def is_final(reason: str | None) -> bool:

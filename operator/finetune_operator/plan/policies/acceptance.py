@@ -38,18 +38,18 @@ class Gap:
 GAPS = (
     Gap(
         lambda spec: spec.training.script is not None,
-        "spec.training.script: scripts cannot be run by this version; write method: LoRA instead.",
+        "spec.training.script: this version cannot run scripts; write e.g. method: LoRA and steps: 1000 instead.",
     ),
     Gap(
         lambda spec: spec.queue_name is not None,
-        "spec.queueName: queues are not supported by this version; leave it out.",
+        "spec.queueName: this version does not support queues; leave it out.",
     ),
 )
 """Gaps of the operator; those of the trainer's options are in `api.rules.supported`."""
 
 NO_STORAGE = (
-    "spec.checkpoint.storage: the pods need a volume that they share, or a bucket; write persistentVolumeClaim, "
-    "hostPath, nfs or bucket."
+    "spec.checkpoint.storage: the pods need a shared volume or a bucket; write persistentVolumeClaim, hostPath, nfs "
+    "or bucket."
 )
 
 
@@ -115,7 +115,7 @@ def _evaluate(view: View) -> tuple[Reason, str]:
         return Reason.INVALID_SPEC, _join(broken)
     if missing := [*find_missing(view.spec), *find_unsupported(view.spec, view.settings)]:
         return Reason.NOT_SUPPORTED, _join(missing)
-    return Reason.ACCEPTED, "the spec can be run"
+    return Reason.ACCEPTED, "the spec is valid and supported"
 
 
 def _template_faults(view: View) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import CountsAs, Reason
-from finetune_operator.plan.model.explain import explain_end, is_final
+from finetune_operator.plan.model.explain import count, explain_end, is_final
 from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.view import View, is_finished
@@ -39,14 +39,14 @@ def enforce(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         return fail(view, status, entry.reason, explain_end(entry))
     tally = status.tally
     if tally.failures_at_step >= view.settings.same_step_failures and tally.failed_step is not None:
-        message = f"{tally.failures_at_step} failures in a row after step {tally.failed_step}; {explain_end(entry)}"
-        return fail(view, status, Reason.SAME_STEP_FAILURES, message)
+        repeated = f"{tally.failures_at_step} failures in a row after step {tally.failed_step}"
+        return fail(view, status, Reason.SAME_STEP_FAILURES, f"{repeated}. Last: {explain_end(entry)}")
     allowed = view.spec.recovery.max_failures
     if tally.failures_since_checkpoint <= allowed:
         return status
-    since = f"since the checkpoint of step {status.last_checkpoint.step}" if status.last_checkpoint else "in all"
-    num_failures = tally.failures_since_checkpoint
-    message = f"{num_failures} failures {since}, {allowed} allowed; the last: {explain_end(entry)}"
+    since = f"since the checkpoint of step {status.last_checkpoint.step}" if status.last_checkpoint else "in total"
+    failures = count(tally.failures_since_checkpoint, "failure")
+    message = f"{failures} {since}, {allowed} allowed. Last: {explain_end(entry)}"
     return fail(view, status, Reason.MAX_FAILURES_EXCEEDED, message)
 
 

@@ -19,7 +19,7 @@ def enforce(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         return status
     limit = view.spec.active_deadline_seconds
     status = close(view, status, Reason.DEADLINE_EXCEEDED)
-    return fail(view, status, Reason.DEADLINE_EXCEEDED, f"the job took longer than activeDeadlineSeconds, {limit} s")
+    return fail(view, status, Reason.DEADLINE_EXCEEDED, f"the job exceeded activeDeadlineSeconds ({limit} s)")
 
 
 def deadline(view: View, status: FineTuneJobStatus) -> datetime | None:

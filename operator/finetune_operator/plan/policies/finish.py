@@ -6,6 +6,7 @@ from finetune_contract.phase import Phase
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan.model.closing import close
+from finetune_operator.plan.model.explain import count
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
@@ -46,12 +47,10 @@ def fail(view: View, status: FineTuneJobStatus, reason: str, message: str) -> Fi
 
 
 def _success_message(status: FineTuneJobStatus) -> str:
-    steps = f"{status.total_steps} steps trained" if status.total_steps else "all steps trained"
-    return (
-        f"{steps} in {status.attempt} attempts; {status.lost_steps or 'no'} steps done twice"
-        if status.attempt > 1
-        else steps
-    )
+    trained = f"{count(status.total_steps, 'step')} trained" if status.total_steps else "all steps trained"
+    if status.attempt == 1:
+        return trained
+    return f"{trained} in {status.attempt} attempts; {count(status.lost_steps, 'step')} repeated"
 
 
 POLICY = Policy("finish", decide=detect_success)

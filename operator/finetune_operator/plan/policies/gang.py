@@ -8,7 +8,7 @@ from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.reasons import Reason
-from finetune_operator.manifests import Surroundings, build_config, build_pod, build_service
+from finetune_operator.manifests import PodOptions, build_config, build_pod, build_service
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.ledger import open_attempt, open_entry, replace_current
 from finetune_operator.plan.model.policy import Policy
@@ -65,7 +65,7 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
         missing.append(Create(build_config(view.job)))
     if service_name(name) not in view.observed.services:
         missing.append(Create(build_service(view.job, view.settings)))
-    around = Surroundings(
+    options = PodOptions(
         num_nodes=view.num_nodes,
         first_pod=view.members[0],
         avoid=_hung_nodes(status),
@@ -74,11 +74,11 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     )
     if not entry.gang_complete:
         ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
-        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, around)) for rank in ranks]
+        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, options)) for rank in ranks]
     for number, capacity in standby.wanted(view, status).items():
         if number not in view.standbys:
-            around_standby = replace(around, capacity=capacity, stands_by=True)
-            missing.append(Create(build_pod(view.job, view.attempt, number, view.settings, around_standby)))
+            standby_options = replace(options, capacity=capacity, is_standby=True)
+            missing.append(Create(build_pod(view.job, view.attempt, number, view.settings, standby_options)))
     return tuple(missing)
 
 

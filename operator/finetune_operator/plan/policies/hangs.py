@@ -101,10 +101,8 @@ def _cause(view: View, entry: AttemptStatus, slowest: RankReport) -> Cause:
     since = entry.progress_at or view.now
     meta = view.job.metadata
     folder = f"{paths.job_folder(meta.namespace, meta.name, meta.uid)}/{paths.hang_folder(entry.attempt)}"
-    message = (
-        f"{slowest.state.value.lower()} at step {slowest.step or 0} since {since:%H:%M:%S} UTC; what every rank was "
-        f"doing is in {folder} on the job's storage"
-    )
+    activity = f"{slowest.state.value.lower()} at step {slowest.step or 0} since {since:%H:%M:%S} UTC"
+    message = f"{activity}; the stacks of all ranks are in {folder} on the job's storage"
     return Cause(
         Reason.HANG,
         rank=slowest.rank,

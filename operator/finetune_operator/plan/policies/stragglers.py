@@ -29,7 +29,7 @@ def detect_stragglers(view: View, status: FineTuneJobStatus) -> FineTuneJobStatu
         rank=rank * view.spec.topology.processes_per_node,
         pod=pod.name,
         node=pod.node,
-        message="it has not been heard since its peers were done",
+        message="the pod has sent no heartbeat since its peers finished",
     )
     return record_cause(view, status, cause)
 

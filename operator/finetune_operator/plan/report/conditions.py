@@ -52,7 +52,7 @@ def evaluate_notice(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         # The durations differ with every save; do not rewrite the message for that.
         return status
     reason = Reason.SAVE_TAKES_LONGER if too_long else Reason.SAVE_IN_TIME
-    message = f"a step and its save took {seconds:.0f} s; the notice is {notice} s"
+    message = f"a step and a save took {seconds:.0f} s; recovery.noticeSeconds is {notice} s"
     return put(status, build(view, ConditionType.NOTICE_TOO_SHORT, too_long, reason.value, message))
 
 

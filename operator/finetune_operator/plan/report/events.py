@@ -10,7 +10,7 @@ from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.plan.model.conditions import find
-from finetune_operator.plan.model.explain import explain_end
+from finetune_operator.plan.model.explain import count, explain_end
 from finetune_operator.plan.model.types import Event
 
 REPORTED_BY_PHASE = frozenset({Reason.FINISHED, Reason.DEADLINE_EXCEEDED, Reason.SUSPENDED})
@@ -44,7 +44,7 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     for previous, entry in zip((None, *new.attempts), new.attempts, strict=False):
         before = known.get(entry.attempt)
         if before is None:
-            events.append(Event(Reason.ATTEMPT_STARTED, f"attempt {entry.attempt} begins"))
+            events.append(Event(Reason.ATTEMPT_STARTED, f"attempt {entry.attempt} started"))
         if previous is not None and entry.training_at is not None and (before is None or before.training_at is None):
             events.append(_recovered(previous, entry))
         if entry.reason not in (None, *REPORTED_BY_PHASE) and (before is None or before.reason is None):
@@ -55,11 +55,11 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
 
 def _recovered(previous: AttemptStatus, entry: AttemptStatus) -> Event:
     parts = [
-        f"attempt {entry.attempt} went on at step {entry.from_step or 0}",
-        f"{previous.lost_steps or 0} steps lost",
+        f"attempt {entry.attempt} resumed at step {entry.from_step or 0}",
+        f"{count(previous.lost_steps or 0, 'step')} lost",
     ]
     if previous.ended_at is not None and entry.training_at is not None:
-        parts.append(f"{(entry.training_at - previous.ended_at).total_seconds():.1f} s")
+        parts.append(f"{(entry.training_at - previous.ended_at).total_seconds():.1f} s to recover")
     return Event(Reason.RECOVERED, "; ".join(parts))
 
 
@@ -67,7 +67,7 @@ def _checkpoint(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     """Return an event for the first checkpoint only: a long job commits hundreds."""
     if old.last_checkpoint is not None or new.last_checkpoint is None:
         return []
-    return [Event(Reason.CHECKPOINT_COMMITTED, f"first checkpoint, of step {new.last_checkpoint.step}")]
+    return [Event(Reason.CHECKPOINT_COMMITTED, f"first checkpoint committed at step {new.last_checkpoint.step}")]
 
 
 def _warnings(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
@@ -84,7 +84,7 @@ def _notice(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
 
 def _outputs(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     fresh = [output for output in new.outputs if output not in old.outputs]
-    return [Event(Reason.OUTPUT_WRITTEN, f"{output.format} written to {output.to}") for output in fresh]
+    return [Event(Reason.OUTPUT_WRITTEN, f"{output.format} output written to {output.to}") for output in fresh]
 
 
 def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:

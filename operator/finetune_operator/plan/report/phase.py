@@ -64,7 +64,7 @@ def _line(view: View, status: FineTuneJobStatus) -> Line:
     if suspend.is_suspended(view):
         return Phase.SUSPENDED, Reason.SUSPENDED, _suspended(status)
     if view.spec.suspend:
-        return status.phase or Phase.RUNNING, Reason.SUSPENDING, "the ranks save their state and stop"
+        return status.phase or Phase.RUNNING, Reason.SUSPENDING, "the ranks are saving their state before they stop"
     if entry is None or entry.ended_at is not None:
         refused = _not_accepted(status)
         if refused is not None:
@@ -78,7 +78,7 @@ def _line(view: View, status: FineTuneJobStatus) -> Line:
 
 def _suspended(status: FineTuneJobStatus) -> str:
     at = f" at step {status.last_checkpoint.step}" if status.last_checkpoint else ""
-    return f"suspended{at}; set spec.suspend to false to go on"
+    return f"suspended{at}; set spec.suspend to false to resume"
 
 
 def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
@@ -86,12 +86,12 @@ def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
     if entry.reason is None:
         guess = find_cause(view, entry.gang_complete)
         reason = guess.reason if guess is not None else Reason.POD_LOST
-        return Phase.RECOVERING, reason, f"attempt {entry.attempt} ended; looking for the cause"
+        return Phase.RECOVERING, reason, f"attempt {entry.attempt} ended; determining the cause"
     # After an end that is no interruption, such as a suspension, there is nothing to recover from.
     phase = Phase.RECOVERING if _interrupts(status, entry) else Phase.STARTING
     why = explain_end(entry)
     if view.observed.pods:
-        return phase, entry.reason, f"{why} Its pods are being cleared."
+        return phase, entry.reason, f"{why} Its pods are being deleted or kept for the next attempt."
     due = attempts.wake(view, status)
     if due is not None and due > view.now:
         return phase, Reason.BACK_OFF, f"{why} The next attempt begins at {due:%H:%M:%S} UTC."
@@ -102,7 +102,7 @@ def _open(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
     """Return the line of an open attempt: its pods start, then its ranks work."""
     waiting_phase = Phase.RECOVERING if _is_recovery(status) else Phase.STARTING
     if entry.attempt != view.attempt:
-        return waiting_phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
+        return waiting_phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are running"
     if not view.all_up():
         phase, reason, message = _waiting(view, status, waiting_phase)
         return phase, reason, message + _end_of_wait(view, entry)
@@ -143,7 +143,7 @@ def _waiting(view: View, status: FineTuneJobStatus, phase: Phase) -> Line:
             reason = _waiting_reason(pod.waiting)
             queued = phase is Phase.STARTING and reason in FOR_CAPACITY
             return Phase.QUEUED if queued else phase, reason, f"{pod.name}: {pod.waiting}"
-    return phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are up"
+    return phase, Reason.WAITING_FOR_PODS, f"{nodes(view, status)} pods are running"
 
 
 def _not_accepted(status: FineTuneJobStatus) -> Condition | None:
@@ -166,9 +166,9 @@ def _end_of_wait(view: View, entry: AttemptStatus) -> str:
     shrink_at, fallback_at = elastic.shrink_at(view, entry), spot.fallback_at(view, entry)
     text = ""
     if shrink_at is not None and shrink_at > view.now and len(elastic.placed(view)) >= least:
-        text += f"; it goes on without them at {shrink_at:%H:%M:%S} UTC"
+        text += f"; continues on fewer nodes at {shrink_at:%H:%M:%S} UTC"
     if fallback_at is not None and fallback_at > view.now:
-        text += f"; it takes any node at {fallback_at:%H:%M:%S} UTC"
+        text += f"; accepts any node at {fallback_at:%H:%M:%S} UTC"
     return text
 
 
@@ -187,8 +187,8 @@ def _unheard(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waitin
     if entry.training_at is not None and status.phase in (Phase.RUNNING, Phase.EXPORTING):
         return status.phase, status.reason or Reason.TRAINING, status.message or ""
     if not view.settings.coordinator_url:
-        return Phase.RUNNING, Reason.TRAINING, "all pods run; there is no coordinator to hear of their progress"
-    return waiting_phase, Reason.LOADING, "all pods run; their supervisors have not been heard yet"
+        return Phase.RUNNING, Reason.TRAINING, "all pods are running; their progress is unknown without a coordinator"
+    return waiting_phase, Reason.LOADING, "all pods are running; waiting for the first heartbeat"
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:

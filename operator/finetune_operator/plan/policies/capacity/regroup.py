@@ -13,6 +13,7 @@ from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
 from finetune_operator.manifests import num_nodes
 from finetune_operator.plan.model.closing import close
+from finetune_operator.plan.model.explain import count
 from finetune_operator.plan.model.ledger import open_attempt, open_entry
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.view import View
@@ -31,9 +32,9 @@ def regroup(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         return status
     size = min(num_nodes(view.spec), view.num_nodes + num_ready)
     if size > view.num_nodes:
-        reason, message = Reason.GROWN, f"from {view.num_nodes} to {size} nodes"
+        reason, message = Reason.GROWN, f"the gang grows from {view.num_nodes} to {size} nodes"
     elif standby.fallen_back(view):
-        reason, message = Reason.BACK_TO_SPOT, f"{num_ready} spot nodes are there again"
+        reason, message = Reason.BACK_TO_SPOT, f"{count(num_ready, 'standby pod')} on spot nodes"
     else:
         return status
     return close(view, status, reason, next_nodes=size, message=message)
