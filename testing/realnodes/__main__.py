@@ -17,14 +17,14 @@ from typing import Any
 from testing.controlplane.build import ALL_MODULES, HELM, BuildError, ensure_programs
 from testing.helm import Helm
 from testing.realnodes import archive
-from testing.realnodes.builder import LIGHT, OPERATOR, WHOLE
+from testing.realnodes.builder import FULL, LIGHT, OPERATOR
 from testing.realnodes.cleanup import CleanupProcess, folder_of
-from testing.realnodes.cluster import RealCluster, in_own_network
+from testing.realnodes.cluster import RealCluster, enter_own_network
 from testing.realnodes.faults import FAULTS, SHORT
 from testing.realnodes.job import LONG_STEPS, SHORT_STEPS, JobsHarness
 from testing.realnodes.names import FAULT_TAINT
-from testing.realnodes.prepare import NUM_NODES, prepare, tell
-from testing.realnodes.run import ClusterRun, report
+from testing.realnodes.prepare import NUM_NODES, prepare, print_progress
+from testing.realnodes.run import ClusterRun, run_and_report
 from testing.realnodes.runtime import MissingError
 from testing.realnodes.store import ClaimStore, FolderVolume
 from testing.realnodes.user_cluster import RefusedError, UserCluster, image_from
@@ -33,7 +33,7 @@ FLAGS = {"progress-seconds": 0.5, "lease-seconds": 5, "beat-seconds": 1, "failur
 
 
 def values(operator: str, trainer: str) -> dict[str, Any]:
-    """Return the values of the chart for these images."""
+    """Return the chart values for these images."""
     repository, _, tag = operator.rpartition(":")
     return {
         "image": {"repository": repository, "tag": tag},
@@ -46,51 +46,51 @@ def values(operator: str, trainer: str) -> dict[str, Any]:
 
 
 def run(chosen: list[str], folder: Path, trainer: str, long_steps: int) -> int:
-    """Run everything on nodes of this machine; return the exit code."""
+    """Run all checks on real nodes of this machine; return the exit code."""
     images = prepare(trainer)
     operator = images / "operator.tar"
-    wrong = list(archive.faults(operator, "operator"))
-    tell(f"operator image: {archive.size_mib(operator):.0f} MiB unpacked; {'; '.join(wrong) or 'correct'}")
+    wrong = list(archive.find_defects(operator, "operator"))
+    print_progress(f"operator image: {archive.size_mib(operator):.0f} MiB unpacked; {'; '.join(wrong) or 'correct'}")
     helm = ensure_programs(modules=(HELM,))["helm"]
-    in_own_network()
+    enter_own_network()
     started = time.monotonic()
-    with RealCluster(NUM_NODES, folder, images, tell) as cluster:
+    with RealCluster(NUM_NODES, folder, images, print_progress) as cluster:
         cluster.start_nodes()
-        tell(f"{NUM_NODES} nodes became ready after {time.monotonic() - started:.0f} s")
-        harness = JobsHarness(cluster, FolderVolume(folder / "shared", lends_packages=trainer == LIGHT))
+        print_progress(f"{NUM_NODES} nodes became ready after {time.monotonic() - started:.0f} s")
+        harness = JobsHarness(cluster, FolderVolume(folder / "shared", mounts_packages=trainer == LIGHT))
         one = ClusterRun(
             cluster,
             Helm(helm, folder / "helm", cluster.kubeconfig),
             harness,
             values(OPERATOR, trainer),
-            tell,
+            print_progress,
             long_steps,
         )
-        one.begin()
-        return report(one, chosen, wrong)
+        one.set_up()
+        return run_and_report(one, chosen, wrong)
 
 
-def run_elsewhere(kubeconfig: Path, chosen: list[str], folder: Path, long_steps: int) -> int:
-    """Run everything on a cluster of the user; return the exit code."""
+def run_on_user_cluster(kubeconfig: Path, chosen: list[str], folder: Path, long_steps: int) -> int:
+    """Run all checks on the cluster of the user; return the exit code."""
     operator, trainer = image_from("FINETUNE_OPERATOR_IMAGE"), image_from("FINETUNE_TRAINER_IMAGE")
-    skipped = [name for name in chosen if FAULTS[name].own_machines]
+    skipped = [name for name in chosen if FAULTS[name].needs_machines]
     if skipped:
-        tell(f"SKIPPED, because they need access to the machines of the nodes: {', '.join(skipped)}")
+        print_progress(f"SKIPPED, because they need access to the machines of the nodes: {', '.join(skipped)}")
     programs = ensure_programs(modules=(*ALL_MODULES, HELM))
     cluster = UserCluster(programs["kubectl"], kubeconfig)
-    cluster.begin(tell)
+    cluster.prepare(print_progress)
     store = ClaimStore(trainer, os.environ.get("FINETUNE_STORAGE_CLASS"), folder / "shared")
     helm = Helm(programs["helm"], folder / "helm", kubeconfig)
-    one = ClusterRun(cluster, helm, JobsHarness(cluster, store), values(operator, trainer), tell, long_steps)
+    one = ClusterRun(cluster, helm, JobsHarness(cluster, store), values(operator, trainer), print_progress, long_steps)
     try:
-        one.begin()
-        return report(one, [name for name in chosen if name not in skipped], [])
+        one.set_up()
+        return run_and_report(one, [name for name in chosen if name not in skipped], [])
     finally:
-        cluster.remove_all(tell)
+        cluster.remove_all(print_progress)
 
 
 def main() -> int:
-    """Parse the options, run, clean up; return the exit code."""
+    """Parse the options, run the checks and clean up; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m testing.realnodes", description=__doc__)
     parser.add_argument("--faults", default="", help="only these, separated by commas: " + ", ".join(FAULTS))
     parser.add_argument("--short", action="store_true", help="only " + ", ".join(SHORT))
@@ -112,8 +112,8 @@ def main() -> int:
         with CleanupProcess(keep=options.keep):
             long_steps = SHORT_STEPS if options.short else LONG_STEPS
             if kubeconfig:
-                return run_elsewhere(Path(kubeconfig), chosen, folder, long_steps)
-            return run(chosen, folder, WHOLE if options.trainer_image else LIGHT, long_steps)
+                return run_on_user_cluster(Path(kubeconfig), chosen, folder, long_steps)
+            return run(chosen, folder, FULL if options.trainer_image else LIGHT, long_steps)
     except MissingError as error:
         print(f"SKIPPED: {error}", file=sys.stderr)
         return 0

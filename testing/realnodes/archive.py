@@ -1,4 +1,4 @@
-"""Check an image by its archive: size, user, labels, unwanted files, SBOM."""
+"""Check the archive of an image: size, user, labels, unwanted files, SBOM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNWANTED = {
 LABELS = ("title", "description", "version", "revision", "source", "licenses")
 
 
-def faults(archive: Path, name: str) -> Iterator[str]:
+def find_defects(archive: Path, name: str) -> Iterator[str]:
     """Yield a message for each defect of the image with this name."""
     with tarfile.open(archive) as opened:
         manifest = _json(opened, "manifest.json")[0]
@@ -26,7 +26,7 @@ def faults(archive: Path, name: str) -> Iterator[str]:
         names = [inside for layer in manifest["Layers"] for inside in _names(opened, layer)]
     kind = name.split("-", maxsplit=1)[0]
     if kind == "operator" and size > OPERATOR_MIB * MIB:
-        yield f"{name} image is {size / MIB:.0f} MiB unpacked, over {OPERATOR_MIB}"
+        yield f"{name} image is {size / MIB:.0f} MiB unpacked; the limit is {OPERATOR_MIB} MiB"
     if config["User"].split(":")[0] in ("", "0", "root"):
         yield f"{name} image runs as root"
     missing = [label for label in LABELS if f"org.opencontainers.image.{label}" not in (config.get("Labels") or {})]
@@ -40,7 +40,7 @@ def faults(archive: Path, name: str) -> Iterator[str]:
 
 
 def size_mib(archive: Path) -> float:
-    """Return the size of its layers, unpacked, in MiB."""
+    """Return the unpacked size of the layers in MiB."""
     with tarfile.open(archive) as opened:
         layers = _json(opened, "manifest.json")[0]["Layers"]
         return sum(opened.getmember(layer).size for layer in layers) / MIB

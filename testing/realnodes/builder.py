@@ -1,9 +1,9 @@
-"""Build the images that the nodes load, from images/ on a base made by debootstrap, and cache the archives.
+"""Build the images that the nodes load, from images/ on a base image that debootstrap creates, and cache the archives.
 
 Called by `prepare`, and as `python -m testing.realnodes.builder NAME` by `make image-NAME` if no other builder is
 installed: it builds images/NAME.Dockerfile, checks the image and prints its size.
 
-A code change does not rebuild the stage with the dependencies or the layers that the nodes have unpacked.
+After a code change, the dependencies stage is not rebuilt, and the nodes do not unpack its layers again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ HERE = Path(__file__).parent
 BASE = "localhost/finetune-base:bookworm"
 BASE_PYTHON = (3, 11)
 OPERATOR, PAUSE = "localhost/operator:test", "localhost/pause:test"
-LIGHT, WHOLE = "localhost/trainer:test", "localhost/trainer-cpu:test"
-"""The modules of the trainer without torch, which pods mount from a volume; and images/trainer-cpu.Dockerfile."""
+LIGHT, FULL = "localhost/trainer:test", "localhost/trainer-cpu:test"
+"""LIGHT contains the trainer without torch, which pods mount from a volume. FULL is images/trainer-cpu.Dockerfile."""
 INCLUDED = "python3,python3-venv,python-is-python3,ca-certificates"
 SOURCES = ("operator", "trainer", "images", "requirements", "pyproject.toml", "testing/realnodes/images")
 TOOLS = ("buildah", "debootstrap", "apt-get", "gcc")
@@ -37,55 +37,55 @@ TOOLS = ("buildah", "debootstrap", "apt-get", "gcc")
 class Builder:
     """buildah with its own storage in the cache."""
 
-    def __init__(self, say: PrintLine) -> None:
-        self._say = say
+    def __init__(self, print_line: PrintLine) -> None:
+        self._print_line = print_line
         self.folder = cache_folder().parent / "realnodes"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def ensure(self, trainer: str = LIGHT) -> Path:
-        """Build what has changed; return the folder of the archives."""
-        kind = "whole" if trainer == WHOLE else "light"
+        """Build the images that changed; return the folder of the archives."""
+        kind = "whole" if trainer == FULL else "light"
         target = self.folder / f"images-{kind}-{self._key()}"
-        with self.alone():
+        with self.locked():
             if not target.exists():
                 partial = self.folder / "images.partial"
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                formers = sorted(self.folder.glob(f"images-{kind}-*"), key=lambda folder: folder.stat().st_mtime)
-                for former in formers[-1:]:
-                    layers.start_from(former, partial)
+                older = sorted(self.folder.glob(f"images-{kind}-*"), key=lambda folder: folder.stat().st_mtime)
+                for folder in older[-1:]:
+                    layers.start_from(folder, partial)
                 self._fill(partial, trainer)
                 # Another process may be starting nodes from the newest folder.
-                for former in formers[:-1]:
-                    shutil.rmtree(former)
+                for folder in older[:-1]:
+                    shutil.rmtree(folder)
                 partial.rename(target)
         return target
 
-    def alone(self) -> AbstractContextManager[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Lock out other builds."""
-        return lock(self.folder / "lock", "build of the images", self._say)
+        return lock(self.folder / "lock", "build of the images", self._print_line)
 
     def build(self, file: Path, name: str, *arguments: str) -> None:
-        """Build one image; of its build stages only the dependencies are kept."""
+        """Build one image. Keep the dependencies stage and remove the other build stages."""
         self._ensure_base()
         authorities = "/etc/ssl/certs"
         given = ["--volume", f"{authorities}:{authorities}:ro", "--build-arg", f"PYTHON_IMAGE={BASE}", *arguments]
         command = ("build", "--layers", *given, "--file", str(file))
         kept = f"localhost/{file.stem}-dependencies:kept"
-        with progress(self._say, f"{name} from {file.relative_to(ROOT)}", 10):
-            # Left by an interrupted build.
+        with progress(self._print_line, f"{name} from {file.relative_to(ROOT)}", 10):
+            # Containers that an interrupted build left.
             self._buildah("rm", "--all")
             self._buildah(*command, "--target", "dependencies", "--tag", kept, str(ROOT))
             self._buildah(*command, "--tag", name, str(ROOT))
             self._buildah("rmi", "--prune")
 
     def write(self, name: str, target: Path) -> None:
-        """Write an image as an archive, which `archive` can check."""
+        """Write an image as an archive that `archive` can check."""
         self._buildah("push", name, f"docker-archive:{target}:{name}")
 
     def _fill(self, folder: Path, trainer: str) -> None:
         files = {OPERATOR: ROOT / "images/operator.Dockerfile", LIGHT: HERE / "images/trainer.Dockerfile"}
-        files[WHOLE] = ROOT / "images/trainer-cpu.Dockerfile"
+        files[FULL] = ROOT / "images/trainer-cpu.Dockerfile"
         for name in (OPERATOR, trainer):
             self.build(files[name], name)
         self._build_pause()
@@ -97,7 +97,7 @@ class Builder:
     def _ensure_base(self) -> None:
         if BASE.split(":", maxsplit=1)[0] in self._buildah("images", "--format", "{{.Name}}").split():
             return
-        self._say("building the base with debootstrap (a minute)")
+        self._print_line("building the base with debootstrap (a minute)")
         root = self.folder / "base"
         shutil.rmtree(root, ignore_errors=True)
         try:
@@ -105,8 +105,8 @@ class Builder:
             _run("debootstrap", "--variant=minbase", f"--include={INCLUDED}", "bookworm", str(root), mirror)
         except (BuildError, IndexError) as error:
             raise MissingError(f"cannot build the base of the images, which needs a Debian mirror: {error}") from None
-        for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
-            shutil.rmtree(root / waste, ignore_errors=True)
+        for unused in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
+            shutil.rmtree(root / unused, ignore_errors=True)
         container = self._buildah("from", "scratch").strip()
         self._buildah("copy", container, str(root), "/")
         self._buildah("config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", container)
@@ -114,7 +114,7 @@ class Builder:
         shutil.rmtree(root)
 
     def _build_pause(self) -> None:
-        self._say(f"building {PAUSE}")
+        self._print_line(f"building {PAUSE}")
         program = self.folder / "pause"
         _run("gcc", "-Os", "-static", "-s", "-o", str(program), str(HERE / "images/pause.c"))
         container = self._buildah("from", "scratch").strip()
@@ -157,18 +157,18 @@ def main() -> int:
     target = builder.folder / f"{options.name}.tar"
     try:
         check_tools(TOOLS)
-        given = [word for value in options.build_arg for word in ("--build-arg", value)]
-        with builder.alone():
+        given = [part for value in options.build_arg for part in ("--build-arg", value)]
+        with builder.locked():
             builder.build(ROOT / f"images/{options.name}.Dockerfile", options.tag, *given)
             builder.write(options.tag, target)
-        faults = list(archive.faults(target, options.name))
-        print(f"{options.tag}: {archive.size_mib(target):.0f} MiB unpacked; {'; '.join(faults) or 'correct'}")
+        defects = list(archive.find_defects(target, options.name))
+        print(f"{options.tag}: {archive.size_mib(target):.0f} MiB unpacked; {'; '.join(defects) or 'correct'}")
     except (MissingError, BuildError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         target.unlink(missing_ok=True)
-    return 1 if faults else 0
+    return 1 if defects else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from testing.controlplane.process import wait_for
 
 CGROUPS = Path("/sys/fs/cgroup")
 RUNS = cache_folder().parent / "realnodes" / "runs"
-"""On the same file system as the images, whose files the nodes share by hard links."""
+"""Must be on the same file system as the images, because the nodes share their files by hard links."""
 PREFIX = "finetune-realnodes-"
 SECONDS = 30.0
 KEEP = b"keep\n"
@@ -31,12 +31,12 @@ def folder_of(run: int) -> Path:
 
 
 def cgroup_of(run: int) -> str:
-    """Return the name of its cgroup in every hierarchy."""
+    """Return the name of the cgroup of a run in every hierarchy."""
     return f"{PREFIX}{run}"
 
 
 class CleanupProcess:
-    """Cleans up after this process."""
+    """A separate process that cleans up after this one, including after SIGKILL."""
 
     def __init__(self, keep: bool = False) -> None:
         self._keep = keep
@@ -64,14 +64,14 @@ def sweep() -> None:
 
 
 def clean(run: int, *, keep: bool) -> None:
-    """Remove what a run left. Raise TimeoutError if a cgroup still contains a process."""
-    wait_for(f"the cgroups of run {run} are removed", lambda: not list(remaining(run)), SECONDS)
+    """Remove the cgroups and the folder of a run. Raise TimeoutError if a cgroup still contains a process."""
+    wait_for(f"the cgroups of run {run} are removed", lambda: not remove_cgroups(run), SECONDS)
     if not keep:
         shutil.rmtree(folder_of(run), ignore_errors=True)
 
 
-def remaining(run: int) -> list[Path]:
-    """Remove the cgroups of a run from the leaves up; return those that are not empty."""
+def remove_cgroups(run: int) -> list[Path]:
+    """Remove the cgroups of a run, leaves first; return those that still contain a process."""
     left = []
     for top in CGROUPS.glob(f"*/{cgroup_of(run)}"):
         for path in sorted((top, *top.rglob("*")), reverse=True):
@@ -84,7 +84,7 @@ def remaining(run: int) -> list[Path]:
 
 
 def main() -> None:
-    """Wait for the end of the run, then clean up after it."""
+    """Wait until the run ends, then clean up."""
     clean(int(sys.argv[1]), keep=sys.stdin.buffer.read() == KEEP)
 
 

@@ -1,7 +1,7 @@
 """Real nodes on this machine: the control plane of the tests, CoreDNS, and kubelets in their own namespaces.
 
-Called by `__main__` inside its own network namespace (`in_own_network`): nothing listens on an address of the machine,
-and nothing remains when the process ends.
+Called by `__main__` inside its own network namespace (`enter_own_network`), so that nothing listens on an address of
+the machine, and nothing remains when the process ends.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ cluster.local:53 {{
 """
 
 
-def in_own_network() -> None:
+def enter_own_network() -> None:
     """Move this process to a new network namespace that contains only a bridge."""
     library = ctypes.CDLL(None, use_errno=True)
     if library.unshare(CLONE_NEWNET) != 0:
@@ -57,12 +57,12 @@ def in_own_network() -> None:
 class RealCluster(ControlPlane):
     """A control plane that kubelets can reach, and its nodes."""
 
-    def __init__(self, num_nodes: int, folder: Path, images: Path, say: PrintLine) -> None:
-        """Prepare a cluster whose nodes contain the images of a folder of archives."""
+    def __init__(self, num_nodes: int, folder: Path, images: Path, print_line: PrintLine) -> None:
+        """Prepare a cluster. `images` is the folder with the archives that every node loads."""
         super().__init__({"kube-controller-manager", "kube-scheduler"}, folder=folder, toleration_seconds=1)
         self._num_nodes = num_nodes
         self._images = images
-        self._say = say
+        self._print_line = print_line
         self.nodes: list[RealNode] = []
 
     @property
@@ -74,7 +74,7 @@ class RealCluster(ControlPlane):
         """Start CoreDNS and the nodes; return when all are ready."""
         assert self._guard is not None
         self._start_dns()
-        self.nodes = [RealNode(self._place(number), self._guard) for number in range(1, self._num_nodes + 1)]
+        self.nodes = [RealNode(self._node_layout(number), self._guard) for number in range(1, self._num_nodes + 1)]
         for node in self.nodes:
             node.start()
         for node in self.nodes:
@@ -94,14 +94,14 @@ class RealCluster(ControlPlane):
         return conditions.get("Ready") == "True"
 
     def _prepare(self) -> None:
-        self._real = ensure_all(self._say)
-        self._runtime = ensure_runtime(self._say)
-        self._layers = ensure_layers(self._images, self._runtime, self._say)
+        self._real = ensure_all(self._print_line)
+        self._runtime = ensure_runtime(self._print_line)
+        self._layers = ensure_layers(self._images, self._runtime, self._print_line)
         super()._prepare()
         server = self.authority.issue("kube-apiserver-nodes", hosts=(*API_SERVER_HOSTS, GATEWAY))
         client = self.authority.issue("kube-apiserver-kubelet-client", groups=["system:masters"])
         self._commands["kube-apiserver"] += [
-            # All addresses: the network namespace belongs to this process.
+            # Listen on all addresses: only this process uses the network namespace.
             "--bind-address=0.0.0.0",
             f"--advertise-address={GATEWAY}",
             "--endpoint-reconciler-type=master-count",
@@ -123,7 +123,7 @@ class RealCluster(ControlPlane):
         self._programs["coredns"] = Program("coredns", command, self._layout.log("coredns"), self._guard)
         self._programs["coredns"].start()
 
-    def _place(self, number: int) -> NodeLayout:
+    def _node_layout(self, number: int) -> NodeLayout:
         name = f"node{number}"
         address = f"10.77.0.{10 + number}"
         return NodeLayout(

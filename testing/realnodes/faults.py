@@ -23,8 +23,8 @@ exit 1
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A job that trains on real nodes."""
+class FaultTarget:
+    """The running job that a fault is injected into, and its cluster."""
 
     cluster: KubectlCluster
     harness: JobsHarness
@@ -33,7 +33,7 @@ class Scene:
 
     @property
     def machines(self) -> RealCluster:
-        """Return the cluster as one whose machines are accessible."""
+        """Return the cluster, whose node machines must be accessible."""
         assert isinstance(self.cluster, RealCluster)
         return self.cluster
 
@@ -61,34 +61,34 @@ class Scene:
 class Fault:
     """One kind of fault."""
 
-    strike: Callable[[Scene], Callable[[], None]]
+    inject: Callable[[FaultTarget], Callable[[], None]]
     """Inject the fault; return the function that undoes it after the job has ended."""
     causes: frozenset[str]
-    """Reasons that the ledger may record; empty: no attempt may end."""
-    own_machines: bool = False
-    """Whether it needs access to the machines of the nodes, or must know their free resources."""
+    """Reasons that the ledger may record. Empty: no attempt may end."""
+    needs_machines: bool = False
+    """The fault needs access to the machines of the nodes, or must know their free resources."""
 
 
-def drain(scene: Scene) -> Callable[[], None]:
-    node = scene.node
-    scene.kubectl("label", "node", node, f"{OURS}=drained")
-    scene.kubectl("drain", node, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
+def drain(target: FaultTarget) -> Callable[[], None]:
+    node = target.node
+    target.kubectl("label", "node", node, f"{OURS}=drained")
+    target.kubectl("drain", node, "--force", "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=90s")
 
     def undo() -> None:
-        scene.kubectl("uncordon", node)
-        scene.kubectl("label", "node", node, f"{OURS}-")
+        target.kubectl("uncordon", node)
+        target.kubectl("label", "node", node, f"{OURS}-")
 
     return undo
 
 
-def taint(scene: Scene) -> Callable[[], None]:
-    node = scene.node
-    scene.kubectl("taint", "node", node, f"{FAULT_TAINT}=true:NoExecute")
-    return lambda: discard(scene.kubectl("taint", "node", node, f"{FAULT_TAINT}-"))
+def taint(target: FaultTarget) -> Callable[[], None]:
+    node = target.node
+    target.kubectl("taint", "node", node, f"{FAULT_TAINT}=true:NoExecute")
+    return lambda: discard(target.kubectl("taint", "node", node, f"{FAULT_TAINT}-"))
 
 
-def preempt_by_priority(scene: Scene) -> Callable[[], None]:
-    node = scene.node
+def preempt_by_priority(target: FaultTarget) -> Callable[[], None]:
+    node = target.node
     priority = {
         "apiVersion": "scheduling.k8s.io/v1",
         "kind": "PriorityClass",
@@ -113,51 +113,51 @@ def preempt_by_priority(scene: Scene) -> Callable[[], None]:
         },
     }
     for thing in (priority, pod):
-        scene.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
-    return lambda: discard(scene.kubectl("--namespace=default", "delete", "pod", "urgent", "--wait=false"))
+        target.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
+    return lambda: discard(target.kubectl("--namespace=default", "delete", "pod", "urgent", "--wait=false"))
 
 
-def force_delete(scene: Scene) -> Callable[[], None]:
-    scene.kubectl("--namespace", TEAM, "delete", "pod", scene.pod_name, "--grace-period=0", "--force")
-    return undo_nothing
+def force_delete(target: FaultTarget) -> Callable[[], None]:
+    target.kubectl("--namespace", TEAM, "delete", "pod", target.pod_name, "--grace-period=0", "--force")
+    return do_nothing
 
 
-def kill_container(scene: Scene) -> Callable[[], None]:
-    node = next(node for node in scene.machines.nodes if node.name == scene.node)
-    node.inside("bash", "-c", KILL, scene.pod_name)
-    return undo_nothing
+def kill_container(target: FaultTarget) -> Callable[[], None]:
+    node = next(node for node in target.machines.nodes if node.name == target.node)
+    node.inside("bash", "-c", KILL, target.pod_name)
+    return do_nothing
 
 
-def kill_node(scene: Scene) -> Callable[[], None]:
-    node = next(node for node in scene.machines.nodes if node.name == scene.node)
+def kill_node(target: FaultTarget) -> Callable[[], None]:
+    node = next(node for node in target.machines.nodes if node.name == target.node)
     node.kill()
-    scene.machines.wait_ready(node.name, ready=False)
+    target.machines.wait_ready(node.name, ready=False)
 
     def undo() -> None:
         node.start()
-        scene.machines.wait_ready(node.name)
+        target.machines.wait_ready(node.name)
 
     return undo
 
 
-def delete_operator(scene: Scene) -> Callable[[], None]:
-    pods = json.loads(scene.kubectl("--namespace", HOME, "get", "pods", "--output=json"))["items"]
-    name = next(pod["metadata"]["name"] for pod in pods if pod["metadata"]["uid"] == scene.harness.leader())
-    scene.kubectl("--namespace", HOME, "delete", "pod", name, "--wait=false")
-    return undo_nothing
+def delete_operator(target: FaultTarget) -> Callable[[], None]:
+    pods = json.loads(target.kubectl("--namespace", HOME, "get", "pods", "--output=json"))["items"]
+    name = next(pod["metadata"]["name"] for pod in pods if pod["metadata"]["uid"] == target.harness.leader())
+    target.kubectl("--namespace", HOME, "delete", "pod", name, "--wait=false")
+    return do_nothing
 
 
-def upgrade(scene: Scene) -> Callable[[], None]:
-    scene.upgrade()
+def upgrade(target: FaultTarget) -> Callable[[], None]:
+    target.upgrade()
     rolled_out = ("rollout", "status", f"deployment/{NAME}", "--timeout=100s")
-    return lambda: discard(scene.kubectl("--namespace", HOME, *rolled_out))
+    return lambda: discard(target.kubectl("--namespace", HOME, *rolled_out))
 
 
 def discard(_: object) -> None:
     """Ignore the output of a command."""
 
 
-def undo_nothing() -> None:
+def do_nothing() -> None:
     """Do nothing: the fault needs no undo."""
 
 
@@ -166,16 +166,16 @@ FAULTS: dict[str, Fault] = {
     "kubectl drain": Fault(drain, frozenset(WITH_NOTICE | {"EvictionByEvictionAPI"})),
     "termination taint": Fault(taint, frozenset(WITH_NOTICE | {"DeletionByTaintManager"})),
     "higher priority": Fault(
-        preempt_by_priority, frozenset(WITH_NOTICE | {"PreemptionByScheduler"}), own_machines=True
+        preempt_by_priority, frozenset(WITH_NOTICE | {"PreemptionByScheduler"}), needs_machines=True
     ),
     "delete --grace-period=0": Fault(force_delete, frozenset({"PodDeleted", "PodLost"})),
-    "SIGKILL of a container": Fault(kill_container, frozenset({"ProcessFailed", "OutOfMemory"}), own_machines=True),
+    "SIGKILL of a container": Fault(kill_container, frozenset({"ProcessFailed", "OutOfMemory"}), needs_machines=True),
     "SIGKILL of a node": Fault(
-        kill_node, frozenset({"NodeLost", "PodLost", "DeletionByTaintManager"}), own_machines=True
+        kill_node, frozenset({"NodeLost", "PodLost", "DeletionByTaintManager"}), needs_machines=True
     ),
     "operator's pod deleted": Fault(delete_operator, frozenset()),
     "helm upgrade": Fault(upgrade, frozenset()),
 }
-"""The faults by their displayed names."""
+"""The faults by the names shown in the table."""
 SHORT = ("kubectl drain", "SIGKILL of a node", "operator's pod deleted")
 """One fault of each kind: with a preemption notice, without one, and of the operator."""

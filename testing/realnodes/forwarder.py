@@ -15,14 +15,14 @@ CHUNK_BYTES = 65536
 
 
 class PortForwarder:
-    """Create it before `in_own_network`, open it after."""
+    """Forwards connections. Create it before `enter_own_network`; call `open` afterwards."""
 
     def __init__(self) -> None:
         self._outside = socket.create_server((LOOPBACK, 0))
         self.port: int = self._outside.getsockname()[1]
 
     def open(self, port: int) -> None:
-        """Start to forward to a port of the loopback in the network of this thread."""
+        """Start to forward connections to a loopback port in the network namespace of this thread."""
         threading.Thread(target=self._serve, args=(port,), daemon=True).start()
 
     def _serve(self, port: int) -> None:

@@ -17,10 +17,10 @@ from testing.realnodes.store import CLAIM, MOUNT, OUTPUTS, KubectlCluster, Objec
 
 STEPS, SAVE_EVERY, FAULT_STEP = 40, 10, 14
 LONG_STEPS, SHORT_STEPS = 200, 120
-"""Steps of a job that trains longer than the operator is absent while it is upgraded or rescheduled."""
+"""Steps of a job that trains longer than the operator is unavailable during an upgrade or a reschedule."""
 RUN_SECONDS = 600.0
 POLL_SECONDS = 0.5
-"""Pause between calls of kubectl. Each uses a third of a second of a core, for which the job would wait."""
+"""Pause between calls of kubectl. Each call takes 0.3 s of CPU time from the job."""
 ENDED = ("Succeeded", "Failed")
 
 
@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 @dataclass
 class JobsHarness:
-    """The namespace of the jobs and their volume."""
+    """Creates and observes jobs in their namespace."""
 
     cluster: KubectlCluster
     store: Store
 
     def prepare(self) -> None:
-        """Create the volume with model and data in a namespace that enforces the restricted standard."""
+        """Create a namespace that enforces the restricted Pod Security Standard, and the volume with model and data."""
         enforce = {"pod-security.kubernetes.io/enforce": "restricted"}
         make_namespace(self.cluster, TEAM, enforce)
         self.store.prepare(self.cluster)
@@ -93,15 +93,15 @@ class JobsHarness:
         return datetime.datetime.fromisoformat(stepped).timestamp()
 
     def wait_new_leader(self, name: str, former: str) -> float:
-        """Wait until another operator than `former` leads and has reported a step; return that time."""
+        """Wait until an operator pod other than `former` leads and reports a step; return that time."""
 
         def probe() -> dict[str, Any]:
             status = self.status(name)
             if status.get("phase") in ENDED:
-                raise AssertionError(f"{name} ended before another operator led: too few steps for this machine")
+                raise AssertionError(f"{name} ended before another operator pod led; give the job more steps")
             return status if self.leader() not in ("", former) else {}
 
-        step = self._wait("another operator leads", probe).get("step", 0)
+        step = self._wait("another operator pod leads", probe).get("step", 0)
         self._wait(f"{name} reports its next step", lambda: self.status(name).get("step", 0) > step)
         return time.time()
 
@@ -111,7 +111,7 @@ class JobsHarness:
         return lease["spec"].get("holderIdentity") or ""
 
     def describe(self, name: str) -> str:
-        """Return everything that helps to find out why a job failed."""
+        """Return the objects, events and logs that explain why a job failed."""
         selector = f"--selector=finetune-operator.io/job={name}"
         commands = (
             ("get", "ftj", name, "--output=yaml"),

@@ -1,8 +1,8 @@
 """Unpack the images once, into a containerd folder that each node starts with.
 
 Unpacked layers are never written to, so nodes share their files by hard links. The six gigabytes of a trainer image are
-unpacked once and not by every node. A new version of our own code is a separate layer: a folder starts with the
-contents of the previous one and unpacks only what is missing.
+unpacked once and not by every node. The project's own code is a separate layer: a new folder starts with the contents
+of the previous one and unpacks only the layers that are missing.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ NAME = "io.containerd.image.name"
 
 
 def start_from(former: Path, images: Path) -> None:
-    """Start the folder `images` with what an older folder has unpacked."""
+    """Copy the layers that the folder `former` has unpacked to the folder `images`."""
     if (former / LAYERS).exists():
         copy_layers(former / LAYERS, images / FORMER)
 
 
 def layout_for(images: Path, name: str) -> Path:
-    """Return the folder for an OCI layout of this image. It contains all unpacked blobs, so none is written twice."""
+    """Create the folder for an OCI layout of this image and return it.
+
+    It contains all unpacked blobs, so that none is written again.
+    """
     layout = images / f"{name.rpartition('/')[2].partition(':')[0]}.oci"
     (layout / BLOBS).mkdir(parents=True)
     for blob in _blobs(images / FORMER / CONTENT):
@@ -50,12 +53,12 @@ def layout_for(images: Path, name: str) -> Path:
     return layout
 
 
-def ensure_layers(images: Path, runtime: Runtime, say: PrintLine) -> Path:
-    """Return the folder of a containerd that has unpacked all layouts in `images`."""
+def ensure_layers(images: Path, runtime: Runtime, print_line: PrintLine) -> Path:
+    """Return a containerd folder with all layouts in `images` unpacked."""
     layers = images / LAYERS
-    with lock(images / "lock", "unpacking of the images", say):
+    with lock(images / "lock", "unpacking of the images", print_line):
         if not layers.exists():
-            say("unpacking the images")
+            print_line("unpacking the images")
             partial, work = images / "layers.partial", images / "work"
             for folder in (partial, work):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -78,9 +81,9 @@ def copy_layers(layers: Path, target: Path) -> None:
     _run("cp", "--archive", "--link", str(layers), str(target))
     # Copy the databases, because containerd writes them in place.
     for database in target.rglob("*.db"):
-        aside = database.with_suffix(".aside")
-        shutil.copyfile(database, aside)
-        aside.replace(database)
+        temporary = database.with_suffix(".copy")
+        shutil.copyfile(database, temporary)
+        temporary.replace(database)
 
 
 def _unpack(layouts: list[Path], root: Path, work: Path, runtime: Runtime) -> None:
@@ -108,8 +111,8 @@ def _unpack(layouts: list[Path], root: Path, work: Path, runtime: Runtime) -> No
 
 def _import(layout: Path, root: Path, log: Path, ctr: list[str]) -> None:
     command = [*ctr, "images", "import", "-"]
-    with log.open("w") as told:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=told, stderr=told)
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output)
         with process, contextlib.suppress(BrokenPipeError):
             assert process.stdin is not None
             with tarfile.open(fileobj=process.stdin, mode="w|") as packed:
@@ -120,7 +123,7 @@ def _import(layout: Path, root: Path, log: Path, ctr: list[str]) -> None:
 
 def pack(layout: Path, present: Path, packed: tarfile.TarFile) -> None:
     """Write a layout as an archive for containerd, without the blobs that are in the folder `present`."""
-    there = {blob.name for blob in _blobs(present)}
+    unpacked = {blob.name for blob in _blobs(present)}
     packed.add(layout / "oci-layout", "oci-layout")
     index = json.loads((layout / INDEX).read_text())
     index["manifests"][0]["annotations"][NAME] = _name(layout)
@@ -129,7 +132,7 @@ def pack(layout: Path, present: Path, packed: tarfile.TarFile) -> None:
     entry.size = len(written)
     packed.addfile(entry, io.BytesIO(written))
     for blob in _blobs(layout / BLOBS):
-        if blob.name not in there:
+        if blob.name not in unpacked:
             packed.add(blob, f"{BLOBS}/{blob.name}")
 
 

@@ -1,4 +1,4 @@
-"""Unique names of what a run creates in its cluster, so that a later run recognizes what is left."""
+"""Unique names of the objects that a run creates, so that a later run recognizes and removes leftovers."""
 
 from __future__ import annotations
 

@@ -58,42 +58,42 @@ class NodeLayout:
 class RealNode:
     """A node, running or stopped."""
 
-    def __init__(self, place: NodeLayout, guard: Guard) -> None:
-        self.place = place
+    def __init__(self, layout: NodeLayout, guard: Guard) -> None:
+        self.layout = layout
         self._guard = guard
         self._program: Program | None = None
 
     @property
     def name(self) -> str:
-        return self.place.name
+        return self.layout.name
 
     def start(self) -> None:
-        """Start its first process and connect its network; the kubelet registers the node later."""
-        place = self.place
+        """Start the first process of the node and connect its network. The kubelet registers the node later."""
+        layout = self.layout
         # Remove the state of a killed kubelet; images and unpacked layers stay.
         for part in ("kubelet", "log", "etc-cni", "cni"):
-            shutil.rmtree(place.folder / part, ignore_errors=True)
-        place.folder.mkdir(parents=True, exist_ok=True)
-        if not (place.folder / "containerd").exists():
-            copy_layers(place.layers, place.folder / "containerd")
+            shutil.rmtree(layout.folder / part, ignore_errors=True)
+        layout.folder.mkdir(parents=True, exist_ok=True)
+        if not (layout.folder / "containerd").exists():
+            copy_layers(layout.layers, layout.folder / "containerd")
         self._write_configuration()
         self._make_cgroups()
         namespaces = ("--net", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc")
         environment = [f"{name}={value}" for name, value in self._environment().items()]
         command = ["unshare", *namespaces, "--propagation", "private", "env", *environment, "bash", str(INIT)]
-        self._program = Program(place.name, command, place.logs / f"{place.name}.log", self._guard)
+        self._program = Program(layout.name, command, layout.logs / f"{layout.name}.log", self._guard)
         self._program.start()
-        child = wait_for(f"{place.name} has started", self._child, SETUP_SECONDS)
-        ip("link", "add", f"wire{place.number}", "type", "veth", "peer", "name", "eth0", "netns", str(child))
-        ip("link", "set", f"wire{place.number}", "master", "bridge0", "up")
-        ip("route", "replace", place.pods, "via", place.address)
+        child = wait_for(f"{layout.name} has started", self._child, SETUP_SECONDS)
+        ip("link", "add", f"wire{layout.number}", "type", "veth", "peer", "name", "eth0", "netns", str(child))
+        ip("link", "set", f"wire{layout.number}", "master", "bridge0", "up")
+        ip("route", "replace", layout.pods, "via", layout.address)
 
     def kill(self) -> None:
-        """Kill all its processes at once with SIGKILL, as when a machine disappears."""
+        """Kill all processes of the node at once with SIGKILL, as if the machine disappeared."""
         assert self._program is not None
         self._program.stop()
         self._program = None
-        subprocess.run(["ip", "link", "delete", f"wire{self.place.number}"], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "delete", f"wire{self.layout.number}"], capture_output=True, check=False)
 
     def inside(self, *command: str) -> str:
         """Run a command in the namespaces of the node."""
@@ -109,20 +109,20 @@ class RealNode:
         return int(children[0]) if children else 0
 
     def _environment(self) -> dict[str, str | Path]:
-        place = self.place
+        layout = self.layout
         return {
-            "NODE": place.name,
-            "FOLDER": place.folder,
-            "LOGS": place.logs,
-            "ADDRESS": place.address,
+            "NODE": layout.name,
+            "FOLDER": layout.folder,
+            "LOGS": layout.logs,
+            "ADDRESS": layout.address,
             "GATEWAY": GATEWAY,
-            "PODS": place.pods,
-            "KUBECONFIG": place.kubeconfig,
-            "KUBELET": place.programs["kubelet"],
-            "KUBE_PROXY": place.programs["kube-proxy"],
-            "CONTAINERD": place.runtime.containerd,
-            "CTR": place.runtime.ctr,
-            "SHIMS": place.runtime.shims,
+            "PODS": layout.pods,
+            "KUBECONFIG": layout.kubeconfig,
+            "KUBELET": layout.programs["kubelet"],
+            "KUBE_PROXY": layout.programs["kube-proxy"],
+            "CONTAINERD": layout.runtime.containerd,
+            "CTR": layout.runtime.ctr,
+            "SHIMS": layout.runtime.shims,
         }
 
     def _make_cgroups(self) -> None:
@@ -130,46 +130,46 @@ class RealNode:
             if not hierarchy.is_dir() or hierarchy.is_symlink():
                 continue
             folder = hierarchy
-            for part in Path(self.place.cgroup).parts:
-                above, folder = folder, folder / part
+            for part in Path(self.layout.cgroup).parts:
+                parent, folder = folder, folder / part
                 folder.mkdir(exist_ok=True)
                 # A cpuset accepts processes only after it has cores and memory.
                 for name in ("cpuset.cpus", "cpuset.mems"):
                     if (folder / name).exists() and not (folder / name).read_text().strip():
-                        (folder / name).write_text((above / name).read_text())
+                        (folder / name).write_text((parent / name).read_text())
 
     def _write_configuration(self) -> None:
-        place = self.place
-        (place.folder / "kubelet.json").write_text(json.dumps(kubelet_configuration(place)))
-        (place.folder / "proxy.json").write_text(json.dumps(proxy_configuration(place)))
-        (place.folder / "containerd.toml").write_text(containerd_configuration(place))
+        layout = self.layout
+        (layout.folder / "kubelet.json").write_text(json.dumps(kubelet_configuration(layout)))
+        (layout.folder / "proxy.json").write_text(json.dumps(proxy_configuration(layout)))
+        (layout.folder / "containerd.toml").write_text(containerd_configuration(layout))
 
 
-def kubelet_configuration(place: NodeLayout) -> dict[str, Any]:
-    """Return a configuration that reports quickly and does not evict for a lack of disk, which all nodes share."""
+def kubelet_configuration(layout: NodeLayout) -> dict[str, Any]:
+    """Return a configuration that reports quickly and does not evict for disk pressure: nodes share a disk."""
     nothing_left = dict.fromkeys(("nodefs.available", "imagefs.available", "nodefs.inodesFree"), "0%")
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "failCgroupV1": False,
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": f"/{place.cgroup}",
+        "cgroupRoot": f"/{layout.cgroup}",
         "enforceNodeAllocatable": ["pods"],
         "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
-        "address": place.address,
+        "address": layout.address,
         "clusterDNS": [GATEWAY],
         "clusterDomain": "cluster.local",
-        "resolvConf": str(place.folder / "resolv.conf"),
+        "resolvConf": str(layout.folder / "resolv.conf"),
         "failSwapOn": False,
         "makeIPTablesUtilChains": False,
         "authentication": {
             "anonymous": {"enabled": False},
             "webhook": {"enabled": True},
-            "x509": {"clientCAFile": str(place.authority)},
+            "x509": {"clientCAFile": str(layout.authority)},
         },
         "authorization": {"mode": "Webhook"},
-        "tlsCertFile": str(place.certificate.certificate),
-        "tlsPrivateKeyFile": str(place.certificate.key),
+        "tlsCertFile": str(layout.certificate.certificate),
+        "tlsPrivateKeyFile": str(layout.certificate.key),
         "imageGCHighThresholdPercent": 100,
         "evictionHard": {**nothing_left, "memory.available": "50Mi"},
         "nodeStatusUpdateFrequency": "2s",
@@ -178,14 +178,14 @@ def kubelet_configuration(place: NodeLayout) -> dict[str, Any]:
     }
 
 
-def proxy_configuration(place: NodeLayout) -> dict[str, Any]:
-    """Return a configuration that uses iptables and leaves the connection tracking settings of the machine alone."""
+def proxy_configuration(layout: NodeLayout) -> dict[str, Any]:
+    """Return a configuration that uses iptables and does not change the connection tracking settings of the machine."""
     return {
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
         "mode": "iptables",
-        "clientConnection": {"kubeconfig": str(place.proxy_kubeconfig)},
-        "hostnameOverride": place.name,
+        "clientConnection": {"kubeconfig": str(layout.proxy_kubeconfig)},
+        "hostnameOverride": layout.name,
         "clusterCIDR": "10.244.0.0/16",
         "bindAddress": "127.0.0.1",
         "healthzBindAddress": "127.0.0.1:10256",
@@ -195,8 +195,8 @@ def proxy_configuration(place: NodeLayout) -> dict[str, Any]:
     }
 
 
-def containerd_configuration(place: NodeLayout) -> str:
-    """Return a configuration of the CRI plugin with runc. This machine does not allow to lower an OOM score."""
+def containerd_configuration(layout: NodeLayout) -> str:
+    """Return a configuration of the CRI plugin with runc. It never lowers an OOM score, which some machines refuse."""
     cri = 'plugins."io.containerd.grpc.v1.cri"'
     return f"""\
 version = 2
@@ -208,12 +208,12 @@ state = "/run/containerd"
   restrict_oom_score_adj = true
   sandbox_image = "localhost/pause:test"
   [{cri}.cni]
-    bin_dir = "{place.runtime.cni}"
+    bin_dir = "{layout.runtime.cni}"
     conf_dir = "/etc/cni/net.d"
   [{cri}.containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
     [{cri}.containerd.runtimes.runc.options]
-      BinaryName = "{place.runtime.runc}"
+      BinaryName = "{layout.runtime.runc}"
       SystemdCgroup = false
 """
 

@@ -16,7 +16,7 @@ mount -t tmpfs run /run
 mkdir -p /run/lock /run/sysctl
 hostname "$NODE"
 
-# The kubelet would change these for the whole machine, so it gets files with the values that it expects.
+# The kubelet would change these settings for the complete machine. Mount files with the expected values over them.
 for setting in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic_on_oops=1 \
     kernel/keys/root_maxkeys=1000000 kernel/keys/root_maxbytes=25000000; do
     file="/run/sysctl/$(basename "${setting%=*}")"

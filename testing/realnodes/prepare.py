@@ -1,7 +1,7 @@
-"""What nodes of this machine need before they are started. Called by `__main__` and by `up`.
+"""Builds everything that real nodes of this machine need. Called by `__main__` and by `up`.
 
-`python -m testing.realnodes.prepare` builds everything that a test starts, before the tests: a build takes longer than
-a test may. On a machine that cannot run nodes it prints the reason and builds the rest.
+`python -m testing.realnodes.prepare` builds everything that a test starts, before the tests, because a build takes
+longer than the time limit of a test. On a machine that cannot run nodes it prints the reason and builds the rest.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ NUM_NODES = 3
 
 
 def prepare(trainer: str) -> Path:
-    """Build all that nodes of this machine need, while there is its network; returns the folder of the images."""
+    """Build everything that the nodes need, while the network is available; return the folder of the images."""
     check_machine()
     if trainer == LIGHT:
-        ensure_packages(tell)
-    ensure_all(tell)
-    ensure_runtime(tell)
-    return Builder(tell).ensure(trainer)
+        ensure_packages(print_progress)
+    ensure_all(print_progress)
+    ensure_runtime(print_progress)
+    return Builder(print_progress).ensure(trainer)
 
 
-def tell(line: str) -> None:
-    """Progress, at once."""
+def print_progress(line: str) -> None:
+    """Print a line of progress with the time, unbuffered."""
     print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
 
 
 def main() -> int:
-    """Build what is missing; returns the exit code."""
+    """Build what is missing; return the exit code."""
     try:
         try:
-            ensure_layers(prepare(LIGHT), ensure_runtime(tell), tell)
+            ensure_layers(prepare(LIGHT), ensure_runtime(print_progress), print_progress)
         except MissingError as error:
-            tell(f"no real nodes on this machine: {error}")
-            ensure_programs(tell, modules=(*ALL_MODULES, HELM))
+            print_progress(f"cannot run real nodes on this machine: {error}")
+            ensure_programs(print_progress, modules=(*ALL_MODULES, HELM))
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. The next build goes on from here.", file=sys.stderr)
+        print("\nInterrupted. The next build continues from here.", file=sys.stderr)
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""The programs of real nodes: kubelet and CoreDNS from their Go modules, in addition to those of the control plane.
+"""Builds the programs of real nodes: kubelet and CoreDNS from their Go modules, in addition to the control plane.
 
 Called by `cluster`, and as `python -m testing.realnodes.programs` to build all of them.
 """
@@ -26,9 +26,9 @@ COREDNS = Module(
 )
 
 
-def ensure_all(say: PrintLine = print_on_stderr) -> dict[str, Path]:
+def ensure_all(print_line: PrintLine = print_on_stderr) -> dict[str, Path]:
     """Build all programs and return their paths by name. A cold build takes 10 to 20 minutes on two cores."""
-    return ensure_programs(say, modules=(*ALL_MODULES, HELM, KUBELET, COREDNS))
+    return ensure_programs(print_line, modules=(*ALL_MODULES, HELM, KUBELET, COREDNS))
 
 
 if __name__ == "__main__":

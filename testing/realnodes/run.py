@@ -1,4 +1,4 @@
-"""One run on one cluster: an undisturbed job, one job per fault, the uninstallation, and the table of results."""
+"""One run on one cluster: reference jobs without faults, one job per fault, uninstallation, and a table of results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from testing.controlplane.process import wait_for
 from testing.controlplane.server import KubectlError
 from testing.helm import CHART, Helm, HelmError
 from testing.realnodes import security
-from testing.realnodes.faults import FAULTS, Fault, Scene
+from testing.realnodes.faults import FAULTS, Fault, FaultTarget
 from testing.realnodes.job import FAULT_STEP, LONG_STEPS, STEPS, JobsHarness, make_namespace
 from testing.realnodes.names import CLUSTER_KINDS, CRD, HOME, OF_CHART, RELEASE, TEAM
 from testing.realnodes.store import KubectlCluster, Object
@@ -37,44 +37,44 @@ class FaultResult:
 
     @property
     def verdict(self) -> str:
-        return "; ".join(self.wrong) or "right"
+        return "; ".join(self.wrong) or "correct"
 
 
 @dataclass
 class ClusterRun:
-    """The checks on one cluster, from the installation of the chart to its removal."""
+    """All checks on one cluster, from the installation of the chart to its removal."""
 
     cluster: KubectlCluster
     helm: Helm
     harness: JobsHarness
     values: dict[str, Any]
-    say: PrintLine
+    print_line: PrintLine
     long_steps: int = LONG_STEPS
     upgrades: int = 0
     weights: dict[int, str] = field(default_factory=dict)
-    """Hash of the weights of an undisturbed job, by its number of steps."""
+    """Hash of the weights of the reference job, by its number of steps."""
 
     def install(self, *more: str, **changes: Any) -> None:
         """Install or upgrade the chart."""
         command = ("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME)
         self.helm.run(*command, *more, values={**self.values, **changes})
 
-    def begin(self) -> None:
+    def set_up(self) -> None:
         """Install the chart, run its test, and create the volume of the jobs."""
         make_namespace(self.cluster, HOME)
         self.install("--wait", "--timeout", "100s")
-        self.say("the chart is installed")
+        self.print_line("the chart is installed")
         printed = self.helm.run("test", RELEASE, "--namespace", HOME, "--logs")
-        self.say("helm test: " + "; ".join(line for line in printed.splitlines() if line.startswith("ok:")))
+        self.print_line("helm test: " + "; ".join(line for line in printed.splitlines() if line.startswith("ok:")))
         self.harness.prepare()
 
     def upgrade(self) -> None:
-        """Change the Deployment, which replaces all replicas, without waiting for it."""
+        """Change the Deployment, which replaces all replicas. Do not wait for the rollout."""
         self.upgrades += 1
         self.install(podAnnotations={"upgrade": str(self.upgrades)})
 
-    def undisturbed(self) -> list[str]:
-        """Train the reference jobs side by side; return what is wrong inside their pods."""
+    def train_reference(self) -> list[str]:
+        """Train the reference jobs in parallel; return the defects found inside their pods."""
         jobs = {"undisturbed": STEPS, "undisturbed-long": self.long_steps}
         for name, steps in jobs.items():
             self.harness.create(name, steps)
@@ -90,25 +90,25 @@ class ClusterRun:
         return wrong
 
     def inject(self, name: str) -> FaultResult:
-        """Run one job and inject one fault in the middle of it."""
+        """Run one job and inject one fault while it trains."""
         fault, job = FAULTS[name], f"fault-{list(FAULTS).index(name)}"
         undo: Callable[[], None] = lambda: None  # noqa: E731
         try:
             self.harness.create(job, STEPS if fault.causes else self.long_steps)
             before = self.harness.wait_step(job, FAULT_STEP)
-            leader, struck = self.harness.leader(), time.time()
-            undo = fault.strike(Scene(self.cluster, self.harness, job, self.upgrade))
+            leader, injected_at = self.harness.leader(), time.time()
+            undo = fault.inject(FaultTarget(self.cluster, self.harness, job, self.upgrade))
             if fault.causes:
                 stepped = self.harness.wait_next_attempt(job, before["attempt"])
             else:
                 stepped = self.harness.wait_new_leader(job, leader)
-            result = self._evaluate(name, fault, job, stepped - struck)
+            result = self._evaluate(name, fault, job, stepped - injected_at)
         except (AssertionError, TimeoutError, KubectlError, HelmError) as error:
             result = FaultResult(name, "?", float("inf"), [str(error)])
         finally:
             undo()
         if result.wrong:
-            self.say(f"{name}: {result.verdict}\n{self.harness.describe(job)}")
+            self.print_line(f"{name}: {result.verdict}\n{self.harness.describe(job)}")
         return result
 
     def _evaluate(self, name: str, fault: Fault, job: str, seconds: float) -> FaultResult:
@@ -117,21 +117,21 @@ class ClusterRun:
         if status["phase"] != "Succeeded":
             wrong.append(f"the job ended {status['phase']}: {status.get('message')}")
         elif self.harness.weights(job) != self.weights[status["totalSteps"]]:
-            wrong.append("its weights differ from the undisturbed run")
+            wrong.append("its weights differ from those of the reference job")
         causes = [entry["reason"] for entry in status["attempts"] if entry.get("reason") not in (None, "Finished")]
         if fault.causes and (not causes or not set(causes) <= fault.causes):
             wrong.append(f"the ledger contains {causes}, expected {sorted(fault.causes)}")
         if not fault.causes and status["attempt"] != 1:
-            wrong.append(f"attempts ended although no pod of the job was touched: {causes}")
+            wrong.append(f"attempts ended although no pod of the job was affected: {causes}")
         return FaultResult(name, ", ".join(causes) or "-", seconds, wrong)
 
     def _check_inside(self, job: str, neighbour: Object) -> list[str]:
         own, peer = self.harness.pods(job)
         found = security.check_inside(self.cluster, own["metadata"]["name"], neighbour, peer)
-        return list(security.differences(found))
+        return list(security.find_differences(found))
 
-    def end(self) -> list[str]:
-        """Uninstall the chart while a job trains, then delete the jobs and the CRD; return what is wrong."""
+    def uninstall(self) -> list[str]:
+        """Uninstall the chart while a job trains, then delete the jobs and the CRD; return the defects found."""
         wrong = []
         self.harness.create("last", self.long_steps)
         self.harness.wait_step("last", 1)
@@ -143,15 +143,15 @@ class ClusterRun:
             wrong.append("a job without an operator ended with different weights")
         self._kubectl("--namespace", TEAM, "delete", "ftj", "--all", "--timeout=90s")
         try:
-            wait_for("nothing is left", lambda: not self._left(), 60, 1)
+            wait_for("nothing is left", lambda: not self._find_leftovers(), 60, 1)
         except TimeoutError:
-            wrong.append(f"left behind: {self._left()}")
+            wrong.append(f"left behind: {self._find_leftovers()}")
         # A finalizer of the operator would block these.
         self._kubectl("delete", CRD, "--timeout=60s")
         self._kubectl("delete", "namespace", TEAM, HOME, "--timeout=90s")
         return wrong
 
-    def _left(self) -> list[str]:
+    def _find_leftovers(self) -> list[str]:
         left = self._kubectl("get", KINDS, "--namespace", HOME, "--output=name").split()
         of_jobs = self._kubectl("get", KINDS, "--namespace", TEAM, "--output=name").split()
         left += [thing for thing in of_jobs if not thing.startswith("persistentvolumeclaim/")]
@@ -162,19 +162,19 @@ class ClusterRun:
         return self.cluster.kubectl(*arguments, timeout_seconds=220)
 
 
-def report(one: ClusterRun, chosen: list[str], wrong: list[str]) -> int:
+def run_and_report(one: ClusterRun, chosen: list[str], wrong: list[str]) -> int:
     """Run the jobs, print the table and the JSON line; return the exit code."""
     started = time.monotonic()
-    inside = one.undisturbed()
+    inside = one.train_reference()
     seconds = time.monotonic() - started
-    one.say(f"undisturbed: {seconds:.0f} s; checks inside a pod: {'; '.join(inside) or 'correct'}")
+    one.print_line(f"reference jobs: {seconds:.0f} s; checks inside a pod: {'; '.join(inside) or 'correct'}")
     results = []
     for name in chosen:
         result = one.inject(name)
-        one.say(f"{name}: {result.seconds:.1f} s, {result.cause} {result.verdict}")
+        one.print_line(f"{name}: {result.seconds:.1f} s, {result.cause} {result.verdict}")
         results.append(result)
-    left = one.end()
-    one.say(f"uninstalled while a job ran: {'; '.join(left) or 'it trained to its end, and nothing is left'}")
+    left = one.uninstall()
+    one.print_line(f"uninstalled while a job ran: {'; '.join(left) or 'it trained to the end, and nothing is left'}")
     wrong = [*wrong, *inside, *left]
     print(f"\n  {'fault':26} {'to the next step':>16}  {'cause in the ledger':44} verdict")
     for result in results:

@@ -1,6 +1,6 @@
-"""What real nodes need in addition to the kubelet: containerd, runc and CNI plugins, from Debian packages.
+"""Containerd, runc and the CNI plugins for real nodes, from Debian packages.
 
-They are unpacked into the cache, not installed, so no service starts by itself.
+The packages are unpacked into the cache and not installed, so no service starts automatically.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOOLS = ("ip", "iptables", "nsenter", "unshare", "buildah", "debootstrap", "apt-
 
 
 class MissingError(RuntimeError):
-    """This machine lacks something; the message names it and the remedy."""
+    """The machine lacks a requirement. The message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ def check_machine() -> None:
 
 
 def check_tools(tools: Sequence[str]) -> None:
-    """Raise MissingError if one of them is not on PATH."""
+    """Raise MissingError if one of the programs is not on PATH."""
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         raise MissingError(f"not on PATH: {', '.join(missing)}; on Debian run `make system-packages` as root")
 
 
-def ensure_runtime(say: PrintLine) -> Runtime:
-    """Unpack the packages, once."""
+def ensure_runtime(print_line: PrintLine) -> Runtime:
+    """Unpack the packages unless the cache contains them."""
     target = cache_folder().parent / "realnodes" / "runtime"
     if not (target / "usr/bin/containerd").exists():
-        say(f"unpacking {', '.join(PACKAGES)}")
+        print_line(f"unpacking {', '.join(PACKAGES)}")
         partial = target.with_name("runtime.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

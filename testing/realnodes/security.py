@@ -1,4 +1,4 @@
-"""Check from inside a pod of a job that it has no access to others."""
+"""Check from inside a pod of a job that it cannot access the API or other jobs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ except OSError as error:
 token = Path(os.environ[environment.COORDINATOR_TOKEN]).read_text().strip()
 
 
-def ask(url, method="GET", bearer="", body=None, context=None):
+def request_status(url, method="GET", bearer="", body=None, context=None):
     headers = {"Content-Type": "application/json"} | ({"Authorization": "Bearer " + bearer} if bearer else {})
     request = urllib.request.Request(url, body.encode() if body else None, headers, method=method)
     try:
@@ -42,10 +42,10 @@ def ask(url, method="GET", bearer="", body=None, context=None):
 anything = ssl._create_unverified_context()
 api = "https://kubernetes.default.svc"
 pods = f"{api}/api/v1/namespaces/%s/pods" % os.environ["TEAM"]
-found["read the API, its token"] = ask(pods, bearer=token, context=anything)
-found["read the API, no token"] = ask(pods, context=anything)
-found["write the API, its token"] = ask(pods, "POST", token, "{}", anything)
-found["write the API, no token"] = ask(pods, "POST", "", "{}", anything)
+found["read the API, its token"] = request_status(pods, bearer=token, context=anything)
+found["read the API, no token"] = request_status(pods, context=anything)
+found["write the API, its token"] = request_status(pods, "POST", token, "{}", anything)
+found["write the API, no token"] = request_status(pods, "POST", "", "{}", anything)
 
 trusted = ssl.create_default_context(cafile=os.environ[environment.COORDINATOR_CA])
 beats = os.environ[environment.COORDINATOR_URL] + BEAT_PATH
@@ -54,7 +54,7 @@ beats = os.environ[environment.COORDINATOR_URL] + BEAT_PATH
 def beat(job, pod, uid, job_uid, bearer):
     message = Heartbeat(job=job, namespace=os.environ["TEAM"], job_uid=job_uid, pod=pod, pod_uid=uid, attempt=1,
                 node_rank=0, sequence=1, ranks=(RankReport(rank=0, state=RankState.TRAINING, step=1, total_steps=2),))
-    return ask(beats, "POST", bearer, message.to_json(), trusted)
+    return request_status(beats, "POST", bearer, message.to_json(), trusted)
 
 
 other = json.loads(os.environ["OTHER"])
@@ -67,7 +67,7 @@ found["heartbeat in the name of another job"] = beat(other["job"], own_pod, own_
 found["heartbeat for a peer of its own job"] = beat(peer["job"], peer["pod"], peer["uid"], peer["job_uid"], token)
 path = f"{beats}/{os.environ['TEAM']}/{other['job']}"
 methods = ("GET", "POST", "PUT", "DELETE")
-found["a path of another job"] = {ask(path, method, token, None, trusted) for method in methods} == {404}
+found["a path of another job"] = {request_status(path, method, token, None, trusted) for method in methods} == {404}
 print(json.dumps(found))
 """
 
@@ -91,21 +91,21 @@ EXPECTED: dict[str, object] = {
 
 
 def check_inside(cluster: KubectlCluster, pod: str, other: Object, peer: Object) -> dict[str, object]:
-    """Return what a pod can do. `other` is a pod of another job, `peer` a pod of its own job."""
-    variables = (f"TEAM={TEAM}", f"OTHER={json.dumps(names(other))}", f"PEER={json.dumps(names(peer))}")
+    """Return the results of the checks in a pod. `other` is a pod of another job, `peer` a pod of its own job."""
+    variables = (f"TEAM={TEAM}", f"OTHER={json.dumps(identity_of(other))}", f"PEER={json.dumps(identity_of(peer))}")
     command = ("exec", pod, "--", "env", *variables, "python", "-c", INSIDE)
     found: dict[str, object] = json.loads(cluster.kubectl("--namespace", TEAM, *command, timeout_seconds=90))
     return found
 
 
-def names(pod: Object) -> dict[str, str]:
+def identity_of(pod: Object) -> dict[str, str]:
     """Return the identity that a heartbeat of the pod would contain."""
     metadata = pod["metadata"]
     (owner,) = metadata["ownerReferences"]
     return {"job": owner["name"], "job_uid": owner["uid"], "pod": metadata["name"], "uid": metadata["uid"]}
 
 
-def differences(found: dict[str, object]) -> Iterator[str]:
+def find_differences(found: dict[str, object]) -> Iterator[str]:
     """Yield a message for each difference from what is expected."""
     for what, expected in EXPECTED.items():
         if found.get(what) != expected:

@@ -45,11 +45,11 @@ class KubectlCluster(Protocol):
 
 
 class Store(Protocol):
-    """A volume that all pods of a job see."""
+    """A volume that all pods of a job mount."""
 
     @property
     def pod_template(self) -> Object:
-        """Return the fields that pods need in addition."""
+        """Return additional fields for the pod template of the job."""
 
     def prepare(self, cluster: KubectlCluster) -> None:
         """Create the claim and write the model and the data to it."""
@@ -62,8 +62,8 @@ def apply(cluster: KubectlCluster, thing: Object) -> None:
     cluster.kubectl("apply", "--server-side", "--filename=-", stdin=json.dumps(thing))
 
 
-def ensure_packages(say: PrintLine) -> None:
-    """Compile what pods import from the environment of the tests, which they mount read-only.
+def ensure_packages(print_line: PrintLine) -> None:
+    """Compile the modules that pods import from the environment of the tests, which they mount read-only.
 
     Raise MissingError if that environment has another Python version than the pods.
     """
@@ -73,7 +73,7 @@ def ensure_packages(say: PrintLine) -> None:
             f"the light trainer image uses torch of this environment, which has Python {ours}; the image has {theirs}."
             f" Create the environment with PYTHON=python{theirs}, or use --trainer-image"
         )
-    say("compiling the modules that the trainer imports")
+    print_line("compiling the modules that the trainer imports")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", "from finetune_trainer import libraries; libraries.preload()"]
     subprocess.run(command, env=environment, check=True)
@@ -81,15 +81,15 @@ def ensure_packages(say: PrintLine) -> None:
 
 @dataclass
 class FolderVolume:
-    """A folder of this machine that all its nodes can mount; torch comes from the environment of the tests."""
+    """A folder of this machine that all its nodes can mount; torch comes from the test environment."""
 
     folder: Path
-    lends_packages: bool
-    """Whether the trainer image lacks torch and mounts the torch of the tests."""
+    mounts_packages: bool
+    """The trainer image lacks torch, so pods mount the packages of the test environment."""
 
     @property
     def pod_template(self) -> Object:
-        if not self.lends_packages:
+        if not self.mounts_packages:
             return {}
         container = {
             "name": "trainer",
@@ -101,11 +101,11 @@ class FolderVolume:
 
     def prepare(self, cluster: KubectlCluster) -> None:
         self.folder.mkdir(parents=True)
-        fill(self.folder)
+        write_inputs(self.folder)
         for path in (self.folder, *self.folder.rglob("*")):
             os.chown(path, USER, USER)
         folders = {CLAIM: self.folder}
-        if self.lends_packages:
+        if self.mounts_packages:
             folders[PACKAGES] = Path(sysconfig.get_path("platlib"))
         for name, folder in folders.items():
             apply(cluster, volume(name, folder))
@@ -118,7 +118,7 @@ class FolderVolume:
 
 @dataclass
 class ClaimStore:
-    """A claim on a cluster of the user, of a class that many nodes can write to. A pod transfers the files."""
+    """A claim on the cluster of the user, with a class that several nodes can write to. A pod transfers the files."""
 
     image: str
     storage_class: str | None
@@ -130,8 +130,8 @@ class ClaimStore:
 
     def prepare(self, cluster: KubectlCluster) -> None:
         apply(cluster, claim(CLAIM, storage_class=self.storage_class))
-        self._make_carrier(cluster)
-        fill(self.work)
+        self._start_carrier(cluster)
+        write_inputs(self.work)
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as archive:
             for name in ("base", "data"):
@@ -141,11 +141,11 @@ class ClaimStore:
         self._run(cluster, "-i", "carrier", "--", "python", "-c", UNPACK, MOUNT, stdin=text)
 
     def weights(self, cluster: KubectlCluster, job: str) -> str:
-        # A drain of its node may have deleted it.
-        self._make_carrier(cluster)
+        # A drain of its node may have deleted the pod.
+        self._start_carrier(cluster)
         return self._run(cluster, "carrier", "--", "python", "-c", HASH, f"{MOUNT}/{OUTPUTS}/{job}").strip()
 
-    def _make_carrier(self, cluster: KubectlCluster) -> None:
+    def _start_carrier(self, cluster: KubectlCluster) -> None:
         apply(cluster, carrier(self.image))
         waiting = ("wait", "--for=condition=Ready", "pod/carrier", "--timeout=300s")
         cluster.kubectl("--namespace", TEAM, *waiting, timeout_seconds=310)
@@ -155,12 +155,12 @@ class ClaimStore:
         return cluster.kubectl("--namespace", TEAM, "exec", *arguments, stdin=stdin, timeout_seconds=300)
 
 
-def fill(folder: Path) -> None:
-    """Write the model and the data of the demo into a folder."""
+def write_inputs(folder: Path) -> None:
+    """Write the model and the data of the demo to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    make = ("-m", "finetune_trainer.demo.circles", str(folder / "data"), "--style", "squares")
+    command = ("-m", "finetune_trainer.demo.circles", str(folder / "data"), "--style", "squares")
     counts = ("--num-train", "64", "--num-validation", "8")
-    subprocess.run([sys.executable, *make, *counts], check=True, capture_output=True)
+    subprocess.run([sys.executable, *command, *counts], check=True, capture_output=True)
     shutil.copytree(ROOT / "examples/base-circles", folder / "base")
 
 
@@ -197,7 +197,7 @@ def claim(name: str, *, storage_class: str | None, volume_name: str = "") -> Obj
 
 
 def carrier(image: str) -> Object:
-    """Return a pod that mounts the claim and only waits, as restricted as the pods of jobs."""
+    """Return a pod that mounts the claim and waits. It has the same security settings as the pods of jobs."""
     container = {
         "name": "carrier",
         "image": image,

@@ -1,6 +1,6 @@
 """`make cluster`: run real nodes on this machine until Ctrl-C, for manual use or as a cluster for `make cluster-test`.
 
-Prints what a shell needs: the kubeconfig, and the variables that `make cluster-test` needs for a cluster of the user.
+Prints the shell commands that set the kubeconfig and the variables that `make cluster-test` needs for a user cluster.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from testing.controlplane import commands
 from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.build import HELM, BuildError, ensure_programs
-from testing.realnodes.builder import OPERATOR, WHOLE
+from testing.realnodes.builder import FULL, OPERATOR
 from testing.realnodes.cleanup import CleanupProcess, folder_of
-from testing.realnodes.cluster import RealCluster, in_own_network
+from testing.realnodes.cluster import RealCluster, enter_own_network
 from testing.realnodes.forwarder import PortForwarder
-from testing.realnodes.prepare import NUM_NODES, prepare, tell
+from testing.realnodes.prepare import NUM_NODES, prepare, print_progress
 from testing.realnodes.runtime import MissingError
 from testing.realnodes.volumes import Volumes
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 INSTRUCTIONS = """
 export KUBECONFIG={kubeconfig}
 export FINETUNE_OPERATOR_IMAGE={operator} FINETUNE_TRAINER_IMAGE={trainer}
@@ -37,32 +37,30 @@ The default storage class binds claims. Ctrl-C stops the cluster."""
 
 def run(folder: Path) -> int:
     """Start the cluster, print the instructions, wait until a program ends; return the exit code."""
-    images = prepare(WHOLE)
+    images = prepare(FULL)
     helm = ensure_programs(modules=(HELM,))["helm"]
     repository, _, tag = OPERATOR.rpartition(":")
     forwarder = PortForwarder()
-    in_own_network()
-    with RealCluster(NUM_NODES, folder, images, tell) as cluster:
+    enter_own_network()
+    with RealCluster(NUM_NODES, folder, images, print_progress) as cluster:
         cluster.start_nodes()
         volumes = Volumes(cluster.api, folder / "volumes")
-        volumes.begin()
+        volumes.start()
         forwarder.open(cluster.api_port)
-        kubeconfig = outside(cluster, forwarder.port)
+        kubeconfig = write_outside_kubeconfig(cluster, forwarder.port)
         names = {"kubeconfig": kubeconfig, "kubectl": cluster.kubectl_path, "helm": helm}
-        print(
-            INSTRUCTIONS.format(operator=OPERATOR, repository=repository, tag=tag, trainer=WHOLE, **names), flush=True
-        )
+        print(INSTRUCTIONS.format(operator=OPERATOR, repository=repository, tag=tag, trainer=FULL, **names), flush=True)
         while not any(program.has_exited for program in cluster.programs):
-            # The user may edit the same volume.
+            # The request fails if the user edits the same volume at the same time; the next iteration repeats it.
             with contextlib.suppress(ControlPlaneApiError):
                 volumes.maintain()
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         print(cluster.tails(), file=sys.stderr)
         return 1
 
 
-def outside(cluster: RealCluster, port: int) -> Path:
-    """Return the kubeconfig of an administrator for the network of this machine."""
+def write_outside_kubeconfig(cluster: RealCluster, port: int) -> Path:
+    """Write the kubeconfig of an administrator for the network of this machine; return its path."""
     path = cluster.kubeconfig.with_name("outside")
     client = commands.certificate_user(cluster.authority.issue("outside", groups=["system:masters"]))
     path.touch(mode=0o600)

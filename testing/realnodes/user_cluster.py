@@ -1,9 +1,9 @@
 """A cluster of the user, selected by KUBECONFIG: the checks that need no access to its machines.
 
-Needs FINETUNE_OPERATOR_IMAGE and FINETUNE_TRAINER_IMAGE (name:tag, where its nodes can pull from), and a storage class
-that many nodes can write to: the default one, or FINETUNE_STORAGE_CLASS. Everything is created in separate namespaces
-and removed at the end; the next run removes what a killed run left. Nodes are drained and tainted, so the cluster must
-have no other users.
+Needs FINETUNE_OPERATOR_IMAGE and FINETUNE_TRAINER_IMAGE (name:tag that its nodes can pull), and a storage class
+that several nodes can write to: the default one, or FINETUNE_STORAGE_CLASS. All objects are created in separate
+namespaces and removed at the end; the next run removes what a killed run left. Nodes are drained and tainted, so the
+cluster must have no other users.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class UserCluster:
     kubeconfig: Path
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout_seconds: float = 60.0) -> str:
-        """Return its output. Raise KubectlError if it fails."""
+        """Run kubectl and return its output. Raise KubectlError if it fails."""
         result = subprocess.run(
             [str(self.program), *arguments],
             env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
@@ -48,26 +48,26 @@ class UserCluster:
             raise KubectlError(arguments, result.returncode, result.stderr)
         return result.stdout
 
-    def begin(self, say: PrintLine) -> None:
+    def prepare(self, print_line: PrintLine) -> None:
         """Remove what an earlier run left. Raise RefusedError if conflicting objects of others exist."""
         try:
             self.kubectl("get", "namespaces", "--output=name", timeout_seconds=20)
         except (KubectlError, subprocess.TimeoutExpired) as error:
             raise RefusedError(
-                f"KUBECONFIG: it must give administrator access to a reachable cluster: {error}"
+                f"KUBECONFIG: set it to a kubeconfig with administrator access to a reachable cluster: {error}"
             ) from None
         if foreign := list(self._foreign()):
             raise RefusedError(
                 f"{', '.join(foreign)}: these exist in the cluster, and this test did not create them."
                 " Uninstall the operator there (deleting the CRD also removes its jobs), or use another cluster"
             )
-        self.remove_all(say)
+        self.remove_all(print_line)
 
-    def remove_all(self, say: PrintLine) -> None:
-        """Remove what a run created and did not remove; return when it is deleted."""
-        if not (there := self._there()):
+    def remove_all(self, print_line: PrintLine) -> None:
+        """Remove the leftovers of a run; return when they are deleted."""
+        if not (leftovers := self._find_leftovers()):
             return
-        say(f"removing {', '.join(there)}")
+        print_line(f"removing {', '.join(leftovers)}")
         for node in self._names("nodes", f"--selector={OURS}"):
             self.kubectl("uncordon", node)
             self.kubectl("label", node, f"{OURS}-")
@@ -78,7 +78,7 @@ class UserCluster:
         if ours:
             self.kubectl("delete", *ours, f"--timeout={REMOVAL_SECONDS:.0f}s", timeout_seconds=REMOVAL_SECONDS + 20)
 
-    def _there(self) -> list[str]:
+    def _find_leftovers(self) -> list[str]:
         found = self._names(f"namespace/{HOME}", f"namespace/{TEAM}", CRD)
         found += self._names(CLUSTER_KINDS, f"--selector={OF_CHART}")
         return [*found, *self._names("nodes", f"--selector={OURS}"), *self._tainted()]

@@ -21,14 +21,14 @@ DEFAULT = "storageclass.kubernetes.io/is-default-class"
 
 
 class Volumes:
-    """The default storage class; the controllers bind its claims to free volumes."""
+    """Provides volumes of the default storage class. The controllers bind claims to free volumes."""
 
     def __init__(self, api: Api, folder: Path) -> None:
         self._api = api
         self._folder = folder
         self._numbers = itertools.count(1)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Create the class and the first volumes."""
         metadata = {"name": CLASS, "annotations": {DEFAULT: "true"}}
         kind = {"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": metadata}
@@ -36,7 +36,7 @@ class Volumes:
         self.maintain()
 
     def maintain(self) -> None:
-        """Keep some volumes free, and remove those whose claim was deleted. Called periodically."""
+        """Keep SPARE volumes free, and remove those whose claim was deleted. Called periodically."""
         volumes = [one for one in self._api.get(VOLUMES)["items"] if one["spec"].get("storageClassName") == CLASS]
         for one in volumes:
             if phase(one) == "Released" and "deletionTimestamp" not in one["metadata"]:

@@ -29,7 +29,7 @@ def test_expected_causes_are_reasons_of_the_ledger() -> None:
     assert len(FAULTS) == 8
 
 
-def test_a_fault_is_injected_between_two_checkpoints_and_well_before_the_end() -> None:
+def test_a_fault_is_injected_between_two_checkpoints_and_before_the_last_one() -> None:
     assert FAULT_STEP % SAVE_EVERY
     assert FAULT_STEP < STEPS - SAVE_EVERY < LONG_STEPS
 
@@ -47,20 +47,20 @@ def test_an_unknown_fault_is_refused_with_a_list_of_faults() -> None:
 
 
 def test_missing_tools_and_settings_are_reported() -> None:
-    """Tools are missing on PATH; or the settings of a user cluster are wrong."""
+    """Tools are missing on PATH, or the settings of a user cluster are wrong."""
     result = run(PATH="/nowhere", KUBECONFIG="")
     assert result.stderr.startswith("SKIPPED: ")
     images = {"FINETUNE_OPERATOR_IMAGE": "a:b", "FINETUNE_TRAINER_IMAGE": "c:d"}
-    for given, words in (
-        (images, "KUBECONFIG: it must give administrator"),
+    for given, message in (
+        (images, "KUBECONFIG: set it to a kubeconfig with administrator access"),
         ({}, "FINETUNE_OPERATOR_IMAGE: set it to name:tag"),
     ):
         result = run(KUBECONFIG="/nowhere", **given)
         assert result.returncode == 1
-        assert result.stderr.startswith(words)
+        assert result.stderr.startswith(message)
 
 
-DIE = """
+CHILD = """
 import os, sys
 from testing.realnodes.cleanup import CleanupProcess, folder_of
 with CleanupProcess():
@@ -71,8 +71,8 @@ with CleanupProcess():
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, None], ids=["killed", "ended"])
-def test_a_run_leaves_nothing_however_it_ends(by: signal.Signals | None) -> None:
-    command, pipe = [sys.executable, "-c", DIE], subprocess.PIPE
+def test_cleanup_removes_the_folder_of_an_ended_or_killed_run(by: signal.Signals | None) -> None:
+    command, pipe = [sys.executable, "-c", CHILD], subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
         folder = cleanup.folder_of(int(process.stdout.readline()))
@@ -83,10 +83,10 @@ def test_a_run_leaves_nothing_however_it_ends(by: signal.Signals | None) -> None
         wait_for("the folder is removed", lambda: not folder.exists())
 
 
-def test_every_difference_is_reported() -> None:
-    assert list(security.differences(dict(security.EXPECTED))) == []
+def test_differences_from_the_expected_access_are_reported() -> None:
+    assert list(security.find_differences(dict(security.EXPECTED))) == []
     found = {**security.EXPECTED, "read the API, its token": 200}
-    assert list(security.differences(found)) == ["read the API, its token: 200 instead of 401"]
+    assert list(security.find_differences(found)) == ["read the API, its token: 200 instead of 401"]
 
 
 def image(path: Path, files: dict[str, bytes], user: str) -> Path:
@@ -112,7 +112,7 @@ SBOM = {"usr/share/sbom/x.spdx.json": b"{}"}
 
 
 @pytest.mark.parametrize(
-    ("files", "user", "words"),
+    ("files", "user", "messages"),
     [
         (SBOM, "65532:65532", []),
         ({}, "65532", ["has no SBOM"]),
@@ -124,15 +124,15 @@ SBOM = {"usr/share/sbom/x.spdx.json": b"{}"}
     ],
     ids=range(7),
 )
-def test_image_defects_are_found(tmp_path: Path, files: dict[str, bytes], user: str, words: list[str]) -> None:
-    faults = list(archive.faults(image(tmp_path / "image.tar", files, user), "operator"))
-    assert len(faults) == len(words)
-    for fault, word in zip(faults, words, strict=True):
-        assert word in fault
+def test_image_defects_are_found(tmp_path: Path, files: dict[str, bytes], user: str, messages: list[str]) -> None:
+    defects = list(archive.find_defects(image(tmp_path / "image.tar", files, user), "operator"))
+    assert len(defects) == len(messages)
+    for defect, message in zip(defects, messages, strict=True):
+        assert message in defect
 
 
 def test_an_archive_omits_blobs_that_are_present(tmp_path: Path) -> None:
-    """A change of our code costs the nodes one layer."""
+    """After a code change, nodes unpack one layer."""
     layout, present = tmp_path / "layout", tmp_path / "present"
     for folder, blobs in ((layout / layers.BLOBS, ("dependencies", "own")), (present, ("dependencies", "older"))):
         folder.mkdir(parents=True)

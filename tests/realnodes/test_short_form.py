@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.trainer
 @pytest.mark.timeout(1200)
-def test_faults_on_real_nodes() -> None:
+def test_jobs_recover_from_faults_on_real_nodes() -> None:
     command = [sys.executable, "-m", "testing.realnodes", "--short"]
     result = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "KUBECONFIG": ""}, capture_output=True, text=True, check=False

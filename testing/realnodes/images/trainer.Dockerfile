@@ -1,5 +1,5 @@
 # The trainer of the tests: its own modules as in images/trainer-cpu.Dockerfile. torch is mounted from the environment of
-# the tests, because packing its six gigabytes for each node would take longer than all tests.
+# the tests, because packing its six gigabytes for each node would take longer than all tests together.
 ARG PYTHON_IMAGE
 FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src

@@ -1,5 +1,5 @@
-// CoreDNS with the plugins of the nodes' Corefile and no others: most of what it brings is of clouds, and takes
-// a minute to compile.
+// CoreDNS with only the plugins that the Corefile uses. The default build includes plugins for cloud providers, which
+// take a minute to compile.
 package main
 
 import (
