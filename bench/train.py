@@ -31,7 +31,7 @@ import psutil
 import torch
 from PIL import Image
 
-from bench.train_plain import Floor, Plain
+from bench.train_plain import Floor, PlainLoop
 from finetune_contract.methods import encodes_text
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer import heap
@@ -103,7 +103,7 @@ class TrainSetting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ours:
+class ProductLoop:
     """The product's loop after its first step."""
 
     loop: Loop
@@ -155,12 +155,12 @@ def make_spec(method: str, data: Path, setting: TrainSetting) -> RunSpec:
     )
 
 
-def make_ours(family: RandomFamily, spec: RunSpec, cache: Path) -> Ours:
+def make_product_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> ProductLoop:
     """Prepare the data and the loop as a rank does, and run the first step."""
     started = time.monotonic()
     loop = make_loop(family, spec, cache)
     loop.train_step()
-    return Ours(loop, time.monotonic() - started, peak_bytes())
+    return ProductLoop(loop, time.monotonic() - started, peak_bytes())
 
 
 def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
@@ -203,7 +203,7 @@ def make_turn(family_name: str, method: str, data: Path, cache: Path, setting: T
     diffusers.utils.logging.set_verbosity_error()
     if DEVICE.type == "cpu":
         heap.keep_freed_memory(os.environ)
-    ours = make_ours(RandomFamily(family_name), make_spec(method, data, setting), cache)
+    ours = make_product_loop(RandomFamily(family_name), make_spec(method, data, setting), cache)
     loop, refs = ours.loop, [SampleRef(0, index) for index in range(setting.batch)]
     floor = Floor(loop.method, loop.batches.take(refs, []), loop.state.optimizer)
     facts = {"first_step": ours.first_step_seconds, "peak_bytes": ours.peak_bytes, "flops": count_flops(floor.step)}
@@ -219,7 +219,7 @@ def make_plain_turn(family_name: str, method: str, data: Path, setting: TrainSet
     """Return a function that runs one step of the plain loop. Runs in a separate process with the default heap."""
     diffusers.utils.logging.set_verbosity_error()
     images = sorted(data.glob("[0-9]*.png"))
-    plain = Plain(RandomFamily(family_name), method, images, setting.resolution, setting.batch)
+    plain = PlainLoop(RandomFamily(family_name), method, images, setting.resolution, setting.batch)
 
     def turn() -> Turn:
         gc.collect()

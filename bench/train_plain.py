@@ -40,7 +40,7 @@ class Floor:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-class Plain:
+class PlainLoop:
     """A plain loop: each step encodes image and text and reads the loss; unfused AdamW; no channels last."""
 
     def __init__(self, family: RandomFamily, method: str, images: Sequence[Path], resolution: int, batch: int) -> None:

@@ -93,7 +93,7 @@ def ensure_base(family: str, say: PrintLine, num_steps: int | None = None) -> Pa
         # The number of threads affects the last bits: use the same number on all machines.
         torch.set_num_threads(1)
         try:
-            _make(family, steps, Path(temporary) / family, say)
+            _build(family, steps, Path(temporary) / family, say)
         finally:
             torch.set_num_threads(threads)
         try:
@@ -122,7 +122,7 @@ def _key(num_steps: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _make(family: str, num_steps: int, folder: Path, say: PrintLine) -> None:
+def _build(family: str, num_steps: int, folder: Path, say: PrintLine) -> None:
     say(f"{family} base: {num_steps} steps on plain circles, from the weights of {BASE.name}")
     torch.manual_seed(0)
     base = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, dtype=torch.float32)
@@ -142,8 +142,8 @@ def _make(family: str, num_steps: int, folder: Path, say: PrintLine) -> None:
 
 def build_v_prediction(base: Any) -> Any:
     """Return a pipeline like SD 2.x: linear projections, heads by level, exact GELU in the text encoder, v target."""
-    unet = _grow(base.unet)
-    text_encoder = _grow_text(CLIPTextModel, base.text_encoder, num_layers=3)
+    unet = _extend_unet(base.unet)
+    text_encoder = _extend_text_encoder(CLIPTextModel, base.text_encoder, num_layers=3)
     scheduler = DDIMScheduler.from_config(base.scheduler.config, prediction_type="v_prediction")
     return StableDiffusionPipeline(
         vae=base.vae,
@@ -160,7 +160,7 @@ def build_v_prediction(base: Any) -> Any:
 def build_xl(base: Any) -> Any:
     """Return a pipeline like SDXL: the UNet gets the last but one layer of two text encoders, and the image's sizes."""
     width = base.text_encoder.config.hidden_size
-    unet = _grow(
+    unet = _extend_unet(
         base.unet,
         cross_attention_dim=2 * width,
         addition_embed_type="text_time",
@@ -172,8 +172,8 @@ def build_xl(base: Any) -> Any:
     torch.nn.init.zeros_(unet.add_embedding.linear_2.bias)
     return StableDiffusionXLPipeline(
         vae=base.vae,
-        text_encoder=_grow_text(CLIPTextModel, base.text_encoder, num_layers=4, hidden_act="quick_gelu"),
-        text_encoder_2=_grow_text(CLIPTextModelWithProjection, base.text_encoder, num_layers=4),
+        text_encoder=_extend_text_encoder(CLIPTextModel, base.text_encoder, num_layers=4, hidden_act="quick_gelu"),
+        text_encoder_2=_extend_text_encoder(CLIPTextModelWithProjection, base.text_encoder, num_layers=4),
         tokenizer=base.tokenizer,
         tokenizer_2=base.tokenizer,
         unet=unet,
@@ -183,26 +183,26 @@ def build_xl(base: Any) -> Any:
     )
 
 
-def _grow(unet: Any, **settings: Any) -> Any:
+def _extend_unet(unet: Any, **settings: Any) -> Any:
     """Return a UNet with other settings and the weights of this one; additional columns of matrices are zero."""
     heads = [unet.config.attention_head_dim] * len(unet.config.block_out_channels)
     changed = {"use_linear_projection": True, "attention_head_dim": heads, **settings}
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    grown = UNet2DConditionModel.from_config({**config, **changed})
-    _take_over(unet.state_dict(), grown)
-    return grown
+    extended = UNet2DConditionModel.from_config({**config, **changed})
+    _copy_weights(unet.state_dict(), extended)
+    return extended
 
 
-def _grow_text(kind: Any, encoder: Any, num_layers: int, hidden_act: str = "gelu") -> Any:
+def _extend_text_encoder(kind: Any, encoder: Any, num_layers: int, hidden_act: str = "gelu") -> Any:
     """Return a text encoder of `num_layers` layers with the weights of this one in its first layers."""
     settings = {"num_hidden_layers": num_layers, "hidden_act": hidden_act}
-    grown = kind(CLIPTextConfig(**{**encoder.config.to_dict(), **settings}))
-    core = getattr(grown, "text_model", grown)
-    _take_over(getattr(encoder, "text_model", encoder).state_dict(), core)
-    return grown
+    extended = kind(CLIPTextConfig(**{**encoder.config.to_dict(), **settings}))
+    core = getattr(extended, "text_model", extended)
+    _copy_weights(getattr(encoder, "text_model", encoder).state_dict(), core)
+    return extended
 
 
-def _take_over(weights: Mapping[str, Tensor], module: torch.nn.Module) -> None:
+def _copy_weights(weights: Mapping[str, Tensor], module: torch.nn.Module) -> None:
     """Copy weights by name, also from 1 x 1 convolutions to linear layers and from matrices to wider ones."""
     for name, value in module.state_dict().items():
         old = weights.get(name)

@@ -70,7 +70,7 @@ class LearningCase:
     steps_on: Mapping[str, int] = field(default_factory=dict)
 
 
-def shape_of(picture: Image.Image) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def shape_mask(picture: Image.Image) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Return the mask (H, W) of the pixels that differ from the picture's frame."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
     frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
@@ -81,7 +81,7 @@ def shape_of(picture: Image.Image) -> np.ndarray[Any, np.dtype[np.bool_]]:
 def is_square(picture: Image.Image, number: int) -> float:
     """Return 1 if the shape fills its bounding box, as a square does; a disc fills 0.785 of it."""
     del number
-    rows, columns = np.nonzero(shape_of(picture))
+    rows, columns = np.nonzero(shape_mask(picture))
     if len(rows) == 0:
         return 0.0
     return float(len(rows) / (np.ptp(rows) + 1) / (np.ptp(columns) + 1) > 0.89)
@@ -90,7 +90,7 @@ def is_square(picture: Image.Image, number: int) -> float:
 def is_ring(picture: Image.Image, number: int) -> float:
     """Return 1 if the picture has a shape with an empty centre."""
     del number
-    shape = shape_of(picture)
+    shape = shape_mask(picture)
     rows, columns = np.nonzero(shape)
     if len(rows) == 0:
         return 0.0
@@ -115,16 +115,16 @@ def overlap_with_edge(picture: Image.Image, number: int) -> float:
     down, across = np.indices((picture.height, picture.width)) + 0.5
     size = picture.width
     disc = np.hypot(across - scene.x * size, down - scene.y * size) <= scene.radius * size
-    shape = shape_of(picture)
+    shape = shape_mask(picture)
     return float((disc & shape).sum() / max(1, (disc | shape).sum()))
 
 
-def circles(style: str) -> Callable[[Path], Path]:
+def circles_writer(style: str) -> Callable[[Path], Path]:
     """Return a writer of the circles data set in a style."""
     return lambda folder: make_dataset(folder, style=style, num_train=256, num_validation=NUM_PICTURES)
 
 
-def rings(folder: Path) -> Path:
+def write_rings(folder: Path) -> Path:
     """Write a few photos of one yellow ring, without captions, as a user would provide them."""
     folder.mkdir()
     for number in range(6):
@@ -133,7 +133,7 @@ def rings(folder: Path) -> Path:
     return folder
 
 
-def blue_circles(folder: Path) -> Path:
+def write_blue_circles(folder: Path) -> Path:
     """Write blue circles whose captions have a new word for the colour."""
     make_dataset(folder, num_train=600, num_validation=1)
     path = folder / "train" / "metadata.jsonl"
@@ -151,12 +151,17 @@ _SUBJECT_MEASURES = (
 )
 CASES = {
     "style_full": LearningCase(
-        {"method": "Full", "learningRate": 2e-4}, 250, circles("squares"), CAPTIONS, _SQUARES, steps_on={"sd2": 150}
+        {"method": "Full", "learningRate": 2e-4},
+        250,
+        circles_writer("squares"),
+        CAPTIONS,
+        _SQUARES,
+        steps_on={"sd2": 150},
     ),
     "style_lora": LearningCase(
         {"method": "LoRA", "learningRate": 2e-3, "lora": {"rank": 16, "targetModules": _WIDE_LORA}},
         250,
-        circles("squares"),
+        circles_writer("squares"),
         CAPTIONS,
         _SQUARES,
         steps_on={"sd2": 120},
@@ -173,7 +178,7 @@ CASES = {
             },
         },
         300,
-        rings,
+        write_rings,
         _SUBJECT_PROMPTS,
         _SUBJECT_MEASURES,
         steps_on={"sd2": 120, "sdxl": 120},
@@ -186,7 +191,7 @@ CASES = {
             "dreambooth": {"instancePrompt": _SUBJECT, "classPrompt": _CLASS, "numClassImages": 12},
         },
         250,
-        rings,
+        write_rings,
         _SUBJECT_PROMPTS,
         _SUBJECT_MEASURES,
         steps_on={"sd2": 100, "sdxl": 100},
@@ -198,7 +203,7 @@ CASES = {
             "textualInversion": {"placeholderToken": "<sea>", "initializerToken": "circle"},
         },
         150,
-        blue_circles,
+        write_blue_circles,
         [
             f"<sea> circle with {colour} background"
             for colour in ("white", "black", "yellow", "green", "pink", "orange")
@@ -209,7 +214,7 @@ CASES = {
     "condition": LearningCase(
         {"method": "ControlNet", "learningRate": 1e-3},
         1200,
-        circles("plain"),
+        circles_writer("plain"),
         CAPTIONS,
         (Measure("overlap", "overlap of circle and edge", range(NUM_PICTURES), overlap_with_edge),),
         conditioning="conditioning_image",

@@ -54,10 +54,10 @@ def load_part(folder: Path, variant: str | None, part: str, load: Callable[[dict
         return load({"variant": variant, "use_safetensors": True})
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         summary = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"model.base: the {part} of {folder} cannot be read: {summary}; use a complete base with .safetensors "
-            "weights of model.variant"
-        ) from error
+        remedy = "use a base with complete .safetensors weights"
+        if variant is not None:
+            remedy += f" of the variant {variant}, or leave model.variant out"
+        raise ConfigError(f"model.base: the {part} of {folder} cannot be read: {summary}; {remedy}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
