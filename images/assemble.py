@@ -1,7 +1,7 @@
-"""Put together the root file system of the operator's image: Python, what it imports, and the libraries behind it.
+"""Create the root file system of the operator's image: Python, its packages, and the shared libraries that they load.
 
-Runs inside the build stage, whose base may be any with Python and dpkg: assemble.py APP ROOT. There is no shell and no
-package manager in the result, so there is little to patch and nothing to climb out with.
+Runs in the build stage, on any base image with Python and dpkg: assemble.py APP ROOT. The result has no shell and no
+package manager, so there is little to patch and little for an attacker to use.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import sbom
 
 UNUSED_STDLIB = {"test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3", "pydoc_data", "distutils"}
 UNUSED_SYNC_CLIENT = ("client", "config", "dynamic", "informer", "leaderelection", "stream", "utils", "watch")
-"""Of the `kubernetes` package the operator imports `kubernetes.aio` alone; the other half is 33 MB."""
+"""The operator imports only `kubernetes.aio`; these parts of the `kubernetes` package take 33 MB."""
 GENERATED = ("api", "models")
-"""Of `kubernetes.aio.client`: a thousand generated modules. Nobody reads their source in a container."""
+"""Folders of `kubernetes.aio.client` with a thousand generated modules. The image contains only their bytecode."""
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 USER = 65532
 
@@ -45,7 +45,7 @@ def main(app: Path, root: Path) -> None:
 
 
 def copy_python(python: Path, root: Path) -> list[Path]:
-    """The interpreter and its library, but for what serves development only."""
+    """Copy the interpreter and its standard library without development files; return the ELF files."""
     library = Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix, "base": sys.base_prefix}))
 
     def unused(folder: str, names: list[str]) -> set[str]:
@@ -60,7 +60,7 @@ def copy_python(python: Path, root: Path) -> list[Path]:
         }
 
     shutil.copytree(library, under(root, library), symlinks=True, ignore=unused)
-    # Debian's own Python comes without bytecode in an image; the root is read-only later.
+    # Debian's Python contains no bytecode in an image, and the root file system of a pod is read-only.
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(under(root, library))], check=False)
     copy(python, root)
     for name in ("python3", "python"):
@@ -71,7 +71,7 @@ def copy_python(python: Path, root: Path) -> list[Path]:
 
 
 def copy_app(app: Path, root: Path) -> list[Path]:
-    """The virtual environment without what nobody calls."""
+    """Copy the virtual environment without unused files; return its shared libraries."""
     target = under(root, app)
     shutil.copytree(app, target, symlinks=True)
     for folder in target.rglob("tests"):
@@ -80,20 +80,20 @@ def copy_app(app: Path, root: Path) -> list[Path]:
     for name in UNUSED_SYNC_CLIENT:
         shutil.rmtree(package / name, ignore_errors=True)
     init = package / "__init__.py"
-    # Its own one imports that half.
+    # The original __init__.py imports the removed modules.
     init.write_text("\n".join(line for line in init.read_text().splitlines() if line.startswith("__")) + "\n")
     shutil.rmtree(package / "__pycache__", ignore_errors=True)
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(package / "__init__.py")], check=True)
     for name in GENERATED:
-        keep_bytecode_alone(package / "aio/client" / name)
+        keep_only_bytecode(package / "aio/client" / name)
     shutil.rmtree(target / "include", ignore_errors=True)
     for name in (".lock", ".gitignore", "CACHEDIR.TAG"):
         (target / name).unlink(missing_ok=True)
     return list(app.rglob("*.so*"))
 
 
-def keep_bytecode_alone(folder: Path) -> None:
-    """Put each module's bytecode in the place of its source: half of its size."""
+def keep_only_bytecode(folder: Path) -> None:
+    """Replace the source of each module by its bytecode, which halves the size."""
     subprocess.run([sys.executable, "-m", "compileall", "-q", "-b", str(folder)], check=True)
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     for source in folder.glob("*.py"):
@@ -101,7 +101,7 @@ def keep_bytecode_alone(folder: Path) -> None:
 
 
 def copy_libraries(programs: Iterable[Path], root: Path) -> list[Path]:
-    """Every shared library that one of the programs loads, the loader included."""
+    """Copy every shared library that one of the programs loads, including the dynamic loader; return them."""
     found = {library for program in programs for library in libraries(program)}
     for library in found:
         copy(library, root)
@@ -109,18 +109,18 @@ def copy_libraries(programs: Iterable[Path], root: Path) -> list[Path]:
 
 
 def libraries(program: Path) -> Iterator[Path]:
-    """What `ldd` says."""
+    """Yield the shared libraries that `ldd` reports for a program."""
     listed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
     for line in listed.splitlines():
-        words = line.replace("=>", " ").split()
-        path = next((word for word in words if word.startswith("/")), None)
-        # Wheels carry libraries of their own beside them: those are in the app already.
+        fields = line.replace("=>", " ").split()
+        path = next((field for field in fields if field.startswith("/")), None)
+        # Libraries that a wheel contains are copied with the environment.
         if path is not None and "/site-packages/" not in path:
             yield Path(path)
 
 
 def write_etc(root: Path) -> None:
-    """Users, name lookup and certificate authorities."""
+    """Write users, name lookup and certificate authorities; create /tmp."""
     etc = root / "etc"
     etc.mkdir(exist_ok=True)
     (etc / "passwd").write_text(
@@ -136,7 +136,7 @@ def write_etc(root: Path) -> None:
 
 
 def copy(file: Path, root: Path) -> None:
-    """Copy a file to the same place; links become what they lead to."""
+    """Copy a file to the same path below the root; follow links."""
     target = under(root, file)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, target)
@@ -144,7 +144,7 @@ def copy(file: Path, root: Path) -> None:
 
 
 def under(root: Path, path: Path) -> Path:
-    """The place of an absolute path below the new root, through the links that are there."""
+    """Return the path below the new root for an absolute path, resolved through the links of the new root."""
     parent = (root / str(path.parent).lstrip("/")).resolve()
     if not parent.is_relative_to(root):
         parent = root / str(parent).lstrip("/")
@@ -152,7 +152,7 @@ def under(root: Path, path: Path) -> Path:
 
 
 def is_elf(file: Path) -> bool:
-    """Whether it is a program or a library."""
+    """Return whether the file is a program or a shared library."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:

@@ -1,7 +1,7 @@
-"""Write what an image is made of, as SPDX 2.3: its Python distributions, and the Debian packages behind its files.
+"""Write the software bill of materials (SBOM) of an image as SPDX 2.3: its Python distributions and Debian packages.
 
-Runs inside an image's build, with the Python that the image ships: sbom.py OUT NAME FOLDER[:FOLDER...] [FILE...], the
-folders those of Python's packages. Without files, all installed Debian packages are listed.
+Runs in the build of an image, with the Python of the image: sbom.py OUT NAME FOLDER[:FOLDER...] [FILE...]. FOLDER
+contains Python packages. With FILE, only the Debian packages that own these files are listed; otherwise all.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 CREATED = "1970-01-01T00:00:00Z"
-"""The same files give the same document."""
+"""A constant, so that the same packages give the same document."""
 
 
 def python_packages(*folders: str) -> list[dict[str, object]]:
-    """Every distribution in these folders."""
+    """Return an entry for every Python distribution in these folders."""
     found = {
         (dist.metadata["Name"], dist.version, dist.metadata.get("License-Expression") or "NOASSERTION")
         for dist in importlib.metadata.distributions(path=list(folders))
@@ -28,7 +28,7 @@ def python_packages(*folders: str) -> list[dict[str, object]]:
 
 
 def debian_packages(files: Iterable[str] | None) -> list[dict[str, object]]:
-    """The packages that files are of; all of them where none are given."""
+    """Return an entry for every Debian package that owns one of the files; with None, for all installed packages."""
     listed = _run("dpkg-query", "--show", "--showformat=${Package} ${Version}\n").splitlines()
     versions = dict(line.split() for line in listed)
     names: Iterable[str] = versions
@@ -38,7 +38,7 @@ def debian_packages(files: Iterable[str] | None) -> list[dict[str, object]]:
 
 
 def write(out: Path, name: str, packages: list[dict[str, object]]) -> None:
-    """Write the document."""
+    """Write the SPDX document for these packages and for Python."""
     own = _package("generic", "python", platform.python_version(), "PSF-2.0")
     document = {
         "spdxVersion": "SPDX-2.3",
@@ -54,19 +54,19 @@ def write(out: Path, name: str, packages: list[dict[str, object]]) -> None:
 
 
 def _package(kind: str, name: str, version: str, licence: str) -> dict[str, object]:
-    place = f"pkg:{kind}/{name}@{version}"
+    purl = f"pkg:{kind}/{name}@{version}"
     return {
         "SPDXID": f"SPDXRef-{kind.replace('/', '-')}-{name}".replace("_", "-"),
         "name": name,
         "versionInfo": version,
         "licenseDeclared": licence,
         "downloadLocation": "NOASSERTION",
-        "externalRefs": [{"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl", "referenceLocator": place}],
+        "externalRefs": [{"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl", "referenceLocator": purl}],
     }
 
 
 def _owners(file: str) -> list[str]:
-    # dpkg knows a file by the path that its package gave it, from before /lib became a link to /usr/lib.
+    # Packages may list a file below /lib, from the time before /lib became a link to /usr/lib.
     for path in (file, file.removeprefix("/usr")):
         lines = _run("dpkg-query", "--search", path).splitlines()
         if lines:

@@ -1,6 +1,7 @@
-"""Filter a lock on its way to the CPU image: without torch and what only its CUDA build needs.
+"""Filter a lock file for the CPU image: remove torch and the packages that only its CUDA build needs.
 
-Called as without_cuda.py INDEX < lock > filtered. Without an index nothing is left out: then torch is the locked one.
+Called as without_cuda.py INDEX < lock > filtered. INDEX is the index of the CPU-only torch. If it is empty, nothing is
+removed, and the image contains the locked torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ CUDA_ONLY = re.compile(r"^(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")
 
 
 def main(index: str) -> None:
-    """Copy the entries that are wanted; an entry goes on over its indented lines of hashes."""
+    """Copy the other entries. The indented lines after an entry are its hashes."""
     wanted = True
     for line in sys.stdin:
         if not line.startswith((" ", "\t")):

@@ -1,4 +1,4 @@
-"""Helm against the test bed, and what it renders as objects."""
+"""Runs Helm with the chart of the repository and reads the objects that it renders."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ Values = Mapping[str, Any]
 
 
 class HelmError(RuntimeError):
-    """Helm failed; the message is what it wrote to its error stream."""
+    """Helm failed. The message is its error output."""
 
 
 @dataclass(frozen=True)
 class Helm:
-    """One helm, with folders of its own."""
+    """A helm program with its own cache, configuration and data folders."""
 
     program: Path
     folder: Path
     kubeconfig: Path | None = None
 
     def run(self, *arguments: str, values: Values | None = None, stdin: str = "") -> str:
-        """What it prints."""
+        """Run helm and return its output."""
         if values is not None:
             arguments = (*arguments, "--values", "-")
             stdin = json.dumps(values)
         homes = {f"HELM_{name}_HOME": str(self.folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
-        # Without a kubeconfig it is to reach no cluster at all.
+        # Without a kubeconfig, it must not reach any cluster.
         environment = {**os.environ, **homes, "KUBECONFIG": str(self.kubeconfig or self.folder / "none")}
         result = subprocess.run(
             [str(self.program), *arguments],
@@ -57,14 +57,14 @@ class Helm:
         return result.stdout
 
     def render(self, values: Values | None = None, *, crds: bool = False) -> list[Object]:
-        """The chart's objects, those of `helm test` included."""
+        """Return the chart's objects, including those of `helm test`."""
         shown = {"crds": {"install": crds}, **(values or {})}
         text = self.run("template", RELEASE, str(CHART), "--namespace", HOME, values=shown)
         return [thing for thing in yaml.safe_load_all(text) if thing]
 
 
 def one(objects: list[Object], kind: str, name: str = "") -> Object:
-    """The one object of a kind (and a name)."""
+    """Return the only object with a kind (and a name)."""
     found = [thing for thing in objects if thing["kind"] == kind and name in ("", thing["metadata"]["name"])]
     assert len(found) == 1, [(thing["kind"], thing["metadata"]["name"]) for thing in found or objects]
     return found[0]
@@ -75,7 +75,7 @@ def kinds(objects: list[Object]) -> set[str]:
 
 
 def operator_args(objects: list[Object]) -> list[str]:
-    """The command line of the operator."""
+    """Return the command line of the operator."""
     (container,) = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
     args: list[str] = container["args"]
     return args

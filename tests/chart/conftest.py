@@ -11,13 +11,13 @@ from testing.helm import HOME, Helm
 
 @pytest.fixture(scope="session")
 def helm(tmp_path_factory: pytest.TempPathFactory) -> Helm:
-    """Helm without a cluster."""
+    """Return Helm without a cluster."""
     return Helm(ensure_programs(modules=(HELM,))["helm"], tmp_path_factory.mktemp("helm"))
 
 
 @pytest.fixture(scope="package")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    """A control plane of its own: the chart brings the CRD, which elsewhere is there from the start."""
+    """Start a separate control plane without the CRD, because the chart installs it."""
     with ControlPlane(folder=tmp_path_factory.mktemp("chart-control-plane")) as running:
         running.create_namespace(HOME, {"pod-security.kubernetes.io/enforce": "restricted"})
         yield running
@@ -25,5 +25,5 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlP
 
 @pytest.fixture
 def cluster_helm(helm: Helm, control_plane: ControlPlane) -> Helm:
-    """Helm as an administrator of the control plane."""
+    """Return Helm with administrator access to the control plane."""
     return Helm(helm.program, helm.folder, control_plane.kubeconfig)

@@ -1,4 +1,4 @@
-"""A real API server takes every object of the chart, and its pods keep to the restricted Pod Security Standard."""
+"""A real API server accepts every object of the chart; its pods satisfy the restricted Pod Security Standard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from testing.controlplane.server import ControlPlane
 from testing.helm import HOME, Helm, Object, one
 
 FOREIGN = {"ServiceMonitor", "PrometheusRule", "Certificate"}
-"""Kinds whose operators are not here."""
+"""Kinds whose CRDs are not installed."""
 SCHEDULING = {
     "nodeSelector": {"pool": "system"},
     "tolerations": [{"key": "system", "operator": "Exists"}],
@@ -44,17 +44,18 @@ TABLE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("values", TABLE, ids=range(len(TABLE)))
-def test_the_api_server_takes_every_object(helm: Helm, control_plane: ControlPlane, values: dict[str, Any]) -> None:
+def test_the_api_server_accepts_every_object(helm: Helm, control_plane: ControlPlane, values: dict[str, Any]) -> None:
     objects = [thing for thing in helm.render(values, crds=True) if thing["kind"] not in FOREIGN]
-    things = {"apiVersion": "v1", "kind": "List", "items": objects}
+    assert len(objects) > 10
+    listed = {"apiVersion": "v1", "kind": "List", "items": objects}
     arguments = ("apply", "--server-side", "--dry-run=server", "--validate=strict", "--output=name", "--filename=-")
-    taken = control_plane.kubectl(*arguments, stdin=json.dumps(things)).split()
-    assert len(taken) == len(objects)
+    accepted = control_plane.kubectl(*arguments, stdin=json.dumps(listed)).split()
+    assert len(accepted) == len(objects)
 
 
 @pytest.mark.parametrize("values", [{}, SCHEDULING, {"coordinator": {"tls": {"mode": "secret", "secretName": "x"}}}])
-def test_its_pods_are_restricted(helm: Helm, control_plane: ControlPlane, values: dict[str, Any]) -> None:
-    """In a namespace that enforces it; and a pod that breaks one of its rules is refused there."""
+def test_pods_satisfy_the_restricted_standard(helm: Helm, control_plane: ControlPlane, values: dict[str, Any]) -> None:
+    """The namespace enforces the standard: a pod that may run as root is refused."""
     objects = helm.render(values)
     for name, spec in pods(objects).items():
         create(control_plane, name, spec)

@@ -1,4 +1,4 @@
-"""What the chart renders for which values."""
+"""The objects that the chart renders, and the values that it refuses."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ROOT = CHART.parents[1]
 MONITORING = {"serviceMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}}
 
 
-def test_the_chart_is_linted(helm: Helm) -> None:
+def test_helm_lint_passes(helm: Helm) -> None:
     assert "0 chart(s) failed" in helm.run("lint", "--strict", str(CHART))
 
 
-def test_what_is_made_by_default(helm: Helm) -> None:
+def test_default_values_render_these_kinds(helm: Helm) -> None:
     objects = helm.render(crds=True)
     assert kinds(objects) == {
         "ClusterRole",
@@ -45,14 +45,14 @@ def test_what_is_made_by_default(helm: Helm) -> None:
     assert one(objects, "Deployment")["spec"]["replicas"] == 2
 
 
-def test_the_crd_is_the_one_that_is_generated(helm: Helm) -> None:
-    """To the last digit: Helm would write a float in other words."""
+def test_the_crd_equals_the_generated_file(helm: Helm) -> None:
+    """Numbers keep their form, although Helm would print floats differently."""
     rendered = one(helm.render(crds=True), "CustomResourceDefinition")
     committed = yaml.safe_load((ROOT / "crds/finetune-operator.io_finetunejobs.yaml").read_text())
     assert rendered["spec"] == committed["spec"]
     assert rendered["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-    lost = one(helm.render({"crds": {"keep": False}}), "CustomResourceDefinition")
-    assert "helm.sh/resource-policy" not in (lost["metadata"].get("annotations") or {})
+    deleted = one(helm.render({"crds": {"keep": False}}), "CustomResourceDefinition")
+    assert "helm.sh/resource-policy" not in (deleted["metadata"].get("annotations") or {})
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_crd_is_the_one_that_is_generated(helm: Helm) -> None:
     ],
     ids=str,
 )
-def test_the_operator_takes_the_flags(helm: Helm, values: dict[str, Any]) -> None:
+def test_the_operator_accepts_the_flags_of_the_chart(helm: Helm, values: dict[str, Any]) -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, {"FINETUNE_POD_IP": "10.0.0.1"})
     command, *flags = operator_args(helm.render(values))
@@ -97,7 +97,7 @@ def resources(objects: list[Object], kind: str, suffix: str = "") -> set[str]:
     return {name for rule in rules(objects, kind, suffix) for name in rule["resources"]}
 
 
-def test_the_role_is_that_of_the_file(helm: Helm) -> None:
+def test_roles_contain_the_rules_of_the_file(helm: Helm) -> None:
     file = yaml.safe_load((CHART / "files/rules.yaml").read_text())
     objects = helm.render()
     assert rules(objects, "ClusterRole", "-jobs") == file["jobs"]
@@ -108,7 +108,7 @@ def test_the_role_is_that_of_the_file(helm: Helm) -> None:
     ]
 
 
-def test_with_namespaces_nothing_but_reviews_and_nodes_is_cluster_wide(helm: Helm) -> None:
+def test_with_namespaces_only_nodes_and_token_reviews_are_cluster_wide(helm: Helm) -> None:
     objects = helm.render({"namespaces": ["team-a", "team-b"], "rbac": {"aggregate": False}})
     roles = [thing for thing in objects if thing["kind"] == "Role" and thing["metadata"]["name"] == f"{NAME}-jobs"]
     assert [thing["metadata"]["namespace"] for thing in roles] == ["team-a", "team-b"]
@@ -121,7 +121,7 @@ def test_with_namespaces_nothing_but_reviews_and_nodes_is_cluster_wide(helm: Hel
 
 
 @pytest.mark.parametrize("mode", ["secret", "certManager"])
-def test_a_certificate_of_others_is_mounted(helm: Helm, mode: str) -> None:
+def test_a_given_certificate_is_mounted(helm: Helm, mode: str) -> None:
     given: dict[str, dict[str, Any]] = {
         "secret": {"secretName": "given"},
         "certManager": {"issuerRef": {"name": "ca", "kind": "ClusterIssuer"}},
@@ -138,7 +138,7 @@ def test_a_certificate_of_others_is_mounted(helm: Helm, mode: str) -> None:
         assert certificate["dnsNames"] == [f"{NAME}-coordinator.{HOME}.svc"]
 
 
-def test_an_image_by_digest(helm: Helm) -> None:
+def test_an_image_digest_replaces_the_tag(helm: Helm) -> None:
     digest = "sha256:" + "0" * 64
     objects = helm.render({"image": {"repository": "registry:5000/op", "tag": "v9", "digest": digest}})
     images = {
@@ -153,7 +153,7 @@ def test_one_replica_has_no_disruption_budget(helm: Helm) -> None:
     assert "PodDisruptionBudget" not in kinds(helm.render({"replicas": 1}))
 
 
-def test_the_services_lead_to_the_operators_pods_only(helm: Helm) -> None:
+def test_services_select_only_pods_of_the_operator(helm: Helm) -> None:
     objects = helm.render()
     pod = one(objects, "Deployment")["spec"]["template"]
     selector = one(objects, "Service", f"{NAME}-metrics")["spec"]["selector"]
@@ -162,29 +162,29 @@ def test_the_services_lead_to_the_operators_pods_only(helm: Helm) -> None:
     assert "selector" not in one(objects, "Service", f"{NAME}-coordinator")["spec"]
 
 
-def test_claims_outlive_the_chart_unless_told_otherwise(helm: Helm) -> None:
+def test_claims_are_kept_unless_keep_is_false(helm: Helm) -> None:
     claims = [{"name": "a", "size": "1Gi", "storageClassName": "efs"}, {"name": "b", "size": "5Ti", "keep": False}]
     objects = helm.render({"storage": {"claims": claims}})
-    kept, lost = one(objects, "PersistentVolumeClaim", "a"), one(objects, "PersistentVolumeClaim", "b")
+    kept, deleted = one(objects, "PersistentVolumeClaim", "a"), one(objects, "PersistentVolumeClaim", "b")
     assert kept["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
     assert kept["spec"]["accessModes"] == ["ReadWriteMany"]
-    assert "helm.sh/resource-policy" not in (lost["metadata"].get("annotations") or {})
+    assert "helm.sh/resource-policy" not in (deleted["metadata"].get("annotations") or {})
 
 
 def metric_names() -> set[str]:
-    """Every name that the operator can expose."""
+    """Return every metric name that the operator can expose."""
     text = (ROOT / "operator/finetune_operator/metrics.py").read_text()
     names = set(re.findall(r'"(finetune_\w+)"', text))
     return names | {name + suffix for name in names for suffix in ("_total", "_bucket", "_count", "_sum")}
 
 
-def test_alerts_and_dashboard_ask_for_metrics_that_exist(helm: Helm) -> None:
+def test_alerts_and_dashboard_query_existing_metrics(helm: Helm) -> None:
     objects = helm.render({"metrics": MONITORING})
     alerts = one(objects, "PrometheusRule")["spec"]["groups"][0]["rules"]
     dashboard = json.loads(one(objects, "ConfigMap", f"{NAME}-dashboard")["data"]["finetune-operator.json"])
-    asked = [alert["expr"] for alert in alerts]
-    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    used = {name for expression in asked for name in re.findall(r"\bfinetune_\w+", expression)}
+    queries = [alert["expr"] for alert in alerts]
+    queries += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    used = {name for expression in queries for name in re.findall(r"\bfinetune_\w+", expression)}
     assert used <= metric_names()
     assert len(used) > 10
     labels = one(objects, "Service", f"{NAME}-metrics")["metadata"]["labels"]
@@ -192,17 +192,18 @@ def test_alerts_and_dashboard_ask_for_metrics_that_exist(helm: Helm) -> None:
     assert wanted.items() <= labels.items()
 
 
-def test_the_phases_that_are_asked_for_are_those_of_jobs(helm: Helm) -> None:
+def test_alerts_query_existing_phases(helm: Helm) -> None:
     alerts = one(helm.render({"metrics": MONITORING}), "PrometheusRule")["spec"]["groups"][0]["rules"]
-    asked = {alert["alert"]: re.findall(r'phase=~?"([^"]+)"', alert["expr"]) for alert in alerts}
-    assert {name for found in asked.values() for names in found for name in names.split("|")} <= set(Phase)
-    # No node has room, a queue lets it wait, the spec is refused: nothing of it has begun.
-    assert asked["FinetuneJobsWait"] == ["Pending|Queued"]
+    phases = {alert["alert"]: re.findall(r'phase=~?"([^"]+)"', alert["expr"]) for alert in alerts}
+    assert {name for found in phases.values() for names in found for name in names.split("|")} <= set(Phase)
+    # Jobs wait in these phases for capacity, for a queue, or for a corrected spec.
+    assert phases["FinetuneJobsWait"] == ["Pending|Queued"]
 
 
-def test_every_alert_has_its_place_in_the_documentation(helm: Helm) -> None:
+def test_every_alert_links_to_its_section_in_the_documentation(helm: Helm) -> None:
     alerts = one(helm.render({"metrics": MONITORING}), "PrometheusRule")["spec"]["groups"][0]["rules"]
     page = (ROOT / "docs/troubleshooting.md").read_text()
+    assert len(alerts) > 10
     for alert in alerts:
         assert f"### {alert['alert']}\n" in page
         assert alert["annotations"]["runbook_url"].endswith("#" + alert["alert"].lower())
@@ -211,23 +212,25 @@ def test_every_alert_has_its_place_in_the_documentation(helm: Helm) -> None:
 
 
 @pytest.mark.parametrize(
-    ("alert", "counted", "mine"),
+    ("alert", "counted", "excluded"),
     [
         ("FinetuneAttemptsFail", CountsAs.FAILURE, {Reason.DATA_ERROR, Reason.CONFIGURATION_ERROR}),
         ("FinetuneManyPreemptions", CountsAs.PREEMPTION, set()),
     ],
 )
-def test_an_alert_counts_the_causes_of_its_kind(helm: Helm, alert: str, counted: CountsAs, mine: set[Reason]) -> None:
-    """All but those that are the user's own to mend."""
+def test_an_alert_counts_all_reasons_of_its_kind(
+    helm: Helm, alert: str, counted: CountsAs, excluded: set[Reason]
+) -> None:
+    """Except for the reasons that only the user can fix."""
     alerts = one(helm.render({"metrics": MONITORING}), "PrometheusRule")["spec"]["groups"][0]["rules"]
     (expression,) = (rule["expr"] for rule in alerts if rule["alert"] == alert)
     (pattern,) = re.findall(r'reason=~"([^"]+)"', expression)
-    asked = {reason for reason in REASONS if re.fullmatch(pattern, reason.value)}
-    assert asked == {reason for reason, about in REASONS.items() if about.counts_as is counted} - mine
+    matched = {reason for reason in REASONS if re.fullmatch(pattern, reason.value)}
+    assert matched == {reason for reason, doc in REASONS.items() if doc.counts_as is counted} - excluded
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"replicas": 0}, "/replicas"),
         ({"replica": 3}, "'replica' not allowed"),
@@ -240,23 +243,23 @@ def test_an_alert_counts_the_causes_of_its_kind(helm: Helm, alert: str, counted:
         ({"image": {"digest": "abc"}}, "/image/digest"),
         ({"storage": {"claims": [{"name": "x"}]}}, "'size'"),
         ({"storage": {"claims": [{"name": "x", "size": "much"}]}}, "/storage/claims/0/size"),
-        ({"serviceAccount": {"create": False}}, "name the account to use"),
-        ({"flags": {"coordinator-url": "http://x"}}, "the chart sets this flag from a value of its own"),
+        ({"serviceAccount": {"create": False}}, "set the name of the account to use"),
+        ({"flags": {"coordinator-url": "http://x"}}, "the chart sets this flag from another value"),
         ({"flags": {"--lease-seconds": 3}}, "invalid propertyName '--lease-seconds'"),
-        ({"podDisruptionBudget": {"minAvailable": 2}}, "or no node with the operator can be drained"),
+        ({"podDisruptionBudget": {"minAvailable": 2}}, "otherwise no node with an operator pod can be drained"),
         ({"metrics": {"prometheusRule": {"goodputRatio": 60}}}, "/metrics/prometheusRule/goodputRatio"),
         ({"trainer": {"images": {"gpu": "untagged"}}}, "/trainer/images/gpu"),
     ],
     ids=str,
 )
-def test_wrong_values_are_refused_with_a_sentence(helm: Helm, values: dict[str, Any], words: str) -> None:
+def test_wrong_values_are_refused_with_a_message(helm: Helm, values: dict[str, Any], message: str) -> None:
     with pytest.raises(HelmError) as caught:
         helm.render(values)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_every_value_is_in_the_schema(helm: Helm) -> None:
-    """A value that the schema does not know could not be set by anybody."""
+    """The chart refuses values that the schema does not contain."""
     schema = json.loads((CHART / "values.schema.json").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert missing(values, schema, Path()) == []
@@ -266,8 +269,8 @@ def missing(values: dict[str, Any], schema: dict[str, Any], where: Path) -> list
     properties = schema.get("properties")
     if properties is None:
         return []
-    lost = [str(where / name) for name in values if name not in properties]
+    absent = [str(where / name) for name in values if name not in properties]
     for name, value in values.items():
         if isinstance(value, dict) and name in properties:
-            lost += missing(value, properties[name], where / name)
-    return lost
+            absent += missing(value, properties[name], where / name)
+    return absent

@@ -25,11 +25,13 @@ FOLDERS = (
     "trainer/finetune_trainer",
     "docs",
 )
-"""Folders that a path in the documentation may be relative to."""
+"""Base folders for the paths in the documentation."""
 PREFIXES = (
     "operator|trainer|tests|testing|bench|tools|docs|examples|images|crds|charts|plan|cluster|api|cli|server|manifests"
     "|coordinator|methods|models|data|checkpoint|distributed|supervisor|train|finetune_trainer|finetune_contract"
 )
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+MAKE = re.compile(r"`make ([a-z-]+[a-z])[`\s]")
 PATH = re.compile(rf"`((?:{PREFIXES})/[\w./-]+\.(?:py|yaml|md|toml|sh))`")
 
 
@@ -40,13 +42,18 @@ def page_id(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_paths_and_targets_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", text):
+    for target in LINK.findall(text):
         assert (page.parent / target).exists(), f"{page_id(page)} links to {target}"
     for path in PATH.findall(text):
         assert any((ROOT / folder / path).exists() for folder in FOLDERS), f"{page_id(page)} names the file {path}"
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    for target in re.findall(r"`make ([a-z-]+[a-z])[`\s]", text):
+    for target in MAKE.findall(text):
         assert target in targets, f"{page_id(page)} names the target make {target}"
+
+
+@pytest.mark.parametrize(("pattern", "minimum"), [(LINK, 100), (PATH, 20), (MAKE, 10)], ids=["link", "path", "make"])
+def test_the_patterns_of_the_check_above_match(pattern: re.Pattern[str], minimum: int) -> None:
+    assert sum(len(pattern.findall(page.read_text(encoding="utf-8"))) for page in PAGES) >= minimum
 
 
 def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
@@ -70,6 +77,7 @@ def test_the_readme_leads_to_every_page() -> None:
 
 def test_decisions_are_numbered_without_gaps_and_listed() -> None:
     index = (DOCS / "adr/README.md").read_text(encoding="utf-8")
+    assert ADRS
     for number, path in enumerate(ADRS, start=1):
         title = path.read_text(encoding="utf-8").splitlines()[0]
         assert path.name.startswith(f"{number:04}-"), f"decision {number} is missing"
@@ -86,7 +94,7 @@ def test_troubleshooting_has_one_section_for_each_reason_and_alert() -> None:
     assert not missing, f"add the sections {sorted(missing)} to docs/troubleshooting.md"
     assert len(titles) == len(set(titles))
     known = {*(reason.value for reason in REASONS), *(condition.value for condition in CONDITIONS), *alerts}
-    assert set(titles) <= known, "these sections explain what no longer exists"
+    assert set(titles) <= known, "these sections describe reasons, conditions or alerts that do not exist"
 
 
 @pytest.mark.parametrize(("title", "counted"), [("Preemptions", CountsAs.PREEMPTION), ("Failures", CountsAs.FAILURE)])

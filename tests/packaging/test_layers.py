@@ -90,12 +90,12 @@ def test_a_file_has_few_lines() -> None:
 
 
 def test_a_public_class_name_is_defined_once() -> None:
-    places: dict[str, list[str]] = defaultdict(list)
+    definitions: dict[str, list[str]] = defaultdict(list)
     for path in python_files("operator", "trainer"):
         for node in parse(path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                places[node.name].append(f"{path}:{node.lineno}")
-    repeated = {name: found for name, found in places.items() if len(found) > 1}
+                definitions[node.name].append(f"{path}:{node.lineno}")
+    repeated = {name: found for name, found in definitions.items() if len(found) > 1}
     wrong = {name: found for name, found in repeated.items() if name not in REPEATED_CLASSES}
     assert wrong == {}, "rename all but one of each"
     assert set(REPEATED_CLASSES) <= set(repeated), "remove names from REPEATED_CLASSES that are now unique"

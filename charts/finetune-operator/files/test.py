@@ -1,4 +1,4 @@
-"""Run by `helm test`: check that the operator is ready and that the coordinator works as the training pods need."""
+"""Run by `helm test`: check that the operator is ready and that training pods can reach the coordinator."""
 
 import http.client
 import os
