@@ -1,4 +1,4 @@
-"""How long a save blocks training, compared with `accelerator.save_state` on the same state, in one run.
+"""Measures how long a save blocks training, compared with `accelerator.save_state` on the same state, in one run.
 
 Two states: a UNet with AdamW, the largest that fits this machine's memory, and a LoRA with AdamW. Steps are real:
 forward, backward, AdamW. Our save runs as in the loop, in parallel with the next step; the stall is the time that the

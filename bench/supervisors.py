@@ -75,7 +75,7 @@ class BenchSupervisor:
             await asyncio.sleep(RETRY_SECONDS)
 
     def lose_peer(self) -> None:
-        """Report at once that the ranks have ended because of a lost peer, and wait for a new world."""
+        """Report immediately that the ranks have ended because of a lost peer, and wait for a new world."""
         self._peer_lost = True
         self._changed.set()
 

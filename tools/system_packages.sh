@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install the Debian packages that the tests on real nodes need. Called by `make test`.
-# Does nothing if they are installed, or if this is not a Debian system with root; the tests then skip and say why.
+# Does nothing if they are installed, or if this is not a Debian system with root; the tests then skip and report the reason.
 set -euo pipefail
 tools=(buildah debootstrap iptables)
 type "${tools[@]}" > /dev/null 2>&1 && exit 0

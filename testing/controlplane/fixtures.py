@@ -60,7 +60,7 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlP
 
 @pytest.fixture
 def namespace(control_plane: ControlPlane) -> Iterator[str]:
-    """A new namespace; its deletion is requested at the end without waiting for it."""
+    """Create a namespace, and request its deletion at the end without waiting."""
     name = control_plane.create_namespace(f"test-{uuid.uuid4().hex[:8]}")
     yield name
     if not control_plane.program("kube-apiserver").running:

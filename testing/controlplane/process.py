@@ -148,12 +148,12 @@ class Program:
 
     @property
     def running(self) -> bool:
-        """Whether the process is running."""
+        """Return whether the process is running."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def has_exited(self) -> bool:
-        """Whether the program was started and has exited by itself."""
+        """Return whether the program was started and has exited by itself."""
         return self._process is not None and self._process.poll() is not None
 
     @property

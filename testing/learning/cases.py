@@ -134,7 +134,7 @@ def write_rings(folder: Path) -> Path:
 
 
 def write_blue_circles(folder: Path) -> Path:
-    """Write blue circles whose captions have a new word for the colour."""
+    """Write blue circles whose captions name the colour with a new word."""
     make_dataset(folder, num_train=600, num_validation=1)
     path = folder / "train" / "metadata.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,1 +1,1 @@
-"""What benches and tests use to measure: devices, peak memory, processes of their own, reports."""
+"""Measurements for benches and tests: devices, peak memory, separate processes, reports."""

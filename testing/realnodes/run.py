@@ -21,7 +21,7 @@ from testing.realnodes.store import KubectlCluster, Object
 
 KINDS = "pods,services,configmaps,secrets,leases,endpointslices,persistentvolumeclaims"
 EXPECTED_LEFT = ("configmap/kube-root-ca.crt", "pod/carrier")
-"""What Kubernetes and the test itself create in a namespace."""
+"""Objects that Kubernetes and the test itself create in a namespace."""
 
 PrintLine = Callable[[str], None]
 

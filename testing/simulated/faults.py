@@ -44,7 +44,7 @@ def stop_node(cluster: SimulatedCluster) -> None:
 
 
 def remove_node(cluster: SimulatedCluster) -> None:
-    """Remove a machine and its Node at once."""
+    """Remove a machine and its Node at the same time."""
     if (node := _random_node(cluster)) is not None:
         cluster.kubelets.remove_node(node)
         cluster.replace_node_later()
@@ -95,7 +95,7 @@ def stall_pulls(cluster: SimulatedCluster) -> None:
 
 
 def fail_program(cluster: SimulatedCluster) -> None:
-    """End a rank with an error of its own."""
+    """End a rank with an error of its program."""
     rng = cluster.engine.rng
     if (supervisor := cluster.random_supervisor()) is not None:
         code, output = rng.choice(PROGRAM_ENDS)
@@ -113,7 +113,7 @@ def break_fabric(cluster: SimulatedCluster) -> None:
 
 
 def hang(cluster: SimulatedCluster) -> None:
-    """Let the ranks of a gang wait for each other for ever."""
+    """Let the ranks of a gang wait for each other forever."""
     supervisor = cluster.random_supervisor()
     gang = supervisor.gang if supervisor is not None else None
     if supervisor is not None and gang is not None and gang.state is RankState.TRAINING and not gang.broken:

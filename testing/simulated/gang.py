@@ -16,9 +16,9 @@ from testing.simulated.engine import Engine
 from testing.simulated.model import BrokenInvariantError, SimulatedStorage, Watchdog
 
 COLLECTIVE_TIMEOUT_SECONDS = 900.0
-"""Time after which a rank gives up a collective with a silent peer."""
+"""Time after which a collective with a silent peer times out."""
 RENDEZVOUS_SECONDS = COLLECTIVE_TIMEOUT.total_seconds()
-"""Time after which a rank gives up waiting for the others to join."""
+"""Time after which a rank stops waiting for the others to join."""
 LOUD_SECONDS = (0.05, 2.0)
 """Range of the time until a rank notices that the connection to its peer is closed."""
 
@@ -140,7 +140,7 @@ class SimulatedGang:
             self._advance_to(min(self._until_step, self.step + 1))
 
     def hang(self) -> None:
-        """Let the ranks wait for each other for ever."""
+        """Let the ranks wait for each other forever."""
         self.hung_step = self.step
         self._epoch += 1
 

@@ -16,7 +16,7 @@ class SimulatedPod:
 
     job: str
     seen: ObservedPod
-    """What the API server reports."""
+    """The state that the API server reports."""
     grace_seconds: int
     num_nodes: int = 1
     """Number of pods of its gang, according to its manifest."""
@@ -26,7 +26,7 @@ class SimulatedPod:
     """Whether its manifest gives it no rank yet."""
     node: SimulatedNode | None = None
     running: bool = False
-    """Whether its processes run, whatever the API server reports."""
+    """Whether its processes run, independent of the state that the API server reports."""
     end: Callable[[int], None] = field(default=lambda _: None)
     """Ends its processes at once with an exit code. -1: its node has stopped; -2: the same, and its peers notice."""
     notice: Callable[[], None] = field(default=lambda: None)

@@ -42,7 +42,7 @@ class ApiConditions:
 
 
 class SimulatedOperator:
-    """The operator process from its start to its end."""
+    """One operator process, from start to exit."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class SimulatedOperator:
         server.relist(self.watch)
 
     def close(self) -> None:
-        """End at once: running reconciles never finish."""
+        """Exit immediately: running reconciles never finish."""
         self.watch.closed = True
         self._disconnect()
         for task in self._running.values():

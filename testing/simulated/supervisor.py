@@ -89,7 +89,7 @@ class SimulatedSupervisor:
         if self.gang is not None and self.gang.restored_step is not None:
             self.gang.stop()
         elif not self._ends:
-            # There is nothing to save yet: the rank exits at once.
+            # There is nothing to save yet: the rank exits immediately.
             self._leave_gang(silent=False)
             self.rank_ended(ExitCode.SAVED)
 
@@ -292,7 +292,7 @@ class Trainers:
         self.supervisors.pop(supervisor.pod.seen.uid, None)
 
     def find_gang(self, job: str, attempt: int, size: int) -> SimulatedGang:
-        """Return the gang that the ranks of an attempt join; a superseded attempt gets one of its own."""
+        """Return the gang that the ranks of an attempt join; a superseded attempt gets a separate one."""
         gang = self._gangs.get(job)
         if gang is None or gang.attempt < attempt:
             gang = self._gangs[job] = self._new_gang(job, attempt, size)

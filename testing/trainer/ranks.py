@@ -87,7 +87,7 @@ class Ranks:
         return [int(process.exitcode or 0) for process in self.processes]
 
     def run(self) -> list[int]:
-        """Start all ranks, and wait for their end."""
+        """Start all ranks and wait until they exit; return their exit codes."""
         return self.start().wait()
 
     def send(self, number: signal.Signals, *ranks: int) -> None:

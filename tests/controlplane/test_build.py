@@ -1,4 +1,4 @@
-"""Building the programs of the control plane, with a stub in place of the compiler, which takes minutes."""
+"""Builds of the control plane programs, with a stub instead of the compiler, which takes minutes."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Manifest(BaseModel):
 
     @property
     def is_intact(self) -> bool:
-        """Whether the manifest is unchanged since it was sealed."""
+        """Return whether the manifest is unchanged since it was sealed."""
         return self.format_version == 1 or self.sha256 == self._digest()
 
     def _digest(self) -> str:

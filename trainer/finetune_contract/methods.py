@@ -47,7 +47,7 @@ class MethodTraits:
     needs_conditioning: bool = False
     """Whether every image of the data set needs a conditioning image."""
     always_encodes_text: bool = False
-    """Whether the text encoders run in every step, whatever the settings are."""
+    """Whether the text encoders run in every step, for all settings."""
 
 
 METHODS: dict[Method, MethodTraits] = {

@@ -42,17 +42,17 @@ class Cell:
 
     @property
     def needs_timeout(self) -> bool:
-        """Whether only a timeout can detect the fault."""
+        """Return whether only a timeout can detect the fault."""
         return self.fault in {"hang", "partition"}
 
     @property
     def keeps_every_step(self) -> bool:
-        """Whether a surviving rank holds the state of the last step, or a rank has the time to save it."""
+        """Return whether a surviving rank holds the state of the last step, or a rank has the time to save it."""
         return self.fault == "notice" or (self.fault in {"SIGKILL", "exit 1", "memory"} and self.target != "all")
 
     @property
     def is_permanent(self) -> bool:
-        """Whether the fault affects every attempt, so that the job must fail with a message about it."""
+        """Return whether the fault affects every attempt, so that the job must fail with a message about it."""
         return self.fault in DISK and self.target == "all"
 
 

@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and the `auto` interval."""
+"""Tests of the time when a checkpoint is due, and of the `auto` interval."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ from finetune_trainer.report import Reporter
 
 _LOG = logging.getLogger(__name__)
 UPDATE_LOCK_SECONDS = 30.0
-"""How long to wait for a running update, or a running use of the moving average, to finish."""
+"""Time limit for a running update, or a running use of the moving average, to finish."""
 CLAIM_SECONDS = 15.0
-"""How long the rank that claimed a step may take, in addition to the time for its bytes, before another rank writes."""
+"""Time limit of the rank that claimed a step, in addition to the time for its bytes; then another rank writes."""
 SLOWEST_BYTES_PER_SECOND = 50e6
 """Lowest write speed that the wait for the claiming rank assumes."""
 POLL_SECONDS = 0.05

@@ -20,7 +20,7 @@ class CheckpointHealth:
         self._retry_at = 0.0
         self._pause = FIRST_RETRY_SECONDS
         self.error = ""
-        """Why the last save failed; empty after a save that succeeded."""
+        """Reason why the last save failed; empty after a save that succeeded."""
 
     def record_failure(self, text: str, now: float) -> None:
         """Record a failed save: training continues, and the save is retried with increasing delay."""

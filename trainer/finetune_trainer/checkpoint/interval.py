@@ -1,4 +1,4 @@
-"""When to save. Pure; rank 0 calls it after every step with its own clock."""
+"""Decides when to save. Pure; rank 0 calls it after every step with its own clock."""
 
 from __future__ import annotations
 

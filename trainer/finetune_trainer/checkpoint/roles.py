@@ -1,4 +1,4 @@
-"""Which rank writes to which disk, and which checkpoint the ranks resume from.
+"""Decides which rank writes to which disk, and which checkpoint the ranks resume from.
 
 The ranks detect whether they share a disk with rank 0. Those that do write each checkpoint together. Every other node
 keeps complete checkpoints on its own disk, and all ranks can resume from any one of them.

@@ -1,4 +1,4 @@
-"""Which rank writes which tensors of a replicated state. Pure; every rank gets the same answer."""
+"""Assigns the tensors of a replicated state to the ranks that write them. Pure; every rank gets the same result."""
 
 from __future__ import annotations
 

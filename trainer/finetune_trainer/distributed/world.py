@@ -51,7 +51,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, the only rank that writes shared files."""
+        """Return whether this is rank 0, the only rank that writes shared files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:

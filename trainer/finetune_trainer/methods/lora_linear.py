@@ -19,7 +19,7 @@ class _AdaptedLinear(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T (https://arxiv.org/abs/2106.09685, eq. 3); W and b are frozen."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913, PLR0917  autograd needs each tensor as an argument of its own
+    def forward(  # noqa: PLR0913, PLR0917  autograd needs each tensor as a separate argument
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

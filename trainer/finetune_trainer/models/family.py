@@ -24,7 +24,7 @@ IMAGE_SIZES = "sizes"
 
 @dataclass(frozen=True)
 class SingleFile:
-    """How a base of a family is recognized and read if it is stored as one file.
+    """Describes how to recognize and read a base of a family that is stored as one file.
 
     Attributes:
         marker: name of a tensor that only files of this family contain; None for files without any known marker.

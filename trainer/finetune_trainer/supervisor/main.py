@@ -44,7 +44,7 @@ STACK_SECONDS = 0.05
 EMERGENCY_SAVE_SECONDS = 60.0
 """Maximum duration of an emergency save after the loss of a peer."""
 LAST_HEARTBEAT_SECONDS = 2.0
-"""Time that the supervisor waits at its end for the reply to the last heartbeat."""
+"""Maximum time that the supervisor waits before its exit for the reply to the last heartbeat."""
 ENDED_BY_US = frozenset({128 + signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGUSR2})
 """Exit codes of ranks that a signal of this supervisor can end."""
 
@@ -139,7 +139,7 @@ class Supervisor:
         self._entered.clear()
 
     async def _follow(self, rank: RankProcess) -> None:
-        """Follow a rank to its end. If the rank failed, end the others too."""
+        """Wait until a rank ends. If it failed, stop the others as well."""
         end = await rank.follow()
         lost_peer = rank.lost_peer or (self._ends and self._ends[0].exit_code == ExitCode.FABRIC)
         if lost_peer and end.exit_code in ENDED_BY_US:
@@ -273,7 +273,7 @@ class Supervisor:
             log(f"the ranks hang; the stacks of one are in {path}")
 
     def _reap_orphans(self) -> None:
-        """As PID 1, collect the exit status of orphaned grandchildren; asyncio collects that of our own ranks."""
+        """As PID 1, collect the exit status of orphaned grandchildren; asyncio collects that of the ranks."""
         ours = {rank.pid for rank in self._ranks}
         if self._starter.server is not None and self._starter.server.pid is not None:
             ours.add(self._starter.server.pid)

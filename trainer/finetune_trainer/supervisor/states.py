@@ -15,7 +15,7 @@ from finetune_contract.heartbeat import Order, Reply
 
 
 class State(StrEnum):
-    """What the supervisor does now."""
+    """States of the supervisor."""
 
     STANDBY = "Standby"
     """A standby pod without ranks. The coordinator has not answered its first heartbeat yet."""
@@ -50,7 +50,7 @@ class State(StrEnum):
 
 
 class Input(StrEnum):
-    """What can happen to the supervisor."""
+    """Events that can change the state of the supervisor."""
 
     RANKS_STARTED = "RanksStarted"
     """All ranks of the attempt are started."""

@@ -1,4 +1,4 @@
-"""What a rank is started with, read from the environment that the supervisor sets."""
+"""Reads the parameters of a rank from the environment that the supervisor sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune_trainer.train.preemption_notice import PreemptionNotice
 
 @dataclass(frozen=True)
 class RankContext:
-    """What a rank is started with.
+    """Parameters of a rank.
 
     Attributes:
         spec: the run specification.

@@ -1,4 +1,4 @@
-"""What a run trains on: fetched files, the base model, settings of the memory preset. All ranks load it together."""
+"""Loads the inputs of a run: fetched files, the base model, settings of the memory preset. All ranks load them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precisi
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run trains on.
+    """Inputs of a run.
 
     Attributes:
         spec: the run, with local paths and with the settings of its memory preset.

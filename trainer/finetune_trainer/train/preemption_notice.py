@@ -1,7 +1,7 @@
 """The preemption notice (SIGTERM): this machine will be reclaimed soon.
 
 During training the notice only sets a flag, and the loop stops when all ranks agree. Before training there is nothing
-to save (the results of the map phase are already stored), so the rank exits at once, even during an import or a
+to save (the results of the map phase are already stored), so the rank exits immediately, even during an import or a
 rendezvous.
 
 SIGUSR2 means that a peer is lost, so that a collective that this rank may be waiting in never ends. The emergency save
@@ -24,7 +24,7 @@ PEER_LOST = signal.SIGUSR2
 
 
 class PreemptionNotice:
-    """Whether this rank has received the preemption notice, and whether the notice ends it at once.
+    """Records the preemption notice of this rank, and decides whether it ends the rank immediately.
 
     Args:
         on_leave: called before the notice ends the process.

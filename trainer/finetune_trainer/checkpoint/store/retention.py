@@ -1,4 +1,4 @@
-"""Which checkpoints to remove. Pure; the store calls it after a newer checkpoint was verified."""
+"""Selects the checkpoints to remove. Pure; the store calls it after a newer checkpoint was verified."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints to keep.
+    """The rules for the checkpoints to keep.
 
     Attributes:
         keep: number of newest checkpoints to keep.

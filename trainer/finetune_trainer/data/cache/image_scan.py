@@ -51,7 +51,7 @@ class ImageScan:
 
     @property
     def all_square(self) -> bool:
-        """Whether all images are square, so that no cropping is needed."""
+        """Return whether all images are square, so that no cropping is needed."""
         return bool((self.sizes[:, 0] == self.sizes[:, 1]).all())
 
     def without(self, removed: Sequence[int]) -> ImageScan:

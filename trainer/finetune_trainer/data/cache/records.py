@@ -1,4 +1,4 @@
-"""What the cache keeps of a streamed data set: its samples, the lengths of its parts, and its conditioning images."""
+"""Records of a streamed data set in the cache: its samples, the lengths of its parts, and its conditioning images."""
 
 from __future__ import annotations
 

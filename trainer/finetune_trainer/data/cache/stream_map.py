@@ -107,7 +107,7 @@ class _Unwritten:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to write: a preemption loses what has not been written."""
+        """Return whether it is time to write: a preemption loses what has not been written."""
         return len(self.records) >= SHARD_ITEMS or time.monotonic() - self.since > SHARD_SECONDS
 
 

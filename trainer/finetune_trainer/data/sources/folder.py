@@ -90,7 +90,7 @@ class FolderSource:
 class FolderStream:
     """Samples of a folder that are read where they are stored; see `Stream`.
 
-    Each image is a file of its own, so only the images that are missing in the cache are read. The key of a row
+    Each image is a separate file, so only the images that are missing in the cache are read. The key of a row
     changes with its caption and with the stamps of its files.
     """
 

@@ -106,7 +106,7 @@ class LibraryStream(TableStream):
         return int(self._dataset.num_shards)
 
     def num_rows(self, part: int) -> None:
-        """Return None: only reading the part can tell."""
+        """Return None: the number is unknown before the part is read."""
         del part
 
     def read(self, part: int, first: int) -> Iterator[StreamedRow]:

@@ -40,12 +40,12 @@ class SplitRequest:
 
     @property
     def is_local(self) -> bool:
-        """Whether the source is not in an object store: a path, or a name of the hub."""
+        """Return whether the source is not in an object store: a path, or a name of the hub."""
         return not is_bucket_url(self.source)
 
     @property
     def is_folder(self) -> bool:
-        """Whether the source is a folder, provided that it does not name a single file of a data set."""
+        """Return whether the source is a folder, provided that it does not name a single file of a data set."""
         return not self.is_local or Path(self.source).is_dir()
 
     def names_file(self, suffixes: tuple[str, ...]) -> bool:

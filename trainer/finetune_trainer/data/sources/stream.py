@@ -15,7 +15,7 @@ ImageReader = Callable[[], bytes]
 
 @dataclass(frozen=True)
 class StreamedRow:
-    """One sample of a stream. Images in files of their own have not been read yet.
+    """One sample of a stream. Images in separate files have not been read yet.
 
     Attributes:
         number: number of the row within its part, from 0.
@@ -48,7 +48,7 @@ class Stream(Protocol):
         ...
 
     def num_rows(self, part: int) -> int | None:
-        """Return the number of rows of a part; None if only reading the part can tell."""
+        """Return the number of rows of a part; None if it is unknown before the part is read."""
         ...
 
     def key(self, part: int, row: int) -> str:

@@ -153,7 +153,7 @@ def table_errors(what: str) -> Iterator[None]:
             f"dataset.source: {what} cannot be read: {summarize(error)}; replace it with a valid file"
         ) from error
     except Exception as error:
-        # Each client library raises exceptions of its own when a connection breaks.
+        # Each client library raises its own exceptions when a connection breaks.
         raise StorageError(f"dataset.source: {what} cannot be read now: {summarize(error)}") from error
 
 
