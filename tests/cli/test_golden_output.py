@@ -125,7 +125,7 @@ def test_a_commit_is_described_once() -> None:
 
 def test_headline_and_end() -> None:
     assert summary.format_headline(RUNNING, Path("/state")) == (
-        "circles: LoRA on 2 nodes of 1 rank (cpu), resuming from step 120; state in /state"
+        "circles: LoRA on 2 nodes with 1 rank each (cpu), resuming from step 120; state in /state"
     )
     assert summary.format_end(SUCCEEDED, "/out/stripes", Path("job.yaml"), NOW) == (
         "stripes Succeeded in 9m: 200/200 steps, 0 restarts (0 preemptions, 0 failures), 0 steps lost; "

@@ -199,9 +199,9 @@ def test_a_second_run_of_a_running_job_is_refused(harness: CliHarness) -> None:
 def test_delete_stops_and_deletes_a_running_job(harness: CliHarness) -> None:
     harness.set_rank_arguments("--steps", "100000")
     process = harness.start()
-    harness.wait_for_step(3)
+    harness.wait_for_step(11)
     folder = harness.home.storage
-    assert list(folder.rglob("*"))
+    assert list(folder.rglob("step"))
     result = harness.call("delete", KEY.name)
     finish(process)
     assert result.returncode == 0, result.stderr

@@ -63,4 +63,13 @@ def test_the_command_prints_its_help(python: Path, tmp_path: Path) -> None:
         [str(python.parent / "finetune"), "--help"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "run" in result.stdout
+    commands = {line.split()[0] for line in result.stdout.splitlines() if line.startswith("    ")}
+    assert {"run", "get", "describe", "logs", "delete", "checkpoints", "validate"} <= commands
+
+
+def test_the_command_runs_without_the_trainer(python: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [str(python.parent / "finetune"), "get", "--home", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr.startswith("No jobs in namespace default")

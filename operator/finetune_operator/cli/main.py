@@ -14,6 +14,7 @@ from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.output.streams import write_flushed
 from finetune_operator.cluster.local.home import HOME_VARIABLE, default_home
 
+DESCRIPTION = "Run FineTuneJobs on this machine and manage them as kubectl does on a cluster."
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 FAULT = "rank=R,at-step=S or rank=R,at-state=STATE"
 ROOM = "nodes=N,at-step=S"
@@ -48,7 +49,7 @@ def _carry_out(arguments: argparse.Namespace) -> Exit:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    top = argparse.ArgumentParser(prog="finetune", description=(__doc__ or "").partition(": ")[2])
+    top = argparse.ArgumentParser(prog="finetune", description=DESCRIPTION)
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(

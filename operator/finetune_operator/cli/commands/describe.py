@@ -96,7 +96,8 @@ def _spec(job: FineTuneJob) -> Iterator[tuple[str, str]]:
     yield "Resolution", f"{training.resolution} px, {training.precision.value}"
     yield (
         "Topology",
-        f"{pluralize(num_nodes(spec), 'node')} of {topology.processes_per_node}, {topology.accelerator.value}",
+        f"{pluralize(num_nodes(spec), 'node')} x {pluralize(topology.processes_per_node, 'rank')}, "
+        f"{topology.accelerator.value}",
     )
     if spec.suspend:
         yield "Suspend", "true"

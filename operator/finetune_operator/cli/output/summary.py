@@ -18,8 +18,10 @@ def format_headline(job: FineTuneJob, home: Path) -> str:
     nodes = pluralize(num_nodes(job.spec), "node")
     ranks = pluralize(topology.processes_per_node, "rank")
     resumed = f", resuming from step {checkpoint.step}" if checkpoint else ""
-    what = f"{formatting.format_method(job)} on {nodes} of {ranks} ({topology.accelerator}){resumed}"
-    return f"{job.metadata.name}: {what}; state in {home}"
+    method = formatting.format_method(job)
+    return (
+        f"{job.metadata.name}: {method} on {nodes} with {ranks} each ({topology.accelerator}){resumed}; state in {home}"
+    )
 
 
 def format_end(job: FineTuneJob, outputs: str, file: Path, now: datetime) -> str:

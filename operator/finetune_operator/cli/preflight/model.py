@@ -30,7 +30,8 @@ def _path_problems(field: str, text: str) -> Iterator[str]:
     elif path.is_file():
         if field.endswith("base") and path.suffix in SINGLE_BASES:
             return
-        yield f"{field}: {path} is a single file; write a folder in diffusers' layout or a hub id (owner/name)"
+        single = f"a {' or '.join(SINGLE_BASES)} file, " if field.endswith("base") else ""
+        yield f"{field}: {path} is a single file; write {single}a folder in diffusers' layout or a hub id (owner/name)"
     elif not path.is_dir():
         yield f"{field}: {path} does not exist; write a folder in diffusers' layout or a hub id (owner/name)"
     elif field.endswith(("base", "config")) and not (path / "model_index.json").is_file():
