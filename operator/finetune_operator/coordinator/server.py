@@ -27,7 +27,7 @@ SHUTDOWN_SECONDS = 1.0
 """Time limit for running requests when the server stops."""
 
 
-class RefusedError(Exception):
+class HeartbeatRefusedError(Exception):
     """A request that is refused, with its HTTP status and a message for the supervisor's log."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -84,7 +84,7 @@ class Coordinator:
     async def _post_beat(self, request: web.Request) -> web.Response:
         try:
             reply = await self._handle(request)
-        except RefusedError as refused:
+        except HeartbeatRefusedError as refused:
             headers = {"WWW-Authenticate": "Bearer"} if refused.status == web.HTTPUnauthorized.status_code else None
             return web.Response(status=refused.status, text=refused.message + "\n", headers=headers)
         return web.Response(text=reply.to_json(), content_type="application/json")
@@ -94,7 +94,7 @@ class Coordinator:
         identity = await self._identify(request)
         beat = await _read_beat(request)
         if message := find_mismatch(identity, beat):
-            raise RefusedError(403, message)
+            raise HeartbeatRefusedError(403, message)
         if self._store.record(beat, self._clock()):
             self._wake(beat.namespace, beat.job)
         return self._answer(beat)
@@ -102,10 +102,10 @@ class Coordinator:
     async def _identify(self, request: web.Request) -> PodIdentity:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise RefusedError(401, "the heartbeat has no token: send it as 'Authorization: Bearer <token>'")
+            raise HeartbeatRefusedError(401, "the heartbeat has no token: send it as 'Authorization: Bearer <token>'")
         identity = await self._authenticate(token.strip())
         if identity is None:
-            raise RefusedError(401, "the token does not belong to an existing pod, or it has expired")
+            raise HeartbeatRefusedError(401, "the token does not belong to an existing pod, or it has expired")
         return identity
 
 
@@ -113,15 +113,15 @@ async def _read_beat(request: web.Request) -> Heartbeat:
     try:
         body = await request.read()
     except web.HTTPRequestEntityTooLarge as error:
-        raise RefusedError(413, f"the heartbeat is larger than {MAX_BEAT_BYTES} bytes") from error
+        raise HeartbeatRefusedError(413, f"the heartbeat is larger than {MAX_BEAT_BYTES} bytes") from error
     except ConnectionError as error:
         # The sender has exited during the request: this is not an error of the coordinator.
-        raise RefusedError(400, "the connection was lost while the heartbeat was read") from error
+        raise HeartbeatRefusedError(400, "the connection was lost while the heartbeat was read") from error
     try:
         # Parsing 64 KiB takes about a millisecond; larger bodies were refused before.
         return Heartbeat.model_validate_json(body)
     except ValidationError as error:
-        raise RefusedError(400, f"invalid heartbeat: {_first_error(error)}") from error
+        raise HeartbeatRefusedError(400, f"invalid heartbeat: {_first_error(error)}") from error
 
 
 def _first_error(error: ValidationError) -> str:

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cluster.kube.client.memory import compact
-from tests.plan.harness import make_job
+from tests.plan.fake_cluster import make_job
 
 
 def submodels(model: BaseModel) -> list[BaseModel]:

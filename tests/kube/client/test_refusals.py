@@ -11,7 +11,7 @@ from finetune_operator.cluster.kube.client.client import ApiError
 from finetune_operator.cluster.kube.client.refusals import HOLD, Refusals, classify_refusal
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.model.types import Refusal
-from tests.plan.harness import make_job
+from tests.plan.fake_cluster import make_job
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 STRICT = 'Pod in version "v1" cannot be handled as a Pod: strict decoding error: '

@@ -21,7 +21,7 @@ from finetune_operator.cluster.kube.work.urgency import (
 )
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
-from tests.plan.harness import make_job
+from tests.plan.fake_cluster import make_job
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POD = ObservedPod("job-a1-n0", "uid", 1, 0, PodPhase.RUNNING, NOW, node="node-1", ready=True)

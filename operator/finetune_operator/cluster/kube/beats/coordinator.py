@@ -7,7 +7,7 @@ import asyncio
 from finetune_operator.cluster.kube.beats.rate_limit import RateLimit
 from finetune_operator.cluster.protocol import Clock
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
-from finetune_operator.coordinator.server import Answer, Authenticator, Coordinator, RefusedError
+from finetune_operator.coordinator.server import Answer, Authenticator, Coordinator, HeartbeatRefusedError
 
 BEATS_PER_SECOND = 2.0
 BURST_BEATS = 30.0
@@ -26,5 +26,5 @@ class RateLimitedCoordinator(Coordinator):
         identity = await self._authenticate_token(token)
         if identity is not None and not self._limit.allow(identity.pod_uid, asyncio.get_running_loop().time()):
             message = f"more than {BEATS_PER_SECOND:g} heartbeats per second from one pod: send fewer heartbeats"
-            raise RefusedError(429, message)
+            raise HeartbeatRefusedError(429, message)
         return identity
