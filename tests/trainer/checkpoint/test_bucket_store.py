@@ -187,7 +187,7 @@ def test_damaged_checkpoint_is_marked_with_the_reason(
     ("damage", "message"),
     [
         (edit(job_uid="other"), "belongs to another job"),
-        (edit(format_version=FORMAT_VERSION + 1), "this trainer reads up to"),
+        (edit(format_version=FORMAT_VERSION + 1), "this trainer reads formats up to"),
         (point_upwards, "is damaged"),
     ],
 )
@@ -279,9 +279,9 @@ def test_missing_bucket_is_reported(object_store: ObjectStore, bucket_url: str, 
 
 
 def test_missing_package_or_unknown_scheme_is_reported() -> None:
-    with pytest.raises(BucketError, match="gs:// needs the Python package gcsfs, which is not installed here"):
+    with pytest.raises(BucketError, match="gs:// needs the Python package gcsfs, which is not installed"):
         Bucket("gs://models/x")
-    with pytest.raises(BucketError, match=r"write s3://, gs://, az:// with the bucket's name"):
+    with pytest.raises(BucketError, match=r"write s3://, gs://, az:// followed by the bucket's name"):
         Bucket("ftp://models/x")
     assert [is_bucket_url(text) for text in ("s3://a/b", "gs://a", "/a", "s3", "hub://a/b")] == [True, True] + 3 * [
         False

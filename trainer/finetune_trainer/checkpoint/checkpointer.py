@@ -114,13 +114,26 @@ class Checkpointer:
         if isinstance(state, ShardedState):
             self._restore_shards(state)
         else:
-            found, snapshot = choose_checkpoint(self._store, self._role, self._world, self._reporter.warn)
-            if found is not None and not self._has_scratch:
-                self._report(found)
-            if snapshot is not None:
-                state.restore(snapshot)
+            found = self._restore_replica(state)
         if self._role.chooses and (number := self._store.num_corrupt()):
             self._reporter.corrupt_checkpoints(number)
+        self._prepare_saves(state)
+        self._begun_step = self._safe_step = state.step
+        self._saved_at = self._clock()
+        if self._has_scratch and state.step > 0:
+            self._make_durable(state, found)
+
+    def _restore_replica(self, state: TrainState) -> Committed | None:
+        """Restore a replicated state; return the checkpoint on the rank that read it."""
+        found, snapshot = choose_checkpoint(self._store, self._role, self._world, self._reporter.warn)
+        if found is not None and not self._has_scratch:
+            self._report(found)
+        if snapshot is not None:
+            state.restore(snapshot)
+        return found
+
+    def _prepare_saves(self, state: TrainState) -> None:
+        """Create the writer and, for replicated training, the emergency save."""
         channel = Channel(self._world) if len(self._role.sharing) > 1 else None
         self._writer = CheckpointWriter(self._store, self._copy, channel, self._report_committed, self._late_values)
         self._copy.mark_changed()
@@ -129,10 +142,6 @@ class Checkpointer:
             self._emergency_save = EmergencySave(
                 self._world.rank, self._store.durable, self._reporter, self._host_snapshot, self._report
             )
-        self._begun_step = self._safe_step = state.step
-        self._saved_at = self._clock()
-        if self._has_scratch and state.step > 0:
-            self._make_durable(state, found)
 
     def _make_durable(self, state: TrainState, found: Committed | None) -> None:
         """Save again what was restored from a scratch alone, so that the durable storage has it."""
