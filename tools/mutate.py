@@ -6,7 +6,7 @@ is not tested. Usage:
 
     python -m tools.mutate [--sample N] [--only TABLE] [--workers N]
 
-Each removal runs in a process of its own, which applies it before pytest collects. The last line is JSON:
+Each removal runs in a separate process, which applies it before pytest collects. The last line is JSON:
 {"removed": number of removals, "unnoticed": number of removals that no test noticed}. Exit code 1 if any is unnoticed.
 """
 
@@ -28,8 +28,8 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.rules import edits, spec, supported
+from finetune_operator.plan import registry
 from finetune_operator.plan.model import causes
-from finetune_operator.plan.policies import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 API_TESTS = ("tests/api/test_validate.py", "tests/api/test_edits.py", "tests/api/test_advice.py")
@@ -57,10 +57,10 @@ def removals() -> list[Removal]:
     """Return every possible removal, table by table."""
     return [
         *_policy_parts(),
-        *_elements("causes", causes.TABLE, lambda row: row.name, PLAN_TESTS),
+        *_elements("causes", causes.TABLE, lambda row: "consequence" if row.consequence else "cause", PLAN_TESTS),
         *_elements("rules", spec.RULES, lambda rule: f"{rule.path} {rule.cel}"[:90], API_TESTS),
         *_elements("edits", edits.FIXED, lambda fixed: fixed.path, API_TESTS),
-        *_elements("unsupported", supported.MISSING, lambda missing: missing.message[:90], (*API_TESTS, *PLAN_TESTS)),
+        *_elements("unsupported", supported.MISSING, lambda missing: missing.field, (*API_TESTS, *PLAN_TESTS)),
     ]
 
 
@@ -119,7 +119,7 @@ def run_one(index: int) -> int:
 
 
 def check(index: int) -> tuple[int, str, float]:
-    """Run one removal in a process of its own; return the exit code, the test that noticed it, and the seconds."""
+    """Run one removal in a separate process; return the exit code, the test that noticed it, and the seconds."""
     started = time.monotonic()
     command = [sys.executable, "-m", "tools.mutate", "--run", str(index)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
