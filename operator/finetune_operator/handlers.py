@@ -17,7 +17,7 @@ from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.cluster.kube.watch.nodes import GONE, observe_node
 
 RETRY_SECONDS = 5
-"""Delay between two attempts to reach the API server. Kopf's default gives up after a while and ends the process."""
+"""Delay between two attempts to reach the API server. By default, Kopf stops trying after a while and exits."""
 SILENCE_SECONDS = 150.0
 """A watch of the nodes that is silent for longer is restarted."""
 

@@ -88,7 +88,7 @@ def resource_of(path: str) -> str:
 
 
 class _Counted(NamedTuple):
-    """What has been counted for a job."""
+    """Values of a job that are already included in the counters."""
 
     uid: str
     ended: int

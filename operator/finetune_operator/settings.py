@@ -52,12 +52,12 @@ class Settings:
     same_step_failures: int = 3
     """Number of failures in a row at the same step that end a job, even if recovery.maxFailures allows more."""
     hold_seconds: float = 120.0
-    """How long a supervisor whose ranks lost a peer waits for a new world while it gets no reply; 0: pods of an ended
+    """Time that a supervisor whose ranks lost a peer waits for a new world while it gets no reply; 0: pods of an ended
     attempt are never kept."""
     regroup_seconds: float = 60.0
     """Minimum training time before an attempt is interrupted for better capacity (more nodes, or spot nodes), which
     costs some seconds each time; also the minimum of remaining training time."""
     cause_seconds: float = 10.0
-    """How long a failure that is only a consequence (a lost peer) waits for the report of its cause."""
+    """Time to wait for the cause of a failure that is only a consequence (a lost peer)."""
     peer_grace_seconds: int = 2
     """Grace period of pods that cannot finish a step because a pod of their gang is lost."""

@@ -30,7 +30,7 @@ ENDS = {Phase.SUCCEEDED: Exit.SUCCEEDED, Phase.FAILED: Exit.FAILED}
 
 
 def drive_job(job: FineTuneJob, home: Home, faults: Sequence[PlannedFault], *, plain: bool, file: Path) -> Exit:
-    """Run a job to its end, or until it is interrupted. The caller holds its lock."""
+    """Run a job until it finishes or is interrupted. The caller holds its lock."""
     plain = plain or not sys.stdout.isatty()
     view: View = PlainView(job.status, utc_now) if plain else LiveView(job.status, utc_now)
     with view:

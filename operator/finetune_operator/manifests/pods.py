@@ -82,7 +82,7 @@ def _check_template(template: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_trainer(pod: dict[str, Any]) -> bool:
-    """Return whether the trainer's container exists; a template may have put a value of any form in its place."""
+    """Return whether the trainer's container exists; a template may have replaced it by a value of any form."""
     containers = pod["spec"].get("containers")
     if not isinstance(containers, list):
         return False

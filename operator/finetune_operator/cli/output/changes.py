@@ -16,7 +16,7 @@ ANNOUNCED_REASONS = frozenset(
         *(Reason.VALIDATING, Reason.EXPORTING, Reason.SILENT),
     }
 )
-"""Reasons that get a line of their own. Other lines cover the other reasons."""
+"""Reasons that get a separate line. Other lines cover the other reasons."""
 
 
 def describe_changes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[str]:

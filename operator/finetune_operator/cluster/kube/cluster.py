@@ -241,7 +241,7 @@ class KubeCluster:
         pods = [other.observed for other in self.pods.group(pod.job)]
         attempt = pod.observed.attempt
         if (attempt, pod.observed.node_rank) in members:
-            # A pod that an in-place recovery kept counts as one of the newest attempt.
+            # A pod that an in-place recovery kept counts as a pod of the newest attempt.
             attempt = found.job.status.attempt
             pods = [other for other in pods if (other.attempt, other.node_rank) in members]
         else:

@@ -84,7 +84,7 @@ class Operator:
 
     @property
     def leads(self) -> bool:
-        """Whether this replica has the lease, complete caches and an endpoint."""
+        """Return whether this replica has the lease, complete caches and an endpoint."""
         return self.term is not None and self.term.active
 
     def is_alive(self) -> bool:

@@ -63,11 +63,11 @@ class Home:
 
     @property
     def storage(self) -> Path:
-        """Folder in place of the shared storage: checkpoints and outputs of all jobs that name no other storage."""
+        """Folder that replaces the shared storage: checkpoints and outputs of all jobs that name no other storage."""
         return self.path / "storage"
 
     def claim(self, name: str) -> Path:
-        """Return the folder in place of a PersistentVolumeClaim. The cache has a folder that users find easily."""
+        """Return the folder that replaces a PersistentVolumeClaim. The cache has a folder that users find easily."""
         return self.path / "cache" if name == CACHE_CLAIM else self.path / "volumes" / name
 
     def job(self, key: JobKey) -> JobFolder:

@@ -11,7 +11,7 @@ from finetune_operator.cluster.local.files import Warn, read_or_recover, write_j
 from finetune_operator.cluster.local.kubelet.container import LOOPBACK
 
 PORTS = range(15_000, 32_000)
-"""Below the kernel's range for outgoing connections, so that no connection takes one of these ports meanwhile."""
+"""Below the kernel's range for outgoing connections, so that no connection takes a port before its use."""
 
 
 class JobPorts:

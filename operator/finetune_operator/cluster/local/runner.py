@@ -1,4 +1,4 @@
-"""Runs one job on this machine to its end: connects cluster, coordinator and core.
+"""Runs one job on this machine until it finishes: connects cluster, coordinator and core.
 
 Used by `finetune run` and by tests. It prints nothing, but reports to a `RunObserver`.
 """
@@ -90,7 +90,7 @@ class LocalRun:
 
     @property
     def interrupted(self) -> bool:
-        """Whether `interrupt` was called."""
+        """Return whether `interrupt` was called."""
         return self._num_interrupts > 0
 
     async def run(self) -> ReconcileResult:

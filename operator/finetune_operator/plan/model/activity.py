@@ -1,4 +1,4 @@
-"""What the running gang is doing, as a reason and a message. `report.phase` shows it, `policies.hangs` compares it."""
+"""Describes what the running gang does: reason and message. `report.phase` shows it, `policies.hangs` compares it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def describe_activity(view: View, status: FineTuneJobStatus) -> tuple[Reason, st
 
 
 def stage(view: View) -> Reason:
-    """Return the stage of the gang: its slowest rank's until all train, then whatever any rank does between steps."""
+    """Return the stage of the gang: its slowest rank's until all train, then the activity of any rank between steps."""
     by_order = sorted((STATES[report.state] for report in view.reports), key=STAGES.index)
     return by_order[0] if by_order[0] in BEFORE_TRAINING else by_order[-1]
 

@@ -14,7 +14,7 @@ from finetune_operator.api.reasons import REGROUPS, CountsAs, Reason
 from finetune_operator.settings import Settings
 
 WITHOUT_DELAY = REGROUPS | {Reason.SUSPENDED}
-"""Ends that count as nothing and cannot recur at once in the next attempt."""
+"""Ends that count neither as preemption nor as failure and cannot recur immediately."""
 
 
 JITTER = 0.2
@@ -24,7 +24,7 @@ JITTER = 0.2
 def next_attempt_at(
     entry: AttemptStatus, status: FineTuneJobStatus, settings: Settings, job_uid: str
 ) -> datetime | None:
-    """Return when the attempt after an ended one may begin; None: as soon as its pods are gone."""
+    """Return when the attempt after an ended one may begin; None: as soon as its pods are deleted."""
     if entry.ended_at is None or entry.counts_as == CountsAs.PREEMPTION or entry.reason in WITHOUT_DELAY:
         return None
     return entry.ended_at + delay(status.tally.failures_since_checkpoint, settings) * jitter(job_uid, entry.attempt)

@@ -1,7 +1,7 @@
-"""Why an attempt ended: the table from the observed state of a pod to a cause, and the choice among several pods.
+"""Determines why an attempt ended: a table from the observed state of a pod to a cause, and the choice among pods.
 
 Called by `endings`. In a gang, one end is followed by others within a second. The order of the table is the order of
-precedence. A row marked as a consequence counts only if no better cause shows up in time (see `endings`).
+precedence. A row marked as a consequence counts only if no better cause is observed in time (see `endings`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Facts:
     last_output: str = ""
     """The last lines that its first ended rank printed."""
     waited_for_pods: bool = False
-    """Whether the pods of the attempt have not all been up together, or came too late for the ranks that waited."""
+    """Whether the pods of the attempt never ran at the same time, or started too late for the ranks that waited."""
     never_joined: bool = False
     """Whether it was kept for the attempt, and ended before it joined."""
     node: ObservedNode = HEALTHY
@@ -66,7 +66,7 @@ class CauseRow:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why the attempt ended, as the ledger records it."""
+    """Cause of the end of an attempt, as the ledger records it."""
 
     reason: Reason
     rank: int
@@ -79,7 +79,7 @@ class Cause:
 
     @property
     def counts_as(self) -> CountsAs | None:
-        """Whether the end counts as a preemption or a failure; None: neither."""
+        """Return how the end counts: as preemption, as failure, or as neither (None)."""
         return REASONS[self.reason].counts_as
 
 

@@ -15,13 +15,13 @@ from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.plan.model.view import View, has_ended
 
 WITH_OWN_GRACE = frozenset({Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED})
-"""Ends that the operator decides: deleting the pods is itself their notice."""
+"""Ends that the operator decides: deleting the pods is itself the notice."""
 SUDDEN = frozenset({Reason.POD_LOST, Reason.NODE_LOST, Reason.DELETION_BY_POD_GC})
 """Preemptions without notice."""
 SAVED_FOR = frozenset({Reason.GROWN, Reason.BACK_TO_SPOT})
 """Ends that the operator decides while the gang trains: all ranks save, and their pods are kept."""
 REGROUP_SECONDS = 600.0
-"""Time limit of that save. No node is about to be taken away, so it is generous."""
+"""Time limit of that save. It is generous, because no node is about to be removed."""
 GOOD_ENDS = frozenset({None, ExitCode.DONE, ExitCode.SAVED})
 
 

@@ -55,7 +55,7 @@ class ObservedPod:
     fell_back: bool = False
     """Whether it accepts nodes other than spot although the job requests spot."""
     waiting: str | None = None
-    """Why it does not run yet: the scheduler's message, or the container's waiting reason and message."""
+    """Reason why it does not run yet: the scheduler's message, or the container's waiting reason and message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class ObservedNode:
 
 
 HEALTHY = ObservedNode()
-"""A node about which nothing special is known."""
+"""A node without a reported problem."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Refusal:
     """An object of the job that the API server refused to create."""
 
     message: str
-    """What was refused and why; if the object itself is wrong, also what to write instead."""
+    """The refused object and the reason; if the object itself is wrong, also the remedy."""
     hold_until: datetime | None = None
     """Time before which another try is useless, because the object itself is wrong; None: it may be accepted later."""
 

@@ -112,7 +112,7 @@ class View:
 
     @property
     def creation_on_hold(self) -> bool:
-        """Whether creating an object is useless for now: the API server would refuse it again."""
+        """Return whether creating an object is useless for now: the API server would refuse it again."""
         refusal = self.observed.refusal
         return refusal is not None and refusal.hold_until is not None and self.now < refusal.hold_until
 

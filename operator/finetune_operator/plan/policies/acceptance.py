@@ -1,8 +1,8 @@
-"""Whether the spec can be run: the condition Accepted. Nothing is created for a job that is not accepted.
+"""Decides whether the spec can be run: the condition Accepted. Nothing is created for a job that is not accepted.
 
 The CRD contains the same rules. They are checked again here, because the job may have been stored under an older
 definition. Some checks are possible only here: against the operator's settings, and against what this version's
-trainer supports. Only the cluster can tell whether it accepts the pods that podTemplate produces; see `_refusal`.
+trainer supports. Only the cluster can check the pods that podTemplate produces; see `_refusal`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Gap:
 
     requested: Callable[[FineTuneJobSpec], bool]
     message: str
-    """What to write instead."""
+    """Message with the remedy."""
 
 
 GAPS = (
@@ -84,7 +84,7 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
 
 
 def _refusal(view: View, status: FineTuneJobStatus) -> str | None:
-    """Return why the cluster accepts no pod of this spec; None if it does, or was not asked yet.
+    """Return why the cluster accepts no pod of this spec; None if it does, or has received no request yet.
 
     While pods are missing, the refusal stays valid until the cluster accepts one, also if an earlier operator process
     received it. With no pod missing, it is valid only until it is time to try again.
@@ -110,7 +110,7 @@ def _is_accepted(view: View, status: FineTuneJobStatus) -> bool:
 
 
 def _evaluate(view: View) -> tuple[Reason, str]:
-    """Return all faults of the spec in one message, so that a user can fix them all at once."""
+    """Return all faults of the spec in one message, so that a user can fix all of them in one edit."""
     if broken := [str(problem) for problem in broken_rules(view.job)] + _template_faults(view):
         return Reason.INVALID_SPEC, _join(broken)
     if missing := [*find_missing(view.spec), *find_unsupported(view.spec, view.settings)]:

@@ -1,4 +1,4 @@
-"""When the next attempt begins. Beginning one only raises `status.attempt`: that number is the fence.
+"""Decides when the next attempt begins. Beginning one only raises `status.attempt`: that number is the fence.
 
 The reconcile that begins an attempt creates nothing. The next one, which reads the raised number from the cluster,
 creates the pods (see `gang`), so no pod ever belongs to an attempt that the status does not contain.
@@ -27,7 +27,7 @@ from finetune_operator.plan.policies.capacity import elastic, spot
 def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Begin an attempt if the job may have one, the previous one is settled and its back-off is over.
 
-    Pods of the previous attempt must be gone, except those that are kept and those that no longer matter.
+    Pods of the previous attempt must be deleted, except those that are kept and those that no longer matter.
     """
     if not may_begin(view, status) or budget.is_undecided(view, status):
         return status

@@ -1,4 +1,4 @@
-"""Whether a failed attempt was the job's last. Preemptions spend nothing; a newer checkpoint restores the budget.
+"""Decides whether a failed attempt was the last. Preemptions spend nothing; a newer checkpoint restores the budget.
 
 A job that fails repeatedly after the same step ends early: the step itself is at fault.
 """

@@ -1,7 +1,7 @@
 """Delete the pods of an attempt that has ended and that are not kept in place, so that the next one can begin.
 
 Pods that may still save keep running until their notice expires (see `grace`). Deleting the pods of a suspended job
-gives them their notice. After a sudden loss the survivors are deleted at once.
+gives them their notice. After a sudden loss the survivors are deleted immediately.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""When an attempt has ended: at the first sign of it, with a cause as soon as one is certain.
+"""Decides when an attempt has ended: at the first sign, with a cause as soon as one is certain.
 
-A sign that is only a consequence, such as a rank that lost its peer, ends the attempt at once. It becomes the recorded
-cause only after `Settings.cause_seconds`, or once all pods have ended: the peer's own end may arrive later.
+A sign that is only a consequence, such as a rank that lost its peer, ends the attempt immediately. It becomes the
+recorded cause only after `Settings.cause_seconds`, or once all pods have ended: the peer's own end may arrive later.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def detect_end(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         entry = revise(entry, ended_at=view.now)
         status = replace_current(status, entry)
     if cause is None:
-        # The pod that showed the sign is gone, and the gang was never complete.
+        # The pod that showed the sign is deleted, and the gang was never complete.
         cause = Cause(Reason.POD_LOST, rank=0, pod=pod_name(view.job.metadata.name, view.attempt, 0))
     if cause.consequence and view.now < cause_certain_at(entry, view) and not view.all_ended():
         return status

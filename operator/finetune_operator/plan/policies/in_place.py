@@ -1,9 +1,9 @@
-"""Recovery in place: which pods of an attempt that has ended are kept for the next one, and as which node rank.
+"""In-place recovery: selects the pods of an ended attempt that the next one keeps, and their node ranks.
 
 The supervisors of kept pods receive the new world (see `replies`) and restart their ranks there. Image, caches and
 node are kept, and only the missing pods are scheduled. Standby pods (see `standby`) are kept in the same way. Recovery
 in place is tried once: if such an attempt had all its pods and ended before its first step, the next attempt replaces
-the whole gang.
+the complete gang.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the state of a node means for the pods on it. `core` applies it first, so that every policy sees the result.
+"""Derives the state of pods from the state of their node. `core` applies it first, so all policies use the result.
 
-The control plane cannot tell how a pod ends on a node that it has lost. A pod there that still sends heartbeats is
+The control plane cannot observe how a pod ends on a node that it has lost. A pod there that still sends heartbeats is
 running; a silent one is lost with its node. On any node, a pod whose deletion is overdue and that is silent counts as
-deleted, because it may stay in Terminating for ever: its attempt is fenced, and later pods have other names.
+deleted, because it may stay in Terminating forever: its attempt is fenced, and later pods have other names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def apply_node_state(observed: Observed, now: datetime, settings: Settings) -> O
 
 
 def force_delete(view: View, _: FineTuneJobStatus) -> tuple[DeletePod, ...]:
-    """Return forced deletions of pods whose node is gone, or unreachable for too long: no kubelet will delete them.
+    """Return forced deletions of pods whose node is deleted, or unreachable for too long: no kubelet will delete them.
 
     A process that still runs there belongs to a fenced attempt, and the pod's name is never used again.
     """
@@ -52,7 +52,7 @@ def wake(view: View, _: FineTuneJobStatus) -> datetime | None:
     for pod in observed.pods:
         node = _node(pod, observed.nodes)
         if pod.phase not in ENDED and (pod.deleted_at is not None or _is_lost(node)):
-            moments += [_silent_at(pod, observed, view.settings), _gone_at(pod, node), _force_at(pod, node)]
+            moments += [_silent_at(pod, observed, view.settings), _overdue_at(pod, node), _force_at(pod, node)]
     return earliest(moment for moment in moments if moment is not None and moment > view.now)
 
 
@@ -63,7 +63,7 @@ def _correct(pod: ObservedPod, observed: Observed, now: datetime, settings: Sett
         return pod
     silent_at = _silent_at(pod, observed, settings)
     silent = node.gone or silent_at is None or silent_at <= now
-    gone_at = _gone_at(pod, node)
+    gone_at = _overdue_at(pod, node)
     if silent and gone_at is not None and gone_at <= now:
         return None
     if silent and _is_lost(node):
@@ -99,7 +99,7 @@ def _force_at(pod: ObservedPod, node: ObservedNode) -> datetime | None:
     return pod.deleted_at if node.gone else pod.deleted_at + pod.grace + UNREACHABLE
 
 
-def _gone_at(pod: ObservedPod, node: ObservedNode) -> datetime | None:
+def _overdue_at(pod: ObservedPod, node: ObservedNode) -> datetime | None:
     """Return when the deletion of a pod is overdue; None: it is not being deleted."""
     if pod.deleted_at is None:
         return None

@@ -1,4 +1,4 @@
-"""spec.ttlSecondsAfterFinished: the job, and everything that it owns, is deleted this long after its end."""
+"""spec.ttlSecondsAfterFinished: delete the job, and everything that it owns, this long after it finished."""
 
 from __future__ import annotations
 

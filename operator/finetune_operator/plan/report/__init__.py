@@ -1,1 +1,1 @@
-"""What users read in the status: phase, conditions, events, progress, timing and goodput."""
+"""The parts of the status that users read: phase, conditions, events, progress, timing and goodput."""

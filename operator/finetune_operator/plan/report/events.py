@@ -1,6 +1,6 @@
 """Kubernetes events of a reconcile: the difference between the status before and after it.
 
-Events follow from a status that was written, so each is emitted once, whatever restarts or is repeated.
+Events follow from a status that was written, so each is emitted once, even after a restart or a repeated reconcile.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from finetune_operator.plan.model.explain import count, explain_end
 from finetune_operator.plan.model.types import Event
 
 REPORTED_BY_PHASE = frozenset({Reason.FINISHED, Reason.DEADLINE_EXCEEDED, Reason.SUSPENDED})
-"""Ends of an attempt without an event of their own: the change of the job's phase has one."""
+"""Ends of an attempt without a separate event: the change of the job's phase has one."""
 
 
 def build_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Event, ...]:

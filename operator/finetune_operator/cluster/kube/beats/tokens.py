@@ -19,7 +19,7 @@ from finetune_operator.coordinator.beats import PodIdentity
 MAX_CACHED = 20_000
 """Results in the cache; the least recently used ones are dropped first."""
 REFUSAL_SECONDS = 30.0
-"""How long a refusal is cached, so that repeated invalid tokens do not cause requests to the API server."""
+"""Time for which a refusal is cached, so that repeated invalid tokens do not cause requests to the API server."""
 MAX_REVIEWS = 16
 """Maximum number of concurrent reviews."""
 REVIEW_SECONDS = 10.0

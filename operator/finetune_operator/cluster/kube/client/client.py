@@ -57,12 +57,12 @@ class ApiError(Exception):
 
     @property
     def transient(self) -> bool:
-        """Whether the same request may succeed later."""
+        """Return whether the same request may succeed later."""
         return self.status == 0 or self.status in TRANSIENT
 
     @property
     def already_exists(self) -> bool:
-        """Whether an object with this name exists."""
+        """Return whether an object with this name exists."""
         return self.status == CONFLICT and self.reason == "AlreadyExists"
 
 

@@ -22,10 +22,10 @@ INVALID = frozenset({BAD_REQUEST, UNPROCESSABLE})
 REFUSED = INVALID | {FORBIDDEN}
 """Status codes of a creation that require an action of the user or the administrator."""
 HOLD = timedelta(seconds=60)
-"""How long a job with an invalid object is held."""
+"""Delay before an invalid object of a job is created again."""
 UNKNOWN_FIELD = re.compile(r'unknown field "([^"]+)"')
 SIMILARITY = 0.75
-"""Similarity of two names from which one is taken for a misspelling of the other."""
+"""Similarity of two names at which one counts as a misspelling of the other."""
 FIELDS = re.findall(
     r"\w+",
     """

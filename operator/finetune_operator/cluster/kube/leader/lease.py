@@ -37,7 +37,7 @@ class LeaseOptions:
 
 
 class LeaseState:
-    """What one replica knows about the lease, by its own clock."""
+    """The lease as one replica has observed it, by its own clock."""
 
     def __init__(self, identity: str, seconds: float) -> None:
         self._identity = identity

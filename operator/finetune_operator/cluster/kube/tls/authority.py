@@ -26,7 +26,7 @@ CERTIFICATE_LIFETIME = timedelta(days=90)
 RENEW_REMAINING = 1 / 3
 """Remaining share of its lifetime at which a certificate is renewed."""
 OVERLAP = timedelta(days=7)
-"""How long a new authority is trusted before it signs: much longer than kubelets need to update mounted ConfigMaps."""
+"""A new authority is trusted for this time before it signs: kubelets need less to update mounted ConfigMaps."""
 BACKDATE = timedelta(minutes=5)
 """Tolerated clock difference: a certificate is valid from this long before its creation."""
 NAME = "finetune-operator"

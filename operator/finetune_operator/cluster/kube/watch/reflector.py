@@ -113,7 +113,7 @@ class Reflector(Generic[T]):
             self._cache.advance(self._scope, version)
             return
         if kind != "DELETED" and self._cache.has_version(object_key(thing), version):
-            # One of our own writes, which was cached from its response.
+            # A write of this replica, which was cached from its response.
             self._cache.advance(self._scope, version)
             return
         item = self._read(thing) if kind != "DELETED" else None

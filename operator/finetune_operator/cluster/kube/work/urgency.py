@@ -17,7 +17,7 @@ from finetune_operator.plan.model.view import ENDED
 
 
 class Urgency(Enum):
-    """When a change requires a reconcile."""
+    """Time limit within which a change requires a reconcile."""
 
     NOW = "now"
     SOON = "soon"
@@ -39,7 +39,7 @@ class GangReadiness:
 
     @property
     def is_ready(self) -> bool:
-        """Whether all pods exist and are ready."""
+        """Return whether all pods exist and are ready."""
         return self.num_ready == self.num_pods == self.size
 
 

@@ -102,27 +102,27 @@ class Pod:
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the pod."""
         return str(self.value["metadata"]["name"])
 
     @property
     def uid(self) -> str:
-        """Its UID."""
+        """UID of the pod."""
         return str(self.value["metadata"]["uid"])
 
     @property
     def phase(self) -> PodPhase:
-        """Its phase."""
+        """Phase of the pod."""
         return PodPhase(self.value["status"]["phase"])
 
     @property
     def ended(self) -> bool:
-        """Whether its container has ended."""
+        """Return whether the container has ended."""
         return self.phase in (PodPhase.SUCCEEDED, PodPhase.FAILED)
 
     @property
     def deleted(self) -> bool:
-        """Whether its deletion was requested."""
+        """Return whether its deletion was requested."""
         return "deletionTimestamp" in self.value["metadata"]
 
     @property

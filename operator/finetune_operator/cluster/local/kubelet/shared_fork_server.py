@@ -20,7 +20,7 @@ from finetune_operator.cluster.local.kubelet.launch import SUPERVISOR, resolve_c
 _DESCRIPTOR = 3
 """The server's listening socket, after standard input, output and error."""
 END_SECONDS = 2.0
-"""How long the end of a run waits for its server to exit if no rank is left."""
+"""Time limit for the server to exit at the end of a run, if no rank is left."""
 
 
 class SharedForkServer:

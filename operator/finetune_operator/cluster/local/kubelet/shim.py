@@ -2,7 +2,7 @@
 
 The kubelet runs it as `python -I -S shim.py CONTAINER.json`. It uses only the standard library, because it occupies
 memory for the lifetime of the pod. It starts the container in its own session and on its own cores, prints a line of
-JSON when the container runs or fails to start, waits for its end, kills its remaining processes, and writes the exit
+JSON when the container runs or fails to start, waits until it exits, kills its remaining processes, and writes the exit
 code. A "child subreaper" replaces the container's PID namespace: orphaned processes become children of the shim.
 """
 
@@ -72,7 +72,7 @@ def start(container: Json) -> tuple[int, tuple[int, str] | None]:
     if pid == 0:
         try:
             os.setsid()
-            # If the shim is killed, kill the container too: no other process would notice its end.
+            # If the shim is killed, kill the container too: no other process would detect its exit.
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != shim:
                 os._exit(EXIT_NOT_EXECUTABLE)

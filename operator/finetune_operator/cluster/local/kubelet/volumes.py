@@ -1,4 +1,4 @@
-"""Prepares a folder in place of each volume of a pod. Blocking: call in a thread."""
+"""Prepares a folder for each volume of a pod. Blocking: call in a thread."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from finetune_operator.plan.policies.capacity import elastic
 
 
 def fallback_after(spec: FineTuneJobSpec) -> timedelta | None:
-    """Return how long to wait for spot nodes; None: no limit, or the job does not ask for spot nodes."""
+    """Return how long to wait for spot nodes; None: no limit, or the job does not request spot nodes."""
     spot = spec.recovery.spot
     asked = spot.fallback_after if spot is not None else None
     return timedelta(seconds=parse_seconds(asked)) if asked else None
