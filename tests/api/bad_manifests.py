@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_operator.api.job import API_VERSION
-from tests.api.manifests import GONE, GOOD, Document, patched
+from tests.api.manifests import GOOD, REMOVED, Document, patched
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,16 @@ class BadManifest:
 BAD = (
     # The kind of the object.
     BadManifest("other-kind", {"kind": "Job"}, "kind", "write kind: FineTuneJob", reaches_schema=False),
-    BadManifest("no-kind", {"kind": GONE}, "kind", "write kind: FineTuneJob", reaches_schema=False),
+    BadManifest("no-kind", {"kind": REMOVED}, "kind", "write kind: FineTuneJob", reaches_schema=False),
     BadManifest(
         "other-version", {"apiVersion": "v1"}, "apiVersion", f"write apiVersion: {API_VERSION}", reaches_schema=False
     ),
     BadManifest(
-        "no-name", {"metadata.name": GONE}, "metadata.name", "Required value; write name", reaches_schema=False
+        "no-name", {"metadata.name": REMOVED}, "metadata.name", "Required value; write name", reaches_schema=False
     ),
-    BadManifest("no-metadata", {"metadata": GONE}, "metadata", "Required value; write metadata", reaches_schema=False),
+    BadManifest(
+        "no-metadata", {"metadata": REMOVED}, "metadata", "Required value; write metadata", reaches_schema=False
+    ),
     BadManifest(
         "namespace-is-a-path", {"metadata.namespace": "../x"}, "metadata.namespace", "match", reaches_schema=False
     ),
@@ -48,8 +50,8 @@ BAD = (
     BadManifest("name-begins-with-digit", {"metadata.name": "1circle"}, "metadata.name", "a letter first"),
     BadManifest("name-too-long", {"metadata.name": "c" * 52}, "metadata.name", "write a name of at most 51"),
     # Missing, unknown or misplaced fields.
-    BadManifest("no-spec", {"spec": GONE}, "spec", "Required value; write spec"),
-    BadManifest("no-model", {"spec.model": GONE}, "spec.model", "Required value; write model"),
+    BadManifest("no-spec", {"spec": REMOVED}, "spec", "Required value; write spec"),
+    BadManifest("no-model", {"spec.model": REMOVED}, "spec.model", "Required value; write model"),
     BadManifest("no-dataset", {"spec.dataset": None}, "spec.dataset", "Required value; write dataset"),
     BadManifest(
         "no-output-place", {"spec.outputs": [{"format": "webui"}]}, "spec.outputs[0].to", "Required value; write to"
@@ -77,6 +79,7 @@ BAD = (
     # Values of a wrong type.
     BadManifest("quoted-number", {"spec.training.steps": "200"}, "spec.training.steps", "write 200 without quotes"),
     BadManifest("text-for-number", {"spec.training.steps": "many"}, "spec.training.steps", "must be of type integer"),
+    BadManifest("text-for-rate", {"spec.training.learningRate": "low"}, "spec.training.learningRate", "e.g. 0.0001"),
     BadManifest("fraction", {"spec.training.steps": 2.5}, "spec.training.steps", "must be of type integer"),
     BadManifest(
         "quoted-rate", {"spec.training.learningRate": "1e-4"}, "spec.training.learningRate", "write 0.0001 without"
@@ -126,7 +129,7 @@ BAD = (
         "must have at most 8 items",
     ),
     # Rules about one string.
-    BadManifest("queue-name", {"spec.queueName": "My Queue"}, "spec.queueName", "lower-case letters"),
+    BadManifest("queue-name", {"spec.queueName": "My Queue"}, "spec.queueName", "leave queueName out"),
     BadManifest("manager", {"spec.managedBy": "kueue"}, "spec.managedBy", "write its domain and name"),
     BadManifest("priority-class", {"spec.priorityClassName": "High_"}, "spec.priorityClassName", "lower-case letters"),
     BadManifest("secret-name", {"spec.secrets": [{"name": "HF_TOKEN"}]}, "spec.secrets[0].name", "lower-case letters"),
@@ -195,7 +198,7 @@ BAD = (
         "method-and-script", {"spec.training.script": {"path": "/x.py"}}, "spec.training.script", "leave script out"
     ),
     BadManifest(
-        "no-length", {"spec.training.steps": GONE}, "spec.training.steps", "write e.g. steps: 1000 or epochs: 10"
+        "no-length", {"spec.training.steps": REMOVED}, "spec.training.steps", "write e.g. steps: 1000 or epochs: 10"
     ),
     BadManifest("steps-and-epochs", {"spec.training.epochs": 2}, "spec.training.epochs", "leave steps out, or"),
     BadManifest(
@@ -259,7 +262,7 @@ BAD = (
     ),
     BadManifest(
         "controlnet-without-column",
-        {"spec.dataset.columns": GONE},
+        {"spec.dataset.columns": REMOVED},
         "spec.dataset.columns.conditioning",
         "write e.g. columns: {conditioning:",
         base="controlnet",

@@ -9,7 +9,7 @@ from finetune_operator.api.job import API_VERSION, KIND
 
 Document = dict[str, Any]
 
-GONE = object()
+REMOVED = object()
 """Value in a patch that removes the field."""
 
 
@@ -21,7 +21,7 @@ def patched(document: Document, patch: dict[str, Any]) -> Document:
         place = document
         for parent in parents:
             place = place.setdefault(parent, {})
-        if value is GONE:
+        if value is REMOVED:
             place.pop(name)
         else:
             place[name] = copy.deepcopy(value)

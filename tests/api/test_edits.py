@@ -11,7 +11,7 @@ from finetune_operator.api import crd
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.managed import is_ours
 from finetune_operator.api.rules import edits
-from tests.api.manifests import FULL, GONE, SMALLEST, Document, patched
+from tests.api.manifests import FULL, REMOVED, SMALLEST, Document, patched
 
 CHANGES: dict[str, Any] = {
     "spec.model": {"spec.model.revision": "fp32"},
@@ -19,14 +19,14 @@ CHANGES: dict[str, Any] = {
     "spec.training": {"spec.training.learningRate": 1e-3},
     "spec.topology.accelerator": {
         "spec.topology.accelerator": "cpu",
-        "spec.training.memoryPreset": GONE,
+        "spec.training.memoryPreset": REMOVED,
         "spec.training.optimizer": "adamw",
         "spec.topology.resources": {"cpu": 4},
     },
     "spec.topology.nodes": {
         "spec.topology.nodes": 4,
-        "spec.topology.minNodes": GONE,
-        "spec.topology.maxNodes": GONE,
+        "spec.topology.minNodes": REMOVED,
+        "spec.topology.maxNodes": REMOVED,
     },
     "spec.topology.maxNodes": {"spec.topology.maxNodes": 6},
     "spec.topology.processesPerNode": {
@@ -36,13 +36,13 @@ CHANGES: dict[str, Any] = {
     "spec.topology.cpu": {
         "spec.topology.accelerator": "cpu",
         "spec.topology.cpu.backend": "ccl",
-        "spec.training.memoryPreset": GONE,
+        "spec.training.memoryPreset": REMOVED,
         "spec.training.optimizer": "adamw",
         "spec.topology.resources": {"cpu": 4},
     },
     "spec.checkpoint": {"spec.checkpoint.keep": 7},
     "spec.outputs": {"spec.outputs": []},
-    "spec.queueName": {"spec.queueName": GONE},
+    "spec.queueName": {"spec.queueName": REMOVED},
     "spec.managedBy": {"spec.managedBy": "kueue.x-k8s.io/multikueue"},
 }
 """For each fixed field an edit of FULL that changes it."""
@@ -52,12 +52,12 @@ ALLOWED: dict[str, Any] = {
     "spec.recovery.shrinkAfter": {"spec.recovery.shrinkAfter": "90s"},
     "spec.topology.resources": {"spec.topology.resources": {"memory": "128Gi"}},
     "spec.recovery.maxFailures": {"spec.recovery.maxFailures": 9},
-    "spec.recovery.spot": {"spec.recovery.spot": GONE},
+    "spec.recovery.spot": {"spec.recovery.spot": REMOVED},
     "spec.recovery.hangTimeout": {"spec.recovery.hangTimeout": "2h"},
     "spec.recovery.noticeSeconds": {"spec.recovery.noticeSeconds": 60},
     "spec.suspend": {"spec.suspend": False},
     "spec.priorityClassName": {"spec.priorityClassName": "high"},
-    "spec.activeDeadlineSeconds": {"spec.activeDeadlineSeconds": GONE},
+    "spec.activeDeadlineSeconds": {"spec.activeDeadlineSeconds": REMOVED},
     "spec.ttlSecondsAfterFinished": {"spec.ttlSecondsAfterFinished": 60},
     "spec.secrets": {"spec.secrets": []},
     "spec.podTemplate": {"spec.podTemplate": {"metadata": {"labels": {"a": "b"}}}},

@@ -11,7 +11,7 @@ from kubernetes import client
 from finetune_contract.run_spec import RunSpec
 from finetune_operator.manifests import build_config, build_pod, build_run_spec, build_service, global_batch, num_nodes
 from finetune_operator.settings import Settings
-from tests.plan.harness import make_job
+from tests.plan.fake_cluster import make_job
 
 SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="ca", cache_claim="cache")
 

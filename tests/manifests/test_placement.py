@@ -9,7 +9,7 @@ import pytest
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.placement import SPOT_LABELS
 from finetune_operator.settings import Settings
-from tests.plan.harness import make_job
+from tests.plan.fake_cluster import make_job
 
 GPU = {"accelerator": "gpu", "nodes": 2}
 CPU = {"accelerator": "cpu", "nodes": 2}

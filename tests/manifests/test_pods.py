@@ -12,7 +12,7 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.merge import MergeError
 from finetune_operator.settings import Settings
-from tests.plan.harness import make_job
+from tests.plan.fake_cluster import make_job
 
 SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="finetune-ca")
 CLAIM = {"storage": {"persistentVolumeClaim": {"claimName": "shared"}}}

@@ -14,7 +14,7 @@ from finetune_operator.settings import Settings
 from testing.controlplane.api import Api, ControlPlaneApiError
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import ControlPlane
-from tests.plan.harness import make_job
+from tests.plan.fake_cluster import make_job
 
 SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="ca", cache_claim="cache")
 STORAGE = {"storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}}}

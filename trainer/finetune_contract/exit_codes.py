@@ -56,7 +56,7 @@ _DESCRIPTIONS = {
     ExitCode.DATA: "data error",
     ExitCode.SOFTWARE: "uncaught exception",
     ExitCode.STORAGE: "storage error",
-    ExitCode.SAVED: "saved on notice",
+    ExitCode.SAVED: "saved on a preemption notice",
     ExitCode.STALE: "no checkpoint for too long",
     ExitCode.FABRIC: "lost a peer",
     ExitCode.SUPERSEDED: "superseded by a newer attempt",

@@ -147,7 +147,8 @@ def _unsupported(error: ErrorDetails, path: str) -> str:
         return _wrong_type(error, path)
     problem = f"Unsupported value: {show(error['input'])}: supported values: {', '.join(map(show, known))}"
     unwritten = UNWRITTEN_VALUES.get(_generic(path), frozenset())
-    guess = closest(error["input"], [value for value in known if value not in unwritten])
+    written = [value for value in known if value not in unwritten]
+    guess = closest(error["input"], written) or (written[0] if unwritten else None)
     return f"{problem}; write {guess}" if guess else problem
 
 
@@ -174,10 +175,12 @@ def _unknown(_error: ErrorDetails, path: str) -> str:
     """Return the message for a field that is misspelt, at the wrong place, or a flag of the diffusers scripts."""
     parent, _, name = path.rpartition(".")
     known = list((_schema(parent) or {}).get("properties", {}))
-    guess = closest(to_camel(name), known)
+    guess, flag = closest(to_camel(name), known), FLAGS.get(to_snake(name))
+    if flag is not None and guess != flag.rpartition(".")[2]:
+        guess = flag
     if guess is None:
         elsewhere = {*_paths_by_name().get(name, ()), *_paths_by_name().get(to_camel(name), ())}
-        guess = FLAGS.get(to_snake(name)) or (elsewhere.pop() if len(elsewhere) == 1 else None)
+        guess = elsewhere.pop() if len(elsewhere) == 1 else None
     return f"unknown field; write {guess}" if guess else f"unknown field; the fields here are {', '.join(known)}"
 
 

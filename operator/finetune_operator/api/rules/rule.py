@@ -60,9 +60,9 @@ def form(path: str, pattern: str, message: str) -> Rule[str]:
     )
 
 
-def join_names(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str], conjunction: str = "and") -> str:
     """Return names as a list in a sentence, e.g. 'LoRA, DreamBooth and Full'."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {conjunction} {names[-1]}"
 
 
 def cel_list(values: Iterable[StrEnum]) -> str:

@@ -19,6 +19,7 @@ from finetune_operator.api.names import MAX_JOB_NAME
 from finetune_operator.api.rules.forms import (
     BUCKET_URL,
     DNS_LABEL,
+    DNS_NAME,
     MANAGER,
     QUANTITY,
     RESOURCE,
@@ -60,7 +61,11 @@ _NAMES = (
         "name is not a valid host name; write lower-case letters, digits and '-', with a letter first and no '-' at "
         "the end",
     ),
-    object_name("spec.queueName"),
+    form(
+        "spec.queueName",
+        DNS_NAME,
+        "queueName is not a valid name of a Kubernetes object, and queues are not supported yet; leave queueName out",
+    ),
     object_name("spec.priorityClassName"),
     object_name("spec.secrets[].name"),
     form(
@@ -96,7 +101,7 @@ _DATA = (
         f"!has(self.training.method) || !(self.training.method in {cel_list(CONDITIONED_METHODS)})"
         " || has(self.dataset.columns.conditioning)",
         lambda spec: spec.training.method not in CONDITIONED_METHODS or spec.dataset.columns.conditioning is not None,
-        f"method {join_names(CONDITIONED_METHODS)} requires conditioning; write e.g. columns: {{conditioning: "
+        f"conditioning is required for {join_names(CONDITIONED_METHODS)}; write e.g. columns: {{conditioning: "
         "conditioning_image}",
         FieldErrorReason.REQUIRED,
     ),

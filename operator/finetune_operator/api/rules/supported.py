@@ -73,7 +73,7 @@ MISSING = (
     Missing(
         "spec.outputs",
         lambda spec: any(output.to.startswith(REMOTE_SCHEMES) for output in spec.outputs),
-        "this version writes to folders only; write a folder in to, e.g. to: /outputs/lora",
+        "this version writes to folders only; write a folder, e.g. to: /outputs/lora",
     ),
 )
 

@@ -66,7 +66,7 @@ def _required_settings(name: str) -> Rule[TrainingSpec]:
         field,
         f"has(self.{field}) || !has(self.method) || !(self.method in {cel_list(methods)})",
         lambda training: getattr(training, name) is not None or training.method not in methods,
-        f"method {' and '.join(methods)} requires {field}; write e.g. {field}: {_EXAMPLES[name]}",
+        f"{field} is required for {join_names(methods)}; write e.g. {field}: {_EXAMPLES[name]}",
         FieldErrorReason.REQUIRED,
     )
 
@@ -151,8 +151,8 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
         "offload",
         "self.offload == 'none' || self.sharding == 'full'",
         lambda training: training.offload is Offload.NONE or training.sharding is Sharding.FULL,
-        "offload applies to sharded training only; leave offload out, or write sharding: full, on one GPU, too, with "
-        f"method {join_names(SHARDABLE_METHODS)}",
+        "offload applies to sharded training only; leave offload out, or write sharding: full with method "
+        f"{join_names(SHARDABLE_METHODS, 'or')}",
         FieldErrorReason.FORBIDDEN,
     ),
     form(

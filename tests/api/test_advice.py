@@ -1,0 +1,191 @@
+"""Every advice works: a manifest that is edited as a message says is accepted by all checks of a job."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from finetune_operator.api import duration, messages
+from finetune_operator.api.rules import edits
+from finetune_operator.api.rules.spec import RULES
+from finetune_operator.api.rules.supported import MISSING, find_missing
+from finetune_operator.api.validate import InvalidJob, broken_rules, parse_job
+from finetune_operator.manifests import build_pod
+from finetune_operator.manifests.merge import MergeError
+from finetune_operator.manifests.resources import parse_quantity
+from finetune_operator.plan.policies.acceptance import GAPS, NO_STORAGE, find_unsupported
+from finetune_operator.settings import Settings
+from tests.api.advice import ADVICE, FLAG_VALUES, STORAGES, UNSUPPORTED, Advice, Edit, Unsupported
+from tests.api.bad_manifests import BAD, BadManifest
+from tests.api.manifests import FULL, GOOD, REMOVED, SMALLEST, Document, patched
+from tests.api.test_edits import CHANGES
+
+LOCAL = Settings(require_storage=False)
+CLUSTER = Settings(require_storage=True)
+REPEATED_VALUE = re.compile(r"^(Invalid|Unsupported) value: .*?: (?=should|must|supported)|^Too (long|many): (\d+: )?")
+EXPLANATION = re.compile(r"(?<=^write )(\w+) \(.*\)$")
+CONNECTIVES = frozenset(
+    {"write", "leave", "out", "or", "and", "e.g.", "a", "instead", "with", "method", "for", "this", "operator"}
+    | {"should", "must", "may", "be", "have", "match", "supported", "values:", "the", "fields", "here", "are"}
+)
+"""Words of an advice that recommend nothing by themselves."""
+
+
+def refusals(document: Document, settings: Settings = LOCAL) -> list[str]:
+    """Return everything that the checks of a job report about a manifest; empty if it is accepted."""
+    try:
+        job = parse_job(document)
+    except InvalidJob as error:
+        return error.messages
+    return [*map(str, broken_rules(job)), *find_missing(job.spec), *find_unsupported(job.spec, settings)]
+
+
+def advice_in(message: str) -> str:
+    """Return the part of a message that says what to write instead."""
+    _, separator, advice = message.partition("; ")
+    return EXPLANATION.sub(r"\1", advice) if separator else REPEATED_VALUE.sub("", message)
+
+
+def untried_words(message: str, advice: Advice) -> list[str]:
+    """Return the words of a message's advice that no edit covers."""
+    rest = advice_in(message)
+    for part in sorted(advice, key=len, reverse=True):
+        assert part in rest, f"{part!r} is not part of {rest!r}"
+        rest = rest.replace(part, " ")
+    return [word for word in re.findall(r"[^\s,;()]+", rest) if word not in CONNECTIVES]
+
+
+def message_of(bad: BadManifest) -> str:
+    with pytest.raises(InvalidJob) as caught:
+        parse_job(bad.document)
+    (problem,) = caught.value.problems
+    return problem.message
+
+
+BAD_BY_NAME = {bad.name: bad for bad in BAD}
+FOLLOWED = [(name, part, edit) for name, advice in ADVICE.items() for part, edit in advice.items()]
+
+
+def test_every_rule_has_its_advice_tried() -> None:
+    assert ADVICE.keys() == BAD_BY_NAME.keys(), "add the row of the manifest to ADVICE (tests/api/advice.py)"
+    broken = {message_of(bad) for bad in BAD}
+    untried = [f"{rule.path}: {rule.message}" for rule in RULES if rule.message not in broken]
+    assert untried == [], "add a manifest to BAD (tests/api/bad_manifests.py) and its row to ADVICE"
+
+
+def test_every_hint_has_its_advice_tried() -> None:
+    reported = " ".join(map(message_of, BAD))
+    assert [hint for hint in messages._HINTS.values() if hint not in reported] == []
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_every_value_that_a_message_recommends_is_tried(name: str) -> None:
+    assert untried_words(message_of(BAD_BY_NAME[name]), ADVICE[name]) == []
+
+
+@pytest.mark.parametrize(("name", "part", "edit"), FOLLOWED, ids=lambda value: str(value)[:40])
+def test_manifest_that_follows_the_advice_is_accepted(name: str, part: str, edit: Edit) -> None:
+    bad = BAD_BY_NAME[name]
+    known = refusals(GOOD[bad.base])
+    assert [message for message in refusals(patched(bad.document, edit)) if message not in known] == [], part
+
+
+def message_about(unsupported: Unsupported) -> str:
+    (message,) = refusals(unsupported.document)
+    return message.partition(": ")[2].rstrip(".")
+
+
+def test_every_unsupported_setting_has_its_advice_tried() -> None:
+    reported = {message_about(each) for each in UNSUPPORTED}
+    assert reported == {missing.message for missing in MISSING} | {
+        gap.message.partition(": ")[2].rstrip(".") for gap in GAPS
+    }
+
+
+@pytest.mark.parametrize("unsupported", UNSUPPORTED, ids=lambda each: message_about(each)[:40])
+def test_advice_about_unsupported_settings_is_accepted(unsupported: Unsupported) -> None:
+    assert untried_words(message_about(unsupported), unsupported.advice) == []
+    for part, edit in unsupported.advice.items():
+        assert refusals(patched(unsupported.document, edit)) == [], part
+
+
+def test_advice_about_missing_storage_is_accepted() -> None:
+    assert refusals(SMALLEST, CLUSTER) == [NO_STORAGE]
+    assert untried_words(NO_STORAGE.rstrip("."), STORAGES) == []
+    for part, edit in STORAGES.items():
+        assert refusals(patched(SMALLEST, edit), CLUSTER) == [], part
+
+
+def test_every_flag_has_a_value() -> None:
+    assert FLAG_VALUES.keys() == messages.FLAGS.keys()
+
+
+@pytest.mark.parametrize("flag", messages.FLAGS)
+def test_field_that_is_recommended_in_place_of_a_flag_is_accepted(flag: str) -> None:
+    value, base = FLAG_VALUES[flag]
+    document = patched(GOOD[base], {f"spec.training.{flag}": value})
+    with pytest.raises(InvalidJob) as caught:
+        parse_job(document)
+    (problem,) = caught.value.problems
+    field = problem.message.removeprefix("unknown field; write ")
+    path = field if "." in field else f"spec.training.{field}"
+    removed = {"spec.training.steps": REMOVED} if path == "spec.training.epochs" else {}
+    assert refusals(patched(document, {f"spec.training.{flag}": REMOVED, **removed, path: value})) == []
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_forbidden_edit_is_accepted_in_a_new_job_with_another_name(path: str) -> None:
+    (fixed,) = (fixed for fixed in edits.FIXED if fixed.path == path)
+    assert fixed.message.endswith("; write the change into a new job with another name")
+    new = patched(FULL, CHANGES[path] | {"metadata.name": "circles-2"})
+    assert [message for message in refusals(new) if message not in refusals(FULL)] == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message", "right"),
+    [
+        (
+            {"nodeSelector": {"zone": "a"}},
+            "nodeSelector is not a field of a PodTemplateSpec; write it below spec or metadata",
+            {"spec": {"nodeSelector": {"zone": "a"}}},
+        ),
+        (
+            {"labels": {"team": "a"}},
+            "labels is not a field of a PodTemplateSpec; write it below spec or metadata",
+            {"metadata": {"labels": {"team": "a"}}},
+        ),
+        (
+            {"spec": {"$patch": "replace", "containers": [{"name": "mine"}]}},
+            "it removes the container trainer; keep the container and write only the fields to change",
+            {"spec": {"containers": [{"name": "trainer", "image": "mine"}]}},
+        ),
+        (
+            {"spec": {"containers": [{"image": "mine"}]}},
+            "an item of containers has no name, which is needed to merge it; write name",
+            {"spec": {"containers": [{"name": "trainer", "image": "mine"}]}},
+        ),
+    ],
+)
+def test_advice_about_pod_templates_is_accepted(wrong: Document, message: str, right: Document) -> None:
+    with pytest.raises(MergeError) as caught:
+        build_pod(parse_job(patched(SMALLEST, {"spec.podTemplate": wrong})), 1, 0, LOCAL)
+    assert str(caught.value) == message
+    assert build_pod(parse_job(patched(SMALLEST, {"spec.podTemplate": right})), 1, 0, LOCAL)
+
+
+def test_examples_of_durations_and_quantities_are_parsed() -> None:
+    for parse in (duration.parse_seconds, parse_quantity):
+        with pytest.raises(ValueError, match="write") as caught:
+            parse("soon")
+        examples = re.split(r", | or ", str(caught.value).partition("write e.g. ")[2])
+        assert len(examples) == 3
+        for example in examples:
+            assert parse(example) > 0
+
+
+def test_values_that_no_method_supports_are_not_recommended() -> None:
+    for value in messages.UNWRITTEN_VALUES["spec.outputs[].format"]:
+        document = patched(SMALLEST, {"spec.outputs": [{"format": value.upper(), "to": "out"}]})
+        (message,) = refusals(document)
+        assert not message.endswith(f"; write {value}")
