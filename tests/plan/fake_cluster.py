@@ -1,7 +1,7 @@
-"""A tiny cluster for the plan's tests: jobs, pods and beats as values, and a cluster of them that carries plans out.
+"""A fake cluster for the tests of the plan: one job, its pods and heartbeats as plain data. It carries out plans.
 
-It has no clock but its own. Pods appear when they are asked for, show up in the list when the test says so, and obey
-deletions as Kubernetes does.
+Its clock moves only when a test moves it. Pods exist as soon as they are created, appear in the list when the test
+allows it, and are deleted like in Kubernetes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from finetune_operator.plan.model.types import (
     DeletePod,
     Event,
     Observed,
+    ObservedNode,
     ObservedPod,
     Plan,
     PodPhase,
@@ -31,11 +32,11 @@ from finetune_operator.settings import Settings
 
 START = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 SETTINGS = Settings(coordinator_url="http://coordinator", require_storage=False, hold_seconds=0)
-"""Whole gangs; test_in_place is about the others."""
+"""Settings without recovery in place; `scenarios.HOLDING` enables it."""
 
 
 def make_job(**spec: Any) -> FineTuneJob:
-    """A job of two CPU nodes with one rank each; top-level fields of the spec may be given."""
+    """Return a job of two CPU nodes with one rank each; the arguments replace top-level fields of the spec."""
     manifest = {
         "metadata": {"name": "circles", "uid": "1f0c3a2b-0000", "generation": 1},
         "spec": {
@@ -55,28 +56,30 @@ def seconds(number: float) -> timedelta:
 
 @dataclass
 class FakeCluster:
-    """One job and all that exists of it."""
+    """One job and all objects that belong to it."""
 
     job: FineTuneJob = field(default_factory=make_job)
     settings: Settings = SETTINGS
     now: datetime = START
     pods: dict[str, ObservedPod] = field(default_factory=dict)
-    """By name: what really exists."""
+    """Existing pods, by name."""
     hidden: set[str] = field(default_factory=set)
-    """UIDs of pods that the list does not show yet."""
+    """UIDs of pods that the list does not contain yet."""
     beats: dict[str, ReceivedHeartbeat] = field(default_factory=dict)
     services: set[str] = field(default_factory=set)
     configs: set[str] = field(default_factory=set)
+    nodes: dict[str, ObservedNode] = field(default_factory=dict)
+    """Nodes that are not healthy."""
     events: list[Event] = field(default_factory=list)
-    made: dict[str, Any] = field(default_factory=dict)
+    manifests: dict[str, Any] = field(default_factory=dict)
     """Manifests of all pods, by name."""
     refusal: Refusal | None = None
-    """What the API server said last to a pod of the job; it takes none then."""
+    """The current refusal of the API server to create pods; None: it accepts them."""
     deleted: bool = False
     num_created: int = 0
     sequence: int = 0
 
-    # what the cluster does
+    # the cluster
 
     def observed(self) -> Observed:
         return Observed(
@@ -84,6 +87,7 @@ class FakeCluster:
             beats=dict(self.beats),
             services=frozenset(self.services),
             configs=frozenset(self.configs),
+            nodes=dict(self.nodes),
             refusal=self.refusal,
         )
 
@@ -91,7 +95,7 @@ class FakeCluster:
         return plan(self.job, self.observed(), self.now, self.settings)
 
     def step(self) -> Plan:
-        """One pass: decide, write the status, act, tell."""
+        """Reconcile once: decide, write the status, carry out the actions, record the events."""
         decided = self.decide()
         self.job = self.job.model_copy(update={"status": decided.status})
         for action in decided.actions:
@@ -99,14 +103,14 @@ class FakeCluster:
         self.events += decided.events
         return decided
 
-    def settle(self, max_passes: int = 20) -> Plan:
-        """Passes until one changes nothing; no time goes by."""
-        for _ in range(max_passes):
+    def settle(self, max_reconciles: int = 20) -> Plan:
+        """Reconcile until nothing changes; the clock does not move."""
+        for _ in range(max_reconciles):
             before = self.job.status
             decided = self.step()
             if decided.status == before and not decided.actions:
                 return decided
-        raise AssertionError(f"no rest after {max_passes} passes: {decided}")
+        raise AssertionError(f"not settled after {max_reconciles} reconciles: {decided}")
 
     def apply(self, action: Create | DeletePod | DeleteJob) -> None:
         if isinstance(action, Create):
@@ -123,7 +127,7 @@ class FakeCluster:
                 return
             self.num_created += 1
             own = manifest["metadata"]["labels"]
-            self.made[name] = manifest
+            self.manifests[name] = manifest
             self.pods[name] = ObservedPod(
                 name=name,
                 uid=f"uid-{self.num_created}",
@@ -149,10 +153,10 @@ class FakeCluster:
             grace = min(grace, pod.grace)
         self.pods[name] = replace(pod, deleted_at=pod.deleted_at or self.now, grace=grace)
 
-    # what happens to pods
+    # changes of pods
 
     def pod(self, node_rank: int) -> ObservedPod:
-        """The pod of a node rank in the newest attempt."""
+        """Return the pod of a node rank in the newest attempt."""
         return self.pods[f"circles-a{self.job.status.attempt}-n{node_rank}"]
 
     def change(self, node_rank: int, **changes: Any) -> None:
@@ -164,39 +168,39 @@ class FakeCluster:
         self.beats.pop(pod.uid, None)
 
     def run_all(self) -> None:
-        """All pods of the newest attempt are placed and started."""
+        """Schedule and start all pods of the newest attempt."""
         for pod in list(self.pods.values()):
             if pod.attempt == self.job.status.attempt and pod.phase is PodPhase.PENDING:
                 self.pods[pod.name] = replace(pod, phase=PodPhase.RUNNING, node=f"node-{pod.node_rank}", ready=True)
 
     def exit(self, node_rank: int, code: int, **changes: Any) -> None:
-        """A pod's container ends."""
+        """End the container of a pod."""
         phase = PodPhase.SUCCEEDED if code == 0 else PodPhase.FAILED
         self.change(node_rank, phase=phase, exit_code=code, ready=False, finished_at=self.now, **changes)
 
     def tick(self, number: float) -> None:
-        """Time goes by; pods whose grace is over are gone."""
+        """Advance the clock, and remove the pods whose grace period is over."""
         self.now += seconds(number)
         for pod in list(self.pods.values()):
             if pod.deleted_at is not None and pod.deleted_at + pod.grace <= self.now:
                 self.vanish(pod.name)
 
-    # what supervisors say
+    # heartbeats
 
     def beat(self, node_rank: int, state: RankState = RankState.TRAINING, **report: Any) -> None:
-        """A supervisor with one rank beats."""
-        told = {key: report.pop(key) for key in ("notice", "ends", "waiting") if key in report}
+        """Send the heartbeat of a supervisor with one rank."""
+        fields = {key: report.pop(key) for key in ("notice", "ends", "waiting") if key in report}
         pod = self.pod(node_rank)
-        self._say(pod, pod.attempt, node_rank, (RankReport(rank=node_rank, state=state, **report),), told)
+        self._say(pod, pod.attempt, node_rank, (RankReport(rank=node_rank, state=state, **report),), fields)
 
     def say(self, pod: ObservedPod, rank: int | None, **report: Any) -> None:
-        """A supervisor beats that trains as this rank of the newest attempt; None: it stands by."""
-        told = {"waiting": report.pop("waiting", False) or rank is None}
-        attempt = pod.attempt if told["waiting"] else self.job.status.attempt
+        """Send the heartbeat of a pod that trains as this rank of the newest attempt; None: it is a standby."""
+        fields = {"waiting": report.pop("waiting", False) or rank is None}
+        attempt = pod.attempt if fields["waiting"] else self.job.status.attempt
         reports = () if rank is None else (RankReport(rank=rank, state=RankState.TRAINING, restored_step=0, **report),)
-        self._say(pod, attempt, pod.node_rank if rank is None else rank, reports, told)
+        self._say(pod, attempt, pod.node_rank if rank is None else rank, reports, fields)
 
-    def _say(self, pod: ObservedPod, attempt: int, node_rank: int, ranks: tuple[RankReport, ...], told: Any) -> None:
+    def _say(self, pod: ObservedPod, attempt: int, node_rank: int, ranks: tuple[RankReport, ...], fields: Any) -> None:
         self.sequence += 1
         beat = Heartbeat(
             job="circles",
@@ -208,7 +212,7 @@ class FakeCluster:
             node_rank=node_rank,
             sequence=self.sequence,
             ranks=ranks,
-            **told,
+            **fields,
         )
         self.beats[pod.uid] = ReceivedHeartbeat(beat, self.now)
 
@@ -217,7 +221,7 @@ class FakeCluster:
             self.beat(node_rank, state, **report)
 
     def train_to(self, step: int, *, from_step: int = 0, checkpoint: int | None = None) -> None:
-        """Ranks report a step, and rank 0 a checkpoint of this attempt."""
+        """Report a step from all ranks, and a checkpoint of this attempt from rank 0."""
         self.beat_all(step=step, restored_step=from_step, total_steps=100)
         if checkpoint is not None:
             committed = CommittedCheckpoint(
@@ -228,17 +232,17 @@ class FakeCluster:
             )
             self.beat(0, step=step, restored_step=from_step, total_steps=100, checkpoint=committed)
 
-    # what a test wants in one line
+    # shortcuts
 
     def running(self) -> FakeCluster:
-        """Bring the next attempt's pods up."""
+        """Start all pods of the next attempt."""
         self.settle()
         self.run_all()
         self.settle()
         return self
 
     def created(self) -> FakeCluster:
-        """The first attempt's pods have just been created; no pass has seen them yet."""
+        """Create the pods of the first attempt; no reconcile has observed them yet."""
         self.step()
         self.step()
         return self
@@ -247,9 +251,9 @@ class FakeCluster:
         return [str(event.reason) for event in self.events]
 
 
-def last_words(attempt: int, code: int, words: str, *, rank: int = 0, step: int | None = None) -> Termination:
+def last_words(attempt: int, code: int, output: str, *, rank: int = 0, step: int | None = None) -> Termination:
     return Termination(
-        attempt=attempt, exit_code=code, step=step, ends=(RankEnd(rank=rank, exit_code=code, last_words=words),)
+        attempt=attempt, exit_code=code, step=step, ends=(RankEnd(rank=rank, exit_code=code, last_words=output),)
     )
 
 

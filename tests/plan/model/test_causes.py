@@ -1,4 +1,4 @@
-"""The table of causes: for each thing that can be seen of a pod, the reason, what it counts as, and who is blamed."""
+"""The table of causes: for each observed state of a pod, the reason, how it counts, and the rank that is named."""
 
 from __future__ import annotations
 
@@ -54,32 +54,32 @@ ONE_POD = [
 ]
 
 
-@pytest.mark.parametrize(("seen", "reason", "counts_as"), ONE_POD)
-def test_one_pod(seen: dict[str, Any], reason: Reason, counts_as: CountsAs | None) -> None:
+@pytest.mark.parametrize(("observed", "reason", "counts_as"), ONE_POD)
+def test_cause_of_one_pod(observed: dict[str, Any], reason: Reason, counts_as: CountsAs | None) -> None:
     cluster = FakeCluster().running()
-    ended = "exit_code" in seen or "reason" in seen
-    cluster.change(1, phase=PodPhase.FAILED if ended else PodPhase.RUNNING, **seen)
+    ended = "exit_code" in observed or "reason" in observed
+    cluster.change(1, phase=PodPhase.FAILED if ended else PodPhase.RUNNING, **observed)
     cause = cause_of(cluster)
     assert cause is not None
     assert (cause.reason, cause.counts_as) == (reason, counts_as)
     assert (cause.rank, cause.pod, cause.node) == (1, "circles-a1-n1", "node-1")
-    assert cause.exit_code == seen.get("exit_code")
+    assert cause.exit_code == observed.get("exit_code")
 
 
 @pytest.mark.parametrize("phase", [PodPhase.PENDING, PodPhase.RUNNING, PodPhase.SUCCEEDED, PodPhase.UNKNOWN])
-def test_nothing_is_wrong(phase: PodPhase) -> None:
+def test_healthy_pods_have_no_cause(phase: PodPhase) -> None:
     cluster = FakeCluster().running()
     cluster.change(0, phase=phase)
     assert cause_of(cluster) is None
 
 
-def test_a_pod_that_did_all_is_no_cause_whatever_befalls_it() -> None:
+def test_done_pod_is_never_a_cause() -> None:
     cluster = FakeCluster().running()
     cluster.change(0, phase=PodPhase.SUCCEEDED, exit_code=0, deleted_at=START, disruption="DeletionByTaintManager")
     assert cause_of(cluster) is None
 
 
-def test_a_pod_missing_from_a_complete_gang_is_lost() -> None:
+def test_pod_missing_from_a_complete_gang_is_lost() -> None:
     cluster = FakeCluster().running()
     cluster.vanish("circles-a1-n0")
     cause = cause_of(cluster)
@@ -89,7 +89,7 @@ def test_a_pod_missing_from_a_complete_gang_is_lost() -> None:
 
 
 PAIRS = [
-    # (rank 0, rank 1, rank to blame, reason)
+    # (rank 0, rank 1, rank that is named, reason)
     ({"exit_code": ExitCode.FABRIC}, {"exit_code": 1}, 1, Reason.PROCESS_FAILED),
     ({"exit_code": ExitCode.FABRIC}, {"disruption": "DeletionByTaintManager"}, 1, Reason.DELETION_BY_TAINT_MANAGER),
     ({"exit_code": ExitCode.FABRIC}, None, 1, Reason.POD_LOST),
@@ -105,19 +105,21 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("first", "second", "rank", "reason"), PAIRS)
-def test_two_pods(first: dict[str, Any], second: dict[str, Any] | None, rank: int, reason: Reason) -> None:
+def test_cause_among_two_pods(first: dict[str, Any], second: dict[str, Any] | None, rank: int, reason: Reason) -> None:
     cluster = FakeCluster().running()
-    for node_rank, seen in enumerate((first, second)):
-        if seen is None:
+    for node_rank, observed in enumerate((first, second)):
+        if observed is None:
             cluster.vanish(cluster.pod(node_rank).name)
         else:
-            cluster.change(node_rank, phase=PodPhase.FAILED if "exit_code" in seen else PodPhase.RUNNING, **seen)
+            cluster.change(
+                node_rank, phase=PodPhase.FAILED if "exit_code" in observed else PodPhase.RUNNING, **observed
+            )
     cause = cause_of(cluster)
     assert cause is not None
     assert (cause.rank, cause.reason) == (rank, reason)
 
 
-def test_of_two_failures_the_first_to_end_is_the_cause() -> None:
+def test_earlier_of_two_failures_is_the_cause() -> None:
     cluster = FakeCluster().running()
     cluster.exit(0, 1)
     cluster.exit(1, 1)
@@ -127,7 +129,7 @@ def test_of_two_failures_the_first_to_end_is_the_cause() -> None:
     assert cause.rank == 1
 
 
-def test_last_words_and_rank_come_from_the_supervisor() -> None:
+def test_last_output_and_rank_come_from_the_termination_message() -> None:
     cluster = FakeCluster().running()
     cluster.exit(1, 1, termination=last_words(1, 1, "RuntimeError: bad", rank=7))
     cause = cause_of(cluster)
@@ -136,7 +138,7 @@ def test_last_words_and_rank_come_from_the_supervisor() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "output",
     [
         "torch.OutOfMemoryError: CUDA out of memory.",
         "MemoryError",
@@ -144,15 +146,15 @@ def test_last_words_and_rank_come_from_the_supervisor() -> None:
         "OSError: [Errno 12] Cannot allocate memory",
     ],
 )
-def test_memory_that_ran_out_is_known_by_its_words(words: str) -> None:
+def test_out_of_memory_is_recognized_by_its_output(output: str) -> None:
     cluster = FakeCluster().running()
-    cluster.exit(1, ExitCode.SOFTWARE, termination=last_words(1, ExitCode.SOFTWARE, words))
+    cluster.exit(1, ExitCode.SOFTWARE, termination=last_words(1, ExitCode.SOFTWARE, output))
     cause = cause_of(cluster)
     assert cause is not None
     assert cause.reason is Reason.OUT_OF_MEMORY
 
 
-def test_a_beat_tells_of_an_end_before_the_pod_does() -> None:
+def test_heartbeat_reports_an_end_before_the_pod() -> None:
     cluster = FakeCluster().running()
     cluster.beat(1, step=3, ends=(RankEnd(rank=1, exit_code=1, last_words="ValueError"),))
     cause = cause_of(cluster)
@@ -160,7 +162,7 @@ def test_a_beat_tells_of_an_end_before_the_pod_does() -> None:
     assert (cause.reason, cause.exit_code, cause.message) == (Reason.PROCESS_FAILED, 1, "ValueError")
 
 
-def test_a_beat_tells_of_a_notice_before_the_pod_does() -> None:
+def test_heartbeat_reports_a_notice_before_the_pod() -> None:
     cluster = FakeCluster().running()
     cluster.beat(1, step=3, notice=True)
     cause = cause_of(cluster)
@@ -168,7 +170,7 @@ def test_a_beat_tells_of_a_notice_before_the_pod_does() -> None:
     assert (cause.reason, cause.consequence) == (Reason.PREEMPTED, True)
 
 
-def test_pods_and_beats_of_an_older_attempt_are_no_cause() -> None:
+def test_pods_of_an_older_attempt_are_no_cause() -> None:
     cluster = FakeCluster().running()
     old = replace(cluster.pod(0), name="circles-a0-n0", uid="old", attempt=0, phase=PodPhase.FAILED, exit_code=1)
     cluster.pods[old.name] = old
@@ -183,15 +185,17 @@ def test_pods_and_beats_of_an_older_attempt_are_no_cause() -> None:
         (ObservedNode(leaving="aws-node-termination-handler/spot-itn"), False, Reason.PREEMPTED),
         (ObservedNode(lost=True, gone=True), False, Reason.NODE_LOST),
     ],
-    ids=["unknown", "told to stop", "announced", "gone"],
+    ids=["healthy node", "notice", "leaving node", "deleted node"],
 )
-def test_a_pod_that_is_gone_before_its_words_are_read(node: ObservedNode | None, notice: bool, reason: Reason) -> None:
-    """What was known of it, or is known of its node, tells more than that it is gone."""
+def test_cause_of_a_pod_deleted_before_its_termination_message_was_read(
+    node: ObservedNode | None, notice: bool, reason: Reason
+) -> None:
+    """Its last heartbeat, or the state of its node, gives a more specific reason than PodLost."""
     cluster = FakeCluster().running()
     cluster.train_to(5)
     cluster.settle()
     cluster.beat(1, step=5, restored_step=0, notice=notice)
-    # Its beat outlives it.
+    # Its last heartbeat is still known.
     del cluster.pods[cluster.pod(1).name]
     observed = replace(cluster.observed(), nodes={"node-1": node} if node else {})
     entry = plan(cluster.job, observed, cluster.now, cluster.settings).status.attempts[0]
@@ -199,7 +203,7 @@ def test_a_pod_that_is_gone_before_its_words_are_read(node: ObservedNode | None,
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("output", "reason"),
     [
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", Reason.OUT_OF_MEMORY),
         ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)", Reason.FABRIC_ERROR),
@@ -210,10 +214,10 @@ def test_a_pod_that_is_gone_before_its_words_are_read(node: ObservedNode | None,
         ("KeyError: 'nclc'", Reason.PROCESS_FAILED),
     ],
 )
-def test_what_a_script_says_of_its_end(words: str, reason: Reason) -> None:
-    """It has no exit codes of ours."""
+def test_cause_is_recognized_by_the_output_of_a_script(output: str, reason: Reason) -> None:
+    """A script does not use the exit codes of the contract."""
     cluster = FakeCluster().running()
-    ends = (RankEnd(rank=1, exit_code=1, last_words=words),)
+    ends = (RankEnd(rank=1, exit_code=1, last_words=output),)
     cluster.exit(1, 1, termination=Termination(attempt=1, exit_code=1, ends=ends))
     cause = cause_of(cluster)
     assert cause is not None

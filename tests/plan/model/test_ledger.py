@@ -1,4 +1,4 @@
-"""The ledger: bounded, and exact about lost steps and goodput."""
+"""The ledger: its limit, lost steps and goodput."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def entries(*steps: tuple[int | None, int | None]) -> FineTuneJobStatus:
     [
         ([(0, 45), (40, None)], [5, None], 5),
         ([(0, 40), (40, None)], [0, None], 0),
-        # An attempt that never got to its first step lost nothing itself; what the one before lost shows only then.
+        # An attempt without a first step loses nothing; the loss of the one before it is known only after it.
         ([(0, 45), (None, None), (40, None)], [5, 0, None], 5),
-        # Steps that were lost twice were done three times.
+        # Steps that were lost twice were trained three times.
         ([(0, 45), (None, 45), (40, None)], [5, 5, None], 10),
         ([(0, 45), (None, None)], [None, None], 0),
         ([(0, 45)], [None], 0),
@@ -47,8 +47,8 @@ def test_lost_steps(steps: list[tuple[int | None, int | None]], lost: list[int |
     assert ledger.account_lost_steps(status) == status
 
 
-def test_goodput_of_an_undisturbed_run() -> None:
-    """10 s of loading, then 90 s of training: all but the loading was of use."""
+def test_goodput_of_undisturbed_run() -> None:
+    """10 s of loading, then 90 s of training: goodput 0.9."""
     cluster = FakeCluster().running()
     cluster.tick(10)
     cluster.train_to(0)
@@ -64,7 +64,7 @@ def test_goodput_of_an_undisturbed_run() -> None:
 
 
 def test_goodput_counts_neither_lost_steps_nor_recovery() -> None:
-    """50 steps in 50 s, the last ten lost; 25 s to recover; 60 steps in 60 s: 100 kept seconds of 135."""
+    """50 steps in 50 s, the last ten lost; 25 s of recovery; 60 steps in 60 s: 100 useful seconds of 135."""
     cluster = FakeCluster().running()
     cluster.train_to(0)
     cluster.settle()
@@ -85,7 +85,7 @@ def test_goodput_counts_neither_lost_steps_nor_recovery() -> None:
     assert cluster.job.status.goodput == pytest.approx(100 / 135, abs=0.02)
 
 
-def test_goodput_stands_still_while_nothing_happens() -> None:
+def test_goodput_does_not_change_while_nothing_happens() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(0)
     cluster.settle()
@@ -102,6 +102,6 @@ def test_revise_refuses_unknown_fields() -> None:
         revise(FineTuneJobStatus(), stepp=1)
 
 
-def test_revise_returns_the_same_object_where_nothing_changes() -> None:
+def test_revise_returns_the_same_object_if_nothing_changes() -> None:
     status = FineTuneJobStatus(step=1)
     assert revise(status, step=1) is status

@@ -1,4 +1,4 @@
-"""Accepted or not: with all the sentences, once for each generation, and with nothing made of what is refused."""
+"""The condition Accepted: all messages at once, one check per generation, and no pods of a refused spec."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def accepted(cluster: FakeCluster) -> Condition:
 
 
 @pytest.mark.parametrize(("spec", "reason", "field"), REFUSED)
-def test_refused_with_a_sentence_and_nothing_made(spec: dict[str, Any], reason: Reason, field: str) -> None:
+def test_refused_spec_gets_message_and_no_pods(spec: dict[str, Any], reason: Reason, field: str) -> None:
     cluster = FakeCluster(make_job(**spec))
     condition = accepted(cluster)
     assert (condition.status, condition.reason) == ("False", reason)
     assert field in condition.message
-    assert ";" in condition.message, "says what to write instead"
+    assert ";" in condition.message, "the message must contain what to write instead"
     status = cluster.job.status
     assert (status.phase, status.reason, status.message) == (Phase.PENDING, reason, condition.message)
     assert (status.attempt, cluster.pods, cluster.services, cluster.configs) == (0, {}, set(), set())
 
 
-def test_a_real_cluster_wants_storage() -> None:
+def test_missing_storage_is_refused() -> None:
     cluster = FakeCluster(settings=Settings(coordinator_url="https://coordinator"))
     assert "spec.checkpoint.storage" in accepted(cluster).message
     claim = {"persistentVolumeClaim": {"claimName": "shared"}}
@@ -60,14 +60,14 @@ def test_spot_is_accepted_and_rendered(spot: dict[str, str]) -> None:
     assert len(cluster.pods) == 2
 
 
-def test_all_that_is_wrong_is_said_at_once() -> None:
+def test_message_contains_all_faults() -> None:
     cluster = FakeCluster(make_job(queueName="gpus"), settings=Settings(coordinator_url="https://coordinator"))
     message = accepted(cluster).message
     assert "queueName" in message
     assert "checkpoint.storage" in message
 
 
-def test_a_corrected_spec_is_accepted() -> None:
+def test_corrected_spec_is_accepted() -> None:
     cluster = FakeCluster(make_job(queueName="gpus"))
     accepted(cluster)
     cluster.tick(60)
@@ -82,7 +82,7 @@ def test_a_corrected_spec_is_accepted() -> None:
     assert cluster.job.status.attempt == 1
 
 
-def test_an_edit_that_is_refused_lets_the_attempt_go_on_but_not_the_next_one() -> None:
+def test_refused_edit_affects_only_the_next_attempt() -> None:
     cluster = FakeCluster().running()
     edited = make_job(queueName="gpus").model_copy(update={"status": cluster.job.status})
     cluster.job = edited.model_copy(update={"metadata": edited.metadata.model_copy(update={"generation": 2})})
@@ -94,7 +94,7 @@ def test_an_edit_that_is_refused_lets_the_attempt_go_on_but_not_the_next_one() -
     assert cluster.job.status.phase is Phase.PENDING
 
 
-def test_accepted_since_the_first_look() -> None:
+def test_transition_time_is_the_first_acceptance() -> None:
     cluster = FakeCluster(settings=SETTINGS)
     accepted(cluster)
     cluster.tick(5)
@@ -105,7 +105,7 @@ WRONG = Refusal("spec.podTemplate.x: a pod has no field x; leave it out", hold_u
 
 
 def begun() -> FakeCluster:
-    """A job whose first attempt has begun; its pods are to be created next."""
+    """Return a job whose first attempt has begun; its pods are created next."""
     cluster = FakeCluster()
     cluster.step()
     assert cluster.job.status.attempt == 1
@@ -114,12 +114,12 @@ def begun() -> FakeCluster:
 
 
 def edit(cluster: FakeCluster) -> None:
-    """Another spec: what was refused of the old one says nothing of it."""
+    """Change the spec. A refusal of the old spec does not apply to the new one."""
     meta = cluster.job.metadata.model_copy(update={"generation": cluster.job.metadata.generation + 1})
     cluster.job, cluster.refusal = cluster.job.model_copy(update={"metadata": meta}), None
 
 
-def test_pods_that_are_wrong_are_held_back_and_tried_once_in_a_while() -> None:
+def test_invalid_pods_are_held_back_and_retried() -> None:
     cluster = begun()
     cluster.refusal = WRONG
     decided = cluster.settle()
@@ -131,10 +131,10 @@ def test_pods_that_are_wrong_are_held_back_and_tried_once_in_a_while() -> None:
     cluster.tick(60)
     again = cluster.decide()
     assert len(again.actions) >= 2
-    assert again.status == cluster.job.status, "nothing is written until the cluster has answered"
+    assert again.status == cluster.job.status, "the status changes only after the response of the API server"
 
 
-def test_an_edit_lets_the_attempt_go_on() -> None:
+def test_edit_lets_the_attempt_continue() -> None:
     cluster = begun()
     cluster.refusal = WRONG
     cluster.settle()
@@ -143,23 +143,23 @@ def test_an_edit_lets_the_attempt_go_on() -> None:
     assert (cluster.job.status.attempt, len(cluster.pods)) == (1, 2)
 
 
-def test_what_was_refused_is_not_forgotten_with_the_operator_that_heard_it() -> None:
+def test_refusal_survives_operator_restart() -> None:
     cluster = begun()
     cluster.refusal = WRONG
     cluster.settle()
     cluster.refusal = None
     decided = cluster.decide()
     assert decided.status == cluster.job.status
-    assert len(decided.actions) >= 2, "it is tried"
-    # This time they are taken.
+    assert len(decided.actions) >= 2, "the creation is tried again"
+    # This time the API server accepts them.
     assert accepted(cluster).status == "True"
 
 
-def test_a_quota_keeps_a_job_waiting_and_does_not_refuse_it() -> None:
+def test_quota_delays_the_job_without_refusing_it() -> None:
     cluster = begun()
     cluster.refusal = Refusal("Pod circles-a1-n0 was refused: exceeded quota")
     decided = cluster.decide()
-    assert decided.actions, "it is tried again"
+    assert decided.actions, "the creation is tried again"
     assert (decided.status.phase, decided.status.reason) == (Phase.QUEUED, Reason.FAILED_CREATE)
     assert decided.status.message == cluster.refusal.message
     condition = find(decided.status, ConditionType.ACCEPTED)
@@ -167,7 +167,7 @@ def test_a_quota_keeps_a_job_waiting_and_does_not_refuse_it() -> None:
     assert condition.status == "True"
 
 
-def test_an_edit_that_makes_no_pods_leaves_those_that_run_alone() -> None:
+def test_invalid_edit_does_not_affect_running_pods() -> None:
     cluster = FakeCluster()
     cluster.settle()
     cluster.run_all()
@@ -175,10 +175,12 @@ def test_an_edit_that_makes_no_pods_leaves_those_that_run_alone() -> None:
     edit(cluster)
     cluster.settle()
     cluster.vanish("circles-a1-n1")
-    # The next attempt's pods are not taken.
-    while cluster.job.status.attempt < 2:
-        cluster.step()
-        cluster.tick(1)
+    # The API server refuses the pods of the next attempt.
+    for _ in range(5):
+        if cluster.job.status.attempt < 2:
+            cluster.step()
+            cluster.tick(1)
+    assert cluster.job.status.attempt == 2
     cluster.refusal = Refusal(WRONG.message, hold_until=cluster.now + seconds(60))
     cluster.settle()
     assert accepted(cluster).status == "False"
@@ -186,18 +188,18 @@ def test_an_edit_that_makes_no_pods_leaves_those_that_run_alone() -> None:
     assert cluster.job.status.message == WRONG.message
 
 
-def test_a_refusal_does_not_keep_the_next_attempt_from_being_tried() -> None:
+def test_refusal_does_not_prevent_the_next_attempt() -> None:
     cluster = FakeCluster().running()
     cluster.refusal = WRONG
     assert accepted(cluster).status == "False"
     cluster.vanish("circles-a1-n1")
     cluster.settle()
     assert cluster.job.status.attempt == 1
-    # A policy that refused them may have changed.
+    # The admission policy that refused them may have changed.
     cluster.tick(60)
     decided = [cluster.step() for _ in range(2)]
     assert cluster.job.status.attempt == 2
-    assert decided[-1].actions, "they are tried"
+    assert decided[-1].actions, "the pods are tried again"
     cluster.refusal = None
     assert accepted(cluster).status == "True"
     assert len(cluster.pods) == 2

@@ -1,4 +1,4 @@
-"""Attempts begin by a number alone, one at a time, when nothing is left of the one before."""
+"""Attempts begin one at a time, by raising `status.attempt`, once the previous attempt's pods are gone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_operator.plan.model.types import Create, DeletePod, PodPhase
 from tests.plan.fake_cluster import FakeCluster
 
 
-def test_the_pass_that_begins_an_attempt_creates_nothing() -> None:
+def test_reconcile_that_begins_an_attempt_creates_nothing() -> None:
     cluster = FakeCluster()
     decided = cluster.step()
     assert decided.status.attempt == 1
@@ -26,8 +26,8 @@ def test_the_pass_that_begins_an_attempt_creates_nothing() -> None:
     assert [manifest["metadata"]["name"] for manifest in created[2:]] == ["circles-a1-n0", "circles-a1-n1"]
 
 
-def test_a_status_write_that_was_lost_changes_nothing() -> None:
-    """The raised number is only acted on once it is read back."""
+def test_lost_status_write_has_no_effect() -> None:
+    """The operator acts on the raised number only after it has read it back."""
     cluster = FakeCluster()
     for _ in range(3):
         decided = cluster.decide()
@@ -35,7 +35,7 @@ def test_a_status_write_that_was_lost_changes_nothing() -> None:
         assert decided.actions == ()
 
 
-def test_no_attempt_begins_while_a_pod_is_left() -> None:
+def test_no_attempt_begins_while_a_pod_exists() -> None:
     cluster = FakeCluster().running()
     cluster.vanish("circles-a1-n1")
     cluster.step()
@@ -46,7 +46,7 @@ def test_no_attempt_begins_while_a_pod_is_left() -> None:
     assert cluster.job.status.attempt == 2
 
 
-def test_an_attempt_may_end_and_its_successor_begin_in_one_pass() -> None:
+def test_attempt_ends_and_next_begins_in_one_reconcile() -> None:
     cluster = FakeCluster().running()
     cluster.pods.clear()
     decided = cluster.step()
@@ -56,7 +56,7 @@ def test_an_attempt_may_end_and_its_successor_begin_in_one_pass() -> None:
     assert cluster.reasons()[-2:] == ["PodLost", "AttemptStarted"]
 
 
-def test_a_pod_that_is_slow_to_show_is_asked_for_again_and_is_not_lost() -> None:
+def test_pod_missing_from_a_stale_list_is_created_again_and_not_lost() -> None:
     cluster = FakeCluster().created()
     uids = {pod.uid for pod in cluster.pods.values()}
     cluster.hidden.add(cluster.pod(1).uid)
@@ -70,7 +70,7 @@ def test_a_pod_that_is_slow_to_show_is_asked_for_again_and_is_not_lost() -> None
     assert cluster.job.status.attempts[-1].gang_complete
 
 
-def test_a_late_pod_of_an_older_attempt_is_only_ever_deleted() -> None:
+def test_late_pod_of_an_older_attempt_is_deleted() -> None:
     cluster = FakeCluster().running()
     cluster.pods.clear()
     cluster.step()
@@ -84,8 +84,8 @@ def test_a_late_pod_of_an_older_attempt_is_only_ever_deleted() -> None:
     assert {pod.attempt for pod in cluster.pods.values()} == {2}
 
 
-def test_pods_of_an_attempt_that_the_status_does_not_know_are_stepped_over() -> None:
-    """A status that was restored from a backup; a status that was merely read too early conflicts when written."""
+def test_attempts_missing_from_the_status_are_skipped() -> None:
+    """The status was restored from a backup. (A write based on a stale status would conflict.)"""
     cluster = FakeCluster().running()
     cluster.pods = {
         f"circles-a7-n{rank}": replace(pod, name=f"circles-a7-n{rank}", attempt=7)
@@ -103,7 +103,7 @@ def test_pods_of_an_attempt_that_the_status_does_not_know_are_stepped_over() -> 
     assert cluster.job.status.attempt == 8
 
 
-def test_a_job_that_is_being_deleted_is_left_alone() -> None:
+def test_job_that_is_being_deleted_gets_no_actions() -> None:
     cluster = FakeCluster().running()
     metadata = cluster.job.metadata.model_copy(update={"deletion_timestamp": cluster.now})
     cluster.job = cluster.job.model_copy(update={"metadata": metadata})
@@ -113,7 +113,7 @@ def test_a_job_that_is_being_deleted_is_left_alone() -> None:
     assert decided.status == cluster.job.status
 
 
-def test_a_new_job_has_no_status() -> None:
+def test_new_job_has_an_empty_status() -> None:
     assert FakeCluster().job.status == FineTuneJobStatus()
 
 
@@ -122,9 +122,7 @@ def test_a_new_job_has_no_status() -> None:
     [({"disruption": "TerminationByKubelet"}, 0), ({"exit_code": 1, "phase": PodPhase.FAILED}, 1)],
     ids=["notice", "sudden"],
 )
-def test_how_often_to_save_follows_from_the_interruptions_that_find_unsaved_steps(
-    change: dict[str, Any], num_unsaved: int
-) -> None:
+def test_mtbf_counts_only_interruptions_that_lose_unsaved_steps(change: dict[str, Any], num_unsaved: int) -> None:
     cluster = FakeCluster().running()
     cluster.train_to(10, checkpoint=10)
     cluster.settle()

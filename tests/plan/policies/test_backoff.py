@@ -1,4 +1,4 @@
-"""Waits between attempts: doubled with each failure, bounded, and none after a preemption."""
+"""Delays between attempts: doubled with each failure, limited, and none after a preemption."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.plan.fake_cluster import FakeCluster, seconds
     ("num_failures", "wait_seconds"),
     [(0, 10), (1, 10), (2, 20), (3, 40), (4, 80), (5, 160), (6, 300), (7, 300), (1000, 300)],
 )
-def test_delay(num_failures: int, wait_seconds: int) -> None:
+def test_delay_doubles_up_to_the_limit(num_failures: int, wait_seconds: int) -> None:
     assert delay(num_failures, Settings()) == seconds(wait_seconds)
 
 
-def test_the_next_attempt_waits_and_says_so() -> None:
+def test_next_attempt_waits_and_message_contains_the_time() -> None:
     cluster = FakeCluster().running()
     cluster.exit(0, 1)
     cluster.exit(1, 1)
@@ -38,7 +38,7 @@ def test_the_next_attempt_waits_and_says_so() -> None:
     assert cluster.job.status.attempt == 2
 
 
-def test_jobs_that_fail_together_do_not_come_back_together() -> None:
+def test_jitter_spreads_jobs_and_is_reproducible() -> None:
     factors = {jitter(f"uid-{number}", 1) for number in range(100)}
     assert len(factors) == 100
     assert 0.8 <= min(factors) < 0.85
@@ -46,7 +46,7 @@ def test_jobs_that_fail_together_do_not_come_back_together() -> None:
     assert jitter("uid-1", 1) == jitter("uid-1", 1) != jitter("uid-1", 2)
 
 
-def test_a_preempted_job_does_not_wait() -> None:
+def test_no_delay_after_preemption() -> None:
     cluster = FakeCluster().running()
     cluster.pods.clear()
     cluster.step()

@@ -1,4 +1,4 @@
-"""maxFailures counts failures since the last newer checkpoint; preemptions spend nothing; some errors are final."""
+"""maxFailures limits the failures since the last newer checkpoint; preemptions do not count; some errors are final."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ COMMITTED = CommittedCheckpoint(step=10, time=START.timestamp(), size_bytes=1000
 
 
 def fail(cluster: FakeCluster, code: int = 1) -> None:
-    """The attempt's rank 1 fails; the wait before the next attempt goes by."""
+    """Let rank 1 of the attempt fail, and wait for the end of the back-off."""
     attempt = cluster.job.status.attempt
-    cluster.exit(1, code, termination=last_words(attempt, code, f"died in attempt {attempt}", rank=1))
+    cluster.exit(1, code, termination=last_words(attempt, code, f"failed in attempt {attempt}", rank=1))
     cluster.step()
     cluster.tick(400)
     cluster.step()
 
 
 @pytest.mark.parametrize("allowed", [0, 1, 3])
-def test_so_many_failures_are_survived(allowed: int) -> None:
+def test_job_fails_after_more_than_max_failures(allowed: int) -> None:
     cluster = FakeCluster(make_job(recovery={"maxFailures": allowed}))
     for num_failures in range(1, allowed + 2):
         assert cluster.job.status.phase is not Phase.FAILED
@@ -32,13 +32,13 @@ def test_so_many_failures_are_survived(allowed: int) -> None:
     status = cluster.job.status
     assert (status.phase, status.reason) == (Phase.FAILED, Reason.MAX_FAILURES_EXCEEDED)
     assert status.message is not None
-    assert f"died in attempt {allowed + 1}" in status.message
+    assert f"failed in attempt {allowed + 1}" in status.message
     assert f"{allowed} allowed" in status.message
     assert status.completion_time is not None
     assert cluster.settle().actions == ()
 
 
-def test_a_newer_checkpoint_restores_the_budget() -> None:
+def test_newer_checkpoint_restores_the_budget() -> None:
     cluster = FakeCluster(make_job(recovery={"maxFailures": 1}))
     for checkpoint in (10, 20, 30, 40):
         cluster.running()
@@ -50,7 +50,7 @@ def test_a_newer_checkpoint_restores_the_budget() -> None:
     assert cluster.job.status.failures == 4
 
 
-def test_the_same_checkpoint_again_restores_nothing() -> None:
+def test_same_checkpoint_does_not_restore_the_budget() -> None:
     cluster = FakeCluster(make_job(recovery={"maxFailures": 1})).running()
     cluster.train_to(12, checkpoint=10)
     cluster.step()
@@ -65,7 +65,7 @@ def test_the_same_checkpoint_again_restores_nothing() -> None:
     assert "since the checkpoint of step 10" in (cluster.job.status.message or "")
 
 
-def test_a_checkpoint_that_is_heard_of_after_the_failure_still_leaves_that_failure() -> None:
+def test_checkpoint_reported_after_the_failure_keeps_that_failure() -> None:
     cluster = FakeCluster(make_job(recovery={"maxFailures": 1})).running()
     cluster.exit(1, 1)
     cluster.step()
@@ -75,7 +75,7 @@ def test_a_checkpoint_that_is_heard_of_after_the_failure_still_leaves_that_failu
     assert cluster.job.status.tally.failures_since_checkpoint == 1
 
 
-def test_preemptions_spend_nothing() -> None:
+def test_preemptions_do_not_count() -> None:
     cluster = FakeCluster(make_job(recovery={"maxFailures": 0}))
     for _ in range(30):
         cluster.running()
@@ -92,16 +92,16 @@ def test_preemptions_spend_nothing() -> None:
     ("code", "reason"),
     [(ExitCode.CONFIG, Reason.CONFIGURATION_ERROR), (ExitCode.DATA, Reason.DATA_ERROR)],
 )
-def test_an_error_that_would_come_again_ends_the_job_at_once(code: ExitCode, reason: Reason) -> None:
+def test_permanent_error_ends_the_job_at_once(code: ExitCode, reason: Reason) -> None:
     cluster = FakeCluster(make_job(recovery={"maxFailures": 100})).running()
     fail(cluster, code)
     status = cluster.job.status
     assert (status.phase, status.reason, status.failures) == (Phase.FAILED, reason, 1)
-    assert "died in attempt 1" in (status.message or "")
+    assert "failed in attempt 1" in (status.message or "")
     assert cluster.events[-1].warning
 
 
-def test_failing_over_and_over_at_the_same_step_ends_the_job_early() -> None:
+def test_repeated_failure_at_the_same_step_ends_the_job_early() -> None:
     cluster = FakeCluster(make_job(recovery={"maxFailures": 100}))
     for num_failures in (1, 2, 3):
         assert cluster.job.status.phase is not Phase.FAILED
@@ -115,7 +115,7 @@ def test_failing_over_and_over_at_the_same_step_ends_the_job_early() -> None:
     assert "3 failures in a row after step 17" in (status.message or "")
 
 
-def test_failures_at_other_steps_or_before_the_first_one_are_not_at_the_same_step() -> None:
+def test_failures_at_different_steps_or_before_the_first_step_do_not_end_the_job_early() -> None:
     cluster = FakeCluster(make_job(recovery={"maxFailures": 100}))
     for step in (None, None, None, None, 17, 18, 17, 18):
         cluster.running()

@@ -1,4 +1,4 @@
-"""activeDeadlineSeconds bounds the time from the first attempt on."""
+"""activeDeadlineSeconds limits the time since the first attempt began."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from finetune_operator.plan.model.types import DeletePod
 from tests.plan.fake_cluster import FakeCluster, make_job, seconds
 
 
-@pytest.mark.parametrize(("at_seconds", "over"), [(0, False), (59, False), (60, True), (61, True)])
-def test_the_deadline(at_seconds: int, over: bool) -> None:
+@pytest.mark.parametrize(("at_seconds", "is_over"), [(0, False), (59, False), (60, True), (61, True)])
+def test_job_fails_at_the_deadline(at_seconds: int, is_over: bool) -> None:
     cluster = FakeCluster(make_job(activeDeadlineSeconds=60)).running()
     cluster.tick(at_seconds)
     cluster.step()
-    assert (cluster.job.status.phase is Phase.FAILED) == over
+    assert (cluster.job.status.phase is Phase.FAILED) == is_over
 
 
-def test_what_happens_then() -> None:
+def test_failed_job_deletes_its_pods_with_their_own_grace_period() -> None:
     cluster = FakeCluster(make_job(activeDeadlineSeconds=60)).running()
     assert cluster.decide().requeue_after == seconds(60)
     cluster.tick(60)
@@ -32,7 +32,7 @@ def test_what_happens_then() -> None:
     assert cluster.step().actions == ()
 
 
-def test_it_bounds_all_attempts_together() -> None:
+def test_deadline_includes_all_attempts() -> None:
     cluster = FakeCluster(make_job(activeDeadlineSeconds=60)).running()
     cluster.tick(40)
     cluster.pods.clear()

@@ -1,4 +1,4 @@
-"""When an attempt is marked as ended, when its cause is believed, and that each end counts once."""
+"""When an attempt is marked as ended, when its cause is recorded, and that each end counts once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def entry_of(cluster: FakeCluster) -> AttemptStatus:
     return cluster.job.status.attempts[-1]
 
 
-def test_a_cause_is_written_when_first_seen() -> None:
+def test_certain_cause_is_recorded_at_once() -> None:
     cluster = FakeCluster().running()
     cluster.tick(5)
     cluster.exit(1, 1, termination=last_words(1, 1, "boom", rank=1, step=12))
@@ -27,7 +27,7 @@ def test_a_cause_is_written_when_first_seen() -> None:
     assert cluster.job.status.failures == 1
 
 
-def test_a_lost_peer_waits_for_its_cause_and_deletes_nothing() -> None:
+def test_lost_peer_waits_for_its_cause_and_deletes_nothing() -> None:
     cluster = FakeCluster().running()
     cluster.exit(0, ExitCode.FABRIC)
     decided = cluster.step()
@@ -44,7 +44,7 @@ def test_a_lost_peer_waits_for_its_cause_and_deletes_nothing() -> None:
     assert (cluster.now - entry_of(cluster).ended_at).total_seconds() == 3  # type: ignore[operator]
 
 
-def test_a_lost_peer_without_a_cause_is_the_fabrics_fault_in_the_end() -> None:
+def test_lost_peer_without_another_cause_becomes_a_fabric_error() -> None:
     cluster = FakeCluster().running()
     cluster.exit(0, ExitCode.FABRIC)
     decided = cluster.step()
@@ -56,7 +56,7 @@ def test_a_lost_peer_without_a_cause_is_the_fabrics_fault_in_the_end() -> None:
     assert cluster.job.status.failures == 1
 
 
-def test_a_peer_that_fell_silent_is_lost_with_its_node() -> None:
+def test_silent_peer_is_lost_with_its_node() -> None:
     cluster = FakeCluster().running()
     cluster.beat_all()
     cluster.tick(1)
@@ -69,7 +69,7 @@ def test_a_peer_that_fell_silent_is_lost_with_its_node() -> None:
     assert (cluster.job.status.preemptions, cluster.job.status.failures) == (1, 0)
 
 
-def test_nobody_is_waited_for_once_all_pods_have_ended() -> None:
+def test_cause_is_recorded_at_once_when_all_pods_have_ended() -> None:
     cluster = FakeCluster().running()
     cluster.exit(0, ExitCode.FABRIC)
     cluster.exit(1, ExitCode.FABRIC)
@@ -77,7 +77,7 @@ def test_nobody_is_waited_for_once_all_pods_have_ended() -> None:
     assert entry_of(cluster).reason == Reason.FABRIC_ERROR
 
 
-def test_a_sign_whose_pod_vanished_from_an_incomplete_gang_still_ends_the_attempt() -> None:
+def test_attempt_ends_when_the_failed_pod_of_an_incomplete_gang_disappears() -> None:
     cluster = FakeCluster().created()
     cluster.hidden.add(cluster.pod(1).uid)
     cluster.run_all()
@@ -89,15 +89,15 @@ def test_a_sign_whose_pod_vanished_from_an_incomplete_gang_still_ends_the_attemp
     assert cluster.job.status.attempts[0].reason == Reason.POD_LOST
 
 
-@pytest.mark.parametrize("num_passes", [1, 2, 5])
-def test_an_end_counts_once(num_passes: int) -> None:
-    """An eviction is seen as a disruption, as an exit code and as a pod that is gone: one end."""
+@pytest.mark.parametrize("num_reconciles", [1, 2, 5])
+def test_one_end_counts_once(num_reconciles: int) -> None:
+    """An eviction is observed as a disruption, as an exit code and as a missing pod, but is one end."""
     cluster = FakeCluster().running()
     cluster.change(1, disruption="EvictionByEvictionAPI", deleted_at=cluster.now)
-    for _ in range(num_passes):
+    for _ in range(num_reconciles):
         cluster.step()
     cluster.exit(1, 143)
-    for _ in range(num_passes):
+    for _ in range(num_reconciles):
         cluster.step()
     cluster.pods.clear()
     cluster.settle()

@@ -1,4 +1,4 @@
-"""Success: every node has done all that was asked, by its pod's word or by its last beat."""
+"""Success: every node is done, according to its pod or to its last heartbeat."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from finetune_operator.api.reasons import Reason
 from tests.plan.fake_cluster import FakeCluster, RankState
 
 
-def test_all_pods_succeeded() -> None:
+def test_job_succeeds_when_all_pods_succeed() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(100)
     cluster.settle()
@@ -31,7 +31,7 @@ def test_all_pods_succeeded() -> None:
     assert cluster.reasons()[-1] == "Finished"
 
 
-def test_a_pod_that_vanished_after_its_ranks_were_done_is_not_lost() -> None:
+def test_pod_deleted_after_its_ranks_were_done_is_not_lost() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(100)
     cluster.beat_all(RankState.DONE, step=100)
@@ -43,7 +43,7 @@ def test_a_pod_that_vanished_after_its_ranks_were_done_is_not_lost() -> None:
     assert cluster.job.status.phase is Phase.SUCCEEDED
 
 
-def test_a_done_beat_does_not_outweigh_a_failed_pod() -> None:
+def test_failed_pod_takes_precedence_over_a_done_heartbeat() -> None:
     cluster = FakeCluster().running()
     cluster.beat_all(RankState.DONE, step=100)
     cluster.exit(0, 0)
@@ -53,7 +53,7 @@ def test_a_done_beat_does_not_outweigh_a_failed_pod() -> None:
     assert cluster.job.status.failures == 1
 
 
-def test_what_the_last_beats_bring_is_kept() -> None:
+def test_last_heartbeats_are_recorded() -> None:
     cluster = FakeCluster().running()
     output = WrittenOutput(format="diffusers", to="/out", size_bytes=10)
     cluster.beat_all(RankState.DONE, step=100, outputs=(output,))
@@ -64,7 +64,7 @@ def test_what_the_last_beats_bring_is_kept() -> None:
     assert cluster.job.status.step == 100
 
 
-def test_nothing_of_a_finished_job_changes_any_more() -> None:
+def test_finished_job_does_not_change() -> None:
     cluster = FakeCluster().running()
     for rank in (0, 1):
         cluster.exit(rank, 0)
@@ -77,7 +77,7 @@ def test_nothing_of_a_finished_job_changes_any_more() -> None:
     assert (decided.actions, decided.events, decided.requeue_after) == ((), (), None)
 
 
-def test_the_message_says_what_it_cost() -> None:
+def test_message_contains_attempts_and_repeated_steps() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(45, checkpoint=40)
     cluster.settle()
@@ -90,7 +90,7 @@ def test_the_message_says_what_it_cost() -> None:
     assert cluster.job.status.message == "100 steps trained in 2 attempts; 5 steps repeated"
 
 
-def test_a_last_beat_that_comes_late_still_tells_of_the_outputs() -> None:
+def test_late_heartbeat_adds_outputs() -> None:
     cluster = FakeCluster().running()
     for rank in (0, 1):
         cluster.exit(rank, 0)
@@ -101,8 +101,8 @@ def test_a_last_beat_that_comes_late_still_tells_of_the_outputs() -> None:
     assert len(cluster.job.status.outputs) == 1
 
 
-def test_a_sidecar_does_not_keep_the_job_running() -> None:
-    """The trainer's container has ended; the pod still runs, for its sidecar does. The pods go with the job's end."""
+def test_running_sidecar_does_not_prevent_success() -> None:
+    """The trainer's container has ended, and a sidecar keeps the pod running. The pods are deleted at the end."""
     cluster = FakeCluster().running()
     for rank in (0, 1):
         cluster.change(rank, exit_code=0)

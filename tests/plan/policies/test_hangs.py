@@ -1,4 +1,4 @@
-"""Hangs: a gang that is heard and does nothing."""
+"""Hangs: a gang that sends heartbeats and makes no progress."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from finetune_operator.plan.model.types import Create
 from tests.plan.fake_cluster import FakeCluster, make_job, seconds
 
 
-def standing_still(cluster: FakeCluster, number: float, state: RankState = RankState.TRAINING) -> None:
-    """Time goes by, and the supervisors go on beating."""
+def send_without_progress(cluster: FakeCluster, number: float, state: RankState = RankState.TRAINING) -> None:
+    """Let the supervisors send heartbeats for some time without progress."""
     for _ in range(int(number // 5)):
         cluster.now += seconds(5)
         cluster.beat_all(state, step=10, restored_step=0)
@@ -30,18 +30,18 @@ def training(hang_timeout: str | None = None) -> FakeCluster:
 
 
 @pytest.mark.parametrize(("hang_timeout", "limit"), [(None, 300), ("60s", 60), ("20m", 1200)])
-def test_no_step_for_so_long_is_a_hang(hang_timeout: str | None, limit: int) -> None:
+def test_no_step_within_the_timeout_is_a_hang(hang_timeout: str | None, limit: int) -> None:
     cluster = training(hang_timeout)
-    standing_still(cluster, limit - 5)
+    send_without_progress(cluster, limit - 5)
     assert cluster.job.status.attempts[0].reason is None
-    standing_still(cluster, 5)
+    send_without_progress(cluster, 5)
     entry = cluster.job.status.attempts[0]
     assert (entry.reason, entry.counts_as, entry.rank, entry.node) == (Reason.HANG, CountsAs.FAILURE, 0, "node-0")
     assert entry.message is not None
     assert "at step 10 since" in entry.message
 
 
-def test_the_rank_that_is_behind_is_blamed_and_its_node_avoided() -> None:
+def test_slowest_rank_is_named_and_its_node_avoided() -> None:
     cluster = training("60s")
     for _ in range(12):
         cluster.now += seconds(5)
@@ -60,26 +60,26 @@ def test_the_rank_that_is_behind_is_blamed_and_its_node_avoided() -> None:
         assert weighted["preference"]["matchFields"][0]["values"] == ["node-1"]
 
 
-def test_silence_is_no_hang() -> None:
+def test_silence_is_not_a_hang() -> None:
     cluster = training("60s")
     cluster.now += seconds(600)
     cluster.settle()
     assert cluster.job.status.attempts[0].reason is None
 
 
-def test_loading_may_take_its_time() -> None:
+def test_loading_is_not_limited_by_hang_timeout() -> None:
     cluster = FakeCluster(make_job(recovery={"hangTimeout": "60s"})).running()
-    standing_still(cluster, 600, RankState.LOADING)
+    send_without_progress(cluster, 600, RankState.LOADING)
     assert cluster.job.status.attempts[0].reason is None
 
 
-def test_other_work_than_steps_may_take_its_time_too() -> None:
+def test_saving_is_not_limited_by_hang_timeout() -> None:
     cluster = training("60s")
-    standing_still(cluster, 600, RankState.SAVING)
+    send_without_progress(cluster, 600, RankState.SAVING)
     assert cluster.job.status.attempts[0].reason is None
 
 
-def test_an_operator_that_was_away_hears_of_the_steps_first() -> None:
+def test_restarted_operator_reads_new_steps_before_it_detects_a_hang() -> None:
     cluster = training("60s")
     cluster.now += seconds(600)
     cluster.beats.clear()
@@ -89,18 +89,18 @@ def test_an_operator_that_was_away_hears_of_the_steps_first() -> None:
     assert cluster.job.status.attempts[0].reason is None
 
 
-def test_after_a_long_save_the_time_of_a_step_begins_anew() -> None:
+def test_time_of_a_step_starts_after_a_long_save() -> None:
     cluster = training("60s")
-    standing_still(cluster, 600, RankState.SAVING)
-    standing_still(cluster, 55)
+    send_without_progress(cluster, 600, RankState.SAVING)
+    send_without_progress(cluster, 55)
     assert cluster.job.status.attempts[0].reason is None
-    standing_still(cluster, 10)
+    send_without_progress(cluster, 10)
     assert cluster.job.status.attempts[0].reason == Reason.HANG
 
 
 @pytest.mark.parametrize("state", [RankState.LOADING, RankState.TRAINING])
-def test_a_gang_is_not_blamed_for_the_hours_in_which_its_pods_waited(state: RankState) -> None:
-    """A beat may come before the news that its pod runs, which waited for a node all the time."""
+def test_waiting_time_of_pods_does_not_count(state: RankState) -> None:
+    """After hours of waiting for a node, the heartbeat of a pod may arrive before the list shows it as running."""
     cluster = FakeCluster(make_job(recovery={"hangTimeout": "60s"}))
     cluster.settle()
     cluster.now += seconds(4 * 3600)

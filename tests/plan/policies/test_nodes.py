@@ -1,4 +1,4 @@
-"""Pods in the light of their nodes, and peers that fall silent."""
+"""The state of nodes applied to their pods, and silent peers."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ GONE = ObservedNode(lost=True, gone=True)
 LEAVING = ObservedNode(leaving="aws-node-termination-handler/spot-itn")
 
 
-def judged(cluster: FakeCluster, node: ObservedNode) -> Observed:
+def adjusted(cluster: FakeCluster, node: ObservedNode) -> Observed:
     observed = replace(cluster.observed(), nodes={"node-1": node})
     return nodes.apply_node_state(observed, cluster.now, cluster.settings)
 
 
 TABLE = [
-    # (state of the node, seconds since the pod's last beat, seconds since its overdue deletion, what it looks like)
-    (ObservedNode(), 1000, None, "well"),
+    # (state of the node, seconds since the pod's last heartbeat, seconds since the deletion was due, expected state)
+    (ObservedNode(), 1000, None, "unchanged"),
     (LEAVING, 0, None, "disrupted"),
-    (LOST, 0, None, "well"),
+    (LOST, 0, None, "unchanged"),
     (LOST, 20, None, "lost"),
     (GONE, 20, None, "lost"),
-    (LOST, 20, 0, "gone"),
-    (LOST, 0, 0, "well"),
-    (ObservedNode(), 20, 5, "well"),
-    (ObservedNode(), 20, 11, "gone"),
-    (ObservedNode(), 0, 11, "well"),
+    (LOST, 20, 0, "deleted"),
+    (LOST, 0, 0, "unchanged"),
+    (ObservedNode(), 20, 5, "unchanged"),
+    (ObservedNode(), 20, 11, "deleted"),
+    (ObservedNode(), 0, 11, "unchanged"),
 ]
 
 
-@pytest.mark.parametrize(("node", "silent_seconds", "overdue_seconds", "looks"), TABLE)
-def test_a_pod_in_the_light_of_its_node(
-    node: ObservedNode, silent_seconds: int, overdue_seconds: int | None, looks: str
+@pytest.mark.parametrize(("node", "silent_seconds", "overdue_seconds", "expected"), TABLE)
+def test_pod_is_adjusted_by_the_state_of_its_node(
+    node: ObservedNode, silent_seconds: int, overdue_seconds: int | None, expected: str
 ) -> None:
     cluster = FakeCluster().running()
     cluster.beat_all()
     cluster.now += seconds(silent_seconds)
     if overdue_seconds is not None:
         cluster.change(1, deleted_at=cluster.now - seconds(overdue_seconds + 30), grace=seconds(30))
-    pods = {pod.node_rank: pod for pod in judged(cluster, node).pods}
+    pods = {pod.node_rank: pod for pod in adjusted(cluster, node).pods}
     assert pods[0] == cluster.pod(0)
     pod = pods.get(1)
     if pod is None:
-        assert looks == "gone"
+        assert expected == "deleted"
     elif pod == cluster.pod(1):
-        assert looks == "well"
+        assert expected == "unchanged"
     else:
-        assert looks == ("lost" if pod.reason == nodes.NODE_LOST else "disrupted")
+        assert expected == ("lost" if pod.reason == nodes.NODE_LOST else "disrupted")
 
 
-def test_a_pod_that_nobody_is_left_to_end_is_deleted_by_force() -> None:
+def test_pod_on_a_lost_node_is_force_deleted() -> None:
     cluster = FakeCluster().running()
     pod = cluster.pod(1)
     cluster.change(1, deleted_at=cluster.now, grace=seconds(30))
@@ -71,7 +71,7 @@ def test_a_pod_that_nobody_is_left_to_end_is_deleted_by_force() -> None:
         assert (force in decided.actions) is forced
 
 
-def test_a_peer_that_fell_silent_is_lost_capacity_and_no_failure() -> None:
+def test_silent_peer_counts_as_preemption() -> None:
     cluster = FakeCluster().running()
     cluster.beat_all()
     cluster.tick(1)

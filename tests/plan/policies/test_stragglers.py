@@ -1,4 +1,4 @@
-"""Pods that are not heard any more while their peers are done."""
+"""Silent pods whose peers are done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.plan.fake_cluster import FakeCluster, RankState, seconds
 
 
 def done_but_one() -> FakeCluster:
-    """All is trained; pod 0 has ended, and pod 1 fell silent a little before."""
+    """Return a trained job: pod 0 has succeeded, and pod 1 became silent shortly before."""
     cluster = FakeCluster().running()
     cluster.train_to(100)
     cluster.settle()
@@ -19,7 +19,7 @@ def done_but_one() -> FakeCluster:
     return cluster
 
 
-def test_a_silent_pod_whose_peers_are_done_is_lost() -> None:
+def test_silent_pod_whose_peers_are_done_is_lost() -> None:
     cluster = done_but_one()
     plan = cluster.decide()
     assert plan.requeue_after is not None
@@ -41,7 +41,7 @@ def test_a_silent_pod_whose_peers_are_done_is_lost() -> None:
     assert cluster.job.status.attempt == 2
 
 
-def test_a_pod_that_is_heard_has_its_time() -> None:
+def test_pod_with_heartbeats_may_take_longer() -> None:
     cluster = done_but_one()
     for _ in range(30):
         cluster.now += seconds(10)
@@ -53,7 +53,7 @@ def test_a_pod_that_is_heard_has_its_time() -> None:
     assert cluster.job.status.phase is Phase.SUCCEEDED
 
 
-def test_silence_alone_ends_nothing() -> None:
+def test_silence_of_all_pods_does_not_end_the_attempt() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(50)
     cluster.settle()

@@ -1,4 +1,4 @@
-"""Suspending saves and gives the machines back; resuming begins a new attempt; neither counts as anything."""
+"""Suspending saves and releases the nodes; resuming begins a new attempt; neither counts as preemption or failure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def suspend(cluster: FakeCluster, value: bool) -> None:
 
 
 def suspended() -> FakeCluster:
-    """A job that trained for 10 s and was then suspended at step 40."""
+    """Return a job that trained for 10 s and was then suspended at step 40."""
     cluster = FakeCluster(make_job(activeDeadlineSeconds=100)).running()
     cluster.tick(10)
     cluster.train_to(40)
@@ -31,14 +31,14 @@ def suspended() -> FakeCluster:
     return cluster
 
 
-def test_a_job_that_begins_suspended_makes_nothing() -> None:
+def test_job_created_suspended_has_no_pods() -> None:
     cluster = FakeCluster(make_job(suspend=True))
     decided = cluster.settle()
     assert (decided.actions, cluster.job.status.attempt) == ((), 0)
     assert cluster.job.status.phase is Phase.SUSPENDED
 
 
-def test_pods_have_their_own_grace_to_save_in() -> None:
+def test_suspended_pods_save_within_their_own_grace_period() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(40)
     cluster.settle()
@@ -52,7 +52,7 @@ def test_pods_have_their_own_grace_to_save_in() -> None:
     assert cluster.step().actions == ()
 
 
-def test_suspended_once_the_pods_are_gone_and_counted_as_nothing() -> None:
+def test_job_is_suspended_once_its_pods_are_gone() -> None:
     status = suspended().job.status
     assert (status.phase, status.reason) == (Phase.SUSPENDED, Reason.SUSPENDED)
     assert (status.preemptions, status.failures, status.attempt) == (0, 0, 1)
@@ -61,7 +61,7 @@ def test_suspended_once_the_pods_are_gone_and_counted_as_nothing() -> None:
     assert not is_true(status, ConditionType.RUNNING)
 
 
-def test_resuming_begins_a_new_attempt_and_forgets_the_time() -> None:
+def test_resuming_begins_a_new_attempt_and_excludes_the_suspended_time() -> None:
     cluster = suspended()
     cluster.tick(1000)
     assert cluster.settle().requeue_after is None
@@ -75,7 +75,7 @@ def test_resuming_begins_a_new_attempt_and_forgets_the_time() -> None:
     assert cluster.decide().requeue_after == seconds(90)
 
 
-def test_a_job_that_finishes_while_it_is_being_suspended_has_succeeded() -> None:
+def test_job_that_finishes_while_suspending_succeeds() -> None:
     cluster = FakeCluster().running()
     suspend(cluster, True)
     for rank in (0, 1):
@@ -84,7 +84,7 @@ def test_a_job_that_finishes_while_it_is_being_suspended_has_succeeded() -> None
     assert cluster.job.status.phase is Phase.SUCCEEDED
 
 
-def test_suspended_and_resumed_before_the_pods_are_gone() -> None:
+def test_resume_before_the_pods_are_gone() -> None:
     cluster = FakeCluster().running()
     suspend(cluster, True)
     cluster.step()

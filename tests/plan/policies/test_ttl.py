@@ -1,4 +1,4 @@
-"""ttlSecondsAfterFinished deletes a job that has ended."""
+"""ttlSecondsAfterFinished deletes a finished job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.plan.fake_cluster import FakeCluster, make_job, seconds
 
 
 @pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.CONFIG])
-def test_a_finished_job_goes_when_its_time_is_over(code: int) -> None:
+def test_finished_job_is_deleted_when_its_ttl_expires(code: int) -> None:
     cluster = FakeCluster(make_job(ttlSecondsAfterFinished=30)).running()
     for rank in (0, 1):
         cluster.exit(rank, code)
@@ -22,7 +22,7 @@ def test_a_finished_job_goes_when_its_time_is_over(code: int) -> None:
     assert DeleteJob() in cluster.step().actions
 
 
-def test_at_once() -> None:
+def test_ttl_of_zero_deletes_at_once() -> None:
     cluster = FakeCluster(make_job(ttlSecondsAfterFinished=0)).running()
     for rank in (0, 1):
         cluster.exit(rank, 0)
@@ -30,7 +30,7 @@ def test_at_once() -> None:
     assert cluster.deleted
 
 
-def test_a_job_without_one_stays() -> None:
+def test_job_without_ttl_stays() -> None:
     cluster = FakeCluster().running()
     for rank in (0, 1):
         cluster.exit(rank, 0)
@@ -39,6 +39,6 @@ def test_a_job_without_one_stays() -> None:
     assert cluster.step().actions == ()
 
 
-def test_a_running_job_stays() -> None:
+def test_running_job_stays() -> None:
     cluster = FakeCluster(make_job(ttlSecondsAfterFinished=0)).running()
     assert cluster.settle().requeue_after is None

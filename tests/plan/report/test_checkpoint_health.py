@@ -1,4 +1,4 @@
-"""The condition CheckpointStale: what the ranks say of checkpoints that cannot be written."""
+"""Checkpoint health: the condition CheckpointStale, damaged checkpoints and the cost of a save."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STALE = ConditionType.CHECKPOINT_STALE
 FULL = "checkpoint storage: No space left on device"
 
 
-def test_it_holds_while_nothing_can_be_written() -> None:
+def test_condition_is_true_while_checkpoints_cannot_be_written() -> None:
     cluster = FakeCluster().running()
     cluster.beat_all(step=10)
     cluster.settle()
@@ -22,7 +22,7 @@ def test_it_holds_while_nothing_can_be_written() -> None:
     condition = find(cluster.job.status, STALE)
     assert condition is not None
     assert (condition.status, condition.reason, condition.message) == ("True", Reason.CHECKPOINT_STALE, FULL)
-    # Nobody speaks of it: it stays as it was.
+    # Without a report the condition does not change.
     cluster.beats.clear()
     cluster.settle()
     assert is_true(cluster.job.status, STALE)
@@ -43,7 +43,7 @@ def test_damaged_checkpoints_are_counted_once() -> None:
     assert cluster.job.status.corrupt_checkpoints == 2
 
 
-def test_the_cost_of_a_save_is_shown() -> None:
+def test_cost_of_a_save_is_recorded() -> None:
     cluster = FakeCluster().running()
     committed = CommittedCheckpoint(
         step=5, time=cluster.now.timestamp(), size_bytes=10, attempt=1, stall_seconds=0.00123456, durable_seconds=1.5

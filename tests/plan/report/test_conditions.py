@@ -1,4 +1,4 @@
-"""Conditions: true in their phases, and with a transition time that changes only with them."""
+"""Conditions: True in their phases; the transition time changes only with the status."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from finetune_operator.plan.model.conditions import find, is_true
 from tests.plan.fake_cluster import FakeCluster, make_job
 
 
-def holding(cluster: FakeCluster) -> set[str]:
+def true_conditions(cluster: FakeCluster) -> set[str]:
     cluster.settle()
     return {condition.type for condition in cluster.job.status.conditions if condition.status == "True"}
 
 
-def test_a_jobs_life() -> None:
+def test_conditions_of_a_job_with_one_preemption() -> None:
     cluster = FakeCluster()
-    assert holding(cluster) == {"Accepted"}
+    assert true_conditions(cluster) == {"Accepted"}
     cluster.running().train_to(10)
-    assert holding(cluster) == {"Accepted", "Running"}
+    assert true_conditions(cluster) == {"Accepted", "Running"}
     cluster.tick(1)
     cluster.pods.clear()
-    assert holding(cluster) == {"Accepted", "Recovering"}
+    assert true_conditions(cluster) == {"Accepted", "Recovering"}
     cluster.running().train_to(11, from_step=10)
-    assert holding(cluster) == {"Accepted", "Running"}
+    assert true_conditions(cluster) == {"Accepted", "Running"}
     for rank in (0, 1):
         cluster.exit(rank, 0)
-    assert holding(cluster) == {"Accepted", "Complete"}
+    assert true_conditions(cluster) == {"Accepted", "Complete"}
 
 
-def test_conditions_that_never_held_are_left_out() -> None:
+def test_conditions_that_never_were_true_are_omitted() -> None:
     cluster = FakeCluster()
     cluster.settle()
     assert [condition.type for condition in cluster.job.status.conditions] == ["Accepted"]
 
 
-def test_the_transition_time_is_that_of_the_change() -> None:
+def test_transition_time_is_the_time_of_the_change() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(1)
     cluster.settle()
@@ -55,7 +55,7 @@ def test_the_transition_time_is_that_of_the_change() -> None:
     assert not is_true(cluster.job.status, ConditionType.RUNNING)
 
 
-def test_a_condition_says_why_and_of_which_generation() -> None:
+def test_condition_has_reason_message_and_generation() -> None:
     cluster = FakeCluster().running()
     for rank in (0, 1):
         cluster.exit(rank, 0)
@@ -74,7 +74,7 @@ def saved(cluster: FakeCluster, save_seconds: float, step: int) -> None:
     cluster.settle()
 
 
-def test_a_notice_too_short_to_save_in_is_said_once() -> None:
+def test_too_short_notice_is_reported_once() -> None:
     cluster = FakeCluster(make_job(recovery={"noticeSeconds": 30})).running()
     saved(cluster, 3, 10)
     assert find(cluster.job.status, ConditionType.NOTICE_TOO_SHORT) is None
@@ -91,7 +91,7 @@ def test_a_notice_too_short_to_save_in_is_said_once() -> None:
     assert condition.status == "False"
 
 
-def test_the_interval_between_checkpoints_is_shown() -> None:
+def test_checkpoint_interval_is_recorded() -> None:
     cluster = FakeCluster().running()
     saved(cluster, 3, 10)
     assert cluster.job.status.checkpoint_interval_seconds == 90

@@ -1,4 +1,4 @@
-"""Events: what a person is told, each thing once."""
+"""Events: each change is emitted once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from finetune_contract.heartbeat import WrittenOutput
 from tests.plan.fake_cluster import FakeCluster, RankState, make_job
 
 
-def told(cluster: FakeCluster) -> list[str]:
+def emitted(cluster: FakeCluster) -> list[str]:
     return [f"{event.reason}: {event.message}" for event in cluster.events]
 
 
-def test_the_story_of_a_preempted_job() -> None:
+def test_events_of_a_preempted_job() -> None:
     cluster = FakeCluster().running()
     cluster.tick(1)
     cluster.train_to(0)
@@ -33,7 +33,7 @@ def test_the_story_of_a_preempted_job() -> None:
     for rank in (0, 1):
         cluster.exit(rank, 0)
     cluster.settle()
-    assert told(cluster) == [
+    assert emitted(cluster) == [
         "Accepted: the spec is valid and supported",
         "AttemptStarted: attempt 1 started",
         "CheckpointCommitted: first checkpoint committed at step 40",
@@ -47,7 +47,7 @@ def test_the_story_of_a_preempted_job() -> None:
     assert not any(event.warning for event in cluster.events)
 
 
-def test_failures_and_the_trainers_warnings_are_warnings() -> None:
+def test_failures_and_trainer_warnings_are_warning_events() -> None:
     cluster = FakeCluster(make_job(recovery={"maxFailures": 0})).running()
     cluster.beat(0, warnings=("checkpoint step-40-a1 is corrupt",))
     cluster.settle()
@@ -58,7 +58,7 @@ def test_failures_and_the_trainers_warnings_are_warnings() -> None:
     assert warnings == ["TrainerWarning", "ProcessFailed", "MaxFailuresExceeded"]
 
 
-def test_a_refusal_is_told_once_and_so_is_its_end() -> None:
+def test_refusal_and_acceptance_are_emitted_once() -> None:
     cluster = FakeCluster(make_job(queueName="gpus"))
     cluster.settle()
     cluster.settle()

@@ -1,4 +1,4 @@
-"""Phase, reason and message for every place that a job can be in."""
+"""Phase, reason and message for every state of a job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def line(cluster: FakeCluster) -> tuple[Phase | None, str | None, str]:
     return status.phase, status.reason, status.message or ""
 
 
-def test_pods_are_coming_up() -> None:
+def test_starting_pods() -> None:
     cluster = FakeCluster()
     assert line(cluster) == (Phase.STARTING, Reason.WAITING_FOR_PODS, "0/2 pods are running")
     cluster.run_all()
@@ -38,7 +38,7 @@ def test_pods_are_coming_up() -> None:
         ("ContainerCreating", Phase.STARTING, Reason.WAITING_FOR_PODS),
     ],
 )
-def test_what_pods_wait_for_in_the_clusters_own_words(waiting: str, phase: Phase, reason: Reason) -> None:
+def test_waiting_pod_shows_the_message_of_the_cluster(waiting: str, phase: Phase, reason: Reason) -> None:
     cluster = FakeCluster()
     cluster.settle()
     cluster.change(1, waiting=waiting)
@@ -59,14 +59,14 @@ WORK = [
 
 
 @pytest.mark.parametrize(("states", "phase", "reason"), WORK)
-def test_what_the_ranks_do(states: tuple[RankState, RankState], phase: Phase, reason: Reason) -> None:
+def test_activity_of_the_ranks(states: tuple[RankState, RankState], phase: Phase, reason: Reason) -> None:
     cluster = FakeCluster().running()
     for node_rank, state in enumerate(states):
         cluster.beat(node_rank, state)
     assert line(cluster)[:2] == (phase, reason)
 
 
-def test_running_from_the_first_step_on() -> None:
+def test_running_from_the_first_step() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(0)
     assert line(cluster)[0] is Phase.STARTING
@@ -74,7 +74,7 @@ def test_running_from_the_first_step_on() -> None:
     assert line(cluster) == (Phase.RUNNING, Reason.TRAINING, "training: step 1 of 100")
 
 
-def test_details_are_shown() -> None:
+def test_message_contains_the_details_of_a_rank() -> None:
     cluster = FakeCluster().running()
     cluster.beat_all(RankState.CACHING, detail="12/64 images")
     assert line(cluster) == (Phase.STARTING, Reason.CACHING, "caching latents and text embeddings: 12/64 images")
@@ -99,7 +99,7 @@ def test_recovering_until_the_next_attempts_first_step() -> None:
     assert line(cluster)[0] is Phase.RUNNING
 
 
-def test_what_was_suspended_starts_again_and_has_nothing_to_recover() -> None:
+def test_resumed_job_is_starting_and_not_recovering() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(10)
     cluster.settle()
@@ -112,7 +112,7 @@ def test_what_was_suspended_starts_again_and_has_nothing_to_recover() -> None:
     assert line(cluster)[0] is Phase.STARTING
 
 
-def test_a_pod_that_is_silent_while_it_loads() -> None:
+def test_pod_silent_while_loading() -> None:
     cluster = FakeCluster().running()
     cluster.beat_all(RankState.LOADING)
     requeue_after = cluster.settle().requeue_after
@@ -121,7 +121,7 @@ def test_a_pod_that_is_silent_while_it_loads() -> None:
     assert line(cluster)[:2] == (Phase.STARTING, Reason.SILENT)
 
 
-def test_a_restarted_operator_that_has_heard_nothing_yet_believes_the_status() -> None:
+def test_restarted_operator_without_heartbeats_keeps_the_status() -> None:
     for state in (RankState.TRAINING, RankState.EXPORTING):
         cluster = FakeCluster().running()
         cluster.train_to(10)
@@ -132,12 +132,12 @@ def test_a_restarted_operator_that_has_heard_nothing_yet_believes_the_status() -
         assert line(cluster) == before
 
 
-def test_without_a_coordinator_running_pods_are_all_that_is_known() -> None:
+def test_running_pods_without_a_coordinator() -> None:
     cluster = FakeCluster(settings=Settings(require_storage=False)).running()
     assert line(cluster)[:2] == (Phase.RUNNING, Reason.TRAINING)
 
 
-def test_a_silent_pod_is_named_with_the_time_since_when() -> None:
+def test_silent_pod_is_named_with_the_time_of_its_last_heartbeat() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(10)
     requeue_after = cluster.settle().requeue_after
@@ -151,14 +151,14 @@ def test_a_silent_pod_is_named_with_the_time_since_when() -> None:
     assert line(cluster)[:2] == (Phase.RUNNING, Reason.TRAINING)
 
 
-def test_a_cause_that_is_still_looked_for() -> None:
+def test_cause_that_is_not_certain_yet() -> None:
     cluster = FakeCluster().running()
     cluster.exit(0, ExitCode.FABRIC)
     phase, _, message = line(cluster)
     assert (phase, message) == (Phase.RECOVERING, "attempt 1 ended; determining the cause")
 
 
-def test_a_finished_job_keeps_its_line() -> None:
+def test_finished_job_keeps_its_message() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(100)
     for rank in (0, 1):
@@ -170,14 +170,14 @@ def test_a_finished_job_keeps_its_line() -> None:
     assert line(cluster) == before
 
 
-def test_a_job_that_is_refused_says_why() -> None:
+def test_refused_job_shows_the_reason() -> None:
     cluster = FakeCluster(make_job(queueName="gpus"))
     phase, reason, message = line(cluster)
     assert (phase, reason) == (Phase.PENDING, Reason.NOT_SUPPORTED)
     assert "queueName" in message
 
 
-def test_unknown_pods_are_not_up() -> None:
+def test_pods_in_phase_unknown_are_not_up() -> None:
     cluster = FakeCluster().running()
     cluster.change(0, phase=PodPhase.UNKNOWN)
     assert line(cluster)[:2] == (Phase.STARTING, Reason.WAITING_FOR_PODS)

@@ -1,4 +1,4 @@
-"""What beats do to the status: steps, figures, checkpoints, outputs, warnings; and which beats are not heard."""
+"""Steps, figures, checkpoints, outputs and warnings from heartbeats; and which heartbeats are ignored."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def settled(cluster: FakeCluster) -> FineTuneJobStatus:
     return cluster.job.status
 
 
-def test_figures() -> None:
+def test_figures_come_from_the_lowest_rank() -> None:
     cluster = FakeCluster(make_job(training={"method": "LoRA", "steps": 100, "batchSize": 4})).running()
     cluster.beat(1, step=40, loss=9.0)
     cluster.beat(0, step=40, total_steps=100, loss=0.25, images_per_second=16.0)
     status = settled(cluster)
     assert (status.step, status.total_steps, status.progress, status.loss) == (40, 100, "40%", 0.25)
     assert status.images_per_second == 16.0
-    # 60 steps of 8 images, 16 images a second.
+    # 60 steps of 8 images at 16 images per second.
     assert status.eta == "30s"
     assert status.nodes == "2/2"
 
@@ -38,7 +38,7 @@ def test_progress_is_never_rounded_up(step: int, total: int, progress: str) -> N
     assert settled(cluster).progress == progress
 
 
-def test_total_steps_are_known_from_the_spec_or_from_the_trainer() -> None:
+def test_total_steps_come_from_the_spec_or_the_trainer() -> None:
     assert settled(FakeCluster().running()).total_steps == 100
     epochs = FakeCluster(make_job(training={"method": "LoRA", "epochs": 3})).running()
     assert settled(epochs).total_steps is None
@@ -46,7 +46,7 @@ def test_total_steps_are_known_from_the_spec_or_from_the_trainer() -> None:
     assert settled(epochs).total_steps == 77
 
 
-def test_what_is_no_longer_said_stays() -> None:
+def test_figures_without_a_new_report_stay() -> None:
     cluster = FakeCluster().running()
     cluster.beat_all(step=40, loss=0.5, images_per_second=3.0)
     before = settled(cluster)
@@ -54,7 +54,7 @@ def test_what_is_no_longer_said_stays() -> None:
     assert settled(cluster) == before
 
 
-def test_the_step_never_falls_within_an_attempt() -> None:
+def test_step_never_decreases_within_an_attempt() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(40)
     cluster.settle()
@@ -62,7 +62,7 @@ def test_the_step_never_falls_within_an_attempt() -> None:
     assert settled(cluster).step == 40
 
 
-def test_over_attempts_the_step_falls_by_what_was_lost() -> None:
+def test_step_decreases_between_attempts_by_the_lost_steps() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(45, checkpoint=40)
     cluster.settle()
@@ -75,7 +75,7 @@ def test_over_attempts_the_step_falls_by_what_was_lost() -> None:
     assert [entry.lost_steps for entry in status.attempts] == [5, None]
 
 
-def test_a_supervisors_last_words_tell_the_last_step() -> None:
+def test_last_step_comes_from_the_termination_message() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(40)
     cluster.settle()
@@ -85,13 +85,13 @@ def test_a_supervisors_last_words_tell_the_last_step() -> None:
     assert cluster.job.status.attempts[0].to_step == 41
 
 
-def test_the_newest_checkpoint_is_of_the_newest_attempt_whatever_the_clocks_say() -> None:
+def test_newest_checkpoint_is_chosen_by_attempt_and_not_by_time() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(45, checkpoint=40)
     cluster.settle()
     cluster.pods.clear()
     cluster.running()
-    # The checkpoint of step 40 turned out to be corrupt: this attempt began at 20.
+    # The checkpoint of step 40 is corrupt: this attempt restored step 20.
     old = CommittedCheckpoint(step=20, time=START.timestamp(), size_bytes=1, attempt=1)
     cluster.beat(0, step=20, restored_step=20, checkpoint=old)
     assert settled(cluster).last_checkpoint == cluster.job.status.last_checkpoint
@@ -105,7 +105,7 @@ def test_the_newest_checkpoint_is_of_the_newest_attempt_whatever_the_clocks_say(
     assert (checkpoint.step, checkpoint.attempt) == (30, 2)
 
 
-def test_a_beat_of_an_older_attempt_changes_nothing() -> None:
+def test_heartbeat_of_an_older_attempt_is_ignored() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(45)
     late = dict(cluster.beats)
@@ -117,17 +117,17 @@ def test_a_beat_of_an_older_attempt_changes_nothing() -> None:
     assert settled(cluster) == before
 
 
-def test_a_beat_of_another_pod_of_the_same_name_changes_nothing() -> None:
+def test_heartbeat_of_another_pod_with_the_same_name_is_ignored() -> None:
     cluster = FakeCluster().running()
     before = settled(cluster)
     cluster.train_to(45)
     for uid, received in list(cluster.beats.items()):
-        stranger = received.beat.model_copy(update={"pod_uid": "stranger"})
-        cluster.beats = {uid: replace(received, beat=stranger)}
+        other = received.beat.model_copy(update={"pod_uid": "other"})
+        cluster.beats = {uid: replace(received, beat=other)}
         assert settled(cluster) == before
 
 
-def test_outputs_are_kept_and_written_anew() -> None:
+def test_outputs_are_kept_and_updated() -> None:
     cluster = FakeCluster().running()
     lora = WrittenOutput(format="diffusers", to="/out", size_bytes=10)
     cluster.beat(0, RankState.EXPORTING, outputs=(lora,))
@@ -138,7 +138,7 @@ def test_outputs_are_kept_and_written_anew() -> None:
     assert len(settled(cluster).outputs) == 1
 
 
-def test_warnings_are_kept_once_and_bounded() -> None:
+def test_warnings_are_unique_and_limited() -> None:
     cluster = FakeCluster().running()
     for number in range(30):
         cluster.beat(0, warnings=tuple(f"warning {n}" for n in range(number, number + 5)))
@@ -148,7 +148,7 @@ def test_warnings_are_kept_once_and_bounded() -> None:
         assert f"warning {number + 4}" in status.warnings
 
 
-def test_nodes_that_are_up() -> None:
+def test_number_of_running_nodes() -> None:
     cluster = FakeCluster()
     cluster.settle()
     assert cluster.job.status.nodes == "0/2"
@@ -160,7 +160,7 @@ def test_nodes_that_are_up() -> None:
 
 
 @pytest.mark.parametrize("time", [float("nan"), float("inf"), 1e18, -1e18])
-def test_numbers_that_no_status_can_hold_are_left_out(time: float) -> None:
+def test_numbers_that_json_cannot_represent_are_dropped(time: float) -> None:
     cluster = FakeCluster().running()
     committed = CommittedCheckpoint(step=10, time=time, size_bytes=1, attempt=1)
     cluster.beat(0, step=10, loss=time, images_per_second=float("inf"), checkpoint=committed)

@@ -1,4 +1,4 @@
-"""The seconds of each stage of a restart."""
+"""The duration of each stage of a restart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def tick(cluster: FakeCluster, number: float) -> None:
     cluster.settle()
 
 
-def test_each_stage_has_its_seconds() -> None:
+def test_duration_of_each_stage() -> None:
     cluster = FakeCluster().running()
     cluster.train_to(10, checkpoint=10)
     cluster.settle()
@@ -44,26 +44,26 @@ def test_each_stage_has_its_seconds() -> None:
     )
 
 
-@pytest.mark.parametrize("how", ["ended", "announced", "gone"])
-def test_detection_counts_from_what_was_first_known_of_it(how: str) -> None:
+@pytest.mark.parametrize("sign", ["ended", "announced", "missing"])
+def test_detection_starts_at_the_first_sign_of_the_fault(sign: str) -> None:
     cluster = FakeCluster().running()
     cluster.train_to(10)
     cluster.settle()
     began = cluster.now
     cluster.tick(3)
-    if how == "ended":
+    if sign == "ended":
         cluster.exit(1, 1)
         cluster.change(1, finished_at=began)
-    elif how == "announced":
+    elif sign == "announced":
         cluster.change(1, deleted_at=began, grace=seconds(30), disruption="EvictionByEvictionAPI")
     else:
-        # Its last beat outlives it.
+        # Its last heartbeat is still known.
         del cluster.pods[cluster.pod(1).name]
     cluster.settle()
     assert cluster.job.status.attempts[0].seconds.detection == 3
 
 
-def test_detection_of_a_hang_is_the_time_of_standing_still() -> None:
+def test_detection_of_a_hang_starts_at_the_last_progress() -> None:
     cluster = FakeCluster(make_job(recovery={"hangTimeout": "60s"})).running()
     for _ in range(15):
         cluster.beat_all(step=10, restored_step=0)
