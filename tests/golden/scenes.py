@@ -1,4 +1,4 @@
-"""A job in every phase, as the real plan leaves it: short stories in a small world with a clock of its own."""
+"""A job in every phase, as the real plan writes it: short scenarios in a fake cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_operator.api.reasons import Reason
 from finetune_operator.cluster.kube.client.client import ApiError
 from finetune_operator.cluster.kube.client.refusals import classify_refusal
 from finetune_operator.plan.model.types import Event, Plan, PodPhase
-from tests.plan.harness import World, last_words, make_job, seconds
+from tests.plan.fake_cluster import FakeCluster, last_words, make_job, seconds
 
 SPEC: dict[str, Any] = {
     "model": {"base": "stabilityai/stable-diffusion-xl-base-1.0"},
@@ -35,24 +35,24 @@ NO_ROOM = (
 
 
 @dataclass
-class Story(World):
-    """A world that remembers when each event was told."""
+class RecordingCluster(FakeCluster):
+    """A fake cluster that records when each event was emitted."""
 
-    told: list[tuple[datetime, FineTuneJob, Event]] = field(default_factory=list)
+    emitted: list[tuple[datetime, FineTuneJob, Event]] = field(default_factory=list)
 
     def step(self) -> Plan:
         decided = super().step()
-        self.told += [(self.now, self.job, event) for event in decided.events]
+        self.emitted += [(self.now, self.job, event) for event in decided.events]
         return decided
 
     def work(self, state: RankState, after: float = 0, **report: Any) -> None:
-        """All ranks are in a state, and some time goes by before they say so."""
+        """Advance the clock, and let all ranks report a state."""
         self.tick(after)
         self.beat_all(state, total_steps=1000, **report)
         self.settle()
 
     def train(self, *steps: int, from_step: int = 0, checkpoint: int | None = None) -> None:
-        """All ranks train up to each of some steps, at a step in 0.61 s."""
+        """Let all ranks train up to each of the given steps, at 0.61 s per step."""
         committed = None
         if checkpoint is not None:
             time = self.now.timestamp()
@@ -73,251 +73,251 @@ class Story(World):
             before = step
 
 
-def _begin(**spec: Any) -> Story:
-    story = Story(job=make_job(**SPEC | spec))
-    story.settle()
-    return story
+def _begin(**spec: Any) -> RecordingCluster:
+    cluster = RecordingCluster(job=make_job(**SPEC | spec))
+    cluster.settle()
+    return cluster
 
 
-def _loaded(**spec: Any) -> Story:
-    """The pods came up within half a minute and the ranks begin."""
-    story = _begin(**spec)
-    story.tick(31)
-    story.run_all()
-    story.settle()
-    story.work(RankState.LOADING, after=2)
-    return story
+def _loaded(**spec: Any) -> RecordingCluster:
+    """Return a job whose pods have started and whose ranks load the model."""
+    cluster = _begin(**spec)
+    cluster.tick(31)
+    cluster.run_all()
+    cluster.settle()
+    cluster.work(RankState.LOADING, after=2)
+    return cluster
 
 
-def _trained() -> Story:
-    story = _loaded()
-    story.train(1, 120, 240, checkpoint=200)
-    return story
+def _trained() -> RecordingCluster:
+    cluster = _loaded()
+    cluster.train(1, 120, 240, checkpoint=200)
+    return cluster
 
 
-def _preempted() -> Story:
-    """The node of rank 2 is shut down with notice; all ranks save and leave."""
-    story = _trained()
-    story.tick(5)
-    story.change(2, disruption="TerminationByKubelet", deleted_at=story.now, grace=seconds(120))
-    story.beat(2, RankState.SAVING, step=246, total_steps=1000, notice=True)
-    story.settle()
-    return story
+def _preempted() -> RecordingCluster:
+    """Return a trained job; the node of rank 2 is shut down with notice, and its ranks save."""
+    cluster = _trained()
+    cluster.tick(5)
+    cluster.change(2, disruption="TerminationByKubelet", deleted_at=cluster.now, grace=seconds(120))
+    cluster.beat(2, RankState.SAVING, step=246, total_steps=1000, notice=True)
+    cluster.settle()
+    return cluster
 
 
-def _out_of_memory(story: Story, attempt: int, rank: int, step: int) -> None:
-    """One rank fails, and the others lose it."""
+def _out_of_memory(cluster: RecordingCluster, attempt: int, rank: int, step: int) -> None:
+    """Let one rank run out of memory, and the others lose it."""
     for node_rank in range(4):
         code = ExitCode.FABRIC if node_rank != rank else 1
-        words = "RuntimeError: NCCL error" if node_rank != rank else NO_MEMORY
-        story.exit(node_rank, code, termination=last_words(attempt, code, words, rank=node_rank, step=step))
-    story.settle()
+        output = "RuntimeError: NCCL error" if node_rank != rank else NO_MEMORY
+        cluster.exit(node_rank, code, termination=last_words(attempt, code, output, rank=node_rank, step=step))
+    cluster.settle()
 
 
-def _resumed() -> Story:
-    story = _preempted()
-    story.tick(4)
-    checkpoint = CommittedCheckpoint(step=246, time=story.now.timestamp(), size_bytes=CHECKPOINT_BYTES, attempt=1)
-    story.beat_all(RankState.SAVED, step=246, total_steps=1000, checkpoint=checkpoint)
+def _resumed() -> RecordingCluster:
+    cluster = _preempted()
+    cluster.tick(4)
+    checkpoint = CommittedCheckpoint(step=246, time=cluster.now.timestamp(), size_bytes=CHECKPOINT_BYTES, attempt=1)
+    cluster.beat_all(RankState.SAVED, step=246, total_steps=1000, checkpoint=checkpoint)
     for node_rank in range(4):
-        story.exit(node_rank, ExitCode.SAVED)
-    story.step()
-    # Its node is done with it.
-    story.vanish("circles-a1-n2")
-    story.settle()
-    story.tick(21)
-    story.run_all()
-    story.settle()
-    story.work(RankState.RESTORING, after=4)
-    return story
+        cluster.exit(node_rank, ExitCode.SAVED)
+    cluster.step()
+    # The node has deleted the pod.
+    cluster.vanish("circles-a1-n2")
+    cluster.settle()
+    cluster.tick(21)
+    cluster.run_all()
+    cluster.settle()
+    cluster.work(RankState.RESTORING, after=4)
+    return cluster
 
 
-def refused() -> Story:
+def refused() -> RecordingCluster:
     return _begin(training=SPEC["training"] | {"method": "Full"}, queueName="pictures")
 
 
-def misspelt() -> Story:
-    """A field of podTemplate that pods do not have."""
-    words = 'Pod in version "v1" cannot be handled as a Pod: strict decoding error: unknown field "spec.nodeSelektor"'
-    return _not_taken(ApiError(400, "BadRequest", words), podTemplate={"spec": {"nodeSelektor": {"disk": "fast"}}})
+def misspelt() -> RecordingCluster:
+    """podTemplate contains a field that pods do not have."""
+    message = 'Pod in version "v1" cannot be handled as a Pod: strict decoding error: unknown field "spec.nodeSelektor"'
+    return _refused_pod(ApiError(400, "BadRequest", message), podTemplate={"spec": {"nodeSelektor": {"disk": "fast"}}})
 
 
-def over_quota() -> Story:
-    words = (
+def over_quota() -> RecordingCluster:
+    message = (
         'pods "circles-a1-n0" is forbidden: exceeded quota: team, requested: pods=1, used: pods=20, limited: pods=20'
     )
-    return _not_taken(ApiError(403, "Forbidden", words))
+    return _refused_pod(ApiError(403, "Forbidden", message))
 
 
-def _not_taken(error: ApiError, **spec: Any) -> Story:
-    """The API server refuses the first pod."""
-    story = Story(job=make_job(**SPEC | spec))
-    story.step()
-    story.refusal = classify_refusal(story.job, "Pod", "circles-a1-n0", error, story.now)
-    story.tick(1)
-    story.step()
-    return story
+def _refused_pod(error: ApiError, **spec: Any) -> RecordingCluster:
+    """Return a job whose first pod the API server refuses."""
+    cluster = RecordingCluster(job=make_job(**SPEC | spec))
+    cluster.step()
+    cluster.refusal = classify_refusal(cluster.job, "Pod", "circles-a1-n0", error, cluster.now)
+    cluster.tick(1)
+    cluster.step()
+    return cluster
 
 
-def unschedulable() -> Story:
-    story = _begin()
-    story.tick(3)
+def unschedulable() -> RecordingCluster:
+    cluster = _begin()
+    cluster.tick(3)
     for node_rank in (2, 3):
-        story.change(node_rank, waiting=NO_ROOM)
+        cluster.change(node_rank, waiting=NO_ROOM)
     for node_rank in (0, 1):
-        story.change(node_rank, phase=PodPhase.RUNNING, node=f"node-{node_rank}", ready=True)
-    story.settle()
-    return story
+        cluster.change(node_rank, phase=PodPhase.RUNNING, node=f"node-{node_rank}", ready=True)
+    cluster.settle()
+    return cluster
 
 
-def gated() -> Story:
-    story = _begin()
-    story.tick(1)
+def gated() -> RecordingCluster:
+    cluster = _begin()
+    cluster.tick(1)
     for node_rank in range(4):
-        story.change(node_rank, waiting="SchedulingGated: Scheduling is blocked due to non-empty scheduling gates")
-    story.settle()
-    return story
+        cluster.change(node_rank, waiting="SchedulingGated: Scheduling is blocked due to non-empty scheduling gates")
+    cluster.settle()
+    return cluster
 
 
-def pulling() -> Story:
-    story = _begin()
-    story.tick(40)
-    words = f'ImagePullBackOff: Back-off pulling image "ghcr.io/finetune-operator/trainer-cuda:{__version__}\"'
+def pulling() -> RecordingCluster:
+    cluster = _begin()
+    cluster.tick(40)
+    message = f'ImagePullBackOff: Back-off pulling image "ghcr.io/finetune-operator/trainer-cuda:{__version__}"'
     for node_rank in range(4):
-        story.change(node_rank, node=f"node-{node_rank}", waiting=words)
-    story.settle()
-    return story
+        cluster.change(node_rank, node=f"node-{node_rank}", waiting=message)
+    cluster.settle()
+    return cluster
 
 
-def loading() -> Story:
+def loading() -> RecordingCluster:
     return _loaded()
 
 
-def caching() -> Story:
-    story = _loaded()
-    story.work(RankState.CACHING, after=60, detail="512/1221 images")
-    return story
+def caching() -> RecordingCluster:
+    cluster = _loaded()
+    cluster.work(RankState.CACHING, after=60, detail="512/1221 images")
+    return cluster
 
 
-def running() -> Story:
-    story = _resumed()
-    story.train(247, 412, from_step=246, checkpoint=400)
-    return story
+def running() -> RecordingCluster:
+    cluster = _resumed()
+    cluster.train(247, 412, from_step=246, checkpoint=400)
+    return cluster
 
 
-def saving() -> Story:
-    story = _trained()
-    story.work(RankState.SAVING, after=1, step=250, restored_step=0)
-    return story
+def saving() -> RecordingCluster:
+    cluster = _trained()
+    cluster.work(RankState.SAVING, after=1, step=250, restored_step=0)
+    return cluster
 
 
-def silent() -> Story:
-    story = _trained()
-    pod = story.pod(3)
+def silent() -> RecordingCluster:
+    cluster = _trained()
+    pod = cluster.pod(3)
     for _ in range(4):
-        story.tick(20)
+        cluster.tick(20)
         for node_rank in (0, 1, 2):
-            story.beat(node_rank, RankState.TRAINING, step=300, restored_step=0, total_steps=1000)
-        story.settle()
+            cluster.beat(node_rank, RankState.TRAINING, step=300, restored_step=0, total_steps=1000)
+        cluster.settle()
     assert pod.phase is PodPhase.RUNNING
-    return story
+    return cluster
 
 
-def making_room() -> Story:
+def preempted() -> RecordingCluster:
     return _preempted()
 
 
-def restoring() -> Story:
+def restoring() -> RecordingCluster:
     return _resumed()
 
 
-def lost_node() -> Story:
-    """A node vanishes without notice."""
-    story = _trained()
-    story.tick(3)
-    story.vanish(story.pod(1).name)
-    story.step()
-    return story
+def lost_node() -> RecordingCluster:
+    """Return a job that lost a node without notice."""
+    cluster = _trained()
+    cluster.tick(3)
+    cluster.vanish(cluster.pod(1).name)
+    cluster.step()
+    return cluster
 
 
-def backing_off() -> Story:
-    story = _trained()
-    story.tick(3)
-    _out_of_memory(story, attempt=1, rank=3, step=244)
-    return story
+def backing_off() -> RecordingCluster:
+    cluster = _trained()
+    cluster.tick(3)
+    _out_of_memory(cluster, attempt=1, rank=3, step=244)
+    return cluster
 
 
-def exporting() -> Story:
-    story = _resumed()
-    story.train(247, 600, 1000, from_step=246, checkpoint=1000)
-    story.work(RankState.EXPORTING, after=3, step=1000)
-    return story
+def exporting() -> RecordingCluster:
+    cluster = _resumed()
+    cluster.train(247, 600, 1000, from_step=246, checkpoint=1000)
+    cluster.work(RankState.EXPORTING, after=3, step=1000)
+    return cluster
 
 
-def succeeded() -> Story:
-    story = exporting()
+def succeeded() -> RecordingCluster:
+    cluster = exporting()
     output = WrittenOutput(format="diffusers", to="/finetune/storage/naruto", size_bytes=3_227_400, sha256="ab" * 32)
-    story.work(RankState.DONE, after=4, step=1000, outputs=(output,))
-    story.tick(1)
+    cluster.work(RankState.DONE, after=4, step=1000, outputs=(output,))
+    cluster.tick(1)
     for node_rank in range(4):
-        story.exit(node_rank, ExitCode.DONE)
-    story.settle()
-    return story
+        cluster.exit(node_rank, ExitCode.DONE)
+    cluster.settle()
+    return cluster
 
 
-def failed_too_often() -> Story:
-    story = backing_off()
-    story.tick(11)
-    story.settle()
-    story.tick(31)
-    story.run_all()
-    story.settle()
-    story.train(201, 243, from_step=200)
-    _out_of_memory(story, attempt=2, rank=1, step=243)
-    return story
+def failed_too_often() -> RecordingCluster:
+    cluster = backing_off()
+    cluster.tick(11)
+    cluster.settle()
+    cluster.tick(31)
+    cluster.run_all()
+    cluster.settle()
+    cluster.train(201, 243, from_step=200)
+    _out_of_memory(cluster, attempt=2, rank=1, step=243)
+    return cluster
 
 
-def failed_by_its_data() -> Story:
-    story = _loaded()
-    words = "DataError: spec.dataset.columns.caption: there is no column 'text'; write one of image, caption"
-    story.exit(0, ExitCode.DATA, termination=last_words(1, ExitCode.DATA, words))
-    story.settle()
-    return story
+def failed_data() -> RecordingCluster:
+    cluster = _loaded()
+    output = "DataError: spec.dataset.columns.caption: there is no column 'text'; write one of image, caption"
+    cluster.exit(0, ExitCode.DATA, termination=last_words(1, ExitCode.DATA, output))
+    cluster.settle()
+    return cluster
 
 
-def out_of_time() -> Story:
-    story = _loaded(activeDeadlineSeconds=100)
-    story.train(1, 90)
-    story.tick(30)
-    story.settle()
-    return story
+def past_deadline() -> RecordingCluster:
+    cluster = _loaded(activeDeadlineSeconds=100)
+    cluster.train(1, 90)
+    cluster.tick(30)
+    cluster.settle()
+    return cluster
 
 
-def _suspend(story: Story) -> None:
-    spec = story.job.spec.model_copy(update={"suspend": True})
-    meta = story.job.metadata.model_copy(update={"generation": 2})
-    story.job = story.job.model_copy(update={"spec": spec, "metadata": meta})
-    story.settle()
+def _suspend(cluster: RecordingCluster) -> None:
+    spec = cluster.job.spec.model_copy(update={"suspend": True})
+    meta = cluster.job.metadata.model_copy(update={"generation": 2})
+    cluster.job = cluster.job.model_copy(update={"spec": spec, "metadata": meta})
+    cluster.settle()
 
 
-def suspending() -> Story:
-    story = _trained()
-    _suspend(story)
-    return story
+def suspending() -> RecordingCluster:
+    cluster = _trained()
+    _suspend(cluster)
+    return cluster
 
 
-def suspended() -> Story:
-    story = suspending()
-    story.tick(4)
-    checkpoint = CommittedCheckpoint(step=243, time=story.now.timestamp(), size_bytes=CHECKPOINT_BYTES, attempt=1)
-    story.work(RankState.SAVED, step=243, restored_step=0, checkpoint=checkpoint)
-    for name in list(story.pods):
-        story.vanish(name)
-    story.settle()
-    return story
+def suspended() -> RecordingCluster:
+    cluster = suspending()
+    cluster.tick(4)
+    checkpoint = CommittedCheckpoint(step=243, time=cluster.now.timestamp(), size_bytes=CHECKPOINT_BYTES, attempt=1)
+    cluster.work(RankState.SAVED, step=243, restored_step=0, checkpoint=checkpoint)
+    for name in list(cluster.pods):
+        cluster.vanish(name)
+    cluster.settle()
+    return cluster
 
 
-SCENES: dict[str, Callable[[], Story]] = {
+SCENES: dict[str, Callable[[], RecordingCluster]] = {
     "pending-refused": refused,
     "pending-misspelt": misspelt,
     "queued-unschedulable": unschedulable,
@@ -329,19 +329,19 @@ SCENES: dict[str, Callable[[], Story]] = {
     "running": running,
     "running-saving": saving,
     "running-silent": silent,
-    "recovering-notice": making_room,
+    "recovering-notice": preempted,
     "recovering-lost-node": lost_node,
     "recovering-back-off": backing_off,
     "recovering-restoring": restoring,
     "exporting": exporting,
     "succeeded": succeeded,
     "failed-max-failures": failed_too_often,
-    "failed-data": failed_by_its_data,
-    "failed-deadline": out_of_time,
+    "failed-data": failed_data,
+    "failed-deadline": past_deadline,
     "suspending": suspending,
     "suspended": suspended,
 }
-"""Every scene, by the name of its golden file: its phase first."""
+"""Every scene, by the name of its golden file, which begins with the phase."""
 
 EXPECTED_REASONS = {
     "pending-refused": Reason.NOT_SUPPORTED,
