@@ -216,7 +216,12 @@ def test_diverging_loss_ends_with_a_message(base: Path, data: Path, tmp_path: Pa
 
 INVALID: list[tuple[str, dict[str, Any], ExitCode, str]] = [
     ("model", {"base": "/nowhere"}, ExitCode.CONFIG, "model.base: the folder /nowhere does not exist"),
-    ("model", {"base": "ftp://host/model"}, ExitCode.CONFIG, "model.base: ftp://host/model is not a supported location"),
+    (
+        "model",
+        {"base": "ftp://host/model"},
+        ExitCode.CONFIG,
+        "model.base: ftp://host/model is not a supported location",
+    ),
     ("model", {"variant": "fp16"}, ExitCode.CONFIG, "model.base: the "),
     ("model", {"vae": "/nowhere"}, ExitCode.CONFIG, "model.vae: the folder /nowhere does not exist"),
     ("dataset", {"source": "/nowhere"}, ExitCode.DATA, "dataset.source: there is no folder"),
