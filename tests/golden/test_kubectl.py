@@ -48,7 +48,8 @@ def test_kubectl_prints_the_golden_text(control_plane: ControlPlane, namespace: 
     store(control_plane, namespace, cluster)
     wide = control_plane.kubectl("get", "ftj", "-n", namespace, "-o", "wide")
     described = control_plane.kubectl("describe", "ftj", "-n", namespace)
-    text = f"$ kubectl get ftj -o wide\n{normalize_table(wide)}\n$ kubectl describe ftj circles\n{normalize(described, cluster)}"
+    table, description = normalize_table(wide), normalize(described, cluster)
+    text = f"$ kubectl get ftj -o wide\n{table}\n$ kubectl describe ftj circles\n{description}"
     text = text.replace(namespace, "default")
     path = TEXTS / f"{scene}.txt"
     if os.environ.get("FINETUNE_WRITE_GOLDEN"):

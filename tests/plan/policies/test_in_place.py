@@ -121,9 +121,9 @@ def test_kept_pod_that_never_joined_counts_as_preemption() -> None:
     cluster.vanish(cluster.pod(1).name)
     wait_for_peers(cluster, 0, 2)
     cluster.settle()
-    words = last_words(1, ExitCode.FABRIC, "lost a peer", rank=0)
+    message = last_words(1, ExitCode.FABRIC, "lost a peer", rank=0)
     pod = cluster.pods["circles-a1-n0"]
-    cluster.pods[pod.name] = replace(pod, exit_code=int(ExitCode.FABRIC), termination=words)
+    cluster.pods[pod.name] = replace(pod, exit_code=int(ExitCode.FABRIC), termination=message)
     cluster.settle()
     entry = cluster.job.status.attempts[1]
     assert (entry.reason, entry.pod) == (Reason.POD_LOST, "circles-a1-n0")
