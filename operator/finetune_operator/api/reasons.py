@@ -186,7 +186,7 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.LOADING: ReasonDoc(Topic.WORKING, "The ranks load the model and the data set.", NOTHING),
     Reason.CACHING: ReasonDoc(
-        Topic.WORKING, "The ranks compute the latents and text embeddings, once per job.", NOTHING
+        Topic.WORKING, "The ranks compute latents and text embeddings; later attempts reuse them.", NOTHING
     ),
     Reason.RESTORING: ReasonDoc(Topic.WORKING, "The ranks verify and load a checkpoint.", NOTHING),
     Reason.TRAINING: ReasonDoc(Topic.WORKING, "The ranks are training.", NOTHING),
