@@ -161,9 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     drawn: dict[str, dict[str, dict[str, list[Image.Image]]]] = {family: {} for family in families}
     # In a separate process: messages of torch's compiler at its exit must not follow the figures on stdout.
     with new_process_pool() as trainer:
-        bases = {
-            family: trainer.submit(ensure_base, family, show, options.base_steps).result() for family in families
-        }
+        bases = {family: trainer.submit(ensure_base, family, show, options.base_steps).result() for family in families}
         for family, name in itertools.product(families, options.cases):
             case, title, started = CASES[name], title_of(family, name), time.monotonic()
             steps = options.steps or case.steps_on.get(family, case.steps)

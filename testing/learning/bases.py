@@ -71,12 +71,12 @@ class CirclePictures:
     sizes: Tensor
 
 
-def ensure_base(family: str, say: PrintLine, num_steps: int | None = None) -> Path:
+def ensure_base(family: str, print_line: PrintLine, num_steps: int | None = None) -> Path:
     """Return the folder of a family's base; train the base if it is not in the cache.
 
     Args:
         family: one of `FAMILIES`.
-        say: receives progress messages.
+        print_line: receives progress messages.
         num_steps: training steps; the default is enough for a base that draws well.
     """
     if family == "sd1":
@@ -84,7 +84,7 @@ def ensure_base(family: str, say: PrintLine, num_steps: int | None = None) -> Pa
     steps = NUM_STEPS[family] if num_steps is None else num_steps
     folder = cache_folder() / f"{family}-{_key(steps)}"
     if folder.is_dir():
-        say(f"{family} base: {folder}")
+        print_line(f"{family} base: {folder}")
         return folder
     started = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def ensure_base(family: str, say: PrintLine, num_steps: int | None = None) -> Pa
         # The number of threads affects the last bits: use the same number on all machines.
         torch.set_num_threads(1)
         try:
-            _build(family, steps, Path(temporary) / family, say)
+            _build(family, steps, Path(temporary) / family, print_line)
         finally:
             torch.set_num_threads(threads)
         try:
@@ -102,7 +102,7 @@ def ensure_base(family: str, say: PrintLine, num_steps: int | None = None) -> Pa
             # Another process was faster; its base is identical.
             if not folder.is_dir():
                 raise
-    say(f"{family} base: trained in {time.monotonic() - started:.0f} s, stored in {folder}")
+    print_line(f"{family} base: trained in {time.monotonic() - started:.0f} s, stored in {folder}")
     return folder
 
 
@@ -122,14 +122,14 @@ def _key(num_steps: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _build(family: str, num_steps: int, folder: Path, say: PrintLine) -> None:
-    say(f"{family} base: {num_steps} steps on plain circles, from the weights of {BASE.name}")
+def _build(family: str, num_steps: int, folder: Path, print_line: PrintLine) -> None:
+    print_line(f"{family} base: {num_steps} steps on plain circles, from the weights of {BASE.name}")
     torch.manual_seed(0)
     base = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, dtype=torch.float32)
     base.vae.requires_grad_(False)
     pipeline = build_v_prediction(base) if family == "sd2" else build_xl(base)
     samples = _samples(base.vae, base.tokenizer, min(_MAX_SAMPLES, num_steps * _BATCH_SIZE), family == "sdxl")
-    _train(family, pipeline, samples, num_steps, say)
+    _train(family, pipeline, samples, num_steps, print_line)
     pipeline.save_pretrained(folder, safe_serialization=True)
     for tokenizer in folder.glob("tokenizer*"):
         shutil.rmtree(tokenizer)
@@ -137,7 +137,7 @@ def _build(family: str, num_steps: int, folder: Path, say: PrintLine) -> None:
     captions = circles.all_captions()[::_DRAWN]
     drawn = sample_images(pipeline, captions, num_inference_steps=15)
     right = sum(measure_picture(image).caption == caption for image, caption in zip(drawn, captions, strict=True))
-    say(f"{family} base: {right} of {len(captions)} captions are drawn in the right colours")
+    print_line(f"{family} base: {right} of {len(captions)} captions are drawn in the right colours")
 
 
 def build_v_prediction(base: Any) -> Any:
@@ -236,7 +236,7 @@ def _token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     return ids
 
 
-def _train(family: str, pipeline: Any, samples: CirclePictures, num_steps: int, say: PrintLine) -> None:
+def _train(family: str, pipeline: Any, samples: CirclePictures, num_steps: int, print_line: PrintLine) -> None:
     """Train UNet and text encoders together, in place."""
     conditions = _conditions if family == "sd2" else _conditions_xl
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -263,7 +263,7 @@ def _train(family: str, pipeline: Any, samples: CirclePictures, num_steps: int, 
         optimizer.step()
         rates.step()
         if step % _SHOWN_EVERY == 0:
-            say(f"{family} base: step {step} of {num_steps}, loss {losses.mean().item():.4f}")
+            print_line(f"{family} base: step {step} of {num_steps}, loss {losses.mean().item():.4f}")
 
 
 def _conditions(pipeline: Any, samples: CirclePictures, rows: Tensor) -> dict[str, Any]:
