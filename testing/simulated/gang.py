@@ -23,7 +23,7 @@ LOUD_SECONDS = (0.05, 2.0)
 """Range of the time until a rank notices that the connection to its peer is closed."""
 
 
-class Member(Protocol):
+class GangMember(Protocol):
     """A rank of the gang: the supervisor that runs it."""
 
     node_rank: int
@@ -49,7 +49,7 @@ class SimulatedGang:
     ) -> None:
         self.attempt = attempt
         self.size = size
-        self.members: dict[int, Member] = {}
+        self.members: dict[int, GangMember] = {}
         self.state = RankState.LOADING
         self.restored_step: int | None = None
         self.stopping = False
@@ -81,7 +81,7 @@ class SimulatedGang:
         elapsed = (self._engine.time - self._from_time) / self._step_seconds
         return min(self._until_step, self._from_step + int(elapsed + 1e-6))
 
-    def join(self, member: Member) -> None:
+    def join(self, member: GangMember) -> None:
         """Add a rank; the last one starts the gang."""
         if member.node_rank in self.members:
             raise BrokenInvariantError(f"{self._job}: two pods are rank {member.node_rank} of attempt {self.attempt}")
@@ -95,12 +95,12 @@ class SimulatedGang:
         else:
             self._engine.after(RENDEZVOUS_SECONDS, partial(self._give_up, member))
 
-    def _give_up(self, member: Member) -> None:
+    def _give_up(self, member: GangMember) -> None:
         """End a rank that has waited too long for the others."""
         if self.members.get(member.node_rank) is member and self.state is RankState.LOADING and not self.broken:
             self._exit(member, ExitCode.FABRIC, "could not meet the others")
 
-    def leave(self, member: Member, *, silent: bool) -> None:
+    def leave(self, member: GangMember, *, silent: bool) -> None:
         """Remove a rank. The others notice a closed connection, or time out much later if the loss is silent."""
         if self.members.get(member.node_rank) is not member:
             return
@@ -116,7 +116,7 @@ class SimulatedGang:
             delay = COLLECTIVE_TIMEOUT_SECONDS if silent else self._engine.rng.uniform(low, high)
             self._engine.after(delay, partial(self._lost_peer, other))
 
-    def _lost_peer(self, member: Member) -> None:
+    def _lost_peer(self, member: GangMember) -> None:
         if self.members.get(member.node_rank) is member:
             self._emergency_save()
             self._exit(member, ExitCode.FABRIC, "lost a peer")
@@ -128,7 +128,7 @@ class SimulatedGang:
         if storage.workload.emergency_saves and unsaved and storage.commit(self.attempt, self._from_step):
             self._watchdog.committed(self._job, self.attempt, self._from_step)
 
-    def _exit(self, member: Member, code: int, output: str = "") -> None:
+    def _exit(self, member: GangMember, code: int, output: str = "") -> None:
         member.rank_ended(code, output)
 
     def stop(self) -> None:
