@@ -92,14 +92,14 @@ class JobsHarness:
         stepped = self._wait(f"{name} takes its next step", probe)
         return datetime.datetime.fromisoformat(stepped).timestamp()
 
-    def wait_new_leader(self, name: str, former: str) -> float:
-        """Wait until an operator pod other than `former` leads and reports a step; return that time."""
+    def wait_new_leader(self, name: str, previous: str) -> float:
+        """Wait until an operator pod other than `previous` leads and reports a step; return that time."""
 
         def probe() -> dict[str, Any]:
             status = self.status(name)
             if status.get("phase") in ENDED:
                 raise AssertionError(f"{name} ended before another operator pod led; give the job more steps")
-            return status if self.leader() not in ("", former) else {}
+            return status if self.leader() not in ("", previous) else {}
 
         step = self._wait("another operator pod leads", probe).get("step", 0)
         self._wait(f"{name} reports its next step", lambda: self.status(name).get("step", 0) > step)

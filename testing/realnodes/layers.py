@@ -28,17 +28,17 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
   address = "{socket}"
 """
 START_SECONDS = 30.0
-LAYERS, FORMER = "layers", "layers.former"
+LAYERS, PREVIOUS = "layers", "layers.former"
 CONTENT = "io.containerd.content.v1.content/blobs/sha256"
 BLOBS = "blobs/sha256"
 INDEX = "index.json"
 NAME = "io.containerd.image.name"
 
 
-def start_from(former: Path, images: Path) -> None:
-    """Copy the layers that the folder `former` has unpacked to the folder `images`."""
-    if (former / LAYERS).exists():
-        copy_layers(former / LAYERS, images / FORMER)
+def start_from(previous: Path, images: Path) -> None:
+    """Copy the layers that the folder `previous` has unpacked to the folder `images`."""
+    if (previous / LAYERS).exists():
+        copy_layers(previous / LAYERS, images / PREVIOUS)
 
 
 def layout_for(images: Path, name: str) -> Path:
@@ -48,7 +48,7 @@ def layout_for(images: Path, name: str) -> Path:
     """
     layout = images / f"{name.rpartition('/')[2].partition(':')[0]}.oci"
     (layout / BLOBS).mkdir(parents=True)
-    for blob in _blobs(images / FORMER / CONTENT):
+    for blob in _blobs(images / PREVIOUS / CONTENT):
         (layout / BLOBS / blob.name).hardlink_to(blob)
     return layout
 
@@ -63,14 +63,14 @@ def ensure_layers(images: Path, runtime: Runtime, print_line: PrintLine) -> Path
             for folder in (partial, work):
                 shutil.rmtree(folder, ignore_errors=True)
             work.mkdir()
-            if (images / FORMER).exists():
-                copy_layers(images / FORMER, partial)
+            if (images / PREVIOUS).exists():
+                copy_layers(images / PREVIOUS, partial)
             else:
                 partial.mkdir()
             layouts = sorted(images.glob("*.oci"))
             _unpack(layouts, partial, work, runtime)
             partial.rename(layers)
-            for folder in (work, images / FORMER, *layouts):
+            for folder in (work, images / PREVIOUS, *layouts):
                 shutil.rmtree(folder, ignore_errors=True)
     return layers
 

@@ -36,7 +36,7 @@ class Kubelets:
     # -- pods ---------------------------------------------------------------------------------------------------------
 
     def _pod_changed(self, pod: SimulatedPod) -> None:
-        if self._server.pods.get(pod.seen.name) is not pod:
+        if self._server.pods.get(pod.observed.name) is not pod:
             self.schedule()
         elif pod.node is None:
             self._waiting.append(pod)
@@ -48,15 +48,15 @@ class Kubelets:
         """Bind waiting pods to free nodes, in the order of their creation."""
         unbound = []
         for pod in self._waiting:
-            if self._server.pods.get(pod.seen.name) is not pod:
+            if self._server.pods.get(pod.observed.name) is not pod:
                 continue
             node = self._room_for(pod)
             if node is None:
                 unbound.append(pod)
-                if pod.seen.waiting != NO_ROOM:
+                if pod.observed.waiting != NO_ROOM:
                     self._server.change(pod, waiting=NO_ROOM)
                 continue
-            node.pods.add(pod.seen.name)
+            node.pods.add(pod.observed.name)
             pod.node = node
             self._server.change(pod, node=node.name, waiting="ContainerCreating")
             mean = self.cached_seconds if node.has_image and self.cached_seconds is not None else self.pull_seconds
@@ -71,8 +71,8 @@ class Kubelets:
 
     def _run(self, pod: SimulatedPod) -> None:
         node = pod.node
-        exists = self._server.pods.get(pod.seen.name) is pod and pod.seen.deleted_at is None
-        if node is None or not exists or not node.up or pod.seen.phase is not PodPhase.PENDING:
+        exists = self._server.pods.get(pod.observed.name) is pod and pod.observed.deleted_at is None
+        if node is None or not exists or not node.up or pod.observed.phase is not PodPhase.PENDING:
             return
         if not node.connected:
             # Its kubelet does not receive the pod yet.
@@ -87,15 +87,15 @@ class Kubelets:
     def _terminate(self, pod: SimulatedPod) -> None:
         """Send SIGTERM now, and SIGKILL when the grace period is over."""
         if pod.running:
-            left = pod.seen.grace.total_seconds()
+            left = pod.observed.grace.total_seconds()
             self._engine.after(left, lambda: self._kill(pod))
             pod.notice()
-        elif pod.seen.phase is PodPhase.PENDING:
+        elif pod.observed.phase is PodPhase.PENDING:
             self._engine.after(0.1, lambda: self._server.remove(pod))
 
     def _kill(self, pod: SimulatedPod) -> None:
-        if pod.running and pod.node is not None and pod.node.connected and pod.seen.deleted_at is not None:
-            over_at = pod.seen.deleted_at + pod.seen.grace
+        if pod.running and pod.node is not None and pod.node.connected and pod.observed.deleted_at is not None:
+            over_at = pod.observed.deleted_at + pod.observed.grace
             if self._engine.now() >= over_at:
                 pod.end(137)
 
@@ -109,7 +109,7 @@ class Kubelets:
 
     def _report_end(self, pod: SimulatedPod, code: int, termination: Termination | None, reason: str | None) -> None:
         node = pod.node
-        if node is None or not node.up or self._server.pods.get(pod.seen.name) is not pod:
+        if node is None or not node.up or self._server.pods.get(pod.observed.name) is not pod:
             return
         if not node.connected:
             self._engine.after(5.0, lambda: self._report_end(pod, code, termination, reason))
@@ -121,10 +121,10 @@ class Kubelets:
             exit_code=code,
             finished_at=self._engine.now(node.skew_seconds),
             termination=termination,
-            reason=pod.seen.reason or reason,
+            reason=pod.observed.reason or reason,
         )
-        node.pods.discard(pod.seen.name)
-        if pod.seen.deleted_at is not None:
+        node.pods.discard(pod.observed.name)
+        if pod.observed.deleted_at is not None:
             self._engine.after(0.1, lambda: self._server.remove(pod))
         self.schedule()
 
@@ -196,7 +196,7 @@ class Kubelets:
             node.lost = False
             self._server.node_changed(node)
         for pod in list(self._server.pods.values()):
-            if pod.node is node and pod.seen.deleted_at is not None:
+            if pod.node is node and pod.observed.deleted_at is not None:
                 # The kubelet receives the deletion now, so the grace period begins now.
                 self._server.change(pod, deleted_at=self._engine.now())
                 self._terminate(pod)
@@ -206,7 +206,7 @@ class Kubelets:
 
     def _orphans(self, node: SimulatedNode) -> list[SimulatedPod]:
         """Return running pods that the API server no longer has: their deletion was forced."""
-        return [pod for pod in node.started if pod.running and self._server.pods.get(pod.seen.name) is not pod]
+        return [pod for pod in node.started if pod.running and self._server.pods.get(pod.observed.name) is not pod]
 
     def _power_off(self, node: SimulatedNode, *, loud: bool = False) -> None:
         if node.up:
@@ -218,7 +218,7 @@ class Kubelets:
 
     def _collect(self, node: SimulatedNode) -> None:
         for pod in self._pods_of(node):
-            if pod.seen.phase not in (PodPhase.SUCCEEDED, PodPhase.FAILED) and pod.seen.disruption is None:
+            if pod.observed.phase not in (PodPhase.SUCCEEDED, PodPhase.FAILED) and pod.observed.disruption is None:
                 self._server.change(pod, disruption="DeletionByPodGC")
             self._server.remove(pod)
 

@@ -15,7 +15,7 @@ class SimulatedPod:
     """The real state of a pod, and the state that the API server reports."""
 
     job: str
-    seen: ObservedPod
+    observed: ObservedPod
     """The state that the API server reports."""
     grace_seconds: int
     num_nodes: int = 1

@@ -124,7 +124,7 @@ class SimulatedApiServer:
     def relist(self, watch: LaggingWatch) -> None:
         """Send the current state of everything to a watch."""
         now: dict[Key, Any] = {("Job", name, name): job for name, job in self.jobs.items()}
-        now |= {("Pod", pod.job, name): pod.seen for name, pod in self.pods.items()}
+        now |= {("Pod", pod.job, name): pod.observed for name, pod in self.pods.items()}
         now |= dict.fromkeys(self.children, True)
         now |= {
             ("Node", "", name): state
@@ -186,14 +186,14 @@ class SimulatedApiServer:
                 self._send_all(key, True)
             return key, self._version, True
         if (known := self.pods.get(meta["name"])) is not None:
-            return key, self._version, known.seen
+            return key, self._version, known.observed
         if self.quota is not None and len(self.pods) >= self.quota:
             raise SimulatedApiError("exceeded quota")
         self._num_created += 1
         spec = manifest["spec"]
         env = {item["name"]: item.get("value") for item in spec["containers"][0]["env"]}
         own = meta["labels"]
-        seen = ObservedPod(
+        observed = ObservedPod(
             name=meta["name"],
             uid=f"pod-{self._num_created}",
             attempt=int(own[labels.ATTEMPT]),
@@ -205,60 +205,60 @@ class SimulatedApiServer:
         affinity = spec.get("affinity", {}).get("nodeAffinity", {})
         pod = SimulatedPod(
             job.metadata.name,
-            seen,
+            observed,
             spec["terminationGracePeriodSeconds"],
             int(env[environment.NUM_NODES] or 1),
             spot_only="requiredDuringSchedulingIgnoredDuringExecution" in affinity,
             is_standby=env.get(environment.STANDBY) == "1",
         )
-        self.pods[seen.name] = pod
-        self._watchdog.pod_created(self.jobs[pod.job], seen)
-        version = self._send_all(key, seen)
+        self.pods[observed.name] = pod
+        self._watchdog.pod_created(self.jobs[pod.job], observed)
+        version = self._send_all(key, observed)
         self.pod_changed(pod)
         # The scheduler may have bound the pod since: that change is newer than this response.
-        return key, version, seen
+        return key, version, observed
 
     def delete_pod(self, name: str, uid: str, grace_seconds: int | None) -> None:
         """Request the deletion of a pod on behalf of the operator."""
         self.num_writes += 1
         pod = self.pods.get(name)
-        if pod is not None and pod.seen.uid == uid:
+        if pod is not None and pod.observed.uid == uid:
             if (job := self.jobs.get(pod.job)) is not None:
-                self._watchdog.pod_deleted(job, pod.seen)
+                self._watchdog.pod_deleted(job, pod.observed)
             self._mark_deleted(pod, grace_seconds)
 
     def evict(self, pod: SimulatedPod, disruption: str | None) -> None:
         """Request the deletion of a pod on behalf of the cluster."""
-        if pod.seen.name in self.pods and pod.seen.deleted_at is None:
+        if pod.observed.name in self.pods and pod.observed.deleted_at is None:
             if disruption is not None:
                 self.change(pod, disruption=disruption)
             self._mark_deleted(pod, None)
 
     def _mark_deleted(self, pod: SimulatedPod, grace_seconds: int | None) -> None:
-        seen = pod.seen
+        observed = pod.observed
         grace = pod.grace_seconds if grace_seconds is None else grace_seconds
-        if grace == 0 or pod.node is None or seen.phase in (PodPhase.SUCCEEDED, PodPhase.FAILED):
+        if grace == 0 or pod.node is None or observed.phase in (PodPhase.SUCCEEDED, PodPhase.FAILED):
             self.remove(pod)
             return
-        if seen.deleted_at is not None:
-            grace = min(grace, int(seen.grace.total_seconds()))
-        self.change(pod, deleted_at=seen.deleted_at or self.engine.now(), grace=timedelta(seconds=grace))
+        if observed.deleted_at is not None:
+            grace = min(grace, int(observed.grace.total_seconds()))
+        self.change(pod, deleted_at=observed.deleted_at or self.engine.now(), grace=timedelta(seconds=grace))
         self.pod_changed(pod)
 
     def change(self, pod: SimulatedPod, **changes: Any) -> None:
         """Change the reported state of a pod."""
-        if self.pods.get(pod.seen.name) is pod:
-            pod.seen = seen = replace(pod.seen, **changes)
-            self._send_all(("Pod", pod.job, seen.name), seen)
+        if self.pods.get(pod.observed.name) is pod:
+            pod.observed = observed = replace(pod.observed, **changes)
+            self._send_all(("Pod", pod.job, observed.name), observed)
 
     def remove(self, pod: SimulatedPod) -> None:
         """Remove a pod. If its node is connected, its processes end, too."""
-        if self.pods.get(pod.seen.name) is not pod:
+        if self.pods.get(pod.observed.name) is not pod:
             return
-        del self.pods[pod.seen.name]
-        self._send_all(("Pod", pod.job, pod.seen.name), None)
+        del self.pods[pod.observed.name]
+        self._send_all(("Pod", pod.job, pod.observed.name), None)
         if pod.node is not None:
-            pod.node.pods.discard(pod.seen.name)
+            pod.node.pods.discard(pod.observed.name)
             if pod.node.connected:
                 pod.end(137)
         self.pod_changed(pod)

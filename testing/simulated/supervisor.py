@@ -26,7 +26,7 @@ from testing.simulated.kubelet import Kubelets
 from testing.simulated.model import SimulatedPod, SimulatedStorage, Watchdog
 
 BEAT_SECONDS = 5.0
-HEARD_SECONDS = 60.0
+RECENT_REPLY_SECONDS = 60.0
 """A supervisor that received a reply within this time expects to receive a new world."""
 HOLD_SECONDS = 120.0
 END_STATES: dict[int, RankState] = {ExitCode.DONE: RankState.DONE, ExitCode.SAVED: RankState.SAVED}
@@ -39,10 +39,10 @@ class SimulatedSupervisor:
 
     def __init__(self, trainers: Trainers, pod: SimulatedPod) -> None:
         self.pod = pod
-        self.attempt = pod.seen.attempt
-        self.node_rank = pod.seen.node_rank
+        self.attempt = pod.observed.attempt
+        self.node_rank = pod.observed.node_rank
         self.num_nodes = pod.num_nodes
-        self.heard_at = -1e9
+        self.last_reply_at = -1e9
         self.gang: SimulatedGang | None = None
         self._trainers = trainers
         self._engine = trainers.engine
@@ -62,7 +62,7 @@ class SimulatedSupervisor:
         pod.notice = self._on_notice
         if pod.is_standby:
             # It waits as long as any supervisor that waits for a new world.
-            self.heard_at = self._engine.time
+            self.last_reply_at = self._engine.time
         else:
             self._start_ranks()
         self._send_and_repeat()
@@ -114,9 +114,9 @@ class SimulatedSupervisor:
             return
         self._leave_gang(silent=False)
         self._ends = (RankEnd.model_construct(rank=self.node_rank, exit_code=code, last_words=output),)
-        heard = self._engine.time - self.heard_at < HEARD_SECONDS
+        is_reachable = self._engine.time - self.last_reply_at < RECENT_REPLY_SECONDS
         self.send_soon()
-        if code in HOLDABLE and heard and not self._has_notice:
+        if code in HOLDABLE and is_reachable and not self._has_notice:
             self._waiting = True
         else:
             self._later(self._engine.rng.uniform(0.1, 3.0), partial(self._end, code, reason))
@@ -179,7 +179,7 @@ class SimulatedSupervisor:
         if self._alive:
             self._post()
             self._set_timer()
-            if self._waiting and self._engine.time - self.heard_at > HOLD_SECONDS:
+            if self._waiting and self._engine.time - self.last_reply_at > HOLD_SECONDS:
                 self._give_up()
 
     def _set_timer(self) -> None:
@@ -200,7 +200,7 @@ class SimulatedSupervisor:
         self._sequence += 1
         reply = self._trainers.post(self, self._build_heartbeat())
         if reply is not None:
-            self.heard_at = self._engine.time
+            self.last_reply_at = self._engine.time
             wanted = reply.beat_seconds or BEAT_SECONDS
             if self._alive and wanted != self._beat_seconds:
                 self._beat_seconds = wanted
@@ -244,8 +244,8 @@ class SimulatedSupervisor:
             job=self.pod.job,
             namespace="default",
             job_uid=f"uid-{self.pod.job}",
-            pod=self.pod.seen.name,
-            pod_uid=self.pod.seen.uid,
+            pod=self.pod.observed.name,
+            pod_uid=self.pod.observed.uid,
             attempt=self.attempt,
             node_rank=self.node_rank,
             sequence=self._sequence,
@@ -285,11 +285,11 @@ class Trainers:
 
     def start(self, pod: SimulatedPod) -> None:
         """Start the supervisor of a pod."""
-        self.supervisors[pod.seen.uid] = SimulatedSupervisor(self, pod)
+        self.supervisors[pod.observed.uid] = SimulatedSupervisor(self, pod)
 
     def forget(self, supervisor: SimulatedSupervisor) -> None:
         """Remove a supervisor that has ended."""
-        self.supervisors.pop(supervisor.pod.seen.uid, None)
+        self.supervisors.pop(supervisor.pod.observed.uid, None)
 
     def find_gang(self, job: str, attempt: int, size: int) -> SimulatedGang:
         """Return the gang that the ranks of an attempt join; a superseded attempt gets a separate one."""

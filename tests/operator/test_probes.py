@@ -12,8 +12,8 @@ from finetune_operator.cluster.kube.client.client import KubeApi
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.options import OperatorOptions
 from finetune_operator.cluster.kube.term import (
-    DEAD_SECONDS,
     STALE_SECONDS,
+    UNRESPONSIVE_SECONDS,
     LeaderTerm,
     ReplicaContext,
 )
@@ -76,9 +76,9 @@ def starting(term: LeaderTerm) -> None:
         (no_response_for(0.0), True, True),
         (no_response_for(STALE_SECONDS - 1), True, True),
         (no_response_for(STALE_SECONDS + 1), True, False),
-        (no_activity_for(DEAD_SECONDS + 1), False, False),
-        (reconciling_for(DEAD_SECONDS - 1), True, True),
-        (reconciling_for(DEAD_SECONDS + 1), False, True),
+        (no_activity_for(UNRESPONSIVE_SECONDS + 1), False, False),
+        (reconciling_for(UNRESPONSIVE_SECONDS - 1), True, True),
+        (reconciling_for(UNRESPONSIVE_SECONDS + 1), False, True),
         (starting, True, False),
     ],
 )

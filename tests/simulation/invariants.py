@@ -62,7 +62,9 @@ class Invariants:
         )
         self._require(job.status.phase not in FINISHED, name, f"{pod.name} was created after the end of the job")
         active = [
-            other.seen for other in self.cluster.server.pods.values() if other.job == name and self._is_active(other)
+            other.observed
+            for other in self.cluster.server.pods.values()
+            if other.job == name and self._is_active(other)
         ]
         asked = job.spec.topology.nodes or job.spec.topology.max_nodes or 1
         # Each pod that fell back from spot may have a standby pod that waits for a spot node to replace it.
@@ -121,7 +123,7 @@ class Invariants:
     def _is_active(self, pod: SimulatedPod) -> bool:
         """Return whether a pod is active: it has not ended, is not being deleted, and its node is connected."""
         reachable = pod.node is None or pod.node.connected
-        return pod.seen.phase not in ENDED and pod.seen.deleted_at is None and reachable
+        return pod.observed.phase not in ENDED and pod.observed.deleted_at is None and reachable
 
     def _check_checkpoint(self, old: FineTuneJobStatus, new: FineTuneJobStatus, name: str) -> None:
         if new.last_checkpoint is None:

@@ -26,11 +26,11 @@ def test_refused_creation_does_not_prevent_deletions() -> None:
     refused = Create({"kind": "Pod", "metadata": metadata, "spec": {"containers": [{"env": []}]}})
     cluster.server.quota = 0
     ends: list[Exception | None] = []
-    actions = (refused, DeletePod(pod.seen.name, pod.seen.uid, 0))
+    actions = (refused, DeletePod(pod.observed.name, pod.observed.uid, 0))
     task = SimulatedTask(
         cluster.engine, apply_actions(operator, job, actions), lambda error, _: ends.append(error), SimulatedApiError
     )
     task.step()
     cluster.engine.run(cluster.engine.time + 5)
     assert [type(error) for error in ends] == [SimulatedApiError]
-    assert pod.seen.name not in cluster.server.pods
+    assert pod.observed.name not in cluster.server.pods

@@ -16,7 +16,7 @@ BEAT_PATH = "/v1/beat"
 """The coordinator's path for heartbeats (POST)."""
 MAX_BEAT_BYTES = 64 * 1024
 """Largest heartbeat; the coordinator refuses larger ones."""
-MAX_LAST_WORDS = 2000
+MAX_LAST_OUTPUT = 2000
 """Characters kept of a rank's stderr. The termination message holds 4,096 bytes in all."""
 
 
@@ -101,7 +101,7 @@ class RankEnd(Wire):
 
     rank: int
     exit_code: Annotated[int, Field(description="of the process; 128+n if signal n ended it")]
-    last_words: str = Field(default="", max_length=MAX_LAST_WORDS, description="last lines of its stderr")
+    last_words: str = Field(default="", max_length=MAX_LAST_OUTPUT, description="last lines of its stderr")
 
 
 class Termination(Wire):

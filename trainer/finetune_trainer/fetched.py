@@ -22,14 +22,14 @@ _NUM_PARALLEL = 8
 """Number of parallel downloads."""
 
 
-def fetch(location: str, field: str, cache_dir: Path, say: Callable[[str], None]) -> str:
+def fetch(location: str, field: str, cache_dir: Path, print_line: Callable[[str], None]) -> str:
     """Return the local path of a location in the manifest, after downloading it if it is in an object store.
 
     Args:
         location: path, hub id or URL.
         field: its field in the manifest, for messages.
         cache_dir: folder that all jobs share.
-        say: receives the progress.
+        print_line: receives the progress.
 
     Raises:
         ConfigError: the location does not exist.
@@ -39,14 +39,14 @@ def fetch(location: str, field: str, cache_dir: Path, say: Callable[[str], None]
         return location
     folder = cache_dir / "objects" / hashlib.sha256(location.encode()).hexdigest()[:32]
     try:
-        return str(_fetch_all(location, field, folder, say))
+        return str(_fetch_all(location, field, folder, print_line))
     except BucketError as error:
         raise StorageError(f"{field}: {error}") from error
     except OSError as error:
         raise StorageError(f"cache: cannot write {folder}: {error.strerror}") from error
 
 
-def _fetch_all(location: str, field: str, folder: Path, say: Callable[[str], None]) -> Path:
+def _fetch_all(location: str, field: str, folder: Path, print_line: Callable[[str], None]) -> Path:
     is_single = location.endswith(_SINGLE)
     parent, _, last = location.rstrip("/").rpartition("/")
     bucket = Bucket(parent if is_single else location)
@@ -57,7 +57,7 @@ def _fetch_all(location: str, field: str, folder: Path, say: Callable[[str], Non
     with ThreadPoolExecutor(_NUM_PARALLEL, thread_name_prefix="fetch") as pool:
         for _ in pool.map(lambda name: _fetch_one(bucket, name, folder, field), names):
             done += 1
-            say(f"{done}/{len(names)} objects fetched")
+            print_line(f"{done}/{len(names)} objects fetched")
     return folder / last if is_single else folder
 
 

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from finetune_contract.environment import PROCESSES_PER_NODE
-from finetune_contract.heartbeat import MAX_LAST_WORDS, RankEnd, Termination
+from finetune_contract.heartbeat import MAX_LAST_OUTPUT, RankEnd, Termination
 from finetune_operator.api import conditions, labels, names
 from finetune_operator.api.job import Capacity
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
@@ -63,7 +63,7 @@ def _termination(terminated: Json, attempt: int, pod: Json, node_rank: int) -> T
         return Termination.model_validate_json(message)
     except ValueError:
         code = int(terminated["exitCode"])
-        end = RankEnd(rank=node_rank * _ranks_per_pod(pod), exit_code=code, last_words=message[-MAX_LAST_WORDS:])
+        end = RankEnd(rank=node_rank * _ranks_per_pod(pod), exit_code=code, last_words=message[-MAX_LAST_OUTPUT:])
         return Termination(attempt=attempt, exit_code=code, ends=(end,))
 
 

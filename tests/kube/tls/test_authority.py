@@ -71,7 +71,7 @@ def test_running_pods_trust_every_certificate(tmp_path: Path) -> None:
         signers.add(material.signer.certificate)
     assert len(signers) == 8
     assert renewals > 3650 * DAY / CERTIFICATE_LIFETIME
-    assert len(material.former) <= 1
+    assert len(material.previous) <= 1
 
 
 def test_expired_authority_is_replaced() -> None:
@@ -83,7 +83,7 @@ def test_secret_contains_all_material() -> None:
     aged = renew(renew(None, HOSTS, NOW), HOSTS, NOW + AUTHORITY_LIFETIME * 0.8)
     assert aged.successor is not None
     later = renew(aged, HOSTS, NOW + AUTHORITY_LIFETIME * 0.8 + OVERLAP + DAY)
-    assert later.former
+    assert later.previous
     for material in (aged, later):
         assert from_secret(to_secret(material)) == material
 

@@ -17,7 +17,7 @@ from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 
 T = TypeVar("T")
-ALONE = World(0, 1, 0, torch.device("cpu"))
+SINGLE_RANK = World(0, 1, 0, torch.device("cpu"))
 
 
 def item(value: float) -> Item:
@@ -43,7 +43,7 @@ def test_items_of_a_damaged_shard_are_computed_again(tmp_path: Path, caplog: pyt
     cache.refresh()
     assert cache.missing(["a"]) == ["a"]
     assert shard.name in caplog.text
-    fill(cache, {"a": 0}, lambda: lambda _: item(2.0), ALONE, lambda *_: None)
+    fill(cache, {"a": 0}, lambda: lambda _: item(2.0), SINGLE_RANK, lambda *_: None)
     assert cache.get("a")["mean"].tolist() == [2.0, 2.0]
 
 
@@ -73,14 +73,14 @@ def test_fill_computes_only_missing_items(tmp_path: Path) -> None:
 
     TensorCache(tmp_path).put({"b": item(7.0)})
     cache = TensorCache(tmp_path)
-    fill(cache, {"a": 0, "b": 1, "c": 2}, lambda: encode, ALONE, lambda *_: None)
+    fill(cache, {"a": 0, "b": 1, "c": 2}, lambda: encode, SINGLE_RANK, lambda *_: None)
     assert encoded == [0, 2]
     assert cache.get("b")["mean"].tolist() == [7.0, 7.0]
     fill(
         TensorCache(tmp_path),
         {"a": 0, "b": 1, "c": 2},
         lambda: pytest.fail("the encoder was loaded although no item is missing"),
-        ALONE,
+        SINGLE_RANK,
         lambda *_: None,
     )
 
@@ -95,7 +95,7 @@ def test_interrupted_fill_continues_with_missing_items(tmp_path: Path, monkeypat
         return item(number)
 
     with pytest.raises(KeyboardInterrupt):
-        fill(TensorCache(tmp_path), work, lambda: encode_until_interrupt, ALONE, lambda *_: None)
+        fill(TensorCache(tmp_path), work, lambda: encode_until_interrupt, SINGLE_RANK, lambda *_: None)
     encoded: list[int] = []
     cache = TensorCache(tmp_path)
 
@@ -103,7 +103,7 @@ def test_interrupted_fill_continues_with_missing_items(tmp_path: Path, monkeypat
         encoded.append(number)
         return item(number)
 
-    fill(cache, work, lambda: encode, ALONE, lambda *_: None)
+    fill(cache, work, lambda: encode, SINGLE_RANK, lambda *_: None)
     assert encoded == [2, 3, 4]
     assert [float(cache.get(key)["mean"][0]) for key in work] == [0.0, 1.0, 2.0, 3.0, 4.0]
 

@@ -25,7 +25,7 @@ from finetune_trainer.models.family import Family
 from testing.trainer import tiny
 
 CPU = torch.device("cpu")
-ALONE = World(0, 1, 0, CPU)
+SINGLE_RANK = World(0, 1, 0, CPU)
 SQUARE = Shapes(tiny.RESOLUTION)
 VIEWS = [CropView(), CropView(flip=True)]
 
@@ -50,7 +50,7 @@ def silent(done: int, of: int) -> None:
 
 
 def latent_cache(folder: Path, family: Family, hashes: FileHashes, source: SampleSource) -> LatentCache:
-    scan = scan_images(len(source), source.open, folder, hashes, ALONE, silent)
+    scan = scan_images(len(source), source.open, folder, hashes, SINGLE_RANK, silent)
     return LatentCache(LatentStore(folder, family, hashes, SQUARE), scan.ids)
 
 
@@ -58,7 +58,7 @@ def test_cached_latents_equal_live_latents(
     family: Family, source: SampleSource, hashes: FileHashes, tmp_path: Path
 ) -> None:
     cached = latent_cache(tmp_path, family, hashes, source)
-    cached.fill(source, VIEWS, ALONE, silent)
+    cached.fill(source, VIEWS, SINGLE_RANK, silent)
     live = LiveLatents(family.load_image_encoder(CPU), source, SQUARE)
     for index in range(len(source)):
         for view in VIEWS:
@@ -71,7 +71,7 @@ def test_cached_latents_equal_live_latents(
 def test_embeddings_equal_those_of_the_pipeline(family: Family, base: Path, hashes: FileHashes, tmp_path: Path) -> None:
     text = TextCache(tmp_path, family, hashes, torch.float32)
     captions = ["picture 1", "", "picture 1", "a caption of many more letters than the encoder takes"]
-    text.fill(captions, ALONE, silent)
+    text.fill(captions, SINGLE_RANK, silent)
     hidden = text.get(captions)["hidden"]
     pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     expected, _ = pipeline.encode_prompt(captions, CPU, 1, do_classifier_free_guidance=False)
@@ -83,9 +83,9 @@ def test_samples_do_not_depend_on_the_batch_size(
     family: Family, source: SampleSource, hashes: FileHashes, tmp_path: Path
 ) -> None:
     text = TextCache(tmp_path, family, hashes, torch.float32)
-    text.fill([source.caption(index) for index in range(len(source))], ALONE, silent)
+    text.fill([source.caption(index) for index in range(len(source))], SINGLE_RANK, silent)
     latents = latent_cache(tmp_path, family, hashes, source)
-    latents.fill(source, VIEWS, ALONE, silent)
+    latents.fill(source, VIEWS, SINGLE_RANK, silent)
     maker = BatchMaker(source, latents, text, family, Draws(3), Augmentation(False, True), CPU, SQUARE)
     refs = [SampleRef(epoch, index) for epoch in range(2) for index in range(3)]
     batch = maker.make(refs)

@@ -27,12 +27,12 @@ from testing.trainer.ranks import Ranks
 
 pytestmark = pytest.mark.trainer
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
+SINGLE_RANK = World(0, 1, 0, torch.device("cpu"))
 
 
 def scan_source(source: SampleSource, folder: Path) -> ImageScan:
     hashes = FileHashes(folder / "hashes.json")
-    return scan_images(len(source), source.open, folder, hashes, ALONE, lambda *_: None)
+    return scan_images(len(source), source.open, folder, hashes, SINGLE_RANK, lambda *_: None)
 
 
 @pytest.fixture(name="damaged")

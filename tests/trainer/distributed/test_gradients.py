@@ -19,7 +19,7 @@ from finetune_trainer.distributed.world import World
 
 BuildGradients = Callable[[list[nn.Parameter], torch.device], Gradients]
 CPU = torch.device("cpu")
-ALONE = World(0, 1, 0, CPU)
+SINGLE_RANK = World(0, 1, 0, CPU)
 
 
 @given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=30), limit=st.integers(1, 120))
@@ -55,7 +55,7 @@ def test_passes_of_a_step_are_summed(network: nn.Module, make: BuildGradients) -
         for _ in range(num_passes):
             torch.autograd.backward(network(inputs).sum())
             gradients.signals[Signal.SAMPLES] += 4
-        gradients.reduce(ALONE)
+        gradients.reduce(SINGLE_RANK)
         for parameter, gradient in zip(parameters, expected, strict=True):
             torch.testing.assert_close(parameter.grad, num_passes * gradient)
         assert gradients.signals.tolist() == [0, 4 * num_passes, 0, 0]
@@ -68,7 +68,7 @@ def test_clear_drops_earlier_passes(network: nn.Module, make: BuildGradients) ->
     gradients.clear()
     inputs = torch.randn(4, 3)
     torch.autograd.backward(network(inputs).sum())
-    gradients.reduce(ALONE)
+    gradients.reduce(SINGLE_RANK)
     expected = torch.autograd.grad(network(inputs).sum(), parameters)
     torch.testing.assert_close([parameter.grad for parameter in parameters], list(expected))
 
@@ -78,10 +78,10 @@ def test_parameters_without_backward_have_zero_gradients(network: nn.Module, mak
     assert isinstance(network, nn.Sequential)
     gradients = make(list(network.parameters()), CPU)
     torch.autograd.backward(network(torch.randn(4, 3)).sum())
-    gradients.reduce(ALONE)
+    gradients.reduce(SINGLE_RANK)
     gradients.clear()
     torch.autograd.backward(network[0](torch.randn(4, 3)).sum())
-    gradients.reduce(ALONE)
+    gradients.reduce(SINGLE_RANK)
     for parameter in network[1].parameters():
         assert parameter.grad is not None
         assert not parameter.grad.any()
@@ -93,7 +93,7 @@ def test_norm_excludes_signals(network: nn.Module, make: BuildGradients) -> None
     gradients = make(parameters, CPU)
     torch.autograd.backward(network(torch.randn(4, 3)).sum())
     gradients.signals[Signal.LOSS] = 1e9
-    gradients.reduce(ALONE)
+    gradients.reduce(SINGLE_RANK)
     expected = norm_of(parameters)
     torch.testing.assert_close(gradients.norm(), expected)
     gradients.scale(0.25)

@@ -48,7 +48,7 @@ class HeartbeatSender:
         self._tried = asyncio.Event()
         self.due = asyncio.Event()
         """Set this to send the next heartbeat at once."""
-        self.heard_at = -math.inf
+        self.last_reply_at = -math.inf
         """Time of the last reply, by the event loop's clock."""
 
     async def run(self) -> None:
@@ -86,6 +86,6 @@ class HeartbeatSender:
         if self._is_unreachable:
             log("the coordinator answers again")
         self._is_unreachable = False
-        self.heard_at = loop.time()
+        self.last_reply_at = loop.time()
         self._seconds = reply.beat_seconds or self._config.beat_seconds
         self._obey(reply)

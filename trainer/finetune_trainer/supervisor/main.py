@@ -77,7 +77,7 @@ class Supervisor:
             loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         self._starter = await RankStarter.prepare(self._command, self._share_cores()[0], self._heartbeats.due.set)
         if self._config.is_standby:
-            self._heartbeats.heard_at = loop.time()
+            self._heartbeats.last_reply_at = loop.time()
             read_ahead(self._config.model_base)
         else:
             await self._start_ranks()
@@ -130,7 +130,7 @@ class Supervisor:
 
     async def _wait_for_world(self) -> None:
         """Wait for the next transition. Stop when no coordinator has answered for too long."""
-        left = self._heartbeats.heard_at + self._config.hold_seconds - asyncio.get_running_loop().time()
+        left = self._heartbeats.last_reply_at + self._config.hold_seconds - asyncio.get_running_loop().time()
         if left <= 0:
             self._feed(Input.HOLD_EXPIRED)
             return

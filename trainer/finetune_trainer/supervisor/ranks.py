@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import MAX_LAST_WORDS, RankEnd, RankReport, RankState
+from finetune_contract.heartbeat import MAX_LAST_OUTPUT, RankEnd, RankReport, RankState
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import CoreShare, ccl_environment, thread_environment
 from finetune_trainer.supervisor.forks import ForkClient, ForkedProcess, NotForkedError, module_of
@@ -83,7 +83,7 @@ class RankProcess:
         _, unfinished = await asyncio.wait(readers, timeout=DRAIN_SECONDS)
         for reader in unfinished:
             reader.cancel()
-        last_output = "\n".join(self._stderr)[-MAX_LAST_WORDS:]
+        last_output = "\n".join(self._stderr)[-MAX_LAST_OUTPUT:]
         code = code if code >= 0 else 128 - code
         code = true_exit_code(code, self.report.state, was_terminated=self._was_terminated)
         self.end = RankEnd(rank=self.rank, exit_code=code, last_words=last_output)

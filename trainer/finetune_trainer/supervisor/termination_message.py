@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import MAX_LAST_WORDS, RankEnd, Termination
+from finetune_contract.heartbeat import MAX_LAST_OUTPUT, RankEnd, Termination
 
 MAX_MESSAGE_BYTES = 4096
 """Maximum size of a termination message in Kubernetes."""
@@ -56,7 +56,7 @@ def write_termination(path: Path | None, termination: Termination) -> None:
 
 def fit(termination: Termination) -> str:
     """Render as JSON within the size limit: first shorten the output of the ranks, then drop the last ends."""
-    keep = MAX_LAST_WORDS
+    keep = MAX_LAST_OUTPUT
     ends = termination.ends
     while True:
         cut = tuple(end.model_copy(update={"last_words": _tail(end.last_words, keep)}) for end in ends)

@@ -32,7 +32,7 @@ from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
 
-DEAD_SECONDS = 400.0
+UNRESPONSIVE_SECONDS = 400.0
 """A watch or a reconcile without any activity for longer does not recover without a restart."""
 STALE_SECONDS = 200.0
 """The cache of a watch without any response for longer is out of date."""
@@ -110,8 +110,8 @@ class LeaderTerm:
 
     def is_alive(self, now: float) -> bool:
         """Return whether all tasks make progress."""
-        listening = all(now - reflector.last_activity_at < DEAD_SECONDS for reflector in self._reflectors)
-        return not self.active or (listening and self._workers.longest_reconcile_seconds(now) < DEAD_SECONDS)
+        listening = all(now - reflector.last_activity_at < UNRESPONSIVE_SECONDS for reflector in self._reflectors)
+        return not self.active or (listening and self._workers.longest_reconcile_seconds(now) < UNRESPONSIVE_SECONDS)
 
     def is_fresh(self, now: float) -> bool:
         """Return whether the caches are up to date."""

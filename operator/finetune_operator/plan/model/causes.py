@@ -191,11 +191,11 @@ def find_silent(view: View, since: datetime) -> Cause | None:
 
     None if no pod has sent a heartbeat since: then the coordinator was unreachable.
     """
-    heard = {rank for rank, received in view.beats.items() if received.received_at >= since}
+    reporting = {rank for rank, received in view.beats.items() if received.received_at >= since}
     gang = _gang(view, gang_complete=True)
-    silent = [facts for facts in gang if facts.node_rank not in heard and _should_send(facts.pod)]
+    silent = [facts for facts in gang if facts.node_rank not in reporting and _should_send(facts.pod)]
     # The end of a pod counts as a sign of life, too: its node reported it.
-    alive = heard or any(facts.pod is not None and has_ended(facts.pod) for facts in gang)
+    alive = reporting or any(facts.pod is not None and has_ended(facts.pod) for facts in gang)
     if not alive or not silent:
         return None
     return _cause(CauseRow(lambda _: True, _always(Reason.NODE_LOST)), silent[0], view)

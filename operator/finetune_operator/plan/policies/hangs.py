@@ -61,7 +61,7 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
 def _hung_at(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> datetime | None:
     """Return when the attempt counts as hung unless it makes progress; None if that cannot be determined."""
     # Heartbeats may arrive before the list shows their pods as running. Until then the status describes the pods.
-    if entry.progress_at is None or not view.reports or not view.all_up() or not _all_heard(view):
+    if entry.progress_at is None or not view.reports or not view.all_up() or not _all_send_heartbeats(view):
         return None
     if any(report.state in OVER for report in view.reports):
         return None
@@ -80,19 +80,19 @@ def _has_progressed(view: View, status: FineTuneJobStatus, entry: AttemptStatus)
 def _timeout_seconds(view: View, status: FineTuneJobStatus) -> float:
     if any(report.state not in AT_STEPS for report in view.reports):
         return view.settings.standstill_seconds
-    asked, tally = view.spec.recovery.hang_timeout, status.tally
-    if asked is not None:
-        return float(parse_seconds(asked))
+    timeout, tally = view.spec.recovery.hang_timeout, status.tally
+    if timeout is not None:
+        return float(parse_seconds(timeout))
     if tally.trained_steps == 0:
         return view.settings.standstill_seconds
     return max(MIN_SECONDS, STEPS * tally.trained_seconds / tally.trained_steps)
 
 
-def _all_heard(view: View) -> bool:
+def _all_send_heartbeats(view: View) -> bool:
     """Return whether every supervisor has sent a heartbeat lately. They continue to do so while their ranks hang."""
     limit = silence(view.observed, view.settings)
-    heard = [received for received in view.beats.values() if view.now < received.received_at + limit]
-    return len(heard) == view.num_nodes
+    recent = [received for received in view.beats.values() if view.now < received.received_at + limit]
+    return len(recent) == view.num_nodes
 
 
 def _cause(view: View, entry: AttemptStatus, slowest: RankReport) -> Cause:

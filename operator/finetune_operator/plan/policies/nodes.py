@@ -63,8 +63,8 @@ def _correct(pod: ObservedPod, observed: Observed, now: datetime, settings: Sett
         return pod
     silent_at = _silent_at(pod, observed, settings)
     silent = node.gone or silent_at is None or silent_at <= now
-    gone_at = _overdue_at(pod, node)
-    if silent and gone_at is not None and gone_at <= now:
+    overdue_at = _overdue_at(pod, node)
+    if silent and overdue_at is not None and overdue_at <= now:
         return None
     if silent and _is_lost(node):
         return replace(pod, reason=pod.reason or NODE_LOST)

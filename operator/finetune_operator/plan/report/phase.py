@@ -107,7 +107,7 @@ def _open(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
         phase, reason, message = _waiting(view, status, waiting_phase)
         return phase, reason, message + _end_of_wait(view, entry)
     if not view.reports:
-        return _unheard(view, status, entry, waiting_phase)
+        return _without_heartbeats(view, status, entry, waiting_phase)
     return _working_phase(view, entry, waiting_phase), *describe_activity(view, status)
 
 
@@ -182,7 +182,7 @@ def _waiting_reason(message: str) -> Reason:
     return Reason.UNSCHEDULABLE if message.startswith(UNSCHEDULABLE) else Reason.WAITING_FOR_PODS
 
 
-def _unheard(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waiting_phase: Phase) -> Line:
+def _without_heartbeats(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waiting_phase: Phase) -> Line:
     """Return the line of running pods without heartbeats: just started, operator restarted, or no coordinator."""
     if entry.training_at is not None and status.phase in (Phase.RUNNING, Phase.EXPORTING):
         return status.phase, status.reason or Reason.TRAINING, status.message or ""

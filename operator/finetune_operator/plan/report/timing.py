@@ -69,8 +69,8 @@ def _fault_began_at(view: View, entry: AttemptStatus) -> datetime | None:
     pod = next((pod for pod in view.pods.values() if pod.name == entry.pod), None)
     if pod is not None and (known := earliest((pod.finished_at, pod.deleted_at))) is not None:
         return known
-    heard = [received.received_at for received in view.beats.values() if received.beat.pod == entry.pod]
-    return heard[0] if heard else None
+    arrivals = [received.received_at for received in view.beats.values() if received.beat.pod == entry.pod]
+    return arrivals[0] if arrivals else None
 
 
 def _all_placed(view: View, _: AttemptStatus) -> bool:

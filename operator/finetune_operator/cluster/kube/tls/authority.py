@@ -64,14 +64,14 @@ class TlsMaterial:
     """The coordinator's certificate."""
     successor: KeyPair | None = None
     """The authority that signs next; it is already trusted."""
-    former: tuple[str, ...] = ()
+    previous: tuple[str, ...] = ()
     """Authorities that no longer sign and have not expired."""
 
     @property
     def bundle(self) -> str:
         """Authorities that supervisors trust, as PEM."""
         successor = [self.successor.certificate] if self.successor else []
-        return "".join([self.signer.certificate, *successor, *self.former])
+        return "".join([self.signer.certificate, *successor, *self.previous])
 
 
 def renew(material: TlsMaterial | None, hosts: tuple[str, ...], now: datetime) -> TlsMaterial:
@@ -82,7 +82,7 @@ def renew(material: TlsMaterial | None, hosts: tuple[str, ...], now: datetime) -
     renewed = _drop_expired(_rotate(material, now), now)
     if not _is_server_valid(renewed, hosts, now):
         renewed = TlsMaterial(
-            renewed.signer, new_certificate(renewed.signer, hosts, now), renewed.successor, renewed.former
+            renewed.signer, new_certificate(renewed.signer, hosts, now), renewed.successor, renewed.previous
         )
     return renewed
 
@@ -123,7 +123,7 @@ def to_secret(material: TlsMaterial) -> dict[str, str]:
         "tls.key": material.server.key,
         "signer.crt": material.signer.certificate,
         "signer.key": material.signer.key,
-        "former.crt": "".join(material.former),
+        "former.crt": "".join(material.previous),
     }
     if material.successor is not None:
         data |= {"successor.crt": material.successor.certificate, "successor.key": material.successor.key}
@@ -135,8 +135,8 @@ def from_secret(data: Mapping[str, str]) -> TlsMaterial | None:
     try:
         signer, server = _read_pair(data, "signer"), _read_pair(data, "tls")
         successor = _read_pair(data, "successor") if "successor.crt" in data else None
-        former = data.get("former.crt", "").encode()
-        certificates = x509.load_pem_x509_certificates(former) if former.strip() else []
+        previous = data.get("former.crt", "").encode()
+        certificates = x509.load_pem_x509_certificates(previous) if previous.strip() else []
         return TlsMaterial(signer, server, successor, tuple(_pem(certificate) for certificate in certificates))
     except (KeyError, ValueError, TypeError):
         return None
@@ -148,17 +148,17 @@ def _rotate(material: TlsMaterial, now: datetime) -> TlsMaterial:
     if successor is None:
         if not _needs_renewal(material.signer, now):
             return material
-        return TlsMaterial(material.signer, material.server, new_authority(now), material.former)
+        return TlsMaterial(material.signer, material.server, new_authority(now), material.previous)
     if now < successor.parsed.not_valid_before_utc + BACKDATE + OVERLAP:
         return material
-    return TlsMaterial(successor, material.server, None, (*material.former, material.signer.certificate))
+    return TlsMaterial(successor, material.server, None, (*material.previous, material.signer.certificate))
 
 
 def _drop_expired(material: TlsMaterial, now: datetime) -> TlsMaterial:
     valid = tuple(
-        pem for pem in material.former if x509.load_pem_x509_certificate(pem.encode()).not_valid_after_utc > now
+        pem for pem in material.previous if x509.load_pem_x509_certificate(pem.encode()).not_valid_after_utc > now
     )
-    if valid == material.former:
+    if valid == material.previous:
         return material
     return TlsMaterial(material.signer, material.server, material.successor, valid)
 

@@ -80,8 +80,8 @@ def _has_waited(view: View, ended: AttemptStatus) -> bool:
 
 
 def _shrink_after(spec: FineTuneJobSpec) -> timedelta:
-    asked = spec.recovery.shrink_after
-    return timedelta(seconds=parse_seconds(asked)) if asked else SHRINK_AFTER
+    value = spec.recovery.shrink_after
+    return timedelta(seconds=parse_seconds(value)) if value else SHRINK_AFTER
 
 
 def placed(view: View) -> list[ObservedPod]:

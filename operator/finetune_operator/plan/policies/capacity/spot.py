@@ -21,8 +21,8 @@ from finetune_operator.plan.policies.capacity import elastic
 def fallback_after(spec: FineTuneJobSpec) -> timedelta | None:
     """Return how long to wait for spot nodes; None: no limit, or the job does not request spot nodes."""
     spot = spec.recovery.spot
-    asked = spot.fallback_after if spot is not None else None
-    return timedelta(seconds=parse_seconds(asked)) if asked else None
+    value = spot.fallback_after if spot is not None else None
+    return timedelta(seconds=parse_seconds(value)) if value else None
 
 
 def fall_back(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
