@@ -1,4 +1,4 @@
-"""What each message advises, and the edits that follow the advice. `test_advice` applies them.
+"""The advice in each message, and the edits that follow it. `test_advice` applies them.
 
 A row maps parts of a message to edits of the refused manifest. Together the parts must cover the whole advice: a value
 or field that a message recommends and no edit tries fails the test.

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+from enum import Enum
 from typing import Any
 
 from finetune_operator.api.job import API_VERSION, KIND
 
 Document = dict[str, Any]
 
-REMOVED = object()
+
+class _Removed(Enum):
+    """Type of REMOVED. Its text is the same in every process: it is part of test names."""
+
+    REMOVED = "removed"
+
+
+REMOVED = _Removed.REMOVED
 """Value in a patch that removes the field."""
 
 

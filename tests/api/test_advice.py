@@ -42,13 +42,13 @@ def refusals(document: Document, settings: Settings = LOCAL) -> list[str]:
 
 
 def advice_in(message: str) -> str:
-    """Return the part of a message that says what to write instead."""
+    """Return the part of a message that contains the advice."""
     _, separator, advice = message.partition("; ")
     return EXPLANATION.sub(r"\1", advice) if separator else REPEATED_VALUE.sub("", message)
 
 
 def untried_words(message: str, advice: Advice) -> list[str]:
-    """Return the words of a message's advice that no edit covers."""
+    """Return the parts of the advice in a message that no edit covers."""
     rest = advice_in(message)
     for part in sorted(advice, key=len, reverse=True):
         assert part in rest, f"{part!r} is not part of {rest!r}"
