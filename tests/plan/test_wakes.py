@@ -1,4 +1,4 @@
-"""When the plan asks to reconcile again: for every policy with a wake time, a situation in which that time decides."""
+"""Times of the next reconcile: for every policy with a wake time, a situation in which that time decides."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _nodes() -> FakeCluster:
 
 @dataclass(frozen=True)
 class WakeScenario:
-    """A situation, and the delay until the next reconcile that a policy asks for in it."""
+    """A situation, and the delay until the next reconcile that a policy requests in it."""
 
     build: Callable[[], FakeCluster]
     delay_seconds: float | None
@@ -228,4 +228,4 @@ def test_policy_decides_when_to_reconcile_again(name: str, monkeypatch: pytest.M
     )
     monkeypatch.setattr(registry, "POLICIES", others)
     without = delay(cluster)
-    assert without is None or without > wanted, "another policy asks for the same time: the scenario proves nothing"
+    assert without is None or without > wanted, "another policy requests the same time, so the scenario proves nothing"

@@ -22,7 +22,7 @@ class ConditionType(StrEnum):
 
 
 CONDITIONS: dict[ConditionType, str] = {
-    ConditionType.ACCEPTED: "The spec can be run. If False, it is refused, and the message says what to write instead.",
+    ConditionType.ACCEPTED: "The spec can be run. If False, it is refused, and the message contains the remedy.",
     ConditionType.RUNNING: "All pods of the newest attempt are running and its ranks are working.",
     ConditionType.RECOVERING: "A loss of capacity or a failure ended an attempt, and the next one is not training yet.",
     ConditionType.COMPLETE: "All steps are trained and all outputs are written. Final.",
@@ -30,6 +30,6 @@ CONDITIONS: dict[ConditionType, str] = {
     ConditionType.SUSPENDED: "spec.suspend is true and the job has no pods.",
     ConditionType.NOTICE_TOO_SHORT: "A save takes longer than recovery.noticeSeconds: a preemption may lose the steps "
     "since the last checkpoint. Raise recovery.noticeSeconds if the capacity allows it, or use faster storage.",
-    ConditionType.CHECKPOINT_STALE: "Training continues, but no newer checkpoint can be written; the message says why.",
+    ConditionType.CHECKPOINT_STALE: "Training continues, but no newer checkpoint can be written; see the message.",
 }
 """Meaning of each condition if it is True."""

@@ -1,4 +1,4 @@
-"""Whether this operator manages a job: `spec.managedBy`, as in a batch/v1 Job."""
+"""Decides whether this operator manages a job: `spec.managedBy`, as in a batch/v1 Job."""
 
 from __future__ import annotations
 

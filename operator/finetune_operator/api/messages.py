@@ -172,7 +172,7 @@ def _without_quotes(value: object, kind: str) -> str | None:
 
 
 def _unknown(_error: ErrorDetails, path: str) -> str:
-    """Return the message for a field that is misspelt, at the wrong place, or a flag of the diffusers scripts."""
+    """Return the message for a field that is misspelt, in the wrong section, or a flag of the diffusers scripts."""
     parent, _, name = path.rpartition(".")
     known = list((_schema(parent) or {}).get("properties", {}))
     guess, flag = closest(to_camel(name), known), FLAGS.get(to_snake(name))

@@ -110,7 +110,7 @@ class ReasonDoc:
     meaning: str
     remedy: str
     counts_as: CountsAs | None = None
-    """What an attempt that ended for this reason counts as; None: neither."""
+    """How an attempt that ended for this reason counts: as preemption, as failure, or as neither (None)."""
     final: bool = False
     """Whether another attempt would fail, too: the job fails immediately."""
 

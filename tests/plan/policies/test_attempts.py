@@ -1,4 +1,4 @@
-"""Attempts begin one at a time, by raising `status.attempt`, once the previous attempt's pods are gone."""
+"""Attempts begin one at a time, by raising `status.attempt`, once the previous attempt's pods are deleted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When an attempt is marked as ended, when its cause is recorded, and that each end counts once."""
+"""An attempt is marked as ended, its cause is recorded, and each end counts once."""
 
 from __future__ import annotations
 

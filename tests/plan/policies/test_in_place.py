@@ -1,4 +1,4 @@
-"""Recovery in place: which pods are kept, which replies they get, and when the whole gang is replaced instead."""
+"""Recovery in place: which pods are kept, which replies they get, and when the complete gang is replaced instead."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_peer_that_fails_with_the_same_error_later_is_not_kept() -> None:
     wait_for_peers(cluster, 1)
     cluster.settle()
     assert cluster.job.status.attempts[0].reason == Reason.STORAGE_ERROR
-    # The back-off is over and the failed pod is gone, but rank 2 has not reported its end yet.
+    # The back-off is over and the failed pod is deleted, but rank 2 has not reported its end yet.
     cluster.pods.pop("circles-a1-n0", None)
     cluster.tick(8)
     cluster.settings = replace(cluster.settings, failure_backoff_seconds=1.0)

@@ -10,7 +10,7 @@ in between.
 
 The API server evaluates all rules on every write, writes of the status included; comparing complete specs there would
 cost more than the rest of the write. A write that changes `status.message` can only be a write of the status: an edit
-of the spec keeps the stored status, whatever status it contains, and a write of the status keeps the stored spec.
+of the spec keeps the stored status, even if it contains another one, and a write of the status keeps the stored spec.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FixedField:
 
     @property
     def message(self) -> str:
-        """Why the edit is refused and what to do instead; names the field."""
+        """Message: the field, the reason for the refusal and the remedy."""
         when = "after the job is created" if self.always else "after the first attempt has begun"
         return f"{self.name} cannot change {when}: {self.why}; {_ADVICE}"
 
