@@ -42,7 +42,7 @@ RUNNING = job(
                 "type": "Accepted",
                 "status": "True",
                 "reason": "Accepted",
-                "message": "the spec can be run",
+                "message": "the spec is valid and supported",
                 "lastTransitionTime": ago(minutes=14),
             },
             {"type": "Running", "status": "True", "reason": "Training", "lastTransitionTime": ago(minutes=5)},
@@ -94,13 +94,13 @@ FAILED = job(
     {
         "phase": "Failed",
         "reason": "MaxFailuresExceeded",
-        "message": "1 failure in all, 0 allowed",
+        "message": "1 failure in total, 0 allowed",
         "conditions": [
             {
                 "type": "Failed",
                 "status": "True",
                 "reason": "MaxFailuresExceeded",
-                "message": "1 failure in all, 0 allowed",
+                "message": "1 failure in total, 0 allowed",
                 "lastTransitionTime": ago(hours=5),
             }
         ],
@@ -160,7 +160,7 @@ EVENTS = [
     {
         "type": "Normal",
         "reason": "AttemptStarted",
-        "message": "attempt 1 begins",
+        "message": "attempt 1 started",
         "count": 1,
         "firstTimestamp": ago(minutes=14),
         "lastTimestamp": ago(minutes=14),

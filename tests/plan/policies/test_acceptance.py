@@ -157,7 +157,7 @@ def test_refusal_survives_operator_restart() -> None:
 
 def test_quota_delays_the_job_without_refusing_it() -> None:
     cluster = begun()
-    cluster.refusal = Refusal("Pod circles-a1-n0 was refused: exceeded quota")
+    cluster.refusal = Refusal("the API server refused pod circles-a1-n0: exceeded quota")
     decided = cluster.decide()
     assert decided.actions, "the creation is tried again"
     assert (decided.status.phase, decided.status.reason) == (Phase.QUEUED, Reason.FAILED_CREATE)
