@@ -171,7 +171,7 @@ def run_and_report(one: ClusterRun, chosen: list[str], wrong: list[str]) -> int:
     results = []
     for name in chosen:
         result = one.inject(name)
-        one.print_line(f"{name}: {result.seconds:.1f} s, {result.cause} {result.verdict}")
+        one.print_line(f"{name}: {result.seconds:.1f} s, {result.cause}: {result.verdict}")
         results.append(result)
     left = one.uninstall()
     one.print_line(f"uninstalled while a job ran: {'; '.join(left) or 'it trained to the end, and nothing is left'}")
