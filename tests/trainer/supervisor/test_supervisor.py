@@ -10,9 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +23,7 @@ from finetune_contract.spec import DatasetSpec, ModelSpec, TrainingSpec
 from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
 from finetune_trainer.supervisor.ranks import send_signal
 from testing.controlplane.process import wait_for
-
-DEADLINE_SECONDS = 20.0
-
-
-class FakeCoordinator:
-    """Records heartbeats and replies with what the test sets."""
-
-    def __init__(self) -> None:
-        self.beats: list[dict[str, Any]] = []
-        self.tokens: list[str | None] = []
-        self.reply = Reply()
-        self.changed = threading.Condition()
-        coordinator = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                with coordinator.changed:
-                    coordinator.beats.append(json.loads(body))
-                    coordinator.tokens.append(self.headers.get("Authorization"))
-                    coordinator.changed.notify_all()
-                answer = coordinator.reply.to_json().encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
-
-            def log_message(self, *_: object) -> None: ...
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def wait(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        with self.changed:
-            while True:
-                for beat in self.beats:
-                    if wanted(beat):
-                        return beat
-                assert self.changed.wait(deadline - time.monotonic()), f"no such heartbeat among {self.beats}"
+from tests.trainer.supervisor.fake_coordinator import DEADLINE_SECONDS, FakeCoordinator
 
 
 @pytest.fixture
