@@ -19,7 +19,7 @@ from finetune_contract.run_spec import RunSpec
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["testing.trainer.ranks_preload"])
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 240.0
 
 
 @dataclass
