@@ -33,8 +33,7 @@ from finetune_operator.plan.model import causes
 
 ROOT = Path(__file__).resolve().parents[1]
 API_TESTS = ("tests/api/test_validate.py", "tests/api/test_edits.py", "tests/api/test_advice.py")
-PLAN_TESTS = ("tests/plan/test_wakes.py", "tests/plan")
-"""The order matters: the first failure ends a run, and a missing wake-up time can make later tests slow."""
+PLAN_TESTS = ("tests/plan",)
 NOTICED, UNNOTICED = 1, 0
 """Exit codes of pytest: some tests failed; all passed."""
 
