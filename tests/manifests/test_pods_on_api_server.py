@@ -19,6 +19,8 @@ from tests.plan.fake_cluster import make_job
 SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="ca", cache_claim="cache")
 STORAGE = {"storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}}}
 WAIT_SECONDS = 60.0
+PAIR = "test/pair"
+"""Label of the two nodes of one test."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpu": {"topology": {"accelerator": "gpu"}},
@@ -114,18 +116,24 @@ def test_restricted_namespace_refuses_host_path(control_plane: ControlPlane, res
 
 
 @pytest.fixture(params=SPOT_LABELS, ids=lambda label: str(label[0]))
-def spot_node(control_plane: ControlPlane, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A provider's spot node and an ordinary node."""
+def spot_node(control_plane: ControlPlane, request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """A provider's spot node and an ordinary node, both with the label PAIR of this provider."""
     key, value = request.param
-    (plain,) = control_plane.add_nodes(1, prefix="plain")
+    pair = key.replace("/", ".")
+    (plain,) = control_plane.add_nodes(1, prefix="plain", labels={PAIR: pair})
     taint = {"key": key, "value": value, "effect": "NoSchedule"}
-    (spot,) = control_plane.add_nodes(1, prefix="spot", labels={key: value}, taints=[taint])
-    yield spot
+    (spot,) = control_plane.add_nodes(1, prefix="spot", labels={key: value, PAIR: pair}, taints=[taint])
+    yield spot, pair
     control_plane.delete_nodes([plain, spot])
 
 
-def test_spot_job_is_scheduled_on_spot_nodes(control_plane: ControlPlane, namespace: str, spot_node: str) -> None:
-    job = job_in(namespace, recovery={"spot": {}}, checkpoint={})
+def test_spot_job_is_scheduled_on_spot_nodes(
+    control_plane: ControlPlane, namespace: str, spot_node: tuple[str, str]
+) -> None:
+    spot, pair = spot_node
+    # The scheduler may not have noticed yet that the nodes of the previous provider are deleted.
+    template = {"spec": {"nodeSelector": {PAIR: pair}}}
+    job = job_in(namespace, recovery={"spot": {}}, checkpoint={}, podTemplate=template)
     api, path = control_plane.api, f"/api/v1/namespaces/{namespace}/pods"
     for node_rank in range(2):
         api.create(path, build_pod(job, 1, node_rank, Settings()))
@@ -133,4 +141,4 @@ def test_spot_job_is_scheduled_on_spot_nodes(control_plane: ControlPlane, namesp
     def nodes() -> set[str]:
         return {pod["spec"].get("nodeName") for pod in api.get(path)["items"]}
 
-    wait_for("the pods are on the spot node", lambda: nodes() == {spot_node}, WAIT_SECONDS)
+    wait_for("the pods are on the spot node", lambda: nodes() == {spot}, WAIT_SECONDS)
