@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 
+from testing.controlplane.api import Api, ControlPlaneApiError
 from testing.controlplane.build import ALL_MODULES, HELM, ensure_programs
 from testing.controlplane.server import ControlPlane
 
@@ -48,7 +50,37 @@ def pytest_runtest_makereport(
         exited = any(program.has_exited for program in control_plane.programs)
         text = control_plane.tails() if exited else str(control_plane.folder / "logs")
         report.sections.append(("control plane", text))
+        if not exited:
+            report.sections.append(("objects", dump(control_plane.api, item.funcargs.get("namespace"))))
     return report
+
+
+def dump(api: Api, namespace: str | None) -> str:
+    """Return one line for each node, and for each pod and event of a namespace: what a failed test saw."""
+    try:
+        lines = [_describe_node(node) for node in api.get("/api/v1/nodes")["items"]]
+        if namespace is not None:
+            path = f"/api/v1/namespaces/{namespace}"
+            lines += [_describe_pod(pod) for pod in api.get(f"{path}/pods")["items"]]
+            lines += [f"event {event['reason']}: {event['message']}" for event in api.get(f"{path}/events")["items"]]
+    except (OSError, ControlPlaneApiError) as error:
+        return f"cannot read the objects: {error}"
+    return "\n".join(lines)
+
+
+def _describe_node(node: dict[str, Any]) -> str:
+    taints = [f"{taint['key']}:{taint['effect']}" for taint in node["spec"].get("taints", [])]
+    return f"node {node['metadata']['name']} {_conditions(node)} taints={taints}"
+
+
+def _describe_pod(pod: dict[str, Any]) -> str:
+    where, phase = pod["spec"].get("nodeName"), pod["status"].get("phase")
+    return f"pod {pod['metadata']['name']} {phase} on {where} {_conditions(pod)}"
+
+
+def _conditions(manifest: dict[str, Any]) -> str:
+    conditions = manifest["status"].get("conditions", [])
+    return ", ".join(f"{c['type']}={c['status']} ({c.get('message') or c.get('reason')})" for c in conditions)
 
 
 @pytest.fixture(scope="session")

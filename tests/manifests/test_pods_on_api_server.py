@@ -18,7 +18,7 @@ from tests.plan.fake_cluster import make_job
 
 SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="ca", cache_claim="cache")
 STORAGE = {"storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}}}
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 120.0
 PAIR = "test/pair"
 """Label of the two nodes of one test."""
 
