@@ -53,7 +53,8 @@ from statistics import mean
 
 from finetune_contract.interval import auto_seconds, estimate_mtbf_seconds
 from finetune_contract.phase import Phase
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.types import ObservedPod
 from testing.measure.report import finish
 from testing.simulated.cluster import SIMULATED, SimulatedCluster

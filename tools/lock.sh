@@ -11,10 +11,11 @@ compile() { # NAME, then one --extra per extra
 compile dev --extra operator --extra trainer --extra dev "$@"
 # The images use the versions that the tests use.
 compile operator --extra operator --constraint requirements/dev.txt "$@"
-compile trainer --extra trainer --constraint requirements/dev.txt "$@"
+compile trainer --extra trainer --extra trackers --constraint requirements/dev.txt "$@"
+compile trainer-cuda --extra trainer --extra trackers --extra cuda --constraint requirements/dev.txt "$@"
 # With Intel's last pair, which needs an older torch.
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-    --no-emit-find-links --no-annotate --no-header pyproject.toml --extra trainer requirements/ipex.in \
-    -o requirements/trainer-ipex.txt >/dev/null
+    --no-emit-find-links --no-annotate --no-header pyproject.toml --extra trainer --extra trackers \
+    requirements/ipex.in -o requirements/trainer-ipex.txt >/dev/null
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header requirements/bootstrap.in -o requirements/bootstrap.txt >/dev/null

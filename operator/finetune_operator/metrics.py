@@ -17,7 +17,8 @@ from prometheus_client.registry import Collector
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import AttemptStatus, CheckpointStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.client import ApiError
 from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.cluster.protocol import JobKey

@@ -51,7 +51,7 @@ def pytest_runtest_makereport(
         text = control_plane.tails() if exited else str(control_plane.folder / "logs")
         report.sections.append(("control plane", text))
         if not exited:
-            report.sections.append(("objects", dump(control_plane.api, item.funcargs.get("namespace"))))
+            report.sections.append(("objects", dump(control_plane.api, getattr(item, "funcargs", {}).get("namespace"))))
     return report
 
 

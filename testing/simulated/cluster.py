@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Reply
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.settings import Settings
 from testing.simulated.engine import Engine
 from testing.simulated.kubelet import Kubelets

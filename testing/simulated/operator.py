@@ -12,7 +12,8 @@ from functools import partial
 from typing import TypeVar
 
 from finetune_contract.heartbeat import Heartbeat, Reply
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.cluster.reconcile import ReconcileResult, reconcile
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity

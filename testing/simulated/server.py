@@ -14,7 +14,8 @@ from typing import Any
 
 from finetune_contract import environment
 from finetune_operator.api import labels
-from finetune_operator.api.job import Capacity, FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import Capacity, FineTuneJobStatus
 from finetune_operator.cluster.protocol import ConflictError
 from finetune_operator.plan.model.types import HEALTHY, Manifest, ObservedNode, ObservedPod, PodPhase
 from testing.simulated.engine import Engine

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune_contract.spec import ModelSpec, TrainingSpec
+from finetune_contract.input_spec import ModelSpec
+from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.methods.method import Method, MethodContext

@@ -17,7 +17,8 @@ from finetune_operator.manifests.resources import parse_quantity
 from finetune_operator.plan.policies.acceptance import GAPS, NO_STORAGE, find_unsupported
 from finetune_operator.settings import Settings
 from tests.api.advice import ADVICE, FLAG_VALUES, STORAGES, UNSUPPORTED, Advice, Edit, Unsupported
-from tests.api.bad_manifests import BAD, BadManifest
+from tests.api.bad_manifest import BadManifest
+from tests.api.bad_manifests import BAD
 from tests.api.manifests import FULL, GOOD, REMOVED, SMALLEST, Document, patched
 from tests.api.test_edits import CHANGES
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from finetune_contract.spec import SpecModel
+from finetune_contract.spec_model import SpecModel
 from finetune_operator.api import crd, yaml_text
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import MAX_JOB_NAME

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from finetune_contract.phase import Phase
 from finetune_operator.api import crd, yaml_text
-from finetune_operator.api.job import (
-    API_VERSION,
+from finetune_operator.api.job import API_VERSION
+from finetune_operator.api.rules import edits
+from finetune_operator.api.rules.spec import RULES
+from finetune_operator.api.status import (
     AttemptStatus,
     CheckpointStatus,
     Condition,
@@ -21,13 +23,12 @@ from finetune_operator.api.job import (
     OutputStatus,
     TallyStatus,
 )
-from finetune_operator.api.rules import edits
-from finetune_operator.api.rules.spec import RULES
 from finetune_operator.api.validate import InvalidJob, Problem, parse_job
 from testing.controlplane.api import Api, ControlPlaneApiError
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import ControlPlane, KubectlError
-from tests.api.bad_manifests import BAD, BadManifest
+from tests.api.bad_manifest import BadManifest
+from tests.api.bad_manifests import BAD
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
 from tests.api.random_jobs import documents, valid_edits
 from tests.api.test_edits import ALLOWED, CHANGES

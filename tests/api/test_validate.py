@@ -10,7 +10,8 @@ from finetune_contract.spec import Method
 from finetune_operator.api.job import Accelerator, FineTuneJob
 from finetune_operator.api.rules.spec import RULES
 from finetune_operator.api.validate import InvalidJob, Problem, broken_rules, parse_job
-from tests.api.bad_manifests import BAD, BadManifest
+from tests.api.bad_manifest import BadManifest
+from tests.api.bad_manifests import BAD
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
 
 

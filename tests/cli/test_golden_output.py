@@ -12,8 +12,8 @@ import pytest
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.crd import COLUMNS as CRD_COLUMNS
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cli.commands import get
 from finetune_operator.cli.commands.describe import LocalDetails, format_description
 from finetune_operator.cli.output import changes, formatting, summary

@@ -17,7 +17,8 @@ import pytest
 
 from finetune_contract.phase import Phase
 from finetune_operator.api import crd, yaml_text
-from finetune_operator.api.job import API_VERSION, KIND, FineTuneJobStatus
+from finetune_operator.api.job import API_VERSION, KIND
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cluster.kube.client.events import build_event
 from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.server import ControlPlane

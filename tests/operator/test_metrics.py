@@ -6,7 +6,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from finetune_contract.phase import Phase
-from finetune_operator.api.job import AttemptSeconds, AttemptStatus, CheckpointStatus, FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import AttemptSeconds, AttemptStatus, CheckpointStatus, FineTuneJobStatus
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.metrics import AttemptCounters, job_metrics
 from testing.operator.harness import build_job

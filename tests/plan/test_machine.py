@@ -16,8 +16,8 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import CommittedCheckpoint, RankEnd
 from finetune_contract.phase import FINISHED, Phase
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan import plan
 from finetune_operator.plan.model.conditions import is_true
 from finetune_operator.plan.model.types import Create, DeletePod, ObservedPod, Plan, PodPhase

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from finetune_contract.phase import FINISHED, Phase
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
 from finetune_operator.plan.model.view import members_of
 from testing.simulated.cluster import SimulatedCluster

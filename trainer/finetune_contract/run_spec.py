@@ -9,14 +9,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from finetune_contract.spec import (
-    CheckpointInterval,
-    DatasetSpec,
-    ModelSpec,
-    OutputSpec,
-    SpecModel,
-    TrainingSpec,
-)
+from finetune_contract.input_spec import DatasetSpec, ModelSpec
+from finetune_contract.spec import CheckpointInterval, OutputSpec, TrainingSpec
+from finetune_contract.spec_model import SpecModel
 
 
 class RunSpec(SpecModel):

@@ -1,4 +1,4 @@
-"""The parts of a FineTuneJob that the trainer reads, too: model, data set, training, outputs.
+"""The parts of a FineTuneJob that the trainer reads, too: training, checkpoints, outputs; see also `input_spec`.
 
 They are defined here, not in the operator, so that both sides share one definition. The operator's `api` composes them
 into the FineTuneJob and generates the CRD from it. Names are those of the diffusers flags in camelCase.
@@ -7,34 +7,15 @@ into the FineTuneJob and generates the CRD from it. Names are those of the diffu
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.alias_generators import to_camel
+from pydantic import Field
+
+from finetune_contract.spec_model import Argument, Location, Prompt, SpecModel, Word
 
 MAX_STEPS = 100_000_000
 """Most optimizer steps of a job."""
 MAX_SEED = 2**32 - 1
 """Largest seed: all generators that are used accept 32 bits."""
-
-
-class SpecModel(BaseModel):
-    """Base of everything that a user writes: camelCase in JSON, unknown fields refused, immutable."""
-
-    model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid", allow_inf_nan=False
-    )
-
-
-# Every string and list has a bound: the API server refuses CEL rules whose cost it cannot bound.
-Location = Annotated[str, Field(min_length=1, max_length=1024)]
-"""A hub id, path or URL."""
-Word = Annotated[str, Field(min_length=1, max_length=128)]
-"""A name: of a column, a split, a branch, a token."""
-Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
-"""Text that describes an image."""
-Argument = Annotated[str, Field(max_length=4096)]
-"""One argument of a command line; may be empty."""
 
 
 class Method(StrEnum):
@@ -134,53 +115,6 @@ class TrackerName(StrEnum):
     TENSORBOARD = "tensorboard"
     WANDB = "wandb"
     MLFLOW = "mlflow"
-
-
-class ModelSpec(SpecModel):
-    """The base model."""
-
-    base: Location = Field(description="Base model: hub id, folder, single-file checkpoint or s3:// URL")
-    revision: Word | None = Field(default=None, description="Branch, tag or commit on the hub")
-    variant: Word | None = Field(default=None, description="Weight variant of the base model, e.g. fp16")
-    config: Location | None = Field(
-        default=None,
-        description="Folder or hub id in diffusers' layout with the configuration of a single-file base; default: "
-        "detected "
-        "from the file and loaded from the hub",
-    )
-    vae: Location | None = Field(
-        default=None, description="VAE that replaces the one of the base model: hub id or folder"
-    )
-
-
-class Columns(SpecModel):
-    """Names of the data set's columns."""
-
-    image: Word = Field(default="image", description="Column that contains the image")
-    caption: Word = Field(default="text", description="Column that contains the caption")
-    conditioning: Word | None = Field(default=None, description="Column that contains ControlNet's conditioning image")
-
-
-class DatasetSpec(SpecModel):
-    """Images and captions to train on."""
-
-    source: Location = Field(
-        description="Data set: hub id, folder with metadata.jsonl, .jsonl, .parquet or .tar file, or s3:// URL"
-    )
-    split: Word = Field(default="train", description="Split of the data set to train on")
-    columns: Columns = Field(default=Columns(), description="Names of the columns")
-    max_samples: int | None = Field(
-        default=None, ge=1, le=2**53, description="Number of samples to use, from the start; default: all"
-    )
-    streaming: bool = Field(
-        default=False,
-        description="Read the samples sequentially from their source and keep only their latents and embeddings; for "
-        "data "
-        "sets that are too large to copy",
-    )
-    max_broken: int = Field(
-        default=0, ge=0, le=2**53, description="Maximum number of broken images to skip; more of them fail the job"
-    )
 
 
 class LoraSpec(SpecModel):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_contract.spec import Location, SpecModel
+from finetune_contract.spec_model import Location, SpecModel
 from finetune_operator.api.fields import ObjectName, Path
 
 

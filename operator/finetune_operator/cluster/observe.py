@@ -10,7 +10,7 @@ from typing import Any
 from finetune_contract.environment import PROCESSES_PER_NODE
 from finetune_contract.heartbeat import MAX_LAST_OUTPUT, RankEnd, Termination
 from finetune_operator.api import conditions, labels, names
-from finetune_operator.api.job import Capacity
+from finetune_operator.api.status import Capacity
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
 
 Json = Mapping[str, Any]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Protocol
 
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cluster.key import JobKey
 from finetune_operator.coordinator.beats import PodIdentity
 from finetune_operator.plan.model.types import Action, Event, Observed

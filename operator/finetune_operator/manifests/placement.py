@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_operator.api import labels
-from finetune_operator.api.job import Accelerator, Capacity, FineTuneJob
+from finetune_operator.api.job import Accelerator, FineTuneJob
+from finetune_operator.api.status import Capacity
 from finetune_operator.manifests.resources import GPU_RESOURCE
 from finetune_operator.manifests.run_spec import num_nodes
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.api.job import Accelerator, Capacity, FineTuneJob
+from finetune_operator.api.job import Accelerator, FineTuneJob
 from finetune_operator.api.labels import CAPACITY
 from finetune_operator.api.names import CONTAINER, pod_name, service_name
+from finetune_operator.api.status import Capacity
 from finetune_operator.manifests import layout
 from finetune_operator.manifests.env import PodSlot, build_env
 from finetune_operator.manifests.merge import MergeError, merge

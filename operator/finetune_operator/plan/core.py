@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan import registry
 from finetune_operator.plan.model.types import Action, Create, Observed, Plan
 from finetune_operator.plan.model.view import View, earliest

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_contract.heartbeat import CommittedCheckpoint, Heartbeat, RankEnd, RankReport, RankState
 from finetune_contract.phase import Phase
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.objects import KubeJob, KubePod
 from finetune_operator.cluster.kube.work.urgency import (
     GangReadiness,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model import ledger
 from finetune_operator.plan.model.revise import revise
 from tests.plan.fake_cluster import START, FakeCluster

@@ -8,8 +8,8 @@ import pytest
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import Condition
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import Condition
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.types import Refusal
 from finetune_operator.settings import Settings

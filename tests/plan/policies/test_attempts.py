@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from finetune_contract.interval import DEFAULT_MTBF_SECONDS
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.types import Create, DeletePod, PodPhase
 from tests.plan.fake_cluster import FakeCluster
 

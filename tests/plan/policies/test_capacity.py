@@ -10,8 +10,8 @@ import pytest
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import Order, RankEnd, RankState
 from finetune_contract.phase import Phase
-from finetune_operator.api.job import Capacity
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import Capacity
 from finetune_operator.manifests import global_batch
 from finetune_operator.plan.model.types import PodPhase
 from finetune_operator.plan.replies import reply_to

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from finetune_contract.exit_codes import ExitCode
-from finetune_operator.api.job import AttemptStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import AttemptStatus
 from tests.plan.fake_cluster import FakeCluster, last_words
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import CommittedCheckpoint, WrittenOutput
-from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.types import PodPhase
 from finetune_operator.plan.report.progress import MAX_WARNINGS
 from tests.plan.fake_cluster import START, FakeCluster, RankState, last_words, make_job

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finetune_contract.heartbeat import RankState
-from finetune_operator.api.job import AttemptSeconds
+from finetune_operator.api.status import AttemptSeconds
 from tests.plan.fake_cluster import FakeCluster, make_job, seconds
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from finetune_contract.spec import DatasetSpec, ModelSpec
+from finetune_contract.input_spec import DatasetSpec, ModelSpec
 from finetune_trainer.data.batches import Augmentation, BatchMaker
 from finetune_trainer.data.cache.encode import LatentCache, LatentStore, LiveLatents, TextCache
 from finetune_trainer.data.cache.image_scan import scan_images

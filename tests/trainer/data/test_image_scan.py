@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.spec import DatasetSpec
+from finetune_contract.input_spec import DatasetSpec
 from finetune_trainer.data.cache import encode, store
 from finetune_trainer.data.cache.image_scan import ImageScan, describe_broken, scan_images
 from finetune_trainer.data.hashes import FileHashes

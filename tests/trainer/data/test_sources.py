@@ -13,7 +13,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from finetune_contract.spec import Columns, DatasetSpec
+from finetune_contract.input_spec import Columns, DatasetSpec
 from finetune_trainer.data import sources
 from finetune_trainer.data.images.decoding import decode_sample
 from finetune_trainer.data.sources.folder import FolderStream, SampleRow, SampleRows

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.spec import Columns, DatasetSpec
+from finetune_contract.input_spec import Columns, DatasetSpec
 from finetune_trainer.data.batches import Batch, BatchMaker
 from finetune_trainer.data.cache.encode import SHARD_ITEMS
 from finetune_trainer.data.cache.stream_map import RowShare

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune_contract.spec import ModelSpec
+from finetune_contract.input_spec import ModelSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.models.base import open_base
 

@@ -14,7 +14,7 @@ from diffusers import ControlNetModel, StableDiffusionXLPipeline, UNet2DConditio
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from finetune_contract.spec import ModelSpec
+from finetune_contract.input_spec import ModelSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.images.decoding import CropView, micro_conditioning
 from finetune_trainer.methods.method import Method

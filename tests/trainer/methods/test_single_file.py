@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune_contract.spec import ModelSpec
+from finetune_contract.input_spec import ModelSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.original_names import original_name

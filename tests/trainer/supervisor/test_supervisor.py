@@ -18,8 +18,9 @@ import pytest
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState, Reply, Termination
+from finetune_contract.input_spec import DatasetSpec, ModelSpec
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import DatasetSpec, ModelSpec, TrainingSpec
+from finetune_contract.spec import TrainingSpec
 from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
 from finetune_trainer.supervisor.ranks import send_signal
 from testing.controlplane.process import wait_for

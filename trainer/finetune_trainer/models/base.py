@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune_contract.spec import ModelSpec
+from finetune_contract.input_spec import ModelSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.models.family import Family
 from finetune_trainer.models.single_file import SUFFIXES, convert

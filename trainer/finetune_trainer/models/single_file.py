@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from finetune_contract.spec import ModelSpec
+from finetune_contract.input_spec import ModelSpec
 from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.models.family import SingleFile
 

@@ -12,8 +12,9 @@ import re
 from collections import Counter
 from typing import Any
 
+from finetune_contract.input_spec import Columns
 from finetune_contract.methods import ADAPTER_METHODS, CONDITIONED_METHODS
-from finetune_contract.spec import CheckpointInterval, Columns, OutputFormat, Sharding
+from finetune_contract.spec import CheckpointInterval, OutputFormat, Sharding
 from finetune_operator.api.job import Accelerator, CpuBackend, ObjectMeta, TopologySpec
 from finetune_operator.api.names import MAX_JOB_NAME
 from finetune_operator.api.rules.forms import (

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_operator.api.job import AttemptStatus, Condition, FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.commands.get import find_job
 from finetune_operator.cli.errors import Exit

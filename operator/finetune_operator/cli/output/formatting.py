@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 
 from finetune_operator.api.duration import format_seconds
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import FineTuneJobStatus
 
 
 def pluralize(number: int, one: str, many: str | None = None) -> str:

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from finetune_contract.heartbeat import RankReport, RankState
 from finetune_contract.phase import Phase
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cli.output import changes, formatting
 from finetune_operator.cli.output.formatting import pluralize
 from finetune_operator.cluster.protocol import Clock

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import TextIO
 
 from finetune_contract.phase import Phase
-from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cli.output import changes
 from finetune_operator.cli.output.streams import write_flushed
 from finetune_operator.cluster.protocol import Clock

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune_contract.spec import DatasetSpec
+from finetune_contract.input_spec import DatasetSpec
 from finetune_operator.cli.manifest import is_hub_id, is_url
 
 METADATA = "metadata.jsonl"

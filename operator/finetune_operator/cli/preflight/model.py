@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune_contract.spec import ModelSpec
+from finetune_contract.input_spec import ModelSpec
 from finetune_operator.cli.manifest import is_hub_id, is_url
 
 PICKLES = (".pt", ".bin", ".pth")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Order, Reply
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cluster.kube.beats.interval import HeartbeatInterval
 from finetune_operator.cluster.kube.beats.store import JobHeartbeats
 from finetune_operator.cluster.kube.beats.tokens import BoundPod, TokenReviewer

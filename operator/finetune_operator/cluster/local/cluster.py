@@ -13,7 +13,8 @@ from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Reply
 from finetune_operator.api import labels
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cluster.local.files import Warn, read_or_recover, write_json
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.jobs import key_of, store_job, with_spec

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 
 from finetune_contract.heartbeat import RankState
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.view import View
 
 STATES = {

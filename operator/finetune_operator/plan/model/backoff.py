@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from datetime import datetime, timedelta
 
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import REGROUPS, CountsAs, Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.settings import Settings
 
 WITHOUT_DELAY = REGROUPS | {Reason.SUSPENDED}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.job import FineTuneJobStatus, TallyStatus
 from finetune_operator.api.reasons import REASONS, CountsAs, Reason
+from finetune_operator.api.status import FineTuneJobStatus, TallyStatus
 from finetune_operator.plan.model.causes import Cause
 from finetune_operator.plan.model.ledger import current, replace_current
 from finetune_operator.plan.model.revise import revise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import Condition, FineTuneJobStatus
+from finetune_operator.api.status import Condition, FineTuneJobStatus
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune_operator.api.job import AttemptStatus
 from finetune_operator.api.reasons import REASONS, Reason
+from finetune_operator.api.status import AttemptStatus
 
 MAX_OUTPUT_CHARACTERS = 300
 """Maximum length of the details in a message; the ledger contains the complete output of the rank."""

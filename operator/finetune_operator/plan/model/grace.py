@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState
-from finetune_operator.api.job import AttemptStatus
 from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.api.status import AttemptStatus
 from finetune_operator.plan.model.view import View, has_ended
 
 WITH_OWN_GRACE = frozenset({Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED})

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Termination
-from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.status import FineTuneJobStatus
 
 IMAGE_ERRORS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 """Prefixes of a container's waiting reason if its image cannot be pulled."""

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from finetune_contract.heartbeat import RankReport, RankState
 from finetune_contract.phase import FINISHED
-from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests.run_spec import num_nodes
 from finetune_operator.plan.model.types import Observed, ObservedPod, PodPhase, ReceivedHeartbeat
 from finetune_operator.settings import Settings

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.rules.supported import find_missing
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.api.validate import broken_rules
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.merge import MergeError

@@ -10,8 +10,8 @@ from datetime import datetime
 
 from finetune_contract.interval import estimate_mtbf_seconds
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
 from finetune_operator.plan.model import backoff, grace, ledger
 from finetune_operator.plan.model.closing import close

@@ -5,8 +5,8 @@ A job that fails repeatedly after the same step ends early: the step itself is a
 
 from __future__ import annotations
 
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.explain import count, explain_end, is_final
 from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.policy import Policy

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.grace import WITH_OWN_GRACE, all_ended_well, may_save, notice_expires_at
 from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.policy import Policy

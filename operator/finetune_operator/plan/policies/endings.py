@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.causes import BY_THE_CLUSTER, Cause, find_cause, find_silent
 from finetune_operator.plan.model.closing import record_cause
 from finetune_operator.plan.model.grace import SAVED_FOR

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from finetune_contract.phase import Phase
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.explain import count
 from finetune_operator.plan.model.policy import Policy

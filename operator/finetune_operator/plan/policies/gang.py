@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests import PodOptions, build_config, build_pod, build_service
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.ledger import open_attempt, open_entry, replace_current

@@ -11,8 +11,8 @@ from datetime import datetime, timedelta
 from finetune_contract import paths
 from finetune_contract.heartbeat import RankReport, RankState
 from finetune_operator.api.duration import parse_seconds
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.activity import describe_activity
 from finetune_operator.plan.model.causes import Cause
 from finetune_operator.plan.model.closing import record_cause

@@ -11,8 +11,8 @@ from __future__ import annotations
 from datetime import datetime
 
 from finetune_contract.exit_codes import HOLDABLE
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import REGROUPS, CountsAs, Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.grace import WITH_OWN_GRACE, may_save, notice_expires_at
 from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.policy import Policy

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import HEALTHY, DeletePod, Observed, ObservedNode, ObservedPod
 from finetune_operator.plan.model.view import ENDED, View, earliest

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.causes import Cause
 from finetune_operator.plan.model.closing import record_cause
 from finetune_operator.plan.model.ledger import open_attempt

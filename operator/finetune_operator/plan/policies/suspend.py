@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.policy import Policy

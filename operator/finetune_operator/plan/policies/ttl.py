@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import DeleteJob
 from finetune_operator.plan.model.view import View, is_finished

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.conditions import build, is_true, put
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View

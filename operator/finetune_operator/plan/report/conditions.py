@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.conditions import build, find, put
 from finetune_operator.plan.model.explain import explain_reason
 from finetune_operator.plan.model.policy import Policy

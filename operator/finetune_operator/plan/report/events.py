@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.explain import count, explain_end
 from finetune_operator.plan.model.types import Event

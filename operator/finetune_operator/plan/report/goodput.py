@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_operator.api.job import FineTuneJobStatus
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished

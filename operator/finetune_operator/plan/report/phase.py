@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import AttemptStatus, Condition, FineTuneJobStatus
 from finetune_operator.api.reasons import REGROUPS, Reason
+from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
 from finetune_operator.plan.model.activity import BEFORE_TRAINING, describe_activity, stage
 from finetune_operator.plan.model.causes import find_cause

@@ -14,8 +14,8 @@ from typing import TypeVar
 from finetune_contract.heartbeat import RankState
 from finetune_contract.phase import Phase
 from finetune_operator.api.duration import format_seconds
-from finetune_operator.api.job import AttemptStatus, CheckpointStatus, FineTuneJobStatus, OutputStatus
 from finetune_operator.api.reasons import CountsAs
+from finetune_operator.api.status import AttemptStatus, CheckpointStatus, FineTuneJobStatus, OutputStatus
 from finetune_operator.manifests import global_batch
 from finetune_operator.plan.model.ledger import account_lost_steps, current, replace_current
 from finetune_operator.plan.model.policy import Policy

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from finetune_contract.heartbeat import RankState
-from finetune_operator.api.job import AttemptSeconds, AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import AttemptSeconds, AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.ledger import current, replace_current
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise

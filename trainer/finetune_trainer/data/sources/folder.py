@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from finetune_contract.spec import Columns
+from finetune_contract.input_spec import Columns
 from finetune_trainer.data.hashes import hash_text
 from finetune_trainer.data.sources.base import missing_column
 from finetune_trainer.data.sources.filesystems import Filesystem, open_filesystem, unreadable_file

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from finetune_contract.bucket import is_bucket_url
-from finetune_contract.spec import DatasetSpec
+from finetune_contract.input_spec import DatasetSpec
 from finetune_trainer.data.sources.base import SampleSource
 from finetune_trainer.data.sources.filesystems import Filesystem, open_filesystem
 from finetune_trainer.data.sources.stream import Stream

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_contract.spec import DatasetSpec
+from finetune_contract.input_spec import DatasetSpec
 from finetune_trainer.data.sources import folder, hub, table
 from finetune_trainer.data.sources.base import SampleSource
 from finetune_trainer.data.sources.layout import DatasetLayout, SplitRequest

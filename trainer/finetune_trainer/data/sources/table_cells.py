@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from finetune_contract.spec import Columns
+from finetune_contract.input_spec import Columns
 from finetune_trainer.data.hashes import hash_text
 from finetune_trainer.data.sources.base import missing_column
 from finetune_trainer.data.sources.stream import ImageReader, StreamedRow

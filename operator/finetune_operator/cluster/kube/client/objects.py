@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from finetune_operator.api import conditions, labels, names, reasons
 from finetune_operator.api import job as api
-from finetune_operator.api.job import FineTuneJob, FineTuneJobStatus, ObjectMeta
+from finetune_operator.api.job import FineTuneJob, ObjectMeta
 from finetune_operator.api.managed import is_ours
+from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cluster.kube.client.client import Json
 from finetune_operator.cluster.kube.client.memory import compact
 from finetune_operator.cluster.observe import observe_pod

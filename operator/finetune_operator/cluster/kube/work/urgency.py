@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from finetune_contract.heartbeat import Heartbeat, RankReport, RankState
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.objects import KubeJob, KubePod
 from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.types import ObservedPod

@@ -10,8 +10,9 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from finetune_operator.api.duration import parse_seconds
-from finetune_operator.api.job import AttemptStatus, FineTuneJobSpec, FineTuneJobStatus
+from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.ledger import current, open_attempt

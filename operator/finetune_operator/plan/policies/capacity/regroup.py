@@ -9,8 +9,8 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from finetune_contract.heartbeat import RankState
-from finetune_operator.api.job import AttemptStatus, FineTuneJobStatus
 from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.explain import count

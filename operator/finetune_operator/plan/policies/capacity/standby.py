@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from finetune_operator.api.job import Capacity, FineTuneJobStatus
 from finetune_operator.api.names import MAX_NODES
+from finetune_operator.api.status import Capacity, FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
 from finetune_operator.plan.model.ledger import open_attempt, open_entry
 from finetune_operator.plan.model.policy import Policy

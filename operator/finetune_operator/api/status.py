@@ -1,0 +1,187 @@
+"""Status of a FineTuneJob: what the operator writes. `job` composes it with the spec."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from pydantic import Field
+
+from finetune_contract.phase import Phase
+from finetune_contract.spec_model import SpecModel
+from finetune_operator.api.fields import list_map
+
+
+class StatusModel(SpecModel):
+    """Base of the parts that the operator writes. Fields written by a newer operator are ignored, not refused."""
+
+    model_config = SpecModel.model_config | {"extra": "ignore"}
+
+
+class Condition(StatusModel):
+    """A Kubernetes condition."""
+
+    type: str = Field(description="Type of the condition")
+    status: str = Field(description="True, False or Unknown")
+    reason: str = Field(description="Reason in one CamelCase word")
+    message: str = Field(default="", description="Explanation for users")
+    last_transition_time: datetime = Field(description="Time of the last change of status")
+    observed_generation: int | None = Field(
+        default=None, description="Generation of the spec that the condition refers to"
+    )
+
+
+class CheckpointStatus(StatusModel):
+    """The newest committed and verified checkpoint."""
+
+    step: int = Field(description="Number of optimizer steps that it contains")
+    time: datetime = Field(description="Time of the commit")
+    bytes: int = Field(description="Size in bytes")
+    attempt: int | None = Field(default=None, description="Attempt that wrote it")
+    save_seconds: float | None = Field(default=None, description="Time from its step until it was durable, in seconds")
+    stall_seconds: float | None = Field(default=None, description="Time for which training paused for it, in seconds")
+
+
+class AttemptSeconds(StatusModel):
+    """Duration of each phase of a restart, in seconds. A phase that has not ended is absent."""
+
+    teardown: float | None = Field(
+        default=None, description="From the end of the previous attempt to the start of this one, back-off included"
+    )
+    queueing: float | None = Field(default=None, description="From the start until all pods had a node")
+    pulling: float | None = Field(default=None, description="From the end of queueing until all containers ran")
+    restoring: float | None = Field(default=None, description="From the end of pulling until the ranks began to train")
+    first_step: float | None = Field(
+        default=None, description="From the end of restoring until the first step was completed"
+    )
+    detection: float | None = Field(
+        default=None,
+        description="From the end of the attempt's first container until the operator observed it, if both are known",
+    )
+
+
+class Capacity(StrEnum):
+    """Kind of nodes that a pod requests."""
+
+    SPOT = "spot"
+    """Spot nodes only."""
+    ANY = "any"
+    """Spot nodes if available, otherwise any node."""
+
+
+class AttemptStatus(StatusModel):
+    """One entry of the ledger: the start, the progress and the end of an attempt."""
+
+    attempt: int = Field(description="Number of the attempt, from 1")
+    started_at: datetime = Field(description="Time of the decision to start it")
+    gang_complete: bool = Field(default=False, description="Whether all its pods have been observed")
+    pod_attempts: tuple[int, ...] = Field(
+        default=(),
+        exclude_if=lambda value: not value,
+        description="Attempt that created the pod of each node rank, if pods of earlier attempts were kept",
+    )
+    training_at: datetime | None = Field(default=None, description="Time at which its first step was completed")
+    progress_at: datetime | None = Field(default=None, description="Time of the last observed progress")
+    from_step: int | None = Field(default=None, description="Step that it restored")
+    to_step: int | None = Field(default=None, description="Last step that was observed to be completed")
+    nodes: int | None = Field(default=None, description="Number of its pods, if that is not maxNodes")
+    pod_ranks: tuple[int, ...] | None = Field(
+        default=None, description="Number in the pod's name for each node rank, if it differs from the node rank"
+    )
+    pod_nodes: tuple[str, ...] | None = Field(
+        default=None, description="Kubernetes node of each node rank's pod, while the attempt is running"
+    )
+    capacity: Capacity | None = Field(
+        default=None, description="Nodes that its new pods request; absent: as recovery.spot specifies"
+    )
+    mtbf_seconds: float | None = Field(
+        default=None,
+        description="Mean time between the job's interruptions at its start, in seconds, as its ranks received it",
+    )
+    next_nodes: int | None = Field(
+        default=None, description="Number of pods that the next attempt begins with, if the end of this one decided it"
+    )
+    ended_at: datetime | None = Field(default=None, description="Time at which its end was observed")
+    reason: str | None = Field(default=None, description="Reason of its end; see the reference of reasons")
+    counts_as: str | None = Field(default=None, description="Preemption or Failure; absent: neither")
+    rank: int | None = Field(default=None, description="First rank that was lost or failed")
+    pod: str | None = Field(default=None, description="Pod of that rank")
+    node: str | None = Field(default=None, description="Node of that pod")
+    exit_code: int | None = Field(default=None, description="Exit code of that rank")
+    message: str | None = Field(default=None, description="Last output of that rank")
+    seconds: AttemptSeconds = Field(default=AttemptSeconds(), description="Duration of each phase before training")
+    lost_steps: int | None = Field(default=None, description="Number of steps that the next attempt had to repeat")
+
+
+class OutputStatus(StatusModel):
+    """A completely written output."""
+
+    format: str = Field(description="File format")
+    to: str = Field(description="Location")
+    bytes: int = Field(description="Size in bytes")
+    sha256: str | None = Field(default=None, description="SHA-256 of the file, if it is a single file")
+
+
+class TallyStatus(StatusModel):
+    """Sums over all attempts; the ledger keeps only the newest ones."""
+
+    failures_since_checkpoint: int = Field(
+        default=0, description="Failures since the last new checkpoint; recovery.maxFailures limits them"
+    )
+    failed_step: int | None = Field(default=None, description="Last completed step of the last failed attempt")
+    failures_at_step: int = Field(default=0, description="Consecutive failures after that step")
+    trained_steps: int = Field(default=0, description="Observed optimizer steps, repeated ones included")
+    trained_seconds: float = Field(default=0, description="Time in which they were trained, in seconds")
+    step_time: datetime | None = Field(default=None, description="Time at which the newest step was observed")
+    suspended_seconds: float = Field(default=0, description="Time for which the job was suspended, in seconds")
+
+
+class FineTuneJobStatus(StatusModel):
+    """Observed state of the job."""
+
+    observed_generation: int | None = Field(
+        default=None, description="Generation of the spec that this status refers to"
+    )
+    phase: Phase | None = Field(default=None, description="Phase of the job")
+    reason: str | None = Field(default=None, description="Reason in one CamelCase word")
+    message: str | None = Field(default=None, description="Explanation for users")
+    conditions: tuple[Condition, ...] = Field(
+        default=(),
+        description="Conditions: Accepted, Running, Recovering, Complete, Failed, Suspended, NoticeTooShort, "
+        "CheckpointStale",
+        json_schema_extra=list_map("type"),
+    )
+    attempt: int = Field(
+        default=0, description="Number of the newest attempt; older attempts can no longer commit checkpoints"
+    )
+    step: int | None = Field(default=None, description="Completed optimizer steps")
+    total_steps: int | None = Field(default=None, description="Total number of optimizer steps")
+    progress: str | None = Field(default=None, description="Completed share of the steps, e.g. 40%")
+    eta: str | None = Field(default=None, description="Estimated time left, e.g. 4m10s")
+    loss: float | None = Field(default=None, description="Smoothed training loss")
+    images_per_second: float | None = Field(default=None, description="Images per second, of all ranks together")
+    last_checkpoint: CheckpointStatus | None = Field(default=None, description="Newest verified checkpoint")
+    checkpoint_interval_seconds: float | None = Field(
+        default=None,
+        description="Time between checkpoints in seconds; without an interval in the spec, derived from the cost of "
+        "a save "
+        "and the rate of interruptions",
+    )
+    corrupt_checkpoints: int | None = Field(
+        default=None, description="Number of corrupt checkpoints that were moved to a corrupt- folder"
+    )
+    nodes: str | None = Field(default=None, description="Running pods / requested pods, e.g. 3/4")
+    preemptions: int = Field(default=0, description="Attempts ended by a loss of capacity")
+    failures: int = Field(default=0, description="Attempts ended by an error of the program")
+    lost_steps: int = Field(default=0, description="Number of repeated steps")
+    goodput: float | None = Field(
+        default=None, description="Share of the time since the start that was spent on steps that were kept"
+    )
+    start_time: datetime | None = Field(default=None, description="Start of the first attempt")
+    completion_time: datetime | None = Field(default=None, description="End of the job")
+    attempts: tuple[AttemptStatus, ...] = Field(
+        default=(), description="The ledger: the newest attempts", json_schema_extra=list_map("attempt")
+    )
+    tally: TallyStatus = Field(default=TallyStatus(), description="Sums over all attempts")
+    warnings: tuple[str, ...] = Field(default=(), description="Warnings of the trainer, the newest last")
+    outputs: tuple[OutputStatus, ...] = Field(default=(), description="Written outputs")

@@ -1,0 +1,261 @@
+"""Invalid manifests whose fields exclude or require each other: one for each rule, with its message."""
+
+from __future__ import annotations
+
+from tests.api.bad_manifest import BadManifest
+from tests.api.manifests import REMOVED
+
+BAD_COMBINATIONS = (
+    # Rules about fields that exclude or require each other.
+    BadManifest("no-method", {"spec.training": {"steps": 5}}, "spec.training.method", "write e.g. method: LoRA"),
+    BadManifest(
+        "method-and-script", {"spec.training.script": {"path": "/x.py"}}, "spec.training.script", "leave script out"
+    ),
+    BadManifest(
+        "no-length", {"spec.training.steps": REMOVED}, "spec.training.steps", "write e.g. steps: 1000 or epochs: 10"
+    ),
+    BadManifest("steps-and-epochs", {"spec.training.epochs": 2}, "spec.training.epochs", "leave steps out, or"),
+    BadManifest(
+        "only-warm-up",
+        {"spec.training.lrWarmupSteps": 200, "spec.training.lrScheduler": "linear"},
+        "spec.training.lrWarmupSteps",
+        "write a number below steps",
+    ),
+    BadManifest(
+        "constant-warm-up",
+        {"spec.training.lrWarmupSteps": 10},
+        "spec.training.lrWarmupSteps",
+        "write lrScheduler: constant_with_warmup",
+    ),
+    BadManifest(
+        "lora-for-full", {"spec.training.method": "Full", "spec.training.lora": {}}, "spec.training.lora", "leave lora"
+    ),
+    BadManifest(
+        "lora-for-script", {"spec.training.lora": {"rank": 4}}, "spec.training.lora", "leave lora", base="script"
+    ),
+    BadManifest(
+        "dreambooth-for-lora",
+        {"spec.training.dreambooth": {"instancePrompt": "a dog"}},
+        "spec.training.dreambooth",
+        "write method: DreamBooth",
+    ),
+    BadManifest(
+        "dreambooth-without-prompt",
+        {"spec.training.method": "DreamBoothLoRA"},
+        "spec.training.dreambooth",
+        "write e.g. dreambooth: {instancePrompt",
+    ),
+    BadManifest(
+        "class-images-without-class",
+        {"spec.training.dreambooth.numClassImages": 300},
+        "spec.training.dreambooth.classPrompt",
+        "write e.g. classPrompt",
+        base="dreambooth",
+    ),
+    BadManifest(
+        "inversion-for-lora",
+        {"spec.training.textualInversion": {"placeholderToken": "<x>", "initializerToken": "toy"}},
+        "spec.training.textualInversion",
+        "leave textualInversion out",
+    ),
+    BadManifest(
+        "inversion-without-token",
+        {"spec.training.method": "TextualInversion"},
+        "spec.training.textualInversion",
+        "write e.g. textualInversion: {placeholderToken",
+    ),
+    BadManifest(
+        "token-from-itself",
+        {"spec.training.textualInversion.initializerToken": "<cat-toy>"},
+        "spec.training.textualInversion.initializerToken",
+        "write a word that the text encoder knows",
+        base="textual-inversion",
+    ),
+    BadManifest(
+        "controlnet-for-lora", {"spec.training.controlnet": {}}, "spec.training.controlnet", "leave controlnet out"
+    ),
+    BadManifest(
+        "controlnet-without-column",
+        {"spec.dataset.columns": REMOVED},
+        "spec.dataset.columns.conditioning",
+        "write e.g. columns: {conditioning:",
+        base="controlnet",
+    ),
+    BadManifest(
+        "streamed-crops", {"spec.dataset.streaming": True}, "spec.dataset.streaming", "write training.centerCrop: true"
+    ),
+    BadManifest(
+        "streamed-script",
+        {"spec.dataset.streaming": True},
+        "spec.dataset.streaming",
+        "leave streaming out",
+        base="script",
+    ),
+    BadManifest(
+        "one-column",
+        {"spec.dataset.columns": {"caption": "image"}},
+        "spec.dataset.columns.caption",
+        "contains the captions",
+    ),
+    BadManifest(
+        "condition-is-image",
+        {"spec.dataset.columns": {"conditioning": "image"}},
+        "spec.dataset.columns.conditioning",
+        "contains the conditioning images",
+    ),
+    BadManifest(
+        "empty-timestep-range",
+        {"spec.training.timestepBias": {"strategy": "range", "begin": 600, "end": 200}},
+        "spec.training.timestepBias.end",
+        "begin: 200 and end: 600",
+    ),
+    BadManifest(
+        "nothing-to-validate", {"spec.training.validation": {"steps": 5}}, "spec.training.validation.prompts", "write"
+    ),
+    BadManifest(
+        "validated-on-training-set",
+        {"spec.training.validation": {"split": "train"}},
+        "spec.training.validation.split",
+        "write the name of a held-out split",
+    ),
+    BadManifest(
+        "validation-of-script",
+        {"spec.training.validation": {"prompts": ["a dog"]}},
+        "spec.training.validation",
+        "leave validation out",
+        base="script",
+    ),
+    BadManifest(
+        "half-precision-on-cpu",
+        {"spec.topology.accelerator": "cpu", "spec.training.precision": "fp16"},
+        "spec.training.precision",
+        "write bf16 or fp32",
+    ),
+    BadManifest(
+        "8-bit-on-cpu",
+        {"spec.topology.accelerator": "cpu", "spec.training.optimizer": "adamw8bit"},
+        "spec.training.optimizer",
+        "write adamw, adafactor or prodigy",
+    ),
+    BadManifest("cpu-preset-on-gpu", {"spec.training.memoryPreset": "cpu"}, "spec.training.memoryPreset", "write auto"),
+    BadManifest(
+        "ccl-on-gpu", {"spec.topology.cpu": {"backend": "ccl"}}, "spec.topology.cpu.backend", "write accelerator: cpu"
+    ),
+    BadManifest("no-minimum", {"spec.topology.maxNodes": 4}, "spec.topology.minNodes", "write both, or write nodes"),
+    BadManifest("no-maximum", {"spec.topology.minNodes": 4}, "spec.topology.maxNodes", "write both, or write nodes"),
+    BadManifest(
+        "fixed-and-range",
+        {"spec.topology": {"nodes": 2, "minNodes": 1, "maxNodes": 4}},
+        "spec.topology.nodes",
+        "write nodes for a fixed number",
+    ),
+    BadManifest(
+        "range-backwards", {"spec.topology": {"minNodes": 4, "maxNodes": 2}}, "spec.topology.maxNodes", "at least min"
+    ),
+    BadManifest(
+        "other-number-of-gpus",
+        {"spec.topology": {"processesPerNode": 2, "resources": {"nvidia.com/gpu": 4}}},
+        "spec.topology.resources",
+        "as processesPerNode",
+    ),
+    BadManifest(
+        "gpus-on-cpu",
+        {"spec.topology": {"accelerator": "cpu", "resources": {"nvidia.com/gpu": "1"}}},
+        "spec.topology.resources",
+        "none on cpu",
+    ),
+    BadManifest(
+        "misspelt-resource", {"spec.topology.resources": {"memroy": "1Gi"}}, "spec.topology.resources", "write cpu, mem"
+    ),
+    BadManifest(
+        "no-quantity", {"spec.topology.resources": {"memory": "32GB"}}, "spec.topology.resources", "memory: 32Gi"
+    ),
+    BadManifest("negative-cpu", {"spec.topology.resources": {"cpu": -1}}, "spec.topology.resources", "memory: 32Gi"),
+    BadManifest("no-volume", {"spec.checkpoint.storage": {}}, "spec.checkpoint.storage", "e.g. persistentVolumeClaim"),
+    BadManifest(
+        "two-volumes",
+        {"spec.checkpoint.storage": {"hostPath": {"path": "/a"}, "nfs": {"server": "nfs", "path": "/a"}}},
+        "spec.checkpoint.storage",
+        "exactly one of",
+    ),
+    BadManifest(
+        "bucket-is-a-page",
+        {"spec.checkpoint.storage": {"bucket": {"url": "https://s3.example.com/models"}}},
+        "spec.checkpoint.storage.bucket.url",
+        "e.g. s3://models/checkpoints",
+    ),
+    BadManifest(
+        "endpoint-without-scheme",
+        {"spec.checkpoint.storage": {"bucket": {"url": "s3://models", "endpoint": "minio:9000"}}},
+        "spec.checkpoint.storage.bucket.endpoint",
+        "write e.g. https://minio.example.com",
+    ),
+    BadManifest(
+        "endpoint-for-none",
+        {"spec.checkpoint.storage": {"bucket": {"url": "gs://models", "endpoint": "https://minio.example.com"}}},
+        "spec.checkpoint.storage.bucket.endpoint",
+        "leave endpoint out",
+    ),
+    BadManifest(
+        "scratch-for-slices",
+        {"spec.training.method": "Full", "spec.training.sharding": "full", "spec.checkpoint.scratch": {}},
+        "spec.checkpoint.scratch",
+        "leave scratch out",
+    ),
+    BadManifest(
+        "scratch-size",
+        {"spec.checkpoint.scratch": {"sizeLimit": "50GB"}},
+        "spec.checkpoint.scratch.sizeLimit",
+        "write e.g. 50Gi",
+    ),
+    BadManifest(
+        "sharded-adafactor",
+        {"spec.training.method": "Full", "spec.training.sharding": "full", "spec.training.optimizer": "adafactor"},
+        "spec.training.sharding",
+        "write optimizer: adamw",
+    ),
+    BadManifest(
+        "sharded-lora",
+        {"spec.training.sharding": "full"},
+        "spec.training.sharding",
+        "only DreamBooth, Full and ControlNet support sharding",
+    ),
+    BadManifest(
+        "offload-of-no-slices",
+        {"spec.training.method": "Full", "spec.training.offload": "cpu"},
+        "spec.training.offload",
+        "write sharding: full",
+    ),
+    BadManifest(
+        "offload-on-cpu",
+        {
+            "spec.topology.accelerator": "cpu",
+            "spec.training.method": "Full",
+            "spec.training.sharding": "full",
+            "spec.training.offload": "cpu",
+        },
+        "spec.training.offload",
+        "leave offload out",
+    ),
+    BadManifest(
+        "two-intervals",
+        {"spec.checkpoint.interval": {"steps": 100, "seconds": 60}},
+        "spec.checkpoint.interval.seconds",
+        "leave steps out, leave seconds out",
+    ),
+    BadManifest(
+        "outputs-overwrite",
+        {"spec.outputs": [{"format": "webui", "to": "out"}, {"format": "kohya", "to": "out"}]},
+        "spec.outputs",
+        "write a different to for each",
+    ),
+    BadManifest(
+        "kohya-of-full",
+        {"spec.training.method": "Full", "spec.outputs": [{"format": "kohya", "to": "out"}]},
+        "spec.outputs",
+        "write format: diffusers",
+    ),
+    BadManifest(
+        "secret-twice", {"spec.secrets": [{"name": "a"}, {"name": "a"}]}, "spec.secrets", "write each Secret once"
+    ),
+)
