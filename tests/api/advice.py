@@ -123,6 +123,7 @@ ADVICE: dict[str, Advice] = {
     "text-for-rate": {"a number": {f"{T}.learningRate": 1}, "0.0001": {f"{T}.learningRate": 0.0001}},
     "fraction": {"an integer": {f"{T}.steps": 1}, "100": {f"{T}.steps": 100}},
     "quoted-rate": {"0.0001 without quotes": {f"{T}.learningRate": 0.0001}},
+    "rate-of-yaml-1.1": {"1.0e-4": {f"{T}.learningRate": 1.0e-4}},
     "quoted-bool": {"true without quotes": {f"{T}.ema": True}},
     "number-for-bool": {"true": {"spec.suspend": True}, "false": {"spec.suspend": False}},
     "number-for-text": {"a string, in quotes if it looks like a number or a boolean": {"spec.model.revision": "7"}},

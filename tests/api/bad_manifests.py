@@ -60,7 +60,13 @@ BAD_VALUES = (
     BadManifest("text-for-rate", {"spec.training.learningRate": "low"}, "spec.training.learningRate", "e.g. 0.0001"),
     BadManifest("fraction", {"spec.training.steps": 2.5}, "spec.training.steps", "must be of type integer"),
     BadManifest(
-        "quoted-rate", {"spec.training.learningRate": "1e-4"}, "spec.training.learningRate", "write 0.0001 without"
+        "quoted-rate", {"spec.training.learningRate": "0.0001"}, "spec.training.learningRate", "write 0.0001 without"
+    ),
+    BadManifest(
+        "rate-of-yaml-1.1",
+        {"spec.training.learningRate": "1e-4"},
+        "spec.training.learningRate",
+        "(YAML 1.1 reads a number without a decimal point as text); write 1.0e-4",
     ),
     BadManifest("quoted-bool", {"spec.training.ema": "yes"}, "spec.training.ema", "write true without quotes"),
     BadManifest("number-for-bool", {"spec.suspend": 1}, "spec.suspend", "write true or false"),

@@ -6,9 +6,11 @@ import json
 import signal
 import socket
 import subprocess
+import time
 
 import pytest
 
+from finetune_operator.cli.signals import REPEAT_SECONDS, StopRequests
 from finetune_operator.cluster.local import jobs
 from tests.cli.harness import FINETUNE, KEY, PATIENCE_SECONDS, CliHarness
 
@@ -129,14 +131,35 @@ def test_a_second_interrupt_kills_the_pods(harness: CliHarness) -> None:
     harness.set_rank_arguments("--ignore-sigterm", "--steps", "100000")
     process = harness.start()
     harness.wait_for_step(3)
-    # Send the second signal after the first was handled: two pending signals of one kind are delivered only once.
     harness.wait_until(lambda: harness.status()["phase"] == "Running")
     process.send_signal(signal.SIGINT)
     harness.wait_until(lambda: harness.status()["phase"] != "Running" or harness.status()["reason"] == "Suspending")
+    # Within a second of the first signal, another one belongs to the same request.
+    second = time.monotonic() + REPEAT_SECONDS
+    harness.wait_until(lambda: time.monotonic() >= second)
     process.send_signal(signal.SIGINT)
     output = finish(process)
     assert process.returncode == 130, output
     assert harness.processes() == []
+
+
+def test_one_request_that_arrives_as_two_signals_still_saves(harness: CliHarness) -> None:
+    harness.set_rank_arguments("--step-seconds", "0.02", "--save-every", "1000")
+    process = harness.start()
+    harness.wait_for_step(3)
+    # Two kinds, because two pending signals of one kind are delivered only once.
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)
+    output = finish(process)
+    assert process.returncode == 130, output
+    assert "killing the ranks" not in output
+    assert f"circles is suspended at step {harness.saved_step()}, with the state saved" in output
+
+
+def test_repeated_signals_are_one_request() -> None:
+    times = iter((10.0, 10.0, 10.9, 11.0, 11.5, 12.5))
+    requests = StopRequests(lambda: next(times))
+    assert [requests.is_new() for _ in range(6)] == [True, False, False, True, False, True]
 
 
 def test_pods_outlive_their_runner_and_are_adopted(harness: CliHarness) -> None:

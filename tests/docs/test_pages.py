@@ -51,6 +51,18 @@ def test_links_paths_and_targets_exist(page: Path) -> None:
         assert target in targets, f"{page_id(page)} names the target make {target}"
 
 
+MANIFESTS = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "charts").rglob("*.yaml")])
+WITHOUT_POINT = re.compile(r"(?:\w: |`|\| )([0-9]+[eE]-?[0-9]+)(?=[`,}\s]|$)")
+"""A number such as 1e-4 as the value of a field or in a table."""
+
+
+@pytest.mark.parametrize("page", [*PAGES, *MANIFESTS], ids=page_id)
+def test_numbers_with_an_exponent_have_a_decimal_point(page: Path) -> None:
+    """PyYAML and other readers of YAML 1.1 read 1e-4 as text, which the API server refuses."""
+    wrong = WITHOUT_POINT.findall(page.read_text(encoding="utf-8"))
+    assert wrong == [], f"{page_id(page)}: write 1.0e-4 instead of 1e-4"
+
+
 @pytest.mark.parametrize(("pattern", "minimum"), [(LINK, 50), (PATH, 20), (MAKE, 10)], ids=["link", "path", "make"])
 def test_the_patterns_of_the_check_above_match(pattern: re.Pattern[str], minimum: int) -> None:
     assert sum(len(pattern.findall(page.read_text(encoding="utf-8"))) for page in PAGES) >= minimum

@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,6 +225,35 @@ def test_a_pod_waits_for_its_configmap(harness: KubeletHarness) -> None:
             await harness.wait_until(lambda: pod.ended)
             assert pod.phase is PodPhase.SUCCEEDED
             assert (harness.data / "copy").read_text() == "{}"
+
+    asyncio.run(check())
+
+
+class VanishingConfigs(dict[str, Mapping[str, str]]):
+    """ConfigMaps that exist when the kubelet checks for them and are deleted before it reads them, once."""
+
+    num_reads = 0
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.num_reads += 1
+        return default if self.num_reads == 2 else super().get(name, default)
+
+
+def test_a_configmap_that_vanishes_during_the_start_keeps_the_pod_waiting(harness: KubeletHarness) -> None:
+    harness.configs = VanishingConfigs({"circles-run": {"run.json": "{}"}})
+    volumes = [{"name": "run", "configMap": {"name": "circles-run"}}]
+
+    async def check() -> None:
+        async with harness.kubelet() as kubelet:
+            await kubelet.create(harness.python_pod("pass", volumes=volumes))
+            pod = kubelet.get(POD)
+            assert pod is not None
+            await harness.wait_until(lambda: "containerStatuses" in pod.value["status"])
+            waiting = pod.value["status"]["containerStatuses"][0]["state"]["waiting"]
+            assert waiting == {"reason": "ContainerCreating", "message": 'configmap "circles-run" not found'}
+            kubelet.recheck_waiting_pods()
+            await harness.wait_until(lambda: pod.ended)
+            assert pod.phase is PodPhase.SUCCEEDED
 
     asyncio.run(check())
 

@@ -58,6 +58,8 @@ _HINTS = {
     "integer,string": "write an integer or a string, e.g. 8, 500m or 32Gi",
 }
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {"integer": (int,), "number": (int, float), "boolean": (bool,)}
+_WITHOUT_POINT = re.compile(r"([-+]?[0-9]+)[eE]([-+]?[0-9]+)")
+"""A number such as 1e-4: PyYAML, Ansible and other readers of YAML 1.1 read it as text, quoted or not."""
 MAX_SHOWN = 80
 """Characters of a wrong value that a message repeats."""
 
@@ -156,7 +158,8 @@ def _wrong_type(error: ErrorDetails, path: str) -> str:
     node = _schema(path) or {}
     kind = node.get("type", "integer,string")
     hint = _without_quotes(error["input"], kind) or _HINTS[kind]
-    return f"Invalid value: {show(error['input'])}: must be of type {kind}; {hint}"
+    why = " (YAML 1.1 reads a number without a decimal point as text)" if ".0e" in hint else ""
+    return f"Invalid value: {show(error['input'])}: must be of type {kind}{why}; {hint}"
 
 
 def _without_quotes(value: object, kind: str) -> str | None:
@@ -168,7 +171,10 @@ def _without_quotes(value: object, kind: str) -> str | None:
     except yaml.YAMLError:
         return None
     fits = isinstance(plain, _PLAIN_TYPES[kind]) and (kind == "boolean") == isinstance(plain, bool)
-    return f"write {json.dumps(plain)} without quotes" if fits else None
+    if not fits:
+        return None
+    match = _WITHOUT_POINT.fullmatch(value)
+    return f"write {match[1]}.0e{match[2]}" if match else f"write {json.dumps(plain)} without quotes"
 
 
 def _unknown(_error: ErrorDetails, path: str) -> str:

@@ -161,6 +161,9 @@ def _default(field: Schema) -> str:
         return ""
     if isinstance(default, list):
         return ", ".join(f"`{item}`" for item in default)
+    if isinstance(default, float) and "e" in (text := repr(default)) and "." not in text:
+        # YAML 1.1 reads 1e-08 as text.
+        return f"`{text.replace('e', '.0e')}`"
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 

@@ -19,6 +19,7 @@ from finetune_operator.cli.output.plain_view import PlainView
 from finetune_operator.cli.output.streams import write_flushed
 from finetune_operator.cli.output.validation_summary import describe_validation
 from finetune_operator.cli.preflight.check import find_warnings
+from finetune_operator.cli.signals import StopRequests
 from finetune_operator.cluster.local import jobs
 from finetune_operator.cluster.local.faults import PlannedFault
 from finetune_operator.cluster.local.home import Home
@@ -44,14 +45,18 @@ def drive_job(job: FineTuneJob, home: Home, faults: Sequence[PlannedFault], *, p
 
 
 async def _run_to_end(local_run: LocalRun, view: View) -> ReconcileResult:
+    loop = asyncio.get_running_loop()
+    requests = StopRequests(loop.time)
+
     def stop() -> None:
+        if not requests.is_new():
+            return
         if local_run.interrupted:
             view.print_line("killing the ranks: progress since the last checkpoint is lost")
         else:
             view.print_line("stopping: the ranks save their state first; press Ctrl-C again to kill them")
         local_run.interrupt()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop)
     return await local_run.run()

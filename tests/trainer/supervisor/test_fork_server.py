@@ -129,6 +129,15 @@ def test_signals_reach_a_forked_rank(server: tuple[ForkClient, int], number: int
     assert asyncio.run(run_rank()).exit_code == code
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_process_group_does_not_end_the_server(server: tuple[ForkClient, int], number: int) -> None:
+    """If it did, the kernel would kill the ranks with their parent, before they can save."""
+    # A signal that the process ignores is discarded at once, so the next rank proves that the server has survived it.
+    assert run("forked_rank", server[0]).exit_code == 7
+    os.kill(server[1], number)
+    assert run("forked_rank", server[0]).exit_code == 7
+
+
 def test_a_rank_ends_with_the_connection_of_its_client(server: tuple[ForkClient, int]) -> None:
     async def run_rank() -> int:
         read_fd, write_fd = os.pipe()

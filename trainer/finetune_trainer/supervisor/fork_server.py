@@ -41,6 +41,9 @@ NUM_DESCRIPTORS = 3
 """stdout, stderr and the pipe for reports."""
 UNSAFE = 3
 """Exit code if forking is not safe."""
+GROUP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that `timeout` and terminals send to the whole process group. If they ended the server, its ranks would be
+killed with it, before they can save."""
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -168,6 +171,8 @@ def become_rank(order: dict[str, Any], descriptors: list[int], server: int) -> N
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != server:
             os._exit(128 + signal.SIGKILL)
+        for number in GROUP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         stdout, stderr, report = descriptors
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(stdout, 1)
@@ -220,6 +225,8 @@ def _send(rank: ForkedRank, message: dict[str, int]) -> None:
 def main() -> None:
     """Import the libraries, then serve."""
     shared = SHARED in sys.argv
+    for number in GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if not shared:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     listening = socket.socket(fileno=int(sys.argv[1]))

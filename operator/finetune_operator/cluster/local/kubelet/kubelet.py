@@ -36,7 +36,12 @@ from finetune_operator.cluster.local.kubelet.launch import (
 from finetune_operator.cluster.local.kubelet.pod import Pod, PodFiles, Processes
 from finetune_operator.cluster.local.kubelet.processes import is_alive, kill_marked, send_signal, wait_for_exit
 from finetune_operator.cluster.local.kubelet.shared_fork_server import SharedForkServer
-from finetune_operator.cluster.local.kubelet.volumes import Configs, missing_configs, prepare_volumes
+from finetune_operator.cluster.local.kubelet.volumes import (
+    Configs,
+    MissingConfigError,
+    missing_configs,
+    prepare_volumes,
+)
 from finetune_operator.cluster.protocol import Clock, JobKey
 from finetune_operator.plan.model.types import Manifest
 
@@ -216,6 +221,10 @@ class Kubelet:
         else:
             try:
                 answer = await asyncio.to_thread(self._launch, pod)
+            except MissingConfigError as error:
+                # It was deleted after the check above.
+                await self._keep_waiting(pod, "ContainerCreating", str(error))
+                return
             except (UnsupportedError, OSError) as error:
                 answer = {"exitCode": EXIT_CANNOT_START, "message": str(error)}
             if "exitCode" in answer:
@@ -246,7 +255,7 @@ class Kubelet:
     def _launch(self, pod: Pod) -> Mapping[str, Any]:
         """Create the pod's files and start its shim. Return the shim's answer."""
         temporary = temporary_folder(pod.files.folder)
-        temporary.mkdir(mode=0o700)
+        temporary.mkdir(mode=0o700, exist_ok=True)
         resources = LocalResources(
             folders=prepare_volumes(pod.value, pod.files.folder, self._home, self._context.configs),
             termination_log=pod.files.termination_log,
