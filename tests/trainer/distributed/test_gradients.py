@@ -17,7 +17,7 @@ from finetune_trainer.distributed.gradients import Gradients, Signal, clip_facto
 from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
 
-BuildGradients = Callable[[list[nn.Parameter], torch.device], Gradients]
+BuildGradients = Callable[[list[nn.Parameter]], Gradients]
 CPU = torch.device("cpu")
 SINGLE_RANK = World(0, 1, 0, CPU)
 
@@ -39,15 +39,18 @@ def _network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
 
 
-@pytest.fixture(name="make", params=[GradientBuckets, LocalGradients])
+@pytest.fixture(name="make", params=["buckets", "local"])
 def _make(request: pytest.FixtureRequest) -> BuildGradients:
-    make: BuildGradients = request.param
-    return make
+    makers: dict[str, BuildGradients] = {
+        "buckets": lambda parameters: GradientBuckets(parameters, SINGLE_RANK),
+        "local": lambda parameters: LocalGradients(parameters, CPU),
+    }
+    return makers[request.param]
 
 
 def test_passes_of_a_step_are_summed(network: nn.Module, make: BuildGradients) -> None:
     parameters = list(network.parameters())
-    gradients = make(parameters, CPU)
+    gradients = make(parameters)
     inputs = torch.randn(4, 3)
     expected = torch.autograd.grad(network(inputs).sum(), parameters)
     for num_passes in (2, 1, 3):
@@ -63,7 +66,7 @@ def test_passes_of_a_step_are_summed(network: nn.Module, make: BuildGradients) -
 
 def test_clear_drops_earlier_passes(network: nn.Module, make: BuildGradients) -> None:
     parameters = list(network.parameters())
-    gradients = make(parameters, CPU)
+    gradients = make(parameters)
     torch.autograd.backward(network(torch.randn(4, 3)).sum())
     gradients.clear()
     inputs = torch.randn(4, 3)
@@ -76,7 +79,7 @@ def test_clear_drops_earlier_passes(network: nn.Module, make: BuildGradients) ->
 def test_parameters_without_backward_have_zero_gradients(network: nn.Module, make: BuildGradients) -> None:
     """The optimizer then still updates them by moments and weight decay, as on ranks whose backward reached them."""
     assert isinstance(network, nn.Sequential)
-    gradients = make(list(network.parameters()), CPU)
+    gradients = make(list(network.parameters()))
     torch.autograd.backward(network(torch.randn(4, 3)).sum())
     gradients.reduce(SINGLE_RANK)
     gradients.clear()
@@ -90,7 +93,7 @@ def test_parameters_without_backward_have_zero_gradients(network: nn.Module, mak
 
 def test_norm_excludes_signals(network: nn.Module, make: BuildGradients) -> None:
     parameters = list(network.parameters())
-    gradients = make(parameters, CPU)
+    gradients = make(parameters)
     torch.autograd.backward(network(torch.randn(4, 3)).sum())
     gradients.signals[Signal.LOSS] = 1e9
     gradients.reduce(SINGLE_RANK)

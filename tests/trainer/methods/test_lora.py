@@ -59,7 +59,7 @@ def test_loss_and_gradients_equal_those_of_a_plain_loop(base: Path) -> None:
     parameters = list(lora.parameters().values())
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
-    buckets = GradientBuckets(parameters, CPU)
+    buckets = GradientBuckets(parameters, World(0, 1, 0, CPU))
     losses = [lora.losses(part) for part in split(batch, (3, 1))]
     for part in losses:
         torch.autograd.backward(part.sum() / 4)

@@ -1,4 +1,4 @@
-"""Gradients in flat buffers of a fixed layout, summed over the ranks together with the step's signals.
+"""Gradients in flat buffers of a fixed layout, summed over the ranks while the backward pass computes the rest.
 
 The layout depends only on the order and the sizes of the parameters. It is the same in every attempt, so the order in
 which floats are added does not depend on the step at which a run began (torch's DDP rebuilds its buckets after the
@@ -15,58 +15,52 @@ import torch
 from torch import Tensor, nn
 
 from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal
-from finetune_trainer.distributed.world import World
+from finetune_trainer.distributed.world import PendingSum, World
 
 BUCKET_NUMEL = 16 * 1024 * 1024
 """Elements of a bucket (64 MiB): large enough that the latency of a collective is negligible."""
-_NUM_EXTRA = len(Signal) + 2 * NUM_TIMESTEP_BUCKETS
-"""Elements after the gradients in the last buffer."""
+_NUM_SIGNALS = len(Signal) + 2 * NUM_TIMESTEP_BUCKETS
 
 
-class GradientBuckets:
-    """The gradients of the trained parameters as views into flat fp32 buffers; see `Gradients`.
+class GradientBucket:
+    """The gradients of some neighbouring parameters as views into one flat fp32 buffer.
 
-    Each gradient is moved into its buffer as soon as backward has computed it, so the memory never holds all of them
-    twice. The first one of a step is copied, which saves setting the buffer to zero. The last buffer ends with the
-    losses by timestep and one slot for each Signal: the ranks agree on a loss, or to stop, without another collective.
+    Args:
+        parameters: its parameters, in order.
+        device: device of the buffer.
+        padding: unused elements at the end of the buffer.
     """
 
-    forward_is_collective: ClassVar[bool] = False
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device, padding: int = 0) -> None:
+        numel = sum(parameter.numel() for parameter in parameters)
+        self.buffer = torch.zeros(numel + padding, dtype=torch.float32, device=device)
+        self.gradients = self.buffer[:numel]
+        """All gradients, without the padding."""
+        self._views: dict[Tensor, Tensor] = {}
+        offset = 0
+        for parameter in parameters:
+            self._views[parameter] = self.buffer[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+        self._filled: set[Tensor] = set()
+        self._complete: set[Tensor] = set()
+        self.pending: PendingSum | None = None
+        """The sum over the ranks, from its start in a step until the next step."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-        groups = assign_buckets([parameter.numel() for parameter in parameters], BUCKET_NUMEL)
-        self._buffers: list[Tensor] = []
-        self._views: dict[nn.Parameter, Tensor] = {}
-        self._filled: set[nn.Parameter] = set()
-        for group in groups:
-            members = [parameters[index] for index in group]
-            is_last = group is groups[-1]
-            size = sum(p.numel() for p in members) + (_NUM_EXTRA if is_last else 0)
-            buffer = torch.zeros(size, dtype=torch.float32, device=device)
-            offset = 0
-            for parameter in members:
-                self._views[parameter] = buffer[offset : offset + parameter.numel()].view_as(parameter)
-                offset += parameter.numel()
-            self._buffers.append(buffer)
-        self.signals = self._buffers[-1][-len(Signal) :]
-        """Values that are summed over the ranks (len(Signal),): set before `reduce`, read after it."""
-        self.by_timestep = self._buffers[-1][-_NUM_EXTRA : -len(Signal)].view(2, NUM_TIMESTEP_BUCKETS)
-        """Sums and counts of the samples' losses by tenth of the schedule; used like the signals."""
-
-        for parameter in self._views:
-            parameter.register_post_accumulate_grad_hook(self._move_gradient)  # type: ignore[no-untyped-call]
-        self.clear()
+    @property
+    def is_complete(self) -> bool:
+        """Return whether the last pass of the step has reached all parameters."""
+        return len(self._complete) == len(self._views)
 
     def clear(self) -> None:
-        """Drop the gradients of the last step, and set the signals to zero."""
+        """Drop all gradients."""
         self._filled.clear()
-        self._buffers[-1][-_NUM_EXTRA:].zero_()
+        self._complete.clear()
+        self.pending = None
         for parameter in self._views:
             parameter.grad = None
 
-    def _move_gradient(self, parameter: Tensor) -> None:
-        """Move a gradient into its buffer, right after backward has computed it."""
-        assert isinstance(parameter, nn.Parameter)
+    def move(self, parameter: Tensor, is_last_pass: bool) -> None:
+        """Move a gradient that backward has computed into the buffer. The first one of a step needs no zeros there."""
         assert parameter.grad is not None
         view = self._views[parameter]
         if parameter in self._filled:
@@ -75,38 +69,136 @@ class GradientBuckets:
             view.copy_(parameter.grad)
             self._filled.add(parameter)
         parameter.grad = None
+        if is_last_pass:
+            self._complete.add(parameter)
+
+    def start_sum(self, world: World, wire: torch.dtype) -> None:
+        """Start to sum the buffer over the ranks. Gradients that backward did not compute are zero."""
+        for parameter, view in self._views.items():
+            if parameter not in self._filled:
+                view.zero_()
+        self.pending = world.start_sum(self.buffer, wire)
+
+    def finish_sum(self) -> None:
+        """Wait for the sum, and hand the gradients to the parameters."""
+        assert self.pending is not None
+        self.pending.wait()
+        for parameter, view in self._views.items():
+            parameter.grad = view
+
+
+class GradientBuckets:
+    """The gradients of all trained parameters, in buckets; see `Gradients`.
+
+    Each gradient is moved into its bucket as soon as backward has computed it, so the memory never holds all of them
+    twice. In the last pass of a step, a bucket that is complete is summed over the ranks while backward continues.
+    Backward reaches the last parameters first. The buckets are summed in this order on every rank: a bucket that is
+    complete early waits for those before it, because all ranks must start their collectives in the same order.
+
+    Args:
+        parameters: the trained parameters; their order decides the layout.
+        world: the ranks.
+        wire: type of the numbers that are sent; the sums are stored in fp32.
+        overlap: whether sums start during the last backward pass. The results have the same bits.
+    """
+
+    forward_is_collective: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        world: World,
+        wire: torch.dtype = torch.float32,
+        overlap: bool = True,
+    ) -> None:
+        self._world, self._wire, self._overlap = world, wire, overlap
+        groups = assign_buckets([parameter.numel() for parameter in parameters], BUCKET_NUMEL)
+        self._buckets: list[GradientBucket] = []
+        self._bucket_of: dict[Tensor, GradientBucket] = {}
+        for group in groups:
+            members = [parameters[index] for index in group]
+            # Some backends cut a buffer in pieces by its length, and the piece decides the order of the additions. The
+            # padding keeps the length that the last buffer has always had, so the sums keep their bits.
+            bucket = GradientBucket(members, world.device, padding=_NUM_SIGNALS if group is groups[-1] else 0)
+            self._buckets.append(bucket)
+            self._bucket_of |= dict.fromkeys(members, bucket)
+        numbers = torch.zeros(_NUM_SIGNALS, dtype=torch.float32, device=world.device)
+        self._numbers = numbers
+        self.signals = numbers[-len(Signal) :]
+        """Values that are summed over the ranks (len(Signal),): set before `reduce`, read after it."""
+        self.by_timestep = numbers[: -len(Signal)].view(2, NUM_TIMESTEP_BUCKETS)
+        """Sums and counts of the samples' losses by tenth of the schedule; used like the signals."""
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._move_gradient)  # type: ignore[no-untyped-call]
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the gradients of the last step, and set the signals to zero."""
+        for bucket in self._buckets:
+            bucket.clear()
+        self._start_passes()
+
+    def drop_passes(self) -> None:
+        """Drop the passes of this step, to repeat them. A bucket whose sum has started contains all of them: keep it.
+
+        The other ranks take part in its sum, so it cannot be summed again.
+        """
+        for bucket in self._buckets:
+            if bucket.pending is None:
+                bucket.clear()
+        self._start_passes()
+        self._is_repeated = True
+
+    def _start_passes(self) -> None:
+        self._is_last_pass = self._is_repeated = False
+        self._numbers.zero_()
+        self._waiting = [bucket for bucket in reversed(self._buckets) if bucket.pending is None]
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
-        """Return a block without collectives."""
+        """Return a block without collectives that other code starts."""
         return contextlib.nullcontext()
 
+    def expect_last_pass(self) -> None:
+        """Sum buckets over the ranks during the next backward pass, because it is the last one of the step."""
+        self._is_last_pass = self._overlap
+
+    def _move_gradient(self, parameter: Tensor) -> None:
+        """Move a gradient into its bucket, right after backward has computed it, and start the sums of full buckets."""
+        bucket = self._bucket_of[parameter]
+        if bucket.pending is not None:
+            if not self._is_repeated:
+                raise RuntimeError("backward computed a gradient twice in the last pass of a step")
+            # The sum contains this gradient of the repeated pass.
+            parameter.grad = None
+            return
+        bucket.move(parameter, self._is_last_pass)
+        while self._waiting and self._waiting[0].is_complete:
+            self._waiting.pop(0).start_sum(self._world, self._wire)
+
     def reduce(self, world: World) -> None:
-        """Sum gradients and signals over all ranks.
+        """Sum the remaining gradients, and the signals, over all ranks, and wait for all sums.
 
         Raises:
             FabricError: a peer was lost.
         """
-        for parameter, view in self._views.items():
-            if parameter not in self._filled:
-                # Backward did not reach it.
-                view.zero_()
-            parameter.grad = view
-        for buffer in self._buffers:
-            world.sum(buffer)
+        for bucket in self._waiting:
+            bucket.start_sum(world, self._wire)
+        self._waiting = []
+        numbers = world.start_sum(self._numbers)
+        for bucket in self._buckets:
+            bucket.finish_sum()
+        numbers.wait()
 
     def norm(self) -> Tensor:
         """Return the 2-norm of all gradients."""
-        norms = [torch.linalg.vector_norm(part) for part in self._gradients()]
+        norms = [torch.linalg.vector_norm(bucket.gradients) for bucket in self._buckets]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""
-        for part in self._gradients():
-            part.mul_(factor)
-
-    def _gradients(self) -> list[Tensor]:
-        return [*self._buffers[:-1], self._buffers[-1][:-_NUM_EXTRA]]
+        for bucket in self._buckets:
+            bucket.gradients.mul_(factor)
 
 
 def assign_buckets(sizes: Sequence[int], bucket_numel: int) -> list[list[int]]:

@@ -49,6 +49,14 @@ class Gradients(Protocol):
         """
         ...
 
+    def drop_passes(self) -> None:
+        """Drop the passes of this step, to repeat them in smaller parts."""
+        ...
+
+    def expect_last_pass(self) -> None:
+        """Prepare for the last backward pass of a step: its gradients may be exchanged while it runs."""
+        ...
+
     def reduce(self, world: World) -> None:
         """Sum gradients and signals over all ranks.
 

@@ -36,6 +36,13 @@ class LocalGradients:
         """Return a block without collectives."""
         return contextlib.nullcontext()
 
+    def drop_passes(self) -> None:
+        """Drop the passes of this step, to repeat them."""
+        self.clear()
+
+    def expect_last_pass(self) -> None:
+        """Do nothing. There is no other rank."""
+
     def reduce(self, world: World) -> None:
         """Set gradients that backward did not compute to zero, as with several ranks. There is nothing to sum."""
         assert world.size == 1

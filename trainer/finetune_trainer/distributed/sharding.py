@@ -184,6 +184,13 @@ class ShardedGradients:
         """Return the block in which weights are gathered and gradients are summed."""
         return self._world.watch_collectives("gathering weights")
 
+    def drop_passes(self) -> None:
+        """Drop the passes of this step, to repeat them."""
+        self.clear()
+
+    def expect_last_pass(self) -> None:
+        """Do nothing. Every backward pass exchanges its gradients."""
+
     def reduce(self, world: World) -> None:
         """Sum the signals and the norm over the ranks. The backward pass has summed the gradients."""
         self._shards.take_gradients()

@@ -33,6 +33,26 @@ _CPU_BACKENDS = ("gloo", "ccl")
 T = TypeVar("T")
 
 
+class PendingSum:
+    """A sum over the ranks that has started. It changes the tensor until `wait` returns."""
+
+    def __init__(self, tensor: Tensor, sent: Tensor, work: dist.Work | None, world: World) -> None:
+        self._tensor, self._sent, self._work, self._world = tensor, sent, work, world
+
+    def wait(self) -> None:
+        """Wait until the tensor holds the sum; on a GPU, make the current stream wait.
+
+        Raises:
+            FabricError: a peer was lost.
+        """
+        if self._work is not None:
+            with self._world.collective("all_reduce"):
+                self._work.wait()
+            self._work = None
+            if self._sent is not self._tensor:
+                self._tensor.copy_(self._sent)
+
+
 @dataclass(frozen=True)
 class World:
     """This rank's position in the world.
@@ -57,9 +77,25 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks, in place. Every rank gets the same bits."""
         if self.size > 1:
-            with self._collective("all_reduce"):
+            with self.collective("all_reduce"):
                 dist.all_reduce(tensor)
         return tensor
+
+    def start_sum(self, tensor: Tensor, wire: torch.dtype = torch.float32) -> PendingSum:
+        """Start to sum a tensor over all ranks, in place. All ranks start their collectives in the same order.
+
+        Args:
+            tensor: its values must not change until the sum is complete.
+            wire: type of the numbers that the ranks send and add.
+
+        Raises:
+            FabricError: a peer was lost.
+        """
+        if self.size == 1:
+            return PendingSum(tensor, tensor, None, self)
+        sent = tensor.to(wire)
+        with self.collective("all_reduce"):
+            return PendingSum(tensor, sent, dist.all_reduce(sent, async_op=True), self)
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""
@@ -76,7 +112,7 @@ class World:
         if self.size == 1:
             return value
         box: list[T] = [value]
-        with self._collective("broadcast"):
+        with self.collective("broadcast"):
             dist.broadcast_object_list(box, src=source, device=self.device)
         return box[0]
 
@@ -92,7 +128,7 @@ class World:
         for name, shape, dtype in header:
             value = torch.empty(shape, dtype=dtype) if tensors is None else tensors[name]
             moved = value.to(self.device).contiguous()
-            with self._collective("broadcast"):
+            with self.collective("broadcast"):
                 dist.broadcast(moved, src=source)
             shared[name] = moved.cpu()
         return shared
@@ -127,7 +163,7 @@ class World:
             raise
 
     @contextlib.contextmanager
-    def _collective(self, what: str) -> Iterator[None]:
+    def collective(self, what: str) -> Iterator[None]:
         """Convert every RuntimeError of one collective to FabricError: torch raises it when a peer is lost."""
         try:
             yield

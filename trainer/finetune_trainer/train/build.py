@@ -144,7 +144,7 @@ class RunBuilder:
         parameters = list(method.parameters().values())
         if self.world.size == 1:
             return LocalGradients(parameters, self.world.device)
-        return GradientBuckets(parameters, self.world.device)
+        return GradientBuckets(parameters, self.world)
 
     def _make_metrics_logger(self, step: int) -> MetricsLogger | None:
         names = self.spec.training.trackers

@@ -177,7 +177,7 @@ class Loop:
         positions = rank_share(step, self.spec.global_batch, self.world.rank, self.world.size)
         while not self._try_accumulate(step, positions):
             self.micro_batch.halve(len(positions))
-            self.gradients.clear()
+            self.gradients.drop_passes()
         size = self.micro_batch.size
         most = most_micro_batches(self.spec.global_batch, self.world.size, size)
         if self.gradients.forward_is_collective and math.ceil(len(positions) / size) < most:
@@ -205,6 +205,8 @@ class Loop:
                 first += len(part)
                 losses = self.method.losses(batch)
                 loss = losses.sum()
+                if part is parts[-1]:
+                    self.gradients.expect_last_pass()
                 torch.autograd.backward(loss * self._loss_scale / self.spec.global_batch)
                 self.gradients.signals[Signal.LOSS] += loss.detach()
                 self.gradients.signals[Signal.SAMPLES] += len(part)
