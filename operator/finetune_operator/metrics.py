@@ -15,10 +15,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from finetune_contract.heartbeat import MAX_IMAGES_PER_SECOND
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.status import AttemptStatus, CheckpointStatus, FineTuneJobStatus
+from finetune_operator.api.reasons import REASONS, Reason, Topic
+from finetune_operator.api.status import AttemptSeconds, AttemptStatus, CheckpointStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.client import ApiError
 from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.cluster.protocol import JobKey
@@ -28,6 +30,15 @@ from finetune_operator.plan.model.conditions import is_true
 RUNNING = frozenset({Phase.RUNNING, Phase.EXPORTING})
 RECONCILE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 RECOVERY_BUCKETS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+API_ERROR, BUG = "api", "bug"
+ENDS = frozenset(
+    reason
+    for reason, doc in REASONS.items()
+    if doc.topic in (Topic.CAPACITY, Topic.FAILURE, Topic.REGROUP, Topic.END) or reason is Reason.SUSPENDED
+)
+"""Reasons for which an attempt ends."""
+PARTS = tuple(AttemptSeconds.model_fields)
+"""Phases of a recovery."""
 
 
 class Metrics:
@@ -50,6 +61,8 @@ class Metrics:
         self._errors = Counter(
             "finetune_reconcile_errors", "Failed reconciles, by kind of error.", ("kind",), registry=self.registry
         )
+        for kind in (API_ERROR, BUG):
+            self._errors.labels(kind)
         self._attempts = AttemptCounters(self.registry)
 
     def register_operator(self, operator: Operator) -> None:
@@ -75,7 +88,7 @@ class Metrics:
         """Record a reconcile that failed."""
         del key
         self._reconcile_seconds.observe(seconds)
-        self._errors.labels("api" if isinstance(error, ApiError) else "bug").inc()
+        self._errors.labels(API_ERROR if isinstance(error, ApiError) else BUG).inc()
 
 
 def resource_of(path: str) -> str:
@@ -108,17 +121,29 @@ class AttemptCounters:
         self._ended = Counter(
             "finetune_attempts_ended", "Attempts that ended, by cause.", ("reason",), registry=registry
         )
+        # Without a sample of 0, increase() would not see the first event of each series after a change of the leader.
+        for reason in sorted(ENDS):
+            self._ended.labels(reason.value)
         self._lost_steps = Counter("finetune_lost_steps", "Steps that had to be repeated.", registry=registry)
         self._corrupt = Counter(
             "finetune_corrupt_checkpoints", "Checkpoints that were found corrupt and moved away.", registry=registry
         )
         self._recovery = Histogram(
             "finetune_recovery_seconds",
-            "Time from the end of an attempt to the first step of the next one: the total, and each part of it.",
+            "Time from the end of an attempt to the first step of the next one.",
+            buckets=RECOVERY_BUCKETS,
+            registry=registry,
+        )
+        # A metric of its own: a sum over all series of one metric must not count the same time twice.
+        self._recovery_parts = Histogram(
+            "finetune_recovery_part_seconds",
+            "Duration of each part of a recovery, and of the detection before it.",
             ("part",),
             buckets=RECOVERY_BUCKETS,
             registry=registry,
         )
+        for part in PARTS:
+            self._recovery_parts.labels(part)
 
     def update(self, key: JobKey, job: FineTuneJob | None) -> None:
         """Count what has changed in a job's status since the last reconcile."""
@@ -149,10 +174,10 @@ class AttemptCounters:
         if previous.ended_at is None or entry.training_at is None:
             return
         parts = dict(entry.seconds) | {"detection": previous.seconds.detection}
-        parts["all"] = (entry.training_at - previous.ended_at).total_seconds()
+        self._recovery.observe((entry.training_at - previous.ended_at).total_seconds())
         for part, seconds in parts.items():
             if seconds is not None:
-                self._recovery.labels(part).observe(seconds)
+                self._recovery_parts.labels(part).observe(seconds)
 
 
 def _newest(status: FineTuneJobStatus, field: str) -> int:
@@ -195,7 +220,7 @@ def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "finetune_images_per_second",
         "Training throughput of all running jobs, in images per second.",
-        value=sum(status.images_per_second or 0.0 for status in running),
+        value=sum(_speed(status) for status in running),
     )
     goodputs = [status.goodput for status in running if status.goodput is not None]
     if goodputs:
@@ -219,6 +244,12 @@ def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
             "Age of the oldest newest checkpoint of the running jobs: the most training that a job could lose.",
             value=max(0.0, (now - oldest).total_seconds()),
         )
+
+
+def _speed(status: FineTuneJobStatus) -> float:
+    """Return the throughput of a job; 0 for a figure in its status that no heartbeat may contain."""
+    speed = status.images_per_second
+    return speed if speed is not None and 0 <= speed <= MAX_IMAGES_PER_SECOND else 0.0
 
 
 def _save_costs(checkpoints: list[CheckpointStatus]) -> Iterator[Metric]:

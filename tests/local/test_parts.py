@@ -232,3 +232,13 @@ def test_the_end_of_the_log_replaces_the_termination_message() -> None:
     assert (seen.exit_code, seen.reason) == (137, "OOMKilled")
     assert seen.termination is not None
     assert (seen.termination.ends[0].rank, seen.termination.ends[0].last_words) == (4, "line 1\nline 2")
+
+
+def test_a_termination_message_with_an_absurd_number_counts_as_text() -> None:
+    """The container writes it; a step that no status can store must not get there."""
+    message = f'{{"attempt": 1, "exitCode": 1, "step": {10**19}}}'
+    state = {"terminated": {"exitCode": 1, "message": message}}
+    seen = observe_pod(pod(phase="Failed", containerStatuses=[{"name": "trainer", "state": state}]))
+    assert seen is not None
+    assert seen.termination is not None
+    assert (seen.termination.step, seen.termination.ends[0].last_words) == (None, message)

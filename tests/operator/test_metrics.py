@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import AttemptSeconds, AttemptStatus, CheckpointStatus, FineTuneJobStatus
 from finetune_operator.cluster.protocol import JobKey
-from finetune_operator.metrics import AttemptCounters, job_metrics
+from finetune_operator.metrics import AttemptCounters, Metrics, job_metrics
+from finetune_operator.plan.model import causes
 from testing.operator.harness import build_job
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -42,10 +47,32 @@ def test_restart_is_counted_once_with_its_cause_and_its_parts() -> None:
     sample = registry.get_sample_value
     assert sample("finetune_attempts_ended_total", {"reason": "PodLost"}) == 1
     parts = {"detection": 0.5, "teardown": 2, "queueing": 1, "pulling": 3, "restoring": 2.5, "first_step": 0.5}
-    for part, seconds in (parts | {"all": 9}).items():
-        assert sample("finetune_recovery_seconds_sum", {"part": part}) == seconds
-        assert sample("finetune_recovery_seconds_count", {"part": part}) == 1
+    for part, seconds in parts.items():
+        assert sample("finetune_recovery_part_seconds_sum", {"part": part}) == seconds
+        assert sample("finetune_recovery_part_seconds_count", {"part": part}) == 1
+    # The sum over all series of a metric is a time that has passed.
+    assert totals(registry, "finetune_recovery_seconds_sum") == 9
+    assert totals(registry, "finetune_recovery_part_seconds_sum") == 9 + 0.5
     assert sample("finetune_lost_steps_total") == 7
+
+
+def totals(registry: CollectorRegistry, name: str) -> float:
+    """Return the sum over all series, as `sum(name)` computes it."""
+    return sum(sample.value for family in registry.collect() for sample in family.samples if sample.name == name)
+
+
+def test_series_exist_before_the_first_event() -> None:
+    """`increase()` needs a sample before the event, also directly after a change of the leader."""
+    sample = Metrics().registry.get_sample_value
+    for kind in ("api", "bug"):
+        assert sample("finetune_reconcile_errors_total", {"kind": kind}) == 0
+    for name in re.findall(r"\bReason\.([A-Z_]+)", Path(causes.__file__).read_text()):
+        assert sample("finetune_attempts_ended_total", {"reason": Reason[name]}) == 0, name
+    for reason in (Reason.FINISHED, Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED, Reason.GROWN, Reason.NODE_LOST):
+        assert sample("finetune_attempts_ended_total", {"reason": reason}) == 0
+    assert sample("finetune_recovery_seconds_count") == 0
+    for part in AttemptSeconds.model_fields:
+        assert sample("finetune_recovery_part_seconds_count", {"part": part}) == 0
 
 
 def test_attempts_from_before_the_start_of_the_process_are_not_counted() -> None:
@@ -55,8 +82,15 @@ def test_attempts_from_before_the_start_of_the_process_are_not_counted() -> None
     counters.update(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
     counters.update(KEY, None)
     counters.update(KEY, job(attempts=(ENDED, TRAINING), lost_steps=7))
-    assert registry.get_sample_value("finetune_attempts_ended_total", {"reason": "PodLost"}) is None
+    assert totals(registry, "finetune_attempts_ended_total") == 0
     assert registry.get_sample_value("finetune_lost_steps_total") == 0
+
+
+@pytest.mark.parametrize("stored", [1e308, -1.0])
+def test_an_absurd_figure_in_one_status_does_not_change_the_sum_of_the_others(stored: float) -> None:
+    jobs = [job(phase=Phase.RUNNING, images_per_second=speed) for speed in (2.0, stored, 3.0)]
+    (family,) = (family for family in job_metrics(jobs, NOW) if family.name == "finetune_images_per_second")
+    assert [sample.value for sample in family.samples] == [5.0]
 
 
 def test_gauges_over_all_jobs() -> None:

@@ -2,14 +2,18 @@
 
 A supervisor posts a Heartbeat every few seconds and at every change; the Reply contains its orders. The ranks report to
 their supervisor in lines of the same RankReport. Torch-free; both sides import it.
+
+Everything has a bound, because a pod writes it and the operator stores it: a number out of its range is refused, and a
+text for users that is too long is cut.
 """
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 BEAT_PATH = "/v1/beat"
@@ -18,6 +22,40 @@ MAX_BEAT_BYTES = 64 * 1024
 """Largest heartbeat; the coordinator refuses larger ones."""
 MAX_LAST_OUTPUT = 2000
 """Characters kept of a rank's stderr. The termination message holds 4,096 bytes in all."""
+MAX_DETAIL = 500
+MAX_TEXT = 1000
+"""Characters kept of a warning or an error for users."""
+MAX_WARNINGS = 20
+"""Warnings kept of a rank: the newest."""
+MAX_COUNT = 2**53
+"""Largest count: all JSON parsers represent it exactly."""
+MAX_INT32 = 2**31 - 1
+MAX_SECONDS = 1e10
+"""Longest time that is accepted: 317 years."""
+MAX_LOSS = 1e39
+"""Above the largest number in float32."""
+MAX_IMAGES_PER_SECOND = 1e9
+MAX_RANKS = 256
+"""Reports, ends and outputs in one heartbeat; a pod has at most 64 ranks."""
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Rank = Annotated[int, Field(ge=0, le=MAX_INT32)]
+Attempt = Annotated[int, Field(ge=1, le=MAX_INT32)]
+ExitStatus = Annotated[int, Field(ge=-MAX_INT32, le=MAX_INT32)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+Name = Annotated[str, Field(max_length=253)]
+"""A name of Kubernetes, or a UID."""
+Text = Annotated[str, AfterValidator(lambda text: text[:MAX_TEXT])]
+LastOutput = Annotated[str, AfterValidator(lambda text: text[-MAX_LAST_OUTPUT:])]
+
+
+def _drop_non_finite(value: object) -> object:
+    """Return None for NaN and the infinities: a diverged loss, or a rate over no time."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Figure = BeforeValidator(_drop_non_finite)
+"""Marks a measured number that has no value if it is not finite."""
 
 
 class Wire(BaseModel):
@@ -54,54 +92,60 @@ class RankState(StrEnum):
 class CommittedCheckpoint(Wire):
     """The newest checkpoint that was committed and verified."""
 
-    step: int = Field(ge=0)
-    time: float = Field(description="time of the commit, in seconds since the epoch")
-    size_bytes: int = Field(ge=0)
-    attempt: int = Field(ge=1)
-    stall_seconds: float | None = Field(
-        default=None, ge=0, description="time for which the training loop paused for it"
-    )
-    durable_seconds: float | None = Field(default=None, ge=0, description="from its step until it was durable")
-    interval_seconds: float | None = Field(default=None, ge=0, description="time until the next one is due")
+    step: Count
+    time: float = Field(ge=0, le=1e12, description="time of the commit, in seconds since the epoch")
+    size_bytes: Count
+    attempt: Attempt
+    stall_seconds: Seconds | None = Field(default=None, description="time for which the training loop paused for it")
+    durable_seconds: Seconds | None = Field(default=None, description="from its step until it was durable")
+    interval_seconds: Seconds | None = Field(default=None, description="time until the next one is due")
 
 
 class RankReport(Wire):
     """One line from a rank to its supervisor, and one entry of a heartbeat."""
 
-    rank: int = Field(ge=0)
+    rank: Rank
     state: RankState
-    step: int | None = Field(default=None, ge=0, description="completed optimizer steps")
-    total_steps: int | None = Field(default=None, ge=1)
-    restored_step: int | None = Field(default=None, ge=0, description="step at which this attempt began")
-    loss: float | None = Field(default=None, description="mean over the last global batches; absent if it is NaN")
-    images_per_second: float | None = Field(default=None, ge=0, description="of all ranks together")
+    step: Count | None = Field(default=None, description="completed optimizer steps")
+    total_steps: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    restored_step: Count | None = Field(default=None, description="step at which this attempt began")
+    loss: Annotated[float | None, Figure] = Field(
+        default=None, ge=-MAX_LOSS, le=MAX_LOSS, description="mean over the last global batches; absent if it is NaN"
+    )
+    images_per_second: Annotated[float | None, Figure] = Field(
+        default=None, ge=0, le=MAX_IMAGES_PER_SECOND, description="of all ranks together"
+    )
     checkpoint: CommittedCheckpoint | None = None
-    checkpoint_error: str | None = Field(
+    checkpoint_error: Text | None = Field(
         default=None, description="why no newer checkpoint can be written; empty: the error is over"
     )
-    corrupt_checkpoints: int | None = Field(
-        default=None, ge=0, description="corrupt checkpoints moved to a corrupt- folder since the job began"
+    corrupt_checkpoints: Count | None = Field(
+        default=None, description="corrupt checkpoints moved to a corrupt- folder since the job began"
     )
-    detail: str | None = Field(default=None, max_length=500, description="progress of the state, e.g. '12/64 images'")
-    warnings: tuple[str, ...] = Field(default=(), description="newest messages for users; repeated in every heartbeat")
-    outputs: tuple[WrittenOutput, ...] = ()
+    detail: Annotated[str, AfterValidator(lambda text: text[:MAX_DETAIL])] | None = Field(
+        default=None, description="progress of the state, e.g. '12/64 images'"
+    )
+    warnings: Annotated[tuple[Text, ...], AfterValidator(lambda texts: texts[-MAX_WARNINGS:])] = Field(
+        default=(), description="newest messages for users; repeated in every heartbeat"
+    )
+    outputs: tuple[WrittenOutput, ...] = Field(default=(), max_length=MAX_RANKS)
 
 
 class WrittenOutput(Wire):
     """A completely written output."""
 
-    format: str
-    to: str
-    size_bytes: int = Field(ge=0)
-    sha256: str | None = None
+    format: str = Field(max_length=64)
+    to: str = Field(max_length=4096)
+    size_bytes: Count
+    sha256: str | None = Field(default=None, max_length=64)
 
 
 class RankEnd(Wire):
     """End of a rank."""
 
-    rank: int
-    exit_code: Annotated[int, Field(description="of the process; 128+n if signal n ended it")]
-    last_words: str = Field(default="", max_length=MAX_LAST_OUTPUT, description="last lines of its stderr")
+    rank: Rank
+    exit_code: ExitStatus = Field(description="of the process; 128+n if signal n ended it")
+    last_words: LastOutput = Field(default="", description="last lines of its stderr")
 
 
 class Termination(Wire):
@@ -110,26 +154,26 @@ class Termination(Wire):
     The first entry of `ends` is the rank that failed first: it is the cause, the others are consequences.
     """
 
-    attempt: int
-    exit_code: int
-    step: int | None = None
+    attempt: Attempt
+    exit_code: ExitStatus
+    step: Count | None = None
     notice: bool = Field(default=False, description="whether SIGTERM was received before the ranks ended")
-    ends: tuple[RankEnd, ...] = ()
+    ends: tuple[RankEnd, ...] = Field(default=(), max_length=MAX_RANKS)
 
 
 class Heartbeat(Wire):
     """Message of a supervisor to the coordinator."""
 
-    job: str
-    namespace: str
-    job_uid: str
-    pod: str
-    pod_uid: str
-    attempt: int = Field(ge=1)
-    node_rank: int = Field(ge=0)
-    sequence: int = Field(ge=0, description="number of the supervisor's heartbeat; older ones are ignored")
-    ranks: tuple[RankReport, ...] = ()
-    ends: tuple[RankEnd, ...] = ()
+    job: Name
+    namespace: Name
+    job_uid: Name
+    pod: Name
+    pod_uid: Name
+    attempt: Attempt
+    node_rank: Rank
+    sequence: Count = Field(description="number of the supervisor's heartbeat; older ones are ignored")
+    ranks: tuple[RankReport, ...] = Field(default=(), max_length=MAX_RANKS)
+    ends: tuple[RankEnd, ...] = Field(default=(), max_length=MAX_RANKS)
     notice: bool = Field(default=False, description="this pod received a preemption notice")
     waiting: bool = Field(
         default=False, description="its ranks ended because they lost a peer; it waits for a new gang"
@@ -146,12 +190,14 @@ class Order(StrEnum):
 class NewWorld(Wire):
     """Position of a kept pod in the next attempt; its ranks are restarted there."""
 
-    attempt: int = Field(ge=1)
-    node_rank: int = Field(ge=0)
-    num_nodes: int = Field(ge=1)
-    master_addr: str = Field(description="host of rank 0")
+    attempt: Attempt
+    node_rank: Rank
+    num_nodes: int = Field(ge=1, le=MAX_INT32)
+    master_addr: Name = Field(description="host of rank 0")
     master_port: int = Field(ge=1, le=65535)
-    mtbf_seconds: float | None = Field(default=None, gt=0, description="observed mean time between interruptions")
+    mtbf_seconds: float | None = Field(
+        default=None, gt=0, le=MAX_SECONDS, description="observed mean time between interruptions"
+    )
 
 
 class Reply(Wire):
@@ -159,12 +205,24 @@ class Reply(Wire):
 
     order: Order = Order.CONTINUE
     attempt: int | None = Field(
-        default=None, description="the job's newest attempt; a supervisor of an older one stops, unless `world` is set"
+        default=None,
+        ge=0,
+        le=MAX_INT32,
+        description="the job's newest attempt; a supervisor of an older one stops, unless `world` is set",
     )
     world: NewWorld | None = Field(default=None, description="position of this pod's ranks in the newest attempt")
-    beat_seconds: float | None = Field(default=None, gt=0, description="requested interval between heartbeats")
+    beat_seconds: float | None = Field(
+        default=None, gt=0, le=MAX_SECONDS, description="requested interval between heartbeats"
+    )
     peer_lost: bool = Field(default=False, description="a peer is lost, so no collective of this attempt can complete")
     stacks: bool = Field(default=False, description="the attempt makes no progress: write the stacks of every rank")
+
+
+def first_error(error: ValidationError) -> str:
+    """Return the first error of an invalid message, with the path of its field."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = ".".join(str(part) for part in first["loc"]) or "body"
+    return f"{path}: {first['msg']}"
 
 
 RankReport.model_rebuild()

@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from finetune_contract.heartbeat import CommittedCheckpoint, RankReport, RankState, WrittenOutput
+from finetune_contract.heartbeat import MAX_DETAIL, MAX_TEXT, CommittedCheckpoint, RankReport, RankState, WrittenOutput
 
 _LOG = logging.getLogger(__name__)
 MIN_GAP_SECONDS = 0.2
 """Minimum time between two progress reports. Changes of state are reported at once."""
 NUM_WARNINGS = 5
-MAX_DETAIL = 500
 
 
 class Reporter:
@@ -60,6 +59,7 @@ class Reporter:
 
     def checkpoint_error(self, text: str) -> None:
         """Report why no newer checkpoint can be written; an empty text means that saving works again."""
+        text = text[:MAX_TEXT]
         if text != (self._report.checkpoint_error or ""):
             self._send(checkpoint_error=text)
 
@@ -83,7 +83,7 @@ class Reporter:
 
     def _add_warning(self, text: str) -> None:
         with self._lock:
-            self._send(warnings=(*self._report.warnings, text)[-NUM_WARNINGS:])
+            self._send(warnings=(*self._report.warnings, text[:MAX_TEXT])[-NUM_WARNINGS:])
 
     def _send_limited(self, **changes: Any) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ from datetime import datetime
 from aiohttp import web
 from pydantic import ValidationError
 
-from finetune_contract.heartbeat import BEAT_PATH, MAX_BEAT_BYTES, Heartbeat, Reply
+from finetune_contract.heartbeat import BEAT_PATH, MAX_BEAT_BYTES, Heartbeat, Reply, first_error
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity, find_mismatch
 
 Authenticator = Callable[[str], Awaitable[PodIdentity | None]]
@@ -121,11 +121,4 @@ async def _read_beat(request: web.Request) -> Heartbeat:
         # Parsing 64 KiB takes about a millisecond; larger bodies were refused before.
         return Heartbeat.model_validate_json(body)
     except ValidationError as error:
-        raise HeartbeatRefusedError(400, f"invalid heartbeat: {_first_error(error)}") from error
-
-
-def _first_error(error: ValidationError) -> str:
-    """Return the first validation error, with its path."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    path = ".".join(str(part) for part in first["loc"]) or "body"
-    return f"{path}: {first['msg']}"
+        raise HeartbeatRefusedError(400, f"invalid heartbeat: {first_error(error)}") from error

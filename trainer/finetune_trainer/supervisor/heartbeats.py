@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from finetune_contract.heartbeat import Heartbeat, Reply
+from finetune_contract.heartbeat import MAX_BEAT_BYTES, MAX_TEXT, Heartbeat, Reply
 from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorError
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.log import log
@@ -77,7 +77,7 @@ class HeartbeatSender:
         loop = asyncio.get_running_loop()
         self._sequence += 1
         try:
-            reply = await loop.run_in_executor(self._thread, client.post, self._build(self._sequence))
+            reply = await loop.run_in_executor(self._thread, client.post, fit(self._build(self._sequence)))
         except CoordinatorError as error:
             if not self._is_unreachable:
                 log(f"cannot reach the coordinator ({error}); training continues")
@@ -89,3 +89,29 @@ class HeartbeatSender:
         self.last_reply_at = loop.time()
         self._seconds = reply.beat_seconds or self._config.beat_seconds
         self._obey(reply)
+
+
+def fit(beat: Heartbeat) -> Heartbeat:
+    """Shorten the texts of a heartbeat until the coordinator accepts its size. Numbers and states are kept."""
+    keep = MAX_TEXT
+    while len(beat.to_json().encode()) > MAX_BEAT_BYTES and keep > 0:
+        keep //= 2
+        beat = _shorten(beat, keep)
+    return beat
+
+
+def _shorten(beat: Heartbeat, keep: int) -> Heartbeat:
+    """Keep this number of characters of each text; 0: no text."""
+    ranks = tuple(
+        report.model_copy(
+            update={
+                "detail": report.detail[:keep] if report.detail else None,
+                # An empty error means that it is over.
+                "checkpoint_error": report.checkpoint_error and report.checkpoint_error[: max(1, keep)],
+                "warnings": tuple(text[:keep] for text in report.warnings) if keep else (),
+            }
+        )
+        for report in beat.ranks
+    )
+    ends = tuple(end.model_copy(update={"last_words": end.last_words[-keep:] if keep else ""}) for end in beat.ends)
+    return beat.model_copy(update={"ranks": ranks, "ends": ends})

@@ -14,9 +14,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import MAX_LAST_OUTPUT, RankEnd, RankReport, RankState
+from finetune_contract.heartbeat import MAX_LAST_OUTPUT, RankEnd, RankReport, RankState, first_error
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import CoreShare, ccl_environment, thread_environment
 from finetune_trainer.supervisor.forks import ForkClient, ForkedProcess, NotForkedError, module_of
@@ -144,8 +146,8 @@ class RankProcess:
     def _merge(self, line: str) -> None:
         try:
             new = RankReport.model_validate_json(line)
-        except ValueError:
-            log(f"rank {self.rank} sent an invalid report: {line[:200]}")
+        except ValidationError as error:
+            log(f"rank {self.rank} sent an invalid report ({first_error(error)}): {line[:200]}")
             return
         old = self.report
         self._has_reported = True

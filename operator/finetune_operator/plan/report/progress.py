@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from finetune_contract.heartbeat import RankState
+from finetune_contract.heartbeat import MAX_SECONDS, RankState
 from finetune_contract.phase import Phase
 from finetune_operator.api.duration import format_seconds
 from finetune_operator.api.reasons import CountsAs
@@ -26,6 +26,8 @@ from finetune_operator.plan.report import checkpoint_health
 T = TypeVar("T")
 MAX_WARNINGS = 10
 """Maximum number of the trainer's warnings in the status."""
+MAX_OUTPUTS = 100
+"""Maximum number of outputs in the status."""
 
 
 def read(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
@@ -142,7 +144,7 @@ def _read_outputs(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
             outputs[written.format, written.to] = OutputStatus(
                 format=written.format, to=written.to, bytes=written.size_bytes, sha256=written.sha256
             )
-    return revise(status, outputs=tuple(outputs.values()))
+    return revise(status, outputs=tuple(outputs.values())[-MAX_OUTPUTS:])
 
 
 def _read_warnings(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
@@ -165,7 +167,7 @@ def _read_figures(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         status,
         loss=loss if loss is not None else status.loss,
         images_per_second=speed if speed is not None else status.images_per_second,
-        progress=f"{100 * step // total_steps}%" if step is not None and total_steps else status.progress,
+        progress=f"{min(100, 100 * step // total_steps)}%" if step is not None and total_steps else status.progress,
         eta=_eta(view, step, total_steps, speed) or status.eta,
     )
 
@@ -176,7 +178,8 @@ AT_SPEED = frozenset({RankState.TRAINING, RankState.SAVING, RankState.VALIDATING
 def _eta(view: View, step: int | None, total_steps: int | None, speed: float | None) -> str | None:
     if step is None or total_steps is None or not speed:
         return None
-    return format_seconds(max(0, total_steps - step) * global_batch(view.spec) / speed)
+    seconds = max(0, total_steps - step) * global_batch(view.spec) / speed
+    return format_seconds(seconds) if seconds < MAX_SECONDS else None
 
 
 def _figure(number: float | None) -> float | None:
