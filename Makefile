@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
 .PHONY: help install system-packages demo test test-fast mutate docs lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves bench-checkpoint \
-        bench-learning bench-map
+        bench-learning bench-map bench-exchange
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -61,6 +61,9 @@ kill-matrix: install ## inject every fault at every rank and stage of real proce
 
 simulate: install ## run a million random events on the simulated cluster; a broken invariant prints how to replay it
 	@$(BIN)/python -m tests.simulation --events 1000000
+
+bench-exchange: install ## as root: measure how much of the gradient exchange the backward pass hides, on limited links
+	@$(BIN)/python -m bench.exchange $(ARGS)
 
 bench-spot: install ## compare goodput on spot capacity: no operator, upstream practice, this operator
 	@$(BIN)/python -m bench.spot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,16 @@ def test_bench_checkpoint() -> None:
     result = run_program("bench.checkpoint", "--width", "32", "--rounds", "1", "--no-limit")
     assert set(result) == {"stall_ratio_full", "stall_ratio_lora", "durable_over_raw_write"}
     assert all(value > 0 for value in result.values())
+
+
+@pytest.mark.trainer
+@pytest.mark.skipif(os.geteuid() != 0 or len(os.sched_getaffinity(0)) < 2, reason="needs root and two cores")
+def test_bench_exchange() -> None:
+    """Check only that it measures: on a busy machine, the shares mean nothing."""
+    options = ("--pairs", "1", "--channels", "32", "--latent", "8", "--links", "10g", "--methods", "full")
+    result = run_program("bench.exchange", *options)
+    assert result.keys() == {"full_10g", "different_bits"}
+    assert result["different_bits"] == 0
 
 
 def test_bench_spot(tmp_path: Path) -> None:
