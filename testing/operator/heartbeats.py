@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ssl
 from dataclasses import dataclass
 from typing import Any
 
 from finetune_contract.heartbeat import BEAT_PATH, Heartbeat, RankReport, RankState
+from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.process import LOOPBACK
 from testing.controlplane.server import ControlPlane
-from testing.operator.harness import Jobs, OperatorProcess
+from testing.operator.harness import HOME, Jobs, OperatorProcess
 
 AUDIENCE = "finetune-coordinator"
 SERVICE = "finetune-coordinator"
@@ -54,8 +56,19 @@ class HeartbeatClient:
             connection.close()
 
 
+def create_service(cluster: ControlPlane) -> str:
+    """Create the coordinator's Service, as the chart does, unless it exists; return its UID."""
+    path = f"/api/v1/namespaces/{HOME}/services"
+    service = {"metadata": {"name": SERVICE}, "spec": {"ports": [{"name": "beats", "port": 8443}]}}
+    with contextlib.suppress(ControlPlaneApiError):
+        cluster.api.create(path, {"apiVersion": "v1", "kind": "Service", **service})
+    uid: str = cluster.api.get(f"{path}/{SERVICE}")["metadata"]["uid"]
+    return uid
+
+
 def tls_flags(cluster: ControlPlane) -> tuple[str, ...]:
     certificate = cluster.authority.issue("coordinator", hosts=[LOOPBACK])
+    create_service(cluster)
     return (
         f"--coordinator-tls-cert={certificate.certificate}",
         f"--coordinator-tls-key={certificate.key}",

@@ -26,7 +26,8 @@ BYTES = 8192
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_has_a_bound(field: FieldInfo) -> None:
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, "of a field", *field.metadata])
+    annotated: Any = Annotated[field.annotation, "of a field", *field.metadata]
+    adapter: TypeAdapter[Any] = TypeAdapter(annotated)
     for huge in (INT64, -INT64, 10**40, -(10**40), 1e308, -1e308, math.inf, -math.inf, math.nan):
         try:
             kept = adapter.validate_python(huge)

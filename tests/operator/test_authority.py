@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import socket
 import ssl
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from cryptography import x509
 
+from finetune_operator.cluster.kube.client.client import KubeApi, connect
+from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.tls.authority import (
     AUTHORITY_LIFETIME,
     TlsMaterial,
@@ -19,6 +22,7 @@ from finetune_operator.cluster.kube.tls.authority import (
     renew,
     to_secret,
 )
+from finetune_operator.cluster.kube.tls.manager import CertificateManager
 from testing.controlplane.process import LOOPBACK, wait_for
 from testing.controlplane.server import ControlPlane
 from testing.operator.harness import HOME, Jobs, OperatorProcess, build_job, running
@@ -96,6 +100,29 @@ def test_running_pods_get_the_authority_and_its_successor(operator: OperatorProc
         presented = handshake(operator, material.bundle)
     assert x509.load_pem_x509_certificate(presented.encode()).issuer == successor.parsed.subject
     assert jobs.status("circles")["attempt"] == 1
+
+
+def test_a_secret_that_was_deleted_and_created_again_gets_the_same_authority(jobs: Jobs) -> None:
+    """`helm upgrade` creates it empty. Running pods trust the authority that they got before."""
+    cluster, name = jobs.control_plane, f"kept-{jobs.namespace}"
+    path = f"/api/v1/namespaces/{HOME}/secrets"
+
+    async def check() -> None:
+        client = await connect(cluster.kubeconfig)
+        clock = ServerClock()
+        try:
+            manager = CertificateManager(KubeApi(client, clock), HOME, name, HOSTS, clock)
+            await manager.load()
+            before = stored(cluster, f"{path}/{name}")
+            cluster.api.delete(f"{path}/{name}")
+            cluster.api.create(path, {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}})
+            await manager.load()
+            assert stored(cluster, f"{path}/{name}") == before
+            assert manager.bundle == before.bundle
+        finally:
+            await client.close()
+
+    asyncio.run(check())
 
 
 def test_authority_from_a_file_reaches_the_pods(jobs: Jobs, new_operator: NewOperator) -> None:

@@ -13,11 +13,12 @@ import pytest
 from finetune_contract.heartbeat import RankState
 from finetune_operator.cluster.kube.beats.tokens import parse_review, token_expiry
 from finetune_operator.cluster.kube.tls.context import ServerCertificate
+from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.pki import Authority
 from testing.controlplane.process import LOOPBACK, wait_for
 from testing.controlplane.server import ControlPlane
 from testing.operator.harness import HOME, Jobs, running
-from testing.operator.heartbeats import AUDIENCE, SERVICE, HeartbeatClient, tls_flags
+from testing.operator.heartbeats import AUDIENCE, SERVICE, HeartbeatClient, create_service, tls_flags
 from tests.operator.conftest import NewOperator
 
 NO_FLAGS = {"peerLost": False, "stacks": False}
@@ -81,6 +82,45 @@ def test_service_endpoint_is_the_leader(jobs: Jobs, new_operator: NewOperator) -
         first.kill()
         second.wait_ready()
         assert endpoint(jobs.control_plane) == ("10.0.0.2", second.coordinator_port)
+
+
+@pytest.mark.cluster
+def test_a_deleted_endpoint_or_service_is_reported_and_restored(jobs: Jobs, new_operator: NewOperator) -> None:
+    cluster = jobs.control_plane
+    slice_path = f"/apis/discovery.k8s.io/v1/namespaces/{HOME}/endpointslices/{SERVICE}"
+    service_path = f"/api/v1/namespaces/{HOME}/services/{SERVICE}"
+    with running(new_operator(*tls_flags(cluster))) as operator:
+        expected = ("10.0.0.1", operator.coordinator_port)
+        cluster.api.delete(slice_path)
+        wait_for("the endpoint is published again", lambda: has_endpoint(cluster, expected))
+        assert "was deleted by somebody else" in operator.log.read_text()
+        cluster.api.patch(slice_path, {"endpoints": [{"addresses": ["10.9.9.9"]}]})
+        wait_for("the endpoint is corrected", lambda: endpoint(cluster) == expected)
+        assert "was changed by somebody else" in operator.log.read_text()
+        # The garbage collector deletes the slice of a deleted Service.
+        cluster.api.delete(service_path)
+        wait_for("the replica is not ready", lambda: operator.get("/readyz")[0] == 503)
+        assert f"{HOME}/{SERVICE} does not exist: run `helm upgrade`" in operator.log.read_text()
+        assert operator.get("/livez")[0] == 200
+        uid = create_service(cluster)
+        wait_for("the replica is ready", lambda: operator.get("/readyz")[0] == 200)
+        assert endpoint(cluster) == expected
+        assert [owner["uid"] for owner in cluster.api.get(slice_path)["metadata"]["ownerReferences"]] == [uid]
+        # Publishing without a change writes nothing.
+        version = cluster.api.get(slice_path)["metadata"]["resourceVersion"]
+        before = operator.metric(PATCHES)
+        wait_for("the endpoint is published again", lambda: operator.metric(PATCHES) > before)
+        assert cluster.api.get(slice_path)["metadata"]["resourceVersion"] == version
+
+
+PATCHES = 'finetune_api_requests_total{code="200",method="PATCH",resource="endpointslices"}'
+
+
+def has_endpoint(cluster: ControlPlane, expected: tuple[str, int]) -> bool:
+    try:
+        return endpoint(cluster) == expected
+    except ControlPlaneApiError:
+        return False
 
 
 def endpoint(cluster: ControlPlane) -> tuple[str, int]:

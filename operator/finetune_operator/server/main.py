@@ -64,7 +64,11 @@ async def run_operator(options: RunOptions) -> int:
         log.critical("%s", error)
         return EXIT_SETUP
     checks = {"/livez": operator.is_alive, "/readyz": operator.is_ready}
-    runner = await probes.serve(options.probe_host, options.probe_port, checks, metrics.registry)
+    try:
+        runner = await probes.serve(options.probe_host, options.probe_port, checks, metrics.registry)
+    except OSError as error:
+        log.critical("cannot serve the probes on port %d: %s; set another --probe-port", options.probe_port, error)
+        return EXIT_SETUP
     try:
         # A failed operator ends the same way as a stopped one; the exit code distinguishes them.
         with GarbageCollector(asyncio.get_running_loop()):
@@ -79,6 +83,8 @@ async def run_operator(options: RunOptions) -> int:
         return 1
     finally:
         await runner.cleanup()
+    if operator.setup_failed:
+        return EXIT_SETUP
     return 1 if operator.failed else 0
 
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Order, Reply
@@ -44,7 +45,7 @@ from finetune_operator.cluster.kube.client.objects import (
     status_body,
     with_status,
 )
-from finetune_operator.cluster.kube.client.refusals import Refusals, classify_refusal
+from finetune_operator.cluster.kube.client.refusals import CreationError, Refusals, classify_refusal
 from finetune_operator.cluster.kube.options import UpdateLimits
 from finetune_operator.cluster.kube.watch.cache import Cache, Entry, ObjectKey
 from finetune_operator.cluster.kube.watch.nodes import NodeStates
@@ -108,6 +109,7 @@ class KubeCluster:
         self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
         self._nodes = dependencies.nodes
         self._refusals = Refusals()
+        self._listening_since: datetime | None = None
         self.beats = JobHeartbeats(self.wake)
         self.authority = ""
         """PEM certificates that supervisors trust; if not empty, each job's ConfigMap contains them."""
@@ -125,6 +127,8 @@ class KubeCluster:
     async def observe(self, job: FineTuneJob) -> Observed:
         """Return the cached children of a job. Children of an earlier job with the same name are excluded."""
         key, uid = _key(job), job.metadata.uid
+        # The coordinator starts before the first reconcile.
+        self._listening_since = self._listening_since or self._clock()
         pods = tuple(pod.observed for pod in self.pods.group(key) if pod.owner_uid == uid)
         names = nodes_of(job.status, pods)
         nodes = {name: state for name in names if (state := self._nodes.get(name)) != HEALTHY}
@@ -132,6 +136,8 @@ class KubeCluster:
             pods=pods,
             nodes=nodes,
             refusal=self._refusals.get(key, job),
+            create_after=self._refusals.held_until(key, job),
+            listening_since=self._listening_since,
             beat_seconds=self._beat_interval.longest_seconds(asyncio.get_running_loop().time()),
             beats=self.beats.of_job(*key, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child.name for child in self.services.group(key) if child.owner_uid == uid),
@@ -282,8 +288,10 @@ class KubeCluster:
             if error.already_exists:
                 await self._adopt_existing(job, manifest)
                 return
-            self._record_refusal(job, classify_refusal(job, kind, meta["name"], error, self._clock()))
-            raise
+            now = self._clock()
+            self._record_refusal(job, classify_refusal(job, kind, meta["name"], error, now))
+            seconds = self._refusals.hold(_key(job), job, now, error.retry_after_seconds or 0.0)
+            raise CreationError(error, seconds) from error
         self._refusals.forget(_key(job))
         self._cache_written(self._children[kind], decode_created(kind, created), created)
 

@@ -14,7 +14,7 @@ from finetune_operator.cluster.kube.client.client import KubeApi, RequestHook, S
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.leader.lease import Elector
 from finetune_operator.cluster.kube.options import CoordinatorOptions, OperatorOptions
-from finetune_operator.cluster.kube.term import LeaderTerm, ReplicaContext
+from finetune_operator.cluster.kube.term import LeaderTerm, ReplicaContext, read_authority
 from finetune_operator.cluster.kube.tls.context import ServerCertificate
 from finetune_operator.cluster.kube.watch.nodes import NodeStates
 from finetune_operator.cluster.kube.work.workers import ReconcileObserver
@@ -43,7 +43,9 @@ class Operator:
         self.term: LeaderTerm | None = None
         """The current term of leadership; None while this replica waits for the lease."""
         self.failed = False
-        """Whether an unexpected error stopped this replica; the log contains the error."""
+        """Whether an error stopped this replica; the log contains the error."""
+        self.setup_failed = False
+        """Whether that error is an invalid setup, so that a restart without a change does not help."""
         self.ended = asyncio.Event()
         """Set when the replica has failed or stopped."""
 
@@ -120,15 +122,28 @@ class Operator:
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():
             return
-        log.critical("unexpected error; the operator stops", exc_info=task.exception())
-        self.failed = True
+        error = task.exception()
+        if problem := find_setup_error(error):
+            log.critical("%s", problem)
+        else:
+            log.critical("unexpected error; the operator stops", exc_info=error)
+        self.failed, self.setup_failed = True, problem is not None
         self.ended.set()
 
 
 def _load_certificate(options: CoordinatorOptions | None) -> ServerCertificate | None:
     if options is None or options.certificate is None or options.key is None:
         return None
+    if options.authority is not None:
+        read_authority(options.authority)
     try:
         return ServerCertificate(options.certificate, options.key)
     except (OSError, ssl.SSLError) as error:
         raise SetupError(f"cannot load the coordinator's certificate {options.certificate}: {error}") from error
+
+
+def find_setup_error(error: BaseException | None) -> SetupError | None:
+    """Return the SetupError that ended a group of tasks, if there is one."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(find_setup_error, error.exceptions)), None)
+    return error if isinstance(error, SetupError) else None

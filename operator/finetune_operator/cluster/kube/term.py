@@ -15,11 +15,11 @@ from typing import Any
 
 from finetune_operator.cluster.kube.beats.coordinator import RateLimitedCoordinator
 from finetune_operator.cluster.kube.client import objects
-from finetune_operator.cluster.kube.client.client import PARTIAL, PARTIAL_LIST, KubeApi
+from finetune_operator.cluster.kube.client.client import PARTIAL, PARTIAL_LIST, KubeApi, SetupError
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.events import EventSender
 from finetune_operator.cluster.kube.cluster import ClusterDependencies, KubeCluster
-from finetune_operator.cluster.kube.leader.endpoint_slice import LeaderEndpoint, publish_endpoint
+from finetune_operator.cluster.kube.leader.endpoint_slice import EndpointPublisher, LeaderEndpoint
 from finetune_operator.cluster.kube.options import CoordinatorOptions, OperatorOptions
 from finetune_operator.cluster.kube.tls.context import CHECK_SECONDS, ServerCertificate
 from finetune_operator.cluster.kube.tls.manager import CertificateManager
@@ -75,6 +75,7 @@ class LeaderTerm:
             for source, cache in _watch_sources(self.cluster)
             for scope in options.namespaces or ("",)
         ]
+        self._endpoint: EndpointPublisher | None = None
         self.active = False
         """Whether the caches are complete and jobs are reconciled."""
         self._finished = asyncio.Event()
@@ -114,8 +115,10 @@ class LeaderTerm:
         return not self.active or (listening and self._workers.longest_reconcile_seconds(now) < UNRESPONSIVE_SECONDS)
 
     def is_fresh(self, now: float) -> bool:
-        """Return whether the caches are up to date."""
-        return self.active and all(now - reflector.last_response_at < STALE_SECONDS for reflector in self._reflectors)
+        """Return whether the caches are up to date and heartbeats can arrive."""
+        reachable = self._endpoint is None or not self._endpoint.problem
+        fresh = all(now - reflector.last_response_at < STALE_SECONDS for reflector in self._reflectors)
+        return self.active and reachable and fresh
 
     async def _listen(self, tasks: asyncio.TaskGroup) -> None:
         options, certificate = self._replica.options.coordinator, self._replica.certificate
@@ -124,17 +127,24 @@ class LeaderTerm:
         if options.secret:
             certificate = await self._own_certificate(options, tasks)
         elif options.authority is not None:
-            self.cluster.authority = options.authority.read_text()
+            self.cluster.authority = read_authority(options.authority)
             tasks.create_task(self._watch_authority(options.authority))
         context = None
         if certificate is not None:
             context = certificate.context
             tasks.create_task(certificate.reload_on_change())
-        port = await self._coordinator.start(options.host, options.port, context)
+        try:
+            port = await self._coordinator.start(options.host, options.port, context)
+        except OSError as error:
+            raise SetupError(
+                f"cannot receive heartbeats on port {options.port}: {error}; set another --coordinator-port"
+            ) from error
         log.info("receiving heartbeats on port %d%s", port, "" if context else " without TLS")
         if options.service:
             endpoint = LeaderEndpoint(options.namespace, options.service, options.address, port)
-            await publish_endpoint(self._replica.api, endpoint)
+            self._endpoint = EndpointPublisher(self._replica.api, endpoint)
+            await self._endpoint.publish()
+            tasks.create_task(self._endpoint.keep())
 
     async def _own_certificate(self, options: CoordinatorOptions, tasks: asyncio.TaskGroup) -> ServerCertificate:
         manager = CertificateManager(
@@ -161,6 +171,21 @@ class LeaderTerm:
             await asyncio.sleep(CHECK_SECONDS)
             with suppress(OSError):
                 self.cluster.authority = await asyncio.to_thread(path.read_text)
+
+
+def read_authority(path: Path) -> str:
+    """Return the certificate authority in a file, as PEM.
+
+    Raises:
+        SetupError: the file cannot be read.
+    """
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise SetupError(
+            f"cannot read the authority of the coordinator's certificate {path}: {error}; "
+            "the Secret of the certificate needs a key ca.crt"
+        ) from error
 
 
 def _watch_sources(cluster: KubeCluster) -> list[tuple[WatchSource[Any], Any]]:

@@ -37,7 +37,7 @@ REQUEST_SECONDS = 40.0
 """Longer than the longest timeout of an admission webhook (30 s), so that its answer is received."""
 WATCH_SILENCE_SECONDS = 150.0
 """The API server sends a bookmark about once a minute; a watch that is silent for longer is broken."""
-BAD_REQUEST, NOT_FOUND, CONFLICT, GONE, TOO_MANY = 400, 404, 409, 410, 429
+BAD_REQUEST, FORBIDDEN, NOT_FOUND, CONFLICT, GONE, TOO_MANY = 400, 403, 404, 409, 410, 429
 TRANSIENT = frozenset({TOO_MANY, 401, 408, 500, 502, 503, 504})
 """Status codes that do not depend on the request itself: the same request may succeed later.
 

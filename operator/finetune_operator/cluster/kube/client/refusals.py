@@ -1,7 +1,8 @@
 """Creations that the API server refused: recorded for the plan, with a message for the status.
 
 The API server would refuse an invalid object each time: its job is held until it is edited, and retried at intervals
-in case a policy has changed. After a refusal by a quota or by RBAC, the worker retries with its backoff.
+in case a policy has changed. After any other failed creation, the plan creates nothing for the job until a delay is
+over, which increases with each failure. Heartbeats and other changes request reconciles in the meantime.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.names import CONTAINER
 from finetune_operator.cluster.kube.client.client import BAD_REQUEST, ApiError
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.model.types import Refusal
@@ -21,9 +23,18 @@ INVALID = frozenset({BAD_REQUEST, UNPROCESSABLE})
 """Status codes of a creation that mean that the object itself is invalid."""
 REFUSED = INVALID | {FORBIDDEN}
 """Status codes of a creation that require an action of the user or the administrator."""
+FIRST_DELAY_SECONDS = 0.25
+MAX_DELAY_SECONDS = 60.0
+"""Bounds of the delay after failed creations of a job."""
 HOLD = timedelta(seconds=60)
 """Delay before an invalid object of a job is created again."""
 UNKNOWN_FIELD = re.compile(r'unknown field "([^"]+)"')
+OF_RESOURCES = re.compile(
+    r"spec\.containers\[0]\.resources|must specify (?:requests|limits)\.|(?:maximum|minimum) \S+ usage per |"
+    r"max limit to request ratio per "
+)
+"""Parts of the messages of a LimitRange or a quota about the resources of the trainer's container."""
+LIMIT = re.compile(r"less than or equal to (\S+) limit of (\w+)")
 SIMILARITY = 0.75
 """Similarity of two names at which one counts as a misspelling of the other."""
 FIELDS = re.findall(
@@ -51,11 +62,27 @@ class _RecordedRefusal(NamedTuple):
     refusal: Refusal
 
 
+class CreationError(ApiError):
+    """A creation failed. The plan knows until when to create nothing, so other work for the job need not wait."""
+
+    def __init__(self, error: ApiError, delay_seconds: float) -> None:
+        super().__init__(error.status, error.reason, error.message, delay_seconds)
+
+
+class _Hold(NamedTuple):
+    uid: str
+    generation: int
+    attempt: int
+    num_failures: int
+    until: datetime
+
+
 class Refusals:
-    """The newest refusal of each job, valid until its spec changes."""
+    """The newest refusal of each job, valid until its spec changes, and the delay of its next creation."""
 
     def __init__(self) -> None:
         self._recorded: dict[JobKey, _RecordedRefusal] = {}
+        self._holds: dict[JobKey, _Hold] = {}
 
     def record(self, key: JobKey, job: FineTuneJob, refusal: Refusal) -> None:
         """Record a refusal for the job's current generation."""
@@ -68,9 +95,40 @@ class Refusals:
             return None
         return recorded.refusal
 
+    def hold(self, key: JobKey, job: FineTuneJob, now: datetime, least_seconds: float = 0.0) -> float:
+        """Count a failed creation, and return the delay before the next one, in seconds.
+
+        An edit of the job and a new attempt request other objects, so they begin without delay.
+
+        Args:
+            key: the job's key.
+            job: the job.
+            now: the current time.
+            least_seconds: shortest delay, as the API server requests it.
+        """
+        num_failures = 0
+        if (known := self._valid_hold(key, job)) is not None:
+            num_failures = known.num_failures
+        # The exponent is bounded, so that it does not overflow.
+        seconds = max(min(FIRST_DELAY_SECONDS * 2.0 ** min(num_failures, 32), MAX_DELAY_SECONDS), least_seconds)
+        meta, until = job.metadata, now + timedelta(seconds=seconds)
+        self._holds[key] = _Hold(meta.uid, meta.generation, job.status.attempt, num_failures + 1, until)
+        return seconds
+
+    def held_until(self, key: JobKey, job: FineTuneJob) -> datetime | None:
+        """Return the time before which nothing may be created for a job; None: no creation has failed."""
+        known = self._valid_hold(key, job)
+        return known.until if known is not None else None
+
     def forget(self, key: JobKey) -> None:
-        """Drop the refusal of a job: a creation succeeded, or the job was deleted."""
+        """Drop the refusal and the delay of a job: a creation succeeded, or the job was deleted."""
         self._recorded.pop(key, None)
+        self._holds.pop(key, None)
+
+    def _valid_hold(self, key: JobKey, job: FineTuneJob) -> _Hold | None:
+        known, meta = self._holds.get(key), job.metadata
+        same = known is not None and known[:3] == (meta.uid, meta.generation, job.status.attempt)
+        return known if same else None
 
 
 def classify_refusal(job: FineTuneJob, kind: str, name: str, error: ApiError, now: datetime) -> Refusal | None:
@@ -78,11 +136,32 @@ def classify_refusal(job: FineTuneJob, kind: str, name: str, error: ApiError, no
     if error.status not in REFUSED:
         return None
     if error.status not in INVALID:
-        return Refusal(f"the API server refused to create {kind} {name}: {error.message}")
+        message = f"the API server refused to create {kind} {name}: {error.message}"
+        advice = _advise_resources(job, error.message)
+        return Refusal(f"{_as_clause(message)}; {advice}" if advice else message)
     return Refusal(_explain(job, kind, error.message), hold_until=now + HOLD)
 
 
+def _advise_resources(job: FineTuneJob, message: str) -> str | None:
+    """Return what to write in topology.resources; None if that does not decide whether the pod is accepted."""
+    if OF_RESOURCES.search(message) is None or _template_sets_resources(job):
+        return None
+    limit = LIMIT.search(message)
+    example = f", e.g. {limit[1]}: {limit[2]}" if limit is not None else ""
+    return (
+        "a LimitRange or a quota of the namespace restricts the resources of pods; "
+        f"write what each pod needs in spec.topology.resources{example}, which sets both the request and the limit"
+    )
+
+
+def _template_sets_resources(job: FineTuneJob) -> bool:
+    spec = (job.spec.pod_template or {}).get("spec") or {}
+    return any(item.get("name") == CONTAINER and "resources" in item for item in spec.get("containers") or ())
+
+
 def _explain(job: FineTuneJob, kind: str, message: str) -> str:
+    if kind == "Pod" and (advice := _advise_resources(job, message)):
+        return f"the API server rejects the Pod of this job: {_as_clause(message)}; {advice}"
     if kind != "Pod" or job.spec.pod_template is None:
         return f"the API server rejects the {kind} of this job: {_as_clause(message)}; ask your cluster administrator"
     if fields := UNKNOWN_FIELD.findall(message):

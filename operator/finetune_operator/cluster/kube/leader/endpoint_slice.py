@@ -1,7 +1,8 @@
 """Routes heartbeats to the leader: the EndpointSlice of the coordinator's Service contains the leader's address.
 
 The Service has no selector, so no controller writes its endpoints. A replica that becomes the leader writes its own
-address; from then on it receives all heartbeats.
+address; from then on it receives all heartbeats. It writes the slice again and again, because anybody may delete it,
+and the garbage collector deletes it together with its Service.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import logging
 from dataclasses import dataclass
 
 from finetune_operator.api import names
-from finetune_operator.cluster.kube.client.client import NOT_FOUND, ApiError, Json, KubeApi
+from finetune_operator.cluster.kube.client.client import NOT_FOUND, ApiError, Json, KubeApi, NotLeaderError
 from finetune_operator.cluster.kube.client.objects import ENDPOINT_SLICES, SERVICES
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
+CHECK_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -29,39 +31,82 @@ class LeaderEndpoint:
     port: int
 
 
-async def publish_endpoint(api: KubeApi, endpoint: LeaderEndpoint) -> None:
-    """Make this replica the endpoint of the Service; retry while the API server is not available.
+class EndpointPublisher:
+    """Makes this replica the only endpoint of the Service, and keeps it."""
 
-    Raises:
-        ApiError: the API server refuses the write.
-    """
-    path = ENDPOINT_SLICES.path(endpoint.namespace, endpoint.service)
-    while True:
+    def __init__(self, api: KubeApi, endpoint: LeaderEndpoint) -> None:
+        self._api = api
+        self._endpoint = endpoint
+        self._written: tuple[str, str] | None = None
+        """UID and resource version of the slice after the last write."""
+        self.problem = ""
+        """Why no heartbeat can arrive; empty if the endpoint is published."""
+
+    async def publish(self) -> None:
+        """Write the slice; retry while the API server is not available.
+
+        If it cannot be written for another reason, log and keep the `problem`.
+
+        Raises:
+            NotLeaderError: this replica is no longer the leader.
+        """
+        while True:
+            try:
+                self._set_problem(await self._write())
+            except ApiError as error:
+                if not error.transient:
+                    self._set_problem(f"the API server refuses the endpoint of {self._name}: {error}")
+                    return
+                log.warning("cannot write the coordinator's endpoint; retrying: %s", error)
+                await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
+            else:
+                return
+
+    async def keep(self, check_seconds: float = CHECK_SECONDS) -> None:
+        """Write the slice periodically. A write without a change costs the API server no write to its database."""
+        while True:
+            await asyncio.sleep(check_seconds)
+            try:
+                await self.publish()
+            except NotLeaderError:
+                # The next leader publishes its own address.
+                return
+
+    @property
+    def _name(self) -> str:
+        return f"Service {self._endpoint.namespace}/{self._endpoint.service}"
+
+    async def _write(self) -> str:
+        """Write the slice of an existing Service; return the problem."""
+        endpoint = self._endpoint
         try:
-            uid = await _service_uid(api, endpoint)
-            await api.apply(path, build_slice(endpoint, uid), manager=names.OPERATOR)
+            service = await self._api.get(SERVICES.path(endpoint.namespace, endpoint.service))
         except ApiError as error:
-            if not error.transient:
+            if error.status != NOT_FOUND:
                 raise
-            log.warning("cannot write the coordinator's endpoint; retrying: %s", error)
-            await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
-        else:
-            return
-
-
-async def _service_uid(api: KubeApi, endpoint: LeaderEndpoint) -> str:
-    try:
-        service = await api.get(SERVICES.path(endpoint.namespace, endpoint.service))
-    except ApiError as error:
-        if error.status != NOT_FOUND:
-            raise
+            # A slice without an owner would stay after the chart was uninstalled.
+            return f"{self._name} does not exist: run `helm upgrade` with the chart of this release to create it again"
+        path = ENDPOINT_SLICES.path(endpoint.namespace, endpoint.service)
+        slice_ = await self._api.apply(path, build_slice(endpoint, service["metadata"]["uid"]), manager=names.OPERATOR)
+        self._note_change((slice_["metadata"]["uid"], slice_["metadata"]["resourceVersion"]))
         return ""
-    uid: str = service["metadata"]["uid"]
-    return uid
+
+    def _note_change(self, written: tuple[str, str]) -> None:
+        if self._written is not None and written != self._written:
+            what = "deleted" if written[0] != self._written[0] else "changed"
+            log.warning("the coordinator's endpoint was %s by somebody else; wrote it again", what)
+        self._written = written
+
+    def _set_problem(self, problem: str) -> None:
+        if problem and problem != self.problem:
+            log.error("no heartbeats can arrive: %s", problem)
+        elif self.problem and not problem:
+            log.info("heartbeats can arrive again: %s has its endpoint", self._name)
+        self.problem = problem
 
 
-def build_slice(endpoint: LeaderEndpoint, service_uid: str = "") -> Json:
-    """Return the EndpointSlice with one endpoint. If the Service's UID is known, the Service owns it."""
+def build_slice(endpoint: LeaderEndpoint, service_uid: str) -> Json:
+    """Return the EndpointSlice with one endpoint. The Service owns it."""
     owner = {"apiVersion": "v1", "kind": "Service", "name": endpoint.service, "uid": service_uid}
     return {
         "apiVersion": "discovery.k8s.io/v1",
@@ -73,7 +118,7 @@ def build_slice(endpoint: LeaderEndpoint, service_uid: str = "") -> Json:
                 "kubernetes.io/service-name": endpoint.service,
                 "endpointslice.kubernetes.io/managed-by": names.OPERATOR,
             },
-            "ownerReferences": [owner] if service_uid else [],
+            "ownerReferences": [owner],
         },
         "addressType": "IPv6" if ":" in endpoint.address else "IPv4",
         "endpoints": [{"addresses": [endpoint.address], "conditions": {"ready": True}}],

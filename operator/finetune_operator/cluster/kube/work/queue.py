@@ -86,6 +86,8 @@ class WorkQueue(Generic[K]):
         """Keys to return again after their running reconcile, and whether that is urgent."""
         self._working: set[K] = set()
         self._timers: dict[K, asyncio.TimerHandle] = {}
+        self._held_until: dict[K, float] = {}
+        """End of the back-off of each key, by the event loop's clock."""
         self._closed = False
 
     @property
@@ -103,17 +105,27 @@ class WorkQueue(Generic[K]):
             self._num_ready.release()
 
     def add_after(self, key: K, seconds: float) -> None:
-        """Request a low-priority reconcile after a delay, unless an earlier one is scheduled."""
+        """Request a low-priority reconcile after a delay, or after the key's back-off, unless an earlier one is due."""
         if self._closed:
             return
         loop = asyncio.get_running_loop()
-        due = loop.time() + max(0.0, seconds)
+        due = max(loop.time() + max(0.0, seconds), self._held_until.get(key, 0.0))
         timer = self._timers.get(key)
         if timer is not None and timer.when() <= due:
             return
         if timer is not None:
             timer.cancel()
         self._timers[key] = loop.call_at(due, self._timer_fired, key)
+
+    def hold(self, key: K, seconds: float) -> None:
+        """Retry a key whose reconcile has failed after a delay; until then, low-priority requests do not start one.
+
+        Urgent requests still do: something has ended, or a user has edited the job.
+        """
+        if (timer := self._timers.pop(key, None)) is not None:
+            timer.cancel()
+        self._held_until[key] = asyncio.get_running_loop().time() + seconds
+        self.add_after(key, seconds)
 
     async def get(self) -> K | None:
         """Wait for the next key; its reconcile is running until `done`. Return None if the queue is closed."""
@@ -124,6 +136,7 @@ class WorkQueue(Generic[K]):
             return None
         key = self._ready.pop()
         self._working.add(key)
+        self._held_until.pop(key, None)
         if timer := self._timers.pop(key, None):
             timer.cancel()
         return key
@@ -132,7 +145,7 @@ class WorkQueue(Generic[K]):
         """Record that the reconcile of a key has ended."""
         self._working.discard(key)
         urgent = self._requeued.pop(key, None)
-        if urgent is not None:
+        if urgent or (urgent is not None and key not in self._held_until):
             self.add(key, urgent=urgent)
 
     def close(self) -> None:

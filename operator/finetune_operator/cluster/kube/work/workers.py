@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from finetune_operator.cluster.kube.client.client import ApiError, NotLeaderError
+from finetune_operator.cluster.kube.client.refusals import CreationError
 from finetune_operator.cluster.kube.work.queue import Backoff, WorkQueue
 from finetune_operator.cluster.protocol import Clock, Cluster, JobKey
 from finetune_operator.cluster.reconcile import ReconcileResult, reconcile
@@ -100,9 +101,15 @@ class Workers:
     def _retry(self, key: JobKey, error: Exception) -> None:
         wait = self._backoff.next_seconds(key)
         about = {"job": str(key)}
-        if isinstance(error, ApiError):
+        if isinstance(error, CreationError):
+            wait = error.retry_after_seconds or 0.0
+            log.warning("%s: creation failed; the next one in %.1f s: %s", key, wait, error, extra=about)
+        elif isinstance(error, ApiError):
             wait = max(wait, error.retry_after_seconds or 0.0)
             log.warning("%s: reconcile failed; retrying in %.1f s: %s", key, wait, error, extra=about)
         else:
             log.exception("%s: reconcile failed; retrying in %.1f s", key, wait, extra=about, exc_info=error)
-        self._context.queue.add_after(key, wait)
+        if isinstance(error, CreationError):
+            self._context.queue.add_after(key, wait)
+        else:
+            self._context.queue.hold(key, wait)
