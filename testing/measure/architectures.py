@@ -15,8 +15,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from finetune_trainer.models.diffusion_objective import read_objective
 from finetune_trainer.models.family import IMAGE_SIZES, SingleFile
+from finetune_trainer.models.latent_scaling import LatentScaling
+from finetune_trainer.models.noise_schedule import read_objective
 from finetune_trainer.models.parts import VaeEncoder
 from finetune_trainer.models.text import DualText, SingleText, TextEncoder, TextPart
 from finetune_trainer.models.unet import UNetFamily
@@ -74,7 +75,7 @@ class RandomFamily(UNetFamily):
     def __init__(self, name: str) -> None:
         self.name = name
         self.objective = read_objective(SCHEDULE)
-        self.latent_scale = 0.18215
+        self.latent_scaling = LatentScaling(0.18215)
         self.latent_channels = 4
         self.pixels_per_latent = 8
 
@@ -98,7 +99,7 @@ class RandomFamily(UNetFamily):
 
     def load_image_encoder(self, device: torch.device) -> VaeEncoder:
         """Return the VAE in fp32."""
-        return VaeEncoder(self.load_vae(torch.float32).to(device), self.latent_scale)
+        return VaeEncoder(self.load_vae(torch.float32).to(device), self.latent_scaling)
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TextEncoder:
         """Return the text encoders."""

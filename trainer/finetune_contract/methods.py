@@ -10,10 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_contract.spec import Method, OutputFormat, TrainingSpec
+from finetune_contract.spec import Method, Optimizer, OutputFormat, TrainingSpec
 
 _DIFFUSERS = frozenset({OutputFormat.DIFFUSERS})
 _LORA_FORMATS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI})
+
+_LOW_RATE = 5e-6
+"""Learning rate for methods that train hundreds of millions of weights on a subject or a condition."""
+_PRODIGY_FACTOR = 1.0
+"""Learning rate of optimizer prodigy, which finds the step size itself (https://arxiv.org/abs/2306.06101)."""
 
 
 class TrainedPart(StrEnum):
@@ -48,6 +53,10 @@ class MethodTraits:
     """Whether every image of the data set needs a conditioning image."""
     always_encodes_text: bool = False
     """Whether the text encoders run in every step, for all settings."""
+    learning_rate: float = 1e-4
+    """Default of training.learningRate, that of the diffusers script for the method."""
+    center_crop: bool = False
+    """Default of training.centerCrop."""
 
 
 METHODS: dict[Method, MethodTraits] = {
@@ -58,6 +67,7 @@ METHODS: dict[Method, MethodTraits] = {
         required_settings=("dreambooth",),
         shardable=True,
         needs_captions=False,
+        learning_rate=_LOW_RATE,
     ),
     Method.DREAMBOOTH_LORA: MethodTraits(
         TrainedPart.ADAPTER,
@@ -76,7 +86,13 @@ METHODS: dict[Method, MethodTraits] = {
     ),
     Method.FULL: MethodTraits(TrainedPart.BASE, shardable=True),
     Method.CONTROLNET: MethodTraits(
-        TrainedPart.CONTROLNET, settings=("controlnet",), shardable=True, needs_conditioning=True
+        TrainedPart.CONTROLNET,
+        settings=("controlnet",),
+        shardable=True,
+        needs_conditioning=True,
+        learning_rate=_LOW_RATE,
+        # A crop of the conditioning image must show all that the caption describes.
+        center_crop=True,
     ),
 }
 """Traits of every method."""
@@ -91,6 +107,35 @@ def encodes_text(training: TrainingSpec) -> bool:
     return traits.always_encodes_text or any(getattr(block, "train_text_encoder", False) for block in blocks)
 
 
+def peak_learning_rate(training: TrainingSpec) -> float:
+    """Return the peak learning rate: the manifest's, or the default of the optimizer or the method."""
+    if training.learning_rate is not None:
+        return training.learning_rate
+    if training.optimizer is Optimizer.PRODIGY:
+        return _PRODIGY_FACTOR
+    return _traits(training).learning_rate
+
+
+def crops_at_centre(training: TrainingSpec) -> bool:
+    """Return whether images are cropped at the centre: the manifest's setting, or the default of the method."""
+    return _traits(training).center_crop if training.center_crop is None else training.center_crop
+
+
+def with_defaults(training: TrainingSpec) -> TrainingSpec:
+    """Return the settings with the defaults that depend on other settings written out.
+
+    All attempts of a job read them from one run specification, so a later version with other defaults cannot change a
+    job that has begun.
+    """
+    values = {"learning_rate": peak_learning_rate(training), "center_crop": crops_at_centre(training)}
+    return training.model_copy(update=values)
+
+
+def _traits(training: TrainingSpec) -> MethodTraits:
+    """Return the traits of the method; without one, those of LoRA, the smallest method."""
+    return METHODS[training.method or Method.LORA]
+
+
 def methods_where(condition: Callable[[MethodTraits], bool]) -> tuple[Method, ...]:
     """Return the methods whose traits meet a condition, in the order of the table."""
     return tuple(method for method, traits in METHODS.items() if condition(traits))
@@ -98,6 +143,7 @@ def methods_where(condition: Callable[[MethodTraits], bool]) -> tuple[Method, ..
 
 SHARDABLE_METHODS = methods_where(lambda traits: traits.shardable)
 ADAPTER_METHODS = methods_where(lambda traits: traits.trains is TrainedPart.ADAPTER)
+CENTRED_METHODS = methods_where(lambda traits: traits.center_crop)
 CONDITIONED_METHODS = methods_where(lambda traits: traits.needs_conditioning)
 WRITTEN_FORMATS = frozenset[OutputFormat]().union(*(traits.formats for traits in METHODS.values()))
 """Output formats that at least one method writes."""

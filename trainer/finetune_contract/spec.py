@@ -7,6 +7,7 @@ into the FineTuneJob and generates the CRD from it. Names are those of the diffu
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import Field
 
@@ -135,6 +136,11 @@ class LoraSpec(SpecModel):
         default=False, description="Use DoRA (https://arxiv.org/abs/2402.09353), which also trains magnitudes"
     )
     train_text_encoder: bool = Field(default=False, description="Also adapt the text encoders")
+    base: Location | None = Field(
+        default=None,
+        description="LoRA to start from, with the names of diffusers or kohya: .safetensors file, folder, hub id or "
+        "s3:// URL",
+    )
 
 
 class DreamBoothSpec(SpecModel):
@@ -147,6 +153,11 @@ class DreamBoothSpec(SpecModel):
     num_class_images: int = Field(
         default=100, ge=1, le=100_000, description="Number of class images for prior preservation"
     )
+    class_images: Location | None = Field(
+        default=None,
+        description="Own class images: folder, file, hub id or s3:// URL, as dataset.source; default: none. The base "
+        "generates those that are missing up to numClassImages",
+    )
     prior_loss_weight: float = Field(default=1.0, ge=0, description="Weight of the prior preservation loss")
     train_text_encoder: bool = Field(default=False, description="Also train the text encoders")
 
@@ -155,7 +166,13 @@ class TextualInversionSpec(SpecModel):
     """Textual inversion (https://arxiv.org/abs/2208.01618)."""
 
     placeholder_token: Word = Field(description="New token, e.g. <cat-toy>")
-    initializer_token: Word = Field(description="Word whose embedding initializes the new token")
+    initializer_token: Word | None = Field(
+        default=None, description="Word whose embedding initializes the new token; required without base"
+    )
+    base: Location | None = Field(
+        default=None,
+        description="Embedding to start from, as diffusers or the web UIs write it: file, folder, hub id or s3:// URL",
+    )
     num_vectors: int = Field(default=1, ge=1, le=64, description="Number of vectors to train for the token")
     learnable_property: LearnableProperty = Field(
         default=LearnableProperty.OBJECT,
@@ -192,12 +209,21 @@ class ValidationSpec(SpecModel):
     prompts: tuple[Prompt, ...] = Field(
         default=(), max_length=64, description="Prompts whose images, before and after training, are shown in one grid"
     )
+    images: tuple[Location, ...] = Field(
+        default=(),
+        max_length=64,
+        description="Conditioning images of the prompts for ControlNet, one for each: paths or s3:// URLs; default: "
+        "those of the first samples",
+    )
     split: Word | None = Field(default=None, description="Held-out split whose loss, with fixed noise, is reported")
     steps: int | None = Field(
         default=None,
         ge=1,
         le=MAX_STEPS,
         description="Steps between validations; default: only at the start and at the end",
+    )
+    epochs: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="Epochs between validations; alternatively write steps"
     )
     num_inference_steps: int = Field(default=25, ge=1, le=1000, description="Denoising steps of each image")
     guidance_scale: float = Field(default=7.5, ge=0, le=100, description="Scale of classifier-free guidance")
@@ -228,12 +254,25 @@ class TrainingSpec(SpecModel):
     gradient_accumulation: int = Field(
         default=1, ge=1, le=4096, description="Forward passes of one rank in one optimizer step"
     )
-    learning_rate: float = Field(
-        default=1e-4, gt=0, le=10, description="Peak learning rate; with optimizer prodigy a factor, normally 1"
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=10,
+        description="Peak learning rate; default: 1.0e-4, for DreamBooth and ControlNet 5.0e-6, and with optimizer "
+        "prodigy, where it is a factor, 1",
     )
     lr_scheduler: LrScheduler = Field(default=LrScheduler.CONSTANT, description="Learning-rate schedule")
     lr_warmup_steps: int = Field(
         default=0, ge=0, le=MAX_STEPS, description="Number of steps in which the learning rate rises from zero"
+    )
+    lr_num_cycles: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Number of cycles of lrScheduler cosine_with_restarts; default: 1, which never restarts",
+    )
+    lr_power: float | None = Field(
+        default=None, gt=0, le=100, description="Power of lrScheduler polynomial; default: 1, a straight line"
     )
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Beta 1 of AdamW")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Beta 2 of AdamW")
@@ -254,7 +293,11 @@ class TrainingSpec(SpecModel):
     resolution: int = Field(
         default=512, ge=8, le=4096, multiple_of=8, description="Side of the square images, in pixels"
     )
-    center_crop: bool = Field(default=False, description="Crop images at the centre; default: at a random position")
+    center_crop: bool | None = Field(
+        default=None,
+        description="Crop images at the centre instead of at a random position; default: true for ControlNet, false "
+        "for other methods",
+    )
     aspect_buckets: bool = Field(
         default=False,
         description="Crop each image, at its centre, to the nearest of several aspect ratios with the area of the "
@@ -276,7 +319,10 @@ class TrainingSpec(SpecModel):
         "too); also works on a single GPU",
     )
     snr_gamma: float | None = Field(
-        default=None, gt=0, description="Gamma of Min-SNR loss weighting (https://arxiv.org/abs/2303.09556)"
+        default=None,
+        gt=0,
+        description="Gamma of Min-SNR loss weighting (https://arxiv.org/abs/2303.09556); the prior preservation loss "
+        "is not weighted",
     )
     noise_offset: float | None = Field(
         default=None, gt=0, le=1, description="Scale of an additional noise that is constant over each channel"
@@ -317,10 +363,27 @@ class CheckpointInterval(SpecModel):
     seconds: int | None = Field(default=None, ge=1, le=604_800, description="Seconds between checkpoints")
 
 
+class CheckpointSource(SpecModel):
+    """A checkpoint of another job to start from: exactly one of job, path and url."""
+
+    job: Annotated[str, Field(max_length=63)] | None = Field(
+        default=None,
+        description="Name of a job in the same namespace whose checkpoints are on the same storage; it may be deleted",
+    )
+    path: Location | None = Field(
+        default=None, description="Folder of a job, of its checkpoints or of one checkpoint, as the pods see it"
+    )
+    url: Location | None = Field(
+        default=None, description="The same in an object store, e.g. s3://models/checkpoints/default/circles-1f0c3a2b"
+    )
+
+
 class OutputSpec(SpecModel):
     """A file or folder to write after the last step."""
 
     format: OutputFormat = Field(description="File format; openvino and merged are not supported yet")
     to: Location = Field(
-        description="Folder to write to; URLs of object stores and hub ids (hub://owner/name) are not supported yet"
+        description="Folder to write to. A relative path is in the job's own folder on its storage, or in its bucket; an "
+        "absolute path must be on a volume of the pods. In a local run it is a folder of the machine, relative to the "
+        "manifest. URLs of object stores and hub ids (hub://owner/name) are not supported yet"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finetune_contract.methods import with_defaults
 from finetune_contract.run_spec import RunSpec
 from finetune_operator.api.duration import parse_seconds
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
@@ -31,12 +32,13 @@ def build_run_spec(job: FineTuneJob) -> RunSpec:
         uid=job.metadata.uid,
         model=spec.model,
         dataset=spec.dataset,
-        training=spec.training,
+        training=with_defaults(spec.training),
         global_batch=global_batch(spec),
         checkpoint_interval=spec.checkpoint.interval,
         keep=spec.checkpoint.keep,
         keep_every_steps=spec.checkpoint.keep_every,
         keep_best=spec.checkpoint.keep_best,
         max_stale_seconds=parse_seconds(spec.checkpoint.max_stale or DEFAULT_MAX_STALE),
+        start_from=spec.checkpoint.from_,
         outputs=spec.outputs,
     )

@@ -33,7 +33,8 @@ def test_hub_id_is_read_from_the_local_hub_cache(base: Path, tmp_path: Path) -> 
     (repository / "refs").mkdir()
     (repository / "refs" / "v1").write_text(commit, encoding="utf-8")
     code = (
-        "import sys; from finetune_contract.spec import ModelSpec; from finetune_trainer.models.base import open_base\n"
+        "import sys; from finetune_contract.input_spec import ModelSpec\n"
+        "from finetune_trainer.models.base import open_base\n"
         "print(open_base(ModelSpec(base=sys.argv[1], revision='v1')).image_encoder_files()[0])"
     )
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

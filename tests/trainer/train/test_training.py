@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from transformers.optimization import Adafactor
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState
@@ -57,16 +58,79 @@ def test_decaying_schedules_end_near_zero(name: LrScheduler) -> None:
     assert learning_rates(name)[-1] < 0.002
 
 
+@pytest.mark.parametrize("peak", [1e-6, 1e-7, 2e-9])
+@pytest.mark.parametrize("name", list(LrScheduler))
+def test_schedules_accept_any_peak(name: LrScheduler, peak: float) -> None:
+    rate = learning_rate(make_training(lrScheduler=name.value, learningRate=peak), 100)
+    assert all(0 <= rate(step) <= peak * (1 + 1e-9) for step in range(101))
+    assert rate(0 if name is not LrScheduler.CONSTANT_WITH_WARMUP else 1) == pytest.approx(peak)
+
+
+def test_cosine_with_restarts_returns_to_the_peak() -> None:
+    rate = learning_rate(make_training(lrScheduler="cosine_with_restarts", lrNumCycles=3), 300)
+    starts = [step for step in range(300) if rate(step) == pytest.approx(0.1)]
+    assert starts == [0, 100, 200]
+    assert [rate(step) for step in (50, 150, 250)] == pytest.approx([0.05] * 3)
+    assert all(rate(step) < 1e-4 for step in (99, 199, 299))
+
+
+@pytest.mark.parametrize(("power", "middle"), [(None, 0.5), (1.0, 0.5), (2.0, 0.25), (0.5, 0.5**0.5)])
+def test_polynomial_has_the_power_of_the_manifest(power: float | None, middle: float) -> None:
+    settings = {} if power is None else {"lrPower": power}
+    rate = learning_rate(make_training(lrScheduler="polynomial", **settings), 100)
+    assert rate(50) == pytest.approx(0.1 * middle, rel=1e-4)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adafactor_is_that_of_transformers_without_scaling_and_relative_steps(weight_decay: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    # Adapters start at zero; scaling by the weights would keep them there.
+    ours = [nn.Parameter(value) for value in (torch.zeros(5, 7), 1e-3 * normal(6, 2), normal(4), normal(3, 2, 3, 3))]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    training = make_training(optimizer="adafactor", adamWeightDecay=weight_decay)
+    optimizer = make_optimizer(training, ours)
+    reference = Adafactor(theirs, lr=0.1, scale_parameter=False, relative_step=False, weight_decay=weight_decay)
+    for number in range(12):
+        rate = 1e-3 * (number + 1)
+        set_learning_rate(optimizer, rate)
+        set_learning_rate(reference, rate)
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = normal(*one.shape) * 10.0 ** (number % 5 - 3)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert optimizer.param_groups[0]["lr"] == rate
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert ours[0].abs().mean() > 5e-3
+
+
+def test_adafactor_continues_from_the_state_of_earlier_versions() -> None:
+    """Those used torch's class; its state is the same, so their checkpoints stay valid."""
+    parameter = nn.Parameter(torch.ones(3, 4))
+    old = torch.optim.Adafactor([parameter], lr=0.1)
+    parameter.grad = torch.full_like(parameter, 0.5)
+    old.step()
+    optimizer = make_optimizer(make_training(optimizer="adafactor", adamWeightDecay=0.0), [parameter])
+    optimizer.step()
+    new = make_optimizer(make_training(optimizer="adafactor", adamWeightDecay=0.0), [parameter])
+    new.state[parameter] = {name: value.clone() for name, value in old.state[parameter].items()}
+    before = parameter.detach().clone()
+    new.step()
+    assert new.state[parameter].keys() == optimizer.state[parameter].keys()
+    assert float(new.state[parameter]["step"]) == 2
+    torch.testing.assert_close(parameter, before - 0.1)
+
+
 def test_learning_rate_does_not_depend_on_earlier_steps() -> None:
     rate = learning_rate(make_training(lrScheduler="cosine"), 100)
     late = rate(70)
     rate(3)
     assert rate(70) == late
-
-
-def test_8_bit_optimizer_needs_a_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"training\.optimizer: adamw8bit needs a GPU; write adamw or adafactor"):
-        make_optimizer(make_training(optimizer="adamw8bit"), [nn.Parameter(torch.zeros(1))])
 
 
 def test_prodigy_matches_the_paper() -> None:

@@ -38,6 +38,7 @@ class Batch:
             the method encodes captions itself.
         mixed: the noise that is added to the latents; None if it is `noise`.
         weights: weight of each sample's loss, float32 (n,); None if all are 1.
+        num_prior: number of class images, the last ones of the n samples.
         conditioning: ControlNet's condition, float32 (n, 3, H, W) in [0, 1].
     """
 
@@ -49,6 +50,7 @@ class Batch:
     mixed: Tensor | None = None
     weights: Tensor | None = None
     conditioning: Tensor | None = None
+    num_prior: int = 0
 
 
 class Latents(Protocol):
@@ -160,6 +162,7 @@ class BatchMaker:
         caption_dropout: fraction of uses with the empty caption.
         noising: draws noise and timesteps.
         prior: class images for prior preservation.
+        weights: factor of the loss of each sample of the source; None if all are 1.
         conditioning: reads ControlNet's condition.
     """
 
@@ -176,6 +179,7 @@ class BatchMaker:
     caption_dropout: float = 0.0
     noising: Noising = field(default_factory=Noising)
     prior: Prior | None = None
+    weights: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
     conditioning: Conditioning | None = None
 
     def shape(self, index: int) -> Size:
@@ -188,7 +192,10 @@ class BatchMaker:
     def make(self, refs: Sequence[SampleRef], timesteps: Sequence[int] | None = None) -> Batch:
         """Make the micro-batch of these samples, followed by their class images. Timesteps are drawn unless given."""
         given = [None] * len(refs) if timesteps is None else timesteps
-        samples = [self.sample(ref.index, ref, timestep) for ref, timestep in zip(refs, given, strict=True)]
+        samples = [
+            self.sample(ref.index, ref, timestep, self._weight(ref.index))
+            for ref, timestep in zip(refs, given, strict=True)
+        ]
         if self.prior is not None:
             samples += [self.prior.sample(self.draws, ref) for ref in refs]
         captions = tuple(sample.caption for sample in samples)
@@ -203,8 +210,9 @@ class BatchMaker:
             captions=captions,
             text={name: value.to(self.device) for name, value in text.items()},
             mixed=self._stack([sample.mixed for sample in samples]) if is_perturbed else None,
-            weights=torch.tensor([sample.weight for sample in samples], device=self.device) if self.prior else None,
+            weights=self._stack_weights(samples),
             conditioning=self._stack(conditions) if conditions else None,
+            num_prior=len(refs) if self.prior is not None else 0,
         )
 
     def sample(self, index: int, key: SampleRef, timestep: int | None = None, weight: float = 1.0) -> Sample:
@@ -237,6 +245,14 @@ class BatchMaker:
         if self.conditioning is None:
             return None
         return self.conditioning.read(self.source, ref, view, size, self.draws)
+
+    def _weight(self, index: int) -> float:
+        return 1.0 if self.weights is None else float(self.weights[index])
+
+    def _stack_weights(self, samples: Sequence[Sample]) -> Tensor | None:
+        if self.prior is None and self.weights is None:
+            return None
+        return torch.tensor([sample.weight for sample in samples], device=self.device)
 
     def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(tensors)).to(self.device)

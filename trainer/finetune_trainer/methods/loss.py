@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from finetune_trainer.data.batches import Batch
@@ -22,7 +23,8 @@ def diffusion_losses(batch: Batch, objective: Objective, predict: Predict, snr_g
         batch: n samples.
         objective: the base's objective: noising, target and loss weights.
         predict: the denoiser, of noisy latents and timesteps.
-        snr_gamma: gamma of the Min-SNR weights, or None for equal weights.
+        snr_gamma: gamma of the Min-SNR weights, or None for equal weights. They apply to the images of the data set:
+            the loss of class images, which keeps what the base has learned, stays that of the base.
 
     Returns:
         float32 (n,).
@@ -33,5 +35,6 @@ def diffusion_losses(batch: Batch, objective: Objective, predict: Predict, snr_g
     losses = (predict(noisy, batch.timesteps).float() - target).square().flatten(1).mean(1)
     weights = objective.loss_weights(batch.timesteps, snr_gamma)
     if weights is not None:
-        losses = losses * weights
+        num_weighted = len(losses) - batch.num_prior
+        losses = torch.cat([losses[:num_weighted] * weights[:num_weighted], losses[num_weighted:]])
     return losses if batch.weights is None else losses * batch.weights

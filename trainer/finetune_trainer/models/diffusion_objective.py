@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from finetune_trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -73,38 +69,3 @@ class DiffusionObjective:
     def _coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas_cumprod[timesteps].view(-1, *([1] * (like.dim() - 1)))
         return alphas.sqrt().to(like.dtype), (1 - alphas).sqrt().to(like.dtype)
-
-
-def read_objective(config: Mapping[str, Any]) -> DiffusionObjective:
-    """Return the objective that a base model's scheduler_config.json describes.
-
-    Raises:
-        ConfigError: the configuration has an unsupported value.
-    """
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ConfigError(
-            f"model.base: prediction_type {prediction_type!r} of its scheduler is not supported; use a base with "
-            "epsilon or v_prediction"
-        )
-    count = int(config.get("num_train_timesteps", 1000))
-    betas = _betas(str(config.get("beta_schedule", "linear")), config, count)
-    if config.get("rescale_betas_zero_snr"):
-        raise ConfigError(
-            "model.base: rescale_betas_zero_snr of its scheduler is not supported; use a base without this setting"
-        )
-    return DiffusionObjective(torch.cumprod(1.0 - betas, dim=0), prediction_type)
-
-
-def _betas(kind: str, config: Mapping[str, Any], count: int) -> Tensor:
-    """Return the noise variance that each timestep adds, float64 (count,)."""
-    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
-    if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float64)
-    if kind == "linear":
-        return torch.linspace(start, end, count, dtype=torch.float64)
-    if kind == "scaled_linear":
-        return torch.linspace(math.sqrt(start), math.sqrt(end), count, dtype=torch.float64) ** 2
-    raise ConfigError(
-        f"model.base: beta_schedule {kind!r} of its scheduler is not supported; use a base with linear or scaled_linear"
-    )

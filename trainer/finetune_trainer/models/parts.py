@@ -11,20 +11,24 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from finetune_trainer import patience
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.models.latent_scaling import LatentScaling
+from finetune_trainer.models.text_names import copy_text_file, make_text_names_portable
 
 T = TypeVar("T")
 _INDEX = "model_index.json"
+_SOURCE = "_name_or_path"
 _KEPT = (".json", ".txt", ".model", ".safetensors")
 
 
 class VaeEncoder:
     """The frozen VAE; see `ImageEncoder`."""
 
-    def __init__(self, vae: Any, latent_scale: float) -> None:
+    def __init__(self, vae: Any, scaling: LatentScaling) -> None:
         # Convolutions are faster with channels last, on CPUs and on GPUs.
         self._vae = vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self._latent_scale = latent_scale
+        self._scaling = scaling
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,29 +39,35 @@ class VaeEncoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return the pixels (n, 3, H, W) in [-1, 1] of scaled latents."""
-        return cast(Tensor, self._vae.decode(latents.to(self._vae.device) / self._latent_scale).sample.clamp(-1, 1))
+        unscaled = self._scaling.unscale(latents.to(self._vae.device))
+        return cast(Tensor, self._vae.decode(unscaled).sample.clamp(-1, 1))
 
 
-def load_part(folder: Path, variant: str | None, part: str, load: Callable[[dict[str, Any]], T]) -> T:
-    """Read one part.
+def load_part(
+    folder: Path, variant: str | None, part: str, load: Callable[[dict[str, Any]], T], field: str = "model.base"
+) -> T:
+    """Read one part. Wait out a failing file system.
 
     Args:
         folder: the base's folder.
         variant: weight variant; None for the default weights.
         part: name of the part, for messages.
         load: reads the part with the given options of from_pretrained.
+        field: the field of the manifest that names the folder.
 
     Raises:
         ConfigError: the part cannot be read; the user must change the manifest or the base.
+        StorageOutageError: the file system fails.
     """
+    options = {"variant": variant, "use_safetensors": True}
     try:
-        return load({"variant": variant, "use_safetensors": True})
+        return patience.wait_out(f"{field}: reading the {part} of {folder}", lambda: load(dict(options)))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         summary = " ".join(str(error).split())[:300]
-        remedy = "use a base with complete .safetensors weights"
+        remedy = f"use a {'base' if field == 'model.base' else 'model'} with complete .safetensors weights"
         if variant is not None:
             remedy += f" of the variant {variant}, or leave model.variant out"
-        raise ConfigError(f"model.base: the {part} of {folder} cannot be read: {summary}; {remedy}") from error
+        raise ConfigError(f"{field}: the {part} of {folder} cannot be read: {summary}; {remedy}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -72,10 +82,21 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"model.base: {path} cannot be read: {error}; use a complete copy of the base") from error
 
 
+def class_of(index: Mapping[str, Any], part: str) -> str | None:
+    """Return the class of a part in a model_index.json; None if it has none."""
+    entry = index.get(part)
+    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None else None
+
+
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """Return the configuration and weight files of one part, sorted."""
     suffix = ".safetensors" if variant is None else f".{variant}.safetensors"
     return sorted([folder / "config.json", *folder.glob(f"*{suffix}")])
+
+
+def variant_in(folder: Path, variant: str | None) -> str | None:
+    """Return a weight variant if the folder of a part has it; None for the default weights."""
+    return variant if variant is not None and any(folder.glob(f"*.{variant}*.safetensors")) else None
 
 
 def write_pipeline(base: Path, vae: Path, variant: str | None, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
@@ -95,27 +116,35 @@ def write_pipeline(base: Path, vae: Path, variant: str | None, folder: Path, tra
         if part.startswith("_") or not isinstance(value, list) or value[0] is None:
             continue
         source = vae if part == "vae" else base / part
+        is_text = str(value[1]).startswith("CLIPText")
         if part in trained:
-            _save_module(trained[part], folder / part)
+            _save_module(trained[part], folder / part, is_text)
         elif source.is_dir():
-            _copy_part(source, folder / part, variant)
+            _copy_part(source, folder / part, variant_in(source, variant), is_text)
     shutil.copyfile(base / _INDEX, folder / _INDEX)
+    for path in [folder / _INDEX, *folder.glob("*/config.json")]:
+        remove_source_path(path)
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def _save_module(module: Any, folder: Path) -> None:
-    """Write a module as diffusers and transformers do, but without the local path that the base was read from."""
-    if hasattr(module, "register_to_config"):
-        module.register_to_config(_name_or_path="")
-    else:
-        module.config._name_or_path = ""
+def remove_source_path(path: Path) -> None:
+    """Remove from a configuration the path or hub id that the part was read from. It can be a path of this machine."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop(_SOURCE, None) is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_module(module: Any, folder: Path, is_text: bool) -> None:
     module.save_pretrained(folder)
+    if is_text:
+        make_text_names_portable(folder)
 
 
-def _copy_part(source: Path, target: Path, variant: str | None) -> None:
+def _copy_part(source: Path, target: Path, variant: str | None, is_text: bool) -> None:
+    copy: Callable[[Path, Path], object] = copy_text_file if is_text else shutil.copyfile
     target.mkdir(parents=True)
     for path in sorted(source.iterdir()):
         is_other_variant = path.suffix == ".safetensors" and variant is not None and f".{variant}." not in path.name
         if path.is_file() and path.suffix in _KEPT and not is_other_variant:
             name = path.name if variant is None else path.name.replace(f".{variant}.", ".")
-            shutil.copyfile(path, target / name)
+            copy(path, target / name)

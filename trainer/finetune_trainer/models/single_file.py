@@ -16,11 +16,16 @@ from typing import Any
 import torch
 
 from finetune_contract.input_spec import ModelSpec
+from finetune_trainer import patience
 from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.models.family import SingleFile
 
 SUFFIXES = (".safetensors", ".ckpt")
 _INDEX = "model_index.json"
+_V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
+"""Names of empty tensors in single files: the base predicts v; its last timestep has no signal."""
+_OTHER_PROCESS = {"edm_mean": "EDM", "edm_vpred.sigma_max": "EDM with v-prediction"}
+"""Names of tensors in single files of bases with another noise process, e.g. Playground v2.5 and CosXL."""
 
 
 def convert(spec: ModelSpec, cache_dir: Path, formats: Mapping[str, SingleFile]) -> Path:
@@ -37,14 +42,22 @@ def convert(spec: ModelSpec, cache_dir: Path, formats: Mapping[str, SingleFile])
     """
     file = Path(spec.base)
     stat = file.stat()
+    names = _tensor_names(file)
+    _check_process(file, names)
     # The key does not depend on the content: hashing gigabytes at each start takes as long as the conversion.
-    identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {spec.config}"
+    identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {spec.config}{_marked_schedule(names) or ''}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:32]
     folder = cache_dir / "bases" / key
     if (folder / _INDEX).is_file():
         return folder
-    pipeline = _read(file, spec.config, formats)
-    temporary = folder.with_name(f".{key}.{secrets.token_hex(4)}.writing")
+    # Without a configuration in the manifest, diffusers fetches one from the hub.
+    pipeline = patience.wait_out("model.base: reading the file", lambda: _read(file, spec.config, names, formats))
+    patience.wait_out("cache: writing the converted base", lambda: _write(pipeline, folder))
+    return folder
+
+
+def _write(pipeline: Any, folder: Path) -> None:
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.writing")
     try:
         pipeline.save_pretrained(temporary, safe_serialization=True)
         # The folder exists if another rank or another job was faster.
@@ -54,17 +67,40 @@ def convert(spec: ModelSpec, cache_dir: Path, formats: Mapping[str, SingleFile])
         raise StorageError(f"cache: cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def _read(file: Path, config: str | None, formats: Mapping[str, SingleFile]) -> Any:
+def _check_process(file: Path, names: Collection[str]) -> None:
+    """Refuse a base of another noise process. diffusers reads its weights with the schedule of SDXL.
+
+    Raises:
+        ConfigError: the file contains a marker of such a base.
+    """
+    for marker, process in _OTHER_PROCESS.items():
+        if marker in names:
+            raise ConfigError(
+                f"model.base: {file} was trained with another noise process ({process}: it contains {marker}), which "
+                "is not supported; use a base that was trained by discrete diffusion"
+            )
+
+
+def _marked_schedule(names: Collection[str]) -> dict[str, Any]:
+    """Return the fields of the scheduler that the markers in a file define."""
+    if _V_PREDICTION not in names:
+        return {}
+    return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": _ZERO_SNR in names}
+
+
+def _read(file: Path, config: str | None, names: Collection[str], formats: Mapping[str, SingleFile]) -> Any:
     import diffusers  # noqa: PLC0415  slow to import
 
-    name = _find_pipeline(_tensor_names(file), formats)
+    name = _find_pipeline(names, formats)
     try:
-        return getattr(diffusers, name).from_single_file(
+        pipeline = getattr(diffusers, name).from_single_file(
             str(file), config=config, torch_dtype=torch.float32, **formats[name].options
         )
+        if marked := _marked_schedule(names):
+            pipeline.scheduler.register_to_config(**marked)
+        return pipeline
     except Exception as error:
         # The reader of diffusers raises many kinds of errors. After any of them the file cannot be used.
         summary = " ".join(str(error).split())[:300]
@@ -105,4 +141,16 @@ def _tensor_names(file: Path) -> Collection[str]:
             f"model.base: {file} contains more than weights, which can run code when it is read; write a .safetensors "
             "file"
         ) from error
-    return set(state.get("state_dict", state))
+    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConfigError(
+            f"model.base: {file} contains {_describe(state)} instead of named weights; write the complete checkpoint "
+            "of a base model"
+        )
+    return set(state)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return "a single tensor"
+    return "no tensors" if isinstance(value, Mapping) else f"a {type(value).__name__}"

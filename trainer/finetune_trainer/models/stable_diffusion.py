@@ -13,9 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from finetune_trainer.errors import ConfigError
 from finetune_trainer.models import parts
-from finetune_trainer.models.diffusion_objective import read_objective
 from finetune_trainer.models.family import SingleFile
+from finetune_trainer.models.latent_scaling import read_scaling
+from finetune_trainer.models.noise_schedule import read_objective
 from finetune_trainer.models.text import SingleText, TextEncoder, TextPart
 from finetune_trainer.models.unet import UNetFamily
 
@@ -24,15 +26,25 @@ class StableDiffusion(UNetFamily):
     """A base model of this family; see `Family`."""
 
     single_file: ClassVar[SingleFile | None] = SingleFile(marker=None, options={"safety_checker": None})
+    _normalizes_latents: ClassVar[bool] = False
+    """Whether pipelines of the family apply the VAE's latents_mean and latents_std."""
 
     def __init__(self, folder: Path, vae_folder: Path, variant: str | None) -> None:
         self._folder = folder
         self._vae_folder = vae_folder
         self._variant = variant
         vae = parts.read_config(vae_folder / "config.json")
-        self.objective = read_objective(parts.read_config(folder / "scheduler" / "scheduler_config.json"))
-        self.latent_scale = float(vae.get("scaling_factor", 0.18215))
+        index = parts.read_config(folder / "model_index.json")
+        self.objective = read_objective(
+            parts.read_config(folder / "scheduler" / "scheduler_config.json"), parts.class_of(index, "scheduler")
+        )
+        has_own_vae = vae_folder == folder / "vae"
+        self._vae_field = "model.base" if has_own_vae else "model.vae"
+        # A VAE from another place often has only default weights.
+        self._vae_variant = variant if has_own_vae else parts.variant_in(vae_folder, variant)
+        self.latent_scaling = read_scaling(vae, self._vae_field, self._normalizes_latents)
         self.latent_channels = int(vae.get("latent_channels", 4))
+        _check_channels(folder, self.latent_channels)
         self.pixels_per_latent = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
@@ -53,12 +65,13 @@ class StableDiffusion(UNetFamily):
         from diffusers import AutoencoderKL  # noqa: PLC0415  slow to import
 
         vae = parts.load_part(
-            self._folder,
-            self._variant,
+            self._vae_folder,
+            self._vae_variant,
             "VAE",
             lambda options: AutoencoderKL.from_pretrained(self._vae_folder, torch_dtype=torch.float32, **options),
+            self._vae_field,
         )
-        return parts.VaeEncoder(vae.to(device), self.latent_scale)
+        return parts.VaeEncoder(vae.to(device), self.latent_scaling)
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TextEncoder:
         """Return the text encoder with its tokenizer, frozen."""
@@ -73,11 +86,18 @@ class StableDiffusion(UNetFamily):
 
     def image_encoder_files(self) -> list[Path]:
         """Return the files that determine the VAE's output."""
-        return parts.weight_files(self._vae_folder, self._variant)
+        return parts.weight_files(self._vae_folder, self._vae_variant)
 
     def text_encoder_files(self) -> list[Path]:
         """Return the files that determine the text encoder's output."""
         return self._text_files("text_encoder")
+
+    @property
+    def kohya_base_version(self) -> str:
+        """Version of the base in the metadata of kohya's files."""
+        # All bases of SD 2.x, and none of SD 1.x, have linear projections.
+        is_second = parts.read_config(self._folder / "unet" / "config.json").get("use_linear_projection", False)
+        return "sd_v2" if is_second else "sd_v1"
 
     def conditions(self, text: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """Return the keyword arguments of the UNet and of a ControlNet."""
@@ -110,3 +130,19 @@ class StableDiffusion(UNetFamily):
 
     def _tokenizer_folder(self, text_encoder: str) -> Path:
         return self._folder / text_encoder.replace("text_encoder", "tokenizer")
+
+
+def _check_channels(folder: Path, latent_channels: int) -> None:
+    """Check that the UNet maps noisy latents to a prediction of the same shape.
+
+    Raises:
+        ConfigError: it reads more than the latents (inpainting, editing), or predicts more (a variance).
+    """
+    config = parts.read_config(folder / "unet" / "config.json")
+    for name in ("in_channels", "out_channels"):
+        if int(config.get(name, 4)) != latent_channels:
+            raise ConfigError(
+                f"model.base: {name} of its UNet is {config.get(name, 4)}, and the latents of its VAE have "
+                f"{latent_channels} channels; use a text-to-image base: bases for inpainting, editing or upscaling "
+                "are not supported"
+            )

@@ -24,6 +24,7 @@ class StableDiffusionXl(StableDiffusion):
     """A base model of this family; see `Family`."""
 
     single_file: ClassVar[SingleFile | None] = SingleFile(marker=_SECOND_ENCODER)
+    _normalizes_latents: ClassVar[bool] = True
 
     def __init__(self, folder: Path, vae_folder: Path, variant: str | None) -> None:
         super().__init__(folder, vae_folder, variant)
@@ -42,6 +43,11 @@ class StableDiffusionXl(StableDiffusion):
             *self._text_files("text_encoder_2"),
             self._folder / "model_index.json",
         ]
+
+    @property
+    def kohya_base_version(self) -> str:
+        """Version of the base in the metadata of kohya's files."""
+        return "sdxl_base_v1-0"
 
     def conditions(self, text: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """Return the keyword arguments of the UNet and of a ControlNet.

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from finetune_trainer.models.latent_scaling import LatentScaling
+
 
 class UNetFamily:
     """UNet, latents and ControlNet of a family; see `Family`.
 
     Attributes:
-        latent_scale: factor from the VAE's latents to the UNet's latents.
+        latent_scaling: the map from the VAE's latents to the UNet's latents.
         latent_channels: number of channels of the latents.
         pixels_per_latent: number of pixels per latent along each side of an image.
     """
@@ -22,7 +24,7 @@ class UNetFamily:
     denoiser_name: ClassVar[str] = "unet"
     compiled_blocks: ClassVar[frozenset[str]] = frozenset({"BasicTransformerBlock"})
 
-    latent_scale: float
+    latent_scaling: LatentScaling
     latent_channels: int
     pixels_per_latent: int
 
@@ -32,7 +34,7 @@ class UNetFamily:
 
     def scale_latents(self, latents: Tensor) -> Tensor:
         """Return the UNet's latents for latents of the VAE."""
-        return latents * self.latent_scale
+        return self.latent_scaling.scale(latents)
 
     def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, conditions: Mapping[str, Any]) -> Tensor:
         """Return the UNet's output for noisy latents (n, C, h, w) at timesteps (n,)."""

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from finetune_contract.identity import NUM_SHOWN
+from finetune_contract.methods import peak_learning_rate
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus
+from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus, InputStatus
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.commands.get import find_job
 from finetune_operator.cli.errors import Exit
@@ -73,6 +75,9 @@ def format_description(job: FineTuneJob, events: list[dict[str, Any]], details: 
     ]
     parts += ["Conditions:\n", indent_lines(_conditions(job.status.conditions, now))]
     parts += ["Attempts:\n", indent_lines(_attempts(job.status.attempts, now)), *_last_outputs(job.status.attempts)]
+    if job.status.inputs:
+        header = ("Field", "Location", "Commit", "Content", "Samples")
+        parts += ["Inputs:\n", indent_lines(format_columns(header, map(_input, job.status.inputs)))]
     if job.status.outputs:
         rows = [(output.format, formatting.format_size(output.bytes), output.to) for output in job.status.outputs]
         parts += ["Outputs:\n", indent_lines(format_columns(("Format", "Size", "To"), rows))]
@@ -93,7 +98,7 @@ def _spec(job: FineTuneJob) -> Iterator[tuple[str, str]]:
         "Batch",
         f"{training.batch_size} x {training.gradient_accumulation} x {pluralize(num_ranks, 'rank')}",
     )
-    yield "Learning rate", f"{training.learning_rate:g} ({training.lr_scheduler.value})"
+    yield "Learning rate", f"{peak_learning_rate(training):g} ({training.lr_scheduler.value})"
     yield "Resolution", f"{training.resolution} px, {training.precision.value}"
     yield (
         "Topology",
@@ -165,6 +170,11 @@ def _attempt(entry: AttemptStatus, now: datetime) -> list[str]:
         _text(entry.exit_code),
         _text(entry.lost_steps),
     ]
+
+
+def _input(entry: InputStatus) -> list[str]:
+    hashes = ("" if each is None else each[:NUM_SHOWN] for each in (entry.commit, entry.content))
+    return [entry.field, entry.location, *hashes, _text(entry.samples)]
 
 
 def _last_outputs(attempts: tuple[AttemptStatus, ...]) -> Iterator[str]:

@@ -44,6 +44,10 @@ class Purpose(IntEnum):
     """Class image that is paired with a sample."""
     CONDITION = 14
     """Whether ControlNet's condition is dropped."""
+    CHOICE = 15
+    """Caption of a sample that has several."""
+    TAGS = 16
+    """Order of the tags of a caption."""
 
 
 class Draws:
@@ -63,6 +67,11 @@ class Draws:
     def uniform(self, purpose: Purpose, ref: SampleRef, count: int) -> list[float]:
         """Draw numbers from 0 to 1, exclusive."""
         return [float(value) for value in self._generator(purpose, ref).random(count)]
+
+    def order(self, purpose: Purpose, ref: SampleRef, count: int) -> list[int]:
+        """Draw an order of `count` items."""
+        numbers = self.uniform(purpose, ref, count)
+        return sorted(range(count), key=lambda item: (numbers[item], item))
 
     def torch_seed(self, purpose: Purpose, ref: SampleRef) -> int:
         """Draw a seed for torch's global generator, which some modules use (dropout, initial weights)."""

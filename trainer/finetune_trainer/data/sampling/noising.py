@@ -53,6 +53,26 @@ class Noising:
         return noise + self.perturbation * draws.normal(Purpose.PERTURBATION, ref, tuple(noise.shape))
 
 
+def find_bias_fault(bias: TimestepBiasSpec, num_timesteps: int) -> str | None:
+    """Return why a bias has no effect on a schedule, with the field and the remedy; None if it has one."""
+    if bias.multiplier == 1:
+        return None
+    if bias.strategy is BiasStrategy.RANGE and bias.begin >= num_timesteps:
+        return (
+            f"training.timestepBias.begin: the base has the timesteps 0 to {num_timesteps - 1}, so the range from "
+            f"{bias.begin} contains none; write a number below {num_timesteps}"
+        )
+    if len(set(timestep_weights(bias, num_timesteps))) > 1:
+        return None
+    remedy = "write a portion below 1"
+    if bias.strategy is BiasStrategy.RANGE:
+        remedy = f"write begin and end of a part of the timesteps 0 to {num_timesteps - 1}"
+    return (
+        "training.timestepBias: it selects every timestep of the base, so none is drawn more often than another; "
+        f"{remedy}, or leave timestepBias out"
+    )
+
+
 def timestep_weights(bias: TimestepBiasSpec, num_timesteps: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return the unnormalised probability of each timestep, (num_timesteps,)."""
     weights = np.ones(num_timesteps)

@@ -76,6 +76,12 @@ def total_steps(steps: int | None, epochs: int | None, num_samples: int, global_
     return -(-epochs * num_samples // global_batch)
 
 
+def ends_epochs(step: int, num_samples: int, global_batch: int, epochs: int) -> bool:
+    """Return whether a step is the first one at or after the end of the nth epoch, for any multiple n of `epochs`."""
+    length = epochs * num_samples
+    return step * global_batch // length > (step - 1) * global_batch // length
+
+
 def _mix(value: int) -> int:
     """Scatter the bits of a 64-bit number (the finaliser of SplitMix64)."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK64
