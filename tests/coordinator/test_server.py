@@ -157,7 +157,7 @@ def test_port_in_use_is_an_os_error() -> None:
     async def check() -> None:
         async with listening() as harness:
             other = Coordinator(HeartbeatStore(), authenticate, answer, lambda *key: None, lambda: NOON)
-            with pytest.raises(OSError, match="address already in use"):
+            with pytest.raises(OSError, match="Address already in use"):
                 await other.start("127.0.0.1", int(harness.url.rpartition(":")[2]))
 
     asyncio.run(check())

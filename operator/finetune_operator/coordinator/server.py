@@ -6,6 +6,7 @@ about a job.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
 from datetime import datetime
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from finetune_contract.heartbeat import BEAT_PATH, MAX_BEAT_BYTES, Heartbeat, Reply, first_error
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity, find_mismatch
+from finetune_operator.coordinator.listener import ConnectionLimits, Listener
 
 Authenticator = Callable[[str], Awaitable[PodIdentity | None]]
 """Returns the pod of a bearer token; None if the token is not valid. On Kubernetes by TokenReview."""
@@ -25,6 +27,13 @@ Wake = Callable[[str, str], None]
 
 SHUTDOWN_SECONDS = 1.0
 """Time limit for running requests when the server stops."""
+BODY_SECONDS = 10.0
+"""Time limit for reading a heartbeat after its headers."""
+LINGER_SECONDS = 1.0
+"""Time for which the rest of a refused body is read, so that the sender receives the answer."""
+DEFAULT_LIMITS = ConnectionLimits()
+MAX_HEADERS = 32
+"""Headers of a request; a supervisor sends six."""
 
 
 class HeartbeatRefusedError(Exception):
@@ -53,8 +62,15 @@ class Coordinator:
         self._wake = wake
         self._clock = clock
         self._runner: web.AppRunner | None = None
+        self._listener: Listener | None = None
 
-    async def start(self, host: str, port: int, context: ssl.SSLContext | None = None) -> int:
+    async def start(
+        self,
+        host: str,
+        port: int,
+        context: ssl.SSLContext | None = None,
+        limits: ConnectionLimits = DEFAULT_LIMITS,
+    ) -> int:
         """Listen, over plain HTTP if there is no context; port 0 selects a free one. Return the port.
 
         Raises:
@@ -63,20 +79,30 @@ class Coordinator:
         # aiohttp refuses larger bodies itself, independent of Content-Length.
         app = web.Application(client_max_size=MAX_BEAT_BYTES)
         app.router.add_post(BEAT_PATH, self._post_beat)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+            max_headers=MAX_HEADERS,
+            read_bufsize=MAX_BEAT_BYTES,
+            lingering_time=LINGER_SECONDS,
+        )
         await runner.setup()
-        site = web.TCPSite(runner, host, port, ssl_context=context)
+        assert runner.server is not None
+        listener = Listener(runner.server, limits, context)
         try:
-            await site.start()
+            bound = await listener.start(host, port)
         except OSError:
             await runner.cleanup()
             raise
-        self._runner = runner
-        bound: int = runner.addresses[0][1]
+        self._runner, self._listener = runner, listener
         return bound
 
     async def stop(self) -> None:
         """Close the port and all connections."""
+        if self._listener is not None:
+            await self._listener.stop()
+            self._listener = None
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -90,8 +116,12 @@ class Coordinator:
         return web.Response(text=reply.to_json(), content_type="application/json")
 
     async def _handle(self, request: web.Request) -> Reply:
+        assert self._listener is not None
+        # A review of the token may take longer than the time until the first request.
+        self._listener.touch(request.transport)
         # Authentication comes first: the body of an unknown sender is not read.
         identity = await self._identify(request)
+        self._listener.trust(request.transport)
         beat = await _read_beat(request)
         if message := find_mismatch(identity, beat):
             raise HeartbeatRefusedError(403, message)
@@ -111,7 +141,10 @@ class Coordinator:
 
 async def _read_beat(request: web.Request) -> Heartbeat:
     try:
-        body = await request.read()
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.read()
+    except TimeoutError as error:
+        raise HeartbeatRefusedError(408, f"the heartbeat was not complete after {BODY_SECONDS:g} s") from error
     except web.HTTPRequestEntityTooLarge as error:
         raise HeartbeatRefusedError(413, f"the heartbeat is larger than {MAX_BEAT_BYTES} bytes") from error
     except ConnectionError as error:

@@ -65,7 +65,7 @@ async def run_operator(options: RunOptions) -> int:
         return EXIT_SETUP
     checks = {"/livez": operator.is_alive, "/readyz": operator.is_ready}
     try:
-        runner = await probes.serve(options.probe_host, options.probe_port, checks, metrics.registry)
+        server = await probes.serve(options.probe_host, options.probe_port, checks, metrics.registry)
     except OSError as error:
         log.critical("cannot serve the probes on port %d: %s; set another --probe-port", options.probe_port, error)
         return EXIT_SETUP
@@ -82,7 +82,7 @@ async def run_operator(options: RunOptions) -> int:
         log.exception("unexpected error in the operator")
         return 1
     finally:
-        await runner.cleanup()
+        await server.stop()
     if operator.setup_failed:
         return EXIT_SETUP
     return 1 if operator.failed else 0

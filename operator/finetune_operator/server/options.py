@@ -84,6 +84,7 @@ GROUPS: dict[str, tuple[_Flag, ...]] = {
         _Flag("coordinator", True, "receive heartbeats; if false, jobs show no steps", _parse_bool),
         _Flag("coordinator-host", "0.0.0.0", "address to receive heartbeats on"),  # noqa: S104
         _Flag("coordinator-port", 8443, "port to receive heartbeats on", int),
+        _Flag("max-connections", 10_000, "open connections of supervisors; a connection uses 32 KiB of memory", int),
         _Flag("coordinator-tls-cert", None, "certificate, PEM; reloaded when it changes; default: plain HTTP", Path),
         _Flag("coordinator-tls-key", None, "private key of the certificate, PEM", Path),
         _Flag("coordinator-ca", None, "authority of the certificate, PEM; distributed to the pods of each job", Path),
@@ -218,6 +219,7 @@ def _coordinator(given: argparse.Namespace, namespace: str) -> CoordinatorOption
     return CoordinatorOptions(
         host=given.coordinator_host,
         port=given.coordinator_port,
+        max_connections=given.max_connections,
         certificate=given.coordinator_tls_cert,
         key=given.coordinator_tls_key,
         authority=given.coordinator_ca,

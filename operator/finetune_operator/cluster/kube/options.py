@@ -26,6 +26,8 @@ class CoordinatorOptions:
 
     host: str = "0.0.0.0"  # noqa: S104  it serves pods of all nodes
     port: int = 8443
+    max_connections: int = 10_000
+    """Open connections; more are refused."""
     certificate: Path | None = None
     key: Path | None = None
     authority: Path | None = None

@@ -28,6 +28,7 @@ from finetune_operator.cluster.kube.watch.reflector import Reflector, WatchSourc
 from finetune_operator.cluster.kube.work.queue import WorkQueue
 from finetune_operator.cluster.kube.work.workers import ReconcileObserver, WorkerContext, Workers
 from finetune_operator.cluster.protocol import JobKey
+from finetune_operator.coordinator.listener import ConnectionLimits
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ UNRESPONSIVE_SECONDS = 400.0
 """A watch or a reconcile without any activity for longer does not recover without a restart."""
 STALE_SECONDS = 200.0
 """The cache of a watch without any response for longer is out of date."""
+MIN_IDLE_SECONDS = 60.0
+"""Minimum time for which a connection without heartbeats is kept."""
 FINISH_SECONDS = 20.0
 """Time limit for running reconciles when the operator stops."""
 
@@ -68,7 +71,10 @@ class LeaderTerm:
         context = WorkerContext(self.cluster, self.queue, settings, replica.clock, replica.observer)
         self._workers = Workers(context, options.num_workers)
         self._coordinator = RateLimitedCoordinator(
-            self.cluster.beats, self.cluster.authenticate_token, self.cluster.answer_heartbeat, replica.clock
+            self.cluster.beats,
+            self.cluster.authenticate_token,
+            self.cluster.answer_heartbeat,
+            replica.clock,
         )
         self._reflectors = [
             Reflector(replica.api, source, cache, scope)
@@ -133,8 +139,9 @@ class LeaderTerm:
         if certificate is not None:
             context = certificate.context
             tasks.create_task(certificate.reload_on_change())
+        limits = connection_limits(options, self._replica.settings)
         try:
-            port = await self._coordinator.start(options.host, options.port, context)
+            port = await self._coordinator.start(options.host, options.port, context, limits)
         except OSError as error:
             raise SetupError(
                 f"cannot receive heartbeats on port {options.port}: {error}; set another --coordinator-port"
@@ -171,6 +178,12 @@ class LeaderTerm:
             await asyncio.sleep(CHECK_SECONDS)
             with suppress(OSError):
                 self.cluster.authority = await asyncio.to_thread(path.read_text)
+
+
+def connection_limits(options: CoordinatorOptions, settings: Settings) -> ConnectionLimits:
+    """Return the limits of the coordinator's port: a supervisor keeps its connection between two heartbeats."""
+    idle_seconds = max(MIN_IDLE_SECONDS, 2 * max(settings.beat_seconds, settings.beat_timeout_seconds))
+    return ConnectionLimits(total=options.max_connections, idle_seconds=idle_seconds)
 
 
 def read_authority(path: Path) -> str:
