@@ -7,7 +7,7 @@ or field that a message recommends and no edit tries fails the test.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tests.api.manifests import GOOD, REMOVED, Document, patched
@@ -83,7 +83,7 @@ QUANTITIES: Advice = {
 LOCATIONS = {"a folder": "/data/circles", "an s3:// URL": "s3://bucket/folder"}
 OUTPUT_FOLDER: Advice = {
     "a folder": {"spec.outputs": [{"format": "webui", "to": "lora"}]},
-    "to: /outputs/lora": {"spec.outputs": [{"format": "webui", "to": "/outputs/lora"}]},
+    "to: lora": {"spec.outputs": [{"format": "webui", "to": "lora"}]},
 }
 DIFFUSERS: Advice = {"format: diffusers": {"spec.outputs": [{"format": "diffusers", "to": "out"}]}}
 
@@ -206,6 +206,14 @@ ADVICE: dict[str, Advice] = {
     "method-and-script": {"leave script out": removed(f"{T}.script")},
     "no-length": {"steps: 1000": {f"{T}.steps": 1000}, "epochs: 10": {f"{T}.epochs": 10}},
     "steps-and-epochs": {"leave steps out": removed(f"{T}.steps"), "leave epochs out": removed(f"{T}.epochs")},
+    "cycles-of-another-schedule": {
+        "lrScheduler: cosine_with_restarts": {f"{T}.lrScheduler": "cosine_with_restarts"},
+        "leave lrNumCycles out": removed(f"{T}.lrNumCycles"),
+    },
+    "power-of-another-schedule": {
+        "lrScheduler: polynomial": {f"{T}.lrScheduler": "polynomial"},
+        "leave lrPower out": removed(f"{T}.lrPower"),
+    },
     "only-warm-up": {"a number below steps": {f"{T}.lrWarmupSteps": 199}},
     "constant-warm-up": {
         "lrScheduler: constant_with_warmup": {f"{T}.lrScheduler": "constant_with_warmup"},
@@ -222,7 +230,33 @@ ADVICE: dict[str, Advice] = {
     },
     "class-images-without-class": {
         "classPrompt: a photo of a dog": {f"{T}.dreambooth.classPrompt": "a photo of a dog"},
-        "leave numClassImages and priorLossWeight out": removed(f"{T}.dreambooth.numClassImages"),
+        "leave classImages, numClassImages and priorLossWeight out": removed(f"{T}.dreambooth.numClassImages"),
+    },
+    "own-class-images-without-class": {
+        "classPrompt: a photo of a dog": {f"{T}.dreambooth.classPrompt": "a photo of a dog"},
+        "leave classImages, numClassImages and priorLossWeight out": removed(f"{T}.dreambooth.classImages"),
+    },
+    "additional-dataset-is-a-page": {
+        "its hub id": {"spec.dataset.additional": [{"source": "owner/name"}]},
+        "lambdalabs/naruto-blip-captions": {"spec.dataset.additional": [{"source": "lambdalabs/naruto-blip-captions"}]},
+        "a folder": {"spec.dataset.additional": [{"source": "/data/circles"}]},
+        "an s3:// URL": {"spec.dataset.additional": [{"source": "s3://pictures/circles"}]},
+    },
+    "class-images-are-a-page": {
+        "its hub id": {f"{T}.dreambooth.classImages": "owner/name"},
+        "owner/photos-of-dogs": {f"{T}.dreambooth.classImages": "owner/photos-of-dogs"},
+        "a folder": {f"{T}.dreambooth.classImages": "/data/dogs"},
+        "an s3:// URL": {f"{T}.dreambooth.classImages": "s3://pictures/dogs"},
+    },
+    "tags-of-one-prompt": {"leave shuffleTags out": removed("spec.dataset.shuffleTags")},
+    "conditions-without-controlnet": {"leave images out": removed(f"{T}.validation.images")},
+    "fewer-conditions-than-prompts": {
+        "one image for each prompt": {f"{T}.validation.images": ["/data/a.png", "/data/b.png"]},
+        "leave images out": removed(f"{T}.validation.images"),
+    },
+    "validation-steps-and-epochs": {
+        "leave steps out": removed(f"{T}.validation.steps"),
+        "leave epochs out": removed(f"{T}.validation.epochs"),
     },
     "inversion-for-lora": {
         "leave textualInversion out": removed(f"{T}.textualInversion"),
@@ -235,6 +269,32 @@ ADVICE: dict[str, Advice] = {
         "a word that the text encoder knows": {f"{T}.textualInversion.initializerToken": "cat"},
         "toy": {f"{T}.textualInversion.initializerToken": "toy"},
     },
+    "inversion-from-nothing": {
+        "initializerToken: toy": {f"{T}.textualInversion.initializerToken": "toy"},
+        "base: learned_embeds.safetensors": {f"{T}.textualInversion.base": "learned_embeds.safetensors"},
+    },
+    "embedding-and-checkpoint": {
+        "leave base out": removed(f"{T}.textualInversion.base"),
+        "leave checkpoint.from out": removed("spec.checkpoint.from"),
+    },
+    "lora-and-checkpoint": {
+        "leave base out": removed(f"{T}.lora.base"),
+        "leave checkpoint.from out": removed("spec.checkpoint.from"),
+    },
+    "from-two-places": {
+        "job": {"spec.checkpoint.from": {"job": "circles"}},
+        "path": {"spec.checkpoint.from": {"path": "/mnt/circles"}},
+        "url": {"spec.checkpoint.from": {"url": "s3://models/circles"}},
+        "from: {job: circles}": {"spec.checkpoint.from": {"job": "circles"}},
+    },
+    "from-a-page": {
+        "s3://, gs:// or az:// followed by the bucket and a folder": {"spec.checkpoint.from": {"url": "gs://models/a"}},
+        "s3://models/checkpoints/default/circles-1f0c3a2b": {
+            "spec.checkpoint.from": {"url": "s3://models/checkpoints/default/circles-1f0c3a2b"},
+        },
+    },
+    "from-a-sentence": names("spec.checkpoint.from.job"),
+    "from-for-a-script": {"leave from out": removed("spec.checkpoint.from")},
     "controlnet-for-lora": {
         "leave controlnet out": removed(f"{T}.controlnet"),
         "method: ControlNet with dataset.columns.conditioning": METHODS["ControlNet"],
@@ -261,6 +321,11 @@ ADVICE: dict[str, Advice] = {
     "validated-on-training-set": {"the name of a held-out split": {f"{T}.validation.split": "validation"}},
     "validation-of-script": {"leave validation out": removed(f"{T}.validation")},
     "half-precision-on-cpu": each(f"{T}.precision", ("bf16", "fp32")),
+    "efficient-attention-on-cpu": each(f"{T}.attention", ("auto", "flash", "math")),
+    "flash-attention-in-fp32": {
+        "attention: auto": {f"{T}.attention": "auto"},
+        "precision: bf16": {f"{T}.precision": "bf16"},
+    },
     "8-bit-on-cpu": each(f"{T}.optimizer", ("adamw", "adafactor", "prodigy")),
     "cpu-preset-on-gpu": {
         "auto": {f"{T}.memoryPreset": "auto"},
@@ -355,18 +420,33 @@ UNSUPPORTED = (
         {f"{T}.aspectBuckets": True, f"{T}.dreambooth.classPrompt": "a dog", f"{T}.dreambooth.numClassImages": 9},
         {
             "leave aspectBuckets out": removed(f"{T}.aspectBuckets"),
-            "leave out classPrompt, numClassImages and priorLossWeight": removed(
+            "leave out classPrompt, classImages, numClassImages and priorLossWeight": removed(
                 f"{T}.dreambooth.classPrompt", f"{T}.dreambooth.numClassImages"
             ),
         },
         base="dreambooth",
     ),
     Unsupported(
-        {"spec.dataset.source": "/data/circles.csv"},
+        {"spec.dataset.source": "/data/circles.arrow"},
         {
             words: {"spec.dataset.source": source}
             for words, source in {
                 ".jsonl": "/data/circles.jsonl",
+                ".csv": "/data/circles.csv",
+                ".parquet": "/data/circles.parquet",
+                ".tar file": "/data/circles.tar",
+                "a folder": "/data/circles",
+                "a hub id": "owner/circles",
+            }.items()
+        },
+    ),
+    Unsupported(
+        {"spec.dataset.additional": [{"source": "/data/circles.arrow"}]},
+        {
+            words: {"spec.dataset.additional": [{"source": source}]}
+            for words, source in {
+                ".jsonl": "/data/circles.jsonl",
+                ".csv": "/data/circles.csv",
                 ".parquet": "/data/circles.parquet",
                 ".tar file": "/data/circles.tar",
                 "a folder": "/data/circles",
@@ -381,26 +461,102 @@ UNSUPPORTED = (
 )
 """Manifests that are valid and not supported: at least one for each message."""
 
-FLAG_VALUES: dict[str, tuple[Any, str]] = {
-    "train_batch_size": (2, "smallest"),
-    "max_train_steps": (100, "smallest"),
-    "num_train_epochs": (3, "smallest"),
-    "gradient_accumulation_steps": (2, "smallest"),
-    "lr": (0.001, "smallest"),
-    "mixed_precision": ("bf16", "smallest"),
-    "use_ema": (True, "smallest"),
-    "pretrained_model_name_or_path": ("a/b", "smallest"),
-    "dataset_name": ("a/b", "smallest"),
-    "train_data_dir": ("/data/circles", "smallest"),
-    "max_train_samples": (100, "smallest"),
-    "image_column": ("picture", "smallest"),
-    "caption_column": ("words", "smallest"),
-    "validation_prompt": (["a dog"], "smallest"),
-    "instance_prompt": ("a photo of sks dog", "dreambooth"),
-    "class_prompt": ("a photo of a dog", "dreambooth"),
-    "placeholder_token": ("<toy>", "textual-inversion"),
-    "initializer_token": ("cat", "textual-inversion"),
-    "checkpointing_steps": (50, "smallest"),
-    "checkpoints_total_limit": (2, "smallest"),
+
+@dataclass(frozen=True)
+class FlagValue:
+    """A value of a flag, and of the field that replaces it."""
+
+    flag_value: Any
+    value: Any = None
+    """Value of the field; None: that of the flag."""
+    base: str = "smallest"
+    also: Edit = field(default_factory=dict)
+    """Further edits that the field needs."""
+
+    @property
+    def field_value(self) -> Any:
+        return self.flag_value if self.value is None else self.value
+
+
+_BIAS = {f"{T}.timestepBias.strategy": "range"}
+_PROMPTS = {f"{T}.validation.prompts": ["a dog"]}
+_LINEAR = {f"{T}.lrScheduler": "linear"}
+FLAG_VALUES: dict[str, FlagValue] = {
+    "pretrained_model_name_or_path": FlagValue("a/b"),
+    "pretrained_vae_model_name_or_path": FlagValue("a/b"),
+    "controlnet_model_name_or_path": FlagValue("a/b", base="controlnet"),
+    "revision": FlagValue("main"),
+    "variant": FlagValue("fp16"),
+    "dataset_name": FlagValue("a/b"),
+    "train_data_dir": FlagValue("/data/circles"),
+    "instance_data_dir": FlagValue("/data/dog"),
+    "image_column": FlagValue("picture"),
+    "caption_column": FlagValue("words"),
+    "conditioning_image_column": FlagValue("edges", base="controlnet"),
+    "max_train_samples": FlagValue(100),
+    "repeats": FlagValue(10),
+    "resolution": FlagValue(1024),
+    "center_crop": FlagValue(True),
+    "random_flip": FlagValue(True),
+    "proportion_empty_prompts": FlagValue(0.1),
+    "max_train_steps": FlagValue(100),
+    "num_train_epochs": FlagValue(3, also={f"{T}.steps": REMOVED}),
+    "train_batch_size": FlagValue(2),
+    "gradient_accumulation_steps": FlagValue(2),
+    "seed": FlagValue(1),
+    "resume_from_checkpoint": FlagValue("latest", {"path": "/checkpoints/old"}),
+    "checkpointing_steps": FlagValue(50),
+    "checkpoints_total_limit": FlagValue(2),
+    "save_steps": FlagValue(50),
+    "learning_rate": FlagValue(0.001),
+    "lr": FlagValue(0.001),
+    "lr_scheduler": FlagValue("cosine"),
+    "lr_warmup_steps": FlagValue(10, also=_LINEAR),
+    "lr_num_cycles": FlagValue(2, also={f"{T}.lrScheduler": "cosine_with_restarts"}),
+    "lr_power": FlagValue(2.0, also={f"{T}.lrScheduler": "polynomial"}),
+    "optimizer": FlagValue("prodigy"),
+    "use_8bit_adam": FlagValue(True, "adamw8bit", also={"spec.topology.accelerator": "gpu"}),
+    "adam_beta1": FlagValue(0.8),
+    "adam_beta2": FlagValue(0.99),
+    "adam_epsilon": FlagValue(1e-7),
+    "adam_weight_decay": FlagValue(0.1),
+    "max_grad_norm": FlagValue(0.5),
+    "snr_gamma": FlagValue(5.0),
+    "noise_offset": FlagValue(0.05),
+    "offset_noise": FlagValue(True, 0.1),
+    "input_perturbation": FlagValue(0.1),
+    "timestep_bias_strategy": FlagValue("later"),
+    "timestep_bias_multiplier": FlagValue(3.0, also=_BIAS),
+    "timestep_bias_begin": FlagValue(100, also=_BIAS),
+    "timestep_bias_end": FlagValue(500, also=_BIAS),
+    "timestep_bias_portion": FlagValue(0.5, also={f"{T}.timestepBias.strategy": "later"}),
+    "mixed_precision": FlagValue("bf16"),
+    "gradient_checkpointing": FlagValue(True),
+    "enable_xformers_memory_efficient_attention": FlagValue(True, "auto"),
+    "use_ema": FlagValue(True),
+    "rank": FlagValue(8),
+    "lora_dropout": FlagValue(0.1),
+    "use_dora": FlagValue(True),
+    "train_text_encoder": FlagValue(True, base="dreambooth"),
+    "instance_prompt": FlagValue("a photo of sks dog", base="dreambooth"),
+    "class_prompt": FlagValue("a photo of a dog", base="dreambooth"),
+    "with_prior_preservation": FlagValue(True, "a photo of a dog", base="dreambooth"),
+    "class_data_dir": FlagValue("/data/class", base="dreambooth", also={f"{T}.dreambooth.classPrompt": "a dog"}),
+    "num_class_images": FlagValue(50, base="dreambooth", also={f"{T}.dreambooth.classPrompt": "a dog"}),
+    "prior_loss_weight": FlagValue(0.5, base="dreambooth", also={f"{T}.dreambooth.classPrompt": "a dog"}),
+    "placeholder_token": FlagValue("<toy>", base="textual-inversion"),
+    "initializer_token": FlagValue("cat", base="textual-inversion"),
+    "learnable_property": FlagValue("style", base="textual-inversion"),
+    "num_vectors": FlagValue(2, base="textual-inversion"),
+    "output_dir": FlagValue("out", [{"format": "diffusers", "to": "out"}]),
+    "output_kohya_format": FlagValue(True, [{"format": "kohya", "to": "out"}]),
+    "validation_prompt": FlagValue("a dog", ["a dog"]),
+    "validation_prompts": FlagValue(["a dog"]),
+    "validation_image": FlagValue(
+        "/data/edges.png", ["/data/edges.png"], base="controlnet", also={f"{T}.validation.prompts": ["a dog"]}
+    ),
+    "validation_steps": FlagValue(10, also=_PROMPTS),
+    "validation_epochs": FlagValue(1, also={**_PROMPTS, f"{T}.steps": REMOVED, f"{T}.epochs": 3}),
+    "report_to": FlagValue("tensorboard", ["tensorboard"]),
 }
-"""For each flag of `messages.FLAGS` a value, and the manifest that it belongs to."""
+"""For each flag with a replacement in `flags.FLAGS` a value, and the manifest that it belongs to."""

@@ -92,6 +92,12 @@ FULL = patched(
             "maxSamples": 1000,
             "maxBroken": 10,
             "streaming": True,
+            "repeats": 2,
+            "weight": 0.5,
+            "additional": [
+                {"source": "owner/rings", "revision": "v2", "split": "all", "repeats": 10, "weight": 2},
+                {"source": "s3://pictures/discs"},
+            ],
         },
         "spec.training": {
             "method": "DreamBoothLoRA",
@@ -137,6 +143,7 @@ FULL = patched(
             "dreambooth": {
                 "instancePrompt": "a photo of sks dog",
                 "classPrompt": "a photo of a dog",
+                "classImages": "/data/dogs",
                 "numClassImages": 200,
                 "priorLossWeight": 0.5,
                 "trainTextEncoder": True,

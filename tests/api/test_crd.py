@@ -185,7 +185,8 @@ def test_full_manifest_uses_every_field_of_the_spec() -> None:
     others = {
         *("training.steps", "training.script", "training.textualInversion", "training.controlnet"),
         *("topology.nodes", "topology.cpu", "checkpoint.storage.hostPath", "checkpoint.storage.nfs"),
-        "checkpoint.storage.bucket",
+        *("checkpoint.storage.bucket", "dataset.shuffleTags"),
+        *("training.validation.images", "training.validation.epochs"),
         "checkpoint.interval.steps",
     }
     assert set(missing("", crd.find("spec"), given)) == others

@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from finetune_contract.bucket import Bucket, BucketError, is_bucket_url
+from finetune_contract.image_folder import IMAGE_SUFFIXES, LIST_SUFFIXES
+from finetune_trainer import patience
 from finetune_trainer.errors import ConfigError, RankError, StorageError
 
-_SINGLE = (".safetensors", ".ckpt", ".parquet", ".tar")
-"""Suffixes of objects that are a complete base model or data set."""
+_SINGLE = (".safetensors", ".ckpt", ".parquet", ".tar", *IMAGE_SUFFIXES)
+"""Suffixes of objects that are a complete base model, data set or image."""
 _NUM_PARALLEL = 8
 """Number of parallel downloads."""
 
@@ -33,13 +35,24 @@ def fetch(location: str, field: str, cache_dir: Path, print_line: Callable[[str]
 
     Raises:
         ConfigError: the location does not exist.
-        StorageError: the object store cannot be read now, or the cache cannot be written.
+        NetworkError: the object store does not answer.
+        StorageError: the object store cannot be read, or the cache cannot be written.
     """
     if not is_bucket_url(location):
         return location
+    if location.endswith(LIST_SUFFIXES):
+        # The files that it lists are next to it.
+        parent, _, name = location.rpartition("/")
+        folder = Path(fetch(parent, field, cache_dir, print_line))
+        if not (folder / name).is_file():
+            raise _missing(location, field)
+        return str(folder / name)
     folder = cache_dir / "objects" / hashlib.sha256(location.encode()).hexdigest()[:32]
     try:
-        return str(_fetch_all(location, field, folder, print_line))
+        fetched = patience.wait_out(
+            f"{field}: fetching {location}", lambda: _fetch_all(location, field, folder, print_line)
+        )
+        return str(fetched)
     except BucketError as error:
         raise StorageError(f"{field}: {error}") from error
     except OSError as error:
@@ -47,7 +60,7 @@ def fetch(location: str, field: str, cache_dir: Path, print_line: Callable[[str]
 
 
 def _fetch_all(location: str, field: str, folder: Path, print_line: Callable[[str], None]) -> Path:
-    is_single = location.endswith(_SINGLE)
+    is_single = location.lower().endswith(_SINGLE)
     parent, _, last = location.rstrip("/").rpartition("/")
     bucket = Bucket(parent if is_single else location)
     names = [last] if is_single else bucket.names()

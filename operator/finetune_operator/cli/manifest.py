@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from finetune_contract.input_spec import DatasetSpec
 from finetune_operator.api import yaml_text
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.validate import InvalidJob, parse_job
@@ -47,6 +48,21 @@ def make_absolute(job: FineTuneJob, folder: Path) -> FineTuneJob:
     controlnet = spec.training.controlnet
     if controlnet is not None and controlnet.base:
         controlnet = controlnet.model_copy(update={"base": absolute_source(controlnet.base, folder)})
+    dreambooth, validation = spec.training.dreambooth, spec.training.validation
+    if dreambooth is not None and dreambooth.class_images is not None:
+        dreambooth = dreambooth.model_copy(update={"class_images": absolute_source(dreambooth.class_images, folder)})
+    if validation is not None:
+        images = tuple(absolute_output(each, folder) for each in validation.images)
+        validation = validation.model_copy(update={"images": images})
+    lora, inversion = spec.training.lora, spec.training.textual_inversion
+    if lora is not None and lora.base is not None:
+        lora = lora.model_copy(update={"base": absolute_source(lora.base, folder)})
+    if inversion is not None and inversion.base is not None:
+        inversion = inversion.model_copy(update={"base": absolute_source(inversion.base, folder)})
+    checkpoint, start = spec.checkpoint, spec.checkpoint.from_
+    if start is not None and start.path is not None:
+        start = start.model_copy(update={"path": absolute_output(start.path, folder)})
+        checkpoint = checkpoint.model_copy(update={"from_": start})
     script = spec.training.script
     if script is not None:
         script = script.model_copy(update={"path": absolute_output(script.path, folder)})
@@ -57,13 +73,31 @@ def make_absolute(job: FineTuneJob, folder: Path) -> FineTuneJob:
         model["config"] = absolute_source(spec.model.config, folder)
     changes = {
         "model": spec.model.model_copy(update=model),
-        "dataset": spec.dataset.model_copy(update={"source": absolute_source(spec.dataset.source, folder)}),
-        "training": spec.training.model_copy(update={"controlnet": controlnet, "script": script}),
+        "dataset": _absolute_dataset(spec.dataset, folder),
+        "checkpoint": checkpoint,
+        "training": spec.training.model_copy(
+            update={
+                "controlnet": controlnet,
+                "dreambooth": dreambooth,
+                "validation": validation,
+                "lora": lora,
+                "textual_inversion": inversion,
+                "script": script,
+            }
+        ),
         "outputs": tuple(
             output.model_copy(update={"to": absolute_output(output.to, folder)}) for output in spec.outputs
         ),
     }
     return job.model_copy(update={"spec": spec.model_copy(update=changes)})
+
+
+def _absolute_dataset(dataset: DatasetSpec, folder: Path) -> DatasetSpec:
+    additional = tuple(
+        each.model_copy(update={"source": absolute_source(each.source, folder)}) for each in dataset.additional
+    )
+    source = absolute_source(dataset.source, folder)
+    return dataset.model_copy(update={"source": source, "additional": additional})
 
 
 def absolute_source(text: str, folder: Path) -> str:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune_trainer.data.images.decoding import CENTRE, CropView, decode, to_pixels, to_rgb
+from finetune_trainer.data.images.colours import to_rgb
+from finetune_trainer.data.images.decoding import CENTRE, CropView, decode, to_pixels
 
 
 def encode(image: Image.Image, kind: str = "png", **options: object) -> io.BytesIO:

@@ -83,7 +83,7 @@ def test_samples_do_not_depend_on_the_batch_size(
     family: Family, source: SampleSource, hashes: FileHashes, tmp_path: Path
 ) -> None:
     text = TextCache(tmp_path, family, hashes, torch.float32)
-    text.fill([source.caption(index) for index in range(len(source))], SINGLE_RANK, silent)
+    text.fill([source.captions(index)[0] for index in range(len(source))], SINGLE_RANK, silent)
     latents = latent_cache(tmp_path, family, hashes, source)
     latents.fill(source, VIEWS, SINGLE_RANK, silent)
     maker = BatchMaker(source, latents, text, family, Draws(3), Augmentation(False, True), CPU, SQUARE)
@@ -95,7 +95,7 @@ def test_samples_do_not_depend_on_the_batch_size(
         assert torch.equal(single.noise[0], batch.noise[number])
         assert single.timesteps[0] == batch.timesteps[number]
         assert torch.equal(single.text["hidden"][0], batch.text["hidden"][number])
-    assert batch.captions == tuple(source.caption(ref.index) for ref in refs)
+    assert batch.captions == tuple(source.captions(ref.index)[0] for ref in refs)
     # The next epoch draws another sample of the posterior.
     assert not torch.equal(batch.latents[0], batch.latents[3])
 

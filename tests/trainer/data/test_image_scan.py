@@ -96,7 +96,7 @@ def test_broken_images_are_found_and_cached(damaged: Path, tmp_path: Path, monke
 def test_kept_source_maps_indices_to_samples(damaged: Path) -> None:
     source = open_source(DatasetSpec(source=str(damaged)), "train")
     kept = KeptSource(source, [1, 3, 4])
-    assert [kept.caption(index) for index in range(len(kept))] == [f"picture {number}" for number in (0, 2, 5, 6)]
+    assert [kept.captions(index) for index in range(len(kept))] == [(f"picture {number}",) for number in (0, 2, 5, 6)]
     assert kept.file(1) == damaged / "train" / "2.png"
     assert kept.name(1) == source.name(2)
 

@@ -16,8 +16,9 @@ from PIL import Image
 from finetune_contract.input_spec import Columns, DatasetSpec
 from finetune_trainer.data import sources
 from finetune_trainer.data.images.decoding import decode_sample
-from finetune_trainer.data.sources.folder import FolderStream, SampleRow, SampleRows
+from finetune_trainer.data.sources.folder import FolderStream, SampleRows
 from finetune_trainer.data.sources.open import FILE_SUFFIXES, LAYOUTS, open_source
+from finetune_trainer.data.sources.sample_lists import SampleRow
 from finetune_trainer.data.sources.table_cells import TableColumns, TableStream
 from finetune_trainer.errors import DataError
 from testing.trainer import tiny
@@ -33,7 +34,7 @@ def write_metadata(folder: Path, *rows: object) -> DatasetSpec:
 def test_folder_with_splits_opens_the_requested_one(data: Path) -> None:
     source = open_source(DatasetSpec(source=str(data)), "test")
     assert len(source) == tiny.NUM_SAMPLES
-    assert source.caption(2) == "picture 2"
+    assert source.captions(2) == ("picture 2",)
     assert decode_sample(source, 2).size == (tiny.RESOLUTION, tiny.RESOLUTION)
 
 
@@ -43,14 +44,14 @@ def test_max_samples_limits_the_samples(data: Path) -> None:
 
 def test_folder_without_splits_opens_for_any_split(tmp_path: Path) -> None:
     spec = write_metadata(tmp_path, {"file_name": "a.png", "text": "one"})
-    assert open_source(spec, "train").caption(0) == "one"
+    assert open_source(spec, "train").captions(0) == ("one",)
 
 
 def test_manifest_can_name_other_columns(tmp_path: Path) -> None:
     spec = write_metadata(tmp_path, {"picture": "a.png", "words": "one"})
     spec = spec.model_copy(update={"columns": Columns(image="picture", caption="words")})
     source = open_source(spec, "train")
-    assert source.caption(0) == "one"
+    assert source.captions(0) == ("one",)
     assert decode_sample(source, 0).size == (4, 4)
 
 
@@ -59,7 +60,7 @@ def test_manifest_can_name_other_columns(tmp_path: Path) -> None:
     [
         ([{"file_name": "a.png", "caption": "x"}], r"dataset\.columns\.caption: .* columns are caption, file_name; "),
         ([{"path": "a.png", "text": "x"}], r"dataset\.columns\.image: .* columns are path, text"),
-        ([{"file_name": "a.png", "text": None}], r"dataset\.columns\.caption: .*:1 is None, which is not a text"),
+        ([{"file_name": "a.png", "text": None}], r"dataset\.columns\.caption: .*:1 has None, which is not a text"),
         (["words"], r"metadata\.jsonl:1 is not a JSON object"),
         ([], r"dataset\.source: .* has no samples; write"),
     ],
@@ -86,7 +87,8 @@ def test_missing_folder_is_refused() -> None:
         open_source(DatasetSpec(source="/nowhere"), "train")
 
 
-def test_folder_without_metadata_is_refused(tmp_path: Path) -> None:
+def test_folder_without_metadata_and_captions_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"has neither metadata\.jsonl nor train/metadata\.jsonl; write one"):
         open_source(DatasetSpec(source=str(tmp_path)), "train")
 
@@ -114,7 +116,7 @@ def test_datasets_library_loads_a_table(tmp_path: Path) -> None:
     )
     spec = DatasetSpec(source=str(tmp_path / "repo"))
     source = open_source(spec, "train")
-    assert [source.caption(index) for index in range(len(source))] == ["one", "two"]
+    assert [source.captions(index) for index in range(len(source))] == [("one",), ("two",)]
     assert decode_sample(source, 1).getpixel((0, 0)) == (0, 0, 255)
     with pytest.raises(DataError, match=r"dataset\.columns\.caption: .*'words'.* columns are image, text"):
         open_source(spec.model_copy(update={"columns": Columns(caption="words")}), "train")
@@ -143,9 +145,6 @@ class _FixedFolder:
     def list_files(self) -> list[str]:
         return []
 
-    def list_subfolder(self, subfolder: str) -> list[str]:
-        return []
-
     def list_subfolders_with(self, name: str) -> list[str]:
         return []
 
@@ -161,7 +160,7 @@ class _FixedFolder:
 
 def test_cache_keys_of_streams_are_stable_across_releases() -> None:
     """A change of these keys makes every job read its data set again."""
-    rows = [SampleRow("0.png", "one"), SampleRow("1.png", "two", "edges-1.png")]
+    rows = [SampleRow("0.png", ("one",)), SampleRow("1.png", ("two",), "edges-1.png")]
     stream = FolderStream(SampleRows(_FixedFolder(), "train", rows))
     columns = TableColumns(Columns(), needs_captions=True, source="unused")
     table = TableStream(columns.hash_files("parquet", [("s3://bucket/data.parquet", "stamp")]))

@@ -155,8 +155,8 @@ def test_max_samples_limits_the_images_that_are_read(
     reports: list[str] = []
     prepared = streams.prepare(spec, tmp_path / "cache", reports)
     expected = min(limit, tiny.NUM_SAMPLES)
-    assert [prepared.batches.source.caption(index) for index in range(len(prepared.batches.source))] == [
-        f"picture {number}" for number in range(expected)
+    assert [prepared.batches.source.captions(index) for index in range(len(prepared.batches.source))] == [
+        (f"picture {number}",) for number in range(expected)
     ]
     assert [text for text in reports if "images read" in text][-1] == f"{expected} images read"
 
@@ -203,6 +203,25 @@ def test_streaming_from_a_bucket_gives_the_weights_of_the_copy(
         assert ranks.weights() == plain.weights()
         assert_nothing_kept(tmp_path / name / "cache", data)
         assert sorted(num_read(ranks, rank) for rank in (0, 1)) == shares
+
+
+def test_tar_files_are_streamed_from_a_bucket(
+    base: Path, data: Path, tmp_path: Path, object_store: ObjectStore, bucket_url: str
+) -> None:
+    """A folder of .tar files and a single one, compared with the copy of the same samples."""
+    rows = streams.rows_of(data)
+    streams.write_tar(tmp_path / "whole.tar", rows)
+    (tmp_path / "tars").mkdir()
+    streams.write_tar(tmp_path / "tars" / "train-00000.tar", rows[:3])
+    streams.write_tar(tmp_path / "tars" / "train-00001.tar", rows[3:])
+    url = streams.upload(object_store, bucket_url, tmp_path / "tars")
+    spec = tiny.make_spec(base, data, centerCrop=True)
+    whole = streams.streamed(spec, tmp_path / "whole.tar", columns=COLUMNS["tar"], streaming=False)
+    plain = batch_of(streams.prepare(whole, tmp_path / "plain").batches)
+    folder = streams.streamed(whole, url)
+    assert_equal(batch_of(streams.prepare(folder, tmp_path / "folder").batches), plain)
+    single = batch_of(streams.prepare(streams.streamed(whole, f"{url}/train-00000.tar"), tmp_path / "one").batches)
+    assert single.captions == tuple(f"picture {number}" for number in (0, 1, 2)) * 2
 
 
 def num_read(ranks: Ranks, rank: int = 0) -> int:

@@ -28,9 +28,13 @@ class NoCaptions:
     def __len__(self) -> int:
         return 1
 
-    def caption(self, index: int) -> str:
+    def captions(self, index: int) -> tuple[str, ...]:
         del index
-        return ""
+        return ()
+
+    def repeats(self, index: int) -> int:
+        del index
+        return 1
 
     def name(self, index: int) -> str:
         return str(index)

@@ -1,4 +1,4 @@
-"""SHA-256 hashes of files and texts. Hashes of files are computed once, and kept in a note with size and mtime."""
+"""SHA-256 hashes of files and texts. Hashes of files are computed once, and kept in a note."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from finetune_trainer import patience
 from finetune_trainer.files import write_atomically
+
+_State = tuple[int, int, int]
+"""Size, mtime and ctime of a file. An edit can keep the first two; only the kernel sets the ctime, at every change."""
 
 
 class FileHashes:
@@ -19,7 +23,7 @@ class FileHashes:
 
     def __init__(self, note: Path) -> None:
         self._note = note
-        self._known: dict[str, tuple[int, int, str]] = _read(note)
+        self._known: dict[str, tuple[_State, str]] = _read(note)
         self._changed = False
 
     def of_file(self, path: Path) -> str:
@@ -30,12 +34,13 @@ class FileHashes:
         """
         name = str(path.resolve())
         stat = path.stat()
+        state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         known = self._known.get(name)
-        if known is not None and known[:2] == (stat.st_size, stat.st_mtime_ns):
-            return known[2]
+        if known is not None and known[0] == state:
+            return known[1]
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._known[name] = (stat.st_size, stat.st_mtime_ns, digest)
+        self._known[name] = (state, digest)
         self._changed = True
         return digest
 
@@ -46,7 +51,8 @@ class FileHashes:
     def save(self) -> None:
         """Write the note. If two processes write at the same time, only new hashes of one of them are lost."""
         if self._changed:
-            write_atomically(self._note, json.dumps(self._known).encode())
+            note = json.dumps({name: (*state, sha) for name, (state, sha) in self._known.items()}).encode()
+            patience.wait_out("cache: writing hashes", lambda: write_atomically(self._note, note))
             self._changed = False
 
 
@@ -60,11 +66,12 @@ def hash_text(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def _read(note: Path) -> dict[str, tuple[int, int, str]]:
+def _read(note: Path) -> dict[str, tuple[_State, str]]:
     try:
         return {
-            name: (int(size), int(time), str(sha)) for name, (size, time, sha) in json.loads(note.read_bytes()).items()
+            name: ((int(size), int(mtime), int(ctime)), str(sha))
+            for name, (size, mtime, ctime, sha) in json.loads(note.read_bytes()).items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
-        # A damaged note only costs the time to compute the hashes again.
+        # A damaged note, or one of an earlier release, only costs the time to compute the hashes again.
         return {}

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from finetune_trainer.data.batches import Batch, BatchMaker
-from finetune_trainer.data.cache.encode import LiveLatents
+from finetune_trainer.data.cache.encode import LiveLatents, LiveTexts
+from finetune_trainer.data.mixture import MixedLatents
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.data.sampling.shapes import Size
 from finetune_trainer.data.sources.base import SampleSet
@@ -17,13 +18,13 @@ class Prefetcher:
     """Prepares one micro-batch ahead. A batch depends only on its samples, so it can be prepared at any time.
 
     Args:
-        batches: makes the batches. If it encodes images on the training device, no batch is prepared ahead.
+        batches: makes the batches. If it encodes images or captions on the training device, no batch is prepared ahead.
     """
 
     def __init__(self, batches: BatchMaker) -> None:
         self._batches = batches
         self._pool: ThreadPoolExecutor | None = None
-        if not isinstance(batches.latents, LiveLatents):
+        if not _is_live(batches):
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead: tuple[tuple[SampleRef, ...], Future[Batch]] | None = None
         self.waited_seconds = 0.0
@@ -51,3 +52,8 @@ class Prefetcher:
         if self._pool is not None and then:
             self._ahead = (tuple(then), self._pool.submit(self._batches.make, then))
         return batch
+
+
+def _is_live(batches: BatchMaker) -> bool:
+    latents = batches.latents.parts if isinstance(batches.latents, MixedLatents) else [batches.latents]
+    return isinstance(batches.text, LiveTexts) or any(isinstance(each, LiveLatents) for each in latents)

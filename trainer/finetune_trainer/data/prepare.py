@@ -5,25 +5,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from finetune_contract.input_spec import Columns, DatasetSpec
+from finetune_contract.methods import crops_at_centre
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.batches import Augmentation, BatchMaker, Conditioning, Latents, Prior
 from finetune_trainer.data.cache.encode import LatentCache, LatentStore, LiveLatents, TextCache
 from finetune_trainer.data.cache.image_scan import ImageScan, describe_broken, scan_images
 from finetune_trainer.data.cache.records import RecordedSamples
+from finetune_trainer.data.cache.sample_identity import SampleHasher, SampleIdentity
 from finetune_trainer.data.cache.stream_map import StreamMap
-from finetune_trainer.data.captions import Captions, OnePrompt
+from finetune_trainer.data.captions import Captions, OnePrompt, ShuffledTags
 from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.images.class_images import ClassImages
+from finetune_trainer.data.mixture import JoinedSamples, MixedLatents, Mixture, MixturePart
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.noising import Noising
 from finetune_trainer.data.sampling.shapes import Shapes
 from finetune_trainer.data.sources.base import SampleSet, SampleSource
+from finetune_trainer.data.sources.layout import JobContext
 from finetune_trainer.data.sources.open import FILE_SUFFIXES, no_samples, open_source, open_stream
+from finetune_trainer.data.sources.shared import open_shared
 from finetune_trainer.data.sources.subset import KeptSampleSet, KeptSource
+from finetune_trainer.data.training_sets import list_training_sets, naming_field
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError
 from finetune_trainer.models.family import Family
@@ -78,11 +87,15 @@ class _Split:
         samples: the samples that are not broken.
         scan: the hashes and sizes of their images.
         latents: provides their posteriors, for the views of an augmentation.
+        num_broken: number of broken samples that are left out.
+        weights: factor of the loss of each sample; None if all are 1.
     """
 
     samples: SampleSet
     scan: ImageScan
     latents: Callable[[Augmentation], Latents]
+    num_broken: int = 0
+    weights: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,8 @@ class Preparation:
         cache_dir: the cache that all jobs share.
         report: receives lines on the progress.
         warn: receives warnings for the user.
+        record: receives the identity of the samples before anything is computed from them.
+        check_length: checks the length of an epoch before anything is computed from the samples.
     """
 
     spec: RunSpec
@@ -108,6 +123,8 @@ class Preparation:
     cache_dir: Path
     report: Callable[[str], None]
     warn: Callable[[str], None]
+    record: Callable[[SampleIdentity, SampleSet], None] = lambda found, samples: None
+    check_length: Callable[[int], None] = lambda num_samples: None
 
     def run(self) -> PreparedData:
         """Open the data set, and compute the outputs of the encoders that the cache lacks.
@@ -116,18 +133,25 @@ class Preparation:
             DataError: the data set cannot be used as specified.
             StorageError: the cache cannot be written.
         """
-        dataset, training = self.spec.dataset, self.spec.training
+        training = self.spec.training
         hashes = FileHashes(self.cache_dir / "hashes.json")
-        train = self._stream_train(hashes) if dataset.streaming else self._open_train(hashes)
+        train = self._open_train(hashes)
+        self.check_length(len(train.samples))
         held_out = self._open_held_out(hashes)
         text = TextCache(self.cache_dir, self.family, hashes, self.dtype)
         if self.requirements.caches_text:
-            text.fill(self._texts(train, held_out), self.world, self._progress("captions"))
-        random_crop = not (training.center_crop or training.aspect_buckets or train.scan.all_square)
+            shuffles = self.spec.dataset.shuffle_tags is not None
+            texts = self._texts(None if shuffles else train, held_out)
+            text.fill(texts, self.world, self._progress("captions"))
+        random_crop = not (crops_at_centre(training) or training.aspect_buckets or train.scan.all_square)
         if random_crop:
             self.warn(LIVE_WARNING)
         augmentation = Augmentation(random_crop, training.random_flip)
         batches = self._batches(train, text, augmentation)
+        if (shuffled := self.spec.dataset.shuffle_tags) is not None:
+            live = text.live(self.world.device) if self.requirements.caches_text else None
+            captions = ShuffledTags(self.requirements.captions, shuffled)
+            batches = dataclasses.replace(batches, captions=captions, text=live)
         prepared = PreparedData(
             dataclasses.replace(
                 batches,
@@ -153,33 +177,100 @@ class Preparation:
         )
 
     def _open_train(self, hashes: FileHashes) -> _Split:
-        dataset = self.spec.dataset
-        source: SampleSource = open_source(
-            dataset, dataset.split, dataset.max_samples, self.requirements.needs_captions
+        """Open the data sets to train on, as one."""
+        found: list[tuple[SampleIdentity, SampleSet]] = []
+        opened: list[_Split] = []
+
+        def record(identity: SampleIdentity, samples: SampleSet) -> None:
+            found.append((identity, samples))
+
+        training_sets = list_training_sets(self.spec.dataset)
+        for each in training_sets:
+            num_broken = sum(split.num_broken for split in opened)
+            with naming_field(each.field):
+                if each.dataset.streaming:
+                    opened.append(self._stream_set(each.dataset, hashes, num_broken, record))
+                else:
+                    opened.append(self._open_set(each.dataset, hashes, num_broken, record))
+        self.record(
+            SampleIdentity.join([identity for identity, _ in found]), JoinedSamples([each for _, each in found])
         )
+        return _mix(
+            opened,
+            [
+                MixturePart(split.samples, each.repeats, each.weight)
+                for split, each in zip(opened, training_sets, strict=True)
+            ],
+        )
+
+    @property
+    def _job(self) -> JobContext:
+        """The job, for the layouts of data sets. Rank 0 warns for all ranks."""
+        validation = self.spec.training.validation
+        held_out = () if validation is None or validation.split is None else (validation.split,)
+        splits = tuple(each.dataset.split for each in list_training_sets(self.spec.dataset))
+        return JobContext((*splits, *held_out), self.warn if self.world.is_first else lambda _: None)
+
+    def _open_set(
+        self,
+        dataset: DatasetSpec,
+        hashes: FileHashes,
+        num_broken: int,
+        record: Callable[[SampleIdentity, SampleSet], None],
+    ) -> _Split:
+        """Open one data set whose images can be read at any time; `num_broken` images of others are broken."""
+        source = self._open(dataset, dataset.split, dataset.max_samples, self.requirements.needs_captions)
         scan = self._scan(source, hashes)
         broken = set(scan.broken)
+        condition_ids: Sequence[str] = ("",) * len(source)
         if self.requirements.conditioning:
             progress = self._progress("conditioning images scanned")
             opener = source.open_conditioning
-            broken |= set(scan_images(len(source), opener, self.cache_dir, hashes, self.world, progress).broken)
+            conditions = scan_images(len(source), opener, self.cache_dir, hashes, self.world, progress)
+            condition_ids = conditions.ids
+            broken |= set(conditions.broken)
+        record(self._identify(source, scan.ids, condition_ids), source)
         if broken:
-            self._check_broken(source, sorted(broken))
+            self._check_broken(source, sorted(broken), num_broken)
             source, scan = KeptSource(source, sorted(broken)), scan.without(sorted(broken))
-        return self._make_split(source, scan, hashes)
+        return dataclasses.replace(self._make_split(source, scan, hashes), num_broken=len(broken))
 
-    def _stream_train(self, hashes: FileHashes) -> _Split:
-        dataset = self.spec.dataset
+    def _open(self, dataset: DatasetSpec, split: str, max_samples: int | None, needs_captions: bool) -> SampleSource:
+        """Open a split whose images can be read at any time."""
+        opener = partial(open_source, dataset, split, max_samples, needs_captions, self._job)
+        return open_shared(dataset.source, self.world, opener)
+
+    def _identify(self, source: SampleSource, image_ids: Sequence[str], condition_ids: Sequence[str]) -> SampleIdentity:
+        """Return the identity of the samples, broken ones included."""
+        reads_captions = not isinstance(self.requirements.captions, OnePrompt)
+        hasher = SampleHasher()
+        for index, ids in enumerate(zip(image_ids, condition_ids, strict=True)):
+            hasher.add(*ids, source.repeats(index), source.captions(index) if reads_captions else ())
+        return hasher.identity
+
+    def _stream_set(
+        self,
+        dataset: DatasetSpec,
+        hashes: FileHashes,
+        num_broken: int,
+        record: Callable[[SampleIdentity, SampleSet], None],
+    ) -> _Split:
+        """Read one data set where it is stored; `num_broken` images of others are broken."""
         views = Augmentation(random_crop=False, random_flip=self.spec.training.random_flip)
-        samples, scan, broken, store = self._stream(dataset.split, dataset.max_samples, views, hashes)
+        samples, scan, broken, store = self._stream(dataset, dataset.max_samples, views, hashes, record)
         kept: SampleSet = samples
         if broken:
-            self._check_broken(samples, broken)
+            self._check_broken(samples, broken, num_broken)
             kept, scan = KeptSampleSet(samples, broken), scan.without(broken)
-        return _Split(kept, scan, lambda _: LatentCache(store, scan.ids))
+        return _Split(kept, scan, lambda _: LatentCache(store, scan.ids), num_broken=len(broken))
 
     def _stream(
-        self, split: str, max_samples: int | None, augmentation: Augmentation, hashes: FileHashes
+        self,
+        dataset: DatasetSpec,
+        max_samples: int | None,
+        augmentation: Augmentation,
+        hashes: FileHashes,
+        record: Callable[[SampleIdentity, SampleSet], None] = lambda found, samples: None,
     ) -> tuple[RecordedSamples, ImageScan, list[int], LatentStore]:
         """Read a split once, where it is stored.
 
@@ -189,20 +280,22 @@ class Preparation:
         Raises:
             DataError: it cannot be used, or has no samples.
         """
-        dataset = self.spec.dataset
         if not self.requirements.conditioning:
             columns = dataset.columns.model_copy(update={"conditioning": None})
             dataset = dataset.model_copy(update={"columns": columns})
-        stream = open_stream(dataset, split, max_samples, self.requirements.needs_captions, self.cache_dir / "tables")
+        notes, needs_captions = self.cache_dir / "tables", self.requirements.needs_captions
+        opener = partial(open_stream, dataset, dataset.split, max_samples, needs_captions, notes, self._job)
+        stream = open_shared(dataset.source, self.world, opener)
         store = LatentStore(self.cache_dir, self.family, hashes, self._shapes)
         views = augmentation.fixed_views()
         mapped = StreamMap(stream, store, self.cache_dir, self.world, views, max_samples, self.report)
         samples, scan, broken = mapped.run()
+        record(mapped.identity, samples)
         if len(samples) == 0:
-            raise DataError(no_samples(dataset, split))
+            raise DataError(no_samples(dataset, dataset.split))
         return samples, scan, broken, store
 
-    def _check_broken(self, samples: SampleSet, broken: Sequence[int]) -> None:
+    def _check_broken(self, samples: SampleSet, broken: Sequence[int], num_others: int) -> None:
         """Check that the broken samples may be skipped. All ranks get the same result.
 
         Raises:
@@ -211,9 +304,12 @@ class Preparation:
         found, limit = describe_broken(samples, broken), self.spec.dataset.max_broken
         if len(broken) == len(samples):
             raise DataError(f"{found}; replace them: training needs at least one image")
-        if len(broken) > limit:
+        total = num_others + len(broken)
+        if total > limit:
+            others = f", and {num_others} of other data sets" if num_others else ""
             raise DataError(
-                f"{found}; dataset.maxBroken allows {limit}: replace or remove them, or write maxBroken: {len(broken)}"
+                f"{found}{others}; dataset.maxBroken allows {limit}: replace or remove them, or write maxBroken: "
+                f"{total}"
             )
         if self.world.is_first:
             self.warn(f"{found}; training continues without them")
@@ -243,6 +339,7 @@ class Preparation:
             device=self.world.device,
             shapes=self._shapes,
             sizes=split.scan.sizes if training.aspect_buckets else None,
+            weights=split.weights,
             captions=self.requirements.captions,
         )
 
@@ -252,20 +349,39 @@ class Preparation:
         spec = training.dreambooth
         if spec is None or spec.class_prompt is None:
             return None
-        images = ClassImages(
-            family=self.family,
-            prompt=spec.class_prompt,
-            count=spec.num_class_images,
-            resolution=training.resolution,
-            dtype=self.dtype,
-            root=self.cache_dir,
-            world=self.world,
-            progress=self._progress("class images"),
-        ).open(hashes)
-        split = self._make_split(images, self._scan(images, hashes), hashes)
+        parts = [] if spec.class_images is None else [self._open_class_images(spec.class_images, hashes)]
+        num_missing = spec.num_class_images - sum(len(part.samples) for part in parts)
+        if num_missing > 0:
+            images = ClassImages(
+                family=self.family,
+                prompt=spec.class_prompt,
+                count=num_missing,
+                resolution=training.resolution,
+                dtype=self.dtype,
+                root=self.cache_dir,
+                world=self.world,
+                progress=self._progress("class images"),
+            ).open(hashes)
+            parts.append(self._make_split(images, self._scan(images, hashes), hashes))
+        split = _mix(parts, [MixturePart(part.samples) for part in parts])
         batches = self._batches(split, text, _PLAIN)
         batches = dataclasses.replace(batches, captions=OnePrompt(spec.class_prompt), noising=Noising.of(training))
         return Prior(batches, spec.prior_loss_weight)
+
+    def _open_class_images(self, location: str, hashes: FileHashes) -> _Split:
+        """Open the user's own class images, at most as many as the manifest specifies, without broken ones."""
+        field, spec = "training.dreambooth.classImages", self.spec.training.dreambooth
+        assert spec is not None
+        columns = Columns(image=self.spec.dataset.columns.image)
+        with naming_field(field, whole=True):
+            dataset = DatasetSpec(source=location, columns=columns)
+            source = self._open(dataset, dataset.split, spec.num_class_images, needs_captions=False)
+            scan = self._scan(source, hashes)
+        if scan.broken:
+            if self.world.is_first:
+                self.warn(describe_broken(source, scan.broken).replace("dataset.source", field, 1))
+            source, scan = KeptSource(source, scan.broken), scan.without(scan.broken)
+        return self._make_split(source, scan, hashes)
 
     def _conditioning(self, dropout: float) -> Conditioning | None:
         return Conditioning(self._shapes, dropout) if self.requirements.conditioning else None
@@ -281,9 +397,10 @@ class Preparation:
                 "with a subfolder for each split as dataset.source, or omit training.validation.split"
             )
         if not dataset.streaming:
-            source = open_source(dataset, validation.split, MAX_HELD_OUT, self.requirements.needs_captions)
+            source = self._open(dataset, validation.split, MAX_HELD_OUT, self.requirements.needs_captions)
             return self._make_split(source, self._scan(source, hashes), hashes)
-        samples, scan, broken, store = self._stream(validation.split, MAX_HELD_OUT, _PLAIN, hashes)
+        held_out = dataset.model_copy(update={"split": validation.split})
+        samples, scan, broken, store = self._stream(held_out, MAX_HELD_OUT, _PLAIN, hashes)
         if broken:
             raise DataError(
                 f"{describe_broken(samples, broken)}; replace or remove them: the held-out split must have none"
@@ -313,3 +430,17 @@ class Preparation:
 
     def _progress(self, unit: str) -> Callable[[int, int], None]:
         return lambda done, total: self.report(f"{done}/{total} {unit}")
+
+
+def _mix(splits: Sequence[_Split], parts: Sequence[MixturePart]) -> _Split:
+    """Return several splits as one, with the repeats and weights of the parts of a mixture."""
+    mixture = Mixture(parts)
+    if mixture.is_plain:
+        return splits[0]
+    starts = np.cumsum([0, *(len(split.samples) for split in splits[:-1])])
+    return _Split(
+        mixture,
+        ImageScan.join([split.scan for split in splits]).take(starts[mixture.part_of] + mixture.index_of),
+        lambda augmentation: MixedLatents(mixture, [split.latents(augmentation) for split in splits]),
+        weights=mixture.weights,
+    )

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from finetune_contract.spec import ValidationSpec
 from finetune_trainer.data.batches import BatchMaker, Texts
 from finetune_trainer.data.images.decoding import CENTRE, micro_conditioning
 from finetune_trainer.data.sampling.draws import Draws, Purpose
-from finetune_trainer.data.sampling.order import SampleRef, micro_batches
+from finetune_trainer.data.sampling.order import SampleRef, ends_epochs, micro_batches
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import write_atomically
@@ -53,6 +53,8 @@ class Validator:
         resolution: side of the square pictures in pixels, a multiple of the pixels per latent.
         batch_size: number of samples in one forward pass.
         total_steps: number of steps of the run.
+        epoch: number of samples in an epoch, and in a step.
+        conditions: conditioning images of the prompts, each float32 (3, H, W) in [0, 1]; empty for those of samples.
         job_dir: the job's folder.
         on_progress: receives progress messages.
         metrics: logs the results to the trackers; None if there are none.
@@ -69,14 +71,20 @@ class Validator:
     resolution: int
     batch_size: int
     total_steps: int
+    epoch: tuple[int, int]
+    conditions: Sequence[Tensor]
     job_dir: Path
     on_progress: Callable[[str], None]
     metrics: MetricsLogger | None = None
     on_results: Callable[[], None] = lambda: None
 
     def due(self, step: int) -> bool:
-        """Return whether to validate after a step: at the start, at the end, and at multiples of `spec.steps`."""
-        return step in (0, self.total_steps) or (self.spec.steps is not None and step % self.spec.steps == 0)
+        """Return whether to validate after a step: at the start, at the end, and in the manifest's interval."""
+        if step in (0, self.total_steps):
+            return True
+        if self.spec.epochs is not None:
+            return ends_epochs(step, *self.epoch, self.spec.epochs)
+        return self.spec.steps is not None and step % self.spec.steps == 0
 
     def is_recorded(self, step: int) -> bool:
         """Return whether an earlier attempt has recorded all results of a step; the same on every rank."""
@@ -159,7 +167,9 @@ class Validator:
         return ((vae.decode(latents)[0] + 1) * 127.5).round().to(torch.uint8)
 
     def _condition(self, number: int) -> Tensor | None:
-        """Return the conditioning image of a picture, (2, 3, H, W): prompt i uses that of sample i."""
+        """Return the conditioning image of a picture, (2, 3, H, W): of the manifest, or for prompt i of sample i."""
+        if self.conditions:
+            return self.conditions[number].to(self.world.device).expand(2, -1, -1, -1)
         batches = self.held_out or self.batches
         if batches.conditioning is None:
             return None

@@ -89,6 +89,7 @@ CHANGEABLE = {
     "spec.topology.minNodes": AT_ONCE,
     "spec.topology.resources": NEXT_ATTEMPT,
     "spec.recovery.maxFailures": AT_ONCE,
+    "spec.recovery.manualRetries": AT_ONCE,
     "spec.recovery.spot": NEXT_ATTEMPT,
     "spec.recovery.shrinkAfter": AT_ONCE,
     "spec.recovery.hangTimeout": AT_ONCE,

@@ -13,10 +13,11 @@ from collections import Counter
 from typing import Any
 
 from finetune_contract.input_spec import Columns
-from finetune_contract.methods import ADAPTER_METHODS, CONDITIONED_METHODS
-from finetune_contract.spec import CheckpointInterval, OutputFormat, Sharding
+from finetune_contract.methods import ADAPTER_METHODS, CENTRED_METHODS, CONDITIONED_METHODS, crops_at_centre
+from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputFormat, Sharding
 from finetune_operator.api.job import Accelerator, CpuBackend, ObjectMeta, TopologySpec
 from finetune_operator.api.names import MAX_JOB_NAME
+from finetune_operator.api.rules.dataset import DATASET_RULES
 from finetune_operator.api.rules.forms import (
     BUCKET_URL,
     DNS_LABEL,
@@ -40,6 +41,7 @@ TOPOLOGY = Scope("spec.topology", TopologySpec)
 STORAGE = Scope("spec.checkpoint.storage", StorageSpec)
 BUCKET = Scope("spec.checkpoint.storage.bucket", BucketSpec)
 INTERVAL = Scope("spec.checkpoint.interval", CheckpointInterval)
+START = Scope("spec.checkpoint.from", CheckpointSource)
 
 GPU_RESOURCE = "nvidia.com/gpu"
 ADAPTER_FORMATS = (OutputFormat.KOHYA, OutputFormat.MERGED)
@@ -109,12 +111,13 @@ _DATA = (
     Rule(
         SPEC,
         "dataset.streaming",
-        "!self.dataset.streaming || !has(self.training.method) || self.training.centerCrop"
-        " || self.training.aspectBuckets",
+        "!self.dataset.streaming || !has(self.training.method) || self.training.aspectBuckets"
+        " || (has(self.training.centerCrop) ? self.training.centerCrop"
+        f" : self.training.method in {cel_list(CENTRED_METHODS)})",
         lambda spec: (
             not spec.dataset.streaming
             or spec.training.method is None
-            or spec.training.center_crop
+            or crops_at_centre(spec.training)
             or spec.training.aspect_buckets
         ),
         "streaming reads each image once, but random crops need it in each epoch; write training.centerCrop: true or "
@@ -272,6 +275,53 @@ _CHECKPOINT = (
     ),
 )
 
+_START = (
+    Rule(
+        START,
+        "",
+        "[has(self.job), has(self.path), has(self.url)].filter(given, given).size() == 1",
+        lambda start: [start.job, start.path, start.url].count(None) == 2,
+        "from needs exactly one of job, path and url; write one of them, e.g. from: {job: circles}",
+    ),
+    object_name("spec.checkpoint.from.job"),
+    form(
+        "spec.checkpoint.from.url",
+        BUCKET_URL,
+        "url is not a folder of an object store; write s3://, gs:// or az:// followed by the bucket and a folder, e.g. "
+        "s3://models/checkpoints/default/circles-1f0c3a2b",
+    ),
+    Rule(
+        SPEC,
+        "checkpoint.from",
+        "!has(self.checkpoint) || !has(self.checkpoint.from) || has(self.training.method)",
+        lambda spec: spec.checkpoint.from_ is None or spec.training.method is not None,
+        "from is not supported with a script; leave from out",
+        FieldErrorReason.FORBIDDEN,
+    ),
+    Rule(
+        SPEC,
+        "training.lora.base",
+        "!has(self.training.lora) || !has(self.training.lora.base) || !has(self.checkpoint)"
+        " || !has(self.checkpoint.from)",
+        lambda spec: spec.training.lora is None or spec.training.lora.base is None or spec.checkpoint.from_ is None,
+        "base and checkpoint.from both set the weights to start from; leave base out, or leave checkpoint.from out",
+        FieldErrorReason.FORBIDDEN,
+    ),
+    Rule(
+        SPEC,
+        "training.textualInversion.base",
+        "!has(self.training.textualInversion) || !has(self.training.textualInversion.base) || !has(self.checkpoint)"
+        " || !has(self.checkpoint.from)",
+        lambda spec: (
+            spec.training.textual_inversion is None
+            or spec.training.textual_inversion.base is None
+            or spec.checkpoint.from_ is None
+        ),
+        "base and checkpoint.from both set the vectors to start from; leave base out, or leave checkpoint.from out",
+        FieldErrorReason.FORBIDDEN,
+    ),
+)
+
 _RETENTION = (
     is_duration("spec.checkpoint.maxStale"),
     Rule(
@@ -319,7 +369,7 @@ _OUTPUTS = (
         "",
         "!self.contains('://') || self.matches(r'^((s3|gs|az)://.+|hub://[^/]+/[^/]+)$')",
         lambda to: "://" not in to or re.fullmatch("^((s3|gs|az)://.+|hub://[^/]+/[^/]+)$", to) is not None,
-        "to is not a location that can be written to; write a folder, e.g. to: /outputs/lora",
+        "to is not a location that can be written to; write a folder, e.g. to: lora",
     ),
     Rule(
         SPEC,
@@ -333,9 +383,11 @@ _OUTPUTS = (
 RULES: tuple[Rule[Any], ...] = (
     *_NAMES,
     *_DATA,
+    *DATASET_RULES,
     *TRAINING_RULES,
     *_TOPOLOGY,
     *_CHECKPOINT,
+    *_START,
     *_RETENTION,
     *_RECOVERY,
     *_OUTPUTS,

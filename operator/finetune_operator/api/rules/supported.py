@@ -14,7 +14,7 @@ from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.api.rules.rule import join_names
 
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "hub://")
-UNREAD_TABLES = (".csv", ".arrow")
+UNREAD_TABLE = ".arrow"
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,17 @@ MISSING = (
             and spec.training.dreambooth.class_prompt is not None
         ),
         "class images are square and fit into no batch of another shape; leave aspectBuckets out, or leave out "
-        "classPrompt, numClassImages and priorLossWeight",
+        "classPrompt, classImages, numClassImages and priorLossWeight",
     ),
     Missing(
         "spec.dataset.source",
-        lambda spec: spec.dataset.source.endswith(UNREAD_TABLES),
-        "this version does not read .csv and .arrow files; write a .jsonl, .parquet or .tar file, a folder or a hub id",
+        lambda spec: spec.dataset.source.endswith(UNREAD_TABLE),
+        "this version does not read .arrow files; write a .jsonl, .csv, .parquet or .tar file, a folder or a hub id",
+    ),
+    Missing(
+        "spec.dataset.additional",
+        lambda spec: any(each.source.endswith(UNREAD_TABLE) for each in spec.dataset.additional),
+        "this version does not read .arrow files; write a .jsonl, .csv, .parquet or .tar file, a folder or a hub id",
     ),
     Missing(
         "spec.outputs",
@@ -73,7 +78,7 @@ MISSING = (
     Missing(
         "spec.outputs",
         lambda spec: any(output.to.startswith(REMOTE_SCHEMES) for output in spec.outputs),
-        "this version writes to folders only; write a folder, e.g. to: /outputs/lora",
+        "this version writes to folders only; write a folder, e.g. to: lora",
     ),
 )
 

@@ -13,6 +13,7 @@ from finetune_contract.methods import (
     methods_where,
 )
 from finetune_contract.spec import (
+    Attention,
     DreamBoothSpec,
     LrScheduler,
     Offload,
@@ -79,6 +80,19 @@ def _settings_rules() -> Iterator[Rule[TrainingSpec]]:
             yield _required_settings(name)
 
 
+def _scheduler_setting(name: str, scheduler: LrScheduler) -> Rule[TrainingSpec]:
+    """Return the rule that refuses the setting of one learning-rate schedule if another one would ignore it."""
+    field = to_camel(name)
+    return Rule(
+        TRAINING,
+        field,
+        f"!has(self.{field}) || self.lrScheduler == '{scheduler}'",
+        lambda training: getattr(training, name) is None or training.lr_scheduler is scheduler,
+        f"{field} applies to lrScheduler {scheduler} only; write lrScheduler: {scheduler}, or leave {field} out",
+        FieldErrorReason.FORBIDDEN,
+    )
+
+
 TRAINING_RULES: tuple[Rule[Any], ...] = (
     Rule(
         TRAINING,
@@ -129,6 +143,8 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
         "lrScheduler constant ignores lrWarmupSteps; write lrScheduler: constant_with_warmup, or leave lrWarmupSteps "
         "out",
     ),
+    _scheduler_setting("lr_num_cycles", LrScheduler.COSINE_WITH_RESTARTS),
+    _scheduler_setting("lr_power", LrScheduler.POLYNOMIAL),
     Rule(
         TRAINING,
         "sharding",
@@ -180,13 +196,16 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
     Rule(
         DREAMBOOTH,
         "classPrompt",
-        "has(self.classPrompt) || self.numClassImages == 100 && self.priorLossWeight == 1.0",
+        "has(self.classPrompt) || self.numClassImages == 100 && self.priorLossWeight == 1.0 && !has(self.classImages)",
         lambda dreambooth: (
             dreambooth.class_prompt is not None
-            or (dreambooth.num_class_images == 100 and dreambooth.prior_loss_weight == 1.0)
+            or (
+                (dreambooth.num_class_images, dreambooth.prior_loss_weight) == (100, 1.0)
+                and dreambooth.class_images is None
+            )
         ),
-        "numClassImages and priorLossWeight need classPrompt; write e.g. classPrompt: a photo of a dog, or leave "
-        "numClassImages and priorLossWeight out",
+        "classImages, numClassImages and priorLossWeight need classPrompt; write e.g. classPrompt: a photo of a dog, "
+        "or leave classImages, numClassImages and priorLossWeight out",
         FieldErrorReason.REQUIRED,
     ),
     form(
@@ -197,9 +216,18 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
     Rule(
         TEXTUAL_INVERSION,
         "initializerToken",
-        "self.initializerToken != self.placeholderToken",
+        "!has(self.initializerToken) || self.initializerToken != self.placeholderToken",
         lambda inversion: inversion.initializer_token != inversion.placeholder_token,
         "initializerToken is the same as placeholderToken; write a word that the text encoder knows, e.g. toy",
+    ),
+    Rule(
+        TEXTUAL_INVERSION,
+        "initializerToken",
+        "has(self.initializerToken) || has(self.base)",
+        lambda inversion: inversion.initializer_token is not None or inversion.base is not None,
+        "initializerToken is required without base; write a word that is close to the subject, e.g. initializerToken: "
+        "toy, or an embedding to start from, e.g. base: learned_embeds.safetensors",
+        FieldErrorReason.REQUIRED,
     ),
     Rule(
         TIMESTEP_BIAS,
@@ -223,6 +251,28 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
             spec.topology.accelerator is not Accelerator.CPU or spec.training.optimizer is not Optimizer.ADAMW_8BIT
         ),
         "optimizer adamw8bit is not supported with accelerator cpu; write adamw, adafactor or prodigy",
+    ),
+    Rule(
+        SPEC,
+        "training.attention",
+        "self.topology.accelerator != 'cpu' || self.training.attention != 'efficient'",
+        lambda spec: (
+            spec.topology.accelerator is not Accelerator.CPU or spec.training.attention is not Attention.EFFICIENT
+        ),
+        "attention efficient is not supported with accelerator cpu; write auto, flash or math",
+    ),
+    Rule(
+        SPEC,
+        "training.attention",
+        "self.topology.accelerator != 'gpu' || self.training.attention != 'flash' || self.training.precision != 'fp32'"
+        " || has(self.training.memoryPreset)",
+        lambda spec: (
+            spec.topology.accelerator is not Accelerator.GPU
+            or spec.training.attention is not Attention.FLASH
+            or spec.training.precision is not Precision.FP32
+            or spec.training.memory_preset is not None
+        ),
+        "attention flash computes in 16 bits on GPUs, and precision is fp32; write attention: auto, or precision: bf16",
     ),
     Rule(
         SPEC,

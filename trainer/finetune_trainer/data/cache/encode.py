@@ -112,13 +112,8 @@ class TextCache:
         distinct = sorted(set(captions))
 
         def make_encoder() -> Callable[[int], Item]:
-            encoder: TextEncoder = self._family.load_text_encoder(world.device)
-
-            @torch.no_grad()
-            def encode(number: int) -> Item:
-                return {name: value[0].to(self._dtype) for name, value in encoder.encode([distinct[number]]).items()}
-
-            return encode
+            encode = self._make_encoder(world.device)
+            return lambda number: encode(distinct[number])
 
         fill(self._cache, {self._key(text): i for i, text in enumerate(distinct)}, make_encoder, world, progress)
 
@@ -127,8 +122,36 @@ class TextCache:
         items = [self._cache.get(self._key(caption)) for caption in captions]
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
+    def live(self, device: torch.device) -> LiveTexts:
+        """Return the same embeddings, computed on request."""
+        return LiveTexts(self._make_encoder(device))
+
+    def _make_encoder(self, device: torch.device) -> Callable[[str], Item]:
+        encoder: TextEncoder = self._family.load_text_encoder(device)
+
+        @torch.no_grad()
+        def encode(caption: str) -> Item:
+            return {name: value[0].to(self._dtype) for name, value in encoder.encode([caption]).items()}
+
+        return encode
+
     def _key(self, caption: str) -> str:
         return hash_text(self._encoder_id, caption)
+
+
+class LiveTexts:
+    """Embeddings that are computed on request, because captions have too many forms to store them all.
+
+    They are computed one by one: in a batch, the last bits of an embedding would depend on its neighbours.
+    """
+
+    def __init__(self, encode: Callable[[str], Item]) -> None:
+        self._encode = encode
+
+    def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the embeddings of captions, stacked (n, ...)."""
+        items = [self._encode(caption) for caption in captions]
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
 class LatentStore:

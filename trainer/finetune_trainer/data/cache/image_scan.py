@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 import torch
 
+from finetune_trainer import patience
 from finetune_trainer.data.cache.encode import Progress, fill
 from finetune_trainer.data.cache.store import Item, TensorCache
 from finetune_trainer.data.hashes import FileHashes, hash_text
@@ -54,6 +55,15 @@ class ImageScan:
         """Return whether all images are square, so that no cropping is needed."""
         return bool((self.sizes[:, 0] == self.sizes[:, 1]).all())
 
+    @classmethod
+    def join(cls, scans: Sequence[ImageScan]) -> ImageScan:
+        """Return the scan of several lists of images, one after the other."""
+        return cls(tuple(each for scan in scans for each in scan.ids), np.concatenate([scan.sizes for scan in scans]))
+
+    def take(self, indices: np.ndarray[tuple[int], np.dtype[np.int64]]) -> ImageScan:
+        """Return the scan of the images with these indices, in their order."""
+        return ImageScan(tuple(self.ids[index] for index in indices.tolist()), self.sizes[indices])
+
     def without(self, removed: Sequence[int]) -> ImageScan:
         """Return the scan of the other images."""
         excluded = set(removed)
@@ -79,19 +89,33 @@ def scan_images(  # noqa: PLR0913, PLR0917  every argument differs between the c
     work = {_key(each): index for index, each in enumerate(ids) if each}
 
     def measure(index: int) -> Item:
-        try:
+        def decode() -> Item:
             with opener(index) as file, image_errors(str(index)):
                 return {_SIZE: torch.tensor(decoding.decode(file).size, dtype=torch.int32)}
+
+        try:
+            return patience.wait_out(f"dataset.source: reading image {index}", decode)
         except DataError:
             return {_SIZE: torch.zeros(2, dtype=torch.int32)}
 
     fill(cache, work, lambda: measure, world, progress)
     sizes = np.zeros((count, 2), dtype=np.int32)
-    keys = [(index, _key(each)) for index, each in enumerate(ids) if each]
+    _read_sizes(cache, [(index, _key(each)) for index, each in enumerate(ids) if each], sizes)
+    # An older decoder may have judged them.
+    broken = world.share([index for index in np.flatnonzero(sizes[:, 0] == 0).tolist() if ids[index]])
+    again = [(index, _checked_key(ids[index])) for index in broken]
+    fill(cache, {key: index for index, key in again}, lambda: measure, world, progress)
+    _read_sizes(cache, again, sizes)
+    return ImageScan(ids, sizes)
+
+
+def _read_sizes(
+    cache: TensorCache, keys: Sequence[tuple[int, str]], sizes: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+) -> None:
+    """Read the sizes of images, given by index and key, from the cache into their rows."""
     # Shard by shard: in any other order most reads would open a shard again.
     for index, key in sorted(keys, key=lambda pair: cache.shard(pair[1])):
         sizes[index] = cache.get(key)[_SIZE].numpy()
-    return ImageScan(ids, sizes)
 
 
 def describe_broken(source: SampleSet, broken: Sequence[int]) -> str:
@@ -112,15 +136,22 @@ def _hash_all(count: int, opener: ImageOpener, hashes: FileHashes, world: World)
 
 
 def _hash_image(opener: ImageOpener, index: int, hashes: FileHashes) -> str:
-    try:
+    def hash_once() -> str:
         with opener(index) as file:
             name = getattr(file, "name", None)
             if isinstance(name, str) and Path(name).is_file():
                 return hashes.of_file(Path(name))
             return hashlib.sha256(file.read()).hexdigest()
+
+    try:
+        return patience.wait_out(f"dataset.source: reading image {index}", hash_once)
     except (OSError, DataError):
         return ""
 
 
 def _key(image_id: str) -> str:
     return hash_text("size", image_id)
+
+
+def _checked_key(image_id: str) -> str:
+    return hash_text("size", image_id, f"decoder {decoding.VERSION}")

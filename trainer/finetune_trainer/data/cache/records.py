@@ -28,9 +28,11 @@ class SampleRecord:
     Attributes:
         image_id: SHA-256 of the image's bytes; empty if they cannot be read.
         size: width and height of the decoded image; zeros if it is broken.
-        caption: its caption.
+        caption: its first caption; empty if there is none.
         condition_id: SHA-256 of the conditioning image's bytes; empty if there is none.
         is_broken: whether the image or the conditioning image cannot be decoded.
+        more_captions: its other captions.
+        decoder: version of the decoder that judged whether it is broken; 0 in records of older releases.
     """
 
     image_id: str
@@ -38,6 +40,8 @@ class SampleRecord:
     caption: str
     condition_id: str
     is_broken: bool
+    more_captions: tuple[str, ...] = ()
+    decoder: int = 0
 
 
 class SampleRecords:
@@ -67,7 +71,8 @@ class SampleRecords:
         if key not in self._records:
             return None
         found = self._read(key)
-        return SampleRecord(**{**found, "size": tuple(found["size"])})
+        lists = {name: tuple(found.get(name, ())) for name in ("size", "more_captions")}
+        return SampleRecord(**{**found, **lists})
 
     def num_rows(self, part: int) -> int | None:
         """Return the number of rows of a part; None if the part has not been read to its end."""
@@ -125,9 +130,14 @@ class RecordedSamples:
         assert found is not None
         return found
 
-    def caption(self, index: int) -> str:
-        """Return the caption of a sample."""
-        return self.record(index).caption
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a sample."""
+        record = self.record(index)
+        return (record.caption, *record.more_captions)
+
+    def repeats(self, index: int) -> int:
+        """Return the number of times that each epoch uses a sample."""
+        return self._stream.repeats(*self._locate(index))
 
     def open_conditioning(self, index: int) -> IO[bytes]:
         """Open the encoded conditioning image of a sample."""

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finetune_trainer import patience
 from finetune_trainer.data.hashes import hash_text
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import sync_file, sync_folder
@@ -100,9 +101,14 @@ class TensorCache:
     def put(self, items: Mapping[str, Item]) -> None:
         """Write items as one shard.
 
+        A full or failing disk is waited out.
+
         Raises:
             StorageError: it cannot be written.
         """
+        patience.wait_out("cache: writing", lambda: self._put(items))
+
+    def _put(self, items: Mapping[str, Item]) -> None:
         shard = self._folder / f"{hash_text(*sorted(items))[:32]}{_SUFFIX}"
         partial = self._folder / f".{shard.name}.{secrets.token_hex(4)}.writing"
         tensors = {

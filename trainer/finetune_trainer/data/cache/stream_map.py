@@ -20,9 +20,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from finetune_trainer import patience
 from finetune_trainer.data.cache.encode import SHARD_ITEMS, SHARD_SECONDS, LatentStore
 from finetune_trainer.data.cache.image_scan import ImageScan
 from finetune_trainer.data.cache.records import RecordedSamples, SampleRecord, SampleRecords
+from finetune_trainer.data.cache.sample_identity import SampleHasher, SampleIdentity
 from finetune_trainer.data.cache.store import Item
 from finetune_trainer.data.images import decoding
 from finetune_trainer.data.images.decoding import CropView, image_errors
@@ -158,6 +160,8 @@ class StreamMap:
         self._unwritten = _Unwritten()
         self._num_done = 0
         self._synchronized_at = time.monotonic()
+        self.identity = SampleIdentity("", b"")
+        """Identity of the samples; complete after `run`."""
 
     def run(self) -> tuple[RecordedSamples, ImageScan, list[int]]:
         """Read and encode the rows that the cache lacks.
@@ -223,12 +227,28 @@ class StreamMap:
         if first is None:
             assert end is not None
             return end
-        rows = _CountedRows(islice(self._stream.read(part, first), None if end is None else end - first))
+        rows = _CountedRows(islice(self._read(part, first), None if end is None else end - first))
         for decoded in self._decode_rows(rows, part, share):
             self._encode_row(decoded)
         if known is None and first + rows.count != end:
             self._unwritten.rows[part] = first + rows.count
         return first + rows.count
+
+    def _read(self, part: int, first: int) -> Iterator[StreamedRow]:
+        """Read the rows of a part. After an outage, continue at the next row."""
+        rows = self._stream.read(part, first)
+
+        def read_next() -> StreamedRow | None:
+            nonlocal rows
+            try:
+                return next(rows, None)
+            except Exception:
+                rows = self._stream.read(part, first)
+                raise
+
+        while (row := patience.wait_out(f"dataset.source: reading part {part}", read_next)) is not None:
+            first = row.number + 1
+            yield row
 
     def _num_rows(self, part: int) -> int | None:
         known = self._stream.num_rows(part)
@@ -248,7 +268,8 @@ class StreamMap:
         if record is None:
             return False
         if record.is_broken:
-            return True
+            # A newer decoder may be able to read it.
+            return record.decoder == decoding.VERSION
         if record.condition_id and not self._records.has_condition(record.condition_id):
             return False
         return all(self._store.key(record.image_id, view) in self._store.cache for view in self._views)
@@ -296,14 +317,18 @@ class StreamMap:
     def _result(self, counts: Sequence[int]) -> tuple[RecordedSamples, ImageScan, list[int]]:
         samples = RecordedSamples(self._stream, self._records, counts)
         ids: list[str] = []
+        hasher = SampleHasher()
         sizes = np.zeros((len(samples), 2), dtype=np.int32)
         broken: list[int] = []
         for index in range(len(samples)):
             record = samples.record(index)
             ids.append(record.image_id)
+            captions = (record.caption, *record.more_captions)
+            hasher.add(record.image_id, record.condition_id, samples.repeats(index), captions)
             sizes[index] = record.size
             if record.is_broken:
                 broken.append(index)
+        self.identity = hasher.identity
         return samples, ImageScan(tuple(ids), sizes), broken
 
 
@@ -319,13 +344,15 @@ def decode_row(row: StreamedRow, key: str) -> DecodedRow:
     if row.conditioning is not None:
         decoded, condition_id, condition = _decode(row.conditioning)
         is_broken |= decoded is None
-    return DecodedRow(key, SampleRecord(image_id, size, row.caption, condition_id, is_broken), image, condition)
+    caption, *more = row.captions or ("",)
+    record = SampleRecord(image_id, size, caption, condition_id, is_broken, tuple(more), decoding.VERSION)
+    return DecodedRow(key, record, image, condition)
 
 
 def _decode(reader: ImageReader) -> tuple[Image.Image | None, str, bytes]:
     """Return an image (None if it is broken), the hash of its bytes (empty if there are none), and the bytes."""
     try:
-        data = reader()
+        data = patience.wait_out("dataset.source: reading an image", reader)
     except DataError:
         return None, "", b""
     image_id = hashlib.sha256(data).hexdigest()

@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from finetune_trainer import patience
 from finetune_trainer.data.hashes import FileHashes, hash_text
 from finetune_trainer.data.images.decoding import CENTRE, micro_conditioning
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.order import SampleRef
-from finetune_trainer.data.sources.folder import FolderSource, SampleRow
+from finetune_trainer.data.sources.folder import FolderSource
+from finetune_trainer.data.sources.sample_lists import SampleRow
 from finetune_trainer.distributed.world import World
 from finetune_trainer.files import write_atomically
 from finetune_trainer.models.family import IMAGE_SIZES, Family
@@ -102,4 +104,4 @@ def _save(pixels: Tensor, path: Path) -> None:
     array = ((pixels.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "png")
-    write_atomically(path, buffer.getvalue())
+    patience.wait_out("cache: writing a class image", lambda: write_atomically(path, buffer.getvalue()))

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import numpy as np
+import pillow_heif
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from finetune_trainer import patience
+from finetune_trainer.data.images.colours import to_rgb
 from finetune_trainer.data.sampling.shapes import Size
 from finetune_trainer.data.sources.base import SampleSet, SampleSource
-from finetune_trainer.errors import DataError
+from finetune_trainer.errors import DataError, RankError
 
-_SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
+VERSION = 1
+"""Raised when the decoder reads images that it did not read before: broken ones are then checked again."""
+_MAX_PIXELS = 500_000_000
+"""Larger images are refused: a small file can claim any size and use up the memory. Cameras reach 200 million."""
+_MAX_RESIZED_PIXELS = 1 << 26
+"""Images that would be larger than this after resizing, because they are very narrow, are cropped first."""
+
+# Pillow raises an error from twice this number on.
+Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2
+pillow_heif.register_heif_opener()
 
 
 @dataclass(frozen=True)
@@ -43,8 +57,12 @@ def decode_sample(source: SampleSource, index: int) -> Image.Image:
     Raises:
         DataError: it is broken.
     """
-    with source.open(index) as file, image_errors(source.name(index)):
-        return decode(file)
+
+    def read() -> Image.Image:
+        with source.open(index) as file, image_errors(source.name(index)):
+            return decode(file)
+
+    return patience.wait_out(f"dataset.source: reading {source.name(index)}", read)
 
 
 def decode_conditioning(source: SampleSet, index: int) -> Image.Image:
@@ -53,8 +71,38 @@ def decode_conditioning(source: SampleSet, index: int) -> Image.Image:
     Raises:
         DataError: it is broken.
     """
-    with source.open_conditioning(index) as file, image_errors(f"the conditioning image of {source.name(index)}"):
-        return decode(file)
+    name = f"the conditioning image of {source.name(index)}"
+
+    def read() -> Image.Image:
+        with source.open_conditioning(index) as file, image_errors(name):
+            return decode(file)
+
+    return patience.wait_out(f"dataset.source: reading {name}", read)
+
+
+def read_conditions(paths: Sequence[str], resolution: int) -> list[Tensor]:
+    """Return conditioning images for pictures, cropped at the centre, each float32 (3, H, W) in [0, 1].
+
+    Raises:
+        DataError: one is missing or broken.
+    """
+    return [_read_condition(Path(path), number, resolution) for number, path in enumerate(paths)]
+
+
+def _read_condition(path: Path, number: int, resolution: int) -> Tensor:
+    field = f"training.validation.images[{number}]"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{field}: {path} cannot be read: {error.strerror}; write the path of an image that the pods can read"
+        ) from error
+    try:
+        with image_errors(str(path)):
+            image = decode(io.BytesIO(data))
+    except DataError as error:
+        raise DataError(f"{field}: {path} is not a complete image; replace it") from error
+    return (to_pixels(image, (resolution, resolution), CENTRE, Image.Resampling.BILINEAR) + 1) / 2
 
 
 @contextlib.contextmanager
@@ -62,7 +110,15 @@ def image_errors(name: str) -> Iterator[None]:
     """Translate the errors of decoding an image within this block to a DataError."""
     try:
         yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"dataset.source: {name} has more than {_MAX_PIXELS // 1_000_000} million pixels; scale it down, or remove "
+            "it from the data set"
+        ) from error
+    except (RankError, MemoryError):
+        raise
+    except Exception as error:
+        # Decoders raise many classes (struct.error, IndexError, RuntimeError, ...) for damaged files.
         raise DataError(
             f"dataset.source: {name} is not a complete image: {error}; replace it, or remove it from the data set"
         ) from error
@@ -76,18 +132,15 @@ def decode(file: IO[bytes]) -> Image.Image:
     """
     with Image.open(file) as image:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(_upright(image))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB with 8 bits per channel."""
-    if image.mode in _SIXTEEN_BIT:
-        # Pillow clips 16-bit values at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
+def _upright(image: Image.Image) -> Image.Image:
+    """Rotate an image according to its EXIF data; damaged EXIF data is ignored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
 
 @dataclass(frozen=True)
@@ -116,9 +169,15 @@ def to_pixels(
         float32 (3, height, width) in [-1, 1].
     """
     crop = crop_of(image.size, target, view)
-    if (crop.width, crop.height) != image.size:
-        image = image.resize((crop.width, crop.height), resample)
-    image = image.crop((crop.left, crop.top, crop.left + target[0], crop.top + target[1]))
+    box = (crop.left, crop.top, crop.left + target[0], crop.top + target[1])
+    if crop.width * crop.height > _MAX_RESIZED_PIXELS:
+        horizontal, vertical = image.width / crop.width, image.height / crop.height
+        source = (box[0] * horizontal, box[1] * vertical, box[2] * horizontal, box[3] * vertical)
+        image = image.resize(target, resample, box=source)
+    else:
+        if (crop.width, crop.height) != image.size:
+            image = image.resize((crop.width, crop.height), resample)
+        image = image.crop(box)
     if view.flip:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)

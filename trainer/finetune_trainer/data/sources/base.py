@@ -14,8 +14,12 @@ class SampleSet(Protocol):
         """Return the number of samples."""
         ...
 
-    def caption(self, index: int) -> str:
-        """Return the caption of a sample; empty if the data set has no captions."""
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a sample, one of which each use of it takes; empty if it has none."""
+        ...
+
+    def repeats(self, index: int) -> int:
+        """Return the number of times that each epoch uses a sample."""
         ...
 
     def open_conditioning(self, index: int) -> IO[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -21,10 +22,6 @@ class Filesystem(Protocol):
 
     def list_files(self) -> list[str]:
         """List the names of all files in the folder and its subfolders, sorted."""
-        ...
-
-    def list_subfolder(self, subfolder: str) -> list[str]:
-        """List the names of the files directly in a subfolder ("" for the folder itself), without its path, sorted."""
         ...
 
     def list_subfolders_with(self, name: str) -> list[str]:
@@ -57,13 +54,18 @@ class LocalFolder:
         self.url = str(path)
 
     def list_files(self) -> list[str]:
-        """List the names of all files in the folder and its subfolders, sorted."""
-        return sorted(path.relative_to(self._path).as_posix() for path in self._path.rglob("*") if path.is_file())
-
-    def list_subfolder(self, subfolder: str) -> list[str]:
-        """List the names of the files directly in a subfolder, sorted; empty if there is no such subfolder."""
-        folder = self._path / subfolder
-        return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        """List the names of all files in the folder and its subfolders, sorted; links to folders are followed."""
+        found: list[str] = []
+        visited: set[str] = set()
+        for folder, subfolders, names in os.walk(self._path, followlinks=True):
+            if (real := os.path.realpath(folder)) in visited:
+                # A link to one of its own parents has no end.
+                subfolders.clear()
+                continue
+            visited.add(real)
+            below = Path(folder).relative_to(self._path)
+            found += [(below / name).as_posix() for name in names if Path(folder, name).is_file()]
+        return sorted(found)
 
     def list_subfolders_with(self, name: str) -> list[str]:
         """List the names of the direct subfolders that hold a file of this name, sorted."""
@@ -120,12 +122,6 @@ class BucketFolder:
     def list_files(self) -> list[str]:
         """List the names of all objects in the folder and its subfolders, sorted."""
         return sorted(self._stamps)
-
-    def list_subfolder(self, subfolder: str) -> list[str]:
-        """List the names of the objects directly in a subfolder, sorted; empty if there is no such subfolder."""
-        start = f"{subfolder}/" if subfolder else ""
-        names = (name.removeprefix(start) for name in self._stamps if name.startswith(start))
-        return sorted(name for name in names if "/" not in name)
 
     def list_subfolders_with(self, name: str) -> list[str]:
         """List the names of the direct subfolders that hold an object of this name, sorted."""

@@ -1,34 +1,35 @@
-"""The layout of images in a folder: listed by a metadata.jsonl or another .jsonl file, or just images."""
+"""The layout of images in a folder: listed by a metadata file or another list, or just images with caption files."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import IO
 
-from finetune_contract.input_spec import Columns
+from finetune_contract.image_folder import (
+    LIST_SUFFIXES,
+    METADATA_NAMES,
+    caption_file_of,
+    decode_text,
+    is_hidden,
+    is_image,
+    repeats_of,
+    select_split,
+    split_captions,
+    unread_files,
+)
 from finetune_trainer.data.hashes import hash_text
-from finetune_trainer.data.sources.base import missing_column
 from finetune_trainer.data.sources.filesystems import Filesystem, open_filesystem, unreadable_file
-from finetune_trainer.data.sources.layout import METADATA, DatasetLayout, SplitRequest
+from finetune_trainer.data.sources.layout import DatasetLayout, SplitRequest, find_metadata, join_first
+from finetune_trainer.data.sources.sample_lists import SampleRow, read_list
 from finetune_trainer.data.sources.stream import StreamedRow
 from finetune_trainer.errors import DataError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-_JSONL = ".jsonl"
-_FILE_NAME = "file_name"
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """One sample: names of files, relative to the folder of the metadata, and the caption."""
-
-    image: str
-    caption: str = ""
-    conditioning: str | None = None
+_NUM_READERS = 16
+"""Caption files that are read at the same time."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,13 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def caption(self, index: int) -> str:
-        """Return the caption of a sample; empty if there is no metadata."""
-        return self._rows[index].caption
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a sample; empty if it has none."""
+        return self._rows[index].captions
+
+    def repeats(self, index: int) -> int:
+        """Return the number of times that each epoch uses a sample."""
+        return self._rows[index].repeats
 
     def open(self, index: int) -> IO[bytes]:
         """Open the image file.
@@ -91,7 +96,7 @@ class FolderStream:
     """Samples of a folder that are read where they are stored; see `Stream`.
 
     Each image is a separate file, so only the images that are missing in the cache are read. The key of a row
-    changes with its caption and with the stamps of its files.
+    changes with its captions and with the stamps of its files.
     """
 
     def __init__(self, samples: SampleRows) -> None:
@@ -114,7 +119,7 @@ class FolderStream:
         return len(self._rows)
 
     def key(self, part: int, row: int) -> str:
-        """Return the hash of the caption, and of the names and stamps of the files when the stream was opened."""
+        """Return the hash of the captions, and of the names and stamps of the files when the stream was opened."""
         del part
         return self._keys[row]
 
@@ -128,15 +133,22 @@ class FolderStream:
         return [self._make_key(sample) for sample in self._rows]
 
     def _make_key(self, sample: SampleRow) -> str:
+        captions = sample.captions or ("",)
+        caption = captions[0] if len(captions) == 1 else hash_text("captions", *captions)
         conditioning = [] if sample.conditioning is None else [sample.conditioning, self._stamp(sample.conditioning)]
-        return hash_text(sample.caption, sample.image, self._stamp(sample.image), *conditioning)
+        return hash_text(caption, sample.image, self._stamp(sample.image), *conditioning)
 
     def read(self, part: int, first: int) -> Iterator[StreamedRow]:
         """Return the rows, starting at row `first`; their files have not been read yet."""
         for row in range(first, self.num_rows(part)):
             sample = self._rows[row]
             conditioning = None if sample.conditioning is None else partial(self._read, sample.conditioning)
-            yield StreamedRow(row, sample.caption, partial(self._read, sample.image), conditioning)
+            yield StreamedRow(row, sample.captions, partial(self._read, sample.image), conditioning)
+
+    def repeats(self, part: int, row: int) -> int:
+        """Return the number of times that each epoch uses a row."""
+        del part
+        return self._rows[row].repeats
 
     def name(self, index: int, part: int, row: int) -> str:
         """Return the path or URL of the image."""
@@ -156,7 +168,7 @@ class FolderStream:
 
 
 def load_folder(request: SplitRequest) -> FolderSource:
-    """Open one split of a folder, or of a .jsonl file, whose samples can be read by index.
+    """Open one split of a folder, or of a file that lists samples, whose samples can be read by index.
 
     Raises:
         DataError: it lacks the split or a column, or cannot be read.
@@ -166,7 +178,7 @@ def load_folder(request: SplitRequest) -> FolderSource:
 
 
 def stream_folder(request: SplitRequest, notes: Path) -> FolderStream:
-    """Open one split of a folder, or of a .jsonl file, as a stream; see `load_folder`."""
+    """Open one split of a folder, or of a file that lists samples, as a stream; see `load_folder`."""
     del notes
     return FolderStream(find_samples(request))
 
@@ -175,94 +187,121 @@ def find_samples(request: SplitRequest) -> SampleRows:
     """Find the samples of one split.
 
     Raises:
-        DataError: the folder lacks the split or a column.
+        DataError: the folder lacks the split, a column or captions.
         StorageError: it cannot be read now.
     """
-    if request.names_file((_JSONL,)):
+    if request.names_file(LIST_SUFFIXES):
         parent, name = request.parent_and_name
         folder = open_filesystem(parent)
-        return SampleRows(folder, "", read_jsonl(folder, name, request))
-    folder, split = request.folder, request.split
-    metadata = _find_metadata(folder, split)
+        return SampleRows(folder, "", read_list(folder, name, request))
+    folder = request.folder
+    metadata = find_metadata(folder, request.split)
     if metadata is not None:
-        return SampleRows(folder, metadata.rpartition("/")[0], read_jsonl(folder, metadata, request))
-    if request.needs_captions or request.dataset.columns.conditioning is not None:
+        return SampleRows(folder, metadata.rpartition("/")[0], read_list(folder, metadata, request))
+    if request.dataset.columns.conditioning is not None:
+        column = request.dataset.columns.conditioning
         raise DataError(
-            f"dataset.source: {folder.url} has neither {METADATA} nor {split}/{METADATA}; "
-            'write one, with a line such as {"file_name": "0.png", "text": "a caption"} for each image'
+            _no_metadata(request, f'{{"file_name": "0.png", "text": "a caption", "{column}": "conditions/0.png"}}')
         )
-    subfolder = split if folder.list_subfolder(split) else ""
-    names = folder.list_subfolder(subfolder)
-    files = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
-    return SampleRows(folder, subfolder, [SampleRow(name) for name in files[: request.max_samples]])
+    return _find_images(folder, request)
 
 
-def _find_metadata(folder: Filesystem, split: str) -> str | None:
-    """Return the metadata.jsonl of a split: in its own subfolder, or at the top of a data set without splits.
+def _no_metadata(request: SplitRequest, example: str) -> str:
+    url, name = request.folder.url, METADATA_NAMES[0]
+    return (
+        f"dataset.source: {url} has neither {name} nor {request.split}/{name}; write one, with a line such as "
+        f"{example} for each image"
+    )
+
+
+def _find_images(folder: Filesystem, request: SplitRequest) -> SampleRows:
+    """Find the images of a split without metadata, with the captions next to them."""
+    names = folder.list_files()
+    subfolder, files = select_split(names, request.split, request.job.splits)
+    images = [name for name in files if is_image(name)]
+    left_out = sorted({name.partition("/")[0] for name in names if is_image(name) and not is_hidden(name)} - {""})
+    if not images and any(is_image(name) and not is_hidden(name) for name in names):
+        raise DataError(
+            f"dataset.split: {folder.url} has no split {request.split!r}; write one that it has: {', '.join(left_out)}"
+        )
+    if unread := unread_files(files):
+        request.job.warn(
+            f"dataset.source: {len(unread)} files of {folder.url} are not read, because they are not images of a known "
+            f"format: {join_first(unread)}"
+        )
+    rows = [_image_row(name) for name in images[: request.max_samples]]
+    rows = _read_captions(folder, subfolder, rows, frozenset(files))
+    if request.needs_captions:
+        rows = _require_captions(folder, subfolder, rows, request)
+    _warn_of_repeats(folder, rows, request.job.warn)
+    return SampleRows(folder, subfolder, rows)
+
+
+def _image_row(image: str) -> SampleRow:
+    found = repeats_of(image)
+    return SampleRow(image) if found is None else SampleRow(image, repeats=found[0])
+
+
+def _read_captions(
+    folder: Filesystem, subfolder: str, rows: Sequence[SampleRow], files: frozenset[str]
+) -> list[SampleRow]:
+    start = f"{subfolder}/" if subfolder else ""
+
+    def read(row: SampleRow) -> SampleRow:
+        name = caption_file_of(row.image, files)
+        if name is None:
+            return row
+        try:
+            text = decode_text(folder.read(f"{start}{name}"))
+        except ValueError as error:
+            raise DataError(
+                f"dataset.source: {folder.url}/{start}{name} is not valid UTF-8: {error}; save it in this encoding"
+            ) from error
+        return replace(row, captions=split_captions(text) or ("",))
+
+    with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="captions") as pool:
+        return list(pool.map(read, rows))
+
+
+def _require_captions(
+    folder: Filesystem, subfolder: str, rows: Sequence[SampleRow], request: SplitRequest
+) -> list[SampleRow]:
+    """Return rows with captions: an image without a caption file takes the name of its folder `10_name`.
 
     Raises:
-        DataError: only other splits have one.
+        DataError: an image has neither.
     """
-    own = f"{split}/{METADATA}"
-    if folder.stamp(own) is not None:
-        return own
-    splits = folder.list_subfolders_with(METADATA)
-    if splits:
+    named = [row if row.captions else replace(row, captions=_folder_caption(row.image)) for row in rows]
+    missing = [row.image for row in named if not row.captions]
+    if len(missing) == len(rows) and rows:
         raise DataError(
-            f"dataset.split: {folder.url} has no split {split!r}; write one that it has: {', '.join(splits)}"
+            _no_metadata(request, '{"file_name": "0.png", "text": "a caption"}')
+            + ", or a .txt file with its caption next to each image"
         )
-    return METADATA if folder.stamp(METADATA) is not None else None
-
-
-def read_jsonl(folder: Filesystem, name: str, request: SplitRequest) -> list[SampleRow]:
-    """Read the samples of a .jsonl file: one JSON object per line, with paths relative to the file's folder.
-
-    Raises:
-        DataError: it cannot be read, or a line lacks a column.
-        StorageError: it cannot be read now.
-    """
-    rows: list[SampleRow] = []
-    try:
-        text = folder.read(name).decode("utf-8")
-    except UnicodeDecodeError as error:
+    if missing:
+        place = f"{folder.url}/{subfolder}".rstrip("/")
         raise DataError(
-            f"dataset.source: {folder.url}/{name} is not valid UTF-8: {error}; save it in this encoding"
-        ) from error
-    # Not splitlines: JSON strings may contain other characters that Unicode treats as line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if request.max_samples is not None and len(rows) == request.max_samples:
-            break
-        if line.strip():
-            rows.append(_parse_row(line, f"{folder.url}/{name}:{number}", request.dataset.columns))
-    return rows
-
-
-def _parse_row(line: str, where: str, columns: Columns) -> SampleRow:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"dataset.source: {where} is not valid JSON: {error}; correct this line") from error
-    if not isinstance(row, dict):
-        raise DataError(f"dataset.source: {where} is not a JSON object; write one object with a key for each column")
-    # The `datasets` library uses this column name for folders. It applies unless the manifest names another column.
-    is_default = columns.image == Columns().image and columns.image not in row
-    image = _read_text(row, "image", _FILE_NAME if is_default else columns.image, where)
-    caption = _read_text(row, "caption", columns.caption, where)
-    if columns.conditioning is None:
-        return SampleRow(image, caption)
-    return SampleRow(image, caption, _read_text(row, "conditioning", columns.conditioning, where))
-
-
-def _read_text(row: Mapping[str, Any], field: str, column: str, where: str) -> str:
-    if column not in row:
-        raise DataError(missing_column(field, column, row, where))
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(
-            f"dataset.columns.{field}: column {column!r} in {where} is {value!r}, which is not a text; "
-            "correct this line, or name another column"
+            f"dataset.source: {len(missing)} of {len(rows)} images of {place} have no caption: {join_first(missing)}; "
+            "write a .txt file with its caption next to each, or remove them"
         )
-    return value
+    return named
+
+
+def _folder_caption(image: str) -> tuple[str, ...]:
+    found = repeats_of(image)
+    return () if found is None else (found[1],)
+
+
+def _warn_of_repeats(folder: Filesystem, rows: Sequence[SampleRow], warn: Callable[[str], None]) -> None:
+    counts: dict[str, int] = {}
+    for row in rows:
+        if row.repeats > 1:
+            counts[f"{row.repeats} times for {row.image.rpartition('/')[0]}"] = row.repeats
+    if counts:
+        warn(
+            f"dataset.source: folders of {folder.url} name the number of uses of each image in an epoch: "
+            f"{join_first(list(counts))}; rename a folder for which this is not meant"
+        )
 
 
 def _open(path: Path, what: str) -> IO[bytes]:
@@ -272,5 +311,5 @@ def _open(path: Path, what: str) -> IO[bytes]:
         raise DataError(unreadable_file(what, path, error)) from error
 
 
-LAYOUT = DatasetLayout((_JSONL,), lambda _: True, load_folder, stream_folder)
-"""A .jsonl file, or any folder that no other layout recognises."""
+LAYOUT = DatasetLayout(LIST_SUFFIXES, lambda _: True, load_folder, stream_folder)
+"""A .jsonl or .csv file, or any folder that no other layout recognises."""

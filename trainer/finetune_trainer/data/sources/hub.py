@@ -6,25 +6,33 @@ The layout of tables also uses the library, for the files that it names.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from finetune_trainer import patience
 from finetune_trainer.data.hashes import hash_text
 from finetune_trainer.data.sources.filesystems import LocalFolder
 from finetune_trainer.data.sources.layout import DatasetLayout, SplitRequest
-from finetune_trainer.data.sources.parquet import ParquetStream, TableFile
+from finetune_trainer.data.sources.parquet import ParquetStream
 from finetune_trainer.data.sources.stream import Stream, StreamedRow
 from finetune_trainer.data.sources.table_cells import (
     TableColumns,
+    TableFile,
     TableStream,
+    lists_of_images,
     open_image,
-    read_caption,
+    read_captions,
     summarize,
     table_errors,
 )
-from finetune_trainer.errors import DataError, RankError
+from finetune_trainer.errors import DataError, NetworkError, RankError
+
+_LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class TableSource:
@@ -38,19 +46,26 @@ class TableSource:
     def __init__(self, table: Any, columns: TableColumns) -> None:
         self._table = table
         self._columns = columns.columns
+        self._needs_captions = columns.needs_captions
         # A separate column: to read a row also reads its image.
         self._captions = table[self._columns.caption] if self._columns.caption in table.column_names else None
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def caption(self, index: int) -> str:
-        """Return the caption of a sample; the first of a list, empty if there is no such column.
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a sample; empty if there is no such column.
 
         Raises:
-            DataError: it is not a text.
+            DataError: it needs captions, and has a value that is not a text.
         """
-        return "" if self._captions is None else read_caption(self._captions[index], self.name(index))
+        value = None if self._captions is None else self._captions[index]
+        return read_captions(value, self.name(index), self._needs_captions)
+
+    def repeats(self, index: int) -> int:
+        """Return 1: a table has no repeats."""
+        del index
+        return 1
 
     def open(self, index: int) -> IO[bytes]:
         """Open the image file that the row contains or names.
@@ -135,17 +150,17 @@ def load_split(request: SplitRequest, builder: str | None = None) -> TableSource
     import datasets  # noqa: PLC0415  takes seconds, and folders do not need it
 
     with _loading_errors(request):
-        if builder is None:
-            table = datasets.load_dataset(request.source, split=request.split)
-        else:
-            files = {request.split: request.source}
-            table = datasets.load_dataset(builder, data_files=files, split=request.split)
+        options: dict[str, Any] = {"revision": request.dataset.revision}
+        if builder is not None:
+            options = {"data_files": {request.split: request.source}}
+        name = builder or request.source
+        table = _wait_out(request, lambda: datasets.load_dataset(name, split=request.split, **options))
     columns = columns_of(request)
     columns.check(table.column_names)
     if request.max_samples is not None:
         table = table.select(range(min(request.max_samples, len(table))))
-    for column in columns.images.values():
-        table = table.cast_column(column, datasets.Image(decode=False))
+    for field, column in columns.images.items():
+        table = _cast_images(table, field, column, request)
     return TableSource(table, columns)
 
 
@@ -168,7 +183,11 @@ def stream_split(
 
     columns = columns_of(request)
     with _loading_errors(request):
-        builder = datasets.load_dataset_builder(path or request.source, data_files=data_files)
+        revision = request.dataset.revision if path is None else None
+        name = path or request.source
+        builder = _wait_out(
+            request, lambda: datasets.load_dataset_builder(name, data_files=data_files, revision=revision)
+        )
         by_split: Mapping[str, Any] = builder.config.data_files or {}
         found = by_split.get(request.split)
         if found is None:
@@ -178,16 +197,64 @@ def stream_split(
         files = [(str(url), stamp) for url in found]
         if type(builder).__name__ != "Parquet":
             dataset = builder.as_streaming_dataset(split=request.split)
-            for column in columns.images.values():
+            for field, column in columns.images.items():
                 if column in (dataset.column_names or [column]):
-                    dataset = dataset.cast_column(column, datasets.Image(decode=False))
+                    dataset = _cast_images(dataset, field, column, request)
             return LibraryStream(dataset, files, columns)
     return ParquetStream([TableFile(url, stamp, partial(_open_url, url)) for url, stamp in files], columns, notes)
+
+
+def _cast_images(table: Any, field: str, column: str, request: SplitRequest) -> Any:
+    """Return a table whose column holds files of images that are not decoded.
+
+    Raises:
+        DataError: the column holds something else.
+    """
+    import datasets  # noqa: PLC0415  takes seconds, and folders do not need it
+
+    kind = (table.features or {}).get(column)
+    if isinstance(kind, (list, datasets.List, datasets.LargeList)):
+        raise DataError(lists_of_images(field, column, request.source))
+    try:
+        return table.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise DataError(
+            f"dataset.columns.{field}: the column {column!r} of {request.source} holds no images ({kind}); name a "
+            "column that holds images"
+        ) from error
+
+
+def find_commit(source: str, revision: str | None) -> str | None:
+    """Return the commit of a data set on the hub; None if it cannot be found out, e.g. offline.
+
+    Args:
+        source: its name.
+        revision: branch, tag or commit; None for the main branch.
+
+    Raises:
+        NetworkError: the hub does not answer.
+    """
+    from huggingface_hub import HfApi  # noqa: PLC0415  only hub ids need it
+
+    try:
+        return patience.wait_out(
+            f"finding the commit of {source}", lambda: HfApi().dataset_info(source, revision=revision).sha
+        )
+    except NetworkError:
+        raise
+    except Exception:
+        # What is wrong with the name or the revision is reported when the data set is loaded.
+        _LOG.info("the commit of %s is unknown", source, exc_info=True)
+        return None
 
 
 def columns_of(request: SplitRequest) -> TableColumns:
     """Return the columns to read for a request."""
     return TableColumns(request.dataset.columns, request.needs_captions, request.source)
+
+
+def _wait_out(request: SplitRequest, load: Callable[[], T]) -> T:
+    return patience.wait_out(f"dataset.source: loading split {request.split!r} of {request.source}", load)
 
 
 @contextlib.contextmanager

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from finetune_contract.bucket import is_bucket_url
+from finetune_contract.image_folder import METADATA_NAMES
 from finetune_contract.input_spec import DatasetSpec
 from finetune_trainer.data.sources.base import SampleSource
 from finetune_trainer.data.sources.filesystems import Filesystem, open_filesystem
 from finetune_trainer.data.sources.stream import Stream
+from finetune_trainer.errors import DataError
 
-METADATA = "metadata.jsonl"
-"""The file that lists the samples of a folder of images."""
+_NUM_NAMED = 10
+
+
+@dataclass(frozen=True)
+class JobContext:
+    """The job that reads a data set.
+
+    Attributes:
+        splits: names of all splits that it reads: in a folder of images without metadata, each may be a subfolder.
+        warn: receives warnings for the user.
+    """
+
+    splits: tuple[str, ...] = ()
+    warn: Callable[[str], None] = lambda _: None
+
+
+ANY_JOB = JobContext()
+"""A job without other splits, which receives no warnings."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +44,14 @@ class SplitRequest:
         split: name of the split. A data set that is a single file is one split with any name.
         max_samples: open only the first `max_samples` samples; None for all. A stream may return more.
         needs_captions: refuse images without captions.
+        job: the job that reads it.
     """
 
     dataset: DatasetSpec
     split: str
     max_samples: int | None
     needs_captions: bool
+    job: JobContext = ANY_JOB
 
     @property
     def source(self) -> str:
@@ -69,6 +89,29 @@ class SplitRequest:
             StorageError: it cannot be read now.
         """
         return open_filesystem(self.source)
+
+
+def find_metadata(folder: Filesystem, split: str) -> str | None:
+    """Return the metadata file of a split: in its own subfolder, or at the top of a data set without splits.
+
+    Raises:
+        DataError: only other splits have one.
+    """
+    own = next((path for name in METADATA_NAMES if folder.stamp(path := f"{split}/{name}") is not None), None)
+    if own is not None:
+        return own
+    splits = sorted({subfolder for name in METADATA_NAMES for subfolder in folder.list_subfolders_with(name)})
+    if splits:
+        raise DataError(
+            f"dataset.split: {folder.url} has no split {split!r}; write one that it has: {', '.join(splits)}"
+        )
+    return next((name for name in METADATA_NAMES if folder.stamp(name) is not None), None)
+
+
+def join_first(names: Sequence[str]) -> str:
+    """Return the first of many names as a text, and the number of the others."""
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return ", ".join(names[:_NUM_NAMED]) + more
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune_contract.bucket import is_bucket_url
 from finetune_contract.input_spec import DatasetSpec
 from finetune_trainer.data.sources import folder, hub, table
 from finetune_trainer.data.sources.base import SampleSource
-from finetune_trainer.data.sources.layout import DatasetLayout, SplitRequest
+from finetune_trainer.data.sources.layout import ANY_JOB, DatasetLayout, JobContext, SplitRequest
 from finetune_trainer.data.sources.stream import Stream
 from finetune_trainer.errors import DataError
 
@@ -22,7 +23,11 @@ FILE_SUFFIXES = tuple(suffix for layout in LAYOUTS for suffix in layout.file_suf
 
 
 def open_source(
-    spec: DatasetSpec, split: str, max_samples: int | None = None, needs_captions: bool = True
+    spec: DatasetSpec,
+    split: str,
+    max_samples: int | None = None,
+    needs_captions: bool = True,
+    job: JobContext = ANY_JOB,
 ) -> SampleSource:
     """Open one split of a data set whose samples can be read by index.
 
@@ -31,11 +36,12 @@ def open_source(
         split: name of the split.
         max_samples: open only the first `max_samples` samples; None for all.
         needs_captions: refuse images without captions.
+        job: the job that reads it.
 
     Raises:
         DataError: it does not exist, lacks the split or a column, or has no samples.
     """
-    request = SplitRequest(spec, split, max_samples, needs_captions)
+    request = SplitRequest(spec, split, max_samples, needs_captions, job)
     _check_local_path(request)
     source = find_layout(request).load(request)
     if len(source) == 0:
@@ -43,7 +49,14 @@ def open_source(
     return source
 
 
-def open_stream(spec: DatasetSpec, split: str, max_samples: int | None, needs_captions: bool, notes: Path) -> Stream:
+def open_stream(  # noqa: PLR0913, PLR0917  every argument differs between the calls
+    spec: DatasetSpec,
+    split: str,
+    max_samples: int | None,
+    needs_captions: bool,
+    notes: Path,
+    job: JobContext = ANY_JOB,
+) -> Stream:
     """Open one split of a data set as a stream.
 
     Args:
@@ -52,12 +65,13 @@ def open_stream(spec: DatasetSpec, split: str, max_samples: int | None, needs_ca
         max_samples: open only the first `max_samples` samples; None for all. The stream may have more rows.
         needs_captions: refuse images without captions.
         notes: folder that keeps the layouts of tables between runs.
+        job: the job that reads it.
 
     Raises:
         DataError: it does not exist, or lacks the split or a column.
         StorageError: it cannot be read now.
     """
-    request = SplitRequest(spec, split, max_samples, needs_captions)
+    request = SplitRequest(spec, split, max_samples, needs_captions, job)
     _check_local_path(request)
     return find_layout(request).stream(request, notes)
 
@@ -75,6 +89,11 @@ def find_layout(request: SplitRequest) -> DatasetLayout:
     if request.is_folder:
         return next(layout for layout in LAYOUTS if layout.matches_folder(request.folder))
     return hub.LAYOUT
+
+
+def is_on_hub(source: str) -> bool:
+    """Return whether a data set is one of the hub: neither a path of this machine nor in an object store."""
+    return not (is_bucket_url(source) or source.endswith(FILE_SUFFIXES) or Path(source).exists())
 
 
 def no_samples(spec: DatasetSpec, split: str) -> str:

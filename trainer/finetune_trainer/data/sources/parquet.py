@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from finetune_trainer import patience
 from finetune_trainer.data.sources.stream import StreamedRow
-from finetune_trainer.data.sources.table_cells import TableColumns, TableStream, table_errors
+from finetune_trainer.data.sources.table_cells import TableColumns, TableFile, TableStream, table_errors
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import write_atomically
 
 _BATCH_ROWS = 16
 _NUM_READERS = 8
 """Footers that are read at the same time."""
-
-
-@dataclass(frozen=True)
-class TableFile:
-    """One file of a table.
-
-    Attributes:
-        url: its path or URL.
-        stamp: a text that changes when the file changes.
-        open: opens it for reading at any offset.
-    """
-
-    url: str
-    stamp: str
-    open: Callable[[], contextlib.AbstractContextManager[BinaryIO]]
 
 
 class ParquetStream(TableStream):
@@ -94,10 +78,10 @@ class ParquetStream(TableStream):
             footers: dict[str, Any] = json.loads(note.read_bytes())
         except (OSError, ValueError):
             with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="footers") as pool:
-                found = list(pool.map(_read_footer, self._files))
+                found = list(pool.map(_read_footer_patiently, self._files))
             footers = {"columns": found[0][0], "rows": [rows for _, rows in found]}
             try:
-                write_atomically(note, json.dumps(footers).encode())
+                patience.wait_out("cache: writing", lambda: write_atomically(note, json.dumps(footers).encode()))
             except OSError as error:
                 raise StorageError(f"cache: cannot write {note}: {error.strerror}") from error
         return footers
@@ -111,6 +95,10 @@ class ParquetStream(TableStream):
         """Number of the file, number of the row group within it, and number of rows, of each part."""
         files = enumerate(self._footers["rows"])
         return [(file, group, rows) for file, groups in files for group, rows in enumerate(groups)]
+
+
+def _read_footer_patiently(file: TableFile) -> tuple[list[str], list[int]]:
+    return patience.wait_out(f"dataset.source: reading {file.url}", lambda: _read_footer(file))
 
 
 def _read_footer(file: TableFile) -> tuple[list[str], list[int]]:

@@ -19,13 +19,13 @@ class StreamedRow:
 
     Attributes:
         number: number of the row within its part, from 0.
-        caption: its caption; empty if there is none.
+        captions: its captions; empty if there are none.
         image: reads the encoded image.
         conditioning: reads the encoded conditioning image; None if the manifest names no column for it.
     """
 
     number: int
-    caption: str
+    captions: tuple[str, ...]
     image: ImageReader
     conditioning: ImageReader | None
 
@@ -53,6 +53,10 @@ class Stream(Protocol):
 
     def key(self, part: int, row: int) -> str:
         """Return the key under which the cache stores a row."""
+        ...
+
+    def repeats(self, part: int, row: int) -> int:
+        """Return the number of times that each epoch uses a row."""
         ...
 
     def read(self, part: int, first: int) -> Iterator[StreamedRow]:

@@ -21,9 +21,13 @@ class KeptSampleSet:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def caption(self, index: int) -> str:
-        """Return the caption of a sample."""
-        return self._samples.caption(int(self._kept[index]))
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Return the captions of a sample."""
+        return self._samples.captions(int(self._kept[index]))
+
+    def repeats(self, index: int) -> int:
+        """Return the number of times that each epoch uses a sample."""
+        return self._samples.repeats(int(self._kept[index]))
 
     def open_conditioning(self, index: int) -> IO[bytes]:
         """Open the encoded conditioning image of a sample."""

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from finetune_contract.image_folder import METADATA_NAMES, SPLIT_NAMES, is_hidden, is_image
 from finetune_trainer.data.sources import hub
 from finetune_trainer.data.sources.filesystems import Filesystem, open_filesystem
 from finetune_trainer.data.sources.hub import TableSource
-from finetune_trainer.data.sources.layout import METADATA, DatasetLayout, SplitRequest
-from finetune_trainer.data.sources.parquet import ParquetStream, TableFile
+from finetune_trainer.data.sources.layout import DatasetLayout, SplitRequest
+from finetune_trainer.data.sources.parquet import ParquetStream
 from finetune_trainer.data.sources.stream import Stream
+from finetune_trainer.data.sources.table_cells import TableFile
+from finetune_trainer.data.sources.tar import TarStream
 from finetune_trainer.errors import DataError
 
 _PARQUET, _TAR = ".parquet", ".tar"
 _SUFFIXES = (_PARQUET, _TAR)
 _WEBDATASET = "webdataset"
-_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
-"""Names of splits that are recognised in the paths of files."""
 
 
 def load_tables(request: SplitRequest) -> TableSource:
@@ -50,21 +51,31 @@ def stream_tables(request: SplitRequest, notes: Path) -> Stream:
 
 
 def _stream_files(folder: Filesystem, names: Sequence[str], request: SplitRequest, notes: Path) -> Stream:
+    files = [
+        TableFile(f"{folder.url}/{name}", folder.stamp(name) or "missing", partial(folder.open, name)) for name in names
+    ]
     if names[0].endswith(_PARQUET):
-        files = [
-            TableFile(f"{folder.url}/{name}", folder.stamp(name) or "missing", partial(folder.open, name))
-            for name in names
-        ]
         return ParquetStream(files, hub.columns_of(request), notes)
+    if not request.is_local:
+        return TarStream(files, hub.columns_of(request))
     urls = [f"{folder.url}/{name}" for name in names]
     return hub.stream_split(request, notes, _WEBDATASET, {request.split: urls})
 
 
 def holds_tables(folder: Filesystem) -> bool:
     """Return whether a folder is one of tables, and not of images with their metadata."""
-    if folder.stamp(METADATA) is not None or folder.list_subfolders_with(METADATA):
+    surest, *others = METADATA_NAMES
+    if _has(folder, surest):
         return False
-    return any(name.endswith(_SUFFIXES) for name in folder.list_files())
+    names = [name for name in folder.list_files() if not is_hidden(name)]
+    # Tables may have these names, too.
+    if any(_has(folder, name) for name in others) and any(is_image(name) for name in names):
+        return False
+    return any(name.endswith(_SUFFIXES) for name in names)
+
+
+def _has(folder: Filesystem, metadata: str) -> bool:
+    return folder.stamp(metadata) is not None or bool(folder.list_subfolders_with(metadata))
 
 
 def find_tables(folder: Filesystem, split: str) -> list[str]:
@@ -73,11 +84,11 @@ def find_tables(folder: Filesystem, split: str) -> list[str]:
     Raises:
         DataError: there are only tables of other splits.
     """
-    tables = [name for name in folder.list_files() if name.endswith(_SUFFIXES)]
+    tables = [name for name in folder.list_files() if name.endswith(_SUFFIXES) and not is_hidden(name)]
     suffix = _PARQUET if any(name.endswith(_PARQUET) for name in tables) else _TAR
     tables = [name for name in tables if name.endswith(suffix)]
     own = [name for name in tables if _belongs_to(name, split)]
-    others = [other for other in _SPLITS if any(_belongs_to(name, other) for name in tables)]
+    others = [other for other in SPLIT_NAMES if any(_belongs_to(name, other) for name in tables)]
     if not own and others:
         raise DataError(
             f"dataset.split: {folder.url} has no split {split!r}; write one that it has: {', '.join(others)}"
@@ -91,4 +102,4 @@ def _belongs_to(name: str, split: str) -> bool:
 
 
 LAYOUT = DatasetLayout(_SUFFIXES, holds_tables, load_tables, stream_tables)
-"""A .parquet or .tar file, or a folder that has them and no metadata.jsonl."""
+"""A .parquet or .tar file, or a folder that has them and no metadata of images."""

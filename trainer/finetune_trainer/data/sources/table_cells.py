@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from finetune_contract.input_spec import Columns
 from finetune_trainer.data.hashes import hash_text
 from finetune_trainer.data.sources.base import missing_column
 from finetune_trainer.data.sources.stream import ImageReader, StreamedRow
 from finetune_trainer.errors import DataError, RankError, StorageError
+
+_MAX_SHOWN = 80
+"""Characters of a wrong cell that a message repeats."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,8 @@ class TableColumns:
             DataError: its caption is not a text, or it lacks a column.
         """
         readers = {field: self._reader(cells, field, column, name) for field, column in self.images.items()}
-        has_caption = self.needs_captions or self.columns.caption in cells
-        caption = read_caption(cells.get(self.columns.caption), name) if has_caption else ""
-        return StreamedRow(number, caption, readers["image"], readers.get("conditioning"))
+        captions = read_captions(cells.get(self.columns.caption), name, self.needs_captions)
+        return StreamedRow(number, captions, readers["image"], readers.get("conditioning"))
 
     def hash_files(self, kind: str, files: Sequence[tuple[str, str]]) -> str:
         """Return the identity of a stream over files, given as pairs of URL and stamp."""
@@ -73,7 +75,23 @@ class TableColumns:
     def _reader(self, cells: Mapping[str, Any], field: str, column: str, name: str) -> ImageReader:
         if column not in cells:
             raise DataError(missing_column(field, column, cells, self.source))
+        check_single(cells[column], field, column, name)
         return partial(_read_cell, cells[column], field, column, name)
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One file of a table.
+
+    Attributes:
+        url: its path or URL.
+        stamp: a text that changes when the file changes.
+        open: opens it for reading at any offset.
+    """
+
+    url: str
+    stamp: str
+    open: Callable[[], contextlib.AbstractContextManager[BinaryIO]]
 
 
 class TableStream:
@@ -91,24 +109,67 @@ class TableStream:
         """Return the hash of the position in the table."""
         return hash_text(str(part), str(row))
 
+    def repeats(self, part: int, row: int) -> int:
+        """Return 1: a table has no repeats."""
+        del part, row
+        return 1
+
     def name(self, index: int, part: int, row: int) -> str:
         """Return the number of the row."""
         del part, row
         return f"row {index}"
 
 
-def read_caption(value: object, row: str) -> str:
-    """Return the caption of a row; the first one if the row has a list of captions.
+def read_captions(value: object, row: str, needed: bool) -> tuple[str, ...]:
+    """Return the captions of a row: a text (as bytes: in UTF-8), or a list of texts.
+
+    Args:
+        value: the cell.
+        row: the name under which a user finds the row.
+        needed: refuse a row without captions; otherwise it has none.
 
     Raises:
-        DataError: it is not a text.
+        DataError: it is needed and not a text.
     """
-    first = value[0] if isinstance(value, list) and value else value
-    if not isinstance(first, str):
+    values = value if isinstance(value, (list, tuple)) else [value]
+    captions = [_as_text(each) for each in values if each is not None]
+    found = tuple(each for each in captions if each is not None)
+    if needed and (not found or len(found) < len(captions)):
         raise DataError(
-            f"dataset.columns.caption: {row} has {value!r}, which is not a text; name a column that holds texts"
+            f"dataset.columns.caption: {row} has {_shorten(value)}, which is not a text; correct this row, or name a "
+            "column that holds texts"
         )
-    return first
+    return found
+
+
+def check_single(cell: object, field: str, column: str, row: str) -> None:
+    """Refuse a cell that holds a list of images.
+
+    Raises:
+        DataError: with the remedy.
+    """
+    if isinstance(cell, (list, tuple)):
+        raise DataError(lists_of_images(field, column, row))
+
+
+def lists_of_images(field: str, column: str, where: str) -> str:
+    """Return the message for a column whose cells hold lists of images."""
+    return (
+        f"dataset.columns.{field}: the column {column!r} of {where} holds lists of images; name a column with one "
+        "image in each row, or write the data set with one row for each image"
+    )
+
+
+def _as_text(value: object) -> str | None:
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
+    return value if isinstance(value, str) else None
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
 
 
 def open_image(cell: object, field: str, column: str, row: str) -> IO[bytes]:
