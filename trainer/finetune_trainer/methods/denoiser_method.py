@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -98,10 +99,11 @@ class DenoiserMethod:
         layout = torch.channels_last if values.dim() == 4 else torch.contiguous_format
         return values.to(self._dtype).contiguous(memory_format=layout)
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of the forward pass: autocast if trained fp32 weights are used in a lower precision."""
-        is_low = self._dtype is not torch.float32
-        return torch.autocast(self._context.device.type, self._dtype, enabled=self._is_mixed and is_low)
+        if self._is_mixed and self._dtype is not torch.float32:
+            return torch.autocast(self._context.device.type, self._dtype)
+        return contextlib.nullcontext()
 
     def _load_text(self, dtype: torch.dtype) -> TextEncoder:
         """Load the text encoders of a method that encodes captions in every step."""

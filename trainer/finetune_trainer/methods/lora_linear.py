@@ -45,11 +45,19 @@ class _AdaptedLinear(torch.autograd.Function):
 
 def use_fast_linears(module: nn.Module) -> None:
     """Replace the forward of every adapted linear layer of a module; layers with dropout or DoRA keep peft's."""
+    for layer in fast_layers(module):
+        layer.forward = _forward_of(layer)
+
+
+def fast_layers(module: nn.Module) -> list[Any]:
+    """Return the adapted linear layers of a module without dropout and DoRA."""
     from peft.tuners.lora.layer import Linear  # noqa: PLC0415  slow to import
 
-    for layer in module.modules():
-        if isinstance(layer, Linear) and not layer.use_dora.get("default") and _has_no_dropout(layer):
-            layer.forward = _forward_of(layer)
+    return [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, Linear) and not layer.use_dora.get("default") and _has_no_dropout(layer)
+    ]
 
 
 def _has_no_dropout(layer: Any) -> bool:

@@ -1,0 +1,148 @@
+"""Number of operations that one training step dispatches to the device, per method: forward and backward pass.
+
+`python -m bench.launches`. On a GPU each of these operations is at least one kernel launch, which costs the host about
+30 us; a step with thousands of small ones leaves the GPU idle. The models have the sizes of SD 1.5 and SDXL and no
+data (meta tensors), so the count needs neither a GPU nor memory. Views and allocations are excluded. Without data
+torch decomposes attention, so a GPU with a fused kernel launches fewer.
+
+SDXL LoRA: rank 4, 1024 px, batch 4. SD 1.5: 512 px, batch 8. The last line is JSON: operations by case, e.g.
+{"sdxl_lora", "sd15_lora", "sd15_full", ...}. Options::
+
+    python -m bench.launches --cases sdxl_lora sd15_lora --top 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.train import METHODS
+from finetune_contract.spec import TrainingSpec
+from finetune_trainer.data.batches import Batch
+from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.methods.method import Method, MethodContext
+from finetune_trainer.methods.registry import method_class
+from finetune_trainer.models.family import IMAGE_SIZES
+from testing.measure.architectures import NUM_TOKENS, UNETS, RandomFamily
+from testing.measure.report import finish
+
+META = torch.device("meta")
+DTYPE = torch.bfloat16
+_NO_KERNEL = ("empty", "detach", "_unsafe_view", "_reshape_alias", "lift_fresh", "new_empty", "_local_scalar")
+"""Operations that launch nothing although they return no view."""
+
+
+@dataclass(frozen=True)
+class LaunchCase:
+    """One measured configuration."""
+
+    family: str
+    method: str
+    resolution: int
+    batch: int
+
+
+CASES = {
+    "sdxl_lora": LaunchCase("sdxl", "LoRA", 1024, 4),
+    "sd15_lora": LaunchCase("sd15", "LoRA", 512, 8),
+    **{
+        f"{family}_{name.lower()}": LaunchCase(family, name, resolution, batch)
+        for family, resolution, batch in (("sd15", 512, 8), ("sdxl", 1024, 4))
+        for name in METHODS
+        if name != "LoRA"
+    },
+}
+
+
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations that are neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Count one operation, and run it."""
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith(_NO_KERNEL):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class MetaFamily(RandomFamily):
+    """A base without data."""
+
+    def load_denoiser(self, dtype: torch.dtype) -> Any:
+        """Return the UNet."""
+        with META:
+            return UNet2DConditionModel(**UNETS[self.name]).to(dtype)
+
+
+def make_batch(case: LaunchCase) -> Batch:
+    """Return a batch of one micro-batch without data."""
+    side, count = case.resolution // 8, case.batch
+    text: dict[str, Tensor] = {
+        "hidden": torch.empty(count, NUM_TOKENS, 2048 if case.family == "sdxl" else 768, device=META)
+    }
+    if case.family == "sdxl":
+        text |= {"pooled": torch.empty(count, 1280, device=META), IMAGE_SIZES: torch.empty(count, 6, device=META)}
+    latents, noise = torch.empty(2, count, 4, side, side, device=META)
+    conditioning = torch.empty(count, 3, case.resolution, case.resolution, device=META)
+    timesteps = torch.zeros(count, dtype=torch.int64, device=META)
+    is_conditioned = case.method == "ControlNet"
+    return Batch(latents, noise, timesteps, ("",) * count, text, conditioning if is_conditioned else None)
+
+
+def make_method(case: LaunchCase) -> Method:
+    """Return the method with a base without data."""
+    training = TrainingSpec.model_validate(
+        {"method": case.method, "steps": 1, "precision": "bf16", "resolution": case.resolution, **METHODS[case.method]}
+    )
+    context = MethodContext(MetaFamily(case.family), training, Draws(0), META, DTYPE)
+    return method_class(training.method)(context)
+
+
+def count_operations(case: LaunchCase) -> Counter[str]:
+    """Return the operations of the second step, by name: the first one may prepare something."""
+    method, batch = make_method(case), make_batch(case)
+    for _ in range(2):
+        for parameter in method.parameters().values():
+            parameter.grad = None
+        counter = OperationCounter()
+        with counter:
+            torch.autograd.backward(method.losses(batch).sum() / case.batch)
+    return counter.counts
+
+
+def main() -> int:
+    """Count each case, and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--top", type=int, default=0, help="also print this number of the most frequent operations")
+    args = parser.parse_args()
+    rows, result = [], {}
+    for name in args.cases:
+        counts = count_operations(CASES[name])
+        result[name] = counts.total()
+        case = CASES[name]
+        rows.append([name, case.resolution, case.batch, counts.total()])
+        print(f"  {name}: {counts.total():,}", flush=True)
+        for operation, count in counts.most_common(args.top):
+            print(f"    {count:6,} {operation}", flush=True)
+    finish(["case", "pixels", "batch", "operations"], rows, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
