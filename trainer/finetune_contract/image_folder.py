@@ -5,8 +5,10 @@ The trainer reads folders by them; the operator's command checks a folder by the
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 
 IMAGE_SUFFIXES = (
@@ -29,7 +31,9 @@ _HIDDEN = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+fou
 """Files and folders that operating systems and storage devices add, in lower case."""
 _NOT_SAMPLES = frozenset({".json", ".jsonl", ".md", ".toml", ".yaml", ".yml", ".npz", ".lock"})
 """Suffixes of settings, notes and caches of other programs, which nobody expects to be images."""
-_MAX_REPEATS = 999
+_DELIMITERS = (",", ";", "\t")
+_MAX_CELL = 1 << 24
+"""Longest cell of a .csv file, in characters."""
 _REPEATS = re.compile(r"([1-9][0-9]{0,2})_(.+)")
 
 
@@ -122,3 +126,31 @@ def decode_text(data: bytes) -> str:
         # Other encodings with two or four bytes per letter are valid UTF-8 if the text is ASCII.
         raise ValueError("it contains zero bytes")
     return text
+
+
+def read_csv(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the number of the last line of each row of a .csv file, and its cells by column.
+
+    The first line has the names of the columns. Cells are separated by the delimiter that it has most often: a comma, a
+    semicolon or a tab.
+
+    Raises:
+        ValueError: a row is malformed; the message begins with its line.
+    """
+    header = text.lstrip().partition("\n")[0]
+    csv.field_size_limit(_MAX_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(_DELIMITERS, key=header.count), strict=True)
+    names: list[str] = []
+    try:
+        for cells in reader:
+            if not names:
+                names = [cell.strip() for cell in cells]
+            elif len(cells) == len(names):
+                yield reader.line_num, dict(zip(names, cells, strict=True))
+            elif cells:
+                raise ValueError(
+                    f"line {reader.line_num} has {len(cells)} cells, and the first line has {len(names)}; write a "
+                    "caption that contains the delimiter in double quotes"
+                )
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} is not valid CSV: {error}; correct this line") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -27,6 +28,22 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def use_default_mode(files: Iterable[Path], folder: Path) -> None:
+    """Give files the permissions of a new file in `folder`, which follow from the umask and the folder.
+
+    The safetensors library makes its files readable by their owner only, but other pods may run as other users.
+
+    Raises:
+        OSError: the permissions cannot be read or changed.
+    """
+    probe = folder / f".{secrets.token_hex(8)}.writing"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in files:
+        file.chmod(mode)
 
 
 def sync_file(path: Path) -> None:

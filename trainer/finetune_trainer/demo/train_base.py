@@ -25,6 +25,9 @@ from finetune_trainer.demo.base_vae import train_vae
 from finetune_trainer.demo.circles import all_captions
 from finetune_trainer.demo.picture_metrics import measure_picture, picture_grid, sample_images
 from finetune_trainer.demo.vocabulary import write_tokenizer
+from finetune_trainer.files import use_default_mode
+from finetune_trainer.models.parts import remove_source_path
+from finetune_trainer.models.text_names import make_text_names_portable
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,8 +67,11 @@ def save_base(pipeline: StableDiffusionPipeline, folder: Path) -> int:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         part = Path(temporary)
         pipeline.to(torch.float16).save_pretrained(part, safe_serialization=True)
+        use_default_mode([path for path in part.rglob("*") if path.is_file()], part)
         write_tokenizer(part / "tokenizer", NUM_TOKENS)
-        _remove_local_paths(part)
+        make_text_names_portable(part / "text_encoder")
+        for path in [part / "model_index.json", *part.glob("*/config.json")]:
+            remove_source_path(path)
         num_bytes = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
         if num_bytes > _MAX_BYTES:
             raise ValueError(
@@ -77,14 +83,6 @@ def save_base(pipeline: StableDiffusionPipeline, folder: Path) -> int:
                 shutil.rmtree(target)
             child.replace(target)
     return num_bytes
-
-
-def _remove_local_paths(folder: Path) -> None:
-    """Remove from the configurations the paths on this machine that the parts were loaded from."""
-    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def score_base(folder: Path, grid: Path | None = None) -> dict[str, float]:

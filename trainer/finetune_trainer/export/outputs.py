@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +14,16 @@ from finetune_contract import paths
 from finetune_contract.heartbeat import WrittenOutput
 from finetune_contract.spec import OutputFormat, OutputSpec
 from finetune_trainer.errors import ConfigError, StorageError
-from finetune_trainer.files import sync_file, sync_folder
+from finetune_trainer.files import sync_file, sync_folder, use_default_mode
 from finetune_trainer.methods.method import Method
 
 DEFAULT_OUTPUTS = (OutputSpec(format=OutputFormat.DIFFUSERS, to="."),)
 _WRITING = ".writing"
+_PROBE = ".probe-"
+_PERMANENT = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+)
+"""Errors that remain until somebody changes the path or its permissions; others, such as a full disk, may pass."""
 _BLOCK = 1 << 24
 
 
@@ -35,6 +43,33 @@ def check_outputs(outputs: Sequence[OutputSpec], formats: frozenset[OutputFormat
             raise ConfigError(f"outputs[{number}].format: the method cannot write {output.format.value}; write {known}")
         if "://" in output.to:
             raise ConfigError(f"outputs[{number}].to: {output.to} is not a supported target; write a folder")
+
+
+def check_targets(outputs: Sequence[OutputSpec], job_dir: Path) -> None:
+    """Refuse targets that cannot be written. Creates their folders. Only rank 0, which writes them, calls it.
+
+    Raises:
+        ConfigError: the message names the field and the reason.
+    """
+    for number, output in enumerate(outputs):
+        folder = job_dir / paths.OUTPUTS / output.to
+        try:
+            _probe(folder)
+        except OSError as error:
+            if error.errno in _PERMANENT:
+                raise ConfigError(
+                    f"outputs[{number}].to: cannot write to {folder}: {error.strerror}; write a folder that the "
+                    "trainer can write to, or a relative path for a folder in the job's own folder"
+                ) from error
+
+
+def _probe(folder: Path) -> None:
+    """Create a folder, and create and remove a file in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f"{_PROBE}{secrets.token_hex(8)}"
+    probe.touch(exist_ok=False)
+    with contextlib.suppress(OSError):
+        probe.unlink()
 
 
 def write_outputs(method: Method, outputs: Sequence[OutputSpec], job_dir: Path) -> tuple[WrittenOutput, ...]:
@@ -58,6 +93,7 @@ def _write(method: Method, output: OutputSpec, job_dir: Path) -> WrittenOutput:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         files = sorted(method.export(output.format, temporary))
+        use_default_mode(files, temporary)
         digest, size = hashlib.sha256(), 0
         for file in files:
             sync_file(file)

@@ -18,6 +18,7 @@ import torch
 from finetune_contract.input_spec import ModelSpec
 from finetune_trainer import patience
 from finetune_trainer.errors import ConfigError, StorageError
+from finetune_trainer.files import use_default_mode
 from finetune_trainer.models.family import SingleFile
 
 SUFFIXES = (".safetensors", ".ckpt")
@@ -60,6 +61,7 @@ def _write(pipeline: Any, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.writing")
     try:
         pipeline.save_pretrained(temporary, safe_serialization=True)
+        use_default_mode([path for path in temporary.rglob("*") if path.is_file()], temporary)
         # The folder exists if another rank or another job was faster.
         with contextlib.suppress(OSError):
             temporary.rename(folder)

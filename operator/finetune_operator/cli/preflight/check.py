@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
+from finetune_contract.input_spec import DatasetSpec
 from finetune_contract.methods import METHODS
 from finetune_operator.api.job import CONTROLLER, Accelerator, FineTuneJob, FineTuneJobSpec, TopologySpec
 from finetune_operator.api.rules.supported import find_missing
+from finetune_operator.cli.manifest import is_url
 from finetune_operator.cli.preflight.dataset import find_dataset_problems, find_metadata
 from finetune_operator.cli.preflight.disk import find_disk_problems, find_output_problems, find_storage_problems
 from finetune_operator.cli.preflight.model import find_model_problems
@@ -19,6 +22,8 @@ from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.manifests import build_pod, num_nodes
 from finetune_operator.manifests.merge import MergeError
 from finetune_operator.plan.policies.acceptance import find_unsupported
+
+_SOURCE = "spec.dataset.source:"
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def find_warnings(spec: FineTuneJobSpec) -> Iterator[str]:
         )
     requested, dataset = spec.dataset.max_samples, spec.dataset
     metadata = find_metadata(dataset, dataset.split)
-    if requested is not None and metadata is not None:
+    if requested is not None and metadata is not None and metadata.suffix == ".jsonl":
         with metadata.open("rb") as file:
             found = sum(1 for line in islice(file, requested) if line.strip())
         if found < requested:
@@ -74,16 +79,33 @@ def _spec_problems(spec: FineTuneJobSpec, home: Home, machine: MachineCapacity) 
     if not any(message.startswith("spec.model") for message in unsupported):
         yield from find_model_problems(spec.model)
     if not any(message.startswith("spec.dataset") for message in unsupported):
-        method = spec.training.method
-        needs_captions = method is None or METHODS[method].needs_captions
-        yield from find_dataset_problems(spec.dataset, "dataset.split", spec.dataset.split, needs_captions)
-        validation = spec.training.validation
-        if validation is not None and validation.split is not None:
-            field = "training.validation.split"
-            yield from find_dataset_problems(spec.dataset, field, validation.split, needs_captions)
+        yield from _data_problems(spec)
     for number, output in enumerate(spec.outputs):
         yield from find_output_problems(number, output)
     yield from find_disk_problems(spec, home)
+
+
+def _data_problems(spec: FineTuneJobSpec) -> Iterator[str]:
+    """Yield the problems of all data sets and images that the job reads."""
+    training, dataset = spec.training, spec.dataset
+    needs_captions = training.method is None or METHODS[training.method].needs_captions
+    yield from find_dataset_problems(dataset, "dataset.split", dataset.split, needs_captions)
+    for number, each in enumerate(dataset.additional):
+        field, split = f"dataset.additional[{number}]", each.split or dataset.split
+        other = dataset.model_copy(update={"source": each.source, "split": split})
+        for problem in find_dataset_problems(other, f"{field}.split", split, needs_captions):
+            yield problem.replace(_SOURCE, f"spec.{field}.source:", 1)
+    if training.dreambooth is not None and training.dreambooth.class_images is not None:
+        field = "training.dreambooth.classImages"
+        own = DatasetSpec(source=training.dreambooth.class_images)
+        for problem in find_dataset_problems(own, field, own.split, needs_captions=False):
+            yield problem.replace(_SOURCE, f"spec.{field}:", 1)
+    validation = training.validation
+    if validation is not None and validation.split is not None:
+        yield from find_dataset_problems(dataset, "training.validation.split", validation.split, needs_captions)
+    for number, image in enumerate(validation.images if validation is not None else ()):
+        if not is_url(image) and not Path(image).is_file():
+            yield f"spec.training.validation.images[{number}]: {image} does not exist; write the path of an image"
 
 
 def _template_problems(job: FineTuneJob) -> Iterator[str]:

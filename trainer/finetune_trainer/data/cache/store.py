@@ -24,7 +24,7 @@ from torch import Tensor
 from finetune_trainer import patience
 from finetune_trainer.data.hashes import hash_text
 from finetune_trainer.errors import StorageError
-from finetune_trainer.files import sync_file, sync_folder
+from finetune_trainer.files import sync_file, sync_folder, use_default_mode
 
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
@@ -117,6 +117,7 @@ class TensorCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial)
+            use_default_mode([partial], self._folder)
             sync_file(partial)
             partial.replace(shard)
             sync_folder(self._folder)

@@ -5,24 +5,19 @@ Each row names an image, relative to the folder of the file, with its captions a
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_contract.image_folder import FILE_NAME, decode_text
+from finetune_contract.image_folder import FILE_NAME, decode_text, read_csv
 from finetune_contract.input_spec import Columns
 from finetune_trainer.data.sources.base import missing_column
 from finetune_trainer.data.sources.filesystems import Filesystem
 from finetune_trainer.data.sources.layout import SplitRequest
 from finetune_trainer.data.sources.table_cells import read_captions, table_errors
 from finetune_trainer.errors import DataError
-
-_DELIMITERS = (",", ";", "\t")
-_MAX_CELL = 1 << 24
-"""Longest cell of a .csv file, in characters."""
 
 Row = tuple[str, Mapping[str, Any]]
 """The place of a row, for messages, and its cells by column."""
@@ -80,29 +75,11 @@ def _jsonl_rows(data: bytes, where: str) -> Iterator[Row]:
 
 
 def _csv_rows(data: bytes, where: str) -> Iterator[Row]:
-    text = _decode(data, where)
-    header = text.lstrip().partition("\n")[0]
-    csv.field_size_limit(_MAX_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(_DELIMITERS, key=header.count), strict=True)
-    names: list[str] = []
     try:
-        for cells in reader:
-            if not cells:
-                continue
-            place = f"{where}:{reader.line_num}"
-            if not names:
-                names = [cell.strip() for cell in cells]
-                continue
-            if len(cells) != len(names):
-                raise DataError(
-                    f"dataset.source: {place} has {len(cells)} cells, and the first line has {len(names)}; write a "
-                    "caption that contains the delimiter in double quotes"
-                )
-            yield place, dict(zip(names, cells, strict=True))
-    except csv.Error as error:
-        raise DataError(
-            f"dataset.source: {where}:{reader.line_num} is not valid CSV: {error}; correct this line"
-        ) from error
+        for line, cells in read_csv(_decode(data, where)):
+            yield f"{where}:{line}", cells
+    except ValueError as error:
+        raise DataError(f"dataset.source: {where}: {error}") from error
 
 
 def _parquet_rows(data: bytes, where: str) -> Iterator[Row]:
