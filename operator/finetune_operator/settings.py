@@ -39,6 +39,8 @@ class Settings:
     """Maximum length of the ledger in the status."""
     require_storage: bool = True
     """Refuse a job without spec.checkpoint.storage. Local runs use their own folder."""
+    outputs_on_volumes: bool = True
+    """Refuse outputs that a pod cannot write or that are lost with it. A local run writes to this machine's folders."""
     cache_claim: str = ""
     """Claim with this name in every namespace for the shared cache; empty: a folder on the job's own storage."""
     cores_per_rank: int = 1
@@ -57,6 +59,8 @@ class Settings:
     regroup_seconds: float = 60.0
     """Minimum training time before an attempt is interrupted for better capacity (more nodes, or spot nodes), which
     costs some seconds each time; also the minimum of remaining training time."""
+    quota_hold_seconds: float = 300.0
+    """Time after which the pods of a gang are deleted if the cluster refuses its other pods; 0: never."""
     cause_seconds: float = 10.0
     """Time to wait for the cause of a failure that is only a consequence (a lost peer)."""
     peer_grace_seconds: int = 2

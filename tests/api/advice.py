@@ -270,8 +270,12 @@ ADVICE: dict[str, Advice] = {
         "toy": {f"{T}.textualInversion.initializerToken": "toy"},
     },
     "inversion-from-nothing": {
-        "initializerToken: toy": {f"{T}.textualInversion.initializerToken": "toy"},
-        "base: learned_embeds.safetensors": {f"{T}.textualInversion.base": "learned_embeds.safetensors"},
+        "a word that is close to the subject, e.g. initializerToken: toy": {
+            f"{T}.textualInversion.initializerToken": "toy"
+        },
+        "an embedding to start from, e.g. base: learned_embeds.safetensors": {
+            f"{T}.textualInversion.base": "learned_embeds.safetensors"
+        },
     },
     "embedding-and-checkpoint": {
         "leave base out": removed(f"{T}.textualInversion.base"),
@@ -282,10 +286,7 @@ ADVICE: dict[str, Advice] = {
         "leave checkpoint.from out": removed("spec.checkpoint.from"),
     },
     "from-two-places": {
-        "job": {"spec.checkpoint.from": {"job": "circles"}},
-        "path": {"spec.checkpoint.from": {"path": "/mnt/circles"}},
-        "url": {"spec.checkpoint.from": {"url": "s3://models/circles"}},
-        "from: {job: circles}": {"spec.checkpoint.from": {"job": "circles"}},
+        "one of them, e.g. from: {job: circles}": {"spec.checkpoint.from": {"job": "circles"}},
     },
     "from-a-page": {
         "s3://, gs:// or az:// followed by the bucket and a folder": {"spec.checkpoint.from": {"url": "gs://models/a"}},

@@ -21,6 +21,7 @@ CHANGES: dict[str, Any] = {
         "spec.topology.accelerator": "cpu",
         "spec.training.memoryPreset": REMOVED,
         "spec.training.optimizer": "adamw",
+        "spec.training.attention": "auto",
         "spec.topology.resources": {"cpu": 4},
     },
     "spec.topology.nodes": {
@@ -38,6 +39,7 @@ CHANGES: dict[str, Any] = {
         "spec.topology.cpu.backend": "ccl",
         "spec.training.memoryPreset": REMOVED,
         "spec.training.optimizer": "adamw",
+        "spec.training.attention": "auto",
         "spec.topology.resources": {"cpu": 4},
     },
     "spec.checkpoint": {"spec.checkpoint.keep": 7},

@@ -13,7 +13,7 @@ import torch
 from finetune_contract import paths
 from finetune_contract.spec import Attention, Sharding
 from finetune_trainer.errors import ConfigError
-from finetune_trainer.methods.kernels import attention_kernel, compile_blocks
+from finetune_trainer.methods.kernels import attention_kernel
 from testing.trainer import tiny
 from testing.trainer.methods import make_batch, make_method
 from testing.trainer.ranks import Ranks
@@ -92,9 +92,3 @@ def losses(run: Ranks) -> list[float]:
     newest = max(paths.checkpoints(run.job_dir).glob("step-*"))
     values: dict[str, list[float]] = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     return values["losses"]
-
-
-def test_compile_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ConfigError, match=r"training\.compile: the image has no C\+\+ compiler; write compile: false"):
-        compile_blocks(torch.nn.Linear(1, 1), {"Linear"})

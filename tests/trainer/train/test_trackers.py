@@ -22,9 +22,8 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import TrackerName
 from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS
-from finetune_trainer.errors import ConfigError
 from finetune_trainer.train.metrics_logger import EVERY_STEPS, MetricsLogger
-from finetune_trainer.train.trackers import TrackedRun, check_trackers, open_trackers
+from finetune_trainer.train.trackers import TrackedRun, open_trackers
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 
@@ -79,14 +78,6 @@ def test_failing_tracker_is_disabled_and_the_others_continue() -> None:
         logger.log_step(step, {"loss": 1.0}, tenths(), tenths())
     assert warnings == ["training.trackers: FailingTracker failed and is disabled: the disk is full"]
     assert [step for step, _ in recorded.logged] == [1, EVERY_STEPS]
-
-
-def test_error_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(
-        ConfigError, match=r"training\.trackers: mlflow needs the package mlflow, which is not installed in this image"
-    ):
-        check_trackers([TrackerName.MLFLOW])
 
 
 def run_of(job_dir: Path, step: int) -> TrackedRun:

@@ -21,7 +21,14 @@ from finetune_trainer.checkpoint.emergency_save import EmergencySave
 from finetune_trainer.checkpoint.health import CheckpointHealth
 from finetune_trainer.checkpoint.host_copy import HostCopy
 from finetune_trainer.checkpoint.interval import SaveClock, due_seconds, save_due
-from finetune_trainer.checkpoint.roles import Role, choose_checkpoint, choose_shards, open_storage
+from finetune_trainer.checkpoint.roles import (
+    EarlierCheckpoint,
+    Role,
+    choose_checkpoint,
+    choose_shards,
+    open_storage,
+    start_from,
+)
 from finetune_trainer.checkpoint.save_task import CheckpointWriter, SavePart, SaveTask
 from finetune_trainer.checkpoint.sharded_state import ShardedState
 from finetune_trainer.checkpoint.shards import ShardReader
@@ -51,12 +58,18 @@ class SaveOptions:
         clock: monotonic time in seconds.
         mtbf_seconds: mean time between interruptions, as observed by the operator.
         min_part_bytes: minimum size of the part of a checkpoint that one rank writes.
+        about: returns further values to save: what the run trains, and on what.
+        check: receives these values of the checkpoint that is restored; raises if the run must not continue from it.
+        earlier: checkpoint of another job to start from; None to start at the first step.
     """
 
     best: Callable[[], Mapping[str, Any] | None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     mtbf_seconds: float = DEFAULT_MTBF_SECONDS
     min_part_bytes: int = MIN_PART_BYTES
+    about: Callable[[], Mapping[str, Any]] = dict
+    check: Callable[[Mapping[str, Any]], None] = lambda values: None
+    earlier: EarlierCheckpoint | None = None
 
 
 class Checkpointer:
@@ -100,6 +113,16 @@ class Checkpointer:
         self._has_scratch = isinstance(store, ScratchStore)
         self._drain = Drain(store, self._report_drained) if isinstance(store, ScratchStore) and world.is_first else None
 
+    def check_storage(self) -> None:
+        """Write and remove a small file on rank 0, so that storage without write access is found before the map phase.
+
+        Raises:
+            StorageError: the storage cannot be written.
+        """
+        if self._world.is_first:
+            durable = self._store.durable
+            durable.remove_probe(durable.put_probe())
+
     def restore(self, state: TrainState) -> None:
         """Restore the newest valid checkpoint into the state, if one exists. All ranks call it.
 
@@ -112,25 +135,37 @@ class Checkpointer:
         self._role = open_storage(self._store, self._world)
         found: Committed | None = None
         if isinstance(state, ShardedState):
-            self._restore_shards(state)
+            is_restored = self._restore_shards(state)
         else:
-            found = self._restore_replica(state)
+            found, is_restored = self._restore_replica(state)
         if self._role.chooses and (number := self._store.num_corrupt()):
             self._reporter.corrupt_checkpoints(number)
         self._prepare_saves(state)
         self._begun_step = self._safe_step = state.step
         self._saved_at = self._clock()
-        if self._has_scratch and state.step > 0:
+        if not is_restored and self._options.earlier is not None:
+            start_from(self._options.earlier, state, self._store, self._world)
+            # A copy of its own, because the other job may be deleted.
+            self._copy.mark_changed()
+            self._begun_step = self._safe_step = -1
+            self.try_to_save(state)
+            self._options.earlier.release()
+        elif self._has_scratch and state.step > 0:
             self._make_durable(state, found)
 
-    def _restore_replica(self, state: TrainState) -> Committed | None:
-        """Restore a replicated state; return the checkpoint on the rank that read it."""
+    def _restore_replica(self, state: TrainState) -> tuple[Committed | None, bool]:
+        """Restore a replicated state.
+
+        Returns:
+            The checkpoint on the rank that read it, and whether there is one.
+        """
         found, snapshot = choose_checkpoint(self._store, self._role, self._world, self._reporter.warn)
         if found is not None and not self._has_scratch:
             self._report(found)
         if snapshot is not None:
+            self._options.check(snapshot.values)
             state.restore(snapshot)
-        return found
+        return found, snapshot is not None
 
     def _prepare_saves(self, state: TrainState) -> None:
         """Create the writer and, for replicated training, the emergency save."""
@@ -152,14 +187,18 @@ class Checkpointer:
         elif found is not None and self._world.is_first:
             self._report(found)
 
-    def _restore_shards(self, state: ShardedState) -> None:
+    def _restore_shards(self, state: ShardedState) -> bool:
+        """Restore a sharded state; return whether there is a checkpoint."""
         found = choose_shards(self._store, self._role, self._world, self._reporter.warn)
         if found is None:
-            return
+            return False
         if self._world.is_first:
             self._report(found)
         files = [found.folder / entry.name for entry in found.manifest.files]
-        state.restore_shards(ShardReader(files), self._store.load_values(found))
+        values = self._store.load_values(found)
+        self._options.check(values)
+        state.restore_shards(ShardReader(files), values)
+        return True
 
     def due(self, step: int) -> bool:
         """Return whether to save the state after this step. Only rank 0 decides, because the ranks' clocks differ.
@@ -289,6 +328,7 @@ class Checkpointer:
 
     def _snapshot(self, state: TrainState) -> Snapshot:
         about = {
+            **self._options.about(),
             "cursor": state.step * self._spec.global_batch,
             "global_batch": self._spec.global_batch,
             "seed": self._spec.training.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,29 @@ from finetune_contract.spec import ControlNetSpec, OutputFormat
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.method import MethodContext
-from finetune_trainer.models.base import find_folder
+from finetune_trainer.models.base import find_part
+
+_CLASS = "ControlNetModel"
+
+
+def check_controlnet(folder: Path) -> None:
+    """Refuse a folder that is no ControlNet with safe weights. Reads only its configuration.
+
+    Raises:
+        ConfigError: the message names the problem.
+    """
+    advice = "write the folder or hub id of a ControlNet with .safetensors weights, or leave it out"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"training.controlnet.base: {folder}/config.json cannot be read: {error}; {advice}"
+        ) from error
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found != _CLASS:
+        raise ConfigError(f"training.controlnet.base: {folder} is a {found}, not a {_CLASS}; {advice}")
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"training.controlnet.base: {folder} has no .safetensors weights; {advice}")
 
 
 class ControlNet(DenoiserMethod):
@@ -60,7 +83,7 @@ class ControlNet(DenoiserMethod):
         """
         if spec.base is None:
             return self._family.load_controlnet(self._denoiser, None)
-        folder = find_folder(spec.base, None, "training.controlnet.base")
+        folder = find_part(spec.base, None, "training.controlnet.base")
         try:
             return self._family.load_controlnet(self._denoiser, folder)
         except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -1,13 +1,31 @@
-"""Validation of a run specification against what this trainer supports, before anything is loaded."""
+"""Validation of a run specification against what this trainer, its image and its device support.
+
+All checks run before anything is loaded. `finetune validate` shares those of `finetune_contract`.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from finetune_contract.methods import crops_at_centre
+from finetune_contract.requirements import find_missing_software
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec
-from finetune_trainer.errors import ConfigError
-from finetune_trainer.export.outputs import check_outputs
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import ConfigError, StorageError
+from finetune_trainer.export.outputs import check_outputs, check_targets
+from finetune_trainer.methods.controlnet import check_controlnet
+from finetune_trainer.methods.kernels import attention_kernel
 from finetune_trainer.methods.registry import method_traits
-from finetune_trainer.train.trackers import check_trackers
+from finetune_trainer.models.family import Family
+from finetune_trainer.train.context import RankContext
+
+DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+"""Number format of the frozen weights and of the forward pass."""
 
 
 def check_spec(spec: RunSpec) -> None:
@@ -21,7 +39,7 @@ def check_spec(spec: RunSpec) -> None:
     dreambooth = spec.training.dreambooth
     if spec.training.aspect_buckets and dreambooth is not None and dreambooth.class_prompt is not None:
         raise ConfigError("training.aspectBuckets: class images are square; leave it out, or dreambooth.classPrompt")
-    if spec.dataset.streaming and not (spec.training.center_crop or spec.training.aspect_buckets):
+    if spec.dataset.streaming and not (crops_at_centre(spec.training) or spec.training.aspect_buckets):
         raise ConfigError(
             "dataset.streaming: a random crop needs the image again in each epoch; write training.centerCrop: true or "
             "training.aspectBuckets: true, or leave streaming out"
@@ -30,8 +48,71 @@ def check_spec(spec: RunSpec) -> None:
         check_sharded(spec.training)
     elif spec.training.offload is not Offload.NONE:
         raise ConfigError("training.offload: only sharded weights can be kept in host memory; write sharding: full")
-    check_trackers(spec.training.trackers)
+    if missing := list(find_missing_software(spec.training)):
+        raise ConfigError("; ".join(missing))
     check_outputs(spec.outputs, method_traits(spec.training.method).formats)
+
+
+def check_place(context: RankContext, world: World) -> None:
+    """Refuse what this machine does not support: its device, the cache, and the folders of the outputs.
+
+    Raises:
+        ConfigError: the message names the field.
+        StorageError: the cache cannot be written.
+    """
+    training = context.spec.training
+    if training.memory_preset is None:
+        # A preset may choose the number format; see `load_inputs`.
+        check_device(training, world.device)
+    try:
+        context.cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cache: cannot write {context.cache_dir}: {error.strerror}") from error
+    if not os.access(context.cache_dir, os.W_OK | os.X_OK):
+        raise StorageError(f"cache: cannot write {context.cache_dir}: it is not writable for the trainer's user")
+    if world.is_first:
+        check_targets(context.spec.outputs, context.job_dir)
+
+
+def check_inputs(spec: RunSpec, family: Family, device: torch.device) -> None:
+    """Refuse models that lack files. Their weights are read after the map phase, which may take hours.
+
+    Args:
+        spec: the run, with local paths and with the settings of its memory preset.
+        family: the base model.
+        device: device of this rank.
+
+    Raises:
+        ConfigError: the message names the field and the file.
+    """
+    check_device(spec.training, device)
+    vae = "model.base" if spec.model.vae is None else "model.vae"
+    _check_files("model.base", spec.model.base, "denoiser", family.denoiser_files())
+    _check_files("model.base", spec.model.base, "text encoder", family.text_encoder_files())
+    _check_files(vae, spec.model.vae or spec.model.base, "VAE", family.image_encoder_files())
+    controlnet = spec.training.controlnet
+    if controlnet is not None and controlnet.base is not None:
+        check_controlnet(Path(controlnet.base))
+
+
+def _check_files(field: str, name: str, part: str, files: Sequence[Path]) -> None:
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ConfigError(
+            f"{field}: {name} has no .safetensors weights of the {part}; use a complete copy, or another model.variant"
+        )
+    if missing := next((path for path in files if not path.is_file()), None):
+        raise ConfigError(f"{field}: {missing} does not exist; use a complete copy")
+
+
+def check_device(training: TrainingSpec, device: torch.device) -> None:
+    """Refuse what the device of this rank does not support. With a memory preset, call it after the preset's choice.
+
+    Raises:
+        ConfigError: the message names the field.
+    """
+    if training.optimizer is Optimizer.ADAMW_8BIT and device.type != "cuda":
+        raise ConfigError("training.optimizer: adamw8bit needs a GPU; write adamw or adafactor on CPUs")
+    attention_kernel(training.attention, device, DTYPES[training.precision])
 
 
 def check_sharded(training: TrainingSpec) -> None:

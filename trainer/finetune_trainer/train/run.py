@@ -12,12 +12,14 @@ from finetune_trainer import heap
 from finetune_trainer.checkpoint.checkpointer import Checkpointer
 from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.distributed.world import join_world
-from finetune_trainer.errors import FabricError
+from finetune_trainer.errors import FabricError, StorageError
 from finetune_trainer.export.outputs import write_outputs
+from finetune_trainer.export.retry import PatientWriter
 from finetune_trainer.methods.method import Method
+from finetune_trainer.models.hub import limit_waits
 from finetune_trainer.train.artifact_sync import ArtifactSync
 from finetune_trainer.train.build import RunBuilder
-from finetune_trainer.train.checks import check_spec
+from finetune_trainer.train.checks import check_inputs, check_place, check_spec
 from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.determinism import make_deterministic
 from finetune_trainer.train.inputs import load_inputs
@@ -35,17 +37,22 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     """
     check_spec(context.spec)
     world = join_world(env)
+    check_place(context, world)
     context.reporter.state(RankState.LOADING)
+    limit_waits()
     make_deterministic(world.device)
     if world.device.type == "cpu":
         heap.keep_freed_memory(env)
     inputs = load_inputs(context, world, env)
+    check_inputs(inputs.spec, inputs.family, world.device)
     return _run_phases(RunBuilder(context, world, inputs, ArtifactSync(context.job_dir, inputs.bucket)))
 
 
 def _run_phases(build: RunBuilder) -> ExitCode:
     """Cache, load, restore, train, export."""
     context, world = build.context, build.world
+    checkpointer = build.make_checkpointer()
+    checkpointer.check_storage()
     context.reporter.state(RankState.CACHING)
     data = build.prepare_data()
     # The encoders are no longer in memory.
@@ -53,11 +60,12 @@ def _run_phases(build: RunBuilder) -> ExitCode:
     context.reporter.state(RankState.LOADING)
     method = build.make_method()
     state = build.make_state(method)
-    checkpointer = build.make_checkpointer()
     context.reporter.state(RankState.RESTORING)
     if world.is_first:
         build.artifacts.pull_validation()
     checkpointer.restore(state)
+    if build.inputs.needs_checkpoint and state.step == 0:
+        raise StorageError("checkpoint storage: all checkpoints of the job are damaged; the next attempt starts again")
     context.notice.on_peer_lost(lambda: checkpointer.emergency_save(state))
     loop = build.make_loop(method, state, data, checkpointer)
     if not _train(loop, state, checkpointer):
@@ -88,11 +96,14 @@ def _train(loop: Loop, state: TrainState, checkpointer: Checkpointer) -> bool:
 
 
 def _export(build: RunBuilder, method: Method, state: TrainState) -> None:
-    """Write the outputs on rank 0; the other ranks wait, so that all of them end when the outputs exist."""
+    """Write the outputs on rank 0; the other ranks wait, so that all of them end when the outputs exist.
+
+    Raises:
+        StorageError: they could not be written for longer than `maxStale`.
+    """
     context, world = build.context, build.world
     context.reporter.state(RankState.EXPORTING)
+    writer = PatientWriter(world, context.reporter, build.spec.max_stale_seconds, context.notice.released)
     with state.exported():
-        if world.is_first:
-            outputs = write_outputs(method, build.spec.outputs, context.job_dir)
-            context.reporter.outputs(build.artifacts.push_outputs(outputs))
+        writer.write(lambda: build.artifacts.push_outputs(write_outputs(method, build.spec.outputs, context.job_dir)))
     world.barrier()

@@ -7,7 +7,6 @@ continues in the same tracker run, with the same name.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,6 @@ from finetune_contract.spec import TrackerName
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.files import write_atomically
 
-_PACKAGES = {TrackerName.TENSORBOARD: "tensorboard", TrackerName.WANDB: "wandb", TrackerName.MLFLOW: "mlflow"}
 _PROJECT = "finetune-operator"
 _MLFLOW_RUN_FILE = "mlflow-run.json"
 
@@ -151,20 +149,6 @@ _TRACKERS: dict[TrackerName, Callable[[TrackedRun], Tracker]] = {
     TrackerName.WANDB: WeightsAndBiases,
     TrackerName.MLFLOW: MlFlow,
 }
-
-
-def check_trackers(names: Sequence[TrackerName]) -> None:
-    """Refuse trackers that are not installed, before anything is loaded.
-
-    Raises:
-        ConfigError: the message names the package.
-    """
-    for name in names:
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise ConfigError(
-                f"training.trackers: {name.value} needs the package {_PACKAGES[name]}, which is not installed in this "
-                "image; install it, or leave the tracker out: losses and pictures are in the job's folder anyway"
-            )
 
 
 def open_trackers(names: Sequence[TrackerName], run: TrackedRun) -> list[Tracker]:

@@ -8,6 +8,7 @@ from finetune_operator.settings import Settings
 LOCAL = Settings(
     beat_seconds=0.5,
     require_storage=False,
+    outputs_on_volumes=False,
     cache_claim=CACHE_CLAIM,
     failure_backoff_seconds=1.0,
     failure_backoff_max_seconds=60.0,

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJobSpec
+from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.rules.supported import find_missing
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.api.validate import broken_rules
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.merge import MergeError
+from finetune_operator.manifests.targets import find_misplaced_outputs
 from finetune_operator.plan.model.conditions import build, find, put
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
@@ -112,19 +113,20 @@ def _is_accepted(view: View, status: FineTuneJobStatus) -> bool:
 
 def _evaluate(view: View) -> tuple[Reason, str]:
     """Return all faults of the spec in one message, so that a user can fix all of them in one edit."""
-    if broken := [str(problem) for problem in broken_rules(view.job)] + _template_faults(view):
+    if broken := [str(problem) for problem in broken_rules(view.job)] + find_pod_faults(view.job, view.settings):
         return Reason.INVALID_SPEC, _join(broken)
     if missing := [*find_missing(view.spec), *find_unsupported(view.spec, view.settings)]:
         return Reason.NOT_SUPPORTED, _join(missing)
     return Reason.ACCEPTED, "the spec is valid and supported"
 
 
-def _template_faults(view: View) -> list[str]:
+def find_pod_faults(job: FineTuneJob, settings: Settings) -> list[str]:
+    """Return a message for each fault of the pods that a valid spec produces: of the template, and of the outputs."""
     try:
-        build_pod(view.job, 1, 0, view.settings)
+        pod = build_pod(job, 1, 0, settings)
     except MergeError as error:
         return [f"spec.podTemplate: {error}"]
-    return []
+    return list(find_misplaced_outputs(job, pod)) if settings.outputs_on_volumes else []
 
 
 def _join(problems: list[str]) -> str:

@@ -87,6 +87,7 @@ class FolderStore(CheckpointStore):
         """Create a file with a new name."""
         name = f"{_PROBE}{secrets.token_hex(8)}"
         with storage_errors():
+            self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / name).touch()
             sync_folder(self._folder)
         return name

@@ -1,0 +1,50 @@
+"""Packages and programs that settings of a run need. Torch-free.
+
+`finetune validate --here`, `finetune run` and the trainer share these checks: the trainer repeats them before it loads
+anything, because its image may lack what the machine of the user has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+
+from finetune_contract.spec import Optimizer, TrackerName, TrainingSpec
+
+PACKAGES = {TrackerName.TENSORBOARD: "tensorboard", TrackerName.WANDB: "wandb", TrackerName.MLFLOW: "mlflow"}
+"""Package of each tracker."""
+COMPILERS = ("c++", "g++", "clang++", "gcc", "cc")
+"""Programs of which `training.compile` needs one."""
+
+
+def has_package(name: str) -> bool:
+    """Return whether a package is installed; it is not imported."""
+    return importlib.util.find_spec(name) is not None
+
+
+def find_missing_software(
+    training: TrainingSpec,
+    has: Callable[[str], bool] = has_package,
+    which: Callable[[str], str | None] = shutil.which,
+) -> Iterator[str]:
+    """Yield a message, with the field at its start, for each package or program that this machine lacks.
+
+    Args:
+        training: the settings.
+        has: returns whether a package is installed.
+        which: returns the path of a program, or None.
+    """
+    for name in training.trackers:
+        if not has(PACKAGES[name]):
+            yield (
+                f"training.trackers: {name.value} needs the package {PACKAGES[name]}, which is not installed here; "
+                "install it, or leave the tracker out: losses and pictures are in the job's folder anyway"
+            )
+    if training.optimizer is Optimizer.ADAMW_8BIT and not has("bitsandbytes"):
+        yield (
+            "training.optimizer: adamw8bit needs the package bitsandbytes, which is not installed here; install it, or "
+            "write adamw"
+        )
+    if training.compile and not any(which(name) for name in COMPILERS):
+        yield "training.compile: no C++ compiler is installed here; install one, or write compile: false"
