@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from finetune_contract.heartbeat import MAX_IMAGES_PER_SECOND
-from finetune_contract.phase import Phase
+from finetune_contract.phase import FINISHED, Phase
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import REASONS, Reason, Topic
@@ -26,8 +26,14 @@ from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.cluster.reconcile import ReconcileResult
 from finetune_operator.plan.model.conditions import is_true
+from finetune_operator.plan.model.ledger import current
 
 RUNNING = frozenset({Phase.RUNNING, Phase.EXPORTING})
+WAITING = frozenset(reason for reason, doc in REASONS.items() if doc.topic is Topic.WAITING) - {
+    Reason.SUSPENDING,
+    Reason.SUSPENDED,
+} | {Reason.INVALID_SPEC, Reason.NOT_SUPPORTED}
+"""Reasons of jobs that wait for something that is not the user's wish."""
 RECONCILE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 RECOVERY_BUCKETS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 API_ERROR, BUG = "api", "bug"
@@ -222,6 +228,7 @@ def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
         "Training throughput of all running jobs, in images per second.",
         value=sum(_speed(status) for status in running),
     )
+    yield from _waiting_metrics(jobs, now)
     goodputs = [status.goodput for status in running if status.goodput is not None]
     if goodputs:
         mean = sum(goodputs) / len(goodputs)
@@ -250,6 +257,31 @@ def _speed(status: FineTuneJobStatus) -> float:
     """Return the throughput of a job; 0 for a figure in its status that no heartbeat may contain."""
     speed = status.images_per_second
     return speed if speed is not None and 0 <= speed <= MAX_IMAGES_PER_SECOND else 0.0
+
+
+def _waiting_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
+    """Yield how many jobs are silent, and how long one has waited for its pods."""
+    active = [job for job in jobs if job.status.phase not in FINISHED and not job.spec.suspend]
+    yield GaugeMetricFamily(
+        "finetune_silent_jobs",
+        "Jobs with a running pod from which the coordinator receives no heartbeats.",
+        value=sum(job.status.reason == Reason.SILENT for job in active),
+    )
+    since = [_waits_since(job) for job in active if job.status.reason in WAITING]
+    waits = [(now - moment).total_seconds() for moment in since if moment is not None]
+    yield GaugeMetricFamily(
+        "finetune_longest_wait_seconds",
+        "Longest time for which a job has waited for its pods, in seconds; 0: none waits.",
+        value=max(0.0, *waits) if waits else 0.0,
+    )
+
+
+def _waits_since(job: FineTuneJob) -> datetime | None:
+    """Return when the wait of a job began: with the end or the start of its newest attempt, or its creation."""
+    entry = current(job.status)
+    if entry is None:
+        return job.metadata.creation_timestamp
+    return entry.ended_at or entry.started_at
 
 
 def _save_costs(checkpoints: list[CheckpointStatus]) -> Iterator[Metric]:

@@ -91,6 +91,14 @@ class SimulatedCluster:
             spec = job.spec.model_copy(update={"suspend": value})
             self.server.put_job(job.model_copy(update={"spec": spec, "metadata": meta}))
 
+    def edit_template(self, name: str) -> None:
+        """Change the podTemplate of a job."""
+        job = self.server.jobs[name]
+        meta = job.metadata.model_copy(update={"generation": job.metadata.generation + 1})
+        template = {"metadata": {"annotations": {"edit": str(meta.generation)}}}
+        spec = job.spec.model_copy(update={"pod_template": template})
+        self.server.put_job(job.model_copy(update={"spec": spec, "metadata": meta}))
+
     def random_supervisor(self) -> SimulatedSupervisor | None:
         """Return a random running supervisor; None if there is none."""
         running = list(self.trainers.supervisors.values())
@@ -157,6 +165,7 @@ class SimulatedCluster:
         for name in list(self.server.jobs):
             self.set_suspend(name, False)
         for node in list(self.server.nodes.values()):
+            node.refuses = False
             if not node.up:
                 self.kubelets.remove_node(node)
         self.num_nodes = max(self.num_nodes, self.normal_num_nodes) + 10

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState
+from finetune_operator.plan.model.types import PodPhase
 from testing.simulated.cluster import SimulatedCluster
 from testing.simulated.model import SimulatedNode
 
@@ -92,6 +93,30 @@ def stall_pulls(cluster: SimulatedCluster) -> None:
     """Slow down image pulls for a while."""
     cluster.kubelets.pull_seconds = 900.0
     cluster.engine.after(cluster.engine.rng.uniform(60, 1800), lambda: setattr(cluster.kubelets, "pull_seconds", 5.0))
+
+
+def refuse_pods(cluster: SimulatedCluster) -> None:
+    """Let the kubelet of a node refuse pods for a while."""
+    if (node := _random_node(cluster)) is not None:
+        node.refuses = True
+        cluster.engine.after(cluster.engine.rng.uniform(60, 1800), lambda: setattr(node, "refuses", False))
+
+
+def fail_init_container(cluster: SimulatedCluster) -> None:
+    """Fail an init container of a pod that starts on its node."""
+    pods = [pod for pod in cluster.server.pods.values() if pod.node is not None and pod.node.connected]
+    starting = [pod for pod in pods if pod.observed.phase is PodPhase.PENDING and pod.observed.deleted_at is None]
+    if starting:
+        pod = cluster.engine.rng.choice(starting)
+        cluster.count_failure(pod.job)
+        cluster.kubelets.fail_start(pod)
+
+
+def edit_template(cluster: SimulatedCluster) -> None:
+    """Edit the podTemplate of a job."""
+    names = list(cluster.server.jobs)
+    if names:
+        cluster.edit_template(cluster.engine.rng.choice(names))
 
 
 def fail_program(cluster: SimulatedCluster) -> None:
@@ -188,6 +213,9 @@ FAULTS = (
     SimulatedFault(0.5, change_capacity),
     SimulatedFault(0.3, set_quota),
     SimulatedFault(0.3, stall_pulls),
+    SimulatedFault(0.5, refuse_pods),
+    SimulatedFault(0.5, fail_init_container),
+    SimulatedFault(0.5, edit_template),
     SimulatedFault(4, fail_program),
     SimulatedFault(1, break_fabric),
     SimulatedFault(1, hang),

@@ -65,8 +65,9 @@ class Kubelets:
         self._waiting = unbound
 
     def _room_for(self, pod: SimulatedPod) -> SimulatedNode | None:
-        """Return a free node for a pod; spot nodes first, as all pods prefer them."""
+        """Return a free node for a pod: not one that it avoids, then spot nodes first, as all pods prefer them."""
         free = [node for node in self._server.nodes.values() if _has_room(node) and (node.spot or not pod.spot_only)]
+        free = [node for node in free if node.name not in pod.avoid] or free
         return next((node for node in free if node.spot), free[0] if free else None)
 
     def _run(self, pod: SimulatedPod) -> None:
@@ -78,11 +79,30 @@ class Kubelets:
             # Its kubelet does not receive the pod yet.
             self._engine.after(5.0, lambda: self._run(pod))
             return
+        if node.refuses:
+            self._refuse(pod, node)
+            return
         pod.running = True
         # Drop the pods that have ended.
         node.started = [*(other for other in node.started if other.running), pod]
         self._server.change(pod, phase=PodPhase.RUNNING, ready=True, waiting=None)
         self._start(pod)
+
+    def fail_start(self, pod: SimulatedPod) -> None:
+        """End a pod whose init container failed."""
+        self._server.change(pod, phase=PodPhase.FAILED, init_failure="init container setup: exit code 1", waiting=None)
+        if pod.node is not None:
+            pod.node.pods.discard(pod.observed.name)
+        self.schedule()
+
+    def _refuse(self, pod: SimulatedPod, node: SimulatedNode) -> None:
+        """End a pod that was never admitted."""
+        message = "Pod was rejected: no healthy devices present"
+        self._server.change(
+            pod, phase=PodPhase.FAILED, reason="UnexpectedAdmissionError", message=message, waiting=None
+        )
+        node.pods.discard(pod.observed.name)
+        self.schedule()
 
     def _terminate(self, pod: SimulatedPod) -> None:
         """Send SIGTERM now, and SIGKILL when the grace period is over."""

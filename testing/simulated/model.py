@@ -21,6 +21,8 @@ class SimulatedPod:
     grace_seconds: int
     num_nodes: int = 1
     """Number of pods of its gang, according to its manifest."""
+    avoid: frozenset[str] = frozenset()
+    """Names of nodes that it uses only if no others are free."""
     spot_only: bool = False
     """Whether it accepts spot nodes only."""
     is_standby: bool = False
@@ -124,6 +126,8 @@ class SimulatedNode:
     leaving: str = ""
     """Taint of a termination handler."""
     spot: bool = True
+    refuses: bool = False
+    """Whether its kubelet refuses every pod, as with an unhealthy device."""
     skew_seconds: float = 0.0
     """Error of its clock."""
     pods: set[str] = field(default_factory=set)

@@ -14,15 +14,16 @@ from typing import TypeVar
 from finetune_contract.heartbeat import Heartbeat, Reply
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.cluster.kube.client.refusals import Refusals
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.cluster.reconcile import ReconcileResult, reconcile
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
-from finetune_operator.plan.model.types import Action, Create, DeletePod, Event, Observed
+from finetune_operator.plan.model.types import Action, Create, DeletePod, Event, Manifest, Observed, Refusal
 from finetune_operator.plan.model.view import nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.settings import Settings
 from testing.simulated.engine import Engine, Pause, SimulatedTask
-from testing.simulated.server import LaggingWatch, SimulatedApiError, SimulatedApiServer
+from testing.simulated.server import LaggingWatch, RefusedError, SimulatedApiError, SimulatedApiServer
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 5.0
@@ -60,6 +61,8 @@ class SimulatedOperator:
         self._api = api
         self._skew_seconds = skew_seconds
         self._heartbeats = HeartbeatStore()
+        self._refusals = Refusals()
+        self._listening_since = self._now()
         self._running: dict[str, SimulatedTask[ReconcileResult]] = {}
         self._dirty: set[str] = set()
         self._due: dict[str, float] = {}
@@ -173,6 +176,9 @@ class SimulatedOperator:
             services=frozenset(child for kind, child in children if kind == "Service"),
             configs=frozenset(child for kind, child in children if kind == "ConfigMap"),
             nodes={name: nodes[name] for name in nodes_of(job.status, pods) if name in nodes} if nodes else {},
+            refusal=self._refusals.get(JobKey("default", name), job),
+            create_after=self._refusals.held_until(JobKey("default", name), job),
+            listening_since=self._listening_since,
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
@@ -185,11 +191,23 @@ class SimulatedOperator:
         """Carry out one action."""
         server = self._server
         if isinstance(action, Create):
-            self.watch.take(*await self._call(lambda: server.create(job, action.manifest)))
+            await self._create(job, action.manifest)
         elif isinstance(action, DeletePod):
             await self._call(lambda: server.delete_pod(action.name, action.uid, action.grace_seconds))
         else:
             await self._call(lambda: server.delete_job(job.metadata.name))
+
+    async def _create(self, job: FineTuneJob, manifest: Manifest) -> None:
+        key = JobKey("default", job.metadata.name)
+        try:
+            created = await self._call(lambda: self._server.create(job, manifest))
+        except SimulatedApiError as error:
+            if isinstance(error, RefusedError):
+                self._refusals.record(key, job, Refusal(str(error)))
+            self._refusals.hold(key, job, self._now())
+            raise
+        self._refusals.forget(key)
+        self.watch.take(*created)
 
     async def emit(self, job: FineTuneJob, event: Event) -> None:
         """Discard the event."""

@@ -29,6 +29,10 @@ class SimulatedApiError(Exception):
     """A call failed, or its response was lost; the request may have been carried out."""
 
 
+class RefusedError(SimulatedApiError):
+    """A quota refused an object."""
+
+
 class LaggingWatch:
     """The object cache of one operator process, which follows the server with a delay."""
 
@@ -189,7 +193,7 @@ class SimulatedApiServer:
         if (known := self.pods.get(meta["name"])) is not None:
             return key, self._version, known.observed
         if self.quota is not None and len(self.pods) >= self.quota:
-            raise SimulatedApiError("exceeded quota")
+            raise RefusedError("exceeded quota")
         self._num_created += 1
         spec = manifest["spec"]
         env = {item["name"]: item.get("value") for item in spec["containers"][0]["env"]}
@@ -202,6 +206,7 @@ class SimulatedApiServer:
             phase=PodPhase.PENDING,
             created_at=self.engine.now(),
             fell_back=own.get(labels.CAPACITY) == Capacity.ANY,
+            template=own[labels.TEMPLATE],
         )
         affinity = spec.get("affinity", {}).get("nodeAffinity", {})
         pod = SimulatedPod(
@@ -209,6 +214,7 @@ class SimulatedApiServer:
             observed,
             spec["terminationGracePeriodSeconds"],
             int(env[environment.NUM_NODES] or 1),
+            avoid=_avoided_nodes(affinity),
             spot_only="requiredDuringSchedulingIgnoredDuringExecution" in affinity,
             is_standby=env.get(environment.STANDBY) == "1",
         )
@@ -279,6 +285,13 @@ class SimulatedApiServer:
     def _next_version(self) -> int:
         self._version += 1
         return self._version
+
+
+def _avoided_nodes(affinity: Manifest) -> frozenset[str]:
+    """Return the names of the nodes against which a node affinity has a preference."""
+    terms = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", ())
+    fields = [field for term in terms for field in term["preference"].get("matchFields", ())]
+    return frozenset(name for field in fields for name in field["values"])
 
 
 def _observed_node(node: SimulatedNode) -> ObservedNode | None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from finetune_contract import environment
+from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.manifests import build_pod
+from finetune_operator.manifests import build_pod, hash_template
 from finetune_operator.manifests.merge import MergeError
 from finetune_operator.settings import Settings
 from tests.plan.fake_cluster import make_job
@@ -47,6 +48,7 @@ def test_identity() -> None:
     assert pod["metadata"]["namespace"] == "default"
     assert pod["spec"]["subdomain"] == "circles"
     assert pod["spec"]["restartPolicy"] == "Never"
+    assert pod["metadata"]["labels"].pop(labels.TEMPLATE) == hash_template(make_job().spec)
     assert pod["metadata"]["labels"] == {
         "app.kubernetes.io/managed-by": "finetune-operator",
         "finetune-operator.io/job": "circles",
@@ -269,7 +271,11 @@ def test_pod_template_cannot_change_the_identity() -> None:
         },
         "spec": {"hostname": "other", "subdomain": None, "restartPolicy": "Always"},
     }
-    assert pod_of(podTemplate=template) == pod_of()
+    pods = (pod_of(podTemplate=template), pod_of())
+    # A pod's own hash of the template tells the two apart.
+    hashes = {pod["metadata"]["labels"].pop(labels.TEMPLATE) for pod in pods}
+    assert pods[0] == pods[1]
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize(

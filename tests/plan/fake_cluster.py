@@ -6,6 +6,7 @@ allows it, and are deleted like in Kubernetes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,6 +15,7 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import CommittedCheckpoint, Heartbeat, RankEnd, RankReport, RankState, Termination
 from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.plan import plan
 from finetune_operator.plan.model.types import (
     Create,
@@ -75,6 +77,10 @@ class FakeCluster:
     """Manifests of all pods, by name."""
     refusal: Refusal | None = None
     """The current refusal of the API server to create pods; None: it accepts them."""
+    num_admitted: int = 0
+    """Number of pods that it creates despite the refusal."""
+    create_after: datetime | None = None
+    listening_since: datetime | None = None
     deleted: bool = False
     num_created: int = 0
     sequence: int = 0
@@ -89,6 +95,8 @@ class FakeCluster:
             configs=frozenset(self.configs),
             nodes=dict(self.nodes),
             refusal=self.refusal,
+            create_after=self.create_after,
+            listening_since=self.listening_since,
         )
 
     def decide(self) -> Plan:
@@ -112,6 +120,15 @@ class FakeCluster:
                 return decided
         raise AssertionError(f"not settled after {max_reconciles} reconciles: {decided}")
 
+    def settle_refused(self, max_reconciles: int = 20) -> None:
+        """Reconcile until the status does not change, while the cluster refuses creations."""
+        for _ in range(max_reconciles):
+            before = self.job.status
+            self.step()
+            if self.job.status == before:
+                return
+        raise AssertionError(f"not settled after {max_reconciles} reconciles")
+
     def apply(self, action: Create | DeletePod | DeleteJob) -> None:
         if isinstance(action, Create):
             self.create(action.manifest)
@@ -123,7 +140,7 @@ class FakeCluster:
     def create(self, manifest: Any) -> None:
         name = manifest["metadata"]["name"]
         if manifest["kind"] == "Pod":
-            if name in self.pods or self.refusal is not None:
+            if name in self.pods or (self.refusal is not None and len(self.pods) >= self.num_admitted):
                 return
             self.num_created += 1
             own = manifest["metadata"]["labels"]
@@ -136,6 +153,7 @@ class FakeCluster:
                 phase=PodPhase.PENDING,
                 created_at=self.now,
                 fell_back=labels.CAPACITY in own,
+                template=own[labels.TEMPLATE],
             )
         else:
             (self.services if manifest["kind"] == "Service" else self.configs).add(name)
@@ -153,7 +171,28 @@ class FakeCluster:
             grace = min(grace, pod.grace)
         self.pods[name] = replace(pod, deleted_at=pod.deleted_at or self.now, grace=grace)
 
-    # changes of pods
+    # changes of the job and of pods
+
+    def edit(self, **spec: Any) -> None:
+        """Edit the job as a user does; the arguments replace top-level fields of its spec."""
+        edited = make_job(**spec)
+        meta = self.job.metadata.model_copy(update={"generation": self.job.metadata.generation + 1})
+        self.job = self.job.model_copy(update={"spec": edited.spec, "metadata": meta})
+
+    def see(self, node_rank: int, phase: str, statuses: list[Any], init: Sequence[Any] = (), **status: Any) -> None:
+        """Show the pod of a node rank as the API server does: the plan reads it as from a real cluster."""
+        pod = self.pod(node_rank)
+        meta = {"name": pod.name, "uid": pod.uid, "creationTimestamp": pod.created_at.isoformat()}
+        meta["labels"] = self.manifests[pod.name]["metadata"]["labels"]
+        containers = self.manifests[pod.name]["spec"]["containers"]
+        value = {
+            "metadata": meta,
+            "spec": {"nodeName": f"node-{node_rank}", "containers": containers, "initContainers": list(init)},
+            "status": {"phase": phase, "containerStatuses": statuses, "initContainerStatuses": list(init), **status},
+        }
+        observed = observe_pod(value)
+        assert observed is not None
+        self.pods[pod.name] = observed
 
     def pod(self, node_rank: int) -> ObservedPod:
         """Return the pod of a node rank in the newest attempt."""

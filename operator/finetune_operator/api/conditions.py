@@ -19,6 +19,7 @@ class ConditionType(StrEnum):
     SUSPENDED = "Suspended"
     NOTICE_TOO_SHORT = "NoticeTooShort"
     CHECKPOINT_STALE = "CheckpointStale"
+    PODS_OUTDATED = "PodsOutdated"
 
 
 CONDITIONS: dict[ConditionType, str] = {
@@ -31,5 +32,7 @@ CONDITIONS: dict[ConditionType, str] = {
     ConditionType.NOTICE_TOO_SHORT: "A save takes longer than recovery.noticeSeconds: a preemption may lose the steps "
     "since the last checkpoint. Raise recovery.noticeSeconds if the capacity allows it, or use faster storage.",
     ConditionType.CHECKPOINT_STALE: "Training continues, but no newer checkpoint can be written; see the message.",
+    ConditionType.PODS_OUTDATED: "Pods were created before the last edit of the spec and do not contain it; the "
+    "message says when it takes effect.",
 }
 """Meaning of each condition if it is True."""

@@ -13,5 +13,8 @@ ATTEMPT = f"{GROUP}/attempt"
 NODE_RANK = f"{GROUP}/node-rank"
 """Label of a pod: its index in the gang, from 0."""
 
+TEMPLATE = f"{GROUP}/template"
+"""Label of a pod: a hash of the fields of the spec that only new pods read."""
+
 CAPACITY = f"{GROUP}/capacity"
 """Label of a pod that requests other nodes than the job's spec alone implies: a `Capacity`."""

@@ -16,6 +16,9 @@ class CountsAs(StrEnum):
     """A loss of capacity: does not count towards recovery.maxFailures."""
     FAILURE = "Failure"
     """An error of the program: counts towards recovery.maxFailures."""
+    OUTAGE = "Outage"
+    """A service that the program needs does not work: does not count towards recovery.maxFailures, but delays the next
+    attempt."""
 
 
 class Reason(StrEnum):
@@ -31,6 +34,7 @@ class Reason(StrEnum):
     IMAGE_PULL = "ImagePull"
     CONTAINER_CONFIG = "ContainerConfig"
     FAILED_CREATE = "FailedCreate"
+    QUOTA_RELEASED = "QuotaReleased"
     BACK_OFF = "BackOff"
     SUSPENDING = "Suspending"
     SUSPENDED = "Suspended"
@@ -43,6 +47,7 @@ class Reason(StrEnum):
     VALIDATING = "Validating"
     EXPORTING = "Exporting"
     SILENT = "Silent"
+    SPEC_APPLIED = "SpecApplied"
     SAVE_TAKES_LONGER = "SaveTakesLonger"
     SAVE_IN_TIME = "SaveInTime"
 
@@ -56,10 +61,15 @@ class Reason(StrEnum):
     POD_DELETED = "PodDeleted"
     POD_LOST = "PodLost"
     NODE_LOST = "NodeLost"
+    REFUSED_BY_KUBELET = "RefusedByKubelet"
+
+    NETWORK_ERROR = "NetworkError"
+    STORAGE_UNAVAILABLE = "StorageUnavailable"
 
     PROCESS_FAILED = "ProcessFailed"
     OUT_OF_MEMORY = "OutOfMemory"
     EVICTED = "Evicted"
+    INIT_CONTAINER_FAILED = "InitContainerFailed"
     FABRIC_ERROR = "FabricError"
     STORAGE_ERROR = "StorageError"
     CHECKPOINT_STALE = "CheckpointStale"
@@ -74,6 +84,7 @@ class Reason(StrEnum):
     FELL_BACK = "FellBack"
     BACK_TO_SPOT = "BackToSpot"
     PODS_LATE = "PodsLate"
+    SPEC_EDITED = "SpecEdited"
 
     FINISHED = "Finished"
     MAX_FAILURES_EXCEEDED = "MaxFailuresExceeded"
@@ -96,6 +107,7 @@ class Topic(StrEnum):
     WAITING = "What does the job wait for?"
     WORKING = "What is the job doing?"
     CAPACITY = "Why was an attempt preempted?"
+    OUTAGE = "Which outage ended an attempt?"
     FAILURE = "Why did an attempt fail?"
     REGROUP = "Why did the gang change?"
     END = "How did the job end?"
@@ -127,6 +139,10 @@ def _failure(meaning: str, remedy: str, *, final: bool = False) -> ReasonDoc:
     return ReasonDoc(Topic.FAILURE, meaning, remedy, CountsAs.FAILURE, final)
 
 
+def _outage(meaning: str, remedy: str) -> ReasonDoc:
+    return ReasonDoc(Topic.OUTAGE, meaning, remedy, CountsAs.OUTAGE)
+
+
 def _regroup(meaning: str, remedy: str = NOTHING) -> ReasonDoc:
     return ReasonDoc(Topic.REGROUP, meaning, remedy)
 
@@ -154,17 +170,20 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.UNSCHEDULABLE: ReasonDoc(
         Topic.WAITING,
         "The scheduler finds no node for a pod; the message contains the scheduler's explanation.",
-        "Add nodes; or request less in topology.resources or remove recovery.spot, then suspend the job and resume it.",
+        "Add nodes; or request less in topology.resources, or remove recovery.spot: waiting pods are created again.",
     ),
     Reason.IMAGE_PULL: ReasonDoc(
         Topic.WAITING,
-        "The image of a pod is not on its node yet; the message contains the kubelet's explanation.",
-        "On an error, correct the image's name or the pull secret in podTemplate, then suspend the job and resume it.",
+        "The image of a container is not on its node yet; the message contains the kubelet's explanation.",
+        "On an error, correct the image's name or the pull secret in podTemplate: waiting pods are created again. An "
+        "image of an injected sidecar or init container is set where it is injected.",
     ),
     Reason.CONTAINER_CONFIG: ReasonDoc(
         Topic.WAITING,
-        "A pod cannot start because a Secret, a ConfigMap or a volume that it refers to is missing.",
-        "Create the object that the message names; then the pod starts without further action.",
+        "A pod cannot start because a Secret, a ConfigMap or a volume that it refers to is missing, or because one of "
+        "its containers cannot be started.",
+        "Create the object that the message names; then the pod starts without further action. Otherwise correct the "
+        "container that the message names.",
     ),
     Reason.FAILED_CREATE: ReasonDoc(
         Topic.WAITING,
@@ -172,6 +191,12 @@ REASONS: dict[Reason, ReasonDoc] = {
         "Standard refused it, the operator tries again with increasing delay. If podTemplate produces an invalid pod, "
         "the job is not accepted until podTemplate is edited.",
         "Fix the cause that the message names; correct podTemplate if the message names it.",
+    ),
+    Reason.QUOTA_RELEASED: ReasonDoc(
+        Topic.WAITING,
+        "The cluster refused some pods of the gang for too long; the other pods were deleted, so that other jobs "
+        "can use their quota. All pods are requested again later.",
+        "Raise the quota that the message names, or request fewer nodes or fewer topology.resources.",
     ),
     Reason.BACK_OFF: ReasonDoc(
         Topic.WAITING,
@@ -197,9 +222,10 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.EXPORTING: ReasonDoc(Topic.WORKING, "All steps are trained; the outputs are being written.", NOTHING),
     Reason.SILENT: ReasonDoc(
         Topic.WORKING,
-        "A pod is running, but the coordinator receives no heartbeats from it.",
+        "A pod is running, but the coordinator receives no heartbeats from it, or has never received one.",
         "Check the network between the pod and the coordinator; training itself continues.",
     ),
+    Reason.SPEC_APPLIED: ReasonDoc(Topic.WORKING, "All pods were created from the current spec.", NOTHING),
     Reason.SAVE_TAKES_LONGER: ReasonDoc(
         Topic.WORKING,
         "The last save took longer than recovery.noticeSeconds; the message contains both durations.",
@@ -223,7 +249,22 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.POD_DELETED: _capacity("A pod of the attempt was deleted by a user or another controller."),
     Reason.POD_LOST: _capacity("A pod of the attempt disappeared without a report, e.g. because its node failed."),
-    Reason.NODE_LOST: _capacity("The node of a pod was deleted or no longer responds."),
+    Reason.NODE_LOST: _capacity("The node of a pod was deleted, was restarted or no longer responds."),
+    Reason.REFUSED_BY_KUBELET: _capacity(
+        "The kubelet of a node refused a pod that the scheduler had placed there, e.g. because a device is unhealthy.",
+        "Nothing: the next attempt avoids that node. If it happens again, read the kubelet's message in the ledger "
+        "(status.attempts), and cordon the node.",
+    ),
+    Reason.NETWORK_ERROR: _outage(
+        "A server that the trainer needs (the hub, an object store) does not answer, or refuses requests for now.",
+        "Check that server and the network of the pods. Further attempts follow with increasing delay; they do not "
+        "count towards recovery.maxFailures.",
+    ),
+    Reason.STORAGE_UNAVAILABLE: _outage(
+        "A disk of the job (cache, checkpoints, data set) is full, or its file system fails to read or write.",
+        "Free space, or repair the file system that the message names. Further attempts follow with increasing delay; "
+        "they do not count towards recovery.maxFailures.",
+    ),
     Reason.PROCESS_FAILED: _failure(
         "A rank exited with an error that has no more specific reason.",
         "Read its last output in the ledger (status.attempts) and the log of its pod.",
@@ -236,6 +277,10 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.EVICTED: _failure(
         "The kubelet evicted a pod that used more of a resource than it had requested.",
         "Request more memory or ephemeral storage in topology.resources.",
+    ),
+    Reason.INIT_CONTAINER_FAILED: _failure(
+        "An init container of a pod failed, so its trainer did not start.",
+        "Correct the init container that the message names, in podTemplate or where it is injected.",
     ),
     Reason.FABRIC_ERROR: _failure(
         "A rank lost its peers in a collective, and no other cause was found.",
@@ -278,6 +323,9 @@ REASONS: dict[Reason, ReasonDoc] = {
         "Ranks timed out waiting for a pod without a node or an image; they wait again in a new attempt.",
         "Read in the job's message what the late pod waits for.",
     ),
+    Reason.SPEC_EDITED: _regroup(
+        "The spec was edited while pods of the attempt were waiting; the pods are created again from the new spec."
+    ),
     Reason.FINISHED: ReasonDoc(
         Topic.END, "All steps are trained and all outputs are written.", "Fetch the outputs listed in status.outputs."
     ),
@@ -300,8 +348,8 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.ATTEMPT_STARTED: ReasonDoc(Topic.EVENT, "An attempt starts; its pods are being created.", NOTHING),
     Reason.ATTEMPT_ENDED: ReasonDoc(
         Topic.EVENT,
-        "An attempt ended; the message contains the cause, the rank and the node.",
-        "See the reason of the cause.",
+        "An attempt ended, and its cause is not certain yet; an event with the cause follows.",
+        "See the reason of the event that follows.",
     ),
     Reason.RECOVERED: ReasonDoc(
         Topic.EVENT,
@@ -323,5 +371,7 @@ REASONS: dict[Reason, ReasonDoc] = {
 }
 """Documentation of every reason, in the order of the reference."""
 
+OUTAGES = frozenset(reason for reason, doc in REASONS.items() if doc.counts_as is CountsAs.OUTAGE)
+"""Reasons of attempts that ended because a service did not work."""
 REGROUPS = frozenset(reason for reason, doc in REASONS.items() if doc.topic is Topic.REGROUP)
 """Reasons of attempts that ended only to change the gang: no pod failed, so they count as neither."""

@@ -103,7 +103,7 @@ class AttemptStatus(StatusModel):
     )
     ended_at: datetime | None = Field(default=None, description="Time at which its end was observed")
     reason: str | None = Field(default=None, description="Reason of its end; see the reference of reasons")
-    counts_as: str | None = Field(default=None, description="Preemption or Failure; absent: neither")
+    counts_as: str | None = Field(default=None, description="Preemption, Failure or Outage; absent: none of them")
     rank: int | None = Field(default=None, description="First rank that was lost or failed")
     pod: str | None = Field(default=None, description="Pod of that rank")
     node: str | None = Field(default=None, description="Node of that pod")
@@ -111,6 +111,16 @@ class AttemptStatus(StatusModel):
     message: str | None = Field(default=None, description="Last output of that rank")
     seconds: AttemptSeconds = Field(default=AttemptSeconds(), description="Duration of each phase before training")
     lost_steps: int | None = Field(default=None, description="Number of steps that the next attempt had to repeat")
+
+
+class InputStatus(StatusModel):
+    """What the job trains on, as its first attempt found it; an attempt that finds something else fails."""
+
+    field: str = Field(description="Field of the spec, e.g. model.base or dataset.source")
+    location: str = Field(description="Its location, as in the spec")
+    commit: str | None = Field(default=None, description="Commit on the hub; all attempts read this one")
+    content: str | None = Field(default=None, description="SHA-256 that depends on the contents only")
+    samples: int | None = Field(default=None, description="Number of samples of a data set")
 
 
 class OutputStatus(StatusModel):
@@ -148,7 +158,7 @@ class FineTuneJobStatus(StatusModel):
     conditions: tuple[Condition, ...] = Field(
         default=(),
         description="Conditions: Accepted, Running, Recovering, Complete, Failed, Suspended, NoticeTooShort, "
-        "CheckpointStale",
+        "CheckpointStale, PodsOutdated",
         json_schema_extra=list_map("type"),
     )
     attempt: int = Field(
@@ -173,6 +183,11 @@ class FineTuneJobStatus(StatusModel):
     nodes: str | None = Field(default=None, description="Running pods / requested pods, e.g. 3/4")
     preemptions: int = Field(default=0, description="Attempts ended by a loss of capacity")
     failures: int = Field(default=0, description="Attempts ended by an error of the program")
+    manual_retries: int = Field(
+        default=0,
+        exclude_if=lambda value: not value,
+        description="Value of recovery.manualRetries that the job has acted on",
+    )
     lost_steps: int = Field(default=0, description="Number of repeated steps")
     goodput: float | None = Field(
         default=None, description="Share of the time since the start that was spent on steps that were kept"
@@ -184,4 +199,9 @@ class FineTuneJobStatus(StatusModel):
     )
     tally: TallyStatus = Field(default=TallyStatus(), description="Sums over all attempts")
     warnings: tuple[str, ...] = Field(default=(), description="Warnings of the trainer, the newest last")
+    inputs: tuple[InputStatus, ...] = Field(
+        default=(),
+        description="What the job trains on: the commits or the hashes of its base and its data set",
+        json_schema_extra=list_map("field"),
+    )
     outputs: tuple[OutputStatus, ...] = Field(default=(), description="Written outputs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -11,9 +11,16 @@ from finetune_contract.environment import PROCESSES_PER_NODE
 from finetune_contract.heartbeat import MAX_LAST_OUTPUT, RankEnd, Termination
 from finetune_operator.api import conditions, labels, names
 from finetune_operator.api.status import Capacity
+from finetune_operator.cluster.observe_containers import (
+    describe_init_failure,
+    describe_sidecar_failure,
+    describe_wait,
+    find,
+)
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
 
 Json = Mapping[str, Any]
+SIGKILL_EXIT = 137
 PREEMPTION = re.compile(r"( no new claims to deallocate,)? preemption: .*", re.DOTALL)
 """Suffix that the scheduler adds to each reason: that preemption would not help either. It hides the real reason."""
 
@@ -26,9 +33,11 @@ def observe_pod(pod: Json) -> ObservedPod | None:
         attempt, node_rank = int(own[labels.ATTEMPT]), int(own[labels.NODE_RANK])
     except (KeyError, ValueError):
         return None
-    container = _find(status.get("containerStatuses") or (), "name", names.CONTAINER)
+    container = find(status.get("containerStatuses") or (), names.CONTAINER)
     state = container.get("state") or {}
     terminated = state.get("terminated") or {}
+    termination = _termination(terminated, attempt, pod, node_rank)
+    ended_at = _time(terminated.get("finishedAt"))
     grace = timedelta(seconds=meta.get("deletionGracePeriodSeconds") or 0)
     deletion = _time(meta.get("deletionTimestamp"))
     created = _time(meta.get("creationTimestamp"))
@@ -38,20 +47,37 @@ def observe_pod(pod: Json) -> ObservedPod | None:
         uid=meta["uid"],
         attempt=attempt,
         node_rank=node_rank,
-        phase=PodPhase(status.get("phase") or PodPhase.PENDING),
+        phase=_phase(status, state),
         created_at=created,
         node=pod["spec"].get("nodeName"),
         deleted_at=deletion - grace if deletion else None,
         grace=grace,
         ready=bool(container.get("ready")),
         exit_code=terminated.get("exitCode"),
-        finished_at=_time(terminated.get("finishedAt")),
-        termination=_termination(terminated, attempt, pod, node_rank),
-        disruption=_disruption(status),
+        finished_at=ended_at,
+        termination=termination,
+        disruption=_disruption(status).get("reason"),
         reason=status.get("reason") or terminated.get("reason"),
+        message=status.get("message") or _disruption(status).get("message"),
+        killed=_was_killed(terminated, pod),
+        init_failure=describe_init_failure(status),
+        sidecar_failure=describe_sidecar_failure(status, ended_at),
         fell_back=own.get(labels.CAPACITY) == Capacity.ANY,
-        waiting=_waiting(status, state),
+        waiting=describe_wait(pod) or _describe_scheduling(status),
+        template=own.get(labels.TEMPLATE),
     )
+
+
+def _phase(status: Json, state: Json) -> PodPhase:
+    """Return the phase of a pod as its trainer's container decides it.
+
+    Kubernetes' phase is Pending while a sidecar waits for its image, and Failed if a sidecar fails.
+    """
+    phase = PodPhase(status.get("phase") or PodPhase.PENDING)
+    if phase is PodPhase.PENDING and "running" in state:
+        return PodPhase.RUNNING
+    is_done = (state.get("terminated") or {}).get("exitCode") == 0
+    return PodPhase.SUCCEEDED if phase is PodPhase.FAILED and is_done else phase
 
 
 def _termination(terminated: Json, attempt: int, pod: Json, node_rank: int) -> Termination | None:
@@ -67,32 +93,48 @@ def _termination(terminated: Json, attempt: int, pod: Json, node_rank: int) -> T
         return Termination(attempt=attempt, exit_code=code, ends=(end,))
 
 
+def _was_killed(terminated: Json, pod: Json) -> bool:
+    """Return whether SIGKILL ended a container with a memory limit before its supervisor reported the end of a rank.
+
+    The kernel does that when the container exceeds its limit. The container runtime does not always record it.
+    """
+    if terminated.get("exitCode") != SIGKILL_EXIT or "memory" not in _limits(pod):
+        return False
+    try:
+        return not Termination.model_validate_json(terminated.get("message") or "").ends
+    except ValueError:
+        return True
+
+
+def _limits(pod: Json) -> Json:
+    container = find(pod["spec"].get("containers") or (), names.CONTAINER)
+    return (container.get("resources") or {}).get("limits") or {}
+
+
 def _ranks_per_pod(pod: Json) -> int:
-    container = _find(pod["spec"]["containers"], "name", names.CONTAINER)
-    value = _find(container.get("env") or (), "name", PROCESSES_PER_NODE).get("value") or "1"
+    container = find(pod["spec"]["containers"], names.CONTAINER)
+    value = find(container.get("env") or (), PROCESSES_PER_NODE).get("value") or "1"
     return int(value) if str(value).isdecimal() else 1
 
 
-def _disruption(status: Json) -> str | None:
-    condition = _find(status.get("conditions") or (), "type", conditions.DISRUPTION_TARGET)
-    return condition.get("reason") or conditions.DISRUPTION_TARGET if condition.get("status") == "True" else None
+def _disruption(status: Json) -> Json:
+    """Return reason and message of the disruption that ends a pod; an empty object if there is none."""
+    condition = _condition(status, conditions.DISRUPTION_TARGET)
+    if condition.get("status") != "True":
+        return {}
+    return {"reason": conditions.DISRUPTION_TARGET, **{key: text for key, text in condition.items() if text}}
 
 
-def _waiting(status: Json, state: Json) -> str | None:
-    """Return why a pod does not run yet: the container's reason, or the scheduler's."""
-    if waiting := state.get("waiting"):
-        return _join_message(waiting)
-    scheduled = _find(status.get("conditions") or (), "type", "PodScheduled")
-    return PREEMPTION.sub("", _join_message(scheduled)) if scheduled.get("status") == "False" else None
+def _describe_scheduling(status: Json) -> str | None:
+    """Return why a pod has no node yet; None if it has one."""
+    scheduled = _condition(status, "PodScheduled")
+    if scheduled.get("status") != "False":
+        return None
+    return PREEMPTION.sub("", ": ".join(text for text in (scheduled.get("reason"), scheduled.get("message")) if text))
 
 
-def _join_message(source: Json) -> str:
-    return ": ".join(text for text in (source.get("reason"), source.get("message")) if text)
-
-
-def _find(items: Iterable[Json], key: str, value: str) -> Json:
-    """Return the first item with this value; an empty one if there is none."""
-    return next((item for item in items if item.get(key) == value), {})
+def _condition(status: Json, kind: str) -> Json:
+    return next((condition for condition in status.get("conditions") or () if condition.get("type") == kind), {})
 
 
 def _time(text: str | None) -> datetime | None:

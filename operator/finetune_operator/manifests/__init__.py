@@ -4,5 +4,15 @@ from finetune_operator.manifests.config import build_config
 from finetune_operator.manifests.pods import PodOptions, build_pod
 from finetune_operator.manifests.run_spec import build_run_spec, global_batch, num_nodes
 from finetune_operator.manifests.service import build_service
+from finetune_operator.manifests.template import hash_template
 
-__all__ = ["PodOptions", "build_config", "build_pod", "build_run_spec", "build_service", "global_batch", "num_nodes"]
+__all__ = [
+    "PodOptions",
+    "build_config",
+    "build_pod",
+    "build_run_spec",
+    "build_service",
+    "global_batch",
+    "hash_template",
+    "num_nodes",
+]

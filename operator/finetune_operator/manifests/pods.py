@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_operator.api.job import Accelerator, FineTuneJob
-from finetune_operator.api.labels import CAPACITY
+from finetune_operator.api.labels import CAPACITY, TEMPLATE
 from finetune_operator.api.names import CONTAINER, pod_name, service_name
 from finetune_operator.api.status import Capacity
 from finetune_operator.manifests import layout
@@ -17,6 +17,7 @@ from finetune_operator.manifests.metadata import build_metadata, pod_labels
 from finetune_operator.manifests.placement import build_placement
 from finetune_operator.manifests.resources import build_resources
 from finetune_operator.manifests.run_spec import num_nodes
+from finetune_operator.manifests.template import hash_template
 from finetune_operator.manifests.volumes import build_volumes
 from finetune_operator.settings import Settings
 
@@ -92,10 +93,11 @@ def _has_trainer(pod: dict[str, Any]) -> bool:
 
 def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
     name = pod_name(job.metadata.name, attempt, node_rank)
+    labels = pod_labels(job.metadata.name, attempt, node_rank) | {TEMPLATE: hash_template(job.spec)}
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": build_metadata(job, name, pod_labels(job.metadata.name, attempt, node_rank)),
+        "metadata": build_metadata(job, name, labels),
         "spec": {
             "hostname": name,
             "subdomain": service_name(job.metadata.name),

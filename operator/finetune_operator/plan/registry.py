@@ -13,6 +13,7 @@ from finetune_operator.plan.policies import (
     budget,
     cleanup,
     deadline,
+    edits,
     endings,
     finish,
     gang,
@@ -20,15 +21,17 @@ from finetune_operator.plan.policies import (
     in_place,
     nodes,
     reclassify,
+    retry,
     stragglers,
     suspend,
     ttl,
 )
-from finetune_operator.plan.policies.capacity import elastic, regroup, spot, standby
+from finetune_operator.plan.policies.capacity import elastic, quota, regroup, spot, standby
 from finetune_operator.plan.report import conditions, goodput, phase, progress, timing
 
 POLICIES: tuple[Policy, ...] = (
     acceptance.POLICY,  # Is the spec valid and supported?
+    retry.POLICY,  # Does the user continue a job that has Failed?
     suspend.RESUME,  # How long was the job suspended?
     progress.POLICY,  # Which step, figures and checkpoints do the ranks report?
     gang.POLICY,  # Has every pod of the attempt been observed? Creates the missing ones.
@@ -40,6 +43,8 @@ POLICIES: tuple[Policy, ...] = (
     endings.POLICY,  # Has the attempt ended, and why?
     elastic.POLICY,  # Should the job continue on fewer nodes?
     spot.POLICY,  # Should the job accept nodes other than spot?
+    edits.APPLY,  # Was the spec edited while pods wait?
+    quota.POLICY,  # Has the cluster refused a part of the gang for too long?
     regroup.POLICY,  # Is better capacity ready?
     reclassify.POLICY,  # Was the node of a lost peer lost?
     budget.POLICY,  # Has the job spent its failures?
@@ -50,6 +55,7 @@ POLICIES: tuple[Policy, ...] = (
     hangs.TRACK,  # When was the last progress?
     conditions.POLICY,  # Conditions that follow from the phase.
     conditions.NOTICE,  # Is the preemption notice long enough for a save?
+    edits.REPORT,  # Do the pods contain the newest edit of the spec?
     goodput.POLICY,  # Which share of the time trained steps that were kept?
     in_place.POLICY,  # When does a pod that is kept become too silent to keep?
     cleanup.POLICY,  # Deletes the pods of attempts that have ended.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -10,7 +10,9 @@ import pytest
 from finetune_operator.cluster.kube.client.client import ApiError
 from finetune_operator.cluster.kube.client.refusals import HOLD, Refusals, classify_refusal
 from finetune_operator.cluster.protocol import JobKey
+from finetune_operator.manifests import build_pod
 from finetune_operator.plan.model.types import Refusal
+from finetune_operator.settings import Settings
 from tests.plan.fake_cluster import make_job
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -75,6 +77,70 @@ def test_refusal_without_a_template_is_a_matter_for_the_administrator() -> None:
 def test_transient_refusals_do_not_hold_the_job(status: int, expected: Refusal | None) -> None:
     error = ApiError(status, "", "exceeded quota")
     assert classify_refusal(make_job(), "Pod", "circles-a1-n0", error, NOW) == expected
+
+
+DEFAULT_LIMIT = (
+    'Pod "circles-a1-n0" is invalid: spec.containers[0].resources.requests: Invalid value: "1": '
+    "must be less than or equal to cpu limit of 500m"
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "example"),
+    [
+        (422, DEFAULT_LIMIT, ", e.g. cpu: 500m, which sets both"),
+        (403, "maximum cpu usage per Container is 500m, but limit is 1", ", which sets both"),
+        (403, "minimum memory usage per Pod is 1Gi, but request is 100Mi", ", which sets both"),
+        (403, "cpu max limit to request ratio per Container is 1, but provided ratio is 2", ", which sets both"),
+        (403, "failed quota: team: must specify limits.cpu for: trainer", ", which sets both"),
+    ],
+)
+def test_limits_of_the_namespace_are_met_in_topology_resources(status: int, message: str, example: str) -> None:
+    refusal = classify_refusal(make_job(), "Pod", "circles-a1-n0", ApiError(status, "", message), NOW)
+    assert refusal is not None
+    assert message in refusal.message
+    assert f"write what each pod needs in spec.topology.resources{example}" in refusal.message
+    assert "administrator" not in refusal.message
+
+
+def test_advice_about_the_default_limit_of_a_namespace_works() -> None:
+    """The API server then compares the request with the limit that the pod sets itself."""
+    job = make_job(topology={"accelerator": "cpu", "nodes": 2, "resources": {"cpu": "500m"}})
+    resources = build_pod(job, 1, 0, Settings())["spec"]["containers"][0]["resources"]
+    assert resources["requests"]["cpu"] == resources["limits"]["cpu"] == "500m"
+
+
+def test_resources_of_the_template_are_corrected_there() -> None:
+    container = {"name": "trainer", "resources": {"requests": {"cpu": "1"}}}
+    job = make_job(podTemplate={"spec": {"containers": [container]}})
+    refusal = classify_refusal(job, "Pod", "circles-a1-n0", ApiError(422, "", DEFAULT_LIMIT), NOW)
+    assert refusal is not None
+    assert "correct spec.podTemplate" in refusal.message
+
+
+def test_delay_of_the_next_creation_increases_with_each_failure() -> None:
+    refusals, job, now = Refusals(), make_job(), NOW
+    seconds = []
+    for _ in range(12):
+        seconds.append(refusals.hold(KEY, job, now))
+        assert refusals.held_until(KEY, job) == now + timedelta(seconds=seconds[-1])
+        now += timedelta(seconds=seconds[-1])
+    assert seconds == [0.25, 0.5, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    assert refusals.hold(KEY, job, now, least_seconds=90) == 90
+    refusals.forget(KEY)
+    assert refusals.held_until(KEY, job) is None
+    assert refusals.hold(KEY, job, now) == 0.25
+
+
+@pytest.mark.parametrize("change", ["edit", "attempt"])
+def test_edit_and_new_attempt_create_without_delay(change: str) -> None:
+    refusals, job = Refusals(), make_job()
+    refusals.hold(KEY, job, NOW)
+    if change == "edit":
+        newer = job.model_copy(update={"metadata": job.metadata.model_copy(update={"generation": 2})})
+    else:
+        newer = job.model_copy(update={"status": job.status.model_copy(update={"attempt": 2})})
+    assert refusals.held_until(KEY, newer) is None
 
 
 @pytest.mark.parametrize("changed", [{"generation": 2}, {"uid": "another"}])

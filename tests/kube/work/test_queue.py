@@ -70,6 +70,43 @@ def test_earlier_delay_replaces_a_later_one_and_a_reconcile_cancels_both() -> No
     run(test)
 
 
+def test_back_off_delays_all_requests_but_urgent_ones() -> None:
+    """A heartbeat that arrives before, during or after a failed reconcile does not start the next one."""
+
+    async def test(queue: WorkQueue[str]) -> None:
+        queue.add("a")
+        assert await queue.get() == "a"
+        queue.add_after("a", 0)
+        queue.hold("a", 3600)
+        queue.done("a")
+        queue.add_after("a", 0)
+        queue.add_after("b", 0.01)
+        assert await queue.get() == "b"
+        assert queue.depth == 0
+        queue.add("a")
+        assert await queue.get() == "a"
+        queue.done("a")
+        # The back-off is over: another reconcile has begun.
+        queue.add_after("a", 0)
+        assert await queue.get() == "a"
+
+    run(test)
+
+
+def test_low_priority_request_during_a_reconcile_that_fails_waits_for_its_back_off() -> None:
+    async def test(queue: WorkQueue[str]) -> None:
+        queue.add("a")
+        assert await queue.get() == "a"
+        queue.add("a", urgent=False)
+        queue.hold("a", 3600)
+        queue.done("a")
+        queue.add_after("b", 0.01)
+        assert await queue.get() == "b"
+        assert queue.depth == 0
+
+    run(test)
+
+
 def test_closing_wakes_all_workers_and_accepts_no_more_keys() -> None:
     async def test(queue: WorkQueue[str]) -> None:
         workers = [asyncio.create_task(queue.get()) for _ in range(3)]

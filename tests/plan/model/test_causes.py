@@ -50,7 +50,24 @@ ONE_POD = [
     ({"exit_code": ExitCode.FABRIC}, Reason.FABRIC_ERROR, FAILURE),
     ({"exit_code": ExitCode.SUPERSEDED}, Reason.SUPERSEDED, None),
     ({"reason": "Evicted"}, Reason.EVICTED, FAILURE),
-    ({"reason": "UnexpectedAdmissionError"}, Reason.PROCESS_FAILED, FAILURE),
+    ({"reason": "Evicted", "message": "Pod was rejected: DiskPressure"}, Reason.REFUSED_BY_KUBELET, PREEMPTION),
+    ({"reason": "NodeShutdown", "message": "Pod was rejected: shutdown"}, Reason.REFUSED_BY_KUBELET, PREEMPTION),
+    ({"reason": "UnexpectedAdmissionError"}, Reason.REFUSED_BY_KUBELET, PREEMPTION),
+    ({"reason": "NodeAffinity"}, Reason.REFUSED_BY_KUBELET, PREEMPTION),
+    # The kubelet was restarted, and did not admit its own running pod again.
+    ({"reason": "NodeAffinity", "exit_code": 137}, Reason.REFUSED_BY_KUBELET, PREEMPTION),
+    ({"reason": "TopologyAffinityError"}, Reason.REFUSED_BY_KUBELET, PREEMPTION),
+    ({"reason": "OutOfcpu"}, Reason.REFUSED_BY_KUBELET, PREEMPTION),
+    ({"reason": "OutOfnvidia.com/gpu"}, Reason.REFUSED_BY_KUBELET, PREEMPTION),
+    ({"reason": "AReasonOfANewKubelet"}, Reason.REFUSED_BY_KUBELET, PREEMPTION),
+    ({"reason": "NodeShutdown"}, Reason.TERMINATION_BY_KUBELET, PREEMPTION),
+    ({"reason": "DeadlineExceeded"}, Reason.PROCESS_FAILED, FAILURE),
+    # The node was restarted under a running pod.
+    ({"reason": "ContainerStatusUnknown", "exit_code": 137}, Reason.NODE_LOST, PREEMPTION),
+    ({"reason": "Unknown", "exit_code": 255}, Reason.NODE_LOST, PREEMPTION),
+    ({"reason": "Error", "exit_code": 137, "killed": True}, Reason.OUT_OF_MEMORY, FAILURE),
+    ({"reason": "Error", "exit_code": 137}, Reason.PROCESS_FAILED, FAILURE),
+    ({"init_failure": "init container x: exit code 1", "reason": "Error"}, Reason.INIT_CONTAINER_FAILED, FAILURE),
 ]
 
 

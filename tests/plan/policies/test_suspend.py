@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
@@ -72,6 +74,7 @@ def test_resuming_begins_a_new_attempt_and_excludes_the_suspended_time() -> None
     assert status.tally.suspended_seconds == 1000
     assert not is_true(status, ConditionType.SUSPENDED)
     assert status.phase is not Phase.FAILED
+    cluster.settings = replace(cluster.settings, coordinator_url="")
     assert cluster.decide().requeue_after == seconds(90)
 
 

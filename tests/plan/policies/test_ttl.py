@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.plan.model.types import DeleteJob
-from tests.plan.fake_cluster import FakeCluster, make_job, seconds
+from tests.plan.fake_cluster import SETTINGS, FakeCluster, make_job, seconds
 
 
 @pytest.mark.parametrize("code", [ExitCode.DONE, ExitCode.CONFIG])
@@ -40,5 +42,6 @@ def test_job_without_ttl_stays() -> None:
 
 
 def test_running_job_stays() -> None:
-    cluster = FakeCluster(make_job(ttlSecondsAfterFinished=0)).running()
+    settings = replace(SETTINGS, coordinator_url="")
+    cluster = FakeCluster(make_job(ttlSecondsAfterFinished=0), settings=settings).running()
     assert cluster.settle().requeue_after is None

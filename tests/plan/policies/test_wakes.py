@@ -70,6 +70,25 @@ def _endings() -> FakeCluster:
     return cluster
 
 
+def _gang() -> FakeCluster:
+    """A creation failed; the next one is allowed in 20 s."""
+    cluster = FakeCluster().created()
+    cluster.vanish(cluster.pod(1).name)
+    cluster.refusal = Refusal("exceeded quota")
+    cluster.create_after = cluster.now + seconds(20)
+    cluster.settle()
+    return cluster
+
+
+def _quota() -> FakeCluster:
+    """A quota admits one of two pods."""
+    cluster = FakeCluster().created()
+    cluster.vanish(cluster.pod(1).name)
+    cluster.refusal = Refusal("exceeded quota")
+    cluster.step()
+    return cluster
+
+
 def _elastic() -> FakeCluster:
     """Three of four pods have had a node for 290 s of the default 300 s."""
     cluster = elastic_cluster()
@@ -189,6 +208,8 @@ SCENARIOS = {
     "hangs": WakeScenario(_hangs, 20),
     "stragglers": WakeScenario(_stragglers, 1),
     "endings": WakeScenario(_endings, 10),
+    "gang": WakeScenario(_gang, 20),
+    "quota": WakeScenario(_quota, None),
     "elastic": WakeScenario(_elastic, 10),
     "spot": WakeScenario(_spot, 10),
     "regroup": WakeScenario(_regroup, 10),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import WrittenOutput
+from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model.types import Event
 from tests.plan.fake_cluster import FakeCluster, RankState, make_job
 
 
@@ -56,6 +59,27 @@ def test_failures_and_trainer_warnings_are_warning_events() -> None:
     cluster.settle()
     warnings = [event.reason for event in cluster.events if event.warning]
     assert warnings == ["TrainerWarning", "ProcessFailed", "MaxFailuresExceeded"]
+
+
+def test_end_of_an_attempt_is_emitted_before_its_cause() -> None:
+    cluster = FakeCluster().running()
+    cluster.train_to(10)
+    cluster.settle()
+    cluster.exit(0, ExitCode.FABRIC)
+    cluster.settle()
+    assert cluster.events[-1] == Event(Reason.ATTEMPT_ENDED, "attempt 1 ended at step 10; its cause is not certain yet")
+    cluster.vanish("circles-a1-n1")
+    cluster.settle()
+    assert cluster.reasons().count("AttemptEnded") == 1
+    assert cluster.reasons().index("AttemptEnded") < cluster.reasons().index("PodLost")
+
+
+def test_certain_cause_needs_no_separate_event_of_the_end() -> None:
+    cluster = FakeCluster().running()
+    cluster.exit(0, 1)
+    cluster.settle()
+    assert "AttemptEnded" not in cluster.reasons()
+    assert cluster.reasons().count("ProcessFailed") == 1
 
 
 def test_refusal_and_acceptance_are_emitted_once() -> None:

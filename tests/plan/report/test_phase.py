@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from finetune_contract.exit_codes import ExitCode
@@ -9,7 +11,8 @@ from finetune_contract.phase import Phase
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan.model.types import PodPhase
 from finetune_operator.settings import Settings
-from tests.plan.fake_cluster import FakeCluster, RankState, make_job
+from tests.plan.fake_cluster import SETTINGS, FakeCluster, RankState, make_job, seconds
+from tests.plan.scenarios import fixed_cluster, wait_for_peers
 
 
 def line(cluster: FakeCluster) -> tuple[Phase | None, str | None, str]:
@@ -72,6 +75,66 @@ def test_running_from_the_first_step() -> None:
     assert line(cluster)[0] is Phase.STARTING
     cluster.train_to(1)
     assert line(cluster) == (Phase.RUNNING, Reason.TRAINING, "training: step 1 of 100")
+
+
+@pytest.mark.parametrize("heard", [(), (0,)], ids=["no pod", "one pod"])
+def test_pod_that_never_sends_a_heartbeat_is_silent_after_a_minute(heard: tuple[int, ...]) -> None:
+    cluster = FakeCluster().running()
+    for rank in heard:
+        cluster.beat(rank, RankState.LOADING)
+    assert cluster.settle().requeue_after == seconds(60)
+    cluster.tick(59)
+    for rank in heard:
+        cluster.beat(rank, RankState.LOADING)
+    assert line(cluster)[1] == Reason.LOADING
+    cluster.tick(1)
+    phase, reason, message = line(cluster)
+    silent = cluster.pod(len(heard)).name
+    assert (phase, reason) == (Phase.STARTING, Reason.SILENT)
+    assert message == f"{silent} has sent no heartbeat since 12:00:00 UTC"
+    cluster.train_to(1)
+    assert line(cluster)[:2] == (Phase.RUNNING, Reason.TRAINING)
+
+
+def test_operator_that_has_just_started_waits_for_heartbeats() -> None:
+    """Its memory is empty, but the pods have sent heartbeats to the process before it."""
+    cluster = FakeCluster().running()
+    cluster.train_to(10)
+    cluster.settle()
+    cluster.beats.clear()
+    cluster.tick(3600)
+    cluster.listening_since = cluster.now
+    assert line(cluster) == (Phase.RUNNING, Reason.TRAINING, "training: step 10 of 100")
+    cluster.tick(60)
+    assert line(cluster) == (Phase.RUNNING, Reason.SILENT, "circles-a1-n0 has sent no heartbeat since 13:00:00 UTC")
+
+
+def test_kept_pod_that_does_not_join_is_silent() -> None:
+    cluster = fixed_cluster(2)
+    cluster.vanish("circles-a1-n1")
+    wait_for_peers(cluster, 0)
+    cluster.settle()
+    cluster.run_all()
+    cluster.beat(1, RankState.LOADING)
+    cluster.settle()
+    cluster.tick(60)
+    cluster.beat(1, RankState.LOADING)
+    assert line(cluster)[1:] == (Reason.SILENT, "circles-a1-n0 has sent no heartbeat since 12:00:00 UTC")
+
+
+def test_done_pod_is_not_silent_while_its_peer_writes_the_outputs() -> None:
+    cluster = FakeCluster().running()
+    cluster.beat(0, RankState.DONE, step=100)
+    cluster.exit(0, 0)
+    cluster.tick(100)
+    cluster.beat(1, RankState.EXPORTING, step=100)
+    assert line(cluster)[1] == Reason.EXPORTING
+
+
+def test_no_pod_is_silent_without_a_coordinator() -> None:
+    cluster = FakeCluster(settings=replace(SETTINGS, coordinator_url="")).running()
+    cluster.tick(1000)
+    assert line(cluster)[1] == Reason.TRAINING
 
 
 def test_message_contains_the_details_of_a_rank() -> None:

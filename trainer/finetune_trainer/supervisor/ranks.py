@@ -23,6 +23,7 @@ from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import CoreShare, ccl_environment, thread_environment
 from finetune_trainer.supervisor.forks import ForkClient, ForkedProcess, NotForkedError, module_of
 from finetune_trainer.supervisor.log import log
+from finetune_trainer.supervisor.memory import describe_oom_kill, memory_limit, num_oom_kills
 
 CCL = "ccl"
 LAST_LINES = 40
@@ -31,6 +32,8 @@ DRAIN_SECONDS = 1.0
 """Time to read the rest of the pipes after a rank has ended."""
 WITHOUT_STATE = frozenset({RankState.STARTING, RankState.LOADING, RankState.CACHING, RankState.RESTORING})
 """States in which a rank has nothing to save."""
+OF_PROGRAM = frozenset(range(1, 256)) - (set(ExitCode) - {ExitCode.SOFTWARE})
+"""Exit codes of ranks that memory could have ended: the other codes of the contract have their own cause."""
 AnyProcess = Process | ForkedProcess
 _PR_SET_PDEATHSIG = 1
 _LINE_END = re.compile(rb"[\r\n]+")
@@ -48,6 +51,9 @@ class RankProcess:
         """Whether the coordinator reported a lost peer while this rank ran."""
         self._was_terminated = False
         """Whether this supervisor has sent it SIGTERM."""
+        self._was_killed = False
+        """Whether this supervisor has sent it SIGKILL."""
+        self._num_oom_kills = num_oom_kills()
         self._process = process
         self._start = start
         self._report_fd = report_fd
@@ -68,6 +74,7 @@ class RankProcess:
             return
         if self.end is None and self._process.returncode is None:
             self._was_terminated = self._was_terminated or number == signal.SIGTERM
+            self._was_killed = self._was_killed or number == signal.SIGKILL
             send_signal(self._process, number)
 
     async def follow(self) -> RankEnd:
@@ -85,9 +92,11 @@ class RankProcess:
         _, unfinished = await asyncio.wait(readers, timeout=DRAIN_SECONDS)
         for reader in unfinished:
             reader.cancel()
-        last_output = "\n".join(self._stderr)[-MAX_LAST_OUTPUT:]
         code = code if code >= 0 else 128 - code
         code = true_exit_code(code, self.report.state, was_terminated=self._was_terminated)
+        if not self._was_killed and code in OF_PROGRAM and num_oom_kills() > self._num_oom_kills:
+            self._stderr.append(describe_oom_kill(memory_limit()))
+        last_output = "\n".join(self._stderr)[-MAX_LAST_OUTPUT:]
         self.end = RankEnd(rank=self.rank, exit_code=code, last_words=last_output)
         self._start.on_change()
         return self.end

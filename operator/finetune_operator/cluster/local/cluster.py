@@ -46,6 +46,7 @@ class LocalCluster:
         self.heartbeats = HeartbeatStore()
         """The last heartbeats of its supervisors."""
         self._now = now
+        self._listening_since = now()
         self._warn = warn
         self._writing = asyncio.Lock()
         self.wake = asyncio.Event()
@@ -86,6 +87,7 @@ class LocalCluster:
             beats=self.heartbeats.of_job(meta.namespace, meta.name, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(self._objects["Service"]),
             configs=frozenset(self._objects["ConfigMap"]),
+            listening_since=self._listening_since,
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:

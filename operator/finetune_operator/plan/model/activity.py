@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 from finetune_contract.heartbeat import RankState
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.plan.model.silence import describe_silence
 from finetune_operator.plan.model.view import View
 
 STATES = {
@@ -49,7 +48,7 @@ BETWEEN_STEPS = frozenset({Reason.VALIDATING, Reason.SAVING})
 
 def describe_activity(view: View, status: FineTuneJobStatus) -> tuple[Reason, str]:
     """Return reason and message for a gang of which at least one rank reports; a silent pod comes first."""
-    if silence := _describe_silence(view):
+    if silence := describe_silence(view, status):
         return Reason.SILENT, silence
     reason = stage(view)
     return reason, _describe_stage(view, status, reason)
@@ -68,12 +67,3 @@ def _describe_stage(view: View, status: FineTuneJobStatus, reason: Reason) -> st
     if status.step is not None and (reason is Reason.TRAINING or (detail is None and reason in BETWEEN_STEPS)):
         detail = f"step {status.step}" + (f" of {status.total_steps}" if status.total_steps else "")
     return f"{DESCRIPTIONS[reason]}: {detail}" if detail else DESCRIPTIONS[reason]
-
-
-def _describe_silence(view: View) -> str | None:
-    """Return which pod has sent no heartbeat for too long, and since when; None if there is none."""
-    timeout = timedelta(seconds=view.settings.beat_timeout_seconds)
-    for received in view.beats.values():
-        if received.received_at + timeout <= view.now:
-            return f"{received.beat.pod} has sent no heartbeat since {received.received_at:%H:%M:%S} UTC"
-    return None

@@ -1,5 +1,9 @@
 """The delay before the next attempt: none after a preemption, increasing after failures without a newer checkpoint.
 
+After outages it increases, too, while they last.
+
+If the cluster refuses pods repeatedly, the delay increases, too: another attempt may be refused at once.
+
 The delay has random jitter, so that jobs that failed together do not restart together. The jitter is derived from the
 job and the attempt: every reconcile must decide the same.
 """
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import datetime, timedelta
+from itertools import takewhile
 
 from finetune_operator.api.reasons import REGROUPS, CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
@@ -17,6 +22,9 @@ WITHOUT_DELAY = REGROUPS | {Reason.SUSPENDED}
 """Ends that count neither as preemption nor as failure and cannot recur immediately."""
 
 
+RELEASE_SECONDS = 120.0
+"""Delay after the first release of a quota: long enough that the waiting jobs of other users request theirs."""
+MAX_RELEASE_SECONDS = 600.0
 JITTER = 0.2
 """Largest relative change of a delay, in both directions."""
 
@@ -25,9 +33,27 @@ def next_attempt_at(
     entry: AttemptStatus, status: FineTuneJobStatus, settings: Settings, job_uid: str
 ) -> datetime | None:
     """Return when the attempt after an ended one may begin; None: as soon as its pods are deleted."""
-    if entry.ended_at is None or entry.counts_as == CountsAs.PREEMPTION or entry.reason in WITHOUT_DELAY:
+    factor = jitter(job_uid, entry.attempt)
+    if entry.ended_at is None:
         return None
-    return entry.ended_at + delay(status.tally.failures_since_checkpoint, settings) * jitter(job_uid, entry.attempt)
+    if entry.reason == Reason.QUOTA_RELEASED:
+        seconds = RELEASE_SECONDS * 2 ** min(_num_in_a_row(status) - 1, 30)
+        return entry.ended_at + timedelta(seconds=min(seconds, MAX_RELEASE_SECONDS)) * factor
+    if entry.reason == Reason.REFUSED_BY_KUBELET:
+        # The next attempt avoids the node, so the first one need not wait.
+        num_refusals = _num_in_a_row(status) - 1
+        return entry.ended_at + delay(num_refusals, settings) * factor if num_refusals else None
+    if entry.counts_as == CountsAs.OUTAGE:
+        return entry.ended_at + delay(_num_in_a_row(status), settings) * factor
+    if entry.counts_as == CountsAs.PREEMPTION or entry.reason in WITHOUT_DELAY:
+        return None
+    return entry.ended_at + delay(status.tally.failures_since_checkpoint, settings) * factor
+
+
+def _num_in_a_row(status: FineTuneJobStatus) -> int:
+    """Return how many of the newest attempts ended for the same reason."""
+    reason = status.attempts[-1].reason
+    return sum(1 for _ in takewhile(lambda entry: entry.reason == reason, reversed(status.attempts)))
 
 
 def delay(num_failures: int, settings: Settings) -> timedelta:

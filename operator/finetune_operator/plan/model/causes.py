@@ -27,6 +27,14 @@ FABRIC_TEXTS = (
     *("gloo/transport", "connection closed by peer", "connection reset by peer", "oneccl", "ccl_error"),
 )
 """Parts of the messages of torch, NCCL, gloo and oneCCL about a lost peer or network, in lower case."""
+RUNTIME_LOST = frozenset({"ContainerStatusUnknown", "Unknown"})
+"""Reasons of the end of a container that the kubelet or the runtime did not see: its node was restarted."""
+REJECTED = "Pod was rejected"
+"""Start of the kubelet's message about a pod that it did not admit."""
+REJECTIONS = ("OutOf", "UnexpectedAdmissionError", "NodeAffinity", "TopologyAffinityError", "SMTAlignmentError")
+"""Prefixes of status.reason of pods that a kubelet did not admit, or did not admit again after its own restart."""
+OF_STARTED_PODS = frozenset({"Evicted", "DeadlineExceeded"})
+"""status.reason of pods that a kubelet ended because of what the pod itself did."""
 KUBELET_SHUTDOWN = frozenset({"Preempting", "Shutdown", "NodeShutdown", "Terminated", "TerminatedByKubelet"})
 """status.reason of pods that a kubelet ended because of the node."""
 
@@ -107,6 +115,26 @@ def _output_contains(facts: Facts, texts: tuple[str, ...]) -> bool:
     return any(text in output for text in texts)
 
 
+def is_refused(pod: ObservedPod) -> bool:
+    """Return whether the kubelet of its node did not admit a pod: a state of the node, in which no rank has started.
+
+    The list of the kubelet's reasons is open, so any other reason of a pod that never started counts as well.
+    """
+    if pod.phase is not PodPhase.FAILED or pod.init_failure is not None:
+        return False
+    reason = pod.reason or ""
+    if (pod.message or "").startswith(REJECTED) or reason.startswith(REJECTIONS):
+        return True
+    never_started = pod.exit_code is None and pod.termination is None
+    return never_started and reason not in {"", *OF_STARTED_PODS, *KUBELET_SHUTDOWN, "NodeLost", "OOMKilled"}
+
+
+def is_capacity_end(pod: ObservedPod) -> bool:
+    """Return whether the cluster, not the program, ended a pod."""
+    ended = has_ended(pod)
+    return ended and (pod.disruption is not None or pod.reason in KUBELET_SHUTDOWN or is_refused(pod))
+
+
 DISRUPTIONS = frozenset(
     {
         Reason.PREEMPTION_BY_SCHEDULER,
@@ -126,8 +154,10 @@ TABLE: tuple[CauseRow, ...] = (
     CauseRow(_code(ExitCode.DATA), _always(Reason.DATA_ERROR)),
     # Preemptions that the cluster reports. They precede exit codes: a save after a notice may fail in many ways.
     CauseRow(_pod(lambda pod: pod.disruption is not None), _disruption),
+    CauseRow(_pod(is_refused), _always(Reason.REFUSED_BY_KUBELET)),
     CauseRow(_pod(lambda pod: pod.reason in KUBELET_SHUTDOWN), _always(Reason.TERMINATION_BY_KUBELET)),
     CauseRow(_pod(lambda pod: pod.reason == "NodeLost"), _always(Reason.NODE_LOST)),
+    CauseRow(_pod(lambda pod: pod.reason in RUNTIME_LOST), _always(Reason.NODE_LOST)),
     # Deleted before its termination message was read: the facts known earlier give the reason.
     CauseRow(lambda facts: facts.pod is None and facts.notice, _always(Reason.PREEMPTED)),
     CauseRow(lambda facts: facts.pod is None and facts.node.leaving != "", _always(Reason.PREEMPTED)),
@@ -136,10 +166,18 @@ TABLE: tuple[CauseRow, ...] = (
     CauseRow(lambda facts: facts.never_joined, _always(Reason.POD_LOST)),
     # The operator deletes only pods of attempts that have ended: another client deleted this one.
     CauseRow(_pod(lambda pod: pod.deleted_at is not None), _always(Reason.POD_DELETED)),
+    # The rank knows what did not work; the errors of its peers follow from its exit.
+    CauseRow(_code(ExitCode.NETWORK), _always(Reason.NETWORK_ERROR)),
+    CauseRow(_code(ExitCode.STORAGE_OUTAGE), _always(Reason.STORAGE_UNAVAILABLE)),
     # Failures of the program. A kubelet under node pressure sets DisruptionTarget (above); an eviction without it is
     # due to the pod's own usage.
     CauseRow(_pod(lambda pod: pod.reason == "Evicted"), _always(Reason.EVICTED)),
+    CauseRow(_pod(lambda pod: pod.init_failure is not None), _always(Reason.INIT_CONTAINER_FAILED)),
     CauseRow(_pod(lambda pod: pod.reason == "OOMKilled"), _always(Reason.OUT_OF_MEMORY)),
+    # Only the kernel sends SIGKILL to a container that is not being deleted, except after a notice.
+    CauseRow(
+        lambda facts: facts.pod is not None and facts.pod.killed and not facts.notice, _always(Reason.OUT_OF_MEMORY)
+    ),
     CauseRow(lambda facts: _output_contains(facts, OUT_OF_MEMORY_TEXTS), _always(Reason.OUT_OF_MEMORY)),
     CauseRow(_code(ExitCode.STORAGE), _always(Reason.STORAGE_ERROR)),
     CauseRow(_code(ExitCode.STALE), _always(Reason.CHECKPOINT_STALE)),
@@ -287,7 +325,7 @@ def _cause(row: CauseRow, facts: Facts, view: View) -> Cause:
         pod=pod.name if pod else pod_name(view.job.metadata.name, *view.members[facts.node_rank]),
         node=_node_of(view, facts.node_rank, pod),
         exit_code=facts.code,
-        message=facts.last_output.strip() or _cluster_message(facts, row.reason(facts)),
+        message=_message(facts, row.reason(facts)),
         consequence=row.consequence,
     )
 
@@ -301,9 +339,20 @@ def _node_of(view: View, node_rank: int, pod: ObservedPod | None) -> str | None:
     return nodes[node_rank] if nodes is not None and node_rank < len(nodes) else None
 
 
+def _message(facts: Facts, reason: Reason) -> str:
+    """Return the last output of the rank, or else what the cluster reports; and sidecars that failed before it."""
+    text = facts.last_output.strip() or _cluster_message(facts, reason)
+    failure = facts.pod.sidecar_failure if facts.pod is not None else None
+    return " ".join(part for part in (text, f"(before that, {failure})" if failure else "") if part)
+
+
 def _cluster_message(facts: Facts, reason: Reason) -> str:
     """Return what the cluster reports in addition to the reason, for a rank without output."""
-    if facts.pod is None:
+    pod = facts.pod
+    if pod is None:
         return ""
-    parts = [facts.pod.disruption, facts.pod.reason, describe(facts.code) if facts.code is not None else None]
-    return ", ".join(part for part in parts if part and part != reason)
+    code = describe(facts.code) if facts.code is not None else None
+    # The runtime's reason Error only repeats that the exit code is not 0.
+    parts = [part for part in (pod.disruption, pod.reason, code) if part and part not in (reason, "Error")]
+    details = pod.init_failure or pod.message
+    return ": ".join(text for text in (", ".join(parts), details) if text)

@@ -16,7 +16,7 @@ from finetune_operator.plan.model.view import View, has_ended
 
 WITH_OWN_GRACE = frozenset({Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED})
 """Ends that the operator decides: deleting the pods is itself the notice."""
-SUDDEN = frozenset({Reason.POD_LOST, Reason.NODE_LOST, Reason.DELETION_BY_POD_GC})
+SUDDEN = frozenset({Reason.POD_LOST, Reason.NODE_LOST, Reason.DELETION_BY_POD_GC, Reason.REFUSED_BY_KUBELET})
 """Preemptions without notice."""
 SAVED_FOR = frozenset({Reason.GROWN, Reason.BACK_TO_SPOT})
 """Ends that the operator decides while the gang trains: all ranks save, and their pods are kept."""

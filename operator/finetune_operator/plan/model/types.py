@@ -28,7 +28,10 @@ class PodPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ObservedPod:
-    """The fields of a pod that the plan reads; the operator keeps no others in memory."""
+    """The fields of a pod that the plan reads; the operator keeps no others in memory.
+
+    Phase, readiness and end are those of the trainer's container: sidecars do not decide how a pod ends.
+    """
 
     name: str
     uid: str
@@ -52,10 +55,20 @@ class ObservedPod:
     """Reason of a True DisruptionTarget condition."""
     reason: str | None = None
     """status.reason of the pod, or the reason of its container: Evicted, OOMKilled, ..."""
+    message: str | None = None
+    """Explanation of the kubelet, or else of the disruption, why the pod ended."""
+    killed: bool = False
+    """Whether SIGKILL ended a container with a memory limit before its supervisor could report anything."""
+    init_failure: str | None = None
+    """Description of the init container that failed, if its trainer did not start."""
+    sidecar_failure: str | None = None
+    """Description of the sidecars that failed while the trainer was still running."""
     fell_back: bool = False
     """Whether it accepts nodes other than spot although the job requests spot."""
     waiting: str | None = None
-    """Reason why it does not run yet: the scheduler's message, or the container's waiting reason and message."""
+    """Reason why a container of it does not run yet: the scheduler's or the kubelet's reason and message."""
+    template: str | None = None
+    """Hash of the fields of the spec that it was created from; None: created by an older operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +120,10 @@ class Observed:
     """Nodes of the job's pods that are not healthy, deleted ones included, by name. All others are healthy."""
     refusal: Refusal | None = None
     """The latest refusal of an object of the current spec; None: none, or an object has been created since."""
+    create_after: datetime | None = None
+    """Time before which nothing may be created, because a creation failed; None: no failure since the last success."""
+    listening_since: datetime | None = None
+    """Time since which this process receives heartbeats; None: always."""
     beat_seconds: float = 0.0
     """Heartbeat interval that supervisors currently use, if it is longer than the one in the settings."""
 

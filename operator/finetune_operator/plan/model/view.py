@@ -18,11 +18,14 @@ from finetune_contract.phase import FINISHED
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests.run_spec import num_nodes
+from finetune_operator.manifests.template import hash_template
 from finetune_operator.plan.model.types import Observed, ObservedPod, PodPhase, ReceivedHeartbeat
 from finetune_operator.settings import Settings
 
 UP = frozenset({PodPhase.RUNNING, PodPhase.SUCCEEDED})
 ENDED = frozenset({PodPhase.SUCCEEDED, PodPhase.FAILED})
+FIRST_SIGNAL_EXIT = 129
+"""Exit codes from this one on mean that a signal ended the container."""
 
 
 class Member(NamedTuple):
@@ -117,6 +120,20 @@ class View:
         refusal = self.observed.refusal
         return refusal is not None and refusal.hold_until is not None and self.now < refusal.hold_until
 
+    @cached_property
+    def template(self) -> str:
+        """The hash of the fields of the current spec that only new pods read."""
+        return hash_template(self.spec)
+
+    def is_outdated(self, pod: ObservedPod) -> bool:
+        """Return whether the spec was edited since a pod was created, in fields that only new pods read."""
+        return pod.template is not None and pod.template != self.template
+
+    @property
+    def has_outdated_pods(self) -> bool:
+        """Return whether a pod of the attempt was created from an earlier spec."""
+        return any(self.is_outdated(pod) for pod in self.pods.values())
+
     def heartbeat_of(self, pod: ObservedPod) -> ReceivedHeartbeat | None:
         """Return the newest heartbeat of a pod, of any attempt: a kept pod may not have joined this attempt yet."""
         return self.observed.beats.get(pod.uid)
@@ -128,18 +145,25 @@ class View:
         return tuple(sorted(reports, key=lambda report: report.rank))
 
     def is_done(self, node_rank: int) -> bool:
-        """Return whether all ranks of a node are done, according to its pod, or else to its last heartbeat."""
+        """Return whether all ranks of a node are done, according to its trainer's container or its last heartbeat.
+
+        Neither the end of a sidecar nor a signal that ends a supervisor after its last heartbeat undoes their work.
+        """
         pod = self.pods.get(node_rank)
         if pod is not None and has_ended(pod):
-            return pod.phase is not PodPhase.FAILED and not pod.exit_code
+            succeeded = pod.exit_code is None and pod.phase is PodPhase.SUCCEEDED
+            if succeeded or (pod.exit_code is not None and pod.exit_code < FIRST_SIGNAL_EXIT):
+                return not pod.exit_code
         received = self.beats.get(node_rank)
         if received is None or len(received.beat.ranks) < self.spec.topology.processes_per_node:
             return False
         return all(report.state is RankState.DONE for report in received.beat.ranks)
 
     def all_up(self) -> bool:
-        """Return whether every pod of the gang is observed and runs or has succeeded."""
-        return len(self.pods) == self.num_nodes and all(pod.phase in UP for pod in self.pods.values())
+        """Return whether every pod of the gang is observed and runs or is done."""
+        if len(self.pods) != self.num_nodes:
+            return False
+        return all(pod.phase in UP or self.is_done(rank) for rank, pod in self.pods.items())
 
     def all_ended(self) -> bool:
         """Return whether every pod of the gang is observed and has ended: no pod can show a better cause later."""

@@ -10,8 +10,8 @@ from datetime import datetime
 
 from finetune_contract.interval import estimate_mtbf_seconds
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.reasons import Reason
-from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
 from finetune_operator.plan.model import backoff, grace, ledger
 from finetune_operator.plan.model.closing import close
@@ -107,10 +107,16 @@ def _mtbf_seconds(view: View, status: FineTuneJobStatus) -> float:
     them. The ledger keeps only the newest attempts; their share of sudden interruptions is applied to all.
     """
     elapsed_seconds = (view.now - (status.start_time or view.now)).total_seconds() - status.tally.suspended_seconds
-    interruptions = [entry for entry in status.attempts if entry.counts_as is not None]
-    num_unsaved = sum(grace.was_sudden(entry) or bool(entry.lost_steps) for entry in interruptions)
+    # An outage ends an attempt before it trains.
+    interruptions = [entry for entry in status.attempts if entry.counts_as not in (None, CountsAs.OUTAGE)]
+    num_unsaved = sum(_loses_steps(entry) for entry in interruptions)
     num_in_all = (status.preemptions + status.failures) * num_unsaved / max(1, len(interruptions))
     return round(estimate_mtbf_seconds(elapsed_seconds, num_in_all))
+
+
+def _loses_steps(entry: AttemptStatus) -> bool:
+    """Return whether an end may lose unsaved steps. A pod that its kubelet refused has not trained."""
+    return bool(entry.lost_steps) or (grace.was_sudden(entry) and entry.reason != Reason.REFUSED_BY_KUBELET)
 
 
 def _begin(view: View, status: FineTuneJobStatus, attempt: int) -> FineTuneJobStatus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.names import config_name, service_name
@@ -17,6 +18,8 @@ from finetune_operator.plan.model.types import Create
 from finetune_operator.plan.model.view import View, is_finished
 from finetune_operator.plan.policies.capacity import standby
 
+OF_THE_NODE = frozenset({Reason.HANG, Reason.REFUSED_BY_KUBELET})
+"""Ends that are likely to happen again on the same node."""
 MAX_NODES_RECORDED = 64
 """Largest gang of which the ledger records each pod's node: the ledger must stay small."""
 
@@ -41,7 +44,17 @@ def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
 
     Nothing is created while a pod of another attempt exists: two gangs never share the storage or the capacity.
     """
-    return find_missing(view, status) if _may_create(view, status) else ()
+    return find_missing(view, status) if _may_create(view, status) and not _is_held(view) else ()
+
+
+def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
+    """Return when to create again what the cluster refused."""
+    return view.observed.create_after if _is_held(view) and find_missing(view, status) else None
+
+
+def _is_held(view: View) -> bool:
+    """Return whether a creation failed lately, and its back-off is not over yet."""
+    return view.observed.create_after is not None and view.now < view.observed.create_after
 
 
 def _may_create(view: View, status: FineTuneJobStatus) -> bool:
@@ -68,7 +81,7 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     options = PodOptions(
         num_nodes=view.num_nodes,
         first_pod=view.members[0],
-        avoid=_hung_nodes(status),
+        avoid=_bad_nodes(status),
         capacity=entry.capacity,
         mtbf_seconds=entry.mtbf_seconds,
     )
@@ -82,9 +95,9 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     return tuple(missing)
 
 
-def _hung_nodes(status: FineTuneJobStatus) -> tuple[str, ...]:
-    """Return the nodes on which a rank of this job has hung."""
-    return tuple(sorted({old.node for old in status.attempts if old.reason == Reason.HANG and old.node}))
+def _bad_nodes(status: FineTuneJobStatus) -> tuple[str, ...]:
+    """Return the nodes on which a rank of this job has hung, or whose kubelet has refused one of its pods."""
+    return tuple(sorted({old.node for old in status.attempts if old.reason in OF_THE_NODE and old.node}))
 
 
-POLICY = Policy("gang", decide=record_complete, act=create_missing)
+POLICY = Policy("gang", decide=record_complete, wake=wake, act=create_missing)

@@ -32,7 +32,7 @@ def survivors(view: View, status: FineTuneJobStatus) -> tuple[ObservedPod, ...]:
     if entry is None or not _is_allowed(view, status, entry):
         return ()
     hung = entry.pod if entry.reason == Reason.HANG else None
-    members = [pod for pod in view.pods.values() if pod.name != hung and (survives(view, pod) or is_coming(pod))]
+    members = [pod for pod in view.pods.values() if pod.name != hung and (survives(view, pod) or is_coming(view, pod))]
     # If no pod is lost, the gang itself is at fault: the network failed between healthy pods.
     if len(members) == view.num_nodes and entry.reason not in REGROUPS:
         return ()
@@ -95,18 +95,20 @@ def is_possible(view: View) -> bool:
 
 
 def survives(view: View, pod: ObservedPod) -> bool:
-    """Return whether a pod can serve another attempt."""
+    """Return whether a pod can serve another attempt: it is healthy, and contains the newest edit of the spec."""
     received, silent_at = view.heartbeat_of(pod), _silent_at(view, pod)
     if received is None or silent_at is None or received.beat.notice or view.now >= silent_at:
         return False
     if pod.phase is not PodPhase.RUNNING or has_ended(pod) or pod.deleted_at is not None:
         return False
     healthy = all(end.exit_code in HOLDABLE for end in received.beat.ends)
-    return healthy and pod.disruption is None and pod.reason is None
+    return healthy and pod.disruption is None and pod.reason is None and not view.is_outdated(pod)
 
 
-def is_coming(pod: ObservedPod) -> bool:
+def is_coming(view: View, pod: ObservedPod) -> bool:
     """Return whether a pod has a node and pulls its image there: a new pod would only do the same again."""
+    if view.is_outdated(pod):
+        return False
     leaving = pod.deleted_at is not None or pod.disruption is not None or pod.reason is not None
     failing = pod.waiting is not None and pod.waiting.startswith(IMAGE_ERRORS)
     return pod.phase is PodPhase.PENDING and pod.node is not None and not leaving and not failing
@@ -122,7 +124,10 @@ def _is_allowed(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> 
         return True
     was_complete = entry.seconds.pulling is not None
     failed_in_place = bool(entry.pod_attempts) and was_complete and entry.training_at is None
-    return entry.counts_as is not None and entry.reason not in WITH_OWN_GRACE and not failed_in_place
+    if entry.counts_as in (None, CountsAs.OUTAGE):
+        # During an outage the nodes are free for other jobs.
+        return False
+    return entry.reason not in WITH_OWN_GRACE and not failed_in_place
 
 
 def _silent_at(view: View, pod: ObservedPod) -> datetime | None:

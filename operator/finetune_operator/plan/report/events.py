@@ -24,7 +24,8 @@ def build_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Event,
         *_attempts(old, new),
         *_checkpoint(old, new),
         *_warnings(old, new),
-        *_notice(old, new),
+        *_became_true(ConditionType.NOTICE_TOO_SHORT, old, new, warning=True),
+        *_became_true(ConditionType.PODS_OUTDATED, old, new, warning=False),
         *_outputs(old, new),
         *_end(old, new),
     )
@@ -47,10 +48,20 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
             events.append(Event(Reason.ATTEMPT_STARTED, f"attempt {entry.attempt} started"))
         if previous is not None and entry.training_at is not None and (before is None or before.training_at is None):
             events.append(_recovered(previous, entry))
-        if entry.reason not in (None, *REPORTED_BY_PHASE) and (before is None or before.reason is None):
-            failed = entry.counts_as == CountsAs.FAILURE
-            events.append(Event(entry.reason or Reason.ATTEMPT_ENDED, explain_end(entry), warning=failed))
+        events += _ending(before, entry)
     return events
+
+
+def _ending(before: AttemptStatus | None, entry: AttemptStatus) -> list[Event]:
+    """Return the event of an attempt's end, and that of its cause, which may become certain later."""
+    if entry.reason is None:
+        is_new = entry.ended_at is not None and (before is None or before.ended_at is None)
+        at = f" at step {entry.to_step}" if entry.to_step is not None else ""
+        message = f"attempt {entry.attempt} ended{at}; its cause is not certain yet"
+        return [Event(Reason.ATTEMPT_ENDED, message)] if is_new else []
+    if entry.reason in REPORTED_BY_PHASE or (before is not None and before.reason is not None):
+        return []
+    return [Event(entry.reason, explain_end(entry), warning=entry.counts_as in (CountsAs.FAILURE, CountsAs.OUTAGE))]
 
 
 def _recovered(previous: AttemptStatus, entry: AttemptStatus) -> Event:
@@ -75,11 +86,11 @@ def _warnings(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     return [Event(Reason.TRAINER_WARNING, warning, warning=True) for warning in fresh]
 
 
-def _notice(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
-    before, after = (find(status, ConditionType.NOTICE_TOO_SHORT) for status in (old, new))
+def _became_true(kind: ConditionType, old: FineTuneJobStatus, new: FineTuneJobStatus, *, warning: bool) -> list[Event]:
+    before, after = (find(status, kind) for status in (old, new))
     if after is None or after.status != "True" or (before is not None and before.status == "True"):
         return []
-    return [Event(after.reason, after.message, warning=True)]
+    return [Event(after.reason, after.message, warning=warning)]
 
 
 def _outputs(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:

@@ -6,7 +6,7 @@ that it changes only when something happens.
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
@@ -20,12 +20,17 @@ from finetune_operator.plan.model.explain import explain_end
 from finetune_operator.plan.model.ledger import current, open_entry
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
+from finetune_operator.plan.model.silence import describe_silence, silent_at
 from finetune_operator.plan.model.types import IMAGE_ERRORS, PodPhase
-from finetune_operator.plan.model.view import View, earliest, is_finished
+from finetune_operator.plan.model.view import View, is_finished
 from finetune_operator.plan.policies import attempts, suspend
-from finetune_operator.plan.policies.capacity import elastic, spot
+from finetune_operator.plan.policies.capacity import elastic, quota, spot
 
-CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "FailedMount")
+CONFIG_ERRORS = (
+    *("CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError", "FailedMount"),
+    *("CrashLoopBackOff", "PostStartHookError", "CreatePodSandboxError", "ContainerCannotRun"),
+)
+"""Prefixes of a container's waiting reason if the container cannot be created or started."""
 UNSCHEDULABLE = "Unschedulable"
 GATED = "SchedulingGated"
 FOR_CAPACITY = frozenset({Reason.UNSCHEDULABLE, Reason.QUEUED})
@@ -89,12 +94,15 @@ def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
         return Phase.RECOVERING, reason, f"attempt {entry.attempt} ended; determining the cause"
     # After an end that is no interruption, such as a suspension, there is nothing to recover from.
     phase = Phase.RECOVERING if _interrupts(status, entry) else Phase.STARTING
+    if entry.reason == Reason.QUOTA_RELEASED and phase is Phase.STARTING:
+        phase = Phase.QUEUED
     why = explain_end(entry)
     if view.observed.pods:
         return phase, entry.reason, f"{why} Its pods are being deleted or kept for the next attempt."
     due = attempts.wake(view, status)
     if due is not None and due > view.now:
-        return phase, Reason.BACK_OFF, f"{why} The next attempt begins at {due:%H:%M:%S} UTC."
+        reason = entry.reason if entry.reason == Reason.QUOTA_RELEASED else Reason.BACK_OFF
+        return phase, reason, f"{why} The next attempt begins at {due:%H:%M:%S} UTC."
     return phase, entry.reason, why
 
 
@@ -128,7 +136,7 @@ def _is_recovery(status: FineTuneJobStatus) -> bool:
 
 def _interrupts(status: FineTuneJobStatus, entry: AttemptStatus) -> bool:
     """Return whether the end of an attempt interrupted the training."""
-    if entry.reason in REGROUPS:
+    if entry.reason in REGROUPS or entry.reason == Reason.QUOTA_RELEASED:
         return any(old.training_at is not None for old in status.attempts)
     return entry.counts_as is not None
 
@@ -165,6 +173,9 @@ def _end_of_wait(view: View, entry: AttemptStatus) -> str:
     least = view.spec.topology.min_nodes or view.num_nodes
     shrink_at, fallback_at = elastic.shrink_at(view, entry), spot.fallback_at(view, entry)
     text = ""
+    release_at = quota.release_at(view, entry)
+    if release_at is not None and release_at > view.now:
+        text += f"; {quota.describe_admission(view)}, and their quota is released at {release_at:%H:%M:%S} UTC"
     if shrink_at is not None and shrink_at > view.now and len(elastic.placed(view)) >= least:
         text += f"; continues on fewer nodes at {shrink_at:%H:%M:%S} UTC"
     if fallback_at is not None and fallback_at > view.now:
@@ -184,8 +195,12 @@ def _waiting_reason(message: str) -> Reason:
 
 def _without_heartbeats(view: View, status: FineTuneJobStatus, entry: AttemptStatus, waiting_phase: Phase) -> Line:
     """Return the line of running pods without heartbeats: just started, operator restarted, or no coordinator."""
-    if entry.training_at is not None and status.phase in (Phase.RUNNING, Phase.EXPORTING):
-        return status.phase, status.reason or Reason.TRAINING, status.message or ""
+    trained = entry.training_at is not None and status.phase in (Phase.RUNNING, Phase.EXPORTING)
+    phase = status.phase if trained and status.phase is not None else waiting_phase
+    if silence := describe_silence(view, status):
+        return phase, Reason.SILENT, silence
+    if trained:
+        return phase, status.reason or Reason.TRAINING, status.message or ""
     if not view.settings.coordinator_url:
         return Phase.RUNNING, Reason.TRAINING, "all pods are running; their progress is unknown without a coordinator"
     return waiting_phase, Reason.LOADING, "all pods are running; waiting for the first heartbeat"
@@ -195,9 +210,7 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
     """Return when to report a pod as silent."""
     if is_finished(status) or open_entry(status) is None:
         return None
-    timeout = timedelta(seconds=view.settings.beat_timeout_seconds)
-    late = (received.received_at + timeout for received in view.beats.values())
-    return earliest(time for time in late if time > view.now)
+    return silent_at(view, status)
 
 
 POLICY = Policy("phase", decide=describe, wake=wake)

@@ -7,17 +7,21 @@ As soon as a standby pod runs, with its image pulled, and its heartbeat arrives,
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from finetune_operator.api.names import MAX_NODES
 from finetune_operator.api.status import Capacity, FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
+from finetune_operator.plan.model.causes import is_capacity_end
 from finetune_operator.plan.model.ledger import open_attempt, open_entry
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import DeletePod, ObservedPod
-from finetune_operator.plan.model.view import View
+from finetune_operator.plan.model.view import View, earliest
 from finetune_operator.plan.policies import in_place
 from finetune_operator.plan.policies.capacity import elastic, spot
+
+REPLACE_AFTER = timedelta(minutes=1)
+"""Minimum age at which a standby pod that the cluster ended is replaced, so that refused ones do not form a loop."""
 
 
 def wanted(view: View, status: FineTuneJobStatus) -> dict[int, Capacity | None]:
@@ -51,7 +55,8 @@ def ready(view: View) -> list[ObservedPod]:
 def delete_unwanted(view: View, status: FineTuneJobStatus) -> tuple[DeletePod, ...]:
     """Return deletions of standby pods that are not wanted any longer, or wait for the wrong kind of node.
 
-    A standby pod that ended by itself stays until its attempt is over: a new one would end in the same way.
+    A standby pod that ended by itself stays until its attempt is over: a new one would end in the same way. One that
+    the cluster ended or refused is replaced after a while.
     """
     if open_attempt(view, status) is None:
         return ()
@@ -59,14 +64,22 @@ def delete_unwanted(view: View, status: FineTuneJobStatus) -> tuple[DeletePod, .
     deletions = []
     for number, pod in view.standbys.items():
         outdated = number in numbers and pod.node is None and (numbers[number] is Capacity.ANY) != pod.fell_back
-        if pod.deleted_at is None and (outdated or number not in numbers):
+        replaceable = is_capacity_end(pod) and view.now >= _replace_at(pod)
+        if pod.deleted_at is None and (outdated or replaceable or number not in numbers):
             deletions.append(DeletePod(pod.name, pod.uid, view.settings.peer_grace_seconds))
     return tuple(deletions)
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
-    """Return when the standby pods may accept any node."""
-    return _fallback_at(view, status) if wanted(view, status) else None
+    """Return when the standby pods may accept any node, or one that the cluster ended is replaced."""
+    if not wanted(view, status):
+        return None
+    ended = (pod for pod in view.standbys.values() if pod.deleted_at is None and is_capacity_end(pod))
+    return earliest((_fallback_at(view, status), *map(_replace_at, ended)))
+
+
+def _replace_at(pod: ObservedPod) -> datetime:
+    return pod.created_at + REPLACE_AFTER
 
 
 def _fallback_at(view: View, status: FineTuneJobStatus) -> datetime | None:

@@ -1,0 +1,29 @@
+"""A hash of the fields of a spec that only new pods read: it tells whether a pod contains the newest edit.
+
+The hash depends on the spec only. An upgrade of the operator must not replace the pods of running jobs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from finetune_operator.api.job import FineTuneJobSpec
+
+HASH_CHARACTERS = 10
+
+
+def hash_template(spec: FineTuneJobSpec) -> str:
+    """Return the hash of the fields that change with the next attempt (`api.rules.edits`).
+
+    Of `recovery.spot`, new pods read only whether it is set.
+    """
+    fields = (
+        spec.topology.resources,
+        spec.recovery.notice_seconds,
+        spec.recovery.spot is not None,
+        spec.priority_class_name,
+        [secret.name for secret in spec.secrets],
+        spec.pod_template,
+    )
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:HASH_CHARACTERS]
