@@ -1,4 +1,4 @@
-"""Write the generated files: the CRD, the reference, and the version wherever it is repeated.
+"""Write the generated files: the CRD, the reference, the chart's flags, and the version wherever it is repeated.
 
 `make generate` writes them. `make verify` runs this with --check, which only prints the differences.
 """
@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from finetune_contract import __version__
-from finetune_operator.api import crd, reasons, reference
+from finetune_operator.api import crd, flags, reasons, reference
+from finetune_operator.server.options import value_schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 TROUBLESHOOTING = "docs/troubleshooting.md"
+VALUES_SCHEMA = "charts/finetune-operator/values.schema.json"
+CHART_HELPERS = "charts/finetune-operator/templates/_helpers.tpl"
 GENERATED: dict[str, Callable[[], str]] = {
     crd.FILE: crd.render,
     # Helm cannot read files outside the chart.
     "charts/finetune-operator/files/crd.yaml": crd.render,
     reference.JOB_FILE: reference.render_job,
     reference.REASONS_FILE: reference.render_reasons,
+    "docs/reference/flags.md": flags.render_page,
 }
 """Each generated file, relative to the repository root, and the function that renders it."""
 STAMPED = {
@@ -37,9 +42,29 @@ def render_all(root: Path) -> Iterator[tuple[str, str]]:
     """Yield the name and the generated text of each file."""
     for name, render in GENERATED.items():
         yield name, render()
+    if text := _read(root / VALUES_SCHEMA):
+        yield VALUES_SCHEMA, with_flags(text, chart_flags(_read(root / CHART_HELPERS)))
     for pattern, version in STAMPED.items():
         for path in sorted(root.glob(pattern)):
             yield str(path.relative_to(root)), stamp(path.read_text(encoding="utf-8"), version)
+
+
+def chart_flags(helpers: str) -> set[str]:
+    """Return the flags that the chart sets from its own values, as its template lists them."""
+    return set(re.findall(r'"([a-z-]+)"', next(line for line in helpers.splitlines() if "$own := list" in line)))
+
+
+def with_flags(schema: str, own: set[str]) -> str:
+    """Return the schema of the chart's values with all flags of the operator.
+
+    The schema accepts the flags that the chart sets itself, so that its template can name the right value.
+    """
+    lines = [
+        f'        "{name}": {json.dumps({} if name in own else allowed)}' for name, allowed in value_schemas().items()
+    ]
+    block = '    "flags": {\n      "type": "object",\n      "additionalProperties": false,\n      "properties": {\n'
+    block += ",\n".join(lines) + "\n      }\n    },\n"
+    return re.sub(r'^    "flags": \{\n.*?^    \},\n', lambda _: block, schema, count=1, flags=re.MULTILINE | re.DOTALL)
 
 
 def stamp(text: str, pattern: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from pydantic.alias_generators import to_camel
 
-from finetune_operator.api import duration, messages
+from finetune_operator.api import crd, duration, messages
+from finetune_operator.api.flags import FLAGS
 from finetune_operator.api.rules import edits
 from finetune_operator.api.rules.spec import RULES
 from finetune_operator.api.rules.supported import MISSING, find_missing
@@ -19,7 +21,7 @@ from finetune_operator.settings import Settings
 from tests.api.advice import ADVICE, FLAG_VALUES, STORAGES, UNSUPPORTED, Advice, Edit, Unsupported
 from tests.api.bad_manifest import BadManifest
 from tests.api.bad_manifests import BAD
-from tests.api.manifests import FULL, GOOD, REMOVED, SMALLEST, Document, patched
+from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
 from tests.api.test_edits import CHANGES
 
 LOCAL = Settings(require_storage=False)
@@ -118,21 +120,56 @@ def test_advice_about_missing_storage_is_accepted() -> None:
         assert refusals(patched(SMALLEST, edit), CLUSTER) == [], part
 
 
-def test_every_flag_has_a_value() -> None:
-    assert FLAG_VALUES.keys() == messages.FLAGS.keys()
+REPLACED = [flag for flag, replacement in FLAGS.items() if replacement.field is not None]
+LEFT_OUT = [flag for flag, replacement in FLAGS.items() if replacement.field is None]
 
 
-@pytest.mark.parametrize("flag", messages.FLAGS)
-def test_field_that_is_recommended_in_place_of_a_flag_is_accepted(flag: str) -> None:
-    value, base = FLAG_VALUES[flag]
-    document = patched(GOOD[base], {f"spec.training.{flag}": value})
+def test_every_flag_with_a_replacement_has_a_value() -> None:
+    assert sorted(FLAG_VALUES) == sorted(REPLACED)
+
+
+def message_about_flag(document: Document, flag: str, value: object) -> str:
+    """Return the message for a manifest with a flag as a field."""
     with pytest.raises(InvalidJob) as caught:
-        parse_job(document)
+        parse_job(patched(document, {f"spec.training.{flag}": value}))
     (problem,) = caught.value.problems
-    field = problem.message.removeprefix("unknown field; write ")
-    path = field if "." in field else f"spec.training.{field}"
-    removed = {"spec.training.steps": REMOVED} if path == "spec.training.epochs" else {}
-    assert refusals(patched(document, {f"spec.training.{flag}": REMOVED, **removed, path: value})) == []
+    assert problem.field == f"spec.training.{flag}"
+    return problem.message.removeprefix("unknown field; ")
+
+
+@pytest.mark.parametrize("flag", REPLACED)
+def test_field_that_is_recommended_in_place_of_a_flag_is_accepted(flag: str) -> None:
+    found = FLAG_VALUES[flag]
+    replacement, document = FLAGS[flag], GOOD[found.base]
+    if flag in crd.find("spec.training")["properties"]:
+        return
+    message = message_about_flag(document, flag, found.flag_value)
+    field = replacement.field
+    assert field is not None
+    written = {field, field.removeprefix("spec.training.")} if replacement.write is None else {replacement.write}
+    assert message.removeprefix("write ") in written
+    assert refusals(patched(document, {field: found.field_value, **found.also})) == []
+
+
+@pytest.mark.parametrize("flag", LEFT_OUT)
+def test_flag_without_a_replacement_is_refused_with_the_reason(flag: str) -> None:
+    assert message_about_flag(SMALLEST, flag, "x") == f"leave it out: {FLAGS[flag].note}"
+    assert message_about_flag(SMALLEST, to_camel(flag), "x") == f"leave it out: {FLAGS[flag].note}"
+    assert FLAGS[flag].note[-1] not in ".;"
+
+
+def test_fields_named_in_the_remarks_about_flags_exist() -> None:
+    named = {word for flag in FLAGS.values() for word in re.findall(r"spec[.][\w.]*\w", f"{flag.field} {flag.note}")}
+    for path in named:
+        assert crd.find(path), path
+
+
+def test_unknown_field_of_a_large_part_names_the_command_that_lists_its_fields() -> None:
+    (message,) = refusals(patched(SMALLEST, {"spec.training.qqqq": 1}))
+    command = "kubectl explain finetunejob.spec.training"
+    assert message == f"spec.training.qqqq: unknown field; to list the fields here: {command}"
+    (message,) = refusals(patched(SMALLEST, {"spec.model.qqqq": 1}))
+    assert message == "spec.model.qqqq: unknown field; the fields here are base, revision, variant, config, vae"
 
 
 @pytest.mark.parametrize("path", CHANGES)

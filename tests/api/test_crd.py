@@ -186,8 +186,8 @@ def test_full_manifest_uses_every_field_of_the_spec() -> None:
         *("training.steps", "training.script", "training.textualInversion", "training.controlnet"),
         *("topology.nodes", "topology.cpu", "checkpoint.storage.hostPath", "checkpoint.storage.nfs"),
         *("checkpoint.storage.bucket", "dataset.shuffleTags"),
-        *("training.validation.images", "training.validation.epochs"),
-        "checkpoint.interval.steps",
+        *("training.validation.images", "training.validation.epochs", "training.lrPower"),
+        *("checkpoint.interval.steps", "checkpoint.from"),
     }
     assert set(missing("", crd.find("spec"), given)) == others
 

@@ -96,7 +96,9 @@ def test_python_field_names_are_refused(names: str) -> None:
 def test_defaults_are_set() -> None:
     spec = parse_job(SMALLEST).spec
     assert spec.training.method is Method.LORA
-    assert (spec.training.batch_size, spec.training.learning_rate) == (1, 1e-4)
+    assert (spec.training.batch_size, spec.training.resolution) == (1, 512)
+    # Their defaults depend on the method.
+    assert (spec.training.learning_rate, spec.training.center_crop) == (None, None)
     assert (spec.topology.accelerator, spec.topology.nodes) == (Accelerator.GPU, None)
     assert spec.checkpoint.keep == 3
 

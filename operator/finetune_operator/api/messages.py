@@ -14,36 +14,13 @@ from functools import cache
 from typing import Any
 
 import yaml
-from pydantic.alias_generators import to_camel, to_snake
+from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
 from finetune_contract.methods import WRITTEN_FORMATS
 from finetune_contract.spec import OutputFormat
 from finetune_operator.api import crd, yaml_text
-
-FLAGS = {
-    "train_batch_size": "spec.training.batchSize",
-    "max_train_steps": "spec.training.steps",
-    "num_train_epochs": "spec.training.epochs",
-    "gradient_accumulation_steps": "spec.training.gradientAccumulation",
-    "lr": "spec.training.learningRate",
-    "mixed_precision": "spec.training.precision",
-    "use_ema": "spec.training.ema",
-    "pretrained_model_name_or_path": "spec.model.base",
-    "dataset_name": "spec.dataset.source",
-    "train_data_dir": "spec.dataset.source",
-    "max_train_samples": "spec.dataset.maxSamples",
-    "image_column": "spec.dataset.columns.image",
-    "caption_column": "spec.dataset.columns.caption",
-    "validation_prompt": "spec.training.validation.prompts",
-    "instance_prompt": "spec.training.dreambooth.instancePrompt",
-    "class_prompt": "spec.training.dreambooth.classPrompt",
-    "placeholder_token": "spec.training.textualInversion.placeholderToken",
-    "initializer_token": "spec.training.textualInversion.initializerToken",
-    "checkpointing_steps": "spec.checkpoint.interval.steps",
-    "checkpoints_total_limit": "spec.checkpoint.keep",
-}
-"""Common flags of the diffusers scripts, and the field of each."""
+from finetune_operator.api.flags import find_flag
 
 UNWRITTEN_VALUES: dict[str, frozenset[str]] = {"spec.outputs[].format": frozenset(OutputFormat) - WRITTEN_FORMATS}
 """Values of the schema that no method supports yet: messages do not recommend them."""
@@ -60,6 +37,9 @@ _HINTS = {
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {"integer": (int,), "number": (int, float), "boolean": (bool,)}
 _WITHOUT_POINT = re.compile(r"([-+]?[0-9]+)[eE]([-+]?[0-9]+)")
 """A number such as 1e-4: PyYAML, Ansible and other readers of YAML 1.1 read it as text, quoted or not."""
+_INDEX = r"\[\d+\]"
+MAX_LISTED = 12
+"""Number of fields that a message lists; of larger parts it names the command that lists them."""
 MAX_SHOWN = 80
 """Characters of a wrong value that a message repeats."""
 
@@ -181,13 +161,19 @@ def _unknown(_error: ErrorDetails, path: str) -> str:
     """Return the message for a field that is misspelt, in the wrong section, or a flag of the diffusers scripts."""
     parent, _, name = path.rpartition(".")
     known = list((_schema(parent) or {}).get("properties", {}))
-    guess, flag = closest(to_camel(name), known), FLAGS.get(to_snake(name))
-    if flag is not None and guess != flag.rpartition(".")[2]:
-        guess = flag
+    guess, flag = closest(to_camel(name), known), find_flag(name)
+    if flag is not None and (flag.field is None or flag.write is not None):
+        return f"unknown field; {flag.advice}"
+    if flag is not None and flag.field != f"{parent}.{guess}":
+        guess = flag.field
     if guess is None:
         elsewhere = {*_paths_by_name().get(name, ()), *_paths_by_name().get(to_camel(name), ())}
         guess = elsewhere.pop() if len(elsewhere) == 1 else None
-    return f"unknown field; write {guess}" if guess else f"unknown field; the fields here are {', '.join(known)}"
+    if guess is not None:
+        return f"unknown field; write {guess}"
+    if len(known) > MAX_LISTED:
+        return f"unknown field; to list the fields here: kubectl explain finetunejob.{re.sub(_INDEX, '', parent)}"
+    return f"unknown field; the fields here are {', '.join(known)}"
 
 
 _MESSAGES: dict[str, Callable[[ErrorDetails, str], str]] = {
@@ -224,7 +210,7 @@ def _schema(path: str) -> dict[str, Any] | None:
 
 def _generic(path: str) -> str:
     """Return a path without the indexes of list items, e.g. 'spec.outputs[].format'."""
-    return re.sub(r"\[\d+\]", "[]", path)
+    return re.sub(_INDEX, "[]", path)
 
 
 @cache
