@@ -176,8 +176,12 @@ def _rank(env: dict[str, str], log: Path, kill_at: tuple[str, int] | None, saves
             if len(reached) > kill_at[1]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    if "HF_ENDPOINT" in env:
+        _use_hub(env["HF_ENDPOINT"], Path(env[environment.CACHE_DIR]) / "hub")
     if "TEST_LOG_BATCHES" in env:
         _log_batches(log.with_suffix(".batches"))
+    if "TEST_OLD_CHECKPOINTS" in env:
+        _write_old_checkpoints()
     if saves_all:
         _wait_for_each_save()
     if "TEST_SYNC_OFTEN" in env:
@@ -187,6 +191,23 @@ def _rank(env: dict[str, str], log: Path, kill_at: tuple[str, int] | None, saves
     code = rank.main(os.environ, on_save_stage)
     sys.stderr.flush()
     os._exit(code)
+
+
+def _use_hub(endpoint: str, cache: Path) -> None:
+    """Use another hub. The server of the forks has imported the hub's library with the address of the public one."""
+    from huggingface_hub import constants  # noqa: PLC0415  the tests themselves need no torch
+
+    constants.ENDPOINT = endpoint
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_CACHE = str(cache)
+    os.environ["HF_HOME"] = str(cache)
+
+
+def _write_old_checkpoints() -> None:
+    """Write checkpoints without what older releases do not write: what the run trains, and on what."""
+    from finetune_trainer.train.build import RunBuilder  # noqa: PLC0415  the tests themselves need no torch
+
+    RunBuilder._about = lambda self: {}  # type: ignore[method-assign]
 
 
 def _wait_for_each_save() -> None:

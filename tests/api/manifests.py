@@ -178,6 +178,7 @@ FULL = patched(
         },
         "spec.recovery": {
             "maxFailures": 0,
+            "manualRetries": 1,
             "spot": {"fallbackAfter": "30m"},
             "shrinkAfter": "3m",
             "hangTimeout": "1h30m",

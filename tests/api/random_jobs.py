@@ -51,6 +51,8 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "spec.dataset.columns.conditioning": st.sampled_from(["image", "text", "edges"]),
     "spec.training.textualInversion.placeholderToken": st.sampled_from(["<cat>", "toy", "a b", "a\tb"]),
     "spec.training.textualInversion.initializerToken": st.sampled_from(["toy", "<cat>"]),
+    "spec.checkpoint.from.job": st.sampled_from(["circles", "my circles"]),
+    "spec.checkpoint.from.url": st.sampled_from(["s3://models/a", "https://a/b"]),
     "spec.topology.resources": RESOURCES,
     "spec.podTemplate": st.just({"spec": {"nodeSelector": {"zone": "a"}}}),
 }

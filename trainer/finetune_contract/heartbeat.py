@@ -16,6 +16,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from finetune_contract.identity import MAX_INPUTS, InputIdentity
+
 BEAT_PATH = "/v1/beat"
 """The coordinator's path for heartbeats (POST)."""
 MAX_BEAT_BYTES = 64 * 1024
@@ -27,6 +29,8 @@ MAX_TEXT = 1000
 """Characters kept of a warning or an error for users."""
 MAX_WARNINGS = 20
 """Warnings kept of a rank: the newest."""
+MAX_TARGET = 32 * 1024
+"""Characters of a RunTarget: the longest list of outputs fits."""
 MAX_COUNT = 2**53
 """Largest count: all JSON parsers represent it exactly."""
 MAX_INT32 = 2**31 - 1
@@ -129,6 +133,9 @@ class RankReport(Wire):
         default=(), description="newest messages for users; repeated in every heartbeat"
     )
     outputs: tuple[WrittenOutput, ...] = Field(default=(), max_length=MAX_RANKS)
+    inputs: tuple[InputIdentity, ...] = Field(
+        default=(), max_length=MAX_INPUTS, description="what the attempt has found of the base and the data"
+    )
 
 
 class WrittenOutput(Wire):
@@ -197,6 +204,9 @@ class NewWorld(Wire):
     master_port: int = Field(ge=1, le=65535)
     mtbf_seconds: float | None = Field(
         default=None, gt=0, le=MAX_SECONDS, description="observed mean time between interruptions"
+    )
+    target: str | None = Field(
+        default=None, max_length=MAX_TARGET, description="RunTarget of the attempt as JSON, for its ranks"
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 FENCE = "fence"
+INPUTS = "inputs"
+"""What the first attempt found of the base and the data: one file for each input."""
 VALIDATION = "validation"
 HANGS = "hangs"
 """Stacks of the ranks of attempts that hung: attempt-N/rank-R.txt."""

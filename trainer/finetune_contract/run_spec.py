@@ -10,8 +10,20 @@ from pathlib import Path
 from pydantic import Field
 
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
-from finetune_contract.spec import CheckpointInterval, OutputSpec, TrainingSpec
+from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, TrainingSpec
 from finetune_contract.spec_model import SpecModel
+
+
+class RunTarget(SpecModel):
+    """Length of the training, and the outputs: the part of a run that may change between its attempts."""
+
+    steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    outputs: tuple[OutputSpec, ...] = ()
+
+    def to_json(self) -> str:
+        """Return compact JSON in a fixed order: the same target gives the same text."""
+        return self.model_dump_json(by_alias=True, exclude_none=True)
 
 
 class RunSpec(SpecModel):
@@ -31,7 +43,21 @@ class RunSpec(SpecModel):
     max_stale_seconds: float = Field(
         default=1800.0, gt=0, description="time after which the attempt fails if no checkpoint can be written"
     )
+    start_from: CheckpointSource | None = None
+    """Checkpoint of another job that the first step continues from."""
     outputs: tuple[OutputSpec, ...] = ()
+
+    @property
+    def target(self) -> RunTarget:
+        """Length and outputs of the run."""
+        return RunTarget(steps=self.training.steps, epochs=self.training.epochs, outputs=self.outputs)
+
+    def with_target(self, target: RunTarget) -> RunSpec:
+        """Return the run with another length and other outputs."""
+        length = {"steps": target.steps, "epochs": target.epochs}
+        return self.model_copy(
+            update={"training": self.training.model_copy(update=length), "outputs": target.outputs}
+        )
 
     @classmethod
     def read(cls, path: Path) -> RunSpec:

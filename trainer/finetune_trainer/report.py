@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_contract.heartbeat import MAX_DETAIL, MAX_TEXT, CommittedCheckpoint, RankReport, RankState, WrittenOutput
+from finetune_contract.identity import MAX_INPUTS, InputIdentity
 
 _LOG = logging.getLogger(__name__)
 MIN_GAP_SECONDS = 0.2
@@ -70,6 +71,10 @@ class Reporter:
     def outputs(self, outputs: tuple[WrittenOutput, ...]) -> None:
         """Report the written outputs."""
         self._send(outputs=outputs)
+
+    def inputs(self, inputs: tuple[InputIdentity, ...]) -> None:
+        """Report what this attempt has found of the base and the data."""
+        self._send(inputs=inputs[:MAX_INPUTS])
 
     def warn(self, text: str) -> None:
         """Report a warning to the user."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
-from finetune_contract.spec import MAX_STEPS, CheckpointInterval, OutputSpec, TrainingSpec
+from finetune_contract.spec import MAX_STEPS, CheckpointInterval, CheckpointSource, OutputSpec, TrainingSpec
 from finetune_contract.spec_model import SpecModel
 from finetune_operator.api.fields import Duration, ManagerName, ObjectName, Quantity, list_map
 from finetune_operator.api.names import MAX_NODES
@@ -106,6 +106,12 @@ class CheckpointSpec(SpecModel):
         default=False,
         description="Also keep the checkpoint with the lowest held-out loss; requires training.validation.split",
     )
+    from_: CheckpointSource | None = Field(
+        default=None,
+        alias="from",
+        description="Checkpoint of another job to start from, with its weights, optimizer state and step; "
+        "training.steps includes its steps",
+    )
     max_stale: Duration | None = Field(
         default=None,
         description="Time after which the attempt fails if no checkpoint can be written; default: 30m",
@@ -130,6 +136,12 @@ class RecoverySpec(SpecModel):
         ge=0,
         le=1000,
         description="Number of failures after which the job still continues; preemptions do not count",
+    )
+    manual_retries: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="Raise it by 1 to continue a Failed job from its last checkpoint, after the cause is fixed",
     )
     spot: SpotSpec | None = Field(default=None, description="Run on spot nodes; {} enables it")
     shrink_after: Duration | None = Field(

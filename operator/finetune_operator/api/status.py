@@ -98,6 +98,7 @@ class AttemptStatus(StatusModel):
         default=None,
         description="Mean time between the job's interruptions at its start, in seconds, as its ranks received it",
     )
+    target: str | None = Field(default=None, description="Hash of the steps, epochs and outputs that its ranks received")
     next_nodes: int | None = Field(
         default=None, description="Number of pods that the next attempt begins with, if the end of this one decided it"
     )

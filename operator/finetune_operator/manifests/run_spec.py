@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from finetune_contract.methods import with_defaults
-from finetune_contract.run_spec import RunSpec
+from finetune_contract.run_spec import RunSpec, RunTarget
 from finetune_operator.api.duration import parse_seconds
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
 
+HASH_CHARACTERS = 10
 DEFAULT_MAX_STALE = "30m"
 """Default of checkpoint.maxStale."""
 
@@ -21,6 +24,16 @@ def global_batch(spec: FineTuneJobSpec) -> int:
     training = spec.training
     num_ranks = num_nodes(spec) * spec.topology.processes_per_node
     return training.batch_size * training.gradient_accumulation * num_ranks
+
+
+def build_target(spec: FineTuneJobSpec) -> RunTarget:
+    """Return the part of the run specification that each attempt receives anew."""
+    return RunTarget(steps=spec.training.steps, epochs=spec.training.epochs, outputs=spec.outputs)
+
+
+def hash_target(spec: FineTuneJobSpec) -> str:
+    """Return a hash of the target, by which an attempt is compared with an edited spec."""
+    return hashlib.sha256(build_target(spec).to_json().encode()).hexdigest()[:HASH_CHARACTERS]
 
 
 def build_run_spec(job: FineTuneJob) -> RunSpec:

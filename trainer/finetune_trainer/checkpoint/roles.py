@@ -6,10 +6,16 @@ keeps complete checkpoints on its own disk, and all ranks can resume from any on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+from finetune_contract import paths
+from finetune_contract.manifest import read_manifest
+from finetune_trainer.checkpoint.sharded_state import ShardedState
+from finetune_trainer.checkpoint.shards import ShardReader
 from finetune_trainer.checkpoint.snapshot import Committed, Snapshot
+from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.checkpoint.store.base import CheckpointStore
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
@@ -38,6 +44,31 @@ class Role:
     def writes(self) -> bool:
         """Return whether this rank writes in an ordinary save."""
         return self.rank in self.sharing or self.own_disk
+
+
+class EarlierCheckpoint(Protocol):
+    """A checkpoint of another job to start from."""
+
+    def find(self) -> Committed:
+        """Return it, verified, in a folder of this machine.
+
+        Raises:
+            ConfigError: there is none.
+            StorageError: it cannot be read now.
+        """
+        ...
+
+    def fits(self, values: Mapping[str, Any]) -> bool:
+        """Return whether its optimizer state fits, by its values that are not tensors.
+
+        Raises:
+            ConfigError: this run cannot continue from it.
+        """
+        ...
+
+    def release(self) -> None:
+        """Remove local copies, when the run has saved its state."""
+        ...
 
 
 def open_storage(store: CheckpointStore, world: World) -> Role:
@@ -103,6 +134,35 @@ def choose_shards(store: CheckpointStore, role: Role, world: World, warn: Callab
     if not name:
         return None
     return found or store.find(name)
+
+
+def start_from(earlier: EarlierCheckpoint, state: TrainState, store: CheckpointStore, world: World) -> None:
+    """Start from another job's checkpoint. All ranks call it.
+
+    Args:
+        earlier: finds the checkpoint.
+        state: receives its weights, its optimizer state and its step.
+        store: reads checkpoints.
+        world: the ranks.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it does not fit.
+        StorageError: it cannot be read.
+        FabricError: a peer was lost.
+    """
+    found = earlier.find() if world.is_first else None
+    if not isinstance(state, ShardedState):
+        snapshot = _share(None if found is None else store.load(found), world, 0)
+        state.start_from(snapshot, earlier.fits(snapshot.values))
+        return
+    folder = world.share(None if found is None else found.folder)
+    if found is None:
+        assert folder is not None
+        is_visible = (folder / paths.MANIFEST).is_file()
+        found = Committed(folder, read_manifest(folder)) if is_visible else earlier.find()
+    values = store.load_values(found)
+    earlier.fits(values)
+    state.start_from_shards(ShardReader([found.folder / entry.name for entry in found.manifest.files]), values)
 
 
 def _share(snapshot: Snapshot | None, world: World, source: int) -> Snapshot:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.checkpoint.shards import GROUP, ShardReader
 from finetune_trainer.checkpoint.snapshot import Snapshot
-from finetune_trainer.checkpoint.state import WEIGHTS_MISMATCH, TrainState
+from finetune_trainer.checkpoint.state import (
+    FIRST_STEP,
+    START_MISMATCH,
+    START_REMEDY,
+    WEIGHTS_MISMATCH,
+    TrainState,
+    describe_misfit,
+)
 from finetune_trainer.distributed.sharding import Shards
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
@@ -66,7 +73,7 @@ class ShardedState(TrainState):
             elif tensor.numel() > 0:
                 tensors[f"{group}{name}"] = tensor
                 offsets[f"{group}{name}"] = self.offsets[self._owner(name)]
-        values = {**about, "step": self.step, "losses": list(self.losses)}
+        values = {**about, "step": self.step, FIRST_STEP: self.first_step, "losses": list(self.losses)}
         return Snapshot(self.step, {GROUP: tensors} if tensors else {}, values, offsets)
 
     @torch.no_grad()
@@ -77,25 +84,42 @@ class ShardedState(TrainState):
             ConfigError: the checkpoint holds other weights than the run specification defines.
             StorageError: the checkpoint can no longer be read.
         """
-        found = {name: reader.shape(name) for name in reader.names if name.startswith("model.")}
-        has_ema = any(name.startswith("ema.") for name in reader.names)
-        if found != {f"model.{name}": shape for name, shape in self.shapes.items()} or has_ema != (
-            self.ema is not None
-        ):
+        if self._misfit_of(reader) or _has_ema(reader) != (self.ema is not None):
             raise ConfigError(WEIGHTS_MISMATCH)
+        self._read(reader, values)
+        self.first_step = int(values.get(FIRST_STEP, 0))
+
+    @torch.no_grad()
+    def start_from_shards(self, reader: ShardReader, values: Mapping[str, Any]) -> None:
+        """Start from the checkpoint of another job, at its step; see `start_from`.
+
+        Raises:
+            ConfigError: the checkpoint holds other weights than the run specification defines.
+            StorageError: the checkpoint can no longer be read.
+        """
+        if misfit := self._misfit_of(reader):
+            raise ConfigError(f"{START_MISMATCH}: {misfit}; {START_REMEDY}")
+        self._read(reader, values)
+        self.first_step = self.step
+
+    def _misfit_of(self, reader: ShardReader) -> str:
+        """Return how the weights of a checkpoint differ from those that are trained; empty if they do not."""
+        found = {name: reader.shape(name) for name in reader.names if name.startswith("model.")}
+        return describe_misfit({f"model.{name}": shape for name, shape in self.shapes.items()}, found)
+
+    def _read(self, reader: ShardReader, values: Mapping[str, Any]) -> None:
+        average_group = "ema" if _has_ema(reader) else "model"
         for name, parameter in self.parameters.items():
             parameter.copy_(reader.read(f"model.{name}", self.offsets[name], parameter))
             self.optimizer.state[parameter] = {}
             if self.ema is not None:
                 average = self.ema.tensors[name]
-                average.copy_(reader.read(f"ema.{name}", self.offsets[name], average))
+                average.copy_(reader.read(f"{average_group}.{name}", self.offsets[name], average))
         for name in reader.names:
             if name.startswith("optimizer."):
                 owner, _, key = name.removeprefix("optimizer.").rpartition(".")
                 self._restore_optimizer(reader, name, owner, key)
-        self.step = int(values["step"])
-        self.losses.clear()
-        self.losses.extend(values["losses"])
+        self._restore_values(int(values["step"]), values)
 
     def _restore_optimizer(self, reader: ShardReader, name: str, owner: str, key: str) -> None:
         parameter = self.parameters[owner]
@@ -116,6 +140,10 @@ class ShardedState(TrainState):
     def _owner(self, name: str) -> str:
         """Return the parameter that a tensor belongs to, e.g. x.weight for x.weight.exp_avg."""
         return name if name in self.offsets else name.rpartition(".")[0]
+
+
+def _has_ema(reader: ShardReader) -> bool:
+    return any(name.startswith("ema.") for name in reader.names)
 
 
 def make_sharded_state(

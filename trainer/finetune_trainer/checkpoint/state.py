@@ -21,8 +21,11 @@ WEIGHTS_MISMATCH = (
     "training: the checkpoints of this job hold other weights than training defines now; undo the change, or create "
     "a new job"
 )
+START_MISMATCH = "checkpoint.from: the checkpoint holds other weights than training defines"
+START_REMEDY = "write the method, rank, target modules and base of its job, or leave checkpoint.from out and start from its outputs"
 NUM_LOSSES = 20
 """Number of global batches that the reported loss is averaged over."""
+FIRST_STEP = "first_step"
 _LOSS_SCALE = "lossScale"
 _COUNT = "#count"
 """Suffix of optimizer values that are plain integers."""
@@ -45,6 +48,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
     step: int = 0
+    first_step: int = 0
+    """Step of another job's checkpoint that the run started from; 0 for the first step."""
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_LOSSES))
     loss_scale: LossScale | None = None
     update_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -93,7 +98,7 @@ class TrainState:
         }
         if self.ema is not None:
             tensors["ema"] = self.ema.tensors
-        values = {**about, "step": self.step, "losses": list(self.losses)}
+        values = {**about, "step": self.step, FIRST_STEP: self.first_step, "losses": list(self.losses)}
         if self.loss_scale is not None:
             values[_LOSS_SCALE] = self.loss_scale.values()
         return Snapshot(self.step, tensors, values)
@@ -105,10 +110,43 @@ class TrainState:
         Raises:
             ConfigError: the checkpoint holds other weights than the run specification defines.
         """
-        self._check(snapshot)
+        if self._misfit(snapshot) or (self.ema is not None and "ema" not in snapshot.tensors):
+            raise ConfigError(WEIGHTS_MISMATCH)
+        self._restore_weights(snapshot)
+        self._restore_optimizer_state(snapshot)
+        self._restore_values(snapshot.step, snapshot.values)
+        self.first_step = int(snapshot.values.get(FIRST_STEP, 0))
+
+    @torch.no_grad()
+    def start_from(self, snapshot: Snapshot, with_optimizer: bool) -> None:
+        """Start from the checkpoint of another job, at its step.
+
+        Args:
+            snapshot: the checkpoint.
+            with_optimizer: whether the optimizer's state fits.
+
+        Raises:
+            ConfigError: the checkpoint holds other weights than the run specification defines.
+        """
+        if misfit := self._misfit(snapshot):
+            raise ConfigError(f"{START_MISMATCH}: {misfit}; {START_REMEDY}")
+        self._restore_weights(snapshot)
+        if with_optimizer:
+            self._restore_optimizer_state(snapshot)
+        self._restore_values(snapshot.step, snapshot.values)
+        self.first_step = snapshot.step
+
+    def _restore_weights(self, snapshot: Snapshot) -> None:
+        """Restore the parameters and their average. Without a saved average, it starts with the parameters."""
+        weights = snapshot.tensors["model"]
+        averages = snapshot.tensors.get("ema", weights)
         for name, parameter in self.parameters.items():
-            parameter.copy_(snapshot.tensors["model"][name])
+            parameter.copy_(weights[name])
             self.optimizer.state[parameter] = {}
+            if self.ema is not None:
+                self.ema.tensors[name].copy_(averages[name])
+
+    def _restore_optimizer_state(self, snapshot: Snapshot) -> None:
         # An optimizer without state has no tensors, so it has no file.
         for name, value in snapshot.tensors.get("optimizer", {}).items():
             owner, _, key = name.rpartition(".")
@@ -116,14 +154,13 @@ class TrainState:
             # A copy, because the value may be a view of a memory-mapped file.
             kept = int(value) if key.endswith(_COUNT) else value.to(parameter.device, copy=True)
             self.optimizer.state[parameter][key.removesuffix(_COUNT)] = kept
-        if self.ema is not None:
-            for name, average in self.ema.tensors.items():
-                average.copy_(snapshot.tensors["ema"][name])
-        self.step = snapshot.step
+
+    def _restore_values(self, step: int, values: Mapping[str, Any]) -> None:
+        self.step = step
         self.losses.clear()
-        self.losses.extend(snapshot.values["losses"])
-        if self.loss_scale is not None and _LOSS_SCALE in snapshot.values:
-            self.loss_scale.restore(snapshot.values[_LOSS_SCALE])
+        self.losses.extend(values["losses"])
+        if self.loss_scale is not None and _LOSS_SCALE in values:
+            self.loss_scale.restore(values[_LOSS_SCALE])
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         return {
@@ -132,8 +169,25 @@ class TrainState:
             for key, value in self.optimizer.state[parameter].items()
         }
 
-    def _check(self, snapshot: Snapshot) -> None:
+    def _misfit(self, snapshot: Snapshot) -> str:
+        """Return how the weights of a checkpoint differ from those that are trained; empty if they do not."""
         have = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         found = {name: tuple(value.shape) for name, value in snapshot.tensors.get("model", {}).items()}
-        if have != found or (self.ema is not None and "ema" not in snapshot.tensors):
-            raise ConfigError(WEIGHTS_MISMATCH)
+        return describe_misfit(have, found)
+
+
+def describe_misfit(trained: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the first difference between the shapes of weights; empty if there is none.
+
+    Args:
+        trained: shapes of the weights that are trained, by name.
+        found: shapes of the weights of a checkpoint.
+    """
+    for name in sorted(trained.keys() | found.keys()):
+        if name not in found:
+            return f"it lacks {name}"
+        if name not in trained:
+            return f"it holds {name}, which is not trained"
+        if trained[name] != found[name]:
+            return f"{name} has the shape {list(found[name])} there and {list(trained[name])} here"
+    return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from finetune_contract.methods import encodes_text
 from finetune_contract.spec import LoraSpec, OutputFormat
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.methods.adapter_bank import use_adapter_bank
+from finetune_trainer.methods.adapter_file import load_adapters
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
-from finetune_trainer.methods.kohya import to_kohya
+from finetune_trainer.methods.kohya import kohya_metadata, to_kohya
 from finetune_trainer.methods.lora_linear import use_fast_linears
 from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.models.text_names import portable_text_name
 from finetune_trainer.tensor_file import write_tensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -31,14 +34,14 @@ class Lora(DenoiserMethod):
         # DoRA computes norms of the frozen weights in every step.
         self._uses_weights = self._spec.use_dora
         _add_adapter(self._denoiser, self._spec)
-        use_fast_linears(self._denoiser)
         self._adapted: dict[str, Any] = {context.family.denoiser_name: self._denoiser}
         if encodes_text(context.training):
             for part in self._load_text(context.dtype).parts:
                 part.model.add_adapter(_config(self._spec, TEXT_MODULES))
-                use_fast_linears(part.model)
                 self._adapted[part.name] = part.model
                 self._modules.append(part.model)
+        if self._spec.base is not None:
+            load_adapters(Path(self._spec.base), self._spec, self._adapted, context.family)
         self._finish(
             {
                 name if module is self._denoiser else f"{prefix}.{name}": parameter
@@ -48,16 +51,28 @@ class Lora(DenoiserMethod):
             }
         )
 
+    def _finish(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Finish as every method, and compute the adapters by fewer operations."""
+        for module in self._adapted.values():
+            if self._context.training.compile:
+                # The compiler fuses the operations of each layer; it cannot trace the bank's.
+                use_fast_linears(module)
+        super()._finish(trained)
+        if not self._context.training.compile:
+            for module in self._adapted.values():
+                use_adapter_bank(module, self._dtype)
+
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
         """Write one file, for diffusers' load_lora_weights or with the names of kohya's scripts and the web UIs."""
-        path = folder / WEIGHTS_NAME
+        rank, alpha = self._spec.rank, _alpha(self._spec)
         if output_format is OutputFormat.DIFFUSERS:
-            write_tensors(path, self._state(), {"format": "pt", "lora_adapter_metadata": self._metadata()})
+            path = folder / WEIGHTS_NAME
+            write_tensors(path, scaled_to_rank(self._state(), alpha / rank), {"format": "pt"})
             return [path]
         assert output_format in (OutputFormat.KOHYA, OutputFormat.WEBUI)
-        alpha = self._spec.alpha if self._spec.alpha is not None else self._spec.rank
         path = folder / "lora.safetensors"
-        write_tensors(path, to_kohya(self._state(), alpha, self._family.kohya_name), {"format": "pt"})
+        metadata = kohya_metadata(self._family.kohya_base_version, rank, alpha)
+        write_tensors(path, to_kohya(self._state(), alpha, self._family.kohya_name), metadata)
         return [path]
 
     def _state(self) -> dict[str, Tensor]:
@@ -66,23 +81,29 @@ class Lora(DenoiserMethod):
 
         state: dict[str, Tensor] = {}
         for prefix, module in self._adapted.items():
-            # Only some releases of transformers have this level; the names in the files always have it.
-            inner = "" if module is self._denoiser or hasattr(module, "text_model") else "text_model."
+            is_text = module is not self._denoiser
             for name, value in get_peft_model_state_dict(module).items():
                 # diffusers' loader of text encoders expects the suffix that peft omits.
-                is_bare = module is not self._denoiser and name.endswith(".lora_magnitude_vector")
-                state[f"{prefix}.{inner}{name}{'.weight' if is_bare else ''}"] = value
+                suffix = ".weight" if is_text and name.endswith(".lora_magnitude_vector") else ""
+                state[f"{prefix}.{portable_text_name(name) if is_text else name}{suffix}"] = value
         return state
 
-    def _metadata(self) -> str:
-        metadata: dict[str, Any] = {}
-        for prefix, module in self._adapted.items():
-            config = module.peft_config["default"].to_dict()
-            # peft keeps the target modules in a set, whose order differs between processes.
-            metadata |= {
-                f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()
-            }
-        return json.dumps(metadata, sort_keys=True, default=str)
+
+def scaled_to_rank(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Return adapters that have the same effect with an alpha equal to the rank, in diffusers' names.
+
+    Files with diffusers' names have no place for alpha that every release reads: those without metadata take the rank.
+    Metadata would also store peft's complete configuration, which older releases of peft refuse.
+
+    Args:
+        state: tensors by diffusers' names.
+        scale: alpha / rank.
+    """
+    return {name: value * scale if name.endswith(".lora_B.weight") else value for name, value in state.items()}
+
+
+def _alpha(spec: LoraSpec) -> float:
+    return spec.alpha if spec.alpha is not None else spec.rank
 
 
 def _config(spec: LoraSpec, target_modules: tuple[str, ...]) -> Any:
@@ -90,7 +111,7 @@ def _config(spec: LoraSpec, target_modules: tuple[str, ...]) -> Any:
 
     return LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha if spec.alpha is not None else spec.rank,
+        lora_alpha=_alpha(spec),
         lora_dropout=spec.dropout,
         init_lora_weights="gaussian",
         use_dora=spec.use_dora,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from finetune_contract.spec import OutputFormat, TrainingSpec
 from finetune_trainer.data.captions import Captions, TokenTemplates
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
+from finetune_trainer.methods.embedding_file import find_embedding_files, select_embedding
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.models.text import TextPart
 from finetune_trainer.tensor_file import write_tensors
@@ -28,8 +30,8 @@ class TextualInversion(DenoiserMethod):
         self._spec = spec
         self._vectors: dict[str, nn.Parameter] = {}
         self._parts = self._load_text(context.dtype).parts
-        for part in self._parts:
-            self._vectors[part.name] = self._add_vectors(part)
+        for number, part in enumerate(self._parts):
+            self._vectors[part.name] = self._add_vectors(number, part)
             if context.training.gradient_checkpointing:
                 part.model.gradient_checkpointing_enable({"use_reentrant": False})
             self._modules.append(part.model)
@@ -56,20 +58,32 @@ class TextualInversion(DenoiserMethod):
             write_tensors(paths[-1], {self._spec.placeholder_token: value}, {"format": "pt"})
         return paths
 
-    def _add_vectors(self, part: TextPart) -> nn.Parameter:
-        """Add rows for the new token, initialized with copies of the initializer token's vector."""
-        word, token = self._spec.initializer_token, self._spec.placeholder_token
-        try:
-            vector = part.embedding_of(word)
-        except ValueError as error:
-            raise ConfigError(
-                f"training.textualInversion.initializerToken: {error} of the base's text encoder; write a simpler word"
-            ) from error
-        vectors = nn.Parameter(vector.float().repeat(self._spec.num_vectors, 1))
+    def _add_vectors(self, number: int, part: TextPart) -> nn.Parameter:
+        """Add rows for the new token to a text encoder, initialized as the manifest specifies."""
+        token = self._spec.placeholder_token
+        vectors = nn.Parameter(self._initial_vectors(number, part))
         try:
             part.add_token(token, vectors)
         except ValueError as error:
             raise ConfigError(
-                f"training.textualInversion.placeholderToken: {error}; write another, e.g. <my-{word}>"
+                f"training.textualInversion.placeholderToken: {error}; write another, e.g. <my-token>"
             ) from error
         return vectors
+
+    def _initial_vectors(self, number: int, part: TextPart) -> Tensor:
+        """Return the rows to start from, float32: those of the base, or copies of the initializer token's vector."""
+        spec = self._spec
+        width = part.core.embeddings.token_embedding.weight.shape[1]
+        if spec.base is not None:
+            files = find_embedding_files(Path(spec.base))
+            return select_embedding(files, spec, part.name, number, part.webui_key, width)
+        if spec.initializer_token is None:
+            # The base is not needed when a checkpoint replaces these rows.
+            return torch.zeros(spec.num_vectors, width)
+        try:
+            vector = part.embedding_of(spec.initializer_token)
+        except ValueError as error:
+            raise ConfigError(
+                f"training.textualInversion.initializerToken: {error} of the base's text encoder; write a simpler word"
+            ) from error
+        return vector.float().repeat(spec.num_vectors, 1)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from finetune_contract import paths
+from finetune_contract.identity import DATASET, InputIdentity
 from finetune_contract.methods import encodes_text
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Offload, Precision, Sharding
@@ -12,10 +16,12 @@ from finetune_trainer.checkpoint.checkpointer import Checkpointer, SaveOptions
 from finetune_trainer.checkpoint.sharded_state import ShardedState, make_sharded_state
 from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.checkpoint.store.select import JobFolders, make_store
+from finetune_trainer.data.images.decoding import read_conditions
 from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import DataRequirements, Preparation, PreparedData
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.order import total_steps
+from finetune_trainer.data.sampling.schedule_checks import check_length
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.gradients import Gradients
 from finetune_trainer.distributed.local import LocalGradients
@@ -29,6 +35,8 @@ from finetune_trainer.optim.loss_scale import LossScale
 from finetune_trainer.optim.optimizer import learning_rate, make_optimizer
 from finetune_trainer.train.artifact_sync import ArtifactSync
 from finetune_trainer.train.context import RankContext
+from finetune_trainer.train.earlier_work import INPUTS, TRAINING, describe_training
+from finetune_trainer.train.input_record import changed_message
 from finetune_trainer.train.inputs import RunInputs
 from finetune_trainer.train.loop import Loop
 from finetune_trainer.train.metrics_logger import MetricsLogger
@@ -69,7 +77,19 @@ class RunBuilder:
             cache_dir=self.context.cache_dir,
             report=reporter.detail,
             warn=reporter.warn,
+            check_length=self._check_length,
+            record=partial(self.inputs.record.add_samples, DATASET, self.context.spec.dataset.source),
         ).run()
+
+    def _check_length(self, num_samples: int) -> None:
+        """Check the length of the run.
+
+        Raises:
+            ConfigError: the learning rate never reaches its peak.
+        """
+        context, training = self.context, self.spec.training
+        steps = total_steps(training.steps, training.epochs, num_samples, self.spec.global_batch)
+        check_length(training, steps, context.attempt, context.reporter.warn if self.world.is_first else lambda _: None)
 
     def make_method(self) -> Method:
         """Load the models and prepare them for training."""
@@ -107,11 +127,29 @@ class RunBuilder:
             best=lambda: best_validation(context.job_dir / paths.VALIDATION / paths.LOSSES),
             mtbf_seconds=context.mtbf_seconds,
             min_part_bytes=context.min_part_bytes,
+            about=self._about,
+            check=self._check_inputs,
+            earlier=self.inputs.earlier,
         )
         folders = JobFolders(context.job_dir, context.scratch, self.inputs.bucket)
         store = make_store(self.spec, context.attempt, folders, self.world.rank)
         store.on_stage = context.on_save_stage
         return Checkpointer(self.spec, self.world, store, context.reporter, options)
+
+    def _about(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the run."""
+        identities = [each.model_dump(by_alias=True, exclude_none=True) for each in self.inputs.record.identities]
+        return {TRAINING: describe_training(self.spec.training), INPUTS: identities}
+
+    def _check_inputs(self, values: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of this job that was trained on other inputs. Older checkpoints do not name them.
+
+        Raises:
+            ConfigError: with what has changed.
+        """
+        before = [InputIdentity.model_validate(each) for each in values.get(INPUTS, ())]
+        if changes := self.inputs.record.compare(before):
+            raise ConfigError(changed_message("; ".join(changes), self.spec.job))
 
     def make_loop(self, method: Method, state: TrainState, data: PreparedData, checkpointer: Checkpointer) -> Loop:
         """Return the training loop, and open the trackers."""
@@ -159,6 +197,7 @@ class RunBuilder:
         training, family = self.spec.training, self.inputs.family
         if training.validation is None:
             return None
+        resolution = training.resolution // family.pixels_per_latent * family.pixels_per_latent
         return Validator(
             spec=training.validation,
             world=self.world,
@@ -167,9 +206,11 @@ class RunBuilder:
             text=method.text or data.text,
             batches=data.batches,
             held_out=data.held_out,
-            resolution=training.resolution // family.pixels_per_latent * family.pixels_per_latent,
+            resolution=resolution,
             batch_size=training.batch_size,
             total_steps=steps,
+            epoch=(len(data.batches.source), self.spec.global_batch),
+            conditions=read_conditions(training.validation.images, resolution),
             job_dir=self.context.job_dir,
             on_progress=self.context.reporter.detail,
             metrics=metrics,

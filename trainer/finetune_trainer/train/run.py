@@ -20,7 +20,7 @@ from finetune_trainer.models.hub import limit_waits
 from finetune_trainer.train.artifact_sync import ArtifactSync
 from finetune_trainer.train.build import RunBuilder
 from finetune_trainer.train.checks import check_inputs, check_place, check_spec
-from finetune_trainer.train.context import RankContext
+from finetune_trainer.train.context import RankContext, share_target
 from finetune_trainer.train.determinism import make_deterministic
 from finetune_trainer.train.inputs import load_inputs
 from finetune_trainer.train.loop import Loop
@@ -37,6 +37,7 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     """
     check_spec(context.spec)
     world = join_world(env)
+    context = share_target(context, world)
     check_place(context, world)
     context.reporter.state(RankState.LOADING)
     limit_waits()

@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from finetune_contract.heartbeat import MAX_SECONDS, RankState
+from finetune_contract.identity import MAX_INPUTS
 from finetune_contract.phase import Phase
 from finetune_operator.api.duration import format_seconds
 from finetune_operator.api.reasons import CountsAs
-from finetune_operator.api.status import AttemptStatus, CheckpointStatus, FineTuneJobStatus, OutputStatus
+from finetune_operator.api.status import AttemptStatus, CheckpointStatus, FineTuneJobStatus, InputStatus, OutputStatus
 from finetune_operator.manifests import global_batch
 from finetune_operator.plan.model.ledger import account_lost_steps, current, replace_current
 from finetune_operator.plan.model.policy import Policy
@@ -49,7 +50,7 @@ def _read_results(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if current(status) is None:
         return status
     status = checkpoint_health.update(view, _read_checkpoint(view, status))
-    status = _read_outputs(view, status)
+    status = _read_outputs(view, _read_inputs(view, status))
     return _read_warnings(view, status)
 
 
@@ -145,6 +146,17 @@ def _read_outputs(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
                 format=written.format, to=written.to, bytes=written.size_bytes, sha256=written.sha256
             )
     return revise(status, outputs=tuple(outputs.values())[-MAX_OUTPUTS:])
+
+
+def _read_inputs(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Write what the job trains on. An attempt adds what it has not reported before; rank 0 reports it."""
+    inputs = {each.field: each for each in status.inputs}
+    for report in view.reports:
+        for found in report.inputs:
+            known = inputs.get(found.field)
+            values = {} if known is None else known.model_dump(exclude_none=True)
+            inputs[found.field] = InputStatus.model_validate(values | found.model_dump(exclude_none=True))
+    return revise(status, inputs=tuple(inputs.values())[:MAX_INPUTS])
 
 
 def _read_warnings(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:

@@ -148,7 +148,7 @@ class BucketStore(CheckpointStore):
         for left in reversed(range(NUM_FETCHES)):
             shutil.rmtree(self._local, ignore_errors=True)
             try:
-                return Committed(folder, _fetch(bucket, folder, self._job_uid))
+                return Committed(folder, fetch_checkpoint(bucket, folder, self._job_uid))
             except ForeignCheckpointError:
                 raise
             except BadCheckpointError:
@@ -253,7 +253,7 @@ def _download(bucket: Bucket, entry: FileEntry, folder: Path) -> None:
         raise BadCheckpointError(f"{entry.name} does not match its SHA-256: {error}") from error
 
 
-def _fetch(bucket: Bucket, folder: Path, job_uid: str) -> Manifest:
+def fetch_checkpoint(bucket: Bucket, folder: Path, job_uid: str) -> Manifest:
     """Fetch a checkpoint to this machine, and verify it here.
 
     Raises:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_contract import paths
 from finetune_contract.bucket import Bucket
 from finetune_contract.run_spec import RunSpec
-from finetune_trainer.checkpoint.store.base import CheckpointStore
+from finetune_trainer.checkpoint.store.base import CheckpointStore, ordered_names, storage_errors
 from finetune_trainer.checkpoint.store.bucket import BucketStore
 from finetune_trainer.checkpoint.store.folder import FolderStore
 from finetune_trainer.checkpoint.store.retention import Retention
@@ -45,6 +46,22 @@ def open_bucket(url: str | None) -> Bucket | None:
         return Bucket(url)
     except OSError as error:
         raise ConfigError(f"spec.checkpoint.storage.bucket: {error}") from error
+
+
+def has_checkpoints(folders: JobFolders) -> bool:
+    """Return whether the job has a checkpoint anywhere that this rank can see; it may be damaged.
+
+    Raises:
+        StorageError: a folder cannot be read.
+    """
+    with storage_errors():
+        for job_dir in (folders.job_dir, folders.scratch):
+            folder = None if job_dir is None else paths.checkpoints(job_dir)
+            if folder is not None and folder.is_dir() and ordered_names(each.name for each in folder.iterdir()):
+                return True
+        if folders.bucket is None:
+            return False
+        return any(name.endswith(f"/{paths.MANIFEST}") for name in folders.bucket.below(paths.CHECKPOINTS).names())
 
 
 def make_store(spec: RunSpec, attempt: int, folders: JobFolders, rank: int) -> CheckpointStore:
