@@ -11,12 +11,17 @@ from finetune_operator.api import crd
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.managed import is_ours
 from finetune_operator.api.rules import edits
-from tests.api.manifests import FULL, REMOVED, SMALLEST, Document, patched
+from finetune_operator.api.rules.edits import forbidden_edits, keep_earlier_defaults
+from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.api.validate import parse_job
+from tests.api.manifests import FULL, GOOD, REMOVED, SMALLEST, Document, patched
 
 CHANGES: dict[str, Any] = {
     "spec.model": {"spec.model.revision": "fp32"},
     "spec.dataset": {"spec.dataset.maxSamples": 2000},
     "spec.training": {"spec.training.learningRate": 1e-3},
+    "spec.training.steps": {"spec.training.steps": 1},
+    "spec.training.epochs": {"spec.training.steps": REMOVED, "spec.training.epochs": 3},
     "spec.topology.accelerator": {
         "spec.topology.accelerator": "cpu",
         "spec.training.memoryPreset": REMOVED,
@@ -54,6 +59,7 @@ ALLOWED: dict[str, Any] = {
     "spec.recovery.shrinkAfter": {"spec.recovery.shrinkAfter": "90s"},
     "spec.topology.resources": {"spec.topology.resources": {"memory": "128Gi"}},
     "spec.recovery.maxFailures": {"spec.recovery.maxFailures": 9},
+    "spec.recovery.manualRetries": {"spec.recovery.manualRetries": 2},
     "spec.recovery.spot": {"spec.recovery.spot": REMOVED},
     "spec.recovery.hangTimeout": {"spec.recovery.hangTimeout": "2h"},
     "spec.recovery.noticeSeconds": {"spec.recovery.noticeSeconds": 60},
@@ -68,7 +74,9 @@ ALLOWED: dict[str, Any] = {
 
 
 def job_of(document: Document, attempt: int = 0) -> FineTuneJob:
-    return FineTuneJob.model_validate({**document, "status": {"attempt": attempt}})
+    """Return a job; one whose first attempt has begun has also written its outputs, so that all limits apply."""
+    outputs = [{"format": "webui", "to": "/out", "bytes": 1}] if attempt else []
+    return FineTuneJob.model_validate({**document, "status": {"attempt": attempt, "outputs": outputs}})
 
 
 def refused(patch: dict[str, Any], attempt: int) -> list[str]:
@@ -86,7 +94,22 @@ def test_every_field_of_the_spec_is_fixed_or_changeable() -> None:
     assert not fixed & edits.CHANGEABLE.keys()
     for leaf in leaves("spec", crd.find("spec")):
         covering = [path for path in (*fixed, *edits.CHANGEABLE) if f"{leaf}.".startswith(f"{path}.")]
-        assert len(covering) == 1, leaf
+        assert len(covering) - (leaf in edits.LIMITED and "spec.training" in covering) == 1, leaf
+
+
+def test_the_same_manifest_continues_a_job_of_version_0_1_0() -> None:
+    """That version stored its defaults in each job; those of DreamBooth are different now."""
+    manifest = parse_job(GOOD["dreambooth"])
+    assert manifest.spec.training.learning_rate is None
+    stored = parse_job(
+        patched(GOOD["dreambooth"], {"spec.training.learningRate": 1e-4, "spec.training.centerCrop": False})
+    )
+    begun = stored.model_copy(update={"status": FineTuneJobStatus(attempt=1)})
+    assert [fixed.path for fixed in forbidden_edits(begun, manifest)] == ["spec.training"]
+    assert keep_earlier_defaults(begun, manifest).spec == stored.spec
+    other = parse_job(patched(GOOD["dreambooth"], {"spec.training.learningRate": 3e-5}))
+    assert keep_earlier_defaults(other, manifest) is manifest
+    assert keep_earlier_defaults(begun, other).spec.training.learning_rate == 3e-5
 
 
 def test_both_lists_contain_existing_fields_only() -> None:
@@ -105,6 +128,37 @@ def test_fixed_fields_are_refused_after_the_first_attempt_began(path: str) -> No
 @pytest.mark.parametrize("patch", ALLOWED.values(), ids=ALLOWED.keys())
 def test_changeable_fields_are_accepted(patch: dict[str, Any]) -> None:
     assert refused(patch, attempt=1) == []
+
+
+LONGER: dict[str, Any] = {
+    "spec.training.steps": {"spec.training.steps": 100_000},
+    "spec.outputs": {"spec.outputs": []},
+}
+"""For limited fields an edit that is allowed until the outputs are written."""
+
+
+def running(document: Document) -> FineTuneJob:
+    """Return a job whose first attempt runs and has written nothing."""
+    return FineTuneJob.model_validate({**document, "status": {"attempt": 1}})
+
+
+@pytest.mark.parametrize("path", LONGER)
+def test_length_and_outputs_may_change_until_the_outputs_are_written(path: str) -> None:
+    edited = job_of(patched(FULL, LONGER[path]))
+    assert edits.forbidden_edits(running(FULL), edited) == []
+    assert refused(LONGER[path], attempt=1) == [path]
+
+
+def test_epochs_can_be_raised_and_no_length_can_be_lowered_or_exchanged() -> None:
+    in_epochs = patched(FULL, {"spec.training.steps": REMOVED, "spec.training.epochs": 3})
+    raised = job_of(patched(in_epochs, {"spec.training.epochs": 4}))
+    lowered = job_of(patched(in_epochs, {"spec.training.epochs": 2}))
+    assert edits.forbidden_edits(running(in_epochs), raised) == []
+    assert [fixed.path for fixed in edits.forbidden_edits(running(in_epochs), lowered)] == ["spec.training.epochs"]
+    exchanged = [fixed.path for fixed in edits.forbidden_edits(running(FULL), job_of(in_epochs))]
+    assert exchanged == ["spec.training.steps", "spec.training.epochs"]
+    shorter = job_of(patched(FULL, {"spec.training.steps": 1}))
+    assert [fixed.path for fixed in edits.forbidden_edits(running(FULL), shorter)] == ["spec.training.steps"]
 
 
 def test_message_names_the_field_and_the_remedy() -> None:

@@ -257,7 +257,7 @@ def test_a_forbidden_edit_is_refused(harness: CliHarness) -> None:
     harness.write()
     result = harness.run()
     assert result.returncode == 2
-    assert "spec.training.learningRate is 0.0001 and would become 0.5" in result.stderr
+    assert "spec.training.learningRate is unset and would become 0.5" in result.stderr
     assert "finetune delete circles" in result.stderr
 
 

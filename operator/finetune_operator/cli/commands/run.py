@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 
-from finetune_contract.phase import FINISHED, Phase
+from finetune_contract.phase import Phase
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
-from finetune_operator.api.rules.edits import fixed_part, forbidden_edits
+from finetune_operator.api.rules.edits import LIMITED, fixed_part, forbidden_edits, keep_earlier_defaults
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import describe_difference, load_manifest
@@ -19,6 +19,7 @@ from finetune_operator.cluster.local.faults import FaultKind, PlannedFault, pars
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.lock import LockedError, hold
 from finetune_operator.manifests import num_nodes
+from finetune_operator.plan.policies.retry import continued
 
 
 def run(arguments: argparse.Namespace) -> Exit:
@@ -75,8 +76,10 @@ def _check_home(home: Home) -> None:
 
 def _run_locked(arguments: argparse.Namespace, home: Home, manifest: FineTuneJob, faults: list[PlannedFault]) -> Exit:
     job = _load_or_create(home, manifest)
-    if job.status.phase in FINISHED:
-        return _report_finished(job)
+    if job.status.phase is Phase.SUCCEEDED:
+        return _report_success(job)
+    if job.status.phase is Phase.FAILED:
+        job = _continue_failed(home, job)
     # Imported late: its HTTP server takes longer to import than the checks above take to refuse a job.
     from finetune_operator.cli.drive import drive_job  # noqa: PLC0415
 
@@ -88,10 +91,14 @@ def _load_or_create(home: Home, manifest: FineTuneJob) -> FineTuneJob:
     stored = jobs.load_job(home, jobs.key_of(manifest), _warn)
     if stored is None:
         return jobs.create_job(home, manifest, utc_now)
+    manifest = keep_earlier_defaults(stored, manifest)
     old = stored.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     new = manifest.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
-    if forbidden_edits(stored, manifest):
-        differences = describe_difference(fixed_part(old), fixed_part(new))
+    if forbidden := forbidden_edits(stored, manifest):
+        differences = [
+            *describe_difference(fixed_part(old), fixed_part(new)),
+            *(f"{fixed.path}: {fixed.problem}" for fixed in forbidden if fixed.path in LIMITED),
+        ]
         name = stored.metadata.name
         raise UsageError(
             f"job {name} already exists with a different spec: {'; '.join(differences)}. "
@@ -103,11 +110,24 @@ def _load_or_create(home: Home, manifest: FineTuneJob) -> FineTuneJob:
     return stored
 
 
-def _report_finished(job: FineTuneJob) -> Exit:
-    name, phase = job.metadata.name, job.status.phase
-    write_flushed(sys.stdout, f"{name} has already {phase}: {job.status.message or ''}\n")
+def _report_success(job: FineTuneJob) -> Exit:
+    name = job.metadata.name
+    write_flushed(sys.stdout, f"{name} has already Succeeded: {job.status.message or ''}\n")
     write_flushed(sys.stdout, f"To run it again: finetune delete {name}, then repeat this command.\n")
-    return Exit.SUCCEEDED if phase is Phase.SUCCEEDED else Exit.FAILED
+    return Exit.SUCCEEDED
+
+
+def _continue_failed(home: Home, job: FineTuneJob) -> FineTuneJob:
+    """Return a job that has Failed, ready for another attempt, and store it."""
+    name, status = job.metadata.name, job.status
+    write_flushed(sys.stdout, f"{name} Failed before: {status.message or ''}\n")
+    step = status.last_checkpoint.step if status.last_checkpoint else 0
+    write_flushed(
+        sys.stdout, f"{name} continues from step {step}; to start from the beginning: finetune delete {name}\n"
+    )
+    job = job.model_copy(update={"status": continued(status, utc_now())})
+    jobs.store_job(home.job(jobs.key_of(job)), job)
+    return job
 
 
 def _warn(message: str) -> None:
