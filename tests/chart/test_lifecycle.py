@@ -6,8 +6,11 @@ command line and the service account of the chart.
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,8 @@ import yaml
 
 from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.process import LOOPBACK, free_ports, wait_for
-from testing.controlplane.server import ControlPlane
-from testing.helm import CHART, HOME, NAME, RELEASE, Helm, Values, operator_args
+from testing.controlplane.server import ControlPlane, KubectlError
+from testing.helm import CHART, HOME, NAME, RELEASE, Helm, HelmError, Values, operator_args
 from testing.operator.harness import Jobs, OperatorProcess, build_job, running
 
 LISTED = "pods,services,endpointslices,configmaps,secrets,leases,deployments,replicasets,poddisruptionbudgets"
@@ -112,6 +115,23 @@ def test_jobs_continue_through_upgrade_and_uninstall(
         assert before.items() <= running_pods(jobs).items()
         assert jobs.status("circles")["attempt"] == 1
 
+    # A replica without the Secret says what to do, and continues when it is done.
+    control_plane.api.delete(f"/api/v1/namespaces/{HOME}/secrets/{NAME}-tls")
+    operator = operator_of(release, control_plane, tmp_path / "without-secret.log", values)
+    try:
+        operator.start()
+        wait_for("the missing Secret is reported", lambda: "run `helm upgrade`" in operator.log.read_text(), 60)
+        assert f"the Secret {HOME}/{NAME}-tls with the coordinator's certificate does not exist" in (
+            operator.log.read_text()
+        )
+        assert operator.get("/readyz")[0] == 503
+        install(release, values)
+        operator.wait_ready()
+        assert secret(control_plane) != authority
+        assert "Traceback" not in operator.log.read_text()
+    finally:
+        operator.kill()
+
     # Without the chart, the CRD and the jobs stay, and the pods continue.
     release.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
     wait_until_empty(control_plane, HOME)
@@ -162,8 +182,81 @@ def test_uninstall_without_keep_removes_the_crd_and_all_jobs(
 ) -> None:
     jobs = Jobs(control_plane, namespace)
     jobs.create(build_job("circles"))
+    fail_helm_test(release, control_plane)
     install(release, {"crds": {"keep": False}})
     release.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
     wait_for(
         "the CRD is deleted", lambda: "finetunejobs" not in control_plane.kubectl("get", "crd", "--output=name"), 60
     )
+    wait_until_empty(control_plane, HOME)
+
+
+def fail_helm_test(release: Helm, control_plane: ControlPlane) -> None:
+    """Let the pod of `helm test` fail; Helm deletes it, because `helm uninstall` would not."""
+    home, pod = Jobs(control_plane, HOME), f"{NAME}-test"
+    with ThreadPoolExecutor(1) as thread:
+        running_test = thread.submit(release.run, "test", RELEASE, "--namespace", HOME, "--timeout", "60s")
+        wait_for("the pod of the test exists", lambda: pod in home.pods())
+        home.set_pod_status(pod, {"phase": "Failed"})
+        with pytest.raises(HelmError):
+            running_test.result()
+    assert pod not in home.pods()
+
+
+@pytest.mark.usefixtures("nodes")
+def test_a_second_release_manages_other_namespaces(
+    cluster_helm: Helm, control_plane: ControlPlane, namespace: str
+) -> None:
+    """The values of docs/install.md: it needs `crds.install=false`, and each release has its own namespaces."""
+    home = control_plane.create_namespace(f"second-{namespace}")
+    command = ("upgrade", "--install", "second", str(CHART), "--namespace", home)
+    cluster_helm.run(
+        "upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME, values={"namespaces": [namespace]}
+    )
+    with pytest.raises(HelmError, match="CustomResourceDefinition"):
+        cluster_helm.run(*command, values={"namespaces": [home]})
+    second = {"namespaces": [home], "crds": {"install": False}, "warnOtherNamespaces": False}
+    notes = cluster_helm.run(*command, values=second)
+    assert "Unless another release does" in notes
+    # The CRD belongs to the first release; both may read the jobs of their own namespaces only.
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io"
+    assert control_plane.api.get(path)["metadata"]["annotations"]["meta.helm.sh/release-name"] == RELEASE
+    allowed = {
+        (account, where): can_list_jobs(control_plane, account, where)
+        for account in (f"{HOME}:{NAME}", f"{home}:second-finetune-operator")
+        for where in (namespace, home)
+    }
+    assert [own for own, may in allowed.items() if may] == [
+        (f"{HOME}:{NAME}", namespace),
+        (f"{home}:second-finetune-operator", home),
+    ]
+    # The first release warns about a job that nobody manages.
+    wait_for("a warning", lambda: "does not manage this namespace" in create_warning(control_plane, "default"), 60)
+    assert f"it manages {namespace}" in create_warning(control_plane, "default")
+    assert create_warning(control_plane, namespace) == ""
+    cluster_helm.run("uninstall", "second", "--namespace", home, "--wait")
+    assert control_plane.api.get(path)["metadata"]["annotations"]["meta.helm.sh/release-name"] == RELEASE
+    wait_until_empty(control_plane, home)
+    cluster_helm.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
+
+
+def can_list_jobs(control_plane: ControlPlane, account: str, namespace: str) -> bool:
+    command = ("auth", "can-i", "list", "finetunejobs.finetune-operator.io", f"--namespace={namespace}")
+    try:
+        return control_plane.kubectl(*command, f"--as=system:serviceaccount:{account}").strip() == "yes"
+    except KubectlError:
+        return False
+
+
+def create_warning(control_plane: ControlPlane, namespace: str) -> str:
+    """Return the warnings of the API server about a new job."""
+    command = [
+        str(control_plane.kubectl_path),
+        "create",
+        "--dry-run=server",
+        f"--namespace={namespace}",
+        "--filename=-",
+    ]
+    environment = {**os.environ, "KUBECONFIG": str(control_plane.kubeconfig)}
+    job = yaml.safe_dump(build_job("circles"))
+    return subprocess.run(command, env=environment, input=job, capture_output=True, text=True, check=True).stderr

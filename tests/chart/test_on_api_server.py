@@ -30,6 +30,7 @@ SCHEDULING = {
 TABLE: list[dict[str, Any]] = [
     {},
     {"namespaces": ["default"], "networkPolicy": {"jobNamespaces": ["default"]}, "watchNodes": False},
+    {"namespaces": ["default"], "warnOtherNamespaces": False},
     {"coordinator": {"enabled": False}, "replicas": 1, "rbac": {"aggregate": False}},
     {"coordinator": {"tls": {"mode": "certManager", "issuerRef": {"name": "ca"}}}},
     {"coordinator": {"port": 9443, "tls": {"mode": "secret", "secretName": "given"}}, "flags": {"lease-seconds": 10}},

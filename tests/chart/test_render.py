@@ -14,7 +14,8 @@ import yaml
 from finetune_contract.phase import Phase
 from finetune_operator.api.reasons import REASONS, CountsAs, Reason
 from finetune_operator.server.options import add_flags, read_options
-from testing.helm import CHART, HOME, NAME, Helm, HelmError, Object, kinds, one, operator_args
+from finetune_operator.settings import Settings
+from testing.helm import CHART, HOME, NAME, RELEASE, Helm, HelmError, Object, kinds, one, operator_args
 
 ROOT = CHART.parents[1]
 MONITORING = {"serviceMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}, "dashboard": {"enabled": True}}
@@ -196,8 +197,18 @@ def test_alerts_query_existing_phases(helm: Helm) -> None:
     alerts = one(helm.render({"metrics": MONITORING}), "PrometheusRule")["spec"]["groups"][0]["rules"]
     phases = {alert["alert"]: re.findall(r'phase=~?"([^"]+)"', alert["expr"]) for alert in alerts}
     assert {name for found in phases.values() for names in found for name in names.split("|")} <= set(Phase)
-    # Jobs wait in these phases for capacity, for a queue, or for a corrected spec.
-    assert phases["FinetuneJobsWait"] == ["Pending|Queued"]
+
+
+def test_alerts_cover_jobs_that_wait_or_are_silent_before_they_run(helm: Helm) -> None:
+    """Such a job stays in Starting or Recovering, and others come and go in the same phase."""
+    alerts = one(helm.render({"metrics": MONITORING}), "PrometheusRule")["spec"]["groups"][0]["rules"]
+    rules = {alert["alert"]: (alert["expr"], alert["for"]) for alert in alerts if "for" in alert}
+    expression, duration = rules["FinetuneJobsAreSilent"]
+    assert re.fullmatch(r"max\(finetune_silent_jobs\{.*\}\) > 0", expression)
+    assert duration == "5m"
+    expression, duration = rules["FinetuneJobsWait"]
+    assert re.fullmatch(r"max\(finetune_longest_wait_seconds\{.*\}\) > 1800", expression)
+    assert duration == "1m"
 
 
 def test_every_alert_links_to_its_section_in_the_documentation(helm: Helm) -> None:
@@ -245,7 +256,46 @@ def test_an_alert_counts_all_reasons_of_its_kind(
         ({"storage": {"claims": [{"name": "x", "size": "much"}]}}, "/storage/claims/0/size"),
         ({"serviceAccount": {"create": False}}, "set the name of the account to use"),
         ({"flags": {"coordinator-url": "http://x"}}, "the chart sets this flag from another value"),
-        ({"flags": {"--lease-seconds": 3}}, "invalid propertyName '--lease-seconds'"),
+        ({"flags": {"--lease-seconds": 3}}, "'--lease-seconds' not allowed"),
+        ({"flags": {"foo": 1}}, "'foo' not allowed"),
+        ({"flags": {"num-workers": 0}}, "/flags/num-workers"),
+        ({"flags": {"num-workers": "many"}}, "/flags/num-workers"),
+        ({"flags": {"lease-seconds": "soon"}}, "/flags/lease-seconds"),
+        ({"flags": {"beat-timeout-seconds": 5}}, "set more than beat-seconds"),
+        ({"flags": {"failure-backoff-seconds": 301}}, "set at least failure-backoff-seconds"),
+        ({"flags": {"identity": "one"}}, "the chart sets this flag from another value"),
+        ({"metrics": {"port": 8443}}, "metrics.port: 8443 is the port of the coordinator"),
+        ({"coordinator": {"tls": {"secretName": "given"}}}, "only mode secret uses a given Secret"),
+        ({"coordinator": {"tls": {"issuerRef": {"name": "ca"}}}}, "only mode certManager uses an issuer"),
+        ({"coordinator": {"tls": {"duration": "90 days"}}}, "/coordinator/tls/duration"),
+        ({"coordinator": {"tls": {"mode": "secret", "secretName": "My_Secret"}}}, "/coordinator/tls/secretName"),
+        ({"resources": {"limits": {"memory": "lots"}}}, "/resources/limits/memory"),
+        ({"resources": {"limit": {"memory": "1Gi"}}}, "'limit' not allowed"),
+        ({"resources": {"requests": {"cpu": -1}}}, "/resources/requests/cpu"),
+        ({"nameOverride": "My Operator"}, "/nameOverride"),
+        ({"fullnameOverride": "1op"}, "/fullnameOverride"),
+        ({"imagePullSecrets": [{"name": "a b"}]}, "/imagePullSecrets/0/name"),
+        ({"serviceAccount": {"name": "Team_A"}}, "/serviceAccount/name"),
+        ({"serviceAccount": {"annotations": {"a b": "c"}}}, "invalid propertyName 'a b'"),
+        ({"trainer": {"userId": 2**31}}, "/trainer/userId"),
+        ({"trainer": {"coresPerRank": 5000}}, "/trainer/coresPerRank"),
+        ({"trainer": {"cacheClaim": "The Cache"}}, "/trainer/cacheClaim"),
+        ({"podLabels": {"team": "a b"}}, "/podLabels/team"),
+        ({"podLabels": {"app.kubernetes.io/name": "other"}}, "the chart sets this label itself"),
+        ({"podAnnotations": {"a b": "x"}}, "invalid propertyName 'a b'"),
+        ({"nodeSelector": {"pool": "a/b"}}, "/nodeSelector/pool"),
+        ({"tolerations": [{"key": "gpu", "effect": "NoRun"}]}, "/tolerations/0/effect"),
+        ({"affinity": {"nodeAfinity": {}}}, "'nodeAfinity' not allowed"),
+        ({"topologySpreadConstraints": [{"maxSkew": 1}]}, "'topologyKey'"),
+        ({"priorityClassName": "very high"}, "/priorityClassName"),
+        ({"extraEnv": [{"name": "A", "value": 1}]}, "/extraEnv/0/value"),
+        ({"extraEnv": [{"name": "FINETUNE_IDENTITY", "value": "one"}]}, "the chart sets FINETUNE_IDENTITY itself"),
+        ({"networkPolicy": {"apiServerCidrs": ["here/8"]}}, "/networkPolicy/apiServerCidrs/0"),
+        ({"networkPolicy": {"metricsFrom": [{"namespace": "x"}]}}, "'namespace' not allowed"),
+        ({"metrics": {"prometheusRule": {"runbook": "the wiki"}}}, "/metrics/prometheusRule/runbook"),
+        ({"metrics": {"prometheusRule": {"pendingMinutes": 10**9}}}, "/metrics/prometheusRule/pendingMinutes"),
+        ({"metrics": {"serviceMonitor": {"interval": "often"}}}, "/metrics/serviceMonitor/interval"),
+        ({"storage": {"claims": [{"name": "x", "size": "1Gi", "storageClassName": "E F"}]}}, "/storageClassName"),
         ({"podDisruptionBudget": {"minAvailable": 2}}, "otherwise no node with an operator pod can be drained"),
         ({"metrics": {"prometheusRule": {"goodputRatio": 60}}}, "/metrics/prometheusRule/goodputRatio"),
         ({"trainer": {"images": {"gpu": "untagged"}}}, "/trainer/images/gpu"),
@@ -256,6 +306,86 @@ def test_wrong_values_are_refused_with_a_message(helm: Helm, values: dict[str, A
     with pytest.raises(HelmError) as caught:
         helm.render(values)
     assert message in str(caught.value)
+
+
+def test_numbers_keep_their_digits_and_texts_stay_texts(helm: Helm) -> None:
+    """Templates print large numbers with an exponent, which the operator cannot read."""
+    flags = {"max-connections": 1_000_000, "beat-seconds": 2.5, "lease-seconds": "10.5", "coordinator-audience": "a:b"}
+    rendered = operator_args(helm.render({"trainer": {"userId": 1_000_700_000}, "flags": flags}))
+    expected = {f"--{name}={value}" for name, value in flags.items()} | {"--trainer-user-id=1000700000"}
+    assert expected <= set(rendered)
+    parser = argparse.ArgumentParser()
+    add_flags(parser, {"FINETUNE_POD_IP": "10.0.0.1"})
+    assert read_options(parser, rendered[1:]).settings.beat_seconds == 2.5
+    alerts = one(
+        helm.render({"metrics": {"prometheusRule": {"enabled": True, "checkpointAgeSeconds": 10_000_000}}}),
+        "PrometheusRule",
+    )["spec"]["groups"][0]["rules"]
+    assert any(alert["expr"].endswith("> 10000000") for alert in alerts)
+
+
+def test_bounds_of_two_flags_agree_with_the_defaults_of_the_operator() -> None:
+    """The chart compares a given flag with the default of the other one."""
+    helpers = (CHART / "templates/_helpers.tpl").read_text()
+    defaults = {name: float(number) for number, name in re.findall(r'default (\d+) \(get \$flag "([a-z-]+)"', helpers)}
+    settings = Settings()
+    assert defaults == {name: getattr(settings, name.replace("-", "_")) for name in defaults}
+    assert len(defaults) == 4
+
+
+def unbounded(schema: dict[str, Any], where: str) -> list[str]:
+    """Return the places of a schema that accept any text, any number or any field."""
+    if "enum" in schema or "$ref" in schema or schema == {}:
+        return []
+    found = []
+    for part in schema.get("anyOf", []):
+        found += unbounded(part, where)
+    kind = schema.get("type")
+    if kind == "string" and not {"pattern", "enum"} & set(schema):
+        found.append(where)
+    if kind in ("integer", "number") and not ({"minimum", "exclusiveMinimum"} & set(schema) and "maximum" in schema):
+        found.append(where)
+    if kind == "object" and "additionalProperties" not in schema:
+        found.append(where)
+    for name, part in schema.get("properties", {}).items():
+        found += unbounded(part, f"{where}.{name}")
+    for name in ("items", "additionalProperties"):
+        if isinstance(schema.get(name), dict):
+            found += unbounded(schema[name], f"{where}[]")
+    return found
+
+
+def test_no_value_is_unbounded(helm: Helm) -> None:
+    """Except for values that only the API server can check."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    found = unbounded(schema, "")
+    for name, definition in schema["definitions"].items():
+        found += unbounded(definition, name)
+    assert sorted(found) == [
+        ".affinity.nodeAffinity",
+        ".affinity.podAffinity",
+        ".affinity.podAntiAffinity",
+        ".extraEnv[].value",
+        ".extraEnv[].valueFrom",
+        ".global",
+        ".tolerations[].value",
+        "annotations[]",
+        "selector.matchExpressions[]",
+    ]
+
+
+def test_notes_name_a_managed_namespace(helm: Helm) -> None:
+    def notes(values: dict[str, Any]) -> str:
+        command = ("install", RELEASE, str(CHART), "--namespace", HOME, "--dry-run=client")
+        return helm.run(*command, values=values).partition("NOTES:\n")[2]
+
+    limited = notes({"namespaces": ["team-a", "team-b"]})
+    assert "kubectl apply -n team-a -f examples/" in limited
+    assert "kubectl get ftj -n team-a -w" in limited
+    assert "No other namespace is managed" in limited
+    everywhere = notes({})
+    assert "kubectl apply -f examples/" in everywhere
+    assert "No other namespace" not in everywhere
 
 
 def test_every_value_is_in_the_schema(helm: Helm) -> None:

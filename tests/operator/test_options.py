@@ -12,7 +12,7 @@ import pytest
 
 from finetune_operator.server.kill_switch import KillSwitch
 from finetune_operator.server.logs import JsonFormatter, TextFormatter
-from finetune_operator.server.options import GROUPS, SETTINGS, RunOptions, add_flags, read_options
+from finetune_operator.server.options import GROUPS, SETTINGS, Flag, RunOptions, add_flags, read_options
 from finetune_operator.settings import Settings
 
 NOT_FLAGS = {"trainer_command", "require_storage", "coordinator_ca_in_run"}
@@ -63,7 +63,16 @@ def test_flags_override_the_environment_and_the_environment_the_defaults() -> No
         (("--coordinator-tls-secret=x", "--coordinator-tls-cert=y", "--coordinator-tls-key=z"), "set only one"),
         (("--coordinator-tls-secret=x",), "--coordinator-url"),
         (("--coordinator-ca=x", "--coordinator-ca-config=y"), "remove it"),
-        (("--num-workers=0",), "1 or more"),
+        (("--num-workers=0",), "a whole number from 1 to 1000"),
+        (("--num-workers=many",), "a whole number from 1 to 1000"),
+        (("--lease-seconds=nan",), "a number from 1 to 3600"),
+        (("--beat-seconds=0",), "a number from 0.1 to 3600"),
+        (("--beat-timeout-seconds=5",), "more than --beat-seconds"),
+        (("--failure-backoff-seconds=400",), "at least --failure-backoff-seconds"),
+        (("--coordinator-port=8080",), "another port than --coordinator-port"),
+        (("--coordinator-url=finetune:8443",), "write https://host:port"),
+        (("--namespaces=team-a,Team_B",), "'Team_B'"),
+        (("--lease-name=The Lease",), "'The Lease'"),
         (("--leader-election=perhaps",), "write true or false"),
         (("--log-format=xml",), "--log-format"),
     ],
@@ -97,6 +106,18 @@ def test_text_lines_contain_the_fields_before_the_traceback() -> None:
     head, *trace = TextFormatter().format(broken).splitlines()
     assert head.endswith("it broke job=team/circles")
     assert trace[-1] == "ValueError: why"
+
+
+@pytest.mark.parametrize("flag", [flag for group in GROUPS.values() for flag in group], ids=lambda flag: flag.name)
+def test_every_number_has_bounds_that_contain_its_default(flag: Flag) -> None:
+    assert (flag.between is not None) == (flag.read in (int, float))
+    if flag.between is not None:
+        lowest, highest = flag.between
+        for number in (lowest, flag.default, highest):
+            assert flag.parse(str(number)) == number
+        for outside in (lowest - 1, highest + 1):
+            with pytest.raises(argparse.ArgumentTypeError):
+                flag.parse(str(outside))
 
 
 @pytest.mark.parametrize("where", ["", "before", "before:0", "during:1"])

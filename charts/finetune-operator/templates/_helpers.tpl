@@ -80,11 +80,40 @@ subjects:
 
 {{- /* Flags that the chart sets from its own values. They are refused in `flags`, because they would be set twice. */}}
 {{- define "finetune.checks" -}}
-{{- $own := list "namespaces" "watch-nodes" "leader-election" "lease-name" "lease-namespace" "coordinator" "coordinator-port" "coordinator-tls-cert" "coordinator-tls-key" "coordinator-ca" "coordinator-tls-secret" "coordinator-ca-config" "coordinator-service" "coordinator-url" "pod-ip" "trainer-image-gpu" "trainer-image-cpu" "trainer-user-id" "cores-per-rank" "cache-claim" "probe-port" "log-format" "log-level" }}
+{{- $own := list "namespaces" "watch-nodes" "leader-election" "identity" "kubeconfig" "context" "lease-name" "lease-namespace" "coordinator" "coordinator-port" "coordinator-tls-cert" "coordinator-tls-key" "coordinator-ca" "coordinator-tls-secret" "coordinator-ca-config" "coordinator-service" "coordinator-url" "pod-ip" "trainer-image-gpu" "trainer-image-cpu" "trainer-user-id" "cores-per-rank" "cache-claim" "probe-port" "log-format" "log-level" }}
 {{- range $name, $_ := .Values.flags }}
 {{- if has $name $own }}
 {{- fail (printf "flags.%s: the chart sets this flag from another value; see values.yaml and set that one" $name) }}
 {{- end }}
+{{- end }}
+{{- if and .Values.coordinator.enabled (eq (int .Values.metrics.port) (int .Values.coordinator.port)) }}
+{{- fail (printf "metrics.port: %d is the port of the coordinator; set another port" (int .Values.metrics.port)) }}
+{{- end }}
+{{- if and .Values.coordinator.tls.secretName (ne .Values.coordinator.tls.mode "secret") }}
+{{- fail "coordinator.tls.secretName: only mode secret uses a given Secret; set coordinator.tls.mode to secret, or remove the name" }}
+{{- end }}
+{{- if and .Values.coordinator.tls.issuerRef.name (ne .Values.coordinator.tls.mode "certManager") }}
+{{- fail "coordinator.tls.issuerRef.name: only mode certManager uses an issuer; set coordinator.tls.mode to certManager, or remove the name" }}
+{{- end }}
+{{- range $name, $_ := .Values.podLabels }}
+{{- if hasKey (include "finetune.labels" $ | fromYaml) $name }}
+{{- fail (printf "podLabels.%s: the chart sets this label itself; remove it" $name) }}
+{{- end }}
+{{- end }}
+{{- range .Values.extraEnv }}
+{{- if has .name (list "FINETUNE_POD_IP" "FINETUNE_IDENTITY") }}
+{{- fail (printf "extraEnv: the chart sets %s itself, for each replica; remove it" .name) }}
+{{- end }}
+{{- end }}
+{{- $flag := .Values.flags }}
+{{- if le (float64 (default 60 (get $flag "beat-timeout-seconds"))) (float64 (default 5 (get $flag "beat-seconds"))) }}
+{{- fail "flags.beat-timeout-seconds: set more than beat-seconds; otherwise every pod is reported as silent" }}
+{{- end }}
+{{- if lt (float64 (default 300 (get $flag "failure-backoff-max-seconds"))) (float64 (default 10 (get $flag "failure-backoff-seconds"))) }}
+{{- fail "flags.failure-backoff-max-seconds: set at least failure-backoff-seconds" }}
+{{- end }}
+{{- if not (regexMatch "^[a-z]" (include "finetune.fullname" .)) }}
+{{- fail (printf "the release name %s begins with a digit, which a Service may not; set fullnameOverride" .Release.Name) }}
 {{- end }}
 {{- if and (eq .Values.coordinator.tls.mode "certManager") (not .Values.coordinator.tls.issuerRef.name) }}
 {{- fail "coordinator.tls.issuerRef.name: mode certManager needs the name of an Issuer or ClusterIssuer" }}

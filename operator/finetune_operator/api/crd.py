@@ -46,6 +46,7 @@ COLUMNS = (
     ("Loss", "number", ".status.loss", "Smoothed training loss", 1),
     ("Images/s", "number", ".status.imagesPerSecond", "Images per second, of all ranks together", 1),
     ("Goodput", "number", ".status.goodput", "Share of the time spent on steps that were kept", 1),
+    ("Reason", "string", ".status.reason", "Reason of the phase; docs/troubleshooting.md explains each", 1),
     ("Message", "string", ".status.message", "Explanation of the phase", 1),
 )
 """Name, type, JSON path, description and priority of kubectl's columns; those of priority 1 need -o wide."""

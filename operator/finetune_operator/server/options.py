@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,11 @@ from finetune_operator.cluster.kube.options import CoordinatorOptions, OperatorO
 from finetune_operator.settings import Settings
 
 PREFIX = "FINETUNE_"
+MAX_NAME = 253
+NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+PORTS = (1, 65535)
+DAY = 86400
+MAX_INT = 2**31 - 1
 OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -34,15 +41,57 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class _Flag:
+class Flag:
+    """A flag, with its environment variable."""
+
     name: str
     default: Any
     help: str
     read: Callable[[str], Any] = str
     choices: tuple[str, ...] | None = None
+    between: tuple[float, float] | None = None
+    """Smallest and largest number."""
+
+    def parse(self, text: Any) -> Any:
+        """Parse a value of the command line or the environment; argparse also passes a default that is a string.
+
+        Raises:
+            argparse.ArgumentTypeError: the value is not valid.
+        """
+        if self.between is None:
+            return self.read(text)
+        lowest, highest = self.between
+        try:
+            value = self.read(text)
+        except ValueError:
+            value = math.nan
+        if not lowest <= value <= highest:
+            kind = "a whole number" if self.read is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"invalid value {text!r}: write {kind} from {lowest:.10g} to {highest:.10g}"
+            )
+        return value
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of a value, for the chart."""
+        if self.choices:
+            return {"enum": list(self.choices)}
+        if self.between is not None:
+            bounds = {"minimum": self.between[0], "maximum": self.between[1]}
+            if self.read is int:
+                return {"type": "integer"} | bounds
+            # `helm --set` passes a number with a decimal point as text.
+            return {"anyOf": [{"type": "number"} | bounds, {"type": "string", "pattern": r"^[0-9]+\.[0-9]+$"}]}
+        if self.read is _parse_bool:
+            return {"type": "boolean"}
+        if self.read is _parse_name:
+            return {"type": "string", "maxLength": MAX_NAME, "pattern": f"^{NAME}$"}
+        return {"type": "string", "pattern": r"^\S+$"}
 
     @property
     def variable(self) -> str:
+        """Name of the environment variable."""
         return PREFIX + self.name.replace("-", "_").upper()
 
 
@@ -52,89 +101,215 @@ def _parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _parse_name(text: str) -> str:
+    if text and (len(text) > MAX_NAME or not re.fullmatch(NAME, text)):
+        raise argparse.ArgumentTypeError(
+            f"invalid name {text!r}: write lower-case letters, digits and '-', for example my-name"
+        )
+    return text
+
+
 def _parse_names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return tuple(_parse_name(name.strip()) for name in text.split(",") if name.strip())
+
+
+def _parse_url(text: str) -> str:
+    if text and (urlsplit(text).scheme not in ("http", "https") or not urlsplit(text).hostname):
+        raise argparse.ArgumentTypeError(f"invalid URL {text!r}: write https://host:port")
+    return text
 
 
 METAVARS: dict[Callable[[str], Any], str] = {
     _parse_bool: "true|false",
+    _parse_name: "NAME",
     _parse_names: "NAME,...",
+    _parse_url: "URL",
     int: "N",
     float: "N",
     Path: "FILE",
 }
 _DEFAULTS = Settings()
 
-GROUPS: dict[str, tuple[_Flag, ...]] = {
+GROUPS: dict[str, tuple[Flag, ...]] = {
     "cluster": (
-        _Flag("kubeconfig", None, "kubeconfig to use; default: the pod's service account", Path),
-        _Flag("context", None, "context of the kubeconfig; default: its current context"),
-        _Flag("namespaces", (), "comma-separated namespaces to watch; default: all", _parse_names),
-        _Flag("watch-nodes", True, "watch nodes; if false, a lost node is detected by its pods only", _parse_bool),
-        _Flag("num-workers", 32, "number of jobs that are reconciled at the same time", int),
+        Flag("kubeconfig", None, "kubeconfig to use; default: the pod's service account", Path),
+        Flag("context", None, "context of the kubeconfig; default: its current context"),
+        Flag("namespaces", (), "comma-separated namespaces to watch; default: all", _parse_names),
+        Flag("watch-nodes", True, "watch nodes; if false, a lost node is detected by its pods only", _parse_bool),
+        Flag("num-workers", 32, "number of jobs that are reconciled at the same time", int, between=(1, 1000)),
     ),
     "several replicas": (
-        _Flag("leader-election", True, "elect a leader; false if this is the only replica", _parse_bool),
-        _Flag("lease-namespace", "", "namespace of the lease; default: the operator's namespace"),
-        _Flag("lease-name", "finetune-operator", "name of the lease"),
-        _Flag("lease-seconds", 15.0, "time after which a leader that does not renew its lease is replaced", float),
-        _Flag("identity", "", "name of this replica; default: its host name and a random suffix"),
+        Flag("leader-election", True, "elect a leader; false if this is the only replica", _parse_bool),
+        Flag("lease-namespace", "", "namespace of the lease; default: the operator's namespace", _parse_name),
+        Flag("lease-name", "finetune-operator", "name of the lease", _parse_name),
+        Flag(
+            "lease-seconds",
+            15.0,
+            "time after which a leader that does not renew its lease is replaced",
+            float,
+            between=(1, 3600),
+        ),
+        Flag("identity", "", "name of this replica; default: its host name and a random suffix"),
     ),
     "coordinator": (
-        _Flag("coordinator", True, "receive heartbeats; if false, jobs show no steps", _parse_bool),
-        _Flag("coordinator-host", "0.0.0.0", "address to receive heartbeats on"),  # noqa: S104
-        _Flag("coordinator-port", 8443, "port to receive heartbeats on", int),
-        _Flag("max-connections", 10_000, "open connections of supervisors; a connection uses 32 KiB of memory", int),
-        _Flag("coordinator-tls-cert", None, "certificate, PEM; reloaded when it changes; default: plain HTTP", Path),
-        _Flag("coordinator-tls-key", None, "private key of the certificate, PEM", Path),
-        _Flag("coordinator-ca", None, "authority of the certificate, PEM; distributed to the pods of each job", Path),
-        _Flag("coordinator-tls-secret", "", "Secret for an authority that the operator creates, instead of files"),
-        _Flag("coordinator-service", "", "Service without a selector whose endpoint is the leader; default: none"),
-        _Flag("pod-ip", "", "address of this pod, for the endpoint of that Service"),
-        _Flag("coordinator-url", "", "URL that supervisors send heartbeats to; default: no heartbeats"),
-        _Flag("coordinator-ca-config", "", "ConfigMap with ca.crt, in each job's namespace, that supervisors trust"),
-        _Flag("coordinator-audience", _DEFAULTS.coordinator_audience, "audience of the supervisors' tokens"),
-        _Flag("token-seconds", _DEFAULTS.token_seconds, "lifetime of a supervisor's token", int),
-        _Flag("beat-seconds", _DEFAULTS.beat_seconds, "maximum time between two heartbeats", float),
-        _Flag(
+        Flag("coordinator", True, "receive heartbeats; if false, jobs show no steps", _parse_bool),
+        Flag("coordinator-host", "0.0.0.0", "address to receive heartbeats on"),  # noqa: S104
+        Flag("coordinator-port", 8443, "port to receive heartbeats on", int, between=PORTS),
+        Flag(
+            "max-connections",
+            10_000,
+            "open connections of supervisors; a connection uses 32 KiB of memory",
+            int,
+            between=(1, 1_000_000),
+        ),
+        Flag("coordinator-tls-cert", None, "certificate, PEM; reloaded when it changes; default: plain HTTP", Path),
+        Flag("coordinator-tls-key", None, "private key of the certificate, PEM", Path),
+        Flag("coordinator-ca", None, "authority of the certificate, PEM; distributed to the pods of each job", Path),
+        Flag(
+            "coordinator-tls-secret",
+            "",
+            "Secret for an authority that the operator creates, instead of files",
+            _parse_name,
+        ),
+        Flag(
+            "coordinator-service",
+            "",
+            "Service without a selector whose endpoint is the leader; default: none",
+            _parse_name,
+        ),
+        Flag("pod-ip", "", "address of this pod, for the endpoint of that Service"),
+        Flag("coordinator-url", "", "URL that supervisors send heartbeats to; default: no heartbeats", _parse_url),
+        Flag(
+            "coordinator-ca-config",
+            "",
+            "ConfigMap with ca.crt, in each job's namespace, that supervisors trust",
+            _parse_name,
+        ),
+        Flag("coordinator-audience", _DEFAULTS.coordinator_audience, "audience of the supervisors' tokens"),
+        Flag("token-seconds", _DEFAULTS.token_seconds, "lifetime of a supervisor's token", int, between=(600, MAX_INT)),
+        Flag("beat-seconds", _DEFAULTS.beat_seconds, "maximum time between two heartbeats", float, between=(0.1, 3600)),
+        Flag(
             "beats-per-second",
             500.0,
             "maximum heartbeat rate of all pods; with more pods, each sends less often",
             float,
+            between=(1, 1_000_000),
         ),
-        _Flag("beat-timeout-seconds", _DEFAULTS.beat_timeout_seconds, "time until a pod is reported as silent", float),
+        Flag(
+            "beat-timeout-seconds",
+            _DEFAULTS.beat_timeout_seconds,
+            "time until a pod is reported as silent",
+            float,
+            between=(1, DAY),
+        ),
     ),
     "progress in the status": (
-        _Flag("progress-seconds", 5.0, "minimum time between two progress writes of one job", float),
-        _Flag("progress-writes-per-second", 20.0, "maximum rate of progress writes of all jobs", float),
+        Flag("progress-seconds", 5.0, "minimum time between two progress writes of one job", float, between=(0, 3600)),
+        Flag(
+            "progress-writes-per-second",
+            20.0,
+            "maximum rate of progress writes of all jobs",
+            float,
+            between=(0.1, 100_000),
+        ),
     ),
     "jobs": (
-        _Flag("trainer-image-gpu", _DEFAULTS.trainer_image_gpu, "image of GPU pods"),
-        _Flag("trainer-image-cpu", _DEFAULTS.trainer_image_cpu, "image of CPU pods"),
-        _Flag("cores-per-rank", _DEFAULTS.cores_per_rank, "CPU cores requested per rank if a job sets none", int),
-        _Flag("rendezvous-port", _DEFAULTS.rendezvous_port, "port of rank 0's rendezvous store", int),
-        _Flag("cache-claim", "", "claim, in each job's namespace, for the shared cache; default: the job's storage"),
-        _Flag("trainer-user-id", _DEFAULTS.trainer_user_id, "user and group of the trainer", int),
-        _Flag("max-attempts-kept", _DEFAULTS.max_attempts_kept, "maximum length of status.attempts", int),
-        _Flag("failure-backoff-seconds", _DEFAULTS.failure_backoff_seconds, "delay after the first failure", float),
-        _Flag("failure-backoff-max-seconds", _DEFAULTS.failure_backoff_max_seconds, "maximum of that delay", float),
-        _Flag("same-step-failures", _DEFAULTS.same_step_failures, "failures in a row at one step that end a job", int),
-        _Flag("hold-seconds", _DEFAULTS.hold_seconds, "how long a supervisor without replies keeps waiting", float),
-        _Flag("regroup-seconds", _DEFAULTS.regroup_seconds, "training time before a move to better capacity", float),
-        _Flag("standstill-seconds", _DEFAULTS.standstill_seconds, "time limit of a load or save that hangs", float),
-        _Flag("cause-seconds", _DEFAULTS.cause_seconds, "how long to wait for the cause of a lost peer", float),
-        _Flag("peer-grace-seconds", _DEFAULTS.peer_grace_seconds, "grace period of pods that have lost a peer", int),
+        Flag("trainer-image-gpu", _DEFAULTS.trainer_image_gpu, "image of GPU pods"),
+        Flag("trainer-image-cpu", _DEFAULTS.trainer_image_cpu, "image of CPU pods"),
+        Flag(
+            "cores-per-rank",
+            _DEFAULTS.cores_per_rank,
+            "CPU cores requested per rank if a job sets none",
+            int,
+            between=(0, 1024),
+        ),
+        Flag("rendezvous-port", _DEFAULTS.rendezvous_port, "port of rank 0's rendezvous store", int, between=PORTS),
+        Flag(
+            "cache-claim",
+            "",
+            "claim, in each job's namespace, for the shared cache; default: the job's storage",
+            _parse_name,
+        ),
+        Flag("trainer-user-id", _DEFAULTS.trainer_user_id, "user and group of the trainer", int, between=(1, MAX_INT)),
+        Flag(
+            "max-attempts-kept",
+            _DEFAULTS.max_attempts_kept,
+            "maximum length of status.attempts",
+            int,
+            between=(2, 1000),
+        ),
+        Flag(
+            "failure-backoff-seconds",
+            _DEFAULTS.failure_backoff_seconds,
+            "delay after the first failure",
+            float,
+            between=(0, DAY),
+        ),
+        Flag(
+            "failure-backoff-max-seconds",
+            _DEFAULTS.failure_backoff_max_seconds,
+            "maximum of that delay",
+            float,
+            between=(0, DAY),
+        ),
+        Flag(
+            "same-step-failures",
+            _DEFAULTS.same_step_failures,
+            "failures in a row at one step that end a job",
+            int,
+            between=(1, 1000),
+        ),
+        Flag(
+            "hold-seconds",
+            _DEFAULTS.hold_seconds,
+            "how long a supervisor without replies keeps waiting",
+            float,
+            between=(0, DAY),
+        ),
+        Flag(
+            "regroup-seconds",
+            _DEFAULTS.regroup_seconds,
+            "training time before a move to better capacity",
+            float,
+            between=(0, DAY),
+        ),
+        Flag(
+            "standstill-seconds",
+            _DEFAULTS.standstill_seconds,
+            "time limit of a load or save that hangs",
+            float,
+            between=(1, MAX_INT),
+        ),
+        Flag(
+            "cause-seconds",
+            _DEFAULTS.cause_seconds,
+            "how long to wait for the cause of a lost peer",
+            float,
+            between=(0, DAY),
+        ),
+        Flag(
+            "peer-grace-seconds",
+            _DEFAULTS.peer_grace_seconds,
+            "grace period of pods that have lost a peer",
+            int,
+            between=(0, 3600),
+        ),
     ),
     "probes and logs": (
-        _Flag("probe-host", "0.0.0.0", "address of /livez, /readyz and /metrics"),  # noqa: S104
-        _Flag("probe-port", 8080, "port of /livez, /readyz and /metrics", int),
-        _Flag("log-format", "json", "format of the log lines", choices=("json", "text")),
-        _Flag("log-level", "info", "minimum level of log messages", choices=("debug", "info", "warning", "error")),
+        Flag("probe-host", "0.0.0.0", "address of /livez, /readyz and /metrics"),  # noqa: S104
+        Flag("probe-port", 8080, "port of /livez, /readyz and /metrics", int, between=PORTS),
+        Flag("log-format", "json", "format of the log lines", choices=("json", "text")),
+        Flag("log-level", "info", "minimum level of log messages", choices=("debug", "info", "warning", "error")),
     ),
 }
 """All flags, by their group in --help."""
 
 SETTINGS = frozenset(Settings.__dataclass_fields__)
+
+
+def value_schemas() -> dict[str, dict[str, Any]]:
+    """Return the JSON schema of the value of each flag."""
+    return {flag.name: flag.schema for flags in GROUPS.values() for flag in flags}
 
 
 def add_flags(parser: argparse.ArgumentParser, environment: Mapping[str, str] | None = None) -> None:
@@ -148,14 +323,14 @@ def add_flags(parser: argparse.ArgumentParser, environment: Mapping[str, str] | 
                 f"--{flag.name}",
                 # argparse parses a string default like a flag's value, with the same errors.
                 default=environment.get(flag.variable, flag.default),
-                type=flag.read,
+                type=flag.parse,
                 choices=flag.choices,
                 metavar=_metavar(flag),
                 help=f"{flag.help}{shown} [${flag.variable}]",
             )
 
 
-def _metavar(flag: _Flag) -> str:
+def _metavar(flag: Flag) -> str:
     """Return the placeholder of a value in --help."""
     if flag.choices:
         return "|".join(flag.choices)
@@ -177,8 +352,12 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
         parser.error("--coordinator-ca-config is for an authority that another tool distributes: remove it")
     if given.coordinator_service and not given.pod_ip:
         parser.error("--coordinator-service requires --pod-ip: the address to publish in the Service")
-    if given.num_workers < 1:
-        parser.error("--num-workers: write 1 or more")
+    if given.beat_timeout_seconds <= given.beat_seconds:
+        parser.error("--beat-timeout-seconds: set more than --beat-seconds; otherwise every pod is reported as silent")
+    if given.failure_backoff_max_seconds < given.failure_backoff_seconds:
+        parser.error("--failure-backoff-max-seconds: set at least --failure-backoff-seconds")
+    if given.coordinator and given.coordinator_port == given.probe_port:
+        parser.error("--probe-port: set another port than --coordinator-port")
     namespace = given.lease_namespace or _own_namespace()
     identity = given.identity or f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
     return RunOptions(
