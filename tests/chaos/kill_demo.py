@@ -132,7 +132,7 @@ class DemoHarness:
             raise SystemExit(f"{what} failed:\n{ended.stdout}\n{ended.stderr}")
         seconds = time.monotonic() - started
         status = self._status(home)
-        result = DemoResult(_hash(home / "out"), seconds, status, was_disturbed)
+        result = DemoResult(hash_weights(home / "out"), seconds, status, was_disturbed)
         if disturbance.kind == "undisturbed":
             self.span_seconds = seconds
         shutil.rmtree(home)
@@ -243,7 +243,8 @@ def _victims(target: str, runner: int) -> Iterator[psutil.Process]:
                 yield process
 
 
-def _hash(folder: Path) -> str:
+def hash_weights(folder: Path) -> str:
+    """Return the hash of all weights in a folder."""
     digest = hashlib.sha256()
     paths = sorted(folder.rglob("*.safetensors"))
     if not paths:

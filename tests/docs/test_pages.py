@@ -109,7 +109,10 @@ def test_troubleshooting_has_one_section_for_each_reason_and_alert() -> None:
     assert set(titles) <= known, "these sections describe reasons, conditions or alerts that do not exist"
 
 
-@pytest.mark.parametrize(("title", "counted"), [("Preemptions", CountsAs.PREEMPTION), ("Failures", CountsAs.FAILURE)])
+@pytest.mark.parametrize(
+    ("title", "counted"),
+    [("Preemptions", CountsAs.PREEMPTION), ("Outages", CountsAs.OUTAGE), ("Failures", CountsAs.FAILURE)],
+)
 def test_troubleshooting_groups_reasons_by_what_they_count_as(title: str, counted: CountsAs) -> None:
     chapters = re.split(r"^## ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     (chapter,) = (chapter for chapter in chapters if chapter.startswith(title))

@@ -19,10 +19,15 @@ class ExitCode(IntEnum):
     """The run specification cannot be run; another attempt would fail, too."""
     DATA = 65
     """The data set cannot be used as requested; another attempt would fail, too."""
+    NETWORK = 69
+    """A server that the run needs (hub, object store) does not answer, or refuses to for now; another attempt may
+    succeed."""
     SOFTWARE = 70
     """An unexpected exception."""
     STORAGE = 74
     """Checkpoints or outputs cannot be written or read."""
+    STORAGE_OUTAGE = 79
+    """A disk is full, or a file system fails, which usually passes; another attempt may succeed."""
     SAVED = 75
     """Stopped on a preemption notice: the state of the last completed step is committed, and a restart continues."""
     STALE = 78
@@ -54,8 +59,10 @@ _DESCRIPTIONS = {
     ExitCode.DONE: "done",
     ExitCode.CONFIG: "configuration error",
     ExitCode.DATA: "data error",
+    ExitCode.NETWORK: "network error",
     ExitCode.SOFTWARE: "uncaught exception",
     ExitCode.STORAGE: "storage error",
+    ExitCode.STORAGE_OUTAGE: "storage not available",
     ExitCode.SAVED: "saved on a preemption notice",
     ExitCode.STALE: "no checkpoint for too long",
     ExitCode.FABRIC: "lost a peer",

@@ -35,6 +35,18 @@ class StorageError(RankError):
     code = ExitCode.STORAGE
 
 
+class NetworkError(RankError):
+    """A server that the run needs does not answer, or refuses to for now; see `outages`."""
+
+    code = ExitCode.NETWORK
+
+
+class StorageOutageError(StorageError):
+    """A disk is full, or a file system fails, which usually passes; see `outages`."""
+
+    code = ExitCode.STORAGE_OUTAGE
+
+
 class StaleError(RankError):
     """No checkpoint could be written for longer than allowed: further training would increase the possible loss."""
 

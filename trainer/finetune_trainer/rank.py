@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState
-from finetune_trainer import libraries
+from finetune_trainer import libraries, patience
 from finetune_trainer.errors import RankError
+from finetune_trainer.outages import exit_code_of
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.preemption_notice import PreemptionNotice
 
@@ -43,6 +44,7 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     reporter = Reporter(int(env.get("RANK", "0")), int(fd) if fd else None)
     notice = PreemptionNotice(on_leave=lambda: reporter.state(RankState.SAVED))
     notice.listen()
+    patience.report_to(reporter.detail)
     reporter.state(RankState.STARTING)
     libraries.prepare(env)
     try:
@@ -56,12 +58,12 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
         notice.hold()
         reporter.state(RankState.FAILED)
         _LOG.error("%s", error)
-        return error.code
-    except Exception:
+        return exit_code_of(error, error.code)
+    except Exception as error:
         notice.hold()
         reporter.state(RankState.FAILED)
         _LOG.exception("unexpected error in the trainer")
-        return ExitCode.SOFTWARE
+        return exit_code_of(error, ExitCode.SOFTWARE)
     reporter.state(RankState.SAVED if code is ExitCode.SAVED else RankState.DONE)
     return code
 

@@ -85,6 +85,7 @@ class Reason(StrEnum):
     BACK_TO_SPOT = "BackToSpot"
     PODS_LATE = "PodsLate"
     SPEC_EDITED = "SpecEdited"
+    TARGET_EDITED = "TargetEdited"
 
     FINISHED = "Finished"
     MAX_FAILURES_EXCEEDED = "MaxFailuresExceeded"
@@ -296,10 +297,15 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.CHECKPOINT_WRITTEN: ReasonDoc(Topic.WORKING, "Checkpoints can be written again.", NOTHING),
     Reason.DATA_ERROR: _failure(
-        "The data set cannot be used with this spec.", "Correct spec.dataset and create a new job.", final=True
+        "The data set cannot be used with this spec.",
+        "Correct the data set and raise spec.recovery.manualRetries; if spec.dataset is wrong, create a new job.",
+        final=True,
     ),
     Reason.CONFIGURATION_ERROR: _failure(
-        "The trainer cannot run this spec.", "Follow the advice in the message and create a new job.", final=True
+        "The trainer cannot run this spec.",
+        "Follow the advice in the message and create a new job; or, if the spec is right, raise "
+        "spec.recovery.manualRetries.",
+        final=True,
     ),
     Reason.HANG: _failure(
         "No step was completed within recovery.hangTimeout.",
@@ -326,13 +332,17 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.SPEC_EDITED: _regroup(
         "The spec was edited while pods of the attempt were waiting; the pods are created again from the new spec."
     ),
+    Reason.TARGET_EDITED: _regroup(
+        "The steps, epochs or outputs were edited while the job ran; the ranks saved, and the job continues with the edit "
+        "in the same pods."
+    ),
     Reason.FINISHED: ReasonDoc(
         Topic.END, "All steps are trained and all outputs are written.", "Fetch the outputs listed in status.outputs."
     ),
     Reason.MAX_FAILURES_EXCEEDED: ReasonDoc(
         Topic.END,
         "The program failed more often than recovery.maxFailures allows without a new checkpoint in between.",
-        "Fix the cause of the last failures (see status.attempts) and create a new job.",
+        "Fix the cause of the last failures (see status.attempts) and raise spec.recovery.manualRetries by 1.",
     ),
     Reason.SAME_STEP_FAILURES: ReasonDoc(
         Topic.END,
@@ -343,7 +353,7 @@ REASONS: dict[Reason, ReasonDoc] = {
     Reason.DEADLINE_EXCEEDED: ReasonDoc(
         Topic.END,
         "The job took longer than spec.activeDeadlineSeconds.",
-        "In a new job, raise spec.activeDeadlineSeconds or train fewer steps.",
+        "Raise spec.activeDeadlineSeconds: the job continues.",
     ),
     Reason.ATTEMPT_STARTED: ReasonDoc(Topic.EVENT, "An attempt starts; its pods are being created.", NOTHING),
     Reason.ATTEMPT_ENDED: ReasonDoc(

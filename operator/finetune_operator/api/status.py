@@ -98,7 +98,9 @@ class AttemptStatus(StatusModel):
         default=None,
         description="Mean time between the job's interruptions at its start, in seconds, as its ranks received it",
     )
-    target: str | None = Field(default=None, description="Hash of the steps, epochs and outputs that its ranks received")
+    target: str | None = Field(
+        default=None, description="Hash of the steps, epochs and outputs that its ranks received"
+    )
     next_nodes: int | None = Field(
         default=None, description="Number of pods that the next attempt begins with, if the end of this one decided it"
     )
@@ -141,6 +143,9 @@ class TallyStatus(StatusModel):
     )
     failed_step: int | None = Field(default=None, description="Last completed step of the last failed attempt")
     failures_at_step: int = Field(default=0, description="Consecutive failures after that step")
+    retried_attempt: int | None = Field(
+        default=None, description="Newest attempt when the user last continued the job after its failure"
+    )
     trained_steps: int = Field(default=0, description="Observed optimizer steps, repeated ones included")
     trained_seconds: float = Field(default=0, description="Time in which they were trained, in seconds")
     step_time: datetime | None = Field(default=None, description="Time at which the newest step was observed")
@@ -158,7 +163,7 @@ class FineTuneJobStatus(StatusModel):
     message: str | None = Field(default=None, description="Explanation for users")
     conditions: tuple[Condition, ...] = Field(
         default=(),
-        description="Conditions: Accepted, Running, Recovering, Complete, Failed, Suspended, NoticeTooShort, "
+        description="Conditions: Accepted, Running, Recovering, Complete, Succeeded, Failed, Suspended, NoticeTooShort, "
         "CheckpointStale, PodsOutdated",
         json_schema_extra=list_map("type"),
     )

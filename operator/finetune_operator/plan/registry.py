@@ -44,6 +44,7 @@ POLICIES: tuple[Policy, ...] = (
     elastic.POLICY,  # Should the job continue on fewer nodes?
     spot.POLICY,  # Should the job accept nodes other than spot?
     edits.APPLY,  # Was the spec edited while pods wait?
+    edits.TARGET,  # Were the steps, epochs or outputs edited?
     quota.POLICY,  # Has the cluster refused a part of the gang for too long?
     regroup.POLICY,  # Is better capacity ready?
     reclassify.POLICY,  # Was the node of a lost peer lost?

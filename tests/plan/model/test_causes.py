@@ -17,6 +17,7 @@ from finetune_operator.plan.model.view import View
 from tests.plan.fake_cluster import START, FakeCluster, last_words, seconds
 
 PREEMPTION, FAILURE = CountsAs.PREEMPTION, CountsAs.FAILURE
+EVICTED_BY_API = Reason.EVICTION_BY_EVICTION_API
 
 
 def cause_of(cluster: FakeCluster) -> Cause | None:
@@ -46,6 +47,9 @@ ONE_POD = [
     ({"exit_code": ExitCode.CONFIG}, Reason.CONFIGURATION_ERROR, FAILURE),
     ({"exit_code": ExitCode.DATA}, Reason.DATA_ERROR, FAILURE),
     ({"exit_code": ExitCode.STORAGE}, Reason.STORAGE_ERROR, FAILURE),
+    ({"exit_code": ExitCode.NETWORK}, Reason.NETWORK_ERROR, CountsAs.OUTAGE),
+    ({"exit_code": ExitCode.STORAGE_OUTAGE}, Reason.STORAGE_UNAVAILABLE, CountsAs.OUTAGE),
+    ({"exit_code": ExitCode.NETWORK, "disruption": "EvictionByEvictionAPI"}, EVICTED_BY_API, PREEMPTION),
     ({"exit_code": ExitCode.STALE}, Reason.CHECKPOINT_STALE, FAILURE),
     ({"exit_code": ExitCode.FABRIC}, Reason.FABRIC_ERROR, FAILURE),
     ({"exit_code": ExitCode.SUPERSEDED}, Reason.SUPERSEDED, None),

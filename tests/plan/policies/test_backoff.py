@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.phase import Phase
 from finetune_operator.api.reasons import Reason
 from finetune_operator.plan.model.backoff import delay, jitter
 from finetune_operator.settings import Settings
-from tests.plan.fake_cluster import FakeCluster, seconds
+from tests.plan.fake_cluster import FakeCluster, last_words, make_job, seconds
 
 
 @pytest.mark.parametrize(
@@ -51,3 +53,26 @@ def test_no_delay_after_preemption() -> None:
     cluster.pods.clear()
     cluster.step()
     assert cluster.job.status.attempt == 2
+
+
+def test_outages_delay_the_next_attempt_and_spend_no_failures() -> None:
+    cluster = FakeCluster(make_job(recovery={"maxFailures": 0}))
+    waits = []
+    for attempt in range(1, 8):
+        cluster.running()
+        for rank in (0, 1):
+            cluster.exit(rank, ExitCode.NETWORK, termination=last_words(attempt, ExitCode.NETWORK, "429", rank=rank))
+        cluster.step()
+        decided = cluster.settle()
+        status = cluster.job.status
+        assert (status.failures, status.preemptions, status.phase) == (0, 0, Phase.RECOVERING)
+        assert "429" in (status.message or "")
+        assert decided.requeue_after is not None
+        waits.append(decided.requeue_after.total_seconds())
+        # The nodes are free while the job waits.
+        assert not cluster.pods
+        cluster.tick(waits[-1])
+        cluster.settle()
+        assert cluster.job.status.attempt == attempt + 1
+    expected = [10, 20, 40, 80, 160, 300, 300]
+    assert all(0.8 * limit <= wait <= 1.2 * limit for wait, limit in zip(waits, expected, strict=True))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from finetune_contract.input_spec import ModelSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.models.family import Family
+from finetune_trainer.models.hub import ONE_PART, HubFiles, fetch, has_weights
 from finetune_trainer.models.single_file import SUFFIXES, convert
 from finetune_trainer.models.stable_diffusion import StableDiffusion
 from finetune_trainer.models.stable_diffusion_xl import StableDiffusionXl
 
 _INDEX = "model_index.json"
-_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
-"""Files that are downloaded from a hub repository; never pickles."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -24,22 +26,25 @@ FAMILIES: dict[str, type[Family]] = {
 """Families by the pipeline class in a base's model_index.json."""
 
 
-def open_base(spec: ModelSpec, cache_dir: Path | None = None) -> Family:
+def open_base(spec: ModelSpec, cache_dir: Path | None = None, *, whole: bool = False) -> Family:
     """Find the base model and return its family. Weights are read later, except those of a single file.
 
     Args:
         spec: the manifest's model.
         cache_dir: folder that all jobs share; a single-file base is converted to a folder in it.
+        whole: whether the parts that training does not use are needed, too, because a pipeline will be written.
 
     Raises:
         ConfigError: the base is missing, or its family is not supported.
+        NetworkError: the hub cannot be reached.
         StorageError: the cache cannot be written.
     """
     if cache_dir is not None and Path(spec.base).is_file() and spec.base.endswith(SUFFIXES):
         formats = {name: family.single_file for name, family in FAMILIES.items() if family.single_file is not None}
         folder = convert(spec, cache_dir, formats)
     else:
-        folder = find_folder(spec.base, spec.revision, "model.base")
+        files = HubFiles.of_base(spec.variant, own_vae=spec.vae is None, whole=whole)
+        folder = find_folder(spec.base, spec.revision, "model.base", files)
     if not (folder / _INDEX).is_file():
         raise ConfigError(
             f"model.base: {folder} contains no {_INDEX}; write a folder in diffusers' layout or a hub id of one"
@@ -49,20 +54,27 @@ def open_base(spec: ModelSpec, cache_dir: Path | None = None) -> Family:
         raise ConfigError(
             f"model.base: {spec.base} is a {pipeline}, which is not supported; use one of {', '.join(FAMILIES)}"
         )
-    vae_folder = folder / "vae" if spec.vae is None else find_folder(spec.vae, None, "model.vae")
+    vae_folder = (
+        folder / "vae"
+        if spec.vae is None
+        else find_part(spec.vae, None, "model.vae", HubFiles(spec.variant, is_part=True))
+    )
     return FAMILIES[pipeline](folder, vae_folder, spec.variant)
 
 
-def find_folder(name: str, revision: str | None, field: str) -> Path:
+def find_folder(name: str, revision: str | None, field: str, files: HubFiles) -> Path:
     """Return the local folder of a model; a hub id is downloaded to HF_HOME.
 
     Args:
         name: path of a folder, or hub id.
         revision: revision on the hub; None for the default branch.
         field: field of the manifest, for messages.
+        files: the files of a hub repository that are needed.
 
     Raises:
         ConfigError: the model does not exist or cannot be used.
+        NetworkError: the hub cannot be reached.
+        StorageOutageError: the cache is full, or fails.
     """
     path = Path(name)
     if path.is_dir():
@@ -77,19 +89,34 @@ def find_folder(name: str, revision: str | None, field: str) -> Path:
         raise ConfigError(
             f"{field}: the folder {name} does not exist; write one that is mounted in the job's pods, or a hub id"
         )
-    return _fetch(name, revision, field)
+    return fetch(name, revision, field, files)
 
 
-def _fetch(name: str, revision: str | None, field: str) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  only hub ids need it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+def find_part(name: str, revision: str | None, field: str, files: HubFiles = ONE_PART) -> Path:
+    """Return the local folder of a model next to the base (a VAE, a ControlNet); see `find_folder`.
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        summary = " ".join(str(error).split())[:200]
-        at = f" at revision {revision}" if revision else ""
-        raise ConfigError(f"{field}: cannot fetch {name}{at} from the hub: {summary}") from error
+    Args:
+        name: path of a folder, or hub id.
+        revision: revision on the hub; None for the default branch.
+        field: field of the manifest, for messages.
+        files: the files of a hub repository that are needed. If it lacks their variant, as repositories of single
+            parts often do, the default weights are.
+    """
+    folder = find_folder(name, revision, field, files)
+    if files.variant is None or has_weights(folder, files.variant) or Path(name).is_dir():
+        return folder
+    return find_folder(name, revision, field, dataclasses.replace(files, variant=None))
+
+
+def hub_commit(folder: Path) -> str | None:
+    """Return the commit of a folder that was downloaded from the hub; None for any other folder.
+
+    The hub's library keeps each commit in .../models--owner--name/snapshots/<commit>/.
+    """
+    for path in (folder, *folder.parents):
+        if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name):
+            return path.name
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

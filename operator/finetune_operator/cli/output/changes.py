@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from finetune_operator.api.reasons import Reason
+from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.cli.output import formatting
 from finetune_operator.plan.model.explain import explain_end
@@ -65,7 +65,8 @@ def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[str]:
 
 
 def _end(entry: AttemptStatus) -> str:
-    counted = f" It counts as a {entry.counts_as.lower()}." if entry.counts_as else ""
+    article = "an" if entry.counts_as == CountsAs.OUTAGE else "a"
+    counted = f" It counts as {article} {entry.counts_as.lower()}." if entry.counts_as else ""
     return f"{explain_end(entry)}{counted}"
 
 

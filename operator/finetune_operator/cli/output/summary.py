@@ -38,7 +38,8 @@ def format_end(job: FineTuneJob, outputs: str, file: Path, now: datetime) -> str
         return f"{name} Succeeded in {_took(job, now)}: {_tally(job)}; outputs in {outputs}"
     if status.phase is Phase.FAILED:
         ended = f"{name} Failed after {_took(job, now)}: {status.message} ({_tally(job)})"
-        return f"{ended}\nSee its logs: finetune logs {name}"
+        advice = f"See its logs: finetune logs {name}\nTo continue after its cause is fixed: finetune run {file}"
+        return f"{ended}\n{advice}"
     step = status.last_checkpoint.step if status.last_checkpoint else 0
     state = f"at step {step}, with the state saved" if step else "before its first checkpoint"
     return f"{name} is suspended {state}; to resume: finetune run {file}"

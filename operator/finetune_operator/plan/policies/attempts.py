@@ -12,7 +12,7 @@ from finetune_contract.interval import estimate_mtbf_seconds
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
-from finetune_operator.manifests import num_nodes
+from finetune_operator.manifests import hash_target, num_nodes
 from finetune_operator.plan.model import backoff, grace, ledger
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.conditions import is_true
@@ -50,6 +50,7 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         nodes=size if size != num_nodes(view.spec) else None,
         capacity=capacity,
         mtbf_seconds=_mtbf_seconds(view, status),
+        target=hash_target(view.spec),
     )
     return ledger.replace_current(status, entry if members is None else ledger.with_members(entry, members))
 

@@ -13,6 +13,7 @@ from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.view import View, is_finished
 from finetune_operator.plan.policies import reclassify
 from finetune_operator.plan.policies.finish import fail
+from finetune_operator.plan.policies.retry import how_to_continue
 
 
 def is_undecided(view: View, status: FineTuneJobStatus) -> bool:
@@ -33,21 +34,25 @@ def enforce(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     entry = current(status)
     if entry is None or entry.reason is None or entry.counts_as != CountsAs.FAILURE or is_finished(status):
         return status
-    if is_undecided(view, status):
+    if is_undecided(view, status) or entry.attempt == status.tally.retried_attempt:
         return status
     if is_final(entry.reason):
-        return fail(view, status, entry.reason, explain_end(entry))
+        return _fail(view, status, entry.reason, explain_end(entry))
     tally = status.tally
     if tally.failures_at_step >= view.settings.same_step_failures and tally.failed_step is not None:
         repeated = f"{tally.failures_at_step} failures in a row after step {tally.failed_step}"
-        return fail(view, status, Reason.SAME_STEP_FAILURES, f"{repeated}. Last: {explain_end(entry)}")
+        return _fail(view, status, Reason.SAME_STEP_FAILURES, f"{repeated}. Last: {explain_end(entry)}")
     allowed = view.spec.recovery.max_failures
     if tally.failures_since_checkpoint <= allowed:
         return status
     since = f"since the checkpoint of step {status.last_checkpoint.step}" if status.last_checkpoint else "in total"
     failures = count(tally.failures_since_checkpoint, "failure")
     message = f"{failures} {since}, {allowed} allowed. Last: {explain_end(entry)}"
-    return fail(view, status, Reason.MAX_FAILURES_EXCEEDED, message)
+    return _fail(view, status, Reason.MAX_FAILURES_EXCEEDED, message)
+
+
+def _fail(view: View, status: FineTuneJobStatus, reason: str, message: str) -> FineTuneJobStatus:
+    return fail(view, status, reason, f"{message} {how_to_continue(status)}")
 
 
 POLICY = Policy("budget", decide=enforce)

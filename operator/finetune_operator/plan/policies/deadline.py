@@ -19,7 +19,9 @@ def enforce(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         return status
     limit = view.spec.active_deadline_seconds
     status = close(view, status, Reason.DEADLINE_EXCEEDED)
-    return fail(view, status, Reason.DEADLINE_EXCEEDED, f"the job exceeded activeDeadlineSeconds ({limit} s)")
+    problem = f"the job exceeded activeDeadlineSeconds ({limit} s)."
+    remedy = "Raise spec.activeDeadlineSeconds to continue from the last checkpoint."
+    return fail(view, status, Reason.DEADLINE_EXCEEDED, f"{problem} {remedy}")
 
 
 def deadline(view: View, status: FineTuneJobStatus) -> datetime | None:

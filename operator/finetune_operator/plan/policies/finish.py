@@ -1,4 +1,4 @@
-"""The end of the job: written once, and never changed afterwards."""
+"""The end of the job. Only `retry` changes a failure afterwards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.explain import count
+from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
@@ -20,6 +21,10 @@ def detect_success(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if view.attempt == 0 or is_finished(status):
         return status
     if not all(view.is_done(node_rank) for node_rank in range(view.num_nodes)):
+        return status
+    entry = current(status)
+    if entry is not None and entry.reason == Reason.TARGET_EDITED:
+        # The ranks have finished what the spec requested before it was edited.
         return status
     status = close(view, status, Reason.FINISHED)
     return revise(
