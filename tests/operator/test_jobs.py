@@ -264,6 +264,36 @@ def test_pod_that_a_quota_refuses_is_reported_and_retried(jobs: Jobs, new_operat
         assert status["attempt"] == 1
 
 
+def test_status_says_how_many_pods_a_quota_admits(jobs: Jobs, new_operator: NewOperator) -> None:
+    api, path = jobs.control_plane.api, f"/api/v1/namespaces/{jobs.namespace}/resourcequotas"
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "one"}, "spec": {"hard": {"pods": "1"}}}
+    api.create(path, quota)
+    wait_for("the quota is active", lambda: api.get(f"{path}/one").get("status", {}).get("used"))
+    with running(new_operator()):
+        jobs.create(build_job("circles", topology={"accelerator": "cpu", "nodes": 2}))
+        wait_for(
+            "the message", lambda: "admits 1 of 2 pods" in (jobs.get("circles").get("status") or {}).get("message", "")
+        )
+        api.delete(f"{path}/one")
+        jobs.wait_phase("circles", "Running", 60)
+
+
+def test_default_limit_of_a_namespace_is_answered_with_topology_resources(
+    jobs: Jobs, new_operator: NewOperator
+) -> None:
+    api, path = jobs.control_plane.api, f"/api/v1/namespaces/{jobs.namespace}/limitranges"
+    limits = {"limits": [{"type": "Container", "default": {"cpu": "500m"}, "defaultRequest": {"cpu": "500m"}}]}
+    api.create(path, {"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "half"}, "spec": limits})
+    with running(new_operator()):
+        jobs.create(build_job("circles", topology={"accelerator": "cpu"}))
+        wait_for("the refusal", lambda: jobs.status("circles").get("reason") == "FailedCreate")
+        message = jobs.get("circles")["status"]["message"]
+        assert "write what each pod needs in spec.topology.resources, e.g. cpu: 500m" in message
+        # The advice works.
+        jobs.patch("circles", {"spec": {"topology": {"resources": {"cpu": "500m"}}}})
+        jobs.wait_phase("circles", "Running", 60)
+
+
 def test_no_writes_while_nothing_changes(jobs: Jobs, new_operator: NewOperator) -> None:
     with running(new_operator()) as operator:
         jobs.create(build_job("circles"))

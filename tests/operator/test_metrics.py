@@ -68,7 +68,7 @@ def test_series_exist_before_the_first_event() -> None:
         assert sample("finetune_reconcile_errors_total", {"kind": kind}) == 0
     for name in re.findall(r"\bReason\.([A-Z_]+)", Path(causes.__file__).read_text()):
         assert sample("finetune_attempts_ended_total", {"reason": Reason[name]}) == 0, name
-    for reason in (Reason.FINISHED, Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED, Reason.GROWN, Reason.NODE_LOST):
+    for reason in (Reason.FINISHED, Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED, Reason.GROWN, Reason.QUOTA_RELEASED):
         assert sample("finetune_attempts_ended_total", {"reason": reason}) == 0
     assert sample("finetune_recovery_seconds_count") == 0
     for part in AttemptSeconds.model_fields:
@@ -93,6 +93,25 @@ def test_an_absurd_figure_in_one_status_does_not_change_the_sum_of_the_others(st
     assert [sample.value for sample in family.samples] == [5.0]
 
 
+def test_jobs_that_wait_or_are_silent_in_any_phase_are_measured() -> None:
+    """A job whose pods never reach the coordinator, or wait for an image, stays in Starting."""
+    begun = AttemptStatus(attempt=1, started_at=at(10))
+    over = AttemptStatus(attempt=1, started_at=NOW, ended_at=at(30), reason="Preempted")
+    jobs = [
+        job(phase=Phase.STARTING, reason="Silent", attempts=(begun,)),
+        job(phase=Phase.RUNNING, reason="Silent", attempts=(begun,)),
+        job(phase=Phase.STARTING, reason="ImagePull", attempts=(begun,)),
+        job(phase=Phase.RECOVERING, reason="BackOff", attempts=(over,)),
+        # Neither of these waits, however long it takes.
+        job(phase=Phase.STARTING, reason="Caching", attempts=(begun,)),
+        job(phase=Phase.SUSPENDED, reason="Suspended", attempts=(over,)),
+        job(phase=Phase.FAILED, reason="Silent", attempts=(over,)),
+    ]
+    found = {family.name: family.samples[0].value for family in job_metrics(jobs, at(60)) if family.samples}
+    assert found["finetune_silent_jobs"] == 2
+    assert found["finetune_longest_wait_seconds"] == 50
+
+
 def test_gauges_over_all_jobs() -> None:
     checkpoint = CheckpointStatus(step=1, time=NOW, bytes=100, stall_seconds=0.02, save_seconds=2.0)
     newer = CheckpointStatus(step=1, time=at(50), bytes=11)
@@ -112,6 +131,8 @@ def test_gauges_over_all_jobs() -> None:
         ("finetune_jobs", "Succeeded", "LoRA"): 1,
         ("finetune_jobs", "Pending", "LoRA"): 1,
         ("finetune_images_per_second",): 5.0,
+        ("finetune_silent_jobs",): 0,
+        ("finetune_longest_wait_seconds",): 0,
         ("finetune_goodput_ratio",): 0.75,
         ("finetune_checkpoint_bytes",): 111,
         ("finetune_checkpoint_stall_seconds",): 0.02,

@@ -13,7 +13,7 @@ from finetune_operator.plan.model.types import Create, PodPhase, Refusal
 from tests.plan.fake_cluster import FakeCluster, make_job, seconds
 from tests.plan.scenarios import elastic_cluster, place, send_heartbeats, shrunk
 
-REJECTED = {
+REJECTED: dict[str, Any] = {
     "phase": PodPhase.FAILED,
     "node": "node-1",
     "reason": "UnexpectedAdmissionError",

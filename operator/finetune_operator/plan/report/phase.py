@@ -101,7 +101,7 @@ def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
         return phase, entry.reason, f"{why} Its pods are being deleted or kept for the next attempt."
     due = attempts.wake(view, status)
     if due is not None and due > view.now:
-        reason = entry.reason if entry.reason == Reason.QUOTA_RELEASED else Reason.BACK_OFF
+        reason = Reason.QUOTA_RELEASED if entry.reason == Reason.QUOTA_RELEASED else Reason.BACK_OFF
         return phase, reason, f"{why} The next attempt begins at {due:%H:%M:%S} UTC."
     return phase, entry.reason, why
 
