@@ -15,6 +15,7 @@ class ConditionType(StrEnum):
     RUNNING = "Running"
     RECOVERING = "Recovering"
     COMPLETE = "Complete"
+    SUCCEEDED = "Succeeded"
     FAILED = "Failed"
     SUSPENDED = "Suspended"
     NOTICE_TOO_SHORT = "NoticeTooShort"
@@ -27,6 +28,7 @@ CONDITIONS: dict[ConditionType, str] = {
     ConditionType.RUNNING: "All pods of the newest attempt are running and its ranks are working.",
     ConditionType.RECOVERING: "A loss of capacity or a failure ended an attempt, and the next one is not training yet.",
     ConditionType.COMPLETE: "All steps are trained and all outputs are written. Final.",
+    ConditionType.SUCCEEDED: "The same as Complete, under the name of the phase. Final.",
     ConditionType.FAILED: "The job ended before its outputs were written. Final.",
     ConditionType.SUSPENDED: "spec.suspend is true and the job has no pods.",
     ConditionType.NOTICE_TOO_SHORT: "A save takes longer than recovery.noticeSeconds: a preemption may lose the steps "

@@ -25,7 +25,7 @@ def test_conditions_of_a_job_with_one_preemption() -> None:
     assert true_conditions(cluster) == {"Accepted", "Running"}
     for rank in (0, 1):
         cluster.exit(rank, 0)
-    assert true_conditions(cluster) == {"Accepted", "Complete"}
+    assert true_conditions(cluster) == {"Accepted", "Complete", "Succeeded"}
 
 
 def test_conditions_that_never_were_true_are_omitted() -> None:

@@ -49,6 +49,7 @@ WIDE: tuple[Column, ...] = (
     ("LOSS", lambda job, now: _number(job.status.loss)),
     ("IMAGES/S", lambda job, now: _number(job.status.images_per_second)),
     ("GOODPUT", lambda job, now: _number(job.status.goodput)),
+    ("REASON", lambda job, now: job.status.reason or ""),
     ("MESSAGE", lambda job, now: job.status.message or ""),
 )
 

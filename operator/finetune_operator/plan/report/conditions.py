@@ -16,6 +16,8 @@ PHASES_OF = {
     ConditionType.RECOVERING: frozenset({Phase.RECOVERING}),
     ConditionType.SUSPENDED: frozenset({Phase.SUSPENDED}),
     ConditionType.COMPLETE: frozenset({Phase.SUCCEEDED}),
+    # People wait for the phase that they see: kubectl wait --for=condition=Succeeded.
+    ConditionType.SUCCEEDED: frozenset({Phase.SUCCEEDED}),
     ConditionType.FAILED: frozenset({Phase.FAILED}),
 }
 """Phases in which each condition is True."""
