@@ -274,6 +274,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             between=(0, DAY),
         ),
         Flag(
+            "quota-hold-seconds",
+            _DEFAULTS.quota_hold_seconds,
+            "how long a gang keeps its pods while the cluster refuses the others; 0: without limit",
+            float,
+            between=(0, DAY),
+        ),
+        Flag(
             "standstill-seconds",
             _DEFAULTS.standstill_seconds,
             "time limit of a load or save that hangs",
