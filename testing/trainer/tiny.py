@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finetune_contract.run_spec import RunSpec
+from finetune_trainer.models.text_names import make_text_names_portable
 
 RESOLUTION = 16
 NUM_SAMPLES = 7
@@ -43,6 +44,9 @@ def write_base(folder: Path, prediction_type: str = "epsilon", family: str = "sd
     if is_xl:
         _write_tokenizer(folder / "tokenizer_2")
         CLIPTextModelWithProjection(text_config(2, second_width)).save_pretrained(folder / "text_encoder_2")
+    for encoder in folder.glob("text_encoder*"):
+        # As in published bases, whatever the installed release writes.
+        make_text_names_portable(encoder)
     AutoencoderKL(
         sample_size=RESOLUTION,
         block_out_channels=(8, 8),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -162,23 +161,32 @@ def test_diffusers_loads_the_exported_lora(base: Path, tmp_path: Path) -> None:
 
 
 def test_file_has_the_content_that_diffusers_writes(base: Path, tmp_path: Path) -> None:
-    lora = make_lora(base)
+    lora = make_lora(base, lora={"rank": 2})
     write_outputs(lora, (), tmp_path / "ours")
     from peft.utils import get_peft_model_state_dict  # noqa: PLC0415
 
-    unet = lora._denoiser
     StableDiffusionPipeline.save_lora_weights(
-        tmp_path / "theirs",
-        unet_lora_layers=get_peft_model_state_dict(unet),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        tmp_path / "theirs", unet_lora_layers=get_peft_model_state_dict(lora._denoiser)
     )
     contents = []
     for folder in (tmp_path / "ours" / "outputs", tmp_path / "theirs"):
         with safe_open(folder / "pytorch_lora_weights.safetensors", framework="pt") as file:
-            metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-            metadata["unet.target_modules"] = sorted(metadata["unet.target_modules"])
-            contents.append((metadata, {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}))
+            tensors = {name: file.get_tensor(name).tolist() for name in sorted(file.keys())}
+            contents.append((file.metadata(), tensors))
     assert contents[0] == contents[1]
+
+
+def test_file_for_diffusers_has_the_strength_in_its_weights(base: Path, tmp_path: Path) -> None:
+    """A reader without metadata takes the rank as alpha: alpha / rank = 3 is in B, once."""
+    lora = make_lora(base)
+    train_a_little(lora)
+    lora.export(OutputFormat.DIFFUSERS, tmp_path)
+    trained = {f"unet.{name}".replace(".default", ""): value for name, value in lora.parameters().items()}
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(trained)
+        for name, value in trained.items():
+            torch.testing.assert_close(file.get_tensor(name), value.detach() * (3 if "lora_B" in name else 1))
+        assert file.metadata() == {"format": "pt"}, "old releases do not read an alpha in metadata"
 
 
 def test_writing_outputs_twice_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:

@@ -135,6 +135,11 @@ class Family(Protocol):
         """
         ...
 
+    @property
+    def kohya_base_version(self) -> str:
+        """Version of the base in the metadata of kohya's files, e.g. "sd_v1"."""
+        ...
+
     def kohya_name(self, part: str, module: str) -> str:
         """Return the name of an adapted module in kohya's LoRA files.
 

@@ -12,6 +12,16 @@ _RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+"""Names of the modules outside the blocks."""
 _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 
 
@@ -19,7 +29,7 @@ def original_name(module: str, layers_per_block: int) -> str:
     """Return the name in the original code of a module of diffusers' UNet.
 
     Args:
-        module: dotted name in diffusers; names outside the blocks are returned unchanged.
+        module: dotted name in diffusers.
         layers_per_block: number of ResNet layers in each down block.
     """
     stage = layers_per_block + 1
@@ -27,7 +37,7 @@ def original_name(module: str, layers_per_block: int) -> str:
     if match is None:
         middle = re.match(r"mid_block\.(\w+\.\d+)\.?(.*)", module)
         if middle is None:
-            return module
+            return _OUTSIDE.get(module, module)
         return _join(f"middle_block.{_MIDDLE[middle[1]]}", _inner(middle[1], middle[2]))
     direction, block, kind, number, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     if kind == "downsamplers":
