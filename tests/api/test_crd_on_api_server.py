@@ -31,7 +31,7 @@ from tests.api.bad_manifest import BadManifest
 from tests.api.bad_manifests import BAD
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
 from tests.api.random_jobs import documents, valid_edits
-from tests.api.test_edits import ALLOWED, CHANGES
+from tests.api.test_edits import ALLOWED, CHANGES, LONGER
 
 pytestmark = pytest.mark.cluster
 
@@ -257,22 +257,35 @@ def edit(api: Api, namespace: str, document: Document) -> str:
     return ""
 
 
+WRITTEN = [{"format": "webui", "to": "/out", "bytes": 1}]
+
+
 @pytest.fixture
 def begun(api: Api, namespace: str) -> str:
-    """A namespace with the job FULL, whose first attempt has begun."""
+    """A namespace with the job FULL, whose first attempt has begun and written the outputs."""
     api.create(jobs(namespace), FULL)
-    api.patch(f"{jobs(namespace)}/circles/status", {"status": {"attempt": 1}})
+    api.patch(f"{jobs(namespace)}/circles/status", {"status": {"attempt": 1, "outputs": WRITTEN}})
     return namespace
 
 
 def test_fixed_fields_are_refused_after_the_first_attempt_began(api: Api, begun: str) -> None:
     for path, patch in CHANGES.items():
         edited = patched(FULL, patch)
-        expected = edits.forbidden_edits(parse_job({**FULL, "status": {"attempt": 1}}), parse_job(edited))
+        stored = parse_job({**FULL, "status": {"attempt": 1, "outputs": WRITTEN}})
+        expected = edits.forbidden_edits(stored, parse_job(edited))
         message = edit(api, begun, edited)
         assert path in [fixed.path for fixed in expected]
         for fixed in edits.FIXED:
             assert (f"{fixed.path}: Forbidden: {fixed.message}" in message) == (fixed in expected), message
+
+
+def test_length_and_outputs_may_change_until_the_outputs_are_written(api: Api, namespace: str) -> None:
+    api.create(jobs(namespace), FULL)
+    api.patch(f"{jobs(namespace)}/circles/status", {"status": {"attempt": 1}})
+    assert [edit(api, namespace, patched(FULL, patch)) for patch in LONGER.values()] == ["", ""]
+    api.patch(f"{jobs(namespace)}/circles/status", {"status": {"outputs": WRITTEN}})
+    for path, patch in LONGER.items():
+        assert f"{path}: Forbidden" in edit(api, namespace, patched(FULL, patch))
 
 
 def test_edit_that_includes_a_status_is_refused_as_well(api: Api, begun: str) -> None:

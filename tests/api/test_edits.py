@@ -20,8 +20,8 @@ CHANGES: dict[str, Any] = {
     "spec.model": {"spec.model.revision": "fp32"},
     "spec.dataset": {"spec.dataset.maxSamples": 2000},
     "spec.training": {"spec.training.learningRate": 1e-3},
-    "spec.training.steps": {"spec.training.steps": 1},
-    "spec.training.epochs": {"spec.training.steps": REMOVED, "spec.training.epochs": 3},
+    "spec.training.steps": {"spec.training.epochs": REMOVED, "spec.training.steps": 100_000},
+    "spec.training.epochs": {"spec.training.epochs": 1},
     "spec.topology.accelerator": {
         "spec.topology.accelerator": "cpu",
         "spec.training.memoryPreset": REMOVED,
@@ -131,7 +131,7 @@ def test_changeable_fields_are_accepted(patch: dict[str, Any]) -> None:
 
 
 LONGER: dict[str, Any] = {
-    "spec.training.steps": {"spec.training.steps": 100_000},
+    "spec.training.epochs": {"spec.training.epochs": 100},
     "spec.outputs": {"spec.outputs": []},
 }
 """For limited fields an edit that is allowed until the outputs are written."""
@@ -149,16 +149,16 @@ def test_length_and_outputs_may_change_until_the_outputs_are_written(path: str) 
     assert refused(LONGER[path], attempt=1) == [path]
 
 
-def test_epochs_can_be_raised_and_no_length_can_be_lowered_or_exchanged() -> None:
-    in_epochs = patched(FULL, {"spec.training.steps": REMOVED, "spec.training.epochs": 3})
-    raised = job_of(patched(in_epochs, {"spec.training.epochs": 4}))
-    lowered = job_of(patched(in_epochs, {"spec.training.epochs": 2}))
-    assert edits.forbidden_edits(running(in_epochs), raised) == []
-    assert [fixed.path for fixed in edits.forbidden_edits(running(in_epochs), lowered)] == ["spec.training.epochs"]
-    exchanged = [fixed.path for fixed in edits.forbidden_edits(running(FULL), job_of(in_epochs))]
+def test_steps_can_be_raised_and_no_length_can_be_lowered_or_exchanged() -> None:
+    in_steps = patched(FULL, {"spec.training.epochs": REMOVED, "spec.training.steps": 50_000})
+    raised = job_of(patched(in_steps, {"spec.training.steps": 60_000}))
+    lowered = job_of(patched(in_steps, {"spec.training.steps": 40_000}))
+    assert edits.forbidden_edits(running(in_steps), raised) == []
+    assert [fixed.path for fixed in edits.forbidden_edits(running(in_steps), lowered)] == ["spec.training.steps"]
+    exchanged = [fixed.path for fixed in edits.forbidden_edits(running(FULL), job_of(in_steps))]
     assert exchanged == ["spec.training.steps", "spec.training.epochs"]
-    shorter = job_of(patched(FULL, {"spec.training.steps": 1}))
-    assert [fixed.path for fixed in edits.forbidden_edits(running(FULL), shorter)] == ["spec.training.steps"]
+    shorter = job_of(patched(FULL, {"spec.training.epochs": 1}))
+    assert [fixed.path for fixed in edits.forbidden_edits(running(FULL), shorter)] == ["spec.training.epochs"]
 
 
 def test_message_names_the_field_and_the_remedy() -> None:

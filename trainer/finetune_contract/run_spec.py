@@ -55,9 +55,7 @@ class RunSpec(SpecModel):
     def with_target(self, target: RunTarget) -> RunSpec:
         """Return the run with another length and other outputs."""
         length = {"steps": target.steps, "epochs": target.epochs}
-        return self.model_copy(
-            update={"training": self.training.model_copy(update=length), "outputs": target.outputs}
-        )
+        return self.model_copy(update={"training": self.training.model_copy(update=length), "outputs": target.outputs})
 
     @classmethod
     def read(cls, path: Path) -> RunSpec:

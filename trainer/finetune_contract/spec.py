@@ -383,7 +383,7 @@ class OutputSpec(SpecModel):
 
     format: OutputFormat = Field(description="File format; openvino and merged are not supported yet")
     to: Location = Field(
-        description="Folder to write to. A relative path is in the job's own folder on its storage, or in its bucket; an "
-        "absolute path must be on a volume of the pods. In a local run it is a folder of the machine, relative to the "
-        "manifest. URLs of object stores and hub ids (hub://owner/name) are not supported yet"
+        description="Folder to write to. A relative path is in the job's own folder on its storage or in its bucket; "
+        "an absolute path must be on a volume of the pods. In a local run it is a folder of the machine, relative to "
+        "the manifest. URLs of object stores and hub ids (hub://owner/name) are not supported yet"
     )

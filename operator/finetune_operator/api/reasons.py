@@ -333,8 +333,8 @@ REASONS: dict[Reason, ReasonDoc] = {
         "The spec was edited while pods of the attempt were waiting; the pods are created again from the new spec."
     ),
     Reason.TARGET_EDITED: _regroup(
-        "The steps, epochs or outputs were edited while the job ran; the ranks saved, and the job continues with the edit "
-        "in the same pods."
+        "The steps, epochs or outputs were edited while the job ran; the ranks saved, and the job continues with the "
+        "edit in the same pods."
     ),
     Reason.FINISHED: ReasonDoc(
         Topic.END, "All steps are trained and all outputs are written.", "Fetch the outputs listed in status.outputs."

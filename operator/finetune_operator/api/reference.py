@@ -109,12 +109,12 @@ def _edits() -> list[str]:
         "|-|-|",
         *(f"| `{fixed.path}` | {_cell(fixed.message)} |" for fixed in edits.FIXED),
         "",
-        "All other fields may change at any time. To apply a change immediately that takes effect with the next "
-        "attempt, suspend the job and resume it.",
+        "All other fields may change at any time, and the length and the outputs as the table above says. To apply a "
+        "change immediately that takes effect with the next attempt, suspend the job and resume it.",
         "",
         "| field | takes effect |",
         "|-|-|",
-        *(f"| `{path}` | {when} |" for path, when in edits.CHANGEABLE.items()),
+        *(f"| `{path}` | {when} |" for path, when in (edits.LIMITED | edits.CHANGEABLE).items()),
     ]
 
 

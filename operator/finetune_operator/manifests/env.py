@@ -11,6 +11,7 @@ from finetune_operator.api.names import pod_host
 from finetune_operator.api.storage import StorageSpec
 from finetune_operator.manifests import layout
 from finetune_operator.manifests.fabric import backend, fabric_env
+from finetune_operator.manifests.run_spec import build_target
 from finetune_operator.manifests.volumes import cache_dir
 from finetune_operator.settings import Settings
 
@@ -35,6 +36,7 @@ def build_env(job: FineTuneJob, slot: PodSlot, settings: Settings) -> list[dict[
     """Return all variables of the container `trainer` except those from Secrets."""
     values = {
         environment.RUN_SPEC: f"{layout.RUN}/{layout.RUN_SPEC_KEY}",
+        environment.TARGET: build_target(job.spec).to_json(),
         environment.ATTEMPT: str(slot.attempt),
         **_gang(job, slot, settings),
         **_folders(job, settings),

@@ -33,8 +33,7 @@ def find_misplaced_outputs(job: FineTuneJob, pod: Mapping[str, Any]) -> Iterator
         folder = paths.job_folder(job.metadata.namespace, job.metadata.name, job.metadata.uid)
         own = f"{layout.STORAGE}/{folder}/{paths.OUTPUTS}"
         path = posixpath.normpath(posixpath.join(own, output.to))
-        storage = job.spec.checkpoint.storage
-        if _is_below(path, own) and storage is not None:
+        if _is_below(path, own):
             # The trainer copies this folder to the bucket if the storage is one.
             continue
         if problem := _find_problem(path, pod):

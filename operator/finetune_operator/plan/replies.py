@@ -9,6 +9,7 @@ from finetune_contract.heartbeat import Heartbeat, NewWorld, Order, Reply
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host, pod_name
 from finetune_operator.api.reasons import CountsAs, Reason
+from finetune_operator.manifests import build_target
 from finetune_operator.plan.model.grace import SAVED_FOR, SUDDEN, WITH_OWN_GRACE
 from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.view import members_of
@@ -93,4 +94,5 @@ def _new_world(job: FineTuneJob, beat: Heartbeat, settings: Settings) -> NewWorl
         master_addr=pod_host(name, *members[0], job.metadata.namespace),
         master_port=settings.rendezvous_port,
         mtbf_seconds=entry.mtbf_seconds,
+        target=build_target(job.spec).to_json(),
     )

@@ -58,6 +58,7 @@ class Config:
             environment.NODE_RANK: str(world.node_rank),
             environment.NUM_NODES: str(world.num_nodes),
             **({environment.MTBF_SECONDS: f"{world.mtbf_seconds:g}"} if world.mtbf_seconds else {}),
+            **({environment.TARGET: world.target} if world.target else {}),
         }
         return replace(
             self,

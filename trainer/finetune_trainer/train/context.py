@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from finetune_contract import environment
 from finetune_contract.interval import DEFAULT_MTBF_SECONDS
-from finetune_contract.run_spec import RunSpec
+from finetune_contract.run_spec import RunSpec, RunTarget
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES
+from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.preemption_notice import PreemptionNotice
@@ -61,12 +62,16 @@ def read_context(
         job_dir = Path(env[environment.CHECKPOINT_DIR])
         cache_dir = Path(env[environment.CACHE_DIR])
         attempt = int(env[environment.ATTEMPT])
+        target = RunTarget.model_validate_json(env[environment.TARGET]) if env.get(environment.TARGET) else None
     except KeyError as error:
         raise ConfigError(f"{error.args[0]} is not set; start ranks by the supervisor") from error
+    except ValidationError as error:
+        raise ConfigError(f"{environment.TARGET}: {error.errors()[0]['msg']}") from error
     except ValueError as error:
         raise ConfigError(f"{environment.ATTEMPT} is not a number: {error}") from error
+    spec = _read_spec(spec_file)
     return RankContext(
-        _read_spec(spec_file),
+        spec if target is None else spec.with_target(target),
         attempt,
         job_dir,
         cache_dir,
@@ -78,6 +83,12 @@ def read_context(
         min_part_bytes=int(env.get(environment.MIN_PART_BYTES, MIN_PART_BYTES)),
         mtbf_seconds=float(env.get(environment.MTBF_SECONDS) or DEFAULT_MTBF_SECONDS),
     )
+
+
+def share_target(context: RankContext, world: World) -> RankContext:
+    """Return the context with the target of rank 0: an edit of the job may reach some pods of a gang only."""
+    target = world.share(context.spec.target.to_json())
+    return replace(context, spec=context.spec.with_target(RunTarget.model_validate_json(target)))
 
 
 def _read_spec(path: Path) -> RunSpec:

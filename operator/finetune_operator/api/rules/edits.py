@@ -2,9 +2,9 @@
 
 All attempts read the same ConfigMap, which is written once, and each attempt continues from the checkpoints of the one
 before. So the fields that the trainer and its checkpoints depend on are fixed; fields that only the operator or the
-next pods read may change. Each attempt also receives the length of the training and the outputs (`RunTarget`): they may
-change until the outputs are written, and the length can only be raised. Before the first attempt every field may change: a refused job is corrected and applied
-again.
+next pods read may change. Each attempt also receives the length of the training and the outputs (`RunTarget`): they
+may change until the outputs are written, and the length can only be raised. Before the first attempt every field may
+change: a refused job is corrected and applied again.
 
 `status.attempt` is raised with the resource version, before anything of the attempt is created. So no edit can happen
 in between.
@@ -179,11 +179,11 @@ def forbidden_edits(old: FineTuneJob, new: FineTuneJob) -> list[FixedField]:
 
 
 EARLIER_DEFAULTS: Mapping[str, Any] = {"learning_rate": 1e-4, "center_crop": False}
-"""Defaults of version 0.1.0 for fields of `spec.training` whose defaults now depend on the method."""
+"""Defaults of the first version for fields of `spec.training` whose defaults now depend on the method."""
 
 
 def keep_earlier_defaults(stored: FineTuneJob, manifest: FineTuneJob) -> FineTuneJob:
-    """Return a manifest with the defaults that version 0.1.0 has stored in its job.
+    """Return a manifest with the defaults that an earlier version has stored in its job.
 
     Without them, the same manifest would now mean another learning rate or crop. The API server keeps stored defaults
     in the same way when a manifest is applied again.

@@ -18,7 +18,7 @@ WITH_OWN_GRACE = frozenset({Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED})
 """Ends that the operator decides: deleting the pods is itself the notice."""
 SUDDEN = frozenset({Reason.POD_LOST, Reason.NODE_LOST, Reason.DELETION_BY_POD_GC, Reason.REFUSED_BY_KUBELET})
 """Preemptions without notice."""
-SAVED_FOR = frozenset({Reason.GROWN, Reason.BACK_TO_SPOT})
+SAVED_FOR = frozenset({Reason.GROWN, Reason.BACK_TO_SPOT, Reason.TARGET_EDITED})
 """Ends that the operator decides while the gang trains: all ranks save, and their pods are kept."""
 REGROUP_SECONDS = 600.0
 """Time limit of that save. It is generous, because no node is about to be removed."""

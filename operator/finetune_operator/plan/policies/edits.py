@@ -10,6 +10,7 @@ from __future__ import annotations
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.manifests import hash_target
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.conditions import build, find, is_true, put
 from finetune_operator.plan.model.ledger import open_attempt, open_entry
@@ -33,6 +34,16 @@ def apply_edit(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     return close(view, status, Reason.SPEC_EDITED)
 
 
+def apply_target(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """End an attempt if steps, epochs or outputs were edited. Its ranks save, and the next attempt keeps its pods."""
+    entry = open_attempt(view, status)
+    if entry is None or entry.target is None or view.spec.suspend or not is_true(status, ConditionType.ACCEPTED):
+        return status
+    if entry.target == hash_target(view.spec) or all(view.is_done(rank) for rank in range(view.num_nodes)):
+        return status
+    return close(view, status, Reason.TARGET_EDITED, next_nodes=view.num_nodes)
+
+
 def report(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Write the condition PodsOutdated, unless it never was True."""
     if is_finished(status):
@@ -47,4 +58,5 @@ def report(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
 
 APPLY = Policy("edits", decide=apply_edit)
+TARGET = Policy("edits-target", decide=apply_target)
 REPORT = Policy("edits-report", decide=report)
