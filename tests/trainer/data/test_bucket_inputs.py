@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune_contract.bucket import Bucket
 from finetune_contract.exit_codes import ExitCode
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.fetched import fetch
@@ -56,6 +57,21 @@ def test_complete_files_are_not_fetched_again(
     assert Path(fetch(url, "dataset.source", tmp_path / "cache", reports.append)) == folder
     assert (folder / "a.txt").stat().st_mtime_ns == before
     assert (folder / "b.txt").read_text(encoding="utf-8") == "two"
+
+
+def test_changed_and_removed_objects_are_found(tmp_path: Path, object_store: ObjectStore, bucket_url: str) -> None:
+    source = tmp_path / "texts"
+    source.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (source / name).write_text("one", encoding="utf-8")
+    url = streams.upload(object_store, bucket_url, source)
+    folder = Path(fetch(url, "dataset.source", tmp_path / "cache", lambda _: None))
+    # An object of the same size, and one object less.
+    bucket = Bucket(url)
+    bucket.put("a.txt", b"two")
+    bucket.remove(["b.txt"])
+    fetch(url, "dataset.source", tmp_path / "cache", lambda _: None)
+    assert {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()} == {"a.txt": "two"}
 
 
 def test_missing_object_is_refused(tmp_path: Path, bucket_url: str) -> None:

@@ -168,3 +168,15 @@ def test_damaged_note_of_hashes_is_ignored(tmp_path: Path) -> None:
 
 def test_hash_text_separates_its_parts() -> None:
     assert hash_text("ab", "c") != hash_text("a", "bc")
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o002, 0o664), (0o077, 0o600)])
+def test_shards_have_the_permissions_of_other_files(tmp_path: Path, mask: int, expected: int) -> None:
+    """Pods that run as other users of the same group read the shared cache."""
+    before = os.umask(mask)
+    try:
+        TensorCache(tmp_path / "cache").put({"a": item(1.0)})
+    finally:
+        os.umask(before)
+    (shard,) = (tmp_path / "cache").iterdir()
+    assert shard.stat().st_mode & 0o777 == expected

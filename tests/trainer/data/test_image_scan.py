@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -127,3 +127,24 @@ def test_data_set_with_only_broken_images_is_refused(base: Path, tmp_path: Path)
     with pytest.raises(DataError, match=r"dataset\.source: 2 of 2 images are broken: .*; replace them") as refusal:
         streams.prepare(spec, tmp_path / "cache")
     assert "maxBroken" not in str(refusal.value)
+
+
+def test_images_that_an_older_decoder_could_not_read_are_checked_again(
+    damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of an older release holds its result for them: a size of zero."""
+    source = open_source(DatasetSpec(source=str(damaged)), "train")
+    decode = decoding.decode
+
+    def older(file: IO[bytes]) -> Image.Image:
+        if getattr(file, "name", "").endswith("2.png"):
+            raise OSError("unknown format")
+        return decode(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "decode", older)
+        patch.setattr(decoding, "VERSION", 0)
+        assert scan_source(source, tmp_path).broken == [1, 2, 3, 4]
+    assert scan_source(source, tmp_path).broken == [1, 3, 4]
+    monkeypatch.setattr(decoding, "decode", lambda _: pytest.fail("an image was decoded again"))
+    assert scan_source(source, tmp_path).broken == [1, 3, 4]

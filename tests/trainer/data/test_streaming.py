@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from finetune_contract.input_spec import Columns, DatasetSpec
 from finetune_trainer.data.batches import Batch, BatchMaker
 from finetune_trainer.data.cache.encode import SHARD_ITEMS
 from finetune_trainer.data.cache.stream_map import RowShare
+from finetune_trainer.data.images import decoding
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.data.sources.open import open_stream
 from finetune_trainer.distributed.world import World
@@ -313,3 +315,24 @@ def peaks_of(base: Path, tables: list[Path], cache: Path) -> list[int]:
         streams.prepare(streams.streamed(tiny.make_spec(base, table, centerCrop=True)), cache)
         peaks.append(peak_bytes())
     return peaks
+
+
+def test_streamed_images_that_an_older_decoder_could_not_read_are_read_again(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = streams.streamed(tiny.make_spec(base, data, centerCrop=True), max_broken=1)
+    decode, first = decoding.decode, (data / "train" / "0.png").read_bytes()
+
+    def older(file: IO[bytes]) -> Image.Image:
+        if file.read() == first:
+            raise OSError("unknown format")
+        file.seek(0)
+        return decode(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "decode", older)
+        patch.setattr(decoding, "VERSION", 0)
+        assert len(streams.prepare(spec, tmp_path).batches.source) == tiny.NUM_SAMPLES - 1
+    reports: list[str] = []
+    assert len(streams.prepare(spec, tmp_path, reports).batches.source) == tiny.NUM_SAMPLES
+    assert "1 images read" in reports

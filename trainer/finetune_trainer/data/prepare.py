@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from finetune_contract.input_spec import Columns, DatasetSpec
@@ -23,7 +22,7 @@ from finetune_trainer.data.cache.stream_map import StreamMap
 from finetune_trainer.data.captions import Captions, OnePrompt, ShuffledTags
 from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.images.class_images import ClassImages
-from finetune_trainer.data.mixture import JoinedSamples, MixedLatents, Mixture, MixturePart
+from finetune_trainer.data.mixture import JoinedSamples, MixturePart
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.noising import Noising
 from finetune_trainer.data.sampling.shapes import Shapes
@@ -32,6 +31,7 @@ from finetune_trainer.data.sources.layout import JobContext
 from finetune_trainer.data.sources.open import FILE_SUFFIXES, no_samples, open_source, open_stream
 from finetune_trainer.data.sources.shared import open_shared
 from finetune_trainer.data.sources.subset import KeptSampleSet, KeptSource
+from finetune_trainer.data.splits import DataSplit, mix_splits
 from finetune_trainer.data.training_sets import list_training_sets, naming_field
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError
@@ -80,25 +80,6 @@ class DataRequirements:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """A split whose images have been scanned.
-
-    Attributes:
-        samples: the samples that are not broken.
-        scan: the hashes and sizes of their images.
-        latents: provides their posteriors, for the views of an augmentation.
-        num_broken: number of broken samples that are left out.
-        weights: factor of the loss of each sample; None if all are 1.
-    """
-
-    samples: SampleSet
-    scan: ImageScan
-    latents: Callable[[Augmentation], Latents]
-    num_broken: int = 0
-    weights: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
-
-
-@dataclass(frozen=True)
 class Preparation:
     """Prepares the data of a run. All ranks take part.
 
@@ -112,6 +93,7 @@ class Preparation:
         report: receives lines on the progress.
         warn: receives warnings for the user.
         record: receives the identity of the samples before anything is computed from them.
+        record_class_images: receives the identity of the user's own class images.
         check_length: checks the length of an epoch before anything is computed from the samples.
     """
 
@@ -124,6 +106,7 @@ class Preparation:
     report: Callable[[str], None]
     warn: Callable[[str], None]
     record: Callable[[SampleIdentity, SampleSet], None] = lambda found, samples: None
+    record_class_images: Callable[[SampleIdentity, SampleSet], None] = lambda found, samples: None
     check_length: Callable[[int], None] = lambda num_samples: None
 
     def run(self) -> PreparedData:
@@ -176,10 +159,10 @@ class Preparation:
             len(source), source.open, self.cache_dir, hashes, self.world, self._progress("images scanned")
         )
 
-    def _open_train(self, hashes: FileHashes) -> _Split:
+    def _open_train(self, hashes: FileHashes) -> DataSplit:
         """Open the data sets to train on, as one."""
         found: list[tuple[SampleIdentity, SampleSet]] = []
-        opened: list[_Split] = []
+        opened: list[DataSplit] = []
 
         def record(identity: SampleIdentity, samples: SampleSet) -> None:
             found.append((identity, samples))
@@ -195,7 +178,7 @@ class Preparation:
         self.record(
             SampleIdentity.join([identity for identity, _ in found]), JoinedSamples([each for _, each in found])
         )
-        return _mix(
+        return mix_splits(
             opened,
             [
                 MixturePart(split.samples, each.repeats, each.weight)
@@ -217,7 +200,7 @@ class Preparation:
         hashes: FileHashes,
         num_broken: int,
         record: Callable[[SampleIdentity, SampleSet], None],
-    ) -> _Split:
+    ) -> DataSplit:
         """Open one data set whose images can be read at any time; `num_broken` images of others are broken."""
         source = self._open(dataset, dataset.split, dataset.max_samples, self.requirements.needs_captions)
         scan = self._scan(source, hashes)
@@ -229,7 +212,8 @@ class Preparation:
             conditions = scan_images(len(source), opener, self.cache_dir, hashes, self.world, progress)
             condition_ids = conditions.ids
             broken |= set(conditions.broken)
-        record(self._identify(source, scan.ids, condition_ids), source)
+        reads_captions = not isinstance(self.requirements.captions, OnePrompt)
+        record(self._identify(source, scan.ids, condition_ids, reads_captions), source)
         if broken:
             self._check_broken(source, sorted(broken), num_broken)
             source, scan = KeptSource(source, sorted(broken)), scan.without(sorted(broken))
@@ -240,9 +224,11 @@ class Preparation:
         opener = partial(open_source, dataset, split, max_samples, needs_captions, self._job)
         return open_shared(dataset.source, self.world, opener)
 
-    def _identify(self, source: SampleSource, image_ids: Sequence[str], condition_ids: Sequence[str]) -> SampleIdentity:
+    @staticmethod
+    def _identify(
+        source: SampleSource, image_ids: Sequence[str], condition_ids: Sequence[str], reads_captions: bool
+    ) -> SampleIdentity:
         """Return the identity of the samples, broken ones included."""
-        reads_captions = not isinstance(self.requirements.captions, OnePrompt)
         hasher = SampleHasher()
         for index, ids in enumerate(zip(image_ids, condition_ids, strict=True)):
             hasher.add(*ids, source.repeats(index), source.captions(index) if reads_captions else ())
@@ -254,7 +240,7 @@ class Preparation:
         hashes: FileHashes,
         num_broken: int,
         record: Callable[[SampleIdentity, SampleSet], None],
-    ) -> _Split:
+    ) -> DataSplit:
         """Read one data set where it is stored; `num_broken` images of others are broken."""
         views = Augmentation(random_crop=False, random_flip=self.spec.training.random_flip)
         samples, scan, broken, store = self._stream(dataset, dataset.max_samples, views, hashes, record)
@@ -262,7 +248,7 @@ class Preparation:
         if broken:
             self._check_broken(samples, broken, num_broken)
             kept, scan = KeptSampleSet(samples, broken), scan.without(broken)
-        return _Split(kept, scan, lambda _: LatentCache(store, scan.ids), num_broken=len(broken))
+        return DataSplit(kept, scan, lambda _: LatentCache(store, scan.ids), num_broken=len(broken))
 
     def _stream(
         self,
@@ -314,7 +300,7 @@ class Preparation:
         if self.world.is_first:
             self.warn(f"{found}; training continues without them")
 
-    def _make_split(self, source: SampleSource, scan: ImageScan, hashes: FileHashes) -> _Split:
+    def _make_split(self, source: SampleSource, scan: ImageScan, hashes: FileHashes) -> DataSplit:
         """Return the split of a source whose images can be read at any time."""
 
         def latents(augmentation: Augmentation) -> Latents:
@@ -324,9 +310,9 @@ class Preparation:
             cache.fill(source, augmentation.fixed_views(), self.world, self._progress("images"))
             return cache
 
-        return _Split(source, scan, latents)
+        return DataSplit(source, scan, latents)
 
-    def _batches(self, split: _Split, text: TextCache, augmentation: Augmentation) -> BatchMaker:
+    def _batches(self, split: DataSplit, text: TextCache, augmentation: Augmentation) -> BatchMaker:
         """Return the batch maker of a split, without the options of training."""
         training = self.spec.training
         return BatchMaker(
@@ -363,20 +349,26 @@ class Preparation:
                 progress=self._progress("class images"),
             ).open(hashes)
             parts.append(self._make_split(images, self._scan(images, hashes), hashes))
-        split = _mix(parts, [MixturePart(part.samples) for part in parts])
+        split = mix_splits(parts, [MixturePart(part.samples) for part in parts])
         batches = self._batches(split, text, _PLAIN)
         batches = dataclasses.replace(batches, captions=OnePrompt(spec.class_prompt), noising=Noising.of(training))
         return Prior(batches, spec.prior_loss_weight)
 
-    def _open_class_images(self, location: str, hashes: FileHashes) -> _Split:
+    def _open_class_images(self, location: str, hashes: FileHashes) -> DataSplit:
         """Open the user's own class images, at most as many as the manifest specifies, without broken ones."""
         field, spec = "training.dreambooth.classImages", self.spec.training.dreambooth
         assert spec is not None
         columns = Columns(image=self.spec.dataset.columns.image)
+        dataset, limit = DatasetSpec(source=location, columns=columns), spec.num_class_images
         with naming_field(field, whole=True):
-            dataset = DatasetSpec(source=location, columns=columns)
-            source = self._open(dataset, dataset.split, spec.num_class_images, needs_captions=False)
-            scan = self._scan(source, hashes)
+            while True:
+                source: SampleSource = open_source(dataset, dataset.split, limit, False, self._job)
+                scan = self._scan(source, hashes)
+                num_lacking = spec.num_class_images - (len(source) - len(scan.broken))
+                if num_lacking <= 0 or len(source) < limit:
+                    break
+                limit += num_lacking
+        self.record_class_images(self._identify(source, scan.ids, ("",) * len(source), reads_captions=False), source)
         if scan.broken:
             if self.world.is_first:
                 self.warn(describe_broken(source, scan.broken).replace("dataset.source", field, 1))
@@ -386,7 +378,7 @@ class Preparation:
     def _conditioning(self, dropout: float) -> Conditioning | None:
         return Conditioning(self._shapes, dropout) if self.requirements.conditioning else None
 
-    def _open_held_out(self, hashes: FileHashes) -> _Split | None:
+    def _open_held_out(self, hashes: FileHashes) -> DataSplit | None:
         validation = self.spec.training.validation
         if validation is None or validation.split is None:
             return None
@@ -405,9 +397,9 @@ class Preparation:
             raise DataError(
                 f"{describe_broken(samples, broken)}; replace or remove them: the held-out split must have none"
             )
-        return _Split(samples, scan, lambda _: LatentCache(store, scan.ids))
+        return DataSplit(samples, scan, lambda _: LatentCache(store, scan.ids))
 
-    def _texts(self, *splits: _Split | None) -> Sequence[str]:
+    def _texts(self, *splits: DataSplit | None) -> Sequence[str]:
         """Return all texts that the model gets: captions, prompts, and the empty text for guidance and dropout."""
         training = self.spec.training
         texts = [
@@ -421,7 +413,7 @@ class Preparation:
             texts += ["", *training.validation.prompts]
         return texts
 
-    def _held_out_batches(self, held_out: _Split | None, text: TextCache) -> BatchMaker | None:
+    def _held_out_batches(self, held_out: DataSplit | None, text: TextCache) -> BatchMaker | None:
         validation = self.spec.training.validation
         if held_out is None or validation is None:
             return None
@@ -430,17 +422,3 @@ class Preparation:
 
     def _progress(self, unit: str) -> Callable[[int, int], None]:
         return lambda done, total: self.report(f"{done}/{total} {unit}")
-
-
-def _mix(splits: Sequence[_Split], parts: Sequence[MixturePart]) -> _Split:
-    """Return several splits as one, with the repeats and weights of the parts of a mixture."""
-    mixture = Mixture(parts)
-    if mixture.is_plain:
-        return splits[0]
-    starts = np.cumsum([0, *(len(split.samples) for split in splits[:-1])])
-    return _Split(
-        mixture,
-        ImageScan.join([split.scan for split in splits]).take(starts[mixture.part_of] + mixture.index_of),
-        lambda augmentation: MixedLatents(mixture, [split.latents(augmentation) for split in splits]),
-        weights=mixture.weights,
-    )
