@@ -41,9 +41,6 @@ def test_ranks_save_and_continue_with_the_edit_in_the_same_pods(edit: dict[str, 
     for node_rank in range(2):
         cluster.beat(node_rank, step=10, waiting=True)
     cluster.settle()
-    for node_rank in range(2):
-        cluster.beat(node_rank, step=10, waiting=True)
-    cluster.settle()
     assert (cluster.job.status.attempt, set(cluster.pods)) == (2, pods)
     worlds = [reply_to(cluster.job, received.beat, HOLDING).world for received in cluster.beats.values()]
     target = build_target(cluster.job.spec).to_json()
