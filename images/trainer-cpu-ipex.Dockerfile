@@ -2,7 +2,13 @@
 #   make image-trainer-cpu-ipex        or: docker build -f images/trainer-cpu-ipex.Dockerfile -t finetune-trainer-cpu-ipex .
 ARG PYTHON_IMAGE=python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 
-FROM ${PYTHON_IMAGE} AS dependencies
+FROM ${PYTHON_IMAGE} AS base
+# training.compile builds its kernels when a job starts.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/apt /var/log/dpkg.log
+
+FROM base AS dependencies
 WORKDIR /src
 # Some builders have their own certificate authorities.
 ARG SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
@@ -31,7 +37,7 @@ RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python 
  && set -- /app/lib/python3*/site-packages /own/lib/python3*/site-packages \
  && python images/sbom.py /own/share/sbom/finetune-trainer-cpu-ipex.spdx.json finetune-trainer-cpu-ipex "$1:$2"
 
-FROM ${PYTHON_IMAGE}
+FROM base
 # First the gigabytes that change only with the lock files, then the layer that changes with every release.
 COPY --from=dependencies /app /app
 COPY --from=own /own /app

@@ -31,7 +31,9 @@ LIGHT, FULL = "localhost/trainer:test", "localhost/trainer-cpu:test"
 """LIGHT contains the trainer without torch, which pods mount from a volume. FULL is images/trainer-cpu.Dockerfile."""
 INCLUDED = "python3,python3-venv,python-is-python3,ca-certificates"
 SOURCES = ("operator", "trainer", "images", "requirements", "pyproject.toml", "testing/realnodes/images")
-TOOLS = ("buildah", "debootstrap", "apt-get", "gcc")
+TOOLS = ("buildah", "debootstrap", "apt-get", "gcc", "unshare", "umount")
+OWN_MOUNTS = ("unshare", "--mount", "--propagation", "private")
+"""buildah mounts the layers of an image. In a namespace of its own, these mounts end with it, also if it is killed."""
 
 
 class Builder:
@@ -73,7 +75,8 @@ class Builder:
         command = ("build", "--layers", *given, "--file", str(file))
         kept = f"localhost/{file.stem}-dependencies:kept"
         with progress(self._print_line, f"{name} from {file.relative_to(ROOT)}", 10):
-            # Containers that an interrupted build left.
+            # Mounts and containers that an interrupted build left.
+            unmount_below(self.folder / "storage")
             self._buildah("rm", "--all")
             self._buildah(*command, "--target", "dependencies", "--tag", kept, str(ROOT))
             self._buildah(*command, "--tag", name, str(ROOT))
@@ -124,7 +127,7 @@ class Builder:
 
     def _buildah(self, *arguments: str) -> str:
         storage = ("--root", str(self.folder / "storage"), "--runroot", str(self.folder / "storage-run"))
-        return _run("buildah", *storage, *arguments)
+        return _run(*OWN_MOUNTS, "buildah", *storage, *arguments)
 
     @staticmethod
     def _key() -> str:
@@ -136,6 +139,13 @@ class Builder:
                 if file.is_file() and "__pycache__" not in file.parts:
                     digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
         return digest.hexdigest()[:16]
+
+
+def unmount_below(folder: Path) -> None:
+    """Unmount everything below a folder, the innermost first."""
+    points = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for point in sorted((point for point in points if Path(point).is_relative_to(folder)), reverse=True):
+        _run("umount", "--lazy", point)
 
 
 def _run(*command: str) -> str:

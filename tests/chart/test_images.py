@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from finetune_contract.requirements import find_missing_software
+from finetune_contract.spec import Optimizer, TrackerName, TrainingSpec
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "images").glob("*.Dockerfile"))
 INDEX = "cpu-index"
@@ -20,9 +23,9 @@ def test_an_image_is_pinned_locked_labelled_and_not_root(file: Path) -> None:
     text = file.read_text()
     assert re.search(r"^ARG PYTHON_IMAGE=python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
     # Every stage starts from the pinned base, another stage, or an empty image.
-    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"${PYTHON_IMAGE}", "scratch", "dependencies"}
-    # Three stages: dependencies, own code, and the final image.
-    assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == 3
+    assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"${PYTHON_IMAGE}", "scratch", "base", "dependencies"}
+    # The stages: dependencies, own code, and the final image; for trainers also their base with a compiler.
+    assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == (3 if file.stem == "operator" else 4)
     assert text.count("--require-hashes") >= 2
     assert "SBOM" in text.upper()
     for label in ("title", "description", "version", "revision", "source", "licenses"):
@@ -38,13 +41,46 @@ def test_an_image_is_pinned_locked_labelled_and_not_root(file: Path) -> None:
 @pytest.mark.parametrize("file", [file for file in FILES if file.stem != "operator"], ids=lambda file: file.stem)
 def test_a_code_change_changes_only_the_last_layer(file: Path) -> None:
     """The layers before it contain no own code and nothing else that differs between two releases."""
-    dependencies, _, final = file.read_text().split("\nFROM ", maxsplit=1)[1].split("\nFROM ")
+    base, dependencies, _, final = file.read_text().split("\nFROM ", maxsplit=1)[1].split("\nFROM ")
+    assert not re.search(r"^(COPY|ARG)", base, re.MULTILINE)
     copied = " ".join(re.findall(r"^COPY (.+) \S+$", dependencies, re.MULTILINE)).split()
     assert copied
     assert [name for name in copied if not name.startswith(("requirements/", "images/without_cuda"))] == []
     before, last = final.split("COPY --from=dependencies /app /app\nCOPY --from=own /own /app\n")
     assert [line for line in before.splitlines()[1:] if not line.startswith("#")] == []
     assert "ARG REVISION" in last
+
+
+NOT_SHIPPED = {TrackerName.MLFLOW}
+"""Trackers that docs/methods.md tells users to add to an image of their own: with its dependencies it is large."""
+GPU_ONLY = {Optimizer.ADAMW_8BIT}
+"""Optimizers that the API refuses with accelerator cpu."""
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "operator"], ids=lambda file: file.stem)
+def test_a_trainer_image_contains_what_the_api_offers(file: Path) -> None:
+    """All trackers, compiled models, and the optimizers that the API accepts for the accelerator of the image."""
+    text = file.read_text()
+    (lock,) = set(re.findall(r"requirements/(trainer\S*\.txt)", text))
+    packages = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements" / lock).read_text(), re.MULTILINE))
+    base, _, rest = text.partition(" AS base\n")[2].partition("\nFROM ")
+    # The final image, the last stage, starts from the stage that installs the compiler.
+    assert rest.rpartition("\nFROM ")[2].startswith("base\n")
+    programs = set(" ".join(re.findall(r"apt-get install [- \w]+?recommends (.+?) \\", base)).split())
+    optimizers = set(Optimizer) if file.stem == "trainer-cuda" else set(Optimizer) - GPU_ONLY
+    trackers = tuple(name for name in TrackerName if name not in NOT_SHIPPED)
+    missing = [
+        message
+        for optimizer in optimizers
+        for message in find_missing_software(
+            TrainingSpec(optimizer=optimizer, compile=True, trackers=trackers),
+            packages.__contains__,
+            lambda name: name if name in programs else None,
+        )
+    ]
+    assert missing == []
+    # docs/methods.md names their formats.
+    assert {"pillow", "pillow-heif"} <= packages
 
 
 def test_every_image_is_listed_here() -> None:

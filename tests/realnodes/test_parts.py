@@ -16,6 +16,7 @@ import pytest
 from finetune_operator.api.reasons import Reason
 from testing.controlplane.process import wait_for
 from testing.realnodes import archive, cleanup, layers, security
+from testing.realnodes.builder import OWN_MOUNTS, unmount_below
 from testing.realnodes.faults import FAULTS
 from testing.realnodes.job import FAULT_STEP, LONG_STEPS, SAVE_EVERY, STEPS
 
@@ -150,3 +151,20 @@ def test_an_archive_omits_blobs_that_are_present(tmp_path: Path) -> None:
         index = opened.extractfile("index.json")
         assert index is not None
         assert json.load(index)["manifests"][0]["annotations"][layers.NAME] == "localhost/trainer:test"
+
+
+def test_the_mounts_of_a_killed_build_end_with_it(tmp_path: Path) -> None:
+    """An interrupted build must not leave the mounts of buildah on this machine."""
+    if os.geteuid() != 0 or subprocess.run([*OWN_MOUNTS, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting needs root")
+    script = f"mount -t tmpfs none {tmp_path} && grep -c {tmp_path} /proc/self/mountinfo && kill -KILL $$"
+    killed = subprocess.run([*OWN_MOUNTS, "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, "1\n")
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    # Mounts that an earlier version left are removed before the next build.
+    inner = tmp_path / "inner"
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path)], check=True)
+    inner.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(inner)], check=True)
+    unmount_below(tmp_path)
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
