@@ -37,6 +37,8 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "spec.outputs[].to": LOCATIONS,
     "spec.model.base": LOCATIONS,
     "spec.dataset.source": LOCATIONS,
+    "spec.dataset.additional[].source": LOCATIONS,
+    "spec.training.dreambooth.classImages": LOCATIONS,
     "spec.checkpoint.storage.hostPath.path": PATHS.filter(bool),
     "spec.checkpoint.storage.nfs.path": PATHS.filter(bool),
     "spec.checkpoint.scratch.sizeLimit": st.sampled_from(["50Gi", "50GB", "1e3", "many"]),
