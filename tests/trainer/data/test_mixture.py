@@ -19,7 +19,7 @@ from finetune_contract.spec import LearnableProperty
 from finetune_trainer.data.batches import Batch, BatchMaker
 from finetune_trainer.data.captions import OwnCaptions, ShuffledTags, TokenTemplates
 from finetune_trainer.data.images.class_images import ClassImages
-from finetune_trainer.data.images.decoding import CENTRE
+from finetune_trainer.data.images.decoding import CENTRE, read_conditions
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.order import SampleRef, ends_epochs, sample_at
 from finetune_trainer.data.sources.open import open_source
@@ -243,7 +243,16 @@ def test_run_with_mixture_tags_and_conditioning_images(base: Path, data: Path, t
     assert sorted(path.name for path in folder.glob("step-*.png")) == ["step-00000000.png", "step-00000004.png"]
     first, second = ((folder / "pictures" / f"step-00000004-0{number}.png").read_bytes() for number in (0, 1))
     assert first != second
-    missing = validation | {"images": [edges[0], "/nowhere.png"]}
-    refused = Ranks(tiny.make_spec(base, data, method="ControlNet", steps=1, validation=missing), tmp_path / "refused")
-    assert refused.run() == [ExitCode.DATA]
-    assert "training.validation.images[1]: /nowhere.png cannot be read" in refused.stderr()
+
+
+def test_conditioning_images_of_the_manifest_are_checked_and_cropped(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (32, 16), "black")
+    picture.paste("white", (8, 0, 24, 16))
+    picture.save(tmp_path / "edges.png")
+    (condition,) = read_conditions([str(tmp_path / "edges.png")], 8)
+    assert torch.equal(condition, torch.ones(3, 8, 8))
+    (tmp_path / "bad.png").write_bytes(b"x")
+    for name, problem in (("gone.png", "cannot be read: No such file"), ("bad.png", "is not a complete image")):
+        paths = [str(tmp_path / "edges.png"), str(tmp_path / name)]
+        with pytest.raises(DataError, match=rf"^training\.validation\.images\[1\]: .*{name} {problem}"):
+            read_conditions(paths, 8)

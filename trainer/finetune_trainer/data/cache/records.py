@@ -15,6 +15,7 @@ import torch
 
 from finetune_trainer.data.cache.store import Item, TensorCache
 from finetune_trainer.data.hashes import hash_text
+from finetune_trainer.data.images import decoding
 from finetune_trainer.data.sources.stream import Stream
 
 _JSON, _FILE = "json", "file"
@@ -68,9 +69,10 @@ class SampleRecords:
 
     def find(self, key: str) -> SampleRecord | None:
         """Return the record of a sample; None if there is none."""
-        if key not in self._records:
+        written = next((each for each in (_checked_key(key), key) if each in self._records), None)
+        if written is None:
             return None
-        found = self._read(key)
+        found = self._read(written)
         lists = {name: tuple(found.get(name, ())) for name in ("size", "more_captions")}
         return SampleRecord(**{**found, **lists})
 
@@ -97,7 +99,10 @@ class SampleRecords:
         """
         if conditions:
             self._conditions.put({each: {_FILE: _tensor(data)} for each, data in conditions.items()})
-        items = {key: _item(asdict(record)) for key, record in records.items()}
+        # The cache never replaces an item: the record of an image that was checked again has another key.
+        items = {
+            _checked_key(key) if key in self._records else key: _item(asdict(record)) for key, record in records.items()
+        }
         items |= {_rows_key(part): _item({_ROWS: count}) for part, count in rows.items()}
         if items:
             self._records.put(items)
@@ -159,6 +164,10 @@ def _item(content: dict[str, Any]) -> Item:
 
 def _tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _checked_key(key: str) -> str:
+    return hash_text(key, f"decoder {decoding.VERSION}")
 
 
 def _rows_key(part: int) -> str:
