@@ -151,6 +151,10 @@ SUCCEEDED = job(
         "goodput": 0.97,
         "startTime": ago(days=20, minutes=9),
         "completionTime": ago(days=20),
+        "inputs": [
+            {"field": "model.base", "location": "me/base", "commit": "1f0c3a2b" * 5},
+            {"field": "dataset.source", "location": "/data/stripes", "content": "9e2d" * 16, "samples": 64},
+        ],
         "outputs": [{"format": "diffusers", "to": "/out/stripes", "bytes": 3_100_000}],
     },
     ago(days=20, minutes=10),

@@ -1,13 +1,14 @@
 """Downloads data sets and base models from an object store into the cache, where other modules read them as files.
 
-An object that the cache holds with the right size is not downloaded again, so a later attempt or another job starts at
-once.
+An object that the cache holds, and that has not changed in the store since, is not downloaded again, so a later attempt
+or another job starts at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from finetune_contract.bucket import Bucket, BucketError, is_bucket_url
 from finetune_contract.image_folder import IMAGE_SUFFIXES, LIST_SUFFIXES
 from finetune_trainer import patience
 from finetune_trainer.errors import ConfigError, RankError, StorageError
+from finetune_trainer.files import write_atomically
 
 _SINGLE = (".safetensors", ".ckpt", ".parquet", ".tar", *IMAGE_SUFFIXES)
 """Suffixes of objects that are a complete base model, data set or image."""
@@ -63,25 +65,52 @@ def _fetch_all(location: str, field: str, folder: Path, print_line: Callable[[st
     is_single = location.lower().endswith(_SINGLE)
     parent, _, last = location.rstrip("/").rpartition("/")
     bucket = Bucket(parent if is_single else location)
-    names = [last] if is_single else bucket.names()
-    if not names or (is_single and not bucket.exists(last)):
+    stamps = bucket.stamps(last if is_single else None)
+    if not stamps:
         raise _missing(location, field)
-    done = 0
+    note = folder.with_suffix(".json")
+    known, done = _read_note(note), 0
+
+    def fetch_one(name: str) -> None:
+        _fetch_one(bucket, name, folder, field, is_same=known is None or known.get(name) == stamps[name])
+
     with ThreadPoolExecutor(_NUM_PARALLEL, thread_name_prefix="fetch") as pool:
-        for _ in pool.map(lambda name: _fetch_one(bucket, name, folder, field), names):
+        for _ in pool.map(fetch_one, stamps):
             done += 1
-            print_line(f"{done}/{len(names)} objects fetched")
+            print_line(f"{done}/{len(stamps)} objects fetched")
+    for name in (known or {}).keys() - stamps.keys():
+        (folder / name).unlink(missing_ok=True)
+    if known != stamps:
+        write_atomically(note, json.dumps(stamps).encode())
     return folder / last if is_single else folder
 
 
-def _fetch_one(bucket: Bucket, name: str, folder: Path, field: str) -> None:
+def _read_note(note: Path) -> dict[str, str] | None:
+    """Return the stamps of the objects when they were fetched; None in a cache of an older release."""
+    try:
+        return {str(name): str(stamp) for name, stamp in json.loads(note.read_bytes()).items()}
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _fetch_one(bucket: Bucket, name: str, folder: Path, field: str, is_same: bool) -> None:
+    """Download an object unless the cache has it.
+
+    Args:
+        bucket: the folder in the object store.
+        name: the object.
+        folder: the folder in the cache.
+        field: the field of the manifest, for messages.
+        is_same: whether the object is unchanged since it was fetched, as far as this is known.
+    """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
             f"{field}: the object {name!r} of {bucket.url} has a path outside its folder; rename the object"
         )
     try:
-        if path.is_file() and path.stat().st_size == bucket.size_bytes(name):
+        # Objects of the same size can have other contents: all bases of a family have one size.
+        if is_same and path.is_file() and path.stat().st_size == bucket.size_bytes(name):
             return
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")
         try:

@@ -8,6 +8,7 @@ import pytest
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import CommittedCheckpoint, WrittenOutput
+from finetune_contract.identity import InputIdentity
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.types import PodPhase
 from finetune_operator.plan.report.progress import MAX_OUTPUTS, MAX_WARNINGS
@@ -181,6 +182,21 @@ def test_a_script_with_absurd_figures_gets_no_absurd_status() -> None:
     cluster = FakeCluster().running()
     cluster.beat(0, step=1, total_steps=2**53, images_per_second=5e-324)
     assert settled(cluster).eta is None
+
+
+def test_inputs_of_the_job_are_kept_over_attempts() -> None:
+    cluster = FakeCluster().running()
+    pinned = InputIdentity(field="dataset.source", location="me/data", commit="a" * 40)
+    cluster.beat(0, RankState.LOADING, inputs=(pinned,))
+    complete = pinned.model_copy(update={"content": "1" * 64, "samples": 8})
+    base = InputIdentity(field="model.base", location="/base", content="2" * 64)
+    cluster.beat(0, RankState.TRAINING, inputs=(complete, base))
+    expected = [("dataset.source", "a" * 40, "1" * 64, 8), ("model.base", None, "2" * 64, None)]
+    found = [(each.field, each.commit, each.content, each.samples) for each in settled(cluster).inputs]
+    assert found == expected
+    # The next attempt has not read its data yet.
+    cluster.beat(0, RankState.LOADING, inputs=(pinned,))
+    assert [(each.field, each.commit, each.content, each.samples) for each in settled(cluster).inputs] == expected
 
 
 def test_the_status_keeps_a_limited_number_of_outputs() -> None:

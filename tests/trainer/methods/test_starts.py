@@ -119,13 +119,13 @@ def test_lora_of_another_family_is_refused(bases: dict[str, Path], tmp_path: Pat
 
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     save_file({"unet.conv_in.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match="contains unet.conv_in.weight, which is not a part of a LoRA"):
+    with pytest.raises(ConfigError, match=r"contains unet.conv_in.weight, which is not a part of a LoRA"):
         read_adapters(tmp_path / "model.safetensors")
     save_file({"lora_unet_a.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "half.safetensors")
     with pytest.raises(ConfigError, match="is not a complete LoRA: lora_unet_a lacks one of its matrices"):
         read_adapters(tmp_path / "half.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "half.safetensors").read_bytes()[:-4])
-    with pytest.raises(ConfigError, match="cannot be read: .*; write a complete .safetensors file"):
+    with pytest.raises(ConfigError, match=r"cannot be read: .*; write a complete .safetensors file"):
         read_adapters(tmp_path / "cut.safetensors")
     with pytest.raises(ConfigError, match=r"contains 3 .safetensors files \(cut.safetensors, half.safe"):
         find_adapter_file(tmp_path, WEIGHTS_NAME)
@@ -183,5 +183,5 @@ def test_embedding_that_does_not_fit_is_refused(
 
 def test_embedding_of_one_text_encoder_is_refused_for_two(bases: dict[str, Path], tmp_path: Path) -> None:
     save_file({"<cat>": torch.zeros(2, 16)}, tmp_path / "cat.safetensors")
-    with pytest.raises(ConfigError, match="for the base's text_encoder_2 .*; write the folder with the files of all"):
+    with pytest.raises(ConfigError, match=r"for the base's text_encoder_2 .*; write the folder with the files of all"):
         make_method(bases["sdxl"], "TextualInversion", **inversion(base=str(tmp_path / "cat.safetensors")))

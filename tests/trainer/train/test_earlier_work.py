@@ -104,8 +104,7 @@ def test_other_shapes_are_named(spec: RunSpec, earlier: Ranks, tmp_path: Path) -
 
 def work(spec: RunSpec, job_dir: Path, notes: list[str] | None = None) -> EarlierWork:
     assert spec.start_from is not None
-    note = [].append if notes is None else notes.append
-    return EarlierWork(spec.start_from, spec, JobFolders(job_dir), lambda: (), note)
+    return EarlierWork(spec.start_from, spec, JobFolders(job_dir), lambda: (), ([] if notes is None else notes).append)
 
 
 def write_checkpoint(folder: Path, step: int, time: float) -> Path:

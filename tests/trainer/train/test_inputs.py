@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -30,9 +30,15 @@ def with_steps(spec: RunSpec, steps: int) -> RunSpec:
     return spec.model_copy(update={"training": spec.training.model_copy(update={"steps": steps})})
 
 
-def run(spec: RunSpec, folder: Path, attempt: int = 1, code: ExitCode = ExitCode.DONE, **environment: str) -> Ranks:
+def run(
+    spec: RunSpec,
+    folder: Path,
+    attempt: int = 1,
+    code: ExitCode = ExitCode.DONE,
+    environment: Mapping[str, str] | None = None,
+) -> Ranks:
     """Run an attempt until it ends with an exit code."""
-    ranks = Ranks(spec, folder, attempt, extra=environment)
+    ranks = Ranks(spec, folder, attempt, extra=environment or {})
     assert ranks.run() == [code], ranks.stderr()
     return ranks
 
@@ -64,7 +70,7 @@ def other_base(base: Path, folder: Path) -> Path:
 
 @pytest.fixture(name="server", scope="module")
 def _server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """Return a hub with two commits of a base and of a data set, which shrinks from 8 to 5 rows."""
+    """Return a hub with two commits of a base and of a data set, whose releases have 8 and 5 rows."""
     folder = tmp_path_factory.mktemp("hub")
     with hub.serve(folder / "repositories") as server:
         for name, source in (("new", other_base(base, folder / "new-base")), ("old", base)):
@@ -72,15 +78,17 @@ def _server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hu
         for name, num_rows in (("new", 5), ("old", 8)):
             images = tiny.write_data(folder / f"{name}-images", num_rows)
             server.publish("datasets", "me/data", write_table(images, folder / f"{name}-data"), name)
+        # The hub answers for repositories with a main branch only.
+        server.publish("datasets", "me/data", folder / "new-data")
         yield server
 
 
-def move_main(server: HubServer, branch: str) -> None:
-    """Let the main branches of both repositories be at the commits of another branch."""
-    for kind, name in (("models", "me/base"), ("datasets", "me/data")):
-        commit = server.commit_of(kind, name, branch)
+def release(server: HubServer, commits: str) -> None:
+    """Move the main branch of the base, and the branch "release" of the data set, to other commits."""
+    for kind, name, branch in (("models", "me/base", "main"), ("datasets", "me/data", "release")):
+        commit = server.commit_of(kind, name, commits)
         assert commit is not None
-        server.move(kind, name, commit)
+        server.move(kind, name, commit, branch)
 
 
 @pytest.fixture(name="hub_spec", scope="module")
@@ -89,19 +97,19 @@ def _hub_spec(base: Path) -> RunSpec:
     return spec.model_copy(
         update={
             "model": spec.model.model_copy(update={"base": "me/base"}),
-            "dataset": spec.dataset.model_copy(update={"source": "me/data"}),
+            "dataset": spec.dataset.model_copy(update={"source": "me/data", "revision": "release"}),
         }
     )
 
 
 def test_moved_branch_does_not_change_a_job(server: HubServer, hub_spec: RunSpec, base: Path, tmp_path: Path) -> None:
-    move_main(server, "old")
+    release(server, "old")
     undisturbed = run(tiny.make_spec(base, tiny.write_data(tmp_path / "data", 8), steps=ALL), tmp_path / "undisturbed")
-    first = run(with_steps(hub_spec, FIRST), tmp_path / "job", **server.environment)
-    move_main(server, "new")
+    first = run(with_steps(hub_spec, FIRST), tmp_path / "job", environment=server.environment)
+    release(server, "new")
     # Another node: its cache has nothing of the hub.
     shutil.rmtree(tmp_path / "cache")
-    second = run(hub_spec, tmp_path / "job", 2, **server.environment)
+    second = run(hub_spec, tmp_path / "job", 2, environment=server.environment)
     assert second.weights() == undisturbed.weights()
     commits = {field: each["commit"] for field, each in inputs(second).items()}
     assert commits == {
@@ -112,24 +120,18 @@ def test_moved_branch_does_not_change_a_job(server: HubServer, hub_spec: RunSpec
     assert inputs(second)["dataset.source"]["samples"] == 8
 
 
-def test_revision_of_a_data_set_is_read(server: HubServer, hub_spec: RunSpec, tmp_path: Path) -> None:
-    move_main(server, "old")
-    dataset = hub_spec.dataset.model_copy(update={"revision": "new"})
-    ranks = run(with_steps(hub_spec.model_copy(update={"dataset": dataset}), 1), tmp_path / "job", **server.environment)
-    assert inputs(ranks)["dataset.source"] == {
-        "field": "dataset.source",
-        "location": "me/data",
-        "commit": server.commit_of("datasets", "me/data", "new"),
-        "content": inputs(ranks)["dataset.source"]["content"],
-        "samples": 5,
-    }
+@pytest.fixture(name="undisturbed", scope="module")
+def _undisturbed(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return the weights of a job on the local base and data."""
+    return run(tiny.make_spec(base, data, steps=ALL), tmp_path_factory.mktemp("jobs") / "undisturbed").weights()
 
 
-def test_edited_folder_ends_the_job_until_it_is_restored(base: Path, data: Path, tmp_path: Path) -> None:
+def test_edited_folder_ends_the_job_until_it_is_restored(
+    base: Path, data: Path, undisturbed: bytes, tmp_path: Path
+) -> None:
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
     spec = tiny.make_spec(base, folder, steps=ALL)
-    undisturbed = run(spec, tmp_path / "undisturbed")
     run(with_steps(spec, FIRST), tmp_path / "job")
     edited = folder / "train" / "metadata.jsonl"
     before, times = edited.read_text("utf-8"), edited.stat()
@@ -150,7 +152,7 @@ def test_edited_folder_ends_the_job_until_it_is_restored(base: Path, data: Path,
     shutil.rmtree(third.job_dir / paths.INPUTS)
     shutil.move(tmp_path / "pins", third.job_dir / paths.INPUTS)
     edited.write_text(before, "utf-8")
-    assert run(spec, tmp_path / "job", 5).weights() == undisturbed.weights()
+    assert run(spec, tmp_path / "job", 5).weights() == undisturbed
 
 
 def test_edited_base_ends_the_job(base: Path, data: Path, tmp_path: Path) -> None:
@@ -168,12 +170,11 @@ def test_edited_base_ends_the_job(base: Path, data: Path, tmp_path: Path) -> Non
     assert "; first changed file: unet/diffusion_pytorch_model.safetensors; restore" in second.stderr()
 
 
-def test_checkpoint_without_identities_is_accepted(base: Path, data: Path, tmp_path: Path) -> None:
+def test_checkpoint_without_identities_is_accepted(base: Path, data: Path, undisturbed: bytes, tmp_path: Path) -> None:
     """Checkpoints of older releases have no identities, and no pins next to them."""
     spec = tiny.make_spec(base, data, steps=ALL)
-    undisturbed = run(spec, tmp_path / "undisturbed")
-    ranks = run(with_steps(spec, FIRST), tmp_path / "job", TEST_OLD_CHECKPOINTS="1")
+    ranks = run(with_steps(spec, FIRST), tmp_path / "job", environment={"TEST_OLD_CHECKPOINTS": "1"})
     shutil.rmtree(ranks.job_dir / paths.INPUTS)
     (state,) = ranks.job_dir.glob("checkpoints/*/state.json")
     assert "inputs" not in json.loads(state.read_bytes())
-    assert run(spec, tmp_path / "job", 2).weights() == undisturbed.weights()
+    assert run(spec, tmp_path / "job", 2).weights() == undisturbed

@@ -36,6 +36,7 @@ from finetune_trainer.data.training_sets import list_training_sets, naming_field
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError
 from finetune_trainer.models.family import Family
+from finetune_trainer.models.text import count_cut
 
 _PLAIN = Augmentation(random_crop=False, random_flip=False)
 """Augmentation of class images and of held-out samples."""
@@ -121,6 +122,7 @@ class Preparation:
         train = self._open_train(hashes)
         self.check_length(len(train.samples))
         held_out = self._open_held_out(hashes)
+        self._warn_of_cut_captions(train)
         text = TextCache(self.cache_dir, self.family, hashes, self.dtype)
         if self.requirements.caches_text:
             shuffles = self.spec.dataset.shuffle_tags is not None
@@ -149,6 +151,16 @@ class Preparation:
         if self.world.is_first:
             hashes.save()
         return prepared
+
+    def _warn_of_cut_captions(self, train: DataSplit) -> None:
+        """Warn once, on rank 0, with the number of captions that the text encoders cannot read to their end."""
+        if not self.world.is_first:
+            return
+        settings, captions = self.family.text_settings, sorted(set(self.requirements.captions.every(train.samples)))
+        cut = count_cut(self.family.load_tokenizers(), captions, settings)
+        if cut:
+            remedy = "" if settings.num_chunks > 1 else ", or write training.longCaptions: chunk for 225 tokens"
+            self.warn(f"{cut} of {len(captions)} captions are too long, and their ends are cut; shorten them{remedy}")
 
     @property
     def _shapes(self) -> Shapes:

@@ -20,6 +20,7 @@ from finetune_trainer import patience
 from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.files import use_default_mode
 from finetune_trainer.models.family import SingleFile
+from finetune_trainer.models.fingerprint import fingerprint
 
 SUFFIXES = (".safetensors", ".ckpt")
 _INDEX = "model_index.json"
@@ -45,16 +46,20 @@ def convert(spec: ModelSpec, cache_dir: Path, formats: Mapping[str, SingleFile])
     stat = file.stat()
     names = _tensor_names(file)
     _check_process(file, names)
-    # The key does not depend on the content: hashing gigabytes at each start takes as long as the conversion.
     identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {spec.config}{_marked_schedule(names) or ''}"
-    key = hashlib.sha256(identity.encode()).hexdigest()[:32]
-    folder = cache_dir / "bases" / key
+    # An edit can keep size and time. Folders of older releases have a name without the fingerprint.
+    candidates = [_folder_of(cache_dir, each) for each in (f"{identity} {fingerprint(file)}", identity)]
+    folder = next((each for each in candidates if (each / _INDEX).is_file()), candidates[0])
     if (folder / _INDEX).is_file():
         return folder
     # Without a configuration in the manifest, diffusers fetches one from the hub.
     pipeline = patience.wait_out("model.base: reading the file", lambda: _read(file, spec.config, names, formats))
     patience.wait_out("cache: writing the converted base", lambda: _write(pipeline, folder))
     return folder
+
+
+def _folder_of(cache_dir: Path, identity: str) -> Path:
+    return cache_dir / "bases" / hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
 def _write(pipeline: Any, folder: Path) -> None:

@@ -16,12 +16,14 @@ from finetune_trainer.checkpoint.checkpointer import Checkpointer, SaveOptions
 from finetune_trainer.checkpoint.sharded_state import ShardedState, make_sharded_state
 from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.checkpoint.store.select import JobFolders, make_store
+from finetune_trainer.data.cache.sample_identity import SampleIdentity
 from finetune_trainer.data.images.decoding import read_conditions
 from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import DataRequirements, Preparation, PreparedData
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.order import total_steps
 from finetune_trainer.data.sampling.schedule_checks import check_length
+from finetune_trainer.data.sources.base import SampleSet
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.gradients import Gradients
 from finetune_trainer.distributed.local import LocalGradients
@@ -79,6 +81,7 @@ class RunBuilder:
             warn=reporter.warn,
             check_length=self._check_length,
             record=partial(self.inputs.record.add_samples, DATASET, self.context.spec.dataset.source),
+            record_class_images=self._record_class_images,
         ).run()
 
     def _check_length(self, num_samples: int) -> None:
@@ -90,6 +93,12 @@ class RunBuilder:
         context, training = self.context, self.spec.training
         steps = total_steps(training.steps, training.epochs, num_samples, self.spec.global_batch)
         check_length(training, steps, context.attempt, context.reporter.warn if self.world.is_first else lambda _: None)
+
+    def _record_class_images(self, found: SampleIdentity, images: SampleSet) -> None:
+        dreambooth = self.context.spec.training.dreambooth
+        assert dreambooth is not None
+        location = dreambooth.class_images or ""
+        self.inputs.record.add_samples("training.dreambooth.classImages", location, found, images)
 
     def make_method(self) -> Method:
         """Load the models and prepare them for training."""
@@ -108,7 +117,7 @@ class RunBuilder:
         if training.sharding is Sharding.NONE:
             return TrainState(
                 parameters,
-                make_optimizer(training, parameters.values()),
+                make_optimizer(training, parameters),
                 Ema(parameters) if training.ema else None,
                 loss_scale=LossScale() if training.precision is Precision.FP16 else None,
             )

@@ -186,8 +186,8 @@ class EarlierWork:
         recorded, now = values.get(TRAINING, {}), describe_training(self.spec.training)
         if recorded.get("alpha", now["alpha"]) != now["alpha"]:
             self.note(
-                f"training.lora.alpha: the checkpoint was trained with {recorded['alpha'] or 'the rank'}, so the LoRA's "
-                "strength changes"
+                f"training.lora.alpha: the checkpoint was trained with {recorded['alpha'] or 'the rank'}, so the "
+                "strength of the LoRA changes"
             )
         before = {each.field: each for each in map(InputIdentity.model_validate, values.get(INPUTS, ()))}
         for identity in self.identities():
@@ -212,8 +212,8 @@ class EarlierWork:
                 )
         if training.steps is not None and values["step"] > training.steps:
             raise ConfigError(
-                f"{_FIELD}: the checkpoint contains {values['step']} steps, and training.steps, which includes them, is "
-                f"{training.steps}; write a larger number"
+                f"{_FIELD}: the checkpoint contains {values['step']} steps, and training.steps, which includes them, "
+                f"is {training.steps}; write a larger number"
             )
 
     def _check_sharding(self, manifest: Manifest) -> None:
@@ -259,8 +259,8 @@ class EarlierWork:
             )
         field = "path" if source.path is not None else "url"
         return ConfigError(
-            f"{_FIELD}.{field}: {source.path or source.url} contains no complete checkpoint; write the folder of a job, "
-            "of its checkpoints, or of one checkpoint"
+            f"{_FIELD}.{field}: {source.path or source.url} contains no complete checkpoint; write the folder of a "
+            "job, of its checkpoints, or of one checkpoint"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from finetune_contract.bucket import Bucket
 from finetune_contract.identity import DATASET
-from finetune_contract.methods import METHODS, TrainedPart
+from finetune_contract.methods import TrainedPart
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import LoraSpec, Precision, TextualInversionSpec
 from finetune_trainer.checkpoint.store.select import JobFolders, has_checkpoints, open_bucket
@@ -26,10 +26,12 @@ from finetune_trainer.methods import adapter_file, embedding_file
 from finetune_trainer.methods.adapter_file import check_adapter_file, find_adapter_file
 from finetune_trainer.methods.embedding_file import check_embedding_files, find_embedding_files
 from finetune_trainer.methods.lora import WEIGHTS_NAME
+from finetune_trainer.methods.registry import method_traits
 from finetune_trainer.models.base import find_part, hub_commit, open_base
 from finetune_trainer.models.family import Family
 from finetune_trainer.models.fingerprint import fingerprint_files
 from finetune_trainer.models.hub import ANY_WEIGHTS, ONE_PART, HubFiles
+from finetune_trainer.models.text import TextSettings
 from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.earlier_work import EarlierWork
 from finetune_trainer.train.hardware import apply_preset
@@ -82,6 +84,7 @@ def load_inputs(context: RankContext, world: World, env: Mapping[str, str]) -> R
     spec = _fetch_starts(spec, context, world, record, resumes)
     has_start = spec != with_starts
     spec, family = _open_base(spec, context, world, record)
+    family.text_settings = TextSettings.of(spec.training)
     check_schedule(
         spec.training, family.objective.num_timesteps, context.attempt, _warn_once(world, context.reporter.warn)
     )
@@ -212,7 +215,7 @@ def _open_base(spec: RunSpec, context: RankContext, world: World, record: InputR
     """
     field, model = "model.base", spec.model
     model = model.model_copy(update={"revision": record.revision(field, model.revision)})
-    whole = METHODS[spec.training.method].trains is TrainedPart.BASE
+    whole = method_traits(spec.training.method).trains is TrainedPart.BASE
     family = open_base(model, context.cache_dir, whole=whole) if world.is_first else None
     is_local = Path(model.base).exists()
     commit = world.share(None if family is None or is_local else hub_commit(family.denoiser_files()[0].parent))

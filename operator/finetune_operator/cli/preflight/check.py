@@ -10,12 +10,13 @@ from pathlib import Path
 
 from finetune_contract.input_spec import DatasetSpec
 from finetune_contract.methods import METHODS
+from finetune_contract.requirements import find_missing_software
 from finetune_operator.api.job import CONTROLLER, Accelerator, FineTuneJob, FineTuneJobSpec, TopologySpec
 from finetune_operator.api.rules.supported import find_missing
 from finetune_operator.cli.manifest import is_url
 from finetune_operator.cli.preflight.dataset import find_dataset_problems, find_metadata
 from finetune_operator.cli.preflight.disk import find_disk_problems, find_output_problems, find_storage_problems
-from finetune_operator.cli.preflight.model import find_model_problems
+from finetune_operator.cli.preflight.model import find_missing_clients, find_model_problems, find_start_problems
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.kubelet.devices import find_gpus
 from finetune_operator.cluster.local.settings import LOCAL
@@ -78,8 +79,11 @@ def _spec_problems(spec: FineTuneJobSpec, home: Home, machine: MachineCapacity) 
     # Fields that the trainer does not support have a message already.
     if not any(message.startswith("spec.model") for message in unsupported):
         yield from find_model_problems(spec.model)
+    yield from find_start_problems(spec)
     if not any(message.startswith("spec.dataset") for message in unsupported):
         yield from _data_problems(spec)
+    yield from (f"spec.{message}" for message in find_missing_software(spec.training))
+    yield from find_missing_clients(spec)
     for number, output in enumerate(spec.outputs):
         yield from find_output_problems(number, output)
     yield from find_disk_problems(spec, home)
