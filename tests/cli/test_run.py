@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from finetune_operator.cli.signals import REPEAT_SECONDS, StopRequests
+from finetune_operator.cli.drive import REPEAT_SECONDS, StopRequests
 from finetune_operator.cluster.local import jobs
 from tests.cli.harness import FINETUNE, KEY, PATIENCE_SECONDS, CliHarness
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finetune_contract import paths
@@ -19,7 +19,6 @@ from finetune_operator.cli.output.plain_view import PlainView
 from finetune_operator.cli.output.streams import write_flushed
 from finetune_operator.cli.output.validation_summary import describe_validation
 from finetune_operator.cli.preflight.check import find_warnings
-from finetune_operator.cli.signals import StopRequests
 from finetune_operator.cluster.local import jobs
 from finetune_operator.cluster.local.faults import PlannedFault
 from finetune_operator.cluster.local.home import Home
@@ -27,7 +26,32 @@ from finetune_operator.cluster.local.runner import LocalRun
 from finetune_operator.cluster.reconcile import ReconcileResult
 
 View = PlainView | LiveView
+REPEAT_SECONDS = 1.0
+"""A signal that follows the previous one within this time belongs to the same request.
+
+`timeout` sends a signal to its child and then to the child's process group: one request arrives twice.
+"""
 ENDS = {Phase.SUCCEEDED: Exit.SUCCEEDED, Phase.FAILED: Exit.FAILED}
+
+
+class StopRequests:
+    """The requests to stop so far.
+
+    Args:
+        clock: monotonic time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._last: float | None = None
+
+    def is_new(self) -> bool:
+        """Record a signal, and return whether it is a new request instead of a repetition of the previous one."""
+        now = self._clock()
+        is_new = self._last is None or now - self._last >= REPEAT_SECONDS
+        if is_new:
+            self._last = now
+        return is_new
 
 
 def drive_job(job: FineTuneJob, home: Home, faults: Sequence[PlannedFault], *, plain: bool, file: Path) -> Exit:

@@ -16,6 +16,8 @@ from finetune_operator.cluster.local.home import HOME_VARIABLE, default_home
 
 DESCRIPTION = "Run FineTuneJobs on this machine and manage them as kubectl does on a cluster."
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
+WRITTEN_FORMATS = ("diffusers", "kohya", "webui")
+"""Formats that at least one method writes. Not read from the contract: its import would slow down every command."""
 FAULT = "rank=R,at-step=S or rank=R,at-state=STATE"
 ROOM = "nodes=N,at-step=S"
 
@@ -75,11 +77,10 @@ def parser() -> argparse.ArgumentParser:
         "checkpoints", parents=[common, named], help="list, verify or compare checkpoints"
     )
     _add_checkpoints(checkpoints)
-    check = commands.add_parser(
-        "validate", parents=[common], help="check a manifest against this machine without starting anything"
+    _add_export(
+        commands.add_parser("export", parents=[common, named], help="write an output from any checkpoint of a job")
     )
-    _add_manifest(check)
-    check.set_defaults(command="validate")
+    _add_validate(commands.add_parser("validate", parents=[common], help="check a manifest without starting anything"))
     return top
 
 
@@ -92,6 +93,10 @@ def _name(text: str) -> str:
 
 def _add_manifest(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", type=Path, help="manifest: YAML or JSON with one FineTuneJob")
+    _add_set(command)
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         action="append",
@@ -126,6 +131,29 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--plain", action="store_true", help="print plain lines even in a terminal")
     command.set_defaults(command="run")
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("job", help="name of a job on this machine, or its manifest")
+    _add_set(command)
+    command.add_argument(
+        "--folder", help="the job's folder, or its checkpoints folder, on a disk or in a bucket (s3://...)"
+    )
+    command.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    command.add_argument(
+        "--format", choices=WRITTEN_FORMATS, help="file format (default: that of the job's first output)"
+    )
+    command.add_argument("--to", required=True, help="folder to write to")
+    command.set_defaults(command="export")
+
+
+def _add_validate(command: argparse.ArgumentParser) -> None:
+    _add_manifest(command)
+    command.add_argument("--here", action="store_true", help="also check whether the job can run on this machine")
+    command.add_argument("--cluster", action="store_true", help="also check the cluster of the kubeconfig")
+    command.add_argument("--kubeconfig", type=Path, help="kubeconfig of --cluster (default: as kubectl)")
+    command.add_argument("--context", help="context of the kubeconfig (default: the current one)")
+    command.set_defaults(command="validate")
 
 
 def _add_get(command: argparse.ArgumentParser) -> None:

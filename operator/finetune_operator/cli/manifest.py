@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 from finetune_contract.input_spec import DatasetSpec
 from finetune_operator.api import yaml_text
-from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.job import KIND, FineTuneJob
 from finetune_operator.api.validate import InvalidJob, parse_job
 from finetune_operator.cli.errors import UsageError
 
@@ -20,6 +21,21 @@ MAX_MANIFEST_BYTES = 1024 * 1024
 """The API server has the same limit."""
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class ManifestFile:
+    """The contents of a manifest file.
+
+    Attributes:
+        job: the job, with the paths as the user wrote them.
+        document: the job as the user wrote it, with the settings of `--set`.
+        siblings: further objects in the file, such as the job's PersistentVolumeClaim.
+    """
+
+    job: FineTuneJob
+    document: dict[str, Any]
+    siblings: tuple[dict[str, Any], ...]
 
 
 def load_manifest(path: Path, settings: Sequence[str] = ()) -> FineTuneJob:
@@ -32,14 +48,19 @@ def load_manifest(path: Path, settings: Sequence[str] = ()) -> FineTuneJob:
     Raises:
         UsageError: the file cannot be read, or is not a valid FineTuneJob.
     """
-    document = _read_yaml(path)
+    return make_absolute(read_manifest(path, settings).job, path.absolute().parent)
+
+
+def read_manifest(path: Path, settings: Sequence[str] = ()) -> ManifestFile:
+    """Read a manifest; see `load_manifest`."""
+    document, siblings = _read_yaml(path)
     for setting in settings:
         _apply_setting(document, setting)
     try:
         job = parse_job(document)
     except InvalidJob as error:
         raise UsageError("\n".join(f"{path}: {message}" for message in error.messages)) from error
-    return make_absolute(job, path.absolute().parent)
+    return ManifestFile(job, document, siblings)
 
 
 def make_absolute(job: FineTuneJob, folder: Path) -> FineTuneJob:
@@ -128,7 +149,7 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise UsageError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, the limit for a manifest")
@@ -141,20 +162,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not text; a manifest is YAML or JSON in UTF-8") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    return _only_document(path, text)
+    return _find_job(path, text)
 
 
-def _only_document(path: Path, text: str) -> dict[str, Any]:
+def _find_job(path: Path, text: str) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+    """Return the only FineTuneJob of a text, and the other objects next to it."""
     try:
         documents = list(yaml_text.load_all(text))
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {_locate(error)}") from error
+    jobs = [one for one in documents if isinstance(one, dict) and one.get("kind") == KIND]
+    if len(documents) > 1 and len(jobs) == 1:
+        others = (one for one in documents if isinstance(one, dict) and one is not jobs[0])
+        return jobs[0], tuple(others)
     if len(documents) != 1:
-        raise UsageError(f"{path} contains {len(documents)} documents; a local run needs a file with one FineTuneJob")
+        raise UsageError(f"{path} contains {len(documents)} documents; write a file with one FineTuneJob")
     document = documents[0]
     if not isinstance(document, dict):
         raise UsageError(f"{path} contains a {type(document).__name__}, not an object with kind: FineTuneJob")
-    return document
+    return document, ()
 
 
 def _locate(error: yaml.YAMLError) -> str:
