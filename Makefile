@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
-.PHONY: help install system-packages demo test test-fast mutate docs lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
+.PHONY: help install system-packages demo test test-fast test-readers mutate docs lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves bench-checkpoint \
         bench-learning bench-map bench-exchange
 
@@ -21,7 +21,7 @@ install: ## create the virtual environment from the lock files
 demo: install ## run a real FineTuneJob on this machine, without a cluster: two ranks, one is preempted halfway
 	@rm -rf .demo
 	$(BIN)/python -m finetune_trainer.demo.circles .demo/data --style squares --num-train 256 --num-validation 16
-	$(BIN)/finetune run examples/lora-circles.yaml --home .demo/state --preempt rank=1,at-step=125
+	$(BIN)/finetune run examples/local/lora-circles.yaml --home .demo/state --preempt rank=1,at-step=125
 
 system-packages: ## on Debian as root: install what the tests on real nodes need
 	@tools/system_packages.sh
@@ -34,6 +34,11 @@ test: install system-packages ## run all tests
 FAST_TESTS := tests/plan tests/api tests/manifests tests/kube tests/tools
 test-fast: install ## run the pure tests, in less than a minute
 	$(BIN)/pytest --numprocesses 2 -m "not cluster and not trainer" $(FAST_TESTS)
+
+READERS := .venv-readers
+test-readers: install ## load every output with the oldest and the newest supported releases of diffusers, and compare the pictures
+	@$(PYTHON) tools/install.py $(READERS) requirements/readers-oldest.txt
+	@$(BIN)/python -m tests.readers --oldest $(READERS)/bin/python
 
 mutate: install ## remove one policy, cause or rule at a time; do the tests notice each removal?
 	@$(BIN)/python -m tools.mutate $(ARGS)
@@ -133,4 +138,4 @@ lock: install ## rewrite the lock files from pyproject.toml
 	tools/lock.sh $(BIN)/uv
 
 clean: ## remove the virtual environment, the demo state and built docs
-	rm -rf $(VENV) .demo .bench site
+	rm -rf $(VENV) $(READERS) .demo .bench site

@@ -1,9 +1,11 @@
-"""Create the virtual environment that every make target uses, from the lock files, and print progress.
+"""Create a virtual environment from lock files, and print progress: the one of every make target, or that of a reader.
 
-Called by the Makefile. Uses only the standard library. The environment is stamped with a hash of the lock files and
-of pyproject.toml: a second call returns at once, and an interrupted installation starts over.
+Called by the Makefile. Uses only the standard library. The environment is stamped with a hash of everything that
+determines its content: a second call returns at once, and an interrupted installation starts over.
 
-Usage: python3 tools/install.py ENVIRONMENT
+Usage: python3 tools/install.py ENVIRONMENT [LOCK]
+
+Without LOCK: requirements/dev.txt, and this project. With LOCK: only what this lock file lists.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = ("requirements/bootstrap.txt", "requirements/dev.txt", "pyproject.toml")
+BOOTSTRAP, PROJECT_LOCK, PROJECT = "requirements/bootstrap.txt", "requirements/dev.txt", "pyproject.toml"
 TICK_SECONDS = 3.0
 
 
-def stamp() -> str:
-    """Return a hash of everything that determines what is installed."""
+def stamp(inputs: tuple[str, ...]) -> str:
+    """Return a hash of the interpreter and of the files that determine what is installed."""
     digest = hashlib.sha256(sys.version.encode())
-    for name in INPUTS:
+    for name in inputs:
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
 
@@ -66,15 +68,17 @@ def run(title: str, command: list[str], watched: Path, env: dict[str, str]) -> N
     print(f"  {title}: done in {time.monotonic() - started:.1f} s", flush=True)
 
 
-def main(target: Path) -> None:
-    """Install into the folder `target`."""
+def main(target: Path, lock: str = PROJECT_LOCK) -> None:
+    """Install what a lock file lists into the folder `target`; with the lock file of the project, also the project."""
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit(f"Python 3.11 or newer is required; this is {sys.version.split()[0]}. Set PYTHON=/path/to/python3.11")
+    has_project = lock == PROJECT_LOCK
+    current = stamp((BOOTSTRAP, lock, *([PROJECT] if has_project else [])))
     mark = target / ".installed"
-    if mark.is_file() and mark.read_text() == stamp():
+    if mark.is_file() and mark.read_text() == current:
         return
     started = time.monotonic()
-    print("Installing into .venv, once (about 6 GB, most of it torch):", flush=True)
+    print(f"Installing into {target.name}, once (about 6 GB, most of it torch):", flush=True)
     if target.exists():
         shutil.rmtree(target)
     env = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "UV_NO_PROGRESS": "1", "UV_LINK_MODE": "hardlink"}
@@ -82,13 +86,14 @@ def main(target: Path) -> None:
     python = str(target / "bin" / "python")
     run("environment", [sys.executable, "-m", "venv", str(target)], target, env)
     pip = [python, "-m", "pip", "install", "--quiet", "--require-hashes"]
-    run("installer", [*pip, "-r", str(ROOT / "requirements/bootstrap.txt")], target, env)
+    run("installer", [*pip, "-r", str(ROOT / BOOTSTRAP)], target, env)
     uv = [str(target / "bin" / "uv"), "pip", "install", "--python", python]
-    run("dependencies", [*uv, "--require-hashes", "-r", str(ROOT / "requirements/dev.txt")], target, env)
-    run("this project", [*uv, "--no-deps", "--no-build-isolation", "-e", str(ROOT)], target, env)
-    mark.write_text(stamp())
+    run("dependencies", [*uv, "--require-hashes", "-r", str(ROOT / lock)], target, env)
+    if has_project:
+        run("this project", [*uv, "--no-deps", "--no-build-isolation", "-e", str(ROOT)], target, env)
+    mark.write_text(current)
     print(f"Installed in {time.monotonic() - started:.0f} s.", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    main(Path(sys.argv[1]).absolute(), *sys.argv[2:3])

@@ -17,5 +17,12 @@ compile trainer-cuda --extra trainer --extra trackers --extra cuda --constraint 
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header pyproject.toml --extra trainer --extra trackers \
     requirements/ipex.in -o requirements/trainer-ipex.txt >/dev/null
+# What tests/readers reads our outputs with, on the same torch: it takes no additional space.
+torch=$(mktemp)
+trap 'rm -f "$torch"' EXIT
+grep '^torch==' requirements/dev.txt | tr -d ' \\' > "$torch"
+"$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+    --no-emit-find-links --no-annotate --no-header requirements/readers-oldest.in \
+    --constraint "$torch" -o requirements/readers-oldest.txt >/dev/null
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header requirements/bootstrap.in -o requirements/bootstrap.txt >/dev/null

@@ -121,6 +121,10 @@ class PatchFamily:
     ) -> dict[str, Any]:
         raise NotImplementedError
 
+    @property
+    def kohya_base_version(self) -> str:
+        return "patches"
+
     def kohya_name(self, part: str, module: str) -> str:
         return f"{part}_{module}"
 

@@ -75,7 +75,11 @@ class StableDiffusion(UNetFamily):
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TextEncoder:
         """Return the text encoder with its tokenizer, frozen."""
-        return SingleText(self._text_part("text_encoder", "emb_params", device, dtype))
+        return SingleText(self._text_part("text_encoder", "emb_params", device, dtype), self.text_settings)
+
+    def load_tokenizers(self) -> list[Any]:
+        """Return the tokenizers of all text encoders."""
+        return [self._load_tokenizer("text_encoder")]
 
     def denoiser_files(self) -> list[Path]:
         """Return the files that determine the UNet's output."""
@@ -97,7 +101,7 @@ class StableDiffusion(UNetFamily):
         """Version of the base in the metadata of kohya's files."""
         # All bases of SD 2.x, and none of SD 1.x, have linear projections.
         is_second = parts.read_config(self._folder / "unet" / "config.json").get("use_linear_projection", False)
-        return "sd_v2" if is_second else "sd_v1"
+        return "sd_v2" if is_second else super().kohya_base_version
 
     def conditions(self, text: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """Return the keyword arguments of the UNet and of a ControlNet."""
@@ -110,19 +114,22 @@ class StableDiffusion(UNetFamily):
     def _text_part(
         self, name: str, webui_key: str, device: torch.device, dtype: torch.dtype, projected: bool = False
     ) -> TextPart:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: PLC0415  slow
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection  # noqa: PLC0415  slow to import
 
         kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-        tokenizer = parts.load_part(
-            self._folder, None, "tokenizer", lambda _: CLIPTokenizer.from_pretrained(self._tokenizer_folder(name))
-        )
         model = parts.load_part(
             self._folder,
             self._variant,
             "text encoder",
             lambda options: kind.from_pretrained(self._folder / name, dtype=dtype, **options),
         )
-        return TextPart(name, tokenizer, model.to(device), webui_key)
+        return TextPart(name, self._load_tokenizer(name), model.to(device), webui_key)
+
+    def _load_tokenizer(self, text_encoder: str) -> Any:
+        from transformers import CLIPTokenizer  # noqa: PLC0415  slow to import
+
+        folder = self._tokenizer_folder(text_encoder)
+        return parts.load_part(self._folder, None, "tokenizer", lambda _: CLIPTokenizer.from_pretrained(folder))
 
     def _text_files(self, name: str) -> list[Path]:
         tokenizer = sorted(path for path in self._tokenizer_folder(name).iterdir() if path.is_file())

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from finetune_trainer.models.latent_scaling import LatentScaling
+from finetune_trainer.models.text import TextSettings
 
 
 class UNetFamily:
     """UNet, latents and ControlNet of a family; see `Family`.
 
     Attributes:
+        text_settings: how captions become text conditions.
         latent_scaling: the map from the VAE's latents to the UNet's latents.
         latent_channels: number of channels of the latents.
         pixels_per_latent: number of pixels per latent along each side of an image.
@@ -24,6 +26,7 @@ class UNetFamily:
     denoiser_name: ClassVar[str] = "unet"
     compiled_blocks: ClassVar[frozenset[str]] = frozenset({"BasicTransformerBlock"})
 
+    text_settings: TextSettings = TextSettings()
     latent_scaling: LatentScaling
     latent_channels: int
     pixels_per_latent: int
@@ -56,6 +59,11 @@ class UNetFamily:
         """Return the residuals that the ControlNet adds to the UNet."""
         down, middle = controlnet(noisy, timesteps, controlnet_cond=images, return_dict=False, **conditions)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    @property
+    def kohya_base_version(self) -> str:
+        """Version of the base in the metadata of kohya's files; that of SD 1.x if a family has no other."""
+        return "sd_v1"
 
     def kohya_name(self, part: str, module: str) -> str:
         """Return the name of an adapted module in kohya's LoRA files, for a family with one text encoder."""

@@ -1,0 +1,5 @@
+"""Fixtures: the tiny base of the trainer's tests."""
+
+from tests.trainer.conftest import base
+
+__all__ = ["base"]
