@@ -149,23 +149,21 @@ _SUBJECT_MEASURES = (
     Measure("rings", "share of rings for the subject prompt", range(_NUM_SUBJECT), is_ring),
     Measure("kept", "share of full circles for the class prompt", range(_NUM_SUBJECT, 2 * _NUM_SUBJECT), is_class),
 )
+_FULL = {"method": "Full", "learningRate": 2e-4}
+_LORA = {"method": "LoRA", "learningRate": 2e-3, "lora": {"rank": 16, "targetModules": _WIDE_LORA}}
+
+
+def _style(training: dict[str, Any], steps_of_sd2: int) -> LearningCase:
+    """Return the case in which circles become squares."""
+    return LearningCase(training, 250, circles_writer("squares"), CAPTIONS, _SQUARES, steps_on={"sd2": steps_of_sd2})
+
+
 CASES = {
-    "style_full": LearningCase(
-        {"method": "Full", "learningRate": 2e-4},
-        250,
-        circles_writer("squares"),
-        CAPTIONS,
-        _SQUARES,
-        steps_on={"sd2": 150},
-    ),
-    "style_lora": LearningCase(
-        {"method": "LoRA", "learningRate": 2e-3, "lora": {"rank": 16, "targetModules": _WIDE_LORA}},
-        250,
-        circles_writer("squares"),
-        CAPTIONS,
-        _SQUARES,
-        steps_on={"sd2": 120},
-    ),
+    "style_full": _style(_FULL, 150),
+    "style_lora": _style(_LORA, 120),
+    # With the learning rates of AdamW.
+    "style_full_adafactor": _style({**_FULL, "optimizer": "adafactor"}, 150),
+    "style_lora_adafactor": _style({**_LORA, "optimizer": "adafactor"}, 120),
     "subject": LearningCase(
         {
             "method": "DreamBooth",

@@ -190,6 +190,14 @@ ADVICE: dict[str, Advice] = {
     "method-and-script": {"leave script out": removed(f"{T}.script")},
     "no-length": {"steps: 1000": {f"{T}.steps": 1000}, "epochs: 10": {f"{T}.epochs": 10}},
     "steps-and-epochs": {"leave steps out": removed(f"{T}.steps"), "leave epochs out": removed(f"{T}.epochs")},
+    "rate-of-frozen-text-encoder": {
+        "trainTextEncoder: true": {f"{T}.lora": {"trainTextEncoder": True}},
+        "leave textEncoderLearningRate out": removed(f"{T}.textEncoderLearningRate"),
+    },
+    "text-rate-with-prodigy": {
+        "leave textEncoderLearningRate out": removed(f"{T}.textEncoderLearningRate"),
+        "optimizer: adamw": {f"{T}.optimizer": "adamw"},
+    },
     "cycles-of-another-schedule": {
         "lrScheduler: cosine_with_restarts": {f"{T}.lrScheduler": "cosine_with_restarts"},
         "leave lrNumCycles out": removed(f"{T}.lrNumCycles"),

@@ -18,11 +18,13 @@ from finetune_operator.manifests.merge import MergeError
 from finetune_operator.manifests.resources import parse_quantity
 from finetune_operator.plan.policies.acceptance import GAPS, NO_STORAGE, find_unsupported
 from finetune_operator.settings import Settings
-from tests.api.advice import ADVICE, FLAG_VALUES, STORAGES, UNSUPPORTED, Advice, Edit, Unsupported
+from tests.api.advice import ADVICE, STORAGES, Advice, Edit
 from tests.api.bad_manifest import BadManifest
 from tests.api.bad_manifests import BAD
+from tests.api.flag_values import FLAG_VALUES
 from tests.api.manifests import FULL, GOOD, SMALLEST, Document, patched
 from tests.api.test_edits import CHANGES
+from tests.api.unsupported import UNSUPPORTED, Unsupported
 
 LOCAL = Settings(require_storage=False)
 CLUSTER = Settings(require_storage=True)

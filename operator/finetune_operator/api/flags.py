@@ -15,7 +15,7 @@ VERSION = "0.40"
 
 
 @dataclass(frozen=True)
-class Flag:
+class ScriptFlag:
     """The replacement of one flag."""
 
     field: str | None = None
@@ -33,80 +33,84 @@ class Flag:
         return f"write {self.field if self.write is None else self.write}"
 
 
-def _none(note: str) -> Flag:
-    return Flag(note=note)
+def _none(note: str) -> ScriptFlag:
+    return ScriptFlag(note=note)
 
 
-_BASE: Mapping[str, Flag] = {
-    "pretrained_model_name_or_path": Flag("spec.model.base"),
-    "pretrained_vae_model_name_or_path": Flag("spec.model.vae"),
-    "controlnet_model_name_or_path": Flag("spec.training.controlnet.base"),
-    "revision": Flag("spec.model.revision"),
-    "variant": Flag("spec.model.variant"),
+_BASE: Mapping[str, ScriptFlag] = {
+    "pretrained_model_name_or_path": ScriptFlag("spec.model.base"),
+    "pretrained_vae_model_name_or_path": ScriptFlag("spec.model.vae"),
+    "controlnet_model_name_or_path": ScriptFlag("spec.training.controlnet.base"),
+    "revision": ScriptFlag("spec.model.revision"),
+    "variant": ScriptFlag("spec.model.variant"),
     "non_ema_revision": _none("train from the weights of spec.model.revision and spec.model.variant"),
     "tokenizer_name": _none("the tokenizer is that of spec.model.base"),
     "prediction_type": _none("it is read from the scheduler of spec.model.base"),
     "cache_dir": _none("all jobs share the cache on the volume of spec.checkpoint.storage"),
 }
-_DATA: Mapping[str, Flag] = {
-    "dataset_name": Flag("spec.dataset.source"),
-    "train_data_dir": Flag("spec.dataset.source"),
-    "instance_data_dir": Flag("spec.dataset.source"),
+_DATA: Mapping[str, ScriptFlag] = {
+    "dataset_name": ScriptFlag("spec.dataset.source"),
+    "train_data_dir": ScriptFlag("spec.dataset.source"),
+    "instance_data_dir": ScriptFlag("spec.dataset.source"),
     "dataset_config_name": _none("write the parquet files of that configuration as spec.dataset.source"),
-    "image_column": Flag("spec.dataset.columns.image"),
-    "caption_column": Flag("spec.dataset.columns.caption", note="in the LoRA script for SDXL there is no default"),
-    "conditioning_image_column": Flag("spec.dataset.columns.conditioning", note="has no default"),
-    "max_train_samples": Flag("spec.dataset.maxSamples", note="takes the first samples; the scripts shuffle before"),
-    "repeats": Flag("spec.dataset.repeats", note="the default is 1; in textual_inversion it is 100"),
-    "resolution": Flag("spec.training.resolution", note="the default is 512; in the scripts for SDXL it is 1024"),
-    "center_crop": Flag(
+    "image_column": ScriptFlag("spec.dataset.columns.image"),
+    "caption_column": ScriptFlag(
+        "spec.dataset.columns.caption", note="the LoRA script for SDXL has no default"
+    ),
+    "conditioning_image_column": ScriptFlag("spec.dataset.columns.conditioning", note="has no default"),
+    "max_train_samples": ScriptFlag(
+        "spec.dataset.maxSamples", note="takes the first ones; the scripts shuffle before"
+    ),
+    "repeats": ScriptFlag("spec.dataset.repeats", note="the default is 1; in textual_inversion it is 100"),
+    "resolution": ScriptFlag("spec.training.resolution", note="the default is 512; in the scripts for SDXL it is 1024"),
+    "center_crop": ScriptFlag(
         "spec.training.centerCrop",
         note="the default is a random crop, and for ControlNet the centre; textual_inversion distorts the image to a "
         "square instead",
     ),
-    "random_flip": Flag("spec.training.randomFlip", note="textual_inversion always mirrors half of the images"),
+    "random_flip": ScriptFlag("spec.training.randomFlip", note="textual_inversion always mirrors half of the images"),
     "image_interpolation_mode": _none("images are always reduced with Lanczos"),
     "crops_coords_top_left_h": _none("SDXL is given the position of the real crop"),
     "crops_coords_top_left_w": _none("SDXL is given the position of the real crop"),
-    "proportion_empty_prompts": Flag("spec.training.captionDropout"),
+    "proportion_empty_prompts": ScriptFlag("spec.training.captionDropout"),
     "dataloader_num_workers": _none("the next micro-batch is always prepared while the model works"),
     "tokenizer_max_length": _none("captions have the length of the base's tokenizer"),
     "pre_compute_text_embeddings": _none("embeddings are computed once unless a text encoder is trained"),
     "text_encoder_use_attention_mask": _none("no supported base was trained with the mask"),
     "class_labels_conditioning": _none("no supported base has class labels"),
 }
-_LENGTH: Mapping[str, Flag] = {
-    "max_train_steps": Flag("spec.training.steps", note="required unless epochs is given; has no default"),
-    "num_train_epochs": Flag("spec.training.epochs", note="excludes steps; has no default"),
-    "train_batch_size": Flag("spec.training.batchSize", note="the default is 1; in the scripts it is 4 or 16"),
-    "gradient_accumulation_steps": Flag("spec.training.gradientAccumulation"),
-    "seed": Flag("spec.training.seed", note="the default is 0; the scripts draw without a seed"),
-    "resume_from_checkpoint": Flag(
+_LENGTH: Mapping[str, ScriptFlag] = {
+    "max_train_steps": ScriptFlag("spec.training.steps", note="required unless epochs is given; has no default"),
+    "num_train_epochs": ScriptFlag("spec.training.epochs", note="excludes steps; has no default"),
+    "train_batch_size": ScriptFlag("spec.training.batchSize", note="the default is 1; in the scripts it is 4 or 16"),
+    "gradient_accumulation_steps": ScriptFlag("spec.training.gradientAccumulation"),
+    "seed": ScriptFlag("spec.training.seed", note="the default is 0; the scripts draw without a seed"),
+    "resume_from_checkpoint": ScriptFlag(
         "spec.checkpoint.from",
         "checkpoint.from: {path: FOLDER}",
         note="a job continues from its own checkpoints by itself; the checkpoints of the scripts cannot be read",
     ),
-    "checkpointing_steps": Flag("spec.checkpoint.interval.steps", note="the default is chosen automatically"),
-    "checkpoints_total_limit": Flag("spec.checkpoint.keep", note="the default is 3; the scripts keep all"),
-    "save_steps": Flag("spec.checkpoint.interval.steps", note="outputs are written after the last step"),
+    "checkpointing_steps": ScriptFlag("spec.checkpoint.interval.steps", note="the default is chosen automatically"),
+    "checkpoints_total_limit": ScriptFlag("spec.checkpoint.keep", note="the default is 3; the scripts keep all"),
+    "save_steps": ScriptFlag("spec.checkpoint.interval.steps", note="outputs are written after the last step"),
 }
-_OPTIMIZER: Mapping[str, Flag] = {
-    "learning_rate": Flag(
+_OPTIMIZER: Mapping[str, ScriptFlag] = {
+    "learning_rate": ScriptFlag(
         "spec.training.learningRate",
         note="has the defaults of the scripts, except for DreamBoothLoRA (1.0e-4; 5.0e-4 in dreambooth_lora)",
     ),
     "text_encoder_lr": _none("spec.training.learningRate applies to all trained weights"),
     "scale_lr": _none("multiply spec.training.learningRate by batchSize, gradientAccumulation and the ranks"),
-    "lr_scheduler": Flag("spec.training.lrScheduler"),
-    "lr_warmup_steps": Flag("spec.training.lrWarmupSteps", note="the default is 0; in the scripts it is 500"),
-    "lr_num_cycles": Flag("spec.training.lrNumCycles"),
-    "lr_power": Flag("spec.training.lrPower"),
-    "optimizer": Flag("spec.training.optimizer", note="the values are lower case: adamw, prodigy"),
-    "use_8bit_adam": Flag("spec.training.optimizer", "optimizer: adamw8bit"),
-    "adam_beta1": Flag("spec.training.adamBeta1"),
-    "adam_beta2": Flag("spec.training.adamBeta2"),
-    "adam_epsilon": Flag("spec.training.adamEpsilon"),
-    "adam_weight_decay": Flag(
+    "lr_scheduler": ScriptFlag("spec.training.lrScheduler"),
+    "lr_warmup_steps": ScriptFlag("spec.training.lrWarmupSteps", note="the default is 0; in the scripts it is 500"),
+    "lr_num_cycles": ScriptFlag("spec.training.lrNumCycles"),
+    "lr_power": ScriptFlag("spec.training.lrPower"),
+    "optimizer": ScriptFlag("spec.training.optimizer", note="the values are lower case: adamw, prodigy"),
+    "use_8bit_adam": ScriptFlag("spec.training.optimizer", "optimizer: adamw8bit"),
+    "adam_beta1": ScriptFlag("spec.training.adamBeta1"),
+    "adam_beta2": ScriptFlag("spec.training.adamBeta2"),
+    "adam_epsilon": ScriptFlag("spec.training.adamEpsilon"),
+    "adam_weight_decay": ScriptFlag(
         "spec.training.adamWeightDecay", note="the default is 0.01; in dreambooth_lora_sdxl it is 0.0001"
     ),
     "adam_weight_decay_text_encoder": _none("spec.training.adamWeightDecay applies to all trained weights"),
@@ -114,82 +118,86 @@ _OPTIMIZER: Mapping[str, Flag] = {
     "prodigy_decouple": _none("the weight decay of Prodigy is always decoupled"),
     "prodigy_use_bias_correction": _none("Prodigy follows the paper, without bias correction"),
     "prodigy_safeguard_warmup": _none("Prodigy follows the paper, without this safeguard"),
-    "max_grad_norm": Flag("spec.training.maxGradNorm", note="textual_inversion does not clip: write maxGradNorm: 0"),
+    "max_grad_norm": ScriptFlag(
+        "spec.training.maxGradNorm", note="textual_inversion does not clip: write 0"
+    ),
     "set_grads_to_none": _none("gradients have memory of their own, which is cleared in one pass"),
 }
-_LOSS: Mapping[str, Flag] = {
-    "snr_gamma": Flag("spec.training.snrGamma"),
-    "noise_offset": Flag("spec.training.noiseOffset"),
-    "offset_noise": Flag("spec.training.noiseOffset", "noiseOffset: 0.1"),
-    "input_perturbation": Flag("spec.training.inputPerturbation"),
-    "timestep_bias_strategy": Flag("spec.training.timestepBias.strategy"),
-    "timestep_bias_multiplier": Flag("spec.training.timestepBias.multiplier", note="the default is 2 instead of 1"),
-    "timestep_bias_begin": Flag("spec.training.timestepBias.begin"),
-    "timestep_bias_end": Flag("spec.training.timestepBias.end"),
-    "timestep_bias_portion": Flag("spec.training.timestepBias.portion"),
+_LOSS: Mapping[str, ScriptFlag] = {
+    "snr_gamma": ScriptFlag("spec.training.snrGamma"),
+    "noise_offset": ScriptFlag("spec.training.noiseOffset"),
+    "offset_noise": ScriptFlag("spec.training.noiseOffset", "noiseOffset: 0.1"),
+    "input_perturbation": ScriptFlag("spec.training.inputPerturbation"),
+    "timestep_bias_strategy": ScriptFlag("spec.training.timestepBias.strategy"),
+    "timestep_bias_multiplier": ScriptFlag(
+        "spec.training.timestepBias.multiplier", note="the default is 2; there 1"
+    ),
+    "timestep_bias_begin": ScriptFlag("spec.training.timestepBias.begin"),
+    "timestep_bias_end": ScriptFlag("spec.training.timestepBias.end"),
+    "timestep_bias_portion": ScriptFlag("spec.training.timestepBias.portion"),
     "dream_training": _none("DREAM (https://arxiv.org/abs/2312.00210) is not supported"),
     "dream_detail_preservation": _none("DREAM (https://arxiv.org/abs/2312.00210) is not supported"),
     "do_edm_style_training": _none("bases of the EDM noise process are not supported"),
     "debug_loss": _none("trackers and validation show the loss by timestep"),
 }
-_MEMORY: Mapping[str, Flag] = {
-    "mixed_precision": Flag("spec.training.precision", note="fp32 takes the place of no"),
-    "gradient_checkpointing": Flag("spec.training.gradientCheckpointing"),
-    "enable_xformers_memory_efficient_attention": Flag(
+_MEMORY: Mapping[str, ScriptFlag] = {
+    "mixed_precision": ScriptFlag("spec.training.precision", note="fp32 takes the place of no"),
+    "gradient_checkpointing": ScriptFlag("spec.training.gradientCheckpointing"),
+    "enable_xformers_memory_efficient_attention": ScriptFlag(
         "spec.training.attention", "attention: auto", note="torch has such kernels itself"
     ),
     "enable_npu_flash_attention": _none("NPUs are not supported"),
     "allow_tf32": _none("write spec.training.precision: bf16 for speed; fp32 is exact"),
-    "use_ema": Flag("spec.training.ema"),
+    "use_ema": ScriptFlag("spec.training.ema"),
     "foreach_ema": _none("the average is always updated for all weights together"),
     "offload_ema": _none("write spec.training.memoryPreset, which offloads if nothing else fits"),
 }
-_METHODS: Mapping[str, Flag] = {
-    "rank": Flag("spec.training.lora.rank"),
-    "lora_dropout": Flag("spec.training.lora.dropout"),
-    "use_dora": Flag("spec.training.lora.useDora"),
-    "train_text_encoder": Flag(
+_METHODS: Mapping[str, ScriptFlag] = {
+    "rank": ScriptFlag("spec.training.lora.rank"),
+    "lora_dropout": ScriptFlag("spec.training.lora.dropout"),
+    "use_dora": ScriptFlag("spec.training.lora.useDora"),
+    "train_text_encoder": ScriptFlag(
         "spec.training.dreambooth.trainTextEncoder", note="of the LoRA methods: spec.training.lora.trainTextEncoder"
     ),
-    "instance_prompt": Flag("spec.training.dreambooth.instancePrompt"),
-    "class_prompt": Flag("spec.training.dreambooth.classPrompt"),
-    "with_prior_preservation": Flag(
+    "instance_prompt": ScriptFlag("spec.training.dreambooth.instancePrompt"),
+    "class_prompt": ScriptFlag("spec.training.dreambooth.classPrompt"),
+    "with_prior_preservation": ScriptFlag(
         "spec.training.dreambooth.classPrompt", "dreambooth.classPrompt, which enables prior preservation"
     ),
-    "class_data_dir": Flag("spec.training.dreambooth.classImages"),
-    "num_class_images": Flag("spec.training.dreambooth.numClassImages"),
-    "prior_loss_weight": Flag("spec.training.dreambooth.priorLossWeight"),
+    "class_data_dir": ScriptFlag("spec.training.dreambooth.classImages"),
+    "num_class_images": ScriptFlag("spec.training.dreambooth.numClassImages"),
+    "prior_loss_weight": ScriptFlag("spec.training.dreambooth.priorLossWeight"),
     "prior_generation_precision": _none("class images are generated in spec.training.precision"),
     "sample_batch_size": _none("class images are generated one by one on each rank"),
     "skip_save_text_encoder": _none("an output is always a complete pipeline"),
-    "placeholder_token": Flag("spec.training.textualInversion.placeholderToken"),
-    "initializer_token": Flag("spec.training.textualInversion.initializerToken"),
-    "learnable_property": Flag("spec.training.textualInversion.learnableProperty"),
-    "num_vectors": Flag("spec.training.textualInversion.numVectors"),
+    "placeholder_token": ScriptFlag("spec.training.textualInversion.placeholderToken"),
+    "initializer_token": ScriptFlag("spec.training.textualInversion.initializerToken"),
+    "learnable_property": ScriptFlag("spec.training.textualInversion.learnableProperty"),
+    "num_vectors": ScriptFlag("spec.training.textualInversion.numVectors"),
 }
-_RESULTS: Mapping[str, Flag] = {
-    "output_dir": Flag("spec.outputs", "outputs: [{format: diffusers, to: FOLDER}]"),
-    "output_kohya_format": Flag("spec.outputs", "outputs: [{format: kohya, to: FOLDER}]"),
+_RESULTS: Mapping[str, ScriptFlag] = {
+    "output_dir": ScriptFlag("spec.outputs", "outputs: [{format: diffusers, to: FOLDER}]"),
+    "output_kohya_format": ScriptFlag("spec.outputs", "outputs: [{format: kohya, to: FOLDER}]"),
     "save_as_full_pipeline": _none("the embeddings are a file that pipelines load with load_textual_inversion"),
     "no_safe_serialization": _none("weights are always written as .safetensors"),
     "push_to_hub": _none("upload the folder of spec.outputs with `hf upload`"),
     "hub_model_id": _none("upload the folder of spec.outputs with `hf upload`"),
     "hub_token": _none("write the Secret with HF_TOKEN in spec.secrets"),
-    "validation_prompt": Flag("spec.training.validation.prompts", note="is a list"),
-    "validation_prompts": Flag("spec.training.validation.prompts"),
-    "validation_image": Flag("spec.training.validation.images", note="is a list"),
+    "validation_prompt": ScriptFlag("spec.training.validation.prompts", note="is a list"),
+    "validation_prompts": ScriptFlag("spec.training.validation.prompts"),
+    "validation_image": ScriptFlag("spec.training.validation.images", note="is a list"),
     "validation_images": _none("it is for bases that edit images, which are not supported"),
     "num_validation_images": _none("write a prompt several times in spec.training.validation.prompts"),
-    "validation_steps": Flag("spec.training.validation.steps", note="the default is the start and the end only"),
-    "validation_epochs": Flag("spec.training.validation.epochs"),
+    "validation_steps": ScriptFlag("spec.training.validation.steps", note="the default is the start and the end only"),
+    "validation_epochs": ScriptFlag("spec.training.validation.epochs"),
     "validation_scheduler": _none("pictures are sampled with DDIM"),
-    "report_to": Flag("spec.training.trackers", note="is a list; nothing is reported by default"),
+    "report_to": ScriptFlag("spec.training.trackers", note="is a list; nothing is reported by default"),
     "tracker_project_name": _none("the project is the name of the job"),
     "logging_dir": _none("the files of TensorBoard are in the folder of the job"),
     "local_rank": _none("spec.topology defines the ranks"),
 }
 
-TOPICS: Mapping[str, Mapping[str, Flag]] = {
+TOPICS: Mapping[str, Mapping[str, ScriptFlag]] = {
     "Base model": _BASE,
     "Data": _DATA,
     "Length and checkpoints": _LENGTH,
@@ -200,14 +208,14 @@ TOPICS: Mapping[str, Mapping[str, Flag]] = {
     "Results and validation": _RESULTS,
 }
 """All flags by topic."""
-_SHORT: Mapping[str, Flag] = {"lr": _OPTIMIZER["learning_rate"]}
+_SHORT: Mapping[str, ScriptFlag] = {"lr": _OPTIMIZER["learning_rate"]}
 """Names that people write instead of a flag."""
-FLAGS: Mapping[str, Flag] = {name: flag for part in (*TOPICS.values(), _SHORT) for name, flag in part.items()}
+FLAGS: Mapping[str, ScriptFlag] = {name: flag for part in (*TOPICS.values(), _SHORT) for name, flag in part.items()}
 """What replaces each flag, by its name without dashes."""
 _BY_KEY = {name.replace("_", ""): flag for name, flag in FLAGS.items()}
 
 
-def find_flag(name: str) -> Flag | None:
+def find_flag(name: str) -> ScriptFlag | None:
     """Return what replaces a flag that is written as a field, in snake case or in camel case; None for other names."""
     return _BY_KEY.get(name.replace("_", "").replace("-", "").lower())
 
@@ -231,10 +239,10 @@ def render_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _field(flag: Flag) -> str:
+def _field(flag: ScriptFlag) -> str:
     return "none" if flag.field is None else f"`{flag.field}`"
 
 
-def _remark(flag: Flag) -> str:
+def _remark(flag: ScriptFlag) -> str:
     parts = [f"write `{flag.write}`"] if flag.write is not None and ": " in flag.write else []
     return "; ".join([*parts, *([flag.note] if flag.note else [])])

@@ -1,0 +1,79 @@
+"""Valid manifests that this version refuses, with the advice of each message; `test_advice` applies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.api.advice import DIFFUSERS, LORA_FOR_SCRIPT, OUTPUT_FOLDER, Advice, Edit, T, removed
+from tests.api.manifests import GOOD, Document, patched
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A valid manifest that this version refuses, and the advice of its message."""
+
+    problem: Edit
+    """Change of the manifest `base` that causes the refusal."""
+    advice: Advice
+    base: str = "smallest"
+
+    @property
+    def document(self) -> Document:
+        """The refused manifest."""
+        return patched(GOOD[self.base], self.problem)
+
+
+SHARDED = {f"{T}.method": "Full", f"{T}.sharding": "full"}
+UNSUPPORTED = (
+    Unsupported(SHARDED | {f"{T}.precision": "fp16"}, {"precision: bf16": {f"{T}.precision": "bf16"}}),
+    Unsupported(
+        SHARDED | {f"{T}.aspectBuckets": True},
+        {
+            "leave aspectBuckets out": removed(f"{T}.aspectBuckets"),
+            "leave sharding out": removed(f"{T}.sharding"),
+        },
+    ),
+    Unsupported(
+        {f"{T}.aspectBuckets": True, f"{T}.dreambooth.classPrompt": "a dog", f"{T}.dreambooth.numClassImages": 9},
+        {
+            "leave aspectBuckets out": removed(f"{T}.aspectBuckets"),
+            "leave out classPrompt, classImages, numClassImages and priorLossWeight": removed(
+                f"{T}.dreambooth.classPrompt", f"{T}.dreambooth.numClassImages"
+            ),
+        },
+        base="dreambooth",
+    ),
+    Unsupported(
+        {"spec.dataset.source": "/data/circles.arrow"},
+        {
+            words: {"spec.dataset.source": source}
+            for words, source in {
+                ".jsonl": "/data/circles.jsonl",
+                ".csv": "/data/circles.csv",
+                ".parquet": "/data/circles.parquet",
+                ".tar file": "/data/circles.tar",
+                "a folder": "/data/circles",
+                "a hub id": "owner/circles",
+            }.items()
+        },
+    ),
+    Unsupported(
+        {"spec.dataset.additional": [{"source": "/data/circles.arrow"}]},
+        {
+            words: {"spec.dataset.additional": [{"source": source}]}
+            for words, source in {
+                ".jsonl": "/data/circles.jsonl",
+                ".csv": "/data/circles.csv",
+                ".parquet": "/data/circles.parquet",
+                ".tar file": "/data/circles.tar",
+                "a folder": "/data/circles",
+                "a hub id": "owner/circles",
+            }.items()
+        },
+    ),
+    Unsupported({"spec.outputs": [{"format": "openvino", "to": "out"}]}, DIFFUSERS),
+    Unsupported({"spec.outputs": [{"format": "webui", "to": "s3://models/lora"}]}, OUTPUT_FOLDER),
+    Unsupported({}, {"method: LoRA and steps: 1000 instead": LORA_FOR_SCRIPT}, base="script"),
+    Unsupported({"spec.queueName": "pictures"}, {"leave it out": removed("spec.queueName")}),
+)
+"""Manifests that are valid and not supported: at least one for each message."""
