@@ -250,7 +250,8 @@ def test_conditioning_images_of_the_manifest_are_checked_and_cropped(tmp_path: P
     picture.paste("white", (8, 0, 24, 16))
     picture.save(tmp_path / "edges.png")
     (condition,) = read_conditions([str(tmp_path / "edges.png")], 8)
-    assert torch.equal(condition, torch.ones(3, 8, 8))
+    assert condition.shape == (3, 8, 8)
+    assert torch.equal(condition[:, :, 1:-1], torch.ones(3, 8, 6))
     (tmp_path / "bad.png").write_bytes(b"x")
     for name, problem in (("gone.png", "cannot be read: No such file"), ("bad.png", "is not a complete image")):
         paths = [str(tmp_path / "edges.png"), str(tmp_path / name)]
