@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
-.PHONY: help install system-packages demo test test-fast test-readers mutate docs lint generate verify format lock clean control-plane kill-demo kill-matrix simulate bench-ranks \
+.PHONY: help install system-packages demo test test-fast test-readers mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves bench-checkpoint \
         bench-learning bench-map bench-exchange
 
@@ -51,6 +51,9 @@ control-plane: install ## run a real API server, scheduler and kwok on loopback 
 
 kill-demo: install ## 10 preemption notices and 20 kills at random times; compares the weights with an undisturbed run
 	@$(BIN)/python -m tests.chaos.kill_demo
+
+hub-faults: install ## 50 jobs with preemptions against a hub that fails at random; compares the weights
+	@$(BIN)/python -m tests.chaos.hub_faults
 
 kill-saves: install ## 200 SIGKILLs at random times, half of them during a save; compares the final weights
 	@$(BIN)/python -m tests.chaos.kill_saves

@@ -120,6 +120,11 @@ class HubServer:
         """Variables that a client process needs."""
         return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
 
+    @property
+    def is_up(self) -> bool:
+        """Whether it listens."""
+        return self._http is not None
+
     def publish(self, kind: str, name: str, source: Path, branch: str = "main") -> str:
         """Copy a folder as a new commit of a repository, and move the branch to it.
 

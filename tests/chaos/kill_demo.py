@@ -108,7 +108,7 @@ class DemoHarness:
         self.num_steps = num_steps
         self.save_every = save_every
         self.span_seconds = 0.0
-        self._job = yaml.safe_load((ROOT / "examples/lora-circles.yaml").read_text())
+        self._job = yaml.safe_load((ROOT / "examples/local/lora-circles.yaml").read_text())
         self._data = folder / "data"
         command = [sys.executable, "-m", "finetune_trainer.demo.circles", str(self._data)]
         subprocess.run([*command, "--style", "stripes", "--num-train", "64", "--num-validation", "8"], check=True)

@@ -33,6 +33,13 @@ def test_kill_matrix(cells: tuple[str, ...], num_cells: int) -> None:
     assert (result["wrong"], result["cells"]) == (0, num_cells)
 
 
+@pytest.mark.timeout(600)
+def test_hub_faults() -> None:
+    result = run_program("tests.chaos.hub_faults", "--jobs", "1")
+    assert (result["jobs"], result["different_weights"], result["failures"]) == (1, 0, 0)
+    assert min(result["faults"], result["outages"]) > 0
+
+
 @pytest.mark.timeout(900)
 def test_kill_saves() -> None:
     result = run_program("tests.chaos.kill_saves", "--kills", "8")

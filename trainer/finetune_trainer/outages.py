@@ -48,6 +48,8 @@ _NETWORK_ERRNOS = frozenset(
         *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
     }
 )
+_NETWORK_TEXTS = ("as the client has been closed",)
+"""After a refused connection, the hub's library closes the client that its other threads are using."""
 _STORAGE_TEXTS = (
     *("no space left on device", "disk quota exceeded", "not enough disk space"),
     *("input/output error", "stale file handle", "stale nfs file handle"),
@@ -140,6 +142,7 @@ TABLE: tuple[ErrorRow, ...] = (
     # A name that does not exist looks like a resolver that does not work.
     ErrorRow(lambda error: isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)), Outage.NETWORK),
     ErrorRow(_has_class(_NETWORK_CLASSES), Outage.NETWORK),
+    ErrorRow(_has_text(_NETWORK_TEXTS), Outage.NETWORK),
 )
 """The first row that applies to an error decides."""
 

@@ -90,7 +90,7 @@ class MatrixHarness:
         self.folder = folder
         self.reference = ""
         self._number = 0
-        self._job = yaml.safe_load((ROOT / "examples/lora-circles.yaml").read_text())
+        self._job = yaml.safe_load((ROOT / "examples/local/lora-circles.yaml").read_text())
         self._data = folder / "data"
         self._stack = ExitStack()
         self._fork_server = self._start_fork_server()

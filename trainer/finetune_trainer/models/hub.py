@@ -55,7 +55,7 @@ class HubFiles:
         if self.any_name:
             return [*_CONFIGURATIONS, "*.safetensors"]
         # diffusers and transformers write the variant of a file of many before or after its number.
-        endings = {variant, f"{variant}-*-of-*", f"-*-of-*{variant}"}
+        endings = {variant, f"{variant}-*-of-?????", f"-*-of-?????{variant}"}
         weights = [f"{name}{ending}.safetensors" for name in _WEIGHTS for ending in sorted(endings)]
         if self.is_part:
             return ["config.json", "*.index.json", *weights]
@@ -99,8 +99,8 @@ def fetch(name: str, revision: str | None, field: str, files: HubFiles) -> Path:
         return patience.wait_out(f"{field}: fetching {name} from the hub", download)
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         # Another program may have filled the cache with other files of the repository than are allowed here.
-        cached = _find_cached(name, revision, files)
-        if cached is not None and not isinstance(error, HFValidationError):
+        cached = None if isinstance(error, HFValidationError) else _find_cached(name, revision, files)
+        if cached is not None:
             return cached
         summary = " ".join(str(error).split())[:200]
         at = f" at revision {revision}" if revision else ""

@@ -73,7 +73,7 @@ class ClassImages:
         files = [*family.denoiser_files(), *family.text_encoder_files(), *family.image_encoder_files()]
         about = hash_text(
             "class images", hashes.of_files(files), self.prompt, str(self.resolution), str(self.dtype),
-            f"{NUM_INFERENCE_STEPS} {GUIDANCE_SCALE} {_SEED}",
+            f"{NUM_INFERENCE_STEPS} {GUIDANCE_SCALE} {_SEED}", *self.family.text_settings.key,
         )  # fmt: skip
         return self.root / "class-images" / about[:32]
 

@@ -1,0 +1,212 @@
+"""Models on the hub: which files are downloaded, after which errors, and which caches can be used offline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants, snapshot_download
+
+from finetune_contract.input_spec import ModelSpec
+from finetune_trainer import patience
+from finetune_trainer.errors import ConfigError, NetworkError
+from finetune_trainer.models import hub as models_hub
+from finetune_trainer.models.base import find_part, open_base
+from finetune_trainer.models.hub import ANY_WEIGHTS, ONE_PART, HubFiles
+from testing import hub
+from testing.hub import HubServer
+
+CPU = torch.device("cpu")
+WHOLE = {
+    "safety_checker/config.json": "{}",
+    "safety_checker/model.safetensors": "weights",
+    "safety_checker/model.fp16.safetensors": "weights",
+    "v1-5-pruned.safetensors": "weights",
+    "v1-5-pruned-emaonly.safetensors": "weights",
+    "unet/diffusion_pytorch_model.non_ema.safetensors": "weights",
+    "unet/diffusion_pytorch_model.bin": "pickle",
+    "README.md": "text",
+}
+"""Further files, as published bases have them."""
+PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+DEFAULT_WEIGHTS = {f"{part}/{name}.safetensors" for part, name in PARTS.items()}
+FP16_WEIGHTS = {f"{part}/{name}.fp16.safetensors" for part, name in PARTS.items()}
+
+
+@pytest.fixture(name="published", scope="module")
+def _published(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a base with the files of a published one: eleven weight files, of which three are needed."""
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("published") / "base")
+    for default, half in zip(sorted(DEFAULT_WEIGHTS), sorted(FP16_WEIGHTS), strict=True):
+        shutil.copyfile(folder / default, folder / half)
+    for name, text in WHOLE.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    assert len(list(folder.rglob("*.safetensors"))) == 11
+    return folder
+
+
+@pytest.fixture(name="server", scope="module")
+def _server(published: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    with hub.serve(tmp_path_factory.mktemp("hub")) as server:
+        server.publish("models", "me/base", published)
+        server.publish("models", "me/vae", base / "vae")
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _client(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this process use the stand-in, with an empty cache and without pauses."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    quick = patience.Patience(limit_seconds=lambda: 100, clock=lambda: 0.0, sleep=lambda _: None)
+    monkeypatch.setattr(patience, "_PROCESS", quick)
+    models_hub.limit_waits()
+    yield
+    server.recover()
+    if not server.is_up:
+        server.start()
+    huggingface_hub.close_session()
+
+
+def shorten_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+    models_hub.limit_waits()
+
+
+def files_of(folder: Path, suffix: str = ".safetensors") -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}")}
+
+
+def fetch(files: HubFiles, name: str = "me/base", revision: str | None = None) -> Path:
+    return models_hub.fetch(name, revision, "model.base", files)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (HubFiles.of_base(None, own_vae=True, whole=False), DEFAULT_WEIGHTS),
+        (HubFiles.of_base("fp16", own_vae=True, whole=False), FP16_WEIGHTS),
+        (HubFiles.of_base(None, own_vae=True, whole=True), {*DEFAULT_WEIGHTS, "safety_checker/model.safetensors"}),
+        (HubFiles.of_base("fp16", own_vae=True, whole=True), {*FP16_WEIGHTS, "safety_checker/model.fp16.safetensors"}),
+        (
+            HubFiles.of_base(None, own_vae=False, whole=False),
+            {name for name in DEFAULT_WEIGHTS if not name.startswith("vae/")},
+        ),
+    ],
+)
+def test_only_the_weights_that_are_read_are_downloaded(files: HubFiles, expected: set[str]) -> None:
+    folder = fetch(files)
+    assert files_of(folder) == expected
+    assert files_of(folder, ".bin") == set()
+    assert (folder / "tokenizer" / "vocab.json").is_file()
+
+
+def test_a_sharded_part_is_downloaded_completely() -> None:
+    names = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    half = [name.replace("model-", "model.fp16-") for name in names]
+    late = [name.replace(".safetensors", ".fp16.safetensors") for name in names]
+    found = list(huggingface_hub.utils.filter_repo_objects([*names, *half, *late], allow_patterns=HubFiles().allowed))
+    assert found == names
+    allowed = HubFiles("fp16").allowed
+    assert [*huggingface_hub.utils.filter_repo_objects([*names, *half], allow_patterns=allowed)] == half
+    assert set(late) <= {*huggingface_hub.utils.filter_repo_objects(late, allow_patterns=allowed)}
+
+
+@pytest.mark.parametrize("fault", [hub.TOO_MANY_REQUESTS, hub.UNAVAILABLE, hub.RESET, hub.STALL])
+@pytest.mark.parametrize("only", ["/api/models", "/resolve/"])
+def test_transient_errors_are_waited_out(
+    server: HubServer, fault: hub.Fault, only: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault is hub.STALL:
+        shorten_timeouts(monkeypatch)
+    server.fail_next(fault, only=only)
+    assert files_of(fetch(HubFiles.of_base(None, own_vae=True, whole=False))) == DEFAULT_WEIGHTS
+
+
+def test_refused_connections_are_waited_out(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.stop()
+    restarts = patience.Patience(limit_seconds=lambda: 100, clock=lambda: 0.0, sleep=lambda _: server.start())
+    monkeypatch.setattr(patience, "_PROCESS", restarts)
+    assert files_of(fetch(HubFiles())) >= DEFAULT_WEIGHTS
+
+
+def test_an_outage_that_lasts_is_a_network_error(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.fail_always(hub.UNAVAILABLE, only="/api/models")
+    monkeypatch.setattr(patience, "_PROCESS", patience.Patience(limit_seconds=lambda: 0))
+    with pytest.raises(NetworkError, match=r"model\.base: fetching me/base from the hub failed: .*503"):
+        fetch(HubFiles())
+
+
+@pytest.mark.parametrize(("name", "revision"), [("me/none", None), ("me/base", "v9"), ("not a name", None)])
+def test_permanent_errors_are_final_at_once(server: HubServer, name: str, revision: str | None) -> None:
+    before = server.count()
+    with pytest.raises(ConfigError, match=r"model\.base: cannot fetch"):
+        fetch(HubFiles(), name, revision)
+    assert server.count() - before <= 2
+
+
+def test_a_known_commit_takes_no_request(server: HubServer) -> None:
+    files = HubFiles.of_base(None, own_vae=True, whole=False)
+    folder = fetch(files)
+    before = server.count("/base/")
+    assert fetch(files, revision=folder.name) == folder
+    assert server.count("/base/") == before
+
+
+def test_a_cache_that_another_program_filled_is_used_offline(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers downloads the parts of the pipeline, and no other configurations."""
+    patterns = ["model_index.json", *(f"{part}/*" for part in (*PARTS, "scheduler", "tokenizer"))]
+    snapshot_download("me/base", allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*", "*.bin"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    family = open_base(ModelSpec(base="me/base"))
+    assert family.load_denoiser(torch.float32) is not None
+    with pytest.raises(ConfigError, match="cannot fetch me/base"):
+        open_base(ModelSpec(base="me/base", variant="fp16"))
+    assert published.is_dir()
+
+
+def test_a_vae_without_the_variant_of_the_base_is_read(base: Path, published: Path, tmp_path: Path) -> None:
+    family = open_base(ModelSpec(base="me/base", vae="me/vae", variant="fp16"))
+    assert family.load_image_encoder(CPU) is not None
+    assert [path.name for path in family.image_encoder_files()] == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    written = family.write_pipeline(tmp_path / "written", {})
+    assert tmp_path / "written" / "vae" / "diffusion_pytorch_model.safetensors" in written
+    local = open_base(ModelSpec(base=str(published), vae=str(base / "vae"), variant="fp16"))
+    assert local.load_image_encoder(CPU) is not None
+
+
+def test_a_vae_that_cannot_be_read_is_named(base: Path, tmp_path: Path) -> None:
+    vae = shutil.copytree(base / "vae", tmp_path / "vae")
+    (vae / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    family = open_base(ModelSpec(base=str(base), vae=str(vae)))
+    with pytest.raises(ConfigError, match=r"^model\.vae: the VAE of .* cannot be read"):
+        family.load_image_encoder(CPU)
+
+
+def test_parts_and_adapters_are_downloaded_without_other_files(server: HubServer, tmp_path: Path) -> None:
+    for name in ("config.json", "diffusion_pytorch_model.safetensors", "sdxl_vae.safetensors", "a/model.safetensors"):
+        (tmp_path / "part" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "part" / name).write_text(json.dumps({}), encoding="utf-8")
+    server.publish("models", "me/part", tmp_path / "part")
+    assert files_of(find_part("me/part", None, "model.vae", ONE_PART)) == {"diffusion_pytorch_model.safetensors"}
+    adapters = files_of(find_part("me/part", None, "training.lora.base", ANY_WEIGHTS))
+    assert "sdxl_vae.safetensors" in adapters
+
+
+def test_a_silent_hub_does_not_stop_a_request_for_ever(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_timeouts(monkeypatch)
+    server.fail_next(hub.STALL, only="/api/models")
+    with pytest.raises(Exception, match="timed out"):
+        huggingface_hub.HfApi().model_info("me/base")
