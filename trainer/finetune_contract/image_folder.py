@@ -120,7 +120,7 @@ def decode_text(data: bytes) -> str:
         (b"\xfe\xff", "utf-16"),
     ):
         if data.startswith(mark):
-            return data.decode(encoding)
+            return data.decode(encoding).removeprefix("\ufeff")
     text = data.decode("utf-8-sig")
     if "\0" in text:
         # Other encodings with two or four bytes per letter are valid UTF-8 if the text is ASCII.
