@@ -12,7 +12,10 @@ import yaml
 from testing.controlplane.server import ControlPlane, KubectlError
 from testing.helm import CHART, HOME, RELEASE, Helm
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "examples"
+LOCAL = sorted((FOLDER / "local").glob("*.yaml"))
+"""Examples for `finetune run`. `kubectl apply -f examples/` reads no subfolders."""
+EXAMPLES = sorted(FOLDER.glob("*.yaml")) + LOCAL
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +58,11 @@ def test_an_example_needs_no_other_objects(path: Path) -> None:
     for spec in (job["spec"] for job in jobs_in(path)):
         assert not {"secrets", "queueName", "priorityClassName"} & set(spec)
         storage = spec["checkpoint"].get("storage", {})
-        if spec["dataset"]["source"].startswith("."):
-            assert not storage, "a job with local data runs on this machine and needs no claim"
+        is_local = any(place.startswith((".", "/")) for place in (spec["dataset"]["source"], spec["model"]["base"]))
+        assert is_local == (path in LOCAL), "a job with files of this machine cannot run on a cluster"
+        if is_local:
+            assert not storage, "it needs no claim"
+            assert (path.parent / spec["model"]["base"]).is_dir()
         else:
             assert storage["persistentVolumeClaim"]["claimName"] in claims
 

@@ -12,6 +12,7 @@ import pytest
 
 from finetune_operator.api.conditions import CONDITIONS
 from finetune_operator.api.reasons import REASONS, CountsAs, Reason
+from finetune_operator.api.rules.edits import FIXED
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -51,7 +52,7 @@ def test_links_paths_and_targets_exist(page: Path) -> None:
         assert target in targets, f"{page_id(page)} names the target make {target}"
 
 
-MANIFESTS = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "charts").rglob("*.yaml")])
+MANIFESTS = sorted([*(ROOT / "examples").rglob("*.yaml"), *(ROOT / "charts").rglob("*.yaml")])
 WITHOUT_POINT = re.compile(r"(?:\w: |`|\| )([0-9]+[eE]-?[0-9]+)(?=[`,}\s]|$)")
 """A number such as 1e-4 as the value of a field or in a table."""
 
@@ -120,3 +121,56 @@ def test_troubleshooting_groups_reasons_by_what_they_count_as(title: str, counte
     titles = set(re.findall(r"^### (\w+)", chapter, re.MULTILINE))
     assert {reason.value for reason, doc in REASONS.items() if doc.counts_as is counted} <= titles
     assert not others & titles
+
+
+FIXED_PATHS = [
+    f"{fixed.path}.{name}".removeprefix("spec.")
+    for fixed in FIXED
+    if not (fixed.until_written or fixed.is_raisable)
+    for name in ([name for name, _ in fixed.parts] or [""])
+]
+ADVICE = re.compile(
+    r"\b(?:raise|lower|shorten|halve|double|choose|reduce|request fewer|write|set|change|edit|a shorter)\b", re.I
+)
+
+
+def advised_fixed_fields(text: str) -> list[str]:
+    """Return the sentences that advise changing a field of a running job that cannot change."""
+    fields = [path.rstrip(".") for path in FIXED_PATHS]
+    names = {name.rpartition(".")[2] for name in fields if "." in name}
+    found = []
+    for sentence in re.split(r"(?<=[.;])\s+", " ".join(text.split())):
+        mentioned = [word.removeprefix("spec.") for word in re.findall(r"`([a-z][\w.]*)[`:]", sentence)]
+        is_fixed = "fewer nodes" in sentence or any(
+            word in names or any(word == field or word.startswith(field + ".") for field in fields)
+            for word in mentioned
+        )
+        if is_fixed and ADVICE.search(sentence) and "new job" not in sentence:
+            found.append(sentence)
+    return found
+
+
+def test_runbooks_do_not_advise_changing_what_cannot_change() -> None:
+    """Except in a new job. Recognizing advice by its verbs is crude, so the test also checks that it finds some."""
+    assert advised_fixed_fields("Shorten `checkpoint.interval`.")
+    assert advised_fixed_fields("Halve `training.batchSize`.")
+    assert advised_fixed_fields("Raise the quota, or request fewer nodes.")
+    assert not advised_fixed_fields("In a new job, halve `training.batchSize`.")
+    assert not advised_fixed_fields("Set `recovery.spot.fallbackAfter`.")
+    pages = re.split(r"^### ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    # The sections before the failures describe refused specs, which can be corrected.
+    alerts = (ROOT / "charts/finetune-operator/templates/alerts.yaml").read_text(encoding="utf-8")
+    found = [sentence for page in pages for sentence in advised_fixed_fields(page)]
+    found += [sentence for line in re.findall(r"description: (.+)", alerts) for sentence in advised_fixed_fields(line)]
+    found += [sentence for doc in REASONS.values() for sentence in advised_fixed_fields(doc.remedy)]
+    assert found == []
+
+
+def test_local_commands_are_not_listed_as_commands_of_a_cluster() -> None:
+    """`finetune describe` knows only jobs of this machine."""
+    pages = [page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")]
+    blocks = [block for text in pages for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)]
+    mixed = [
+        block for block in blocks if "kubectl" in block and re.search(r"\bfinetune (?:describe|get|logs|delete)", block)
+    ]
+    assert mixed == []

@@ -197,7 +197,7 @@ REASONS: dict[Reason, ReasonDoc] = {
         Topic.WAITING,
         "The cluster refused some pods of the gang for too long; the other pods were deleted, so that other jobs "
         "can use their quota. All pods are requested again later.",
-        "Raise the quota that the message names, or request fewer nodes or fewer topology.resources.",
+        "Raise the quota that the message names, request less in topology.resources, or fewer nodes in a new job.",
     ),
     Reason.BACK_OFF: ReasonDoc(
         Topic.WAITING,
