@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from finetune_operator.api import crd
 from finetune_operator.cli.commands.validate import validate
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.main import parser
 from finetune_operator.cli.preflight.cluster import compare_quota, find_unavailable, requests_of
+from testing.controlplane.api import ControlPlaneApiError
+from testing.controlplane.process import wait_for
 from testing.controlplane.server import ControlPlane
 
 GPU_JOB: dict[str, Any] = {
@@ -27,7 +30,7 @@ GPU_JOB: dict[str, Any] = {
         "checkpoint": {"storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}}},
     },
 }
-CLAIM = {
+CLAIM: dict[str, Any] = {
     "apiVersion": "v1",
     "kind": "PersistentVolumeClaim",
     "metadata": {"name": "checkpoints"},
@@ -102,9 +105,19 @@ def test_a_resource_that_no_node_offers_is_named() -> None:
     assert find_unavailable(nodes, {"nvidia.com/gpu": Decimal(4)}) == ("nvidia.com/gpu", "4")
 
 
+def serves(control_plane: ControlPlane, path: str) -> bool:
+    try:
+        return "items" in control_plane.api.get(path)
+    except ControlPlaneApiError:
+        return False
+
+
 def test_cluster_checks_against_a_real_api_server(
     control_plane: ControlPlane, namespace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    control_plane.kubectl("apply", "--server-side", "-f", "-", stdin=crd.render())
+    jobs = f"/apis/finetune-operator.io/v1alpha1/namespaces/{namespace}/finetunejobs"
+    wait_for("the CRD is served", lambda: serves(control_plane, jobs))
     document = {**GPU_JOB, "metadata": {"name": "circles", "namespace": namespace}}
     flags = ("--cluster", "--kubeconfig", str(control_plane.kubeconfig))
     found = problems(tmp_path, [document], *flags, "--set", "priorityClassName=urgent")
@@ -122,6 +135,4 @@ def test_cluster_checks_against_a_real_api_server(
     captured = capsys.readouterr()
     assert captured.out == "finetunejob 'circles' is valid and can run on the cluster\n"
     assert "no node offers nvidia.com/gpu: 1" in captured.err
-    assert (
-        control_plane.api.get(f"/apis/finetune-operator.io/v1alpha1/namespaces/{namespace}/finetunejobs")["items"] == []
-    )
+    assert control_plane.api.get(jobs)["items"] == []

@@ -11,7 +11,7 @@ from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.targets import find_misplaced_outputs
 from finetune_operator.plan.policies.acceptance import find_pod_faults
 from finetune_operator.settings import Settings
-from tests.plan.scenarios import make_job
+from tests.plan.fake_cluster import make_job
 
 CLAIM = {"persistentVolumeClaim": {"claimName": "finetune"}}
 BUCKET = {"bucket": {"url": "s3://models/checkpoints"}}

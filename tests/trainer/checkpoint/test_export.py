@@ -1,0 +1,136 @@
+"""Outputs of checkpoints: `finetune export` writes the weights of the checkpoint, whole or sharded, average or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune_contract import paths
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.run_spec import RunSpec
+from finetune_contract.spec import OutputSpec
+from finetune_operator.cli.commands.export import export
+from finetune_operator.cli.errors import Exit, UsageError
+from finetune_operator.cli.main import parser
+from finetune_trainer.checkpoint.sharded_state import make_sharded_state
+from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.checkpoint.store.folder import FolderStore
+from finetune_trainer.checkpoint.store.retention import Retention
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.export import from_checkpoint
+from finetune_trainer.export.outputs import write_outputs
+from finetune_trainer.methods.method import Method
+from finetune_trainer.optim.ema import Ema
+from finetune_trainer.optim.optimizer import make_optimizer
+from testing.trainer import tiny
+from testing.trainer.methods import make_method
+
+pytestmark = pytest.mark.trainer
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def fill(method: Method, value: float) -> None:
+    """Give each weight a value that depends on its place."""
+    with torch.no_grad():
+        for number, parameter in enumerate(method.parameters().values()):
+            parameter.copy_(torch.linspace(value, value + number + 1, parameter.numel()).view_as(parameter))
+
+
+def save(folder: Path, spec: RunSpec, method: Method, step: int, sharded: bool = False) -> None:
+    training, parameters = spec.training, method.parameters()
+    ema = Ema(parameters) if training.ema else None
+    state = (
+        make_sharded_state(training, ALONE, parameters, None)
+        if sharded
+        else TrainState(parameters, make_optimizer(training, parameters), ema)
+    )
+    state.step = step
+    if state.ema is not None:
+        fill(method, 100.0)
+        state.ema.update(10**9)
+    store = FolderStore(folder, spec.uid, 1, Retention(5, None, False))
+    store.open()
+    store.save(state.snapshot({}), 1e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sharded"),
+    [("LoRA", {}, False), ("LoRA", {"ema": True}, False), ("Full", {"sharding": "full"}, True)],
+)
+def test_export_equals_the_output_of_the_run(
+    base: Path, tmp_path: Path, name: str, settings: dict[str, object], sharded: bool
+) -> None:
+    spec = tiny.make_spec(base, tmp_path, method=name, steps=6, **settings)
+    method = make_method(base, name)
+    fill(method, 1.0)
+    output = OutputSpec(format="diffusers", to=str(tmp_path / "expected"))
+    write_outputs(method, (output,), Path("/"))
+    save(tmp_path / "job", spec, method, 3, sharded)
+    (checkpoint,) = (tmp_path / "job" / paths.CHECKPOINTS).glob("step-*")
+    written = from_checkpoint.export_checkpoint(
+        spec, checkpoint, OutputSpec(format="diffusers", to=str(tmp_path / "out")), tmp_path / "cache"
+    )
+    assert written.to == str(tmp_path / "out")
+    files = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        exported, expected = load_file(tmp_path / "out" / file), load_file(tmp_path / "expected" / file)
+        assert exported.keys() == expected.keys()
+        for key, value in exported.items():
+            assert torch.equal(value, expected[key]), key
+
+
+def test_a_checkpoint_of_other_weights_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    spec = tiny.make_spec(base, data)
+    method = make_method(base, "LoRA", lora={"rank": 3})
+    save(tmp_path / "job", spec, method, 3)
+    (checkpoint,) = (tmp_path / "job" / paths.CHECKPOINTS).glob("step-*")
+    (tmp_path / "run.json").write_text(spec.to_json())
+    arguments = [
+        str(tmp_path / "run.json"),
+        str(checkpoint),
+        "diffusers",
+        str(tmp_path / "out"),
+        str(tmp_path / "cache"),
+    ]
+    assert from_checkpoint.main(arguments) == ExitCode.CONFIG
+    with pytest.raises(ConfigError, match="hold other weights"):
+        output = OutputSpec(format="diffusers", to=str(tmp_path / "out"))
+        from_checkpoint.export_checkpoint(spec, checkpoint, output, tmp_path / "cache")
+
+
+def test_the_command_exports_a_step_from_a_manifest_and_a_folder(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tiny.make_spec(base, data)
+    for step in (2, 4):
+        method = make_method(base, "LoRA", lora={"rank": 2})
+        fill(method, step)
+        save(tmp_path / "job", spec, method, step)
+    training = spec.training.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    manifest = {
+        "apiVersion": "finetune-operator.io/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "tiny"},
+        "spec": {"model": {"base": str(base)}, "dataset": {"source": str(data)}, "training": training},
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(manifest))
+    where = ["--home", str(tmp_path / "home"), "--to", str(tmp_path / "out"), "--format", "kohya"]
+    folder = ["--folder", str(tmp_path / "job")]
+
+    def call(*arguments: str) -> Exit:
+        return export(parser().parse_args(["export", *arguments, *where]))
+
+    assert call(str(tmp_path / "job.yaml"), *folder, "--step", "2") is Exit.SUCCEEDED
+    assert "step-00000002-a1: wrote kohya to " in capsys.readouterr().out
+    first = load_file(tmp_path / "out" / "lora.safetensors")
+    assert min(float(value.min()) for name, value in first.items() if "alpha" not in name) == pytest.approx(2.0)
+    with pytest.raises(UsageError, match="no checkpoint 3; existing checkpoints: step-00000004-a1, step-00000002-a1"):
+        call(str(tmp_path / "job.yaml"), *folder, "--step", "3")
+    with pytest.raises(UsageError, match=r"no job gone .* for a job on a cluster, give its manifest and --folder"):
+        call("gone")
