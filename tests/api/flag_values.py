@@ -57,6 +57,7 @@ FLAG_VALUES: dict[str, FlagValue] = {
     "save_steps": FlagValue(50),
     "learning_rate": FlagValue(0.001),
     "lr": FlagValue(0.001),
+    "text_encoder_lr": FlagValue(5e-6, also={f"{T}.lora": {"trainTextEncoder": True}}),
     "lr_scheduler": FlagValue("cosine"),
     "lr_warmup_steps": FlagValue(10, also=_LINEAR),
     "lr_num_cycles": FlagValue(2, also={f"{T}.lrScheduler": "cosine_with_restarts"}),

@@ -36,6 +36,23 @@ def test_service_selects_the_pods_that_may_run_the_rendezvous(nodes: dict[str, A
     assert [rank for rank, labels in enumerate(pods) if selector <= labels.items()] == ranks
 
 
+@pytest.mark.parametrize(
+    ("training", "rate", "centred"),
+    [
+        ({"method": "LoRA"}, 1e-4, False),
+        ({"method": "DreamBooth", "dreambooth": {"instancePrompt": "a dog"}}, 5e-6, False),
+        ({"method": "Full", "optimizer": "prodigy"}, 1.0, False),
+        ({"method": "Full", "learningRate": 3e-5, "centerCrop": True}, 3e-5, True),
+    ],
+)
+def test_run_specification_records_the_defaults_of_the_method(
+    training: dict[str, Any], rate: float, centred: bool
+) -> None:
+    """All attempts read it, so a later version with other defaults does not change a job that has begun."""
+    found = build_run_spec(make_job(training={"steps": 10, **training})).training
+    assert (found.learning_rate, found.center_crop) == (rate, centred)
+
+
 def test_run_specification_is_read_back() -> None:
     job = make_job(outputs=[{"format": "diffusers", "to": "/out"}], checkpoint={"interval": {"steps": 10}, "keep": 2})
     config = build_config(job)

@@ -54,13 +54,9 @@ _DATA: Mapping[str, ScriptFlag] = {
     "instance_data_dir": ScriptFlag("spec.dataset.source"),
     "dataset_config_name": _none("write the parquet files of that configuration as spec.dataset.source"),
     "image_column": ScriptFlag("spec.dataset.columns.image"),
-    "caption_column": ScriptFlag(
-        "spec.dataset.columns.caption", note="the LoRA script for SDXL has no default"
-    ),
+    "caption_column": ScriptFlag("spec.dataset.columns.caption", note="the LoRA script for SDXL has no default"),
     "conditioning_image_column": ScriptFlag("spec.dataset.columns.conditioning", note="has no default"),
-    "max_train_samples": ScriptFlag(
-        "spec.dataset.maxSamples", note="takes the first ones; the scripts shuffle before"
-    ),
+    "max_train_samples": ScriptFlag("spec.dataset.maxSamples", note="takes the first ones; the scripts shuffle before"),
     "repeats": ScriptFlag("spec.dataset.repeats", note="the default is 1; in textual_inversion it is 100"),
     "resolution": ScriptFlag("spec.training.resolution", note="the default is 512; in the scripts for SDXL it is 1024"),
     "center_crop": ScriptFlag(
@@ -99,7 +95,10 @@ _OPTIMIZER: Mapping[str, ScriptFlag] = {
         "spec.training.learningRate",
         note="has the defaults of the scripts, except for DreamBoothLoRA (1.0e-4; 5.0e-4 in dreambooth_lora)",
     ),
-    "text_encoder_lr": _none("spec.training.learningRate applies to all trained weights"),
+    "text_encoder_lr": ScriptFlag(
+        "spec.training.textEncoderLearningRate",
+        note="the default is learningRate; 5.0e-6 in dreambooth_lora_sdxl",
+    ),
     "scale_lr": _none("multiply spec.training.learningRate by batchSize, gradientAccumulation and the ranks"),
     "lr_scheduler": ScriptFlag("spec.training.lrScheduler"),
     "lr_warmup_steps": ScriptFlag("spec.training.lrWarmupSteps", note="the default is 0; in the scripts it is 500"),
@@ -118,9 +117,7 @@ _OPTIMIZER: Mapping[str, ScriptFlag] = {
     "prodigy_decouple": _none("the weight decay of Prodigy is always decoupled"),
     "prodigy_use_bias_correction": _none("Prodigy follows the paper, without bias correction"),
     "prodigy_safeguard_warmup": _none("Prodigy follows the paper, without this safeguard"),
-    "max_grad_norm": ScriptFlag(
-        "spec.training.maxGradNorm", note="textual_inversion does not clip: write 0"
-    ),
+    "max_grad_norm": ScriptFlag("spec.training.maxGradNorm", note="textual_inversion does not clip: write 0"),
     "set_grads_to_none": _none("gradients have memory of their own, which is cleared in one pass"),
 }
 _LOSS: Mapping[str, ScriptFlag] = {
@@ -129,9 +126,7 @@ _LOSS: Mapping[str, ScriptFlag] = {
     "offset_noise": ScriptFlag("spec.training.noiseOffset", "noiseOffset: 0.1"),
     "input_perturbation": ScriptFlag("spec.training.inputPerturbation"),
     "timestep_bias_strategy": ScriptFlag("spec.training.timestepBias.strategy"),
-    "timestep_bias_multiplier": ScriptFlag(
-        "spec.training.timestepBias.multiplier", note="the default is 2; there 1"
-    ),
+    "timestep_bias_multiplier": ScriptFlag("spec.training.timestepBias.multiplier", note="the default is 2; there 1"),
     "timestep_bias_begin": ScriptFlag("spec.training.timestepBias.begin"),
     "timestep_bias_end": ScriptFlag("spec.training.timestepBias.end"),
     "timestep_bias_portion": ScriptFlag("spec.training.timestepBias.portion"),

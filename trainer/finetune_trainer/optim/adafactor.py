@@ -9,6 +9,7 @@ the update are those of torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,9 @@ class Adafactor(torch.optim.Adafactor):
     torch's step is max(eps2, RMS(weight)) * min(lr, 1 / sqrt(step)). With eps2 = _SCALE and lr / _SCALE it is lr.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, weight_decay: float = 0.0
+    ) -> None:
         # torch multiplies the weight decay by the learning rate that it is given.
         super().__init__(params, lr=lr, eps=(None, _SCALE), weight_decay=weight_decay * _SCALE)
 
@@ -35,7 +38,7 @@ class Adafactor(torch.optim.Adafactor):
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = rate / _SCALE
         try:
-            super().step()
+            super().step()  # type: ignore[no-untyped-call]
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
