@@ -85,7 +85,22 @@ def test_a_failing_rank_counts_as_failure_and_its_output_is_shown(harness: CliHa
     status = harness.status()
     assert status["phase"] == "Failed"
     assert status["failures"] == 2
+    assert "To continue after its cause is fixed: finetune run" in result.stdout
+
+
+def test_the_same_command_continues_a_failed_job(harness: CliHarness) -> None:
+    harness.document["spec"]["recovery"] = {"maxFailures": 0}
+    harness.set_rank_arguments("--fail-at", "15", "--fail-with", "64")
     assert harness.run().returncode == 1
+    assert harness.status()["phase"] == "Failed"
+    harness.set_rank_arguments()
+    result = harness.run()
+    assert result.returncode == 0, result.stdout
+    assert "circles Failed before: " in result.stdout
+    assert "circles continues from step " in result.stdout
+    status = harness.status()
+    assert (status["phase"], status["attempt"]) == ("Succeeded", 2)
+    assert status["attempts"][1]["fromStep"] > 0
 
 
 @pytest.mark.parametrize(("how", "trace"), [("stop", "T (stopped)"), ("deadlock", "in hang")])

@@ -310,3 +310,22 @@ def test_a_failed_start_reports_the_cause(harness: KubeletHarness, command: list
             assert text in terminated_state(pod)["message"]
 
     asyncio.run(check())
+
+
+def test_a_pod_may_change_while_it_is_written(harness: KubeletHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[object] = []
+    monkeypatch.setattr(
+        "finetune_operator.cluster.local.kubelet.kubelet.write_json", lambda path, value: written.append(value)
+    )
+
+    async def check() -> None:
+        async with harness.kubelet() as kubelet:
+            await kubelet.create(harness.python_pod("pass"))
+            pod = kubelet.get(POD)
+            assert pod is not None
+            assert written
+            assert all(value is not pod.value for value in written)
+            pod.value["status"]["new"] = "value"
+            assert "new" not in str(written[0])
+
+    asyncio.run(check())

@@ -6,6 +6,7 @@ The owner holds the job's lock, so the state in memory is authoritative and the 
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,7 +125,7 @@ class LocalCluster:
             self._events.append({**first, "firstTimestamp": now, "lastTimestamp": now})
         self._events = self._events[-MAX_EVENTS:]
         try:
-            await asyncio.to_thread(write_json, self._folder.events, self._events)
+            await asyncio.to_thread(write_json, self._folder.events, copy.deepcopy(self._events))
         except OSError as error:
             self._warn(f"{self._folder.events} cannot be written: {error}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import shutil
 import signal
@@ -336,7 +337,8 @@ class Kubelet:
     async def _save(self, pod: Pod) -> None:
         """Write a pod to its file. If the disk is full, the pod continues; only a later adoption lacks the change."""
         try:
-            await asyncio.to_thread(write_json, pod.files.pod, pod.value)
+            # A copy: other tasks change the pod while the thread writes.
+            await asyncio.to_thread(write_json, pod.files.pod, copy.deepcopy(pod.value))
         except OSError as error:
             self._context.warn(f"{pod.files.pod} cannot be written: {error}")
         self._context.changed()
