@@ -40,7 +40,8 @@ API_ERROR, BUG = "api", "bug"
 ENDS = frozenset(
     reason
     for reason, doc in REASONS.items()
-    if doc.topic in (Topic.CAPACITY, Topic.FAILURE, Topic.REGROUP, Topic.END)
+    if doc.counts_as is not None
+    or doc.topic in (Topic.CAPACITY, Topic.REGROUP, Topic.END)
     or reason in (Reason.SUSPENDED, Reason.QUOTA_RELEASED)
 )
 """Reasons for which an attempt ends."""
