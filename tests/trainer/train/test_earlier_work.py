@@ -77,6 +77,15 @@ def test_changed_settings_keep_the_step(spec: RunSpec, earlier: Ranks, tmp_path:
     assert "training.optimizer: the checkpoint has the state of adamw; adafactor starts without it" in ranks.stderr()
 
 
+def test_sharded_job_starts_from_shards(base: Path, data: Path, tmp_path: Path) -> None:
+    spec = tiny.make_spec(base, data, method="Full", sharding="full", steps=FIRST)
+    first = Ranks(spec, tmp_path / "first", world_size=2)
+    assert first.run() == [ExitCode.DONE] * 2, first.stderr()
+    second = Ranks(starting(spec, first.job_dir, steps=FIRST + 1), tmp_path / "second", world_size=2)
+    assert second.run() == [ExitCode.DONE] * 2, second.stderr()
+    assert restored_step(second) == FIRST
+
+
 @pytest.mark.parametrize(
     ("training", "message"),
     [

@@ -155,6 +155,22 @@ def test_edited_folder_ends_the_job_until_it_is_restored(
     assert run(spec, tmp_path / "job", 5).weights() == undisturbed
 
 
+def test_ranks_without_a_shared_disk_share_the_pins(base: Path, data: Path, tmp_path: Path) -> None:
+    """The node of rank 0 was replaced: its disk has neither pins nor checkpoints."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    spec = tiny.make_spec(base, folder, steps=ALL, centerCrop=True)
+    spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"streaming": True})})
+    first = Ranks(with_steps(spec, FIRST), tmp_path / "job", world_size=2, own_disks=True)
+    assert first.run() == [ExitCode.DONE] * 2, first.stderr()
+    shutil.rmtree(first.disk(0))
+    edited = folder / "train" / "metadata.jsonl"
+    edited.write_text(edited.read_text("utf-8").replace("picture 3", "drawing 3"), "utf-8")
+    second = Ranks(spec, tmp_path / "job", 2, world_size=2, own_disks=True)
+    assert second.run() == [ExitCode.DATA] * 2, second.stderr()
+    assert f"first difference: {folder}/train/3.png; restore" in second.stderr(0)
+
+
 def test_edited_base_ends_the_job(base: Path, data: Path, tmp_path: Path) -> None:
     copy = tmp_path / "base"
     shutil.copytree(base, copy)

@@ -178,7 +178,7 @@ class RunBuilder:
             checkpointer=checkpointer,
             notice=self.context.notice,
             reporter=self.context.reporter,
-            validator=self._make_validator(method, data, steps, metrics),
+            validator=self._make_validator(method, data, steps, metrics, state.first_step),
             total_steps=steps,
             micro_batch=MicroBatch(training.batch_size, self.context.reporter.warn),
             num_timesteps=self.inputs.family.objective.num_timesteps,
@@ -201,7 +201,7 @@ class RunBuilder:
         return MetricsLogger(trackers, self.inputs.family.objective.num_timesteps, self.context.reporter.warn)
 
     def _make_validator(
-        self, method: Method, data: PreparedData, steps: int, metrics: MetricsLogger | None
+        self, method: Method, data: PreparedData, steps: int, metrics: MetricsLogger | None, first_step: int
     ) -> Validator | None:
         training, family = self.spec.training, self.inputs.family
         if training.validation is None:
@@ -218,6 +218,7 @@ class RunBuilder:
             resolution=resolution,
             batch_size=training.batch_size,
             total_steps=steps,
+            first_step=first_step,
             epoch=(len(data.batches.source), self.spec.global_batch),
             conditions=read_conditions(training.validation.images, resolution),
             job_dir=self.context.job_dir,

@@ -57,6 +57,7 @@ class Validator:
         conditions: conditioning images of the prompts, each float32 (3, H, W) in [0, 1]; empty for those of samples.
         job_dir: the job's folder.
         on_progress: receives progress messages.
+        first_step: step at which the run began: 0, or that of another job's checkpoint.
         metrics: logs the results to the trackers; None if there are none.
         on_results: called by rank 0 when the results of a validation are written.
     """
@@ -75,12 +76,13 @@ class Validator:
     conditions: Sequence[Tensor]
     job_dir: Path
     on_progress: Callable[[str], None]
+    first_step: int = 0
     metrics: MetricsLogger | None = None
     on_results: Callable[[], None] = lambda: None
 
     def due(self, step: int) -> bool:
         """Return whether to validate after a step: at the start, at the end, and in the manifest's interval."""
-        if step in (0, self.total_steps):
+        if step in (self.first_step, self.total_steps):
             return True
         if self.spec.epochs is not None:
             return ends_epochs(step, *self.epoch, self.spec.epochs)
@@ -205,8 +207,9 @@ class Validator:
             _save_png(picture, folder / _PICTURES / f"step-{step:08d}-{number:02d}.png")
         rows = [(f"step {step}", pictures)]
         _save_png(build_grid(rows, self.spec.prompts), folder / _grid_name(step))
-        before = [folder / _PICTURES / f"step-{0:08d}-{number:02d}.png" for number in range(len(pictures))]
-        if step > 0 and all(path.is_file() for path in before):
+        first = f"step-{self.first_step:08d}"
+        before = [folder / _PICTURES / f"{first}-{number:02d}.png" for number in range(len(pictures))]
+        if step > self.first_step and all(path.is_file() for path in before):
             rows = [
                 ("before", [Image.open(path).convert("RGB") for path in before]),
                 (f"after\n{step} steps", pictures),
