@@ -7,7 +7,7 @@ from finetune_operator.plan.model.types import Create, DeletePod
 from testing.simulated.cluster import SimulatedCluster
 from testing.simulated.engine import SimulatedTask
 from testing.simulated.model import Workload
-from testing.simulated.server import SimulatedApiError
+from testing.simulated.server import RefusedError, SimulatedApiError
 from tests.simulation.invariants import Invariants
 
 
@@ -32,5 +32,5 @@ def test_refused_creation_does_not_prevent_deletions() -> None:
     )
     task.step()
     cluster.engine.run(cluster.engine.time + 5)
-    assert [type(error) for error in ends] == [SimulatedApiError]
+    assert [type(error) for error in ends] == [RefusedError]
     assert pod.observed.name not in cluster.server.pods
