@@ -88,7 +88,8 @@ def test_maps_and_free_form_parts() -> None:
 def test_columns() -> None:
     names = [name.upper() for name, _, _, _, priority in crd.COLUMNS if not priority]
     assert " ".join(names) == "METHOD PHASE STEP PROGRESS ETA CHECKPOINT NODES PREEMPTIONS FAILURES AGE"
-    assert [name for name, _, _, _, priority in crd.COLUMNS if priority] == ["Loss", "Images/s", "Goodput", "Message"]
+    wide = [name for name, _, _, _, priority in crd.COLUMNS if priority]
+    assert wide == ["Loss", "Images/s", "Goodput", "Reason", "Message"]
 
 
 @pytest.mark.parametrize("path", [path for _, _, path, _, _ in crd.COLUMNS if not path.startswith(".metadata")])
@@ -187,6 +188,7 @@ def test_full_manifest_uses_every_field_of_the_spec() -> None:
         *("topology.nodes", "topology.cpu", "checkpoint.storage.hostPath", "checkpoint.storage.nfs"),
         *("checkpoint.storage.bucket", "dataset.shuffleTags"),
         *("training.validation.images", "training.validation.epochs", "training.lrPower"),
+        "training.textEncoderLearningRate",
         *("checkpoint.interval.steps", "checkpoint.from"),
     }
     assert set(missing("", crd.find("spec"), given)) == others
