@@ -13,7 +13,7 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import aiohttp
-import botocore.exceptions
+import botocore.exceptions  # type: ignore[import-untyped]
 import httpx2
 import pytest
 import requests
@@ -37,10 +37,11 @@ def answer(status: int, **headers: str) -> HfHubHTTPError:
     return HfHubHTTPError(f"{status}", response=response)
 
 
-def store_answer(code: str, status: int) -> botocore.exceptions.ClientError:
+def store_answer(code: str, status: int) -> Exception:
     """Return the error of the client of S3 for an answer."""
     response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return botocore.exceptions.ClientError(response, "GetObject")  # type: ignore[arg-type]
+    error: Exception = botocore.exceptions.ClientError(response, "GetObject")
+    return error
 
 
 def caused(outer: Exception, inner: Exception) -> Exception:

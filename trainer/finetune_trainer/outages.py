@@ -172,7 +172,7 @@ def retry_after_seconds(error: BaseException, now: datetime) -> float:
     """Return how long the server asks its client to wait (Retry-After); 0 if it does not."""
     for each in _causes(error):
         headers = getattr(getattr(each, "response", None), "headers", None) or getattr(each, "headers", None)
-        value = headers.get("Retry-After") if hasattr(headers, "get") else None
+        value = headers.get("Retry-After") if headers is not None and hasattr(headers, "get") else None
         if value is not None:
             return _seconds_of(str(value), now)
     return 0.0

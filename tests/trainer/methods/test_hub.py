@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils._paths import filter_repo_objects
 
 from finetune_contract.input_spec import ModelSpec
 from finetune_trainer import patience
@@ -114,11 +115,11 @@ def test_a_sharded_part_is_downloaded_completely() -> None:
     names = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     half = [name.replace("model-", "model.fp16-") for name in names]
     late = [name.replace(".safetensors", ".fp16.safetensors") for name in names]
-    found = list(huggingface_hub.utils.filter_repo_objects([*names, *half, *late], allow_patterns=HubFiles().allowed))
+    found = list(filter_repo_objects([*names, *half, *late], allow_patterns=HubFiles().allowed))
     assert found == names
     allowed = HubFiles("fp16").allowed
-    assert [*huggingface_hub.utils.filter_repo_objects([*names, *half], allow_patterns=allowed)] == half
-    assert set(late) <= {*huggingface_hub.utils.filter_repo_objects(late, allow_patterns=allowed)}
+    assert [*filter_repo_objects([*names, *half], allow_patterns=allowed)] == half
+    assert set(late) <= {*filter_repo_objects(late, allow_patterns=allowed)}
 
 
 @pytest.mark.parametrize("fault", [hub.TOO_MANY_REQUESTS, hub.UNAVAILABLE, hub.RESET, hub.STALL])
