@@ -176,7 +176,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
     reset_peak()
     method = kind(MethodContext(family, training, Draws(0), DEVICE, DTYPE))
     parameters = method.parameters()
-    state = TrainState(parameters, make_optimizer(training, parameters.values()))
+    state = TrainState(parameters, make_optimizer(training, parameters))
     checkpointer = Checkpointer(spec, world, FolderStore(cache.parent / "job", spec.uid, 1, Retention()), reporter)
     checkpointer.restore(state)
     return Loop(

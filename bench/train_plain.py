@@ -86,7 +86,8 @@ class PlainLoop:
         paths = [self._images[index % len(self._images)] for index in range(first, first + self._batch)]
         pixels = torch.cat([self._pixels(path) for path in paths]).to(self._device)
         with torch.no_grad():
-            latents = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.sample() * self._family.latent_scale
+            latents = self._vae.encode(pixels.to(self._vae_dtype)).latent_dist.sample()
+            latents = self._family.scale_latents(latents)
         noise = torch.randn_like(latents)
         timesteps = torch.randint(1000, (len(latents),), device=self._device)
         noisy = self._objective.add_noise(latents, noise, timesteps)

@@ -112,6 +112,10 @@ class RandomFamily(UNetFamily):
         second = make(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config, **_CLIP_G)), dtype).to(device)
         return DualText([*parts, TextPart("text_encoder_2", tokenizer(), second, "clip_g")], True)
 
+    def load_tokenizers(self) -> list[Any]:
+        """Return the tokenizers."""
+        return [tokenizer()]
+
     def image_encoder_files(self) -> list[Path]:
         """Return no files: the weights are not read from disk."""
         return []

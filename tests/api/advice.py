@@ -191,7 +191,7 @@ ADVICE: dict[str, Advice] = {
     "no-length": {"steps: 1000": {f"{T}.steps": 1000}, "epochs: 10": {f"{T}.epochs": 10}},
     "steps-and-epochs": {"leave steps out": removed(f"{T}.steps"), "leave epochs out": removed(f"{T}.epochs")},
     "rate-of-frozen-text-encoder": {
-        "trainTextEncoder: true": {f"{T}.lora": {"trainTextEncoder": True}},
+        "lora.trainTextEncoder: true": {f"{T}.lora": {"trainTextEncoder": True}},
         "leave textEncoderLearningRate out": removed(f"{T}.textEncoderLearningRate"),
     },
     "text-rate-with-prodigy": {

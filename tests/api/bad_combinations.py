@@ -16,6 +16,22 @@ BAD_COMBINATIONS = (
     ),
     BadManifest("steps-and-epochs", {"spec.training.epochs": 2}, "spec.training.epochs", "leave steps out, or"),
     BadManifest(
+        "rate-of-frozen-text-encoder",
+        {"spec.training.textEncoderLearningRate": 1e-5},
+        "spec.training.textEncoderLearningRate",
+        "needs a trained text encoder",
+    ),
+    BadManifest(
+        "text-rate-with-prodigy",
+        {
+            "spec.training.textEncoderLearningRate": 1e-5,
+            "spec.training.lora": {"trainTextEncoder": True},
+            "spec.training.optimizer": "prodigy",
+        },
+        "spec.training.textEncoderLearningRate",
+        "prodigy finds one step size",
+    ),
+    BadManifest(
         "cycles-of-another-schedule",
         {"spec.training.lrNumCycles": 3, "spec.training.lrScheduler": "cosine"},
         "spec.training.lrNumCycles",

@@ -109,6 +109,8 @@ FULL = patched(
             "lrScheduler": "cosine_with_restarts",
             "lrWarmupSteps": 10,
             "lrNumCycles": 3,
+            "longCaptions": "chunk",
+            "clipSkip": 1,
             "adamBeta1": 0.8,
             "adamBeta2": 0.99,
             "adamWeightDecay": 0,

@@ -84,6 +84,15 @@ class BiasStrategy(StrEnum):
     RANGE = "range"
 
 
+class LongCaptions(StrEnum):
+    """What becomes of captions that are longer than the text encoder's input of 75 tokens."""
+
+    TRUNCATE = "truncate"
+    """Their end is cut."""
+    CHUNK = "chunk"
+    """They are read in three chunks of 75 tokens, as kohya's scripts do with max_token_length 225."""
+
+
 class LearnableProperty(StrEnum):
     """Meaning of a new token."""
 
@@ -335,6 +344,24 @@ class TrainingSpec(SpecModel):
     )
     caption_dropout: float | None = Field(
         default=None, gt=0, le=1, description="Share of samples whose caption is replaced by the empty caption"
+    )
+    long_captions: LongCaptions = Field(
+        default=LongCaptions.TRUNCATE,
+        description="Captions of more than 75 tokens: truncate cuts their end, chunk reads up to 225 tokens in three "
+        "parts, for all captions of the job",
+    )
+    clip_skip: int = Field(
+        default=0,
+        ge=0,
+        le=31,
+        description="Number of last layers of the text encoders to skip, as clip_skip of diffusers' pipelines; the web "
+        "UIs count from 1, so that their clip skip 2 is 1 here",
+    )
+    text_encoder_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=10,
+        description="Peak learning rate of trained text encoders; default: learningRate",
     )
     timestep_bias: TimestepBiasSpec | None = Field(default=None, description="Timesteps that are drawn more often")
     ema: bool = Field(default=False, description="Keep an exponential moving average of the trained weights")

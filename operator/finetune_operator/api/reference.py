@@ -53,8 +53,8 @@ def render_reasons() -> str:
         HEADER,
         "# Conditions and reasons",
         "",
-        "Conditions and reasons shown by `kubectl describe ftj`, and by `finetune describe` for jobs of this machine, and "
-        "how to react.",
+        "Conditions and reasons shown by `kubectl describe ftj`, and by `finetune describe` for jobs of this machine, "
+        "and how to react.",
         "",
         "## Conditions",
         "",

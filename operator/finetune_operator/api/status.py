@@ -163,8 +163,8 @@ class FineTuneJobStatus(StatusModel):
     message: str | None = Field(default=None, description="Explanation for users")
     conditions: tuple[Condition, ...] = Field(
         default=(),
-        description="Conditions: Accepted, Running, Recovering, Complete, Succeeded, Failed, Suspended, NoticeTooShort, "
-        "CheckpointStale, PodsOutdated",
+        description="Conditions: Accepted, Running, Recovering, Complete, Succeeded, Failed, Suspended, "
+        "NoticeTooShort, CheckpointStale, PodsOutdated",
         json_schema_extra=list_map("type"),
     )
     attempt: int = Field(

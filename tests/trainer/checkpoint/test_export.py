@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def save(folder: Path, spec: RunSpec, method: Method, step: int, sharded: bool =
     ],
 )
 def test_export_equals_the_output_of_the_run(
-    base: Path, tmp_path: Path, name: str, settings: dict[str, object], sharded: bool
+    base: Path, tmp_path: Path, name: str, settings: dict[str, Any], sharded: bool
 ) -> None:
     spec = tiny.make_spec(base, tmp_path, method=name, steps=6, **settings)
     method = make_method(base, name, **({"lora": settings["lora"]} if "lora" in settings else {}))

@@ -106,7 +106,7 @@ def test_devices_of_slices_and_signals(monkeypatch: pytest.MonkeyPatch, offload:
         world = World(rank=0, size=2, local_rank=0, device=GPU)
         shards = Shards([module], dict(module.named_parameters()), world, offload)
         assert {parameter.device.type for parameter in shards.parameters.values()} == {device_type}
-        optimizer = make_optimizer(TrainingSpec(steps=1), shards.parameters.values())
+        optimizer = make_optimizer(TrainingSpec(steps=1), shards.parameters)
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter)
         gradients = ShardedGradients(shards, world)

@@ -20,7 +20,7 @@ from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.models.base import FAMILIES, open_base
 from finetune_trainer.models.family import Family, ImageEncoder, SingleFile
 from finetune_trainer.models.sampling import draw_latents
-from finetune_trainer.models.text import TextEncoder
+from finetune_trainer.models.text import TextEncoder, TextSettings
 from testing.trainer import tiny
 from testing.trainer.methods import CPU
 
@@ -78,6 +78,8 @@ class PatchFamily:
     objective = FlowMatching()
     pixels_per_latent = 8
 
+    text_settings = TextSettings()
+
     def __init__(self, folder: Path, vae_folder: Path, variant: str | None) -> None:
         self.written: dict[str, Any] = {}
 
@@ -104,6 +106,9 @@ class PatchFamily:
         return []
 
     def text_encoder_files(self) -> list[Path]:
+        return []
+
+    def load_tokenizers(self) -> list[Any]:
         return []
 
     def conditions(self, text: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_adafactor_is_that_of_transformers_without_scaling_and_relative_steps(we
     ours = [nn.Parameter(value) for value in (torch.zeros(5, 7), 1e-3 * normal(6, 2), normal(4), normal(3, 2, 3, 3))]
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
     training = make_training(optimizer="adafactor", adamWeightDecay=weight_decay)
-    optimizer = make_optimizer(training, ours)
+    optimizer = make_optimizer(training, named(ours))
     reference = Adafactor(theirs, lr=0.1, scale_parameter=False, relative_step=False, weight_decay=weight_decay)
     for number in range(12):
         rate = 1e-3 * (number + 1)
@@ -114,16 +115,34 @@ def test_adafactor_continues_from_the_state_of_earlier_versions() -> None:
     parameter = nn.Parameter(torch.ones(3, 4))
     old = torch.optim.Adafactor([parameter], lr=0.1)
     parameter.grad = torch.full_like(parameter, 0.5)
-    old.step()
-    optimizer = make_optimizer(make_training(optimizer="adafactor", adamWeightDecay=0.0), [parameter])
+    old.step()  # type: ignore[no-untyped-call]
+    optimizer = make_optimizer(make_training(optimizer="adafactor", adamWeightDecay=0.0), {"p": parameter})
     optimizer.step()
-    new = make_optimizer(make_training(optimizer="adafactor", adamWeightDecay=0.0), [parameter])
+    new = make_optimizer(make_training(optimizer="adafactor", adamWeightDecay=0.0), {"p": parameter})
     new.state[parameter] = {name: value.clone() for name, value in old.state[parameter].items()}
     before = parameter.detach().clone()
     new.step()
     assert new.state[parameter].keys() == optimizer.state[parameter].keys()
     assert float(new.state[parameter]["step"]) == 2
     torch.testing.assert_close(parameter, before - 0.1)
+
+
+def named(parameters: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {str(number): parameter for number, parameter in enumerate(parameters)}
+
+
+def test_text_encoders_can_have_their_own_learning_rate() -> None:
+    """Both rates follow the schedule; a job without the field has one group, as in earlier releases."""
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in ("down.weight", "text_encoder.w", "text_encoder_2.w")}
+    training = make_training(learningRate=1e-2, textEncoderLearningRate=2e-3, adamWeightDecay=0.0)
+    optimizer = make_optimizer(training, parameters)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    set_learning_rate(optimizer, 5e-3)
+    optimizer.step()
+    moved = [float((1 - parameter[0]).detach()) for parameter in parameters.values()]
+    assert moved == pytest.approx([5e-3, 1e-3, 1e-3], rel=1e-4)
+    assert len(make_optimizer(make_training(), parameters).param_groups) == 1
 
 
 def test_learning_rate_does_not_depend_on_earlier_steps() -> None:
@@ -193,7 +212,7 @@ def test_moving_average_follows_the_parameters() -> None:
 def make_state(with_ema: bool = True, **training: Any) -> TrainState:
     torch.manual_seed(0)
     parameters = {"a": nn.Parameter(torch.randn(3)), "b.c": nn.Parameter(torch.randn(2, 2))}
-    optimizer = make_optimizer(make_training(**training), parameters.values())
+    optimizer = make_optimizer(make_training(**training), parameters)
     return TrainState(parameters, optimizer, Ema(parameters) if with_ema else None)
 
 

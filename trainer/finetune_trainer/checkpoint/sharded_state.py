@@ -160,7 +160,7 @@ def make_sharded_state(
     complete = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return ShardedState(
         parameters,
-        make_optimizer(training, parameters.values()),
+        make_optimizer(training, parameters),
         Ema(parameters) if training.ema else None,
         offsets=shards.offsets if shards else {name: (0,) * len(shape) for name, shape in complete.items()},
         shapes=shards.shapes if shards else complete,

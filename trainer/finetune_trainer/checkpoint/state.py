@@ -22,7 +22,10 @@ WEIGHTS_MISMATCH = (
     "a new job"
 )
 START_MISMATCH = "checkpoint.from: the checkpoint holds other weights than training defines"
-START_REMEDY = "write the method, rank, target modules and base of its job, or leave checkpoint.from out and start from its outputs"
+START_REMEDY = (
+    "write the method, rank, target modules and base of its job, or leave checkpoint.from out and start from its "
+    "outputs"
+)
 NUM_LOSSES = 20
 """Number of global batches that the reported loss is averaged over."""
 FIRST_STEP = "first_step"

@@ -75,8 +75,8 @@ def find_adapter_file(folder: Path, name: str) -> Path:
         return files[0]
     found = ", ".join(path.name for path in files[:10])
     raise ConfigError(
-        f"{FIELD}: {folder} contains {len(files)} .safetensors files{f' ({found})' if files else ''}; write the path of a "
-        "single LoRA file"
+        f"{FIELD}: {folder} contains {len(files)} .safetensors files{f' ({found})' if files else ''}; write the path "
+        "of a single LoRA file"
     )
 
 
@@ -245,8 +245,8 @@ def _load(layer: Any, adapter: Adapter, alpha: float, where: str) -> None:
         target = getattr(layer, kind)["default"].weight
         if _squeezed(value) != _squeezed(target):
             raise ConfigError(
-                f"{where} has the shape {list(value.shape)}, and the base needs {list(target.shape)}; write a LoRA of the "
-                "same kind of base"
+                f"{where} has the shape {list(value.shape)}, and the base needs {list(target.shape)}; write a LoRA of "
+                "the same kind of base"
             )
         # The adapters still have the format of the frozen weights; trained weights are in fp32.
         target.data = (value.float() * factors[kind]).reshape(target.shape).to(target.device)

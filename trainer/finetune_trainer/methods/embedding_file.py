@@ -40,7 +40,8 @@ def find_embedding_files(folder: Path) -> list[Path]:
     if len(others) == 1:
         return others
     raise ConfigError(
-        f"{FIELD}: {folder} contains no {_DIFFUSERS_NAME} file and {len(others)} other files; write the path of one file"
+        f"{FIELD}: {folder} contains no {_DIFFUSERS_NAME} file and {len(others)} other files; write the path of one "
+        "file"
     )
 
 
@@ -55,7 +56,7 @@ def check_embedding_files(files: list[Path], spec: TextualInversionSpec) -> None
             _check_count(vectors, path, spec)
 
 
-def select_embedding(
+def select_embedding(  # noqa: PLR0913, PLR0917  each names one property of the encoder
     files: list[Path], spec: TextualInversionSpec, part: str, number: int, webui_key: str, width: int
 ) -> Tensor:
     """Return the vectors (k, width) of one text encoder, float32.
@@ -79,8 +80,8 @@ def select_embedding(
     if vectors is None or vectors.shape[1] != width:
         widths = ", ".join(str(each.shape[1]) for each in found.values())
         raise ConfigError(
-            f"{FIELD}: {path} has no vectors of width {width} for the base's {part} (it has {widths}); write the folder "
-            "with the files of all text encoders of the same kind of base"
+            f"{FIELD}: {path} has no vectors of width {width} for the base's {part} (it has {widths}); write the "
+            "folder with the files of all text encoders of the same kind of base"
         )
     _check_count(vectors, path, spec)
     return vectors.float()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune_trainer.models.objective import Objective
-from finetune_trainer.models.text import TextEncoder
+from finetune_trainer.models.text import TextEncoder, TextSettings
 
 IMAGE_SIZES = "sizes"
 """Key of the image sizes in the text conditions of every batch, float32 (n, 6); see `micro_conditioning`."""
@@ -57,6 +57,8 @@ class Family(Protocol):
     single_file: ClassVar[SingleFile | None]
     """Format of single-file bases; None if the family has none."""
 
+    text_settings: TextSettings
+    """How captions become text conditions; set it before the text encoders are loaded."""
     pixels_per_latent: int
     """Number of pixels per latent along each side of an image."""
 
@@ -85,6 +87,10 @@ class Family(Protocol):
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TextEncoder:
         """Return all text encoders with their tokenizers, frozen."""
+        ...
+
+    def load_tokenizers(self) -> list[Any]:
+        """Return the tokenizers of all text encoders."""
         ...
 
     def denoiser_files(self) -> list[Path]:

@@ -34,7 +34,11 @@ class StableDiffusionXl(StableDiffusion):
         """Return both text encoders with their tokenizers, frozen."""
         first = self._text_part("text_encoder", "clip_l", device, dtype)
         second = self._text_part("text_encoder_2", "clip_g", device, dtype, projected=True)
-        return DualText([first, second], self._zero_empty)
+        return DualText([first, second], self._zero_empty, self.text_settings)
+
+    def load_tokenizers(self) -> list[Any]:
+        """Return the tokenizers of all text encoders."""
+        return [self._load_tokenizer("text_encoder"), self._load_tokenizer("text_encoder_2")]
 
     def text_encoder_files(self) -> list[Path]:
         """Return the files that determine the text encoders' output."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,20 @@ _LAST_RATE = 1e-7
 """Final learning rate of the polynomial schedule, as in diffusers; lower peaks fall to zero."""
 
 
-def make_optimizer(training: TrainingSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer that the manifest names."""
-    trained = list(parameters)
+_FACTOR = "factor"
+"""Key in a parameter group: its learning rate as a multiple of the schedule's."""
+_TEXT_PREFIX = "text_encoder"
+"""Start of the names of text encoders' parameters."""
+
+
+def make_optimizer(training: TrainingSpec, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer that the manifest names.
+
+    Args:
+        training: the training settings.
+        parameters: the trained parameters by name; those of text encoders start with "text_encoder".
+    """
+    trained = _parameter_groups(training, parameters)
     common: dict[str, Any] = {"lr": peak_learning_rate(training), "weight_decay": training.adam_weight_decay}
     if training.optimizer is OptimizerName.ADAFACTOR:
         return Adafactor(trained, **common)
@@ -36,6 +47,17 @@ def make_optimizer(training: TrainingSpec, parameters: Iterable[nn.Parameter]) -
         )
         return optimizer
     return torch.optim.AdamW(trained, **common, **of_adam, fused=True)
+
+
+def _parameter_groups(training: TrainingSpec, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Return one group, or two if the text encoders have their own learning rate."""
+    rate = training.text_encoder_learning_rate
+    if rate is None:
+        return [{"params": list(parameters.values())}]
+    is_text = {name: name.startswith(_TEXT_PREFIX) for name in parameters}
+    own = [parameter for name, parameter in parameters.items() if not is_text[name]]
+    text = [parameter for name, parameter in parameters.items() if is_text[name]]
+    return [{"params": own}, {"params": text, _FACTOR: rate / peak_learning_rate(training)}]
 
 
 def learning_rate(training: TrainingSpec, total_steps: int) -> LearningRate:
@@ -63,4 +85,4 @@ def learning_rate(training: TrainingSpec, total_steps: int) -> LearningRate:
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get(_FACTOR, 1.0)

@@ -72,6 +72,12 @@ def _required_settings(name: str) -> Rule[TrainingSpec]:
     )
 
 
+def _trains_text_encoders(training: TrainingSpec) -> bool:
+    return any(
+        settings is not None and settings.train_text_encoder for settings in (training.lora, training.dreambooth)
+    )
+
+
 def _settings_rules() -> Iterator[Rule[TrainingSpec]]:
     """Yield the rules of the methods' own settings, from the table of methods."""
     for name in dict.fromkeys(name for traits in METHODS.values() for name in traits.settings):
@@ -142,6 +148,25 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
         lambda training: training.lr_warmup_steps == 0 or training.lr_scheduler is not LrScheduler.CONSTANT,
         "lrScheduler constant ignores lrWarmupSteps; write lrScheduler: constant_with_warmup, or leave lrWarmupSteps "
         "out",
+    ),
+    Rule(
+        TRAINING,
+        "textEncoderLearningRate",
+        "!has(self.textEncoderLearningRate) || has(self.lora) && self.lora.trainTextEncoder || "
+        "has(self.dreambooth) && self.dreambooth.trainTextEncoder",
+        lambda training: training.text_encoder_learning_rate is None or _trains_text_encoders(training),
+        "textEncoderLearningRate needs a trained text encoder; write lora.trainTextEncoder: true, or leave "
+        "textEncoderLearningRate out",
+        FieldErrorReason.FORBIDDEN,
+    ),
+    Rule(
+        TRAINING,
+        "textEncoderLearningRate",
+        "!has(self.textEncoderLearningRate) || self.optimizer != 'prodigy'",
+        lambda training: training.text_encoder_learning_rate is None or training.optimizer is not Optimizer.PRODIGY,
+        "optimizer prodigy finds one step size for all weights; leave textEncoderLearningRate out, or write optimizer: "
+        "adamw",
+        FieldErrorReason.FORBIDDEN,
     ),
     _scheduler_setting("lr_num_cycles", LrScheduler.COSINE_WITH_RESTARTS),
     _scheduler_setting("lr_power", LrScheduler.POLYNOMIAL),

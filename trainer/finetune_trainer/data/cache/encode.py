@@ -104,7 +104,9 @@ class TextCache:
     def __init__(self, root: Path, family: Family, hashes: FileHashes, dtype: torch.dtype) -> None:
         self._family = family
         self._dtype = dtype
-        self._encoder_id = hash_text("text", hashes.of_files(family.text_encoder_files()), str(dtype))
+        self._encoder_id = hash_text(
+            "text", hashes.of_files(family.text_encoder_files()), str(dtype), *family.text_settings.key
+        )
         self._cache = TensorCache(root / "text" / self._encoder_id[:32])
 
     def fill(self, captions: Sequence[str], world: World, progress: Progress) -> None:
