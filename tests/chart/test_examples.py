@@ -80,6 +80,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "textual-inversion-4-cpu-nodes": {"method": "TextualInversion", "accelerator": "cpu", "nodes": 4},
     "elastic-2-to-8-nodes": {"minNodes": 2, "maxNodes": 8},
     "dreambooth-prior-preservation": {"method": "DreamBooth", "prior": True},
+    "lora-mixed-data": {"method": "LoRA", "accelerator": "gpu", "nodes": 1, "spot": True},
     "lora-circles": {"method": "LoRA", "accelerator": "cpu"},
 }
 """Features that each manifest demonstrates."""

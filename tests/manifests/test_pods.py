@@ -68,6 +68,7 @@ def test_every_variable_of_the_contract_is_set() -> None:
         environment.MTBF_SECONDS,
         environment.FORK_SERVER,
         environment.MIN_PART_BYTES,
+        environment.RETRY_SECONDS,
         # Set only for a bucket or a scratch disk.
         environment.BUCKET,
         environment.S3_ENDPOINT,

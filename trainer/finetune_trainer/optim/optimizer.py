@@ -39,7 +39,7 @@ def make_optimizer(training: TrainingSpec, parameters: Mapping[str, nn.Parameter
         return Adafactor(trained, **common)
     of_adam: dict[str, Any] = {"betas": (training.adam_beta1, training.adam_beta2), "eps": training.adam_epsilon}
     if training.optimizer is OptimizerName.PRODIGY:
-        return Prodigy(trained, **common, **of_adam)
+        return Prodigy(parameters.values(), **common, **of_adam)
     if training.optimizer is OptimizerName.ADAMW_8BIT:
         # 8-bit moments (https://arxiv.org/abs/2110.02861). `train.checks` has refused devices without it.
         optimizer: torch.optim.Optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(
