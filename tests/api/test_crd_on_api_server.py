@@ -126,7 +126,8 @@ def contains(message: str, problem: Problem) -> bool:
     """Return whether an API server's message contains a problem, possibly without our advice."""
     if problem.message in message:
         return True
-    text = problem.message.split("; ")[0]
+    # The reason in parentheses is ours, too.
+    text = re.sub(r" \([^)]*\)$", "", problem.message.split("; ")[0])
     return re.sub(r"^Invalid value: .*: (?=should|must)", "", text) in message
 
 
@@ -206,7 +207,7 @@ def test_status_is_stored_completely_and_shown_in_columns(
     assert stored["status"] == written
     assert parse_job(stored).status == STATUS
     header, row = control_plane.kubectl("get", "ftj", "-n", namespace, "-o", "wide").splitlines()
-    assert header.split()[-4:] == ["LOSS", "IMAGES/S", "GOODPUT", "MESSAGE"]
+    assert header.split()[-5:] == ["LOSS", "IMAGES/S", "GOODPUT", "REASON", "MESSAGE"]
     cells = row.split()
     assert cells[:6] == ["circles", "DreamBoothLoRA", "Running", "40", "20%", "4m10s"]
     assert re.fullmatch(r"\d+[dh]\w*|-?\d+.*", cells[6])
@@ -325,7 +326,7 @@ def test_api_server_and_python_agree_on_random_edits(
 def test_kubectl_apply_reports_the_remedy_of_a_forbidden_edit(
     api: Api, begun: str, control_plane: ControlPlane
 ) -> None:
-    document = patched(FULL, {"spec.training.epochs": 4, "metadata.namespace": begun})
+    document = patched(FULL, {"spec.training.seed": 4, "metadata.namespace": begun})
     with pytest.raises(KubectlError) as caught:
         control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=yaml_text.dump(document))
     assert (

@@ -287,8 +287,8 @@ _START = (
     form(
         "spec.checkpoint.from.url",
         BUCKET_URL,
-        "url is not a folder of an object store; write s3://, gs:// or az:// followed by the bucket and a folder, e.g. "
-        "s3://models/checkpoints/default/circles-1f0c3a2b",
+        "url is not the folder of a job in an object store; write s3://, gs:// or az:// followed by the bucket and a "
+        "folder, e.g. s3://models/checkpoints/default/circles-1f0c3a2b",
     ),
     Rule(
         SPEC,
