@@ -6,6 +6,7 @@ import errno
 import http.client
 import os
 import socket
+import threading
 import urllib.error
 from datetime import UTC, datetime, timedelta
 from email.message import Message
@@ -25,6 +26,8 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_trainer.errors import ConfigError, DataError, FabricError, NetworkError, StaleError, StorageError
 from finetune_trainer.outages import Outage, exit_code_of, find_outage, http_status, retry_after_seconds
 from finetune_trainer.patience import Patience
+from finetune_trainer.pauses import pause_together
+from finetune_trainer.train.preemption_notice import PreemptionNotice
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 URL = "http://127.0.0.1/"
@@ -170,19 +173,22 @@ def test_an_exit_code_is_no_http_status() -> None:
 
 
 class Clock:
-    """A clock that only sleeping moves."""
+    """A clock that only pauses move. The preemption notice, at a time in seconds, ends a pause."""
 
-    def __init__(self) -> None:
+    def __init__(self, notice_at: float = float("inf")) -> None:
         self.seconds = 0.0
+        self.notice_at = notice_at
         self.sleeps: list[float] = []
 
-    def sleep(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> bool:
+        seconds = min(seconds, max(0.0, self.notice_at - self.seconds))
         self.seconds += seconds
         self.sleeps.append(seconds)
+        return self.seconds >= self.notice_at
 
 
 def patience(clock: Clock, lines: list[str], limit: float = 100.0, draw: float = 0.0) -> Patience:
-    return Patience(lines.append, lambda: limit, lambda: clock.seconds, clock.sleep, lambda: draw)
+    return Patience(lines.append, lambda: limit, lambda: clock.seconds, clock.pause, lambda: draw)
 
 
 def failing(*errors: Exception) -> list[Exception]:
@@ -229,6 +235,48 @@ def test_a_delay_beyond_the_limit_is_not_waited_for() -> None:
     with pytest.raises(NetworkError, match="tried once"):
         run(patience(clock, []), failing(answer(429, Retry_After="3600")))
     assert clock.sleeps == []
+
+
+def test_a_preemption_notice_ends_the_wait_after_one_more_try() -> None:
+    clock, errors = Clock(notice_at=5), failing(*[answer(503)] * 9)
+    with pytest.raises(NetworkError, match="tried 5 times in 5 s"):
+        run(patience(clock, [], limit=600), errors)
+    assert clock.sleeps == [0.5, 1, 2, 1.5]
+    # The notice has arrived: the next read has one more try, too.
+    with pytest.raises(NetworkError, match="tried 2 times in 0 s"):
+        run(patience(clock, [], limit=600), errors)
+
+
+def test_the_last_try_after_a_preemption_notice_can_succeed() -> None:
+    assert run(patience(Clock(notice_at=2), []), failing(*[answer(503)] * 3)) == "done"
+
+
+def test_the_notice_of_one_rank_ends_the_pause_of_all() -> None:
+    clocks = [Clock(), Clock(notice_at=3.5)]
+
+    def gather(_: int) -> list[int]:
+        return [int(clock.seconds >= clock.notice_at) for clock in clocks]
+
+    def pause(seconds: float) -> bool:
+        for clock in clocks:
+            clock.pause(seconds)
+        # This is what rank 0 returns, which has no notice.
+        return False
+
+    assert pause_together(30, pause, gather)
+    assert [clock.seconds for clock in clocks] == [4, 3.5]
+    assert not pause_together(2.5, Clock().pause, lambda number: [number])
+
+
+def test_a_pause_of_a_rank_ends_with_its_notice() -> None:
+    notice = PreemptionNotice()
+    notice.hold()
+    assert not notice.pause(0.0)
+    giver = threading.Thread(target=notice.give)
+    giver.start()
+    assert notice.pause(3600.0)
+    giver.join()
+    assert notice.given
 
 
 def test_a_permanent_error_is_raised_at_once() -> None:

@@ -1,7 +1,8 @@
 """Waits for the end of an outage: repeats an action that reads or writes something outside this process.
 
 Like a log, there is one for the process, so that code of any depth can use it: `patience.wait_out("...", action)`.
-The supervisor sends heartbeats in the meantime, and the detail of the rank's state shows what it waits for.
+The supervisor sends heartbeats in the meantime, and the detail of the rank's state shows what it waits for. After a
+preemption notice there is one more try, and then the attempt ends with the cause of the outage.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TypeVar
 from finetune_contract import environment
 from finetune_trainer.errors import NetworkError, RankError, StorageOutageError
 from finetune_trainer.outages import Outage, find_outage, retry_after_seconds, root_of
+from finetune_trainer.pauses import Pause, sleep
 
 _LOG = logging.getLogger(__name__)
 LIMIT_SECONDS = 600.0
@@ -43,14 +45,14 @@ class Patience:
         report: receives lines on the wait; an empty line ends it.
         limit_seconds: returns the longest wait for one action.
         clock: monotonic time in seconds.
-        sleep: waits for a number of seconds.
+        pause: waits between two tries.
         draw: returns a random number in [0, 1).
     """
 
     report: Callable[[str], None] = lambda _: None
     limit_seconds: Callable[[], float] = _limit_seconds
     clock: Callable[[], float] = field(default=time.monotonic)
-    sleep: Callable[[float], None] = field(default=time.sleep)
+    pause: Pause = field(default=sleep)
     draw: Callable[[], float] = field(default=random.random)
 
     def wait_out(self, what: str, action: Callable[[], T]) -> T:
@@ -61,10 +63,10 @@ class Patience:
             action: may be called many times.
 
         Raises:
-            NetworkError, StorageOutageError: the outage lasts longer than the limit.
+            NetworkError, StorageOutageError: the outage lasts longer than the limit, or this machine is reclaimed.
             Exception: the action failed for another reason.
         """
-        began, pause, tries = self.clock(), FIRST_PAUSE_SECONDS, 0
+        began, pause, tries, is_last = self.clock(), FIRST_PAUSE_SECONDS, 0, False
         while True:
             try:
                 result = action()
@@ -75,10 +77,10 @@ class Patience:
                 tries += 1
                 seconds = max(retry_after_seconds(error, datetime.now(UTC)), pause) * (1 + JITTER * self.draw())
                 waited = self.clock() - began
-                if waited + seconds > self.limit_seconds():
+                if is_last or waited + seconds > self.limit_seconds():
                     raise _ERRORS[outage](_give_up(what, error, tries, waited)) from error
                 self._announce(f"{what} failed ({_summary(root_of(error))}): try {tries + 1} in {seconds:.1f} s")
-                self.sleep(seconds)
+                is_last = self.pause(seconds)
                 pause = min(2 * pause, MAX_PAUSE_SECONDS)
             else:
                 if tries:
@@ -96,6 +98,11 @@ _PROCESS = Patience()
 def report_to(report: Callable[[str], None]) -> None:
     """Set what receives the lines on the waits of this process."""
     _PROCESS.report = report
+
+
+def pause_with(pause: Pause) -> None:
+    """Set how this process waits between two tries: a rank's preemption notice ends the pause."""
+    _PROCESS.pause = pause
 
 
 def wait_out(what: str, action: Callable[[], T]) -> T:

@@ -45,6 +45,7 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     notice = PreemptionNotice(on_leave=lambda: reporter.state(RankState.SAVED))
     notice.listen()
     patience.report_to(reporter.detail)
+    patience.pause_with(notice.pause)
     reporter.state(RankState.STARTING)
     libraries.prepare(env)
     try:

@@ -30,6 +30,7 @@ from finetune_trainer.checkpoint.store.scratch import ScratchStore
 from finetune_trainer.checkpoint.store.tensor_stream import write_stream
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StaleError, SupersededError
+from finetune_trainer.pauses import Pause, sleep
 from finetune_trainer.report import Reporter
 from testing.trainer import tiny
 
@@ -47,7 +48,9 @@ class ManualClock:
 class LoopHarness:
     """A loop of one rank that only changes the state, with a store whose stages a test can delay or fail."""
 
-    def __init__(self, job_dir: Path, max_stale_seconds: float = 100.0, scratch: Path | None = None) -> None:
+    def __init__(
+        self, job_dir: Path, max_stale_seconds: float = 100.0, scratch: Path | None = None, pause: Pause = sleep
+    ) -> None:
         self.state = make_state()
         self.clock = ManualClock()
         self.on_stage: Callable[[str], None] = lambda _: None
@@ -59,7 +62,8 @@ class LoopHarness:
         if scratch is not None:
             # `on_stage` receives the stages of the durable storage.
             store = ScratchStore(scratch, store, spec.uid, 1, reads_durable=True)
-        self.checkpointer = Checkpointer(spec, World(0, 1, 0, CPU), store, self.reporter, SaveOptions(clock=self.clock))
+        options = SaveOptions(clock=self.clock, pause=pause)
+        self.checkpointer = Checkpointer(spec, World(0, 1, 0, CPU), store, self.reporter, options)
         self.checkpointer.restore(self.state)
 
     def _stage(self, stage: str) -> None:
@@ -379,3 +383,30 @@ def test_checkpoint_of_format_1_can_be_restored(tmp_path: Path) -> None:
     again = LoopHarness(tmp_path / "new")
     assert again.state.step == 1
     assert again.state.parameters["b"].tolist() == [1.0] * 3
+
+
+def test_a_single_rank_saves_the_last_step_if_the_next_one_cannot_be_read(tmp_path: Path) -> None:
+    harness = LoopHarness(tmp_path)
+    harness.step()
+    harness.settle()
+    harness.state.step = 5
+    harness.checkpointer.emergency_save(harness.state)
+    assert names(tmp_path)[-1] == "step-00000005-a1"
+
+
+def test_notice_ends_the_pause_of_a_required_save(tmp_path: Path) -> None:
+    """The save is tried until it succeeds: the machine may stay longer than announced."""
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> bool:
+        pauses.append(seconds)
+        if len(pauses) == 12:
+            harness.on_stage = lambda _: None
+        return len(pauses) > 9
+
+    harness = LoopHarness(tmp_path, pause=pause)
+    harness.on_stage = full
+    harness.checkpointer.save_and_wait(advance(harness))
+    # Pauses of 1, 2, 4 and 8 s, which the notice ends, and then short ones.
+    assert pauses == [1.0] * 12
+    assert names(tmp_path) == ["step-00000001-a1"]

@@ -117,6 +117,27 @@ def test_emergency_save_while_a_peer_hangs(
     assert following.weights() == uninterrupted(2)
 
 
+@pytest.mark.trainer
+def test_notice_during_an_outage_loses_no_step(base: Path, tmp_path: Path) -> None:
+    """The images of the next step cannot be read: the notice ends the wait, and the last step is saved."""
+    # Random crops of images that are not square: they are read in training.
+    data = tiny.write_data(tmp_path / "data", size=(2 * tiny.RESOLUTION, tiny.RESOLUTION))
+    spec = tiny.make_spec(base, data, steps=10**6, centerCrop=False).model_copy(
+        update={"checkpoint_interval": CheckpointInterval(steps=10**6)}
+    )
+    ranks = Ranks(spec, tmp_path / "run").start()
+    ranks.wait_until(lambda report: report.get("step", -1) >= 2)
+    broken = tmp_path / "broken"
+    for image in (data / "train").glob("[0-9]*.png"):
+        # A real file whose read fails with EIO.
+        broken.symlink_to("/proc/self/mem")
+        broken.replace(image)
+    ranks.wait_until(lambda report: "try 3" in str(report.get("detail")))
+    ranks.send(signal.SIGTERM, 0)
+    assert ranks.wait() == [ExitCode.STORAGE_OUTAGE], ranks.stderr()
+    assert names(ranks.job_dir) == [f"step-{last_step(ranks):08d}-a1"]
+
+
 def make_state(step: int) -> TrainState:
     parameters = {"w": nn.Parameter(torch.full((3,), float(step)))}
     return TrainState(parameters, torch.optim.SGD(parameters.values(), lr=0.1), step=step)

@@ -38,7 +38,7 @@ def _waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Return the reported waits. Give up at the tenth pause, without waiting."""
     lines: list[str] = []
     seconds = iter(range(10**6))
-    quick = patience.Patience(lines.append, lambda: 40.0, lambda: float(next(seconds)), lambda _: None, lambda: 0.0)
+    quick = patience.Patience(lines.append, lambda: 40.0, lambda: float(next(seconds)), lambda _: False, lambda: 0.0)
     monkeypatch.setattr(patience, "_PROCESS", quick)
     yield lines
 
@@ -80,12 +80,13 @@ def test_an_image_that_can_be_read_later_is_scanned(
     data = tiny.write_data(tmp_path / "data", 3)
     image = break_image(data)
 
-    def repair(_: float) -> None:
+    def repair(_: float) -> bool:
         if image.is_symlink():
             image.unlink()
             (data / "whole.png").rename(image)
+        return False
 
-    monkeypatch.setattr(patience._PROCESS, "sleep", repair)
+    monkeypatch.setattr(patience._PROCESS, "pause", repair)
     assert scan(source_of(data), tmp_path / "cache").broken == []
     assert "Input/output error" in waits[0]
 

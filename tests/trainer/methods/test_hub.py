@@ -67,7 +67,7 @@ def _client(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    quick = patience.Patience(limit_seconds=lambda: 100, clock=lambda: 0.0, sleep=lambda _: None)
+    quick = patience.Patience(limit_seconds=lambda: 100, clock=lambda: 0.0, pause=lambda _: False)
     monkeypatch.setattr(patience, "_PROCESS", quick)
     models_hub.limit_waits()
     yield
@@ -135,7 +135,12 @@ def test_transient_errors_are_waited_out(
 
 def test_refused_connections_are_waited_out(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.stop()
-    restarts = patience.Patience(limit_seconds=lambda: 100, clock=lambda: 0.0, sleep=lambda _: server.start())
+
+    def restart(_: float) -> bool:
+        server.start()
+        return False
+
+    restarts = patience.Patience(limit_seconds=lambda: 100, clock=lambda: 0.0, pause=restart)
     monkeypatch.setattr(patience, "_PROCESS", restarts)
     assert files_of(fetch(HubFiles())) >= DEFAULT_WEIGHTS
 

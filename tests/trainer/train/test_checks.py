@@ -188,9 +188,10 @@ class Disk:
         self.time = 0.0
         self.pauses: list[float] = []
 
-    def sleep(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> bool:
         self.pauses.append(seconds)
         self.time += seconds
+        return False
 
     def write(self) -> tuple[WrittenOutput, ...]:
         if len(self.pauses) < self.num_full:
@@ -199,7 +200,7 @@ class Disk:
 
 
 def patient_writer(disk: Disk, limit_seconds: float, report_fd: int | None = None) -> PatientWriter:
-    return PatientWriter(ALONE, Reporter(0, report_fd), limit_seconds, clock=lambda: disk.time, sleep=disk.sleep)
+    return PatientWriter(ALONE, Reporter(0, report_fd), limit_seconds, clock=lambda: disk.time, pause=disk.pause)
 
 
 def test_a_full_disk_is_waited_for(tmp_path: Path) -> None:

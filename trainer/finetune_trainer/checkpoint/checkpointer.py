@@ -40,6 +40,7 @@ from finetune_trainer.checkpoint.store.scratch import Drain, ScratchStore
 from finetune_trainer.distributed.channel import Channel
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import FabricError, StaleError, StorageError
+from finetune_trainer.pauses import Pause, pause_together, sleep
 from finetune_trainer.report import Reporter
 
 WRITER_NICENESS = 5
@@ -56,6 +57,7 @@ class SaveOptions:
     Attributes:
         best: returns the best validation so far, {"step", "loss"}.
         clock: monotonic time in seconds.
+        pause: waits between two tries of a save that the run cannot do without.
         mtbf_seconds: mean time between interruptions, as observed by the operator.
         min_part_bytes: minimum size of the part of a checkpoint that one rank writes.
         about: returns further values to save: what the run trains, and on what.
@@ -65,6 +67,7 @@ class SaveOptions:
 
     best: Callable[[], Mapping[str, Any] | None] = lambda: None
     clock: Callable[[], float] = time.monotonic
+    pause: Pause = sleep
     mtbf_seconds: float = DEFAULT_MTBF_SECONDS
     min_part_bytes: int = MIN_PART_BYTES
     about: Callable[[], Mapping[str, Any]] = dict
@@ -168,11 +171,11 @@ class Checkpointer:
         return found, snapshot is not None
 
     def _prepare_saves(self, state: TrainState) -> None:
-        """Create the writer and, for replicated training, the emergency save."""
+        """Create the writer and, unless the state is sharded, the emergency save."""
         channel = Channel(self._world) if len(self._role.sharing) > 1 else None
         self._writer = CheckpointWriter(self._store, self._copy, channel, self._report_committed, self._late_values)
         self._copy.mark_changed()
-        if self._world.size > 1 and not state.is_sharded:
+        if not state.is_sharded:
             # No survivor holds a complete sharded state.
             self._emergency_save = EmergencySave(
                 self._world.rank, self._store.durable, self._reporter, self._host_snapshot, self._report
@@ -280,8 +283,8 @@ class Checkpointer:
             # Every rank reports the reason, because the first rank to exit is recorded as the cause.
             if reason := self._world.share(self._health.stale_message() if is_stale else ""):
                 raise StaleError(reason)
-            time.sleep(pause)
-            pause = min(2 * pause, 30.0)
+            is_noticed = pause_together(pause, self._options.pause, self._world.gather_numbers)
+            pause = 1.0 if is_noticed else min(2 * pause, 30.0)
 
     def try_to_save(self, state: TrainState) -> bool:
         """Save the state and wait for the end. Return on every rank whether the state is committed.
@@ -307,9 +310,9 @@ class Checkpointer:
         return False
 
     def emergency_save(self, state: TrainState) -> None:
-        """Save the last finished step after a peer was lost, unless another rank has. From any thread; at most once.
+        """Save the last finished step unless another rank has: a peer was lost, or a read failed. From any thread.
 
-        Never raises: if it fails, the attempt loses only what it would have lost without it.
+        It runs at most once. Never raises: if it fails, the attempt loses only what it would have lost without it.
         """
         if self._emergency_save is not None:
             self._emergency_save.run(state, self._task)

@@ -4,6 +4,8 @@ Every replica holds the complete state, and the state changes only in the optimi
 or hangs because a peer was lost, any survivor can save the gang's progress, and the loss of a rank loses no step
 (cf. "Just-In-Time Checkpointing", EuroSys 2024). Survivors coordinate through the storage alone: the first claims the
 step and writes it; the others wait for the commit, and write the step themselves if it does not appear in time.
+
+A rank that cannot read a sample for the next step, because of an outage, does the same before it ends.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ class EmergencySave:
         if not self._store.claim(state.step) and self._wait_for_commit(state.step, seconds):
             return
         committed = self._store.save(snapshot, time.time(), f"-r{self._rank}")
-        _LOG.info("a peer was lost: rank %d saved step %d", self._rank, state.step)
+        _LOG.info("emergency save: rank %d saved step %d", self._rank, state.step)
         self._report(committed)
 
     def _wait_for_commit(self, step: int, seconds: float) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from finetune_contract.heartbeat import WrittenOutput
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
+from finetune_trainer.pauses import Pause, sleep
 from finetune_trainer.report import Reporter
 
 FIRST_PAUSE_SECONDS = 2.0
@@ -27,7 +28,7 @@ class PatientWriter:
         limit_seconds: time after which the attempt fails.
         released: returns a context in which a preemption notice ends the rank at once: the last step is committed.
         clock: monotonic time in seconds.
-        sleep: waits for a number of seconds.
+        pause: waits between two tries.
     """
 
     world: World
@@ -35,7 +36,7 @@ class PatientWriter:
     limit_seconds: float
     released: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     clock: Callable[[], float] = field(default=time.monotonic)
-    sleep: Callable[[float], None] = field(default=time.sleep)
+    pause: Pause = field(default=sleep)
 
     def write(self, write: Write) -> None:
         """Call `write` on rank 0 until it succeeds, and report its outputs. Return on all ranks together.
@@ -54,7 +55,7 @@ class PatientWriter:
                     self.reporter.warn(f"{problem}; the last step is committed, and the outputs are tried again")
                 self.reporter.detail(f"{problem}; trying again")
             with self.released():
-                self.sleep(pause)
+                self.pause(pause)
             pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
     def _try(self, write: Write) -> str:

@@ -134,6 +134,7 @@ class RunBuilder:
         context = self.context
         options = SaveOptions(
             best=lambda: best_validation(context.job_dir / paths.VALIDATION / paths.LOSSES),
+            pause=context.notice.pause,
             mtbf_seconds=context.mtbf_seconds,
             min_part_bytes=context.min_part_bytes,
             about=self._about,

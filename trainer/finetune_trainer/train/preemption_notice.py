@@ -15,9 +15,11 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from finetune_contract.exit_codes import ExitCode
+from finetune_trainer.pauses import AFTER_NOTICE_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PEER_LOST = signal.SIGUSR2
@@ -33,14 +35,14 @@ class PreemptionNotice:
     def __init__(self, on_leave: Callable[[], None] = lambda: None) -> None:
         self._on_leave = on_leave
         self._lock = threading.Lock()
-        self._given = False
+        self._arrived = threading.Event()
         self._held = False
         self._on_peer_lost: Callable[[], None] = lambda: None
 
     @property
     def given(self) -> bool:
         """Return whether the preemption notice has arrived."""
-        return self._given
+        return self._arrived.is_set()
 
     def listen(self) -> None:
         """Handle the signals from now on. Call it in the main thread only."""
@@ -69,6 +71,17 @@ class PreemptionNotice:
         finally:
             self._set_held(True)
 
+    def pause(self, seconds: float) -> bool:
+        """Wait before another try of what failed. The notice ends the wait; later waits are short.
+
+        Returns:
+            Whether the notice has arrived.
+        """
+        if self._arrived.is_set():
+            time.sleep(min(seconds, AFTER_NOTICE_SECONDS))
+            return True
+        return self._arrived.wait(seconds)
+
     def on_peer_lost(self, save: Callable[[], None]) -> None:
         """Set the function to call when a peer is lost. It runs in a separate thread."""
         self._on_peer_lost = save
@@ -76,13 +89,13 @@ class PreemptionNotice:
     def give(self) -> None:
         """Record the notice. End the process unless `hold` was called."""
         with self._lock:
-            self._given = True
+            self._arrived.set()
             self._leave_unless_held()
 
     def _set_held(self, held: bool) -> None:
         with self._lock:
             self._held = held
-            if self._given:
+            if self._arrived.is_set():
                 self._leave_unless_held()
 
     def _leave_unless_held(self) -> None:

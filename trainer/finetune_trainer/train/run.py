@@ -12,7 +12,7 @@ from finetune_trainer import heap
 from finetune_trainer.checkpoint.checkpointer import Checkpointer
 from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.distributed.world import join_world
-from finetune_trainer.errors import FabricError, StorageError
+from finetune_trainer.errors import FabricError, NetworkError, StorageError, StorageOutageError
 from finetune_trainer.export.outputs import write_outputs
 from finetune_trainer.export.retry import PatientWriter
 from finetune_trainer.methods.method import Method
@@ -80,7 +80,7 @@ def _train(loop: Loop, state: TrainState, checkpointer: Checkpointer) -> bool:
     """Train until all steps are done or a preemption notice arrives; return whether all steps are done.
 
     Raises:
-        RankError: training cannot continue. If a peer was lost, the emergency save runs first.
+        RankError: training cannot continue. If a peer was lost, or in an outage, the emergency save runs first.
     """
     # Objects created so far stay until the end: only what a step creates is checked for garbage.
     gc.freeze()
@@ -88,7 +88,8 @@ def _train(loop: Loop, state: TrainState, checkpointer: Checkpointer) -> bool:
     loop.notice.hold()
     try:
         return loop.run()
-    except FabricError:
+    except (FabricError, NetworkError, StorageOutageError):
+        # A peer was lost, or an image of the next step cannot be read: the last finished step is complete.
         checkpointer.emergency_save(state)
         raise
     finally:
@@ -104,7 +105,8 @@ def _export(build: RunBuilder, method: Method, state: TrainState) -> None:
     """
     context, world = build.context, build.world
     context.reporter.state(RankState.EXPORTING)
-    writer = PatientWriter(world, context.reporter, build.spec.max_stale_seconds, context.notice.released)
+    notice = context.notice
+    writer = PatientWriter(world, context.reporter, build.spec.max_stale_seconds, notice.released, pause=notice.pause)
     with state.exported():
         writer.write(lambda: build.artifacts.push_outputs(write_outputs(method, build.spec.outputs, context.job_dir)))
     world.barrier()
