@@ -10,19 +10,32 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils._paths import filter_repo_objects
+from safetensors.torch import save_file
 
+from finetune_contract.identity import InputIdentity
 from finetune_contract.input_spec import ModelSpec
 from finetune_trainer import patience
+from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, NetworkError
+from finetune_trainer.methods import embedding_file
+from finetune_trainer.methods.embedding_file import find_embedding_files, read_embeddings
 from finetune_trainer.models import hub as models_hub
 from finetune_trainer.models.base import find_part, open_base
-from finetune_trainer.models.hub import ANY_WEIGHTS, ONE_PART, HubFiles
+from finetune_trainer.models.hub import ANY_WEIGHTS, EMBEDDINGS, ONE_PART, HubFiles
+from finetune_trainer.report import Reporter
+from finetune_trainer.train.input_record import InputRecord
+from finetune_trainer.train.inputs import _fetch_parts
+from finetune_trainer.train.pin_store import PinStore
 from testing import hub
 from testing.hub import HubServer
+from testing.trainer import tiny
+from testing.trainer.single_file import to_original
 
 CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU)
 WHOLE = {
     "safety_checker/config.json": "{}",
     "safety_checker/model.safetensors": "weights",
@@ -209,6 +222,60 @@ def test_parts_and_adapters_are_downloaded_without_other_files(server: HubServer
     assert files_of(find_part("me/part", None, "model.vae", ONE_PART)) == {"diffusion_pytorch_model.safetensors"}
     adapters = files_of(find_part("me/part", None, "training.lora.base", ANY_WEIGHTS))
     assert "sdxl_vae.safetensors" in adapters
+
+
+def test_an_embedding_that_is_published_as_a_pickle_is_read(server: HubServer, tmp_path: Path) -> None:
+    vectors, folder = torch.ones(2, tiny.WIDTH), tmp_path / "token"
+    for name in ("learned_embeds.bin", "logs/optimizer.bin"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"<token>": vectors}, folder / name)
+    server.publish("models", "me/token", folder)
+    found = find_part("me/token", None, embedding_file.FIELD, EMBEDDINGS)
+    assert files_of(found, ".bin") == {"learned_embeds.bin"}
+    (file,) = find_embedding_files(found)
+    assert torch.equal(read_embeddings(file)["<token>"], vectors)
+    # It is still no way to run code.
+    torch.save({"<token>": vectors, "more": Path()}, folder / "learned_embeds.bin")
+    server.publish("models", "me/token", folder)
+    (file,) = find_embedding_files(find_part("me/token", None, embedding_file.FIELD, EMBEDDINGS))
+    with pytest.raises(ConfigError, match="contains more than weights"):
+        read_embeddings(file)
+
+
+def test_the_configuration_of_a_single_file_is_pinned_to_a_commit(
+    server: HubServer, published: Path, base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(to_original(StableDiffusionPipeline.from_pretrained(base, safety_checker=None)), file)
+    spec = tiny.make_spec(base, Path("unused"))
+    spec = spec.model_copy(update={"model": ModelSpec(base=str(file), config="me/config")})
+    commit = server.publish("models", "me/config", published)
+
+    def attempt() -> ModelSpec:
+        record = InputRecord.open("tiny", ALONE, PinStore(tmp_path / "job", None), Reporter(0, None))
+        found = _fetch_parts(spec, spec, ALONE, record).model
+        assert record.identities == (InputIdentity(field="model.config", location="me/config", commit=commit),)
+        return found
+
+    first = attempt()
+    folder = Path(first.config or "")
+    assert files_of(folder) == set()
+    assert open_base(first, tmp_path / "converted").load_denoiser(torch.float32) is not None
+    other = shutil.copytree(published, tmp_path / "other")
+    (other / "scheduler" / "scheduler_config.json").write_text("{}", encoding="utf-8")
+    assert server.publish("models", "me/config", other) != commit
+    assert attempt() == first
+
+
+def test_an_edited_configuration_of_a_single_file_is_converted_again(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(to_original(StableDiffusionPipeline.from_pretrained(base, safety_checker=None)), file)
+    config = shutil.copytree(base, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    model = ModelSpec(base=str(file), config=str(config))
+    schedule = config / "scheduler" / "scheduler_config.json"
+    before = open_base(model, tmp_path / "converted").denoiser_files()
+    schedule.write_text(schedule.read_text("utf-8").replace('"epsilon"', '"v_prediction"'), encoding="utf-8")
+    assert open_base(model, tmp_path / "converted").denoiser_files() != before
 
 
 def test_a_silent_hub_does_not_stop_a_request_for_ever(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,16 @@ DEFAULT_OUTPUTS = (OutputSpec(format=OutputFormat.DIFFUSERS, to="."),)
 _WRITING = ".writing"
 _PROBE = ".probe-"
 _PERMANENT = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
 )
 """Errors that remain until somebody changes the path or its permissions; others, such as a full disk, may pass."""
 _BLOCK = 1 << 24
@@ -57,8 +66,9 @@ def check_targets(outputs: Sequence[OutputSpec], job_dir: Path) -> None:
             _probe(folder)
         except OSError as error:
             if error.errno in _PERMANENT:
+                reason = "a file has this name" if error.errno == errno.EEXIST else error.strerror
                 raise ConfigError(
-                    f"outputs[{number}].to: cannot write to {folder}: {error.strerror}; write a folder that the "
+                    f"outputs[{number}].to: cannot write to {folder}: {reason}; write a folder that the "
                     "trainer can write to, or a relative path for a folder in the job's own folder"
                 ) from error
 

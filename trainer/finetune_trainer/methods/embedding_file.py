@@ -16,8 +16,6 @@ from finetune_trainer.errors import ConfigError
 
 FIELD = "training.textualInversion.base"
 SUFFIXES = (".safetensors", ".bin", ".pt")
-PATTERNS = ["learned_embeds*", "*.safetensors"]
-"""Files of a hub repository that can be embeddings. Pickles among them are read as weights only."""
 _OF_WEB_UI = "string_to_param"
 _DIFFUSERS_NAME = "learned_embeds"
 

@@ -39,9 +39,10 @@ def open_base(spec: ModelSpec, cache_dir: Path | None = None, *, whole: bool = F
         NetworkError: the hub cannot be reached.
         StorageError: the cache cannot be written.
     """
-    if cache_dir is not None and Path(spec.base).is_file() and spec.base.endswith(SUFFIXES):
+    if cache_dir is not None and is_single_file(spec.base):
+        config = None if spec.config is None else hub_commit(Path(spec.config))
         formats = {name: family.single_file for name, family in FAMILIES.items() if family.single_file is not None}
-        folder = convert(spec, cache_dir, formats)
+        folder = convert(spec, cache_dir, formats, config)
     else:
         files = HubFiles.of_base(spec.variant, own_vae=spec.vae is None, whole=whole)
         folder = find_folder(spec.base, spec.revision, "model.base", files)
@@ -60,6 +61,11 @@ def open_base(spec: ModelSpec, cache_dir: Path | None = None, *, whole: bool = F
         else find_part(spec.vae, None, "model.vae", HubFiles(spec.variant, is_part=True))
     )
     return FAMILIES[pipeline](folder, vae_folder, spec.variant)
+
+
+def is_single_file(base: str) -> bool:
+    """Return whether a base is one file on this machine."""
+    return base.endswith(SUFFIXES) and Path(base).is_file()
 
 
 def find_folder(name: str, revision: str | None, field: str, files: HubFiles) -> Path:

@@ -29,12 +29,16 @@ class HubFiles:
         is_part: whether the repository is one part (a VAE, a ControlNet), without folders.
         without: folders whose weights are not needed.
         any_name: whether the weights have no fixed names: adapters, embeddings.
+        pickles: suffixes of pickles, outside of folders, that are read as weights only.
+        without_weights: whether only the configurations are needed.
     """
 
     variant: str | None = None
     is_part: bool = False
     without: Sequence[str] = ()
     any_name: bool = False
+    pickles: Sequence[str] = ()
+    without_weights: bool = False
 
     @classmethod
     def of_base(cls, variant: str | None, *, own_vae: bool, whole: bool) -> HubFiles:
@@ -52,8 +56,10 @@ class HubFiles:
     def allowed(self) -> list[str]:
         """Patterns of the names of the files."""
         variant = f".{self.variant}" if self.variant else ""
+        if self.without_weights:
+            return [*_CONFIGURATIONS]
         if self.any_name:
-            return [*_CONFIGURATIONS, "*.safetensors"]
+            return [*_CONFIGURATIONS, "*.safetensors", *(f"*{suffix}" for suffix in self.pickles)]
         # diffusers and transformers write the variant of a file of many before or after its number.
         endings = {variant, f"{variant}-*-of-?????", f"-*-of-?????{variant}"}
         weights = [f"{name}{ending}.safetensors" for name in _WEIGHTS for ending in sorted(endings)]
@@ -64,13 +70,17 @@ class HubFiles:
     @property
     def ignored(self) -> list[str]:
         """Patterns of the names of files that are not needed although they are allowed."""
-        return [f"{folder}/*.safetensors" for folder in self.without]
+        return [*(f"{folder}/*.safetensors" for folder in self.without), *(f"*/*{suffix}" for suffix in self.pickles)]
 
 
 ONE_PART = HubFiles(is_part=True)
 """A VAE or a ControlNet."""
 ANY_WEIGHTS = HubFiles(is_part=True, any_name=True)
-"""An adapter, or embeddings of tokens."""
+"""An adapter."""
+EMBEDDINGS = HubFiles(is_part=True, any_name=True, pickles=(".bin", ".pt"))
+"""Embeddings of tokens. Many are published as pickles of tensors; their reader refuses everything else."""
+CONFIGURATIONS = HubFiles(without_weights=True)
+"""The configuration of a base that is one file."""
 
 
 def fetch(name: str, revision: str | None, field: str, files: HubFiles) -> Path:
@@ -142,6 +152,8 @@ def _find_cached(name: str, revision: str | None, files: HubFiles) -> Path | Non
     if not isinstance(found, str):
         return None
     folder = Path(found).parent
+    if files.without_weights:
+        return folder
     parts = [folder] if files.is_part else [path.parent for path in folder.glob("*/config.json")]
     needed = [part for part in parts if part.name not in files.without]
     return folder if needed and all(has_weights(part, files.variant) for part in needed) else None

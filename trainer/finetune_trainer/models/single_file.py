@@ -20,7 +20,7 @@ from finetune_trainer import patience
 from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.files import use_default_mode
 from finetune_trainer.models.family import SingleFile
-from finetune_trainer.models.fingerprint import fingerprint
+from finetune_trainer.models.fingerprint import fingerprint, fingerprint_files
 
 SUFFIXES = (".safetensors", ".ckpt")
 _INDEX = "model_index.json"
@@ -30,13 +30,16 @@ _OTHER_PROCESS = {"edm_mean": "EDM", "edm_vpred.sigma_max": "EDM with v-predicti
 """Names of tensors in single files of bases with another noise process, e.g. Playground v2.5 and CosXL."""
 
 
-def convert(spec: ModelSpec, cache_dir: Path, formats: Mapping[str, SingleFile]) -> Path:
+def convert(
+    spec: ModelSpec, cache_dir: Path, formats: Mapping[str, SingleFile], config_commit: str | None = None
+) -> Path:
     """Return the folder that a single-file base is converted to; a folder of an earlier job is reused.
 
     Args:
         spec: the manifest's model, whose base is a file.
         cache_dir: folder that all jobs share.
         formats: single-file formats of the families, by the pipeline class of diffusers.
+        config_commit: commit of the configuration if it is from the hub.
 
     Raises:
         ConfigError: the file or its configuration cannot be read.
@@ -46,7 +49,8 @@ def convert(spec: ModelSpec, cache_dir: Path, formats: Mapping[str, SingleFile])
     stat = file.stat()
     names = _tensor_names(file)
     _check_process(file, names)
-    identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {spec.config}{_marked_schedule(names) or ''}"
+    config = config_commit or _local_config(spec.config)
+    identity = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {config}{_marked_schedule(names) or ''}"
     # An edit can keep size and time. Folders of older releases have a name without the fingerprint.
     candidates = [_folder_of(cache_dir, each) for each in (f"{identity} {fingerprint(file)}", identity)]
     folder = next((each for each in candidates if (each / _INDEX).is_file()), candidates[0])
@@ -56,6 +60,19 @@ def convert(spec: ModelSpec, cache_dir: Path, formats: Mapping[str, SingleFile])
     pipeline = patience.wait_out("model.base: reading the file", lambda: _read(file, spec.config, names, formats))
     patience.wait_out("cache: writing the converted base", lambda: _write(pipeline, folder))
     return folder
+
+
+def configuration_files(folder: Path) -> list[Path]:
+    """Return the files of a configuration that the reader of single files uses."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".txt", ".model"))
+
+
+def _local_config(config: str | None) -> str | None:
+    """Return what identifies a configuration in a folder: its path and contents."""
+    if config is None or not Path(config).is_dir():
+        return config
+    found = fingerprint_files(configuration_files(Path(config)))
+    return f"{config} {sorted(found.items())}"
 
 
 def _folder_of(cache_dir: Path, identity: str) -> Path:

@@ -27,10 +27,11 @@ from finetune_trainer.methods.adapter_file import check_adapter_file, find_adapt
 from finetune_trainer.methods.embedding_file import check_embedding_files, find_embedding_files
 from finetune_trainer.methods.lora import WEIGHTS_NAME
 from finetune_trainer.methods.registry import method_traits
-from finetune_trainer.models.base import find_part, hub_commit, open_base
+from finetune_trainer.models.base import find_part, hub_commit, is_single_file, open_base
 from finetune_trainer.models.family import Family
 from finetune_trainer.models.fingerprint import fingerprint_files
-from finetune_trainer.models.hub import ANY_WEIGHTS, ONE_PART, HubFiles
+from finetune_trainer.models.hub import ANY_WEIGHTS, CONFIGURATIONS, EMBEDDINGS, ONE_PART, HubFiles
+from finetune_trainer.models.single_file import configuration_files
 from finetune_trainer.models.text import TextSettings
 from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.earlier_work import EarlierWork
@@ -39,6 +40,7 @@ from finetune_trainer.train.input_record import InputRecord
 from finetune_trainer.train.pin_store import PinStore
 
 _CONTROLNET = "training.controlnet.base"
+_CONFIG = "model.config"
 _DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
@@ -119,6 +121,8 @@ def _fetch_files(context: RankContext, world: World) -> RunSpec:
         model = {"base": fetched(spec.model.base, "model.base")}
         if spec.model.vae is not None:
             model["vae"] = fetched(spec.model.vae, "model.vae")
+        if spec.model.config is not None and is_single_file(model["base"]):
+            model["config"] = fetched(spec.model.config, _CONFIG)
         training = spec.training
         if training.controlnet is not None and training.controlnet.base is not None:
             base = fetched(training.controlnet.base, _CONTROLNET)
@@ -135,12 +139,15 @@ def _fetch_files(context: RankContext, world: World) -> RunSpec:
 
 
 def _fetch_parts(spec: RunSpec, manifest: RunSpec, world: World, record: InputRecord) -> RunSpec:
-    """Return the run with local folders of the models next to the base: the VAE and the ControlNet to start from."""
+    """Return the run with local folders of what is next to the base: VAE, configuration, ControlNet to start from."""
     model, training = spec.model, spec.training
     if model.vae is not None:
         needed = HubFiles(model.variant, is_part=True)
         folder = _fetch_part("model.vae", model.vae, manifest.model.vae, world, record, needed)
         model = model.model_copy(update={"vae": str(folder)})
+    if model.config is not None and is_single_file(model.base):
+        folder = _fetch_part(_CONFIG, model.config, manifest.model.config, world, record, CONFIGURATIONS)
+        model = model.model_copy(update={"config": str(folder)})
     controlnet = training.controlnet
     if controlnet is not None and controlnet.base is not None:
         assert manifest.training.controlnet is not None
@@ -160,24 +167,27 @@ def _fetch_starts(spec: RunSpec, context: RankContext, world: World, record: Inp
     if lora is not None and lora.base is not None:
         path = None
         if not resumes:
-            path = find_adapter_file(_fetch_start(adapter_file.FIELD, lora.base, context, world, record), WEIGHTS_NAME)
+            start = _fetch_start(adapter_file.FIELD, lora.base, context, world, record, ANY_WEIGHTS)
+            path = find_adapter_file(start, WEIGHTS_NAME)
             check_adapter_file(path, lora)
         changes["lora"] = lora.model_copy(update={"base": None if path is None else str(path)})
     if inversion is not None and inversion.base is not None:
         folder = None
         if not resumes:
-            folder = _fetch_start(embedding_file.FIELD, inversion.base, context, world, record)
+            folder = _fetch_start(embedding_file.FIELD, inversion.base, context, world, record, EMBEDDINGS)
             check_embedding_files(find_embedding_files(folder), inversion)
         changes["textual_inversion"] = inversion.model_copy(update={"base": None if folder is None else str(folder)})
     return spec.model_copy(update={"training": training.model_copy(update=changes)})
 
 
-def _fetch_start(field: str, location: str, context: RankContext, world: World, record: InputRecord) -> Path:
+def _fetch_start(  # noqa: PLR0913, PLR0917  every argument differs between the calls
+    field: str, location: str, context: RankContext, world: World, record: InputRecord, needed: HubFiles
+) -> Path:
     """Return the local file or folder that a method starts from, and record which one it is."""
     with _first_rank_first(world):
         name = fetch(location, field, context.cache_dir, context.reporter.detail)
     if not Path(name).is_file():
-        return _fetch_part(field, name, location, world, record, ANY_WEIGHTS)
+        return _fetch_part(field, name, location, world, record, needed)
     _add_files(field, location, [Path(name)], world, record)
     return Path(name)
 
@@ -202,9 +212,13 @@ def _fetch_part(  # noqa: PLR0913, PLR0917  every argument differs between the c
     if commit is not None:
         record.add_commit(field, name, commit, ConfigError)
     else:
-        files = [path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".pt")]
+        files = configuration_files(folder) if needed.without_weights else _files_of_part(folder)
         _add_files(field, location or name, files, world, record)
     return folder
+
+
+def _files_of_part(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".pt")]
 
 
 def _open_base(spec: RunSpec, context: RankContext, world: World, record: InputRecord) -> tuple[RunSpec, Family]:
