@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import WrittenOutput
+from finetune_contract.input_spec import DatasetSpec
 from finetune_contract.requirements import find_missing_software
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import OutputSpec, TrainingSpec
@@ -24,7 +24,7 @@ from finetune_trainer.export.outputs import check_targets
 from finetune_trainer.export.retry import PatientWriter
 from finetune_trainer.models.base import open_base
 from finetune_trainer.report import Reporter
-from finetune_trainer.train.checks import check_device, check_inputs, check_spec
+from finetune_trainer.train.checks import check_device, check_inputs, check_spec, ignored_revisions
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 
@@ -164,7 +164,7 @@ def make_read_only(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("blocked", "code", "message"),
     [
-        ("job/outputs/lora", ExitCode.CONFIG, r"outputs[0].to: cannot write to"),
+        ("job/outputs/lora", ExitCode.CONFIG, "job/outputs/lora: a file has this name; write"),
         ("cache", ExitCode.STORAGE, "cache: cannot write"),
         ("job/checkpoints", ExitCode.STORAGE, "checkpoint storage:"),
     ],
@@ -177,7 +177,30 @@ def test_a_folder_that_cannot_be_written_ends_the_run_before_the_map_phase(
     ranks = Ranks(spec, tmp_path / "run", extra={environment.CACHE_DIR: str(tmp_path / "run" / "cache")})
     assert ranks.run() == [code]
     assert message in ranks.stderr()
-    assert "caching" not in ranks.stderr()
+    assert {"Caching", "Training"}.isdisjoint(report["state"] for report in ranks.reports())
+
+
+def test_a_revision_of_an_input_that_is_not_on_the_hub_is_reported(tmp_path: Path) -> None:
+    spec = tiny.make_spec(tmp_path, tmp_path)
+    additional = [
+        {"source": "s3://pictures/discs", "revision": "v2"},
+        {"source": "me/rings", "revision": "v2"},
+        {"source": str(tmp_path / "rings.csv"), "revision": "v3"},
+        {"source": str(tmp_path)},
+    ]
+    dataset = DatasetSpec.model_validate({"source": "me/circles", "revision": "v1", "additional": additional})
+    model = spec.model.model_copy(update={"revision": "fp16"})
+    found = ignored_revisions(spec.model_copy(update={"model": model, "dataset": dataset}))
+    assert [text.partition(": ")[0] for text in found] == [
+        "model.revision",
+        "dataset.additional[0].revision",
+        "dataset.additional[2].revision",
+    ]
+    assert found[0] == (
+        f"model.revision: {tmp_path} is not on the hub, so revision fp16 has no effect; leave revision out, or write "
+        "the hub id"
+    )
+    assert ignored_revisions(spec) == []
 
 
 class Disk:
@@ -222,17 +245,14 @@ def test_a_disk_that_stays_full_fails_the_attempt_at_the_limit() -> None:
 
 
 def test_a_full_disk_delays_the_end_of_a_real_run(base: Path, data: Path, tmp_path: Path) -> None:
-    """A folder that is a file at first stands in for the full disk: a test cannot fill a real one."""
+    """A file in the place of the temporary folder stands in for the full disk: a test cannot fill a real one."""
     spec: RunSpec = tiny.make_spec(base, data, steps=2)
     target = tmp_path / "out"
+    obstacle = target / ".writing"
+    make_read_only(obstacle)
     spec = spec.model_copy(update={"outputs": (OutputSpec(format="diffusers", to=str(target)),)})
     ranks = Ranks(spec, tmp_path / "run").start()
-    ranks.wait_until(lambda report: report["state"] in ("Caching", "Training"))
-    ranks.send(signal.SIGSTOP, 0)
-    target.rmdir()
-    target.touch()
-    ranks.send(signal.SIGCONT, 0)
     ranks.wait_until(lambda report: any("tried again" in text for text in report.get("warnings", ())))
-    target.unlink()
+    obstacle.unlink()
     assert ranks.wait() == [0]
     assert list(target.glob("*.safetensors"))

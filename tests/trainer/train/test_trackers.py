@@ -22,8 +22,9 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import TrackerName
 from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS
+from finetune_trainer.errors import ConfigError
 from finetune_trainer.train.metrics_logger import EVERY_STEPS, MetricsLogger
-from finetune_trainer.train.trackers import TrackedRun, open_trackers
+from finetune_trainer.train.trackers import TrackedRun, check_trackers, open_trackers
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 
@@ -153,6 +154,68 @@ def test_rank_logs_to_its_trackers_without_network_access(base: Path, data: Path
     assert len(list((job_dir / "wandb").glob("offline-run-*"))) == 1
     assert (job_dir / "mlflow.db").is_file()
     assert [process.info for process in psutil.process_iter(["environ"]) if _belongs_to(process, job_dir)] == []
+
+
+KEY = "0123456789abcdef" * 3
+
+
+@pytest.mark.parametrize(
+    ("env", "problem"),
+    [
+        ({}, None),
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": "short"}, None),
+        ({"WANDB_API_KEY": KEY}, None),
+        ({"WANDB_API_KEY": f"local-{KEY}", "WANDB_BASE_URL": "http://wandb:8080"}, None),
+        ({"WANDB_MODE": "online", "WANDB_IDENTITY_TOKEN_FILE": "/token"}, None),
+        ({"WANDB_MODE": "online"}, "wandb .* WANDB_API_KEY is missing; write the key, or WANDB_MODE=offline, in the"),
+        ({"WANDB_MODE": "on"}, "wandb .* WANDB_MODE is on; write online or offline"),
+        ({"WANDB_API_KEY": "short"}, "wandb .* WANDB_API_KEY is not an API key"),
+        ({"WANDB_API_KEY": f"{KEY}\n"}, "wandb .* WANDB_API_KEY is not an API key"),
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "wandb.example.com"}, "wandb .* WANDB_BASE_URL is not an address"),
+        *(
+            ({"MLFLOW_TRACKING_URI": uri}, None)
+            for uri in (
+                *("", "http://mlflow:5000", "https://me:secret@mlflow.example.com/path", "databricks"),
+                *("databricks://profile", "sqlite:////data/mlflow.db", "postgresql+psycopg2://db/x", "/data/runs"),
+                *("file:///data/runs", "runs"),
+            )
+        ),
+        *(
+            ({"MLFLOW_TRACKING_URI": uri}, f"mlflow .* MLFLOW_TRACKING_URI {problem}")
+            for uri, problem in (
+                ("mlflow:5000", "does not begin with http:// or https://; write"),
+                ("mlflow.example.com:5000/path", "does not begin with http:// or https://; write"),
+                ("http://", "is not an address"),
+                ("http://mlflow:port", "is not an address"),
+                ("https:/mlflow", "is not an address"),
+                ("http://mlflow:5000\n", "begins or ends with a space or a line break"),
+                ("htps://mlflow:5000", "begins with htps:, which no installed package supports"),
+            )
+        ),
+    ],
+)
+def test_environment_of_trackers_is_checked(
+    env: dict[str, str], problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if problem is None:
+        check_trackers(list(TrackerName), env)
+        return
+    with pytest.raises(ConfigError, match=rf"^training\.trackers: {problem}") as refused:
+        check_trackers(list(TrackerName), env)
+    assert "in the Secret that spec.secrets names" in str(refused.value)
+    assert "secret@" not in str(refused.value)
+
+
+def test_tracker_without_credentials_is_refused_before_anything_is_loaded(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    spec = tiny.make_spec(base, data, trackers=["wandb"])
+    extra = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)}
+    ranks = Ranks(spec, tmp_path / "job", extra=extra)
+    assert ranks.run() == [ExitCode.CONFIG], ranks.stderr()
+    assert "training.trackers: wandb cannot be used: WANDB_MODE is online, and WANDB_API_KEY" in ranks.stderr()
+    assert {report["state"] for report in ranks.reports()} == {"Starting", "Failed"}
 
 
 def _requests(proxy: socket.socket) -> list[bytes]:

@@ -24,6 +24,7 @@ from finetune_trainer.train.context import RankContext, share_target
 from finetune_trainer.train.determinism import make_deterministic
 from finetune_trainer.train.inputs import load_inputs
 from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.trackers import check_trackers
 
 
 def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitCode:
@@ -36,6 +37,7 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
         RankError: the rank cannot continue.
     """
     check_spec(context.spec)
+    check_trackers(context.spec.training.trackers, env)
     world = join_world(env)
     context = share_target(context, world)
     check_place(context, world)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -24,6 +27,14 @@ from finetune_trainer.files import write_atomically
 
 _PROJECT = "finetune-operator"
 _MLFLOW_RUN_FILE = "mlflow-run.json"
+_WANDB_ONLINE, _WANDB_LOCAL = frozenset({"online", "run", "shared"}), frozenset({"offline", "dryrun", "disabled"})
+_WANDB_KEY = re.compile(r"(?:[^-]*-)?[\w-]{40,}|[\w-]+\.[\w-]+\.[\w-]+")
+"""A key, which may follow the prefix of a server of one's own, or a JSON web token."""
+_MLFLOW_SCHEMES = frozenset(
+    {"", "file", "databricks", "databricks-uc", "uc", "sqlite", "mysql", "postgresql", "mssql", "http", "https"}
+)
+_HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(?:/.*)?")
+_REMEDY = "in the Secret that spec.secrets names, or in the environment of the pods"
 
 
 class Tracker(Protocol):
@@ -84,7 +95,7 @@ class WeightsAndBiases:
 
     def __init__(self, run: TrackedRun) -> None:
         self._wandb = importlib.import_module("wandb")
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode = _wandb_mode(os.environ)
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             id=run.spec.uid,
@@ -166,3 +177,75 @@ def open_trackers(names: Sequence[TrackerName], run: TrackedRun) -> list[Tracker
             summary = " ".join(str(error).split())[:300]
             raise ConfigError(f"training.trackers: {name.value} cannot be used: {summary}") from error
     return opened
+
+
+def check_trackers(names: Sequence[TrackerName], env: Mapping[str, str]) -> None:
+    """Refuse trackers whose environment variables can never work. Imports no tracker, and sends no request.
+
+    Raises:
+        ConfigError: the message names the field and the variable.
+    """
+    for name in names:
+        problem = _ENVIRONMENT_CHECKS[name](env) if name in _ENVIRONMENT_CHECKS else None
+        if problem is not None:
+            raise ConfigError(f"training.trackers: {name.value} cannot be used: {problem}")
+
+
+def _wandb_mode(env: Mapping[str, str]) -> str:
+    return env.get("WANDB_MODE") or ("online" if env.get("WANDB_API_KEY") else "offline")
+
+
+def _wandb_problem(env: Mapping[str, str]) -> str | None:
+    mode, key = _wandb_mode(env), env.get("WANDB_API_KEY")
+    if mode not in _WANDB_ONLINE | _WANDB_LOCAL:
+        return f"WANDB_MODE is {mode}; write online or offline, {_REMEDY}"
+    if mode in _WANDB_LOCAL:
+        return None
+    if not key and not _has_other_login(env):
+        return f"WANDB_MODE is {mode}, and WANDB_API_KEY is missing; write the key, or WANDB_MODE=offline, {_REMEDY}"
+    if key and not _WANDB_KEY.fullmatch(key):
+        return (
+            "WANDB_API_KEY is not an API key: a key has at least 40 letters and digits, and no space or line break; "
+            f"write the key {_REMEDY}"
+        )
+    if (url := env.get("WANDB_BASE_URL")) and not _is_web_address(url):
+        return f"WANDB_BASE_URL is not an address; write one such as https://wandb.example.com, {_REMEDY}"
+    return None
+
+
+def _has_other_login(env: Mapping[str, str]) -> bool:
+    """Return whether wandb may find credentials elsewhere."""
+    return bool(env.get("WANDB_IDENTITY_TOKEN_FILE")) or Path(env.get("NETRC") or "~/.netrc").expanduser().is_file()
+
+
+def _mlflow_problem(env: Mapping[str, str]) -> str | None:
+    # The URI may contain a password, so that no message quotes it.
+    uri = env.get("MLFLOW_TRACKING_URI", "")
+    example = f"write one such as https://mlflow.example.com, {_REMEDY}"
+    if uri != uri.strip():
+        return f"MLFLOW_TRACKING_URI begins or ends with a space or a line break; remove it {_REMEDY}"
+    if _HOST_AND_PORT.fullmatch(uri):
+        return f"MLFLOW_TRACKING_URI does not begin with http:// or https://; {example}"
+    if uri.startswith(("http:", "https:")):
+        return None if _is_web_address(uri) else f"MLFLOW_TRACKING_URI is not an address; {example}"
+    scheme = uri.partition(":")[0].partition("+")[0].lower() if ":" in uri.partition("/")[0] else ""
+    plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
+    if scheme not in _MLFLOW_SCHEMES | plugins:
+        return f"MLFLOW_TRACKING_URI begins with {scheme}:, which no installed package supports; {example}"
+    return None
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # The property raises an error for a port that is not a number.
+        _ = parts.port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"\s", url)
+
+
+_ENVIRONMENT_CHECKS: dict[TrackerName, Callable[[Mapping[str, str]], str | None]] = {
+    TrackerName.WANDB: _wandb_problem,
+    TrackerName.MLFLOW: _mlflow_problem,
+}
