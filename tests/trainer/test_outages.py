@@ -68,6 +68,7 @@ NETWORK = [
     requests.exceptions.ConnectTimeout("timed out"),
     aiohttp.ServerDisconnectedError(),
     aiohttp.ClientPayloadError("cut off"),
+    caused(aiohttp.ClientPayloadError("cut off"), aiohttp.http_exceptions.ContentLengthError("cut off")),
     http.client.IncompleteRead(b""),
     RuntimeError("Cannot send a request, as the client has been closed."),
     urllib.error.HTTPError(URL, 503, "unavailable", Message(), None),

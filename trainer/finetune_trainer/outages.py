@@ -132,6 +132,8 @@ def _has_status(test: Callable[[int], bool]) -> Callable[[BaseException], bool]:
 
 TABLE: tuple[ErrorRow, ...] = (
     ErrorRow(_has_class(_PERMANENT_CLASSES), None),
+    # The status of aiohttp's parser is not one of a server: 400 for an answer that is cut off.
+    ErrorRow(_has_class(frozenset({"aiohttp.HttpProcessingError"})), Outage.NETWORK),
     # The answer of a server says more than the class of the error.
     ErrorRow(lambda error: _answer_code(error) in _BUSY_CODES, Outage.NETWORK),
     ErrorRow(_has_status(_BUSY_STATUS.__contains__), Outage.NETWORK),

@@ -19,6 +19,9 @@ from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.checkpoint.store.base import CheckpointStore
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
+from finetune_trainer.patience import wait_out
+
+_READING, _READING_EARLIER = "checkpoint storage: reading", "checkpoint.from: reading"
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def choose_checkpoint(
         StorageError: a disk cannot be read.
         FabricError: a peer was lost.
     """
-    found = store.choose(warn) if role.chooses else None
+    found = wait_out(_READING, lambda: store.choose(warn)) if role.chooses else None
     steps = world.gather_numbers(-1 if found is None else found.manifest.step)
     source = steps.index(max(steps))
     if steps[source] < 0:
@@ -129,11 +132,11 @@ def choose_shards(store: CheckpointStore, role: Role, world: World, warn: Callab
             f"spec.checkpoint.storage: ranks {separate} cannot access rank 0's checkpoints, and with sharding each "
             "rank writes a part of every checkpoint; use a volume that all pods share, or a bucket"
         )
-    found = store.choose(warn) if world.is_first else None
+    found = wait_out(_READING, lambda: store.choose(warn)) if world.is_first else None
     name = world.share(found.folder.name if found else "")
     if not name:
         return None
-    return found or store.find(name)
+    return found or wait_out(_READING, lambda: store.find(name))
 
 
 def start_from(earlier: EarlierCheckpoint, state: TrainState, store: CheckpointStore, world: World) -> None:
@@ -150,7 +153,7 @@ def start_from(earlier: EarlierCheckpoint, state: TrainState, store: CheckpointS
         StorageError: it cannot be read.
         FabricError: a peer was lost.
     """
-    found = earlier.find() if world.is_first else None
+    found = wait_out(_READING_EARLIER, earlier.find) if world.is_first else None
     if not isinstance(state, ShardedState):
         snapshot = _share(None if found is None else store.load(found), world, 0)
         state.start_from(snapshot, earlier.fits(snapshot.values))
@@ -159,7 +162,7 @@ def start_from(earlier: EarlierCheckpoint, state: TrainState, store: CheckpointS
     if found is None:
         assert folder is not None
         is_visible = (folder / paths.MANIFEST).is_file()
-        found = Committed(folder, read_manifest(folder)) if is_visible else earlier.find()
+        found = Committed(folder, read_manifest(folder)) if is_visible else wait_out(_READING_EARLIER, earlier.find)
     values = store.load_values(found)
     earlier.fits(values)
     state.start_from_shards(ShardReader([found.folder / entry.name for entry in found.manifest.files]), values)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from finetune_contract.input_spec import Columns, DatasetSpec
+from finetune_contract.input_spec import DatasetSpec
 from finetune_contract.methods import crops_at_centre
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.data.batches import Augmentation, BatchMaker, Conditioning, Latents, Prior
@@ -22,14 +23,14 @@ from finetune_trainer.data.cache.stream_map import StreamMap
 from finetune_trainer.data.captions import Captions, OnePrompt, ShuffledTags
 from finetune_trainer.data.hashes import FileHashes
 from finetune_trainer.data.images.class_images import ClassImages
+from finetune_trainer.data.listing import CLASS_IMAGES, MAX_HELD_OUT, SampleLister
 from finetune_trainer.data.mixture import JoinedSamples, MixturePart
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.noising import Noising
 from finetune_trainer.data.sampling.shapes import Shapes
 from finetune_trainer.data.sources.base import SampleSet, SampleSource
-from finetune_trainer.data.sources.layout import JobContext
-from finetune_trainer.data.sources.open import FILE_SUFFIXES, no_samples, open_source, open_stream
-from finetune_trainer.data.sources.shared import open_shared
+from finetune_trainer.data.sources.open import no_samples
+from finetune_trainer.data.sources.stream import Stream
 from finetune_trainer.data.sources.subset import KeptSampleSet, KeptSource
 from finetune_trainer.data.splits import DataSplit, mix_splits
 from finetune_trainer.data.training_sets import list_training_sets, naming_field
@@ -40,8 +41,6 @@ from finetune_trainer.models.text import count_cut
 
 _PLAIN = Augmentation(random_crop=False, random_flip=False)
 """Augmentation of class images and of held-out samples."""
-MAX_HELD_OUT = 64
-"""Number of samples of the held-out split that validation uses: the first ones."""
 LIVE_WARNING = (
     "training.centerCrop: images are not square and are cropped at random, so they are encoded again in every step; "
     "write centerCrop: true to encode them once"
@@ -119,9 +118,12 @@ class Preparation:
         """
         training = self.spec.training
         hashes = FileHashes(self.cache_dir / "hashes.json")
+        # Everything is listed before the images of the training split are read, which may take hours.
+        listed = self._lister.open_held_out()
+        class_images = self._lister.open_class_images(self._num_class_images)
         train = self._open_train(hashes)
         self.check_length(len(train.samples))
-        held_out = self._open_held_out(hashes)
+        held_out = self._scan_held_out(listed, hashes)
         self._warn_of_cut_captions(train)
         text = TextCache(self.cache_dir, self.family, hashes, self.dtype)
         if self.requirements.caches_text:
@@ -142,7 +144,7 @@ class Preparation:
                 batches,
                 caption_dropout=training.caption_dropout or 0.0,
                 noising=Noising.of(training),
-                prior=self._prior(text, hashes),
+                prior=self._prior(class_images, text, hashes),
                 conditioning=self._conditioning(training.controlnet.conditioning_dropout if training.controlnet else 0),
             ),
             self._held_out_batches(held_out, text),
@@ -198,13 +200,16 @@ class Preparation:
             ],
         )
 
+    @cached_property
+    def _lister(self) -> SampleLister:
+        requirements = self.requirements
+        notes, captions = self.cache_dir / "tables", requirements.needs_captions
+        return SampleLister(self.spec, self.world, captions, requirements.conditioning, notes, self.warn)
+
     @property
-    def _job(self) -> JobContext:
-        """The job, for the layouts of data sets. Rank 0 warns for all ranks."""
-        validation = self.spec.training.validation
-        held_out = () if validation is None or validation.split is None else (validation.split,)
-        splits = tuple(each.dataset.split for each in list_training_sets(self.spec.dataset))
-        return JobContext((*splits, *held_out), self.warn if self.world.is_first else lambda _: None)
+    def _num_class_images(self) -> int:
+        dreambooth = self.spec.training.dreambooth
+        return 0 if dreambooth is None else dreambooth.num_class_images
 
     def _open_set(
         self,
@@ -214,7 +219,7 @@ class Preparation:
         record: Callable[[SampleIdentity, SampleSet], None],
     ) -> DataSplit:
         """Open one data set whose images can be read at any time; `num_broken` images of others are broken."""
-        source = self._open(dataset, dataset.split, dataset.max_samples, self.requirements.needs_captions)
+        source = self._lister.open(dataset, dataset.max_samples)
         scan = self._scan(source, hashes)
         broken = set(scan.broken)
         condition_ids: Sequence[str] = ("",) * len(source)
@@ -230,11 +235,6 @@ class Preparation:
             self._check_broken(source, sorted(broken), num_broken)
             source, scan = KeptSource(source, sorted(broken)), scan.without(sorted(broken))
         return dataclasses.replace(self._make_split(source, scan, hashes), num_broken=len(broken))
-
-    def _open(self, dataset: DatasetSpec, split: str, max_samples: int | None, needs_captions: bool) -> SampleSource:
-        """Open a split whose images can be read at any time."""
-        opener = partial(open_source, dataset, split, max_samples, needs_captions, self._job)
-        return open_shared(dataset.source, self.world, opener)
 
     @staticmethod
     def _identify(
@@ -255,15 +255,17 @@ class Preparation:
     ) -> DataSplit:
         """Read one data set where it is stored; `num_broken` images of others are broken."""
         views = Augmentation(random_crop=False, random_flip=self.spec.training.random_flip)
-        samples, scan, broken, store = self._stream(dataset, dataset.max_samples, views, hashes, record)
+        stream = self._lister.stream(dataset, dataset.max_samples)
+        samples, scan, broken, store = self._read_stream(stream, dataset, dataset.max_samples, views, hashes, record)
         kept: SampleSet = samples
         if broken:
             self._check_broken(samples, broken, num_broken)
             kept, scan = KeptSampleSet(samples, broken), scan.without(broken)
         return DataSplit(kept, scan, lambda _: LatentCache(store, scan.ids), num_broken=len(broken))
 
-    def _stream(
+    def _read_stream(  # noqa: PLR0913, PLR0917  every argument differs between the calls
         self,
+        stream: Stream,
         dataset: DatasetSpec,
         max_samples: int | None,
         augmentation: Augmentation,
@@ -278,12 +280,6 @@ class Preparation:
         Raises:
             DataError: it cannot be used, or has no samples.
         """
-        if not self.requirements.conditioning:
-            columns = dataset.columns.model_copy(update={"conditioning": None})
-            dataset = dataset.model_copy(update={"columns": columns})
-        notes, needs_captions = self.cache_dir / "tables", self.requirements.needs_captions
-        opener = partial(open_stream, dataset, dataset.split, max_samples, needs_captions, notes, self._job)
-        stream = open_shared(dataset.source, self.world, opener)
         store = LatentStore(self.cache_dir, self.family, hashes, self._shapes)
         views = augmentation.fixed_views()
         mapped = StreamMap(stream, store, self.cache_dir, self.world, views, max_samples, self.report)
@@ -341,13 +337,13 @@ class Preparation:
             captions=self.requirements.captions,
         )
 
-    def _prior(self, text: TextCache, hashes: FileHashes) -> Prior | None:
-        """Return the class images if the manifest specifies prior preservation."""
+    def _prior(self, own: SampleSource | None, text: TextCache, hashes: FileHashes) -> Prior | None:
+        """Return the class images, the user's own ones first, if the manifest specifies prior preservation."""
         training = self.spec.training
         spec = training.dreambooth
         if spec is None or spec.class_prompt is None:
             return None
-        parts = [] if spec.class_images is None else [self._open_class_images(spec.class_images, hashes)]
+        parts = [] if own is None else [self._scan_class_images(own, hashes)]
         num_missing = spec.num_class_images - sum(len(part.samples) for part in parts)
         if num_missing > 0:
             images = ClassImages(
@@ -366,45 +362,37 @@ class Preparation:
         batches = dataclasses.replace(batches, captions=OnePrompt(spec.class_prompt), noising=Noising.of(training))
         return Prior(batches, spec.prior_loss_weight)
 
-    def _open_class_images(self, location: str, hashes: FileHashes) -> DataSplit:
-        """Open the user's own class images, at most as many as the manifest specifies, without broken ones."""
-        field, spec = "training.dreambooth.classImages", self.spec.training.dreambooth
-        assert spec is not None
-        columns = Columns(image=self.spec.dataset.columns.image)
-        dataset, limit = DatasetSpec(source=location, columns=columns), spec.num_class_images
-        with naming_field(field, whole=True):
+    def _scan_class_images(self, source: SampleSource, hashes: FileHashes) -> DataSplit:
+        """Scan the user's own class images, and open more of them in the place of broken ones."""
+        limit = self._num_class_images
+        with naming_field(CLASS_IMAGES, whole=True):
             while True:
-                source: SampleSource = open_source(dataset, dataset.split, limit, False, self._job)
                 scan = self._scan(source, hashes)
-                num_lacking = spec.num_class_images - (len(source) - len(scan.broken))
+                num_lacking = self._num_class_images - (len(source) - len(scan.broken))
                 if num_lacking <= 0 or len(source) < limit:
                     break
                 limit += num_lacking
+                source = self._lister.open_class_images(limit) or source
         self.record_class_images(self._identify(source, scan.ids, ("",) * len(source), reads_captions=False), source)
         if scan.broken:
             if self.world.is_first:
-                self.warn(describe_broken(source, scan.broken).replace("dataset.source", field, 1))
+                self.warn(describe_broken(source, scan.broken).replace("dataset.source", CLASS_IMAGES, 1))
             source, scan = KeptSource(source, scan.broken), scan.without(scan.broken)
         return self._make_split(source, scan, hashes)
 
     def _conditioning(self, dropout: float) -> Conditioning | None:
         return Conditioning(self._shapes, dropout) if self.requirements.conditioning else None
 
-    def _open_held_out(self, hashes: FileHashes) -> DataSplit | None:
+    def _scan_held_out(self, listed: SampleSource | Stream | None, hashes: FileHashes) -> DataSplit | None:
         validation = self.spec.training.validation
-        if validation is None or validation.split is None:
+        if listed is None or validation is None or validation.split is None:
             return None
-        dataset = self.spec.dataset
-        if dataset.source.endswith(FILE_SUFFIXES):
-            raise DataError(
-                f"training.validation.split: {dataset.source} is a single file, which has no splits; name a folder "
-                "with a subfolder for each split as dataset.source, or omit training.validation.split"
-            )
-        if not dataset.streaming:
-            source = self._open(dataset, validation.split, MAX_HELD_OUT, self.requirements.needs_captions)
+        if not self.spec.dataset.streaming:
+            source = cast("SampleSource", listed)
             return self._make_split(source, self._scan(source, hashes), hashes)
-        held_out = dataset.model_copy(update={"split": validation.split})
-        samples, scan, broken, store = self._stream(held_out, MAX_HELD_OUT, _PLAIN, hashes)
+        stream = cast("Stream", listed)
+        held_out = self.spec.dataset.model_copy(update={"split": validation.split})
+        samples, scan, broken, store = self._read_stream(stream, held_out, MAX_HELD_OUT, _PLAIN, hashes)
         if broken:
             raise DataError(
                 f"{describe_broken(samples, broken)}; replace or remove them: the held-out split must have none"

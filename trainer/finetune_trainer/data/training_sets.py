@@ -71,18 +71,25 @@ def fetch_images(training: TrainingSpec, fetched: Callable[[str, str], str]) -> 
 
 
 @contextlib.contextmanager
-def naming_field(field: str, whole: bool = False) -> Iterator[None]:
+def naming_field(field: str, whole: bool = False, split_only: bool = False) -> Iterator[None]:
     """Let the messages of errors within this block name another field than `dataset`.
 
     Args:
         field: the field that has the source and the split.
         whole: whether the field is the source itself.
+        split_only: whether the field is the split of `dataset.source`.
     """
+
+    def rename(found: re.Match[str]) -> str:
+        if split_only:
+            return field if found[1] == "split" else found[0]
+        return field if whole else f"{field}.{found[1]}"
+
     try:
         yield
     except RankError as error:
         text = str(error)
-        renamed = _FIELD.sub(lambda found: field if whole else f"{field}.{found[1]}", text)
+        renamed = _FIELD.sub(rename, text)
         if renamed == text:
             raise
         raise type(error)(renamed) from error

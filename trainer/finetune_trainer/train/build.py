@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from finetune_contract import paths
 from finetune_contract.identity import DATASET, InputIdentity
 from finetune_contract.methods import encodes_text
@@ -63,6 +65,8 @@ class RunBuilder:
 
     def prepare_data(self) -> PreparedData:
         """Run the map phase: all ranks fill the caches."""
+        # The pictures' images are checked now, and read again after the map phase.
+        self._read_conditions()
         reporter, training = self.context.reporter, self.spec.training
         method, traits = method_class(training.method), method_traits(training.method)
         return Preparation(
@@ -207,7 +211,6 @@ class RunBuilder:
         training, family = self.spec.training, self.inputs.family
         if training.validation is None:
             return None
-        resolution = training.resolution // family.pixels_per_latent * family.pixels_per_latent
         return Validator(
             spec=training.validation,
             world=self.world,
@@ -216,14 +219,28 @@ class RunBuilder:
             text=method.text or data.text,
             batches=data.batches,
             held_out=data.held_out,
-            resolution=resolution,
+            resolution=self._picture_size,
             batch_size=training.batch_size,
             total_steps=steps,
             first_step=first_step,
             epoch=(len(data.batches.source), self.spec.global_batch),
-            conditions=read_conditions(training.validation.images, resolution),
+            conditions=self._read_conditions(),
             job_dir=self.context.job_dir,
             on_progress=self.context.reporter.detail,
             metrics=metrics,
             on_results=self.artifacts.push_validation,
         )
+
+    @property
+    def _picture_size(self) -> int:
+        pixels = self.inputs.family.pixels_per_latent
+        return self.spec.training.resolution // pixels * pixels
+
+    def _read_conditions(self) -> list[Tensor]:
+        """Return the conditioning images of the pictures.
+
+        Raises:
+            DataError: one is missing or broken.
+        """
+        validation = self.spec.training.validation
+        return [] if validation is None else read_conditions(validation.images, self._picture_size)

@@ -15,6 +15,7 @@ from finetune_contract.methods import crops_at_centre
 from finetune_contract.requirements import find_missing_software
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec
+from finetune_trainer.data.sources.open import is_on_hub
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.export.outputs import check_outputs, check_targets
@@ -51,6 +52,22 @@ def check_spec(spec: RunSpec) -> None:
     if missing := list(find_missing_software(spec.training)):
         raise ConfigError("; ".join(missing))
     check_outputs(spec.outputs, method_traits(spec.training.method).formats)
+
+
+def ignored_revisions(spec: RunSpec) -> list[str]:
+    """Return a warning for each revision of an input that has no revisions, because it is not on the hub."""
+    dataset = spec.dataset
+    inputs = [
+        ("model", spec.model.base, spec.model.revision),
+        ("dataset", dataset.source, dataset.revision),
+        *((f"dataset.additional[{i}]", each.source, each.revision) for i, each in enumerate(dataset.additional)),
+    ]
+    return [
+        f"{field}.revision: {location} is not on the hub, so revision {revision} has no effect; leave revision out, or "
+        "write the hub id"
+        for field, location, revision in inputs
+        if revision is not None and not is_on_hub(location)
+    ]
 
 
 def check_place(context: RankContext, world: World) -> None:

@@ -61,26 +61,34 @@ def apply_preset(
     )
     recorded = world.share(_read_choice(folders.job_dir / PRESET_FILE))
     training = spec.training.model_copy(update=recorded)
-    weights = count_weights(training, family)
+    weights = count_weights(training, family, spec.dataset.shuffle_tags is not None)
     choice = choose(training, hardware, weights, bool(recorded), _may_shard(training, folders))
     if world.is_first and not recorded:
         _write_choice(folders.job_dir / PRESET_FILE, choice.training)
     return choice
 
 
-def count_weights(training: TrainingSpec, family: Family) -> Weights:
-    """Return the number of weights that a method holds while it trains, from the headers of the base's files."""
+def count_weights(training: TrainingSpec, family: Family, shuffles_tags: bool = False) -> Weights:
+    """Return the number of weights that a run holds while it trains, from the headers of the base's files.
+
+    Args:
+        training: the settings.
+        family: the base model.
+        shuffles_tags: whether captions are encoded in each step, because their tags are shuffled.
+    """
     denoiser, text = count_numbers(family.denoiser_files()), count_numbers(family.text_encoder_files())
     trained = method_traits(training.method).trains
     held_text = text if encodes_text(training) else 0
+    # Text encoders that belong to no method are held in fp32, so that embeddings equal those of the cache.
+    live_text = text if shuffles_tags and not encodes_text(training) else 0
     if trained is TrainedPart.BASE:
-        return Weights(denoiser, 0, denoiser + held_text)
+        return Weights(denoiser, 0, denoiser + held_text, live_text)
     if trained is TrainedPart.CONTROLNET:
-        return Weights(denoiser, denoiser, int(_CONTROLNET_SHARE * denoiser))
+        return Weights(denoiser, denoiser, int(_CONTROLNET_SHARE * denoiser), live_text)
     if trained is TrainedPart.TOKENS:
-        return Weights(denoiser, denoiser + held_text, 0)
+        return Weights(denoiser, denoiser + held_text, 0, live_text)
     rank = (training.lora or LoraSpec()).rank
-    return Weights(denoiser, denoiser + held_text, int(_LORA_SHARE * rank * (denoiser + held_text)))
+    return Weights(denoiser, denoiser + held_text, int(_LORA_SHARE * rank * (denoiser + held_text)), live_text)
 
 
 def memory_bytes(device: torch.device, env: Mapping[str, str] = os.environ) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from finetune_contract.identity import InputIdentity, describe_change, merge
+from finetune_trainer import patience
 from finetune_trainer.data.cache.sample_identity import SampleIdentity
 from finetune_trainer.data.hashes import hash_text
 from finetune_trainer.data.sources.base import SampleSet
@@ -49,7 +50,7 @@ class InputRecord:
         Raises:
             StorageError: they cannot be read or copied.
         """
-        own = store.read_all()
+        own = patience.wait_out("checkpoint storage: reading the pins", store.read_all)
         counts = world.gather_numbers(len(own))
         pins = world.share(own, counts.index(max(counts)))
         if world.local_rank == 0:

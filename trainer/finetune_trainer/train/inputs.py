@@ -14,6 +14,7 @@ from finetune_contract.identity import DATASET
 from finetune_contract.methods import TrainedPart
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import LoraSpec, Precision, TextualInversionSpec
+from finetune_trainer import patience
 from finetune_trainer.checkpoint.store.select import JobFolders, has_checkpoints, open_bucket
 from finetune_trainer.data.sampling.schedule_checks import check_schedule
 from finetune_trainer.data.sources.hub import find_commit
@@ -33,6 +34,7 @@ from finetune_trainer.models.fingerprint import fingerprint_files
 from finetune_trainer.models.hub import ANY_WEIGHTS, CONFIGURATIONS, EMBEDDINGS, ONE_PART, HubFiles
 from finetune_trainer.models.single_file import configuration_files
 from finetune_trainer.models.text import TextSettings
+from finetune_trainer.train.checks import ignored_revisions
 from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.earlier_work import EarlierWork
 from finetune_trainer.train.hardware import apply_preset
@@ -73,13 +75,16 @@ def load_inputs(context: RankContext, world: World, env: Mapping[str, str]) -> R
     Raises:
         RankError: something cannot be fetched, opened or applied, or has changed since the first attempt.
     """
+    for text in ignored_revisions(context.spec) if world.is_first else ():
+        context.reporter.warn(text)
     bucket = open_bucket(context.bucket)
     folders = JobFolders(context.job_dir, context.scratch, bucket)
-    resumes = max(world.gather_numbers(int(has_checkpoints(folders)))) > 0
+    has_own = patience.wait_out("checkpoint storage: reading", lambda: has_checkpoints(folders))
+    resumes = max(world.gather_numbers(int(has_own))) > 0
     record = InputRecord.open(context.spec.job, world, PinStore(context.job_dir, bucket), context.reporter)
     earlier = _find_earlier(context, folders, world, record)
     if earlier is not None and not resumes and world.is_first:
-        earlier.check()
+        patience.wait_out("checkpoint.from: reading", earlier.check)
     spec = _fetch_files(context, world)
     spec = _fetch_parts(spec, context.spec, world, record)
     with_starts = spec

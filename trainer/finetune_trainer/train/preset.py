@@ -52,13 +52,15 @@ class Weights:
 
     Attributes:
         denoiser: weights of the denoiser; the size of the activations is estimated from them.
-        frozen: all weights that are not trained.
+        frozen: weights that are not trained, in the run's precision.
         trained: the trained weights.
+        fp32: weights that are not trained and are held in fp32, whatever the precision.
     """
 
     denoiser: int
     frozen: int
     trained: int
+    fp32: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def choose(
 def estimate_bytes(training: TrainingSpec, weights: Weights, hardware: Hardware) -> float:
     """Return an estimate of the peak memory of training."""
     bytes_of_format = 4 if training.precision is Precision.FP32 else 2
-    held: float = weights.frozen * bytes_of_format
+    held: float = weights.frozen * bytes_of_format + weights.fp32 * 4
     if training.offload is Offload.NONE:
         held += _slice_bytes(training, weights, hardware)
     if _is_sliced(training, hardware):
