@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
-from finetune_trainer.data.batches import Augmentation, BatchMaker
+from finetune_trainer.data.batches import Augmentation, BatchMaker, Prior
 from finetune_trainer.data.cache.encode import LatentCache, LatentStore, LiveLatents, TextCache
 from finetune_trainer.data.cache.image_scan import scan_images
 from finetune_trainer.data.hashes import FileHashes
@@ -20,6 +21,7 @@ from finetune_trainer.data.sampling.shapes import Shapes
 from finetune_trainer.data.sources.base import SampleSource
 from finetune_trainer.data.sources.open import open_source
 from finetune_trainer.distributed.world import World
+from finetune_trainer.methods.loss import diffusion_losses
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.family import Family
 from testing.trainer import tiny
@@ -98,6 +100,35 @@ def test_samples_do_not_depend_on_the_batch_size(
     assert batch.captions == tuple(source.captions(ref.index)[0] for ref in refs)
     # The next epoch draws another sample of the posterior.
     assert not torch.equal(batch.latents[0], batch.latents[3])
+
+
+def test_class_images_follow_the_samples_and_are_not_weighted_by_min_snr(
+    family: Family, source: SampleSource, hashes: FileHashes, tmp_path: Path
+) -> None:
+    latents = latent_cache(tmp_path, family, hashes, source)
+    latents.fill(source, VIEWS, SINGLE_RANK, silent)
+    own = BatchMaker(source, latents, None, family, Draws(3), Augmentation(False, False), CPU, SQUARE)
+    maker = dataclasses.replace(own, prior=Prior(own, weight=0.5))
+    refs = [SampleRef(0, index) for index in range(3)]
+    batch = maker.make(refs)
+    assert batch.num_prior == 3
+    assert torch.equal(batch.latents[:3], own.make(refs).latents)
+
+    def losses(gamma: float | None) -> list[float]:
+        found: list[float] = diffusion_losses(batch, family.objective, half, gamma).tolist()
+        return found
+
+    # A small gamma changes the weight of nearly every timestep.
+    plain, weighted = losses(None), losses(1e-3)
+    assert all(after < before for before, after in zip(plain[:3], weighted[:3], strict=True))
+    assert weighted[3:] == plain[3:]
+    without = dataclasses.replace(batch, weights=None)
+    assert plain[3:] == [0.5 * each for each in diffusion_losses(without, family.objective, half, None).tolist()[3:]]
+
+
+def half(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    del timesteps
+    return noisy / 2
 
 
 def test_flip_mirrors_half_of_the_images() -> None:
