@@ -6,9 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from finetune_contract.bucket import Bucket
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.input_spec import DatasetSpec
+from finetune_trainer.data.images.decoding import decode_sample
+from finetune_trainer.data.sources.open import open_source
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.fetched import fetch
 from testing.objectstore.server import ObjectStore
@@ -72,6 +76,25 @@ def test_changed_and_removed_objects_are_found(tmp_path: Path, object_store: Obj
     bucket.remove(["b.txt"])
     fetch(url, "dataset.source", tmp_path / "cache", lambda _: None)
     assert {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()} == {"a.txt": "two"}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_list_in_a_bucket_is_fetched_with_the_files_next_to_it(
+    suffix: str, tmp_path: Path, object_store: ObjectStore, bucket_url: str
+) -> None:
+    source = tmp_path / "listed"
+    (source / "pictures").mkdir(parents=True)
+    Image.new("RGB", (4, 4), "red").save(source / "pictures" / "a.png")
+    rows = {"jsonl": '{"file_name": "pictures/a.png", "text": "one"}', "csv": "file_name,text\npictures/a.png,one"}
+    (source / f"list.{suffix}").write_text(rows[suffix], encoding="utf-8")
+    url = f"{streams.upload(object_store, bucket_url, source)}/list.{suffix}"
+    path = fetch(url, "dataset.source", tmp_path / "cache", lambda _: None)
+    opened = open_source(DatasetSpec(source=path), "train")
+    assert [opened.captions(index) for index in range(len(opened))] == [("one",)]
+    assert decode_sample(opened, 0).getpixel((0, 0)) == (255, 0, 0)
+    missing = url.replace("list.", "other.")
+    with pytest.raises(ConfigError, match=rf"^dataset\.source: nothing exists at {missing}; write the URL"):
+        fetch(missing, "dataset.source", tmp_path / "cache", lambda _: None)
 
 
 def test_missing_object_is_refused(tmp_path: Path, bucket_url: str) -> None:

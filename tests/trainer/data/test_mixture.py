@@ -213,11 +213,31 @@ def test_only_missing_class_images_are_generated(
     assert prior.sample(DRAWS, SampleRef(0, 0)).caption == "dog"
 
 
-def test_missing_folder_of_class_images_names_its_field(base: Path, data: Path, tmp_path: Path) -> None:
-    dreambooth = {"instancePrompt": "x", "classPrompt": "dog", "classImages": "/nowhere"}
-    spec = tiny.make_spec(base, data, method="DreamBooth", dreambooth=dreambooth, centerCrop=True)
-    with pytest.raises(DataError, match=r"^training\.dreambooth\.classImages: there is no folder or file /nowhere"):
-        streams.prepare(spec, tmp_path / "cache")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (
+            "LoRA",
+            {"validation": {"split": "val"}},
+            r"training\.validation\.split: .* no split 'val'; write one that it has: test, train",
+        ),
+        (
+            "DreamBooth",
+            {"dreambooth": {"instancePrompt": "x", "classPrompt": "dog", "classImages": "/nowhere"}},
+            r"training\.dreambooth\.classImages: there is no folder or file /nowhere",
+        ),
+    ],
+)
+def test_missing_inputs_are_found_before_any_image_is_read(  # noqa: PLR0917  fixtures and parameters
+    method: str, settings: dict[str, Any], message: str, streaming: bool, base: Path, data: Path, tmp_path: Path
+) -> None:
+    spec = with_dataset(tiny.make_spec(base, data, method=method, centerCrop=True, **settings), streaming=streaming)
+    reports: list[str] = []
+    with pytest.raises(DataError, match=f"^{message}"):
+        streams.prepare(spec, tmp_path / "cache", reports)
+    assert reports == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(("samples", "batch", "epochs"), [(7, 4, 1), (10, 5, 2), (3, 8, 1), (9, 2, 3)])
@@ -243,6 +263,16 @@ def test_run_with_mixture_tags_and_conditioning_images(base: Path, data: Path, t
     assert sorted(path.name for path in folder.glob("step-*.png")) == ["step-00000000.png", "step-00000004.png"]
     first, second = ((folder / "pictures" / f"step-00000004-0{number}.png").read_bytes() for number in (0, 1))
     assert first != second
+
+
+@pytest.mark.trainer
+def test_missing_image_of_a_picture_is_found_before_the_map_phase(base: Path, data: Path, tmp_path: Path) -> None:
+    validation = {"prompts": ["a"], "images": ["/nowhere/edges.png"]}
+    ranks = Ranks(tiny.make_spec(base, data, method="ControlNet", validation=validation), tmp_path / "job")
+    assert ranks.run() == [ExitCode.DATA], ranks.stderr()
+    assert "training.validation.images[0]: /nowhere/edges.png cannot be read" in ranks.stderr()
+    assert not any("scanned" in str(report.get("detail")) for report in ranks.reports())
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_conditioning_images_of_the_manifest_are_checked_and_cropped(tmp_path: Path) -> None:

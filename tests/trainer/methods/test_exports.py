@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,19 @@ def test_exported_controlnet_computes_the_same_and_can_be_trained_further(
     again = make_method(bases[family], "ControlNet", controlnet={"base": str(tmp_path / "outputs")})
     again.set_training(False)
     torch.testing.assert_close(ours(again, family), ours(method, family))
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o002, 0o664), (0o077, 0o600)])
+@pytest.mark.parametrize("name", ["ControlNet", "Full", "LoRA"])
+def test_outputs_have_the_permissions_of_other_files(
+    name: str, mask: int, expected: int, base: Path, tmp_path: Path
+) -> None:
+    """Web UIs and other jobs run as other users of the same group."""
+    method = make_method(base, name)
+    before = os.umask(mask)
+    try:
+        write_outputs(method, (), tmp_path / "job")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "job").rglob("*") if path.is_file()}
+    assert modes == {expected}

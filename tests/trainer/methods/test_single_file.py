@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,22 @@ def test_single_file_has_the_weights_of_its_folder(base: Path, tmp_path: Path, s
     torch.testing.assert_close(encoder.encode(pixels), expected)
     assert len(list((tmp_path / "cache" / "bases").iterdir())) == 1
     assert open_base(spec, tmp_path / "cache").denoiser_files() == family.denoiser_files()
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o002, 0o664), (0o077, 0o600)])
+def test_converted_base_has_the_permissions_of_other_files(
+    mask: int, expected: int, base: Path, tmp_path: Path
+) -> None:
+    """Pods that run as other users of the same group read the shared cache."""
+    file = tmp_path / "model.safetensors"
+    save_file(to_original(StableDiffusionPipeline.from_pretrained(base, safety_checker=None)), file)
+    before = os.umask(mask)
+    try:
+        open_base(ModelSpec(base=str(file), config=str(base)), tmp_path / "cache")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "cache" / "bases").rglob("*") if path.is_file()}
+    assert modes == {expected}
 
 
 @pytest.fixture(scope="module")

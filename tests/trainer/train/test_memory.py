@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.hardware import PRESET_FILE, count_weights, has_bf16, memory_bytes
 from finetune_trainer.train.micro_batch import MicroBatch, is_out_of_memory
 from finetune_trainer.train.preemption_notice import PreemptionNotice
-from finetune_trainer.train.preset import GIB, Hardware, Weights, choose, preset_bytes
+from finetune_trainer.train.preset import GIB, Hardware, Weights, choose, estimate_bytes, preset_bytes
 from finetune_trainer.train.run import run_rank
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
@@ -64,7 +65,7 @@ def test_preset_settings_for_a_gpu(row: tuple[Weights, int, int, bool, str, int]
     chosen = choice.training
     assert (chosen.gradient_checkpointing, chosen.optimizer.value, chosen.batch_size) == (recomputes, optimizer, size)
     assert chosen.precision is Precision.BF16
-    assert chosen.center_crop == (gigabytes < 13)
+    assert bool(chosen.center_crop) == (gigabytes < 13)
     assert f"{size} of 4 samples at a time" in choice.explanation
     assert "may not be enough" not in choice.explanation
 
@@ -125,6 +126,44 @@ def test_weights_are_counted_from_file_headers(base: Path) -> None:
     unet = sum(parameter.numel() for parameter in family.load_denoiser(torch.float32).parameters())
     assert count_numbers(family.denoiser_files()) == unet
     assert count_weights(spec.training, family) == Weights(unet, 0, unet)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "in_precision", "in_fp32"),
+    [
+        ("LoRA", {}, 0, 1),
+        ("Full", {}, 0, 1),
+        ("ControlNet", {}, 0, 1),
+        # The method holds the encoders itself.
+        ("LoRA", {"lora": {"trainTextEncoder": True}}, 1, 0),
+        ("TextualInversion", {"textualInversion": {"placeholderToken": "<x>", "initializerToken": "dog"}}, 1, 0),
+    ],
+)
+def test_text_encoders_that_encode_shuffled_tags_are_counted_once(
+    method: str, settings: dict[str, object], in_precision: int, in_fp32: int, base: Path
+) -> None:
+    spec = tiny.make_spec(base, base, method=method, **settings)
+    family = open_base(spec.model)
+    text = count_numbers(family.text_encoder_files())
+    plain, shuffled = (count_weights(spec.training, family, shuffles) for shuffles in (False, True))
+    assert plain.fp32 == 0
+    assert shuffled.fp32 == in_fp32 * text
+    assert shuffled.frozen == plain.frozen
+    assert (plain.frozen - plain.denoiser == text) == bool(in_precision)
+
+
+def test_weights_in_fp32_need_four_bytes_in_every_precision() -> None:
+    weights, encoders = lora(SDXL), 817_000_000
+    shuffled = dataclasses.replace(weights, fp32=encoders)
+    hardware = Hardware(24 * GIB, True, True, True)
+    for precision in Precision:
+        training = TrainingSpec(precision=precision, steps=1)
+        more = estimate_bytes(training, shuffled, hardware) - estimate_bytes(training, weights, hardware)
+        assert more == encoders * 4
+    requested = TrainingSpec(batch_size=4, resolution=1024, memory_preset="12GB", steps=1)
+    small = dataclasses.replace(hardware, memory_bytes=12 * GIB)
+    sizes = [choose(requested, small, each).training.batch_size for each in (weights, shuffled)]
+    assert sizes == [2, 1]
 
 
 class _RecordingReporter(Reporter):
