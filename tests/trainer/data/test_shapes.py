@@ -27,6 +27,7 @@ from tests.trainer.methods.test_methods import read_outputs, run_here
 
 pytestmark = pytest.mark.trainer
 
+RESOLUTION = 32
 SIZES = [(32, 16), (16, 32), (20, 20), (32, 17), (24, 16), (16, 16), (40, 20)]
 
 
@@ -63,7 +64,7 @@ def test_micro_conditioning_has_the_shape() -> None:
 
 
 class _Batches:
-    latents = None
+    latents = text = None
 
     def shape(self, index: int) -> tuple[int, int]:
         return SIZES[index]
@@ -86,7 +87,8 @@ def test_images_of_different_shapes_train_and_resume(bases: dict[str, Path], tmp
             Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(data / name)
         rows.append({"file_name": f"{number}.png", "text": f"picture {number}", "edges": f"edges-{number}.png"})
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    options = {"aspectBuckets": True, "steps": 4, "randomFlip": True}
+    assert len({Shapes(RESOLUTION, buckets=True).of(size) for size in SIZES}) > 1
+    options = {"aspectBuckets": True, "steps": 4, "randomFlip": True, "resolution": RESOLUTION}
     spec = tiny.make_spec(bases["sdxl"], data, **options, **SETTINGS["ControlNet"])
     assert run_here(spec, tmp_path / "uninterrupted") is ExitCode.DONE
     assert run_here(spec, tmp_path / "resumed", stop_at=2) is ExitCode.SAVED
