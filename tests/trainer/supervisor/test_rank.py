@@ -124,10 +124,10 @@ def test_only_random_crops_are_encoded_in_every_step(base: Path, tmp_path: Path)
     data = tiny.write_data(tmp_path / "data", size=(24, 16))
     live = Ranks(tiny.make_spec(base, data), tmp_path / "live")
     assert live.run() == [ExitCode.DONE], live.stderr()
-    assert "training.centerCrop: images are not square" in live.reports()[-1]["warnings"][0]
+    assert "training.centerCrop: images are not square" in "\n".join(live.reports()[-1]["warnings"])
     cached = Ranks(tiny.make_spec(base, data, centerCrop=True), tmp_path / "cached")
     assert cached.run() == [ExitCode.DONE], cached.stderr()
-    assert "warnings" not in cached.reports()[-1] or cached.reports()[-1]["warnings"] == []
+    assert "centerCrop" not in "\n".join(cached.reports()[-1].get("warnings", []))
     assert live.weights() != cached.weights()
     cache = tmp_path / "cache"
     filled = sorted(cache.rglob("*.safetensors"))
@@ -179,7 +179,7 @@ def test_damaged_newest_checkpoint_is_skipped(base: Path, data: Path, tmp_path: 
     assert following.run() == [ExitCode.DONE] * 2
     last = following.reports()[-1]
     assert last["restoredStep"] == int(older.name.split("-")[1])
-    assert "step-00000006-a1 is damaged: optimizer.safetensors" in last["warnings"][0]
+    assert "step-00000006-a1 is damaged: optimizer.safetensors" in "\n".join(last["warnings"])
     assert last["corruptCheckpoints"] == 1
     assert (ranks.job_dir / "checkpoints" / "corrupt-step-00000006-a1-1" / "reason.txt").is_file()
     reference = Ranks(spec, tmp_path / "reference", world_size=2)
@@ -222,7 +222,7 @@ INVALID: list[tuple[str, dict[str, Any], ExitCode, str]] = [
         ExitCode.CONFIG,
         "model.base: ftp://host/model is not a supported location",
     ),
-    ("model", {"variant": "fp16"}, ExitCode.CONFIG, "model.base: the "),
+    ("model", {"variant": "fp16"}, ExitCode.CONFIG, "model.base: "),
     ("model", {"vae": "/nowhere"}, ExitCode.CONFIG, "model.vae: the folder /nowhere does not exist"),
     ("dataset", {"source": "/nowhere"}, ExitCode.DATA, "dataset.source: there is no folder"),
     ("dataset", {"split": "x"}, ExitCode.DATA, "dataset.split: "),

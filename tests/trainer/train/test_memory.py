@@ -192,7 +192,7 @@ def test_step_that_runs_out_of_memory_is_repeated_in_smaller_parts(
     """torch's allocator really fails: more than one sample at a time requests more memory than exists."""
     spec = tiny.make_spec(base, data, batchSize=4, steps=2, method="Full")
     small = spec.model_copy(update={"training": spec.training.model_copy(update={"batch_size": 1})})
-    assert run_with(small, tmp_path / "small") == []
+    assert "memory" not in " ".join(run_with(small, tmp_path / "small"))
     own = Full.losses
 
     def hungry(self: Full, batch: Batch) -> torch.Tensor:
@@ -200,7 +200,7 @@ def test_step_that_runs_out_of_memory_is_repeated_in_smaller_parts(
         return losses if len(batch.captions) == 1 else losses + torch.empty(2**50)[: len(losses)]
 
     monkeypatch.setattr(Full, "losses", hungry)
-    messages = run_with(spec, tmp_path / "large")
+    messages = [message for message in run_with(spec, tmp_path / "large") if "memory" in message]
     assert messages == [
         "memory ran out with 4 samples at a time; continuing with 2 and the same global batch",
         "memory ran out with 2 samples at a time; continuing with 1 and the same global batch",
