@@ -90,7 +90,8 @@ def _scalars(schema: Schema) -> st.SearchStrategy[Any]:
         case "string":
             # No characters that JSON or YAML must escape: their escaping is not under test.
             text = st.characters(categories=("L", "N", "P"))
-            return st.text(text, min_size=schema.get("minLength", 0), max_size=MAX_TEXT)
+            most = min(MAX_TEXT, schema.get("maxLength", MAX_TEXT))
+            return st.text(text, min_size=schema.get("minLength", 0), max_size=most)
         case "integer":
             factor = schema.get("multipleOf", 1)
             low, high = schema["minimum"] // factor, schema["maximum"] // factor
