@@ -164,9 +164,6 @@ def scheduler_command(layout: Layout) -> list[str]:
         str(layout.programs["kube-scheduler"]),
         f"--config={layout.scheduler_config}",
         "--secure-port=0",
-        # Pods that could not be scheduled are tried again within half a minute, even if the scheduler missed the event
-        # that made room for them; its default is five minutes.
-        "--pod-max-in-unschedulable-pods-duration=5s",
     ]
 
 

@@ -18,7 +18,7 @@ from tests.plan.fake_cluster import make_job
 
 SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="ca", cache_claim="cache")
 STORAGE = {"storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}}}
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 60.0
 PAIR = "test/pair"
 """Label of the two nodes of one test."""
 
@@ -136,7 +136,10 @@ def test_spot_job_is_scheduled_on_spot_nodes(
     job = job_in(namespace, recovery={"spot": {}}, checkpoint={}, podTemplate=template)
     api, path = control_plane.api, f"/api/v1/namespaces/{namespace}/pods"
     for node_rank in range(2):
-        api.create(path, build_pod(job, 1, node_rank, Settings()))
+        pod = build_pod(job, 1, node_rank, Settings())
+        # The job does not exist: if another test has installed the CRD, the garbage collector would delete the pod.
+        del pod["metadata"]["ownerReferences"]
+        api.create(path, pod)
 
     def nodes() -> set[str]:
         return {pod["spec"].get("nodeName") for pod in api.get(path)["items"]}
