@@ -80,7 +80,8 @@ def test_ranks_resume_from_scratch_if_it_exists_and_else_from_the_storage(
     base: Path, data: Path, tmp_path: Path, expected: bytes, lost: str
 ) -> None:
     spec = tiny.make_spec(base, data)
-    first = with_scratch(Ranks(spec, tmp_path / "job", 1, 2, ("copy", 2), 0))
+    # The second save, because a third one may not happen: a save that is due while another one runs is skipped.
+    first = with_scratch(Ranks(spec, tmp_path / "job", 1, 2, ("copy", 1), 0))
     assert -signal.SIGKILL in first.run()
     on_scratch = [steps(first.folder / f"scratch-{rank}") for rank in range(2)]
     assert all(on_scratch), on_scratch
