@@ -44,7 +44,7 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     reporter = Reporter(int(env.get("RANK", "0")), int(fd) if fd else None)
     notice = PreemptionNotice(on_leave=lambda: reporter.state(RankState.SAVED))
     notice.listen()
-    patience.report_to(reporter.detail)
+    patience.report_to(reporter.waiting)
     patience.pause_with(notice.pause)
     reporter.state(RankState.STARTING)
     libraries.prepare(env)

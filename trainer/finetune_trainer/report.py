@@ -45,6 +45,10 @@ class Reporter:
         """Report the progress within the state; rate-limited."""
         self._send_limited(detail=text[:MAX_DETAIL])
 
+    def waiting(self, reason: str) -> None:
+        """Report at once what this rank waits for; an empty text ends the wait. The next report may be minutes away."""
+        self._send(detail=reason[:MAX_DETAIL])
+
     def begin(self, restored_step: int, total_steps: int) -> None:
         """Report the first and the last step of this attempt."""
         self._send(step=restored_step, restored_step=restored_step, total_steps=total_steps)

@@ -20,6 +20,7 @@ from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.fork_socket import address_of, listen, server_command
 from finetune_contract.heartbeat import RankEnd, RankState
+from finetune_trainer.supervisor import fork_server
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import CoreShare
 from finetune_trainer.supervisor.forks import ForkClient
@@ -127,6 +128,34 @@ def test_signals_reach_a_forked_rank(server: tuple[ForkClient, int], number: int
         return await asyncio.wait_for(following, TIMEOUT_SECONDS)
 
     assert asyncio.run(run_rank()).exit_code == code
+
+
+@pytest.mark.parametrize("number", fork_server.GROUP_SIGNALS)
+def test_a_signal_right_after_the_fork_is_not_lost(number: int) -> None:
+    """The server ignores these signals, and its children inherit that until they have their own handling of them."""
+    source = f"""
+import os, signal
+from finetune_trainer.supervisor import fork_server
+fork = os.fork
+def fork_and_signal():
+    pid = fork()
+    if pid == 0:
+        os.kill(os.getpid(), {number})
+    return pid
+os.fork = fork_and_signal
+fork_server.main()
+"""
+    with listen() as listening:
+        server = subprocess.Popen(
+            [sys.executable, "-c", source, str(listening.fileno())], pass_fds=(listening.fileno(),)
+        )
+        address = address_of(listening)
+    try:
+        end = run("forked_rank", ForkClient(address, None))
+    finally:
+        server.kill()
+        server.wait()
+    assert (end.exit_code, end.last_words) == (128 + number, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

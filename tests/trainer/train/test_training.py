@@ -305,6 +305,20 @@ def test_progress_reports_are_rate_limited_and_state_changes_are_not() -> None:
     assert all(report["rank"] == 1 for report in reports)
 
 
+def test_a_wait_is_reported_at_once() -> None:
+    """The next report may be minutes away, and the status would show progress that stands still."""
+    reader, writer = os.pipe()
+    reporter = Reporter(0, writer, _Clock())
+    reporter.state(RankState.LOADING)
+    reporter.waiting("fetching me/base failed: try 2 in 30 s")
+    reporter.waiting("")
+    assert [report.get("detail") for report in read_reports(reader)] == [
+        None,
+        "fetching me/base failed: try 2 in 30 s",
+        "",
+    ]
+
+
 def test_full_or_closed_pipe_never_blocks() -> None:
     reader, writer = os.pipe()
     reporter = Reporter(0, writer)

@@ -53,7 +53,7 @@ class PatientWriter:
             if self.world.is_first:
                 if pause == FIRST_PAUSE_SECONDS:
                     self.reporter.warn(f"{problem}; the last step is committed, and the outputs are tried again")
-                self.reporter.detail(f"{problem}; trying again")
+                self.reporter.waiting(f"{problem}; trying again")
             with self.released():
                 self.pause(pause)
             pause = min(2 * pause, MAX_PAUSE_SECONDS)

@@ -93,10 +93,13 @@ class ForkServer:
             connection.close()
             return
         server = os.getpid()
+        # The child inherits that these signals are ignored. Blocked, they wait for its own handling of them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
         rank.pid = os.fork()
         if rank.pid == 0:
             self._close_all(connection)
             become_rank(order, descriptors, server)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
         for descriptor in descriptors:
             os.close(descriptor)
         rank.descriptor = os.pidfd_open(rank.pid)
@@ -173,6 +176,7 @@ def become_rank(order: dict[str, Any], descriptors: list[int], server: int) -> N
             os._exit(128 + signal.SIGKILL)
         for number in GROUP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
         stdout, stderr, report = descriptors
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(stdout, 1)
