@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from finetune_contract.bucket import Bucket
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.spec import CheckpointSource
 from finetune_trainer import patience
-from finetune_trainer.checkpoint.roles import Role, choose_checkpoint
+from finetune_trainer.checkpoint.roles import READING, Role, choose_checkpoint, open_storage, read_shards
 from finetune_trainer.checkpoint.snapshot import Snapshot
+from finetune_trainer.checkpoint.store import base
 from finetune_trainer.checkpoint.store.bucket import BucketStore
+from finetune_trainer.checkpoint.store.folder import FolderStore
 from finetune_trainer.checkpoint.store.retention import Retention
 from finetune_trainer.checkpoint.store.select import JobFolders
 from finetune_trainer.distributed.world import World
@@ -121,6 +125,47 @@ def test_an_outage_while_a_checkpoint_is_read(
     # The outage has not marked the checkpoint as damaged.
     proxy.recover()
     assert store.num_corrupt() == 0
+
+
+def test_an_outage_while_the_storage_is_opened(
+    proxy: FaultyStore, bucket_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BucketStore(Bucket(f"{bucket_url}/job"), tmp_path, UID, 1, Retention())
+    lines = wait_with(monkeypatch, 100, proxy.recover)
+    proxy.fail(RESET)
+    assert open_storage(store, ALONE) == Role(0, (0,), own_disk=False)
+    assert lines[0].startswith("checkpoint storage: opening failed (")
+    assert store.save(SNAPSHOT, 0.0).manifest.step == SNAPSHOT.step
+
+
+def test_a_file_system_that_fails_while_a_checkpoint_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No real disk fails once on demand, so a reader that fails once stands in for it."""
+    store = FolderStore(tmp_path, UID, 1, Retention())
+    store.open()
+    found = store.save(SNAPSHOT, 0.0)
+    lines = wait_with(monkeypatch, 100)
+    read_text, failing = Path.read_text, {"state.json", "model.safetensors"}
+
+    def fail_once(path: Path) -> None:
+        if path.name in failing:
+            failing.remove(path.name)
+            raise OSError(errno.EIO, "Input/output error")
+
+    def read_after_a_failure(path: Path, *args: Any, **options: Any) -> str:
+        fail_once(path)
+        return read_text(path, *args, **options)
+
+    def load_after_a_failure(path: Path) -> dict[str, torch.Tensor]:
+        fail_once(path)
+        return load_file(path)
+
+    monkeypatch.setattr(Path, "read_text", read_after_a_failure)
+    monkeypatch.setattr(base, "load_file", load_after_a_failure)
+    assert read_shards(found, store, READING)[1] == SNAPSHOT.values
+    _, snapshot = choose_checkpoint(store, Role(0, (0,), own_disk=False), ALONE, lambda _: None)
+    assert snapshot is not None
+    assert snapshot.tensors["model"]["w"].tolist() == SNAPSHOT.tensors["model"]["w"].tolist()
+    assert lines == ["checkpoint storage: reading failed ([Errno 5] Input/output error): try 2 in 0.5 s", ""] * 2
 
 
 def test_pins_and_the_checkpoint_of_another_job_in_a_bucket(

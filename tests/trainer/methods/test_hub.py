@@ -10,10 +10,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import save_file
+from transformers import CLIPTextModel
 
 from finetune_contract.identity import InputIdentity
 from finetune_contract.input_spec import ModelSpec
@@ -204,6 +205,34 @@ def test_a_vae_without_the_variant_of_the_base_is_read(base: Path, published: Pa
     assert tmp_path / "written" / "vae" / "diffusion_pytorch_model.safetensors" in written
     local = open_base(ModelSpec(base=str(published), vae=str(base / "vae"), variant="fp16"))
     assert local.load_image_encoder(CPU) is not None
+
+
+@pytest.mark.parametrize("variant_is_last", [False, True])
+def test_numbered_files_of_a_variant_are_written_with_default_names(
+    base: Path, tmp_path: Path, variant_is_last: bool
+) -> None:
+    """Newer releases of diffusers write the variant before the number, older ones behind it."""
+    source = shutil.copytree(base, tmp_path / "base")
+    for part, model in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        model.from_pretrained(base / part).save_pretrained(source / part, variant="fp16", max_shard_size="60KB")
+        for path in (source / part).glob("*.safetensors.index.fp16.json"):
+            numbers = sorted((source / part).glob("*.fp16-*"))
+            assert len(numbers) > 1
+            if variant_is_last:
+                text = path.read_text(encoding="utf-8")
+                for each in numbers:
+                    name = each.name.replace(".fp16-", "-").replace(".safetensors", ".fp16.safetensors")
+                    text = text.replace(each.name, name)
+                    each.rename(each.with_name(name))
+                path.write_text(text, encoding="utf-8")
+    family = open_base(ModelSpec(base=str(source), variant="fp16"))
+    assert sum("-of-" in path.name for path in family.denoiser_files()) > 1
+    written = family.write_pipeline(tmp_path / "written", {})
+    assert not [path for path in written if "fp16" in path.name]
+    for part, model in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        found = model.from_pretrained(tmp_path / "written" / part, use_safetensors=True).state_dict()
+        for name, value in model.from_pretrained(base / part).state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
 
 def test_a_vae_that_cannot_be_read_is_named(base: Path, tmp_path: Path) -> None:

@@ -22,16 +22,18 @@ from finetune_trainer.checkpoint.health import CheckpointHealth
 from finetune_trainer.checkpoint.host_copy import HostCopy
 from finetune_trainer.checkpoint.interval import SaveClock, due_seconds, save_due
 from finetune_trainer.checkpoint.roles import (
+    OPENING,
+    READING,
     EarlierCheckpoint,
     Role,
     choose_checkpoint,
     choose_shards,
     open_storage,
+    read_shards,
     start_from,
 )
 from finetune_trainer.checkpoint.save_task import CheckpointWriter, SavePart, SaveTask
 from finetune_trainer.checkpoint.sharded_state import ShardedState
-from finetune_trainer.checkpoint.shards import ShardReader
 from finetune_trainer.checkpoint.snapshot import BEST, Committed, Snapshot
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES, num_parts, total_bytes
 from finetune_trainer.checkpoint.state import TrainState
@@ -40,6 +42,7 @@ from finetune_trainer.checkpoint.store.scratch import Drain, ScratchStore
 from finetune_trainer.distributed.channel import Channel
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import FabricError, StaleError, StorageError
+from finetune_trainer.patience import wait_out
 from finetune_trainer.pauses import Pause, pause_together, sleep
 from finetune_trainer.report import Reporter
 
@@ -124,7 +127,7 @@ class Checkpointer:
         """
         if self._world.is_first:
             durable = self._store.durable
-            durable.remove_probe(durable.put_probe())
+            durable.remove_probe(wait_out(OPENING, durable.put_probe))
 
     def restore(self, state: TrainState) -> None:
         """Restore the newest valid checkpoint into the state, if one exists. All ranks call it.
@@ -197,10 +200,9 @@ class Checkpointer:
             return False
         if self._world.is_first:
             self._report(found)
-        files = [found.folder / entry.name for entry in found.manifest.files]
-        values = self._store.load_values(found)
+        shards, values = read_shards(found, self._store, READING)
         self._options.check(values)
-        state.restore_shards(ShardReader(files), values)
+        state.restore_shards(shards, values)
         return True
 
     def due(self, step: int) -> bool:

@@ -21,7 +21,9 @@ from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 from finetune_trainer.patience import wait_out
 
-_READING, _READING_EARLIER = "checkpoint storage: reading", "checkpoint.from: reading"
+OPENING, READING = "checkpoint storage: opening", "checkpoint storage: reading"
+_READING_EARLIER = "checkpoint.from: reading"
+"""What a rank waits for during an outage of the storage."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,15 @@ def open_storage(store: CheckpointStore, world: World) -> Role:
         FabricError: a peer was lost.
     """
     if world.is_first:
-        store.open()
-    probe = world.share(store.put_probe() if world.is_first and world.size > 1 else "")
+        wait_out(OPENING, store.open)
+    probe = world.share(wait_out(OPENING, store.put_probe) if world.is_first and world.size > 1 else "")
     shares = world.is_first or store.has_probe(probe)
     flags = world.gather_numbers(int(shares))
     if world.is_first and world.size > 1:
         store.remove_probe(probe)
     own_disk = not shares and world.local_rank == 0
     if own_disk:
-        store.open()
+        wait_out(OPENING, store.open)
     return Role(world.rank, tuple(rank for rank, flag in enumerate(flags) if flag), own_disk)
 
 
@@ -108,14 +110,14 @@ def choose_checkpoint(
         StorageError: a disk cannot be read.
         FabricError: a peer was lost.
     """
-    found = wait_out(_READING, lambda: store.choose(warn)) if role.chooses else None
+    found = wait_out(READING, lambda: store.choose(warn)) if role.chooses else None
     steps = world.gather_numbers(-1 if found is None else found.manifest.step)
     source = steps.index(max(steps))
     if steps[source] < 0:
         return None, None
     if source != world.rank:
         found = None
-    snapshot = None if found is None else store.load(found)
+    snapshot = None if found is None else _read(store, found, READING)
     return found, _share(snapshot, world, source)
 
 
@@ -132,11 +134,11 @@ def choose_shards(store: CheckpointStore, role: Role, world: World, warn: Callab
             f"spec.checkpoint.storage: ranks {separate} cannot access rank 0's checkpoints, and with sharding each "
             "rank writes a part of every checkpoint; use a volume that all pods share, or a bucket"
         )
-    found = wait_out(_READING, lambda: store.choose(warn)) if world.is_first else None
+    found = wait_out(READING, lambda: store.choose(warn)) if world.is_first else None
     name = world.share(found.folder.name if found else "")
     if not name:
         return None
-    return found or wait_out(_READING, lambda: store.find(name))
+    return found or wait_out(READING, lambda: store.find(name))
 
 
 def start_from(earlier: EarlierCheckpoint, state: TrainState, store: CheckpointStore, world: World) -> None:
@@ -155,7 +157,7 @@ def start_from(earlier: EarlierCheckpoint, state: TrainState, store: CheckpointS
     """
     found = wait_out(_READING_EARLIER, earlier.find) if world.is_first else None
     if not isinstance(state, ShardedState):
-        snapshot = _share(None if found is None else store.load(found), world, 0)
+        snapshot = _share(None if found is None else _read(store, found, _READING_EARLIER), world, 0)
         state.start_from(snapshot, earlier.fits(snapshot.values))
         return
     folder = world.share(None if found is None else found.folder)
@@ -163,9 +165,23 @@ def start_from(earlier: EarlierCheckpoint, state: TrainState, store: CheckpointS
         assert folder is not None
         is_visible = (folder / paths.MANIFEST).is_file()
         found = Committed(folder, read_manifest(folder)) if is_visible else wait_out(_READING_EARLIER, earlier.find)
-    values = store.load_values(found)
+    shards, values = read_shards(found, store, _READING_EARLIER)
     earlier.fits(values)
-    state.start_from_shards(ShardReader([found.folder / entry.name for entry in found.manifest.files]), values)
+    state.start_from_shards(shards, values)
+
+
+def read_shards(found: Committed, store: CheckpointStore, what: str) -> tuple[ShardReader, dict[str, Any]]:
+    """Open the shards of a checkpoint, and read its values that are not tensors.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    files = [found.folder / entry.name for entry in found.manifest.files]
+    return wait_out(what, lambda: (ShardReader(files), store.load_values(found)))
+
+
+def _read(store: CheckpointStore, found: Committed, what: str) -> Snapshot:
+    return wait_out(what, lambda: store.load(found))
 
 
 def _share(snapshot: Snapshot | None, world: World, source: int) -> Snapshot:

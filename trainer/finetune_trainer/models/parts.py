@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from finetune_trainer.models.text_names import copy_text_file, make_text_names_p
 T = TypeVar("T")
 _INDEX = "model_index.json"
 _SOURCE = "_name_or_path"
+_WEIGHTS = ".safetensors"
+"""Part of the names of weights and of their indexes."""
 _KEPT = (".json", ".txt", ".model", ".safetensors")
 
 
@@ -90,8 +93,17 @@ def class_of(index: Mapping[str, Any], part: str) -> str | None:
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """Return the configuration and weight files of one part, sorted."""
-    suffix = ".safetensors" if variant is None else f".{variant}.safetensors"
-    return sorted([folder / "config.json", *folder.glob(f"*{suffix}")])
+    weights = folder.glob("*.safetensors")
+    of_variant = [path for path in weights if variant is None or default_name(path.name, variant) != path.name]
+    return sorted([folder / "config.json", *of_variant])
+
+
+def default_name(name: str, variant: str) -> str:
+    """Return the name that a file of a weight variant has among default weights; other names stay.
+
+    Releases of diffusers and transformers differ in the place of the variant in the names of numbered files.
+    """
+    return re.sub(rf"\.{re.escape(variant)}(?=\.|-\d{{5}}-of-\d{{5}}\.)", "", name)
 
 
 def variant_in(folder: Path, variant: str | None) -> str | None:
@@ -144,7 +156,16 @@ def _copy_part(source: Path, target: Path, variant: str | None, is_text: bool) -
     copy: Callable[[Path, Path], object] = copy_text_file if is_text else shutil.copyfile
     target.mkdir(parents=True)
     for path in sorted(source.iterdir()):
-        is_other_variant = path.suffix == ".safetensors" and variant is not None and f".{variant}." not in path.name
+        name = path.name if variant is None else default_name(path.name, variant)
+        is_other_variant = variant is not None and name == path.name and _WEIGHTS in name
         if path.is_file() and path.suffix in _KEPT and not is_other_variant:
-            name = path.name if variant is None else path.name.replace(f".{variant}.", ".")
             copy(path, target / name)
+            if variant is not None and _WEIGHTS in name and path.suffix == ".json":
+                _rename_files(target / name, variant)
+
+
+def _rename_files(path: Path, variant: str) -> None:
+    """Name the files in an index of numbered files without their variant."""
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index["weight_map"] = {tensor: default_name(file, variant) for tensor, file in index["weight_map"].items()}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
