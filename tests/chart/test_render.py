@@ -226,6 +226,7 @@ def test_every_alert_links_to_its_section_in_the_documentation(helm: Helm) -> No
     ("alert", "counted", "excluded"),
     [
         ("FinetuneAttemptsFail", CountsAs.FAILURE, {Reason.DATA_ERROR, Reason.CONFIGURATION_ERROR}),
+        ("FinetuneOutagesEndAttempts", CountsAs.OUTAGE, set()),
         ("FinetuneManyPreemptions", CountsAs.PREEMPTION, set()),
     ],
 )
