@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,27 @@ def test_run_with_mixture_tags_and_conditioning_images(base: Path, data: Path, t
     assert sorted(path.name for path in folder.glob("step-*.png")) == ["step-00000000.png", "step-00000004.png"]
     first, second = ((folder / "pictures" / f"step-00000004-0{number}.png").read_bytes() for number in (0, 1))
     assert first != second
+
+
+@pytest.mark.trainer
+def test_killed_run_with_mixture_tags_and_text_settings_keeps_its_weights(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    training = {"clipSkip": 1, "longCaptions": "chunk", "lora": {"rank": 2, "dropout": 0.1, "trainTextEncoder": True}}
+    additional = [{"source": str(data), "split": "test", "weight": 0.5}, {"source": str(data), "repeats": 2}]
+    spec = with_dataset(
+        tiny.make_spec(base, data, steps=6, textEncoderLearningRate=0.001, **training),
+        shuffleTags={"keepFirst": 1},
+        additional=additional,
+    )
+    whole = Ranks(spec, tmp_path / "whole" / "job", world_size=2)
+    assert whole.run() == [ExitCode.DONE] * 2, whole.stderr()
+    killed = Ranks(spec, tmp_path / "killed" / "job", 1, 2, ("copy", 1), 0, saves_all=True)
+    assert killed.run()[0] == -signal.SIGKILL, killed.stderr()
+    again = Ranks(spec, tmp_path / "killed" / "job", 2, 2)
+    assert again.run() == [ExitCode.DONE] * 2, again.stderr()
+    assert any(report.get("restoredStep", 0) > 0 for report in again.reports())
+    assert again.weights() == whole.weights()
 
 
 @pytest.mark.trainer
