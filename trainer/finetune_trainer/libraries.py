@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from finetune_contract import environment
 
@@ -35,13 +35,18 @@ def prepare(env: Mapping[str, str]) -> None:
         os.environ.setdefault("HF_HOME", os.path.join(env[environment.CACHE_DIR], "hub"))  # noqa: PTH118
 
 
-def preload() -> None:
+def preload(imported: Callable[[str], None] = lambda _: None) -> None:
     """Import the libraries that a rank needs.
+
+    Args:
+        imported: called with the name of each module after its import.
 
     Raises:
         ImportError: a library of the trainer is not installed.
     """
     for module in HEAVY:
         importlib.import_module(module)
+        imported(module)
     for module, name in LAZY:
         getattr(importlib.import_module(module), name)
+        imported(f"{module}.{name}")

@@ -213,6 +213,48 @@ def test_a_rank_starts_by_its_command_if_the_server_exits_before_the_fork(
     assert asyncio.run(run_rank()).exit_code == 7
 
 
+def test_ranks_start_by_their_command_and_say_why_if_the_server_must_not_fork(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    source = """
+import threading
+from finetune_trainer import libraries
+from finetune_trainer.supervisor import fork_server
+
+def preload(imported):
+    threading.Thread(target=threading.Event().wait, name="poller", daemon=True).start()
+    imported("a_library")
+
+libraries.preload = preload
+fork_server.main()
+"""
+    with listen() as listening:
+        process = subprocess.Popen(
+            [sys.executable, "-c", source, str(listening.fileno())], pass_fds=(listening.fileno(),)
+        )
+        client = ForkClient(address_of(listening), None)
+
+    async def run_twice() -> list[RankProcess]:
+        starter = RankStarter((sys.executable, "-m", "forked_rank"), lambda: None, client)
+        ranks = []
+        for _ in range(2):
+            rank = await starter.start(CONFIG, 0, CoreShare(1, None))
+            await asyncio.wait_for(rank.follow(), TIMEOUT_SECONDS)
+            ranks.append(rank)
+        return ranks
+
+    reason = "after the import of a_library the thread poller of threading.Event.wait has started"
+    for rank in asyncio.run(run_twice()):
+        assert rank.end is not None
+        assert rank.end.exit_code == 7
+        assert rank.report.warnings == (
+            f"ranks are not forked, so every restart imports the libraries again: {reason}",
+        )
+    assert process.wait(TIMEOUT_SECONDS) == fork_server.UNSAFE
+    assert f"[supervisor] the ranks are not forked: {reason}" in capfd.readouterr().err
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to switch to another user")
 def test_orders_of_another_user_are_refused(server: tuple[ForkClient, int]) -> None:
     other_user = os.fork()

@@ -7,8 +7,8 @@ sends the pid, then the exit code. If the client closes the connection early, th
 It exits with its supervisor. With `--shared` it serves several supervisors, and exits when its standard input is closed
 and its last rank has ended: ranks then survive the process that started the server.
 
-Forking is safe only with one thread, no OpenMP pool and no CUDA context. If the imports have created one of these, the
-server exits, and the ranks are started without it.
+Forking is safe only with one thread and without CUDA; see `fork_safety`. If it is not, the server answers the orders
+that have arrived with the reason and exits, and the ranks are started without it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,19 @@ import tempfile
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from finetune_contract import environment
 from finetune_contract.fork_socket import SHARED
 from finetune_trainer import libraries
+from finetune_trainer.supervisor.fork_safety import (
+    ForkState,
+    ImportWatch,
+    forget_devices,
+    why_unsafe,
+    without_cuda_driver,
+)
+from finetune_trainer.supervisor.log import log
 
 HEADER_BYTES = 8
 """Size of the header: the length of the order, big-endian. The order itself (JSON) follows."""
@@ -41,6 +48,8 @@ NUM_DESCRIPTORS = 3
 """stdout, stderr and the pipe for reports."""
 UNSAFE = 3
 """Exit code if forking is not safe."""
+ORDER_SECONDS = 5.0
+"""Longest time to wait for the rest of an order that is refused."""
 GROUP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that `timeout` and terminals send to the whole process group. If they ended the server, its ranks would be
 killed with it, before they can save."""
@@ -205,19 +214,25 @@ def _set_environment(env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None
+    forget_devices()
     if threads := env.get("OMP_NUM_THREADS", ""):
         torch.set_num_threads(int(threads))
     _libc.prctl(_PR_SET_NAME, f"rank {env.get('RANK', '')}".encode(), 0, 0, 0)
 
 
-def is_safe() -> bool:
-    """Return whether a fork is safe: the process has no other threads and has not opened the GPUs."""
-    opened = []
-    for path in Path("/proc/self/fd").iterdir():
-        # One of them is the descriptor of this listing, which is closed by now.
-        with suppress(FileNotFoundError):
-            opened.append(str(path.readlink()))
-    return not any(name.startswith("/dev/nvidia") for name in opened) and len(os.listdir("/proc/self/task")) == 1  # noqa: PTH208  a count
+def refuse_orders(listening: socket.socket, reason: str) -> None:
+    """Answer the orders that have arrived with the reason for which no rank can be forked."""
+    listening.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            connection = listening.accept()[0]
+            connection.settimeout(ORDER_SECONDS)
+            with connection, suppress(OSError, ValueError):
+                check_peer(connection)
+                # A socket that is closed before its input was read discards what was sent.
+                for descriptor in receive_order(connection)[1]:
+                    os.close(descriptor)
+                connection.sendall(json.dumps({"refused": reason}).encode() + b"\n")
 
 
 def _send(rank: ForkedRank, message: dict[str, int]) -> None:
@@ -236,8 +251,12 @@ def main() -> None:
     listening = socket.socket(fileno=int(sys.argv[1]))
     gc.disable()
     libraries.prepare(os.environ)
-    libraries.preload()
-    if not is_safe():
+    watch = ImportWatch()
+    with without_cuda_driver(watch):
+        libraries.preload(watch.check)
+    if (reason := why_unsafe(ForkState.of_this_process(watch))) is not None:
+        log(f"the ranks are not forked: {reason}")
+        refuse_orders(listening, reason)
         sys.exit(UNSAFE)
     gc.freeze()
     ForkServer(listening, sys.stdin.buffer if shared else None).serve()

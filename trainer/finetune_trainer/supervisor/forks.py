@@ -12,6 +12,7 @@ import sys
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from finetune_contract import environment
 from finetune_contract.fork_socket import address_of, listen, raw_address, server_command
@@ -19,7 +20,10 @@ from finetune_trainer.supervisor.fork_server import HEADER_BYTES
 
 
 class NotForkedError(Exception):
-    """The server exited before the fork: start the rank without it."""
+    """The server exited before the fork: start the rank without it.
+
+    The text is the reason for which it cannot fork; it is empty if the server was ended.
+    """
 
 
 class ForkClient:
@@ -28,6 +32,8 @@ class ForkClient:
     def __init__(self, address: str, process: Process | None) -> None:
         self.address = address
         self._process = process
+        self.refusal = ""
+        """Why the server cannot fork; empty if it can, as far as this client knows."""
 
     @property
     def pid(self) -> int | None:
@@ -124,7 +130,7 @@ class ForkedProcess:
         """
         line = await self._read_message()
         if self.returncode is None and "pid" not in line:
-            raise NotForkedError
+            raise NotForkedError(line.get("refused", ""))
         if self.returncode is None:
             self.pid = line["pid"]
             with suppress(ProcessLookupError):
@@ -135,7 +141,7 @@ class ForkedProcess:
         if self.returncode is None:
             line = await self._read_message()
             # The kernel kills the ranks of a server that has exited.
-            self.returncode = line.get("exit", -signal.SIGKILL)
+            self.returncode = int(line.get("exit", -signal.SIGKILL))
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -152,12 +158,12 @@ class ForkedProcess:
             self._transport.close()
             self._replies.feed_eof()
 
-    async def _read_message(self) -> dict[str, int]:
+    async def _read_message(self) -> dict[str, Any]:
         try:
             line = await self._replies.readline()
         except ConnectionError:
             line = b""
-        message: dict[str, int] = json.loads(line) if line.endswith(b"\n") else {}
+        message: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
         return message
 
 

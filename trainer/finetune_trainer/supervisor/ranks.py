@@ -106,9 +106,13 @@ class RankProcess:
         if isinstance(self._process, ForkedProcess):
             try:
                 await self._process.wait_until_forked()
-            except NotForkedError:
+            except NotForkedError as error:
                 log("starting the ranks without the fork server")
+                self._start.note_refusal(str(error))
                 self._process = await self._start.execute()
+        if refusal := self._start.refusal:
+            warning = f"ranks are not forked, so every restart imports the libraries again: {refusal}"
+            self.report = self.report.model_copy(update={"warnings": (*self.report.warnings, warning)})
         self._start.close()
 
     async def collect_stderr(self, number: int, quiet_seconds: float) -> list[str]:
@@ -203,7 +207,8 @@ def true_exit_code(code: int, state: RankState, *, was_terminated: bool) -> int:
 
 def urgent_part(report: RankReport) -> RankReport:
     """Return the part of a report whose change is sent at once: all but the values that change with every step."""
-    return report.model_copy(update={"step": None, "loss": None, "images_per_second": None, "detail": None})
+    every_step = ("step", "loss", "images_per_second", "performance", "detail")
+    return report.model_copy(update=dict.fromkeys(every_step))
 
 
 @dataclass(frozen=True)
@@ -216,16 +221,27 @@ class RankStart:
     on_change: Callable[[], None]
     report_fd: int
     """The rank's end of the pipe for its reports."""
+    server: ForkClient | None = None
 
-    async def fork(self, server: ForkClient | None) -> ForkedProcess | None:
+    async def fork(self) -> ForkedProcess | None:
         """Fork the rank; return None if that is not possible."""
         module = module_of(self.command)
-        if server is None or module is None:
+        if self.server is None or module is None or self.server.refusal:
             return None
         try:
-            return await server.fork(module, self.env, self.share.cores)
+            return await self.server.fork(module, self.env, self.share.cores)
         except OSError:
             return None
+
+    @property
+    def refusal(self) -> str:
+        """Why the fork server cannot fork; empty if it can or if there is none."""
+        return "" if self.server is None else self.server.refusal
+
+    def note_refusal(self, reason: str) -> None:
+        """Record why the fork server cannot fork, for the ranks of the next attempts, too."""
+        if self.server is not None:
+            self.server.refusal = reason
 
     async def execute(self) -> Process:
         """Start the rank by its command."""
@@ -269,9 +285,9 @@ class RankStarter:
         """Start one rank with torch's variables, its cores and a pipe for its reports."""
         read_fd, write_fd = os.pipe()
         env = rank_environment(os.environ, config, local_rank, share, write_fd)
-        start = RankStart(self.command, env, share, self.on_change, write_fd)
+        start = RankStart(self.command, env, share, self.on_change, write_fd, self.server)
         try:
-            process = await start.fork(self.server) or await start.execute()
+            process = await start.fork() or await start.execute()
         except BaseException:
             os.close(read_fd)
             start.close()
