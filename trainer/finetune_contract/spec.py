@@ -9,9 +9,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from finetune_contract.spec_model import Argument, Location, Prompt, SpecModel, Word
+from finetune_contract.script_spec import ScriptSpec
+from finetune_contract.spec_model import Location, Prompt, SpecModel, Word
 
 MAX_STEPS = 100_000_000
 """Most optimizer steps of a job."""
@@ -47,6 +48,14 @@ class Precision(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+
+
+class ExchangePrecision(StrEnum):
+    """Number format of the gradients that the ranks send to each other."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    """Half of the bytes. Every rank rounds its gradients to 8 significant bits before they are added."""
 
 
 class Optimizer(StrEnum):
@@ -117,6 +126,32 @@ class Attention(StrEnum):
     FLASH = "flash"
     EFFICIENT = "efficient"
     MATH = "math"
+
+
+class SwitchMode(StrEnum):
+    """Whether an optimization is used."""
+
+    AUTO = "auto"
+    """Where it helps."""
+    ON = "on"
+    """Always; the run fails where it is not possible."""
+    OFF = "off"
+
+
+def _read_switch(value: object) -> object:
+    """Return the text of a boolean: YAML 1.1 reads on and off as booleans."""
+    if isinstance(value, bool):
+        return SwitchMode.ON if value else SwitchMode.OFF
+    return value
+
+
+Switch = Annotated[
+    SwitchMode,
+    BeforeValidator(_read_switch),
+    # A boolean or a string. Structural schemas can express this only without a type.
+    WithJsonSchema({"enum": ["auto", "on", "off", True, False], "x-kubernetes-preserve-unknown-fields": True}),
+]
+"""auto, on or off; true and false mean on and off."""
 
 
 class TrackerName(StrEnum):
@@ -239,13 +274,6 @@ class ValidationSpec(SpecModel):
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the images and of the held-out noise")
 
 
-class ScriptSpec(SpecModel):
-    """An unmodified training script in place of a method."""
-
-    path: Location = Field(description="Path of the script in the container image or on a volume")
-    args: tuple[Argument, ...] = Field(default=(), max_length=256, description="Command-line arguments of the script")
-
-
 class TrainingSpec(SpecModel):
     """Method, length and hyperparameters of the training."""
 
@@ -298,7 +326,16 @@ class TrainingSpec(SpecModel):
         default=Attention.AUTO,
         description="Attention kernel; auto lets torch choose the fastest one that supports the input",
     )
-    compile: bool = Field(default=False, description="Compile the transformer blocks: a slower start, faster steps")
+    cuda_graphs: Switch = Field(
+        default=SwitchMode.AUTO,
+        description="Capture forward and backward pass once per shape and replay them, so that the GPU does not wait "
+        "for its host: auto (on GPUs, where possible), on or off",
+    )
+    compile: Switch = Field(
+        default=SwitchMode.AUTO,
+        description="Compile the transformer blocks: auto (on GPUs, if enough steps remain to save more time than it "
+        "takes), on or off",
+    )
     resolution: int = Field(
         default=512, ge=8, le=4096, multiple_of=8, description="Side of the square images, in pixels"
     )
@@ -326,6 +363,11 @@ class TrainingSpec(SpecModel):
         description="Memory for the slices of sharding full: none (the GPU) or cpu (the host, where the optimizer "
         "runs, "
         "too); also works on a single GPU",
+    )
+    exchange_precision: ExchangePrecision = Field(
+        default=ExchangePrecision.FP32,
+        description="Number format of the gradients on the network: fp32, or bf16, which halves the bytes of the "
+        "exchange and rounds the gradients; the sums are kept in fp32",
     )
     snr_gamma: float | None = Field(
         default=None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 from unittest import mock
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune_contract.spec import ExchangePrecision
 from finetune_trainer.distributed import buckets as module
-from finetune_trainer.distributed.buckets import GradientBuckets
+from finetune_trainer.distributed.buckets import GradientBucket, GradientBuckets
 from finetune_trainer.distributed.gradients import Signal
+from finetune_trainer.distributed.sharding import ShardedGradients, Shards
 from finetune_trainer.distributed.world import World
 from testing.trainer.exchange import run_on_ranks
 
@@ -40,7 +44,19 @@ def inputs_of(world: World, number: int) -> Tensor:
     return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(10 * world.rank + number))
 
 
-def exchange(world: World, overlap: bool, fault: str = "", wire: torch.dtype = torch.float32) -> Exchanged:
+def make_buckets(
+    parameters: Sequence[nn.Parameter],
+    world: World,
+    precision: ExchangePrecision = ExchangePrecision.FP32,
+    overlap: bool = True,
+) -> GradientBuckets:
+    with mock.patch.object(module, "BUCKET_NUMEL", BUCKET_NUMEL):
+        return GradientBuckets(parameters, world, precision, overlap)
+
+
+def exchange(
+    world: World, overlap: bool, fault: str = "", precision: ExchangePrecision = ExchangePrecision.FP32
+) -> Exchanged:
     """Run one step with two passes on every rank.
 
     Args:
@@ -48,11 +64,10 @@ def exchange(world: World, overlap: bool, fault: str = "", wire: torch.dtype = t
         overlap: whether sums start during the last backward pass.
         fault: "unused": the last pass of rank 1 does not reach the third layer. "repeat": rank 1 drops its passes
             after the last one and repeats them.
-        wire: type of the numbers that are sent.
+        precision: format of the numbers that are sent.
     """
     network = build_network()
-    with mock.patch.object(module, "BUCKET_NUMEL", BUCKET_NUMEL):
-        gradients = GradientBuckets(list(network.parameters()), world, wire, overlap)
+    gradients = make_buckets(list(network.parameters()), world, precision, overlap)
     is_faulty = world.rank == 1
 
     def run_passes() -> None:
@@ -62,7 +77,7 @@ def exchange(world: World, overlap: bool, fault: str = "", wire: torch.dtype = t
         torch.autograd.backward(last(inputs_of(world, 1)).square().sum())
         gradients.signals[Signal.SAMPLES] += 6
 
-    with mock.patch.object(World, "start_sum", autospec=True, side_effect=World.start_sum) as start_sum:
+    with count_started() as start_sum:
         run_passes()
         started = start_sum.call_count
     if fault == "repeat" and is_faulty:
@@ -73,22 +88,77 @@ def exchange(world: World, overlap: bool, fault: str = "", wire: torch.dtype = t
     return Exchanged(values, gradients.signals.tolist(), started)
 
 
-def exchange_all(world: World) -> dict[str, Exchanged]:
+def count_started() -> AbstractContextManager[mock.Mock]:
+    """Count the buckets whose sums start in a block."""
+    return mock.patch.object(GradientBucket, "start_sum", autospec=True, side_effect=GradientBucket.start_sum)
+
+
+def exchange_out_of_order(world: World) -> list[tuple[list[int], list[Tensor]]]:
+    """Run two steps of a model whose middle layer has the last parameters.
+
+    Returns:
+        For each step: the sizes of the buckets in the order of their starts, and the gradients.
+    """
+    network = build_network()
+    parameters = [parameter for number in (0, 1, 3, 4, 2) for parameter in network[number].parameters()]
+    gradients = make_buckets(parameters, world)
+    steps = []
+    for _ in range(2):
+        gradients.clear()
+        gradients.expect_last_pass()
+        with count_started() as start_sum:
+            torch.autograd.backward(network(inputs_of(world, 0)).square().sum())
+            sizes = [call.args[0].gradients.numel() for call in start_sum.call_args_list]
+        gradients.reduce(world)
+        steps.append((sizes, [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]))
+    return steps
+
+
+def exchange_slices(world: World) -> list[Tensor]:
+    """Return the sums of the slices of this rank, sent as bf16."""
+    network = build_network()
+    shards = Shards([network], dict(network.named_parameters()), world, precision=ExchangePrecision.BF16)
+    gradients = ShardedGradients(shards, world)
+    torch.autograd.backward(network(inputs_of(world, 0)).square().sum())
+    gradients.reduce(world)
+    return [slice_.grad for slice_ in shards.parameters.values() if slice_.grad is not None]
+
+
+class Results(NamedTuple):
+    """What one rank has found."""
+
+    steps: dict[str, Exchanged]
+    out_of_order: list[tuple[list[int], list[Tensor]]]
+    slices: list[Tensor]
+
+
+def exchange_all(world: World) -> Results:
     """Run all cases in one world, because a new world takes seconds."""
+    return Results(exchange_steps(world), exchange_out_of_order(world), exchange_slices(world))
+
+
+def exchange_steps(world: World) -> dict[str, Exchanged]:
     return {
         "after": exchange(world, overlap=False),
         "during": exchange(world, overlap=True),
         "unused": exchange(world, overlap=True, fault="unused"),
         "unused, after": exchange(world, overlap=False, fault="unused"),
         "repeat": exchange(world, overlap=True, fault="repeat"),
-        "bfloat16": exchange(world, overlap=True, wire=torch.bfloat16),
+        "bf16": exchange(world, overlap=True, precision=ExchangePrecision.BF16),
+        "bf16, after": exchange(world, overlap=False, precision=ExchangePrecision.BF16),
+        "bf16, repeat": exchange(world, overlap=True, fault="repeat", precision=ExchangePrecision.BF16),
         "again": exchange(world, overlap=True),
     }
 
 
-@pytest.fixture(name="ranks", scope="module")
-def _ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Exchanged]]:
+@pytest.fixture(name="results", scope="module")
+def _results(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     return run_on_ranks(3, tmp_path_factory.mktemp("exchange") / "store", exchange_all)
+
+
+@pytest.fixture(name="ranks", scope="module")
+def _ranks(results: list[Results]) -> list[dict[str, Exchanged]]:
+    return [rank.steps for rank in results]
 
 
 def assert_same_bits(one: Exchanged, other: Exchanged) -> None:
@@ -136,12 +206,53 @@ def test_repeated_passes_count_once(ranks: list[dict[str, Exchanged]]) -> None:
         assert_same_bits(rank["repeat"], rank["during"])
 
 
-def test_numbers_can_be_sent_as_bfloat16(ranks: list[dict[str, Exchanged]]) -> None:
+def own_gradients(rank: int, num_passes: int = 2) -> list[Tensor]:
+    """Return the sum of a rank's own passes, in the order of the loop."""
+    network = build_network()
+    for number in range(num_passes):
+        world = World(rank, 3, 0, torch.device("cpu"))
+        torch.autograd.backward(network(inputs_of(world, number)).square().sum())
+    return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+
+
+def rounded_sums(num_passes: int) -> list[Tensor]:
+    """Return the sums over the ranks of numbers that are rounded to bf16 before and after the additions in fp32."""
+    by_rank = [[gradient.bfloat16().float() for gradient in own_gradients(rank, num_passes)] for rank in range(3)]
+    return [((first + second) + third).bfloat16().float() for first, second, third in zip(*by_rank, strict=True)]
+
+
+def test_bf16_rounds_each_gradient_once_and_adds_in_fp32_in_the_order_of_the_ranks(
+    ranks: list[dict[str, Exchanged]],
+) -> None:
+    sums = rounded_sums(num_passes=2)
     for rank in ranks:
-        torch.testing.assert_close(rank["bfloat16"].gradients, expected(), rtol=2e-2, atol=2e-1)
-        assert not all(map(torch.equal, rank["bfloat16"].gradients, rank["during"].gradients))
-        assert rank["bfloat16"].signals == rank["during"].signals
-        assert_same_bits(rank["bfloat16"], ranks[0]["bfloat16"])
+        assert all(map(torch.equal, rank["bf16"].gradients, sums))
+        assert not all(map(torch.equal, rank["bf16"].gradients, rank["during"].gradients))
+        assert rank["bf16"].signals == rank["during"].signals
+
+
+def test_bf16_sums_do_not_depend_on_their_time(ranks: list[dict[str, Exchanged]]) -> None:
+    for rank in ranks:
+        assert rank["bf16"].started_early == 3
+        assert_same_bits(rank["bf16"], rank["bf16, after"])
+        assert_same_bits(rank["bf16"], rank["bf16, repeat"])
+
+
+def test_slices_can_be_sent_as_bf16(results: list[Results]) -> None:
+    sums = rounded_sums(num_passes=1)
+    for number, result in enumerate(results):
+        slices = [total.chunk(3)[number] for total in sums]
+        assert len(result.slices) == len(slices) and all(map(torch.equal, result.slices, slices))
+
+
+def test_buckets_start_in_the_order_of_the_backward_pass_from_the_second_step(results: list[Results]) -> None:
+    layer = WIDTH * WIDTH + WIDTH
+    for result in results:
+        (first_sizes, first), (second_sizes, second) = result.out_of_order
+        # By the parameters' order, the middle layer is the first to start, and the two layers after it wait.
+        assert first_sizes == [layer, 2 * layer, 2 * layer]
+        assert second_sizes == [2 * layer, layer, 2 * layer]
+        assert all(map(torch.equal, first, second))
 
 
 def test_a_gradient_after_its_sum_has_started_is_an_error() -> None:

@@ -14,8 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal
-from finetune_trainer.distributed.world import PendingSum, World
+from finetune_contract.spec import ExchangePrecision
+from finetune_trainer.distributed.exchange import Exchange, PendingSum, open_exchange
+from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal, receives_fp32
+from finetune_trainer.distributed.world import World
 
 BUCKET_NUMEL = 16 * 1024 * 1024
 """Elements of a bucket (64 MiB): large enough that the latency of a collective is negligible."""
@@ -29,19 +31,31 @@ class GradientBucket:
         parameters: its parameters, in order.
         device: device of the buffer.
         padding: unused elements at the end of the buffer.
+        leaves: see `GradientBuckets`.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device, padding: int = 0) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        device: torch.device,
+        padding: int = 0,
+        leaves: Sequence[nn.Parameter] | None = None,
+    ) -> None:
         numel = sum(parameter.numel() for parameter in parameters)
         self.buffer = torch.zeros(numel + padding, dtype=torch.float32, device=device)
         self.gradients = self.buffer[:numel]
         """All gradients, without the padding."""
         self._views: dict[Tensor, Tensor] = {}
+        """Gradients by leaf."""
+        self._parameters = list(parameters)
         offset = 0
-        for parameter in parameters:
-            self._views[parameter] = self.buffer[offset : offset + parameter.numel()].view_as(parameter)
+        for parameter, leaf in zip(parameters, parameters if leaves is None else leaves, strict=True):
+            self._views[leaf] = self.buffer[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
+        self._direct = {leaf for leaf, own in zip(self._views, parameters, strict=True) if receives_fp32(own, leaf)}
+        """The leaves whose gradients backward can add to the buffer."""
         self._filled: set[Tensor] = set()
+        self._is_held = False
         self._complete: set[Tensor] = set()
         self.pending: PendingSum | None = None
         """The sum over the ranks, from its start in a step until the next step."""
@@ -56,35 +70,63 @@ class GradientBucket:
         self._filled.clear()
         self._complete.clear()
         self.pending = None
+        if self._is_held:
+            self.buffer.zero_()
+        self._attach()
+
+    def hold(self) -> None:
+        """Let backward add to the buffer directly, from the next pass on."""
+        if not self._is_held:
+            self._is_held = True
+            for parameter, view in self._views.items():
+                if parameter not in self._filled:
+                    view.zero_()
+            self._attach()
+
+    def detach(self) -> None:
+        """Drop what backward computes from now on: the sum of the buffer has started."""
         for parameter in self._views:
             parameter.grad = None
+
+    def _attach(self) -> None:
+        for parameter, view in self._views.items():
+            parameter.grad = view if self._is_held and parameter in self._direct else None
+        if self._is_held:
+            self._filled.update(self._views)
 
     def move(self, parameter: Tensor, is_last_pass: bool) -> None:
         """Move a gradient that backward has computed into the buffer. The first one of a step needs no zeros there."""
         assert parameter.grad is not None
         view = self._views[parameter]
-        if parameter in self._filled:
+        if parameter.grad is view:
+            pass
+        elif parameter in self._filled:
             view.add_(parameter.grad)
         else:
             view.copy_(parameter.grad)
             self._filled.add(parameter)
-        parameter.grad = None
+        parameter.grad = view if self._is_held and parameter in self._direct else None
         if is_last_pass:
             self._complete.add(parameter)
 
-    def start_sum(self, world: World, wire: torch.dtype) -> None:
+    def start_sum(self, exchange: Exchange) -> None:
         """Start to sum the buffer over the ranks. Gradients that backward did not compute are zero."""
         for parameter, view in self._views.items():
             if parameter not in self._filled:
                 view.zero_()
-        self.pending = world.start_sum(self.buffer, wire)
+        self.pending = exchange.start(self.buffer)
 
     def finish_sum(self) -> None:
         """Wait for the sum, and hand the gradients to the parameters."""
         assert self.pending is not None
         self.pending.wait()
-        for parameter, view in self._views.items():
-            parameter.grad = view
+        for parameter, view in zip(self._parameters, self._views.values(), strict=True):
+            if parameter.dtype is view.dtype:
+                parameter.grad = view
+
+    def views(self) -> list[Tensor]:
+        """Return the gradients of the parameters, in their order."""
+        return list(self._views.values())
 
 
 class GradientBuckets:
@@ -92,14 +134,17 @@ class GradientBuckets:
 
     Each gradient is moved into its bucket as soon as backward has computed it, so the memory never holds all of them
     twice. In the last pass of a step, a bucket that is complete is summed over the ranks while backward continues.
-    Backward reaches the last parameters first. The buckets are summed in this order on every rank: a bucket that is
-    complete early waits for those before it, because all ranks must start their collectives in the same order.
+    All ranks must start their collectives in the same order, so a bucket that is complete early waits for those before
+    it. In the first step this is the reverse order of the parameters. Then it is the order in which rank 0's backward
+    pass completed the buckets, because a model does not compute its parameters in their order (the middle block of a
+    UNet comes after its up blocks). The sum of a bucket does not depend on its place in this order.
 
     Args:
         parameters: the trained parameters; their order decides the layout.
         world: the ranks.
-        wire: type of the numbers that are sent; the sums are stored in fp32.
+        precision: format of the numbers that are sent; the sums are stored in fp32.
         overlap: whether sums start during the last backward pass. The results have the same bits.
+        leaves: the tensors that backward computes gradients of, one for each parameter; see `Method.leaves`.
     """
 
     forward_is_collective: ClassVar[bool] = False
@@ -108,20 +153,27 @@ class GradientBuckets:
         self,
         parameters: Sequence[nn.Parameter],
         world: World,
-        wire: torch.dtype = torch.float32,
+        precision: ExchangePrecision = ExchangePrecision.FP32,
         overlap: bool = True,
+        leaves: Sequence[nn.Parameter] | None = None,
     ) -> None:
-        self._world, self._wire, self._overlap = world, wire, overlap
+        self._overlap = overlap
+        self._exchange = open_exchange(world, precision)
         groups = assign_buckets([parameter.numel() for parameter in parameters], BUCKET_NUMEL)
         self._buckets: list[GradientBucket] = []
         self._bucket_of: dict[Tensor, GradientBucket] = {}
         for group in groups:
             members = [parameters[index] for index in group]
+            own = members if leaves is None else [leaves[index] for index in group]
             # Some backends cut a buffer in pieces by its length, and the piece decides the order of the additions. The
             # padding keeps the length that the last buffer has always had, so the sums keep their bits.
-            bucket = GradientBucket(members, world.device, padding=_NUM_SIGNALS if group is groups[-1] else 0)
+            bucket = GradientBucket(members, world.device, _NUM_SIGNALS if group is groups[-1] else 0, own)
             self._buckets.append(bucket)
-            self._bucket_of |= dict.fromkeys(members, bucket)
+            self._bucket_of |= dict.fromkeys(own, bucket)
+        self._order = list(reversed(self._buckets))
+        """The buckets in the order in which their sums start."""
+        self._completed: list[GradientBucket] | None = [] if overlap and world.size > 1 else None
+        """The buckets in the order in which backward completes them, until the end of the first step."""
         numbers = torch.zeros(_NUM_SIGNALS, dtype=torch.float32, device=world.device)
         self._numbers = numbers
         self.signals = numbers[-len(Signal) :]
@@ -146,13 +198,24 @@ class GradientBuckets:
         for bucket in self._buckets:
             if bucket.pending is None:
                 bucket.clear()
+            else:
+                bucket.detach()
         self._start_passes()
         self._is_repeated = True
 
     def _start_passes(self) -> None:
         self._is_last_pass = self._is_repeated = False
         self._numbers.zero_()
-        self._waiting = [bucket for bucket in reversed(self._buckets) if bucket.pending is None]
+        self._waiting = [bucket for bucket in self._order if bucket.pending is None]
+
+    def hold(self) -> None:
+        """Keep all gradients in the buckets. Call it before a sum has started."""
+        for bucket in self._buckets:
+            bucket.hold()
+
+    def views(self) -> list[Tensor]:
+        """Return the gradients of all parameters, in their order; see `Gradients`."""
+        return [view for bucket in self._buckets for view in bucket.views()]
 
     def passes(self) -> contextlib.AbstractContextManager[None]:
         """Return a block without collectives that other code starts."""
@@ -172,8 +235,10 @@ class GradientBuckets:
             parameter.grad = None
             return
         bucket.move(parameter, self._is_last_pass)
+        if bucket.is_complete and self._completed is not None and bucket not in self._completed:
+            self._completed.append(bucket)
         while self._waiting and self._waiting[0].is_complete:
-            self._waiting.pop(0).start_sum(self._world, self._wire)
+            self._waiting.pop(0).start_sum(self._exchange)
 
     def reduce(self, world: World) -> None:
         """Sum the remaining gradients, and the signals, over all ranks, and wait for all sums.
@@ -182,12 +247,21 @@ class GradientBuckets:
             FabricError: a peer was lost.
         """
         for bucket in self._waiting:
-            bucket.start_sum(world, self._wire)
+            bucket.start_sum(self._exchange)
         self._waiting = []
         numbers = world.start_sum(self._numbers)
-        for bucket in self._buckets:
+        for bucket in self._order:
             bucket.finish_sum()
         numbers.wait()
+        if self._completed is not None:
+            self._set_order(world, self._completed)
+            self._completed = None
+
+    def _set_order(self, world: World, completed: Sequence[GradientBucket]) -> None:
+        """Start the sums of the next steps in the order in which rank 0's buckets were complete. All ranks call it."""
+        order = [*completed, *(bucket for bucket in self._order if bucket not in completed)]
+        numbers = world.share([self._buckets.index(bucket) for bucket in order])
+        self._order = [self._buckets[number] for number in numbers]
 
     def norm(self) -> Tensor:
         """Return the 2-norm of all gradients."""

@@ -6,6 +6,7 @@ import contextlib
 from enum import IntEnum
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from finetune_trainer.distributed.world import World
@@ -41,6 +42,13 @@ class Gradients(Protocol):
         """Drop the gradients of the last step, and set the signals to zero."""
         ...
 
+    def hold(self) -> None:
+        """Keep all gradients at fixed addresses from now on: a step sets them to zero, and passes add to them.
+
+        Call it before a pass. Later calls do nothing. Captured passes need it.
+        """
+        ...
+
     def passes(self) -> contextlib.AbstractContextManager[None]:
         """Return the block in which the forward and backward passes run.
 
@@ -72,6 +80,14 @@ class Gradients(Protocol):
     def scale(self, factor: float) -> None:
         """Multiply all gradients. Call it after `reduce`."""
         ...
+
+
+def receives_fp32(parameter: Tensor, leaf: Tensor) -> bool:
+    """Return whether backward can add the gradients of a parameter to an fp32 buffer itself.
+
+    Otherwise they have the format of the leaf, and are converted when they are added.
+    """
+    return leaf is parameter and parameter.dtype is torch.float32
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from finetune_contract.spec import Offload
+from finetune_contract.spec import ExchangePrecision, Offload
+from finetune_trainer.distributed.exchange import scatter_sum
 from finetune_trainer.distributed.gradients import NUM_TIMESTEP_BUCKETS, Signal
 from finetune_trainer.distributed.world import World
 
@@ -51,6 +53,7 @@ class Shards:
         parameters: their trained parameters, by their names in checkpoints.
         world: the ranks.
         offload: where the slices are stored.
+        precision: format of the gradients that the ranks send; the slices' gradients are fp32.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Shards:
         parameters: Mapping[str, nn.Parameter],
         world: World,
         offload: Offload = Offload.NONE,
+        precision: ExchangePrecision = ExchangePrecision.FP32,
     ) -> None:
         self._world = world
         self._offloads = offload is Offload.CPU
@@ -73,14 +77,20 @@ class Shards:
         world.as_group()
         mesh = init_device_mesh(world.device.type, (world.size,))
         policy = offload_policy(offload, world.device)
+        is_rounded = precision is ExchangePrecision.BF16 and world.size > 1
+        numbers = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16) if is_rounded else MixedPrecisionPolicy()
         for module in modules:
             for part in [*_blocks(module), module]:
-                fully_shard(part, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+                fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=numbers, offload_policy=policy)
         self._sharded = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
         for part in self._sharded:
             # Every loss is already divided by the global batch.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+            # Releases of torch before this method add the rounded numbers in bf16.
+            if is_rounded and world.device.type == "cpu" and hasattr(part, "set_custom_reduce_scatter"):
+                reduce_scatter: Any = OrderedReduceScatter(world.size)
+                part.set_custom_reduce_scatter(reduce_scatter)
         self.parameters: dict[str, nn.Parameter] = {
             name: nn.Parameter(_local(slot.parameter)) for name, slot in self._slots.items()
         }
@@ -180,6 +190,9 @@ class ShardedGradients:
         self._shards.clear_gradients()
         self._numbers.zero_()
 
+    def hold(self) -> None:
+        """Do nothing. Slices of gradients move, so passes on shards are not captured."""
+
     def passes(self) -> contextlib.AbstractContextManager[None]:
         """Return the block in which weights are gathered and gradients are summed."""
         return self._world.watch_collectives("gathering weights")
@@ -210,6 +223,32 @@ class ShardedGradients:
     def _gradients(self) -> list[Tensor]:
         gradients = [parameter.grad for parameter in self._shards.parameters.values()]
         return [gradient for gradient in gradients if gradient is not None]
+
+
+class OrderedReduceScatter:
+    """FSDP2's reduction of bf16 gradients on CPUs, which adds in fp32 in the order of the ranks.
+
+    It has the interface of torch's ReduceScatter, which is not a public name.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return new memory."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: object,
+        async_op: bool = False,
+    ) -> None:
+        """Write the rounded sum of this rank's part of the input. It is complete on return."""
+        assert op == dist.ReduceOp.SUM and not async_op
+        output_tensor.copy_(scatter_sum(input_tensor, self._size, group))
 
 
 def offload_policy(offload: Offload, device: torch.device) -> OffloadPolicy:

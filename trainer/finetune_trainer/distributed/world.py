@@ -33,11 +33,11 @@ _CPU_BACKENDS = ("gloo", "ccl")
 T = TypeVar("T")
 
 
-class PendingSum:
+class StartedSum:
     """A sum over the ranks that has started. It changes the tensor until `wait` returns."""
 
-    def __init__(self, tensor: Tensor, sent: Tensor, work: dist.Work | None, world: World) -> None:
-        self._tensor, self._sent, self._work, self._world = tensor, sent, work, world
+    def __init__(self, work: dist.Work | None, world: World) -> None:
+        self._work, self._world = work, world
 
     def wait(self) -> None:
         """Wait until the tensor holds the sum; on a GPU, make the current stream wait.
@@ -49,8 +49,6 @@ class PendingSum:
             with self._world.collective("all_reduce"):
                 self._work.wait()
             self._work = None
-            if self._sent is not self._tensor:
-                self._tensor.copy_(self._sent)
 
 
 @dataclass(frozen=True)
@@ -81,21 +79,19 @@ class World:
                 dist.all_reduce(tensor)
         return tensor
 
-    def start_sum(self, tensor: Tensor, wire: torch.dtype = torch.float32) -> PendingSum:
+    def start_sum(self, tensor: Tensor) -> StartedSum:
         """Start to sum a tensor over all ranks, in place. All ranks start their collectives in the same order.
 
         Args:
             tensor: its values must not change until the sum is complete.
-            wire: type of the numbers that the ranks send and add.
 
         Raises:
             FabricError: a peer was lost.
         """
         if self.size == 1:
-            return PendingSum(tensor, tensor, None, self)
-        sent = tensor.to(wire)
+            return StartedSum(None, self)
         with self.collective("all_reduce"):
-            return PendingSum(tensor, sent, dist.all_reduce(sent, async_op=True), self)
+            return StartedSum(dist.all_reduce(tensor, async_op=True), self)
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""
