@@ -39,6 +39,8 @@ MAX_SECONDS = 1e10
 MAX_LOSS = 1e39
 """Above the largest number in float32."""
 MAX_IMAGES_PER_SECOND = 1e9
+MAX_FLOPS = 1e21
+"""Floating-point operations per second of a device; above every known one."""
 MAX_RANKS = 256
 """Reports, ends and outputs in one heartbeat; a pod has at most 64 ranks."""
 
@@ -60,6 +62,7 @@ def _drop_non_finite(value: object) -> object:
 
 Figure = BeforeValidator(_drop_non_finite)
 """Marks a measured number that has no value if it is not finite."""
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Wire(BaseModel):
@@ -105,6 +108,52 @@ class CommittedCheckpoint(Wire):
     interval_seconds: Seconds | None = Field(default=None, description="time until the next one is due")
 
 
+class StepShares(Wire):
+    """What the time of the last steps was spent on, as shares of it; they add up to 1."""
+
+    compute: Share = Field(description="the device computes")
+    host: Share = Field(default=0.0, description="a GPU waits for operations that the host prepares")
+    data: Share = Field(default=0.0, description="the loop waits for the next samples")
+    exchange: Share = Field(default=0.0, description="the sum of the gradients over the ranks; slower ranks included")
+    checkpoint: Share = Field(default=0.0, description="the loop is paused for a checkpoint")
+
+
+class StepSettings(Wire):
+    """Settings in use that decide the speed of a step. Some are chosen by the trainer, not by the manifest."""
+
+    device: str = Field(max_length=128, description="name of the GPU, or cpu")
+    precision: str = Field(max_length=8, description="number format of the forward pass, e.g. bf16")
+    batch_size: int = Field(ge=1, le=MAX_INT32, description="samples in one forward pass")
+    has_bf16: bool = Field(default=False, description="whether the device has bf16 instructions")
+    gradient_checkpointing: bool = False
+    is_compiled: bool = False
+    has_cuda_graphs: bool = False
+    cuda_graphs_off: Text | None = Field(default=None, description="why not all passes use CUDA graphs")
+    exchange_precision: str | None = Field(default=None, max_length=8, description="number format of the exchange")
+    is_sharded: bool = False
+
+
+class Performance(Wire):
+    """Speed and memory of one rank, measured over its last steps."""
+
+    share_of_peak: Annotated[float | None, Figure] = Field(
+        default=None, ge=0, le=10, description="operations of the model per second, as a share of the device's peak"
+    )
+    flops_per_second: Annotated[float | None, Figure] = Field(
+        default=None, ge=0, le=MAX_FLOPS, description="floating-point operations of the model per second"
+    )
+    utilization: Annotated[float | None, Figure] = Field(
+        default=None, ge=0, le=1, description="share of the time in which the device is busy"
+    )
+    memory_allocated_bytes: Count | None = Field(
+        default=None, description="most memory of tensors on the GPU; on CPUs the most memory of the process"
+    )
+    memory_reserved_bytes: Count | None = Field(default=None, description="most GPU memory that torch has reserved")
+    memory_total_bytes: Count | None = Field(default=None, description="memory of the GPU")
+    shares: StepShares | None = None
+    settings: StepSettings | None = None
+
+
 class RankReport(Wire):
     """One line from a rank to its supervisor, and one entry of a heartbeat."""
 
@@ -126,6 +175,7 @@ class RankReport(Wire):
     corrupt_checkpoints: Count | None = Field(
         default=None, description="corrupt checkpoints moved to a corrupt- folder since the job began"
     )
+    performance: Performance | None = Field(default=None, description="absent before the second step")
     detail: Annotated[str, AfterValidator(lambda text: text[:MAX_DETAIL])] | None = Field(
         default=None, description="progress of the state, e.g. '12/64 images'"
     )

@@ -11,7 +11,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from finetune_contract.heartbeat import MAX_DETAIL, MAX_TEXT, CommittedCheckpoint, RankReport, RankState, WrittenOutput
+from finetune_contract.heartbeat import (
+    MAX_DETAIL,
+    MAX_TEXT,
+    CommittedCheckpoint,
+    Performance,
+    RankReport,
+    RankState,
+    WrittenOutput,
+)
 from finetune_contract.identity import MAX_INPUTS, InputIdentity
 
 _LOG = logging.getLogger(__name__)
@@ -49,14 +57,19 @@ class Reporter:
         """Report at once what this rank waits for; an empty text ends the wait. The next report may be minutes away."""
         self._send(detail=reason[:MAX_DETAIL])
 
-    def begin(self, restored_step: int, total_steps: int) -> None:
-        """Report the first and the last step of this attempt."""
+    def begin(self, restored_step: int, total_steps: int | None) -> None:
+        """Report the first and the last step of this attempt; None: the last one is not known."""
         self._send(step=restored_step, restored_step=restored_step, total_steps=total_steps)
 
     def progress(self, step: int, loss: float, images_per_second: float | None) -> None:
         """Report the progress of training; rate-limited."""
         finite = loss if math.isfinite(loss) else None
         self._send_limited(step=step, loss=finite, images_per_second=images_per_second)
+
+    def performance(self, performance: Performance) -> None:
+        """Add a measurement to the next report."""
+        with self._lock:
+            self._report = self._report.model_copy(update={"performance": performance})
 
     def checkpoint(self, checkpoint: CommittedCheckpoint) -> None:
         """Report a committed and verified checkpoint."""

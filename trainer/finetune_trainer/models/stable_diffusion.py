@@ -74,7 +74,7 @@ class StableDiffusion(UNetFamily):
         return parts.VaeEncoder(vae.to(device), self.latent_scaling)
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TextEncoder:
-        """Return the text encoder with its tokenizer, frozen."""
+        """Return the text encoder with its tokenizer, frozen; on the meta device without weights."""
         return SingleText(self._text_part("text_encoder", "emb_params", device, dtype), self.text_settings)
 
     def load_tokenizers(self) -> list[Any]:
@@ -117,12 +117,14 @@ class StableDiffusion(UNetFamily):
         from transformers import CLIPTextModel, CLIPTextModelWithProjection  # noqa: PLC0415  slow to import
 
         kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-        model = parts.load_part(
-            self._folder,
-            self._variant,
-            "text encoder",
-            lambda options: kind.from_pretrained(self._folder / name, dtype=dtype, **options),
-        )
+
+        def load(options: dict[str, Any]) -> Any:
+            if device.type == "meta":
+                with device:
+                    return kind(kind.config_class.from_pretrained(self._folder / name)).to(dtype)
+            return kind.from_pretrained(self._folder / name, dtype=dtype, **options)
+
+        model = parts.load_part(self._folder, self._variant, "text encoder", load)
         return TextPart(name, self._load_tokenizer(name), model.to(device), webui_key)
 
     def _load_tokenizer(self, text_encoder: str) -> Any:
