@@ -1,33 +1,57 @@
 """Attention of diffusers' UNets whose queries, keys and values are computed by groups of adapted layers.
 
-Called by `lora`. It replaces diffusers' attention processor where the block has nothing but projections and attention,
-which is the case in the UNets of Stable Diffusion; other attention keeps diffusers' processor.
+Called by `adapter_bank`. It replaces diffusers' attention processor where the block has nothing but projections and
+attention, which is the case in the UNets of Stable Diffusion; other attention keeps diffusers' processor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-Projections = Callable[[Tensor], tuple[Tensor, ...]]
+from finetune_trainer.methods.adapter_group import AdapterGroup
 
 QUERIES_KEYS_VALUES = ("to_q", "to_k", "to_v")
 KEYS_VALUES = ("to_k", "to_v")
+_TEXT = "encoder_hidden_states"
+"""Name of the argument of denoisers, and of attention blocks, with the input of the cross-attentions."""
 
 
-class AdaptedAttentionProcessor:
-    """An attention processor of diffusers.
+class PassAnchor(Protocol):
+    """The bank of the adapters; see `AdapterBank`."""
+
+    anchor: Tensor
+
+
+class AdaptedAttention:
+    """An attention block with adapted layers; used as its attention processor.
 
     Args:
-        project: returns queries, keys and values of a self-attention, or keys and values of a cross-attention.
-        is_self_attention: which of the two.
+        block: diffusers' attention block.
+        grouped: its layers with a common input: queries, keys and values, or keys and values of a cross-attention.
     """
 
-    def __init__(self, project: Projections, is_self_attention: bool) -> None:
-        self._project = project
-        self._is_self_attention = is_self_attention
+    def __init__(self, block: Any, grouped: Sequence[Any]) -> None:
+        self.block = block
+        self.grouped = list(grouped)
+        self._keys_values: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+        self._query: Callable[[Tensor], Tensor] | None = None
+
+    def use_group(self, group: AdapterGroup, bank: PassAnchor) -> None:
+        """Compute the grouped layers from the block's input or text."""
+        self.use_keys_values(lambda x: group.heads(x, bank.anchor, self.block.heads))
+
+    def use_keys_values(self, project: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        """Compute the grouped layers, each (n, heads, tokens, channels), by a function of the block's input or text."""
+        self._keys_values = project
+        self.block.set_processor(self)
+
+    def use_query(self, group: AdapterGroup, bank: PassAnchor) -> None:
+        """Compute the queries of a cross-attention by a group of one layer."""
+        self._query = lambda x: group.heads(x, bank.anchor, self.block.heads)[0]
 
     def __call__(
         self,
@@ -41,12 +65,7 @@ class AdaptedAttentionProcessor:
     ) -> Tensor:
         """Return the output of the block, of the shape of `hidden_states` (n, tokens, channels)."""
         del temb
-        if self._is_self_attention:
-            query, key, value = self._project(hidden_states)
-        else:
-            assert encoder_hidden_states is not None
-            query, (key, value) = attn.to_q(hidden_states), self._project(encoder_hidden_states)
-        query, key, value = (_by_head(part, attn.heads) for part in (query, key, value))
+        query, key, value = self._project(hidden_states, encoder_hidden_states)
         mask = None
         if attention_mask is not None:
             count = len(hidden_states)
@@ -57,14 +76,67 @@ class AdaptedAttentionProcessor:
         result: Tensor = attn.to_out[1](output)
         return result
 
+    def _project(self, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
+        assert self._keys_values is not None
+        if not self.block.is_cross_attention:
+            return self._keys_values(hidden_states)
+        assert text is not None
+        if self._query is not None:
+            query = self._query(hidden_states)
+        else:
+            query = self.block.to_q(hidden_states).unflatten(-1, (self.block.heads, -1)).transpose(1, 2)
+        return query, *self._keys_values(text)
 
-def _by_head(rows: Tensor, heads: int) -> Tensor:
-    """View (n, tokens, channels) as (n, heads, tokens, channels of a head)."""
-    return rows.view(*rows.shape[:2], heads, -1).transpose(1, 2)
+
+class TextProjections:
+    """Keys and values of all cross-attentions of a pass, computed from the same text by one product for each width.
+
+    They are computed before the first block: with gradient checkpointing, a block must not compute them for others.
+    """
+
+    def __init__(self, bank: PassAnchor) -> None:
+        self._bank = bank
+        self._groups: list[tuple[AdapterGroup, int]] = []
+        self._text: Tensor | None = None
+        self._outputs: list[tuple[Tensor, ...]] = []
+
+    def add(self, group: AdapterGroup, attentions: Sequence[AdaptedAttention]) -> None:
+        """Compute keys and values of attention blocks with equal shapes by a group, block after block."""
+        position, num_heads = len(self._groups), attentions[0].block.heads
+        self._groups.append((group, num_heads))
+        for index, attention in enumerate(attentions):
+            attention.use_keys_values(self._part(group, position, len(KEYS_VALUES) * index, num_heads))
+
+    def _part(
+        self, group: AdapterGroup, position: int, first: int, num_heads: int
+    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        own = group.part(first, len(KEYS_VALUES))
+
+        def project(text: Tensor) -> tuple[Tensor, ...]:
+            if text is self._text:
+                return self._outputs[position][first : first + len(KEYS_VALUES)]
+            # The denoiser has changed the text on the way to its blocks.
+            return own.heads(text, self._bank.anchor, num_heads)
+
+        return project
+
+    def start(self, text: Tensor) -> None:
+        """Compute all keys and values of a pass."""
+        self._text = text
+        self._outputs = [group.heads(text, self._bank.anchor, heads) for group, heads in self._groups]
+
+    def clear(self) -> None:
+        """Release the memory after a pass."""
+        self._text, self._outputs = None, []
 
 
-def find_groups(denoiser: nn.Module, can_be_grouped: Callable[[Any], bool]) -> Iterator[tuple[Any, list[Any]]]:
-    """Yield each attention block of a denoiser with its layers that have a common input, if it has only projections.
+def takes_text(denoiser: nn.Module) -> bool:
+    """Return whether the text for all cross-attentions is an argument of the forward pass."""
+    return list(inspect.signature(denoiser.forward).parameters)[2:3] == [_TEXT]
+
+
+def find_attention(denoiser: nn.Module, can_be_grouped: Callable[[Any], bool]) -> Iterator[AdaptedAttention]:
+    """Yield each attention block of a denoiser whose layers with a common input can be grouped.
 
     Args:
         denoiser: the module to search.
@@ -81,7 +153,7 @@ def find_groups(denoiser: nn.Module, can_be_grouped: Callable[[Any], bool]) -> I
             names = KEYS_VALUES if module.is_cross_attention else QUERIES_KEYS_VALUES
             layers = [getattr(module, name) for name in names]
             if all(map(can_be_grouped, layers)) and _have_equal_shapes(layers):
-                yield module, layers
+                yield AdaptedAttention(module, layers)
 
 
 def _has_only_projections(attention: Any) -> bool:

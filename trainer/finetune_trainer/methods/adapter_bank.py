@@ -6,22 +6,23 @@ A UNet of SDXL has 560 adapted layers with two small matrices each. One by one t
 - the fp32 weights of all adapters of a module are views into one tensor, and one copy of it per pass has the number
   format of the activations and the scale alpha / rank in it;
 - layers with a common input are one group: their frozen weights and their adapters are multiplied together. These are
-  queries, keys and values of a self-attention, and keys and values of a cross-attention;
+  queries, keys and values of a self-attention, and keys and values of all cross-attentions of equal width;
 - backward adds the gradients of all adapters into one tensor, which is converted to fp32 once per pass.
 
-Called by `lora`. Layers with dropout, with DoRA or in compiled blocks use `lora_linear` or peft instead.
+Called by `lora`. Compiled blocks and CPUs, where launches cost nothing, use `lora_linear` or peft instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finetune_trainer.methods.adapted_attention import AdaptedAttentionProcessor, find_groups
-from finetune_trainer.methods.lora_linear import fast_layers
+from finetune_trainer.methods.adapted_attention import AdaptedAttention, TextProjections, find_attention, takes_text
+from finetune_trainer.methods.adapter_group import AdapterGroup, Magnitudes, Matrices
 
 
 class AdapterBank:
@@ -34,121 +35,152 @@ class AdapterBank:
 
     def __init__(self, groups: Sequence[Sequence[Any]], dtype: torch.dtype) -> None:
         layers = [layer for group in groups for layer in group]
-        parameters = [_down(layer) for layer in layers] + [_up(layer) for layer in layers]
-        self._parameters = parameters
-        self._sizes = [parameter.numel() for parameter in parameters]
+        matrices = [_down(layer) for layer in layers] + [_up(layer) for layer in layers]
+        magnitudes = [_magnitude(layer) for layer in layers if _uses_dora(layer)]
+        self._parameters = matrices + magnitudes
+        self._sizes = [parameter.numel() for parameter in self._parameters]
         self._num_down = sum(self._sizes[: len(layers)])
+        num_matrices = sum(self._sizes[: len(matrices)])
         self._scale = float(layers[0].scaling["default"])
-        self._master = torch.cat([parameter.data.flatten() for parameter in parameters])
-        self._working = torch.empty_like(self._master, dtype=dtype)
+        self._master = torch.cat([parameter.data.flatten() for parameter in self._parameters])
+        self._working = torch.empty_like(self._master[:num_matrices], dtype=dtype)
         self._gradients = torch.zeros_like(self._working)
+        self._magnitude_gradients = torch.zeros_like(self._master[num_matrices:])
         self.anchor = self._working.new_empty(0)
         """Connects the adapted layers of a pass with the parameters in the graph."""
-        for parameter, flat in zip(parameters, torch.split(self._master, self._sizes), strict=True):
+        self.text = TextProjections(self)
+        """Keys and values of the cross-attentions."""
+        for parameter, flat in zip(self._parameters, torch.split(self._master, self._sizes), strict=True):
             parameter.data = flat.view(parameter.shape)
-        starts = [0]
-        for size in self._sizes:
-            starts.append(starts[-1] + size)
-        self.groups = []
-        first = 0
-        for group in groups:
-            last = first + len(group)
+        self.groups = self._make_groups(groups, bool(magnitudes))
+
+    def _make_groups(self, groups: Sequence[Sequence[Any]], uses_dora: bool) -> list[AdapterGroup]:
+        num_layers = sum(len(group) for group in groups)
+        starts = [0, *accumulate(self._sizes)]
+        num_matrices = starts[2 * num_layers]
+        made = []
+        for first, last in pairwise([0, *accumulate(len(group) for group in groups)]):
+            layers = groups[len(made)]
             down = slice(starts[first], starts[last])
-            up = slice(starts[len(layers) + first], starts[len(layers) + last])
-            self.groups.append(AdapterGroup(self, group, down, up))
-            first = last
-
-    @property
-    def working(self) -> Tensor:
-        """All matrices in the format of the activations (n,): first those that map down, then, scaled, the others."""
-        return self._working
-
-    @property
-    def gradients(self) -> Tensor:
-        """Gradients of the current backward pass, in the layout and format of `working`."""
-        return self._gradients
-
-    @property
-    def scale(self) -> float:
-        """Return alpha / rank."""
-        return self._scale
+            up = slice(starts[num_layers + first], starts[num_layers + last])
+            weight, bias = _stack_frozen(layers)
+            magnitudes = None
+            if uses_dora:
+                own = slice(starts[2 * num_layers + first], starts[2 * num_layers + last])
+                values = self._master[own].view(len(layers), -1)
+                gradients = self._magnitude_gradients[own.start - num_matrices : own.stop - num_matrices]
+                magnitudes = _make_magnitudes(values, gradients.view_as(values), weight)
+            made.append(
+                AdapterGroup(
+                    layers=tuple(layers),
+                    weight=weight,
+                    bias=bias,
+                    adapters=_matrices(self._working[down], self._working[up], layers),
+                    gradients=_matrices(self._gradients[down], self._gradients[up], layers),
+                    scale=self._scale,
+                    dropout=_dropout(layers[0]),
+                    magnitudes=magnitudes,
+                )
+            )
+        return made
 
     def start_pass(self, *_: object) -> None:
-        """Copy the weights for a forward pass; a hook that the module calls before its forward."""
+        """Copy the weights for a forward pass."""
         self.anchor = _Pass.apply(self, *self._parameters)
 
     def refresh(self) -> None:
-        """Copy the fp32 weights to `working`, and drop gradients of a pass that failed."""
+        """Compute everything that depends on the fp32 weights, and drop gradients of a pass that failed."""
+        num_matrices = len(self._working)
         self._working[: self._num_down].copy_(self._master[: self._num_down])
-        torch.mul(self._master[self._num_down :], self._scale, out=self._working[self._num_down :])
+        torch.mul(self._master[self._num_down : num_matrices], self._scale, out=self._working[self._num_down :])
         self._gradients.zero_()
+        if len(self._magnitude_gradients):
+            self._magnitude_gradients.zero_()
+        for group in self.groups:
+            group.refresh()
 
     def take_gradients(self) -> list[Tensor]:
-        """Return the gradients of the pass in fp32, one for each parameter, and reset them."""
-        taken = self._gradients.to(torch.float32, copy=True)
-        self._gradients.zero_()
+        """Return the gradients of the pass in fp32, one for each parameter. The next pass resets them."""
+        self.text.clear()
+        parts = [self._gradients, self._magnitude_gradients]
+        taken = torch.cat([part.float() for part in parts]) if len(parts[1]) else parts[0].to(torch.float32, copy=True)
         views = torch.split(taken, self._sizes)
         return [view.view(parameter.shape) for view, parameter in zip(views, self._parameters, strict=True)]
 
 
 def use_adapter_bank(module: nn.Module, dtype: torch.dtype) -> None:
-    """Compute the adapted linear layers of a module from flat storage; layers with dropout or DoRA keep peft's forward.
+    """Compute the adapted linear layers of a module from flat storage.
 
     Args:
         module: a module whose layers have adapters. Its parameters have their final device and format.
         dtype: number format of the activations.
     """
-    layers = fast_layers(module)
-    if not layers:
+    from peft.tuners.lora.layer import Linear  # noqa: PLC0415  slow to import
+
+    single = {id(layer): layer for layer in module.modules() if isinstance(layer, Linear)}
+    if not single:
         return
-    grouped = {id(layer): layer for layer in layers}
-    attentions, groups = [], []
-    for attention, members in find_groups(module, lambda layer: id(layer) in grouped):
-        attentions.append(attention)
-        groups.append(members)
-        for member in members:
-            del grouped[id(member)]
-    bank = AdapterBank([*groups, *([layer] for layer in grouped.values())], dtype)
-    for attention, group in zip(attentions, bank.groups, strict=False):
-        attention.set_processor(AdaptedAttentionProcessor(group, not attention.is_cross_attention))
-    for layer, group in zip(grouped.values(), bank.groups[len(groups) :], strict=True):
-        layer.forward = group.call_single
-    module.register_forward_pre_hook(bank.start_pass)
+    attentions = list(find_attention(module, lambda layer: id(layer) in single))
+    for attention in attentions:
+        for layer in attention.grouped:
+            del single[id(layer)]
+    queries = [attention for attention in attentions if id(attention.block.to_q) in single]
+    for attention in queries:
+        del single[id(attention.block.to_q)]
+    own, shared = _by_input(attentions, takes_text(module))
+    bank = AdapterBank(
+        [
+            *(attention.grouped for attention in own),
+            *([layer for attention in members for layer in attention.grouped] for members in shared),
+            *([attention.block.to_q] for attention in queries),
+            *([layer] for layer in single.values()),
+        ],
+        dtype,
+    )
+    groups = iter(bank.groups)
+    for attention in own:
+        attention.use_group(next(groups), bank)
+    for members in shared:
+        bank.text.add(next(groups), members)
+    for attention in queries:
+        attention.use_query(next(groups), bank)
+    for layer, group in zip(single.values(), groups, strict=True):
+        layer.forward = _forward_of(group, bank)
+    _connect(module, bank, bool(shared))
 
 
-class AdapterGroup:
-    """Adapted layers with a common input.
+def _by_input(
+    attentions: Sequence[AdaptedAttention], shares_text: bool
+) -> tuple[list[AdaptedAttention], list[list[AdaptedAttention]]]:
+    """Return the attention blocks with an own input, and the others by what their keys and values have in common."""
+    own, shared = [], {}
+    for attention in attentions:
+        if shares_text and attention.block.is_cross_attention:
+            layer = attention.grouped[0]
+            key = (tuple(layer.base_layer.weight.shape), layer.base_layer.bias is None, attention.block.heads)
+            shared.setdefault(key, []).append(attention)
+        else:
+            own.append(attention)
+    return own, list(shared.values())
 
-    The frozen weights of the layers are moved into one tensor; those of the layers become views of it.
 
-    Args:
-        bank: stores the adapters.
-        layers: peft's linear layers.
-        down: the group's part of the flat storage with the matrices that map to the rank.
-        up: its part with the matrices that map from the rank.
-    """
+def _connect(module: nn.Module, bank: AdapterBank, shares_text: bool) -> None:
+    """Start a pass of the bank before each forward of the module."""
+    if not shares_text:
+        module.register_forward_pre_hook(bank.start_pass)
+        return
 
-    def __init__(self, bank: AdapterBank, layers: Sequence[Any], down: slice, up: slice) -> None:
-        rank, num_in = _down(layers[0]).shape
-        num_out = _up(layers[0]).shape[0]
-        self.bank, self.size, self.num_out = bank, len(layers), num_out
-        self.down = bank.working[down].view(self.size * rank, num_in)
-        self.up = bank.working[up].view(self.size, num_out, rank)
-        self.down_gradient = bank.gradients[down].view_as(self.down)
-        self.up_gradient = bank.gradients[up].view_as(self.up)
-        bases = [layer.base_layer for layer in layers]
-        self.weight = _stack([base.weight for base in bases])
-        self.bias = None if bases[0].bias is None else _stack([base.bias for base in bases])
+    def start(_: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        bank.start_pass()
+        # The third argument of every denoiser of diffusers that has this name.
+        bank.text.start(arguments["encoder_hidden_states"] if "encoder_hidden_states" in arguments else args[2])
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs of the layers for a common input (..., in)."""
-        outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(x, self.bank.anchor, self)
-        return outputs
+    def end(*_: object) -> None:
+        if not torch.is_grad_enabled():
+            bank.text.clear()
 
-    def call_single(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Return the output of the only layer; with the signature of a layer's forward."""
-        (output,) = self(x)
-        return output
+    module.register_forward_pre_hook(start, with_kwargs=True)
+    module.register_forward_hook(end)
 
 
 class _Pass(torch.autograd.Function):
@@ -159,57 +191,46 @@ class _Pass(torch.autograd.Function):
         bank.refresh()
         ctx.bank = bank
         ctx.set_materialize_grads(False)
-        return bank.working.new_empty(0)
+        return bank.anchor.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *ctx.bank.take_gradients()
 
 
-class _AdaptedLinears(torch.autograd.Function):
-    """y_i = x W_i^T + b_i + s (x A_i^T) B_i^T for the layers i of a group (https://arxiv.org/abs/2106.09685, eq. 3).
+def _forward_of(group: AdapterGroup, bank: AdapterBank) -> Any:
+    """Return a forward for the only layer of a group."""
 
-    The gradients of A and B are added to the bank's; the anchor gets none.
-    """
+    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        (output,) = group.rows(x, bank.anchor)
+        return output
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, group: AdapterGroup) -> tuple[Tensor, ...]:
-        del anchor
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ group.down.t()
-        y = nn.functional.linear(rows, group.weight, group.bias)
-        if group.size == 1:
-            y.addmm_(hidden, group.up[0].t())
-        else:
-            _by_layer(y, group.size).baddbmm_(_by_layer(hidden, group.size), group.up.transpose(1, 2))
-        ctx.save_for_backward(rows, hidden)
-        ctx.group, ctx.shape = group, x.shape
-        return y.view(*x.shape[:-1], group.size, group.num_out).unbind(-2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (rows, hidden), group = ctx.saved_tensors, ctx.group
-        parts = [gradient.reshape(-1, group.num_out) for gradient in gradients]
-        if group.size == 1:
-            (g,) = parts
-            g_hidden = g @ group.up[0]
-            group.up_gradient[0].addmm_(g.t(), hidden, alpha=group.bank.scale)
-        else:
-            g = torch.cat(parts, dim=1)
-            by_layer = _by_layer(g, group.size)
-            g_hidden = torch.empty_like(hidden)
-            torch.bmm(by_layer, group.up, out=_by_layer(g_hidden, group.size))
-            group.up_gradient.baddbmm_(by_layer.transpose(1, 2), _by_layer(hidden, group.size), alpha=group.bank.scale)
-        group.down_gradient.addmm_(g_hidden.t(), rows)
-        g_x = None
-        if ctx.needs_input_grad[0]:
-            g_x = (g @ group.weight).addmm_(g_hidden, group.down).view(ctx.shape)
-        return g_x, None, None
+    return forward
 
 
-def _by_layer(rows: Tensor, size: int) -> Tensor:
-    """View rows with the values of all layers (n, size * m) as matrices of each layer (size, n, m)."""
-    return rows.view(len(rows), size, -1).transpose(0, 1)
+def _make_magnitudes(values: Tensor, gradients: Tensor, weight: Tensor) -> Magnitudes:
+    rows = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    return Magnitudes(
+        values=values,
+        gradients=gradients,
+        frozen=rows.view_as(values),
+        norms=torch.empty_like(values),
+        factors=torch.empty_like(values, dtype=weight.dtype),
+    )
+
+
+def _matrices(down: Tensor, up: Tensor, layers: Sequence[Any]) -> Matrices:
+    return Matrices(
+        down.view(len(layers), *_down(layers[0]).shape),
+        up.view(len(layers), *_up(layers[0]).shape),
+    )
+
+
+def _stack_frozen(layers: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Move the frozen weights and biases of layers into one tensor each; the layers get views of them."""
+    bases = [layer.base_layer for layer in layers]
+    weight = _stack([base.weight for base in bases])
+    return weight, None if bases[0].bias is None else _stack([base.bias for base in bases])
 
 
 def _stack(parts: Sequence[nn.Parameter]) -> Tensor:
@@ -230,3 +251,16 @@ def _down(layer: Any) -> nn.Parameter:
 def _up(layer: Any) -> nn.Parameter:
     parameter: nn.Parameter = layer.lora_B["default"].weight
     return parameter
+
+
+def _magnitude(layer: Any) -> nn.Parameter:
+    parameter: nn.Parameter = layer.lora_magnitude_vector["default"].weight
+    return parameter
+
+
+def _uses_dora(layer: Any) -> bool:
+    return bool(layer.use_dora.get("default"))
+
+
+def _dropout(layer: Any) -> float:
+    return float(getattr(layer.lora_dropout["default"], "p", 0.0))
