@@ -1,5 +1,6 @@
 # The trainer for GPUs: torch with CUDA and NCCL from its wheels. Non-root. The node provides the driver.
 #   make image-trainer-cuda        or: docker build -f images/trainer-cuda.Dockerfile -t finetune-trainer-cuda .
+# With --build-arg EFA=1 it contains libfabric and aws-ofi-nccl, through which NCCL uses the Elastic Fabric Adapter.
 ARG PYTHON_IMAGE=python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 
 FROM ${PYTHON_IMAGE} AS base
@@ -19,6 +20,19 @@ RUN python -m venv /build \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --require-hashes \
         -r requirements/trainer-cuda.txt
 
+FROM dependencies AS efa
+ARG EFA=0
+ARG EFA_SOURCES=https://github.com
+ARG RDMA_CORE_VERSION=60.1
+ARG RDMA_CORE_SHA256=3c83b75d952e96461338ed6320360580660ff897c62c773bc52c36c481ed8304
+ARG LIBFABRIC_VERSION=2.4.0
+ARG LIBFABRIC_SHA256=13f508e1d770c44f872c4117d9bcbfc102dc9d7532d3292455e0e0e5ef7b3bba
+ARG AWS_OFI_NCCL_VERSION=1.17.3
+ARG AWS_OFI_NCCL_SHA256=0b3313e9ad48226cb143c8f1dead60bcd59a8083e582558ee44a438d58cc23c1
+COPY images/efa.sh images/
+# Without EFA, /opt/efa is an empty folder.
+RUN if [ "$EFA" = 1 ]; then sh images/efa.sh /app /opt/efa; else mkdir -p /opt/efa; fi
+
 FROM dependencies AS own
 COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
@@ -34,6 +48,7 @@ RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python 
 
 FROM base
 # First the gigabytes that change only with the lock files, then the layer that changes with every release.
+COPY --from=efa /opt/efa /opt/efa
 COPY --from=dependencies /app /app
 COPY --from=own /own /app
 ARG VERSION=unknown
@@ -46,7 +61,7 @@ LABEL org.opencontainers.image.title="finetune-trainer-cuda" \
       org.opencontainers.image.licenses="Apache-2.0"
 # The root file system is read-only in the pods; everything is written to volumes.
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
-    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility LD_LIBRARY_PATH=/opt/efa/lib
 # The user of the training pods.
 USER 1000:1000
 WORKDIR /tmp

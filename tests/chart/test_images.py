@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,7 +27,9 @@ def test_an_image_is_pinned_locked_labelled_and_not_root(file: Path) -> None:
     # Every stage starts from the pinned base, another stage, or an empty image.
     assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"${PYTHON_IMAGE}", "scratch", "base", "dependencies"}
     # The stages: dependencies, own code, and the final image; for trainers also their base with a compiler.
-    assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == (3 if file.stem == "operator" else 4)
+    # On GPUs also a stage with the libraries of a network adapter.
+    stages = {"operator": 3, "trainer-cuda": 5}
+    assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == stages.get(file.stem, 4)
     assert text.count("--require-hashes") >= 2
     assert "SBOM" in text.upper()
     for label in ("title", "description", "version", "revision", "source", "licenses"):
@@ -41,13 +45,13 @@ def test_an_image_is_pinned_locked_labelled_and_not_root(file: Path) -> None:
 @pytest.mark.parametrize("file", [file for file in FILES if file.stem != "operator"], ids=lambda file: file.stem)
 def test_a_code_change_changes_only_the_last_layer(file: Path) -> None:
     """The layers before it contain no own code and nothing else that differs between two releases."""
-    base, dependencies, _, final = file.read_text().split("\nFROM ", maxsplit=1)[1].split("\nFROM ")
+    base, dependencies, *_, final = file.read_text().split("\nFROM ", maxsplit=1)[1].split("\nFROM ")
     assert not re.search(r"^(COPY|ARG)", base, re.MULTILINE)
     copied = " ".join(re.findall(r"^COPY (.+) \S+$", dependencies, re.MULTILINE)).split()
     assert copied
     assert [name for name in copied if not name.startswith(("requirements/", "images/without_cuda"))] == []
     before, last = final.split("COPY --from=dependencies /app /app\nCOPY --from=own /own /app\n")
-    assert [line for line in before.splitlines()[1:] if not line.startswith("#")] == []
+    assert [line for line in before.splitlines()[1:] if not line.startswith(("#", "COPY --from=efa "))] == []
     assert "ARG REVISION" in last
 
 
@@ -81,6 +85,42 @@ def test_a_trainer_image_contains_what_the_api_offers(file: Path) -> None:
     assert missing == []
     # docs/methods.md names their formats.
     assert {"pillow", "pillow-heif"} <= packages
+
+
+def test_the_network_libraries_of_the_gpu_image_are_an_option_and_checked() -> None:
+    stage = (ROOT / "images/trainer-cuda.Dockerfile").read_text().partition("\nFROM dependencies AS efa\n")[2]
+    stage = stage.partition("\nFROM ")[0]
+    defaults = dict(re.findall(r"^ARG (\w+)=(\S+)$", stage, re.MULTILINE))
+    assert defaults.pop("EFA") == "0"
+    script = (ROOT / "images/efa.sh").read_text()
+    # Every download has a version and a checksum, and the checksum is compared before the archive is unpacked.
+    names = [name.removesuffix("_VERSION") for name in defaults if name.endswith("_VERSION")]
+    assert sorted(names) == ["AWS_OFI_NCCL", "LIBFABRIC", "RDMA_CORE"]
+    assert all(re.fullmatch(r"[0-9a-f]{64}", defaults[f"{name}_SHA256"]) for name in names)
+    downloads = re.findall(r'^fetch "[^"]+\$(\w+)_VERSION[^"]*"\s(?:\\\n\s+)?"\$(\w+)_SHA256"$', script, re.MULTILINE)
+    assert sorted(downloads) == [(name, name) for name in sorted(names)]
+    assert script.count("curl ") == 2  # the package, and the function
+    assert script.index("sha256sum --check") < script.index("tar --extract")
+    assert set(re.findall(r"\$([A-Z]\w+)", script)) <= defaults.keys()
+
+
+def test_the_script_of_the_network_libraries_refuses_a_changed_archive(tmp_path: Path) -> None:
+    """The function that downloads, with the archive of another release on this machine."""
+    function = re.search(r"^fetch\(\) \{.*?^\}$", (ROOT / "images/efa.sh").read_text(), re.DOTALL | re.MULTILINE)
+    assert function is not None
+    archive = tmp_path / "libfabric.tar"
+    (tmp_path / "libfabric").mkdir()
+    (tmp_path / "libfabric/configure").write_text("")
+    subprocess.run(["tar", "-cf", archive, "-C", tmp_path, "libfabric"], check=True)
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+
+    def fetch(checksum: str) -> int:
+        script = f"set -eu\n{function[0]}\nfetch libfabric.tar {checksum}\ntest -e configure\n"
+        env = {**os.environ, "EFA_SOURCES": tmp_path.as_uri()}
+        return subprocess.run(["sh", "-c", script], cwd=tmp_path, env=env, capture_output=True, check=False).returncode
+
+    assert fetch(digest) == 0
+    assert fetch(64 * "0") != 0
 
 
 def test_every_image_is_listed_here() -> None:

@@ -22,13 +22,26 @@ def spec_of(**spec: Any) -> dict[str, Any]:
     return found
 
 
-def test_gpu_pods_prefer_one_zone() -> None:
+def test_gpu_pods_prefer_nodes_that_share_switches_and_a_zone() -> None:
     spec = spec_of(topology=GPU)
-    (preference,) = spec["affinity"].pop("podAffinity")["preferredDuringSchedulingIgnoredDuringExecution"]
-    assert preference["podAffinityTerm"] == {"labelSelector": SIBLINGS, "topologyKey": "topology.kubernetes.io/zone"}
+    preferences = spec["affinity"].pop("podAffinity").pop("preferredDuringSchedulingIgnoredDuringExecution")
+    assert all(preference["podAffinityTerm"]["labelSelector"] == SIBLINGS for preference in preferences)
+    weights = {preference["podAffinityTerm"]["topologyKey"]: preference["weight"] for preference in preferences}
+    assert weights["topology.kubernetes.io/zone"] == min(weights.values())
+    layers = [weights[f"topology.k8s.aws/network-node-layer-{layer}"] for layer in (1, 2, 3)]
+    assert layers == sorted(layers)
+    assert weights["cloud.google.com/gce-topology-block"] < weights["cloud.google.com/gce-topology-subblock"]
+    assert weights["network.topology.nvidia.com/spine"] < weights["network.topology.nvidia.com/leaf"]
+    # Nothing is required: a gang that fits under no switch is still scheduled.
     assert spec["affinity"] == {}
     assert "topologySpreadConstraints" not in spec
     assert spec["tolerations"] == [GPU_TOLERATION]
+
+
+def test_pods_with_network_adapters_tolerate_their_taint() -> None:
+    spec = spec_of(topology={**GPU, "resources": {"vpc.amazonaws.com/efa": 4}})
+    taint = {"key": "vpc.amazonaws.com/efa", "operator": "Exists", "effect": "NoSchedule"}
+    assert spec["tolerations"] == [GPU_TOLERATION, taint]
 
 
 def test_cpu_pods_prefer_different_nodes() -> None:

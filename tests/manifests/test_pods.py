@@ -208,9 +208,32 @@ def test_environment_of_the_communication_libraries() -> None:
     assert gpu["NCCL_DEBUG"] == "WARN"
     # The surviving rank of a lost peer must be able to save.
     assert (gpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"], gpu["TORCH_NCCL_ENABLE_MONITORING"]) == ("0", "0")
+    assert not [name for name in gpu if name.startswith("FI_")]
     ccl = env_of(pod_of(topology={"accelerator": "cpu", "processesPerNode": 2, "cpu": {"backend": "ccl"}}))
     assert (ccl["CCL_PROCESS_LAUNCHER"], ccl["CCL_LOCAL_SIZE"], ccl["FI_PROVIDER"]) == ("none", "2", "tcp")
     assert not [name for name in env_of(pod_of()) if name.startswith(("NCCL", "CCL"))]
+
+
+@pytest.mark.parametrize(("pages", "use"), [({}, "0"), ({"hugepages-2Mi": "5Gi"}, None)])
+def test_environment_of_elastic_fabric_adapters(pages: dict[str, Any], use: str | None) -> None:
+    resources = {"memory": "256Gi", "vpc.amazonaws.com/efa": 4, **pages}
+    pod = pod_of(topology={"accelerator": "gpu", "nodes": 2, "processesPerNode": 8, "resources": resources})
+    assert trainer(pod)["resources"]["limits"] == {
+        "nvidia.com/gpu": "8",
+        "memory": "256Gi",
+        "vpc.amazonaws.com/efa": "4",
+        **{name: str(amount) for name, amount in pages.items()},
+    }
+    env = env_of(pod)
+    assert (env["FI_PROVIDER"], env["NCCL_SOCKET_IFNAME"]) == ("efa", "^docker,lo")
+    assert env.get("FI_EFA_USE_HUGE_PAGE") == use
+    # It would abort the ranks on machines whose adapters have no RDMA.
+    assert "FI_EFA_USE_DEVICE_RDMA" not in env
+
+
+def test_no_environment_of_adapters_without_any() -> None:
+    topology = {"accelerator": "gpu", "resources": {"vpc.amazonaws.com/efa": 0}}
+    assert "FI_PROVIDER" not in env_of(pod_of(topology=topology))
 
 
 def test_restricted_pod_security() -> None:

@@ -32,6 +32,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "resources": {"cpu": 32, "memory": "256Gi", "rdma/hca": 1},
         }
     },
+    "gpu, network adapters": {
+        "topology": {
+            "accelerator": "gpu",
+            "nodes": 2,
+            "resources": {"memory": "256Gi", "vpc.amazonaws.com/efa": 4, "hugepages-2Mi": "5Gi"},
+        }
+    },
     "cpu, gloo": {"topology": {"accelerator": "cpu", "nodes": 2}},
     "cpu, ccl": {
         "topology": {
@@ -145,3 +152,36 @@ def test_spot_job_is_scheduled_on_spot_nodes(
         return {pod["spec"].get("nodeName") for pod in api.get(path)["items"]}
 
     wait_for("the pods are on the spot node", lambda: nodes() == {spot}, WAIT_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("switch", "block"),
+    [
+        ("topology.k8s.aws/network-node-layer-3", "topology.k8s.aws/network-node-layer-2"),
+        ("network.topology.nvidia.com/leaf", "network.topology.nvidia.com/spine"),
+    ],
+)
+def test_pods_of_a_job_are_scheduled_near_each_other(
+    control_plane: ControlPlane, namespace: str, switch: str, block: str
+) -> None:
+    """The first pod has a neighbour at its switch, and one in its block. The second and the third pod take them."""
+    ours = {PAIR: namespace, "topology.kubernetes.io/zone": namespace}
+    first, neighbour, near, *far = (
+        control_plane.add_nodes(1, prefix="switch", gpus=1, labels={**ours, switch: at, block: within})[0]
+        for at, within in (("s1", "b1"), ("s1", "b1"), ("s2", "b1"), ("s3", "b2"), ("s3", "b2"), ("s4", "b2"))
+    )
+    template = {"spec": {"nodeSelector": {PAIR: namespace}}}
+    job = job_in(namespace, topology={"accelerator": "gpu", "nodes": 3}, checkpoint={}, podTemplate=template)
+    api, path = control_plane.api, f"/api/v1/namespaces/{namespace}/pods"
+    try:
+        for node_rank, node in enumerate((first, neighbour, near)):
+            pod = build_pod(job, 1, node_rank, Settings(cores_per_rank=0))
+            # The job does not exist: if another test has installed the CRD, the garbage collector would delete the pod.
+            del pod["metadata"]["ownerReferences"]
+            if node_rank == 0:
+                pod["spec"]["nodeName"] = node
+            name = api.create(path, pod)["metadata"]["name"]
+            wait_for("the pod has a node", lambda name=name: api.get(f"{path}/{name}")["spec"].get("nodeName"))
+            assert api.get(f"{path}/{name}")["spec"]["nodeName"] == node
+    finally:
+        control_plane.delete_nodes([first, neighbour, near, *far])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from finetune_operator.api.job import Accelerator, CpuBackend, TopologySpec
+from finetune_operator.manifests.resources import uses_efa, uses_huge_pages
 
 NCCL = "nccl"
 
@@ -22,6 +23,7 @@ def fabric_env(topology: TopologySpec) -> dict[str, str]:
             # a surviving rank has saved. Instead the supervisor ends the ranks, and recovery.hangTimeout detects hangs.
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
             "TORCH_NCCL_ENABLE_MONITORING": "0",
+            **(_efa_env(topology) if uses_efa(topology) else {}),
         }
     if topology.cpu.backend is CpuBackend.CCL:
         return {
@@ -33,3 +35,19 @@ def fabric_env(topology: TopologySpec) -> dict[str, str]:
             "CCL_WORKER_COUNT": "1",
         }
     return {}
+
+
+def _efa_env(topology: TopologySpec) -> dict[str, str]:
+    """Return the environment of NCCL over Elastic Fabric Adapters.
+
+    aws-ofi-nccl chooses everything else by the type of the machine. FI_EFA_USE_DEVICE_RDMA is left out: libfabric uses
+    RDMA wherever the adapter supports it, and the variable would abort the ranks on other machines.
+    """
+    return {
+        # Never libfabric's TCP provider, which is slower than NCCL's own sockets.
+        "FI_PROVIDER": "efa",
+        # The ranks find each other over the pod network.
+        "NCCL_SOCKET_IFNAME": "^docker,lo",
+        # libfabric's buffers are in huge pages by default. Without any, data loaders cannot be forked.
+        **({} if uses_huge_pages(topology) else {"FI_EFA_USE_HUGE_PAGE": "0"}),
+    }

@@ -12,11 +12,28 @@ from typing import Any
 from finetune_operator.api import labels
 from finetune_operator.api.job import Accelerator, FineTuneJob
 from finetune_operator.api.status import Capacity
-from finetune_operator.manifests.resources import GPU_RESOURCE
+from finetune_operator.manifests.resources import EFA_RESOURCE, GPU_RESOURCE, uses_efa
 from finetune_operator.manifests.run_spec import num_nodes
 
-ZONE = "topology.kubernetes.io/zone"
 HOST = "kubernetes.io/hostname"
+
+NEAR: tuple[tuple[str, int], ...] = (
+    ("topology.kubernetes.io/zone", 25),
+    # AWS: the network node that a machine is connected to is that of layer 3.
+    ("topology.k8s.aws/network-node-layer-1", 50),
+    ("topology.k8s.aws/network-node-layer-2", 75),
+    ("topology.k8s.aws/network-node-layer-3", 100),
+    # GKE: a subblock is one rack.
+    ("cloud.google.com/gce-topology-block", 75),
+    ("cloud.google.com/gce-topology-subblock", 100),
+    # NVIDIA's topograph, on any cluster: a leaf is the switch that a machine is connected to.
+    ("network.topology.nvidia.com/spine", 75),
+    ("network.topology.nvidia.com/leaf", 100),
+)
+"""Labels of nodes that share a part of the network, with weights. The scheduler ignores those that nodes do not have.
+
+Nodes that share a switch also share the levels above it, so the weights add up. Karpenter knows only the zone, and
+drops the preferences with the highest weights first, so the zone has the lowest one."""
 
 SPOT_LABELS = (
     # Karpenter tries only the first term until that has failed, so its own label is first.
@@ -48,10 +65,12 @@ def _affinity(job: FineTuneJob, capacity: Capacity | None) -> dict[str, Any]:
     if job.spec.recovery.spot is not None:
         affinity["nodeAffinity"] = _spot_affinity(capacity)
     if _is_gpu(job) and num_nodes(job.spec) > 1:
-        # The pods exchange gradients in every step; within a zone this is faster and free of charge.
-        near = {"labelSelector": _siblings(job), "topologyKey": ZONE}
+        # The pods exchange gradients in every step: few switches make it faster, and in one zone it is free of charge.
         affinity["podAffinity"] = {
-            "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": near}]
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {"weight": weight, "podAffinityTerm": {"labelSelector": _siblings(job), "topologyKey": label}}
+                for label, weight in NEAR
+            ]
         }
     return affinity
 
@@ -79,6 +98,8 @@ def _tolerations(job: FineTuneJob) -> list[dict[str, Any]]:
     if _is_gpu(job):
         # By convention nodes with GPUs have this taint, which keeps other pods away.
         tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
+    if uses_efa(job.spec.topology):
+        tolerations.append({"key": EFA_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
     if job.spec.recovery.spot is not None:
         tolerations += [
             {"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"} for key, value in SPOT_LABELS

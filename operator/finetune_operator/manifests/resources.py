@@ -9,6 +9,10 @@ from typing import Any
 from finetune_operator.api.job import Accelerator, TopologySpec
 
 GPU_RESOURCE = "nvidia.com/gpu"
+EFA_RESOURCE = "vpc.amazonaws.com/efa"
+"""Elastic Fabric Adapters of AWS; its device plugin has this name."""
+HUGE_PAGES = "hugepages-"
+"""Start of the names of resources that are huge pages."""
 MEMORY = "memory"
 MEBIBYTE = 2**20
 SHARED_MEMORY_PER_RANK_BYTES = 4 * 2**30
@@ -34,6 +38,16 @@ def build_resources(topology: TopologySpec, cores_per_rank: int) -> dict[str, An
         requests.setdefault("cpu", str(cores_per_rank * topology.processes_per_node))
     resources = {"requests": requests, "limits": amounts}
     return {name: value for name, value in resources.items() if value}
+
+
+def uses_efa(topology: TopologySpec) -> bool:
+    """Return whether the pods request Elastic Fabric Adapters."""
+    return parse_quantity(str((topology.resources or {}).get(EFA_RESOURCE, 0))) > 0
+
+
+def uses_huge_pages(topology: TopologySpec) -> bool:
+    """Return whether the pods request huge pages."""
+    return any(name.startswith(HUGE_PAGES) for name in topology.resources or {})
 
 
 def shared_memory_size(topology: TopologySpec) -> str:
