@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from finetune_trainer import patience
 from finetune_trainer.files import write_atomically
 
-_State = tuple[int, int, int]
+FileState = tuple[int, int, int]
 """Size, mtime and ctime of a file. An edit can keep the first two; only the kernel sets the ctime, at every change."""
 
 
@@ -23,8 +24,9 @@ class FileHashes:
 
     def __init__(self, note: Path) -> None:
         self._note = note
-        self._known: dict[str, tuple[_State, str]] = _read(note)
+        self._known: dict[str, tuple[FileState, str]] = _read(note)
         self._changed = False
+        self._folders: dict[Path, str] = {}
 
     def of_file(self, path: Path) -> str:
         """Return the SHA-256 of a file, in hex.
@@ -32,17 +34,34 @@ class FileHashes:
         Raises:
             OSError: it cannot be read.
         """
-        name = str(path.resolve())
+        return self.of_file_with_state(path)[0]
+
+    def of_file_with_state(self, path: Path) -> tuple[str, FileState]:
+        """Return the SHA-256 of a file, in hex, and the state that the file had before it was read.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        name = self._resolve(path)
         stat = path.stat()
         state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         known = self._known.get(name)
         if known is not None and known[0] == state:
-            return known[1]
+            return known[1], state
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._known[name] = (state, digest)
         self._changed = True
-        return digest
+        return digest, state
+
+    def _resolve(self, path: Path) -> str:
+        """Return the path without symbolic links. Images share few folders, which are resolved once."""
+        if path.is_symlink():
+            return str(path.resolve())
+        folder = path.parent
+        if folder not in self._folders:
+            self._folders[folder] = str(folder.resolve())
+        return os.path.join(self._folders[folder], path.name)  # noqa: PTH118  called for each image of a data set
 
     def of_files(self, paths: Iterable[Path]) -> str:
         """Return one hash of the names and contents of several files, in the given order."""
@@ -66,7 +85,7 @@ def hash_text(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def _read(note: Path) -> dict[str, tuple[_State, str]]:
+def _read(note: Path) -> dict[str, tuple[FileState, str]]:
     try:
         return {
             name: ((int(size), int(mtime), int(ctime)), str(sha))

@@ -19,6 +19,7 @@ from finetune_trainer.data.cache.encode import LatentCache, LatentStore, LiveLat
 from finetune_trainer.data.cache.image_scan import ImageScan, describe_broken, scan_images
 from finetune_trainer.data.cache.records import RecordedSamples
 from finetune_trainer.data.cache.sample_identity import SampleHasher, SampleIdentity
+from finetune_trainer.data.cache.scan_index import FileChecks
 from finetune_trainer.data.cache.stream_map import StreamMap
 from finetune_trainer.data.captions import Captions, OnePrompt, ShuffledTags
 from finetune_trainer.data.hashes import FileHashes
@@ -95,6 +96,8 @@ class Preparation:
         record: receives the identity of the samples before anything is computed from them.
         record_class_images: receives the identity of the user's own class images.
         check_length: checks the length of an epoch before anything is computed from the samples.
+        checks: compares the files of the data set in the background, because an earlier attempt has recorded its
+            identity; None: they are compared before anything is computed from them.
     """
 
     spec: RunSpec
@@ -108,6 +111,7 @@ class Preparation:
     record: Callable[[SampleIdentity, SampleSet], None] = lambda found, samples: None
     record_class_images: Callable[[SampleIdentity, SampleSet], None] = lambda found, samples: None
     check_length: Callable[[int], None] = lambda num_samples: None
+    checks: FileChecks | None = None
 
     def run(self) -> PreparedData:
         """Open the data set, and compute the outputs of the encoders that the cache lacks.
@@ -168,10 +172,10 @@ class Preparation:
     def _shapes(self) -> Shapes:
         return Shapes(self.spec.training.resolution, self.spec.training.aspect_buckets)
 
-    def _scan(self, source: SampleSource, hashes: FileHashes) -> ImageScan:
-        return scan_images(
-            len(source), source.open, self.cache_dir, hashes, self.world, self._progress("images scanned")
-        )
+    def _scan(self, source: SampleSource, hashes: FileHashes, checks: FileChecks | None = None) -> ImageScan:
+        progress = self._progress("images scanned")
+        files = _list_files(len(source), source.file)
+        return scan_images(len(source), source.open, self.cache_dir, hashes, self.world, progress, files, checks)
 
     def _open_train(self, hashes: FileHashes) -> DataSplit:
         """Open the data sets to train on, as one."""
@@ -220,13 +224,14 @@ class Preparation:
     ) -> DataSplit:
         """Open one data set whose images can be read at any time; `num_broken` images of others are broken."""
         source = self._lister.open(dataset, dataset.max_samples)
-        scan = self._scan(source, hashes)
+        scan = self._scan(source, hashes, self.checks)
         broken = set(scan.broken)
         condition_ids: Sequence[str] = ("",) * len(source)
         if self.requirements.conditioning:
             progress = self._progress("conditioning images scanned")
-            opener = source.open_conditioning
-            conditions = scan_images(len(source), opener, self.cache_dir, hashes, self.world, progress)
+            opener, count = source.open_conditioning, len(source)
+            files = _list_files(count, source.conditioning_file)
+            conditions = scan_images(count, opener, self.cache_dir, hashes, self.world, progress, files, self.checks)
             condition_ids = conditions.ids
             broken |= set(conditions.broken)
         reads_captions = not isinstance(self.requirements.captions, OnePrompt)
@@ -422,3 +427,9 @@ class Preparation:
 
     def _progress(self, unit: str) -> Callable[[int, int], None]:
         return lambda done, total: self.report(f"{done}/{total} {unit}")
+
+
+def _list_files(count: int, file_of: Callable[[int], Path | None]) -> list[Path] | None:
+    """Return the files of all images; None if the images are not separate files."""
+    files = [file_of(index) for index in range(count)]
+    return [each for each in files if each is not None] if None not in files else None

@@ -105,6 +105,29 @@ class InputRecord:
             details.append(f"first difference: {place}")
         self._add(name, Pin(identity, rows=found.rows), DataError, details)
 
+    def has_samples(self, field_name: str) -> bool:
+        """Return whether an earlier attempt has recorded the samples of a data set."""
+        return bool(self.pins.get(_pin_name(field_name, _CONTENT)))
+
+    def confirm_files(self, field_name: str, location: str, changed: str | None) -> None:
+        """Receive the result of each rank's comparison of the files of a data set with their recorded hashes.
+
+        Args:
+            field_name: the field that names the data set.
+            location: what the manifest has there.
+            changed: the first file whose content has changed, on this rank; None if none has.
+
+        Raises:
+            DataError: with a file that has changed, on all ranks.
+        """
+        counts = self.world.gather_numbers(int(changed is not None))
+        if any(counts):
+            file = self.world.share(changed, counts.index(1))
+            summary = (
+                f"{field_name}: {location} has changed since the job began: contents differ; first difference: {file}"
+            )
+            raise DataError(changed_message(summary, self.job))
+
     def compare(self, recorded: Iterable[InputIdentity]) -> list[str]:
         """Return how this attempt's inputs differ from recorded ones, one text for each that differs."""
         now = {each.field: each for each in self.identities}

@@ -77,6 +77,8 @@ def fill(
     # If the ranks share no disk, each rank also computes the items that the other ranks have stored on their disks.
     _encode([(key, work[key]) for key in cache.missing(work)], cache, make_encoder, progress)
     cache.refresh()
+    if world.local_rank == 0:
+        cache.save_index()
 
 
 def _encode(

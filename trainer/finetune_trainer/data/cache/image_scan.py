@@ -1,7 +1,7 @@
 """The image scan: the hashes and sizes of a source's images, and which of them are broken.
 
-One of the ranks decodes each image once. The result is cached by the file's content, so the next attempt, and the next
-job with the same images, only read the results.
+One of the ranks decodes each image once. The result is cached by the file's content, so the next job with the same
+images only reads the results. The results of a list of files are in one index, which a later attempt reads instead.
 """
 
 from __future__ import annotations
@@ -17,8 +17,18 @@ import torch
 
 from finetune_trainer import patience
 from finetune_trainer.data.cache.encode import Progress, fill
+from finetune_trainer.data.cache.scan_index import (
+    NO_FILE,
+    FileChecks,
+    FileStates,
+    ScanIndex,
+    find_changed,
+    index_path,
+    read_index,
+    write_index,
+)
 from finetune_trainer.data.cache.store import Item, TensorCache
-from finetune_trainer.data.hashes import FileHashes, hash_text
+from finetune_trainer.data.hashes import FileHashes, FileState, hash_text
 from finetune_trainer.data.images import decoding
 from finetune_trainer.data.images.decoding import image_errors
 from finetune_trainer.data.sources.base import SampleSet
@@ -72,7 +82,14 @@ class ImageScan:
 
 
 def scan_images(  # noqa: PLR0913, PLR0917  every argument differs between the calls
-    count: int, opener: ImageOpener, root: Path, hashes: FileHashes, world: World, progress: Progress
+    count: int,
+    opener: ImageOpener,
+    root: Path,
+    hashes: FileHashes,
+    world: World,
+    progress: Progress,
+    files: Sequence[Path] | None = None,
+    checks: FileChecks | None = None,
 ) -> ImageScan:
     """Scan all images. All ranks take part and get the same result.
 
@@ -83,8 +100,43 @@ def scan_images(  # noqa: PLR0913, PLR0917  every argument differs between the c
         hashes: hashes of files, each computed once.
         world: the ranks.
         progress: receives this rank's progress.
+        files: the files of the images; None if the images are not separate files.
+        checks: compares the files with an index in the background; None: they are compared now.
     """
-    ids = _hash_all(count, opener, hashes, world)
+    if files is None:
+        return _scan(count, opener, root, hashes, world, progress)[0]
+    path = index_path(root, files, f"decoder {decoding.VERSION}")
+    if (index := _trusted_index(path, files, world, checks)) is not None:
+        return ImageScan(index.ids, index.sizes)
+    scan, states = _scan(count, opener, root, hashes, world, progress)
+    if world.local_rank == 0:
+        write_index(path, ScanIndex(scan.ids, scan.sizes, states))
+    return scan
+
+
+def _trusted_index(path: Path, files: Sequence[Path], world: World, checks: FileChecks | None) -> ScanIndex | None:
+    """Return the index of these files, the same on all ranks; None if a rank lacks it or a file has another state."""
+    index = read_index(path, len(files))
+    if not all(world.gather_numbers(int(index is not None))):
+        return None
+    assert index is not None
+    share = slice(world.rank, None, world.size)
+    if checks is not None:
+        checks.start(files, index, share, path)
+        return index
+    changed = find_changed(files[share], index.states[share])
+    return None if any(world.gather_numbers(len(changed))) else index
+
+
+def _scan(  # noqa: PLR0913, PLR0917  those of scan_images
+    count: int, opener: ImageOpener, root: Path, hashes: FileHashes, world: World, progress: Progress
+) -> tuple[ImageScan, FileStates]:
+    """Scan all images without an index.
+
+    Returns:
+        The scan, and the states of the files before they were read.
+    """
+    ids, states = _hash_all(count, opener, hashes, world)
     cache = TensorCache(root / "images")
     work = {_key(each): index for index, each in enumerate(ids) if each}
 
@@ -106,7 +158,7 @@ def scan_images(  # noqa: PLR0913, PLR0917  every argument differs between the c
     again = [(index, _checked_key(ids[index])) for index in broken]
     fill(cache, {key: index for index, key in again}, lambda: measure, world, progress)
     _read_sizes(cache, again, sizes)
-    return ImageScan(ids, sizes)
+    return ImageScan(ids, sizes), states
 
 
 def _read_sizes(
@@ -126,27 +178,30 @@ def describe_broken(source: SampleSet, broken: Sequence[int]) -> str:
     return f"dataset.source: {len(broken)} of {len(source)} images {verb} broken: {named}{more}"
 
 
-def _hash_all(count: int, opener: ImageOpener, hashes: FileHashes, world: World) -> tuple[str, ...]:
-    """Return the hashes of all images; each rank computes its part of them."""
+def _hash_all(count: int, opener: ImageOpener, hashes: FileHashes, world: World) -> tuple[tuple[str, ...], FileStates]:
+    """Return the hashes of all images, and the states of their files; each rank computes its part of them."""
     share = [_hash_image(opener, index, hashes) for index in range(world.rank, count, world.size)]
-    ids = [""] * count
+    found: list[tuple[str, FileState]] = [("", NO_FILE)] * count
     for rank in range(world.size):
-        ids[rank :: world.size] = world.share(share, rank)
-    return tuple(ids)
+        found[rank :: world.size] = world.share(share, rank)
+    states = np.array([state for _, state in found], dtype=np.int64).reshape(count, 3)
+    return tuple(each for each, _ in found), states
 
 
-def _hash_image(opener: ImageOpener, index: int, hashes: FileHashes) -> str:
-    def hash_once() -> str:
+def _hash_image(opener: ImageOpener, index: int, hashes: FileHashes) -> tuple[str, FileState]:
+    """Return the hash of an image, and the state of its file."""
+
+    def hash_once() -> tuple[str, FileState]:
         with opener(index) as file:
             name = getattr(file, "name", None)
             if isinstance(name, str) and Path(name).is_file():
-                return hashes.of_file(Path(name))
-            return hashlib.sha256(file.read()).hexdigest()
+                return hashes.of_file_with_state(Path(name))
+            return hashlib.sha256(file.read()).hexdigest(), NO_FILE
 
     try:
         return patience.wait_out(f"dataset.source: reading image {index}", hash_once)
     except (OSError, DataError):
-        return ""
+        return "", NO_FILE
 
 
 def _key(image_id: str) -> str:

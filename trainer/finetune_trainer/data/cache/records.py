@@ -62,6 +62,15 @@ class SampleRecords:
         self._records.refresh()
         self._conditions.refresh()
 
+    def save_index(self) -> None:
+        """Write the index files, so that a later attempt opens only what it reads.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        self._records.save_index()
+        self._conditions.save_index()
+
     def sweep(self, now: float) -> None:
         """Remove the partial files of killed ranks; `now` is in seconds since the epoch."""
         self._records.sweep(now)

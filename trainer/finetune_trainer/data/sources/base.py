@@ -42,6 +42,10 @@ class SampleSource(SampleSet, Protocol):
         """Return the file that holds this image and nothing else; None if there is no such file."""
         ...
 
+    def conditioning_file(self, index: int) -> Path | None:
+        """Return the file that holds this conditioning image and nothing else; None if there is no such file."""
+        ...
+
 
 def missing_column(field: str, column: str, columns: Iterable[str], where: str) -> str:
     """Return the message for a column of the manifest that the data set lacks.

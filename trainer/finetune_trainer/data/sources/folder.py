@@ -79,9 +79,7 @@ class FolderSource:
         Raises:
             DataError: it cannot be read.
         """
-        name = self._rows[index].conditioning
-        assert name is not None
-        return _open(self._folder / name, "conditioning image")
+        return _open(self.conditioning_file(index), "conditioning image")
 
     def name(self, index: int) -> str:
         """Return the path of the image file."""
@@ -90,6 +88,12 @@ class FolderSource:
     def file(self, index: int) -> Path:
         """Return the image file."""
         return self._folder / self._rows[index].image
+
+    def conditioning_file(self, index: int) -> Path:
+        """Return the file of the conditioning image."""
+        name = self._rows[index].conditioning
+        assert name is not None
+        return self._folder / name
 
 
 class FolderStream:

@@ -93,6 +93,11 @@ class TableSource:
         del index
         return None
 
+    def conditioning_file(self, index: int) -> Path | None:
+        """Return None: a conditioning image is a cell of a table."""
+        del index
+        return None
+
     def _open(self, index: int, field: str, column: str) -> IO[bytes]:
         return open_image(self._table[index][column], field, column, self.name(index))
 

@@ -52,3 +52,7 @@ class KeptSource(KeptSampleSet):
     def file(self, index: int) -> Path | None:
         """Return the file that holds this image and nothing else; None if there is no such file."""
         return self._source.file(int(self._kept[index]))
+
+    def conditioning_file(self, index: int) -> Path | None:
+        """Return the file that holds this conditioning image and nothing else; None if there is no such file."""
+        return self._source.conditioning_file(int(self._kept[index]))
