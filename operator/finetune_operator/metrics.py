@@ -15,12 +15,20 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from finetune_contract.heartbeat import MAX_IMAGES_PER_SECOND
+from finetune_contract.heartbeat import MAX_COUNT, MAX_IMAGES_PER_SECOND
 from finetune_contract.phase import FINISHED, Phase
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import REASONS, Reason, Topic
-from finetune_operator.api.status import AttemptSeconds, AttemptStatus, CheckpointStatus, FineTuneJobStatus
+from finetune_operator.api.status import (
+    AttemptSeconds,
+    AttemptStatus,
+    Bottleneck,
+    CheckpointStatus,
+    FineTuneJobStatus,
+    PerformanceStatus,
+    TimeShares,
+)
 from finetune_operator.cluster.kube.client.client import ApiError
 from finetune_operator.cluster.kube.operator import Operator
 from finetune_operator.cluster.protocol import JobKey
@@ -230,6 +238,7 @@ def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
         "Training throughput of all running jobs, in images per second.",
         value=sum(_speed(status) for status in running),
     )
+    yield from _performance_metrics([status.performance for status in running if status.performance is not None])
     yield from _waiting_metrics(jobs, now)
     goodputs = [status.goodput for status in running if status.goodput is not None]
     if goodputs:
@@ -259,6 +268,60 @@ def _speed(status: FineTuneJobStatus) -> float:
     """Return the throughput of a job; 0 for a figure in its status that no heartbeat may contain."""
     speed = status.images_per_second
     return speed if speed is not None and 0 <= speed <= MAX_IMAGES_PER_SECOND else 0.0
+
+
+def _performance_metrics(jobs: list[PerformanceStatus]) -> Iterator[Metric]:
+    """Yield means over the running jobs that report their speed, and how many of them each part of a step limits."""
+    limited = Count(job.bound_by for job in jobs)
+    bound = GaugeMetricFamily("finetune_bound_jobs", "Running jobs, by what limits their speed.", labels=("by",))
+    for bottleneck in Bottleneck:
+        bound.add_metric((bottleneck,), limited[bottleneck])
+    yield bound
+    if not jobs:
+        return
+    parts = GaugeMetricFamily(
+        "finetune_step_time_ratio", "Mean share of each part in the steps of the running jobs.", labels=("part",)
+    )
+    for part in TimeShares.model_fields:
+        parts.add_metric((part,), _mean([_bounded(getattr(job.time_shares, part)) for job in jobs]))
+    yield parts
+    for name, what, figures in (
+        (
+            "finetune_share_of_peak_ratio",
+            "Mean share of the devices' peak performance that the running jobs reach.",
+            [_bounded(job.share_of_peak, 10) for job in jobs if job.share_of_peak is not None],
+        ),
+        (
+            "finetune_device_utilization_ratio",
+            "Mean share of the time in which the devices of the running jobs are busy.",
+            [_bounded(job.utilization) for job in jobs if job.utilization is not None],
+        ),
+    ):
+        if figures:
+            yield GaugeMetricFamily(name, what, value=_mean(figures))
+    for name, what, sizes in (
+        (
+            "finetune_device_memory_allocated_bytes",
+            "Most memory of tensors on one device of the running jobs.",
+            [job.memory_allocated_bytes for job in jobs if job.memory_allocated_bytes is not None],
+        ),
+        (
+            "finetune_device_memory_reserved_bytes",
+            "Most memory that a running job has reserved on one GPU.",
+            [job.memory_reserved_bytes for job in jobs if job.memory_reserved_bytes is not None],
+        ),
+    ):
+        if sizes:
+            yield GaugeMetricFamily(name, what, value=_bounded(max(sizes), MAX_COUNT))
+
+
+def _mean(figures: list[float]) -> float:
+    return sum(figures) / len(figures)
+
+
+def _bounded(figure: float, largest: float = 1.0) -> float:
+    """Return a figure of a status within the range that a heartbeat may contain."""
+    return min(largest, max(0.0, figure))
 
 
 def _waiting_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:

@@ -54,6 +54,16 @@ RUNNING = job(
         "eta": "4m10s",
         "loss": 0.0731,
         "imagesPerSecond": 4.48,
+        "performance": {
+            "utilization": 0.78,
+            "memoryAllocatedBytes": 1_932_735_283,
+            "timeShares": {"compute": 0.78, "data": 0.004, "exchange": 0.2, "checkpoint": 0.02},
+            "boundBy": "Exchange",
+            "advice": [
+                "exchange-bound: the ranks wait for each other; exchange less often with "
+                "training.gradientAccumulation: 4 in a new job, or use a faster network"
+            ],
+        },
         "lastCheckpoint": {"step": 120, "time": ago(seconds=75), "bytes": 3_423_232, "attempt": 2},
         "nodes": "2/2",
         "preemptions": 1,

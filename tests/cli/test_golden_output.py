@@ -13,7 +13,7 @@ import pytest
 from finetune_contract.phase import Phase
 from finetune_operator.api.crd import COLUMNS as CRD_COLUMNS
 from finetune_operator.api.reasons import Reason
-from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.api.status import Bottleneck, FineTuneJobStatus, PerformanceStatus, TimeShares
 from finetune_operator.cli.commands import get
 from finetune_operator.cli.commands.describe import LocalDetails, format_description
 from finetune_operator.cli.output import changes, formatting, summary
@@ -145,3 +145,32 @@ def test_headline_and_end() -> None:
 )
 def test_size_has_a_binary_unit(num_bytes: int, text: str) -> None:
     assert formatting.format_size(num_bytes) == text
+
+
+def test_speed_of_a_gpu_job_is_described() -> None:
+    advice = ("host-bound: cudaGraphs is off because the manifest says so; write training.cudaGraphs: auto", "second")
+    performance = PerformanceStatus(
+        share_of_peak=0.116,
+        teraflops=115,
+        utilization=0.4,
+        memory_allocated_bytes=26 * 2**30,
+        memory_reserved_bytes=30 * 2**30,
+        memory_total_bytes=80 * 2**30,
+        time_shares=TimeShares(compute=0.35, host=0.65),
+        bound_by=Bottleneck.HOST,
+        advice=advice,
+    )
+    status = RUNNING.status.model_copy(update={"performance": performance})
+    text = format_description(RUNNING.model_copy(update={"status": status}), [], RUNNING_DETAILS, NOW)
+    lines = [line.strip() for line in text.splitlines()]
+    start = next(number for number, line in enumerate(lines) if line.startswith("Share of peak"))
+    found = [" ".join(line.split()) for line in lines[start : start + 7]]
+    assert found == [
+        "Share of peak: 11.6% (115 TFLOP/s per device)",
+        "Utilization: 40%",
+        "Memory: 26.0 GiB allocated, 30.0 GiB reserved, of 80.0 GiB",
+        "Time: compute 35%, host 65%",
+        "Bound by: Host",
+        f"Advice: {advice[0]}",
+        "second",
+    ]

@@ -11,7 +11,15 @@ from prometheus_client import CollectorRegistry
 from finetune_contract.phase import Phase
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import Reason
-from finetune_operator.api.status import AttemptSeconds, AttemptStatus, CheckpointStatus, FineTuneJobStatus
+from finetune_operator.api.status import (
+    AttemptSeconds,
+    AttemptStatus,
+    Bottleneck,
+    CheckpointStatus,
+    FineTuneJobStatus,
+    PerformanceStatus,
+    TimeShares,
+)
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.metrics import AttemptCounters, Metrics, job_metrics
 from finetune_operator.plan.model import causes
@@ -131,6 +139,7 @@ def test_gauges_over_all_jobs() -> None:
         ("finetune_jobs", "Succeeded", "LoRA"): 1,
         ("finetune_jobs", "Pending", "LoRA"): 1,
         ("finetune_images_per_second",): 5.0,
+        **{("finetune_bound_jobs", bottleneck.value): 0 for bottleneck in Bottleneck},
         ("finetune_silent_jobs",): 0,
         ("finetune_longest_wait_seconds",): 0,
         ("finetune_goodput_ratio",): 0.75,
@@ -140,3 +149,46 @@ def test_gauges_over_all_jobs() -> None:
         ("finetune_checkpoint_stale_jobs",): 0,
         ("finetune_oldest_checkpoint_age_seconds",): 60,
     }
+
+
+def test_gauges_of_the_speed_of_running_jobs() -> None:
+    fast = PerformanceStatus(
+        share_of_peak=0.4,
+        teraflops=400,
+        utilization=1.0,
+        memory_allocated_bytes=50,
+        memory_reserved_bytes=60,
+        time_shares=TimeShares(compute=0.8, exchange=0.2),
+        bound_by=Bottleneck.EXCHANGE,
+    )
+    # No peak is known for its device, and its memory is that of a process.
+    slow = PerformanceStatus(
+        utilization=0.5, memory_allocated_bytes=70, time_shares=TimeShares(compute=1.0), bound_by=Bottleneck.COMPUTE
+    )
+    jobs = [
+        job(phase=Phase.RUNNING, performance=fast),
+        job(phase=Phase.RUNNING, performance=slow),
+        job(phase=Phase.RUNNING),
+        job(phase=Phase.SUCCEEDED, performance=fast),
+    ]
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in job_metrics(jobs, NOW)
+        for sample in family.samples
+    }
+    assert found[("finetune_share_of_peak_ratio",)] == 0.4
+    assert found[("finetune_device_utilization_ratio",)] == 0.75
+    assert found[("finetune_device_memory_allocated_bytes",)] == 70
+    assert found[("finetune_device_memory_reserved_bytes",)] == 60
+    parts = {"compute": 0.9, "host": 0, "data": 0, "exchange": 0.1, "checkpoint": 0}
+    assert {part: found["finetune_step_time_ratio", part] for part in parts} == pytest.approx(parts)
+    bound = {bottleneck: found["finetune_bound_jobs", bottleneck.value] for bottleneck in Bottleneck}
+    assert bound == dict.fromkeys(Bottleneck, 0) | {Bottleneck.EXCHANGE: 1, Bottleneck.COMPUTE: 1}
+
+
+def test_an_absurd_speed_in_one_status_stays_in_its_bounds() -> None:
+    absurd = PerformanceStatus(share_of_peak=1e300, utilization=-5.0, time_shares=TimeShares(compute=1e9))
+    families = job_metrics([job(phase=Phase.RUNNING, performance=absurd)], NOW)
+    found = {family.name: family.samples[0].value for family in families if family.samples}
+    assert (found["finetune_share_of_peak_ratio"], found["finetune_device_utilization_ratio"]) == (10, 0)
+    assert found["finetune_step_time_ratio"] == 1

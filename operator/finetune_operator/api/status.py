@@ -116,6 +116,51 @@ class AttemptStatus(StatusModel):
     lost_steps: int | None = Field(default=None, description="Number of steps that the next attempt had to repeat")
 
 
+class Bottleneck(StrEnum):
+    """What limits the speed of a job."""
+
+    COMPUTE = "Compute"
+    """The devices: nothing else takes a notable part of a step."""
+    HOST = "Host"
+    """GPUs wait for operations that their hosts launch."""
+    DATA = "Data"
+    EXCHANGE = "Exchange"
+    CHECKPOINT = "Checkpoint"
+
+
+class TimeShares(StatusModel):
+    """What the time of the last steps was spent on, as shares of it; they add up to 1."""
+
+    compute: float = Field(default=0.0, description="The devices compute")
+    host: float = Field(default=0.0, description="GPUs wait for operations that their hosts launch")
+    data: float = Field(default=0.0, description="Ranks wait for samples")
+    exchange: float = Field(default=0.0, description="Ranks wait for the sum of the gradients, or for slower ranks")
+    checkpoint: float = Field(default=0.0, description="Training pauses for a checkpoint")
+
+
+class PerformanceStatus(StatusModel):
+    """Speed, memory and bottleneck of the last steps."""
+
+    share_of_peak: float | None = Field(
+        default=None,
+        description="Operations of the model per second, as a share of the peak of the devices (MFU); absent for "
+        "devices whose peak is unknown",
+    )
+    teraflops: float | None = Field(default=None, description="Operations of the model, in TFLOP/s of one device")
+    utilization: float | None = Field(default=None, description="Share of the time in which the devices are busy")
+    memory_allocated_bytes: int | None = Field(
+        default=None,
+        description="Most memory of tensors on a GPU, of the rank with the most; on CPUs the memory of its process",
+    )
+    memory_reserved_bytes: int | None = Field(default=None, description="Most GPU memory that torch reserved for it")
+    memory_total_bytes: int | None = Field(default=None, description="Memory of that GPU")
+    time_shares: TimeShares = Field(default=TimeShares(), description="What the time of the steps was spent on")
+    bound_by: Bottleneck | None = Field(default=None, description="What limits the speed")
+    advice: tuple[str, ...] = Field(
+        default=(), exclude_if=lambda value: not value, description="What would make the job faster"
+    )
+
+
 class InputStatus(StatusModel):
     """What the job trains on, as its first attempt found it; an attempt that finds something else fails."""
 
@@ -176,6 +221,9 @@ class FineTuneJobStatus(StatusModel):
     eta: str | None = Field(default=None, description="Estimated time left, e.g. 4m10s")
     loss: float | None = Field(default=None, description="Smoothed training loss")
     images_per_second: float | None = Field(default=None, description="Images per second, of all ranks together")
+    performance: PerformanceStatus | None = Field(
+        default=None, description="Speed, memory and bottleneck, and what would make the job faster"
+    )
     last_checkpoint: CheckpointStatus | None = Field(default=None, description="Newest verified checkpoint")
     checkpoint_interval_seconds: float | None = Field(
         default=None,

@@ -12,7 +12,7 @@ from typing import Any
 from finetune_contract.identity import NUM_SHOWN
 from finetune_contract.methods import peak_learning_rate
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus, InputStatus
+from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus, InputStatus, PerformanceStatus
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.commands.get import find_job
 from finetune_operator.cli.errors import Exit
@@ -27,6 +27,8 @@ from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.manifests import num_nodes
 
 NONE = "<none>"
+SHOWN = 0.005
+"""Shares of the time from this one on are shown."""
 
 
 def describe(arguments: argparse.Namespace) -> Exit:
@@ -120,6 +122,8 @@ def _status(status: FineTuneJobStatus, now: datetime) -> Iterator[tuple[str, str
         yield "Loss", formatting.format_loss(status.loss)
     if status.images_per_second is not None:
         yield "Speed", formatting.format_rate(status.images_per_second)
+    if (performance := status.performance) is not None:
+        yield from _performance(performance)
     if (checkpoint := status.last_checkpoint) is not None:
         age = formatting.format_age(checkpoint.time, now)
         yield "Last checkpoint", f"step {checkpoint.step}, {formatting.format_size(checkpoint.bytes)}, {age} ago"
@@ -135,6 +139,21 @@ def _status(status: FineTuneJobStatus, now: datetime) -> Iterator[tuple[str, str
         yield "Completed", _time(status.completion_time, now)
     if status.warnings:
         yield "Warnings", "\n".join(status.warnings)
+
+
+def _performance(performance: PerformanceStatus) -> Iterator[tuple[str, str]]:
+    if performance.share_of_peak is not None:
+        yield "Share of peak", f"{performance.share_of_peak:.1%} ({performance.teraflops or 0:g} TFLOP/s per device)"
+    if performance.utilization is not None:
+        yield "Utilization", f"{performance.utilization:.0%}"
+    if performance.memory_allocated_bytes is not None:
+        yield "Memory", formatting.format_memory(performance)
+    parts = [f"{name} {share:.0%}" for name, share in performance.time_shares if share >= SHOWN]
+    yield "Time", ", ".join(parts)
+    if performance.bound_by is not None:
+        yield "Bound by", performance.bound_by.value
+    if performance.advice:
+        yield "Advice", "\n".join(performance.advice)
 
 
 def _conditions(conditions: tuple[Condition, ...], now: datetime) -> str:

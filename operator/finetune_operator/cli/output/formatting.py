@@ -6,7 +6,7 @@ from datetime import datetime
 
 from finetune_operator.api.duration import format_seconds
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.api.status import FineTuneJobStatus, PerformanceStatus
 
 
 def pluralize(number: int, one: str, many: str | None = None) -> str:
@@ -22,6 +22,16 @@ def format_size(num_bytes: int) -> str:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} TiB"
+
+
+def format_memory(performance: PerformanceStatus) -> str:
+    """Return the memory that a rank uses, e.g. '31.2 GiB allocated, 35.0 GiB reserved, of 79.1 GiB'."""
+    parts = [f"{format_size(performance.memory_allocated_bytes or 0)} allocated"]
+    if performance.memory_reserved_bytes is not None:
+        parts.append(f"{format_size(performance.memory_reserved_bytes)} reserved")
+    if performance.memory_total_bytes is not None:
+        parts.append(f"of {format_size(performance.memory_total_bytes)}")
+    return ", ".join(parts)
 
 
 MINUTE, HOUR, DAY, YEAR = 60, 3600, 86_400, 365 * 86_400

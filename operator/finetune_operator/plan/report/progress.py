@@ -22,7 +22,7 @@ from finetune_operator.plan.model.ledger import account_lost_steps, current, rep
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
-from finetune_operator.plan.report import checkpoint_health
+from finetune_operator.plan.report import checkpoint_health, performance
 
 T = TypeVar("T")
 MAX_WARNINGS = 10
@@ -176,7 +176,7 @@ def _read_figures(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     speed = _first(_figure(report.images_per_second) for report in view.reports if report.state in AT_SPEED)
     step, total_steps = status.step, status.total_steps
     return revise(
-        status,
+        performance.update(view, status),
         loss=loss if loss is not None else status.loss,
         images_per_second=speed if speed is not None else status.images_per_second,
         progress=f"{min(100, 100 * step // total_steps)}%" if step is not None and total_steps else status.progress,

@@ -97,7 +97,19 @@ def _attempt_history(status: FineTuneJobStatus) -> list[object]:
 
 
 PROGRESS_FIELDS = frozenset(
-    {"step", "progress", "eta", "loss", "images_per_second", "nodes", "message", "goodput", "last_checkpoint", "tally"}
+    {
+        "step",
+        "progress",
+        "eta",
+        "loss",
+        "images_per_second",
+        "performance",
+        "nodes",
+        "message",
+        "goodput",
+        "last_checkpoint",
+        "tally",
+    }
 )
 """Status fields that change continuously while nothing starts or ends."""
 

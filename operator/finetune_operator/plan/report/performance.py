@@ -1,0 +1,76 @@
+"""Speed, memory and bottleneck of a job, from the measurements of its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from finetune_contract.heartbeat import Performance, RankReport, RankState, StepShares
+from finetune_operator.api.job import FineTuneJobSpec
+from finetune_operator.api.status import FineTuneJobStatus, PerformanceStatus, TimeShares
+from finetune_operator.plan.model.revise import revise
+from finetune_operator.plan.model.view import View
+from finetune_operator.plan.report.advice import advise, bottleneck
+
+MEBIBYTE = 2**20
+MAX_ADVICE = 6
+STEPS = frozenset({RankState.TRAINING, RankState.SAVING, RankState.VALIDATING})
+
+
+def update(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Write the figures of the ranks that train. Without a measurement the last ones remain."""
+    measured = combine(view.reports)
+    return status if measured is None else revise(status, performance=describe(view.spec, measured))
+
+
+def combine(reports: Sequence[RankReport]) -> Performance | None:
+    """Return the figures of all ranks together; None if none has measured.
+
+    A step takes the same time on all ranks, so their shares are averaged. A job fails if one rank has no memory left,
+    so the memory is that of the rank with the most.
+    """
+    ranks = [report.performance for report in reports if report.state in STEPS and report.performance is not None]
+    shares = [rank.shares for rank in ranks if rank.shares is not None]
+    if not shares:
+        return None
+    busy = [rank.utilization for rank in ranks if rank.utilization is not None]
+    fullest = max(ranks, key=lambda rank: rank.memory_allocated_bytes or 0)
+    counted = next((rank for rank in ranks if rank.flops_per_second is not None), None)
+    return Performance(
+        share_of_peak=counted.share_of_peak if counted else None,
+        flops_per_second=counted.flops_per_second if counted else None,
+        utilization=fmean(busy) if busy else None,
+        memory_allocated_bytes=fullest.memory_allocated_bytes,
+        memory_reserved_bytes=fullest.memory_reserved_bytes,
+        memory_total_bytes=fullest.memory_total_bytes,
+        shares=StepShares(
+            **{name: min(1.0, fmean(getattr(each, name) for each in shares)) for name in StepShares.model_fields}
+        ),
+        settings=next((rank.settings for rank in ranks if rank.settings is not None), None),
+    )
+
+
+def describe(spec: FineTuneJobSpec, measured: Performance) -> PerformanceStatus:
+    """Return the figures for the status, rounded."""
+    shares = measured.shares or StepShares(compute=1.0)
+    speed = measured.flops_per_second
+    return PerformanceStatus(
+        share_of_peak=_rounded(measured.share_of_peak),
+        teraflops=None if speed is None else float(f"{speed / 1e12:.3g}"),
+        utilization=_rounded(measured.utilization),
+        memory_allocated_bytes=_mebibytes(measured.memory_allocated_bytes),
+        memory_reserved_bytes=_mebibytes(measured.memory_reserved_bytes),
+        memory_total_bytes=measured.memory_total_bytes,
+        time_shares=TimeShares(**{name: round(value, 2) for name, value in shares}),
+        bound_by=bottleneck(shares),
+        advice=tuple(advice.text for advice in advise(spec, measured))[:MAX_ADVICE],
+    )
+
+
+def _rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 3)
+
+
+def _mebibytes(number: int | None) -> int | None:
+    """Return a number of bytes rounded to MiB."""
+    return None if number is None else round(number / MEBIBYTE) * MEBIBYTE
