@@ -120,6 +120,7 @@ FULL = patched(
             "gradientCheckpointing": True,
             "attention": "efficient",
             "compile": True,
+            "cudaGraphs": "auto",
             "resolution": 1024,
             "centerCrop": True,
             "randomFlip": True,

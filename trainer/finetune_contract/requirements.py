@@ -10,7 +10,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
 
-from finetune_contract.spec import Optimizer, TrackerName, TrainingSpec
+from finetune_contract.spec import Optimizer, SwitchMode, TrackerName, TrainingSpec
 
 PACKAGES = {TrackerName.TENSORBOARD: "tensorboard", TrackerName.WANDB: "wandb", TrackerName.MLFLOW: "mlflow"}
 """Package of each tracker."""
@@ -21,6 +21,11 @@ COMPILERS = ("c++", "g++", "clang++", "gcc", "cc")
 def has_package(name: str) -> bool:
     """Return whether a package is installed; it is not imported."""
     return importlib.util.find_spec(name) is not None
+
+
+def has_compiler(which: Callable[[str], str | None] = shutil.which) -> bool:
+    """Return whether a C++ compiler is installed."""
+    return any(which(name) for name in COMPILERS)
 
 
 def find_missing_software(
@@ -46,5 +51,5 @@ def find_missing_software(
             "training.optimizer: adamw8bit needs the package bitsandbytes, which is not installed here; install it, or "
             "write adamw"
         )
-    if training.compile and not any(which(name) for name in COMPILERS):
-        yield "training.compile: no C++ compiler is installed here; install one, or write compile: false"
+    if training.compile is SwitchMode.ON and not has_compiler(which):
+        yield "training.compile: no C++ compiler is installed here; install one, or write compile: off"

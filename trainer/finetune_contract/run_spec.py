@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field
 
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
-from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, TrainingSpec
+from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, Switch, SwitchMode, TrainingSpec
 from finetune_contract.spec_model import SpecModel
 
 
@@ -24,6 +24,22 @@ class RunTarget(SpecModel):
     def to_json(self) -> str:
         """Return compact JSON in a fixed order: the same target gives the same text."""
         return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+class SpeedSettings(SpecModel):
+    """Settings that change the speed of a run and not what its checkpoints contain: they may change at any time."""
+
+    cuda_graphs: Switch = SwitchMode.AUTO
+    compile: Switch = SwitchMode.AUTO
+
+    @staticmethod
+    def of(training: TrainingSpec) -> SpeedSettings:
+        """Return those of a run."""
+        return SpeedSettings(**{name: getattr(training, name) for name in SpeedSettings.model_fields})
+
+    def to_json(self) -> str:
+        """Return compact JSON in a fixed order."""
+        return self.model_dump_json(by_alias=True)
 
 
 class RunSpec(SpecModel):
@@ -56,6 +72,11 @@ class RunSpec(SpecModel):
         """Return the run with another length and other outputs."""
         length = {"steps": target.steps, "epochs": target.epochs}
         return self.model_copy(update={"training": self.training.model_copy(update=length), "outputs": target.outputs})
+
+    def with_speed(self, speed: SpeedSettings) -> RunSpec:
+        """Return the run with other settings of its speed."""
+        changes = {name: getattr(speed, name) for name in SpeedSettings.model_fields}
+        return self.model_copy(update={"training": self.training.model_copy(update=changes)})
 
     @classmethod
     def read(cls, path: Path) -> RunSpec:

@@ -175,9 +175,10 @@ def structural(raw: Mapping[str, Any], definitions: Mapping[str, Schema], path: 
     schema: Schema = {"description": node["description"]} if "description" in node else {}
     if _is_int_or_string(node):
         return schema | {"x-kubernetes-int-or-string": True}
-    if "type" not in node:
+    if "type" in node:
+        schema["type"] = node["type"]
+    elif not node.get("x-kubernetes-preserve-unknown-fields"):
         raise SchemaError(f"{path}: has no type")
-    schema["type"] = node["type"]
     schema |= {key: node[key] for key in ("format", "enum") if key in node}
     if "const" in node:
         schema["enum"] = [node["const"]]
@@ -222,9 +223,9 @@ def _without_null(default: object) -> object:
 
 
 def _children(node: Mapping[str, Any], definitions: Mapping[str, Schema], path: str) -> Schema:
-    if node["type"] == "array":
+    if node.get("type") == "array":
         return {"items": structural(node["items"], definitions, f"{path}[]"), "x-kubernetes-list-type": "atomic"}
-    if node["type"] != "object":
+    if node.get("type") != "object":
         return {}
     if "properties" in node:
         properties = {

@@ -125,12 +125,12 @@ def _lower_first(text: str) -> str:
 
 def _unsupported(error: ErrorDetails, path: str) -> str:
     known = (_schema(path) or {}).get("enum", [])
-    if not isinstance(error["input"], str):
+    if not isinstance(error["input"], str) and all(isinstance(value, str) for value in known):
         return _wrong_type(error, path)
     problem = f"Unsupported value: {show(error['input'])}: supported values: {', '.join(map(show, known))}"
     unwritten = UNWRITTEN_VALUES.get(_generic(path), frozenset())
-    written = [value for value in known if value not in unwritten]
-    guess = closest(error["input"], written) or (written[0] if unwritten else None)
+    written = [value for value in known if isinstance(value, str) and value not in unwritten]
+    guess = closest(str(error["input"]), written) or (written[0] if unwritten else None)
     return f"{problem}; write {guess}" if guess else problem
 
 

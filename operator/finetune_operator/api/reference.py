@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -145,9 +146,11 @@ def _fields(schema: Schema) -> Iterator[str]:
 
 def _type(field: Schema) -> str:
     if "enum" in field:
-        return " \\| ".join(f"`{value}`" for value in field["enum"])
+        return " \\| ".join(f"`{json.dumps(value) if isinstance(value, bool) else value}`" for value in field["enum"])
     if field.get("x-kubernetes-int-or-string"):
         return "integer or string"
+    if "type" not in field:
+        return "map or list"
     if field["type"] == "array":
         return f"list of {_type(field['items'])}"
     if "additionalProperties" in field:
@@ -158,7 +161,7 @@ def _type(field: Schema) -> str:
 def _default(field: Schema) -> str:
     """Return the default to show; the default of an object is shown by its fields."""
     default = field.get("default")
-    if default is None or default in ([], {}) or field["type"] == "object":
+    if default is None or default in ([], {}) or field.get("type") == "object":
         return ""
     if isinstance(default, list):
         return ", ".join(f"`{item}`" for item in default)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_contract import environment, paths
+from finetune_contract.run_spec import SpeedSettings
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host
 from finetune_operator.api.storage import StorageSpec
@@ -37,10 +38,12 @@ def build_env(job: FineTuneJob, slot: PodSlot, settings: Settings) -> list[dict[
     values = {
         environment.RUN_SPEC: f"{layout.RUN}/{layout.RUN_SPEC_KEY}",
         environment.TARGET: build_target(job.spec).to_json(),
+        environment.SPEED: SpeedSettings.of(job.spec.training).to_json(),
         environment.ATTEMPT: str(slot.attempt),
         **_gang(job, slot, settings),
         **_folders(job, settings),
         **_coordinator(settings),
+        **_script(job),
         environment.GRACE_SECONDS: str(job.spec.recovery.notice_seconds),
         environment.TERMINATION_LOG: layout.TERMINATION_LOG,
         # The root file system is read-only: files that libraries write to the home folder go to scratch.
@@ -76,6 +79,12 @@ def _folders(job: FineTuneJob, settings: Settings) -> dict[str, str]:
         **({environment.SCRATCH_DIR: f"{layout.NODE_DISK}/{folder}"} if job.spec.checkpoint.scratch else {}),
         **_bucket(job.spec.checkpoint.storage, folder),
     }
+
+
+def _script(job: FineTuneJob) -> dict[str, str]:
+    script = job.spec.training.script
+    config = script.config_map if script is not None else None
+    return {environment.SCRIPT: f"{layout.SCRIPT}/{config.key}"} if config is not None else {}
 
 
 def _bucket(storage: StorageSpec | None, folder: str) -> dict[str, str]:

@@ -52,7 +52,7 @@ class ControlNet(DenoiserMethod):
         self._denoiser.to(context.dtype)
         self._controlnet.to(device=context.device, dtype=torch.float32)
         if context.training.gradient_checkpointing:
-            self._controlnet.enable_gradient_checkpointing()
+            self._checkpoint_activations(self._controlnet)
         self._modules.append(self._controlnet)
         self._finish(dict(self._controlnet.named_parameters()))
 
@@ -64,7 +64,8 @@ class ControlNet(DenoiserMethod):
         """Write the ControlNet's folder as diffusers' from_pretrained reads it, fp32."""
         assert output_format is OutputFormat.DIFFUSERS
         self._controlnet.register_to_config(_name_or_path="")
-        self._controlnet.save_pretrained(folder)
+        with self._fp32_weights():
+            self._controlnet.save_pretrained(folder)
         return [path for path in folder.iterdir() if path.is_file()]
 
     def _predict(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from finetune_contract.spec import Attention
 from finetune_trainer.errors import ConfigError
@@ -43,6 +45,25 @@ def attention_kernel(
             f"{str(dtype).partition('.')[2]}; write auto"
         ) from error
     return lambda: sdpa_kernel(backend)
+
+
+def checkpoint_activations(module: Any, draws: bool) -> None:
+    """Recompute the activations of a model of diffusers or transformers in the backward pass.
+
+    Args:
+        module: the model.
+        draws: whether its forward pass draws random numbers, which the recomputation must repeat. Saving the state of
+            the generator is not possible in a CUDA graph.
+    """
+    settings = {"use_reentrant": False, "preserve_rng_state": draws}
+    if hasattr(module, "gradient_checkpointing_enable"):
+        module.gradient_checkpointing_enable(settings)
+        return
+
+    def recomputed(part: Callable[..., Any], *args: Any) -> Any:
+        return checkpoint(part.__call__, *args, **settings)
+
+    module.enable_gradient_checkpointing(recomputed)
 
 
 def compile_blocks(module: nn.Module, names: Collection[str]) -> None:

@@ -33,7 +33,7 @@ class TextualInversion(DenoiserMethod):
         for number, part in enumerate(self._parts):
             self._vectors[part.name] = self._add_vectors(number, part)
             if context.training.gradient_checkpointing:
-                part.model.gradient_checkpointing_enable({"use_reentrant": False})
+                self._checkpoint_activations(part.model)
             self._modules.append(part.model)
         self._finish(self._vectors)
 

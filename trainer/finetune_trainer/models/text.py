@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from finetune_contract.spec import LongCaptions, TrainingSpec
 from finetune_trainer.errors import ConfigError
 
+TOKENS = "tokens."
+"""Prefix of the names of token ids; the name of the text encoder follows."""
+_IS_NOT_EMPTY = f"{TOKENS}is_not_empty"
 NUM_CHUNKS = 3
 """Chunks of a long caption, as in kohya's scripts with 225 tokens."""
 
@@ -48,6 +51,14 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the text conditions of n captions, by name, each (n, ...)."""
+        ...
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return what `encode_tokens` needs of n captions, by name, on the encoders' device."""
+        ...
+
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the text conditions, as `encode`. It computes on the device only, so that a GPU can replay it."""
         ...
 
 
@@ -187,10 +198,18 @@ class SingleText:
         self._settings = settings
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the text conditions of captions."""
+        return self.encode_tokens(self.tokenize(captions))
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the token ids of captions."""
+        return _tokenize(self.parts, captions, self._settings)
+
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the hidden states (n, length, width) as `hidden`, normalized, also if layers are skipped."""
         (part,) = self.parts
         skip, num_chunks = self._settings.clip_skip, self._settings.num_chunks
-        output = part.model(part.tokens(captions, num_chunks), output_hidden_states=skip > 0)
+        output = part.model(tokens[TOKENS + part.name], output_hidden_states=skip > 0)
         states = part.core.final_layer_norm(output.hidden_states[-1 - skip]) if skip else output.last_hidden_state
         return {"hidden": part.hidden(states, num_chunks)}
 
@@ -206,13 +225,25 @@ class DualText:
         self._settings = settings
 
     def encode(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the text conditions of captions."""
+        return self.encode_tokens(self.tokenize(captions))
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the token ids of captions, and which captions are not empty if the base distinguishes them."""
+        tokens = _tokenize(self.parts, captions, self._settings)
+        if self._zero_empty:
+            device = tokens[TOKENS + self.parts[0].name].device
+            tokens[_IS_NOT_EMPTY] = torch.tensor([bool(caption) for caption in captions], device=device)
+        return tokens
+
+    def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return hidden states (n, length, width 1 + width 2) as `hidden`, pooled output (n, width 2) as `pooled`.
 
         If the base is configured so, both are zero for the empty caption, in training and in sampling. The pooled
         output of a long caption is that of its first chunk.
         """
         skip, num_chunks = self._settings.clip_skip, self._settings.num_chunks
-        outputs = [part.model(part.tokens(captions, num_chunks), output_hidden_states=True) for part in self.parts]
+        outputs = [part.model(tokens[TOKENS + part.name], output_hidden_states=True) for part in self.parts]
         states = [
             part.hidden(output.hidden_states[-2 - skip], num_chunks)
             for part, output in zip(self.parts, outputs, strict=True)
@@ -220,9 +251,13 @@ class DualText:
         hidden = torch.cat(states, dim=-1)
         pooled = outputs[-1].text_embeds[::num_chunks]
         if self._zero_empty:
-            keep = torch.tensor([bool(caption) for caption in captions], device=hidden.device).to(hidden.dtype)
+            keep = tokens[_IS_NOT_EMPTY].to(hidden.dtype)
             hidden, pooled = hidden * keep.view(-1, 1, 1), pooled * keep.view(-1, 1)
         return {"hidden": hidden, "pooled": pooled}
+
+
+def _tokenize(parts: Sequence[TextPart], captions: Sequence[str], settings: TextSettings) -> dict[str, Tensor]:
+    return {TOKENS + part.name: part.tokens(captions, settings.num_chunks) for part in parts}
 
 
 def count_cut(tokenizers: Sequence[Any], captions: Sequence[str], settings: TextSettings) -> int:

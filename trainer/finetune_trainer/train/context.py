@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from finetune_contract import environment
 from finetune_contract.interval import DEFAULT_MTBF_SECONDS
-from finetune_contract.run_spec import RunSpec, RunTarget
+from finetune_contract.run_spec import RunSpec, RunTarget, SpeedSettings
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.phases import Phases
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.preemption_notice import PreemptionNotice
+
+Settings = TypeVar("Settings", RunTarget, SpeedSettings)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class RankContext:
         bucket: URL of the job's folder in an object store; None if checkpoints go to `job_dir`.
         min_part_bytes: see SaveOptions.
         mtbf_seconds: see SaveOptions.
+        phases: durations of the phases of the start.
     """
 
     spec: RunSpec
@@ -47,10 +52,15 @@ class RankContext:
     bucket: str | None = None
     min_part_bytes: int = MIN_PART_BYTES
     mtbf_seconds: float = DEFAULT_MTBF_SECONDS
+    phases: Phases = field(default_factory=Phases)
 
 
 def read_context(
-    env: Mapping[str, str], notice: PreemptionNotice, reporter: Reporter, on_save_stage: Callable[[str], None]
+    env: Mapping[str, str],
+    notice: PreemptionNotice,
+    reporter: Reporter,
+    on_save_stage: Callable[[str], None],
+    phases: Phases | None = None,
 ) -> RankContext:
     """Read the variables that the supervisor sets.
 
@@ -62,14 +72,15 @@ def read_context(
         job_dir = Path(env[environment.CHECKPOINT_DIR])
         cache_dir = Path(env[environment.CACHE_DIR])
         attempt = int(env[environment.ATTEMPT])
-        target = RunTarget.model_validate_json(env[environment.TARGET]) if env.get(environment.TARGET) else None
+        target = _read_variable(env, environment.TARGET, RunTarget)
+        speed = _read_variable(env, environment.SPEED, SpeedSettings)
     except KeyError as error:
         raise ConfigError(f"{error.args[0]} is not set; start ranks by the supervisor") from error
-    except ValidationError as error:
-        raise ConfigError(f"{environment.TARGET}: {error.errors()[0]['msg']}") from error
     except ValueError as error:
         raise ConfigError(f"{environment.ATTEMPT} is not a number: {error}") from error
     spec = _read_spec(spec_file)
+    if speed is not None:
+        spec = spec.with_speed(speed)
     return RankContext(
         spec if target is None else spec.with_target(target),
         attempt,
@@ -82,6 +93,7 @@ def read_context(
         bucket=env.get(environment.BUCKET) or None,
         min_part_bytes=int(env.get(environment.MIN_PART_BYTES, MIN_PART_BYTES)),
         mtbf_seconds=float(env.get(environment.MTBF_SECONDS) or DEFAULT_MTBF_SECONDS),
+        phases=phases or Phases(),
     )
 
 
@@ -89,6 +101,20 @@ def share_target(context: RankContext, world: World) -> RankContext:
     """Return the context with the target of rank 0: an edit of the job may reach some pods of a gang only."""
     target = world.share(context.spec.target.to_json())
     return replace(context, spec=context.spec.with_target(RunTarget.model_validate_json(target)))
+
+
+def _read_variable(env: Mapping[str, str], name: str, kind: type[Settings]) -> Settings | None:
+    """Return settings that the operator passes as JSON; None if the variable is not set.
+
+    Raises:
+        ConfigError: the JSON is invalid.
+    """
+    if not env.get(name):
+        return None
+    try:
+        return kind.model_validate_json(env[name])
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {error.errors()[0]['msg']}") from error
 
 
 def _read_spec(path: Path) -> RunSpec:

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic.alias_generators import to_camel
 
-from finetune_contract.run_spec import RunTarget
+from finetune_contract.run_spec import RunTarget, SpeedSettings
 from finetune_contract.spec import TrainingSpec
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.rules.rule import FieldErrorReason
@@ -118,9 +118,10 @@ _LENGTH = "the checkpoints may contain more steps"
 _SETTINGS = tuple(
     (to_camel(name), field.default is None)
     for name, field in TrainingSpec.model_fields.items()
-    if name not in RunTarget.model_fields
+    if name not in RunTarget.model_fields and name not in SpeedSettings.model_fields
 )
-"""The fields of `spec.training` except its length, each with whether it is optional."""
+"""The fields of `spec.training` except its length and those that only change its speed, each with whether it is
+optional."""
 _GLOBAL_BATCH = "the global batch depends on it"
 
 FIXED = (
@@ -144,11 +145,15 @@ FIXED = (
 AT_ONCE = "immediately"
 NEXT_ATTEMPT = "with the next attempt"
 
+NEXT_PODS = "in pods that are created later"
+
 IN_PLACE = "after a save, when the ranks start again in the same pods (`TargetEdited`)"
 LIMITED = {"spec.training.steps": IN_PLACE, "spec.training.epochs": IN_PLACE, "spec.outputs": IN_PLACE}
 """Fixed fields that may change until the outputs are written, and when the change takes effect."""
 
 CHANGEABLE = {
+    "spec.training.cudaGraphs": NEXT_PODS,
+    "spec.training.compile": NEXT_PODS,
     "spec.topology.minNodes": AT_ONCE,
     "spec.topology.resources": NEXT_ATTEMPT,
     "spec.recovery.maxFailures": AT_ONCE,
