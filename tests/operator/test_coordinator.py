@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetune_contract.heartbeat import RankState
+from finetune_contract.heartbeat import Performance, RankState, StepSettings, StepShares
 from finetune_operator.cluster.kube.beats.tokens import parse_review, token_expiry
 from finetune_operator.cluster.kube.tls.context import ServerCertificate
 from testing.controlplane.api import ControlPlaneApiError
@@ -28,14 +28,26 @@ NO_FLAGS = {"peerLost": False, "stacks": False}
 @pytest.mark.cluster
 def test_heartbeats_update_the_progress(client: HeartbeatClient) -> None:
     tokens = {rank: client.token(f"circles-a1-n{rank}") for rank in range(2)}
+    shares = StepShares(compute=0.25, data=0.5, exchange=0.25)
+    settings = StepSettings(device="cpu", precision="bf16", batch_size=1, exchange_precision="fp32")
+    performance = Performance(memory_allocated_bytes=3 * 2**20, shares=shares, settings=settings)
     for rank, token in tokens.items():
-        status, answer = client.post(client.beat(f"circles-a1-n{rank}", 40), token)
+        status, answer = client.post(client.beat(f"circles-a1-n{rank}", 40, performance=performance), token)
         assert status == 200
         assert json.loads(answer) == {"order": "Continue", "attempt": 1, "beatSeconds": 5.0} | NO_FLAGS
     wait_for("the status shows the step", lambda: client.jobs.status("circles").get("step") == 40)
     status_now = client.jobs.wait_phase("circles", "Running")
     assert (status_now["progress"], status_now["totalSteps"]) == ("40%", 100)
     assert client.operator.metric("finetune_beats_total") == 2
+    advice = status_now["performance"].pop("advice")
+    assert [text.partition(":")[0] for text in advice] == ["data-bound", "exchange-bound", "exchange-bound"]
+    assert status_now["performance"] == {
+        "memoryAllocatedBytes": 3 * 2**20,
+        "timeShares": {"compute": 0.25, "host": 0.0, "data": 0.5, "exchange": 0.25, "checkpoint": 0.0},
+        "boundBy": "Data",
+    }
+    assert client.operator.metric('finetune_bound_jobs{by="Data"}') == 1
+    assert client.operator.metric('finetune_step_time_ratio{part="exchange"}') == 0.25
     # Reports of finished ranks count at once, independent of the state of their pods.
     for rank, token in tokens.items():
         client.post(client.beat(f"circles-a1-n{rank}", 100, state=RankState.DONE), token)

@@ -107,12 +107,27 @@ CASES: dict[str, tuple[dict[str, Any], Performance, list[str]]] = {
         measure(shares={"exchange": 0.4}),
         [
             "exchange-bound: gradients are sent in fp32; write training.exchangePrecision: bf16 in a new job",
+            "exchange-bound: on AWS, use nodes and an image with Elastic Fabric Adapters, and add "
+            "vpc.amazonaws.com/efa: 1 to topology.resources",
             "exchange-bound: the ranks wait for each other; exchange less often with training.gradientAccumulation: 2 "
             "in a new job, or use a faster network",
         ],
     ),
-    "exchange in bf16": (
-        {**LORA, "spec.topology.nodes": 4, "spec.training.exchangePrecision": "bf16"},
+    "exchange in bf16 over EFA": (
+        {
+            **LORA,
+            "spec.topology.nodes": 4,
+            "spec.topology.resources": {"vpc.amazonaws.com/efa": 4},
+            "spec.training.exchangePrecision": "bf16",
+        },
+        measure(shares={"exchange": 0.4}, exchange_precision="bf16"),
+        [
+            "exchange-bound: the ranks wait for each other; exchange less often with training.gradientAccumulation: 2 "
+            "in a new job, or use a faster network",
+        ],
+    ),
+    "exchange within a node": (
+        {**LORA, "spec.topology.processesPerNode": 8, "spec.training.exchangePrecision": "bf16"},
         measure(shares={"exchange": 0.4}, exchange_precision="bf16"),
         [
             "exchange-bound: the ranks wait for each other; exchange less often with training.gradientAccumulation: 2 "

@@ -15,7 +15,8 @@ from finetune_contract.heartbeat import Performance, StepSettings, StepShares
 from finetune_contract.spec import ExchangePrecision, Precision, SwitchMode
 from finetune_operator.api.job import Accelerator, FineTuneJobSpec
 from finetune_operator.api.status import Bottleneck
-from finetune_operator.manifests.resources import parse_quantity
+from finetune_operator.manifests import num_nodes
+from finetune_operator.manifests.resources import EFA_RESOURCE, parse_quantity, uses_efa
 
 NOTABLE = 0.1
 """A part of the step limits the speed from this share of its time on."""
@@ -136,6 +137,12 @@ def _exchange(spec: FineTuneJobSpec, settings: StepSettings) -> Iterator[Advice]
         yield Advice(
             "exchange-bound: gradients are sent in fp32; write training.exchangePrecision: bf16 in a new job",
             {"spec.training.exchangePrecision": "bf16"},
+        )
+    if spec.topology.accelerator is Accelerator.GPU and num_nodes(spec) > 1 and not uses_efa(spec.topology):
+        yield Advice(
+            "exchange-bound: on AWS, use nodes and an image with Elastic Fabric Adapters, and add "
+            f"{EFA_RESOURCE}: 1 to topology.resources",
+            {"spec.topology.resources": {**(spec.topology.resources or {}), EFA_RESOURCE: 1}},
         )
     more = min(MAX_BATCH, 2 * spec.training.gradient_accumulation)
     yield Advice(
