@@ -50,7 +50,8 @@ def test_adapters_that_add_in_place_count() -> None:
     weights, rows = nn.Parameter(torch.ones(3, 5)), torch.ones(7, 3)
 
     def run(add: Any) -> int:
-        with OperationFlops() as counter:
+        counter = OperationFlops()
+        with counter:
             add(rows, weights.detach())
         return counter.total
 
@@ -82,14 +83,10 @@ def test_counts_are_kept_for_later_attempts(base: Path, tmp_path: Path, monkeypa
     )
     assert 1.9 * counted < (make_counter(base, "LoRA", file).of(wide) or 0) < 2.5 * counted
     assert set(json.loads(file.read_text())["perSample"]) == {"4x8x8", "4x8x16"}
-    later = make_counter(base, "LoRA", file)
-    monkeypatch.setattr(SampleFlops, "_count", lambda *_: pytest.fail("counted again"))
-    assert later.of(batch) == counted
-    monkeypatch.undo()
+    monkeypatch.setattr(SampleFlops, "_count", lambda *_: 7.0)
+    assert make_counter(base, "LoRA", file).of(batch) == counted
     # Other settings can have other operations.
-    other = make_counter(base, "LoRA", file, lora={"rank": 4}).of(batch)
-    assert other is not None
-    assert other > counted
+    assert make_counter(base, "LoRA", file, lora={"rank": 4}).of(batch) == 7
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"settings": 1}', "{"])

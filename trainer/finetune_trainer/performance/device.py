@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import logging
 import resource
+import sys
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 _LOG = logging.getLogger(__name__)
-KIBIBYTE = 1024
+_RESIDENT_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes in the system's unit of the largest resident memory."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class GpuStopwatch:
     def start(self) -> None:
         """Record an event on the current stream."""
         if self._events is None:
-            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events = _make_event(), _make_event()
         self._is_complete = False
         self._events[0].record()
 
@@ -69,10 +71,14 @@ class GpuStopwatch:
 
     def take(self) -> float | None:
         """Return the device's time between the events if it has passed both."""
-        if self._events is None or not self._is_complete or not self._events[1].query():
+        if self._events is None or not self._is_complete or not self._events[1].query():  # type: ignore[no-untyped-call]
             return None
         self._is_complete = False
         return float(self._events[0].elapsed_time(self._events[1])) / 1000.0
+
+
+def _make_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def device_name(device: torch.device) -> str:
@@ -93,7 +99,7 @@ def memory_use(device: torch.device) -> MemoryUse:
             torch.cuda.max_memory_reserved(device),
             int(torch.cuda.get_device_properties(device).total_memory),
         )
-    return MemoryUse(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE)
+    return MemoryUse(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RESIDENT_UNIT)
 
 
 class BusyShare:

@@ -89,17 +89,15 @@ class StepMeter:
 
     @contextlib.contextmanager
     def part(self, part: Part) -> Iterator[None]:
-        """Measure a part of the step."""
+        """Measure a part of the step. A part that fails ends the step, and is not measured."""
         stopwatch = self._stopwatch if part is Part.EXCHANGE else None
         began = self._clock()
         if stopwatch is not None:
             stopwatch.start()
-        try:
-            yield
-        finally:
-            if stopwatch is not None:
-                stopwatch.stop()
-            self._seconds[part] += self._clock() - began
+        yield
+        if stopwatch is not None:
+            stopwatch.stop()
+        self._seconds[part] += self._clock() - began
 
     def end(self) -> None:
         """End the step."""
