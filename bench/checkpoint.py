@@ -118,7 +118,8 @@ class SaveBench:
         with self._state.updating():
             self._state.optimizer.step()
             self._state.step += 1
-        self._state.optimizer.zero_grad()
+        for parameter in self._state.parameters.values():
+            parameter.grad = None
         return time.perf_counter() - began
 
     def round(self) -> None:

@@ -36,23 +36,24 @@ from finetune_contract.methods import encodes_text
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer import heap
 from finetune_trainer.checkpoint.checkpointer import Checkpointer
-from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.checkpoint.store.folder import FolderStore
 from finetune_trainer.checkpoint.store.retention import Retention
 from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import DataRequirements, Preparation
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.order import SampleRef
-from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.registry import method_class, method_traits
-from finetune_trainer.optim.optimizer import learning_rate, make_optimizer
+from finetune_trainer.optim.optimizer import learning_rate
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.determinism import make_deterministic
 from finetune_trainer.train.loop import Loop
 from finetune_trainer.train.micro_batch import MicroBatch
+from finetune_trainer.train.passes.eager import PassWork
+from finetune_trainer.train.passes.make import make_passes
 from finetune_trainer.train.preemption_notice import PreemptionNotice
+from finetune_trainer.train.storage import make_complete_gradients, make_complete_state
 from testing.measure.architectures import UNETS, RandomFamily
 from testing.measure.device import count_flops, measured_device, peak_bytes, peak_flops, reset_peak, time_step
 from testing.measure.process import build_in_new_process
@@ -175,10 +176,11 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
     heap.release_free_memory()
     reset_peak()
     method = kind(MethodContext(family, training, Draws(0), DEVICE, DTYPE))
-    parameters = method.parameters()
-    state = TrainState(parameters, make_optimizer(training, parameters))
+    state = make_complete_state(training, method, DEVICE)
     checkpointer = Checkpointer(spec, world, FolderStore(cache.parent / "job", spec.uid, 1, Retention()), reporter)
     checkpointer.restore(state)
+    gradients = make_complete_gradients(training, method, state, world)
+    work = PassWork(method, gradients, spec.global_batch, family.objective.num_timesteps)
     return Loop(
         spec=spec,
         world=world,
@@ -186,7 +188,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         batches=Prefetcher(data.batches),
         draws=Draws(0),
         state=state,
-        gradients=LocalGradients(list(parameters.values()), DEVICE),
+        gradients=gradients,
         learning_rate=learning_rate(training, 1000),
         checkpointer=checkpointer,
         notice=PreemptionNotice(),
@@ -194,7 +196,7 @@ def make_loop(family: RandomFamily, spec: RunSpec, cache: Path) -> Loop:
         validator=None,
         total_steps=1000,
         micro_batch=MicroBatch(spec.global_batch, reporter.warn),
-        num_timesteps=family.objective.num_timesteps,
+        passes=make_passes(training, work, world, reporter.note),
     )
 
 
@@ -205,7 +207,7 @@ def make_turn(family_name: str, method: str, data: Path, cache: Path, setting: T
         heap.keep_freed_memory(os.environ)
     ours = make_product_loop(RandomFamily(family_name), make_spec(method, data, setting), cache)
     loop, refs = ours.loop, [SampleRef(0, index) for index in range(setting.batch)]
-    floor = Floor(loop.method, loop.batches.take(refs, []), loop.state.optimizer)
+    floor = Floor(loop.method, loop.batches.take(refs, []), loop.state, loop.gradients)
     facts = {"first_step": ours.first_step_seconds, "peak_bytes": ours.peak_bytes, "flops": count_flops(floor.step)}
 
     def turn() -> Turn:

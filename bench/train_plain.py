@@ -13,7 +13,9 @@ from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
 
+from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.distributed.gradients import Gradients
 from finetune_trainer.methods.method import Method
 from testing.measure.architectures import RandomFamily
 from testing.measure.device import measured_device
@@ -27,21 +29,29 @@ class Floor:
     Weights and moments are shared with the product's loop; the two are measured alternately.
     """
 
-    def __init__(self, method: Method, batch: Batch, optimizer: torch.optim.Optimizer) -> None:
-        assert optimizer.defaults["fused"]
+    def __init__(self, method: Method, batch: Batch, state: TrainState, gradients: Gradients) -> None:
+        assert state.optimizer.param_groups[0]["fused"]
         self._method = method
         self._batch = batch
-        self._optimizer = optimizer
+        self._state = state
+        self._gradients = gradients
 
     def step(self) -> None:
         """Run one step."""
         self._method.losses(self._batch).mean().backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._state.optimizer.step()
+        self._state.refresh()
+        self._gradients.clear()
 
 
 class PlainLoop:
-    """A plain loop: each step encodes image and text and reads the loss; unfused AdamW; no channels last."""
+    """A plain loop: each step encodes image and text and reads the loss; unfused AdamW; no channels last.
+
+    Attributes:
+        unet: the base's UNet.
+        controlnet: the ControlNet, if one is trained.
+        optimizer: AdamW over the trained weights.
+    """
 
     def __init__(self, family: RandomFamily, method: str, images: Sequence[Path], resolution: int, batch: int) -> None:
         self._family = family
@@ -60,10 +70,10 @@ class PlainLoop:
         self._text = family.load_text_encoder(self._device, torch.float32 if trains_table else self._dtype)
         trains_unet = method in ("Full", "DreamBooth")
         unet = family.load_denoiser(torch.float32 if trains_unet else self._dtype)
-        self._unet = unet.to(self._device).requires_grad_(trains_unet).train()
-        self._controlnet: Any = None
+        self.unet: Any = unet.to(self._device).requires_grad_(trains_unet).train()
+        self.controlnet: Any = None
         self._parameters = self._trained()
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-6)
+        self.optimizer: Any = torch.optim.AdamW(self._parameters, lr=1e-6)
         self._table: Tensor | None = None
         if trains_table:
             self._table = self._parameters[0].detach().clone()
@@ -73,11 +83,11 @@ class PlainLoop:
             tables = [part.core.embeddings.token_embedding.weight for part in self._text.parts]
             return [table.requires_grad_(True) for table in tables]
         if self._method == "ControlNet":
-            self._controlnet = ControlNetModel.from_unet(self._unet).float().to(self._device).train()
-            return list(self._controlnet.parameters())
+            self.controlnet = ControlNetModel.from_unet(self.unet).float().to(self._device).train()
+            return list(self.controlnet.parameters())
         if "LoRA" in self._method:
-            self._unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=_TARGETS))
-        return [parameter for parameter in self._unet.parameters() if parameter.requires_grad]
+            self.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=_TARGETS))
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
 
     def step(self) -> None:
         """Run one step."""
@@ -96,8 +106,8 @@ class PlainLoop:
             loss = nn.functional.mse_loss(self._predict(noisy, timesteps, text, pixels).float(), noise.float())
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         if self._table is not None:
             # Restore all rows except the new one.
             with torch.no_grad():
@@ -119,10 +129,14 @@ class PlainLoop:
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor], pixels: Tensor) -> Tensor:
         conditions = self._family.conditions(text, self._dtype)
-        if self._controlnet is not None:
-            down, middle = self._controlnet(
+        if self.controlnet is not None:
+            down, middle = self.controlnet(
                 noisy, timesteps, controlnet_cond=pixels.to(self._dtype), return_dict=False, **conditions
             )
-            conditions |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        prediction: Tensor = self._unet(noisy, timesteps, return_dict=False, **conditions)[0]
+            # As in the usual scripts: accelerate turns the outputs of a trained model into fp32.
+            conditions |= {
+                "down_block_additional_residuals": [each.to(self._dtype) for each in down],
+                "mid_block_additional_residual": middle.to(self._dtype),
+            }
+        prediction: Tensor = self.unet(noisy, timesteps, return_dict=False, **conditions)[0]
         return prediction

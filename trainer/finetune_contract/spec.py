@@ -331,7 +331,11 @@ class TrainingSpec(SpecModel):
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Global norm at which gradients are clipped; 0 disables clipping"
     )
-    precision: Precision = Field(default=Precision.FP32, description="Number format of the forward and backward pass")
+    precision: Precision | None = Field(
+        default=None,
+        description="Number format of the forward and backward pass; default: fp32 on CPUs, and on GPUs bf16, or fp16 "
+        "on those without bf16",
+    )
     weight_precision: WeightPrecision = Field(
         default=WeightPrecision.FP32,
         description="Number format in which trained weights are stored: fp32, or bf16 with stochastic rounding of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finetune_trainer.checkpoint.snapshot import Snapshot
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.optim.ema import Ema
+from finetune_trainer.optim.flat_optimizer import StepOptimizer
 from finetune_trainer.optim.loss_scale import LossScale
 
 WEIGHTS_MISMATCH = (
@@ -48,13 +49,15 @@ class TrainState:
     """
 
     parameters: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: StepOptimizer
     ema: Ema | None = None
     step: int = 0
     first_step: int = 0
     """Step of another job's checkpoint that the run started from; 0 for the first step."""
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_LOSSES))
     loss_scale: LossScale | None = None
+    refresh: Callable[[], None] = lambda: None
+    """Updates the working copies of the parameters after they have changed; see `Method.refresh`."""
     update_lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while the parameters are not those of the last finished step. Another thread that holds it may read them."""
     torn: bool = False
@@ -82,8 +85,13 @@ class TrainState:
         if self.ema is None:
             yield
             return
-        with self.update_lock, self.ema.applied():
-            yield
+        with self.update_lock:
+            try:
+                with self.ema.applied():
+                    self.refresh()
+                    yield
+            finally:
+                self.refresh()
 
     def exported(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which rank 0 writes the outputs. All ranks enter it."""
@@ -148,6 +156,7 @@ class TrainState:
             self.optimizer.state[parameter] = {}
             if self.ema is not None:
                 self.ema.tensors[name].copy_(averages[name])
+        self.refresh()
 
     def _restore_optimizer_state(self, snapshot: Snapshot) -> None:
         # An optimizer without state has no tensors, so it has no file.

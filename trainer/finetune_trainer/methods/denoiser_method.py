@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from finetune_contract.spec import TrainingSpec
-from finetune_trainer.data.batches import Batch, Texts
+from finetune_contract.spec import Sharding, SwitchMode, TrainingSpec, WeightPrecision
+from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.captions import Captions, OwnCaptions
 from finetune_trainer.data.sampling.draws import Purpose
 from finetune_trainer.data.sampling.order import SampleRef
-from finetune_trainer.methods.kernels import attention_kernel, compile_blocks
+from finetune_trainer.fused.blocks import use_fused_operations
+from finetune_trainer.methods.kernels import attention_kernel, checkpoint_activations, compile_blocks
 from finetune_trainer.methods.loss import diffusion_losses
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.packed_conv import pack_convolutions
-from finetune_trainer.models.text import TextEncoder
+from finetune_trainer.methods.rounded_weights import RoundedWeights
+from finetune_trainer.methods.working_copy import WorkingCopy
+from finetune_trainer.models.text import TOKENS, TextEncoder
 
 
 class DenoiserMethod:
@@ -39,12 +43,13 @@ class DenoiserMethod:
         self._snr_gamma = context.training.snr_gamma
         self._dtype = context.dtype
         self._is_mixed = False
+        self._low: WorkingCopy | RoundedWeights | None = None
+        """The low-precision weights of trained layers."""
         self._attention = attention_kernel(context.training.attention, context.device, context.dtype)
         self._parameters: dict[str, nn.Parameter] = {}
         self._modules: list[Any] = []
-        self.text: Texts | None = None
-        is_exact = self._trains_denoiser or self._copies_denoiser
-        self._denoiser = context.family.load_denoiser(torch.float32 if is_exact else context.dtype)
+        self.text: _LiveText | None = None
+        self._denoiser = context.load_denoiser(self.denoiser_place(context.dtype, context.device)[0])
         self._denoiser.requires_grad_(self._trains_denoiser)
         torch.manual_seed(context.draws.torch_seed(Purpose.INIT, SampleRef(0, 0)))
 
@@ -54,9 +59,26 @@ class DenoiserMethod:
         del training
         return OwnCaptions()
 
+    @classmethod
+    def denoiser_place(cls, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.device]:
+        """Return the number format and the device of the denoiser that the method starts from."""
+        if cls._copies_denoiser:
+            return torch.float32, torch.device("cpu")
+        return torch.float32 if cls._trains_denoiser else dtype, device
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the trained parameters by name."""
         return self._parameters
+
+    def leaves(self) -> Sequence[nn.Parameter]:
+        """Return the tensors that the backward pass computes gradients of."""
+        parameters = list(self._parameters.values())
+        return parameters if self._low is None else [self._low.leaf(parameter) for parameter in parameters]
+
+    def refresh(self) -> None:
+        """Update the working copy of the trained parameters."""
+        if self._low is not None:
+            self._low.refresh()
 
     def sharded_modules(self) -> Sequence[nn.Module]:
         """Return no modules; methods that can be sharded override this."""
@@ -67,9 +89,18 @@ class DenoiserMethod:
         for module in self._modules:
             module.train(training)
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the batch with the tokens of its captions if the method encodes them, else the same batch."""
+        if self.text is None or any(name.startswith(TOKENS) for name in batch.text):
+            return batch
+        return dataclasses.replace(batch, text={**batch.text, **self.text.tokenize(batch.captions)})
+
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample, float32 (n,)."""
-        text = batch.text if self.text is None else {**batch.text, **self.text.get(batch.captions)}
+        text = batch.text
+        if self.text is not None:
+            batch = self.prepare(batch)
+            text = {**batch.text, **self.text.encode(batch.text)}
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             return self.predict(noisy, timesteps, text, batch.conditioning)
@@ -101,15 +132,28 @@ class DenoiserMethod:
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of the forward pass: autocast if trained fp32 weights are used in a lower precision."""
-        if self._is_mixed and self._dtype is not torch.float32:
+        if self._is_low_precision:
             return torch.autocast(self._context.device.type, self._dtype)
         return contextlib.nullcontext()
+
+    @property
+    def _is_low_precision(self) -> bool:
+        """Whether trained fp32 weights are used in a lower precision."""
+        return self._is_mixed and self._dtype is not torch.float32
+
+    def _fp32_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Return the block in which the modules hold the fp32 weights, for exports."""
+        return contextlib.nullcontext() if self._low is None else self._low.fp32_weights()
 
     def _load_text(self, dtype: torch.dtype) -> TextEncoder:
         """Load the text encoders of a method that encodes captions in every step."""
         encoder = self._family.load_text_encoder(self._context.device, dtype)
         self.text = _LiveText(self, encoder)
         return encoder
+
+    def _checkpoint_activations(self, module: Any) -> None:
+        lora = self._context.training.lora
+        checkpoint_activations(module, draws=lora is not None and lora.dropout > 0)
 
     def _finish(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Register the trained parameters, move all modules to the device and prepare them for training."""
@@ -124,11 +168,19 @@ class DenoiserMethod:
             _frozen_channels_last(self._denoiser)
             if not self._uses_weights:
                 pack_convolutions(self._denoiser)
-        if training.compile:
+        if self._is_low_precision and training.sharding is Sharding.NONE:
+            # Sharding gathers the fp32 weights, and autocast casts them.
+            is_rounded = training.weight_precision is WeightPrecision.BF16
+            low_precision = RoundedWeights if is_rounded else WorkingCopy
+            self._low = low_precision(self._modules, self._parameters.values(), self._dtype)
+        if training.compile is SwitchMode.ON:
             for module in self._modules:
                 compile_blocks(module, self._family.compiled_blocks)
+        else:
+            for module in self._modules:
+                use_fused_operations(module)
         if training.gradient_checkpointing:
-            self._denoiser.enable_gradient_checkpointing()
+            self._checkpoint_activations(self._denoiser)
         self.set_training(True)
 
 
@@ -141,8 +193,16 @@ class _LiveText:
 
     def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the embeddings of captions by name, with their graph."""
+        return self.encode(self.tokenize(captions))
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the tokens of captions by name."""
+        return self._encoder.tokenize(captions)
+
+    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the embeddings of tokens by name, with their graph."""
         with self._method._autocast():
-            return self._encoder.encode(captions)
+            return self._encoder.encode_tokens(tokens)
 
 
 def _frozen_channels_last(module: nn.Module) -> None:

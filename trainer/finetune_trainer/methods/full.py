@@ -30,7 +30,7 @@ class Full(DenoiserMethod):
                 self._trained[part.name] = part.model
                 self._modules.append(part.model)
                 if context.training.gradient_checkpointing:
-                    part.model.gradient_checkpointing_enable({"use_reentrant": False})
+                    self._checkpoint_activations(part.model)
         self._finish(
             {
                 f"{name}.{key}": parameter
@@ -47,4 +47,5 @@ class Full(DenoiserMethod):
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
         """Write the complete pipeline as a folder in diffusers' layout, fp32."""
         assert output_format is OutputFormat.DIFFUSERS
-        return self._family.write_pipeline(folder, self._trained)
+        with self._fp32_weights():
+            return self._family.write_pipeline(folder, self._trained)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from finetune_contract.spec import OutputFormat, TrainingSpec
 from finetune_trainer.data.batches import Batch, Texts
 from finetune_trainer.data.captions import Captions
 from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.models.direct import EarlyDenoiser
 from finetune_trainer.models.family import Family
 
 
@@ -27,6 +28,7 @@ class MethodContext:
         draws: keyed random draws, for weights that are initialized randomly.
         device: device of the training.
         dtype: number format of frozen weights and of the forward pass.
+        early: loads the denoiser before or when it is needed; None: the family loads it.
     """
 
     family: Family
@@ -34,6 +36,12 @@ class MethodContext:
     draws: Draws
     device: torch.device
     dtype: torch.dtype
+    early: EarlyDenoiser | None = None
+
+    def load_denoiser(self, dtype: torch.dtype) -> Any:
+        """Return the denoiser in `dtype`: on the device of the training, or on the CPU."""
+        found = None if self.early is None else self.early.take()
+        return self.family.load_denoiser(dtype) if found is None else found
 
 
 class Method(Protocol):
@@ -49,11 +57,27 @@ class Method(Protocol):
         """Return how the caption of a sample is chosen."""
         ...
 
+    @classmethod
+    def denoiser_place(cls, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.device]:
+        """Return the number format and the device of the denoiser that the method starts from."""
+        ...
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the trained parameters by name, float32, in a fixed order.
 
         The loop owns their gradients and their optimizer.
         """
+        ...
+
+    def leaves(self) -> Sequence[nn.Parameter]:
+        """Return the tensors that the backward pass computes gradients of, one for each trained parameter.
+
+        They are the parameters themselves, or their copies in the number format of the forward pass.
+        """
+        ...
+
+    def refresh(self) -> None:
+        """Update the copies of the trained parameters. Call it after the parameters have changed."""
         ...
 
     def sharded_modules(self) -> Sequence[nn.Module]:
@@ -62,6 +86,10 @@ class Method(Protocol):
 
     def set_training(self, training: bool) -> None:
         """Switch dropout and gradient checkpointing, which only training uses, on or off."""
+        ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Return the batch with all that the host computes for its losses, e.g. the tokens of its captions."""
         ...
 
     def losses(self, batch: Batch) -> Tensor:

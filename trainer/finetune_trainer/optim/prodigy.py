@@ -45,12 +45,17 @@ class Prodigy(torch.optim.Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter].update(_fresh_state(parameter))
-        common = self.state[parameters[0]]
+        common = next(
+            (self.state[each] for each in parameters if _DISTANCE in self.state[each]), self.state[parameters[0]]
+        )
         if _DISTANCE not in common:
             # Stored in the first parameter's state, so that a checkpoint includes them like all other state.
             like = {"dtype": torch.float32, "device": parameters[0].device}
             common[_DISTANCE] = torch.tensor(FIRST_DISTANCE, **like)
             common[_NUMERATOR] = torch.tensor(0.0, **like)
+        if not parameters[0].is_cpu:
+            self._step_on_device(parameters, group, common)
+            return
         distance = float(common[_DISTANCE])
         growth = self._update_moments(parameters, group, distance)
         common[_NUMERATOR].mul_(math.sqrt(group["betas"][1])).add_(growth)
@@ -59,6 +64,30 @@ class Prodigy(torch.optim.Optimizer):
             common[_DISTANCE].copy_(torch.maximum(common[_DISTANCE], common[_NUMERATOR] / reached))
         for parameter in parameters:
             _move(parameter, self.state[parameter], group, distance)
+
+    def _step_on_device(self, parameters: list[nn.Parameter], group: dict[str, Any], common: dict[str, Tensor]) -> None:
+        """Take a step whose numbers stay on the device: the host would wait for each that it reads."""
+        beta1, beta2 = group["betas"]
+        slow = math.sqrt(beta2)
+        distance = common[_DISTANCE].double()
+        weight = (1 - slow) * group["lr"] * distance**2
+        rate = group["lr"] * distance
+        products, sums = [], []
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
+            products.append((state["start"] - parameter).mul_(gradient).sum())
+            state["exp_avg"].mul_(beta1).add_(gradient * ((1 - beta1) * distance))
+            state["exp_avg_sq"].mul_(beta2).add_(gradient.square().mul_((1 - beta2) * distance**2))
+            state["sum"].mul_(slow).add_(gradient * weight)
+            sums.append(state["sum"].abs().sum())
+            parameter.mul_(1 - rate * group["weight_decay"])
+            divisor = state["exp_avg_sq"].sqrt().add_(distance * group["eps"])
+            parameter.sub_((state["exp_avg"] / divisor).mul_(rate))
+        common[_NUMERATOR].mul_(slow).add_(torch.stack(products).sum() * weight)
+        reached = torch.stack(sums).sum()
+        found = torch.where(reached > 0, common[_NUMERATOR] / reached, common[_DISTANCE])
+        common[_DISTANCE].copy_(torch.maximum(common[_DISTANCE], found))
 
     def _update_moments(self, parameters: list[nn.Parameter], group: dict[str, Any], distance: float) -> Tensor:
         """Update the moments, and return the increase of the estimate's numerator."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -13,12 +13,13 @@ from finetune_contract import paths
 from finetune_contract.identity import DATASET, InputIdentity
 from finetune_contract.methods import encodes_text
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Offload, Precision, Sharding
+from finetune_contract.spec import Offload, Sharding
 from finetune_trainer.checkpoint.checkpointer import Checkpointer, SaveOptions
 from finetune_trainer.checkpoint.sharded_state import ShardedState, make_sharded_state
 from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.checkpoint.store.select import JobFolders, make_store
 from finetune_trainer.data.cache.sample_identity import SampleIdentity
+from finetune_trainer.data.cache.scan_index import FileChecks
 from finetune_trainer.data.images.decoding import read_conditions
 from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.data.prepare import DataRequirements, Preparation, PreparedData
@@ -26,25 +27,26 @@ from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.order import total_steps
 from finetune_trainer.data.sampling.schedule_checks import check_length
 from finetune_trainer.data.sources.base import SampleSet
-from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.gradients import Gradients
-from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.sharding import ShardedGradients, Shards
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class, method_traits
-from finetune_trainer.optim.ema import Ema
-from finetune_trainer.optim.loss_scale import LossScale
-from finetune_trainer.optim.optimizer import learning_rate, make_optimizer
+from finetune_trainer.models.direct import EarlyDenoiser
+from finetune_trainer.optim.optimizer import learning_rate
 from finetune_trainer.train.artifact_sync import ArtifactSync
 from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.earlier_work import INPUTS, TRAINING, describe_training
 from finetune_trainer.train.input_record import changed_message
 from finetune_trainer.train.inputs import RunInputs
 from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.measurement import make_meter
 from finetune_trainer.train.metrics_logger import MetricsLogger
 from finetune_trainer.train.micro_batch import MicroBatch
+from finetune_trainer.train.passes.eager import PassWork
+from finetune_trainer.train.passes.make import make_passes
+from finetune_trainer.train.storage import make_complete_gradients, make_complete_state
 from finetune_trainer.train.trackers import TrackedRun, open_trackers
 from finetune_trainer.train.validation import Validator, best_validation
 
@@ -86,7 +88,30 @@ class RunBuilder:
             check_length=self._check_length,
             record=partial(self.inputs.record.add_samples, DATASET, self.context.spec.dataset.source),
             record_class_images=self._record_class_images,
+            checks=self.file_checks,
         ).run()
+
+    @cached_property
+    def file_checks(self) -> FileChecks | None:
+        """Compares the files of a recorded data set in the background; None if this attempt records it."""
+        return FileChecks() if self.inputs.record.has_samples(DATASET) else None
+
+    @cached_property
+    def denoiser(self) -> EarlyDenoiser:
+        """Loads the denoiser; a later attempt does this while it opens the data, which is already encoded."""
+        method = method_class(self.spec.training.method)
+        place = method.denoiser_place(self.inputs.dtype, self.world.device)
+        return EarlyDenoiser(self.inputs.family, *place)
+
+    def confirm_data(self) -> None:
+        """Wait until the files of the data set are compared with what the first attempt recorded. All ranks call it.
+
+        Raises:
+            DataError: a file has changed.
+        """
+        if self.file_checks is not None:
+            source = self.context.spec.dataset.source
+            self.inputs.record.confirm_files(DATASET, source, self.file_checks.first_changed())
 
     def _check_length(self, num_samples: int) -> None:
         """Check the length of the run.
@@ -107,7 +132,8 @@ class RunBuilder:
     def make_method(self) -> Method:
         """Load the models and prepare them for training."""
         training, inputs = self.spec.training, self.inputs
-        context = MethodContext(inputs.family, training, Draws(training.seed), self.world.device, inputs.dtype)
+        draws, device = Draws(training.seed), self.world.device
+        context = MethodContext(inputs.family, training, draws, device, inputs.dtype, self.denoiser)
         return method_class(training.method)(context)
 
     def make_state(self, method: Method) -> TrainState:
@@ -117,19 +143,16 @@ class RunBuilder:
             ConfigError: the method cannot be sharded.
         """
         training = self.spec.training
-        parameters = method.parameters()
         if training.sharding is Sharding.NONE:
-            return TrainState(
-                parameters,
-                make_optimizer(training, parameters),
-                Ema(parameters) if training.ema else None,
-                loss_scale=LossScale() if training.precision is Precision.FP16 else None,
-            )
+            return make_complete_state(training, method, self.world.device)
+        parameters = method.parameters()
         shards: Shards | None = None
         if self.world.size > 1 or training.offload is not Offload.NONE:
             if not method.sharded_modules():
                 raise ConfigError(f"training.sharding: {training.method} cannot be sharded; leave it out")
-            shards = Shards(method.sharded_modules(), parameters, self.world, training.offload)
+            shards = Shards(
+                method.sharded_modules(), parameters, self.world, training.offload, training.exchange_precision
+            )
             parameters = shards.parameters
         return make_sharded_state(training, self.world, parameters, shards)
 
@@ -171,32 +194,42 @@ class RunBuilder:
         num_samples = len(data.batches.source)
         steps = total_steps(training.steps, training.epochs, num_samples, self.spec.global_batch)
         metrics = self._make_metrics_logger(state.step)
+        gradients = self._make_gradients(method, state)
+        num_timesteps = self.inputs.family.objective.num_timesteps
+        batches, micro_batch = Prefetcher(data.batches), MicroBatch(training.batch_size, self.context.reporter.warn)
+        passes = make_passes(
+            training,
+            PassWork(method, gradients, self.spec.global_batch, num_timesteps),
+            self.world,
+            self.context.reporter.note,
+        )
         return Loop(
             spec=self.spec,
             world=self.world,
             method=method,
-            batches=Prefetcher(data.batches),
+            batches=batches,
             draws=Draws(training.seed),
             state=state,
-            gradients=self._make_gradients(method, state),
+            gradients=gradients,
             learning_rate=learning_rate(training, steps),
             checkpointer=checkpointer,
             notice=self.context.notice,
             reporter=self.context.reporter,
             validator=self._make_validator(method, data, steps, metrics, state.first_step),
             total_steps=steps,
-            micro_batch=MicroBatch(training.batch_size, self.context.reporter.warn),
-            num_timesteps=self.inputs.family.objective.num_timesteps,
+            micro_batch=micro_batch,
+            passes=passes,
             metrics=metrics,
+            phases=self.context.phases,
+            meter=make_meter(
+                training, self.inputs.family, self.world, self.context.job_dir, batches, micro_batch, passes
+            ),
         )
 
     def _make_gradients(self, method: Method, state: TrainState) -> Gradients:
         if isinstance(state, ShardedState) and state.shards is not None:
             return ShardedGradients(state.shards, self.world)
-        parameters = list(method.parameters().values())
-        if self.world.size == 1:
-            return LocalGradients(parameters, self.world.device)
-        return GradientBuckets(parameters, self.world)
+        return make_complete_gradients(self.spec.training, method, state, self.world)
 
     def _make_metrics_logger(self, step: int) -> MetricsLogger | None:
         names = self.spec.training.trackers

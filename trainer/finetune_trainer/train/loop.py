@@ -6,10 +6,9 @@ import contextlib
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from finetune_contract.heartbeat import RankState
 from finetune_contract.run_spec import RunSpec
@@ -23,9 +22,12 @@ from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.method import Method
 from finetune_trainer.optim.optimizer import LearningRate, set_learning_rate
+from finetune_trainer.performance.meter import Part, StepMeter
+from finetune_trainer.phases import Phase, Phases
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.metrics_logger import MetricsLogger
 from finetune_trainer.train.micro_batch import MicroBatch, is_out_of_memory
+from finetune_trainer.train.passes.eager import Passes
 from finetune_trainer.train.preemption_notice import PreemptionNotice
 from finetune_trainer.train.validation import Validator
 
@@ -68,8 +70,10 @@ class Loop:
     validator: Validator | None
     total_steps: int
     micro_batch: MicroBatch
-    num_timesteps: int
+    passes: Passes
     metrics: MetricsLogger | None = None
+    phases: Phases = field(default_factory=Phases)
+    meter: StepMeter = field(default_factory=StepMeter)
 
     def run(self) -> bool:
         """Train until all steps are done or a preemption notice arrives. In both cases the last step is committed.
@@ -87,6 +91,7 @@ class Loop:
             # Saving and validating set other states; training resumes here after them.
             self.reporter.state(RankState.TRAINING)
             began = time.monotonic()
+            self.meter.begin()
             result = self.train_step()
             step_seconds.append(time.monotonic() - began)
             self._report_step(result, self._speed(step_seconds))
@@ -94,7 +99,9 @@ class Loop:
             if is_last or result.stop:
                 self.checkpointer.save_and_wait(self.state)
             elif result.save:
-                self.checkpointer.save(self.state)
+                with self.meter.part(Part.CHECKPOINT):
+                    self.checkpointer.save(self.state)
+            self.meter.end()
             if result.stop and not is_last:
                 return False
             self._validate_if_due()
@@ -102,6 +109,11 @@ class Loop:
 
     def _report_step(self, result: StepResult, images_per_second: float) -> None:
         step = self.state.step
+        if Phase.FIRST_STEP not in self.phases.seconds:
+            self.phases.end(Phase.FIRST_STEP)
+            self.reporter.started(self.phases)
+        if (performance := self.meter.measure()) is not None:
+            self.reporter.performance(performance)
         self.reporter.progress(step, self.state.mean_loss, images_per_second)
         if self.metrics is not None:
             rate = self.learning_rate(step - 1)
@@ -121,10 +133,12 @@ class Loop:
             self._accumulate(step)
         self.gradients.signals[Signal.NOTICES] = float(self.notice.given)
         self.gradients.signals[Signal.SAVE_DUE] = float(self.checkpointer.due(step + 1))
-        self.gradients.reduce(self.world)
+        with self.meter.part(Part.EXCHANGE):
+            self.gradients.reduce(self.world)
         norm = self.gradients.norm() / self._loss_scale
         # The only place in a step where the host waits for the device.
-        common = torch.cat([self.gradients.signals, norm.view(1), self.gradients.by_timestep.flatten()]).tolist()
+        with self.meter.part(Part.SYNC):
+            common = torch.cat([self.gradients.signals, norm.view(1), self.gradients.by_timestep.flatten()]).tolist()
         (loss_sum, num_samples, notices, save_due, norm_value), tenths = common[:5], common[5:]
         loss = loss_sum / num_samples
         overflowed = self.state.loss_scale is not None and math.isfinite(loss) and not math.isfinite(norm_value)
@@ -133,7 +147,8 @@ class Loop:
                 f"training.learningRate: loss {loss} and gradient norm {norm_value} in step {step} are not finite; "
                 "use a lower learning rate, or precision fp32"
             )
-        self.checkpointer.before_update()
+        with self.meter.part(Part.CHECKPOINT):
+            self.checkpointer.before_update()
         with self.state.updating():
             set_learning_rate(self.state.optimizer, self.learning_rate(step))
             if not overflowed:
@@ -158,6 +173,7 @@ class Loop:
         if factor != 1.0:
             self.gradients.scale(factor)
         self.state.optimizer.step()
+        self.state.refresh()
 
     def _update_loss_scale(self, overflowed: bool) -> None:
         """Lower the loss scale after an overflow; record a finite step otherwise, which may raise the scale.
@@ -176,7 +192,8 @@ class Loop:
         """
         positions = rank_share(step, self.spec.global_batch, self.world.rank, self.world.size)
         while not self._try_accumulate(step, positions):
-            self.micro_batch.halve(len(positions))
+            if not self.passes.release("memory ran out next to that of the graphs"):
+                self.micro_batch.halve(len(positions))
             self.gradients.drop_passes()
         size = self.micro_batch.size
         most = most_micro_batches(self.spec.global_batch, self.world.size, size)
@@ -198,19 +215,14 @@ class Loop:
         next_step = rank_share(step + 1, self.spec.global_batch, self.world.rank, self.world.size)
         following = next(iter(self.batches.split(self._refs(next_step), self.micro_batch.size)), [])
         first = positions.start
+        self.meter.start_passes()
         try:
             for part, then in zip(parts, [*parts[1:], following], strict=False):
                 batch = self.batches.take(part, then)
-                torch.manual_seed(self.draws.torch_seed(Purpose.DROPOUT, SampleRef(step, first)))
+                self.meter.add(batch)
+                seed = self.draws.torch_seed(Purpose.DROPOUT, SampleRef(step, first))
                 first += len(part)
-                losses = self.method.losses(batch)
-                loss = losses.sum()
-                if part is parts[-1]:
-                    self.gradients.expect_last_pass()
-                torch.autograd.backward(loss * self._loss_scale / self.spec.global_batch)
-                self.gradients.signals[Signal.LOSS] += loss.detach()
-                self.gradients.signals[Signal.SAMPLES] += len(part)
-                self._add_losses_by_timestep(batch.timesteps, losses.detach())
+                self.passes.run(batch, seed, self._loss_scale, part is parts[-1])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -219,11 +231,6 @@ class Loop:
                 raise self.micro_batch.too_large_error(len(positions)) from error
             return False
         return True
-
-    def _add_losses_by_timestep(self, timesteps: Tensor, losses: Tensor) -> None:
-        tenths = timesteps * NUM_TIMESTEP_BUCKETS // self.num_timesteps
-        self.gradients.by_timestep[0].index_add_(0, tenths, losses)
-        self.gradients.by_timestep[1].index_add_(0, tenths, torch.ones_like(losses))
 
     def _refs(self, positions: range) -> list[SampleRef]:
         seed, num_samples = self.spec.training.seed, len(self.batches.source)
@@ -235,6 +242,7 @@ class Loop:
         if self.validator is None or not self.validator.due(step) or self.validator.is_recorded(step):
             return
         is_saved = self.checkpointer.try_to_save(self.state)
+        self.passes.make_room()
         self.reporter.state(RankState.VALIDATING)
         # If the state is saved, a preemption notice does not have to wait for the validation.
         with self.notice.released() if is_saved else contextlib.nullcontext(), self.state.averaged():
