@@ -176,6 +176,9 @@ class RankReport(Wire):
         default=None, description="corrupt checkpoints moved to a corrupt- folder since the job began"
     )
     performance: Performance | None = Field(default=None, description="absent before the second step")
+    start_seconds: dict[Annotated[str, Field(max_length=32)], Seconds] = Field(
+        default_factory=dict, max_length=16, description="durations of the phases up to the end of the first step"
+    )
     detail: Annotated[str, AfterValidator(lambda text: text[:MAX_DETAIL])] | None = Field(
         default=None, description="progress of the state, e.g. '12/64 images'"
     )

@@ -19,6 +19,7 @@ from finetune_contract.heartbeat import RankState
 from finetune_trainer import libraries, patience
 from finetune_trainer.errors import RankError
 from finetune_trainer.outages import exit_code_of
+from finetune_trainer.phases import Phase, Phases
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.preemption_notice import PreemptionNotice
 
@@ -48,12 +49,14 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
     patience.pause_with(notice.pause)
     reporter.state(RankState.STARTING)
     libraries.prepare(env)
+    phases = Phases.of(env)
     try:
         # These imports take seconds. A preemption notice can interrupt them.
         from finetune_trainer.train.context import read_context  # noqa: PLC0415
         from finetune_trainer.train.run import run_rank  # noqa: PLC0415
 
-        context = read_context(env, notice, reporter, on_save_stage)
+        context = read_context(env, notice, reporter, on_save_stage, phases)
+        phases.end(Phase.IMPORTS)
         code = run_rank(context, env)
     except RankError as error:
         notice.hold()

@@ -21,6 +21,7 @@ from finetune_contract.heartbeat import (
     WrittenOutput,
 )
 from finetune_contract.identity import MAX_INPUTS, InputIdentity
+from finetune_trainer.phases import Phases
 
 _LOG = logging.getLogger(__name__)
 MIN_GAP_SECONDS = 0.2
@@ -65,6 +66,11 @@ class Reporter:
         """Report the progress of training; rate-limited."""
         finite = loss if math.isfinite(loss) else None
         self._send_limited(step=step, loss=finite, images_per_second=images_per_second)
+
+    def started(self, phases: Phases) -> None:
+        """Report the durations of the phases up to the end of the first step."""
+        _LOG.info("%s", phases.describe())
+        self._send(start_seconds={name.value: round(seconds, 3) for name, seconds in phases.seconds.items()})
 
     def performance(self, performance: Performance) -> None:
         """Add a measurement to the next report."""

@@ -98,6 +98,24 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
     return sorted([folder / "config.json", *of_variant])
 
 
+def files_to_load(folder: Path, variant: str | None) -> list[Path]:
+    """Return the weight files that diffusers loads of one part: one file, or the numbered ones of an index.
+
+    Returns:
+        Nothing if diffusers has to find out itself, for example because of older names.
+    """
+    middle = "" if variant is None else f".{variant}"
+    whole = folder / f"diffusion_pytorch_model{middle}{_WEIGHTS}"
+    index = folder / f"diffusion_pytorch_model{_WEIGHTS}.index{middle}.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError):
+            return []
+        return sorted(folder / name for name in names)
+    return [whole] if whole.is_file() else []
+
+
 def default_name(name: str, variant: str) -> str:
     """Return the name that a file of a weight variant has among default weights; other names stay.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.models import parts
+from finetune_trainer.models.direct import Proceed, read_module
 from finetune_trainer.models.family import SingleFile
 from finetune_trainer.models.latent_scaling import read_scaling
 from finetune_trainer.models.noise_schedule import read_objective
@@ -60,8 +61,20 @@ class StableDiffusion(UNetFamily):
             ),
         )
 
+    def read_denoiser(self, dtype: torch.dtype, device: torch.device, proceed: Proceed) -> Any | None:
+        """Return the UNet in `dtype` on the device; None if `load_denoiser` must load it, or if it is not needed."""
+        from diffusers import UNet2DConditionModel  # noqa: PLC0415  slow to import
+
+        folder = self._folder / "unet"
+        files = parts.files_to_load(folder, self._variant)
+        if not files:
+            return None
+        config = {**parts.read_config(folder / "config.json"), "_name_or_path": self._folder}
+        return read_module(lambda: UNet2DConditionModel.from_config(config), files, dtype, device, proceed)
+
     def load_image_encoder(self, device: torch.device) -> parts.VaeEncoder:
         """Return the VAE in fp32."""
+        self.before_encoders()
         from diffusers import AutoencoderKL  # noqa: PLC0415  slow to import
 
         vae = parts.load_part(
@@ -75,6 +88,7 @@ class StableDiffusion(UNetFamily):
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TextEncoder:
         """Return the text encoder with its tokenizer, frozen; on the meta device without weights."""
+        self.before_encoders()
         return SingleText(self._text_part("text_encoder", "emb_params", device, dtype), self.text_settings)
 
     def load_tokenizers(self) -> list[Any]:

@@ -32,6 +32,7 @@ class StableDiffusionXl(StableDiffusion):
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> TextEncoder:
         """Return both text encoders with their tokenizers, frozen."""
+        self.before_encoders()
         first = self._text_part("text_encoder", "clip_l", device, dtype)
         second = self._text_part("text_encoder_2", "clip_g", device, dtype, projected=True)
         return DualText([first, second], self._zero_empty, self.text_settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ class UNetFamily:
         latent_scaling: the map from the VAE's latents to the UNet's latents.
         latent_channels: number of channels of the latents.
         pixels_per_latent: number of pixels per latent along each side of an image.
+        before_encoders: called before an encoder is loaded, to free memory.
     """
 
     denoiser_name: ClassVar[str] = "unet"
@@ -30,6 +31,7 @@ class UNetFamily:
     latent_scaling: LatentScaling
     latent_channels: int
     pixels_per_latent: int
+    before_encoders: Callable[[], None] = staticmethod(lambda: None)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """Return channels, height and width of the latents of an image of this size in pixels."""

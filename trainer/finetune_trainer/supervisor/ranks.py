@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -313,6 +314,7 @@ def rank_environment(
         "GROUP_RANK": str(config.node_rank),
         "PYTHONUNBUFFERED": "1",
         environment.REPORT_FD: str(report_fd),
+        environment.RANK_ORDERED: str(time.monotonic()),
     }
 
 
