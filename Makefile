@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
 .PHONY: help install system-packages demo test test-fast test-readers mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
-        bench-operator bench-beats bench-spot bench-train kill-saves bench-checkpoint \
+        bench-operator bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
         bench-learning bench-map bench-exchange
 
 help: ## print this list
@@ -57,6 +57,9 @@ hub-faults: install ## 50 jobs with preemptions against a hub that fails at rand
 
 kill-saves: install ## 200 SIGKILLs at random times, half of them during a save; compares the final weights
 	@$(BIN)/python -m tests.chaos.kill_saves
+
+kill-scripts: install ## 25 preemption notices and 25 SIGKILLs of an unmodified script on 2 ranks; compares the weights
+	@$(BIN)/python -m tests.chaos.kill_scripts
 
 bench-checkpoint: install ## measure how long a save stalls training, compared with accelerate; bytes and time to durable
 	@$(BIN)/python -m bench.checkpoint

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from tests.api.bad_combinations import METHOD_SETTINGS
 from tests.api.manifests import GOOD, REMOVED
 
 Edit = dict[str, Any]
@@ -212,6 +213,18 @@ ADVICE: dict[str, Advice] = {
         "leave lrWarmupSteps out": removed(f"{T}.lrWarmupSteps"),
     },
     "lora-for-full": {"leave lora out": removed(f"{T}.lora"), "method: LoRA": METHODS["LoRA"]},
+    **{f"{field}-of-script": {f"leave {field} out": removed(f"{T}.{field}")} for field in METHOD_SETTINGS},
+    "script-without-file": {
+        "one of them, e.g. path: train_controlnet.py": {f"{T}.script": {"path": "train_controlnet.py"}}
+    },
+    "image-and-configmap": {
+        "leave image out": removed(f"{T}.script.image"),
+        "path instead of configMap": {f"{T}.script": {"path": "/x.py", "image": "a/b:1"}},
+    },
+    "script-of-no-object": names(f"{T}.script.configMap.name"),
+    "elastic-script": {"nodes, and leave minNodes and maxNodes out": {"spec.topology": {"nodes": 2}}},
+    "script-in-a-bucket": {name: STORAGES[name] for name in ("persistentVolumeClaim", "hostPath", "nfs")},
+    "script-with-scratch": {"leave scratch out": removed("spec.checkpoint.scratch")},
     "lora-for-script": {"leave lora out": removed(f"{T}.lora"), "method: LoRA": LORA_FOR_SCRIPT},
     "dreambooth-for-lora": {
         "leave dreambooth out": removed(f"{T}.dreambooth"),
@@ -378,6 +391,19 @@ ADVICE: dict[str, Advice] = {
         "leave sharding out": removed(f"{T}.sharding"),
     },
     "sharded-lora": {"leave sharding out": removed(f"{T}.sharding")},
+    "bf16-weights-of-adapters": {"leave weightPrecision out": removed(f"{T}.weightPrecision")},
+    "bf16-weights-in-fp32-passes": {
+        "precision: bf16": {f"{T}.precision": "bf16"},
+        "leave weightPrecision out": removed(f"{T}.weightPrecision"),
+    },
+    "bf16-weights-in-slices": {
+        "leave weightPrecision out": removed(f"{T}.weightPrecision"),
+        "leave sharding out": removed(f"{T}.sharding"),
+    },
+    "bf16-weights-of-prodigy": {
+        "leave weightPrecision out": removed(f"{T}.weightPrecision"),
+        "optimizer: adamw": {f"{T}.optimizer": "adamw"},
+    },
     "offload-of-no-slices": {
         "leave offload out": removed(f"{T}.offload"),
         **{name: METHODS[name] | {f"{T}.sharding": "full"} for name in ("DreamBooth", "Full", "ControlNet")},

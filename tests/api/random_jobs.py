@@ -56,6 +56,9 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "spec.checkpoint.from.job": st.sampled_from(["circles", "my circles"]),
     "spec.checkpoint.from.url": st.sampled_from(["s3://models/a", "https://a/b"]),
     "spec.topology.resources": RESOURCES,
+    "spec.training.script.args": st.sampled_from([{"max_train_steps": 5}, ["--seed", "1"]]),
+    "spec.training.script.env": st.just({"HF_HUB_OFFLINE": "1"}),
+    "spec.training.script.configMap.name": NAMES,
     "spec.podTemplate": st.just({"spec": {"nodeSelector": {"zone": "a"}}}),
 }
 MAX_TEXT = 12

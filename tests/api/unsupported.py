@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.api.advice import DIFFUSERS, LORA_FOR_SCRIPT, OUTPUT_FOLDER, Advice, Edit, T, removed
+from tests.api.advice import DIFFUSERS, OUTPUT_FOLDER, Advice, Edit, T, removed
 from tests.api.manifests import GOOD, Document, patched
 
 
@@ -73,7 +73,11 @@ UNSUPPORTED = (
     ),
     Unsupported({"spec.outputs": [{"format": "openvino", "to": "out"}]}, DIFFUSERS),
     Unsupported({"spec.outputs": [{"format": "webui", "to": "s3://models/lora"}]}, OUTPUT_FOLDER),
-    Unsupported({}, {"method: LoRA and steps: 1000 instead": LORA_FOR_SCRIPT}, base="script"),
+    Unsupported(
+        {"spec.outputs": [{"format": "kohya", "to": "out"}]},
+        {"format: asWritten": {"spec.outputs": [{"format": "asWritten", "to": "out"}]}},
+        base="script",
+    ),
     Unsupported({"spec.queueName": "pictures"}, {"leave it out": removed("spec.queueName")}),
 )
 """Manifests that are valid and not supported: at least one for each message."""

@@ -73,6 +73,9 @@ def test_every_variable_of_the_contract_is_set() -> None:
         environment.BUCKET,
         environment.S3_ENDPOINT,
         environment.SCRATCH_DIR,
+        # Set only for a script in a ConfigMap, and by the images.
+        environment.SCRIPT,
+        environment.EXAMPLES,
     }
     assert names <= env_of(pod_of()).keys()
 
@@ -352,3 +355,18 @@ def test_scratch_is_an_empty_dir_of_the_node() -> None:
     assert volume(pod, "node-disk")["emptyDir"] == {"sizeLimit": "50Gi"}
     assert env_of(pod)[environment.SCRATCH_DIR] == "/finetune/scratch/default/circles-1f0c3a2b"
     assert volume(pod_of(checkpoint={**CLAIM, "scratch": {}}), "node-disk")["emptyDir"] == {}
+
+
+def test_a_script_of_a_config_map_is_mounted() -> None:
+    script = {"configMap": {"name": "mine", "key": "a.py"}, "env": {"A": "1"}}
+    pod = pod_of(training={"script": script})
+    assert env_of(pod)[environment.SCRIPT] == "/finetune/script/a.py"
+    assert volume(pod, "script")["configMap"] == {"name": "mine", "items": [{"key": "a.py", "path": "a.py"}]}
+    (mount,) = [each for each in trainer(pod)["volumeMounts"] if each["name"] == "script"]
+    assert mount == {"name": "script", "mountPath": "/finetune/script", "readOnly": True}
+
+
+def test_a_script_can_name_its_image() -> None:
+    pod = pod_of(training={"script": {"path": "/app/train.py", "image": "mine/trainer:1"}})
+    assert trainer(pod)["image"] == "mine/trainer:1"
+    assert environment.SCRIPT not in env_of(pod)

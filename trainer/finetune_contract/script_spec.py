@@ -39,13 +39,13 @@ class ScriptSpec(SpecModel):
         description="Container image that contains path and is built from the trainer image; default: the trainer "
         "image",
     )
-    args: Arguments = Field(
-        default_factory=dict,
+    args: Arguments | None = Field(
+        default=None,
         description="Command line of the script: a map such as {train_batch_size: 1, gradient_checkpointing: true}, or "
         "a list. A relative output_dir is on the job's storage",
     )
-    env: dict[str, Argument] = Field(
-        default_factory=dict, max_length=64, description="Environment variables of the script"
+    env: dict[str, Argument] | None = Field(
+        default=None, max_length=64, description="Environment variables of the script"
     )
     requirements: tuple[Argument, ...] = Field(
         default=(),

@@ -85,7 +85,7 @@ def make_absolute(job: FineTuneJob, folder: Path) -> FineTuneJob:
         start = start.model_copy(update={"path": absolute_output(start.path, folder)})
         checkpoint = checkpoint.model_copy(update={"from_": start})
     script = spec.training.script
-    if script is not None:
+    if script is not None and script.path is not None and is_own_script(script.path, folder):
         script = script.model_copy(update={"path": absolute_output(script.path, folder)})
     model = {"base": absolute_source(spec.model.base, folder)}
     if spec.model.vae:
@@ -131,6 +131,11 @@ def absolute_source(text: str, folder: Path) -> str:
 def absolute_output(text: str, folder: Path) -> str:
     """Make a path absolute; keep a URL."""
     return text if _URL.match(text) else os.path.normpath(folder / Path(text).expanduser())
+
+
+def is_own_script(path: str, folder: Path) -> bool:
+    """Return whether the path of a script is a file of the user: a name alone may be an example of diffusers."""
+    return "/" in path or (folder / path).exists()
 
 
 def is_hub_id(text: str) -> bool:

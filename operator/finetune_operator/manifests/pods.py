@@ -138,9 +138,11 @@ def _avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:
 def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     topology = job.spec.topology
     gpu = topology.accelerator is Accelerator.GPU
+    script = job.spec.training.script
     container: dict[str, Any] = {
         "name": CONTAINER,
-        "image": settings.trainer_image_gpu if gpu else settings.trainer_image_cpu,
+        "image": (script.image if script else None)
+        or (settings.trainer_image_gpu if gpu else settings.trainer_image_cpu),
         "command": list(settings.trainer_command),
         "env": env,
         "terminationMessagePath": layout.TERMINATION_LOG,

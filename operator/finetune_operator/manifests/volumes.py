@@ -25,6 +25,11 @@ def build_volumes(job: FineTuneJob, settings: Settings) -> list[tuple[Volume, di
     if scratch := job.spec.checkpoint.scratch:
         size = {"sizeLimit": scratch.size_limit} if scratch.size_limit else {}
         volumes.append(_mounted("node-disk", {"emptyDir": size}, layout.NODE_DISK))
+    script = job.spec.training.script
+    if script is not None and script.config_map is not None:
+        config = script.config_map
+        source = {"configMap": {"name": config.name, "items": [{"key": config.key, "path": config.key}]}}
+        volumes.append(_mounted("script", source, layout.SCRIPT, read_only=True))
     if settings.cache_claim:
         volumes.append(_mounted("cache", _claim(settings.cache_claim), layout.CACHE))
     if settings.coordinator_url:

@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune_contract import environment
 from finetune_contract.heartbeat import NewWorld
 from finetune_contract.run_spec import RunSpec
+from finetune_contract.script_spec import ScriptSpec
 
 
 class BadEnvironmentError(Exception):
@@ -39,6 +40,8 @@ class Config:
     """Maximum time to wait for a new world without a reply of the coordinator; 0: the pod ends with its ranks."""
     is_standby: bool = False
     """Whether this is a standby pod: it starts no ranks before the coordinator names a world."""
+    script: ScriptSpec | None = None
+    """Script that the ranks run in place of a method, from the run specification."""
     model_base: str = ""
     """Location of the base model, from the run specification."""
     rendezvous: tuple[tuple[str, str], ...] = ()
@@ -101,6 +104,7 @@ def read_config(env: Mapping[str, str]) -> Config:
         termination_log=_path(env, environment.TERMINATION_LOG),
         job_dir=_path(env, environment.CHECKPOINT_DIR),
         hold_seconds=_seconds(env, environment.HOLD_SECONDS, default=0.0, minimum=0.0),
+        script=spec.training.script,
         model_base=spec.model.base,
         is_standby=env.get(environment.STANDBY) == "1",
     )

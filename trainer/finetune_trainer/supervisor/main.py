@@ -35,6 +35,7 @@ from finetune_trainer.supervisor.states import (
 from finetune_trainer.supervisor.termination_message import GOOD_ENDS, cause_first, pod_exit_code, write_termination
 
 RANK_COMMAND = (sys.executable, "-m", "finetune_trainer.rank")
+SCRIPT_MODULE = "finetune_trainer.script"
 PEER_SECONDS = 5.0
 """Time that the other ranks of the pod have to save after one of them failed: they cannot finish a step without it."""
 SAVE_START_SECONDS = 0.5
@@ -289,10 +290,22 @@ def _with_end(rank: RankProcess) -> RankReport:
     return rank.report.model_copy(update={"state": fine.get(rank.end.exit_code, RankState.FAILED)})
 
 
+def rank_command(config: Config) -> Sequence[str]:
+    """Return the command of a rank.
+
+    Ranks of a script with its own requirements are not forked: the fork server has imported other versions.
+    """
+    if config.script is None:
+        return RANK_COMMAND
+    if config.script.requirements:
+        return (sys.executable, "-u", "-m", SCRIPT_MODULE)
+    return (sys.executable, "-m", SCRIPT_MODULE)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run as `finetune-supervisor [-- COMMAND ...]`; the default command of a rank is the trainer."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command: Sequence[str] = RANK_COMMAND
+    command: Sequence[str] = ()
     if arguments:
         if arguments[0] != "--" or len(arguments) == 1:
             log("usage: finetune-supervisor [-- COMMAND [ARGUMENT ...]]")
@@ -303,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BadEnvironmentError as error:
         log(str(error))
         sys.exit(ExitCode.CONFIG)
-    code = asyncio.run(Supervisor(config, command).run())
+    code = asyncio.run(Supervisor(config, command or rank_command(config)).run())
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: it would wait for the thread of a last heartbeat that gets no reply.

@@ -32,6 +32,7 @@ from finetune_operator.api.rules.forms import (
     object_name,
 )
 from finetune_operator.api.rules.rule import FieldErrorReason, Rule, Scope, cel_list, form, join_names
+from finetune_operator.api.rules.script import SCRIPT_RULES
 from finetune_operator.api.rules.training import SPEC, TRAINING_RULES
 from finetune_operator.api.storage import BucketSpec, StorageSpec
 
@@ -356,10 +357,12 @@ _OUTPUTS = (
     Rule(
         SPEC,
         "outputs",
-        f"self.outputs.all(output, !(output.format in {cel_list(ADAPTER_FORMATS)}))"
-        f" || has(self.training.method) && self.training.method in {cel_list(ADAPTER_METHODS)}",
-        lambda spec: all(
-            output.format not in ADAPTER_FORMATS or spec.training.method in ADAPTER_METHODS for output in spec.outputs
+        f"!has(self.training.method) || self.outputs.all(output, !(output.format in {cel_list(ADAPTER_FORMATS)}))"
+        f" || self.training.method in {cel_list(ADAPTER_METHODS)}",
+        lambda spec: (
+            spec.training.method is None
+            or spec.training.method in ADAPTER_METHODS
+            or all(output.format not in ADAPTER_FORMATS for output in spec.outputs)
         ),
         f"outputs has a format for {join_names(ADAPTER_METHODS)} only ({join_names(ADAPTER_FORMATS)}); write format: "
         "diffusers",
@@ -385,6 +388,7 @@ RULES: tuple[Rule[Any], ...] = (
     *_DATA,
     *DATASET_RULES,
     *TRAINING_RULES,
+    *SCRIPT_RULES,
     *_TOPOLOGY,
     *_CHECKPOINT,
     *_START,

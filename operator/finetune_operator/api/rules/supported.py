@@ -71,7 +71,17 @@ MISSING = (
     ),
     Missing(
         "spec.outputs",
-        lambda spec: any(output.format not in _formats(spec) for output in spec.outputs),
+        lambda spec: (
+            spec.training.script is not None
+            and any(output.format is not OutputFormat.AS_WRITTEN for output in spec.outputs)
+        ),
+        "the outputs of a script are copied without a conversion; write format: asWritten",
+    ),
+    Missing(
+        "spec.outputs",
+        lambda spec: (
+            spec.training.script is None and any(output.format not in _formats(spec) for output in spec.outputs)
+        ),
         f"this version does not write one of the formats for this method (it writes {_written_formats()}); write "
         "format: diffusers",
     ),
@@ -84,9 +94,9 @@ MISSING = (
 
 
 def _formats(spec: FineTuneJobSpec) -> frozenset[OutputFormat]:
-    """Return the formats that can be written; a script is treated as a method that writes diffusers only."""
+    """Return the formats that can be written."""
     method = spec.training.method
-    return frozenset({OutputFormat.DIFFUSERS}) if method is None else METHODS[method].formats
+    return frozenset({OutputFormat.AS_WRITTEN}) if method is None else METHODS[method].formats
 
 
 def find_missing(spec: FineTuneJobSpec) -> Iterator[str]:

@@ -17,6 +17,7 @@ from finetune_operator.cli.manifest import is_url
 from finetune_operator.cli.preflight.dataset import find_dataset_problems, find_metadata
 from finetune_operator.cli.preflight.disk import find_disk_problems, find_output_problems, find_storage_problems
 from finetune_operator.cli.preflight.model import find_missing_clients, find_model_problems, find_start_problems
+from finetune_operator.cli.preflight.script import find_script_problems
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.kubelet.devices import find_gpus
 from finetune_operator.cluster.local.settings import LOCAL
@@ -77,10 +78,12 @@ def _spec_problems(spec: FineTuneJobSpec, home: Home, machine: MachineCapacity) 
     yield from _topology_problems(spec, machine)
     yield from find_storage_problems(spec.checkpoint.storage)
     # Fields that the trainer does not support have a message already.
-    if not any(message.startswith("spec.model") for message in unsupported):
+    if spec.training.script is not None:
+        yield from find_script_problems(spec.training.script)
+    elif not any(message.startswith("spec.model") for message in unsupported):
         yield from find_model_problems(spec.model)
     yield from find_start_problems(spec)
-    if not any(message.startswith("spec.dataset") for message in unsupported):
+    if spec.training.script is None and not any(message.startswith("spec.dataset") for message in unsupported):
         yield from _data_problems(spec)
     yield from (f"spec.{message}" for message in find_missing_software(spec.training))
     yield from find_missing_clients(spec)

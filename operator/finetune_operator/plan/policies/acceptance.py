@@ -39,10 +39,6 @@ class Gap:
 
 GAPS = (
     Gap(
-        lambda spec: spec.training.script is not None,
-        "spec.training.script: this version cannot run scripts; write e.g. method: LoRA and steps: 1000 instead.",
-    ),
-    Gap(
         lambda spec: spec.queue_name is not None,
         "spec.queueName: this version does not support queues; leave it out.",
     ),

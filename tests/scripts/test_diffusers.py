@@ -1,0 +1,139 @@
+"""The example scripts of diffusers, unmodified, each on a tiny base: start, notice, resume, finish, load the output.
+
+The scripts are read from the folder that FINETUNE_DIFFUSERS_EXAMPLES names, for example the folder `examples` of the
+source archive of a release. They are not part of this repository.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_contract import environment
+from finetune_contract.exit_codes import ExitCode
+from testing.trainer.script_ranks import At, ScriptRanks
+from testing.trainer.scripts import script_spec
+
+EXAMPLES = os.environ.get(environment.EXAMPLES, "")
+pytestmark = [
+    pytest.mark.trainer,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not EXAMPLES, reason=f"{environment.EXAMPLES} does not name the folder of diffusers' examples"),
+]
+STEPS = 4
+COMMON: dict[str, Any] = {
+    "resolution": 16,
+    "train_batch_size": 1,
+    "max_train_steps": STEPS,
+    "checkpointing_steps": 100,
+    "seed": 1,
+    "report_to": "tensorboard",
+}
+VALIDATION = {"validation_prompt": "a dog", "num_validation_images": 1}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One script.
+
+    Attributes:
+        path: below the folder of examples.
+        family: of its base.
+        data: flag of its data set: a folder with captions, of pictures only, or of conditioning images.
+        args: further flags.
+        output: file that it writes.
+    """
+
+    path: str
+    family: str
+    data: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    output: str = "pytorch_lora_weights.safetensors"
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).stem
+
+
+DREAMBOOTH = {"instance_prompt": "a photo of sks dog"}
+INVERSION = {
+    "placeholder_token": "<toy>",
+    "initializer_token": "a",
+    "learnable_property": "object",
+    "repeats": 2,
+}
+EXAMPLES_OF_DIFFUSERS = (
+    Example("text_to_image/train_text_to_image.py", "sd1", "captions", {"use_ema": True}, "unet/config.json"),
+    Example("text_to_image/train_text_to_image_lora.py", "sd1", "captions", {"rank": 2, **VALIDATION}),
+    Example("text_to_image/train_text_to_image_sdxl.py", "sdxl", "captions", {}, "unet/config.json"),
+    Example("text_to_image/train_text_to_image_lora_sdxl.py", "sdxl", "captions", {"rank": 2}),
+    Example("dreambooth/train_dreambooth.py", "sd1", "pictures", DREAMBOOTH, "unet/config.json"),
+    Example("dreambooth/train_dreambooth_lora.py", "sd1", "pictures", {**DREAMBOOTH, "rank": 2}),
+    Example("dreambooth/train_dreambooth_lora_sdxl.py", "sdxl", "pictures", {**DREAMBOOTH, "rank": 2}),
+    Example("textual_inversion/textual_inversion.py", "sd1", "pictures", INVERSION, "learned_embeds.safetensors"),
+    Example("controlnet/train_controlnet.py", "sd1", "conditioned", {}, "config.json"),
+    Example("controlnet/train_controlnet_sdxl.py", "sdxl", "conditioned", {}, "config.json"),
+)
+
+
+@pytest.fixture(scope="module", name="inputs")
+def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Example], dict[str, Any]]:
+    """Return the flags that name the base and the data set of an example."""
+    from testing.trainer import tiny  # noqa: PLC0415  slow to import
+
+    folder = tmp_path_factory.mktemp("inputs")
+    data = tiny.write_data(folder / "data", 8)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for picture in sorted(data.rglob("*.png"))[:4]:
+        shutil.copy(picture, pictures)
+    written: dict[str, Path] = {}
+
+    def flags(example: Example) -> dict[str, Any]:
+        if example.family not in written:
+            written[example.family] = tiny.write_base(folder / example.family, family=example.family)
+        values: dict[str, Any] = {"pretrained_model_name_or_path": str(written[example.family])}
+        if example.data == "pictures":
+            flag = "train_data_dir" if example.name == "textual_inversion" else "instance_data_dir"
+            return values | {flag: str(pictures)}
+        values |= {"train_data_dir": str(data)}
+        if example.data == "conditioned":
+            return values | {"conditioning_image_column": "image", "image_column": "image", "caption_column": "text"}
+        return values | {"caption_column": "text"}
+
+    return flags
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("example", EXAMPLES_OF_DIFFUSERS, ids=lambda example: example.name)
+def test_an_example_survives_a_notice(
+    example: Example, world_size: int, inputs: Callable[[Example], dict[str, Any]], tmp_path: Path
+) -> None:
+    spec = script_spec(Path(EXAMPLES) / example.path, {**COMMON, **inputs(example), **example.args})
+    whole = ScriptRanks(spec, tmp_path / "whole", world_size=world_size)
+    assert whole.run() == [0] * world_size, whole.stderr()
+    run = ScriptRanks(spec, tmp_path / "run", world_size=world_size, at=(At("backward", 2, 0, signal.SIGTERM),))
+    assert run.run() == [ExitCode.SAVED] * world_size, run.stderr()
+    again = ScriptRanks(spec, run.folder, attempt=2, world_size=world_size)
+    assert again.run() == [0] * world_size, again.stderr()
+    assert again.reports()[-1]["restoredStep"] >= 2
+    assert (again.reports()[-1]["step"], again.reports()[-1]["totalSteps"]) == (STEPS, STEPS)
+    assert again.output(example.output)
+    assert _weights(again.job_dir) == _weights(whole.job_dir)
+
+
+def _weights(job_dir: Path) -> dict[str, bytes]:
+    """Return the weights that a script has written."""
+    folder = job_dir / "script"
+    paths = [
+        path for path in folder.rglob("*.safetensors") if not path.relative_to(folder).parts[0].startswith("check")
+    ]
+    assert paths
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}

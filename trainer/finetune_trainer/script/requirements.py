@@ -1,0 +1,75 @@
+"""Installs the requirements of a script once into the job's cache: shared by its ranks and attempts."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune_contract.heartbeat import MAX_LAST_OUTPUT
+from finetune_trainer.errors import ConfigError, NetworkError
+from finetune_trainer.files import write_atomically
+from finetune_trainer.script.checkpoints import remove_tree
+
+FOLDER = "script-requirements"
+DONE = ".installed"
+_UNREACHABLE = (
+    "NewConnectionError",
+    "Temporary failure in name resolution",
+    "Network is unreachable",
+    "ConnectTimeoutError",
+    "Failed to establish a new connection",
+    "ProxyError",
+    "ReadTimeoutError",
+    "Max retries exceeded",
+)
+"""Parts of pip's messages if it reaches no index."""
+
+
+def folder_name(requirements: Sequence[str]) -> str:
+    """Return the name of the folder of a list of requirements for this version of Python."""
+    text = "\n".join([f"{sys.implementation.cache_tag}", *requirements])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def install(requirements: Sequence[str], cache_dir: Path) -> Path | None:
+    """Install requirements unless that is done, and return their folder; None if there are none.
+
+    The first rank installs, the others wait for its lock.
+
+    Raises:
+        ConfigError: a requirement is invalid or does not exist.
+        NetworkError: no package index can be reached.
+        OSError: the cache cannot be written.
+    """
+    if not requirements:
+        return None
+    folder = cache_dir / FOLDER / folder_name(requirements)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / DONE).exists():
+            remove_tree(folder, ignore_errors=True)
+            _run_pip(requirements, folder)
+            write_atomically(folder / DONE, b"")
+    return folder
+
+
+def _run_pip(requirements: Sequence[str], folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    result = subprocess.run(
+        [*command, "--target", str(folder), *requirements], capture_output=True, text=True, check=False
+    )
+    if result.returncode == 0:
+        return
+    lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
+    last = (next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else ""))[-MAX_LAST_OUTPUT:]
+    if any(part in result.stderr for part in _UNREACHABLE):
+        raise NetworkError(
+            "training.script.requirements: no package index can be reached; allow the pods to reach one (PIP_INDEX_URL "
+            f"in env names a mirror), or write an image that contains the packages: {last}"
+        )
+    raise ConfigError(f"training.script.requirements: pip cannot install them: {last}")

@@ -1,0 +1,421 @@
+"""One run of a script: counts its steps, agrees with the other ranks between two steps, and saves when it is time.
+
+A step is complete when the script requests the next batch: by then it has updated the learning rate and the moving
+average, counted the step and logged it. Only at that moment ("boundary") is the state of all objects consistent, so all
+ranks sum their flags there, and save there.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.heartbeat import RankState
+from finetune_contract.spec import CheckpointInterval
+from finetune_trainer.checkpoint.health import CheckpointHealth
+from finetune_trainer.checkpoint.interval import SaveClock, due_seconds, save_due
+from finetune_trainer.errors import RankError, StorageOutageError, SupersededError
+from finetune_trainer.report import Reporter
+from finetune_trainer.script.boundary import Boundary, device_event, learning_rate, other_stream, unpack
+from finetune_trainer.script.checkpoints import BY_SCRIPT, is_committed, publish
+from finetune_trainer.script.figures import Figures
+from finetune_trainer.script.peers import Peers
+from finetune_trainer.script.position import TrackedLoader
+from finetune_trainer.script.random_state import RandomState, capture, restore
+from finetune_trainer.script.saver import RankRecord, Saver, read_record
+from finetune_trainer.script.source import ScriptFacts
+from finetune_trainer.train.preemption_notice import PreemptionNotice
+
+_LOG = logging.getLogger(__name__)
+UPDATE_SECONDS = 30.0
+"""Time limit for a step that runs to reach its boundary, before an emergency save gives up."""
+
+
+class SavedExit(SystemExit):
+    """Ends the script after a save on a preemption notice."""
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """Settings of a run.
+
+    Attributes:
+        notice: the preemption notice of this rank.
+        interval: when to save.
+        mtbf_seconds: mean time between the job's interruptions.
+        max_stale_seconds: age of the newest checkpoint at which the run fails if none can be written.
+        facts: what the text of the script shows.
+    """
+
+    notice: PreemptionNotice
+    interval: CheckpointInterval
+    mtbf_seconds: float
+    max_stale_seconds: float
+    facts: ScriptFacts
+
+
+class Session:
+    """The run of one script in this process."""
+
+    def __init__(
+        self, options: SessionOptions, peers: Peers, saver: Saver, figures: Figures, reporter: Reporter
+    ) -> None:
+        self.accelerator: Any = None
+        self.step = 0
+        self.figures = figures
+        self.num_seeds = 0
+        """Calls that set the seed of torch's generator."""
+        self._options = options
+        self._peers = peers
+        self._saver = saver
+        self._reporter = reporter
+        self._notice = options.notice
+        self._loaders: list[TrackedLoader] = []
+        self._at_step: list[TrackedLoader] = []
+        """Loaders that the script was reading during the last step."""
+        self._optimizer: Any = None
+        """The optimizer whose steps count."""
+        self._is_open = False
+        """Whether a step has ended whose boundary has not been reached."""
+        self._has_trained = False
+        self._pending: tuple[Path, Path] | None = None
+        """Complete checkpoint of the script that is not committed: its present folder, and its final one."""
+        self._deletions: list[Path] = []
+        self._after_epoch: tuple[RandomState, int] | None = None
+        self._boundary: Boundary | None = None
+        self._update = threading.Lock()
+        """Held from the start of an update to its boundary."""
+        self._health = CheckpointHealth(options.max_stale_seconds, reporter)
+        self._saved_step = 0
+        self._saved_at = time.monotonic()
+        self._save_seconds: float | None = None
+        self._released = ExitStack()
+        self._after_restore: RandomState | None = None
+        self._num_images = 0
+
+    @property
+    def output_folder(self) -> Path:
+        """Folder that the script writes to."""
+        return self._saver.checkpoints.folder
+
+    # ---- the script's objects ----
+
+    def bind(self, accelerator: Any) -> None:
+        """Use the script's accelerator: the first one counts."""
+        if self.accelerator is None:
+            self.accelerator = accelerator
+
+    def track(self, loader: Any) -> None:
+        """Follow a prepared loader. One that saves its own position is left to accelerate."""
+        if getattr(loader, "use_stateful_dataloader", False) or not hasattr(loader, "base_dataloader"):
+            return
+        if self.tracked(loader) is None:
+            tracked = TrackedLoader(loader, self)
+            self._loaders.append(tracked)
+            loader.base_dataloader.finetune_loader = tracked
+
+    def tracked(self, loader: Any) -> TrackedLoader | None:
+        """Return the record of a prepared loader; None if it is not followed."""
+        return next((each for each in self._loaders if each.loader is loader), None)
+
+    # ---- steps ----
+
+    def before_step(self, optimizer: Any) -> None:
+        """The script starts an update of the weights."""
+        if self._optimizer is None:
+            self._optimizer = optimizer
+        if not self._has_trained:
+            self._has_trained = True
+            self._saved_at = time.monotonic()
+            self.figures.begin(self.step)
+            self._reporter.state(RankState.TRAINING)
+        self._released.close()
+        self._notice.hold()
+        if not self._is_open:
+            self._is_open = True
+            self._update.acquire()
+
+    def after_step(self, optimizer: Any) -> None:
+        """The script has updated the weights."""
+        if optimizer is self._optimizer:
+            self.step += 1
+            self._at_step = [loader for loader in self._loaders if loader.is_active]
+
+    @property
+    def step_bar_is_open(self) -> bool:
+        """Return whether the progress bar of the steps may still be created: before the first step."""
+        return not self._has_trained
+
+    def validates(self) -> None:
+        """The script draws images. It may take longer than a step; the next boundary ends it."""
+        if self._has_trained:
+            self._num_images += 1
+            self._reporter.state(RankState.VALIDATING)
+            self._reporter.detail(f"image {self._num_images}")
+
+    def count_step(self, optimizer: Any) -> None:
+        """Count a step of a script that does not use accelerate."""
+        if self._optimizer is None:
+            self._optimizer = optimizer
+            self.figures.begin(0)
+            self._reporter.state(RankState.TRAINING)
+        if optimizer is self._optimizer:
+            self.step += 1
+            self.figures.after_step(self.step, learning_rate(optimizer))
+
+    # ---- LoopObserver ----
+
+    def before_batch(self, loader: TrackedLoader) -> None:
+        """Reach the boundary of the last step if the script requests the next batch of a loader that it trains on."""
+        if not self._is_open or loader not in self._at_step:
+            return
+        ends = bool(loader.loader.end_of_dataloader)
+        self.reach_boundary(may_save=not ends)
+        if ends:
+            self._after_epoch = (capture(), self.num_seeds)
+
+    def before_epoch(self, loader: TrackedLoader) -> bool:
+        """Undo the draws that the script has made between two epochs; return whether anything is left to train."""
+        if self._after_epoch is not None and loader in self._at_step:
+            state, num_seeds = self._after_epoch
+            self._after_epoch = None
+            if num_seeds == self.num_seeds:
+                # Validation draws on rank 0 only, and a resumed run does not repeat it.
+                restore(state)
+            self.save_if_due()
+        return not (loader.is_resumed and self.is_complete and not self._has_trained)
+
+    def after_batch(self, batch: Any) -> None:
+        """Count the samples of a batch."""
+        self.figures.saw_batch(batch)
+
+    def after_restore(self, loader: TrackedLoader) -> RandomState:
+        """Return the state at the checkpoint for the first loader, and the current one for the others."""
+        state, self._after_restore = self._after_restore, None
+        return state or capture()
+
+    def skips_by_step(self) -> bool:
+        """Return whether the script skips batches itself after a resume."""
+        return self._options.facts.skips_by_step
+
+    # ---- boundaries ----
+
+    @property
+    def is_complete(self) -> bool:
+        """Return whether all steps that the script announces are trained."""
+        return self.figures.total_steps is not None and self.step >= self.figures.total_steps
+
+    def finish(self) -> None:
+        """Commit the last step: the script has left its loop."""
+        if not self._has_trained or (self.is_reading and not self.is_complete):
+            return
+        if self._is_open:
+            self.reach_boundary(may_save=False)
+        elif self._peers.sum([int(self._pending is not None)])[0]:
+            self._commit_pending()
+        if self.step > self._saved_step:
+            self._save("final")
+        self._reporter.state(RankState.EXPORTING)
+        # Everything is saved: a preemption notice ends the rank at once, and the next attempt repeats the end.
+        self._released.close()
+        self._released.enter_context(self._notice.released())
+
+    @property
+    def is_reading(self) -> bool:
+        """Return whether the script is inside a loop over a loader that it trains on."""
+        return any(loader.is_active for loader in self._at_step)
+
+    def before_backward(self) -> None:
+        """Reach the boundary here if the script reads its data from a loader that accelerate has not prepared."""
+        if self._is_open and not self._at_step:
+            self.reach_boundary(may_save=True)
+
+    def reach_boundary(self, *, may_save: bool) -> None:
+        """Agree with the other ranks after a step, and save if that is necessary.
+
+        Args:
+            may_save: whether an ordinary save may be taken here; otherwise `save_if_due` follows.
+
+        Raises:
+            SavedExit: this rank has saved on a preemption notice.
+            RankError: the run cannot continue.
+        """
+        self._is_open = False
+        record = self._record()
+        state = record.pack() if self._peers.size > 1 else b""
+        self._boundary = Boundary(record, None, device_event())
+        self._update.release()
+        self._reporter.state(RankState.TRAINING)
+        flags = [int(self._notice.given), int(may_save and self._is_due()), int(self._pending is not None)]
+        sizes = [len(state) if rank == self._peers.rank else 0 for rank in range(self._peers.size)]
+        notice, due, pending, *sizes = self._peers.sum([*flags, *sizes])
+        if self._peers.size > 1:
+            self._boundary = Boundary(record, self._peers.exchange(state, sizes), self._boundary.ready)
+        self.figures.after_step(self.step, learning_rate(self._optimizer))
+        if pending:
+            self._commit_pending()
+        if notice:
+            self._save_and_exit()
+        if due and self.step > self._saved_step:
+            self._save("interval")
+
+    def save_if_due(self) -> None:
+        """Save between two epochs if an ordinary save is due there."""
+        due, notice = self._peers.sum([int(self._is_due()), int(self._notice.given)])
+        if notice:
+            self._save_and_exit()
+        if due and self.step > self._saved_step:
+            self._save("interval")
+
+    def _record(self) -> RankRecord:
+        positions = {index: loader.position() for index, loader in enumerate(self._loaders)}
+        batches = int(getattr(self.accelerator, "step", 0))
+        return RankRecord(self.step, batches, self._peers.size, capture(), positions)
+
+    def _is_due(self) -> bool:
+        """Return whether rank 0 wants an ordinary save; it also checks the age of the newest checkpoint."""
+        if self._peers.rank or self.accelerator is None or self._pending is not None:
+            return False
+        since = time.monotonic() - self._saved_at
+        self._health.check(since)
+        if self._health.error:
+            return self._health.retry_due(time.monotonic())
+        clock = SaveClock(self.step - self._saved_step, since, self._save_seconds, self._options.mtbf_seconds)
+        return save_due(self._options.interval, clock)
+
+    # ---- saves ----
+
+    def save_by_script(self, folder: str | None, save: Callable[[str | None], Any]) -> Any:
+        """Save as the script requests: the folder counts once all ranks have reached the boundary of the step.
+
+        Args:
+            folder: of the script; None: accelerate chooses it.
+            save: accelerate's own save into a folder.
+        """
+        self._reporter.state(RankState.SAVING)
+        automatic = self.accelerator.project_configuration.automatic_checkpoint_naming
+        if folder is None or automatic or self._saver.saves_on_all_ranks(self.accelerator):
+            result = save(folder)
+            written = final = Path(str(folder if folder is not None and not automatic else result)).absolute()
+        else:
+            final = Path(folder).absolute()
+            written = self._saver.checkpoints.aside(final)
+            result = save(str(written))
+            if not is_committed(final):
+                # The script may use it at once. It counts only from the boundary.
+                publish(written, final)
+                written = final
+        if self._peers.rank == 0:
+            self._pending = (written, final)
+        return result
+
+    def deletes_later(self, folder: Path) -> bool:
+        """Return whether the deletion of a folder has to wait: it is a committed checkpoint."""
+        if not is_committed(folder):
+            return False
+        if folder not in self._deletions:
+            self._deletions.append(folder)
+        return True
+
+    def _commit_pending(self) -> None:
+        pending = self._peers.share(self._pending)
+        self._pending = None
+        assert pending is not None
+        self._write(pending[1], pending[0], BY_SCRIPT)
+
+    def _save(self, by: str) -> bool:
+        folder = self._saver.checkpoints.folder
+        return self._write(folder / f"{self._options.facts.checkpoint_prefix}{self.step}", None, by)
+
+    def _write(self, final: Path, written: Path | None, by: str) -> bool:
+        """Save on all ranks; return whether the checkpoint is committed. The draws of the script are not changed."""
+        if self.accelerator is None:
+            return False
+        self._reporter.state(RankState.SAVING)
+        begun, record = time.monotonic(), self._record()
+        found, error = self._saver.save(self.accelerator, final, written, record, by)
+        restore(record.random)
+        now = time.monotonic()
+        self._save_seconds = now - begun
+        if error:
+            self._health.record_failure(f"checkpoint storage: {error}", now)
+        else:
+            self._health.record_success()
+            self._saved_step, self._saved_at = self.step, now
+            if found is not None:
+                self._saver.checkpoints.prune(found.folder, self._deletions)
+                self._deletions.clear()
+                clock = SaveClock(0, 0.0, self._save_seconds, self._options.mtbf_seconds)
+                seconds = due_seconds(self._options.interval, clock)
+                self._saver.report(found, self._save_seconds, None if seconds == float("inf") else seconds)
+        self._reporter.state(RankState.TRAINING)
+        self.figures.resume_clock()
+        return not error
+
+    def _save_and_exit(self) -> None:
+        if self.step > self._saved_step and not self._save("notice"):
+            raise StorageOutageError(self._health.error)
+        _LOG.info("saved step %d on a preemption notice", self.step)
+        raise SavedExit(int(ExitCode.SAVED))
+
+    # ---- restore ----
+
+    def loaded(self, folder: Path, step: int | None) -> None:
+        """The script has read a checkpoint: restore what accelerate does not.
+
+        Args:
+            folder: of the checkpoint.
+            step: of its manifest; None if it has none.
+        """
+        record = read_record(folder, self._peers.rank) if step is not None else None
+        if record is not None and record.world_size != self._peers.size:
+            self._reporter.warn(
+                f"checkpoint {folder.name} is of {record.world_size} ranks and this attempt has {self._peers.size}: "
+                "the position in the data and the random draws are not restored"
+            )
+            record = None
+        if step is not None:
+            self.step = self._saved_step = step
+        if record is None:
+            return
+        for index, position in record.positions.items():
+            if index < len(self._loaders):
+                self._loaders[index].resume(position)
+        self._after_restore = record.random
+        self.accelerator.step = record.batches
+        restore(record.random)
+
+    # ---- loss of a peer ----
+
+    def emergency_save(self) -> None:
+        """Save the last finished step without the lost peer, from any thread. The script no longer runs after it."""
+        if not self._update.acquire(timeout=UPDATE_SECONDS):
+            _LOG.warning("emergency save skipped: the state is in the middle of an update")
+            return
+        boundary = self._boundary
+        if boundary is None or boundary.kept is None or self.accelerator is None:
+            return
+        record = boundary.record
+        if record.step <= self._saved_step:
+            return
+        self._reporter.state(RankState.SAVING)
+        records = {self._peers.rank: record, self._peers.kept_for: unpack(boundary.kept)}
+        final = self._saver.checkpoints.folder / f"{self._options.facts.checkpoint_prefix}{record.step}"
+        try:
+            with other_stream(boundary.ready):
+                found = self._saver.save_alone(self.accelerator, final, records)
+        except (OSError, RankError, SupersededError) as error:
+            _LOG.warning("emergency save of step %d failed: %s", record.step, error)
+        except Exception:
+            _LOG.exception("emergency save of step %d failed", record.step)
+        else:
+            if found is not None:
+                _LOG.info("emergency save: rank %d saved step %d", self._peers.rank, record.step)
+                self._saver.report(found, 0.0, None)
