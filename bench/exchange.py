@@ -1,137 +1,92 @@
 """How much of the gradient exchange the backward pass hides, on ranks in network namespaces with limited links.
 
-`make bench-exchange`, as root on Linux. Two ranks with one core each train the SD 1.5 architecture at half its width
-with random weights: the complete UNet (full), and a ControlNet (controlnet). A token bucket limits the link. Steps with
-the exchange after the backward pass and during it alternate (A B A B ...). Hidden is the time that a step saves,
-divided by the time of the exchange alone; medians over the pairs. The weights' gradients of both are compared bit by
-bit. The last line is JSON: {"controlnet_1g", "full_1g", "controlnet_10g", "full_10g": shares, "different_bits"}.
+`make bench-exchange`, as root on Linux. Two ranks with one core each train the SD 1.5 architecture at a fraction of its
+width with random weights: the complete UNet (full), and a ControlNet (controlnet). The buckets are smaller by the same
+fraction, so there are as many as in the complete model. A token bucket limits the link.
+
+Three steps alternate: without the exchange, with the exchange during the backward pass, and with the exchange after it.
+Hidden is 1 - (step during - step without) / exchange alone; the median of the rounds, of the slower rank. The bound is
+the share that the order of the buckets allows. The gradients of the last two steps are compared bit by bit.
+
+With `--compute accelerator` (default) the ranks replay a recorded backward pass and sleep in between, as the core of a
+rank with an accelerator is idle while it computes; the backward pass takes `--ratio` times the exchange. With `cpu`
+they compute on their core. The exchange then needs a part of the core for itself ("processor"), which nothing can hide.
+
+The last line is JSON: {"<method>_<link>_<compute>": share, ..., "different_bits": 0}.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import ControlNetModel, UNet2DConditionModel
-from torch import Tensor, nn
 
-from finetune_trainer.distributed.buckets import GradientBuckets
+from finetune_contract.spec import ExchangePrecision
 from finetune_trainer.distributed.world import World
-from testing.measure.architectures import UNETS
+from testing.measure.exchange import (
+    ExchangedStep,
+    ModelPass,
+    Pass,
+    ReplayedPass,
+    StepTimes,
+    bound_of,
+    scaled_bucket_numel,
+)
 from testing.measure.report import finish
 
 NUM_RANKS = 2
 LINKS = {"1g": "1gbit", "10g": "10gbit"}
 METHODS = ("controlnet", "full")
+COMPUTE = ("accelerator", "cpu")
 PREFIX = f"exchange-{os.getpid()}"
-NUM_TOKENS = 77
 
 
-class Step:
-    """One training step of a method: a forward and a backward pass, and the exchange.
-
-    Args:
-        method: "full" or "controlnet".
-        world: the ranks.
-        channels: width of the first level; SD 1.5 has 320.
-        latent: side of the latents; SD 1.5 has 64.
-        batch: samples of a rank.
-    """
-
-    def __init__(self, method: str, world: World, channels: int, latent: int, batch: int) -> None:
-        torch.manual_seed(0)
-        widths = tuple(channels * factor for factor in (1, 2, 4, 4))
-        unet = UNet2DConditionModel(**{**UNETS["sd15"], "block_out_channels": widths})
-        self._unet = unet
-        self._controlnet = ControlNetModel.from_unet(unet) if method == "controlnet" else None
-        trained: nn.Module = self._controlnet or unet
-        if self._controlnet is not None:
-            unet.requires_grad_(False)
-        parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-        self.num_bytes = 4 * sum(parameter.numel() for parameter in parameters)
-        self._world = world
-        self._gradients = GradientBuckets(parameters, world)
-        torch.manual_seed(1 + world.rank)
-        self._noisy = torch.randn(batch, 4, latent, latent)
-        self._hidden = torch.randn(batch, NUM_TOKENS, 768)
-        self._image = torch.rand(batch, 3, 8 * latent, 8 * latent)
-        self._timesteps = torch.randint(1000, (batch,))
-
-    def run(self, overlap: bool) -> float:
-        """Run one step, and return its seconds on this rank."""
-        self._gradients.clear()
-        self._world.barrier()
-        began = time.monotonic()
-        if overlap:
-            self._gradients.expect_last_pass()
-        torch.autograd.backward(self._predict().square().mean())
-        self._gradients.reduce(self._world)
-        return time.monotonic() - began
-
-    def exchange(self) -> float:
-        """Return the seconds of the exchange alone."""
-        self._gradients.clear()
-        self._world.barrier()
-        began = time.monotonic()
-        self._gradients.reduce(self._world)
-        return time.monotonic() - began
-
-    def gradients(self) -> list[Tensor]:
-        """Return copies of the summed gradients."""
-        trained: nn.Module = self._controlnet or self._unet
-        return [parameter.grad.clone() for parameter in trained.parameters() if parameter.grad is not None]
-
-    def _predict(self) -> Tensor:
-        if self._controlnet is None:
-            prediction: Tensor = self._unet(self._noisy, self._timesteps, self._hidden).sample
-            return prediction
-        down, middle = self._controlnet(
-            self._noisy, self._timesteps, self._hidden, controlnet_cond=self._image, return_dict=False
-        )
-        controlled: Tensor = self._unet(
-            self._noisy,
-            self._timesteps,
-            self._hidden,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-        ).sample
-        return controlled
-
-
-def measure(world: World, method: str, args: argparse.Namespace) -> dict[str, float]:
-    """Measure one method on the current link: medians over the pairs, of the slower rank."""
-    step = Step(method, world, args.channels, args.latent, args.batch)
-    step.run(overlap=True)
-    seconds: dict[str, list[float]] = {"after": [], "during": [], "exchange": []}
-    different = 0
-    for _ in range(args.pairs):
-        seconds["after"].append(step.run(overlap=False))
-        expected = step.gradients()
-        seconds["during"].append(step.run(overlap=True))
-        different += sum(not torch.equal(one, other) for one, other in zip(expected, step.gradients(), strict=True))
-        seconds["exchange"].append(step.exchange())
-    slowest = torch.tensor([statistics.median(values) for values in seconds.values()], dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    after, during, exchange = slowest.tolist()
+def measure(world: World, method: str, compute: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one method on the current link: medians over the rounds, of the slower rank."""
+    model = ModelPass(method, world.rank, args.channels, args.latent, args.batch)
+    bucket_numel = scaled_bucket_numel(args.channels)
+    timeline, gradients = model.record()
+    step = ExchangedStep(model.parameters, world, ExchangePrecision(args.precision), bucket_numel)
+    alone = max(world.share(step.measure_exchange(model), source) for source in range(NUM_RANKS))
+    work: Pass = model
+    if compute == "accelerator":
+        timeline = timeline.scaled(args.ratio * alone)
+        work = ReplayedPass(model.parameters, timeline, gradients)
+    rounds, different = [], 0
+    for _ in range(args.rounds):
+        times, new = step.measure(work)
+        rounds.append(slowest(times))
+        different += sum(world.gather_numbers(new))
+    exchange = statistics.median(each.exchange for each in rounds)
     return {
-        "after": after,
-        "during": during,
-        "exchange": exchange,
-        "bytes": step.num_bytes,
-        "hidden": (after - during) / exchange,
-        "different": world.gather_numbers(different)[0] + world.gather_numbers(different)[1],
+        **{field.name: statistics.median(getattr(each, field.name) for each in rounds) for field in FIELDS},
+        "bytes": 4 * sum(parameter.numel() for parameter in model.parameters),
+        "backward": timeline.backward,
+        "bound": bound_of(timeline, model.parameters, bucket_numel, exchange),
+        "hidden": statistics.median(1 - (each.during - each.without) / each.exchange for each in rounds),
+        "different": different,
     }
+
+
+FIELDS = dataclasses.fields(StepTimes)
+
+
+def slowest(times: StepTimes) -> StepTimes:
+    """Return the longest times of all ranks."""
+    values = torch.tensor(dataclasses.astuple(times), dtype=torch.float64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return StepTimes(*values.tolist())
 
 
 def run_rank(args: argparse.Namespace) -> None:
@@ -141,9 +96,10 @@ def run_rank(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", rank=args.rank, world_size=NUM_RANKS, store=files)
     world = World(args.rank, NUM_RANKS, 0, torch.device("cpu"))
     for method in args.methods:
-        result = measure(world, method, args)
-        if world.is_first:
-            print(json.dumps({"method": method, **result}), flush=True)
+        for compute in args.compute:
+            result = measure(world, method, compute, args)
+            if world.is_first:
+                print(json.dumps({"method": method, "compute": compute, **result}), flush=True)
     dist.destroy_process_group()
 
 
@@ -190,15 +146,34 @@ def run_ranks(rate: str, options: list[str]) -> list[dict[str, Any]]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of steps (default 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of three steps (default 5)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
-    parser.add_argument("--channels", type=int, default=160, help="width of the first level (default 160)")
-    parser.add_argument("--latent", type=int, default=64, help="side of the latents (default 64: 512 px)")
+    parser.add_argument("--compute", nargs="+", choices=COMPUTE, default=["accelerator"])
+    parser.add_argument("--precision", choices=[*ExchangePrecision], default="fp32", help="numbers on the network")
+    parser.add_argument("--ratio", type=float, default=1.5, help="backward pass / exchange, replayed (default 1.5)")
+    parser.add_argument("--channels", type=int, default=96, help="width of the first level (default 96)")
+    parser.add_argument("--latent", type=int, default=32, help="side of the latents (default 32: 256 px)")
     parser.add_argument("--batch", type=int, default=1, help="samples of a rank in a step (default 1)")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+HEADER = (
+    "method",
+    "compute",
+    "link",
+    "MB",
+    "exchange s",
+    "processor s",
+    "backward s",
+    "step without s",
+    "during s",
+    "after s",
+    "bound",
+    "hidden",
+)
 
 
 def main() -> None:
@@ -209,19 +184,21 @@ def main() -> None:
         return
     if os.geteuid() != 0 or len(os.sched_getaffinity(0)) < NUM_RANKS:
         sys.exit("run this as root on two cores: it creates network namespaces, and each rank uses one core")
-    options = ["--pairs", str(args.pairs), "--channels", str(args.channels), "--latent", str(args.latent)]
-    options += ["--batch", str(args.batch), "--methods", *args.methods]
+    names = ("rounds", "ratio", "channels", "latent", "batch", "precision")
+    options = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+    options += ["--methods", *args.methods, "--compute", *args.compute]
     rows, result = [], {}
     different = 0
     for link in args.links:
         for found in run_ranks(LINKS[link], options):
             different += int(found["different"])
-            result[f"{found['method']}_{link}"] = round(found["hidden"], 3)
-            times = [f"{found[name]:.2f}" for name in ("exchange", "after", "during")]
-            rows.append([found["method"], link, f"{found['bytes'] / 1e6:.0f}", *times, f"{found['hidden']:.0%}"])
+            result[f"{found['method']}_{link}_{found['compute']}"] = round(found["hidden"], 3)
+            names = ("exchange", "processor", "backward", "without", "during", "after")
+            shares = [f"{found['bound']:.0%}", f"{found['hidden']:.0%}"]
+            times = [f"{found[name]:.2f}" for name in names]
+            rows.append([found["method"], found["compute"], link, f"{found['bytes'] / 1e6:.0f}", *times, *shares])
             print(f"  {rows[-1]}", flush=True)
-    header = ["method", "link", "MB", "exchange s", "step, exchange after s", "step, during s", "hidden"]
-    finish(header, rows, {**result, "different_bits": different})
+    finish(HEADER, rows, {**result, "different_bits": different})
 
 
 if __name__ == "__main__":

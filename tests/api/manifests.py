@@ -128,6 +128,7 @@ FULL = patched(
             "optimizer": "adamw8bit",
             "sharding": "none",
             "offload": "none",
+            "exchangePrecision": "bf16",
             "snrGamma": 5,
             "noiseOffset": 0.05,
             "inputPerturbation": 0.1,

@@ -23,9 +23,9 @@ def test_bench_checkpoint() -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or len(os.sched_getaffinity(0)) < 2, reason="needs root and two cores")
 def test_bench_exchange() -> None:
     """Check only that it measures: on a busy machine, the shares mean nothing."""
-    options = ("--pairs", "1", "--channels", "32", "--latent", "8", "--links", "10g", "--methods", "full")
-    result = run_program("bench.exchange", *options)
-    assert result.keys() == {"full_10g", "different_bits"}
+    options = ("--rounds", "1", "--channels", "32", "--latent", "8", "--links", "10g", "--methods", "full")
+    result = run_program("bench.exchange", *options, "--compute", "accelerator", "cpu")
+    assert result.keys() == {"full_10g_accelerator", "full_10g_cpu", "different_bits"}
     assert result["different_bits"] == 0
 
 

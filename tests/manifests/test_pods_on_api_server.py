@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,6 +155,10 @@ def test_spot_job_is_scheduled_on_spot_nodes(
     wait_for("the pods are on the spot node", lambda: nodes() == {spot}, WAIT_SECONDS)
 
 
+def node_of(api: Api, path: str) -> str:
+    return str(api.get(path)["spec"].get("nodeName", ""))
+
+
 @pytest.mark.parametrize(
     ("switch", "block"),
     [
@@ -181,7 +186,7 @@ def test_pods_of_a_job_are_scheduled_near_each_other(
             if node_rank == 0:
                 pod["spec"]["nodeName"] = node
             name = api.create(path, pod)["metadata"]["name"]
-            wait_for("the pod has a node", lambda name=name: api.get(f"{path}/{name}")["spec"].get("nodeName"))
-            assert api.get(f"{path}/{name}")["spec"]["nodeName"] == node
+            wait_for("the pod has a node", functools.partial(node_of, api, f"{path}/{name}"))
+            assert node_of(api, f"{path}/{name}") == node
     finally:
         control_plane.delete_nodes([first, neighbour, near, *far])

@@ -81,7 +81,7 @@ class StreamExchange:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._streams = [torch.cuda.Stream(world.device) for _ in range(NUM_LANES)]
+        self._streams = [torch.cuda.Stream(world.device) for _ in range(NUM_LANES)]  # type: ignore[no-untyped-call]
         self._num_started = 0
 
     def start(self, tensor: Tensor) -> PendingSum:
@@ -125,7 +125,7 @@ class RoundedExchange:
     def __init__(self, world: World) -> None:
         self._world = world
         with world.collective("new_group"):
-            self._lanes = [_Lane(dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)) for _ in range(NUM_LANES)]
+            self._lanes = [_Lane(_new_group()) for _ in range(NUM_LANES)]
         self._num_started = 0
 
     def start(self, tensor: Tensor) -> PendingSum:
@@ -133,6 +133,13 @@ class RoundedExchange:
         lane = self._lanes[self._num_started % NUM_LANES]
         self._num_started += 1
         return _LaneSum(lane.run(lambda: sum_rounded(tensor, self._world.size, lane.group)), self._world)
+
+
+def _new_group() -> dist.ProcessGroup:
+    """Return a new group of all ranks. All ranks call it."""
+    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 class _Lane:
@@ -204,8 +211,8 @@ def scatter_sum(sent: Tensor, size: int, group: dist.ProcessGroup | None = None)
     """
     received = torch.empty_like(sent)
     dist.all_to_all_single(_bytes(received), _bytes(sent), group=group)
-    first, *others = received.view(size, -1)
-    total = first.float()
+    first, *others = received.view(size, -1).unbind()
+    total: Tensor = first.float()
     for other in others:
         total += other
     return total
