@@ -81,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("export", parents=[common, named], help="write an output from any checkpoint of a job")
     )
     _add_validate(commands.add_parser("validate", parents=[common], help="check a manifest without starting anything"))
+    _add_convert(
+        commands.add_parser("convert", help="write a manifest for a command such as accelerate launch train.py --flag")
+    )
     return top
 
 
@@ -154,6 +157,14 @@ def _add_validate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--kubeconfig", type=Path, help="kubeconfig of --cluster (default: as kubectl)")
     command.add_argument("--context", help="context of the kubeconfig (default: the current one)")
     command.set_defaults(command="validate")
+
+
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    command.add_argument("line", nargs="+", metavar="COMMAND", help="the command line, best as one quoted argument")
+    command.add_argument("--recipe", action="store_true", help="write a manifest for the operator's own method")
+    command.add_argument("--name", type=_name, help="name of the job (default: from the name of the script)")
+    command.add_argument("--to", type=Path, metavar="FILE", help="file to write (default: standard output)")
+    command.set_defaults(command="convert")
 
 
 def _add_get(command: argparse.ArgumentParser) -> None:
