@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
 .PHONY: help install system-packages demo test test-fast test-readers mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
-        bench-learning bench-map bench-exchange
+        bench-learning bench-map bench-exchange gpu-kit
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -82,6 +82,9 @@ bench-spot: install ## compare goodput on spot capacity: no operator, upstream p
 bench-train: install ## measure images/s and memory of each method, compared with its floor and a plain loop
 	@$(BIN)/python -m bench.train
 
+gpu-kit: install ## make gpu-kit/, a folder that measures everything on a machine with a GPU and without a network
+	@$(BIN)/python -m tools.gpu_kit $(ARGS)
+
 bench-learning: install ## measure what each method learns on the circles base: numbers and pictures before and after
 	@$(BIN)/python -m bench.learning --out .bench/learning
 
@@ -144,4 +147,4 @@ lock: install ## rewrite the lock files from pyproject.toml
 	tools/lock.sh $(BIN)/uv
 
 clean: ## remove the virtual environment, the demo state and built docs
-	rm -rf $(VENV) $(READERS) .demo .bench site
+	rm -rf $(VENV) $(READERS) .demo .bench site gpu-kit gpu-kit-results

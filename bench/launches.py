@@ -3,7 +3,8 @@
 `python -m bench.launches`. On a GPU each of these operations is at least one kernel launch, which costs the host about
 30 us; a step with thousands of small ones leaves the GPU idle. The models have the sizes of SD 1.5 and SDXL and no
 data (meta tensors), so the count needs neither a GPU nor memory. Views and allocations are excluded. Without data
-torch decomposes attention, so a GPU with a fused kernel launches fewer.
+torch decomposes attention, so a GPU with a fused kernel launches fewer. Fused operations of this project count as one;
+on a GPU each is one Triton kernel, or two for a group norm. CUDA graphs and compiled blocks are not used.
 
 SDXL LoRA: rank 4, 1024 px, batch 4. SD 1.5: 512 px, batch 8. The last line is JSON: operations by case, e.g.
 {"sdxl_lora", "sd15_lora", "sd15_full", ...}. Options::
@@ -18,17 +19,20 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.train import METHODS
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.family import IMAGE_SIZES
@@ -88,6 +92,35 @@ class MetaFamily(RandomFamily):
         with META:
             return UNet2DConditionModel(**UNETS[self.name]).to(dtype)
 
+    def load_controlnet(self, denoiser: Any, folder: Path | None) -> Any:
+        """Return a ControlNet without data."""
+        with META:
+            return super().load_controlnet(denoiser, folder)
+
+
+class MetaAutocast(TorchFunctionMode):
+    """Casts the arguments of functions as autocast does on a GPU; torch has no autocast for tensors without data."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a function with arguments of the format that autocast chooses for it."""
+        del types
+        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        dtype = DTYPE if name in _IN_LOW_PRECISION else torch.float32 if name in _IN_FP32 else None
+        if dtype is not None:
+            args = tuple(_cast(value, dtype) for value in args)
+            kwargs = {key: _cast(value, dtype) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+_IN_LOW_PRECISION = {"linear", "conv2d", "matmul", "bmm", "baddbmm", "addmm", "mm", "scaled_dot_product_attention"}
+_IN_FP32 = {"layer_norm", "group_norm", "softmax", "mse_loss", "pow", "exp", "sum"}
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
 
 def make_batch(case: LaunchCase) -> Batch:
     """Return a batch of one micro-batch without data."""
@@ -101,7 +134,7 @@ def make_batch(case: LaunchCase) -> Batch:
     conditioning = torch.empty(count, 3, case.resolution, case.resolution, device=META)
     timesteps = torch.zeros(count, dtype=torch.int64, device=META)
     is_conditioned = case.method == "ControlNet"
-    return Batch(latents, noise, timesteps, ("",) * count, text, conditioning if is_conditioned else None)
+    return Batch(latents, noise, timesteps, ("",) * count, text, conditioning=conditioning if is_conditioned else None)
 
 
 def make_method(case: LaunchCase) -> Method:
@@ -110,18 +143,21 @@ def make_method(case: LaunchCase) -> Method:
         {"method": case.method, "steps": 1, "precision": "bf16", "resolution": case.resolution, **METHODS[case.method]}
     )
     context = MethodContext(MetaFamily(case.family), training, Draws(0), META, DTYPE)
-    return method_class(training.method)(context)
+    method = method_class(training.method)(context)
+    if isinstance(method, DenoiserMethod) and method._is_low_precision:
+        method._autocast = MetaAutocast  # type: ignore[method-assign]
+    return method
 
 
 def count_operations(case: LaunchCase) -> Counter[str]:
     """Return the operations of the second step, by name: the first one may prepare something."""
     method, batch = make_method(case), make_batch(case)
     for _ in range(2):
-        for parameter in method.parameters().values():
-            parameter.grad = None
+        for leaf in method.leaves():
+            leaf.grad = None
         counter = OperationCounter()
         with counter:
-            torch.autograd.backward(method.losses(batch).sum() / case.batch)
+            torch.autograd.backward(method.losses(method.prepare(batch)).sum() / case.batch)
     return counter.counts
 
 

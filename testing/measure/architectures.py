@@ -72,8 +72,15 @@ class RandomFamily(UNetFamily):
 
     single_file: ClassVar[SingleFile | None] = None
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, weights_on: torch.device | None = None) -> None:
+        """Describe the base.
+
+        Args:
+            name: one of UNETS.
+            weights_on: device to make the weights on; default: the CPU.
+        """
         self.name = name
+        self.weights_on = weights_on or torch.device("cpu")
         self.objective = read_objective(SCHEDULE)
         self.latent_scaling = LatentScaling(0.18215)
         self.latent_channels = 4
@@ -81,7 +88,7 @@ class RandomFamily(UNetFamily):
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
         """Return the UNet."""
-        return make(lambda: UNet2DConditionModel(**UNETS[self.name]), dtype)
+        return make(lambda: UNet2DConditionModel(**UNETS[self.name]), dtype, self.weights_on)
 
     def load_vae(self, dtype: torch.dtype) -> Any:
         """Return the VAE."""
@@ -95,6 +102,7 @@ class RandomFamily(UNetFamily):
                 layers_per_block=2,
             ),
             dtype,
+            self.weights_on,
         )
 
     def load_image_encoder(self, device: torch.device) -> VaeEncoder:
@@ -105,11 +113,12 @@ class RandomFamily(UNetFamily):
         """Return the text encoders."""
         config = {"vocab_size": VOCABULARY, "max_position_embeddings": NUM_TOKENS, "eos_token_id": VOCABULARY - 1}
         clip_l = _CLIP_L | ({"num_hidden_layers": 1} if self.name == "tiny" else {})
-        first = make(lambda: CLIPTextModel(CLIPTextConfig(**config, **clip_l)), dtype).to(device)
+        first = make(lambda: CLIPTextModel(CLIPTextConfig(**config, **clip_l)), dtype, self.weights_on).to(device)
         parts = [TextPart("text_encoder", tokenizer(), first, "clip_l")]
         if self.name != "sdxl":
             return SingleText(parts[0])
-        second = make(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config, **_CLIP_G)), dtype).to(device)
+        large = CLIPTextConfig(**config, **_CLIP_G)
+        second = make(lambda: CLIPTextModelWithProjection(large), dtype, self.weights_on).to(device)
         return DualText([*parts, TextPart("text_encoder_2", tokenizer(), second, "clip_g")], True)
 
     def load_tokenizers(self) -> list[Any]:
@@ -142,15 +151,15 @@ class RandomFamily(UNetFamily):
         return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def make(build: Callable[[], Any], dtype: torch.dtype) -> Any:
-    """Return a module with small random weights.
+def make(build: Callable[[], Any], dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """Return a module with small random weights on a device; default: the CPU.
 
     One tile of random numbers is repeated, because drawing billions of numbers takes minutes.
     """
     with torch.device("meta"):
         module: nn.Module = build()
-    module = module.to(dtype).to_empty(device="cpu")
-    tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+    module = module.to(dtype).to_empty(device=device or "cpu")
+    tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype).to(device or "cpu")
     for name, parameter in module.named_parameters():
         flat = parameter.data.view(-1)
         for start in range(0, len(flat), _TILE):
@@ -160,7 +169,7 @@ def make(build: Callable[[], Any], dtype: torch.dtype) -> Any:
     # The constructor computes buffers, and on the meta device they have no values: set them here.
     for name, buffer in module.named_buffers():
         assert name.endswith("position_ids"), name
-        buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
+        buffer.copy_(torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer))
     return module
 
 
