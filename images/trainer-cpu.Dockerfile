@@ -7,6 +7,9 @@ FROM ${PYTHON_IMAGE} AS base
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/apt /var/log/dpkg.log
+# The image of Python has no bytecode, and a pod with a read-only root file system cannot keep what it compiles.
+RUN python -m compileall -q -x '/(test|tests|idlelib|lib2to3|tkinter|turtledemo|ensurepip)/' \
+        "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 
 FROM base AS dependencies
 WORKDIR /src
@@ -22,7 +25,7 @@ RUN python -m venv /build \
  && python images/without_cuda.py "$TORCH_CPU_INDEX" < requirements/trainer.txt > /tmp/lock.txt \
  && if [ -n "$TORCH_CPU_INDEX" ]; then \
         version=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements/trainer.txt) \
-        && /build/bin/uv pip install --no-cache --python /app/bin/python --no-deps \
+        && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --no-deps \
                --index-url "$TORCH_CPU_INDEX" "torch==$version+cpu"; \
     fi \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --require-hashes --no-deps \
@@ -32,13 +35,14 @@ FROM dependencies AS own
 COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
 COPY trainer trainer
-COPY images/sbom.py images/
+COPY images/sbom.py images/check_bytecode.py images/
 # One distribution contains both sides; the trainer imports nothing of the operator.
 RUN /build/bin/uv build --wheel --no-build-isolation --python /build/bin/python --out-dir /wheel . \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --prefix /own --compile-bytecode --no-deps \
         /wheel/*.whl \
  && rm -rf /own/.lock /own/bin/finetune /own/bin/finetune-operator /own/lib/python3*/site-packages/finetune_operator \
  && set -- /app/lib/python3*/site-packages /own/lib/python3*/site-packages \
+ && python images/check_bytecode.py "$1" "$2" "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
  && python images/sbom.py /own/share/sbom/finetune-trainer-cpu.spdx.json finetune-trainer-cpu "$1:$2"
 
 FROM base
