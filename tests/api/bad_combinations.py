@@ -338,7 +338,7 @@ BAD_COMBINATIONS = (
     ),
     BadManifest(
         "flash-attention-in-fp32",
-        {"spec.training.attention": "flash"},
+        {"spec.training.attention": "flash", "spec.training.precision": "fp32"},
         "spec.training.attention",
         "write attention: auto, or precision: bf16",
     ),

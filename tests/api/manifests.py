@@ -117,6 +117,7 @@ FULL = patched(
             "adamEpsilon": 1e-6,
             "maxGradNorm": 0,
             "precision": "bf16",
+            "weightPrecision": "fp32",
             "gradientCheckpointing": True,
             "attention": "efficient",
             "compile": True,

@@ -28,6 +28,7 @@ from finetune_trainer.export.outputs import write_outputs
 from finetune_trainer.methods.method import Method
 from finetune_trainer.optim.ema import Ema
 from finetune_trainer.optim.optimizer import make_optimizer
+from finetune_trainer.train.storage import make_complete_state
 from testing.trainer import tiny
 from testing.trainer.methods import make_method
 
@@ -88,6 +89,34 @@ def test_export_equals_the_output_of_the_run(
         assert exported.keys() == expected.keys()
         for key, value in exported.items():
             assert torch.equal(value, expected[key]), key
+
+
+def test_export_of_weights_that_are_stored_in_bf16_equals_the_output_of_the_run(base: Path, tmp_path: Path) -> None:
+    """Their average is fp32; both outputs round it to the format of the weights, and write fp32."""
+    settings = {"precision": "bf16", "weightPrecision": "bf16", "ema": True}
+    spec = tiny.make_spec(base, tmp_path, method="Full", steps=6, **settings)
+    method = make_method(base, "Full", torch.bfloat16, **settings)
+    state = make_complete_state(spec.training, method, ALONE.device)
+    fill(method, 1.0)
+    assert state.ema is not None
+    state.ema.update(1)
+    state.step = 3
+    store = FolderStore(tmp_path / "job", spec.uid, 1, Retention(5, None, False))
+    store.open()
+    store.save(state.snapshot({}), 1e9)
+    with state.exported():
+        write_outputs(method, (OutputSpec(format="diffusers", to=str(tmp_path / "expected")),), Path("/"))
+    (checkpoint,) = (tmp_path / "job" / paths.CHECKPOINTS).glob("step-*")
+    from_checkpoint.export_checkpoint(
+        spec, checkpoint, OutputSpec(format="diffusers", to=str(tmp_path / "out")), tmp_path / "cache"
+    )
+    (file,) = (tmp_path / "expected" / "unet").glob("*.safetensors")
+    expected, exported = load_file(file), load_file(tmp_path / "out" / "unet" / file.name)
+    for key, value in exported.items():
+        assert value.dtype is torch.float32
+        assert torch.equal(value, expected[key]), key
+        rounded = state.ema.tensors[f"unet.{key}"].to(state.parameters[f"unet.{key}"].dtype)
+        assert torch.equal(value, rounded.float()), key
 
 
 def test_a_checkpoint_of_other_weights_is_refused(base: Path, data: Path, tmp_path: Path) -> None:

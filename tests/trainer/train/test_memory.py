@@ -11,18 +11,29 @@ import torch
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Optimizer, Precision, TrainingSpec
+from finetune_contract.spec import Method, Optimizer, Precision, TrainingSpec, WeightPrecision
+from finetune_trainer.checkpoint.store.select import JobFolders
 from finetune_trainer.data.batches import Batch
+from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.full import Full
 from finetune_trainer.models.base import open_base
 from finetune_trainer.report import Reporter
 from finetune_trainer.tensor_file import count_numbers
+from finetune_trainer.train import hardware
 from finetune_trainer.train.context import RankContext
-from finetune_trainer.train.hardware import PRESET_FILE, count_weights, has_bf16, memory_bytes
+from finetune_trainer.train.hardware import PRESET_FILE, _may_shard, count_weights, has_bf16, memory_bytes
 from finetune_trainer.train.micro_batch import MicroBatch, is_out_of_memory
 from finetune_trainer.train.preemption_notice import PreemptionNotice
-from finetune_trainer.train.preset import GIB, Hardware, Weights, choose, estimate_bytes, preset_bytes
+from finetune_trainer.train.preset import (
+    GIB,
+    Hardware,
+    Weights,
+    choose,
+    default_precision,
+    estimate_bytes,
+    preset_bytes,
+)
 from finetune_trainer.train.run import run_rank
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
@@ -236,3 +247,59 @@ def test_auto_preset_is_explained_and_kept_by_later_attempts(base: Path, data: P
     second = Ranks(spec, first.folder, attempt=2)
     assert second.run() == [ExitCode.DONE]
     assert (first.job_dir / PRESET_FILE).read_bytes() == recorded
+
+
+@pytest.mark.parametrize(
+    ("is_gpu", "has_bf16", "sharding", "precision"),
+    [
+        (True, True, "none", Precision.BF16),
+        (True, False, "none", Precision.FP16),
+        (True, False, "full", Precision.FP32),
+        (True, True, "full", Precision.BF16),
+        (False, True, "none", Precision.FP32),
+        (False, False, "none", Precision.FP32),
+    ],
+)
+def test_precision_of_a_manifest_without_one_fits_the_device(
+    is_gpu: bool, has_bf16: bool, sharding: str, precision: Precision
+) -> None:
+    training = TrainingSpec.model_validate({"method": "Full", "steps": 1, "sharding": sharding})
+    assert default_precision(training, is_gpu, has_bf16) is precision
+
+
+def test_resumed_run_keeps_the_precision_of_its_first_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for GPUs: only their type and whether they have bf16 are replaced."""
+    gpu, folders = World(0, 1, 0, torch.device("cuda")), JobFolders(tmp_path)
+    training = TrainingSpec.model_validate({"method": "LoRA", "steps": 1})
+    monkeypatch.setattr(World, "gather_numbers", lambda _, number: [number])
+    monkeypatch.setattr(hardware, "has_bf16", lambda _: True)
+    assert hardware.choose_precision(training, gpu, folders).precision is Precision.BF16
+    monkeypatch.setattr(hardware, "has_bf16", lambda _: False)
+    assert hardware.choose_precision(training, gpu, folders).precision is Precision.BF16
+    other = JobFolders(tmp_path / "other")
+    other.job_dir.mkdir()
+    assert hardware.choose_precision(training, gpu, other).precision is Precision.FP16
+    named = training.model_copy(update={"precision": Precision.FP32})
+    assert hardware.choose_precision(named, gpu, folders) == named
+
+
+def test_precision_is_fp32_on_cpus_and_nothing_is_recorded(tmp_path: Path) -> None:
+    training = TrainingSpec.model_validate({"method": "LoRA", "steps": 1})
+    chosen = hardware.choose_precision(training, World(0, 1, 0, torch.device("cpu")), JobFolders(tmp_path))
+    assert chosen.precision is Precision.FP32
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_stored_in_bf16_save_four_bytes_each_and_are_not_sharded() -> None:
+    hardware = Hardware(40 * GIB, True, True, False, host_bytes=200 * GIB, num_ranks=4)
+    plain = TrainingSpec(precision=Precision.BF16, method=Method.FULL, steps=1)
+    rounded = plain.model_copy(update={"weight_precision": WeightPrecision.BF16})
+    saved = estimate_bytes(plain, full(SDXL), hardware) - estimate_bytes(rounded, full(SDXL), hardware)
+    assert saved == 4 * SDXL
+    requested = rounded.model_copy(update={"memory_preset": "40GB"})
+    choice = choose(requested, hardware, full(SDXL))
+    assert choice.training.weight_precision is WeightPrecision.BF16
+    assert "weights stored in bf16" in choice.explanation
+    folders = JobFolders(Path("job"), None, None)
+    assert _may_shard(plain, folders)
+    assert not _may_shard(rounded, folders)

@@ -24,7 +24,16 @@ from finetune_contract.heartbeat import WrittenOutput
 from finetune_contract.identity import InputIdentity
 from finetune_contract.manifest import BadCheckpointError, Manifest, read_manifest, verify
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Attention, Offload, Optimizer, OutputFormat, OutputSpec, Precision, Sharding
+from finetune_contract.spec import (
+    Attention,
+    Offload,
+    Optimizer,
+    OutputFormat,
+    OutputSpec,
+    Precision,
+    Sharding,
+    WeightPrecision,
+)
 from finetune_trainer import libraries
 from finetune_trainer.checkpoint.shards import GROUP, ShardReader
 from finetune_trainer.checkpoint.snapshot import STATE
@@ -96,8 +105,11 @@ def _make_method(spec: RunSpec, cache_dir: Path) -> Method:
     """Load the models of the run on the CPU."""
     base = fetch(spec.model.base, "model.base", cache_dir, _LOG.info)
     family = open_base(spec.model.model_copy(update={"base": base}), cache_dir)
-    training = spec.training.model_copy(update=PLAIN)
-    context = MethodContext(family, training, Draws(training.seed), torch.device("cpu"), torch.float32)
+    training, dtype = spec.training.model_copy(update=PLAIN), torch.float32
+    if training.weight_precision is WeightPrecision.BF16:
+        # An average is rounded to the format of the weights, as in the outputs of the job.
+        training, dtype = training.model_copy(update={"precision": Precision.BF16}), torch.bfloat16
+    context = MethodContext(family, training, Draws(training.seed), torch.device("cpu"), dtype)
     return method_class(training.method)(context)
 
 

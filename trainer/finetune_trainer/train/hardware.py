@@ -14,7 +14,8 @@ import torch
 
 from finetune_contract.methods import TrainedPart, encodes_text
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import LoraSpec, TrainingSpec
+from finetune_contract.spec import LoraSpec, TrainingSpec, WeightPrecision
+from finetune_trainer import patience
 from finetune_trainer.checkpoint.store.select import JobFolders
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
@@ -22,11 +23,12 @@ from finetune_trainer.files import write_atomically
 from finetune_trainer.methods.registry import method_traits
 from finetune_trainer.models.family import Family
 from finetune_trainer.tensor_file import count_numbers
-from finetune_trainer.train.preset import Hardware, PresetChoice, Weights, choose, preset_bytes
+from finetune_trainer.train.preset import Hardware, PresetChoice, Weights, choose, default_precision, preset_bytes
 
 PRESET_FILE = "preset.json"
 """File in the job's folder: the first attempt's choice of the settings that a checkpoint depends on."""
 _KEPT = ("precision", "optimizer", "center_crop", "sharding")
+_CPU_FLAGS = Path("/proc/cpuinfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LORA_SHARE = 5e-4
 """Weights of an adapter of rank 1, as a share of the base. SDXL has attention in most blocks; SD 1.5 needs less."""
@@ -59,13 +61,33 @@ def apply_preset(
         host_bytes=least_of_host,
         num_ranks=world.size,
     )
-    recorded = world.share(_read_choice(folders.job_dir / PRESET_FILE))
+    recorded = read_kept(world, folders)
     training = spec.training.model_copy(update=recorded)
     weights = count_weights(training, family, spec.dataset.shuffle_tags is not None)
     choice = choose(training, hardware, weights, bool(recorded), _may_shard(training, folders))
     if world.is_first and not recorded:
-        _write_choice(folders.job_dir / PRESET_FILE, choice.training)
+        write_kept(folders, choice.training)
     return choice
+
+
+def choose_precision(training: TrainingSpec, world: World, folders: JobFolders) -> TrainingSpec:
+    """Return the settings with a number format that all devices support; that of the first attempt if there is one.
+
+    All ranks call it. A format that the manifest names is kept.
+
+    Raises:
+        StorageError: the job's folder cannot be written.
+    """
+    if training.precision is not None:
+        return training
+    recorded = read_kept(world, folders)
+    has_format = all(world.gather_numbers(has_bf16(world.device)))
+    precision = recorded.get("precision") or default_precision(training, world.device.type == "cuda", has_format)
+    chosen = training.model_copy(update={"precision": precision})
+    # CPUs always use the same one.
+    if world.is_first and not recorded and world.device.type != "cpu":
+        write_kept(folders, chosen)
+    return chosen
 
 
 def count_weights(training: TrainingSpec, family: Family, shuffles_tags: bool = False) -> Weights:
@@ -108,30 +130,56 @@ def has_bf16(device: torch.device) -> bool:
     """Return whether the device has bf16 instructions; without them bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return _CPU_FLAGS.is_file() and "avx512_bf16" in _CPU_FLAGS.read_text(encoding="utf-8")
 
 
 def _may_shard(training: TrainingSpec, folders: JobFolders) -> bool:
     """Return whether the method and the other settings support sharding."""
-    return method_traits(training.method).shardable and not training.aspect_buckets and folders.scratch is None
+    return (
+        method_traits(training.method).shardable
+        and not training.aspect_buckets
+        and training.weight_precision is WeightPrecision.FP32
+        and folders.scratch is None
+    )
 
 
 def _has_8bit(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None
 
 
-def _read_choice(path: Path) -> dict[str, Any]:
-    """Return what an earlier attempt chose. A resumed run keeps its format on any hardware."""
+def read_kept(world: World, folders: JobFolders) -> dict[str, Any]:
+    """Return what an earlier attempt chose, on every rank. A resumed run keeps its format on any hardware."""
+    return world.share(_read_choice(folders) if world.is_first else {})
+
+
+def write_kept(folders: JobFolders, training: TrainingSpec) -> None:
+    """Store the choices of the first attempt.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    data = training.model_dump_json(include=set(_KEPT)).encode()
+    path, bucket = folders.job_dir / PRESET_FILE, folders.bucket
     try:
-        recorded = TrainingSpec.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        write_atomically(path, data)
+        if bucket is not None:
+            patience.wait_out("checkpoint storage: writing", lambda: bucket.put_new(PRESET_FILE, data))
+    except OSError as error:
+        raise StorageError(f"checkpoint storage: cannot write {path}: {error.strerror}") from error
+
+
+def _read_choice(folders: JobFolders) -> dict[str, Any]:
+    path, bucket = folders.job_dir / PRESET_FILE, folders.bucket
+    if bucket is not None and patience.wait_out("checkpoint storage: reading", lambda: bucket.exists(PRESET_FILE)):
+        data = patience.wait_out("checkpoint storage: reading", lambda: bucket.read(PRESET_FILE))
+    elif path.is_file():
+        # Also of an earlier version, which stored it only here.
+        data = path.read_bytes()
+    else:
+        return {}
+    try:
+        recorded = TrainingSpec.model_validate(json.loads(data))
+    except ValueError:
         return {}
     # An older trainer has recorded fewer settings.
     return {name: getattr(recorded, name) for name in _KEPT if name in recorded.model_fields_set}
-
-
-def _write_choice(path: Path, training: TrainingSpec) -> None:
-    try:
-        write_atomically(path, training.model_dump_json(include=set(_KEPT)).encode())
-    except OSError as error:
-        raise StorageError(f"checkpoint storage: cannot write {path}: {error.strerror}") from error

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec
+from finetune_contract.methods import precision_of
+from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec, WeightPrecision
 from finetune_trainer.errors import ConfigError
 
 GIB = 2**30
@@ -104,7 +105,13 @@ def choose(
         settled: an earlier attempt has chosen precision, optimizer, crop and sharding, which a checkpoint depends on.
         may_shard: whether the method and the other settings support sharding.
     """
-    base = training if settled else training.model_copy(update={"precision": _precision(training, hardware)})
+    base = training
+    if training.precision is None:
+        precision = default_precision(training, hardware.is_gpu, hardware.has_bf16)
+        if precision is Precision.FP32 and not hardware.is_gpu and hardware.has_bf16:
+            # A preset saves memory on CPUs, too.
+            precision = Precision.BF16
+        base = training.model_copy(update={"precision": precision})
     if not settled and hardware.is_gpu and hardware.memory_bytes < SMALL_GIB * GIB:
         base = base.model_copy(update={"center_crop": True})
     budget = hardware.memory_bytes * _SHARE
@@ -128,14 +135,15 @@ def choose(
 
 def estimate_bytes(training: TrainingSpec, weights: Weights, hardware: Hardware) -> float:
     """Return an estimate of the peak memory of training."""
-    bytes_of_format = 4 if training.precision is Precision.FP32 else 2
+    bytes_of_format = 4 if precision_of(training) is Precision.FP32 else 2
     held: float = weights.frozen * bytes_of_format + weights.fp32 * 4
     if training.offload is Offload.NONE:
         held += _slice_bytes(training, weights, hardware)
     if _is_sliced(training, hardware):
         held += min(_GATHERED_GIB * GIB, weights.trained * 8)
-    # Autocast keeps a low-precision copy of the trained weights.
-    held += weights.trained * (bytes_of_format if bytes_of_format == 2 else 0)
+    if bytes_of_format == 2 and not _is_bf16(training):
+        # The forward pass uses a low-precision copy of the trained weights.
+        held += weights.trained * 2
     side = training.resolution / 512
     billions = weights.denoiser / 1e9
     # Activations of one sample at 512 px in 16 bits: matches reported totals for SD 1.5 (6-7 GB) and SDXL (24 GB).
@@ -154,9 +162,15 @@ def host_bytes(training: TrainingSpec, weights: Weights, hardware: Hardware) -> 
 
 def _slice_bytes(training: TrainingSpec, weights: Weights, hardware: Hardware) -> float:
     """Return the size of one rank's weights, gradients, moments and moving average."""
-    of_weight = 4 + 4 + _BYTES_OF_MOMENTS[training.optimizer] + (4 if training.ema else 0)
+    stored = 2 if _is_bf16(training) else 4
+    of_weight = stored + 4 + _BYTES_OF_MOMENTS[training.optimizer] + (4 if training.ema else 0)
     num_slices = 1 if training.sharding is Sharding.NONE else hardware.num_ranks
     return weights.trained * of_weight / num_slices
+
+
+def _is_bf16(training: TrainingSpec) -> bool:
+    """Return whether trained weights are stored in bf16 only."""
+    return training.weight_precision is WeightPrecision.BF16
 
 
 def _is_sliced(training: TrainingSpec, hardware: Hardware) -> bool:
@@ -164,12 +178,19 @@ def _is_sliced(training: TrainingSpec, hardware: Hardware) -> bool:
     return training.offload is Offload.CPU or (training.sharding is Sharding.FULL and hardware.num_ranks > 1)
 
 
-def _precision(training: TrainingSpec, hardware: Hardware) -> Precision:
-    if training.precision is not Precision.FP32:
-        return training.precision
-    if hardware.has_bf16:
+def default_precision(training: TrainingSpec, is_gpu: bool, has_bf16: bool) -> Precision:
+    """Return the number format of a manifest that names none.
+
+    Args:
+        training: the settings; sharding does not support fp16.
+        is_gpu: whether the devices are GPUs.
+        has_bf16: whether all of them have bf16 instructions.
+    """
+    if not is_gpu:
+        return Precision.FP32
+    if has_bf16:
         return Precision.BF16
-    return Precision.FP16 if hardware.is_gpu else Precision.FP32
+    return Precision.FP16 if training.sharding is Sharding.NONE else Precision.FP32
 
 
 def _candidates(training: TrainingSpec, hardware: Hardware, weights: Weights, settled: bool) -> Iterator[TrainingSpec]:
@@ -216,11 +237,13 @@ def _explain(requested: TrainingSpec, chosen: TrainingSpec, hardware: Hardware, 
     needed = estimate_bytes(chosen, weights, hardware)
     what = "GPU memory" if hardware.is_gpu else "memory"
     parts = [
-        chosen.precision.value,
+        precision_of(chosen).value,
         "gradient checkpointing" if chosen.gradient_checkpointing else "no gradient checkpointing",
         chosen.optimizer.value,
         f"{chosen.batch_size} of {requested.batch_size} samples at a time",
     ]
+    if _is_bf16(chosen):
+        parts.append("weights stored in bf16")
     if _is_sliced(chosen, hardware):
         parts.append(f"sharded over {hardware.num_ranks} ranks" if hardware.num_ranks > 1 else "sharded")
     if chosen.offload is Offload.CPU:

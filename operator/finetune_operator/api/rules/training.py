@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic.alias_generators import to_camel
@@ -24,6 +24,7 @@ from finetune_contract.spec import (
     TimestepBiasSpec,
     TrainingSpec,
     ValidationSpec,
+    WeightPrecision,
 )
 from finetune_operator.api.job import Accelerator, FineTuneJobSpec
 from finetune_operator.api.rules.forms import MEMORY_PRESET
@@ -95,6 +96,50 @@ def _scheduler_setting(name: str, scheduler: LrScheduler) -> Rule[TrainingSpec]:
         f"!has(self.{field}) || self.lrScheduler == '{scheduler}'",
         lambda training: getattr(training, name) is None or training.lr_scheduler is scheduler,
         f"{field} applies to lrScheduler {scheduler} only; write lrScheduler: {scheduler}, or leave {field} out",
+        FieldErrorReason.FORBIDDEN,
+    )
+
+
+def _weight_precision_rules() -> Iterator[Rule[TrainingSpec]]:
+    """Yield the rules of weights that are stored in bf16."""
+    field, is_fp32 = "weightPrecision", "self.weightPrecision == 'fp32'"
+
+    def allowed(condition: Callable[[TrainingSpec], bool]) -> Callable[[TrainingSpec], bool]:
+        return lambda training: training.weight_precision is WeightPrecision.FP32 or condition(training)
+
+    # The methods that train complete models are those that can be sharded.
+    yield Rule(
+        TRAINING,
+        field,
+        f"{is_fp32} || has(self.method) && self.method in {cel_list(SHARDABLE_METHODS)}",
+        allowed(lambda training: training.method in SHARDABLE_METHODS),
+        f"weightPrecision bf16 applies to {join_names(SHARDABLE_METHODS)} only, since they train complete models; "
+        "leave weightPrecision out",
+        FieldErrorReason.FORBIDDEN,
+    )
+    yield Rule(
+        TRAINING,
+        field,
+        f"{is_fp32} || has(self.precision) && self.precision == 'bf16'",
+        allowed(lambda training: training.precision is Precision.BF16),
+        "weightPrecision bf16 needs a forward pass in bf16; write precision: bf16, or leave weightPrecision out",
+        FieldErrorReason.FORBIDDEN,
+    )
+    yield Rule(
+        TRAINING,
+        field,
+        f"{is_fp32} || self.sharding == 'none'",
+        allowed(lambda training: training.sharding is Sharding.NONE),
+        "sharding keeps its slices of the weights in fp32; leave weightPrecision out, or leave sharding out",
+        FieldErrorReason.FORBIDDEN,
+    )
+    yield Rule(
+        TRAINING,
+        field,
+        f"{is_fp32} || self.optimizer != 'prodigy'",
+        allowed(lambda training: training.optimizer is not Optimizer.PRODIGY),
+        "optimizer prodigy compares all weights with those of the start, which needs fp32; leave weightPrecision out, "
+        "or write optimizer: adamw",
         FieldErrorReason.FORBIDDEN,
     )
 
@@ -187,6 +232,7 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
         "out",
         FieldErrorReason.FORBIDDEN,
     ),
+    *_weight_precision_rules(),
     Rule(
         TRAINING,
         "offload",
@@ -264,7 +310,7 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
     Rule(
         SPEC,
         "training.precision",
-        "self.topology.accelerator != 'cpu' || self.training.precision != 'fp16'",
+        "self.topology.accelerator != 'cpu' || !has(self.training.precision) || self.training.precision != 'fp16'",
         lambda spec: spec.topology.accelerator is not Accelerator.CPU or spec.training.precision is not Precision.FP16,
         "precision fp16 is not supported with accelerator cpu; write bf16 or fp32",
     ),
@@ -280,24 +326,25 @@ TRAINING_RULES: tuple[Rule[Any], ...] = (
     Rule(
         SPEC,
         "training.attention",
-        "self.topology.accelerator != 'cpu' || self.training.attention != 'efficient'",
+        "self.topology.accelerator != 'cpu' || !(self.training.attention in ['efficient', 'cudnn'])",
         lambda spec: (
-            spec.topology.accelerator is not Accelerator.CPU or spec.training.attention is not Attention.EFFICIENT
+            spec.topology.accelerator is not Accelerator.CPU
+            or spec.training.attention not in (Attention.EFFICIENT, Attention.CUDNN)
         ),
-        "attention efficient is not supported with accelerator cpu; write auto, flash or math",
+        "attention efficient and cudnn are not supported with accelerator cpu; write auto, flash or math",
     ),
     Rule(
         SPEC,
         "training.attention",
-        "self.topology.accelerator != 'gpu' || self.training.attention != 'flash' || self.training.precision != 'fp32'"
-        " || has(self.training.memoryPreset)",
+        "self.topology.accelerator != 'gpu' || !(self.training.attention in ['flash', 'cudnn'])"
+        " || !has(self.training.precision) || self.training.precision != 'fp32'",
         lambda spec: (
             spec.topology.accelerator is not Accelerator.GPU
-            or spec.training.attention is not Attention.FLASH
+            or spec.training.attention not in (Attention.FLASH, Attention.CUDNN)
             or spec.training.precision is not Precision.FP32
-            or spec.training.memory_preset is not None
         ),
-        "attention flash computes in 16 bits on GPUs, and precision is fp32; write attention: auto, or precision: bf16",
+        "attention flash and cudnn compute in 16 bits on GPUs, and precision is fp32; write attention: auto, or "
+        "precision: bf16",
     ),
     Rule(
         SPEC,
