@@ -17,11 +17,14 @@ from finetune_operator.api.rules import edits
 from finetune_operator.api.rules.spec import RULES
 from finetune_operator.api.status import (
     AttemptStatus,
+    Bottleneck,
     CheckpointStatus,
     Condition,
     FineTuneJobStatus,
     OutputStatus,
+    PerformanceStatus,
     TallyStatus,
+    TimeShares,
 )
 from finetune_operator.api.validate import InvalidJob, Problem, parse_job
 from testing.controlplane.api import Api, ControlPlaneApiError
@@ -59,6 +62,17 @@ STATUS = FineTuneJobStatus(
     eta="4m10s",
     loss=0.125,
     images_per_second=3.5,
+    performance=PerformanceStatus(
+        share_of_peak=0.31,
+        teraflops=307,
+        utilization=0.97,
+        memory_allocated_bytes=2**36,
+        memory_reserved_bytes=2**36,
+        memory_total_bytes=2**37,
+        time_shares=TimeShares(compute=0.75, host=0.25),
+        bound_by=Bottleneck.HOST,
+        advice=("host-bound: write training.cudaGraphs: auto",),
+    ),
     last_checkpoint=CheckpointStatus(step=40, time=NOW, bytes=2**40, attempt=1),
     nodes="3/4",
     preemptions=1,

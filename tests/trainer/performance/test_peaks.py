@@ -8,7 +8,7 @@ import torch
 from finetune_contract import environment
 from finetune_contract.spec import Precision, TrainingSpec
 from finetune_trainer.performance.peaks import TERA, peak_flops
-from finetune_trainer.train.measurement import known_peak
+from finetune_trainer.performance.setup import known_peak
 
 CPU = torch.device("cpu")
 NAMES = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune_contract import paths
 from finetune_contract.identity import DATASET, InputIdentity
-from finetune_contract.methods import encodes_text
+from finetune_contract.methods import encodes_text, precision_of
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Offload, Sharding
 from finetune_trainer.checkpoint.checkpointer import Checkpointer, SaveOptions
@@ -35,19 +35,23 @@ from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class, method_traits
 from finetune_trainer.models.direct import EarlyDenoiser
 from finetune_trainer.optim.optimizer import learning_rate
+from finetune_trainer.performance.meter import StepMeter
+from finetune_trainer.performance.setup import make_meter
 from finetune_trainer.train.artifact_sync import ArtifactSync
 from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.earlier_work import INPUTS, TRAINING, describe_training
+from finetune_trainer.train.hardware import has_bf16
 from finetune_trainer.train.input_record import changed_message
 from finetune_trainer.train.inputs import RunInputs
 from finetune_trainer.train.loop import Loop
-from finetune_trainer.train.measurement import make_meter
 from finetune_trainer.train.metrics_logger import MetricsLogger
 from finetune_trainer.train.micro_batch import MicroBatch
-from finetune_trainer.train.passes.eager import PassWork
+from finetune_trainer.train.passes.eager import Passes, PassWork
 from finetune_trainer.train.passes.make import make_passes
 from finetune_trainer.train.storage import make_complete_gradients, make_complete_state
 from finetune_trainer.train.trackers import TrackedRun, open_trackers
+from finetune_trainer.train.tuning.arithmetic import set_up_gpu
+from finetune_trainer.train.tuning.choose import Tuner
 from finetune_trainer.train.validation import Validator, best_validation
 
 
@@ -129,9 +133,12 @@ class RunBuilder:
         location = dreambooth.class_images or ""
         self.inputs.record.add_samples("training.dreambooth.classImages", location, found, images)
 
-    def make_method(self) -> Method:
+    def make_method(self, data: PreparedData) -> Method:
         """Load the models and prepare them for training."""
-        training, inputs = self.spec.training, self.inputs
+        inputs = self.inputs
+        training, reason = self._tuner.choose_compile(data.batches, self._total_steps(data))
+        set_up_gpu(self.world.device, precision_of(training))
+        self._tuner.prepare_compiler(training, reason)
         draws, device = Draws(training.seed), self.world.device
         context = MethodContext(inputs.family, training, draws, device, inputs.dtype, self.denoiser)
         return method_class(training.method)(context)
@@ -190,9 +197,9 @@ class RunBuilder:
 
     def make_loop(self, method: Method, state: TrainState, data: PreparedData, checkpointer: Checkpointer) -> Loop:
         """Return the training loop, and open the trackers."""
-        training = self.spec.training
-        num_samples = len(data.batches.source)
-        steps = total_steps(training.steps, training.epochs, num_samples, self.spec.global_batch)
+        steps = self._total_steps(data)
+        training, _ = self._tuner.choose_compile(data.batches, steps)
+        self._tuner.choose_attention(method, data.batches)
         metrics = self._make_metrics_logger(state.step)
         gradients = self._make_gradients(method, state)
         num_timesteps = self.inputs.family.objective.num_timesteps
@@ -221,10 +228,34 @@ class RunBuilder:
             passes=passes,
             metrics=metrics,
             phases=self.context.phases,
-            meter=make_meter(
-                training, self.inputs.family, self.world, self.context.job_dir, batches, micro_batch, passes
-            ),
+            meter=self._make_meter(batches, micro_batch, passes),
         )
+
+    def _make_meter(self, batches: Prefetcher, micro_batch: MicroBatch, passes: Passes) -> StepMeter:
+        def changing() -> dict[str, Any]:
+            choice = passes.choice
+            graphs = {"has_cuda_graphs": choice.enabled, "cuda_graphs_off": choice.reason or None}
+            return {"batch_size": micro_batch.size, **graphs}
+
+        return make_meter(
+            self.spec.training,
+            self.inputs.family,
+            self.world,
+            self.context.job_dir,
+            has_bf16(self.world.device),
+            lambda: batches.waited_seconds,
+            changing,
+        )
+
+    def _total_steps(self, data: PreparedData) -> int:
+        training = self.spec.training
+        return total_steps(training.steps, training.epochs, len(data.batches.source), self.spec.global_batch)
+
+    @property
+    def _tuner(self) -> Tuner:
+        context = self.context
+        folders = JobFolders(context.job_dir, context.scratch, self.inputs.bucket)
+        return Tuner(self.spec, self.world, folders, context.cache_dir, context.reporter)
 
     def _make_gradients(self, method: Method, state: TrainState) -> Gradients:
         if isinstance(state, ShardedState) and state.shards is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,16 +15,12 @@ from finetune_contract import environment
 from finetune_contract.heartbeat import StepSettings
 from finetune_contract.methods import precision_of
 from finetune_contract.spec import Sharding, SwitchMode, TrainingSpec
-from finetune_trainer.data.prefetch import Prefetcher
 from finetune_trainer.distributed.world import World
 from finetune_trainer.models.family import Family
 from finetune_trainer.performance.device import allows_tf32, device_name
 from finetune_trainer.performance.flops import FLOPS_FILE, SampleFlops
 from finetune_trainer.performance.meter import StepMeter
 from finetune_trainer.performance.peaks import TERA, peak_flops
-from finetune_trainer.train.hardware import has_bf16
-from finetune_trainer.train.micro_batch import MicroBatch
-from finetune_trainer.train.passes.eager import Passes
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,9 +30,9 @@ def make_meter(  # noqa: PLR0913, PLR0917
     family: Family,
     world: World,
     job_dir: Path,
-    batches: Prefetcher,
-    micro_batch: MicroBatch,
-    passes: Passes,
+    has_bf16: bool,
+    waited: Callable[[], float],
+    changing: Callable[[], Mapping[str, Any]],
     env: Mapping[str, str] = os.environ,
 ) -> StepMeter:
     """Return the meter of a rank. Rank 0 alone counts operations, because all ranks compute the same model.
@@ -45,29 +42,22 @@ def make_meter(  # noqa: PLR0913, PLR0917
         family: the base model.
         world: the ranks.
         job_dir: the job's folder, which keeps the count of operations for later attempts.
-        batches: the source of the micro-batches.
-        micro_batch: their size.
-        passes: how passes are computed.
+        has_bf16: whether the device has bf16 instructions.
+        waited: returns the total seconds that the loop has waited for samples.
+        changing: returns the fields of StepSettings that a run may change itself.
         env: environment variables.
     """
     device = world.device
     if not world.is_first:
-        return StepMeter(device, waited=lambda: batches.waited_seconds)
+        return StepMeter(device, waited=waited)
     peak = known_peak(training, device, env)
-    fixed = describe_settings(training, device)
-
-    def settings() -> StepSettings:
-        """Return the settings with those that a run may change itself."""
-        choice = passes.choice
-        changes = {"has_cuda_graphs": choice.enabled, "cuda_graphs_off": choice.reason or None}
-        return fixed.model_copy(update={"batch_size": micro_batch.size, **changes})
-
+    fixed = describe_settings(training, device, has_bf16)
     return StepMeter(
         device,
         None if peak is None else SampleFlops(family, training, job_dir / FLOPS_FILE, device),
         peak,
-        settings,
-        lambda: batches.waited_seconds,
+        lambda: fixed.model_copy(update=changing()),
+        waited,
     )
 
 
@@ -85,23 +75,15 @@ def known_peak(training: TrainingSpec, device: torch.device, env: Mapping[str, s
     return peak_flops(device_name(device), precision_of(training), allows_tf32(device))
 
 
-def describe_settings(training: TrainingSpec, device: torch.device) -> StepSettings:
+def describe_settings(training: TrainingSpec, device: torch.device, has_bf16: bool) -> StepSettings:
     """Return the settings that decide the speed, as the run begins."""
     return StepSettings(
         device=device_name(device)[:128],
         precision=precision_of(training).value,
         batch_size=training.batch_size,
-        has_bf16=_has_bf16(device),
+        has_bf16=has_bf16,
         gradient_checkpointing=training.gradient_checkpointing,
         is_compiled=training.compile is SwitchMode.ON,
         exchange_precision=training.exchange_precision.value,
         is_sharded=training.sharding is not Sharding.NONE,
     )
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Return whether the device has bf16 instructions; False if the system does not tell."""
-    try:
-        return has_bf16(device)
-    except OSError:
-        return False
