@@ -6,6 +6,7 @@ source archive of a release. They are not part of this repository.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ pytestmark = [
 ]
 STEPS = 4
 COMMON: dict[str, Any] = {
-    "resolution": 16,
+    "resolution": 64,
     "train_batch_size": 1,
     "max_train_steps": STEPS,
     "checkpointing_steps": 100,
@@ -89,16 +90,20 @@ def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Example], dic
     from testing.trainer import tiny  # noqa: PLC0415  slow to import
 
     folder = tmp_path_factory.mktemp("inputs")
-    data = tiny.write_data(folder / "data", 8)
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    for picture in sorted(data.rglob("*.png"))[:4]:
-        shutil.copy(picture, pictures)
+    source = sorted((tiny.write_data(folder / "source", 8) / "train").glob("?.png"))
+    data, pictures = folder / "data", folder / "pictures"
+    for each in (data, pictures):
+        each.mkdir()
+        for picture in source:
+            shutil.copy(picture, each)
+    rows = [json.dumps({"file_name": picture.name, "text": f"picture {picture.stem}"}) for picture in source]
+    (data / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
     written: dict[str, Path] = {}
 
     def flags(example: Example) -> dict[str, Any]:
         if example.family not in written:
-            written[example.family] = tiny.write_base(folder / example.family, family=example.family)
+            written[example.family] = base = tiny.write_base(folder / example.family, family=example.family)
+            write_vae(base / "vae")
         values: dict[str, Any] = {"pretrained_model_name_or_path": str(written[example.family])}
         if example.data == "pictures":
             flag = "train_data_dir" if example.name == "textual_inversion" else "instance_data_dir"
@@ -109,6 +114,22 @@ def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Example], dic
         return values | {"caption_column": "text"}
 
     return flags
+
+
+def write_vae(folder: Path) -> None:
+    """Write a VAE with the factor 8 that the scripts for ControlNet expect."""
+    import torch  # noqa: PLC0415  slow to import
+    from diffusers import AutoencoderKL  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).save_pretrained(folder)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

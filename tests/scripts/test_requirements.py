@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +47,20 @@ def test_an_installation_that_was_killed_is_repeated(wheel: str, tmp_path: Path)
     (folder / "part.py").touch()
     assert install([wheel], tmp_path) == folder
     assert not (folder / "part.py").exists()
+
+
+def test_packages_of_the_image_are_not_installed_again(tmp_path: Path) -> None:
+    folder = install(["pydantic"], tmp_path)
+    assert folder is not None
+    assert [path.name for path in folder.iterdir()] == [".installed"]
+
+
+def test_the_pip_of_python_replaces_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    command = requirements.pip_command()
+    assert Path(command[1]).parent.name.startswith("pip-")
+    assert subprocess.run([*command, "--version"], capture_output=True, check=True).stdout.startswith(b"pip ")
 
 
 def test_other_requirements_have_another_folder() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -59,12 +61,42 @@ def install(requirements: Sequence[str], cache_dir: Path) -> Path | None:
 
 
 def _run_pip(requirements: Sequence[str], folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-    result = subprocess.run(
-        [*command, "--target", str(folder), *requirements], capture_output=True, text=True, check=False
-    )
+    """Install what the environment lacks. An installation into a folder alone would repeat torch and all others."""
+    report = _pip("install", "--dry-run", "--report", "-", *requirements)
+    missing = [
+        f"{each['metadata']['name']} @ {each['download_info']['url']}"
+        if each.get("is_direct")
+        else f"{each['metadata']['name']}=={each['metadata']['version']}"
+        for each in json.loads(report)["install"]
+    ]
+    folder.mkdir(parents=True)
+    if missing:
+        _pip("install", "--no-deps", "--target", str(folder), *missing)
+
+
+def pip_command() -> list[str]:
+    """Return the command of pip. The images contain only the copy that is part of Python."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    ensurepip = importlib.util.find_spec("ensurepip")
+    folders = ensurepip.submodule_search_locations if ensurepip is not None else None
+    wheels = sorted(Path(folders[0]).glob("_bundled/pip-*.whl")) if folders else []
+    if not wheels:
+        raise ConfigError("training.script.requirements: the image has no pip; write an image that has the packages")
+    return [sys.executable, str(wheels[-1] / "pip")]
+
+
+def _pip(*arguments: str) -> str:
+    """Run pip and return its output.
+
+    Raises:
+        ConfigError: a requirement is invalid or does not exist.
+        NetworkError: no package index can be reached.
+    """
+    command = [*pip_command(), "--quiet", "--disable-pip-version-check", "--no-input", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode == 0:
-        return
+        return result.stdout
     lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
     last = (next((line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else ""))[-MAX_LAST_OUTPUT:]
     if any(part in result.stderr for part in _UNREACHABLE):
