@@ -1,9 +1,9 @@
 """Stand-in for CUDA graphs on a CPU: records the operations of a pass and runs exactly these again.
 
-As on a GPU, a capture changes nothing, and a replay runs no Python of the captured code: each operation reads and writes
-the tensors that it had in the capture. An input that is not static, a weight that has moved or a gradient that was
-replaced therefore gives wrong results here, too. Reading a value on the host, and creating a tensor from Python values,
-fail as they do on a GPU.
+As on a GPU, a capture changes nothing, and a replay runs no Python of the captured code: each operation reads and
+writes the tensors that it had in the capture. An input that is not static, a weight that has moved or a gradient that
+was replaced therefore gives wrong results here, too. Reading a value on the host, and creating a tensor from Python
+values, fail as they do on a GPU.
 """
 
 from __future__ import annotations

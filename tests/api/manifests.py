@@ -120,7 +120,7 @@ FULL = patched(
             "weightPrecision": "fp32",
             "gradientCheckpointing": True,
             "attention": "efficient",
-            "compile": True,
+            "compile": "on",
             "cudaGraphs": "auto",
             "resolution": 1024,
             "centerCrop": True,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_contract.spec import Method, Optimizer, OutputFormat, TrainingSpec
+from finetune_contract.spec import Method, Optimizer, OutputFormat, Precision, TrainingSpec
 
 _DIFFUSERS = frozenset({OutputFormat.DIFFUSERS})
 _LORA_FORMATS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI})
@@ -129,6 +129,11 @@ def with_defaults(training: TrainingSpec) -> TrainingSpec:
     """
     values = {"learning_rate": peak_learning_rate(training), "center_crop": crops_at_centre(training)}
     return training.model_copy(update=values)
+
+
+def precision_of(training: TrainingSpec) -> Precision:
+    """Return the number format of a run. Without one, and before the trainer has chosen it, that of CPUs."""
+    return training.precision or Precision.FP32
 
 
 def _traits(training: TrainingSpec) -> MethodTraits:

@@ -135,6 +135,7 @@ class Attention(StrEnum):
 
     AUTO = "auto"
     FLASH = "flash"
+    CUDNN = "cudnn"
     EFFICIENT = "efficient"
     MATH = "math"
 
@@ -347,7 +348,8 @@ class TrainingSpec(SpecModel):
     )
     attention: Attention = Field(
         default=Attention.AUTO,
-        description="Attention kernel; auto lets torch choose the fastest one that supports the input",
+        description="Attention kernel; auto measures them on GPUs when the first attempt starts, and lets torch choose "
+        "on CPUs",
     )
     cuda_graphs: Switch = Field(
         default=SwitchMode.AUTO,

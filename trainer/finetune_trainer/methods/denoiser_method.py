@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from finetune_contract.spec import Sharding, SwitchMode, TrainingSpec, WeightPrecision
 from finetune_trainer.data.batches import Batch
@@ -16,13 +17,18 @@ from finetune_trainer.data.captions import Captions, OwnCaptions
 from finetune_trainer.data.sampling.draws import Purpose
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.fused.blocks import use_fused_operations
-from finetune_trainer.methods.kernels import attention_kernel, checkpoint_activations, compile_blocks
+from finetune_trainer.methods.kernels import (
+    attention_kernel,
+    attention_order,
+    checkpoint_activations,
+    compile_blocks,
+)
 from finetune_trainer.methods.loss import diffusion_losses
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.packed_conv import pack_convolutions
 from finetune_trainer.methods.rounded_weights import RoundedWeights
 from finetune_trainer.methods.working_copy import WorkingCopy
-from finetune_trainer.models.text import TOKENS, TextEncoder
+from finetune_trainer.models.text import TOKENS, TextEncoder, TextPart
 
 
 class DenoiserMethod:
@@ -95,6 +101,10 @@ class DenoiserMethod:
             return batch
         return dataclasses.replace(batch, text={**batch.text, **self.text.tokenize(batch.captions)})
 
+    def use_attention(self, backends: Sequence[SDPBackend]) -> None:
+        """Let the denoiser use these attention kernels, in this order."""
+        self._attention = attention_order(backends)
+
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample, float32 (n,)."""
         text = batch.text
@@ -111,7 +121,7 @@ class DenoiserMethod:
         self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], conditioning: Tensor | None = None
     ) -> Tensor:
         """Return the denoiser's output for noisy latents (n, ...)."""
-        with self._autocast(), self._attention():
+        with self._autocast(), self._attention_context():
             return self._predict(
                 self._to_input(noisy), timesteps, self._family.conditions(text, self._dtype), conditioning
             )
@@ -151,9 +161,18 @@ class DenoiserMethod:
         self.text = _LiveText(self, encoder)
         return encoder
 
+    def _attention_context(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which torch uses the chosen attention kernels."""
+        return self._attention()
+
+    def _text_parts(self) -> Sequence[TextPart]:
+        return [] if self.text is None else self.text.parts
+
     def _checkpoint_activations(self, module: Any) -> None:
         lora = self._context.training.lora
-        checkpoint_activations(module, draws=lora is not None and lora.dropout > 0)
+        is_denoising = module not in [part.model for part in self._text_parts()]
+        attention = self._attention_context if is_denoising else contextlib.nullcontext
+        checkpoint_activations(module, lora is not None and lora.dropout > 0, attention)
 
     def _finish(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Register the trained parameters, move all modules to the device and prepare them for training."""
@@ -194,6 +213,11 @@ class _LiveText:
     def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the embeddings of captions by name, with their graph."""
         return self.encode(self.tokenize(captions))
+
+    @property
+    def parts(self) -> Sequence[TextPart]:
+        """The single encoders."""
+        return self._encoder.parts
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the tokens of captions by name."""

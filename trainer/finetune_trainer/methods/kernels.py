@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,18 +15,20 @@ from torch.utils.checkpoint import checkpoint
 from finetune_contract.spec import Attention
 from finetune_trainer.errors import ConfigError
 
-_BACKENDS = {
+ATTENTION_BACKENDS = {
     Attention.FLASH: SDPBackend.FLASH_ATTENTION,
+    Attention.CUDNN: SDPBackend.CUDNN_ATTENTION,
     Attention.EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
     Attention.MATH: SDPBackend.MATH,
 }
+"""torch's names of the attention kernels."""
+AttentionContext = Callable[[], AbstractContextManager[None]]
+"""Returns the context of a forward pass, in which torch uses certain attention kernels."""
 _HEAD_SIZE = 64
 """Size of an attention head in the probe of a kernel."""
 
 
-def attention_kernel(
-    attention: Attention, device: torch.device, dtype: torch.dtype
-) -> Callable[[], AbstractContextManager[None]]:
+def attention_kernel(attention: Attention, device: torch.device, dtype: torch.dtype) -> AttentionContext:
     """Return a factory of contexts in which torch uses the named attention kernel; with `auto` torch chooses.
 
     Raises:
@@ -34,7 +36,7 @@ def attention_kernel(
     """
     if attention is Attention.AUTO:
         return contextlib.nullcontext
-    backend = _BACKENDS[attention]
+    backend = ATTENTION_BACKENDS[attention]
     probe = torch.zeros(1, 1, 16, _HEAD_SIZE, device=device, dtype=dtype)
     try:
         with sdpa_kernel(backend):
@@ -47,15 +49,25 @@ def attention_kernel(
     return lambda: sdpa_kernel(backend)
 
 
-def checkpoint_activations(module: Any, draws: bool) -> None:
+def attention_order(backends: Sequence[SDPBackend]) -> AttentionContext:
+    """Return a factory of contexts in which torch tries these kernels in this order, and no others."""
+    return lambda: sdpa_kernel(list(backends), set_priority=True)
+
+
+def checkpoint_activations(module: Any, draws: bool, attention: AttentionContext = contextlib.nullcontext) -> None:
     """Recompute the activations of a model of diffusers or transformers in the backward pass.
 
     Args:
         module: the model.
         draws: whether its forward pass draws random numbers, which the recomputation must repeat. Saving the state of
             the generator is not possible in a CUDA graph.
+        attention: the context of its forward pass. The recomputation must use the same kernels.
     """
-    settings = {"use_reentrant": False, "preserve_rng_state": draws}
+    settings: dict[str, Any] = {
+        "use_reentrant": False,
+        "preserve_rng_state": draws,
+        "context_fn": lambda: (contextlib.nullcontext(), attention()),
+    }
     if hasattr(module, "gradient_checkpointing_enable"):
         module.gradient_checkpointing_enable(settings)
         return

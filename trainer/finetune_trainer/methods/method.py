@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from finetune_contract.spec import OutputFormat, TrainingSpec
 from finetune_trainer.data.batches import Batch, Texts
@@ -90,6 +91,10 @@ class Method(Protocol):
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch with all that the host computes for its losses, e.g. the tokens of its captions."""
+        ...
+
+    def use_attention(self, backends: Sequence[SDPBackend]) -> None:
+        """Let the denoiser use these attention kernels, in this order."""
         ...
 
     def losses(self, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from finetune_contract.methods import crops_at_centre
+from finetune_contract.methods import crops_at_centre, precision_of
 from finetune_contract.requirements import find_missing_software
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec
@@ -78,8 +78,8 @@ def check_place(context: RankContext, world: World) -> None:
         StorageError: the cache cannot be written.
     """
     training = context.spec.training
-    if training.memory_preset is None:
-        # A preset may choose the number format; see `load_inputs`.
+    if training.memory_preset is None and training.precision is not None:
+        # Otherwise the number format is chosen later; see `load_inputs`.
         check_device(training, world.device)
     try:
         context.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def check_device(training: TrainingSpec, device: torch.device) -> None:
     """
     if training.optimizer is Optimizer.ADAMW_8BIT and device.type != "cuda":
         raise ConfigError("training.optimizer: adamw8bit needs a GPU; write adamw or adafactor on CPUs")
-    attention_kernel(training.attention, device, DTYPES[training.precision])
+    attention_kernel(training.attention, device, DTYPES[precision_of(training)])
 
 
 def check_sharded(training: TrainingSpec) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from finetune_contract.bucket import Bucket
 from finetune_contract.identity import DATASET
-from finetune_contract.methods import TrainedPart
+from finetune_contract.methods import TrainedPart, precision_of
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import LoraSpec, Precision, TextualInversionSpec
 from finetune_trainer import patience
@@ -37,7 +37,7 @@ from finetune_trainer.models.text import TextSettings
 from finetune_trainer.train.checks import ignored_revisions
 from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.earlier_work import EarlierWork
-from finetune_trainer.train.hardware import apply_preset
+from finetune_trainer.train.hardware import apply_preset, choose_precision
 from finetune_trainer.train.input_record import InputRecord
 from finetune_trainer.train.pin_store import PinStore
 
@@ -58,6 +58,7 @@ class RunInputs:
         record: what the run trains on.
         earlier: checkpoint of another job to start from; None if the manifest names none.
         needs_checkpoint: whether the base of a LoRA or an embedding was left out, because the job has checkpoints.
+        resumes: whether the job has checkpoints.
     """
 
     spec: RunSpec
@@ -67,6 +68,7 @@ class RunInputs:
     record: InputRecord
     earlier: EarlierWork | None
     needs_checkpoint: bool
+    resumes: bool
 
 
 def load_inputs(context: RankContext, world: World, env: Mapping[str, str]) -> RunInputs:
@@ -95,8 +97,10 @@ def load_inputs(context: RankContext, world: World, env: Mapping[str, str]) -> R
     check_schedule(
         spec.training, family.objective.num_timesteps, context.attempt, _warn_once(world, context.reporter.warn)
     )
-    spec = _apply_preset(pin_dataset(spec, record), context, family, world, env)
-    return RunInputs(spec, family, _DTYPES[spec.training.precision], bucket, record, earlier, resumes and has_start)
+    spec = _apply_preset(pin_dataset(spec, record), context, folders, family, world, env)
+    spec = _choose_precision(spec, context, folders, world)
+    dtype = _DTYPES[precision_of(spec.training)]
+    return RunInputs(spec, family, dtype, bucket, record, earlier, resumes and has_start, resumes)
 
 
 def _find_earlier(context: RankContext, folders: JobFolders, world: World, record: InputRecord) -> EarlierWork | None:
@@ -311,9 +315,19 @@ def _first_rank_first(world: World) -> Iterator[None]:
         world.barrier()
 
 
-def _apply_preset(spec: RunSpec, context: RankContext, family: Family, world: World, env: Mapping[str, str]) -> RunSpec:
+def _choose_precision(spec: RunSpec, context: RankContext, folders: JobFolders, world: World) -> RunSpec:
+    """Return the run with a number format; rank 0 reports one that the manifest leaves out."""
+    training = choose_precision(spec.training, world, folders)
+    if spec.training.precision is None and world.is_first and world.device.type != "cpu":
+        context.reporter.note(f"precision {precision_of(training).value}: the manifest names none")
+    return spec.model_copy(update={"training": training})
+
+
+def _apply_preset(  # noqa: PLR0913, PLR0917  every argument is needed
+    spec: RunSpec, context: RankContext, folders: JobFolders, family: Family, world: World, env: Mapping[str, str]
+) -> RunSpec:
     """Return the run with the settings of its memoryPreset; rank 0 reports them to the user."""
-    choice = apply_preset(spec, family, world, JobFolders(context.job_dir, context.scratch), env)
+    choice = apply_preset(spec, family, world, folders, env)
     if choice is None:
         return spec
     if world.is_first:

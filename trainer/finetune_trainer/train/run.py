@@ -11,12 +11,14 @@ from finetune_contract.heartbeat import RankState
 from finetune_trainer import heap
 from finetune_trainer.checkpoint.checkpointer import Checkpointer
 from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.distributed.fabric import missing_plugin
 from finetune_trainer.distributed.world import join_world
 from finetune_trainer.errors import FabricError, NetworkError, StorageError, StorageOutageError
 from finetune_trainer.export.outputs import write_outputs
 from finetune_trainer.export.retry import PatientWriter
 from finetune_trainer.methods.method import Method
 from finetune_trainer.models.hub import limit_waits
+from finetune_trainer.phases import Phase
 from finetune_trainer.train.artifact_sync import ArtifactSync
 from finetune_trainer.train.build import RunBuilder
 from finetune_trainer.train.checks import check_inputs, check_place, check_spec
@@ -39,6 +41,7 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     check_spec(context.spec)
     check_trackers(context.spec.training.trackers, env)
     world = join_world(env)
+    context.phases.end(Phase.RENDEZVOUS)
     context = share_target(context, world)
     check_place(context, world)
     context.reporter.state(RankState.LOADING)
@@ -46,8 +49,11 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     make_deterministic(world.device)
     if world.device.type == "cpu":
         heap.keep_freed_memory(env)
+    elif world.is_first and world.size > 1 and (warning := missing_plugin(env)):
+        context.reporter.warn(warning)
     inputs = load_inputs(context, world, env)
     check_inputs(inputs.spec, inputs.family, world.device)
+    context.phases.end(Phase.INPUTS)
     return _run_phases(RunBuilder(context, world, inputs, ArtifactSync(context.job_dir, inputs.bucket)))
 
 
@@ -56,19 +62,26 @@ def _run_phases(build: RunBuilder) -> ExitCode:
     context, world = build.context, build.world
     checkpointer = build.make_checkpointer()
     checkpointer.check_storage()
+    if build.inputs.resumes:
+        build.denoiser.start()
     context.reporter.state(RankState.CACHING)
     data = build.prepare_data()
     # The encoders are no longer in memory.
     heap.release_free_memory()
+    context.phases.end(Phase.CACHE)
     context.reporter.state(RankState.LOADING)
-    method = build.make_method()
+    method = build.make_method(data)
     state = build.make_state(method)
+    context.phases.end(Phase.WEIGHTS)
     context.reporter.state(RankState.RESTORING)
     if world.is_first:
         build.artifacts.pull_validation()
     checkpointer.restore(state)
     if build.inputs.needs_checkpoint and state.step == 0:
         raise StorageError("checkpoint storage: all checkpoints of the job are damaged; the next attempt starts again")
+    context.phases.end(Phase.RESTORE)
+    build.confirm_data()
+    context.phases.end(Phase.DATA_CHECK)
     context.notice.on_peer_lost(lambda: checkpointer.emergency_save(state))
     loop = build.make_loop(method, state, data, checkpointer)
     if not _train(loop, state, checkpointer):

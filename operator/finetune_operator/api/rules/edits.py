@@ -23,7 +23,7 @@ from typing import Any
 from pydantic.alias_generators import to_camel
 
 from finetune_contract.run_spec import RunTarget, SpeedSettings
-from finetune_contract.spec import TrainingSpec
+from finetune_contract.spec import Precision, TrainingSpec
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.rules.rule import FieldErrorReason
 
@@ -183,8 +183,8 @@ def forbidden_edits(old: FineTuneJob, new: FineTuneJob) -> list[FixedField]:
     ]
 
 
-EARLIER_DEFAULTS: Mapping[str, Any] = {"learning_rate": 1e-4, "center_crop": False}
-"""Defaults of the first version for fields of `spec.training` whose defaults now depend on the method."""
+EARLIER_DEFAULTS: Mapping[str, Any] = {"learning_rate": 1e-4, "center_crop": False, "precision": Precision.FP32}
+"""Defaults of earlier versions for fields of `spec.training` whose defaults now depend on the method or the device."""
 
 
 def keep_earlier_defaults(stored: FineTuneJob, manifest: FineTuneJob) -> FineTuneJob:

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune_contract.identity import NUM_SHOWN
 from finetune_contract.methods import peak_learning_rate
-from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.job import Accelerator, FineTuneJob
 from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus, InputStatus, PerformanceStatus
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.commands.get import find_job
@@ -101,7 +101,8 @@ def _spec(job: FineTuneJob) -> Iterator[tuple[str, str]]:
         f"{training.batch_size} x {training.gradient_accumulation} x {pluralize(num_ranks, 'rank')}",
     )
     yield "Learning rate", f"{peak_learning_rate(training):g} ({training.lr_scheduler.value})"
-    yield "Resolution", f"{training.resolution} px, {training.precision.value}"
+    default = "fp32" if topology.accelerator is Accelerator.CPU else "bf16 where supported"
+    yield "Resolution", f"{training.resolution} px, {training.precision.value if training.precision else default}"
     yield (
         "Topology",
         f"{pluralize(num_nodes(spec), 'node')} x {pluralize(topology.processes_per_node, 'rank')}, "

@@ -1,4 +1,4 @@
-"""One forward and backward pass of a micro-batch, launched operation by operation. Called by the loop or by `graphed`."""
+"""A forward and backward pass of a micro-batch, launched operation by operation. Used by the loop and by `graphed`."""
 
 from __future__ import annotations
 
