@@ -31,6 +31,13 @@ RUN python -m venv /build \
  && /build/bin/uv pip install --no-cache --python /app/bin/python --compile-bytecode --require-hashes --no-deps \
         -r /tmp/lock.txt
 
+FROM dependencies AS examples
+# Checksum of the source archive of the installed diffusers, whose examples training.script names. Empty: no examples.
+ARG DIFFUSERS_SHA256=
+ARG DIFFUSERS_SOURCES=https://github.com/huggingface/diffusers
+COPY images/examples.sh images/
+RUN sh images/examples.sh /app /examples
+
 FROM dependencies AS own
 COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
@@ -49,6 +56,7 @@ FROM base
 # First the gigabytes that change only with the lock files, then the layer that changes with every release.
 COPY --from=dependencies /app /app
 COPY --from=own /own /app
+COPY --from=examples /examples /opt/diffusers-examples
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune-trainer-cpu" \
@@ -58,7 +66,8 @@ LABEL org.opencontainers.image.title="finetune-trainer-cpu" \
       org.opencontainers.image.source="https://github.com/finetune-operator/finetune-operator" \
       org.opencontainers.image.licenses="Apache-2.0"
 # The root file system is read-only in the pods; everything is written to volumes.
-ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
+    FINETUNE_DIFFUSERS_EXAMPLES=/opt/diffusers-examples
 # The user of the training pods.
 USER 1000:1000
 WORKDIR /tmp

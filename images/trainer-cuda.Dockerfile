@@ -36,6 +36,13 @@ COPY images/efa.sh images/
 # Without EFA, /opt/efa is an empty folder.
 RUN if [ "$EFA" = 1 ]; then sh images/efa.sh /app /opt/efa; else mkdir -p /opt/efa; fi
 
+FROM dependencies AS examples
+# Checksum of the source archive of the installed diffusers, whose examples training.script names. Empty: no examples.
+ARG DIFFUSERS_SHA256=
+ARG DIFFUSERS_SOURCES=https://github.com/huggingface/diffusers
+COPY images/examples.sh images/
+RUN sh images/examples.sh /app /examples
+
 FROM dependencies AS own
 COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
@@ -55,6 +62,7 @@ FROM base
 COPY --from=efa /opt/efa /opt/efa
 COPY --from=dependencies /app /app
 COPY --from=own /own /app
+COPY --from=examples /examples /opt/diffusers-examples
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune-trainer-cuda" \
@@ -65,6 +73,7 @@ LABEL org.opencontainers.image.title="finetune-trainer-cuda" \
       org.opencontainers.image.licenses="Apache-2.0"
 # The root file system is read-only in the pods; everything is written to volumes.
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
+    FINETUNE_DIFFUSERS_EXAMPLES=/opt/diffusers-examples \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility LD_LIBRARY_PATH=/opt/efa/lib
 # The user of the training pods.
 USER 1000:1000

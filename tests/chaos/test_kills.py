@@ -44,3 +44,9 @@ def test_hub_faults() -> None:
 def test_kill_saves() -> None:
     result = run_program("tests.chaos.kill_saves", "--kills", "8")
     assert result == {"kills": 8, "different_weights": 0, "corrupt_chosen": 0}
+
+
+@pytest.mark.timeout(900)
+def test_kill_scripts() -> None:
+    result = run_program("tests.chaos.kill_scripts", "--notices", "2", "--kills", "2")
+    assert result == {"kills": 2, "notices": 2, "different_weights": 0, "lost_after_notice": 0}

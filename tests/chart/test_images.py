@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,10 +28,10 @@ def test_an_image_is_pinned_locked_labelled_and_not_root(file: Path) -> None:
     assert re.search(r"^ARG PYTHON_IMAGE=python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
     # Every stage starts from the pinned base, another stage, or an empty image.
     assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"${PYTHON_IMAGE}", "scratch", "base", "dependencies"}
-    # The stages: dependencies, own code, and the final image; for trainers also their base with a compiler.
-    # On GPUs also a stage with the libraries of a network adapter.
-    stages = {"operator": 3, "trainer-cuda": 5}
-    assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == stages.get(file.stem, 4)
+    # The stages: dependencies, own code, and the final image; for trainers also their base with a compiler,
+    # and the examples of diffusers. On GPUs also a stage with the libraries of a network adapter.
+    stages = {"operator": 3, "trainer-cuda": 6}
+    assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == stages.get(file.stem, 5)
     assert text.count("--require-hashes") >= 2
     assert "SBOM" in text.upper()
     for label in ("title", "description", "version", "revision", "source", "licenses"):
@@ -158,3 +160,34 @@ def test_an_sbom_names_every_distribution(tmp_path: Path) -> None:
     first = out.read_text()
     run("sbom.py", str(out), "tests", str(site_packages), "/usr/bin/env")
     assert out.read_text() == first
+
+
+@pytest.mark.parametrize("is_intact", [True, False])
+def test_the_examples_of_diffusers_are_checked(is_intact: bool, tmp_path: Path) -> None:
+    release = version("diffusers")
+    archive = tmp_path / "sources" / "archive" / "refs" / "tags" / f"v{release}.tar.gz"
+    archive.parent.mkdir(parents=True)
+    script = tmp_path / "train.py"
+    script.write_text("print(1)\n", encoding="utf-8")
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(script, f"diffusers-{release}/examples/controlnet/train.py")
+        tar.add(script, f"diffusers-{release}/src/other.py")
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest() if is_intact else "0" * 64
+    app = tmp_path / "app" / "bin"
+    app.mkdir(parents=True)
+    (app / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    (app / "python").chmod(0o755)
+    env = {**os.environ, "DIFFUSERS_SOURCES": (tmp_path / "sources").as_uri(), "DIFFUSERS_SHA256": digest}
+    target = tmp_path / "examples"
+    command = ["sh", str(ROOT / "images/examples.sh"), str(app.parent), str(target)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) is is_intact, result.stderr
+    assert [str(path.relative_to(target)) for path in target.rglob("*.py")] == (
+        ["controlnet/train.py"] if is_intact else []
+    )
+
+
+def test_an_image_without_examples_has_an_empty_folder(tmp_path: Path) -> None:
+    command = ["sh", str(ROOT / "images/examples.sh"), "/none", str(tmp_path / "examples")]
+    subprocess.run(command, env={**os.environ, "DIFFUSERS_SHA256": ""}, check=True)
+    assert list((tmp_path / "examples").iterdir()) == []

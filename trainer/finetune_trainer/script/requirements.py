@@ -6,9 +6,12 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from finetune_contract.heartbeat import MAX_LAST_OUTPUT
@@ -29,6 +32,9 @@ _UNREACHABLE = (
     "Max retries exceeded",
 )
 """Parts of pip's messages if it reaches no index."""
+
+_TORCH = re.compile(r"torch\s*([=<>!~@\[;]|$)")
+"""A requirement of torch itself. Without one, packages such as torchvision must fit the installed torch."""
 
 
 def folder_name(requirements: Sequence[str]) -> str:
@@ -62,7 +68,11 @@ def install(requirements: Sequence[str], cache_dir: Path) -> Path | None:
 
 def _run_pip(requirements: Sequence[str], folder: Path) -> None:
     """Install what the environment lacks. An installation into a folder alone would repeat torch and all others."""
-    report = _pip("install", "--dry-run", "--report", "-", *requirements)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write(f"torch=={version('torch')}\n")
+        constraints.flush()
+        pinned = [] if any(_TORCH.match(each) for each in requirements) else ["--constraint", constraints.name]
+        report = _pip("install", "--dry-run", "--report", "-", *pinned, *requirements)
     missing = [
         f"{each['metadata']['name']} @ {each['download_info']['url']}"
         if each.get("is_direct")
