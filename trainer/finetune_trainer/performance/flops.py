@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from finetune_contract.spec import Attention, SwitchMode, TrainingSpec
+from finetune_contract.spec import Attention, SwitchMode, TrainingSpec, WeightPrecision
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.files import write_atomically
@@ -69,7 +69,7 @@ def count_pass(method: Method, batch: Batch) -> int:
     counter = OperationFlops()
     with counter:
         loss = method.losses(batch).sum()
-        torch.autograd.grad(loss, list(method.parameters().values()), allow_unused=True)
+        torch.autograd.grad(loss, list(method.leaves()), allow_unused=True)
     return counter.total
 
 
@@ -109,6 +109,7 @@ def weightless_method(family: Family, training: TrainingSpec) -> Method:
     plain: dict[str, Any] = {
         "compile": SwitchMode.OFF,
         "cuda_graphs": SwitchMode.OFF,
+        "weight_precision": WeightPrecision.FP32,
         "gradient_checkpointing": False,
         "attention": Attention.AUTO,
     }
