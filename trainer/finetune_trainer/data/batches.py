@@ -20,6 +20,7 @@ from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.data.sampling.shapes import Shapes, Size
 from finetune_trainer.data.sources.base import SampleSet
 from finetune_trainer.models.family import IMAGE_SIZES, Family
+from finetune_trainer.transfers import to_device
 
 _PRIOR_OFFSET = 1 << 40
 """Added to the index of a sample in the keys of the draws for its class image, so that all keys are different."""
@@ -206,9 +207,9 @@ class BatchMaker:
         return Batch(
             latents=self._stack([sample.latents for sample in samples]),
             noise=self._stack([sample.noise for sample in samples]),
-            timesteps=torch.tensor([sample.timestep for sample in samples], dtype=torch.int64, device=self.device),
+            timesteps=to_device(torch.tensor([each.timestep for each in samples], dtype=torch.int64), self.device),
             captions=captions,
-            text={name: value.to(self.device) for name, value in text.items()},
+            text={name: to_device(value, self.device) for name, value in text.items()},
             mixed=self._stack([sample.mixed for sample in samples]) if is_perturbed else None,
             weights=self._stack_weights(samples),
             conditioning=self._stack(conditions) if conditions else None,
@@ -220,7 +221,8 @@ class BatchMaker:
         draws = self.draws
         view = self.augmentation.view(draws, key)
         posterior = self.latents.posterior(index, view)
-        unscaled = posterior.sample(draws.normal(Purpose.LATENT, key, tuple(posterior.mean.shape)))
+        normal = draws.normal(Purpose.LATENT, key, tuple(posterior.mean.shape))
+        unscaled = posterior.sample(to_device(normal, posterior.mean.device))
         latents = self.family.scale_latents(unscaled)
         noise = self.noising.noise(draws, key, tuple(latents.shape))
         if timestep is None:
@@ -252,7 +254,10 @@ class BatchMaker:
     def _stack_weights(self, samples: Sequence[Sample]) -> Tensor | None:
         if self.prior is None and self.weights is None:
             return None
-        return torch.tensor([sample.weight for sample in samples], device=self.device)
+        return to_device(torch.tensor([sample.weight for sample in samples]), self.device)
 
     def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(tensors)).to(self.device)
+        if len({tensor.device for tensor in tensors}) > 1:
+            # Some latents come from the cache, others from the encoder.
+            tensors = [to_device(tensor, self.device) for tensor in tensors]
+        return to_device(torch.stack(list(tensors)), self.device)

@@ -16,6 +16,7 @@ from finetune_trainer import patience
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.models.latent_scaling import LatentScaling
 from finetune_trainer.models.text_names import copy_text_file, make_text_names_portable
+from finetune_trainer.transfers import to_device
 
 T = TypeVar("T")
 _INDEX = "model_index.json"
@@ -36,7 +37,7 @@ class VaeEncoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the unscaled latents, each (n, C, h, w), of pixels (n, 3, H, W)."""
-        posterior = self._vae.encode(pixels.to(self._vae.device)).latent_dist
+        posterior = self._vae.encode(to_device(pixels, self._vae.device)).latent_dist
         return posterior.mean.contiguous(), posterior.std.contiguous()
 
     @torch.no_grad()

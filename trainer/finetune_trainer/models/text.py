@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from finetune_contract.spec import LongCaptions, TrainingSpec
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.transfers import to_device
 
 TOKENS = "tokens."
 """Prefix of the names of token ids; the name of the text encoder follows."""
@@ -101,7 +102,7 @@ class TextPart:
         else:
             words = self.tokenizer(list(captions), add_special_tokens=False).input_ids
             ids = torch.tensor([row for each in words for row in self._chunks(each, num_chunks, length)])
-        ids = ids.to(self.model.device)
+        ids = to_device(ids, self.model.device)
         if not self._new_tokens:
             return ids
         return torch.where(ids >= size, size - 1 - ids, ids)
@@ -233,7 +234,7 @@ class DualText:
         tokens = _tokenize(self.parts, captions, self._settings)
         if self._zero_empty:
             device = tokens[TOKENS + self.parts[0].name].device
-            tokens[_IS_NOT_EMPTY] = torch.tensor([bool(caption) for caption in captions], device=device)
+            tokens[_IS_NOT_EMPTY] = to_device(torch.tensor([bool(caption) for caption in captions]), device)
         return tokens
 
     def encode_tokens(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

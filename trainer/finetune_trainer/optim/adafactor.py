@@ -57,9 +57,7 @@ class Adafactor(torch.optim.Adafactor):
                 state = self.state[parameter]
                 if not state:
                     state.update(_fresh_state(gradient))
-                # A restored count is on the device. On the host, it can be read without waiting.
-                state["step"] = state["step"].cpu() + 1
-                weight = float(state["step"]) ** group["beta2_decay"]
+                weight = state["step"].add_(1) ** group["beta2_decay"]
                 parameter.mul_(1 - group["lr"] / _SCALE * group["weight_decay"])
                 update = _scaled(gradient, state, weight)
                 norm = torch.linalg.vector_norm(update) / (update.numel() ** 0.5 * group["d"])
@@ -68,20 +66,20 @@ class Adafactor(torch.optim.Adafactor):
 
 def _fresh_state(gradient: Tensor) -> dict[str, Tensor]:
     """Return the state before the first step, with torch's names: second moments per row and column of a matrix."""
-    step = {"step": torch.tensor(0.0)}
+    step = {"step": gradient.new_zeros(())}
     if gradient.dim() < 2:
         return step | {"variance": torch.zeros_like(gradient)}
     rows, columns = gradient.select(-1, 0).unsqueeze(-1), gradient.select(-2, 0).unsqueeze(-2)
     return step | {"row_var": torch.zeros_like(rows), "col_var": torch.zeros_like(columns)}
 
 
-def _scaled(gradient: Tensor, state: dict[str, Tensor], weight: float) -> Tensor:
+def _scaled(gradient: Tensor, state: dict[str, Tensor], weight: Tensor) -> Tensor:
     """Update the second moments, and return the gradient divided by their root.
 
     Args:
         gradient: the gradient.
         state: the second moments.
-        weight: weight of this step in them.
+        weight: weight of this step in them (scalar).
     """
     smallest = torch.finfo(gradient.dtype).eps
     if gradient.dim() < 2:

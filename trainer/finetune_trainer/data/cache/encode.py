@@ -33,7 +33,7 @@ class Posterior:
     """The VAE's posterior distribution of an image's latents.
 
     Attributes:
-        mean: mean of the unscaled latents, float32 (C, h, w).
+        mean: mean of the unscaled latents, float32 (C, h, w), on any device.
         std: their standard deviation, the same shape.
         size: width and height of the image as stored.
     """
@@ -230,6 +230,6 @@ class LiveLatents:
 
 
 def encode_image(encoder: ImageEncoder, image: Image.Image, shapes: Shapes, view: CropView) -> Posterior:
-    """Encode one image with a VAE, cropped to its shape and view."""
+    """Encode one image with a VAE, cropped to its shape and view. The posterior is on the device of the VAE."""
     mean, std = encoder.encode(to_pixels(image, shapes.of(image.size), view).unsqueeze(0))
-    return Posterior(mean[0].float().cpu(), std[0].float().cpu(), image.size)
+    return Posterior(mean[0].float(), std[0].float(), image.size)
