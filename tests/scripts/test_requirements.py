@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,7 +33,12 @@ def _wheel(tmp_path: Path) -> str:
 def test_requirements_are_installed_once(wheel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Path] = []
     run = requirements._run_pip
-    monkeypatch.setattr(requirements, "_run_pip", lambda names, folder: (calls.append(folder), run(names, folder)))
+
+    def counted(names: Sequence[str], folder: Path) -> None:
+        calls.append(folder)
+        run(names, folder)
+
+    monkeypatch.setattr(requirements, "_run_pip", counted)
     with ThreadPoolExecutor(2) as pool:
         folders = set(pool.map(lambda _: install([wheel], tmp_path / "cache"), range(2)))
     (folder,) = folders

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.script.random_state import uses_gpu
 from finetune_trainer.script.saver import RankRecord
 
 
@@ -44,9 +45,9 @@ def learning_rate(optimizer: Any) -> float | None:
 
 def device_event() -> Any:
     """Return an event after all work that this thread has given to a GPU; None without one."""
-    if not torch.cuda.is_initialized():
+    if not uses_gpu():
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
 
@@ -55,6 +56,6 @@ def other_stream(ready: Any) -> Any:
     """Return a context that copies from a GPU without waiting for a collective that never ends."""
     if ready is None:
         return ExitStack()
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_event(ready)
     return torch.cuda.stream(stream)

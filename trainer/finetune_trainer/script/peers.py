@@ -36,7 +36,11 @@ class Peers:
         self.kept_for = (rank - stride) % size
         """Rank whose state this rank keeps."""
         self._keeper = (rank + stride) % size
-        self._group = dist.new_group(backend="gloo", timeout=WAIT) if size > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if size > 1:
+            group = dist.new_group(backend="gloo", timeout=WAIT)
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
 
     def sum(self, values: list[int]) -> list[int]:
         """Return the sums of the values over all ranks.

@@ -22,9 +22,14 @@ class RandomState:
     """State of the current GPU's generator; None if this process uses no GPU."""
 
 
+def uses_gpu() -> bool:
+    """Return whether this process has a context on a GPU."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def capture() -> RandomState:
     """Return the state of all generators. It costs some microseconds, and no draw."""
-    device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    device = torch.cuda.get_rng_state() if uses_gpu() else None
     return RandomState(random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state(), device)
 
 

@@ -301,14 +301,16 @@ class Session:
         """
         self._reporter.state(RankState.SAVING)
         automatic = self.accelerator.project_configuration.automatic_checkpoint_naming
-        if folder is None or automatic or self._saver.saves_on_all_ranks(self.accelerator):
+        if folder is None or automatic:
             result = save(folder)
-            written = final = Path(str(folder if folder is not None and not automatic else result)).absolute()
+            written = final = Path(str(result)).absolute()
         else:
             final = Path(folder).absolute()
-            written = self._saver.checkpoints.aside(final)
+            replaces, on_all_ranks = is_committed(final), self._saver.saves_on_all_ranks(self.accelerator)
+            # A committed checkpoint of this name stays until the new one is committed.
+            written = self._saver.checkpoints.aside(final) if replaces or not on_all_ranks else final
             result = save(str(written))
-            if not is_committed(final):
+            if not replaces and not on_all_ranks:
                 # The script may use it at once. It counts only from the boundary.
                 publish(written, final)
                 written = final

@@ -65,7 +65,8 @@ class WorkerStart:
 
     def __call__(self, worker: int) -> None:
         """Seed each batch by its number from now on."""
-        original = _MapDatasetFetcher.fetch
+        fetcher: Any = _MapDatasetFetcher
+        original = fetcher.fetch
 
         def fetch(self: Any, indices: Any) -> Any:
             if isinstance(indices, NumberedIndices):
@@ -74,6 +75,6 @@ class WorkerStart:
                 torch.manual_seed(indices.seed)
             return original(self, indices)
 
-        _MapDatasetFetcher.fetch = fetch
+        fetcher.fetch = fetch
         if self._script is not None:
             self._script(worker)

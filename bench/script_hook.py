@@ -1,0 +1,69 @@
+"""Cost of the hook of scripts: the same script with the hook and without it, in turn, on 1 and 2 ranks.
+
+The steps are as small as possible, so that the difference of their medians is the cost of the hook. It is given as a
+share of a step of 50 ms. Each round runs both, in alternating order. The last line is JSON: {"share_1_rank",
+"share_2_ranks"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from testing.measure.report import finish
+from testing.trainer import step_times
+from testing.trainer.script_ranks import ScriptRanks
+from testing.trainer.scripts import script_spec
+
+STEP_SECONDS = 0.05
+SCRIPT = Path(step_times.__file__ or "")
+
+
+def median_seconds(folder: Path, world_size: int, steps: int, *, hooked: bool) -> float:
+    """Run the script once, and return the median of the seconds of its steps, without the first tenth."""
+    job = folder / "job"
+    args = {"output_dir": str(job), "max_train_steps": steps * world_size}
+    spec = script_spec(SCRIPT, args, checkpointInterval={"seconds": 100_000})
+    argv = tuple(text for name, value in args.items() for text in (f"--{name}", str(value)))
+    ranks = ScriptRanks(spec, folder, world_size=world_size, hooked=hooked, script=SCRIPT, argv=argv)
+    if ranks.run() != [0] * world_size:
+        raise SystemExit(f"the script failed:\n{ranks.stderr()}")
+    seconds = json.loads((job / "seconds-0.json").read_text(encoding="utf-8"))
+    return statistics.median(seconds[len(seconds) // 10 :])
+
+
+def main() -> None:
+    """Measure, and print the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1000)
+    options = parser.parse_args()
+    rows, result = [], {}
+    with tempfile.TemporaryDirectory(prefix="script-hook-") as folder:
+        for world_size in (1, 2):
+            pairs = []
+            for number in range(options.rounds):
+                pair = {}
+                for hooked in (False, True) if number % 2 else (True, False):
+                    place = Path(folder) / f"{world_size}-{number}-{hooked}"
+                    pair[hooked] = median_seconds(place, world_size, options.steps, hooked=hooked)
+                pairs.append(pair)
+                print(
+                    f"{world_size} ranks, round {number + 1}: {pair[False]:.6f} s, with the hook {pair[True]:.6f} s",
+                    flush=True,
+                )
+            cost = statistics.median(pair[True] - pair[False] for pair in pairs)
+            plain = statistics.median(pair[False] for pair in pairs)
+            rows.append((world_size, f"{plain * 1e6:.0f}", f"{cost * 1e6:.0f}", f"{cost / STEP_SECONDS:.2%}"))
+            result[f"share_{world_size}_rank{'s' if world_size > 1 else ''}"] = round(cost / STEP_SECONDS, 4)
+    finish(("ranks", "step, us", "hook, us", "share of 50 ms"), rows, result)
+
+
+if __name__ == "__main__":
+    main()
