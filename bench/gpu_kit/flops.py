@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu_kit.bases import case_of, has_setting, make_training
 from bench.gpu_kit.items import Context
-from bench.launches import META, LaunchCase, MetaFamily, make_batch
 from finetune_contract.spec import Precision
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.registry import method_class
 from testing.gpu_kit.schedule import CASES, TrainingCase
+from testing.measure.launches import META, LaunchCase, MetaFamily, make_batch
 
 
 def flops(context: Context) -> None:

@@ -11,13 +11,13 @@ import torch
 from bench.gpu_kit.bases import case_of, gib, make_case_loop, make_training
 from bench.gpu_kit.items import Context, NotPossibleError
 from bench.gpu_kit.training import time_steps
-from bench.launches import MetaFamily
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.train.hardware import count_weights, has_bf16
 from finetune_trainer.train.preset import Hardware, choose, estimate_bytes, preset_bytes
 from testing.gpu_kit.records import read_records
 from testing.gpu_kit.schedule import MAIN_CASE, PRESETS, TrainingCase
 from testing.measure.device import measured_device, peak_bytes, synchronize
+from testing.measure.launches import MetaFamily
 
 PRESET_STEPS = 2
 OPTIMIZER_CASE = TrainingCase("sd15", "Full", 512, 4, 4)

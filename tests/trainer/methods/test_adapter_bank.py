@@ -135,7 +135,7 @@ def test_dropout_has_the_losses_and_gradients_of_peft(
     monkeypatch.setattr(AdapterBank, "_make_groups", record)
     monkeypatch.setattr(adapter_group, "draw_mask", draw)
     settings = {"rank": 3, "alpha": 6, "dropout": 0.3, "useDora": use_dora}
-    training = {"lora": settings, "gradientCheckpointing": checkpointing}
+    training: dict[str, Any] = {"lora": settings, "gradientCheckpointing": checkpointing}
     ours, peft = make_lora(base, **training), make_peft(base, **training)
     places = {id(layer): place for group in made for place, layer in enumerate(group.layers)}
     assert max(places.values()) > 2, "keys and values of several blocks are one group"

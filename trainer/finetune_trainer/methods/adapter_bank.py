@@ -58,7 +58,7 @@ class AdapterBank:
         num_layers = sum(len(group) for group in groups)
         starts = [0, *accumulate(self._sizes)]
         num_matrices = starts[2 * num_layers]
-        made = []
+        made: list[AdapterGroup] = []
         for first, last in pairwise([0, *accumulate(len(group) for group in groups)]):
             layers = groups[len(made)]
             down = slice(starts[first], starts[last])
@@ -91,19 +91,23 @@ class AdapterBank:
     def refresh(self) -> None:
         """Compute everything that depends on the fp32 weights, and drop gradients of a pass that failed."""
         num_matrices = len(self._working)
+        self._drop_gradients()
         self._working[: self._num_down].copy_(self._master[: self._num_down])
         torch.mul(self._master[self._num_down : num_matrices], self._scale, out=self._working[self._num_down :])
-        self._gradients.zero_()
-        if len(self._magnitude_gradients):
-            self._magnitude_gradients.zero_()
         for group in self.groups:
             group.refresh()
 
+    def _drop_gradients(self) -> None:
+        self._gradients.zero_()
+        if len(self._magnitude_gradients):
+            self._magnitude_gradients.zero_()
+
     def take_gradients(self) -> list[Tensor]:
-        """Return the gradients of the pass in fp32, one for each parameter. The next pass resets them."""
+        """Return the gradients of the pass in fp32, one for each parameter, and reset them."""
         self.text.clear()
         parts = [self._gradients, self._magnitude_gradients]
-        taken = torch.cat([part.float() for part in parts]) if len(parts[1]) else parts[0].to(torch.float32, copy=True)
+        taken = torch.cat([parts[0].float(), parts[1]]) if len(parts[1]) else parts[0].to(torch.float32, copy=True)
+        self._drop_gradients()
         views = torch.split(taken, self._sizes)
         return [view.view(parameter.shape) for view, parameter in zip(views, self._parameters, strict=True)]
 
@@ -153,7 +157,8 @@ def _by_input(
     attentions: Sequence[AdaptedAttention], shares_text: bool
 ) -> tuple[list[AdaptedAttention], list[list[AdaptedAttention]]]:
     """Return the attention blocks with an own input, and the others by what their keys and values have in common."""
-    own, shared = [], {}
+    own: list[AdaptedAttention] = []
+    shared: dict[tuple[Any, ...], list[AdaptedAttention]] = {}
     for attention in attentions:
         if shares_text and attention.block.is_cross_attention:
             layer = attention.grouped[0]

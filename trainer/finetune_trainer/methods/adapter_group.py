@@ -85,8 +85,13 @@ class AdapterGroup:
         rows = slice(first * num_out, (first + count) * num_out)
         magnitudes = self.magnitudes
         if magnitudes is not None:
-            parts = (values[layers] for values in (magnitudes.values, magnitudes.gradients, magnitudes.frozen))
-            magnitudes = Magnitudes(*parts, magnitudes.norms[layers], magnitudes.factors[layers])
+            magnitudes = Magnitudes(
+                values=magnitudes.values[layers],
+                gradients=magnitudes.gradients[layers],
+                frozen=magnitudes.frozen[layers],
+                norms=magnitudes.norms[layers],
+                factors=magnitudes.factors[layers],
+            )
         return replace(
             self,
             layers=self.layers[layers],
