@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from finetune_contract.methods import encodes_text
-from finetune_contract.spec import LoraSpec, OutputFormat
+from finetune_contract.spec import LoraSpec, OutputFormat, SwitchMode
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.adapter_bank import use_adapter_bank
 from finetune_trainer.methods.adapter_file import load_adapters
@@ -54,11 +54,11 @@ class Lora(DenoiserMethod):
     def _finish(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Finish as every method, and compute the adapters by fewer operations."""
         for module in self._adapted.values():
-            if self._context.training.compile:
+            if self._context.training.compile is SwitchMode.ON:
                 # The compiler fuses the operations of each layer; it cannot trace the bank's.
                 use_fast_linears(module)
         super()._finish(trained)
-        if not self._context.training.compile:
+        if self._context.training.compile is not SwitchMode.ON:
             for module in self._adapted.values():
                 use_adapter_bank(module, self._dtype)
 
