@@ -15,6 +15,7 @@ from finetune_contract.input_spec import ModelSpec
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.methods import adapter_group
 from finetune_trainer.methods import lora as lora_module
 from finetune_trainer.methods.adapted_attention import AdaptedAttention
@@ -24,6 +25,7 @@ from finetune_trainer.methods.lora import Lora
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.family import IMAGE_SIZES
+from finetune_trainer.optim.flat import storage_order
 from testing.trainer import tiny
 
 CPU = torch.device("cpu")
@@ -243,6 +245,34 @@ def test_a_failed_pass_leaves_no_gradients(base: Path) -> None:
         parameter.grad = None
     run_pass(lora)
     assert all(map(torch.equal, gradients(lora), expected))
+
+
+@pytest.mark.parametrize("training", [{}, DORA], ids=["plain", "DoRA"])
+def test_gradients_that_are_held_in_one_buffer_are_added_at_once(base: Path, training: dict[str, Any]) -> None:
+    """Two passes of a step, as with CUDA graphs: the same sums without one addition for each parameter."""
+    lora, held = make_lora(base, **training), make_lora(base, **training)
+    parameters = list(held.parameters().values())
+    buffer = LocalGradients([parameters[index] for index in storage_order(parameters)], CPU)
+    buffer.hold()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(AdapterBank, "_take_gradients")
+        for seed in range(2):
+            run_pass(held, seed)
+    for seed in range(2):
+        run_pass(lora, seed)
+    assert all(map(torch.equal, gradients(held), gradients(lora)))
+
+
+def test_hooks_of_held_gradients_are_called(base: Path) -> None:
+    """With several ranks a hook starts the sum of a full bucket."""
+    lora = make_lora(base)
+    parameters = list(lora.parameters().values())
+    LocalGradients([parameters[index] for index in storage_order(parameters)], CPU).hold()
+    called: list[Tensor] = []
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(called.append)  # type: ignore[no-untyped-call]
+    run_pass(lora)
+    assert len(called) == len(parameters)
 
 
 def test_target_modules_outside_of_attention(base: Path) -> None:

@@ -102,9 +102,20 @@ class AdapterBank:
         if len(self._magnitude_gradients):
             self._magnitude_gradients.zero_()
 
-    def take_gradients(self) -> list[Tensor]:
-        """Return the gradients of the pass in fp32, one for each parameter, and reset them."""
+    def end_pass(self) -> Sequence[Tensor | None]:
+        """Return the gradients of the pass in fp32, one for each parameter; none if they were added to one buffer."""
         self.text.clear()
+        held = _held_gradients(self._parameters)
+        if held is None:
+            return self._take_gradients()
+        num_matrices = len(self._gradients)
+        held[:num_matrices].add_(self._gradients)
+        if len(self._magnitude_gradients):
+            held[num_matrices:].add_(self._magnitude_gradients)
+        self._drop_gradients()
+        return [None] * len(self._parameters)
+
+    def _take_gradients(self) -> list[Tensor]:
         parts = [self._gradients, self._magnitude_gradients]
         taken = torch.cat([parts[0].float(), parts[1]]) if len(parts[1]) else parts[0].to(torch.float32, copy=True)
         self._drop_gradients()
@@ -200,7 +211,32 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.bank.take_gradients()
+        return None, *ctx.bank.end_pass()
+
+
+def _held_gradients(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    """Return the gradients of all parameters as one tensor, if they are neighbours in a buffer and nothing reads them.
+
+    Autograd would add to each of them separately. A hook of a parameter waits for its gradient.
+    """
+    first = parameters[0].grad
+    if first is None:
+        return None
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for parameter in parameters:
+        gradient = parameter.grad
+        if (
+            gradient is None
+            or gradient.dtype is not torch.float32
+            or gradient.storage_offset() != offset
+            or gradient.untyped_storage().data_ptr() != storage
+            or not gradient.is_contiguous()
+            or parameter._post_accumulate_grad_hooks
+            or parameter._backward_hooks
+        ):
+            return None
+        offset += gradient.numel()
+    return first.as_strided((offset - first.storage_offset(),), (1,), first.storage_offset())
 
 
 def _forward_of(group: AdapterGroup, bank: AdapterBank) -> Any:
