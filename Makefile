@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
 .PHONY: help install system-packages demo test test-fast test-readers mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
-        bench-learning bench-map bench-exchange gpu-kit
+        bench-learning bench-map bench-exchange bench-script-hook gpu-kit
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -60,6 +60,9 @@ kill-saves: install ## 200 SIGKILLs at random times, half of them during a save;
 
 kill-scripts: install ## 25 preemption notices and 25 SIGKILLs of an unmodified script on 2 ranks; compares the weights
 	@$(BIN)/python -m tests.chaos.kill_scripts
+
+bench-script-hook: install ## measure what the hook of scripts adds to a step, as a share of 50 ms
+	@$(BIN)/python -m bench.script_hook
 
 bench-checkpoint: install ## measure how long a save stalls training, compared with accelerate; bytes and time to durable
 	@$(BIN)/python -m bench.checkpoint

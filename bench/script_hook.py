@@ -34,7 +34,7 @@ def median_seconds(folder: Path, world_size: int, steps: int, *, hooked: bool) -
     ranks = ScriptRanks(spec, folder, world_size=world_size, hooked=hooked, script=SCRIPT, argv=argv)
     if ranks.run() != [0] * world_size:
         raise SystemExit(f"the script failed:\n{ranks.stderr()}")
-    seconds = json.loads((job / "seconds-0.json").read_text(encoding="utf-8"))
+    seconds: list[float] = json.loads((job / "seconds-0.json").read_text(encoding="utf-8"))
     return statistics.median(seconds[len(seconds) // 10 :])
 
 

@@ -142,7 +142,7 @@ def _install(at: tuple[At, ...]) -> None:
         return run
 
     register_optimizer_step_post_hook(lambda *_: reach("step"))
-    Accelerator.backward = wrapped(Accelerator.backward, "backward", "")  # type: ignore[method-assign]
-    Accelerator.save_state = wrapped(Accelerator.save_state, "", "saved")  # type: ignore[method-assign]
+    Accelerator.backward = wrapped(Accelerator.backward, "backward", "")
+    Accelerator.save_state = wrapped(Accelerator.save_state, "", "saved")
     module: Any = accelerate.accelerator
     module.save_accelerator_state = wrapped(module.save_accelerator_state, "save", "")
