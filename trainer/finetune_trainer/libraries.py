@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from finetune_contract import environment
+from finetune_trainer import deferred_packages
 
 HEAVY = (
     "finetune_trainer.train.run",
@@ -26,7 +27,11 @@ LAZY = (
 
 
 def prepare(env: Mapping[str, str]) -> None:
-    """Disable the libraries' progress bars, and store hub files in the shared cache. Call it before their import."""
+    """Disable the libraries' progress bars, and store hub files in the shared cache. Call it before their import.
+
+    Packages that a run needs for one module only are deferred.
+    """
+    deferred_packages.defer()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

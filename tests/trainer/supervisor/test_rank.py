@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
+from finetune_trainer.phases import Phase
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 
@@ -89,6 +90,10 @@ def test_final_report(base: Path, data: Path, tmp_path: Path) -> None:
     assert last["checkpoint"]["durableSeconds"] > 0
     (output,) = last["outputs"]
     assert output["sizeBytes"] == len(ranks.weights())
+    phases = last["startSeconds"]
+    assert list(phases) == [each.value for each in Phase]
+    assert sum(phases.values()) > 0
+    assert "first step after " in ranks.stderr()
 
 
 def test_losses_do_not_depend_on_the_world_size(base: Path, data: Path, tmp_path: Path) -> None:

@@ -152,7 +152,15 @@ def test_edited_folder_ends_the_job_until_it_is_restored(
     shutil.rmtree(third.job_dir / paths.INPUTS)
     shutil.move(tmp_path / "pins", third.job_dir / paths.INPUTS)
     edited.write_text(before, "utf-8")
-    assert run(spec, tmp_path / "job", 5).weights() == undisturbed
+    # Images are compared in the background, before the first step.
+    image = folder / "train" / "2.png"
+    pixels, times = image.read_bytes(), image.stat()
+    image.write_bytes((folder / "train" / "1.png").read_bytes().ljust(len(pixels), b"\0")[: len(pixels)])
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
+    fifth = run(spec, tmp_path / "job", 5, ExitCode.DATA)
+    assert f"has changed since the job began: contents differ; first difference: {image}; restore" in fifth.stderr()
+    image.write_bytes(pixels)
+    assert run(spec, tmp_path / "job", 6).weights() == undisturbed
 
 
 def test_ranks_without_a_shared_disk_share_the_pins(base: Path, data: Path, tmp_path: Path) -> None:
