@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
 .PHONY: help install system-packages demo test test-fast test-readers mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
-        bench-learning bench-map bench-exchange bench-script-hook gpu-kit
+        bench-learning bench-map bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -79,6 +79,9 @@ simulate: install ## run a million random events on the simulated cluster; a bro
 bench-exchange: install ## as root: measure how much of the gradient exchange the backward pass hides, on limited links
 	@$(BIN)/python -m bench.exchange $(ARGS)
 
+bench-launches: install ## count the operations that a training step of each method dispatches, without a GPU
+	@$(BIN)/python -m bench.launches
+
 bench-spot: install ## compare goodput on spot capacity: no operator, upstream practice, this operator
 	@$(BIN)/python -m bench.spot
 
@@ -90,6 +93,9 @@ gpu-kit: install ## make gpu-kit/, a folder that measures everything on a machin
 
 bench-learning: install ## measure what each method learns on the circles base: numbers and pictures before and after
 	@$(BIN)/python -m bench.learning --out .bench/learning
+
+bench-restart: install ## measure the time from the kill of a rank to its next new step, by phase
+	@$(BIN)/python -m bench.restart
 
 bench-map: install ## measure the map phase from 1,000 to 100,000 images: memory, speed, wait per step
 	@$(BIN)/python -m bench.map_phase
