@@ -20,10 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.family import IMAGE_SIZES
+from finetune_trainer.optim.flat import storage_order
 from testing.measure.architectures import NUM_TOKENS, UNETS, RandomFamily
 
 META = torch.device("meta")
@@ -137,12 +139,22 @@ def make_method(case: LaunchCase) -> Method:
     return method
 
 
+def _hold_gradients(method: Method) -> LocalGradients:
+    """Return the gradients as training on one GPU holds them, in one fp32 buffer."""
+    parameters, leaves = list(method.parameters().values()), list(method.leaves())
+    order = storage_order(parameters)
+    ordered = [parameters[index] for index in order]
+    gradients = LocalGradients(ordered, META, [leaves[index] for index in order])
+    gradients.hold()
+    return gradients
+
+
 def count_operations(case: LaunchCase, steps: int = 2) -> Counter[str]:
     """Return the operations of the last of some steps, by name: the first one may prepare something."""
     method, batch = make_method(case), make_batch(case)
+    gradients = _hold_gradients(method)
     for _ in range(steps):
-        for leaf in method.leaves():
-            leaf.grad = None
+        gradients.clear()
         counter = OperationCounter()
         with counter:
             torch.autograd.backward(method.losses(method.prepare(batch)).sum() / case.batch)

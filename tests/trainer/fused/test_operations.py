@@ -15,12 +15,18 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune_trainer.fused import operations
-from finetune_trainer.fused.blocks import fuse_feed_forward, fuse_norms, use_fused_operations
+from finetune_trainer.fused.blocks import (
+    fuse_feed_forward,
+    fuse_residual_blocks,
+    fuse_transformer_blocks,
+    use_fused_operations,
+)
 from finetune_trainer.fused.functions import add_layer_norm, geglu
 from testing.trainer import tiny
 
@@ -136,7 +142,7 @@ def test_residual_block(channels_last: bool, time_is_trained: bool) -> None:
     fused.load_state_dict(plain.state_dict())
     for block in (plain, fused):
         block.requires_grad_(False)
-    fuse_norms(fused)
+    fuse_residual_blocks(fused)
     x, time = torch.randn(2, 8, 5, 7), torch.randn(2, 5).requires_grad_(time_is_trained)
     x = x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).requires_grad_()
     inputs = [x, time] if time_is_trained else [x]
@@ -155,7 +161,7 @@ def test_time_is_projected_again_when_it_changes() -> None:
     block = ResnetBlock2D(in_channels=8, temb_channels=5, groups=4).requires_grad_(False)
     x, first, second = torch.randn(1, 8, 4, 4), torch.randn(1, 5), torch.randn(1, 5)
     expected = [block(x, time) for time in (first, second, first)]
-    fuse_norms(block)
+    fuse_residual_blocks(block)
     for time, reference in zip((first, second, first), expected, strict=True):
         assert_close(block(x, time), reference)
 
@@ -170,7 +176,8 @@ def test_denoiser(family: str, checkpointing: bool, tmp_path: Path) -> None:
         unet = UNet2DConditionModel.from_pretrained(folder).requires_grad_(False).train()
         if is_fused:
             fuse_feed_forward(unet)
-            fuse_norms(unet)
+            fuse_transformer_blocks(unet)
+            fuse_residual_blocks(unet)
         if checkpointing:
             unet.enable_gradient_checkpointing()
         torch.manual_seed(0)
@@ -192,6 +199,16 @@ def test_denoiser(family: str, checkpointing: bool, tmp_path: Path) -> None:
 
 def test_trained_norms_and_cpus_keep_their_own_operations(base: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    fuse_norms(unet)
-    use_fused_operations(unet.requires_grad_(False))
+    fuse_transformer_blocks(unet)
+    fuse_residual_blocks(unet)
+    use_fused_operations(unet.requires_grad_(False), has_compiled_blocks=False)
     assert not any("forward" in vars(module) for module in unet.modules())
+
+
+def test_operations_of_compiled_blocks_are_left_to_the_compiler(base: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(base / "unet").requires_grad_(False).to("meta")
+    use_fused_operations(unet, has_compiled_blocks=True)
+    assert {type(module) for module in unet.modules() if "forward" in vars(module)} == {ResnetBlock2D}
+    use_fused_operations(unet, has_compiled_blocks=False)
+    changed = {type(module) for module in unet.modules() if "forward" in vars(module)}
+    assert changed == {ResnetBlock2D, BasicTransformerBlock, GEGLU}

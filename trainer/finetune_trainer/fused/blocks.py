@@ -1,6 +1,6 @@
 """Blocks of diffusers' models with fused operations in place of their own. Called by `denoiser_method`.
 
-Where a compiler is used it fuses the same operations, and these are not used.
+Where transformer blocks are compiled, the compiler fuses the same operations of them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,25 @@ from finetune_trainer.fused.functions import add_layer_norm, geglu, group_norm_s
 from finetune_trainer.fused.operations import triton_works
 
 
-def use_fused_operations(module: nn.Module) -> None:
+def use_fused_operations(module: nn.Module, has_compiled_blocks: bool) -> None:
     """Fuse operations of a model where this is faster: on GPUs. The module has its final device.
 
     GEGLU is fused always; normalizations only with frozen weights, and where Triton works.
+
+    Args:
+        module: the model.
+        has_compiled_blocks: whether its transformer blocks are compiled. Their operations are left to the compiler.
     """
     device = next(module.parameters()).device.type
-    if device in {"cuda", "meta"}:
+    if device not in {"cuda", "meta"}:
+        return
+    has_kernels = device == "meta" or triton_works()
+    if not has_compiled_blocks:
         fuse_feed_forward(module)
-    if device == "meta" or (device == "cuda" and triton_works()):
-        fuse_norms(module)
+    if has_kernels and not has_compiled_blocks:
+        fuse_transformer_blocks(module)
+    if has_kernels:
+        fuse_residual_blocks(module)
 
 
 def fuse_feed_forward(module: nn.Module) -> None:
@@ -36,24 +45,27 @@ def fuse_feed_forward(module: nn.Module) -> None:
             part.forward = _feed_forward_of(part)
 
 
-def fuse_norms(module: nn.Module) -> None:
-    """Fuse the norms of transformer blocks with the additions before them, and those of residual blocks with SiLU.
-
-    All residual blocks have the same input of the time: their projections of it are one product.
-    """
+def fuse_transformer_blocks(module: nn.Module) -> None:
+    """Fuse the frozen layer norms of transformer blocks with the additions before them."""
     from diffusers.models.attention import BasicTransformerBlock  # noqa: PLC0415  slow to import
-    from diffusers.models.resnet import ResnetBlock2D  # noqa: PLC0415
 
-    residual_blocks: list[Any] = []
     for part in module.modules():
         if type(part) is BasicTransformerBlock and _is_plain_transformer_block(part):
             part.forward = _transformer_block_of(part)
-        elif type(part) is ResnetBlock2D and _is_plain_residual_block(part):
-            residual_blocks.append(part)
-    if residual_blocks:
-        times = _TimeProjections([block.time_emb_proj for block in residual_blocks])
-        for index, block in enumerate(residual_blocks):
-            block.forward = _residual_block_of(block, times, index)
+
+
+def fuse_residual_blocks(module: nn.Module) -> None:
+    """Fuse the frozen group norms of residual blocks with SiLU; all blocks project the time together."""
+    from diffusers.models.resnet import ResnetBlock2D  # noqa: PLC0415  slow to import
+
+    blocks: list[Any] = [
+        part for part in module.modules() if type(part) is ResnetBlock2D and _is_plain_residual_block(part)
+    ]
+    if not blocks:
+        return
+    times = _TimeProjections([block.time_emb_proj for block in blocks])
+    for index, block in enumerate(blocks):
+        block.forward = _residual_block_of(block, times, index)
 
 
 def _feed_forward_of(part: Any) -> Callable[..., Tensor]:

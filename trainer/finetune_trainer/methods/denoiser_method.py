@@ -195,9 +195,8 @@ class DenoiserMethod:
         if training.compile is SwitchMode.ON:
             for module in self._modules:
                 compile_blocks(module, self._family.compiled_blocks)
-        else:
-            for module in self._modules:
-                use_fused_operations(module)
+        for module in self._modules:
+            use_fused_operations(module, training.compile is SwitchMode.ON)
         if training.gradient_checkpointing:
             self._checkpoint_activations(self._denoiser)
         self.set_training(True)
