@@ -1,8 +1,9 @@
 """Cost of the hook of scripts: the same script with the hook and without it, in turn, on 1 and 2 ranks.
 
 The steps are as small as possible, so that the difference of their medians is the cost of the hook. It is given as a
-share of a step of 50 ms. Each round runs both, in alternating order. The last line is JSON: {"share_1_rank",
-"share_2_ranks"}.
+share of a step of 50 ms: of the time on the clock, and of the time of the thread on a CPU, which a busy machine changes
+less. Each round runs both, in alternating order. The last line is JSON: {"wall_1_rank", "cpu_1_rank", "wall_2_ranks",
+"cpu_2_ranks"}.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ STEP_SECONDS = 0.05
 SCRIPT = Path(step_times.__file__ or "")
 
 
-def median_seconds(folder: Path, world_size: int, steps: int, *, hooked: bool) -> float:
-    """Run the script once, and return the median of the seconds of its steps, without the first tenth."""
+def median_seconds(folder: Path, world_size: int, steps: int, *, hooked: bool) -> dict[str, float]:
+    """Run the script once, and return the medians of the seconds of its steps, without the first tenth."""
     job = folder / "job"
     args = {"output_dir": str(job), "max_train_steps": steps * world_size}
     spec = script_spec(SCRIPT, args, checkpointInterval={"seconds": 100_000})
@@ -34,8 +35,22 @@ def median_seconds(folder: Path, world_size: int, steps: int, *, hooked: bool) -
     ranks = ScriptRanks(spec, folder, world_size=world_size, hooked=hooked, script=SCRIPT, argv=argv)
     if ranks.run() != [0] * world_size:
         raise SystemExit(f"the script failed:\n{ranks.stderr()}")
-    seconds: list[float] = json.loads((job / "seconds-0.json").read_text(encoding="utf-8"))
-    return statistics.median(seconds[len(seconds) // 10 :])
+    seconds: dict[str, list[float]] = json.loads((job / "seconds-0.json").read_text(encoding="utf-8"))
+    return {kind: statistics.median(each[len(each) // 10 :]) for kind, each in seconds.items()}
+
+
+def measure(folder: Path, world_size: int, rounds: int, steps: int) -> list[dict[bool, dict[str, float]]]:
+    """Return the medians of each round, with the hook and without it."""
+    pairs = []
+    for number in range(rounds):
+        order = (False, True) if number % 2 else (True, False)
+        pair = {
+            hooked: median_seconds(folder / f"{world_size}-{number}-{hooked}", world_size, steps, hooked=hooked)
+            for hooked in order
+        }
+        pairs.append(pair)
+        print(f"{world_size} ranks, round {number + 1}: {pair[False]}, with the hook {pair[True]}", flush=True)
+    return pairs
 
 
 def main() -> None:
@@ -47,22 +62,14 @@ def main() -> None:
     rows, result = [], {}
     with tempfile.TemporaryDirectory(prefix="script-hook-") as folder:
         for world_size in (1, 2):
-            pairs = []
-            for number in range(options.rounds):
-                pair = {}
-                for hooked in (False, True) if number % 2 else (True, False):
-                    place = Path(folder) / f"{world_size}-{number}-{hooked}"
-                    pair[hooked] = median_seconds(place, world_size, options.steps, hooked=hooked)
-                pairs.append(pair)
-                print(
-                    f"{world_size} ranks, round {number + 1}: {pair[False]:.6f} s, with the hook {pair[True]:.6f} s",
-                    flush=True,
-                )
-            cost = statistics.median(pair[True] - pair[False] for pair in pairs)
-            plain = statistics.median(pair[False] for pair in pairs)
-            rows.append((world_size, f"{plain * 1e6:.0f}", f"{cost * 1e6:.0f}", f"{cost / STEP_SECONDS:.2%}"))
-            result[f"share_{world_size}_rank{'s' if world_size > 1 else ''}"] = round(cost / STEP_SECONDS, 4)
-    finish(("ranks", "step, us", "hook, us", "share of 50 ms"), rows, result)
+            pairs = measure(Path(folder), world_size, options.rounds, options.steps)
+            for kind in ("wall", "cpu"):
+                cost = statistics.median(pair[True][kind] - pair[False][kind] for pair in pairs)
+                plain = statistics.median(pair[False][kind] for pair in pairs)
+                name = f"{kind}_{world_size}_rank{'s' if world_size > 1 else ''}"
+                result[name] = round(cost / STEP_SECONDS, 4)
+                rows.append((world_size, kind, f"{plain * 1e6:.0f}", f"{cost * 1e6:.0f}", f"{result[name]:.2%}"))
+    finish(("ranks", "time", "step, us", "hook, us", "share of 50 ms"), rows, result)
 
 
 if __name__ == "__main__":

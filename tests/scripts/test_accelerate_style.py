@@ -34,7 +34,7 @@ def _compare(args: dict[str, Any], world_size: int, folder: Path, script: Path |
 @pytest.mark.parametrize(
     ("args", "world_size"),
     [
-        ({"skip": "accelerate"}, 2),
+        ({"skip": "accelerate"}, 1),
         ({"skip": "by_hand"}, 1),
         ({"skip": "none", "seedable": True}, 2),
         ({"data": "iterable", "skip": "none"}, 2),

@@ -22,8 +22,7 @@ def _batches(folder: Path, rank: int) -> dict[int, str]:
     return {int(line.partition(" ")[0]): line for line in lines}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("step", [3, 7], ids=["first epoch", "later epoch"])
+@pytest.mark.parametrize(("step", "world_size"), [(3, 1), (7, 2)], ids=["first epoch", "later epoch"])
 def test_a_notice_loses_no_step_and_changes_no_weight(
     step: int, world_size: int, undisturbed: Undisturbed, args: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -116,10 +115,9 @@ def test_the_total_of_epochs_comes_from_the_progress_bar(args: dict[str, Any], t
     assert run.reports()[-1]["totalSteps"] == 3
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_accumulation_workers_and_the_end_of_an_epoch(workers: int, args: dict[str, Any], tmp_path: Path) -> None:
+def test_accumulation_workers_and_the_end_of_an_epoch(args: dict[str, Any], tmp_path: Path) -> None:
     """10 batches in an epoch, 3 in a step: the last step of an epoch has one batch."""
-    args |= {"gradient_accumulation_steps": 3, "dataloader_num_workers": workers, "checkpointing_steps": 500}
+    args |= {"gradient_accumulation_steps": 3, "dataloader_num_workers": 2, "checkpointing_steps": 500}
     spec = script_spec("train_style.py", args)
     whole = ScriptRanks(spec, tmp_path / "whole")
     assert whole.run() == [0], whole.stderr()

@@ -36,10 +36,13 @@ from finetune_trainer.files import sync_file, sync_folder, write_atomically
 _LOG = logging.getLogger(__name__)
 WRITING = ".writing-"
 DELETING = ".deleting-"
+SURVIVORS = ".survivors"
+"""Suffix of the temporary folder of an emergency save."""
 RECORD = "finetune.json"
 """File, inside a checkpoint, that describes why it was taken."""
 NUMBERED = re.compile(r"checkpoint[-_](\d+)$")
 """Names that diffusers' scripts and accelerate give to checkpoints."""
+_TEMPORARY = re.compile(rf"^(?:{re.escape(WRITING)}|{re.escape(DELETING)})(.*?)(?:-a\d+(?:{re.escape(SURVIVORS)})?)?$")
 BY_SCRIPT = "script"
 NUM_STREAMS = 4
 
@@ -86,12 +89,19 @@ class ScriptCheckpoints:
         for entry in list(self.folder.iterdir()):
             if not entry.name.startswith((WRITING, DELETING)):
                 continue
-            final = entry.with_name(re.sub(rf"^({WRITING}|{DELETING})(.*?)(-a\d+)?$", r"\2", entry.name))
-            if is_committed(entry) and not final.exists():
+            final = entry.with_name(_TEMPORARY.sub(r"\1", entry.name))
+            if not final.exists() and self._is_intact(entry):
                 # The attempt was killed between the two renames that replace a checkpoint.
                 entry.rename(final)
             else:
                 remove_tree(entry, ignore_errors=True)
+
+    def _is_intact(self, folder: Path) -> bool:
+        try:
+            verify(folder, self._job_uid)
+        except BadCheckpointError:
+            return False
+        return True
 
     def find_newest(self) -> Found | None:
         """Return the newest verified checkpoint. Damaged and incomplete ones are renamed and kept."""

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -234,9 +235,19 @@ class PythonHook:
         replace(shutil, "rmtree", self._remove)
         with contextlib.suppress(ImportError):
             replace(importlib.import_module("tqdm.std").tqdm, "__init__", self._bar)
-        with contextlib.suppress(ImportError):
-            pipelines = importlib.import_module("diffusers.pipelines.pipeline_utils")
-            replace(pipelines.DiffusionPipeline, "progress_bar", self._draw)
+        self._session.on_boundary(self._install_pipelines)
+
+    def _install_pipelines(self) -> bool:
+        """Follow the pipelines of diffusers once the script has imported them, which takes seconds.
+
+        Returns:
+            Whether that is done.
+        """
+        pipelines = sys.modules.get("diffusers.pipelines.pipeline_utils")
+        if pipelines is None or not hasattr(pipelines, "DiffusionPipeline"):
+            return False
+        replace(pipelines.DiffusionPipeline, "progress_bar", self._draw)
+        return True
 
     def _seed(self, original: Original, *args: Any, **kwargs: Any) -> Any:
         self._session.num_seeds += 1

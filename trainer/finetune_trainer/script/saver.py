@@ -18,7 +18,7 @@ from finetune_contract.manifest import BadCheckpointError
 from finetune_trainer.errors import SupersededError
 from finetune_trainer.files import sync_file
 from finetune_trainer.report import Reporter
-from finetune_trainer.script.checkpoints import Found, ScriptCheckpoints, is_committed
+from finetune_trainer.script.checkpoints import SURVIVORS, Found, ScriptCheckpoints, is_committed
 from finetune_trainer.script.peers import Peers
 from finetune_trainer.script.position import Position
 from finetune_trainer.script.random_state import RandomState, in_accelerate_format
@@ -161,7 +161,7 @@ class Saver:
         if accelerator.distributed_type.name in SHARDED:
             _LOG.warning("emergency save skipped: the state is divided over the ranks")
             return None
-        folder = self.checkpoints.aside(final).with_suffix(".survivors")
+        folder = self.checkpoints.aside(final).with_suffix(SURVIVORS)
         states = folder.with_suffix(".states")
         states.mkdir(parents=True, exist_ok=True)
         for rank, record in records.items():

@@ -99,11 +99,17 @@ class Session:
         self._released = ExitStack()
         self._after_restore: RandomState | None = None
         self._num_images = 0
+        self._until_done: Callable[[], bool] = lambda: True
+        """Called at each boundary until it returns true."""
 
     @property
     def output_folder(self) -> Path:
         """Folder that the script writes to."""
         return self._saver.checkpoints.folder
+
+    def on_boundary(self, attempt: Callable[[], bool]) -> None:
+        """Call a function at each boundary until it returns true."""
+        self._until_done = attempt
 
     # ---- the script's objects ----
 
@@ -253,6 +259,8 @@ class Session:
         self._boundary = Boundary(record, None, device_event())
         self._update.release()
         self._reporter.state(RankState.TRAINING)
+        if self._until_done():
+            self._until_done = lambda: True
         flags = [int(self._notice.given), int(may_save and self._is_due()), int(self._pending is not None)]
         sizes = [len(state) if rank == self._peers.rank else 0 for rank in range(self._peers.size)]
         notice, due, pending, *sizes = self._peers.sum([*flags, *sizes])
