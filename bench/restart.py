@@ -5,7 +5,7 @@ forked and with the indexes of the cache (A), or by its command and without inde
 in turns (A B A B ...). The last line is JSON: {"forked_seconds", "command_seconds", "ratio", "phases"}; `ratio` is the
 median of the pairs' ratios, `phases` the medians of A's phases. Options::
 
-    python -m bench.restart --images 2000 --pairs 5
+    python -m bench.restart --images 500 --pairs 5
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ async def measure(folder: Path, pairs: int) -> list[tuple[Restart, Restart]]:
 def main() -> None:
     """Measure the pairs and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=int, default=2000, help="images of the data set (default 2000)")
+    parser.add_argument("--images", type=int, default=500, help="images of the data set (default 500)")
     parser.add_argument("--pairs", type=int, default=5, help="restarts of each kind (default 5)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-restart-") as name:

@@ -12,17 +12,19 @@ import torch
 from PIL import Image
 
 from finetune_contract.identity import DATASET
+from finetune_trainer.data import prepare
 from finetune_trainer.data.cache import scan_index, store
 from finetune_trainer.data.cache.image_scan import ImageScan, scan_images
 from finetune_trainer.data.cache.scan_index import FileChecks, ScanIndex
 from finetune_trainer.data.cache.store import TensorCache
 from finetune_trainer.data.cache.store_index import INDEX_NAME, ShardItems, pack_index, unpack_index
-from finetune_trainer.data.hashes import FileHashes
+from finetune_trainer.data.hashes import FileHashes, noted_number
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DataError, StorageError
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.input_record import InputRecord
 from finetune_trainer.train.pin_store import PinStore
+from testing.trainer import streams, tiny
 
 pytestmark = pytest.mark.trainer
 
@@ -206,3 +208,32 @@ def test_a_damaged_index_of_shards_is_ignored(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
     cache.refresh()
     assert cache.missing(["a", "b", "c"]) == []
+
+
+def test_a_number_is_computed_once_per_note(tmp_path: Path) -> None:
+    note = tmp_path / "captions" / "note"
+    assert noted_number(note, lambda: 7) == 7
+    assert noted_number(note, lambda: pytest.fail("computed again")) == 7
+    note.write_text("?")
+    assert noted_number(note, lambda: 0) == 0
+    assert noted_number(note, lambda: 1) == 0
+    (tmp_path / "file").touch()
+    assert noted_number(tmp_path / "file" / "note", lambda: 3) == 3
+
+
+def test_captions_are_tokenized_by_the_first_attempt_only(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny.make_spec(base, data, centerCrop=True)
+    counts: list[int] = []
+
+    def count(tokenizers: Any, captions: Any, settings: Any) -> int:
+        counts.append(len(captions))
+        return 2
+
+    monkeypatch.setattr(prepare, "count_cut", count)
+    for _ in range(2):
+        reports: list[str] = []
+        streams.prepare(spec, tmp_path / "cache", reports)
+        assert any(line.startswith("2 of 7 captions are too long") for line in reports)
+    assert counts == [7]

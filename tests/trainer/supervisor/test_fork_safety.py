@@ -62,6 +62,26 @@ def test_gpus_are_counted_by_their_device_files(tmp_path: Path) -> None:
     assert fork_safety.count_gpus(tmp_path) == 2
 
 
+class StandInNvml:
+    """A stand-in for NVML that was opened twice."""
+
+    def __init__(self) -> None:
+        self.uses = 2
+
+    def nvmlShutdown(self) -> int:  # noqa: N802  NVML's name
+        self.uses -= 1
+        return 0 if self.uses >= 0 else 1
+
+
+def test_nvml_is_closed_as_often_as_it_was_opened() -> None:
+    nvml = StandInNvml()
+    fork_safety.close_nvml("7f00 r-xp /usr/lib/libc.so.6", lambda _: nvml)
+    assert nvml.uses == 2
+    fork_safety.close_nvml("7f00 r-xp /usr/lib/libnvidia-ml.so.580.65.06", lambda _: nvml)
+    assert nvml.uses == -1
+    fork_safety.close_nvml("libnvidia-ml.so.1", lambda _: object())
+
+
 IMPORTS = """
 import os, sys, torch
 from finetune_trainer import libraries

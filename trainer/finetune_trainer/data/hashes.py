@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from finetune_trainer import patience
@@ -83,6 +84,18 @@ def hash_text(*parts: str) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def noted_number(note: Path, compute: Callable[[], int]) -> int:
+    """Return a number that a file keeps between runs. Compute it if there is no such file, or if it is damaged."""
+    try:
+        return int(note.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        number = compute()
+    # A note that cannot be written only costs the time to compute the number again.
+    with contextlib.suppress(OSError):
+        write_atomically(note, str(number).encode())
+    return number
 
 
 def _read(note: Path) -> dict[str, tuple[FileState, str]]:

@@ -22,7 +22,7 @@ from finetune_trainer.data.cache.sample_identity import SampleHasher, SampleIden
 from finetune_trainer.data.cache.scan_index import FileChecks
 from finetune_trainer.data.cache.stream_map import StreamMap
 from finetune_trainer.data.captions import Captions, OnePrompt, ShuffledTags
-from finetune_trainer.data.hashes import FileHashes
+from finetune_trainer.data.hashes import FileHashes, hash_text, noted_number
 from finetune_trainer.data.images.class_images import ClassImages
 from finetune_trainer.data.listing import CLASS_IMAGES, MAX_HELD_OUT, SampleLister
 from finetune_trainer.data.mixture import JoinedSamples, MixturePart
@@ -128,7 +128,7 @@ class Preparation:
         train = self._open_train(hashes)
         self.check_length(len(train.samples))
         held_out = self._scan_held_out(listed, hashes)
-        self._warn_of_cut_captions(train)
+        self._warn_of_cut_captions(train, hashes)
         text = TextCache(self.cache_dir, self.family, hashes, self.dtype)
         if self.requirements.caches_text:
             shuffles = self.spec.dataset.shuffle_tags is not None
@@ -158,13 +158,14 @@ class Preparation:
             hashes.save()
         return prepared
 
-    def _warn_of_cut_captions(self, train: DataSplit) -> None:
+    def _warn_of_cut_captions(self, train: DataSplit, hashes: FileHashes) -> None:
         """Warn once, on rank 0, with the number of captions that the text encoders cannot read to their end."""
         if not self.world.is_first:
             return
         settings, captions = self.family.text_settings, sorted(set(self.requirements.captions.every(train.samples)))
-        cut = count_cut(self.family.load_tokenizers(), captions, settings)
-        if cut:
+        encoders = hashes.of_files(self.family.text_encoder_files())
+        note = self.cache_dir / "captions" / hash_text("cut", encoders, *settings.key, *captions)[:32]
+        if cut := noted_number(note, lambda: count_cut(self.family.load_tokenizers(), captions, settings)):
             remedy = "" if settings.num_chunks > 1 else ", or write training.longCaptions: chunk for 225 tokens"
             self.warn(f"{cut} of {len(captions)} captions are too long, and their ends are cut; shorten them{remedy}")
 

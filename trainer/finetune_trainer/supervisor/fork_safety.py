@@ -7,6 +7,7 @@ thread does not survive one either, and a lock that it held stays locked. NVML, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -26,6 +27,8 @@ _GPU = re.compile(r"nvidia\d+")
 _DEVICE_CACHE = re.compile("cuda|gpu|nvml|device|bf16")
 _CACHES = ("torch.cuda", "torch.accelerator", "accelerate.utils.imports", "diffusers.utils.torch_utils")
 """Modules that store what they have found out about GPUs."""
+_NVML = "libnvidia-ml.so.1"
+_MAX_NVML_USERS = 100
 _IMPORT_SYSTEM = ("/importlib/", "<frozen ")
 _NUM_NAMED = 3
 """Threads, or lines of a stack, that a message names."""
@@ -164,9 +167,28 @@ def without_cuda_driver(watch: ImportWatch) -> Iterator[None]:
     finally:
         for name, native in natives.items():
             setattr(torch._C, name, native)
+        close_nvml(Path("/proc/self/maps").read_text(encoding="utf-8"))
         os.environ.pop(NVML_CHECK)
         if before is not None:
             os.environ[NVML_CHECK] = before
+
+
+def close_nvml(maps: str, load: Callable[[str], Any] = ctypes.CDLL) -> None:
+    """Close NVML if it is loaded, so that each rank opens it itself.
+
+    Args:
+        maps: the files that are mapped into this process.
+        load: returns a shared library.
+    """
+    # The file has the version of the driver in its name.
+    if _NVML.removesuffix("1") not in maps:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        shut_down = load(_NVML).nvmlShutdown
+        # NVML counts how often it was opened. Any other code than 0 means that it is closed.
+        for _ in range(_MAX_NVML_USERS):
+            if shut_down() != 0:
+                break
 
 
 def count_gpus(devices: Path = Path("/dev")) -> int:
