@@ -303,3 +303,17 @@ def test_weights_stored_in_bf16_save_four_bytes_each_and_are_not_sharded() -> No
     folders = JobFolders(Path("job"), None, None)
     assert _may_shard(plain, folders)
     assert not _may_shard(rounded, folders)
+
+
+def test_estimate_includes_the_memory_of_graphs_where_they_are_used() -> None:
+    gpu, cpu = Hardware(80 * GIB, True, True, True), Hardware(80 * GIB, False, True, False)
+
+    def estimate(on: Hardware, **settings: str) -> float:
+        return estimate_bytes(
+            TrainingSpec.model_validate({"steps": 1, "precision": "bf16", **settings}), full(SD15), on
+        )
+
+    assert 0.1 * GIB < estimate(gpu) - estimate(gpu, cudaGraphs="off") < GIB
+    assert estimate(cpu) == estimate(cpu, cudaGraphs="off")
+    sharded = {"sharding": "full"}
+    assert estimate(gpu, **sharded) == estimate(gpu, cudaGraphs="off", **sharded)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune_contract.methods import precision_of
-from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec, WeightPrecision
+from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, SwitchMode, TrainingSpec, WeightPrecision
 from finetune_trainer.errors import ConfigError
 
 GIB = 2**30
@@ -20,6 +20,9 @@ _SHARE = 0.9
 """Usable share of the memory; the rest is for fragmentation and for other processes."""
 _CONTEXT_GIB = 0.8
 """Memory of the GPU's driver and libraries."""
+_GRAPHS_GIB = 0.2
+"""Memory of the driver for captured passes, and of their inputs. Activations are in the pool of the graphs instead of
+torch's own."""
 _BYTES_OF_MOMENTS = {Optimizer.ADAMW: 8.0, Optimizer.ADAMW_8BIT: 2.1, Optimizer.ADAFACTOR: 0.1, Optimizer.PRODIGY: 16.0}
 """Optimizer state in bytes per trained weight."""
 _GATHERED_GIB = 2.0
@@ -150,6 +153,8 @@ def estimate_bytes(training: TrainingSpec, weights: Weights, hardware: Hardware)
     of_sample = 0.6 if training.gradient_checkpointing else 2.2 + 0.5 * billions
     of_sample *= min(1.0, billions / 0.1) * bytes_of_format / 2
     context = _CONTEXT_GIB if hardware.is_gpu else 0.3
+    if hardware.is_gpu and training.cuda_graphs is not SwitchMode.OFF and training.sharding is Sharding.NONE:
+        context += _GRAPHS_GIB
     num_samples = training.batch_size * (2 if training.dreambooth and training.dreambooth.class_prompt else 1)
     return held + (context + of_sample * side**2 * num_samples) * GIB
 
