@@ -14,6 +14,8 @@ from finetune_trainer.report import Reporter
 LOSS_NAMES = ("train_loss", "loss", "step_loss")
 READ_SECONDS = 5.0
 """Interval between reads of a loss from a GPU: each one waits for the device."""
+SHOW_SECONDS = 1.0
+"""Interval between reports of the learning rate."""
 WINDOW_SECONDS = 10.0
 """Images per second are a mean over about this time."""
 
@@ -46,7 +48,8 @@ class Figures:
         self._since = clock()
         self._read_at = -math.inf
         self._rate: float | None = None
-        self._detail = ""
+        self._learning_rate: float | None = None
+        self._shown_at = -math.inf
 
     def saw_batch(self, batch: Any) -> None:
         """Count the samples of a batch of this rank."""
@@ -88,9 +91,9 @@ class Figures:
             weight = min(1.0, elapsed / WINDOW_SECONDS)
             self._rate = rate if self._rate is None else (1 - weight) * self._rate + weight * rate
         self._since, self._samples = now, 0
-        if learning_rate is not None and (detail := f"learning rate {learning_rate:.3g}") != self._detail:
-            self._detail = detail
-            self._reporter.detail(detail)
+        if learning_rate is not None and learning_rate != self._learning_rate and now - self._shown_at >= SHOW_SECONDS:
+            self._learning_rate, self._shown_at = learning_rate, now
+            self._reporter.detail(f"learning rate {learning_rate:.3g}")
         self._reporter.progress(step, self._loss, self._rate)
 
     def resume_clock(self) -> None:

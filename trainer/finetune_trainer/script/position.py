@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from finetune_trainer.script.random_state import RandomState, capture, restore
+from finetune_trainer.script.random_state import RandomState, bytes_to_tensor, capture, restore
 from finetune_trainer.script.workers import NumberedBatches, WorkerStart
 
 
@@ -25,7 +25,7 @@ from finetune_trainer.script.workers import NumberedBatches, WorkerStart
 class Generators:
     """State of the generators and samplers that decide the order of a loader's samples."""
 
-    states: tuple[torch.Tensor, ...]
+    states: tuple[bytes, ...]
     seeds: tuple[tuple[str, int], ...]
     """Attributes of accelerate's own sampler."""
 
@@ -40,7 +40,7 @@ class Position:
         is_open: whether the script was inside the iteration, with batches left.
         random: state at the start of the iteration.
         order: the same of the loader's own generators.
-        order_now: their state at the checkpoint.
+        order_now: their state at the checkpoint, between two iterations.
         before_next: state before the read of the next batch; None if this rank reads none.
     """
 
@@ -49,7 +49,7 @@ class Position:
     is_open: bool
     random: RandomState | None
     order: Generators | None
-    order_now: Generators
+    order_now: Generators | None
     before_next: RandomState | None
 
 
@@ -115,7 +115,8 @@ class TrackedLoader:
             is_open,
             start[0] if start else None,
             start[1] if start else None,
-            read_order(self.loader),
+            # Inside an iteration its start determines the order, and the walk through the samplers takes time.
+            None if start else read_order(self.loader),
             before,
         )
 
@@ -177,6 +178,7 @@ class TrackedLoader:
             else:
                 self.loader.iteration = resumed.epoch
                 restore(after)
+                assert resumed.order_now is not None
                 write_order(self.loader, resumed.order_now)
                 after = None
         self._epoch, self._yielded = self.loader.iteration, 0
@@ -307,13 +309,14 @@ def read_order(loader: Any) -> Generators:
         for name in _SEEDS
         if type(owner).__name__ == "SeedableRandomSampler" and isinstance(owner.__dict__.get(name), int)
     ]
-    return Generators(tuple(generator.get_state() for generator in _generators(loader)), tuple(seeds))
+    states = tuple(generator.get_state().numpy().tobytes() for generator in _generators(loader))
+    return Generators(states, tuple(seeds))
 
 
 def write_order(loader: Any, order: Generators) -> None:
     """Set the state of the loader's own generators and samplers."""
     for generator, state in zip(_generators(loader), order.states, strict=False):
-        generator.set_state(state)
+        generator.set_state(bytes_to_tensor(state))
     owners = _samplers(loader)
     for path, value in order.seeds:
         index, _, name = path.partition(".")

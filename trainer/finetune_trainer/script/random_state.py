@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+from array import array
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,33 @@ class RandomState:
     torch: Tensor
     device: Tensor | None
     """State of the current GPU's generator; None if this process uses no GPU."""
+
+    @cached_property
+    def packed(self) -> bytes:
+        """The state as bytes. Tensors and tuples of numbers are slow to pickle, and every step does it."""
+        version, words, gauss = self.python
+        name, keys, *rest = self.numpy
+        python = (version, array("Q", words).tobytes(), gauss)
+        tensors = tuple(None if each is None else each.numpy().tobytes() for each in (self.torch, self.device))
+        return pickle.dumps((python, (name, np.asarray(keys).tobytes(), *rest), tensors), pickle.HIGHEST_PROTOCOL)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the packed state, which is made once."""
+        return unpack, (self.packed,)
+
+
+def unpack(packed: bytes) -> RandomState:
+    """Return the state from its bytes."""
+    (version, words, gauss), (name, keys, *rest), tensors = pickle.loads(packed)  # noqa: S301  from a rank of this job
+    first, device = (None if each is None else bytes_to_tensor(each) for each in tensors)
+    assert first is not None
+    python = (version, tuple(array("Q", words)), gauss)
+    return RandomState(python, (name, np.frombuffer(keys, dtype=np.uint32).copy(), *rest), first, device)
+
+
+def bytes_to_tensor(data: bytes) -> Tensor:
+    """Return the state of a generator of torch from its bytes."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def uses_gpu() -> bool:
