@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -137,7 +138,11 @@ def run_ranks(rate: str, options: list[str]) -> list[dict[str, Any]]:
             command += [sys.executable, "-m", "bench.exchange", "--rank", str(rank), "--store", f"{folder}/store"]
             env = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
             processes.append(subprocess.Popen([*command, *options], env=env, stdout=subprocess.PIPE, text=True))
-        outputs = [process.communicate()[0] for process in processes]
+        try:
+            outputs = [process.communicate()[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
     if any(process.returncode for process in processes):
         sys.exit("a rank failed")
     return [json.loads(line) for line in outputs[0].splitlines() if line.startswith("{")]
@@ -151,7 +156,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--compute", nargs="+", choices=COMPUTE, default=["accelerator"])
     parser.add_argument("--precision", choices=[*ExchangePrecision], default="fp32", help="numbers on the network")
-    parser.add_argument("--ratio", type=float, default=1.5, help="backward pass / exchange, replayed (default 1.5)")
+    parser.add_argument("--ratio", type=float, default=2.0, help="backward pass / exchange, replayed (default 2)")
     parser.add_argument("--channels", type=int, default=96, help="width of the first level (default 96)")
     parser.add_argument("--latent", type=int, default=32, help="side of the latents (default 32: 256 px)")
     parser.add_argument("--batch", type=int, default=1, help="samples of a rank in a step (default 1)")
@@ -184,6 +189,8 @@ def main() -> None:
         return
     if os.geteuid() != 0 or len(os.sched_getaffinity(0)) < NUM_RANKS:
         sys.exit("run this as root on two cores: it creates network namespaces, and each rank uses one core")
+    # The namespaces are removed when the bench is stopped, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     names = ("rounds", "ratio", "channels", "latent", "batch", "precision")
     options = [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
     options += ["--methods", *args.methods, "--compute", *args.compute]

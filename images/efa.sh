@@ -1,8 +1,8 @@
 #!/bin/sh
-# Build rdma-core, libfabric with the provider for EFA, and aws-ofi-nccl: efa.sh APP PREFIX. Runs in the build stage of
-# trainer-cuda.Dockerfile, which sets the versions and checksums. NCCL finds PREFIX/lib/libnccl-net.so.
+# Build rdma-core, libfabric with the provider for EFA, and aws-ofi-nccl: efa.sh BUILD APP PREFIX. Runs in a build stage
+# of trainer-cuda.Dockerfile, which sets the versions and checksums. NCCL finds PREFIX/lib/libnccl-net.so.
 set -eu
-app=$1 prefix=$2
+build=$1 app=$2 prefix=$3
 
 apt-get update
 apt-get install --yes --no-install-recommends autoconf automake bzip2 ca-certificates cmake curl libhwloc-dev \
@@ -16,9 +16,13 @@ fetch() { # PATH SHA256: download an archive, check it, and unpack it in a new f
     cd "$folder"
 }
 
-# The CUDA wheel of the lock file, in the layout of a CUDA installation.
+# The CUDA wheel of the lock file, and the headers that it includes, in the layout of a CUDA installation.
 cuda=$(mktemp --directory)
-ln -s "$(echo "$app"/lib/python3*/site-packages/nvidia/cu13/include)" "$cuda/include"
+echo "nvidia-cuda-crt==$CUDA_CRT_VERSION --hash=sha256:$CUDA_CRT_SHA256 --hash=sha256:$CUDA_CRT_AARCH64_SHA256" \
+    > "$cuda/requirements.txt"
+"$build/bin/pip" install --no-cache-dir --no-deps --require-hashes --target "$cuda" -r "$cuda/requirements.txt"
+mv "$cuda/nvidia/cu13/include" "$cuda/include"
+cp -R "$app"/lib/python3*/site-packages/nvidia/cu13/include/. "$cuda/include/"
 ln -s "$(echo "$app"/lib/python3*/site-packages/nvidia/cu13/lib)" "$cuda/lib64"
 test -e "$cuda/lib64/libcudart_static.a"
 

@@ -32,9 +32,13 @@ ARG LIBFABRIC_VERSION=2.4.0
 ARG LIBFABRIC_SHA256=13f508e1d770c44f872c4117d9bcbfc102dc9d7532d3292455e0e0e5ef7b3bba
 ARG AWS_OFI_NCCL_VERSION=1.17.3
 ARG AWS_OFI_NCCL_SHA256=0b3313e9ad48226cb143c8f1dead60bcd59a8083e582558ee44a438d58cc23c1
+# Headers of the CUDA release in the lock file.
+ARG CUDA_CRT_VERSION=13.2.86
+ARG CUDA_CRT_SHA256=e3ab08801bf9b1e6dc979275d25e816bb5000521b648e19c324d5eef0c79f1da
+ARG CUDA_CRT_AARCH64_SHA256=3294669c379ef3382804bc077fec22a48753a743c75c83c1ee3c224bb049423f
 COPY images/efa.sh images/
 # Without EFA, /opt/efa is an empty folder.
-RUN if [ "$EFA" = 1 ]; then sh images/efa.sh /app /opt/efa; else mkdir -p /opt/efa; fi
+RUN if [ "$EFA" = 1 ]; then sh images/efa.sh /build /app /opt/efa; else mkdir -p /opt/efa; fi
 
 FROM dependencies AS examples
 # Checksum of the source archive of the installed diffusers, whose examples training.script names. Empty: no examples.

@@ -10,14 +10,18 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune_contract.spec import ExchangePrecision
 from finetune_trainer.distributed import buckets as module
+from finetune_trainer.distributed import exchange as exchange_module
 from finetune_trainer.distributed.buckets import GradientBucket, GradientBuckets
+from finetune_trainer.distributed.exchange import RoundedExchange
 from finetune_trainer.distributed.gradients import Signal
 from finetune_trainer.distributed.sharding import ShardedGradients, Shards
 from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import FabricError
 from testing.trainer.exchange import run_on_ranks
 
 WIDTH = 7
@@ -253,6 +257,21 @@ def test_buckets_start_in_the_order_of_the_backward_pass_from_the_second_step(re
         assert first_sizes == [layer, 2 * layer, 2 * layer]
         assert second_sizes == [2 * layer, layer, 2 * layer]
         assert all(map(torch.equal, first, second))
+
+
+def test_a_lost_peer_ends_the_wait_for_a_rounded_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum runs in another thread; the loop's thread gets the error, and the next sums do not hang."""
+
+    def lose_peer(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection closed by peer [10.0.0.2]:4711")
+
+    monkeypatch.setattr(exchange_module, "_new_group", lambda: None)
+    monkeypatch.setattr(dist, "all_to_all_single", lose_peer)
+    sums = RoundedExchange(World(0, 2, 0, torch.device("cpu")))
+    pending = [sums.start(torch.zeros(3)) for _ in range(exchange_module.MAX_IN_FLIGHT + 1)]
+    for each in pending:
+        with pytest.raises(FabricError, match="rank 0 lost a peer in all_reduce: Connection closed by peer"):
+            each.wait()
 
 
 def test_a_gradient_after_its_sum_has_started_is_an_error() -> None:

@@ -20,8 +20,10 @@ from finetune_contract.spec import ExchangePrecision
 from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_trainer.distributed.world import World
 
-NUM_LANES = 2
-"""Sums that run at the same time: one rounds and adds numbers while the other uses the network."""
+NUM_STREAMS = 2
+"""Streams of a GPU: one rounds numbers while the other uses the network."""
+MAX_IN_FLIGHT = 4
+"""Sums on CPUs that have started to send. Each holds two bf16 copies of its tensor."""
 
 
 class PendingSum(Protocol):
@@ -81,12 +83,12 @@ class StreamExchange:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._streams = [torch.cuda.Stream(world.device) for _ in range(NUM_LANES)]  # type: ignore[no-untyped-call]
+        self._streams = [torch.cuda.Stream(world.device) for _ in range(NUM_STREAMS)]  # type: ignore[no-untyped-call]
         self._num_started = 0
 
     def start(self, tensor: Tensor) -> PendingSum:
         """Start a sum; see `Exchange`."""
-        stream = self._streams[self._num_started % NUM_LANES]
+        stream = self._streams[self._num_started % NUM_STREAMS]
         self._num_started += 1
         # The gradients in the tensor come from the stream that computes.
         stream.wait_stream(torch.cuda.current_stream(self._world.device))
@@ -118,63 +120,64 @@ class RoundedExchange:
     the ranks, and sends the rounded sums to the others. A number's sum does not depend on its place in the tensor. The
     bytes on the network are half of those of an fp32 sum.
 
-    The steps of one sum follow each other in a thread with its own process group, so that the order of the collectives
-    is the same on all ranks whatever the threads' timing.
+    Three threads each do one step of every sum, in the order of the sums, so that the network is never idle while
+    numbers are rounded and added. Each process group is used by one thread only. The order of the collectives is
+    therefore the same on all ranks whatever the threads' timing.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
         with world.collective("new_group"):
-            self._lanes = [_Lane(_new_group()) for _ in range(NUM_LANES)]
-        self._num_started = 0
+            parts, sums = _new_group(), _new_group()
+        self._slots = threading.Semaphore(MAX_IN_FLIGHT)
+        receive = _Stage("exchange-receive", lambda item: item.receive())
+        add = _Stage("exchange-add", lambda item: item.add(sums), receive)
+        self._send = _Stage("exchange-send", lambda item: item.send(parts), add)
 
     def start(self, tensor: Tensor) -> PendingSum:
         """Start a sum; see `Exchange`."""
-        lane = self._lanes[self._num_started % NUM_LANES]
-        self._num_started += 1
-        return _LaneSum(lane.run(lambda: sum_rounded(tensor, self._world.size, lane.group)), self._world)
+        item = _RoundedSum(tensor, self._world, self._slots)
+        self._send.put(item)
+        return item
 
 
-def _new_group() -> dist.ProcessGroup:
-    """Return a new group of all ranks. All ranks call it."""
-    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+class _RoundedSum:
+    """One sum of a RoundedExchange, and its steps."""
 
+    def __init__(self, tensor: Tensor, world: World, slots: threading.Semaphore) -> None:
+        self._tensor, self._world, self._slots = tensor.view(-1), world, slots
+        self._sent = self._received = self._total = torch.empty(0)
+        self._work: dist.Work | None = None
+        self._done: Future[None] = Future()
 
-class _Lane:
-    """A thread that runs one task after the other, and the process group that only it uses.
+    def send(self, group: dist.ProcessGroup) -> None:
+        """Round the numbers, and start to send each rank its part."""
+        # Limits the memory of sums that wait for the network.
+        self._slots.acquire()
+        numel, size = self._tensor.numel(), self._world.size
+        self._sent = torch.empty(-(-numel // size) * size, dtype=torch.bfloat16)
+        self._sent[:numel].copy_(self._tensor)
+        self._sent[numel:].zero_()
+        self._received = torch.empty_like(self._sent)
+        self._work = dist.all_to_all_single(_bytes(self._received), _bytes(self._sent), group=group, async_op=True)
 
-    It is a daemon: a rank that leaves because a peer is lost does not wait for it.
-    """
+    def add(self, group: dist.ProcessGroup) -> None:
+        """Add the parts of all ranks, and start to exchange the sums."""
+        self._wait()
+        self._total = add_parts(self._received, self._world.size).to(torch.bfloat16)
+        self._work = dist.all_gather_into_tensor(_bytes(self._sent), _bytes(self._total), group=group, async_op=True)
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self._tasks: queue.SimpleQueue[tuple[Future[None], Callable[[], None]]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="exchange", daemon=True).start()
+    def receive(self) -> None:
+        """Copy the sums into the tensor."""
+        self._wait()
+        self._tensor.copy_(self._sent[: self._tensor.numel()])
+        self._end()
+        self._done.set_result(None)
 
-    def run(self, task: Callable[[], None]) -> Future[None]:
-        """Run a task after those before it."""
-        future: Future[None] = Future()
-        self._tasks.put((future, task))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, task = self._tasks.get()
-            try:
-                task()
-            except BaseException as error:
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-
-
-class _LaneSum:
-    """A sum in the thread of a lane."""
-
-    def __init__(self, future: Future[None], world: World) -> None:
-        self._future, self._world = future, world
+    def fail(self, error: BaseException) -> None:
+        """End the sum with an error."""
+        self._end()
+        self._done.set_exception(error)
 
     def wait(self) -> None:
         """Wait for the sum.
@@ -183,24 +186,55 @@ class _LaneSum:
             FabricError: a peer was lost.
         """
         with self._world.collective("all_reduce"):
-            self._future.result()
+            self._done.result()
+
+    def _wait(self) -> None:
+        assert self._work is not None
+        self._work.wait()
+
+    def _end(self) -> None:
+        self._sent = self._received = self._total = torch.empty(0)
+        self._slots.release()
 
 
-@torch.no_grad()
-def sum_rounded(tensor: Tensor, size: int, group: dist.ProcessGroup | None = None) -> None:
-    """Sum an fp32 tensor over the ranks of a group, in place, with bf16 numbers on the network; see `RoundedExchange`.
+class _Stage:
+    """A thread that does one step of every sum.
 
-    Raises:
-        RuntimeError: a peer was lost.
+    It is a daemon: a rank that leaves because a peer is lost does not wait for it.
+
+    Args:
+        name: name of the thread.
+        step: the step.
+        following: the stage that gets the sum after it.
     """
-    numel = tensor.numel()
-    part = -(-numel // size)
-    sent = torch.empty(size * part, dtype=torch.bfloat16)
-    sent[:numel].copy_(tensor.view(-1))
-    sent[numel:].zero_()
-    total = scatter_sum(sent, size, group).to(torch.bfloat16)
-    dist.all_gather_into_tensor(_bytes(sent), _bytes(total), group=group)
-    tensor.view(-1).copy_(sent[:numel])
+
+    def __init__(self, name: str, step: Callable[[_RoundedSum], None], following: _Stage | None = None) -> None:
+        self._step, self._following = step, following
+        self._items: queue.SimpleQueue[_RoundedSum] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def put(self, item: _RoundedSum) -> None:
+        """Do the step of a sum after those of the sums before it."""
+        self._items.put(item)
+
+    def _run(self) -> None:
+        while True:
+            item = self._items.get()
+            try:
+                with torch.no_grad():
+                    self._step(item)
+            except BaseException as error:
+                item.fail(error)
+            else:
+                if self._following is not None:
+                    self._following.put(item)
+
+
+def _new_group() -> dist.ProcessGroup:
+    """Return a new group of all ranks. All ranks call it."""
+    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def scatter_sum(sent: Tensor, size: int, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -211,7 +245,12 @@ def scatter_sum(sent: Tensor, size: int, group: dist.ProcessGroup | None = None)
     """
     received = torch.empty_like(sent)
     dist.all_to_all_single(_bytes(received), _bytes(sent), group=group)
-    first, *others = received.view(size, -1).unbind()
+    return add_parts(received, size)
+
+
+def add_parts(parts: Tensor, size: int) -> Tensor:
+    """Return the fp32 sum of the parts that the ranks have sent, in the order of the ranks."""
+    first, *others = parts.view(size, -1).unbind()
     total: Tensor = first.float()
     for other in others:
         total += other

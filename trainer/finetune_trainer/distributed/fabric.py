@@ -23,6 +23,6 @@ def missing_plugin(env: Mapping[str, str], load: Callable[[str], object] = ctype
     except OSError as error:
         return (
             f"topology.resources: the pods request vpc.amazonaws.com/efa, but the trainer image has no {PLUGIN}, so "
-            f"the ranks use TCP ({error}); use an image that was built with --build-arg EFA=1, or leave the adapters out"
+            f"the ranks use TCP ({error}); use an image that is built with --build-arg EFA=1, or leave the adapters out"
         )
     return None
