@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from finetune_contract.heartbeat import Performance, StepSettings
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.performance.device import MemoryUse
-from finetune_trainer.performance.flops import SampleFlops
+from finetune_trainer.performance.flops import SampleFlops, shape_key
 from finetune_trainer.performance.meter import NUM_STEPS, Part, StepMeter, summarize
 from finetune_trainer.performance.shares import StepTimes
 
@@ -50,12 +49,11 @@ class CountedFlops(SampleFlops):
     """Operations that are proportional to the pixels."""
 
     def __init__(self) -> None:
-        self.shapes: list[tuple[int, ...]] = []
+        self._counts = {}
 
-    def of(self, batch: Batch) -> float | None:
-        self.shapes.append(tuple(batch.latents.shape))
+    def count(self, batch: Batch) -> None:
         assert batch.latents.device.type == "meta"
-        return float(batch.latents[0].numel())
+        self._counts[shape_key(batch)] = float(batch.latents[0].numel())
 
 
 def make_batch(count: int, side: int) -> Batch:
@@ -84,7 +82,7 @@ def run_step(
 def test_figures_of_a_rank() -> None:
     clock, waited, flops = Clock(), [0.0], CountedFlops()
     settings = StepSettings(device="cpu", precision="fp32", batch_size=2)
-    meter = StepMeter(CPU, flops, 1024.0, lambda: settings, lambda: waited[0], clock)
+    meter = StepMeter(CPU, flops, 1024.0, lambda: settings, lambda: waited[0], clock, count_after=0)
     assert meter.measure() is None
     # The first step compiles and allocates: it is not measured.
     run_step(meter, clock, {"work": 1000.0}, make_batch(2, 8))
@@ -112,7 +110,7 @@ def test_figures_of_a_rank() -> None:
 def test_passes_that_are_repeated_count_once() -> None:
     """Memory ran out in the second micro-batch: the step starts again in smaller parts."""
     clock, flops = Clock(), CountedFlops()
-    meter = StepMeter(CPU, flops, clock=clock)
+    meter = StepMeter(CPU, flops, clock=clock, count_after=0)
     for _ in range(2):
         meter.begin()
         meter.start_passes()
@@ -148,7 +146,7 @@ def test_the_exchange_of_a_gpu_is_that_of_its_own_timeline() -> None:
     for _ in range(2):
         run_step(meter, clock, {"launches": 1.0, Part.EXCHANGE: 0.0, Part.SYNC: 9.0})
     assert stopwatch.calls == ["start", "stop", "take"] * 2
-    figures = summarize(list(meter._steps), True, None, MemoryUse(3, 4, 5), None)
+    figures = summarize([times for times, _ in meter._steps], None, True, None, MemoryUse(3, 4, 5), None)
     assert figures.shares is not None
     assert (figures.shares.exchange, figures.shares.compute, figures.shares.host) == pytest.approx((0.3, 0.7, 0))
     assert (figures.memory_allocated_bytes, figures.memory_reserved_bytes, figures.memory_total_bytes) == (3, 4, 5)
@@ -164,18 +162,30 @@ def test_the_exchange_of_a_gpu_is_that_of_its_own_timeline() -> None:
     ],
 )
 def test_utilization_of_a_gpu(times: StepTimes, busy: float | None, expected: float | None) -> None:
-    found = summarize([times], True, None, MemoryUse(1), busy).utilization
+    found = summarize([times], None, True, None, MemoryUse(1), busy).utilization
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-def test_a_step_without_a_count_has_no_share_of_the_peak() -> None:
-    steps = [StepTimes(1.0, flops=5.0), StepTimes(1.0)]
-    figures = summarize(steps, False, 10.0, MemoryUse(1), None)
-    assert (figures.share_of_peak, figures.flops_per_second) == (None, None)
-    half = summarize([dataclasses.replace(step, flops=5.0) for step in steps], False, 10.0, MemoryUse(1), None)
-    assert (half.share_of_peak, half.flops_per_second) == (0.5, 5.0)
+def test_operations_are_counted_late_and_then_for_all_steps() -> None:
+    clock, flops = Clock(), CountedFlops()
+    meter = StepMeter(CPU, flops, 256.0, clock=clock, count_after=30.0)
+    for _ in range(3):
+        run_step(meter, clock, {"work": 10.0}, make_batch(2, 8))
+        figures = meter.measure()
+        assert figures is None or (figures.share_of_peak, figures.flops_per_second) == (None, None)
+        assert flops.known("4x8x8") is None
+    # The count is there, and belongs to the steps before it, too.
+    run_step(meter, clock, {"work": 10.0}, make_batch(2, 8))
+    figures = meter.measure()
+    assert figures is not None
+    assert (figures.share_of_peak, figures.flops_per_second) == pytest.approx((0.2, 51.2))
+    # A new shape is counted after its step.
+    run_step(meter, clock, {"work": 10.0}, make_batch(2, 4))
+    figures = meter.measure()
+    assert figures is not None
+    assert figures.share_of_peak == pytest.approx((3 * 512 + 2 * 64) / 40 / 256)
 
 
 def test_an_absurd_peak_does_not_end_the_heartbeats() -> None:
-    figures = summarize([StepTimes(1.0, flops=1e12)], False, 1.0, MemoryUse(1), None)
+    figures = summarize([StepTimes(1.0)], 1e12, False, 1.0, MemoryUse(1), None)
     assert Performance.model_validate_json(figures.to_json()).share_of_peak == 10

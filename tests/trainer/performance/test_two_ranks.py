@@ -27,7 +27,8 @@ def measured(ranks: Ranks, rank: int) -> Performance:
 
 def test_two_ranks_report_shares_memory_and_operations(base: Path, data: Path, tmp_path: Path) -> None:
     spec = tiny.make_spec(base, data, method="Full", steps=5)
-    ranks = Ranks(spec, tmp_path / "job", world_size=2, extra={environment.PEAK_TERAFLOPS: str(PEAK)})
+    extra = {environment.PEAK_TERAFLOPS: str(PEAK), environment.COUNT_AFTER_SECONDS: "0.001"}
+    ranks = Ranks(spec, tmp_path / "job", world_size=2, extra=extra)
     assert ranks.run() == [ExitCode.DONE] * 2, ranks.stderr()
     for rank in range(2):
         figures = measured(ranks, rank)

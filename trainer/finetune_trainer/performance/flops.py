@@ -4,7 +4,7 @@ A second copy of the method without weights (on torch's meta device) runs one fo
 torch's formulas add up what each operation computes. The training itself is not touched. The count is that of the
 model: activations that gradient checkpointing computes twice count once, and a compiler or a CUDA graph hides nothing.
 
-This takes about a second for SDXL. The count is stored in the job's folder, so later attempts take no time for it.
+This takes a few seconds for SDXL. The count is stored in the job's folder, so later attempts take no time for it.
 """
 
 from __future__ import annotations
@@ -152,8 +152,12 @@ class SampleFlops:
         self._is_possible = True
         self._counts = self._read()
 
-    def of(self, batch: Batch) -> float | None:
-        """Return the operations of one sample of a batch; None if they cannot be counted. Costs time once per shape."""
+    def known(self, shape: str) -> float | None:
+        """Return the operations of one sample of a shape; None if they are not counted."""
+        return self._counts.get(shape)
+
+    def count(self, batch: Batch) -> None:
+        """Count the operations of one sample of a batch, unless those of its shape are known or cannot be counted."""
         key = shape_key(batch)
         if key not in self._counts and self._is_possible:
             try:
@@ -164,7 +168,6 @@ class SampleFlops:
                 self._is_possible = False
             else:
                 self._write()
-        return self._counts.get(key)
 
     def _count(self, batch: Batch) -> float:
         with torch.random.fork_rng(devices=self._seeded):

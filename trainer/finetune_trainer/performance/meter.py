@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 
 import torch
@@ -19,6 +20,8 @@ from finetune_trainer.performance.shares import StepTimes, mean_shares
 NUM_STEPS = 20
 """Steps that the figures are averaged over."""
 CPU = torch.device("cpu")
+COUNT_AFTER_SECONDS = 30.0
+"""Time of training after which operations are counted: a count takes seconds, and short runs do not need it."""
 GAP_SECONDS = 1.0
 """Minimum time between two measurements: reading the memory of a GPU takes longer than everything else."""
 
@@ -42,6 +45,7 @@ class StepMeter:
         waited: returns the total seconds that the loop has waited for samples.
         clock: monotonic time in seconds.
         stopwatch: times the exchange on the device; default: CUDA events on a GPU.
+        count_after: time of training after which operations are counted. Known counts are used before.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917
@@ -53,14 +57,16 @@ class StepMeter:
         waited: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
         stopwatch: Stopwatch | None = None,
+        count_after: float = COUNT_AFTER_SECONDS,
     ) -> None:
         self._device, self._is_gpu = device, device.type == "cuda"
         self._flops, self._peak_flops = flops, peak_flops
         self._settings, self._waited, self._clock = settings, waited, clock
         self._stopwatch = stopwatch if stopwatch is not None or not self._is_gpu else GpuStopwatch()
         self._busy = BusyShare(device)
-        self._steps: deque[StepTimes] = deque(maxlen=NUM_STEPS)
-        self._num_steps = 0
+        self._steps: deque[tuple[StepTimes, Mapping[str, int]]] = deque(maxlen=NUM_STEPS)
+        """The last steps, each with the number of its samples of each shape."""
+        self._count_after, self._started_at = count_after, math.inf
         self._seconds = dict.fromkeys(Part, 0.0)
         self._began: float | None = None
         self._waited_before = 0.0
@@ -100,13 +106,14 @@ class StepMeter:
         self._seconds[part] += self._clock() - began
 
     def end(self) -> None:
-        """End the step."""
+        """End the step. After it, operations are counted if this is due."""
         if self._began is None:
             return
-        total = self._clock() - self._began
+        now = self._clock()
+        total = now - self._began
         self._began = None
-        self._num_steps += 1
-        if self._num_steps == 1:
+        if math.isinf(self._started_at):
+            self._started_at = now
             if self._stopwatch is not None:
                 self._stopwatch.take()
             return
@@ -117,9 +124,11 @@ class StepMeter:
             device_exchange=self._stopwatch.take() if self._stopwatch is not None else None,
             sync=self._seconds[Part.SYNC],
             checkpoint=self._seconds[Part.CHECKPOINT],
-            flops=self._step_flops(),
         )
-        self._steps.append(times)
+        self._steps.append((times, dict(self._samples)))
+        if self._flops is not None and now - self._started_at >= self._count_after:
+            for batch in self._shapes.values():
+                self._flops.count(batch)
 
     def measure(self) -> Performance | None:
         """Return the figures of the last steps; None if there are none, or the last ones are less than a second old."""
@@ -129,37 +138,48 @@ class StepMeter:
             return None
         self._measured_at = now
         return summarize(
-            list(self._steps), self._is_gpu, self._peak_flops, memory_use(self._device), self._busy.read()
+            [times for times, _ in self._steps],
+            self._total_flops(),
+            self._is_gpu,
+            self._peak_flops,
+            memory_use(self._device),
+            self._busy.read(),
         ).model_copy(update={"settings": self._settings()})
 
-    def _step_flops(self) -> float | None:
-        """Return the operations of this rank in the step; None if they are unknown."""
+    def _total_flops(self) -> float | None:
+        """Return the operations of this rank in the last steps; None if those of a shape are unknown."""
         if self._flops is None:
             return None
         total = 0.0
-        for key, number in self._samples.items():
-            of_sample = self._flops.of(self._shapes[key])
-            if of_sample is None:
-                return None
-            total += number * of_sample
+        for _, samples in self._steps:
+            for shape, number in samples.items():
+                of_sample = self._flops.known(shape)
+                if of_sample is None:
+                    return None
+                total += number * of_sample
         return total
 
 
-def summarize(
-    steps: list[StepTimes], is_gpu: bool, peak_flops: float | None, memory: MemoryUse, busy: float | None
+def summarize(  # noqa: PLR0913, PLR0917
+    steps: list[StepTimes],
+    flops: float | None,
+    is_gpu: bool,
+    peak_flops: float | None,
+    memory: MemoryUse,
+    busy: float | None,
 ) -> Performance:
     """Return the figures of some steps of one rank. Pure.
 
     Args:
         steps: the steps; at least one.
+        flops: operations of the model in them; None if unknown.
         is_gpu: whether the device works next to the host.
         peak_flops: peak of the device in FLOP/s; None if unknown.
         memory: the memory in use.
         busy: share of the time in which the device was busy, if its driver reports it.
     """
     seconds = sum(step.total for step in steps)
-    counts = [step.flops for step in steps if step.flops is not None]
-    speed = sum(counts) / seconds if len(counts) == len(steps) and seconds > 0 else None
+    speed = flops / seconds if flops is not None and seconds > 0 else None
     shares = mean_shares(steps, is_gpu)
     return Performance(
         share_of_peak=None if speed is None or peak_flops is None else min(10.0, speed / peak_flops),

@@ -19,7 +19,7 @@ from finetune_trainer.distributed.world import World
 from finetune_trainer.models.family import Family
 from finetune_trainer.performance.device import allows_tf32, device_name
 from finetune_trainer.performance.flops import FLOPS_FILE, SampleFlops
-from finetune_trainer.performance.meter import StepMeter
+from finetune_trainer.performance.meter import COUNT_AFTER_SECONDS, StepMeter
 from finetune_trainer.performance.peaks import TERA, peak_flops
 
 _LOG = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def make_meter(  # noqa: PLR0913, PLR0917
         peak,
         lambda: fixed.model_copy(update=changing()),
         waited,
+        count_after=float(env.get(environment.COUNT_AFTER_SECONDS) or COUNT_AFTER_SECONDS),
     )
 
 

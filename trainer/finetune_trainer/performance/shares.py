@@ -27,7 +27,6 @@ class StepTimes:
         device_exchange: the GPU's time in the sum of the gradients; None on CPUs.
         sync: the host waited for the device.
         checkpoint: the loop was paused for a checkpoint.
-        flops: operations of the model; None if unknown.
     """
 
     total: float
@@ -36,7 +35,6 @@ class StepTimes:
     device_exchange: float | None = None
     sync: float = 0.0
     checkpoint: float = 0.0
-    flops: float | None = None
 
 
 def part_seconds(times: StepTimes, is_gpu: bool) -> StepShares:
