@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -54,21 +55,23 @@ def test_kernels_compute_what_torch_computes() -> None:
     """Triton's interpreter runs the kernels that a GPU runs."""
     pytest.importorskip("triton")
     code = (
-        "import torch; from finetune_trainer.fused.operations import check_kernels; "
-        "print(check_kernels(torch.device('cpu')))"
+        "import torch; from finetune_trainer.fused.operations import check_kernels; cpu = torch.device('cpu'); "
+        "print(check_kernels(cpu, torch.float32), check_kernels(cpu, torch.bfloat16))"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) < 1e-5
+    exact, rounded = map(float, done.stdout.split()[-2:])
+    assert exact < 1e-5
+    assert exact < rounded < 2e-2
 
 
-@pytest.fixture(name="check", params=["fails", "differs"])
-def _check(request: pytest.FixtureRequest) -> Callable[[torch.device], float]:
-    def fail(_: torch.device) -> float:
+@pytest.fixture(name="check", params=["fails", "differs", "has no numbers"])
+def _check(request: pytest.FixtureRequest) -> Callable[..., float]:
+    def fail(*_: Any) -> float:
         raise RuntimeError("no compiler")
 
-    return fail if request.param == "fails" else lambda _: 0.5
+    return fail if request.param == "fails" else lambda *_: 0.5 if request.param == "differs" else math.nan
 
 
 @pytest.fixture(name="forget")
@@ -80,12 +83,12 @@ def _forget() -> Iterator[None]:
 
 @pytest.mark.usefixtures("forget")
 def test_without_working_kernels_torch_computes(
-    check: Callable[[torch.device], float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    check: Callable[..., float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(operations, "check_kernels", check)
     with caplog.at_level(logging.WARNING):
-        assert not operations.triton_works()
+        assert not operations.triton_works(torch.float32)
     assert "fused kernels are off" in caplog.text
     x = torch.randn(3, 8)
     assert torch.equal(operations._on_gpu("geglu")(x), operations.geglu(x))

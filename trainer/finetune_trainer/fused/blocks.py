@@ -24,10 +24,11 @@ def use_fused_operations(module: nn.Module, has_compiled_blocks: bool) -> None:
         module: the model.
         has_compiled_blocks: whether its transformer blocks are compiled. Their operations are left to the compiler.
     """
-    device = next(module.parameters()).device.type
+    weight = next(module.parameters())
+    device = weight.device.type
     if device not in {"cuda", "meta"}:
         return
-    has_kernels = device == "meta" or triton_works()
+    has_kernels = device == "meta" or triton_works(weight.dtype)
     if not has_compiled_blocks:
         fuse_feed_forward(module)
     if has_kernels and not has_compiled_blocks:

@@ -19,6 +19,10 @@ from torch import Tensor
 _GEGLU_BLOCK = 1024
 _CHUNK_ELEMENTS = 8192
 """Elements of a group that one program of the group norm reads."""
+_MIN_CHUNKS = 256
+"""Smallest number of chunks that a program combines; unused ones cost less than another compiled kernel."""
+_ANY_SIZE = ["channels", "groups", "positions", "chunks"]
+"""Arguments for whose values no kernel is compiled."""
 
 
 @triton.jit
@@ -193,7 +197,7 @@ def _counts(positions, width, index, POSITIONS: tl.constexpr):
     return tl.maximum(tl.minimum(positions - index * POSITIONS, POSITIONS), 0) * width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def _norm_statistics(  # noqa: PLR0913, PLR0917
     x,
     partial,
@@ -217,7 +221,7 @@ def _norm_statistics(  # noqa: PLR0913, PLR0917
     tl.store(place + 1, tl.sum(difference * difference))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def _norm_apply(  # noqa: PLR0913, PLR0917
     x,
     partial,
@@ -275,7 +279,7 @@ def _norm_gradients(  # noqa: PLR0913, PLR0917
     return normed, gradient * share * (1 + before * (1 - share)) * factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def _norm_backward_sums(  # noqa: PLR0913, PLR0917
     g,
     x,
@@ -302,7 +306,7 @@ def _norm_backward_sums(  # noqa: PLR0913, PLR0917
     tl.store(place + 1, tl.sum(gradient * normed))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_SIZE)
 def _norm_backward_apply(  # noqa: PLR0913, PLR0917
     g,
     x,
@@ -343,7 +347,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     grid, sizes, blocks = _norm_shape(x, groups)
     partial = mean.new_empty(*grid, 2)
     _norm_statistics[grid](x, partial, *sizes, **blocks)
-    blocks["CHUNKS"] = triton.next_power_of_2(grid[1])
+    blocks["CHUNKS"] = max(triton.next_power_of_2(grid[1]), _MIN_CHUNKS)
     _norm_apply[grid](x, partial, weight, bias, y, mean, rstd, *sizes, eps, **blocks)
     return y, mean, rstd
 
@@ -358,7 +362,7 @@ def group_norm_silu_backward(  # noqa: PLR0913, PLR0917  the saved tensors of a 
     grid, sizes, blocks = _norm_shape(x, groups)
     partial = mean.new_empty(*grid, 2)
     _norm_backward_sums[grid](g, x, partial, weight, bias, mean, rstd, *sizes, **blocks)
-    blocks["CHUNKS"] = triton.next_power_of_2(grid[1])
+    blocks["CHUNKS"] = max(triton.next_power_of_2(grid[1]), _MIN_CHUNKS)
     _norm_backward_apply[grid](g, x, partial, weight, bias, mean, rstd, g_x, *sizes, **blocks)
     return g_x
 

@@ -100,10 +100,11 @@ class Tuner:
         """
         if reason and self.world.is_first:
             (self.reporter.note if self.world.device.type == "cuda" else _LOG.debug)(reason)
-        if training.compile is SwitchMode.ON:
+        if training.compile is SwitchMode.ON or self.world.device.type == "cuda":
+            # The fused operations are compiled on GPUs, too.
             compiled.use_compile_cache(self.cache_dir, self.world.device)
-            if self.spec.training.compile is SwitchMode.AUTO:
-                compiled.tolerate_failures()
+        if training.compile is SwitchMode.ON and self.spec.training.compile is SwitchMode.AUTO:
+            compiled.tolerate_failures()
 
     def _saved_step(self) -> int:
         """Return the step of the newest checkpoint in the job's folder; 0 if it has none."""
