@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,26 @@ from PIL import Image
 from pydantic import ValidationError
 
 from bench.gpu_kit.items import Context, NotPossibleError
-from bench.train import make_loop
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import TrainingSpec
+from finetune_contract.spec import Precision, TrainingSpec
+from finetune_trainer import heap
+from finetune_trainer.distributed.world import World
+from finetune_trainer.report import Reporter
+from finetune_trainer.train.artifact_sync import ArtifactSync
+from finetune_trainer.train.build import RunBuilder
+from finetune_trainer.train.context import RankContext
 from finetune_trainer.train.determinism import make_deterministic
+from finetune_trainer.train.input_record import InputRecord
+from finetune_trainer.train.inputs import RunInputs
 from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.pin_store import PinStore
+from finetune_trainer.train.preemption_notice import PreemptionNotice
 from testing.gpu_kit.schedule import CASES, TrainingCase
 from testing.measure.architectures import UNETS, RandomFamily
-from testing.measure.device import measured_device
+from testing.measure.device import measured_device, reset_peak
 
 NUM_PICTURES = 8
+_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 UNETS["sd15_half"] = {**UNETS["sd15"], "block_out_channels": (160, 320, 640, 640)}
 """A quarter of SD 1.5's weights: a state that is saved in seconds."""
 _FIELDS = {field.alias or name for name, field in TrainingSpec.model_fields.items()}
@@ -121,18 +133,39 @@ def make_spec(data: Path, training: TrainingSpec) -> RunSpec:
     )
 
 
-def make_case_loop(context: Context, case: TrainingCase, training: TrainingSpec, name: str = "shared") -> Loop:
-    """Return the product's loop as a rank has it before its first step.
+def make_case_loop(context: Context, case: TrainingCase, training: TrainingSpec) -> tuple[Loop, Path]:
+    """Return the product's loop as a rank has it before its first step, and its job's folder.
 
-    Args:
-        context: the measurement.
-        case: the case.
-        training: its settings.
-        name: folder of the caches. Checkpoints are next to it.
+    All measurements share the cache of encoded data; each has a job of its own.
     """
-    make_deterministic(measured_device())
-    cache = context.folder / name / f"{case.family}-{case.resolution}" / "cache"
-    return make_loop(make_family(case), make_spec(write_pictures(context, case), training), cache)
+    device = measured_device()
+    make_deterministic(device)
+    spec = make_spec(write_pictures(context, case), training)
+    job_dir = Path(tempfile.mkdtemp(prefix="job-", dir=context.folder))
+    reporter, world = Reporter(0, None), World(0, 1, 0, device)
+    cache = context.folder / "cache" / f"{case.family}-{case.resolution}"
+    inputs = RunInputs(
+        spec=spec,
+        family=make_family(case),
+        dtype=_DTYPES[training.precision or Precision.BF16],
+        bucket=None,
+        record=InputRecord.open(spec.job, world, PinStore(job_dir, None), reporter),
+        earlier=None,
+        needs_checkpoint=False,
+        resumes=False,
+    )
+    rank = RankContext(spec, 1, job_dir, cache, PreemptionNotice(), reporter)
+    build = RunBuilder(rank, world, inputs, ArtifactSync(job_dir, None))
+    checkpointer = build.make_checkpointer()
+    checkpointer.check_storage()
+    data = build.prepare_data()
+    gc.collect()
+    heap.release_free_memory()
+    reset_peak()
+    method = build.make_method(data)
+    state = build.make_state(method)
+    checkpointer.restore(state)
+    return build.make_loop(method, state, data, checkpointer), job_dir
 
 
 def gib(num_bytes: float) -> float:

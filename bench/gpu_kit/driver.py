@@ -36,6 +36,7 @@ SETUP = "setup"
 """Name of the outcome of what precedes the measurements."""
 RESULT = "results.json"
 NO_TIME = "no time was left"
+STOPPED = "the kit was stopped"
 
 
 class _Stopped(BaseException):
@@ -110,8 +111,9 @@ class KitDriver:
         if limit < LEAST_SECONDS:
             self.outcomes[measurement.name] = Outcome(error=NO_TIME)
             return
+        # Replaced by what was recorded, unless the kit is stopped before that.
+        self.outcomes[measurement.name] = Outcome(error=STOPPED)
         self._say(f"{measurement.name} (at most {limit:.0f} s)")
-        # Overwritten with what was recorded, also if the kit is stopped meanwhile.
         child = None
         try:
             child = self._children.start(measurement)
@@ -160,7 +162,7 @@ class KitDriver:
 
 def _interrupted(child: Child | None) -> Outcome:
     outcome = Outcome() if child is None else read_records(child.records)
-    outcome.error = "the kit was stopped"
+    outcome.error = STOPPED
     return outcome
 
 

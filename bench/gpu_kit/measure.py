@@ -22,8 +22,8 @@ Keys of the JSON object. A figure that could not be measured is null, and `error
   relative to the largest weight of each tensor, within_tolerance).
 - checkpoint_stall_ratio: additional time of the steps during a save / duration of accelerate's save_state.
 - CASE_speedup: images per second of the product, divided by those of a plain loop with diffusers, accelerate and peft.
-- sdxl_lora_1024_best: name of the fastest of the measurements with other settings of cudaGraphs and compile;
-  sdxl_lora_1024_best_images_per_second; sdxl_lora_1024_variants_measured: their number.
+- CASE_best, CASE_best_images_per_second: name and speed of the fastest measurement of a case with its first batch
+  size. sdxl_lora_1024 is measured with cudaGraphs and compile on and off, two more cases with compile on.
 - presets: by memory preset, the chosen settings, estimate_gib and the measured peak_gib.
 - device, tiny (figures of tiny models mean nothing), seconds (of the complete run), errors (by measurement).
 - measurements: all figures of each measurement by name. Of a training case: seconds_per_step, images_per_second,

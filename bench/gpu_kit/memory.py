@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ def preset(context: Context, preset: str) -> None:
     context.record.add(peak_gib=_peak_gib(context, case, chosen))
 
 
-def _same_settings(context: Context, preset: str, settings: dict[str, object]) -> tuple[str, float] | None:
+def _same_settings(context: Context, preset: str, settings: Mapping[str, object]) -> tuple[str, float] | None:
     """Return an earlier preset that chose the same settings, and its peak."""
     for earlier in PRESETS[: PRESETS.index(preset)]:
         values = read_records(context.folder / "records" / f"preset_{earlier}.jsonl").values
@@ -78,7 +79,7 @@ def _same_settings(context: Context, preset: str, settings: dict[str, object]) -
 
 def _peak_gib(context: Context, case: TrainingCase, training: TrainingSpec) -> float:
     """Return the peak memory of a few steps, with the memory that the driver and the libraries take."""
-    loop = make_case_loop(context, case, training)
+    loop, _ = make_case_loop(context, case, training)
     for _ in range(PRESET_STEPS):
         loop.train_step()
     synchronize()
@@ -102,12 +103,12 @@ def adamw8bit(context: Context) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise NotPossibleError("bitsandbytes is not installed on this machine, and the kit does not contain it")
     case = OPTIMIZER_CASE.tiny() if context.tiny else OPTIMIZER_CASE
-    loop = make_case_loop(context, case, make_training(case, case.batch, {"optimizer": "adamw8bit"}))
+    loop, _ = make_case_loop(context, case, make_training(case, case.batch, {"optimizer": "adamw8bit"}))
     seconds = time_steps(loop, 2, 1.0)
     context.record.add(seconds_per_step=seconds, peak_gib=gib(peak_bytes()))
     del loop
     torch.cuda.empty_cache()
-    loop = make_case_loop(context, case, make_training(case, case.batch, {}))
+    loop, _ = make_case_loop(context, case, make_training(case, case.batch, {}))
     context.record.add(
         adamw_seconds_per_step=time_steps(loop, 2, 1.0),
         adamw_peak_gib=gib(peak_bytes()),

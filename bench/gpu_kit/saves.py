@@ -30,8 +30,7 @@ ROUNDS = 2
 def checkpoint(context: Context) -> None:
     """Measure both. The first save of each allocates buffers and is not counted."""
     case = CASE.tiny() if context.tiny else CASE
-    loop = make_case_loop(context, case, make_training(case, case.batch, {}), "checkpoint")
-    job = context.folder / "checkpoint" / f"{case.family}-{case.resolution}" / "job"
+    loop, job = make_case_loop(context, case, make_training(case, case.batch, {}))
     for _ in range(1 if context.tiny else 4):
         loop.train_step()
     _steps_during_save(loop, job)
@@ -103,7 +102,7 @@ def _accelerate(context: Context, case: TrainingCase) -> float:
     accelerator.prepare(unet, optimizer)
     seconds = []
     for _ in range(ROUNDS):
-        folder = context.folder / "checkpoint" / "accelerate"
+        folder = context.folder / "accelerate"
         shutil.rmtree(folder, ignore_errors=True)
         os.sync()
         synchronize()

@@ -46,7 +46,7 @@ def training(
     batch = chosen.large_batch if large else chosen.batch
     spec = make_training(chosen, batch, settings or {})
     began = time.monotonic()
-    loop = make_case_loop(context, chosen, spec)
+    loop, _ = make_case_loop(context, chosen, spec)
     built = time.monotonic()
     loop.train_step()
     synchronize()

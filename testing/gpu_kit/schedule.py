@@ -57,9 +57,13 @@ MAIN_CASE = "sdxl_lora_1024"
 FIRST_CASES = ("sdxl_lora_1024", "sd15_lora_512", "sdxl_controlnet_512", "sdxl_full_1024")
 """Cases with a required speed. The others are measured last."""
 PROFILED_CASES = FIRST_CASES[:3]
+_WORDS = {"cudaGraphs": "graphs", "compile": "compile"}
+"""Settings in the names of measurements."""
 PRESETS = ("8GB", "12GB", "16GB", "24GB", "80GB")
 VARIANTS = ((False, False), (True, False), (False, True), (True, True))
 """CUDA graphs and compilation of the variants of the main case."""
+COMPILED_CASES = ("sdxl_full_1024", "sdxl_controlnet_512")
+"""Further cases with a compiled variant: their jobs are compiled if they are long."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +99,18 @@ def measurements(has_gpu: bool) -> tuple[Measurement, ...]:
     """
     first, second = ("bf16", "fp16") if has_gpu else ("fp32", None)
     return (
-        Measurement("job_killed", "job_killed", 55, 150, {"precision": first}),
+        Measurement("job_killed", "job_killed", 50, 150, {"precision": first}),
         Measurement("jobs_compared", "jobs_compared", 40, 150, {"killed": first, "precision": second}),
         *(_training(name) for name in FIRST_CASES),
-        Measurement("checkpoint", "checkpoint", 20, 60),
+        Measurement("checkpoint", "checkpoint", 18, 60),
         *(_plain(name) for name in FIRST_CASES),
-        *(_variant(graphs, compiled) for graphs, compiled in VARIANTS),
+        *(_variant(MAIN_CASE, {"cudaGraphs": graphs, "compile": compiled}) for graphs, compiled in VARIANTS),
+        *(_variant(name, {"compile": True}) for name in COMPILED_CASES),
         *(_large(name) for name in FIRST_CASES),
         *(_training(name) for name in CASES if name not in FIRST_CASES),
         *(_plain(name) for name in CASES if name not in FIRST_CASES),
         *(_large(name) for name in CASES if name not in FIRST_CASES),
-        *(Measurement(f"preset_{preset}", "preset", 4, 20, {"preset": preset}) for preset in PRESETS),
+        *(Measurement(f"preset_{preset}", "preset", 3.5, 20, {"preset": preset}) for preset in PRESETS),
         Measurement("adamw8bit", "adamw8bit", 5, 30),
     )
 
@@ -117,17 +122,17 @@ def _training(name: str) -> Measurement:
 
 
 def _plain(name: str) -> Measurement:
-    return Measurement(f"{name}_plain", "plain", 9 if name in FIRST_CASES else 6, 40, {"case": name})
+    return Measurement(f"{name}_plain", "plain", 8 if name in FIRST_CASES else 6, 40, {"case": name})
 
 
 def _large(name: str) -> Measurement:
     return Measurement(f"{name}_large", "training", 6 if name in FIRST_CASES else 5, 60, {"case": name, "large": True})
 
 
-def _variant(graphs: bool, compiled: bool) -> Measurement:
-    name = f"{MAIN_CASE}_graphs_{_on(graphs)}_compile_{_on(compiled)}"
-    settings = {"cudaGraphs": graphs, "compile": compiled}
-    return Measurement(name, "training", 14 if compiled else 8, 90, {"case": MAIN_CASE, "settings": settings})
+def _variant(case: str, settings: dict[str, bool]) -> Measurement:
+    text = "_".join(f"{_WORDS[name]}_{_on(value)}" for name, value in settings.items())
+    share = 11 if settings["compile"] else 7
+    return Measurement(f"{case}_{text}", "training", share, 90, {"case": case, "settings": settings})
 
 
 def _on(value: bool) -> str:

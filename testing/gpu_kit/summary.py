@@ -5,11 +5,12 @@ The object has the required figures by name, null if one is missing; `errors` sa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from testing.gpu_kit.records import Outcome
-from testing.gpu_kit.schedule import CASES, FLOPS, MACHINE, MAIN_CASE, PRESETS
+from testing.gpu_kit.schedule import CASES, FLOPS, MACHINE, PRESETS
 
 _DIGITS = 4
 _COLUMNS = {
@@ -83,15 +84,15 @@ def _speedups(values: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None
 
 
 def _best_settings(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the fastest measurement of the main case with its first batch size."""
-    variants = [MAIN_CASE, *(name for name in values if name.startswith(f"{MAIN_CASE}_graphs_"))]
-    speeds = {name: speed for name in variants if (speed := _get(values, name, "images_per_second"))}
-    best = max(speeds, key=lambda name: speeds[name], default=None)
-    return {
-        f"{MAIN_CASE}_best": best,
-        f"{MAIN_CASE}_best_images_per_second": speeds.get(best or ""),
-        f"{MAIN_CASE}_variants_measured": len(speeds) - (MAIN_CASE in speeds),
-    }
+    """Return the fastest measurement of each case with its first batch size, and its speed."""
+    best: dict[str, Any] = {}
+    for case in CASES:
+        names = [name for name in values if re.fullmatch(rf"{case}(_graphs_\w+)?(_compile_\w+)?", name)]
+        speeds = {name: speed for name in names if (speed := _get(values, name, "images_per_second"))}
+        fastest = max(speeds, key=lambda name: speeds[name], default=None)
+        best[f"{case}_best"] = fastest
+        best[f"{case}_best_images_per_second"] = speeds.get(fastest or "")
+    return best
 
 
 def _get(values: Mapping[str, Mapping[str, Any]], *keys: str) -> Any:
