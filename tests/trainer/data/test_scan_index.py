@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from finetune_contract.identity import DATASET
 from finetune_trainer.data import prepare
@@ -155,11 +156,10 @@ def fill_cache(folder: Path) -> None:
 def test_a_later_attempt_opens_a_shard_only_to_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_cache(tmp_path)
     opened: list[str] = []
-    open_shard = store.safe_open
 
     def open_and_count(shard: Path, framework: str) -> Any:
         opened.append(shard.name)
-        return open_shard(shard, framework)
+        return safe_open(shard, framework)
 
     monkeypatch.setattr(store, "safe_open", open_and_count)
     later = TensorCache(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_contract.input_spec import ModelSpec
-from finetune_trainer.models import stable_diffusion
+from finetune_trainer.models import stable_diffusion, unet
 from finetune_trainer.models.base import open_base
-from finetune_trainer.models.direct import DirectFamily, EarlyDenoiser
+from finetune_trainer.models.direct import DirectFamily, EarlyDenoiser, read_module
 
 pytestmark = pytest.mark.trainer
 
@@ -115,7 +116,6 @@ def test_it_is_loaded_in_the_background_and_taken_once(base: Path) -> None:
 def test_an_encoder_that_is_loaded_first_frees_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = open_base(ModelSpec(base=str(base)))
     results: list[Any] = []
-    read_module = stable_diffusion.read_module
 
     def read_and_record(*arguments: Any) -> Any:
         results.append(read_module(*arguments))
@@ -142,3 +142,28 @@ def test_a_family_without_it_loads_its_denoiser_itself() -> None:
     early.start()
     early.drop()
     assert early.take() is None
+
+
+def test_a_controlnet_draws_only_the_weights_that_stay_random(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = open_base(ModelSpec(base=str(base)))
+    denoiser = family.load_denoiser(torch.float32)
+    torch.manual_seed(1)
+    with monkeypatch.context() as patches:
+        patches.setattr(unet, "_without_overwritten_init", contextlib.nullcontext)
+        expected = family.load_controlnet(denoiser, None).state_dict()
+    drawn: list[int] = []
+    draw = torch.nn.init.kaiming_uniform_
+
+    def draw_and_record(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        drawn.append(id(tensor))
+        return draw(tensor, **options)
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", draw_and_record)
+    torch.manual_seed(1)
+    found = family.load_controlnet(denoiser, None)
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+    assert drawn
+    assert not {id(each) for each in found.down_blocks.parameters()}.intersection(drawn)
+    number = len(drawn)
+    torch.nn.Linear(2, 2)
+    assert len(drawn) == number + 1, "other modules draw their weights again"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune_trainer.models.latent_scaling import LatentScaling
 from finetune_trainer.models.text import TextSettings
@@ -52,7 +53,8 @@ class UNetFamily:
 
         if folder is None:
             channels = _embedding_channels(self.pixels_per_latent)
-            return ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=channels)
+            with _without_overwritten_init():
+                return ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=channels)
         return ControlNetModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
 
     def control(
@@ -71,6 +73,40 @@ class UNetFamily:
         """Return the name of an adapted module in kohya's LoRA files, for a family with one text encoder."""
         prefix = "lora_unet" if part == self.denoiser_name else "lora_te"
         return f"{prefix}_{module.replace('.', '_')}"
+
+
+@contextlib.contextmanager
+def _without_overwritten_init() -> Iterator[None]:
+    """Draw no random weights for the blocks of a ControlNet, which get the UNet's weights or zeros.
+
+    They are a billion for SDXL. What is created before them, up to the encoder of conditioning images, draws as usual.
+    """
+    from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding  # noqa: PLC0415  slow to import
+
+    has_drawn = False
+    natives: dict[type, Callable[..., None]] = {
+        kind: kind.reset_parameters for kind in (nn.Linear, nn.modules.conv._ConvNd)
+    }
+    embed = ControlNetConditioningEmbedding.__init__
+
+    def embed_last(self: Any, *args: Any, **options: Any) -> None:
+        nonlocal has_drawn
+        embed(self, *args, **options)
+        has_drawn = True
+
+    def reset(module: Any) -> None:
+        if not has_drawn:
+            next(native for kind, native in natives.items() if isinstance(module, kind))(module)
+
+    ControlNetConditioningEmbedding.__init__ = embed_last
+    for kind in natives:
+        kind.reset_parameters = reset  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        ControlNetConditioningEmbedding.__init__ = embed
+        for kind, native in natives.items():
+            kind.reset_parameters = native  # type: ignore[attr-defined]
 
 
 def _embedding_channels(pixels_per_latent: int) -> tuple[int, ...]:

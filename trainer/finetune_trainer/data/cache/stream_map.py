@@ -184,11 +184,11 @@ class StreamMap:
         counts = [self._stream.num_rows(part) for part in range(self._stream.num_parts())]
         self._map_together(RowShare.of(self._world, counts, self._limit))
         # If the ranks share no disk, each rank also reads the rows that the other ranks have stored on their disks.
-        counts = self._map_together(RowShare(0, 1, 0))
+        complete = self._map_together(RowShare(0, 1, 0))
         if self._world.local_rank == 0:
             self._records.save_index()
             self._store.cache.save_index()
-        return self._result(counts)
+        return self._result(complete)
 
     def _map_together(self, share: RowShare) -> list[int]:
         counts = self._map(share)
