@@ -80,6 +80,14 @@ CASES: dict[str, tuple[dict[str, Any], Performance, list[str]]] = {
             "new job"
         ],
     ),
+    "host, dropout in graphs": (
+        {**LORA, "spec.training.gradientCheckpointing": True, "spec.training.lora": {"dropout": 0.1}},
+        measure(shares={"host": 0.2}, gradient_checkpointing=True),
+        [
+            "host-bound: each operation is so short that launching it takes longer; write training.batchSize: 8 in a "
+            "new job"
+        ],
+    ),
     "host, largest batch": (
         {**LORA, "spec.training.batchSize": 4096},
         measure(shares={"host": 0.2}),

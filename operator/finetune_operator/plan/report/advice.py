@@ -89,13 +89,13 @@ def _host(spec: FineTuneJobSpec, settings: StepSettings) -> Iterator[Advice]:
             "host-bound: cudaGraphs is off because the manifest says so; write training.cudaGraphs: auto",
             {"spec.training.cudaGraphs": "auto"},
         )
-    elif settings.is_sharded:
+    elif settings.is_sharded and not settings.has_cuda_graphs:
         yield Advice(
             f"host-bound: {reason or 'sharding runs without CUDA graphs'}; leave training.sharding and "
             "training.offload out of a new job if the model fits the GPU",
             {"spec.training.sharding": None, "spec.training.offload": None},
         )
-    elif settings.gradient_checkpointing and training.lora is not None and training.lora.dropout > 0:
+    elif not settings.has_cuda_graphs and settings.gradient_checkpointing and _has_dropout(spec):
         yield Advice(
             f"host-bound: {reason or 'dropout with gradientCheckpointing runs without CUDA graphs'}; leave "
             "training.lora.dropout out of a new job",
@@ -104,6 +104,11 @@ def _host(spec: FineTuneJobSpec, settings: StepSettings) -> Iterator[Advice]:
     else:
         why = reason or "each operation is so short that launching it takes longer"
         yield Advice(f"host-bound: {why}; {_larger_batch_text(spec, 2)}", _larger_batch(spec, 2))
+
+
+def _has_dropout(spec: FineTuneJobSpec) -> bool:
+    lora = spec.training.lora
+    return lora is not None and lora.dropout > 0
 
 
 def _data(spec: FineTuneJobSpec) -> Iterator[Advice]:
