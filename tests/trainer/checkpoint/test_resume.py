@@ -107,3 +107,24 @@ def test_resume_after_sigkill_during_a_save_keeps_weights(
     assert following.weights() == uninterrupted(1)
     checkpoints = ranks.job_dir / "checkpoints"
     assert [entry.name for entry in checkpoints.iterdir()] == [f"step-{STEPS:08d}-a2"]
+
+
+@pytest.mark.parametrize("stored", ["fp32", "bf16"])
+def test_resumed_ranks_of_a_complete_model_in_bf16_keep_weights(
+    base: Path, data: Path, tmp_path: Path, stored: str
+) -> None:
+    """Two ranks with a working copy of fp32 weights, or with bf16 weights that are rounded stochastically."""
+    spec = tiny.make_spec(
+        base, data, method="Full", precision="bf16", weightPrecision=stored, ema=True, learningRate=1e-3, steps=STEPS
+    )
+    complete = Ranks(spec, tmp_path / "complete", world_size=2)
+    assert complete.run() == [ExitCode.DONE] * 2, complete.stderr()
+    stopped = Ranks(spec, tmp_path / "stopped", world_size=2)
+    stopped.start()
+    stopped.wait_until(lambda report: report["state"] == "Training" and report.get("step", -1) >= 1)
+    stopped.send(signal.SIGTERM, 1)
+    assert stopped.wait() == [ExitCode.SAVED] * 2, stopped.stderr()
+    finished = finish(stopped)
+    assert 0 < restored_step(finished) < STEPS
+    name = Path("outputs") / "unet" / "diffusion_pytorch_model.safetensors"
+    assert (finished.job_dir / name).read_bytes() == (complete.job_dir / name).read_bytes()

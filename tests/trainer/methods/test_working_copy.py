@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -152,7 +152,7 @@ class OneWeight(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(1, 1, bias=False)
-        self.weight = self.layer.weight
+        self.weight: nn.Parameter = cast("nn.Parameter", self.layer.weight)
         self.copy = WorkingCopy([self.layer], [self.weight], torch.bfloat16)
 
 

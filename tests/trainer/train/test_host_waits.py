@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,11 @@ _OPERATIONS = {
 """Operations whose result, or its size, the host reads."""
 
 
-class HostReads(TorchDispatchMode):
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what would make the host wait for a GPU."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -68,7 +68,7 @@ def _has_mask(args: tuple[Any, ...]) -> bool:
 
 
 @pytest.fixture(name="reads")
-def _reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostReads]:
+def _reads(monkeypatch: pytest.MonkeyPatch) -> HostReads:
     reads = HostReads()
     for name in _READS:
         method = getattr(Tensor, name)

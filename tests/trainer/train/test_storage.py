@@ -294,9 +294,10 @@ def test_rounded_weights_follow_fp32_weights_where_plain_bf16_weights_stand_stil
     spec = training(**ROUNDED, adamWeightDecay=0.0)
     exact = {"w": nn.Parameter(torch.ones(4096))}
     rounded, plain = ({"w": nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))} for _ in range(2))
-    optimizers = [make_optimizer(spec, exact), make_rounded_optimizer(spec, rounded), make_optimizer(spec, plain)]
+    rounding_optimizer = make_rounded_optimizer(spec, rounded)
+    optimizers: list[StepOptimizer] = [make_optimizer(spec, exact), rounding_optimizer, make_optimizer(spec, plain)]
     gradient = torch.ones(4096)
-    optimizers[1].attach({rounded["w"]: gradient})  # type: ignore[union-attr]
+    rounding_optimizer.attach({rounded["w"]: gradient})
     exact["w"].grad, plain["w"].grad = gradient, gradient.bfloat16()
     for _ in range(100):
         for optimizer in optimizers:

@@ -122,12 +122,12 @@ def _merge(run: Sequence[nn.Parameter]) -> Tensor:
 
 def _is_view(tensor: Tensor) -> bool:
     """Return whether a tensor shares its memory with others."""
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+    return bool(tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size())
 
 
 def _follows(before: Tensor, tensor: Tensor) -> bool:
     """Return whether a tensor begins where another one ends."""
-    return (
+    return bool(
         _storage(before) == _storage(tensor)
         and tensor.storage_offset() == before.storage_offset() + before.numel()
         and before.is_contiguous()

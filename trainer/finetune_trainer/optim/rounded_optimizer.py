@@ -166,7 +166,7 @@ def _stand_in(member: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty(0, dtype=torch.float32, device=member.device))
 
 
-def _views(flat: Tensor, members: Sequence[nn.Parameter], sizes: Sequence[int]) -> list[Tensor]:
+def _views(flat: Tensor, members: Sequence[nn.Parameter], sizes: list[int]) -> list[Tensor]:
     return [part.view(member.shape) for part, member in zip(torch.split(flat, sizes), members, strict=True)]
 
 
