@@ -16,10 +16,12 @@ fetch() { # PATH SHA256: download an archive, check it, and unpack it in a new f
     cd "$folder"
 }
 
-# The CUDA wheel of the lock file, and the headers that it includes, in the layout of a CUDA installation.
+# The CUDA wheel of the lock file, and the headers that belong to it, in the layout of a CUDA installation.
 cuda=$(mktemp --directory)
-echo "nvidia-cuda-crt==$CUDA_CRT_VERSION --hash=sha256:$CUDA_CRT_SHA256 --hash=sha256:$CUDA_CRT_AARCH64_SHA256" \
-    > "$cuda/requirements.txt"
+cat > "$cuda/requirements.txt" << END
+nvidia-cuda-crt==$CUDA_VERSION --hash=sha256:$CUDA_CRT_SHA256 --hash=sha256:$CUDA_CRT_AARCH64_SHA256
+nvidia-nvml-dev==$CUDA_VERSION --hash=sha256:$NVML_SHA256 --hash=sha256:$NVML_AARCH64_SHA256
+END
 "$build/bin/pip" install --no-cache-dir --no-deps --require-hashes --target "$cuda" -r "$cuda/requirements.txt"
 mv "$cuda/nvidia/cu13/include" "$cuda/include"
 cp -R "$app"/lib/python3*/site-packages/nvidia/cu13/include/. "$cuda/include/"

@@ -97,14 +97,12 @@ def test_the_network_libraries_of_the_gpu_image_are_an_option_and_checked() -> N
     script = (ROOT / "images/efa.sh").read_text()
     # Every download has a version and a checksum, and the checksum is compared before the archive is unpacked.
     names = [name.removesuffix("_VERSION") for name in defaults if name.endswith("_VERSION")]
-    assert sorted(names) == ["AWS_OFI_NCCL", "CUDA_CRT", "LIBFABRIC", "RDMA_CORE"]
+    assert sorted(names) == ["AWS_OFI_NCCL", "CUDA", "LIBFABRIC", "RDMA_CORE"]
     assert all(re.fullmatch(r"[0-9a-f]{64}", value) for name, value in defaults.items() if name.endswith("_SHA256"))
     # The headers belong to the runtime of the lock file, and pip checks their hash.
-    assert (
-        f"nvidia-cuda-runtime=={defaults['CUDA_CRT_VERSION']} " in (ROOT / "requirements/trainer-cuda.txt").read_text()
-    )
+    assert f"nvidia-cuda-runtime=={defaults['CUDA_VERSION']} " in (ROOT / "requirements/trainer-cuda.txt").read_text()
     assert "--require-hashes" in script
-    names.remove("CUDA_CRT")
+    names.remove("CUDA")
     downloads = re.findall(r'^fetch "[^"]+\$(\w+)_VERSION[^"]*"\s(?:\\\n\s+)?"\$(\w+)_SHA256"$', script, re.MULTILINE)
     assert sorted(downloads) == [(name, name) for name in sorted(names)]
     assert script.count("curl ") == 2  # the package, and the function
