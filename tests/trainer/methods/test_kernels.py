@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,20 +72,34 @@ def test_compiled_blocks_have_the_same_gradients(base: Path, monkeypatch: pytest
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++, which is not installed")
 @pytest.mark.parametrize(("training", "world_size"), [({}, 1), ({"method": "Full", "sharding": Sharding.FULL}, 2)])
-def test_run_with_compiled_blocks_has_the_same_losses(
+def test_run_with_compiled_blocks_has_the_same_losses_and_its_successor_compiles_nothing(
     base: Path, data: Path, tmp_path: Path, training: dict[str, Any], world_size: int
 ) -> None:
-    """Uses torch's code generator and the compiler of this machine."""
-    runs = []
-    for compiles in (False, True):
+    """Uses torch's code generator and the compiler of this machine, which writes down its calls."""
+    calls = log_calls_of_compiler(tmp_path)
+    runs, num_calls = [], []
+    for number, compiles in enumerate((False, True, True)[: 3 if world_size == 1 else 2]):
         spec = tiny.make_spec(base, data, steps=3, compile=compiles, **training)
-        variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        folder = tmp_path / str(compiles) / "job"
-        runs.append(done(Ranks(spec, folder, world_size=world_size, extra=variables)))
-    assert list((tmp_path / "kernels").rglob("*.so")), runs[1].stderr()
-    plain, compiled = (losses(run) for run in runs)
+        path = f"{calls.parent}:{os.environ['PATH']}"
+        variables = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "PATH": path}
+        runs.append(done(Ranks(spec, tmp_path / f"run-{number}", world_size=world_size, extra=variables)))
+        num_calls.append(calls.read_text(encoding="utf-8").count("-shared") if calls.is_file() else 0)
+    assert list((tmp_path / "cache" / "compiled").rglob("*.so")), runs[1].stderr()
+    assert num_calls[0] == 0
+    assert num_calls[-1] == num_calls[1] > 0
+    plain, compiled = (losses(run) for run in runs[:2])
     assert len(plain) == 3
     assert compiled == pytest.approx(plain, rel=1e-4)
+    assert losses(runs[-1]) == compiled
+
+
+def log_calls_of_compiler(folder: Path) -> Path:
+    """Write a g++ that appends its arguments to a file and runs the real one; return the file, next to it."""
+    script, log = folder / "bin" / "g++", folder / "bin" / "calls"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\necho "$*" >> {log}\nexec {shutil.which("g++")} "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    return log
 
 
 def losses(run: Ranks) -> list[float]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.attention import SDPBackend
 
 from finetune_contract.spec import Precision, SwitchMode, TrainingSpec
@@ -224,6 +225,9 @@ def test_compiled_code_is_shared_by_jobs_with_the_same_torch_and_device(tmp_path
     assert not compiled.is_cached(folder.parent)
     (folder / "fxgraph").mkdir(parents=True)
     assert compiled.is_cached(folder.parent)
+    of_torch = {compiled.INDUCTOR: default_cache_dir(), compiled.TRITON: f"{default_cache_dir()}/triton"}
+    assert compiled.use_compile_cache(tmp_path, CPU, of_torch) == folder
+    assert of_torch == env
     given = {compiled.INDUCTOR: "/mine"}
     assert compiled.use_compile_cache(tmp_path, CPU, given) == Path("/mine")
 

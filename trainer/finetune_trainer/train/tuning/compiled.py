@@ -95,9 +95,19 @@ def _cpu_name() -> str:
 def use_compile_cache(cache_dir: Path, device: torch.device, env: MutableMapping[str, str] = os.environ) -> Path:
     """Let torch store compiled code in the cache, and return the folder; one that the environment names is kept."""
     folder = cache_folder(cache_dir, device)
-    env.setdefault(INDUCTOR, str(folder / "inductor"))
-    env.setdefault(TRITON, str(folder / "triton"))
+    # torch writes its own default into the environment when some of its modules are imported.
+    usual = _torch_default()
+    for name, own in ((INDUCTOR, folder / "inductor"), (TRITON, folder / "triton")):
+        if not env.get(name) or Path(env[name]).is_relative_to(usual):
+            env[name] = str(own)
     return Path(env[INDUCTOR])
+
+
+def _torch_default() -> Path:
+    """Return the folder in which torch stores compiled code by default: on the disk of the pod."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # noqa: PLC0415  slow to import
+
+    return Path(default_cache_dir())
 
 
 def cache_folder(cache_dir: Path, device: torch.device) -> Path:
