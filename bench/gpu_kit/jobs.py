@@ -210,7 +210,7 @@ def job_killed(context: Context, precision: str) -> None:
             recorded = len(job.kills)
             context.record.add(kills=recorded)
         time.sleep(POLL_SECONDS)
-    context.record.add(precision=precision, restarts=restarts(job))
+    context.record.add(precision=precision, restarts=restarts(job), performance=job.status().get("performance"))
 
 
 def jobs_compared(context: Context, killed: str, precision: str | None) -> None:
