@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tests.api.bad_combinations import METHOD_SETTINGS
+from tests.api.bad_scripts import METHOD_SETTINGS
 from tests.api.manifests import GOOD, REMOVED
 
 Edit = dict[str, Any]

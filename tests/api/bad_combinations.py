@@ -5,31 +5,9 @@ from __future__ import annotations
 from tests.api.bad_manifest import BadManifest
 from tests.api.manifests import REMOVED
 
-METHOD_SETTINGS = {
-    "steps": 5,
-    "epochs": 5,
-    "batchSize": 2,
-    "gradientAccumulation": 2,
-    "learningRate": 1e-4,
-    "lrScheduler": "cosine",
-    "precision": "bf16",
-    "gradientCheckpointing": True,
-    "resolution": 64,
-    "randomFlip": True,
-    "snrGamma": 5.0,
-    "noiseOffset": 0.1,
-    "seed": 1,
-    "ema": True,
-    "memoryPreset": "auto",
-}
-"""Settings of methods that a script does not read, with another value than the default."""
-
 BAD_COMBINATIONS = (
     # Rules about fields that exclude or require each other.
     BadManifest("no-method", {"spec.training": {"steps": 5}}, "spec.training.method", "write e.g. method: LoRA"),
-    BadManifest(
-        "method-and-script", {"spec.training.script": {"path": "/x.py"}}, "spec.training.script", "leave script out"
-    ),
     BadManifest(
         "no-length", {"spec.training.steps": REMOVED}, "spec.training.steps", "write e.g. steps: 1000 or epochs: 10"
     ),
@@ -76,9 +54,6 @@ BAD_COMBINATIONS = (
     ),
     BadManifest(
         "lora-for-full", {"spec.training.method": "Full", "spec.training.lora": {}}, "spec.training.lora", "leave lora"
-    ),
-    BadManifest(
-        "lora-for-script", {"spec.training.lora": {"rank": 4}}, "spec.training.lora", "leave lora", base="script"
     ),
     BadManifest(
         "dreambooth-for-lora",
@@ -206,13 +181,6 @@ BAD_COMBINATIONS = (
         "write lower-case letters",
     ),
     BadManifest(
-        "from-for-a-script",
-        {"spec.checkpoint.from": {"job": "circles"}},
-        "spec.checkpoint.from",
-        "leave from out",
-        base="script",
-    ),
-    BadManifest(
         "controlnet-for-lora", {"spec.training.controlnet": {}}, "spec.training.controlnet", "leave controlnet out"
     ),
     BadManifest(
@@ -224,13 +192,6 @@ BAD_COMBINATIONS = (
     ),
     BadManifest(
         "streamed-crops", {"spec.dataset.streaming": True}, "spec.dataset.streaming", "write training.centerCrop: true"
-    ),
-    BadManifest(
-        "streamed-script",
-        {"spec.dataset.streaming": True},
-        "spec.dataset.streaming",
-        "leave streaming out",
-        base="script",
     ),
     BadManifest(
         "one-column",
@@ -258,65 +219,6 @@ BAD_COMBINATIONS = (
         {"spec.training.validation": {"split": "train"}},
         "spec.training.validation.split",
         "write the name of a held-out split",
-    ),
-    BadManifest(
-        "validation-of-script",
-        {"spec.training.validation": {"prompts": ["a dog"]}},
-        "spec.training.validation",
-        "leave validation out",
-        base="script",
-    ),
-    *(
-        BadManifest(
-            f"{field}-of-script",
-            {f"spec.training.{field}": value},
-            f"spec.training.{field}",
-            f"leave {field} out",
-            base="script",
-        )
-        for field, value in METHOD_SETTINGS.items()
-    ),
-    BadManifest(
-        "script-without-file",
-        {"spec.training.script": {"args": {"seed": 1}}},
-        "spec.training.script",
-        "exactly one of path and configMap",
-        base="script",
-    ),
-    BadManifest(
-        "image-and-configmap",
-        {"spec.training.script": {"configMap": {"name": "mine"}, "image": "a/b:1"}},
-        "spec.training.script.image",
-        "leave image out",
-        base="script",
-    ),
-    BadManifest(
-        "script-of-no-object",
-        {"spec.training.script": {"configMap": {"name": "Mine"}}},
-        "spec.training.script.configMap.name",
-        "lower-case letters",
-        base="script",
-    ),
-    BadManifest(
-        "elastic-script",
-        {"spec.topology": {"minNodes": 1, "maxNodes": 2}},
-        "spec.topology.minNodes",
-        "write nodes, and leave minNodes and maxNodes out",
-        base="script",
-    ),
-    BadManifest(
-        "script-in-a-bucket",
-        {"spec.checkpoint.storage": {"bucket": {"url": "s3://models/a"}}},
-        "spec.checkpoint.storage",
-        "write persistentVolumeClaim, hostPath or nfs",
-        base="script",
-    ),
-    BadManifest(
-        "script-with-scratch",
-        {"spec.checkpoint.scratch": {}},
-        "spec.checkpoint.scratch",
-        "leave scratch out",
-        base="script",
     ),
     BadManifest(
         "half-precision-on-cpu",

@@ -1,4 +1,4 @@
-"""A manifest with one problem; `bad_manifests` and `bad_combinations` have the lists."""
+"""A manifest with one problem; `bad_manifests` has the list."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from finetune_operator.api.job import API_VERSION
 from tests.api.bad_combinations import BAD_COMBINATIONS
 from tests.api.bad_manifest import BadManifest
+from tests.api.bad_scripts import BAD_SCRIPTS
 from tests.api.bad_weights import BAD_WEIGHTS
 from tests.api.manifests import REMOVED
 
@@ -179,5 +180,5 @@ BAD_VALUES = (
     ),
 )
 
-BAD = (*BAD_VALUES, *BAD_COMBINATIONS, *BAD_WEIGHTS)
+BAD = (*BAD_VALUES, *BAD_COMBINATIONS, *BAD_SCRIPTS, *BAD_WEIGHTS)
 """All invalid manifests."""
