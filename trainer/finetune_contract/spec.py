@@ -13,11 +13,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from finetune_contract.script_spec import ScriptSpec
 from finetune_contract.spec_model import Location, Prompt, SpecModel, Word
-
-MAX_STEPS = 100_000_000
-"""Most optimizer steps of a job."""
-MAX_SEED = 2**32 - 1
-"""Largest seed: all generators that are used accept 32 bits."""
+from finetune_contract.validation_spec import MAX_SEED, MAX_STEPS, TimestepBiasSpec, ValidationSpec
 
 
 class Method(StrEnum):
@@ -92,14 +88,6 @@ class Offload(StrEnum):
     """The memory of the device that computes."""
     CPU = "cpu"
     """The host's memory; the optimizer runs there, too (FSDP2's CPU offload)."""
-
-
-class BiasStrategy(StrEnum):
-    """Timesteps that are drawn more often."""
-
-    EARLIER = "earlier"
-    LATER = "later"
-    RANGE = "range"
 
 
 class LongCaptions(StrEnum):
@@ -245,45 +233,6 @@ class ControlNetSpec(SpecModel):
     conditioning_dropout: float = Field(
         default=0.0, ge=0, le=1, description="Share of samples that are trained without their conditioning image"
     )
-
-
-class TimestepBiasSpec(SpecModel):
-    """Timesteps that are drawn more often than the others."""
-
-    strategy: BiasStrategy = Field(
-        description="Timesteps to draw more often: earlier, later, or the range from begin to end"
-    )
-    multiplier: float = Field(default=2.0, gt=0, le=1000, description="Factor by which they are drawn more often")
-    portion: float = Field(default=0.25, gt=0, le=1, description="Share of the timesteps that earlier and later select")
-    begin: int = Field(default=0, ge=0, le=100_000, description="First timestep of the range")
-    end: int = Field(default=1000, ge=1, le=100_000, description="Timestep after the last one of the range")
-
-
-class ValidationSpec(SpecModel):
-    """Validation images and held-out loss."""
-
-    prompts: tuple[Prompt, ...] = Field(
-        default=(), max_length=64, description="Prompts whose images, before and after training, are shown in one grid"
-    )
-    images: tuple[Location, ...] = Field(
-        default=(),
-        max_length=64,
-        description="Conditioning images of the prompts for ControlNet, one for each: paths or s3:// URLs; default: "
-        "those of the first samples",
-    )
-    split: Word | None = Field(default=None, description="Held-out split whose loss, with fixed noise, is reported")
-    steps: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_STEPS,
-        description="Steps between validations; default: only at the start and at the end",
-    )
-    epochs: int | None = Field(
-        default=None, ge=1, le=1_000_000, description="Epochs between validations; alternatively write steps"
-    )
-    num_inference_steps: int = Field(default=25, ge=1, le=1000, description="Denoising steps of each image")
-    guidance_scale: float = Field(default=7.5, ge=0, le=100, description="Scale of classifier-free guidance")
-    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="Seed of the images and of the held-out noise")
 
 
 class TrainingSpec(SpecModel):

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
-from finetune_contract.spec import MAX_STEPS, CheckpointInterval, CheckpointSource, OutputSpec, TrainingSpec
+from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, TrainingSpec
 from finetune_contract.spec_model import SpecModel
+from finetune_contract.validation_spec import MAX_STEPS
 from finetune_operator.api.fields import Duration, ManagerName, ObjectName, Quantity, list_map
 from finetune_operator.api.names import MAX_NODES
 from finetune_operator.api.status import FineTuneJobStatus, StatusModel

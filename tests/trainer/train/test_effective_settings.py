@@ -9,7 +9,8 @@ import pytest
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.methods import METHODS, crops_at_centre, peak_learning_rate, with_defaults
-from finetune_contract.spec import LearnableProperty, Method, TimestepBiasSpec, TrainingSpec
+from finetune_contract.spec import LearnableProperty, Method, TrainingSpec
+from finetune_contract.validation_spec import TimestepBiasSpec
 from finetune_trainer.data.captions import TEMPLATES
 from finetune_trainer.data.sampling.noising import find_bias_fault, timestep_weights
 from finetune_trainer.data.sampling.schedule_checks import check_length, check_schedule

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune_contract import paths
-from finetune_contract.spec import ValidationSpec
+from finetune_contract.validation_spec import ValidationSpec
 from finetune_trainer.data.batches import BatchMaker, Texts
 from finetune_trainer.data.images.decoding import CENTRE, micro_conditioning
 from finetune_trainer.data.sampling.draws import Draws, Purpose

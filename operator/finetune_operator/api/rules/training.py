@@ -21,11 +21,10 @@ from finetune_contract.spec import (
     Precision,
     Sharding,
     TextualInversionSpec,
-    TimestepBiasSpec,
     TrainingSpec,
-    ValidationSpec,
     WeightPrecision,
 )
+from finetune_contract.validation_spec import TimestepBiasSpec, ValidationSpec
 from finetune_operator.api.job import Accelerator, FineTuneJobSpec
 from finetune_operator.api.rules.forms import MEMORY_PRESET
 from finetune_operator.api.rules.rule import FieldErrorReason, Rule, Scope, cel_list, form, join_names

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from finetune_contract.spec import BiasStrategy, TimestepBiasSpec, TrainingSpec
+from finetune_contract.spec import TrainingSpec
+from finetune_contract.validation_spec import BiasStrategy, TimestepBiasSpec
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.order import SampleRef
 
