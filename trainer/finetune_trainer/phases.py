@@ -13,7 +13,7 @@ from enum import StrEnum
 from finetune_contract import environment
 
 
-class Phase(StrEnum):
+class StartPhase(StrEnum):
     """A phase of a start, in the order in which they end."""
 
     IMPORTS = "imports"
@@ -46,7 +46,7 @@ class Phases:
 
     began: float = field(default_factory=time.monotonic)
     clock: Callable[[], float] = time.monotonic
-    seconds: dict[Phase, float] = field(default_factory=dict)
+    seconds: dict[StartPhase, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, env: Mapping[str, str]) -> Phases:
@@ -54,7 +54,7 @@ class Phases:
         began = env.get(environment.RANK_ORDERED)
         return cls() if began is None else cls(float(began))
 
-    def end(self, phase: Phase) -> None:
+    def end(self, phase: StartPhase) -> None:
         """Record that a phase ends now. It began with the end of the previous one."""
         self.seconds[phase] = max(0.0, self.clock() - self.began - self.total)
 

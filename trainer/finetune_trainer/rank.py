@@ -19,7 +19,7 @@ from finetune_contract.heartbeat import RankState
 from finetune_trainer import libraries, patience
 from finetune_trainer.errors import RankError
 from finetune_trainer.outages import exit_code_of
-from finetune_trainer.phases import Phase, Phases
+from finetune_trainer.phases import Phases, StartPhase
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.preemption_notice import PreemptionNotice
 
@@ -56,7 +56,7 @@ def main(env: Mapping[str, str] = os.environ, on_save_stage: Callable[[str], Non
         from finetune_trainer.train.run import run_rank  # noqa: PLC0415
 
         context = read_context(env, notice, reporter, on_save_stage, phases)
-        phases.end(Phase.IMPORTS)
+        phases.end(StartPhase.IMPORTS)
         code = run_rank(context, env)
     except RankError as error:
         notice.hold()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
-from finetune_trainer.phases import Phase
+from finetune_trainer.phases import StartPhase
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 
@@ -91,7 +91,7 @@ def test_final_report(base: Path, data: Path, tmp_path: Path) -> None:
     (output,) = last["outputs"]
     assert output["sizeBytes"] == len(ranks.weights())
     phases = last["startSeconds"]
-    assert list(phases) == [each.value for each in Phase]
+    assert list(phases) == [each.value for each in StartPhase]
     assert sum(phases.values()) > 0
     assert "first step after " in ranks.stderr()
 

@@ -23,7 +23,7 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.method import Method
 from finetune_trainer.optim.optimizer import LearningRate, set_learning_rate
 from finetune_trainer.performance.meter import Part, StepMeter
-from finetune_trainer.phases import Phase, Phases
+from finetune_trainer.phases import Phases, StartPhase
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.metrics_logger import MetricsLogger
 from finetune_trainer.train.micro_batch import MicroBatch, is_out_of_memory
@@ -109,8 +109,8 @@ class Loop:
 
     def _report_step(self, result: StepResult, images_per_second: float) -> None:
         step = self.state.step
-        if Phase.FIRST_STEP not in self.phases.seconds:
-            self.phases.end(Phase.FIRST_STEP)
+        if StartPhase.FIRST_STEP not in self.phases.seconds:
+            self.phases.end(StartPhase.FIRST_STEP)
             self.reporter.started(self.phases)
         if (performance := self.meter.measure()) is not None:
             self.reporter.performance(performance)

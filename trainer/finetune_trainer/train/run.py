@@ -18,7 +18,7 @@ from finetune_trainer.export.outputs import write_outputs
 from finetune_trainer.export.retry import PatientWriter
 from finetune_trainer.methods.method import Method
 from finetune_trainer.models.hub import limit_waits
-from finetune_trainer.phases import Phase
+from finetune_trainer.phases import StartPhase
 from finetune_trainer.train.artifact_sync import ArtifactSync
 from finetune_trainer.train.build import RunBuilder
 from finetune_trainer.train.checks import check_inputs, check_place, check_spec
@@ -41,7 +41,7 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     check_spec(context.spec)
     check_trackers(context.spec.training.trackers, env)
     world = join_world(env)
-    context.phases.end(Phase.RENDEZVOUS)
+    context.phases.end(StartPhase.RENDEZVOUS)
     context = share_target(context, world)
     check_place(context, world)
     context.reporter.state(RankState.LOADING)
@@ -53,7 +53,7 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
         context.reporter.warn(warning)
     inputs = load_inputs(context, world, env)
     check_inputs(inputs.spec, inputs.family, world.device)
-    context.phases.end(Phase.INPUTS)
+    context.phases.end(StartPhase.INPUTS)
     return _run_phases(RunBuilder(context, world, inputs, ArtifactSync(context.job_dir, inputs.bucket)))
 
 
@@ -68,20 +68,20 @@ def _run_phases(build: RunBuilder) -> ExitCode:
     data = build.prepare_data()
     # The encoders are no longer in memory.
     heap.release_free_memory()
-    context.phases.end(Phase.CACHE)
+    context.phases.end(StartPhase.CACHE)
     context.reporter.state(RankState.LOADING)
     method = build.make_method(data)
     state = build.make_state(method)
-    context.phases.end(Phase.WEIGHTS)
+    context.phases.end(StartPhase.WEIGHTS)
     context.reporter.state(RankState.RESTORING)
     if world.is_first:
         build.artifacts.pull_validation()
     checkpointer.restore(state)
     if build.inputs.needs_checkpoint and state.step == 0:
         raise StorageError("checkpoint storage: all checkpoints of the job are damaged; the next attempt starts again")
-    context.phases.end(Phase.RESTORE)
+    context.phases.end(StartPhase.RESTORE)
     build.confirm_data()
-    context.phases.end(Phase.DATA_CHECK)
+    context.phases.end(StartPhase.DATA_CHECK)
     context.notice.on_peer_lost(lambda: checkpointer.emergency_save(state))
     loop = build.make_loop(method, state, data, checkpointer)
     if not _train(loop, state, checkpointer):
