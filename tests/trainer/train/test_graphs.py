@@ -18,6 +18,7 @@ from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.method import Method
+from finetune_trainer.train.checks import check_device
 from finetune_trainer.train.passes.choice import (
     MAX_GRAPHS,
     SMALL_EXCHANGE_BYTES,
@@ -95,7 +96,7 @@ def assert_equal(one: Trained, other: Trained) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_replayed_passes_have_the_same_bits(base: Path, name: str) -> None:
-    settings = {"gradientCheckpointing": True} if name in {"Full", "TextualInversion"} else {}
+    settings: dict[str, Any] = {"gradientCheckpointing": True} if name in {"Full", "TextualInversion"} else {}
     replayed = train(base, name, TapeDevice(), **settings)
     assert replayed.graphs.num_replays == 2 * (NUM_STEPS - WARM_UP_PASSES)
     assert_equal(train(base, name, **settings), replayed)
@@ -310,6 +311,11 @@ def test_large_exchange_between_machines_overlaps_with_the_last_pass(
     assert choice.is_last_eager == bool(reason)
     assert choice.reason.startswith(reason)
     assert choice.reason.endswith("is the only one") == (bool(reason) and accumulation == 1)
+
+
+def test_graphs_that_the_manifest_requires_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"training\.cudaGraphs: on is not possible because the ranks compute"):
+        check_device(training(cudaGraphs="on"), CPU)
 
 
 def test_schedule_captures_after_the_warm_up_and_limits_the_graphs() -> None:

@@ -88,7 +88,7 @@ def tuner(base: Path, data: Path, folder: Path, notes: list[str] | None = None, 
     spec = tiny.make_spec(base, data, **training)
     reporter = Reporter(0, None)
     if notes is not None:
-        reporter.note = notes.append  # type: ignore[method-assign]
+        reporter.note = notes.append  # type: ignore[method-assign, assignment]
     return Tuner(spec, WORLD, JobFolders(folder), folder / "cache", reporter)
 
 
@@ -132,7 +132,7 @@ def test_chosen_kernels_are_used_in_passes_and_in_recomputed_activations(base: P
     own = nn.functional.scaled_dot_product_attention
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        enabled.append(torch.backends.cuda.flash_sdp_enabled())
+        enabled.append(torch.backends.cuda.flash_sdp_enabled())  # type: ignore[no-untyped-call]
         return own(*args, **kwargs)
 
     method, plain = (make_method(base, "Full", gradientCheckpointing=True) for _ in range(2))

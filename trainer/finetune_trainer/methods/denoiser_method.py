@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from finetune_contract.spec import Sharding, SwitchMode, TrainingSpec, WeightPrecision
-from finetune_trainer.data.batches import Batch
+from finetune_trainer.data.batches import Batch, Texts
 from finetune_trainer.data.captions import Captions, OwnCaptions
 from finetune_trainer.data.sampling.draws import Purpose
 from finetune_trainer.data.sampling.order import SampleRef
@@ -54,7 +54,8 @@ class DenoiserMethod:
         self._attention = attention_kernel(context.training.attention, context.device, context.dtype)
         self._parameters: dict[str, nn.Parameter] = {}
         self._modules: list[Any] = []
-        self.text: _LiveText | None = None
+        self.text: Texts | None = None
+        self._live_text: _LiveText | None = None
         self._denoiser = context.load_denoiser(self.denoiser_place(context.dtype, context.device)[0])
         self._denoiser.requires_grad_(self._trains_denoiser)
         torch.manual_seed(context.draws.torch_seed(Purpose.INIT, SampleRef(0, 0)))
@@ -97,9 +98,9 @@ class DenoiserMethod:
 
     def prepare(self, batch: Batch) -> Batch:
         """Return the batch with the tokens of its captions if the method encodes them, else the same batch."""
-        if self.text is None or any(name.startswith(TOKENS) for name in batch.text):
+        if self._live_text is None or any(name.startswith(TOKENS) for name in batch.text):
             return batch
-        return dataclasses.replace(batch, text={**batch.text, **self.text.tokenize(batch.captions)})
+        return dataclasses.replace(batch, text={**batch.text, **self._live_text.tokenize(batch.captions)})
 
     def use_attention(self, backends: Sequence[SDPBackend]) -> None:
         """Let the denoiser use these attention kernels, in this order."""
@@ -108,9 +109,9 @@ class DenoiserMethod:
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample, float32 (n,)."""
         text = batch.text
-        if self.text is not None:
+        if self._live_text is not None:
             batch = self.prepare(batch)
-            text = {**batch.text, **self.text.encode(batch.text)}
+            text = {**batch.text, **self._live_text.encode(batch.text)}
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             return self.predict(noisy, timesteps, text, batch.conditioning)
@@ -158,7 +159,7 @@ class DenoiserMethod:
     def _load_text(self, dtype: torch.dtype) -> TextEncoder:
         """Load the text encoders of a method that encodes captions in every step."""
         encoder = self._family.load_text_encoder(self._context.device, dtype)
-        self.text = _LiveText(self, encoder)
+        self.text = self._live_text = _LiveText(self, encoder)
         return encoder
 
     def _attention_context(self) -> contextlib.AbstractContextManager[None]:
@@ -166,7 +167,7 @@ class DenoiserMethod:
         return self._attention()
 
     def _text_parts(self) -> Sequence[TextPart]:
-        return [] if self.text is None else self.text.parts
+        return [] if self._live_text is None else self._live_text.parts
 
     def _checkpoint_activations(self, module: Any) -> None:
         lora = self._context.training.lora

@@ -72,7 +72,7 @@ def checkpoint_activations(module: Any, draws: bool, attention: AttentionContext
         module.gradient_checkpointing_enable(settings)
         return
 
-    def recomputed(part: Callable[..., Any], *args: Any) -> Any:
+    def recomputed(part: nn.Module, *args: Any) -> Any:
         return checkpoint(part.__call__, *args, **settings)
 
     module.enable_gradient_checkpointing(recomputed)

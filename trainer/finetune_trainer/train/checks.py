@@ -14,7 +14,7 @@ import torch
 from finetune_contract.methods import crops_at_centre, precision_of
 from finetune_contract.requirements import find_missing_software
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, TrainingSpec
+from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, SwitchMode, TrainingSpec
 from finetune_trainer.data.sources.open import is_on_hub
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, StorageError
@@ -24,6 +24,7 @@ from finetune_trainer.methods.kernels import attention_kernel
 from finetune_trainer.methods.registry import method_traits
 from finetune_trainer.models.family import Family
 from finetune_trainer.train.context import RankContext
+from finetune_trainer.train.passes.choice import GraphFacts, choose_graphs
 
 DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 """Number format of the frozen weights and of the forward pass."""
@@ -129,6 +130,8 @@ def check_device(training: TrainingSpec, device: torch.device) -> None:
     """
     if training.optimizer is Optimizer.ADAMW_8BIT and device.type != "cuda":
         raise ConfigError("training.optimizer: adamw8bit needs a GPU; write adamw or adafactor on CPUs")
+    if training.cuda_graphs is SwitchMode.ON:
+        choose_graphs(training, GraphFacts(is_gpu=device.type == "cuda"))
     attention_kernel(training.attention, device, DTYPES[precision_of(training)])
 
 

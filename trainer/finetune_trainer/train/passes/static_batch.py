@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class StaticBatch:
     def __init__(self, batch: Batch) -> None:
         copies = {name: value.clone() for name, value in _named_tensors(batch)}
         text = {name.removeprefix(_TEXT): value for name, value in copies.items() if name.startswith(_TEXT)}
-        fields = {name: copies[name] for name in _TENSORS if name in copies}
+        fields: dict[str, Any] = {name: copies[name] for name in _TENSORS if name in copies}
         self.batch: Batch = dataclasses.replace(batch, captions=(), text=text, **fields)
         """The batch at its fixed addresses. It has no captions: their tokens or embeddings are in `text`."""
 

@@ -53,11 +53,11 @@ class AttentionShape:
     is_causal: bool = False
 
 
-class ShapeCounter(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class ShapeCounter(TorchFunctionMode):
     """Counts the attention calls within its block, by shape."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.counts: Counter[AttentionShape] = Counter()
 
     def __torch_function__(
@@ -80,7 +80,8 @@ _INPUTS = ("query", "key")
 
 def count_shapes(run: Callable[[], object]) -> Counter[AttentionShape]:
     """Return the attention calls of a computation, by shape. Compiled blocks run without the compiler."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), ShapeCounter() as counter:
+    counter = ShapeCounter()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
         run()
     return counter.counts
 
@@ -153,7 +154,7 @@ def measure_on_gpu(device: torch.device) -> Measure:
 
 def _time(call: Callable[[], None], device: torch.device) -> float:
     stream = torch.cuda.current_stream(device)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record(stream)
     call()
     end.record(stream)
