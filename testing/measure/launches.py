@@ -135,7 +135,7 @@ def make_method(case: LaunchCase) -> Method:
     context = MethodContext(MetaFamily(case.family), training, Draws(0), META, DTYPE)
     method = method_class(training.method)(context)
     if isinstance(method, DenoiserMethod) and method._is_low_precision:
-        method._autocast = MetaAutocast
+        method._autocast = MetaAutocast  # type: ignore[method-assign]
     return method
 
 
