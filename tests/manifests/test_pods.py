@@ -69,6 +69,10 @@ def test_every_variable_of_the_contract_is_set() -> None:
         environment.FORK_SERVER,
         environment.MIN_PART_BYTES,
         environment.RETRY_SECONDS,
+        environment.RANK_ORDERED,
+        environment.COUNT_AFTER_SECONDS,
+        # Set by users, for a device that the trainer does not know.
+        environment.PEAK_TERAFLOPS,
         # Set only for a bucket or a scratch disk.
         environment.BUCKET,
         environment.S3_ENDPOINT,
