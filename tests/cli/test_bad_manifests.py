@@ -88,7 +88,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "unknown method": (put("training.method", "Magic"), "spec.training.method", "LoRA"),
     "no method": (drop("training.method"), "spec.training", "method"),
     "method and script": (put("training.script", {"path": "train.py"}), "spec.training", "script"),
-    "a script": (put("training", {"script": {"path": "train.py"}}), "spec.training.script", "method: LoRA"),
+    "a script": (put("training", {"script": {"path": "train.py"}}), "spec.training.script", "train.py does not exist"),
     "no length": (drop("training.steps"), "spec.training", "steps"),
     "two lengths": (put("training.epochs", 3), "spec.training", "epochs"),
     "no steps": (put("training.steps", 0), "spec.training.steps", "1"),
