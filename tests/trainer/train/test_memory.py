@@ -55,11 +55,10 @@ def full(unet: int) -> Weights:
 
 PRESETS = [
     # Weights, resolution, GB; expected: gradient checkpointing, optimizer, samples at a time of the four requested.
-    (lora(SD15), 512, 8, True, "adamw", 4),
-    (lora(SD15), 512, 16, False, "adamw", 4),
+    (lora(SD15), 512, 8, False, "adamw", 4),
     (lora(SDXL), 1024, 12, True, "adamw", 2),
     (lora(SDXL), 1024, 24, True, "adamw", 4),
-    (lora(SDXL), 1024, 80, False, "adamw", 4),
+    (lora(SDXL), 1024, 40, False, "adamw", 4),
     (full(SD15), 512, 12, True, "adafactor", 2),
     (full(SD15), 512, 16, True, "adamw8bit", 4),
     (full(SD15), 512, 40, False, "adamw", 4),
@@ -79,6 +78,18 @@ def test_preset_settings_for_a_gpu(row: tuple[Weights, int, int, bool, str, int]
     assert bool(chosen.center_crop) == (gigabytes < 13)
     assert f"{size} of 4 samples at a time" in choice.explanation
     assert "may not be enough" not in choice.explanation
+
+
+@pytest.mark.parametrize(
+    ("unet", "resolution", "size", "peak"), [(SD15, 512, 8, 7.8), (SDXL, 1024, 4, 26.1)], ids=["sd15", "sdxl"]
+)
+def test_estimate_of_a_lora_is_slightly_above_the_measured_peak(
+    unet: int, resolution: int, size: int, peak: float
+) -> None:
+    """Peaks of torch's allocator in GiB on an H100, with bf16 and rank 4; the estimate includes the driver's memory."""
+    training = TrainingSpec(precision=Precision.BF16, batch_size=size, resolution=resolution, steps=1)
+    estimate = estimate_bytes(training, lora(unet), Hardware(80 * GIB, True, True, True)) / GIB - 1.0
+    assert 1.0 < estimate / peak < 1.2
 
 
 def test_more_memory_never_gives_smaller_batches() -> None:

@@ -25,6 +25,8 @@ _GRAPHS_GIB = 0.2
 torch's own."""
 _BYTES_OF_MOMENTS = {Optimizer.ADAMW: 8.0, Optimizer.ADAMW_8BIT: 2.1, Optimizer.ADAFACTOR: 0.1, Optimizer.PRODIGY: 16.0}
 """Optimizer state in bytes per trained weight."""
+_ADAPTER_SHARE = 0.1
+"""Trained share of the denoiser's weights below which its layers count as frozen."""
 _GATHERED_GIB = 2.0
 """Gathered weights and gradients of the modules that are computing, if the others are sharded."""
 
@@ -148,15 +150,25 @@ def estimate_bytes(training: TrainingSpec, weights: Weights, hardware: Hardware)
         # The forward pass uses a low-precision copy of the trained weights.
         held += weights.trained * 2
     side = training.resolution / 512
-    billions = weights.denoiser / 1e9
-    # Activations of one sample at 512 px in 16 bits: matches reported totals for SD 1.5 (6-7 GB) and SDXL (24 GB).
-    of_sample = 0.6 if training.gradient_checkpointing else 2.2 + 0.5 * billions
-    of_sample *= min(1.0, billions / 0.1) * bytes_of_format / 2
+    of_sample = _sample_gib(training, weights) * bytes_of_format / 2
     context = _CONTEXT_GIB if hardware.is_gpu else 0.3
     if hardware.is_gpu and training.cuda_graphs is not SwitchMode.OFF and training.sharding is Sharding.NONE:
         context += _GRAPHS_GIB
     num_samples = training.batch_size * (2 if training.dreambooth and training.dreambooth.class_prompt else 1)
     return held + (context + of_sample * side**2 * num_samples) * GIB
+
+
+def _sample_gib(training: TrainingSpec, weights: Weights) -> float:
+    """Return the activations of one sample of 512 x 512 pixels in 16 bits."""
+    billions = weights.denoiser / 1e9
+    if training.gradient_checkpointing:
+        size = 0.6
+    elif weights.trained < _ADAPTER_SHARE * weights.denoiser:
+        # Frozen layers keep no inputs. An H100 needed 0.78 for SD 1.5 and 1.33 for SDXL.
+        size = 0.5 + 0.4 * billions
+    else:
+        size = 2.2 + 0.5 * billions
+    return size * min(1.0, billions / 0.1)
 
 
 def host_bytes(training: TrainingSpec, weights: Weights, hardware: Hardware) -> float:
