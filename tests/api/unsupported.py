@@ -24,7 +24,25 @@ class Unsupported:
 
 
 SHARDED = {f"{T}.method": "Full", f"{T}.sharding": "full"}
+GRAPHS_ON = {f"{T}.cudaGraphs": "on", "spec.topology.accelerator": "gpu"}
+AUTO_GRAPHS = {"write cudaGraphs: auto": {f"{T}.cudaGraphs": "auto"}}
 UNSUPPORTED = (
+    Unsupported(
+        {f"{T}.cudaGraphs": "on", "spec.topology.accelerator": "cpu"},
+        AUTO_GRAPHS | {"write accelerator: gpu": {"spec.topology.accelerator": "gpu"}},
+    ),
+    Unsupported(
+        SHARDED | GRAPHS_ON | {f"{T}.offload": "cpu"},
+        AUTO_GRAPHS | {"leave sharding and offload out": removed(f"{T}.sharding", f"{T}.offload")},
+    ),
+    Unsupported(
+        GRAPHS_ON | {f"{T}.gradientCheckpointing": True, f"{T}.lora": {"rank": 4, "dropout": 0.1}},
+        AUTO_GRAPHS
+        | {
+            "leave lora.dropout out": removed(f"{T}.lora.dropout"),
+            "leave gradientCheckpointing out": removed(f"{T}.gradientCheckpointing"),
+        },
+    ),
     Unsupported(SHARDED | {f"{T}.precision": "fp16"}, {"precision: bf16": {f"{T}.precision": "bf16"}}),
     Unsupported(
         SHARDED | {f"{T}.aspectBuckets": True},

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from finetune_contract.methods import METHODS, WRITTEN_FORMATS
-from finetune_contract.spec import OutputFormat, Precision, Sharding
-from finetune_operator.api.job import FineTuneJobSpec
+from finetune_contract.spec import OutputFormat, Precision, Sharding, SwitchMode
+from finetune_operator.api.job import Accelerator, FineTuneJobSpec
 from finetune_operator.api.rules.rule import join_names
 
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "hub://")
@@ -37,7 +37,34 @@ def _written_formats() -> str:
     return ", ".join(parts)
 
 
+def _requires_graphs(spec: FineTuneJobSpec) -> bool:
+    # A rule of the API server cannot read a field that is a text or, as YAML 1.1 reads `on`, a boolean.
+    return spec.training.cuda_graphs is SwitchMode.ON
+
+
 MISSING = (
+    Missing(
+        "spec.training.cudaGraphs",
+        lambda spec: _requires_graphs(spec) and spec.topology.accelerator is Accelerator.CPU,
+        "CUDA graphs need GPUs; write cudaGraphs: auto, or write accelerator: gpu",
+    ),
+    Missing(
+        "spec.training.cudaGraphs",
+        lambda spec: _requires_graphs(spec) and spec.training.sharding is not Sharding.NONE,
+        "sharding gathers weights in each pass, which no CUDA graph can contain; write cudaGraphs: auto, or leave "
+        "sharding and offload out",
+    ),
+    Missing(
+        "spec.training.cudaGraphs",
+        lambda spec: (
+            _requires_graphs(spec)
+            and spec.training.gradient_checkpointing
+            and spec.training.lora is not None
+            and spec.training.lora.dropout > 0
+        ),
+        "gradientCheckpointing repeats the dropout of the adapters, which no CUDA graph can contain; write "
+        "cudaGraphs: auto, leave lora.dropout out, or leave gradientCheckpointing out",
+    ),
     Missing(
         "spec.training.precision",
         lambda spec: spec.training.sharding is not Sharding.NONE and spec.training.precision is Precision.FP16,
