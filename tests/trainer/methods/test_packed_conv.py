@@ -67,9 +67,9 @@ def test_methods_with_a_frozen_denoiser_have_the_same_gradients(
     assert [count_packed(method) > 0 for method in (plain, packed)] == [False, True]
     for method in (plain, packed):
         method.losses(batch).sum().backward()  # type: ignore[no-untyped-call]
-    assert any(parameter.grad is not None and parameter.grad.any() for parameter in plain.parameters().values())
-    for key, parameter in plain.parameters().items():
-        expected, found = parameter.grad, packed.parameters()[key].grad
+    assert any(leaf.grad is not None and leaf.grad.any() for leaf in plain.leaves())
+    for plain_leaf, packed_leaf in zip(plain.leaves(), packed.leaves(), strict=True):
+        expected, found = plain_leaf.grad, packed_leaf.grad
         if expected is None:
             assert found is None
             continue
