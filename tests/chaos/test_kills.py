@@ -35,7 +35,7 @@ def test_kill_matrix(cells: tuple[str, ...], num_cells: int) -> None:
 
 @pytest.mark.timeout(600)
 def test_hub_faults() -> None:
-    result = run_program("tests.chaos.hub_faults", "--jobs", "1")
+    result = run_program("tests.chaos.hub_faults", "--jobs", "1", "--rate", "0.2")
     assert (result["jobs"], result["different_weights"], result["failures"]) == (1, 0, 0)
     assert min(result["faults"], result["outages"]) > 0
 
