@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune_contract import environment
 from finetune_contract.heartbeat import RankState
-from finetune_trainer import rank
+from finetune_trainer import entry, rank
 from finetune_trainer.report import Reporter
 
 STOP_POINT = "MATRIX_STOP_POINT"
@@ -138,7 +138,7 @@ def main() -> None:
     """Run the trainer's rank with its stop point."""
     stop_point = StopPoint(dict(os.environ))
     StoppingReporter.stop_point = stop_point
-    rank.Reporter = StoppingReporter  # type: ignore[attr-defined]
+    entry.Reporter = StoppingReporter  # type: ignore[attr-defined]
     if stop_point.stage in {"first step", "training", "saving"} or stop_point.attempt > 1:
         stop_in_loop(stop_point)
     code = rank.main(os.environ, lambda stage: stop_point.reach("saving") if stage == SAVE_STAGE else None)
