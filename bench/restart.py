@@ -25,29 +25,14 @@ from bench.map_phase import BASE, RESOLUTION, write_images
 from finetune_contract import environment
 from finetune_contract.heartbeat import RankReport
 from finetune_contract.run_spec import RunSpec
-from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import CoreShare
 from finetune_trainer.supervisor.forks import ForkClient
 from finetune_trainer.supervisor.ranks import RankStarter
 from testing.measure.report import finish
+from testing.trainer.supervisor_config import make_config
 
 COMMAND = (sys.executable, "-m", "finetune_trainer.rank")
-CONFIG = Config(
-    namespace="bench",
-    job="restart",
-    job_uid="restart",
-    pod="restart-a1-n0",
-    pod_uid="restart",
-    attempt=1,
-    node_rank=0,
-    num_nodes=1,
-    processes_per_node=1,
-    coordinator_url="",
-    coordinator_token=None,
-    coordinator_ca=None,
-    beat_seconds=1.0,
-    termination_log=None,
-)
+CONFIG = make_config()
 STEPS_PER_START = 2
 DEADLINE_SECONDS = 600.0
 

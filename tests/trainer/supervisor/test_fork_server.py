@@ -21,30 +21,15 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.fork_socket import address_of, listen, server_command
 from finetune_contract.heartbeat import RankEnd, RankState
 from finetune_trainer.supervisor import fork_server
-from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.cores import CoreShare
 from finetune_trainer.supervisor.forks import ForkClient
 from finetune_trainer.supervisor.ranks import RankProcess, RankStarter
+from testing.trainer.supervisor_config import make_config
 
 pytestmark = pytest.mark.trainer
 
 TIMEOUT_SECONDS = 60.0
-CONFIG = Config(
-    namespace="default",
-    job="circles",
-    job_uid="uid",
-    pod="circles-a1-n0",
-    pod_uid="pod-uid",
-    attempt=1,
-    node_rank=1,
-    num_nodes=2,
-    processes_per_node=1,
-    coordinator_url="",
-    coordinator_token=None,
-    coordinator_ca=None,
-    beat_seconds=1.0,
-    termination_log=None,
-)
+CONFIG = make_config(node_rank=1, num_nodes=2)
 FORKED = """
 import json, os, sys, torch
 seen = {"rank": os.environ["RANK"], "cores": sorted(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
