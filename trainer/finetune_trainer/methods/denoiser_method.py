@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +49,7 @@ class DenoiserMethod:
         self._snr_gamma = context.training.snr_gamma
         self._dtype = context.dtype
         self._is_mixed = False
+        self._layout = torch.channels_last
         self._low: WorkingCopy | RoundedWeights | None = None
         """The low-precision weights of trained layers."""
         self._attention = attention_kernel(context.training.attention, context.device, context.dtype)
@@ -106,6 +107,26 @@ class DenoiserMethod:
         """Let the denoiser use these attention kernels, in this order."""
         self._attention = attention_order(backends)
 
+    def modules(self) -> Sequence[nn.Module]:
+        """Return the models that compute the losses."""
+        return self._modules
+
+    def use_layout(self, layout: torch.memory_format) -> None:
+        """Let images, and the weights of convolutions that are not trained themselves, have this layout.
+
+        Trained weights keep theirs, which optimizers and checkpoints expect; their low-precision copies have the layout.
+        """
+        self._layout = layout
+        trained = {id(parameter) for parameter in self._parameters.values()}
+        for module in self._modules:
+            _set_layout(module, layout, trained)
+
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Return the context in which the models compute, which chooses number formats and kernels."""
+        with self._autocast(), self._attention_context():
+            yield
+
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample, float32 (n,)."""
         text = batch.text
@@ -122,7 +143,7 @@ class DenoiserMethod:
         self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], conditioning: Tensor | None = None
     ) -> Tensor:
         """Return the denoiser's output for noisy latents (n, ...)."""
-        with self._autocast(), self._attention_context():
+        with self.forward_context():
             return self._predict(
                 self._to_input(noisy), timesteps, self._family.conditions(text, self._dtype), conditioning
             )
@@ -136,9 +157,10 @@ class DenoiserMethod:
     def _to_input(self, values: Tensor) -> Tensor:
         """Return latents or images in the dtype of the forward pass.
 
-        Images, and latents of their form, become channels last: convolutions keep this layout and are faster with it.
+        Images, and latents of their form, become channels last: convolutions keep this layout and are faster with it. On
+        GPUs a measurement decides (`train.tuning.layout`).
         """
-        layout = torch.channels_last if values.dim() == 4 else torch.contiguous_format
+        layout = self._layout if values.dim() == 4 else torch.contiguous_format
         return values.to(self._dtype).contiguous(memory_format=layout)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -184,8 +206,7 @@ class DenoiserMethod:
         self._modules = [self._denoiser, *self._modules]
         self._denoiser.to(device)
         if not self._trains_denoiser:
-            # Trained weights keep their layout, which optimizers and checkpoints expect.
-            _frozen_channels_last(self._denoiser)
+            _set_layout(self._denoiser, self._layout, set(map(id, self._parameters.values())))
             if not self._uses_weights:
                 pack_convolutions(self._denoiser)
         if self._is_low_precision and training.sharding is Sharding.NONE:
@@ -229,7 +250,7 @@ class _LiveText:
             return self._encoder.encode_tokens(tokens)
 
 
-def _frozen_channels_last(module: nn.Module) -> None:
+def _set_layout(module: nn.Module, layout: torch.memory_format, trained: Collection[int]) -> None:
     for parameter in module.parameters():
-        if not parameter.requires_grad and parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if parameter.dim() == 4 and id(parameter) not in trained:
+            parameter.data = parameter.data.contiguous(memory_format=layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,18 @@ class Method(Protocol):
 
     def use_attention(self, backends: Sequence[SDPBackend]) -> None:
         """Let the denoiser use these attention kernels, in this order."""
+        ...
+
+    def modules(self) -> Sequence[nn.Module]:
+        """Return the models that compute the losses."""
+        ...
+
+    def use_layout(self, layout: torch.memory_format) -> None:
+        """Let images, and the weights of convolutions that are not trained themselves, have this layout."""
+        ...
+
+    def forward_context(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which the models compute, which chooses number formats and kernels."""
         ...
 
     def losses(self, batch: Batch) -> Tensor:

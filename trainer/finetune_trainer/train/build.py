@@ -200,6 +200,7 @@ class RunBuilder:
         steps = self._total_steps(data)
         training, _ = self._tuner.choose_compile(data.batches, steps)
         self._tuner.choose_attention(method, data.batches)
+        self._tuner.choose_layout(method, data.batches)
         metrics = self._make_metrics_logger(state.step)
         gradients = self._make_gradients(method, state)
         num_timesteps = self.inputs.family.objective.num_timesteps

@@ -144,7 +144,7 @@ def measure_on_gpu(device: torch.device) -> Measure:
         try:
             with sdpa_kernel(backend):
                 call()
-                return min(_time(call, device) for _ in range(_MEASURED))
+                return min(time_call(call, device) for _ in range(_MEASURED))
         except RuntimeError:
             # Not supported, or it needs more memory than there is.
             return None
@@ -152,7 +152,8 @@ def measure_on_gpu(device: torch.device) -> Measure:
     return measure
 
 
-def _time(call: Callable[[], None], device: torch.device) -> float:
+def time_call(call: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds that a GPU needs for the operations of a call."""
     stream = torch.cuda.current_stream(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record(stream)

@@ -9,18 +9,21 @@ from pathlib import Path
 
 from finetune_contract import paths
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Attention, SwitchMode, TrainingSpec
+from finetune_contract.spec import Attention, Sharding, SwitchMode, TrainingSpec
 from finetune_trainer.checkpoint.store.select import JobFolders
 from finetune_trainer.data.batches import BatchMaker
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.distributed.world import World
 from finetune_trainer.methods.method import Method
 from finetune_trainer.report import Reporter
-from finetune_trainer.train.tuning import attention, compiled
+from finetune_trainer.train.tuning import attention, compiled, layout
 from finetune_trainer.train.tuning.record import KeptChoice
 
 ATTENTION_FILE = "attention.json"
 """File in the job's folder with the order of the attention kernels."""
+LAYOUT_FILE = "layout.json"
+"""File in the job's folder with the layout of images."""
+_DEFAULT_LAYOUT = "channelsLast"
 _LOG = logging.getLogger(__name__)
 
 
@@ -56,6 +59,9 @@ class Tuner:
         device = self.world.device
         if self.spec.training.attention is not Attention.AUTO or (measure is None and device.type != "cuda"):
             return
+        if not self._can_run_alone:
+            _LOG.info("attention: torch chooses the kernels, because weights are sharded")
+            return
         chosen_measure = measure or attention.measure_on_gpu(device)
 
         def choose() -> list[str]:
@@ -69,6 +75,45 @@ class Tuner:
         order = attention.backends_of(KeptChoice(self.folders, ATTENTION_FILE, self.world).get(choose))
         if order:
             method.use_attention(order)
+
+    def choose_layout(self, method: Method, batches: BatchMaker, measure: layout.Measure | None = None) -> None:
+        """Let a method use the faster layout of images, on GPUs. All ranks call it, before passes are captured.
+
+        Args:
+            method: the method.
+            batches: makes a batch, whose shapes are measured.
+            measure: measures a call; default: on the rank's GPU, if it has one.
+
+        Raises:
+            StorageError: the choice cannot be stored.
+        """
+        device = self.world.device
+        if (measure is None and device.type != "cuda") or not self._can_run_alone:
+            return
+        chosen_measure = measure or layout.measure_on_gpu(device)
+
+        def choose() -> str:
+            batch = batches.make([SampleRef(0, 0)] * self.spec.training.batch_size)
+            calls = layout.count_calls(method.modules(), lambda: method.losses(method.prepare(batch)))
+            if not calls:
+                return _DEFAULT_LAYOUT
+            try:
+                seconds = layout.measure_layouts(method, calls, chosen_measure)
+            except RuntimeError as error:
+                # Memory may run out: both layouts work, and the usual one stays.
+                _LOG.warning("layout: the residual blocks cannot be measured: %s", error)
+                return _DEFAULT_LAYOUT
+            self.reporter.note(layout.describe(seconds))
+            return layout.fastest(seconds)
+
+        chosen = KeptChoice(self.folders, LAYOUT_FILE, self.world).get(choose)
+        # A later version may have recorded another one.
+        method.use_layout(layout.LAYOUTS.get(str(chosen), layout.LAYOUTS[_DEFAULT_LAYOUT]))
+
+    @property
+    def _can_run_alone(self) -> bool:
+        """Whether rank 0 can run a pass without the others. Sharding gathers weights from all of them."""
+        return self.spec.training.sharding is Sharding.NONE
 
     def choose_compile(self, batches: BatchMaker, steps: int) -> tuple[TrainingSpec, str]:
         """Return the settings with `compile` on or off, and why, if the manifest leaves it open. All ranks call it.
