@@ -343,6 +343,10 @@ ADVICE: dict[str, Advice] = {
         "accelerator: cpu": {"spec.topology.accelerator": "cpu"},
         "leave backend out": removed("spec.topology.cpu.backend"),
     },
+    "communication-cores-on-gpu": {
+        "accelerator: cpu": {"spec.topology.accelerator": "cpu"},
+        "leave coresForCommunication out": removed("spec.topology.cpu.coresForCommunication"),
+    },
     "no-minimum": {"both": RANGE, "nodes instead": FIXED_NODES},
     "no-maximum": {"both": RANGE, "nodes instead": FIXED_NODES},
     "fixed-and-range": {"nodes for a fixed number": FIXED_NODES, "minNodes and maxNodes for a range": RANGE},

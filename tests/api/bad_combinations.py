@@ -248,6 +248,12 @@ BAD_COMBINATIONS = (
     BadManifest(
         "ccl-on-gpu", {"spec.topology.cpu": {"backend": "ccl"}}, "spec.topology.cpu.backend", "write accelerator: cpu"
     ),
+    BadManifest(
+        "communication-cores-on-gpu",
+        {"spec.topology.cpu": {"coresForCommunication": 1}},
+        "spec.topology.cpu.coresForCommunication",
+        "write accelerator: cpu",
+    ),
     BadManifest("no-minimum", {"spec.topology.maxNodes": 4}, "spec.topology.minNodes", "write both, or write nodes"),
     BadManifest("no-maximum", {"spec.topology.minNodes": 4}, "spec.topology.maxNodes", "write both, or write nodes"),
     BadManifest(

@@ -204,10 +204,17 @@ FULL = patched(
         "spec.podTemplate": {"spec": {"nodeSelector": {"zone": "a"}, "tolerations": []}},
     },
 )
+CPU = {
+    "backend": "ccl",
+    "ipex": True,
+    "ranksPer": "socket",
+    "coresForCommunication": 2,
+    "allocator": "jemalloc",
+}
 CPU_NODES = patched(
     TEXTUAL_INVERSION,
     {
-        "spec.topology": {"accelerator": "cpu", "nodes": 4, "processesPerNode": 4, "cpu": {"backend": "ccl"}},
+        "spec.topology": {"accelerator": "cpu", "nodes": 4, "processesPerNode": 4, "cpu": CPU},
         "spec.training.memoryPreset": "cpu",
         "spec.checkpoint.storage.nfs": {"server": "nfs.example.com", "path": "/exports/checkpoints"},
     },

@@ -9,13 +9,13 @@ from pydantic.alias_generators import to_camel
 
 from finetune_operator.api import crd, duration, messages
 from finetune_operator.api.flags import FLAGS
+from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.api.rules import edits
 from finetune_operator.api.rules.spec import RULES
 from finetune_operator.api.rules.supported import MISSING, find_missing
 from finetune_operator.api.validate import InvalidJob, broken_rules, parse_job
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.merge import MergeError
-from finetune_operator.manifests.resources import parse_quantity
 from finetune_operator.plan.policies.acceptance import GAPS, NO_STORAGE, find_unsupported
 from finetune_operator.settings import Settings
 from tests.api.advice import ADVICE, STORAGES, Advice, Edit

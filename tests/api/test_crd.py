@@ -70,7 +70,7 @@ def test_spec_has_the_defaults_of_the_models_and_status_has_none() -> None:
     assert crd.find("spec.topology")["default"] == {
         "accelerator": "gpu",
         "processesPerNode": 1,
-        "cpu": {"backend": "gloo"},
+        "cpu": {"backend": "auto", "ipex": "auto", "ranksPer": "numa", "allocator": "auto"},
     }
     assert not [path for path, node in nodes("status", crd.find("status")) if "default" in node]
 

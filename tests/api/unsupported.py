@@ -43,6 +43,35 @@ UNSUPPORTED = (
             "leave gradientCheckpointing out": removed(f"{T}.gradientCheckpointing"),
         },
     ),
+    Unsupported(
+        {
+            "spec.topology": {
+                "accelerator": "cpu",
+                "processesPerNode": 2,
+                "resources": {"cpu": "3500m"},
+                "cpu": {"coresForCommunication": 1},
+            }
+        },
+        {
+            "a smaller number": {"spec.topology.cpu.coresForCommunication": 0},
+            "more in resources.cpu": {"spec.topology.resources.cpu": 4},
+        },
+    ),
+    Unsupported(
+        {"spec.topology.cpu": {"ipex": "on"}, "spec.topology.accelerator": "gpu"},
+        {
+            "write ipex: auto": {"spec.topology.cpu.ipex": "auto"},
+            "write accelerator: cpu": {"spec.topology.accelerator": "cpu"},
+        },
+    ),
+    Unsupported(
+        {"spec.topology": {"accelerator": "cpu", "cpu": {"ipex": True}}},
+        {
+            "write ipex: auto": {"spec.topology.cpu.ipex": "auto"},
+            "call ipex.optimize in the script": {"spec.topology.cpu.ipex": "auto"},
+        },
+        base="script",
+    ),
     Unsupported(SHARDED | {f"{T}.precision": "fp16"}, {"precision: bf16": {f"{T}.precision": "bf16"}}),
     Unsupported(
         SHARDED | {f"{T}.aspectBuckets": True},

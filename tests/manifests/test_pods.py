@@ -92,7 +92,7 @@ def test_environment() -> None:
     assert (env[environment.NUM_NODES], env[environment.PROCESSES_PER_NODE]) == ("3", "2")
     assert env[environment.MASTER_ADDR] == "circles-a2-n0.circles.default.svc"
     assert env[environment.MASTER_PORT] == "29500"
-    assert env[environment.BACKEND] == "gloo"
+    assert env[environment.BACKEND] == "auto"
     assert env[environment.GRACE_SECONDS] == "45"
     assert env[environment.CHECKPOINT_DIR] == "/finetune/storage/default/circles-1f0c3a2b"
     assert env[environment.POD_UID] == {"fieldRef": {"fieldPath": "metadata.uid"}}
@@ -170,8 +170,8 @@ def test_no_token_without_a_coordinator() -> None:
 @pytest.mark.parametrize(
     ("topology", "image", "backend", "resources"),
     [
-        ({"accelerator": "cpu"}, "trainer-cpu", "gloo", {}),
-        ({"accelerator": "cpu", "resources": {"cpu": 8, "memory": "32Gi"}}, "trainer-cpu", "gloo", {"cpu": "8"}),
+        ({"accelerator": "cpu"}, "trainer-cpu", "auto", {}),
+        ({"accelerator": "cpu", "resources": {"cpu": 8, "memory": "32Gi"}}, "trainer-cpu", "auto", {"cpu": "8"}),
         ({"accelerator": "cpu", "cpu": {"backend": "ccl"}}, "trainer-cpu", "ccl", {}),
         ({"accelerator": "gpu", "processesPerNode": 4}, "trainer-cuda", "nccl", {"nvidia.com/gpu": "4"}),
         ({"accelerator": "gpu", "resources": {"nvidia.com/gpu": 1}}, "trainer-cuda", "nccl", {"nvidia.com/gpu": "1"}),

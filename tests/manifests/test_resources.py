@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.api.rules.forms import QUANTITY
-from finetune_operator.manifests.resources import parse_quantity
 
 
 @pytest.mark.parametrize(

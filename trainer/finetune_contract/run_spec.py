@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from finetune_contract.cpu.spec import CpuSpec
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
 from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, Switch, SwitchMode, TrainingSpec
 from finetune_contract.spec_model import SpecModel
@@ -61,6 +62,8 @@ class RunSpec(SpecModel):
     )
     start_from: CheckpointSource | None = None
     """Checkpoint of another job that the first step continues from."""
+    cpu: CpuSpec = CpuSpec()
+    """Settings of CPU training."""
     outputs: tuple[OutputSpec, ...] = ()
 
     @property

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from finetune_contract.cpu.spec import CpuSpec
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
 from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, TrainingSpec
 from finetune_contract.spec_model import SpecModel
@@ -39,21 +40,6 @@ class Accelerator(StrEnum):
 
     GPU = "gpu"
     CPU = "cpu"
-
-
-class CpuBackend(StrEnum):
-    """Communication libraries of CPU ranks."""
-
-    GLOO = "gloo"
-    CCL = "ccl"
-
-
-class CpuSpec(SpecModel):
-    """Settings of CPU training."""
-
-    backend: CpuBackend = Field(
-        default=CpuBackend.GLOO, description="Communication library: gloo (built into torch) or ccl (oneCCL with IPEX)"
-    )
 
 
 class TopologySpec(SpecModel):

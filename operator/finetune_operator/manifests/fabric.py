@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from finetune_operator.api.job import Accelerator, CpuBackend, TopologySpec
+from finetune_contract.cpu.spec import CpuBackend
+from finetune_operator.api.job import Accelerator, TopologySpec
 from finetune_operator.manifests.resources import uses_efa, uses_huge_pages
 
 NCCL = "nccl"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from decimal import Decimal
 from typing import Any
 
 from finetune_operator.api.job import Accelerator, TopologySpec
+from finetune_operator.api.quantity import parse_quantity
 
 GPU_RESOURCE = "nvidia.com/gpu"
 EFA_RESOURCE = "vpc.amazonaws.com/efa"
@@ -17,12 +17,6 @@ MEMORY = "memory"
 MEBIBYTE = 2**20
 SHARED_MEMORY_PER_RANK_BYTES = 4 * 2**30
 """Limit of /dev/shm for each rank if the pod has no memory limit: enough for data loaders and NCCL's buffers."""
-
-_QUANTITY = re.compile(r"^\+?([0-9.]+)([KMGTPE]i|[numkMGTPE]?|[eE][-+]?[0-9]+)$")
-_SCALES = {
-    unit: Decimal(1000) ** power for power, unit in enumerate(("n", "u", "m", "", "k", "M", "G", "T", "P", "E"), -3)
-}
-_SCALES |= {f"{unit}i": Decimal(1024) ** power for power, unit in enumerate("KMGTPE", 1)}
 
 
 def build_resources(topology: TopologySpec, cores_per_rank: int) -> dict[str, Any]:
@@ -61,18 +55,3 @@ def shared_memory_size(topology: TopologySpec) -> str:
     else:
         num_bytes = parse_quantity(str(memory)) / 2
     return f"{max(1, int(num_bytes // MEBIBYTE))}Mi"
-
-
-def parse_quantity(text: str) -> Decimal:
-    """Parse a Kubernetes quantity, e.g. '32Gi' as 34359738368.
-
-    Raises:
-        ValueError: the text is not a quantity.
-    """
-    match = _QUANTITY.match(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a Kubernetes quantity; write e.g. 8, 500m or 32Gi")
-    number, unit = Decimal(match[1]), match[2]
-    if unit not in _SCALES:
-        return number * Decimal(10) ** int(unit[1:])
-    return number * _SCALES[unit]

@@ -53,5 +53,6 @@ def build_run_spec(job: FineTuneJob) -> RunSpec:
         keep_best=spec.checkpoint.keep_best,
         max_stale_seconds=parse_seconds(spec.checkpoint.max_stale or DEFAULT_MAX_STALE),
         start_from=spec.checkpoint.from_,
+        cpu=spec.topology.cpu,
         outputs=spec.outputs,
     )

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finetune_contract import environment
+from finetune_contract.cpu.backend import CCL_BINDING, choose_backend
 from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
 from finetune_trainer.errors import ConfigError, FabricError
 
@@ -168,10 +169,23 @@ class World:
             raise FabricError(f"rank {self.rank} lost a peer in {what}: {first_line}") from error
 
 
+def read_backend(env: Mapping[str, str]) -> str:
+    """Return the backend that the environment names.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        backend = env.get(environment.BACKEND) or ("nccl" if torch.cuda.is_available() else "gloo")
+        return choose_backend(backend).backend
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _load_backend(backend: str) -> None:
     """Import oneCCL's binding, which registers its backend."""
     if backend == "ccl":
-        importlib.import_module("oneccl_bindings_for_pytorch")
+        importlib.import_module(CCL_BINDING)
 
 
 def wait_for_rank_0(host: str, port: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
@@ -200,7 +214,7 @@ def join_world(env: Mapping[str, str]) -> World:
     from accelerate import PartialState  # noqa: PLC0415  slow: the rank handles SIGTERM before it
 
     size, rank = int(env.get("WORLD_SIZE", "1")), int(env.get("RANK", "0"))
-    backend = env.get(environment.BACKEND) or ("nccl" if torch.cuda.is_available() else "gloo")
+    backend = read_backend(env)
     try:
         if size > 1:
             _load_backend(backend)

@@ -16,14 +16,17 @@ import torch
 import torch.distributed as dist
 
 from finetune_contract import environment
+from finetune_contract.cpu.backend import CCL_BINDING
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState
 from finetune_contract.script_spec import ScriptSpec
 from finetune_trainer.checkpoint.store.base import storage_errors
 from finetune_trainer.checkpoint.store.fence import Fence
-from finetune_trainer.distributed.world import World, wait_for_rank_0
+from finetune_trainer.distributed.world import World, read_backend, wait_for_rank_0
 from finetune_trainer.errors import ConfigError, FabricError, RankError, StorageError
 from finetune_trainer.script import arguments, hook
+from finetune_trainer.script.agreement import Agreement
+from finetune_trainer.script.boards import open_board
 from finetune_trainer.script.checkpoints import ScriptCheckpoints
 from finetune_trainer.script.figures import Figures
 from finetune_trainer.script.outputs import copy_outputs
@@ -36,7 +39,7 @@ from finetune_trainer.train.context import RankContext
 
 _LOG = logging.getLogger(__name__)
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-CPU_BACKENDS = ("gloo", "ccl")
+CPU_BACKENDS = ("auto", "gloo", "ccl")
 USAGE_ERROR = 2
 """Exit code of argparse."""
 SCRIPT_FOLDER = "script"
@@ -85,7 +88,7 @@ def run_script(context: RankContext, env: MutableMapping[str, str] = os.environ)
     join(env, place)
     hook.keep_group()
     peers = Peers(place.rank, place.size, place.local_size if place.local_size < place.size else 1)
-    session, argv = _make_session(context, script, path, peers)
+    session, argv = _make_session(context, script, path, peers, place.local_size)
     context.notice.on_peer_lost(session.emergency_save)
     context.reporter.state(RankState.LOADING)
     code = _run(session, path, argv, World(place.rank, place.size, place.local_rank, torch.device("cpu")))
@@ -138,10 +141,10 @@ def join(env: Mapping[str, str], place: Place) -> None:
     """
     if place.size == 1:
         return
-    backend = env.get(environment.BACKEND) or ("nccl" if torch.cuda.is_available() else "gloo")
+    backend = read_backend(env)
     try:
         if backend == "ccl":
-            __import__("oneccl_bindings_for_pytorch")
+            __import__(CCL_BINDING)
         if backend == "nccl":
             torch.cuda.set_device(place.local_rank)
             backend = "cpu:gloo,cuda:nccl"
@@ -154,7 +157,9 @@ def join(env: Mapping[str, str], place: Place) -> None:
         raise FabricError(f"rank {place.rank} of {place.size} could not join the other ranks: {error}") from error
 
 
-def _make_session(context: RankContext, script: ScriptSpec, path: Path, peers: Peers) -> tuple[Session, list[str]]:
+def _make_session(
+    context: RankContext, script: ScriptSpec, path: Path, peers: Peers, local_size: int
+) -> tuple[Session, list[str]]:
     """Return the session, and the command line that resumes the newest verified checkpoint."""
     spec, facts = context.spec, read_facts(path.read_text(encoding="utf-8"))
     argv = arguments.to_argv(script.args or {})
@@ -172,7 +177,8 @@ def _make_session(context: RankContext, script: ScriptSpec, path: Path, peers: P
     options = SessionOptions(
         context.notice, spec.checkpoint_interval, context.mtbf_seconds, spec.max_stale_seconds, facts
     )
-    session = Session(options, peers, saver, figures, context.reporter)
+    agreement = Agreement(peers, open_board(peers, local_size))
+    session = Session(options, agreement, saver, figures, context.reporter)
     hook.install(session, context.reporter, spec.uid)
     if not facts.uses_accelerate and peers.rank == 0:
         context.reporter.note(WITHOUT_ACCELERATE)

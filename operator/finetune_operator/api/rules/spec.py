@@ -15,8 +15,9 @@ from typing import Any
 from finetune_contract.input_spec import Columns
 from finetune_contract.methods import ADAPTER_METHODS, CENTRED_METHODS, CONDITIONED_METHODS, crops_at_centre
 from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputFormat, Sharding
-from finetune_operator.api.job import Accelerator, CpuBackend, ObjectMeta, TopologySpec
+from finetune_operator.api.job import Accelerator, ObjectMeta
 from finetune_operator.api.names import MAX_JOB_NAME
+from finetune_operator.api.rules.cpu import CPU_RULES, TOPOLOGY
 from finetune_operator.api.rules.dataset import DATASET_RULES
 from finetune_operator.api.rules.forms import (
     BUCKET_URL,
@@ -38,7 +39,6 @@ from finetune_operator.api.storage import BucketSpec, StorageSpec
 
 JOB = Scope("metadata", ObjectMeta, at_root=True)
 COLUMNS = Scope("spec.dataset.columns", Columns)
-TOPOLOGY = Scope("spec.topology", TopologySpec)
 STORAGE = Scope("spec.checkpoint.storage", StorageSpec)
 BUCKET = Scope("spec.checkpoint.storage.bucket", BucketSpec)
 INTERVAL = Scope("spec.checkpoint.interval", CheckpointInterval)
@@ -178,13 +178,7 @@ _TOPOLOGY = (
         ),
         "maxNodes is smaller than minNodes; write a number of at least minNodes",
     ),
-    Rule(
-        TOPOLOGY,
-        "cpu.backend",
-        "self.accelerator == 'cpu' || self.cpu.backend != 'ccl'",
-        lambda topology: topology.accelerator is Accelerator.CPU or topology.cpu.backend is not CpuBackend.CCL,
-        "backend ccl is for CPUs, GPUs always use NCCL; write accelerator: cpu, or leave backend out",
-    ),
+    *CPU_RULES,
     Rule(
         TOPOLOGY,
         "resources",

@@ -5,12 +5,15 @@ The plan refuses such a job with the reason NotSupported; `finetune run` refuses
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from finetune_contract.methods import METHODS, WRITTEN_FORMATS
 from finetune_contract.spec import OutputFormat, Precision, Sharding, SwitchMode
-from finetune_operator.api.job import Accelerator, FineTuneJobSpec
+from finetune_operator.api.job import Accelerator, FineTuneJobSpec, TopologySpec
+from finetune_operator.api.quantity import parse_quantity
+from finetune_operator.api.rules.forms import QUANTITY
 from finetune_operator.api.rules.rule import join_names
 
 REMOTE_SCHEMES = ("s3://", "gs://", "az://", "hub://")
@@ -42,6 +45,14 @@ def _requires_graphs(spec: FineTuneJobSpec) -> bool:
     return spec.training.cuda_graphs is SwitchMode.ON
 
 
+def _leaves_cores_to_compute(topology: TopologySpec) -> bool:
+    """Return whether each rank has at least one core that is not for communication."""
+    amount = str((topology.resources or {}).get("cpu", ""))
+    if topology.cpu.cores_for_communication is None or not re.fullmatch(QUANTITY, amount):
+        return True
+    return parse_quantity(amount) >= topology.processes_per_node * (topology.cpu.cores_for_communication + 1)
+
+
 MISSING = (
     Missing(
         "spec.training.cudaGraphs",
@@ -64,6 +75,24 @@ MISSING = (
         ),
         "gradientCheckpointing repeats the dropout of the adapters, which no CUDA graph can contain; write "
         "cudaGraphs: auto, leave lora.dropout out, or leave gradientCheckpointing out",
+    ),
+    Missing(
+        "spec.topology.cpu.coresForCommunication",
+        # A rule of the API server that parses an amount would cost too much: amounts have no maximum length.
+        lambda spec: not _leaves_cores_to_compute(spec.topology),
+        "coresForCommunication leaves no core to compute on: resources.cpu is less than processesPerNode x "
+        "(coresForCommunication + 1); write a smaller number, or more in resources.cpu",
+    ),
+    Missing(
+        "spec.topology.cpu.ipex",
+        lambda spec: spec.topology.cpu.ipex is SwitchMode.ON and spec.topology.accelerator is Accelerator.GPU,
+        "IPEX is for CPUs; write ipex: auto, or write accelerator: cpu",
+    ),
+    Missing(
+        "spec.topology.cpu.ipex",
+        lambda spec: spec.topology.cpu.ipex is SwitchMode.ON and spec.training.script is not None,
+        "a script optimizes its model itself, so the trainer cannot; write ipex: auto, and call ipex.optimize in the "
+        "script",
     ),
     Missing(
         "spec.training.precision",

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from finetune_operator.api.job import GROUP, PLURAL, VERSION, FineTuneJob
 from finetune_operator.api.names import CONTAINER
+from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.cluster.kube.client.client import CONFLICT, JSON, NOT_FOUND, PARTIAL, ApiError
 from finetune_operator.manifests import build_pod, num_nodes
-from finetune_operator.manifests.resources import parse_quantity
 from finetune_operator.settings import Settings
 
 Object = Mapping[str, Any]

@@ -14,9 +14,10 @@ from typing import Any
 from finetune_contract.heartbeat import Performance, StepSettings, StepShares
 from finetune_contract.spec import ExchangePrecision, Precision, SwitchMode
 from finetune_operator.api.job import Accelerator, FineTuneJobSpec
+from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.api.status import Bottleneck
 from finetune_operator.manifests import num_nodes
-from finetune_operator.manifests.resources import EFA_RESOURCE, parse_quantity, uses_efa
+from finetune_operator.manifests.resources import EFA_RESOURCE, uses_efa
 
 NOTABLE = 0.1
 """A part of the step limits the speed from this share of its time on."""
