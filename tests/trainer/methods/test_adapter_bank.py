@@ -15,8 +15,11 @@ from finetune_contract.input_spec import ModelSpec
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.distributed import buckets
+from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.local import LocalGradients
-from finetune_trainer.methods import adapter_group
+from finetune_trainer.distributed.world import World
+from finetune_trainer.methods import adapter_bank, adapter_group
 from finetune_trainer.methods import lora as lora_module
 from finetune_trainer.methods.adapted_attention import AdaptedAttention
 from finetune_trainer.methods.adapter_bank import AdapterBank
@@ -29,6 +32,7 @@ from finetune_trainer.optim.flat import storage_order
 from testing.trainer import tiny
 
 CPU = torch.device("cpu")
+WORLD = World(0, 1, 0, CPU)
 DORA = {"lora": {"rank": 3, "alpha": 6, "useDora": True}}
 
 
@@ -261,6 +265,38 @@ def test_gradients_that_are_held_in_one_buffer_are_added_at_once(base: Path, tra
     for seed in range(2):
         run_pass(lora, seed)
     assert all(map(torch.equal, gradients(held), gradients(lora)))
+
+
+@pytest.mark.parametrize("training", [{}, DORA], ids=["plain", "DoRA"])
+@pytest.mark.parametrize("numel", [2**24, 1500], ids=["one bucket", "several buckets"])
+def test_gradients_for_other_ranks_are_added_to_their_buckets_at_once(
+    base: Path, monkeypatch: pytest.MonkeyPatch, training: dict[str, Any], numel: int
+) -> None:
+    """The sums start in the last pass, and have the bits of gradients that are moved one by one."""
+    monkeypatch.setattr(buckets, "BUCKET_NUMEL", numel)
+    lora, held = make_lora(base, **training), make_lora(base, **training)
+    results = []
+    for method in (lora, held):
+        parameters = list(method.parameters().values())
+        # A world of one rank sums its own values only; the order of the sums is that of several ranks.
+        gradients_of_ranks = GradientBuckets([parameters[index] for index in storage_order(parameters)], WORLD)
+        gradients_of_ranks.hold()
+        with pytest.MonkeyPatch.context() as patch:
+            if method is held:
+                patch.delattr(AdapterBank, "_take_gradients")
+            else:
+                patch.setattr(adapter_bank, "_held_gradients", lambda _: None)
+            for step in range(2):
+                gradients_of_ranks.clear()
+                run_pass(method, 2 * step)
+                assert all(bucket.pending is None for bucket in gradients_of_ranks._buckets)
+                gradients_of_ranks.expect_last_pass()
+                run_pass(method, 2 * step + 1)
+                assert not gradients_of_ranks._waiting, "all sums have started"
+                gradients_of_ranks.reduce(WORLD)
+        assert (len(gradients_of_ranks._buckets) > 1) == (numel == 1500)
+        results.append(gradients(method))
+    assert all(map(torch.equal, *results))
 
 
 def test_hooks_of_held_gradients_are_called(base: Path) -> None:

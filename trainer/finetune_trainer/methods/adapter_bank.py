@@ -103,16 +103,24 @@ class AdapterBank:
             self._magnitude_gradients.zero_()
 
     def end_pass(self) -> Sequence[Tensor | None]:
-        """Return the gradients of the pass in fp32, one for each parameter; none if they were added to one buffer."""
+        """Return the gradients of the pass in fp32, one for each parameter; none if they were added to buffers."""
         self.text.clear()
         held = _held_gradients(self._parameters)
         if held is None:
             return self._take_gradients()
-        num_matrices = len(self._gradients)
-        held[:num_matrices].add_(self._gradients)
-        if len(self._magnitude_gradients):
-            held[num_matrices:].add_(self._magnitude_gradients)
+        num_matrices, first = len(self._gradients), 0
+        for gradients in held:
+            # A part of the gradients of the matrices, then one of those of the magnitudes.
+            own = slice(first, min(first + len(gradients), num_matrices))
+            num_own = max(0, own.stop - first)
+            if num_own:
+                gradients[:num_own].add_(self._gradients[own])
+            if num_own < len(gradients):
+                rest = first + num_own - num_matrices
+                gradients[num_own:].add_(self._magnitude_gradients[rest : rest + len(gradients) - num_own])
+            first += len(gradients)
         self._drop_gradients()
+        # Autograd still calls the hooks of each parameter, which start the exchange of full buckets.
         return [None] * len(self._parameters)
 
     def _take_gradients(self) -> list[Tensor]:
@@ -214,29 +222,31 @@ class _Pass(torch.autograd.Function):
         return None, *ctx.bank.end_pass()
 
 
-def _held_gradients(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    """Return the gradients of all parameters as one tensor, if they are neighbours in a buffer and nothing reads them.
+def _held_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+    """Return the gradients of all parameters as few tensors, if those of neighbours are neighbours in a buffer.
 
-    Autograd would add to each of them separately. A hook of a parameter waits for its gradient.
+    Autograd would add to each of them separately. None if it must, because a hook reads what is added.
     """
-    first = parameters[0].grad
-    if first is None:
-        return None
-    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    runs: list[tuple[Tensor, int]] = []
+    """First gradient and length of neighbours."""
+    storage = offset = -1
     for parameter in parameters:
         gradient = parameter.grad
-        if (
-            gradient is None
-            or gradient.dtype is not torch.float32
-            or gradient.storage_offset() != offset
-            or gradient.untyped_storage().data_ptr() != storage
-            or not gradient.is_contiguous()
-            or parameter._post_accumulate_grad_hooks
-            or parameter._backward_hooks
-        ):
+        if gradient is None or gradient.dtype is not torch.float32 or not gradient.is_contiguous():
             return None
-        offset += gradient.numel()
-    return first.as_strided((offset - first.storage_offset(),), (1,), first.storage_offset())
+        if gradient.untyped_storage().data_ptr() == storage and gradient.storage_offset() == offset:
+            runs[-1] = runs[-1][0], runs[-1][1] + gradient.numel()
+        else:
+            runs.append((gradient, gradient.numel()))
+        storage = gradient.untyped_storage().data_ptr()
+        offset = gradient.storage_offset() + gradient.numel()
+    if any(parameter._backward_hooks for parameter in parameters) or len(runs) > _MAX_RUNS:
+        return None
+    return [first.as_strided((length,), (1,), first.storage_offset()) for first, length in runs]
+
+
+_MAX_RUNS = 32
+"""Most additions of a pass; the gradients of more parts are left to autograd."""
 
 
 def _forward_of(group: AdapterGroup, bank: AdapterBank) -> Any:

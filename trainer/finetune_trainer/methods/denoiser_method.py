@@ -114,7 +114,7 @@ class DenoiserMethod:
     def use_layout(self, layout: torch.memory_format) -> None:
         """Let images, and the weights of convolutions that are not trained themselves, have this layout.
 
-        Trained weights keep theirs, which optimizers and checkpoints expect; their low-precision copies have the layout.
+        Trained weights keep theirs, which optimizers and checkpoints expect. Their low-precision copies change.
         """
         self._layout = layout
         trained = {id(parameter) for parameter in self._parameters.values()}
@@ -157,8 +157,8 @@ class DenoiserMethod:
     def _to_input(self, values: Tensor) -> Tensor:
         """Return latents or images in the dtype of the forward pass.
 
-        Images, and latents of their form, become channels last: convolutions keep this layout and are faster with it. On
-        GPUs a measurement decides (`train.tuning.layout`).
+        Images, and latents of their form, become channels last: convolutions keep this layout and are faster with it.
+        On GPUs a measurement decides (`train.tuning.layout`).
         """
         layout = self._layout if values.dim() == 4 else torch.contiguous_format
         return values.to(self._dtype).contiguous(memory_format=layout)
