@@ -21,6 +21,16 @@ REMEDIES = {
 """How to enable skipped tests, by a pattern of the reason for skipping them."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests with the longest time limits first, so that the last minutes do not wait for one long test."""
+    items.sort(key=_time_limit, reverse=True)
+
+
+def _time_limit(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0]) if marker and marker.args else 0.0
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what was skipped and how to enable it, as the last lines."""
     skipped = terminalreporter.stats.get("skipped", [])

@@ -35,6 +35,7 @@ def named(names: str) -> list[SimulatedFault]:
     return [BY_NAME[name] for name in names.split()]
 
 
+@pytest.mark.timeout(600)
 # A failing example is a seed and a list of names: readable without shrinking, which would take minutes.
 @settings(
     max_examples=25,
