@@ -109,11 +109,12 @@ class TapeDevice:
         self.num_warm_ups += 1
         run()
 
-    def capture(self, run: Callable[[], None]) -> TapeGraph:
+    def capture(self, run: Callable[[], None], generators: Sequence[torch.Generator] = ()) -> TapeGraph:
         """Record a computation, and undo what it has changed."""
         graph = TapeGraph()
         recorder = _Recorder(graph)
         state = torch.get_rng_state()
+        states = [generator.get_state() for generator in generators]
         try:
             with recorder:
                 self.fail()
@@ -122,6 +123,8 @@ class TapeDevice:
             with torch.no_grad():
                 recorder.restore()
             torch.set_rng_state(state)
+            for generator, own in zip(generators, states, strict=True):
+                generator.set_state(own)
         self.graphs.append(graph)
         return graph
 

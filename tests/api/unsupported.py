@@ -36,9 +36,11 @@ UNSUPPORTED = (
         AUTO_GRAPHS | {"leave sharding and offload out": removed(f"{T}.sharding", f"{T}.offload")},
     ),
     Unsupported(
-        GRAPHS_ON | {f"{T}.gradientCheckpointing": True, f"{T}.lora": {"rank": 4, "dropout": 0.1}},
+        GRAPHS_ON
+        | {f"{T}.gradientCheckpointing": True, f"{T}.lora": {"rank": 4, "dropout": 0.1}, f"{T}.compile": "on"},
         AUTO_GRAPHS
         | {
+            "leave compile out": removed(f"{T}.compile"),
             "leave lora.dropout out": removed(f"{T}.lora.dropout"),
             "leave gradientCheckpointing out": removed(f"{T}.gradientCheckpointing"),
         },

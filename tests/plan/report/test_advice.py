@@ -23,7 +23,7 @@ FULL_METHOD = {**LORA, "spec.training.method": "Full"}
 CPU = {"spec.topology.accelerator": "cpu"}
 OFF = "cudaGraphs is off because"
 SHARDED = f"{OFF} sharding gathers weights from other ranks in each pass"
-DROPOUT = f"{OFF} gradientCheckpointing repeats the dropout of the adapters with saved random state"
+DROPOUT = f"{OFF} gradientCheckpointing repeats the dropout of compiled adapters with saved random state"
 GPU_BYTES = 80 * 2**30
 
 
@@ -63,9 +63,14 @@ CASES: dict[str, tuple[dict[str, Any], Performance, list[str]]] = {
         ],
     ),
     "host, dropout": (
-        {**LORA, "spec.training.gradientCheckpointing": True, "spec.training.lora": {"dropout": 0.1}},
+        {
+            **LORA,
+            "spec.training.gradientCheckpointing": True,
+            "spec.training.lora": {"dropout": 0.1},
+            "spec.training.compile": "on",
+        },
         measure(**NO_GRAPHS, cuda_graphs_off=DROPOUT, gradient_checkpointing=True),
-        [f"host-bound: {DROPOUT}; leave training.lora.dropout out of a new job"],
+        [f"host-bound: {DROPOUT}; leave training.compile out"],
     ),
     "host, capture failed": (
         LORA,

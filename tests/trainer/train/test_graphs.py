@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune_contract.spec import SwitchMode, TrainingSpec
 from finetune_trainer.data.batches import Batch
@@ -17,6 +17,7 @@ from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.methods import adapter_group, denoiser_method, mask_draws
 from finetune_trainer.methods.method import Method
 from finetune_trainer.train.checks import check_device
 from finetune_trainer.train.passes.choice import (
@@ -108,6 +109,81 @@ def test_replayed_dropout_draws_the_numbers_of_its_seed(base: Path) -> None:
     assert replayed.graphs.num_replays == 4
     assert_equal(train(base, "LoRA", **settings), replayed)
     assert not torch.equal(replayed.signals[-1], train(base, "LoRA").signals[-1])
+
+
+CHECKPOINTED: dict[str, Any] = {"gradientCheckpointing": True, "lora": {"rank": 2, "dropout": 0.5}}
+WITH_TEXT: dict[str, Any] = {**CHECKPOINTED, "lora": {"rank": 2, "dropout": 0.5, "trainTextEncoder": True}}
+OF_CONVOLUTIONS: dict[str, Any] = {
+    **CHECKPOINTED,
+    "lora": {"rank": 2, "dropout": 0.5, "targetModules": ["to_q", "conv1"]},
+}
+
+
+@pytest.fixture(name="_own_masks")
+def _use_own_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let adapters draw as on a GPU."""
+    monkeypatch.setattr(denoiser_method, "draws_own_masks", lambda training, device: training.lora is not None)
+
+
+@pytest.mark.usefixtures("_own_masks")
+@pytest.mark.parametrize("settings", [CHECKPOINTED, WITH_TEXT, OF_CONVOLUTIONS], ids=["plain", "text", "convolutions"])
+def test_replayed_dropout_is_repeated_by_the_recomputation(base: Path, settings: dict[str, Any]) -> None:
+    replayed = train(base, "LoRA", TapeDevice(), **settings)
+    assert replayed.graphs.num_replays == 4
+    assert_equal(train(base, "LoRA", **settings), replayed)
+
+
+@pytest.mark.usefixtures("_own_masks")
+@pytest.mark.parametrize("settings", [CHECKPOINTED, WITH_TEXT, OF_CONVOLUTIONS], ids=["plain", "text", "convolutions"])
+def test_recomputed_blocks_have_the_masks_of_their_forward_pass(
+    base: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    drawn: list[tuple[bool, tuple[int, ...], tuple[bool, ...]]] = []
+    is_backward = False
+
+    def record(shape: Sequence[int], keep: float, device: torch.device) -> Tensor:
+        mask = own(shape, keep, device)
+        drawn.append((is_backward, tuple(shape), tuple(mask.flatten().tolist())))
+        return mask
+
+    own = mask_draws.draw_mask
+    monkeypatch.setattr(mask_draws, "draw_mask", record)
+    monkeypatch.setattr(adapter_group, "draw_mask", record)
+    method = make_method(base, "LoRA", **settings)
+    passes = []
+    for seed in (1, 2, 1):
+        method.seed(seed)
+        is_backward = False
+        losses = method.losses(make_batch("sd1"))
+        is_backward = True
+        torch.autograd.backward(losses.sum())
+        passes.append(drawn.copy())
+        drawn.clear()
+    first, again = ({each[1:] for each in passes[0] if each[0] is backward} for backward in (False, True))
+    assert again
+    assert again <= first, "each recomputed mask is one of the forward pass"
+    assert len(first) == sum(not each[0] for each in passes[0]), "no two masks are equal"
+    assert passes[0] == passes[2] != passes[1], "the seed of a pass decides its masks"
+
+
+def test_own_masks_are_drawn_on_gpus_only() -> None:
+    gpu = torch.device("cuda")
+    spec = training(**CHECKPOINTED)
+    assert denoiser_method.draws_own_masks(spec, gpu)
+    assert not denoiser_method.draws_own_masks(spec, CPU)
+    assert not denoiser_method.draws_own_masks(training(**CHECKPOINTED, compile=True), gpu)
+    assert not denoiser_method.draws_own_masks(training(gradientCheckpointing=True), gpu)
+    assert choose_graphs(spec, GPU).enabled
+
+
+def test_dropout_of_a_base_is_repeated_with_saved_random_state() -> None:
+    """A base may have dropout of its own: then the state of torch's generator is saved."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1))
+    assert denoiser_method.draws_numbers(model)
+    assert not denoiser_method.draws_numbers(nn.Sequential(nn.Dropout(0.0)))
+    adapted = nn.ModuleDict({"lora_dropout": nn.Dropout(0.1)})
+    assert denoiser_method.draws_numbers(adapted)
+    assert not denoiser_method.draws_numbers(adapted, with_adapters=False)
 
 
 def test_replay_uses_the_loss_scale_of_its_step(base: Path) -> None:
@@ -278,9 +354,9 @@ def test_eager_last_pass_exchanges_gradients_while_it_computes(base: Path) -> No
         ({"method": "Full", "sharding": "full"}, GPU, "cudaGraphs is off because sharding gathers weights"),
         ({"method": "Full", "sharding": "full", "offload": "cpu"}, GPU, "cudaGraphs is off because offload copies"),
         (
-            {"gradientCheckpointing": True, "lora": {"dropout": 0.1}},
+            {"gradientCheckpointing": True, "lora": {"dropout": 0.1}, "compile": "on"},
             GPU,
-            "cudaGraphs is off because gradientCheckpointing repeats the dropout",
+            "cudaGraphs is off because gradientCheckpointing repeats the dropout of compiled adapters",
         ),
     ],
 )

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from finetune_trainer.methods.mask_draws import draw_mask
+
 
 class Matrices(NamedTuple):
     """Adapters of the S layers of a group, or their gradients.
@@ -134,11 +136,6 @@ class AdapterGroup:
         """
         outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(x, anchor, self, num_heads)
         return outputs
-
-
-def draw_mask(shape: Sequence[int], keep: float, device: torch.device) -> Tensor:
-    """Return independent draws that are true with the probability `keep`."""
-    return torch.empty(tuple(shape), dtype=torch.bool, device=device).bernoulli_(keep)
 
 
 class _AdaptedLinears(torch.autograd.Function):

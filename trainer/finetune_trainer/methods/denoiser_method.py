@@ -25,6 +25,7 @@ from finetune_trainer.methods.kernels import (
 )
 from finetune_trainer.methods.loss import diffusion_losses
 from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.methods.mask_draws import MaskDraws
 from finetune_trainer.methods.packed_conv import pack_convolutions
 from finetune_trainer.methods.rounded_weights import RoundedWeights
 from finetune_trainer.methods.working_copy import WorkingCopy
@@ -51,6 +52,7 @@ class DenoiserMethod:
         self._is_mixed = False
         self._layout = torch.channels_last
         self._low: WorkingCopy | RoundedWeights | None = None
+        self._masks = MaskDraws(context.device) if draws_own_masks(context.training, context.device) else None
         """The low-precision weights of trained layers."""
         self._attention = attention_kernel(context.training.attention, context.device, context.dtype)
         self._parameters: dict[str, nn.Parameter] = {}
@@ -142,8 +144,20 @@ class DenoiserMethod:
     def predict(
         self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], conditioning: Tensor | None = None
     ) -> Tensor:
+    def seed(self, seed: int) -> None:
+        """Set the seed of the random numbers of the next pass, e.g. of dropout."""
+        torch.manual_seed(seed)
+        if self._masks is not None:
+            self._masks.seed(seed)
+
+    def generators(self) -> Sequence[torch.Generator]:
+        """Return the generators of passes besides torch's own. A captured pass must know them."""
+        return () if self._masks is None else self._masks.generators
+
         """Return the denoiser's output for noisy latents (n, ...)."""
         with self.forward_context():
+        if self._masks is not None:
+            self._masks.restart()
             return self._predict(
                 self._to_input(noisy), timesteps, self._family.conditions(text, self._dtype), conditioning
             )
@@ -195,7 +209,7 @@ class DenoiserMethod:
         lora = self._context.training.lora
         is_denoising = module not in [part.model for part in self._text_parts()]
         attention = self._attention_context if is_denoising else contextlib.nullcontext
-        checkpoint_activations(module, lora is not None and lora.dropout > 0, attention)
+        checkpoint_activations(module, draws_numbers(module, self._masks is None), attention, self._masks)
 
     def _finish(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Register the trained parameters, move all modules to the device and prepare them for training."""
@@ -241,6 +255,30 @@ class _LiveText:
         return self._encoder.parts
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+def draws_own_masks(training: TrainingSpec, device: torch.device) -> bool:
+    """Return whether recomputed blocks repeat the dropout of adapters without saved random state, as graphs need it."""
+    has_adapters = training.lora is not None and training.lora.dropout > 0
+    is_repeated = training.gradient_checkpointing and training.compile is not SwitchMode.ON
+    return has_adapters and is_repeated and device.type == "cuda"
+
+
+def draws_numbers(module: nn.Module, with_adapters: bool = True) -> bool:
+    """Return whether a model of diffusers or transformers draws random numbers of torch's own generator in training.
+
+    Args:
+        module: the model.
+        with_adapters: whether its adapters do, if they have dropout.
+    """
+    parts = [part for name, part in module.named_modules() if with_adapters or _ADAPTER_DROPOUT not in name]
+    rates = [getattr(part, "p", 0.0) for part in parts if isinstance(part, nn.modules.dropout._DropoutNd)]
+    # transformers drops weights of the attention without a module.
+    return any(rates) or float(getattr(getattr(module, "config", None), "attention_dropout", 0.0)) > 0
+
+
+_ADAPTER_DROPOUT = "lora_dropout"
+"""Part of the names of peft's modules."""
+
+
         """Return the tokens of captions by name."""
         return self._encoder.tokenize(captions)
 

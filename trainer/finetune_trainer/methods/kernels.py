@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune_contract.spec import Attention
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.methods.mask_draws import MaskDraws
 
 ATTENTION_BACKENDS = {
     Attention.FLASH: SDPBackend.FLASH_ATTENTION,
@@ -54,7 +55,12 @@ def attention_order(backends: Sequence[SDPBackend]) -> AttentionContext:
     return lambda: sdpa_kernel(list(backends), set_priority=True)
 
 
-def checkpoint_activations(module: Any, draws: bool, attention: AttentionContext = contextlib.nullcontext) -> None:
+def checkpoint_activations(
+    module: Any,
+    draws: bool,
+    attention: AttentionContext = contextlib.nullcontext,
+    masks: MaskDraws | None = None,
+) -> None:
     """Recompute the activations of a model of diffusers or transformers in the backward pass.
 
     Args:
@@ -62,11 +68,19 @@ def checkpoint_activations(module: Any, draws: bool, attention: AttentionContext
         draws: whether its forward pass draws random numbers, which the recomputation must repeat. Saving the state of
             the generator is not possible in a CUDA graph.
         attention: the context of its forward pass. The recomputation must use the same kernels.
+        masks: what draws the masks of its dropout instead.
     """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        if masks is None:
+            return contextlib.nullcontext(), attention()
+        forward, recomputation = masks.block()
+        return forward, _both(attention(), recomputation)
+
     settings: dict[str, Any] = {
         "use_reentrant": False,
         "preserve_rng_state": draws,
-        "context_fn": lambda: (contextlib.nullcontext(), attention()),
+        "context_fn": contexts,
     }
     if hasattr(module, "gradient_checkpointing_enable"):
         module.gradient_checkpointing_enable(settings)
@@ -76,6 +90,12 @@ def checkpoint_activations(module: Any, draws: bool, attention: AttentionContext
         return checkpoint(part.__call__, *args, **settings)
 
     module.enable_gradient_checkpointing(recomputed)
+
+
+@contextlib.contextmanager
+def _both(one: AbstractContextManager[None], other: AbstractContextManager[None]) -> Iterator[None]:
+    with one, other:
+        yield
 
 
 def compile_blocks(module: nn.Module, names: Collection[str]) -> None:

@@ -16,6 +16,7 @@ from finetune_trainer.methods.adapter_file import load_adapters
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.kohya import kohya_metadata, to_kohya
 from finetune_trainer.methods.lora_linear import use_fast_linears
+from finetune_trainer.methods.mask_draws import DrawnDropout
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.models.text_names import portable_text_name
 from finetune_trainer.tensor_file import write_tensors
@@ -61,6 +62,8 @@ class Lora(DenoiserMethod):
         if self._context.training.compile is not SwitchMode.ON:
             for module in self._adapted.values():
                 use_adapter_bank(module, self._dtype)
+                if self._masks is not None:
+                    _draw_masks(module)
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
         """Write one file, for diffusers' load_lora_weights or with the names of kohya's scripts and the web UIs."""
@@ -104,6 +107,15 @@ def scaled_to_rank(state: Mapping[str, Tensor], scale: float) -> dict[str, Tenso
 
 def _alpha(spec: LoraSpec) -> float:
     return spec.alpha if spec.alpha is not None else spec.rank
+
+def _draw_masks(module: nn.Module) -> None:
+    """Let adapters that the bank does not compute, e.g. of convolutions, draw their masks as it does."""
+    from peft.tuners.lora.layer import LoraLayer  # noqa: PLC0415  slow to import
+
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and isinstance(dropout := layer.lora_dropout["default"], nn.Dropout):
+            layer.lora_dropout["default"] = DrawnDropout(dropout.p)
+
 
 
 def _config(spec: LoraSpec, target_modules: tuple[str, ...]) -> Any:

@@ -122,6 +122,14 @@ class Method(Protocol):
 
     def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
         """Write the trained weights into an empty folder. Equal weights give equal bytes.
+    def seed(self, seed: int) -> None:
+        """Set the seed of the random numbers of the next pass, e.g. of dropout."""
+        ...
+
+    def generators(self) -> Sequence[torch.Generator]:
+        """Return the generators of passes besides torch's own. A captured pass must know them."""
+        ...
+
 
         Args:
             output_format: one of the method's formats in `finetune_contract.methods`.

@@ -69,12 +69,13 @@ MISSING = (
         "spec.training.cudaGraphs",
         lambda spec: (
             _requires_graphs(spec)
+            and spec.training.compile is SwitchMode.ON
             and spec.training.gradient_checkpointing
             and spec.training.lora is not None
             and spec.training.lora.dropout > 0
         ),
-        "gradientCheckpointing repeats the dropout of the adapters, which no CUDA graph can contain; write "
-        "cudaGraphs: auto, leave lora.dropout out, or leave gradientCheckpointing out",
+        "gradientCheckpointing repeats the dropout of compiled adapters, which no CUDA graph can contain; write "
+        "cudaGraphs: auto, leave compile out, leave lora.dropout out, or leave gradientCheckpointing out",
     ),
     Missing(
         "spec.topology.cpu.coresForCommunication",

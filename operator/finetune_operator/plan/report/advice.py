@@ -84,7 +84,7 @@ def advise(spec: FineTuneJobSpec, measured: Performance) -> tuple[Advice, ...]:
 def _host(spec: FineTuneJobSpec, settings: StepSettings) -> Iterator[Advice]:
     """Yield how the host prepares fewer operations. Only GPUs wait for it."""
     training = spec.training
-    reason = settings.cuda_graphs_off
+    reason, is_compiled = settings.cuda_graphs_off, training.compile is SwitchMode.ON
     if training.cuda_graphs is SwitchMode.OFF:
         yield Advice(
             "host-bound: cudaGraphs is off because the manifest says so; write training.cudaGraphs: auto",
@@ -96,7 +96,7 @@ def _host(spec: FineTuneJobSpec, settings: StepSettings) -> Iterator[Advice]:
             "training.offload out of a new job if the model fits the GPU",
             {"spec.training.sharding": None, "spec.training.offload": None},
         )
-    elif not settings.has_cuda_graphs and settings.gradient_checkpointing and _has_dropout(spec):
+    elif not settings.has_cuda_graphs and settings.gradient_checkpointing and _has_dropout(spec) and is_compiled:
         yield Advice(
             f"host-bound: {reason or 'dropout with gradientCheckpointing runs without CUDA graphs'}; leave "
             "training.lora.dropout out of a new job",

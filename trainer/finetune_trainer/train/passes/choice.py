@@ -97,10 +97,11 @@ def find_obstacle(training: TrainingSpec, facts: GraphFacts) -> tuple[str, str] 
     if training.sharding is not Sharding.NONE:
         return "sharding gathers weights from other ranks in each pass", "leave sharding out"
     lora = training.lora
-    if training.gradient_checkpointing and lora is not None and lora.dropout > 0:
+    has_dropout = lora is not None and lora.dropout > 0
+    if has_dropout and training.gradient_checkpointing and training.compile is SwitchMode.ON:
         return (
-            "gradientCheckpointing repeats the dropout of the adapters with saved random state",
-            "leave lora.dropout or gradientCheckpointing out",
+            "gradientCheckpointing repeats the dropout of compiled adapters with saved random state",
+            "leave compile, lora.dropout or gradientCheckpointing out",
         )
     return None
 

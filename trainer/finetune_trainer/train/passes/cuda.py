@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +36,15 @@ class CudaGraphs:
             run()
         current.wait_stream(self._stream)
 
-    def capture(self, run: Callable[[], None]) -> Graph:
-        """Capture a computation.
+    def capture(self, run: Callable[[], None], generators: Sequence[torch.Generator]) -> Graph:
+        """Capture a computation; see `GraphDevice`.
 
         Raises:
             RuntimeError: it cannot be captured.
         """
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
         # The other threads of a rank copy batches and checkpoints, which must not break the capture.
         recording = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
         before = 0
@@ -51,7 +53,7 @@ class CudaGraphs:
                 before = torch.cuda.memory_reserved(self._device)
                 run()
         except BaseException:
-            self._recover(graph)
+            self._recover(graph, generators)
             raise
         self._held_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
         captured: Graph = graph
@@ -74,12 +76,12 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
 
-    def _recover(self, graph: Any) -> None:
-        """Undo what a failed capture leaves in torch's allocator and random generator."""
+    def _recover(self, graph: Any, generators: Sequence[torch.Generator]) -> None:
+        """Undo what a failed capture leaves in torch's allocator and random generators."""
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
         reset_quietly(graph)
-        with contextlib.suppress(RuntimeError):
-            # A generator whose capture did not end refuses to draw. A new state is seeded before the next pass.
-            fresh = torch.Generator(device=self._device)
-            torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
+        for generator in (torch.cuda.default_generators[torch.cuda.current_device()], *generators):
+            with contextlib.suppress(RuntimeError):
+                # A generator whose capture did not end refuses to draw. A new state is seeded before the next pass.
+                generator.graphsafe_set_state(torch.Generator(device=self._device))

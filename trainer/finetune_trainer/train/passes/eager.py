@@ -90,7 +90,7 @@ class EagerPasses:
 
     def run(self, batch: Batch, seed: int, loss_scale: float, is_last: bool) -> None:
         """Compute a pass."""
-        torch.manual_seed(seed)
+        self.work.method.seed(seed)
         if is_last:
             self.work.gradients.expect_last_pass()
         self.work.run(self.work.method.prepare(batch), loss_scale)

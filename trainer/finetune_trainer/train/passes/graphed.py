@@ -46,8 +46,12 @@ class GraphDevice(Protocol):
         """Run a computation where it can be captured later."""
         ...
 
-    def capture(self, run: Callable[[], None]) -> Graph:
+    def capture(self, run: Callable[[], None], generators: Sequence[torch.Generator]) -> Graph:
         """Record what a computation launches. It computes nothing.
+
+        Args:
+            run: the computation.
+            generators: what it draws from, besides torch's own generator. A replay uses the seeds that they have then.
 
         Raises:
             RuntimeError: it cannot be captured. The device can be used as before.
@@ -119,7 +123,7 @@ class GraphedPasses:
             return
         self._drop_if_moved()
         self._fill(shape, batch, loss_scale)
-        torch.manual_seed(seed)
+        self._work.method.seed(seed)
         if shape in self._graphs or self._try_capture(shape):
             # The ranks exchange its gradients after it: a collective inside a graph would need all ranks to replay it.
             self._graphs[shape].replay()
@@ -140,7 +144,7 @@ class GraphedPasses:
             self._drop()
 
     def _run_eagerly(self, batch: Batch, seed: int, loss_scale: float, is_last: bool) -> None:
-        torch.manual_seed(seed)
+        self._work.method.seed(seed)
         if is_last:
             self._work.gradients.expect_last_pass()
         self._work.run(batch, loss_scale)
@@ -163,7 +167,9 @@ class GraphedPasses:
         static, scale = self._inputs[shape].batch, self._scale
         assert scale is not None
         try:
-            self._graphs[shape] = self._device.capture(lambda: self._work.run(static, scale))
+            self._graphs[shape] = self._device.capture(
+                lambda: self._work.run(static, scale), self._work.method.generators()
+            )
         except (RuntimeError, MemoryError) as error:
             cause = describe_failure(error)
             if self._choice.requested is SwitchMode.ON:
