@@ -27,6 +27,8 @@ MAX_LAST_OUTPUT = 2000
 MAX_DETAIL = 500
 MAX_TEXT = 1000
 """Characters kept of a warning or an error for users."""
+NOT_FORKED = "ranks are not forked"
+"""Start of the warning that names why a rank was started by its command."""
 MAX_WARNINGS = 20
 """Warnings kept of a rank: the newest."""
 MAX_TARGET = 32 * 1024

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_contract.heartbeat import Performance, RankReport, RankState, StepSettings, StepShares
+from finetune_contract.heartbeat import NOT_FORKED, Performance, RankReport, RankState, StepSettings, StepShares
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.status import Bottleneck, TimeShares
 from finetune_operator.cluster.kube.work.urgency import is_progress
@@ -56,6 +56,22 @@ def test_figures_of_all_ranks_are_in_the_status() -> None:
     document = cluster.job.model_dump(mode="json", by_alias=True, exclude_none=True)
     assert FineTuneJob.model_validate(document) == cluster.job
     assert document["status"]["performance"]["boundBy"] == "Exchange"
+
+
+def test_advice_names_why_a_rank_was_not_forked() -> None:
+    """The log alone is not enough: somebody who sees slow restarts reads the status first."""
+    cluster = FakeCluster().running()
+    refusal = f"{NOT_FORKED}, so every restart imports the libraries again: torch.py:1 has opened /dev/nvidia0"
+    cluster.beat(0, step=1, performance=FIRST)
+    cluster.beat(1, step=1, performance=SECOND, warnings=("a caption was cut", refusal))
+    cluster.settle()
+    found = cluster.job.status.performance
+    assert found is not None
+    assert [advice for advice in found.advice if advice.startswith("restart-bound")] == [f"restart-bound: {refusal}"]
+    assert len(found.advice) > 1
+    train(cluster, 2, FIRST, SECOND)
+    assert cluster.job.status.performance is not None
+    assert not [advice for advice in cluster.job.status.performance.advice if advice.startswith("restart-bound")]
 
 
 def test_figures_stay_while_none_are_measured() -> None:

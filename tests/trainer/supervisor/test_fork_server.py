@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from finetune_contract import environment
+from finetune_contract.cpu.placement import RankPlace
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.fork_socket import address_of, listen, server_command
-from finetune_contract.heartbeat import RankEnd, RankState
+from finetune_contract.heartbeat import NOT_FORKED, RankEnd, RankState
 from finetune_trainer.supervisor import fork_server
-from finetune_trainer.supervisor.cores import CoreShare
 from finetune_trainer.supervisor.forks import ForkClient
-from finetune_trainer.supervisor.ranks import RankProcess, RankStarter
+from finetune_trainer.supervisor.ranks import RankProcess, RankStarter, newest_warnings
 from testing.trainer.supervisor_config import make_config
 
 pytestmark = pytest.mark.trainer
@@ -62,12 +62,12 @@ def _server(folder: Path) -> Iterator[tuple[ForkClient, int]]:
     process.wait()
 
 
-def run(module: str, server: ForkClient | None, *signals: int, share: CoreShare | None = None) -> RankEnd:
+def run(module: str, server: ForkClient | None, *signals: int, share: RankPlace | None = None) -> RankEnd:
     """Start a rank, send it signals right after the order, and return its end."""
 
     async def run_rank() -> RankEnd:
         command = (sys.executable, "-m", module, "one", "two")
-        rank = await RankStarter(command, lambda: None, server).start(CONFIG, 0, share or CoreShare(1, None))
+        rank = await RankStarter(command, lambda: None, server).start(CONFIG, 0, share or RankPlace(1, ()))
         for number in signals:
             rank.signal(number)
         return await asyncio.wait_for(rank.follow(), TIMEOUT_SECONDS)
@@ -80,7 +80,7 @@ def test_a_forked_rank_equals_a_started_one(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     core = min(os.sched_getaffinity(0))
-    end = run("forked_rank", server[0], share=CoreShare(1, frozenset({core})))
+    end = run("forked_rank", server[0], share=RankPlace(1, (core,)))
     assert end.exit_code == 7
     result = json.loads(end.last_words)
     parent = server[1]
@@ -91,7 +91,7 @@ def test_a_forked_rank_equals_a_started_one(
 def test_reports_of_a_forked_rank_arrive(server: tuple[ForkClient, int]) -> None:
     async def run_rank() -> RankProcess:
         command = (sys.executable, "-m", "forked_rank")
-        rank = await RankStarter(command, lambda: None, server[0]).start(CONFIG, 0, CoreShare(1, None))
+        rank = await RankStarter(command, lambda: None, server[0]).start(CONFIG, 0, RankPlace(1, ()))
         await asyncio.wait_for(rank.follow(), TIMEOUT_SECONDS)
         return rank
 
@@ -103,7 +103,7 @@ def test_reports_of_a_forked_rank_arrive(server: tuple[ForkClient, int]) -> None
 def test_signals_reach_a_forked_rank(server: tuple[ForkClient, int], number: int, code: int) -> None:
     async def run_rank() -> RankEnd:
         rank = await RankStarter((sys.executable, "-m", "waiting_rank"), lambda: None, server[0]).start(
-            CONFIG, 0, CoreShare(1, None)
+            CONFIG, 0, RankPlace(1, ())
         )
         following = asyncio.create_task(rank.follow())
         async with asyncio.timeout(TIMEOUT_SECONDS):
@@ -190,7 +190,7 @@ def test_a_rank_starts_by_its_command_if_the_server_exits_before_the_fork(
             starter = RankStarter(
                 (sys.executable, "-m", "forked_rank"), lambda: None, ForkClient(address_of(listening), None)
             )
-            rank = await starter.start(CONFIG, 0, CoreShare(1, None))
+            rank = await starter.start(CONFIG, 0, RankPlace(1, ()))
             connection, _ = listening.accept()
             connection.close()
             return await asyncio.wait_for(rank.follow(), TIMEOUT_SECONDS)
@@ -224,7 +224,7 @@ fork_server.main()
         starter = RankStarter((sys.executable, "-m", "forked_rank"), lambda: None, client)
         ranks = []
         for _ in range(2):
-            rank = await starter.start(CONFIG, 0, CoreShare(1, None))
+            rank = await starter.start(CONFIG, 0, RankPlace(1, ()))
             await asyncio.wait_for(rank.follow(), TIMEOUT_SECONDS)
             ranks.append(rank)
         return ranks
@@ -263,3 +263,10 @@ def test_invalid_orders_do_not_stop_the_server(server: tuple[ForkClient, int]) -
         connection.sendall(b"\0\0\0\0\0\0\0\2{}")
         assert connection.recv(1) == b""
     assert run("forked_rank", server[0]).exit_code == 7
+
+
+def test_reason_outlives_newer_warnings() -> None:
+    """The advice in the status is read from it."""
+    refusal = f"{NOT_FORKED}: a thread"
+    assert newest_warnings([refusal, *map(str, range(7))]) == (refusal, "2", "3", "4", "5", "6")
+    assert newest_warnings(["1", refusal]) == ("1", refusal)

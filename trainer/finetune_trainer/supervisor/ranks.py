@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from finetune_contract import environment
+from finetune_contract.cpu.placement import RankPlace
+from finetune_contract.cpu.variables import thread_variables
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import MAX_LAST_OUTPUT, RankEnd, RankReport, RankState, first_error
+from finetune_contract.heartbeat import MAX_LAST_OUTPUT, NOT_FORKED, RankEnd, RankReport, RankState, first_error
 from finetune_trainer.supervisor.config import Config
-from finetune_trainer.supervisor.cores import CoreShare, ccl_environment, thread_environment
 from finetune_trainer.supervisor.forks import ForkClient, ForkedProcess, NotForkedError, module_of
 from finetune_trainer.supervisor.log import log
 from finetune_trainer.supervisor.memory import describe_oom_kill, memory_limit, num_oom_kills
+from finetune_trainer.supervisor.numa import memory_binder
 
-CCL = "ccl"
 LAST_LINES = 40
 """Lines of stderr that are kept for the termination message."""
 DRAIN_SECONDS = 1.0
@@ -112,7 +113,7 @@ class RankProcess:
                 self._start.note_refusal(str(error))
                 self._process = await self._start.execute()
         if refusal := self._start.refusal:
-            warning = f"ranks are not forked, so every restart imports the libraries again: {refusal}"
+            warning = f"{NOT_FORKED}, so every restart imports the libraries again: {refusal}"
             self.report = self.report.model_copy(update={"warnings": (*self.report.warnings, warning)})
         self._start.close()
 
@@ -166,13 +167,22 @@ class RankProcess:
         old = self.report
         self._has_reported = True
         update = {name: getattr(new, name) for name in new.model_fields_set if getattr(new, name) is not None}
-        update["warnings"] = (*old.warnings, *(w for w in new.warnings if w not in old.warnings))[-5:]
+        update["warnings"] = newest_warnings((*old.warnings, *(w for w in new.warnings if w not in old.warnings)))
         update["outputs"] = new.outputs or old.outputs
         # The detail belongs to the state of the same report.
         update["detail"] = new.detail
         self.report = old.model_copy(update=update)
         if urgent_part(self.report) != urgent_part(old):
             self._start.on_change()
+
+
+def newest_warnings(warnings: Sequence[str]) -> tuple[str, ...]:
+    """Return the newest warnings, and the one that names why the rank was not forked."""
+    lasting = [warning for warning in warnings[:-_KEPT_WARNINGS] if warning.startswith(NOT_FORKED)]
+    return (*lasting, *warnings[-_KEPT_WARNINGS:])
+
+
+_KEPT_WARNINGS = 5
 
 
 def send_signal(process: Process | ForkedProcess, number: int) -> None:
@@ -218,7 +228,7 @@ class RankStart:
 
     command: Sequence[str]
     env: Mapping[str, str]
-    share: CoreShare
+    place: RankPlace
     on_change: Callable[[], None]
     report_fd: int
     """The rank's end of the pipe for its reports."""
@@ -230,7 +240,7 @@ class RankStart:
         if self.server is None or module is None or self.server.refusal:
             return None
         try:
-            return await self.server.fork(module, self.env, self.share.cores)
+            return await self.server.fork(module, self.env, self.place)
         except OSError:
             return None
 
@@ -253,7 +263,7 @@ class RankStart:
             stdout=PIPE,
             stderr=PIPE,
             pass_fds=(self.report_fd,),
-            preexec_fn=lambda: _prepare(self.share),
+            preexec_fn=preparation(self.place),
         )
 
     def close(self) -> None:
@@ -270,23 +280,41 @@ class RankStarter:
     server: ForkClient | None = None
 
     @classmethod
-    async def prepare(cls, command: Sequence[str], share: CoreShare, on_change: Callable[[], None]) -> RankStarter:
-        """Start the fork server, which imports the libraries of all ranks, if the command can be forked."""
+    async def prepare(
+        cls, command: Sequence[str], variables: Mapping[str, str], on_change: Callable[[], None]
+    ) -> RankStarter:
+        """Start the fork server, which imports the libraries of all ranks, if the command can be forked.
+
+        Args:
+            command: command of a rank.
+            variables: those that the libraries read when they are loaded.
+            on_change: called when a rank has changed.
+        """
         server = None
         if module_of(command) is not None:
             inherited = {name: value for name, value in os.environ.items() if name != environment.COORDINATOR_TOKEN}
             with contextlib.suppress(OSError):
                 server = await ForkClient.connect(
-                    {**inherited, **thread_environment(share, inherited)},
-                    lambda: _prepare(CoreShare(share.num_threads, None)),
+                    {**inherited, **variables},
+                    preparation(RankPlace(1, ())),
                 )
         return cls(command, on_change, server)
 
-    async def start(self, config: Config, local_rank: int, share: CoreShare) -> RankProcess:
-        """Start one rank with torch's variables, its cores and a pipe for its reports."""
+    async def start(
+        self, config: Config, local_rank: int, place: RankPlace, variables: Mapping[str, str] | None = None
+    ) -> RankProcess:
+        """Start one rank with torch's variables, its place on the node and a pipe for its reports.
+
+        Args:
+            config: the configuration of the pod.
+            local_rank: number of the rank in the pod.
+            place: its cores and memory.
+            variables: those of its setup; None: only those of its threads.
+        """
         read_fd, write_fd = os.pipe()
-        env = rank_environment(os.environ, config, local_rank, share, write_fd)
-        start = RankStart(self.command, env, share, self.on_change, write_fd, self.server)
+        variables = thread_variables(place, os.environ) if variables is None else variables
+        env = rank_environment(os.environ, config, local_rank, variables, write_fd)
+        start = RankStart(self.command, env, place, self.on_change, write_fd, self.server)
         try:
             process = await start.fork() or await start.execute()
         except BaseException:
@@ -297,15 +325,21 @@ class RankStarter:
 
 
 def rank_environment(
-    env: Mapping[str, str], config: Config, local_rank: int, share: CoreShare, report_fd: int
+    env: Mapping[str, str], config: Config, local_rank: int, variables: Mapping[str, str], report_fd: int
 ) -> dict[str, str]:
-    """Return the environment of one rank: that of the pod without the coordinator's token, plus torch's variables."""
+    """Return the environment of one rank: that of the pod without the coordinator's token, plus torch's variables.
+
+    Args:
+        env: environment of the pod.
+        config: its configuration.
+        local_rank: number of the rank in the pod.
+        variables: those of its setup.
+        report_fd: descriptor of the pipe for its reports.
+    """
     inherited = {name: value for name, value in env.items() if name != environment.COORDINATOR_TOKEN}
-    fabric = ccl_environment(share, local_rank) if env.get(environment.BACKEND) == CCL else {}
     return {
-        **fabric,
         **inherited,
-        **thread_environment(share, {**fabric, **env}),
+        **variables,
         **dict(config.rendezvous),
         "RANK": str(config.rank(local_rank)),
         "WORLD_SIZE": str(config.world_size),
@@ -318,12 +352,18 @@ def rank_environment(
     }
 
 
-def _prepare(share: CoreShare) -> None:
-    """Run between fork and exec: only two system calls, because other threads may hold locks."""
-    # Without its own PID namespace a rank would survive a supervisor that is killed.
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if share.cores is not None:
-        os.sched_setaffinity(0, share.cores)
+def preparation(place: RankPlace) -> Callable[[], None]:
+    """Return what a child does between fork and exec: only system calls, because other threads may hold locks."""
+    bind_memory = memory_binder(place.memory)
+
+    def prepare() -> None:
+        # Without its own PID namespace a rank would survive a supervisor that is killed.
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if place.compute:
+            os.sched_setaffinity(0, place.compute)
+        bind_memory()
+
+    return prepare
 
 
 async def read_lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

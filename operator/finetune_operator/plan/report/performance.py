@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from finetune_contract.heartbeat import Performance, RankReport, RankState, StepShares
+from finetune_contract.heartbeat import NOT_FORKED, Performance, RankReport, RankState, StepShares
 from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.api.status import FineTuneJobStatus, PerformanceStatus, TimeShares
 from finetune_operator.plan.model.revise import revise
@@ -20,7 +20,15 @@ STEPS = frozenset({RankState.TRAINING, RankState.SAVING, RankState.VALIDATING})
 def update(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Write the figures of the ranks that train. Without a measurement the last ones remain."""
     measured = combine(view.reports)
-    return status if measured is None else revise(status, performance=describe(view.spec, measured))
+    if measured is None:
+        return status
+    return revise(status, performance=describe(view.spec, measured, _restart_advice(view.reports)))
+
+
+def _restart_advice(reports: Sequence[RankReport]) -> tuple[str, ...]:
+    """Return why a restart takes longer than it has to: a rank that could not be forked says it in a warning."""
+    found = (warning for report in reports for warning in report.warnings if warning.startswith(NOT_FORKED))
+    return tuple(f"restart-bound: {warning}" for warning in found)[:1]
 
 
 def combine(reports: Sequence[RankReport]) -> Performance | None:
@@ -50,8 +58,14 @@ def combine(reports: Sequence[RankReport]) -> Performance | None:
     )
 
 
-def describe(spec: FineTuneJobSpec, measured: Performance) -> PerformanceStatus:
-    """Return the figures for the status, rounded."""
+def describe(spec: FineTuneJobSpec, measured: Performance, more_advice: Sequence[str] = ()) -> PerformanceStatus:
+    """Return the figures for the status, rounded.
+
+    Args:
+        spec: the job's spec.
+        measured: the figures of all ranks together.
+        more_advice: what would make restarts faster.
+    """
     shares = measured.shares or StepShares(compute=1.0)
     speed = measured.flops_per_second
     return PerformanceStatus(
@@ -63,7 +77,7 @@ def describe(spec: FineTuneJobSpec, measured: Performance) -> PerformanceStatus:
         memory_total_bytes=measured.memory_total_bytes,
         time_shares=TimeShares(**{name: round(value, 2) for name, value in shares}),
         bound_by=bottleneck(shares),
-        advice=tuple(advice.text for advice in advise(spec, measured))[:MAX_ADVICE],
+        advice=(*(advice.text for advice in advise(spec, measured)[: MAX_ADVICE - len(more_advice)]), *more_advice),
     )
 
 
