@@ -17,6 +17,7 @@ from finetune_trainer.data.captions import Captions, OwnCaptions
 from finetune_trainer.data.sampling.draws import Purpose
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.fused.blocks import use_fused_operations
+from finetune_trainer.intel.layers import TrainedLayers, optimize_frozen
 from finetune_trainer.methods.kernels import (
     attention_kernel,
     attention_order,
@@ -24,8 +25,8 @@ from finetune_trainer.methods.kernels import (
     compile_blocks,
 )
 from finetune_trainer.methods.loss import diffusion_losses
-from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.mask_draws import MaskDraws
+from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.packed_conv import pack_convolutions
 from finetune_trainer.methods.rounded_weights import RoundedWeights
 from finetune_trainer.methods.working_copy import WorkingCopy
@@ -51,9 +52,11 @@ class DenoiserMethod:
         self._dtype = context.dtype
         self._is_mixed = False
         self._layout = torch.channels_last
-        self._low: WorkingCopy | RoundedWeights | None = None
         self._masks = MaskDraws(context.device) if draws_own_masks(context.training, context.device) else None
+        self._low: WorkingCopy | RoundedWeights | None = None
         """The low-precision weights of trained layers."""
+        self._packed: TrainedLayers | None = None
+        """The trained layers that IPEX computes."""
         self._attention = attention_kernel(context.training.attention, context.device, context.dtype)
         self._parameters: dict[str, nn.Parameter] = {}
         self._modules: list[Any] = []
@@ -76,6 +79,11 @@ class DenoiserMethod:
             return torch.float32, torch.device("cpu")
         return torch.float32 if cls._trains_denoiser else dtype, device
 
+    @classmethod
+    def trains_denoiser(cls) -> bool:
+        """Return whether the denoiser's own weights are trained."""
+        return cls._trains_denoiser
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the trained parameters by name."""
         return self._parameters
@@ -86,9 +94,16 @@ class DenoiserMethod:
         return parameters if self._low is None else [self._low.leaf(parameter) for parameter in parameters]
 
     def refresh(self) -> None:
-        """Update the working copy of the trained parameters."""
+        """Update the copies of the trained parameters."""
         if self._low is not None:
             self._low.refresh()
+        if self._packed is not None:
+            self._packed.refresh()
+
+    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let IPEX compute the trained layers, if the run uses it."""
+        if self._context.uses_ipex:
+            self._packed = TrainedLayers(self._modules, optimizer)
 
     def sharded_modules(self) -> Sequence[nn.Module]:
         """Return no modules; methods that can be sharded override this."""
@@ -129,8 +144,20 @@ class DenoiserMethod:
         with self._autocast(), self._attention_context():
             yield
 
+    def seed(self, seed: int) -> None:
+        """Set the seed of the random numbers of the next pass, e.g. of dropout."""
+        torch.manual_seed(seed)
+        if self._masks is not None:
+            self._masks.seed(seed)
+
+    def generators(self) -> Sequence[torch.Generator]:
+        """Return the generators of passes besides torch's own. A captured pass must know them."""
+        return () if self._masks is None else self._masks.generators
+
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample, float32 (n,)."""
+        if self._masks is not None:
+            self._masks.restart()
         text = batch.text
         if self._live_text is not None:
             batch = self.prepare(batch)
@@ -144,20 +171,8 @@ class DenoiserMethod:
     def predict(
         self, noisy: Tensor, timesteps: Tensor, text: Mapping[str, Tensor], conditioning: Tensor | None = None
     ) -> Tensor:
-    def seed(self, seed: int) -> None:
-        """Set the seed of the random numbers of the next pass, e.g. of dropout."""
-        torch.manual_seed(seed)
-        if self._masks is not None:
-            self._masks.seed(seed)
-
-    def generators(self) -> Sequence[torch.Generator]:
-        """Return the generators of passes besides torch's own. A captured pass must know them."""
-        return () if self._masks is None else self._masks.generators
-
         """Return the denoiser's output for noisy latents (n, ...)."""
         with self.forward_context():
-        if self._masks is not None:
-            self._masks.restart()
             return self._predict(
                 self._to_input(noisy), timesteps, self._family.conditions(text, self._dtype), conditioning
             )
@@ -206,7 +221,6 @@ class DenoiserMethod:
         return [] if self._live_text is None else self._live_text.parts
 
     def _checkpoint_activations(self, module: Any) -> None:
-        lora = self._context.training.lora
         is_denoising = module not in [part.model for part in self._text_parts()]
         attention = self._attention_context if is_denoising else contextlib.nullcontext
         checkpoint_activations(module, draws_numbers(module, self._masks is None), attention, self._masks)
@@ -221,40 +235,28 @@ class DenoiserMethod:
         self._denoiser.to(device)
         if not self._trains_denoiser:
             _set_layout(self._denoiser, self._layout, set(map(id, self._parameters.values())))
-            if not self._uses_weights:
+            if not self._uses_weights and not self._context.uses_ipex:
                 pack_convolutions(self._denoiser)
         if self._is_low_precision and training.sharding is Sharding.NONE:
             # Sharding gathers the fp32 weights, and autocast casts them.
             is_rounded = training.weight_precision is WeightPrecision.BF16
             low_precision = RoundedWeights if is_rounded else WorkingCopy
             self._low = low_precision(self._modules, self._parameters.values(), self._dtype)
-        if training.compile is SwitchMode.ON:
-            for module in self._modules:
-                compile_blocks(module, self._family.compiled_blocks)
-        for module in self._modules:
-            use_fused_operations(module, training.compile is SwitchMode.ON)
+        self._use_fast_layers(training.compile is SwitchMode.ON)
         if training.gradient_checkpointing:
             self._checkpoint_activations(self._denoiser)
         self.set_training(True)
 
+    def _use_fast_layers(self, compiles: bool) -> None:
+        """Let IPEX, the compiler and fused operations compute the layers that they are faster at."""
+        for module in self._modules:
+            if self._context.uses_ipex:
+                optimize_frozen(module)
+            if compiles:
+                compile_blocks(module, self._family.compiled_blocks)
+            use_fused_operations(module, compiles)
 
-class _LiveText:
-    """Embeddings of the method's own text encoders; see `Texts`."""
 
-    def __init__(self, method: DenoiserMethod, encoder: TextEncoder) -> None:
-        self._method = method
-        self._encoder = encoder
-
-    def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the embeddings of captions by name, with their graph."""
-        return self.encode(self.tokenize(captions))
-
-    @property
-    def parts(self) -> Sequence[TextPart]:
-        """The single encoders."""
-        return self._encoder.parts
-
-    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
 def draws_own_masks(training: TrainingSpec, device: torch.device) -> bool:
     """Return whether recomputed blocks repeat the dropout of adapters without saved random state, as graphs need it."""
     has_adapters = training.lora is not None and training.lora.dropout > 0
@@ -279,6 +281,23 @@ _ADAPTER_DROPOUT = "lora_dropout"
 """Part of the names of peft's modules."""
 
 
+class _LiveText:
+    """Embeddings of the method's own text encoders; see `Texts`."""
+
+    def __init__(self, method: DenoiserMethod, encoder: TextEncoder) -> None:
+        self._method = method
+        self._encoder = encoder
+
+    def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the embeddings of captions by name, with their graph."""
+        return self.encode(self.tokenize(captions))
+
+    @property
+    def parts(self) -> Sequence[TextPart]:
+        """The single encoders."""
+        return self._encoder.parts
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the tokens of captions by name."""
         return self._encoder.tokenize(captions)
 

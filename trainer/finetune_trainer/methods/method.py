@@ -31,6 +31,7 @@ class MethodContext:
         device: device of the training.
         dtype: number format of frozen weights and of the forward pass.
         early: loads the denoiser before or when it is needed; None: the family loads it.
+        uses_ipex: whether IPEX computes linear layers and convolutions, on CPUs.
     """
 
     family: Family
@@ -39,6 +40,7 @@ class MethodContext:
     device: torch.device
     dtype: torch.dtype
     early: EarlyDenoiser | None = None
+    uses_ipex: bool = False
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
         """Return the denoiser in `dtype`: on the device of the training, or on the CPU."""
@@ -64,6 +66,11 @@ class Method(Protocol):
         """Return the number format and the device of the denoiser that the method starts from."""
         ...
 
+    @classmethod
+    def trains_denoiser(cls) -> bool:
+        """Return whether the denoiser's own weights are trained."""
+        ...
+
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the trained parameters by name, float32, in a fixed order.
 
@@ -80,6 +87,10 @@ class Method(Protocol):
 
     def refresh(self) -> None:
         """Update the copies of the trained parameters. Call it after the parameters have changed."""
+        ...
+
+    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Prepare the trained layers for the optimizer of complete parameters. Call it once, before the first pass."""
         ...
 
     def sharded_modules(self) -> Sequence[nn.Module]:

@@ -72,6 +72,11 @@ class RoundedOptimizer:
         self._bf16 = torch.empty_like(self._fp32, dtype=torch.bfloat16)
 
     @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer of the fp32 stand-ins."""
+        return self._inner
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups of tensors with their settings."""
         return self._inner.param_groups

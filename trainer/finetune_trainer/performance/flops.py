@@ -84,13 +84,8 @@ class _WeightlessFamily:
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
         """Return the denoiser in fp32, from its configuration."""
-        import diffusers  # noqa: PLC0415  slow to import
-
         del dtype
-        path = next(path for path in self._family.denoiser_files() if path.name == "config.json")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        with META:
-            return getattr(diffusers, config["_class_name"]).from_config(config)
+        return weightless_denoiser(self._family)
 
     def load_text_encoder(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
         """Return the text encoders, from their configurations."""
@@ -102,6 +97,16 @@ class _WeightlessFamily:
         del folder
         with META:
             return self._family.load_controlnet(denoiser, None)
+
+
+def weightless_denoiser(family: Family) -> Any:
+    """Return the denoiser of a base without weights, in fp32, from its configuration."""
+    import diffusers  # noqa: PLC0415  slow to import
+
+    path = next(path for path in family.denoiser_files() if path.name == "config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    with META:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def weightless_method(family: Family, training: TrainingSpec) -> Method:

@@ -140,7 +140,8 @@ class RunBuilder:
         set_up_gpu(self.world.device, precision_of(training))
         self._tuner.prepare_compiler(training, reason)
         draws, device = Draws(training.seed), self.world.device
-        context = MethodContext(inputs.family, training, draws, device, inputs.dtype, self.denoiser)
+        uses_ipex = inputs.uses_ipex
+        context = MethodContext(inputs.family, training, draws, device, inputs.dtype, self.denoiser, uses_ipex)
         return method_class(training.method)(context)
 
     def make_state(self, method: Method) -> TrainState:

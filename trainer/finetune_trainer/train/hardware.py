@@ -20,6 +20,7 @@ from finetune_trainer.checkpoint.store.select import JobFolders
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import StorageError
 from finetune_trainer.files import write_atomically
+from finetune_trainer.intel.processor import this_processor
 from finetune_trainer.methods.registry import method_traits
 from finetune_trainer.models.family import Family
 from finetune_trainer.tensor_file import count_numbers
@@ -28,7 +29,6 @@ from finetune_trainer.train.preset import Hardware, PresetChoice, Weights, choos
 PRESET_FILE = "preset.json"
 """File in the job's folder: the first attempt's choice of the settings that a checkpoint depends on."""
 _KEPT = ("precision", "optimizer", "center_crop", "sharding")
-_CPU_FLAGS = Path("/proc/cpuinfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LORA_SHARE = 5e-4
 """Weights of an adapter of rank 1, as a share of the base. SDXL has attention in most blocks; SD 1.5 needs less."""
@@ -130,7 +130,7 @@ def has_bf16(device: torch.device) -> bool:
     """Return whether the device has bf16 instructions; without them bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return _CPU_FLAGS.is_file() and "avx512_bf16" in _CPU_FLAGS.read_text(encoding="utf-8")
+    return this_processor().has_bf16
 
 
 def _may_shard(training: TrainingSpec, folders: JobFolders) -> bool:

@@ -23,6 +23,7 @@ from finetune_trainer.data.training_sets import fetch_datasets, fetch_images
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, DataError
 from finetune_trainer.fetched import fetch
+from finetune_trainer.intel.paths import ComputePath
 from finetune_trainer.methods import adapter_file, embedding_file
 from finetune_trainer.methods.adapter_file import check_adapter_file, find_adapter_file
 from finetune_trainer.methods.embedding_file import check_embedding_files, find_embedding_files
@@ -40,6 +41,7 @@ from finetune_trainer.train.earlier_work import EarlierWork
 from finetune_trainer.train.hardware import apply_preset, choose_precision
 from finetune_trainer.train.input_record import InputRecord
 from finetune_trainer.train.pin_store import PinStore
+from finetune_trainer.train.tuning.processor import ProcessorTuner
 
 _CONTROLNET = "training.controlnet.base"
 _CONFIG = "model.config"
@@ -59,6 +61,7 @@ class RunInputs:
         earlier: checkpoint of another job to start from; None if the manifest names none.
         needs_checkpoint: whether the base of a LoRA or an embedding was left out, because the job has checkpoints.
         resumes: whether the job has checkpoints.
+        uses_ipex: whether IPEX computes linear layers and convolutions.
     """
 
     spec: RunSpec
@@ -69,6 +72,7 @@ class RunInputs:
     earlier: EarlierWork | None
     needs_checkpoint: bool
     resumes: bool
+    uses_ipex: bool = False
 
 
 def load_inputs(context: RankContext, world: World, env: Mapping[str, str]) -> RunInputs:
@@ -98,9 +102,10 @@ def load_inputs(context: RankContext, world: World, env: Mapping[str, str]) -> R
         spec.training, family.objective.num_timesteps, context.attempt, _warn_once(world, context.reporter.warn)
     )
     spec = _apply_preset(pin_dataset(spec, record), context, folders, family, world, env)
-    spec = _choose_precision(spec, context, folders, world)
+    path = ProcessorTuner(spec, family, world, folders, context.cache_dir, context.reporter, resumes).choose()
+    spec = _choose_precision(spec, context, folders, world, path)
     dtype = _DTYPES[precision_of(spec.training)]
-    return RunInputs(spec, family, dtype, bucket, record, earlier, resumes and has_start, resumes)
+    return RunInputs(spec, family, dtype, bucket, record, earlier, resumes and has_start, resumes, path.uses_ipex)
 
 
 def _find_earlier(context: RankContext, folders: JobFolders, world: World, record: InputRecord) -> EarlierWork | None:
@@ -315,8 +320,12 @@ def _first_rank_first(world: World) -> Iterator[None]:
         world.barrier()
 
 
-def _choose_precision(spec: RunSpec, context: RankContext, folders: JobFolders, world: World) -> RunSpec:
+def _choose_precision(
+    spec: RunSpec, context: RankContext, folders: JobFolders, world: World, path: ComputePath
+) -> RunSpec:
     """Return the run with a number format; rank 0 reports one that the manifest leaves out."""
+    if world.device.type == "cpu":
+        return spec.model_copy(update={"training": spec.training.model_copy(update={"precision": path.precision})})
     training = choose_precision(spec.training, world, folders)
     if spec.training.precision is None and world.is_first and world.device.type != "cpu":
         context.reporter.note(f"precision {precision_of(training).value}: the manifest names none")

@@ -37,10 +37,13 @@ def make_complete_state(training: TrainingSpec, method: Method, device: torch.de
         optimizer = make_rounded_optimizer(training, parameters)
     elif uses_flat_tensors(device):
         optimizer = make_flat_optimizer(training, parameters)
+    optimizer = optimizer or make_optimizer(training, parameters)
     flats = optimizer.flats if isinstance(optimizer, FlatOptimizer) else ()
+    if not isinstance(optimizer, FlatOptimizer):
+        method.use_optimizer(optimizer.inner if isinstance(optimizer, RoundedOptimizer) else optimizer)
     return TrainState(
         parameters,
-        optimizer or make_optimizer(training, parameters),
+        optimizer,
         Ema(parameters, flats) if training.ema else None,
         loss_scale=LossScale() if training.precision is Precision.FP16 else None,
         refresh=method.refresh,

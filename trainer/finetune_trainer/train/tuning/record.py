@@ -35,12 +35,12 @@ class KeptChoice:
             StorageError: the choice cannot be stored.
         """
         chosen = None
-        if self.world.is_first and (chosen := self._read()) is None:
+        if self.world.is_first and (chosen := self.read()) is None:
             chosen = choose()
             self._write(chosen)
         return self.world.share(chosen)
 
-    def _read(self) -> Any:
+    def read(self) -> Any:
         """Return the stored choice; None if there is none. A damaged file is replaced."""
         bucket, path = self.folders.bucket, self.folders.job_dir / self.name
         if bucket is not None:
