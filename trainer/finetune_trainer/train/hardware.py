@@ -32,8 +32,6 @@ _KEPT = ("precision", "optimizer", "center_crop", "sharding")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LORA_SHARE = 5e-4
 """Weights of an adapter of rank 1, as a share of the base. SDXL has attention in most blocks; SD 1.5 needs less."""
-_CONTROLNET_SHARE = 0.45
-"""Weights of the encoder and the middle block, as a share of the denoiser."""
 
 
 def apply_preset(
@@ -106,11 +104,19 @@ def count_weights(training: TrainingSpec, family: Family, shuffles_tags: bool = 
     if trained is TrainedPart.BASE:
         return Weights(denoiser, 0, denoiser + held_text, live_text)
     if trained is TrainedPart.CONTROLNET:
-        return Weights(denoiser, denoiser, int(_CONTROLNET_SHARE * denoiser), live_text)
+        return Weights(denoiser, denoiser, controlnet_weights(denoiser), live_text)
     if trained is TrainedPart.TOKENS:
         return Weights(denoiser, denoiser + held_text, 0, live_text)
     rank = (training.lora or LoraSpec()).rank
     return Weights(denoiser, denoiser + held_text, int(_LORA_SHARE * rank * (denoiser + held_text)), live_text)
+
+
+def controlnet_weights(denoiser: int) -> int:
+    """Return the weights of a ControlNet: the encoder and the middle block have a larger share of larger denoisers.
+
+    It is exact to 1 % for SD 1.5 (361 of 860 million) and SDXL (1,251 of 2,567).
+    """
+    return int(max(0.4 * denoiser, 0.521 * denoiser - 87_000_000))
 
 
 def memory_bytes(device: torch.device, env: Mapping[str, str] = os.environ) -> int:
