@@ -69,6 +69,8 @@ LOCATIONS = {"a folder": "/data/circles", "an s3:// URL": "s3://bucket/folder"}
 OUTPUT_FOLDER: Advice = {
     "a folder": {"spec.outputs": [{"format": "webui", "to": "lora"}]},
     "to: lora": {"spec.outputs": [{"format": "webui", "to": "lora"}]},
+    "s3://models/lora": {"spec.outputs": [{"format": "webui", "to": "s3://models/lora"}]},
+    "hub://owner/name": {"spec.outputs": [{"format": "webui", "to": "hub://owner/name"}]},
 }
 DIFFUSERS: Advice = {"format: diffusers": {"spec.outputs": [{"format": "diffusers", "to": "out"}]}}
 
@@ -149,6 +151,9 @@ ADVICE: dict[str, Advice] = {
     "secret-name": names("spec.secrets", [{"name": "my-name.1"}]),
     "claim-name": names(f"{STORAGE}.persistentVolumeClaim.claimName"),
     "base-is-a-page": {
+    "output-secret-name": names(
+        "spec.outputs", [{"format": "webui", "to": "s3://m/x", "secret": {"name": "my-name.1"}}]
+    ),
         "its hub id": {"spec.model.base": "a/b"},
         "stabilityai/stable-diffusion-xl-base-1.0": {"spec.model.base": "stabilityai/stable-diffusion-xl-base-1.0"},
         **{words: {"spec.model.base": location} for words, location in LOCATIONS.items()},
@@ -185,6 +190,10 @@ ADVICE: dict[str, Advice] = {
     "hub-without-owner": OUTPUT_FOLDER,
     "two-words-for-a-token": {
         "one token": {f"{T}.textualInversion.placeholderToken": "toy2"},
+    "secret-of-a-folder": {
+        "leave secret out": {"spec.outputs": [{"format": "webui", "to": "out"}]},
+        "write a URL to to": {"spec.outputs": [{"format": "webui", "to": "s3://m/x", "secret": {"name": "a"}}]},
+    },
         "<cat-toy>": {f"{T}.textualInversion.placeholderToken": "<cat-toy>"},
     },
     "no-method": {"method: LoRA": METHODS["LoRA"]},

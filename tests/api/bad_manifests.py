@@ -118,6 +118,12 @@ BAD_VALUES = (
     BadManifest("queue-name", {"spec.queueName": "My Queue"}, "spec.queueName", "leave queueName out"),
     BadManifest("manager", {"spec.managedBy": "kueue"}, "spec.managedBy", "write its domain and name"),
     BadManifest("priority-class", {"spec.priorityClassName": "High_"}, "spec.priorityClassName", "lower-case letters"),
+    BadManifest(
+        "output-secret-name",
+        {"spec.outputs": [{"format": "webui", "to": "s3://m/x", "secret": {"name": "HF_TOKEN"}}]},
+        "spec.outputs[0].secret.name",
+        "lower-case letters",
+    ),
     BadManifest("secret-name", {"spec.secrets": [{"name": "HF_TOKEN"}]}, "spec.secrets[0].name", "lower-case letters"),
     BadManifest(
         "claim-name",
@@ -170,6 +176,12 @@ BAD_VALUES = (
         {"spec.outputs": [{"format": "webui", "to": "hub://x"}]},
         "spec.outputs[0].to",
         "write a folder",
+    ),
+    BadManifest(
+        "secret-of-a-folder",
+        {"spec.outputs": [{"format": "webui", "to": "out", "secret": {"name": "a"}}]},
+        "spec.outputs[0].secret",
+        "leave secret out",
     ),
     BadManifest(
         "two-words-for-a-token",

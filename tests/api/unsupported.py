@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.api.advice import DIFFUSERS, OUTPUT_FOLDER, Advice, Edit, T, removed
+from tests.api.advice import DIFFUSERS, Advice, Edit, T, removed
 from tests.api.manifests import GOOD, Document, patched
 
 
@@ -121,7 +121,6 @@ UNSUPPORTED = (
         },
     ),
     Unsupported({"spec.outputs": [{"format": "openvino", "to": "out"}]}, DIFFUSERS),
-    Unsupported({"spec.outputs": [{"format": "webui", "to": "s3://models/lora"}]}, OUTPUT_FOLDER),
     Unsupported(
         {"spec.outputs": [{"format": "kohya", "to": "out"}]},
         {"format: asWritten": {"spec.outputs": [{"format": "asWritten", "to": "out"}]}},

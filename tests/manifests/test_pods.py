@@ -77,6 +77,8 @@ def test_every_variable_of_the_contract_is_set() -> None:
         environment.BUCKET,
         environment.S3_ENDPOINT,
         environment.SCRATCH_DIR,
+        # Set only for outputs with a Secret.
+        environment.OUTPUT_SECRETS,
         # Set only for a script in a ConfigMap, and by the images.
         environment.SCRIPT,
         environment.EXAMPLES,
@@ -374,3 +376,33 @@ def test_a_script_can_name_its_image() -> None:
     pod = pod_of(training={"script": {"path": "/app/train.py", "image": "mine/trainer:1"}})
     assert trainer(pod)["image"] == "mine/trainer:1"
     assert environment.SCRIPT not in env_of(pod)
+
+
+def test_only_the_pod_that_writes_the_outputs_can_read_their_secrets() -> None:
+    outputs = [
+        {"format": "diffusers", "to": "s3://models/lora", "secret": {"name": "bucket"}},
+        {"format": "kohya", "to": "hub://me/lora", "secret": {"name": "hub-token"}},
+        {"format": "webui", "to": "lora"},
+    ]
+    job = make_job(outputs=outputs, topology={"nodes": 2})
+    first, second = (build_pod(job, 1, rank, Settings()) for rank in (0, 1))
+    sources = {volume["secret"]["secretName"] for volume in first["spec"]["volumes"] if "secret" in volume}
+    assert sources == {"bucket", "hub-token"}
+    mounts = {mount["mountPath"]: mount for mount in first["spec"]["containers"][0]["volumeMounts"]}
+    assert mounts["/finetune/output-secrets/hub-token"]["readOnly"] is True
+    assert env_of(first)["FINETUNE_OUTPUT_SECRETS"] == "/finetune/output-secrets"
+    assert not any("secret" in volume for volume in second["spec"]["volumes"])
+    assert "envFrom" not in first["spec"]["containers"][0]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"topology": {"minNodes": 1, "maxNodes": 2}},
+        {"recovery": {"spot": {"fallbackAfter": "1h"}}, "topology": {"nodes": 2}},
+    ],
+)
+def test_every_pod_that_may_become_rank_0_can_read_the_secrets_of_outputs(edit: dict[str, Any]) -> None:
+    outputs = [{"format": "diffusers", "to": "s3://models/lora", "secret": {"name": "bucket"}}]
+    pod = build_pod(make_job(outputs=outputs, **edit), 1, 1, Settings())
+    assert any("secret" in volume for volume in pod["spec"]["volumes"])

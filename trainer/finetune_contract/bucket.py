@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +28,13 @@ _CHECKSUM_ERRORS = frozenset({"FlexibleChecksumError", "ChecksumError"})
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60}},
 }
+
+_AZURE_VARIABLES = frozenset(
+    {
+        *(f"AZURE_STORAGE_{name}" for name in ("ACCOUNT_NAME", "ACCOUNT_KEY", "CONNECTION_STRING", "SAS_TOKEN")),
+        *(f"AZURE_{name}" for name in ("CLIENT_ID", "CLIENT_SECRET", "TENANT_ID")),
+    }
+)
 
 
 class BucketError(OSError):
@@ -47,18 +55,33 @@ class Bucket:
 
     Listings are not cached, because other machines write to the folder, too.
 
+    Args:
+        url: the folder.
+        credentials: variables of a Secret that belongs to this folder; they replace those of the environment. Empty:
+            the client finds its credentials itself.
+
     Raises:
         BucketError: the scheme is unknown, its package is missing, or the URL names no bucket.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, credentials: Mapping[str, str] | None = None) -> None:
         scheme, _, rest = url.partition("://")
         self.url = url.rstrip("/")
         if scheme not in PACKAGES or not rest.strip("/"):
             known = ", ".join(f"{name}://" for name in PACKAGES)
             raise BucketError(f"{url}: not a folder of an object store; write {known} followed by the bucket's name")
-        self._fs = _filesystem(scheme, url)
+        self._fs = _filesystem(scheme, url, credentials or {})
         self._root = rest.strip("/")
+
+    @property
+    def client(self) -> Any:
+        """The fsspec client of the store."""
+        return self._fs
+
+    @property
+    def root(self) -> str:
+        """The bucket's name and the folder in it, without the scheme."""
+        return self._root
 
     def below(self, name: str) -> Bucket:
         """Return a folder in this one."""
@@ -180,6 +203,10 @@ class Bucket:
         ):
             yield file
 
+    def translating_errors(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Return a context that translates the errors of requests through `client` to BucketError."""
+        return self._translating_errors(what)
+
     @contextlib.contextmanager
     def _translating_errors(self, what: str) -> Iterator[None]:
         """Translate the errors of all clients to BucketError; few of them are OSErrors."""
@@ -201,7 +228,38 @@ def _is_refused_condition(error: OSError) -> bool:
     return "NotImplemented" in str(error) or "not implemented" in str(error)
 
 
-def _filesystem(scheme: str, url: str) -> Any:
+def client_options(scheme: str, credentials: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of the client of a scheme for the variables of a Secret. Pure.
+
+    Args:
+        scheme: s3, gs or az.
+        credentials: the variables by which the store's own tools are configured; others are ignored. For gs, the value
+            of any key that is the JSON text of a service account.
+    """
+    if scheme == "s3":
+        names = {"key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY", "token": "AWS_SESSION_TOKEN"}
+        endpoint = credentials.get("AWS_ENDPOINT_URL_S3") or credentials.get("AWS_ENDPOINT_URL")
+        region = credentials.get("AWS_REGION") or credentials.get("AWS_DEFAULT_REGION")
+        return {
+            **{option: credentials[name] for option, name in names.items() if credentials.get(name)},
+            **({"endpoint_url": endpoint} if endpoint else {}),
+            **({"client_kwargs": {"region_name": region}} if region else {}),
+        }
+    if scheme == "gs":
+        account = next((text for text in credentials.values() if text.lstrip().startswith("{")), None)
+        endpoint = credentials.get("STORAGE_EMULATOR_HOST")
+        return {
+            **({"token": json.loads(account)} if account else {}),
+            **({"endpoint_url": endpoint, "token": "anon"} if endpoint and not account else {}),
+        }
+    return {
+        name.removeprefix("AZURE_STORAGE_").removeprefix("AZURE_").lower(): value
+        for name, value in credentials.items()
+        if name in _AZURE_VARIABLES
+    }
+
+
+def _filesystem(scheme: str, url: str, credentials: Mapping[str, str]) -> Any:
     """Return the client of a scheme.
 
     Raises:
@@ -217,7 +275,8 @@ def _filesystem(scheme: str, url: str) -> Any:
             "an image that contains it"
         ) from error
     try:
-        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **_OPTIONS.get(scheme, {}))
+        options = {**_OPTIONS.get(scheme, {}), **client_options(scheme, credentials)}
+        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BucketError(f"{url} cannot be opened: {reason}") from error

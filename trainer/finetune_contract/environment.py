@@ -44,6 +44,8 @@ CHECKPOINT_DIR = "FINETUNE_CHECKPOINT_DIR"
 BUCKET = "FINETUNE_BUCKET"
 """URL of this job's folder in an object store; if it is set, checkpoints are stored there, and CHECKPOINT_DIR contains
 copies."""
+OUTPUT_SECRETS = "FINETUNE_OUTPUT_SECRETS"
+"""Folder with a folder for each Secret of an output, which contains a file for each key."""
 SCRATCH_DIR = "FINETUNE_SCRATCH_DIR"
 """Folder of this job on the node's own disk; if it is set, checkpoints are written there first."""
 S3_ENDPOINT = "AWS_ENDPOINT_URL"

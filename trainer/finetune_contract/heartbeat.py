@@ -188,6 +188,9 @@ class RankReport(Wire):
         default=(), description="newest messages for users; repeated in every heartbeat"
     )
     outputs: tuple[WrittenOutput, ...] = Field(default=(), max_length=MAX_RANKS)
+    unfinished_outputs: tuple[UnfinishedOutput, ...] = Field(
+        default=(), max_length=MAX_RANKS, description="outputs that are being written or delivered, or have failed"
+    )
     inputs: tuple[InputIdentity, ...] = Field(
         default=(), max_length=MAX_INPUTS, description="what the attempt has found of the base and the data"
     )
@@ -200,6 +203,29 @@ class WrittenOutput(Wire):
     to: str = Field(max_length=4096)
     size_bytes: Count
     sha256: str | None = Field(default=None, max_length=64)
+
+
+class OutputState(StrEnum):
+    """What has happened to an output."""
+
+    WRITING = "Writing"
+    """Its files are being written."""
+    UPLOADING = "Uploading"
+    """They are being delivered; readers of the target do not see it yet."""
+    WRITTEN = "Written"
+    """It is complete at its target."""
+    FAILED = "Failed"
+
+
+class UnfinishedOutput(Wire):
+    """An output that is not complete at its target."""
+
+    format: str = Field(max_length=64)
+    to: str = Field(max_length=4096)
+    state: OutputState
+    done_bytes: Count = Field(default=0, description="bytes that are at the target")
+    size_bytes: Count = Field(default=0, description="0: not known yet")
+    message: Text | None = Field(default=None, description="why it failed")
 
 
 class RankEnd(Wire):

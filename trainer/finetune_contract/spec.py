@@ -430,5 +430,49 @@ class OutputSpec(SpecModel):
     to: Location = Field(
         description="Folder to write to. A relative path is in the job's own folder on its storage or in its bucket; "
         "an absolute path must be on a volume of the pods. In a local run it is a folder of the machine, relative to "
-        "the manifest. URLs of object stores and hub ids (hub://owner/name) are not supported yet"
+class OutputPrecision(StrEnum):
+    """Number formats of written weights."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class OutputLayout(StrEnum):
+    """Layouts of a complete model."""
+
+    DIFFUSERS = "diffusers"
+    SINGLE_FILE = "single-file"
+
+
+class Container(StrEnum):
+    """Containers of a single file."""
+
+    SAFETENSORS = "safetensors"
+    CKPT = "ckpt"
+
+
+class MergedAdapter(SpecModel):
+    """A further LoRA of a merge."""
+
+    source: Location = Field(description="LoRA file, or folder or hub id that contains one")
+    weight: float = Field(default=1.0, ge=-10, le=10, description="Factor of what it adds to the base")
+
+
+class OutputSecret(SpecModel):
+    """A Secret in the job's namespace with the credentials of one target."""
+
+    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(
+        description="Name of the Secret"
+    )
+
+
+        "the manifest. s3://, gs:// and az:// URLs name a folder of an object store, hub://owner/name a model "
+        "repository of the hub, which is created private"
+    )
+    secret: OutputSecret | None = Field(
+        default=None,
+        description="Secret with the credentials of this target: HF_TOKEN for the hub, the variables of the store's own "
+        "tools for object stores. Only the pod that writes the outputs can read it; default: the variables of "
+        "spec.secrets, or the workload identity of the pods",
     )

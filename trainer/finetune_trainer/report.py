@@ -18,6 +18,7 @@ from finetune_contract.heartbeat import (
     Performance,
     RankReport,
     RankState,
+    UnfinishedOutput,
     WrittenOutput,
 )
 from finetune_contract.identity import MAX_INPUTS, InputIdentity
@@ -91,9 +92,12 @@ class Reporter:
         """Report the number of damaged checkpoints that were renamed and kept."""
         self._send(corrupt_checkpoints=number)
 
-    def outputs(self, outputs: tuple[WrittenOutput, ...]) -> None:
-        """Report the written outputs."""
-        self._send(outputs=outputs)
+    def outputs(self, outputs: tuple[WrittenOutput, ...], unfinished: tuple[UnfinishedOutput, ...] = ()) -> None:
+        """Report the written outputs, and those that are not complete; mere progress is rate-limited."""
+        before = [(each.to, each.state) for each in self._report.unfinished_outputs]
+        is_news = outputs != self._report.outputs or before != [(each.to, each.state) for each in unfinished]
+        send = self._send if is_news else self._send_limited
+        send(outputs=outputs, unfinished_outputs=unfinished)
 
     def inputs(self, inputs: tuple[InputIdentity, ...]) -> None:
         """Report what this attempt has found of the base and the data."""

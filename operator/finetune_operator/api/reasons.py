@@ -99,6 +99,7 @@ class Reason(StrEnum):
     TRAINER_WARNING = "TrainerWarning"
     OUTPUT_WRITTEN = "OutputWritten"
     NAME_TAKEN = "NameTaken"
+    OUTPUT_FAILED = "OutputFailed"
 
 
 class Topic(StrEnum):
@@ -380,6 +381,12 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
 }
 """Documentation of every reason, in the order of the reference."""
+    Reason.OUTPUT_FAILED: ReasonDoc(
+        Topic.EVENT,
+        "An output could not be written or delivered; the message names the field and the remedy.",
+        "If the job has failed, follow the message, and raise recovery.manualRetries by 1: the next attempt delivers "
+        "what is missing. Otherwise nothing: it is tried again.",
+    ),
 
 OUTAGES = frozenset(reason for reason, doc in REASONS.items() if doc.counts_as is CountsAs.OUTAGE)
 """Reasons of attempts that ended because a service did not work."""

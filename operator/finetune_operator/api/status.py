@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
+from finetune_contract.heartbeat import OutputState
 from finetune_contract.phase import Phase
 from finetune_contract.spec_model import SpecModel
 from finetune_operator.api.fields import list_map
@@ -172,12 +173,21 @@ class InputStatus(StatusModel):
 
 
 class OutputStatus(StatusModel):
-    """A completely written output."""
+    """An output: complete at its target, on its way, or failed."""
 
     format: str = Field(description="File format")
     to: str = Field(description="Location")
-    bytes: int = Field(description="Size in bytes")
-    sha256: str | None = Field(default=None, description="SHA-256 of the file, if it is a single file")
+    state: OutputState = Field(
+        default=OutputState.WRITTEN, description="Writing, Uploading, Written (complete at its location) or Failed"
+    )
+    bytes: int = Field(description="Size in bytes; 0 before its files are written")
+    delivered_bytes: int | None = Field(default=None, description="Bytes at the target, while it is Uploading")
+    sha256: str | None = Field(
+        default=None,
+        description="SHA-256 of the file; of several files, that of the lines that sha256sum prints for them, in the "
+        "order of their names",
+    )
+    message: str | None = Field(default=None, description="Why it Failed")
 
 
 class TallyStatus(StatusModel):
@@ -258,4 +268,6 @@ class FineTuneJobStatus(StatusModel):
         description="What the job trains on: the commits or the hashes of its base and its data set",
         json_schema_extra=list_map("field"),
     )
-    outputs: tuple[OutputStatus, ...] = Field(default=(), description="Written outputs")
+    outputs: tuple[OutputStatus, ...] = Field(
+        default=(), max_length=100, description="Outputs: those that are complete, and those of the running attempt"
+    )

@@ -13,7 +13,7 @@ from finetune_operator.api.storage import StorageSpec
 from finetune_operator.manifests import layout
 from finetune_operator.manifests.fabric import backend, fabric_env
 from finetune_operator.manifests.run_spec import build_target
-from finetune_operator.manifests.volumes import cache_dir
+from finetune_operator.manifests.volumes import cache_dir, output_secrets
 from finetune_operator.settings import Settings
 
 
@@ -76,6 +76,7 @@ def _folders(job: FineTuneJob, settings: Settings) -> dict[str, str]:
     return {
         environment.CHECKPOINT_DIR: f"{layout.STORAGE}/{folder}",
         environment.CACHE_DIR: cache_dir(settings),
+        **({environment.OUTPUT_SECRETS: layout.OUTPUT_SECRETS} if output_secrets(job.spec) else {}),
         **({environment.SCRATCH_DIR: f"{layout.NODE_DISK}/{folder}"} if job.spec.checkpoint.scratch else {}),
         **_bucket(job.spec.checkpoint.storage, folder),
     }

@@ -15,6 +15,8 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108  the mount point of POSIX shared memory
 SCRATCH = "/tmp"  # noqa: S108  an emptyDir of the pod
 SCRIPT = "/finetune/script"
 """The ConfigMap with the script of a job."""
+OUTPUT_SECRETS = "/finetune/output-secrets"
+"""A folder for each Secret of an output."""
 NODE_DISK = "/finetune/scratch"
 """An emptyDir for checkpoints before they are copied to the storage."""
 TERMINATION_LOG = "/dev/termination-log"

@@ -18,7 +18,7 @@ from finetune_operator.manifests.placement import build_placement
 from finetune_operator.manifests.resources import build_resources
 from finetune_operator.manifests.run_spec import num_nodes
 from finetune_operator.manifests.template import hash_template
-from finetune_operator.manifests.volumes import build_volumes
+from finetune_operator.manifests.volumes import Volume, build_volumes
 from finetune_operator.settings import Settings
 
 TEMPLATE_FIELDS = ("metadata", "spec")
@@ -64,6 +64,7 @@ def build_pod(
     _avoid(spec, options.avoid)
     pod = {**identity, "spec": spec | identity["spec"]}
     if not job.spec.pod_template:
+    _add_volumes(spec, build_volumes(job, settings, node_rank))
         return pod
     # The template is merged over the pod, then the identity over the result: the plan must find the pod even if the
     # template sets a name or labels.
@@ -116,7 +117,6 @@ def _pod_spec(
         "terminationGracePeriodSeconds": job.spec.recovery.notice_seconds,
         "securityContext": _pod_security(settings),
         "containers": [_container(job, env, settings)],
-        "volumes": [volume for volume, _ in build_volumes(job, settings)],
         **build_placement(job, capacity),
     }
     if job.spec.priority_class_name:
@@ -132,6 +132,12 @@ def _avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:
     affinity = spec.setdefault("affinity", {}).setdefault("nodeAffinity", {})
     affinity.setdefault("preferredDuringSchedulingIgnoredDuringExecution", []).append(
         {"weight": 100, "preference": term}
+def _add_volumes(spec: dict[str, Any], volumes: Sequence[tuple[Volume, dict[str, Any]]]) -> None:
+    """Add volumes to a pod, and their mounts to the trainer."""
+    spec["volumes"] = [volume for volume, _ in volumes]
+    spec["containers"][0]["volumeMounts"] = [mount for _, mount in volumes]
+
+
     )
 
 
@@ -154,7 +160,6 @@ def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) 
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        "volumeMounts": [mount for _, mount in build_volumes(job, settings)],
     }
     if job.spec.secrets:
         container["envFrom"] = [{"secretRef": {"name": secret.name}} for secret in job.spec.secrets]

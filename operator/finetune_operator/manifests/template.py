@@ -18,6 +18,8 @@ def hash_template(spec: FineTuneJobSpec) -> str:
 
     Of `recovery.spot`, new pods read only whether it is set.
     """
+    # A job without them keeps the hash of the version that did not know them.
+    of_outputs = sorted({output.secret.name for output in spec.outputs if output.secret is not None})
     fields = (
         spec.topology.resources,
         spec.recovery.notice_seconds,
@@ -25,5 +27,6 @@ def hash_template(spec: FineTuneJobSpec) -> str:
         spec.priority_class_name,
         [secret.name for secret in spec.secrets],
         spec.pod_template,
+        *([of_outputs] if of_outputs else []),
     )
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:HASH_CHARACTERS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.job import FineTuneJob, TopologySpec
+from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, TopologySpec
 from finetune_operator.api.names import config_name
 from finetune_operator.api.storage import StorageSpec
 from finetune_operator.manifests import layout
@@ -14,8 +14,8 @@ from finetune_operator.settings import Settings
 Volume = dict[str, Any]
 
 
-def build_volumes(job: FineTuneJob, settings: Settings) -> list[tuple[Volume, dict[str, Any]]]:
-    """Return each volume with its mount."""
+def build_volumes(job: FineTuneJob, settings: Settings, node_rank: int = 0) -> list[tuple[Volume, dict[str, Any]]]:
+    """Return each volume of the pod of a node rank, with its mount."""
     volumes = [
         _mounted("checkpoints", _storage(job.spec.checkpoint.storage), layout.STORAGE),
         _mounted("run", {"configMap": {"name": config_name(job.metadata.name)}}, layout.RUN, read_only=True),
@@ -30,11 +30,32 @@ def build_volumes(job: FineTuneJob, settings: Settings) -> list[tuple[Volume, di
         config = script.config_map
         source = {"configMap": {"name": config.name, "items": [{"key": config.key, "path": config.key}]}}
         volumes.append(_mounted("script", source, layout.SCRIPT, read_only=True))
+    if may_write_outputs(job.spec, node_rank):
+        volumes += [
+            _mounted(f"output-secret-{number}", {"secret": {"secretName": name}}, path, read_only=True)
+            for number, (name, path) in enumerate(output_secrets(job.spec).items())
+        ]
     if settings.cache_claim:
         volumes.append(_mounted("cache", _claim(settings.cache_claim), layout.CACHE))
     if settings.coordinator_url:
         volumes.append(_mounted("token", _token(job, settings), layout.TOKEN, read_only=True))
     return volumes
+
+
+def output_secrets(spec: FineTuneJobSpec) -> dict[str, str]:
+    """Return the Secrets of the outputs, each with the folder at which it is mounted."""
+    names = (output.secret.name for output in spec.outputs if output.secret is not None)
+    return {name: f"{layout.OUTPUT_SECRETS}/{name}" for name in names}
+
+
+def may_write_outputs(spec: FineTuneJobSpec, node_rank: int) -> bool:
+    """Return whether the pod of a node rank may have to write the outputs: only then it can read their Secrets.
+
+    Rank 0 writes them. A kept pod keeps its rank, unless the gang changes its size or moves to standby pods.
+    """
+    spot = spec.recovery.spot
+    changes = spec.topology.min_nodes is not None or (spot is not None and spot.fallback_after is not None)
+    return node_rank == 0 or changes
 
 
 def cache_dir(settings: Settings) -> str:

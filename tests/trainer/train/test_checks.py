@@ -18,6 +18,7 @@ from finetune_contract.input_spec import DatasetSpec
 from finetune_contract.requirements import find_missing_software
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import OutputSpec, TrainingSpec
+from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.export.outputs import check_targets
@@ -147,12 +148,12 @@ def test_a_controlnet_without_weights_is_refused_before_the_map_phase(
 
 def test_targets_are_probed_and_leave_no_files(tmp_path: Path) -> None:
     outputs = (OutputSpec(format="diffusers", to="lora"), OutputSpec(format="diffusers", to=str(tmp_path / "else")))
-    check_targets(outputs, tmp_path / "job")
+    check_targets(outputs, DeliveryPlace(tmp_path / "job"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     (tmp_path / "file").touch()
     blocked = (*outputs, OutputSpec(format="diffusers", to=str(tmp_path / "file" / "lora")))
     with pytest.raises(ConfigError, match=r"outputs\[2\]\.to: cannot write to .*file/lora: Not a directory; write"):
-        check_targets(blocked, tmp_path / "job")
+        check_targets(blocked, DeliveryPlace(tmp_path / "job"))
 
 
 def make_read_only(folder: Path) -> None:

@@ -63,7 +63,9 @@ class PatientWriter:
         if not self.world.is_first:
             return ""
         try:
-            self.reporter.outputs(write())
+            # An export can end at any point: the next attempt continues it.
+            with self.released():
+                self.reporter.outputs(write())
         except StorageError as error:
             return str(error)
         return ""

@@ -25,6 +25,7 @@ from finetune_trainer.checkpoint.store.fence import Fence
 from finetune_trainer.distributed.world import World, read_backend, wait_for_rank_0
 from finetune_trainer.errors import ConfigError, FabricError, RankError, StorageError
 from finetune_trainer.script import arguments, hook
+from finetune_trainer.export.outputs import Export, check_targets
 from finetune_trainer.script.agreement import Agreement
 from finetune_trainer.script.boards import open_board
 from finetune_trainer.script.checkpoints import ScriptCheckpoints
@@ -85,6 +86,8 @@ def run_script(context: RankContext, env: MutableMapping[str, str] = os.environ)
     path = find_script(script, env)
     place = Place.read(env)
     use_accelerate_environment(env, place)
+    if place.rank == 0:
+        check_targets(context.spec.outputs, context.delivery)
     join(env, place)
     hook.keep_group()
     peers = Peers(place.rank, place.size, place.local_size if place.local_size < place.size else 1)
@@ -95,7 +98,8 @@ def run_script(context: RankContext, env: MutableMapping[str, str] = os.environ)
     if code is ExitCode.DONE:
         if peers.rank == 0:
             context.reporter.state(RankState.EXPORTING)
-            context.reporter.outputs(copy_outputs(session.output_folder, context.spec.outputs, context.job_dir))
+            export = Export(context.delivery, context.spec.uid, report=context.reporter.outputs)
+            context.reporter.outputs(copy_outputs(session.output_folder, context.spec.outputs, export))
         # All ranks end together, when rank 0 has written the results of the script.
         peers.barrier()
     return code

@@ -1,4 +1,4 @@
-"""Copies validation results and outputs between the job's local folder and its object store.
+"""Copies validation results between the job's local folder and its object store.
 
 They are always written to the local folder first. Only rank 0 calls this module.
 """
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from finetune_contract import paths
 from finetune_contract.bucket import Bucket
-from finetune_contract.heartbeat import WrittenOutput
 from finetune_trainer.errors import StorageError
 
 
@@ -47,21 +46,6 @@ class ArtifactSync:
             StorageError: the store cannot be written.
         """
         self._push(paths.VALIDATION)
-
-    def push_outputs(self, outputs: tuple[WrittenOutput, ...]) -> tuple[WrittenOutput, ...]:
-        """Copy the outputs to the store, and return them with their locations there.
-
-        Raises:
-            StorageError: the store cannot be written.
-        """
-        self._push(paths.OUTPUTS)
-        return tuple(output.model_copy(update={"to": self._location(output.to)}) for output in outputs)
-
-    def _location(self, to: str) -> str:
-        path = Path(to)
-        if self._bucket is None or not path.is_relative_to(self._job_dir):
-            return to
-        return f"{self._bucket.url}/{path.relative_to(self._job_dir).as_posix()}"
 
     def _push(self, what: str) -> None:
         if self._bucket is None:

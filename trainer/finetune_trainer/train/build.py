@@ -17,6 +17,7 @@ from finetune_contract.spec import Offload, Sharding
 from finetune_trainer.checkpoint.checkpointer import Checkpointer, SaveOptions
 from finetune_trainer.checkpoint.sharded_state import ShardedState, make_sharded_state
 from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.checkpoint.store.base import CheckpointStore, checkpoint_name
 from finetune_trainer.checkpoint.store.select import JobFolders, make_store
 from finetune_trainer.data.cache.sample_identity import SampleIdentity
 from finetune_trainer.data.cache.scan_index import FileChecks
@@ -31,6 +32,8 @@ from finetune_trainer.distributed.gradients import Gradients
 from finetune_trainer.distributed.sharding import ShardedGradients, Shards
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.export.formats.about import About
+from finetune_trainer.export.outputs import Export
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class, method_traits
 from finetune_trainer.models.direct import EarlyDenoiser
@@ -176,10 +179,28 @@ class RunBuilder:
             check=self._check_inputs,
             earlier=self.inputs.earlier,
         )
+        return Checkpointer(self.spec, self.world, self.store, context.reporter, options)
+
+    @cached_property
+    def store(self) -> CheckpointStore:
+        """This rank's storage of checkpoints."""
+        context = self.context
         folders = JobFolders(context.job_dir, context.scratch, self.inputs.bucket)
         store = make_store(self.spec, context.attempt, folders, self.world.rank)
         store.on_stage = context.on_save_stage
-        return Checkpointer(self.spec, self.world, store, context.reporter, options)
+        return store
+
+    def make_export(self, step: int) -> Export:
+        """Return the export of the weights after a step; it continues an earlier one of the same checkpoint.
+
+        Raises:
+            StorageError: the storage of the checkpoints cannot be read.
+        """
+        context = self.context
+        newest, attempt = self.store.durable.newest()
+        source = checkpoint_name(step, attempt) if newest == step else ""
+        about = About.of_run(self.spec, context.job_dir, context.cache_dir, step)
+        return Export(context.delivery, self.spec.uid, source, context.reporter.outputs, context.on_save_stage, about)
 
     def _about(self) -> dict[str, Any]:
         """Return what a checkpoint says of the run."""

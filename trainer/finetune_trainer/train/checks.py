@@ -89,7 +89,7 @@ def check_place(context: RankContext, world: World) -> None:
     if not os.access(context.cache_dir, os.W_OK | os.X_OK):
         raise StorageError(f"cache: cannot write {context.cache_dir}: it is not writable for the trainer's user")
     if world.is_first:
-        check_targets(context.spec.outputs, context.job_dir)
+        check_targets(context.spec.outputs, context.delivery)
 
 
 def check_inputs(spec: RunSpec, family: Family, device: torch.device) -> None:

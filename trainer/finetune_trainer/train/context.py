@@ -13,6 +13,7 @@ from finetune_contract import environment
 from finetune_contract.interval import DEFAULT_MTBF_SECONDS
 from finetune_contract.run_spec import RunSpec, RunTarget, SpeedSettings
 from finetune_trainer.checkpoint.split import MIN_PART_BYTES
+from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.phases import Phases
@@ -36,6 +37,7 @@ class RankContext:
         on_save_stage: see CheckpointStore.
         scratch: the job's folder on this node's own disk; None if checkpoints do not go to scratch first.
         bucket: URL of the job's folder in an object store; None if checkpoints go to `job_dir`.
+        output_secrets: folder with the Secrets of the outputs; None outside of a cluster.
         min_part_bytes: see SaveOptions.
         mtbf_seconds: see SaveOptions.
         phases: durations of the phases of the start.
@@ -50,9 +52,17 @@ class RankContext:
     on_save_stage: Callable[[str], None] = lambda _: None
     scratch: Path | None = None
     bucket: str | None = None
+    output_secrets: Path | None = None
     min_part_bytes: int = MIN_PART_BYTES
     mtbf_seconds: float = DEFAULT_MTBF_SECONDS
     phases: Phases = field(default_factory=Phases)
+
+
+    @property
+    def delivery(self) -> DeliveryPlace:
+        """Where the outputs of the job go."""
+        spec = self.spec
+        return DeliveryPlace(self.job_dir, spec.namespace, spec.job, self.bucket, self.output_secrets)
 
 
 def read_context(
@@ -91,6 +101,7 @@ def read_context(
         on_save_stage,
         scratch=Path(env[environment.SCRATCH_DIR]) if env.get(environment.SCRATCH_DIR) else None,
         bucket=env.get(environment.BUCKET) or None,
+        output_secrets=Path(env[environment.OUTPUT_SECRETS]) if env.get(environment.OUTPUT_SECRETS) else None,
         min_part_bytes=int(env.get(environment.MIN_PART_BYTES, MIN_PART_BYTES)),
         mtbf_seconds=float(env.get(environment.MTBF_SECONDS) or DEFAULT_MTBF_SECONDS),
         phases=phases or Phases(),

@@ -123,5 +123,5 @@ def _export(build: RunBuilder, method: Method, state: TrainState) -> None:
     notice = context.notice
     writer = PatientWriter(world, context.reporter, build.spec.max_stale_seconds, notice.released, pause=notice.pause)
     with state.exported():
-        writer.write(lambda: build.artifacts.push_outputs(write_outputs(method, build.spec.outputs, context.job_dir)))
+        writer.write(lambda: write_outputs(method, build.spec.outputs, build.make_export(state.step)))
     world.barrier()

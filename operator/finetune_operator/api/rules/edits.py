@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic.alias_generators import to_camel
 
+from finetune_contract.heartbeat import OutputState
 from finetune_contract.run_spec import RunTarget, SpeedSettings
 from finetune_contract.spec import Precision, TrainingSpec
 from finetune_operator.api.job import FineTuneJob
@@ -32,7 +33,10 @@ _BEFORE_THE_FIRST_ATTEMPT = "oldSelf.?status.?attempt.orValue(0) == 0"
 _WRITES_STATUS = (
     "has(self.status.message) && has(oldSelf.status.message) && self.status.message != oldSelf.status.message"
 )
-_UNWRITTEN = "oldSelf.?status.?outputs.orValue([]).size() == 0"
+_UNWRITTEN = (
+    "(!has(oldSelf.status) || !has(oldSelf.status.outputs)"
+    " || oldSelf.status.outputs.all(one, has(one.state) && one.state != 'Written'))"
+)
 _ADVICE = "write the change into a new job with another name"
 
 
@@ -175,7 +179,10 @@ CHANGEABLE = {
 def forbidden_edits(old: FineTuneJob, new: FineTuneJob) -> list[FixedField]:
     """Return the fixed fields that differ between a stored job and its edit. Only the stored job's status counts."""
     before, after = _dump(old), _dump(new)
-    has_begun, is_written = old.status.attempt > 0, bool(old.status.outputs)
+    has_begun, is_written = (
+        old.status.attempt > 0,
+        any(output.state is OutputState.WRITTEN for output in old.status.outputs),
+    )
     return [
         fixed
         for fixed in FIXED

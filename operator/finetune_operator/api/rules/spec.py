@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune_contract.input_spec import Columns
 from finetune_contract.methods import ADAPTER_METHODS, CENTRED_METHODS, CONDITIONED_METHODS, crops_at_centre
-from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputFormat, Sharding
+from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputFormat, OutputSpec, Sharding
 from finetune_operator.api.job import Accelerator, ObjectMeta
 from finetune_operator.api.names import MAX_JOB_NAME
 from finetune_operator.api.rules.cpu import CPU_RULES, TOPOLOGY
@@ -72,6 +72,7 @@ _NAMES = (
     ),
     object_name("spec.priorityClassName"),
     object_name("spec.secrets[].name"),
+    object_name("spec.outputs[].secret.name"),
     form(
         "spec.managedBy",
         MANAGER,
@@ -339,6 +340,9 @@ _RECOVERY = (
     is_duration("spec.recovery.spot.fallbackAfter"),
 )
 
+TARGET_URL = "^((s3|gs|az)://[^/]+(/.*)?|hub://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)$"
+"""Form of the targets that are not folders."""
+
 _OUTPUTS = (
     Rule(
         SPEC,
@@ -364,9 +368,17 @@ _OUTPUTS = (
     Rule(
         Scope("spec.outputs[].to", str),
         "",
-        "!self.contains('://') || self.matches(r'^((s3|gs|az)://.+|hub://[^/]+/[^/]+)$')",
-        lambda to: "://" not in to or re.fullmatch("^((s3|gs|az)://.+|hub://[^/]+/[^/]+)$", to) is not None,
-        "to is not a location that can be written to; write a folder, e.g. to: lora",
+        f"!self.contains('://') || self.matches(r'{TARGET_URL}')",
+        lambda to: "://" not in to or re.fullmatch(TARGET_URL, to) is not None,
+        "to is not a location that can be written to; write a folder, e.g. to: lora, a folder of a bucket, e.g. "
+        "s3://models/lora, or a repository, e.g. hub://owner/name",
+    ),
+    Rule(
+        Scope("spec.outputs[]", OutputSpec),
+        "secret",
+        "!has(self.secret) || self.to.contains('://')",
+        lambda output: output.secret is None or "://" in output.to,
+        "a folder needs no credentials; leave secret out, or write a URL to to",
     ),
     Rule(
         SPEC,

@@ -16,7 +16,6 @@ from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.api.rules.forms import QUANTITY
 from finetune_operator.api.rules.rule import join_names
 
-REMOTE_SCHEMES = ("s3://", "gs://", "az://", "hub://")
 UNREAD_TABLE = ".arrow"
 
 
@@ -141,11 +140,6 @@ MISSING = (
         ),
         f"this version does not write one of the formats for this method (it writes {_written_formats()}); write "
         "format: diffusers",
-    ),
-    Missing(
-        "spec.outputs",
-        lambda spec: any(output.to.startswith(REMOTE_SCHEMES) for output in spec.outputs),
-        "this version writes to folders only; write a folder, e.g. to: lora",
     ),
 )
 

@@ -12,7 +12,14 @@ from typing import Any
 from finetune_contract.identity import NUM_SHOWN
 from finetune_contract.methods import peak_learning_rate
 from finetune_operator.api.job import Accelerator, FineTuneJob
-from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus, InputStatus, PerformanceStatus
+from finetune_operator.api.status import (
+    AttemptStatus,
+    Condition,
+    FineTuneJobStatus,
+    InputStatus,
+    OutputStatus,
+    PerformanceStatus,
+)
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cli.commands.get import find_job
 from finetune_operator.cli.errors import Exit
@@ -81,10 +88,19 @@ def format_description(job: FineTuneJob, events: list[dict[str, Any]], details: 
         header = ("Field", "Location", "Commit", "Content", "Samples")
         parts += ["Inputs:\n", indent_lines(format_columns(header, map(_input, job.status.inputs)))]
     if job.status.outputs:
-        rows = [(output.format, formatting.format_size(output.bytes), output.to) for output in job.status.outputs]
-        parts += ["Outputs:\n", indent_lines(format_columns(("Format", "Size", "To"), rows))]
+        header = ("Format", "State", "Size", "SHA-256", "To")
+        parts += ["Outputs:\n", indent_lines(format_columns(header, map(_output, job.status.outputs)))]
     parts += ["Events:\n", indent_lines(_events(events, now))]
     return "".join(parts)
+
+
+def _output(output: OutputStatus) -> tuple[str, ...]:
+    """Return the row of an output; the reason of a failure replaces its hash."""
+    state = output.state.value
+    if output.delivered_bytes is not None and output.bytes:
+        state += f" {100 * output.delivered_bytes // output.bytes}%"
+    size = formatting.format_size(output.bytes) if output.bytes else ""
+    return output.format, state, size, output.message or (output.sha256 or "")[:12], output.to
 
 
 def _spec(job: FineTuneJob) -> Iterator[tuple[str, str]]:

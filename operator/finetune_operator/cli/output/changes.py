@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from finetune_contract.heartbeat import OutputState
 from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.cli.output import formatting
@@ -25,7 +26,7 @@ def describe_changes(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator
     yield from _phase(old, new)
     yield from (f"warning: {warning}" for warning in new.warnings if warning not in old.warnings)
     for output in new.outputs:
-        if output not in old.outputs:
+        if output not in old.outputs and output.state is OutputState.WRITTEN:
             yield f"{output.format} written to {output.to} ({formatting.format_size(output.bytes)})"
 
 

@@ -5,6 +5,7 @@ Events follow from a status that was written, so each is emitted once, even afte
 
 from __future__ import annotations
 
+from finetune_contract.heartbeat import OutputState
 from finetune_contract.phase import Phase
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.reasons import CountsAs, Reason
@@ -95,7 +96,15 @@ def _became_true(kind: ConditionType, old: FineTuneJobStatus, new: FineTuneJobSt
 
 def _outputs(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
     fresh = [output for output in new.outputs if output not in old.outputs]
-    return [Event(Reason.OUTPUT_WRITTEN, f"{output.format} output written to {output.to}") for output in fresh]
+    written = [output for output in fresh if output.state is OutputState.WRITTEN]
+    failed = [output for output in fresh if output.state is OutputState.FAILED]
+    return [
+        *(Event(Reason.OUTPUT_WRITTEN, f"{output.format} output written to {output.to}") for output in written),
+        *(
+            Event(Reason.OUTPUT_FAILED, f"{output.format} output not delivered: {output.message}", warning=True)
+            for output in failed
+        ),
+    ]
 
 
 def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:

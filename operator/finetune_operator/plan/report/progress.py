@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from finetune_contract.heartbeat import MAX_SECONDS, RankState
+from finetune_contract.heartbeat import MAX_SECONDS, OutputState, RankState, UnfinishedOutput
 from finetune_contract.identity import MAX_INPUTS
 from finetune_contract.phase import Phase
 from finetune_operator.api.duration import format_seconds
@@ -138,14 +138,32 @@ def _read_checkpoint(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus
 
 
 def _read_outputs(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
-    """Write every completed output. An output that was written again replaces its earlier entry."""
+    """Write every output. One that was written again replaces its earlier entry, and a finished one stays finished."""
     outputs = {(output.format, output.to): output for output in status.outputs}
     for report in view.reports:
+        for begun in report.unfinished_outputs:
+            known = outputs.get((begun.format, begun.to))
+            if known is None or known.state is not OutputState.WRITTEN:
+                outputs[begun.format, begun.to] = _unfinished(begun)
         for written in report.outputs:
             outputs[written.format, written.to] = OutputStatus(
                 format=written.format, to=written.to, bytes=written.size_bytes, sha256=written.sha256
             )
     return revise(status, outputs=tuple(outputs.values())[-MAX_OUTPUTS:])
+
+
+def _unfinished(begun: UnfinishedOutput) -> OutputStatus:
+    """Return the entry of an output that is not complete. Its progress is coarse, so that the status changes rarely."""
+    uploading = begun.state is OutputState.UPLOADING and begun.size_bytes
+    tenth = max(1, begun.size_bytes // 10)
+    return OutputStatus(
+        format=begun.format,
+        to=begun.to,
+        state=begun.state,
+        bytes=begun.size_bytes,
+        delivered_bytes=begun.done_bytes // tenth * tenth if uploading else None,
+        message=begun.message,
+    )
 
 
 def _read_inputs(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:

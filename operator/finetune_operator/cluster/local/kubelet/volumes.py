@@ -71,6 +71,9 @@ def _prepare(volume: Mapping[str, Any], own: Path, home: Home, configs: Configs)
         for source in volume["projected"].get("sources") or ():
             _project(name, _ensure_folder(own), source, configs)
         return own
+    if "secret" in volume:
+        # The processes of a local run have the credentials of the user's own environment.
+        return _ensure_folder(own)
     kinds = ", ".join(sorted(set(volume) - {"name"})) or "no source"
     raise UnsupportedError(
         f"volume {name}: {kinds} does not exist on this machine; use hostPath, or persistentVolumeClaim for a folder"
