@@ -31,7 +31,7 @@ test: install system-packages ## run all tests
 	@$(BIN)/python -m testing.realnodes.prepare
 	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
-FAST_TESTS := tests/plan tests/api tests/manifests tests/kube tests/tools
+FAST_TESTS := tests/plan tests/api tests/cpu tests/manifests tests/kube tests/tools
 test-fast: install ## run the pure tests, in less than a minute
 	$(BIN)/pytest --numprocesses 2 -m "not cluster and not trainer" $(FAST_TESTS)
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from bench.map_phase import BASE, RESOLUTION, write_images
 from finetune_contract import environment
+from finetune_contract.cpu.placement import RankPlace
 from finetune_contract.heartbeat import RankReport
 from finetune_contract.run_spec import RunSpec
-from finetune_trainer.supervisor.cores import CoreShare
 from finetune_trainer.supervisor.forks import ForkClient
 from finetune_trainer.supervisor.ranks import RankStarter
 from testing.measure.report import finish
@@ -82,7 +82,7 @@ async def run_until_steps(attempt: int, server: ForkClient | None) -> Restart:
     os.environ[environment.ATTEMPT] = str(attempt)
     changed = asyncio.Event()
     began = time.monotonic()
-    rank = await RankStarter(COMMAND, changed.set, server).start(CONFIG, 0, CoreShare(1, None))
+    rank = await RankStarter(COMMAND, changed.set, server).start(CONFIG, 0, RankPlace(1, ()))
     following = asyncio.create_task(rank.follow())
     first_step: float | None = None
     async with asyncio.timeout(DEADLINE_SECONDS):

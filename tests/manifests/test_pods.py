@@ -218,9 +218,10 @@ def test_environment_of_the_communication_libraries() -> None:
     # The surviving rank of a lost peer must be able to save.
     assert (gpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"], gpu["TORCH_NCCL_ENABLE_MONITORING"]) == ("0", "0")
     assert not [name for name in gpu if name.startswith("FI_")]
+    # Those of oneCCL depend on the node: the supervisor sets them.
     ccl = env_of(pod_of(topology={"accelerator": "cpu", "processesPerNode": 2, "cpu": {"backend": "ccl"}}))
-    assert (ccl["CCL_PROCESS_LAUNCHER"], ccl["CCL_LOCAL_SIZE"], ccl["FI_PROVIDER"]) == ("none", "2", "tcp")
-    assert not [name for name in env_of(pod_of()) if name.startswith(("NCCL", "CCL"))]
+    for env in (ccl, env_of(pod_of())):
+        assert not [name for name in env if name.startswith(("NCCL", "CCL", "FI_"))]
 
 
 @pytest.mark.parametrize(("pages", "use"), [({}, "0"), ({"hugepages-2Mi": "5Gi"}, None)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from finetune_contract.cpu.spec import CpuBackend
 from finetune_operator.api.job import Accelerator, TopologySpec
 from finetune_operator.manifests.resources import uses_efa, uses_huge_pages
 
@@ -15,7 +14,7 @@ def backend(topology: TopologySpec) -> str:
 
 
 def fabric_env(topology: TopologySpec) -> dict[str, str]:
-    """Return the environment of the communication library; gloo needs none."""
+    """Return the environment of NCCL. That of gloo and oneCCL depends on the node: the supervisor sets it."""
     if topology.accelerator is Accelerator.GPU:
         return {
             # Warnings name the peer and the interface; by default NCCL logs nothing.
@@ -25,15 +24,6 @@ def fabric_env(topology: TopologySpec) -> dict[str, str]:
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
             "TORCH_NCCL_ENABLE_MONITORING": "0",
             **(_efa_env(topology) if uses_efa(topology) else {}),
-        }
-    if topology.cpu.backend is CpuBackend.CCL:
-        return {
-            # The supervisor starts the ranks, not mpirun; it adds CCL_LOCAL_RANK and the core of each rank's worker.
-            "CCL_PROCESS_LAUNCHER": "none",
-            "CCL_LOCAL_SIZE": str(topology.processes_per_node),
-            "CCL_ATL_TRANSPORT": "ofi",
-            "FI_PROVIDER": "tcp",
-            "CCL_WORKER_COUNT": "1",
         }
     return {}
 

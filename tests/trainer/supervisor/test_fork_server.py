@@ -156,7 +156,7 @@ def test_a_rank_ends_with_the_connection_of_its_client(server: tuple[ForkClient,
     async def run_rank() -> int:
         read_fd, write_fd = os.pipe()
         env = {**os.environ, environment.REPORT_FD: str(write_fd)}
-        process = await server[0].fork(["waiting_rank"], env, None)
+        process = await server[0].fork(["waiting_rank"], env, RankPlace(1, ()))
         await process.wait_until_forked()
         os.close(read_fd)
         os.close(write_fd)

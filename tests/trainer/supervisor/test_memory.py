@@ -21,8 +21,8 @@ LIMIT_BYTES = 200 * 2**20
 TIMEOUT_SECONDS = 60
 FOLLOW = """
 import asyncio, sys
+from finetune_contract.cpu.placement import RankPlace
 from finetune_trainer.supervisor.config import Config
-from finetune_trainer.supervisor.cores import CoreShare
 from finetune_trainer.supervisor.ranks import RankStarter
 config = Config(
     namespace="default", job="j", job_uid="u", pod="j-a1-n0", pod_uid="p", attempt=1, node_rank=0, num_nodes=1,
@@ -31,7 +31,7 @@ config = Config(
 )
 async def main():
     command = (sys.executable, "-c", sys.argv[1])
-    rank = await RankStarter(command, lambda: None).start(config, 0, CoreShare(1, None))
+    rank = await RankStarter(command, lambda: None).start(config, 0, RankPlace(1, ()))
     end = await rank.follow()
     print("END", end.to_json())
 asyncio.run(main())

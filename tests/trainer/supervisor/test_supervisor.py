@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
+from finetune_contract.cpu.placement import PlacementRequest, place_ranks
+from finetune_contract.cpu.sysfs import read_machine
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState, Reply, Termination
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import TrainingSpec
-from finetune_trainer.supervisor.cores import affinity, cgroup_quota, share_cores
 from finetune_trainer.supervisor.ranks import send_signal
 from testing.controlplane.process import wait_for
 from tests.trainer.supervisor.fake_coordinator import DEADLINE_SECONDS, FakeCoordinator
@@ -100,10 +101,11 @@ def test_ranks_get_torch_variables_and_their_share_of_the_cores(start: StartSupe
     process = start(f"print(json.dumps([[os.environ[n] for n in {names}], sorted(os.sched_getaffinity(0))]))")
     out, _ = process.communicate(timeout=DEADLINE_SECONDS)
     ranks = sorted(json.loads(line.split("] ", 1)[1]) for line in out.splitlines())
-    shares = share_cores(affinity(), cgroup_quota(), 2)
-    threads = str(shares[0].num_threads)
-    assert [variables for variables, _ in ranks] == [["2", "4", "0", "2", threads], ["3", "4", "1", "2", threads]]
-    assert [frozenset(cores) for _, cores in ranks] == [share.cores or affinity() for share in shares]
+    places = place_ranks(read_machine(), PlacementRequest(2)).ranks
+    assert [variables for variables, _ in ranks] == [
+        [str(2 + rank), "4", str(rank), "2", str(place.num_threads)] for rank, place in enumerate(places)
+    ]
+    assert [cores for _, cores in ranks] == [sorted(place.compute or os.sched_getaffinity(0)) for place in places]
     assert process.returncode == ExitCode.DONE
 
 

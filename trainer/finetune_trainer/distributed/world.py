@@ -22,6 +22,7 @@ from torch import Tensor
 from finetune_contract import environment
 from finetune_contract.cpu.backend import CCL_BINDING, choose_backend
 from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
+from finetune_trainer.distributed.cpus import communication_cpus
 from finetune_trainer.errors import ConfigError, FabricError
 
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS, GROWTH = 0.02, 2.0, 1.2
@@ -220,7 +221,8 @@ def join_world(env: Mapping[str, str]) -> World:
             _load_backend(backend)
             if rank:
                 wait_for_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
-            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+            with communication_cpus(env):
+                dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         # Finds the device of this rank, and uses the existing process group.
         state = PartialState(cpu=backend in _CPU_BACKENDS)
     except (ImportError, ValueError) as error:

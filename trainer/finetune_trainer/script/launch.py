@@ -22,10 +22,11 @@ from finetune_contract.heartbeat import RankState
 from finetune_contract.script_spec import ScriptSpec
 from finetune_trainer.checkpoint.store.base import storage_errors
 from finetune_trainer.checkpoint.store.fence import Fence
+from finetune_trainer.distributed.cpus import communication_cpus
 from finetune_trainer.distributed.world import World, read_backend, wait_for_rank_0
 from finetune_trainer.errors import ConfigError, FabricError, RankError, StorageError
-from finetune_trainer.script import arguments, hook
 from finetune_trainer.export.outputs import Export, check_targets
+from finetune_trainer.script import arguments, hook
 from finetune_trainer.script.agreement import Agreement
 from finetune_trainer.script.boards import open_board
 from finetune_trainer.script.checkpoints import ScriptCheckpoints
@@ -85,9 +86,9 @@ def run_script(context: RankContext, env: MutableMapping[str, str] = os.environ)
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(packages), env.get("PYTHONPATH", "")]))
     path = find_script(script, env)
     place = Place.read(env)
-    use_accelerate_environment(env, place)
     if place.rank == 0:
         check_targets(context.spec.outputs, context.delivery)
+    use_accelerate_environment(env, place)
     join(env, place)
     hook.keep_group()
     peers = Peers(place.rank, place.size, place.local_size if place.local_size < place.size else 1)
@@ -154,7 +155,8 @@ def join(env: Mapping[str, str], place: Place) -> None:
             backend = "cpu:gloo,cuda:nccl"
         if place.rank:
             wait_for_rank_0(env["MASTER_ADDR"], int(env["MASTER_PORT"]))
-        dist.init_process_group(backend, timeout=WAIT)
+        with communication_cpus(env):
+            dist.init_process_group(backend, timeout=WAIT)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{environment.BACKEND}: {backend!r} is not available in this image: {error}") from error
     except RuntimeError as error:

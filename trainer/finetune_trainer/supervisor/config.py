@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune_contract import environment
+from finetune_contract.cpu.spec import CpuSpec
 from finetune_contract.heartbeat import NewWorld
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.script_spec import ScriptSpec
@@ -46,6 +47,8 @@ class Config:
     """Location of the base model, from the run specification."""
     rendezvous: tuple[tuple[str, str], ...] = ()
     """Environment variables of a world that is newer than the pod's manifest."""
+    cpu: CpuSpec = field(default_factory=CpuSpec)
+    """Settings of CPU training, from the run specification."""
 
     @property
     def world_size(self) -> int:
@@ -106,6 +109,7 @@ def read_config(env: Mapping[str, str]) -> Config:
         hold_seconds=_seconds(env, environment.HOLD_SECONDS, default=0.0, minimum=0.0),
         script=spec.training.script,
         model_base=spec.model.base,
+        cpu=spec.cpu,
         is_standby=env.get(environment.STANDBY) == "1",
     )
 

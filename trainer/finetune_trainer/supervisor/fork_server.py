@@ -41,6 +41,7 @@ from finetune_trainer.supervisor.fork_safety import (
     without_cuda_driver,
 )
 from finetune_trainer.supervisor.log import log
+from finetune_trainer.supervisor.numa import memory_binder
 
 HEADER_BYTES = 8
 """Size of the header: the length of the order, big-endian. The order itself (JSON) follows."""
@@ -193,6 +194,7 @@ def become_rank(order: dict[str, Any], descriptors: list[int], server: int) -> N
         _set_environment({**order["environment"], environment.REPORT_FD: str(report)})
         if order["cores"] is not None:
             os.sched_setaffinity(0, order["cores"])
+        memory_binder(order.get("memory", ()))()
         sys.argv = [order["module"], *order["arguments"]]
         runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
         code = 0

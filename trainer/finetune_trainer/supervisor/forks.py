@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from finetune_contract import environment
+from finetune_contract.cpu.placement import RankPlace
 from finetune_contract.fork_socket import address_of, listen, raw_address, server_command
 from finetune_trainer.supervisor.fork_server import HEADER_BYTES
 
@@ -63,13 +64,13 @@ class ForkClient:
             )
             return cls(address_of(listening), process)
 
-    async def fork(self, module: Sequence[str], env: Mapping[str, str], cores: frozenset[int] | None) -> ForkedProcess:
+    async def fork(self, module: Sequence[str], env: Mapping[str, str], place: RankPlace) -> ForkedProcess:
         """Order a rank.
 
         Args:
             module: name of the module to run as `python -m` does, and its arguments.
             env: environment of the rank; the descriptor of the report pipe in it is passed on.
-            cores: cores to pin the rank to; None: all.
+            place: CPUs and memory of the rank.
 
         Raises:
             OSError: no server answers.
@@ -81,7 +82,8 @@ class ForkClient:
                 "module": module[0],
                 "arguments": list(module[1:]),
                 "environment": dict(env),
-                "cores": None if cores is None else sorted(cores),
+                "cores": sorted(place.compute) or None,
+                "memory": list(place.memory),
             }
             return await ForkedProcess.order(connection, json.dumps(order).encode(), int(env[environment.REPORT_FD]))
         except BaseException:

@@ -16,9 +16,9 @@ from typing import NoReturn
 from finetune_contract.exit_codes import HOLDABLE, ExitCode, describe
 from finetune_contract.heartbeat import Heartbeat, NewWorld, RankEnd, RankReport, RankState, Reply, Termination
 from finetune_trainer.supervisor.config import BadEnvironmentError, Config, read_config
-from finetune_trainer.supervisor.cores import CoreShare, affinity, cgroup_quota, share_cores
 from finetune_trainer.supervisor.heartbeats import HeartbeatSender
 from finetune_trainer.supervisor.log import log
+from finetune_trainer.supervisor.node_setup import SetupReader
 from finetune_trainer.supervisor.ranks import RankProcess, RankStarter
 from finetune_trainer.supervisor.read_ahead import read_ahead
 from finetune_trainer.supervisor.stacks import keep_stacks
@@ -56,6 +56,7 @@ class Supervisor:
     def __init__(self, config: Config, command: Sequence[str] = RANK_COMMAND) -> None:
         self._config = config
         self._command = command
+        self._setups = SetupReader(config, os.environ)
         self._ranks: list[RankProcess] = []
         self._ends: list[RankEnd] = []
         self._state = State.STANDBY if config.is_standby else State.STARTING
@@ -76,7 +77,8 @@ class Supervisor:
             loop.add_signal_handler(number, self._feed, Input.PREEMPTION_NOTICE, signal.Signals(number).name)
         if os.getpid() == 1:
             loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
-        self._starter = await RankStarter.prepare(self._command, self._share_cores()[0], self._heartbeats.due.set)
+        variables = self._setups.for_world(self._config).server_variables(os.environ)
+        self._starter = await RankStarter.prepare(self._command, variables, self._heartbeats.due.set)
         if self._config.is_standby:
             self._heartbeats.last_reply_at = loop.time()
             read_ahead(self._config.model_base)
@@ -104,8 +106,10 @@ class Supervisor:
         self._ranks, self._ends = [], []
         if self._world is not None:
             self._enter_world(self._world)
-        for local_rank, share in enumerate(self._share_cores()):
-            self._ranks.append(await self._starter.start(self._config, local_rank, share))
+        setup = self._setups.for_world(self._config)
+        for local_rank, place in enumerate(setup.placement.ranks):
+            variables = setup.rank_variables(local_rank, os.environ)
+            self._ranks.append(await self._starter.start(self._config, local_rank, place, variables))
         self._feed(Input.RANKS_STARTED)
         if self._state is not State.RUNNING:
             # An input arrived during the start, when not all ranks could receive its signal.
@@ -236,9 +240,6 @@ class Supervisor:
         for rank in self._ranks:
             rank.signal(number)
 
-    def _share_cores(self) -> list[CoreShare]:
-        return share_cores(affinity(), cgroup_quota(), self._config.processes_per_node)
-
     def _build_heartbeat(self, sequence: int) -> Heartbeat:
         config = self._config
         return Heartbeat(
@@ -313,10 +314,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         command = arguments[1:]
     try:
         config = read_config(os.environ)
+        supervisor = Supervisor(config, command or rank_command(config))
     except BadEnvironmentError as error:
         log(str(error))
         sys.exit(ExitCode.CONFIG)
-    code = asyncio.run(Supervisor(config, command or rank_command(config)).run())
+    code = asyncio.run(supervisor.run())
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: it would wait for the thread of a last heartbeat that gets no reply.
