@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune_contract.input_spec import ModelSpec
-from finetune_trainer.models import stable_diffusion, unet
+from finetune_trainer.checkpoint.store import base as store_module
+from finetune_trainer.models import parts, stable_diffusion, unet
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.direct import DirectFamily, EarlyDenoiser, read_module
 
@@ -167,3 +168,29 @@ def test_a_controlnet_draws_only_the_weights_that_stay_random(base: Path, monkey
     number = len(drawn)
     torch.nn.Linear(2, 2)
     assert len(drawn) == number + 1, "other modules draw their weights again"
+
+
+def test_text_encoders_are_mapped_to_gpus_only(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU nothing changes. The options of a GPU give the same weights, without hooks that move activations."""
+    gpu = torch.device("cuda", 1)
+    assert parts.mapped_to(CPU) == {}
+    assert parts.mapped_to(gpu) == {"device_map": {"": gpu}}
+    family = open_base(ModelSpec(base=str(base)))
+    plain = family.load_text_encoder(CPU).parts[0].model
+    monkeypatch.setattr(parts, "mapped_to", lambda device: {"device_map": {"": device}})
+    mapped = family.load_text_encoder(CPU).parts[0].model
+    weights = plain.state_dict()
+    assert list(mapped.state_dict()) == list(weights)
+    assert all(torch.equal(value, weights[name]) for name, value in mapped.state_dict().items())
+    assert not any(hasattr(module, "_hf_hook") for module in mapped.modules())
+    assert not any(value.requires_grad for value in mapped.parameters())
+
+
+def test_tensors_of_a_checkpoint_are_mapped_not_copied(tmp_path: Path) -> None:
+    """Restoring copies each tensor once, from the file to its place on the device."""
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(1000)}, path)
+    value = store_module.load_file(path)["weight"]
+    mapped = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    ranges = [tuple(int(end, 16) for end in each.split("-")) for each in mapped]
+    assert any(first <= value.data_ptr() < last for first, last in ranges)

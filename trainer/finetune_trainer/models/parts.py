@@ -74,6 +74,14 @@ def load_part(
         raise ConfigError(f"{field}: the {part} of {folder} cannot be read: {summary}; {remedy}") from error
 
 
+def mapped_to(device: torch.device) -> dict[str, Any]:
+    """Return the options of from_pretrained that map weight files to a GPU, without a copy in host memory.
+
+    On CPUs the weights are loaded as they have always been.
+    """
+    return {"device_map": {"": device}} if device.type == "cuda" else {}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return a part's configuration.
 

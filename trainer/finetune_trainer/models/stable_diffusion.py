@@ -136,7 +136,7 @@ class StableDiffusion(UNetFamily):
             if device.type == "meta":
                 with device:
                     return kind(kind.config_class.from_pretrained(self._folder / name)).to(dtype)
-            return kind.from_pretrained(self._folder / name, dtype=dtype, **options)
+            return kind.from_pretrained(self._folder / name, dtype=dtype, **options, **parts.mapped_to(device))
 
         model = parts.load_part(self._folder, self._variant, "text encoder", load)
         return TextPart(name, self._load_tokenizer(name), model.to(device), webui_key)
