@@ -16,7 +16,12 @@ compile trainer-cuda --extra trainer --extra trackers --extra cuda --constraint 
 # With Intel's last pair, which needs an older torch.
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header pyproject.toml --extra trainer --extra trackers \
-    requirements/ipex.in -o requirements/trainer-ipex.txt >/dev/null
+    requirements/trainer-intel.in -o requirements/trainer-intel.txt >/dev/null
+# What `make test-intel` installs: the same packages, and oneCCL.
+"$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+    --no-emit-find-links --no-annotate --no-header pyproject.toml --extra operator --extra trainer --extra trackers \
+    requirements/trainer-intel.in requirements/intel.in --constraint requirements/trainer-intel.txt \
+    -o requirements/intel.txt >/dev/null
 # What tests/readers reads our outputs with, on the same torch: it takes no additional space.
 torch=$(mktemp)
 trap 'rm -f "$torch"' EXIT
@@ -24,5 +29,9 @@ grep '^torch==' requirements/dev.txt | tr -d ' \\' > "$torch"
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header requirements/readers-oldest.in \
     --constraint "$torch" -o requirements/readers-oldest.txt >/dev/null
+# What OpenVINO outputs are written and read with. optimum-intel needs older releases of diffusers and transformers.
+"$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+    --no-emit-find-links --no-annotate --no-header pyproject.toml --extra trainer --extra export \
+    --constraint "$torch" -o requirements/export.txt >/dev/null
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header requirements/bootstrap.in -o requirements/bootstrap.txt >/dev/null

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from finetune_trainer.models.family import IMAGE_SIZES, SingleFile
 from finetune_trainer.models.latent_scaling import LatentScaling
+from finetune_trainer.models.layouts.folder import PipelineFolder
 from finetune_trainer.models.noise_schedule import read_objective
 from finetune_trainer.models.parts import VaeEncoder
 from finetune_trainer.models.text import DualText, SingleText, TextEncoder, TextPart
@@ -67,6 +68,15 @@ _CLIP_G = {
 }
 
 
+class RandomPipeline(PipelineFolder):
+    """The files of a base with random weights: none."""
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """Return no parts."""
+        return {}
+
+
 class RandomFamily(UNetFamily):
     """A base with random weights; see `finetune_trainer.models.family.Family`."""
 
@@ -82,6 +92,7 @@ class RandomFamily(UNetFamily):
         self.name = name
         self.weights_on = weights_on or torch.device("cpu")
         self.objective = read_objective(SCHEDULE)
+        self.pipeline = RandomPipeline(Path(), Path())
         self.latent_scaling = LatentScaling(0.18215)
         self.latent_channels = 4
         self.pixels_per_latent = 8
@@ -143,12 +154,6 @@ class RandomFamily(UNetFamily):
         if self.name != "sdxl":
             return hidden
         return {**hidden, "added_cond_kwargs": {"text_embeds": text["pooled"].to(dtype), "time_ids": text[IMAGE_SIZES]}}
-
-    def write_pipeline(self, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
-        """Write the trained modules; the other parts are random and have no files."""
-        for name, module in trained.items():
-            module.save_pretrained(folder / name)
-        return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def make(build: Callable[[], Any], dtype: torch.dtype, device: torch.device | None = None) -> Any:

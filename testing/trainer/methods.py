@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 
 from finetune_contract.input_spec import ModelSpec
-from finetune_contract.spec import TrainingSpec
+from finetune_contract.spec import OutputFormat, OutputSpec, TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.export.formats.about import About
+from finetune_trainer.export.formats.write import write_format
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.base import open_base
-from finetune_trainer.models.family import IMAGE_SIZES
+from finetune_trainer.models.family import IMAGE_SIZES, Family
+from finetune_trainer.models.layouts.trained import TrainedPipeline, part_of_module
 from testing.trainer import tiny
 
 CPU = torch.device("cpu")
@@ -50,6 +54,21 @@ def make_method(base: Path, name: str, dtype: torch.dtype = torch.float32, **tra
     spec = TrainingSpec.model_validate({**SETTINGS[name], **training})
     context = MethodContext(open_base(ModelSpec(base=str(base))), spec, Draws(0), CPU, dtype)
     return method_class(spec.method)(context)
+
+
+def export(method: Method, output: str | OutputSpec, folder: Path) -> list[Path]:
+    """Write what a method trained into a folder, without delivery, as the job `tiny`."""
+    spec = OutputSpec(format=OutputFormat(output), to=".") if isinstance(output, str) else output
+    with method.trained() as trained:
+        return write_format(trained, spec, folder, About("tiny"))
+
+
+def write_pipeline(family: Family, folder: Path, trained: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write a pipeline with trained modules in diffusers' layout."""
+    parts = {name: part_of_module(module) for name, module in (trained or {}).items()}
+    return write_format(
+        TrainedPipeline(family, parts), OutputSpec(format=OutputFormat.DIFFUSERS, to="."), folder, About("tiny")
+    )
 
 
 def make_batch(family: str, seed: int = 0, count: int = 3, caption: str = "") -> Batch:

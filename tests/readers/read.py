@@ -102,7 +102,7 @@ def draw(case: Case, pipeline: Any) -> np.ndarray[Any, np.dtype[Any]]:
     )
     pipeline.set_progress_bar_config(disable=True)
     inputs: dict[str, Any] = {}
-    if case.kind == "controlnet":
+    if case.kind.startswith("controlnet"):
         inputs["image"] = Image.open(case.condition).convert("RGB")
     images = pipeline(
         case.prompt,
@@ -130,7 +130,7 @@ def read_pipeline(case: Case) -> Any:
 def read_lora(case: Case) -> Any:
     """Return the base with a LoRA, loaded as diffusers does."""
     pipeline = _open(Path(case.base))
-    (file,) = Path(case.output).iterdir()
+    (file,) = Path(case.output).glob("*.safetensors")
     pipeline.load_lora_weights(case.output, weight_name=file.name)
     _check_adapters(pipeline, file)
     return pipeline
@@ -141,7 +141,7 @@ def read_kohya(case: Case) -> Any:
 
     diffusers cannot read magnitudes in the shape in which kohya's files have them.
     """
-    (file,) = Path(case.output).iterdir()
+    (file,) = Path(case.output).glob("*.safetensors")
     is_dora = any(name.endswith(".dora_scale") for name in load_file(file))
     return read_webui(case) if is_dora else read_lora(case)
 
@@ -149,7 +149,7 @@ def read_kohya(case: Case) -> Any:
 def read_webui(case: Case) -> Any:
     """Return the base with a LoRA in kohya's names, merged as the web UIs do."""
     pipeline = _open(Path(case.base))
-    (file,) = Path(case.output).iterdir()
+    (file,) = Path(case.output).glob("*.safetensors")
     merge_kohya(pipeline, file, Path(case.original))
     return pipeline
 
@@ -157,7 +157,7 @@ def read_webui(case: Case) -> Any:
 def read_embedding(case: Case) -> Any:
     """Return the base with the vectors of a new token, from one file for each text encoder."""
     pipeline = _open(Path(case.base))
-    files = sorted(Path(case.output).iterdir())
+    files = sorted(Path(case.output).glob("*.safetensors"))
     encoders = _encoders(pipeline)
     if [file.name for file in files] != ["learned_embeds.safetensors", "learned_embeds_2.safetensors"][: len(encoders)]:
         raise ValueError(f"the files are {', '.join(file.name for file in files)}")
@@ -173,7 +173,7 @@ def read_embedding(case: Case) -> Any:
 def read_webui_embedding(case: Case) -> Any:
     """Return the base with the vectors of a new token, from one file in the format of the web UIs."""
     pipeline = _open(Path(case.base))
-    (file,) = Path(case.output).iterdir()
+    (file,) = Path(case.output).glob("*.safetensors")
     vectors = load_file(file)
     is_xl = hasattr(pipeline, "text_encoder_2")
     keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if is_xl else {"text_encoder": "emb_params"}
@@ -198,6 +198,33 @@ def read_controlnet(case: Case) -> Any:
     return kind.from_pretrained(case.base, controlnet=controlnet, **_options(Path(case.base)))
 
 
+def read_single_file(case: Case) -> Any:
+    """Return a complete pipeline from one file with the names of the original code."""
+    (file,) = Path(case.output).glob("*.safetensors")
+    kind = StableDiffusionXLPipeline if case.family == "sdxl" else StableDiffusionPipeline
+    options = {} if case.family == "sdxl" else {"safety_checker": None}
+    pipeline = kind.from_single_file(str(file), config=case.base, torch_dtype=torch.float32, **options)
+    _check_equals_original_names(case, set(load_file(file)))
+    return pipeline
+
+
+def _check_equals_original_names(case: Case, names: set[str]) -> None:
+    """Check that a file has the names of the base in the original layout, and those that only programs expect."""
+    more = {name for name in names if name.endswith(("position_ids", "logit_scale"))}
+    more |= {name for name in names if case.family == "sd2" and name.endswith("text_projection")}
+    if names - more != set(load_file(case.original)):
+        raise ValueError(f"other names: {', '.join(sorted(names ^ set(load_file(case.original)))[:4])}")
+
+
+def read_controlnet_file(case: Case) -> Any:
+    """Return the base with a ControlNet from one file with the names of the original code."""
+    (file,) = Path(case.output).glob("*.safetensors")
+    kind = StableDiffusionXLControlNetPipeline if case.family == "sdxl" else StableDiffusionControlNetPipeline
+    diffusers_folder = Path(case.output).parent / "diffusers"
+    controlnet = ControlNetModel.from_single_file(str(file), config=str(diffusers_folder), torch_dtype=torch.float32)
+    return kind.from_pretrained(case.base, controlnet=controlnet, **_options(Path(case.base)))
+
+
 READERS: dict[str, tuple[Callable[[Case], Any], ...]] = {
     "pipeline": (read_pipeline,),
     "lora": (read_lora,),
@@ -205,6 +232,8 @@ READERS: dict[str, tuple[Callable[[Case], Any], ...]] = {
     "embedding": (read_embedding,),
     "webui embedding": (read_webui_embedding,),
     "controlnet": (read_controlnet,),
+    "controlnet file": (read_controlnet_file,),
+    "single file": (read_single_file,),
 }
 """The ways in which outputs are read, by the kind of a case."""
 

@@ -17,7 +17,7 @@ from finetune_contract.methods import METHODS
 from finetune_contract.spec import OutputFormat
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.order import SampleRef
-from testing.trainer.methods import make_method
+from testing.trainer.methods import export, make_method
 from testing.trainer.single_file import to_original
 from tests.readers import read, write
 from tests.readers.cases import Case
@@ -45,7 +45,7 @@ def make_case(base: Path, original: Path, output: OutputFormat, folder: Path) ->
         parameter.data += 0.1 * torch.randn(parameter.shape)
     target = folder / "output"
     target.mkdir()
-    method.export(output, target)
+    export(method, output, target)
     noise = Draws(0).normal(Purpose.PICTURE, SampleRef(0, 0), (1, 4, 8, 8))
     save_file({"noise": noise}, folder / "noise")
     paths = {"picture": folder / "picture.png", "noise": folder / "noise"}
@@ -65,7 +65,7 @@ def make_case(base: Path, original: Path, output: OutputFormat, folder: Path) ->
 
 
 def change_file(case: Case, change: Change) -> None:
-    (file,) = Path(case.output).iterdir()
+    (file,) = Path(case.output).glob("*.safetensors")
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)

@@ -51,14 +51,18 @@ MORE: dict[str, dict[str, Any]] = {
     },
 }
 """Settings in addition to those that all tests of the methods use."""
+ONE_FILE = (OutputFormat.SINGLE_FILE, OutputFormat.WEBUI, OutputFormat.COMFYUI)
 KINDS = {
     **{
         (method, output): "lora" if output is OutputFormat.DIFFUSERS else "kohya"
         for method in (Method.LORA, Method.DREAMBOOTH_LORA)
-        for output in (OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI)
+        for output in (OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI, OutputFormat.COMFYUI)
     },
     (Method.TEXTUAL_INVERSION, OutputFormat.DIFFUSERS): "embedding",
-    (Method.TEXTUAL_INVERSION, OutputFormat.WEBUI): "webui embedding",
+    **{(Method.TEXTUAL_INVERSION, output): "webui embedding" for output in ONE_FILE},
+    **{(Method.CONTROLNET, output): "controlnet file" for output in ONE_FILE},
+    **{(method, output): "single file" for method in (Method.FULL, Method.DREAMBOOTH) for output in ONE_FILE},
+    **{(method, OutputFormat.MERGED): "pipeline" for method in (Method.LORA, Method.DREAMBOOTH_LORA)},
     (Method.CONTROLNET, OutputFormat.DIFFUSERS): "controlnet",
     (Method.FULL, OutputFormat.DIFFUSERS): "pipeline",
     (Method.DREAMBOOTH, OutputFormat.DIFFUSERS): "pipeline",

@@ -12,8 +12,14 @@ from enum import StrEnum
 
 from finetune_contract.spec import Method, Optimizer, OutputFormat, Precision, TrainingSpec
 
-_DIFFUSERS = frozenset({OutputFormat.DIFFUSERS})
-_LORA_FORMATS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.KOHYA, OutputFormat.WEBUI})
+_PROGRAMS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.WEBUI, OutputFormat.COMFYUI})
+"""Formats of every method."""
+_ONE_FILE = _PROGRAMS | {OutputFormat.SINGLE_FILE}
+_PIPELINE_FORMATS = _ONE_FILE
+_LORA_FORMATS = _PROGRAMS | {
+    OutputFormat.KOHYA,
+    OutputFormat.MERGED,
+}
 
 _LOW_RATE = 5e-6
 """Learning rate for methods that train hundreds of millions of weights on a subject or a condition."""
@@ -39,7 +45,7 @@ class MethodTraits:
     """Properties of one method."""
 
     trains: TrainedPart
-    formats: frozenset[OutputFormat] = _DIFFUSERS
+    formats: frozenset[OutputFormat] = _PIPELINE_FORMATS
     """Output formats that the trainer can write."""
     settings: tuple[str, ...] = ()
     """Attributes of TrainingSpec that hold the method's own settings; other methods must leave them out."""
@@ -78,7 +84,7 @@ METHODS: dict[Method, MethodTraits] = {
     ),
     Method.TEXTUAL_INVERSION: MethodTraits(
         TrainedPart.TOKENS,
-        formats=frozenset({OutputFormat.DIFFUSERS, OutputFormat.WEBUI}),
+        formats=_ONE_FILE,
         settings=("textual_inversion",),
         required_settings=("textual_inversion",),
         needs_captions=False,
@@ -87,6 +93,7 @@ METHODS: dict[Method, MethodTraits] = {
     Method.FULL: MethodTraits(TrainedPart.BASE, shardable=True),
     Method.CONTROLNET: MethodTraits(
         TrainedPart.CONTROLNET,
+        formats=_ONE_FILE,
         settings=("controlnet",),
         shardable=True,
         needs_conditioning=True,

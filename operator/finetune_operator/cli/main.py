@@ -16,7 +16,7 @@ from finetune_operator.cluster.local.home import HOME_VARIABLE, default_home
 
 DESCRIPTION = "Run FineTuneJobs on this machine and manage them as kubectl does on a cluster."
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
-WRITTEN_FORMATS = ("diffusers", "kohya", "webui")
+WRITTEN_FORMATS = ("comfyui", "diffusers", "kohya", "merged", "single-file", "webui")
 """Formats that at least one method writes. Not read from the contract: its import would slow down every command."""
 FAULT = "rank=R,at-step=S or rank=R,at-state=STATE"
 ROOM = "nodes=N,at-step=S"

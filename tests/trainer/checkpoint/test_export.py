@@ -162,7 +162,7 @@ def test_the_command_exports_a_step_from_a_manifest_and_a_folder(
 
     assert call(str(tmp_path / "job.yaml"), *folder, "--step", "2") is Exit.SUCCEEDED
     assert "step-00000002-a1: wrote kohya to " in capsys.readouterr().out
-    first = load_file(tmp_path / "out" / "lora.safetensors")
+    first = load_file(tmp_path / "out" / "tiny.safetensors")
     assert min(float(value.min()) for name, value in first.items() if "alpha" not in name) == pytest.approx(2.0)
     with pytest.raises(UsageError, match="no checkpoint 3; existing checkpoints: step-00000004-a1, step-00000002-a1"):
         call(str(tmp_path / "job.yaml"), *folder, "--step", "3")

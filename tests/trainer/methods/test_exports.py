@@ -16,7 +16,7 @@ from finetune_contract.spec import OutputFormat
 from finetune_trainer.export.outputs import write_outputs
 from finetune_trainer.methods.method import Method
 from testing.trainer import tiny
-from testing.trainer.methods import make_batch, make_method
+from testing.trainer.methods import export, make_batch, make_method
 
 CAPTION = "word"
 
@@ -91,7 +91,7 @@ def test_exported_lora_computes_the_same_as_the_trained_model(
         method = trained(bases[family], name, family, lora=lora)
     else:
         method = trained(bases[family], name, family)
-    (file,) = method.export(output, tmp_path)
+    (file,) = export(method, output, tmp_path)
     pipeline = open_pipeline(bases[family])
     pipeline.load_lora_weights(tmp_path, weight_name=file.name)
     caption = CAPTION if method.text is not None else None
@@ -114,7 +114,7 @@ def test_exported_embeddings_compute_the_same_as_the_trained_model(
         )
     caption = f"{CAPTION} <cat>"
     torch.testing.assert_close(ours(method, family, caption), theirs(pipeline, family, caption), rtol=1e-4, atol=1e-5)
-    (webui,) = method.export(OutputFormat.WEBUI, tmp_path)
+    (webui,) = export(method, OutputFormat.WEBUI, tmp_path)
     keys = {"clip_l", "clip_g"} if family == "sdxl" else {"emb_params"}
     assert load_file(webui).keys() == keys
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,17 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune_contract.spec import OutputFormat, TrainingSpec
+from finetune_contract.spec import OutputFormat, OutputSpec, TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.export.formats.about import About
+from finetune_trainer.export.formats.write import write_format
 from finetune_trainer.methods.controlnet import ControlNet
 from finetune_trainer.methods.full import Full
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.models.base import FAMILIES, open_base
 from finetune_trainer.models.family import Family, ImageEncoder, SingleFile
+from finetune_trainer.models.layouts.folder import PipelineFolder
+from finetune_trainer.models.layouts.trained import TrainedPipeline
 from finetune_trainer.models.sampling import draw_latents
 from finetune_trainer.models.text import TextEncoder, TextSettings
+from finetune_trainer.weights.lazy import LazyTensor
+from testing.measure.architectures import RandomPipeline
 from testing.trainer import tiny
 from testing.trainer.methods import CPU
 
@@ -81,7 +87,7 @@ class PatchFamily:
     text_settings = TextSettings()
 
     def __init__(self, folder: Path, vae_folder: Path, variant: str | None) -> None:
-        self.written: dict[str, Any] = {}
+        self.pipeline: PipelineFolder = RandomPipeline(folder, vae_folder)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         return (width // 8 * (height // 8), WIDTH)
@@ -133,9 +139,8 @@ class PatchFamily:
     def kohya_name(self, part: str, module: str) -> str:
         return f"{part}_{module}"
 
-    def write_pipeline(self, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
-        self.written.update(trained)
-        return []
+    def to_original(self, tensors: Callable[[str], Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
+        raise KeyError("transformer")
 
 
 def make_context(method: str) -> MethodContext:
@@ -178,9 +183,12 @@ def test_family_without_a_unet_trains_samples_and_exports(tmp_path: Path) -> Non
     drawn = draw_latents(lambda noisy, t: method.predict(noisy, t, text), context.family.objective, noise, 3, 1.0)
     assert drawn.shape == noise.shape
     assert not torch.equal(drawn, noise)
-    method.export(OutputFormat.DIFFUSERS, tmp_path)
-    assert isinstance(context.family, PatchFamily)
-    assert set(context.family.written) == {"transformer"}
+    with method.trained() as trained:
+        assert isinstance(trained, TrainedPipeline)
+        values = {name: value.read() for name, value in trained.tensors("transformer").items()}
+        assert values.keys() == {name.removeprefix("transformer.") for name in method.parameters()}
+        with pytest.raises(ConfigError, match="it cannot be a single file; write format: diffusers"):
+            write_format(trained, OutputSpec(format=OutputFormat.SINGLE_FILE, to="."), tmp_path, About("tiny"))
 
 
 def test_controlnet_on_a_family_without_one_is_refused() -> None:

@@ -33,6 +33,7 @@ from finetune_trainer.train.pin_store import PinStore
 from testing import hub
 from testing.hub import HubServer
 from testing.trainer import tiny
+from testing.trainer.methods import write_pipeline
 from testing.trainer.single_file import to_original
 
 CPU = torch.device("cpu")
@@ -201,7 +202,7 @@ def test_a_vae_without_the_variant_of_the_base_is_read(base: Path, published: Pa
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]
-    written = family.write_pipeline(tmp_path / "written", {})
+    written = write_pipeline(family, tmp_path / "written")
     assert tmp_path / "written" / "vae" / "diffusion_pytorch_model.safetensors" in written
     local = open_base(ModelSpec(base=str(published), vae=str(base / "vae"), variant="fp16"))
     assert local.load_image_encoder(CPU) is not None
@@ -227,7 +228,7 @@ def test_numbered_files_of_a_variant_are_written_with_default_names(
                 path.write_text(text, encoding="utf-8")
     family = open_base(ModelSpec(base=str(source), variant="fp16"))
     assert sum("-of-" in path.name for path in family.denoiser_files()) > 1
-    written = family.write_pipeline(tmp_path / "written", {})
+    written = write_pipeline(family, tmp_path / "written")
     assert not [path for path in written if "fp16" in path.name]
     for part, model in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
         found = model.from_pretrained(tmp_path / "written" / part, use_safetensors=True).state_dict()

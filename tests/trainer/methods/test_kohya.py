@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from finetune_contract.input_spec import ModelSpec
 from finetune_contract.spec import OutputFormat
-from finetune_trainer.methods.kohya import to_kohya
+from finetune_trainer.export.formats.kohya import to_kohya
 from finetune_trainer.models.base import open_base
+from finetune_trainer.models.layouts.trained import LowRank
 from finetune_trainer.models.original_names import original_name
 from testing.trainer import tiny
-from testing.trainer.methods import make_method
+from testing.trainer.methods import export, make_method
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -26,17 +27,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def test_magnitudes_have_the_shape_that_multiplies_the_weight_of_their_layer() -> None:
     """LyCORIS and ComfyUI divide them by norms: (out, 1) for a linear layer, (out, 1, 1, 1) for a convolution."""
-    state = {
-        "unet.a.to_q.lora_A.weight": torch.ones(2, 5),
-        "unet.a.to_q.lora_B.weight": torch.ones(3, 2),
-        "unet.a.to_q.lora_magnitude_vector": torch.arange(3.0),
-        "unet.b.conv1.lora_A.weight": torch.ones(2, 5, 3, 3),
-        "unet.b.conv1.lora_B.weight": torch.ones(3, 2, 1, 1),
-        "unet.b.conv1.lora_magnitude_vector": torch.arange(3.0).view(1, 3, 1, 1),
-        "text_encoder.q_proj.lora_magnitude_vector.weight": torch.arange(4.0),
-        "text_encoder.q_proj.lora_B.weight": torch.ones(4, 2),
+    layers = {
+        "unet.a.to_q": LowRank(torch.ones(2, 5), torch.ones(3, 2), 3, torch.arange(3.0)),
+        "unet.b.conv1": LowRank(torch.ones(2, 5, 3, 3), torch.ones(3, 2, 1, 1), 3, torch.arange(3.0).view(1, 3, 1, 1)),
+        "text_encoder.q_proj": LowRank(torch.ones(2, 6), torch.ones(4, 2), 3, torch.arange(4.0)),
     }
-    renamed = to_kohya(state, 3, lambda part, module: f"{part}_{module.replace('.', '_')}")
+    renamed = to_kohya(layers, lambda part, module: f"{part}_{module.replace('.', '_')}")
     assert {name: tuple(value.shape) for name, value in renamed.items()} == {
         "unet_a_to_q.lora_down.weight": (2, 5),
         "unet_a_to_q.lora_up.weight": (3, 2),
@@ -47,6 +43,7 @@ def test_magnitudes_have_the_shape_that_multiplies_the_weight_of_their_layer() -
         "unet_b_conv1.dora_scale": (3, 1, 1, 1),
         "unet_b_conv1.alpha": (),
         "text_encoder_q_proj.dora_scale": (4, 1),
+        "text_encoder_q_proj.lora_down.weight": (2, 6),
         "text_encoder_q_proj.lora_up.weight": (4, 2),
         "text_encoder_q_proj.alpha": (),
     }
@@ -59,7 +56,7 @@ def test_exported_magnitudes_equal_the_norms_of_the_frozen_weights_before_traini
     bases: dict[str, Path], family: str, tmp_path: Path
 ) -> None:
     lora = {"rank": 2, "useDora": True, "targetModules": ["to_q", "conv1"]}
-    (file,) = make_method(bases[family], "LoRA", lora=lora).export(OutputFormat.WEBUI, tmp_path)
+    (file,) = export(make_method(bases[family], "LoRA", lora=lora), OutputFormat.WEBUI, tmp_path)
     tensors, _ = read(file)
     weights = {
         open_base(ModelSpec(base=str(bases[family]))).kohya_name("unet", name): module.weight
@@ -78,7 +75,7 @@ def test_exported_magnitudes_equal_the_norms_of_the_frozen_weights_before_traini
 def test_metadata_names_the_base_by_which_web_uis_list_the_file(
     bases: dict[str, Path], family: str, version: str, tmp_path: Path
 ) -> None:
-    (file,) = make_method(bases[family], "LoRA").export(OutputFormat.KOHYA, tmp_path)
+    (file,) = export(make_method(bases[family], "LoRA"), OutputFormat.KOHYA, tmp_path)
     _, metadata = read(file)
     assert metadata["ss_base_model_version"] == version
     assert metadata["ss_v2"] == str(family == "sd2")

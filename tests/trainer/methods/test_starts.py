@@ -13,9 +13,10 @@ from torch import Tensor
 from finetune_contract.spec import OutputFormat
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.adapter_file import find_adapter_file, read_adapters
-from finetune_trainer.methods.lora import WEIGHTS_NAME, Lora
+from finetune_trainer.methods.lora import WEIGHTS_NAME
 from finetune_trainer.methods.method import Method
-from testing.trainer.methods import make_batch, make_method
+from finetune_trainer.models.layouts.trained import TrainedAdapter
+from testing.trainer.methods import export, make_batch, make_method
 
 pytestmark = pytest.mark.trainer
 
@@ -50,7 +51,7 @@ def test_lora_continues_from_its_own_file(
 ) -> None:
     """The alpha of the file applies, whatever the alpha of the run is."""
     before = trained(make_method(bases[family], "LoRA", **lora(alpha=6, useDora=dora, trainTextEncoder=True)))
-    (path,) = before.export(output_format, tmp_path)
+    (path,) = export(before, output_format, tmp_path)
     settings = lora(alpha=3, useDora=dora, trainTextEncoder=True, base=str(path))
     after = make_method(bases[family], "LoRA", **settings)
     torch.testing.assert_close(losses(after, family), losses(before, family), rtol=1e-5, atol=1e-6)
@@ -60,7 +61,7 @@ def test_lora_continues_from_its_own_file(
 
 def test_names_of_older_releases_are_read(base: Path, tmp_path: Path) -> None:
     before = trained(make_method(base, "LoRA", **lora()))
-    (path,) = before.export(OutputFormat.DIFFUSERS, tmp_path)
+    (path,) = export(before, OutputFormat.DIFFUSERS, tmp_path)
     renamed = {}
     for name, value in load_file(path).items():
         old = name.replace(".to_out.0.lora_", ".processor.to_out_lora.").replace(".lora_", "_lora.")
@@ -75,11 +76,15 @@ def test_names_of_older_releases_are_read(base: Path, tmp_path: Path) -> None:
 def test_alpha_in_metadata_applies(base: Path, tmp_path: Path) -> None:
     """Newer releases of diffusers write the configuration of peft into the metadata."""
     before = trained(make_method(base, "LoRA", **lora(alpha=8)))
-    assert isinstance(before, Lora)
+    with before.trained() as written:
+        assert isinstance(written, TrainedAdapter)
+        tensors = {
+            f"{name}.lora_{kind}.weight": value
+            for name, layer in written.layers.items()
+            for kind, value in (("A", layer.down), ("B", layer.up))
+        }
     metadata = {"format": "pt", "lora_adapter_metadata": '{"unet.lora_alpha": 8, "unet.r": 2}'}
-    save_file(
-        {name: value.contiguous() for name, value in before._state().items()}, tmp_path / "a.safetensors", metadata
-    )
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
     after = make_method(base, "LoRA", **lora(base=str(tmp_path / "a.safetensors")))
     torch.testing.assert_close(losses(after, "sd1"), losses(before, "sd1"), rtol=1e-5, atol=1e-6)
 
@@ -105,14 +110,14 @@ def test_alpha_in_metadata_applies(base: Path, tmp_path: Path) -> None:
 def test_lora_that_does_not_fit_is_refused(
     base: Path, tmp_path: Path, written: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
-    (path,) = make_method(base, "LoRA", **written).export(OutputFormat.KOHYA, tmp_path)
+    (path,) = export(make_method(base, "LoRA", **written), OutputFormat.KOHYA, tmp_path)
     settings["lora"] = {**settings["lora"], "base": str(path)}
     with pytest.raises(ConfigError, match=f"training.lora.base: {path} .*{message}"):
         make_method(base, "LoRA", **settings)
 
 
 def test_lora_of_another_family_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    (path,) = make_method(bases["sdxl"], "LoRA", **lora()).export(OutputFormat.DIFFUSERS, tmp_path)
+    (path,) = export(make_method(bases["sdxl"], "LoRA", **lora()), OutputFormat.DIFFUSERS, tmp_path)
     with pytest.raises(ConfigError, match="write a LoRA of the same kind of base"):
         make_method(bases["sd1"], "LoRA", **lora(base=str(path)))
 
@@ -144,7 +149,7 @@ def test_inversion_continues_from_its_own_files(
     bases: dict[str, Path], tmp_path: Path, family: str, output_format: OutputFormat
 ) -> None:
     before = trained(make_method(bases[family], "TextualInversion"))
-    before.export(output_format, tmp_path)
+    export(before, output_format, tmp_path)
     after = make_method(bases[family], "TextualInversion", **inversion(base=str(tmp_path), initializerToken=None))
     for name, value in before.parameters().items():
         assert torch.equal(after.parameters()[name], value)

@@ -20,7 +20,7 @@ from finetune_trainer.methods.method import Method
 from finetune_trainer.methods.working_copy import WorkingCopy, low_precision_parameters
 from finetune_trainer.optim.ema import Ema
 from finetune_trainer.optim.optimizer import make_optimizer
-from testing.trainer.methods import CPU, make_batch, make_method
+from testing.trainer.methods import CPU, export, make_batch, make_method
 
 ALONE = World(0, 1, 0, CPU)
 TRAINING = TrainingSpec.model_validate({"steps": 9, "learningRate": 1e-3})
@@ -221,7 +221,7 @@ def test_outputs_are_the_fp32_weights(base: Path, tmp_path: Path, name: str) -> 
     method = make_method(base, name, torch.bfloat16)
     train(method)
     leaves = method.leaves()
-    files = method.export(OutputFormat.DIFFUSERS, tmp_path)
+    files = export(method, OutputFormat.DIFFUSERS, tmp_path)
     assert [id(leaf) for leaf in method.leaves()] == [id(leaf) for leaf in leaves]
     written: dict[str, Tensor] = {}
     for file in files:

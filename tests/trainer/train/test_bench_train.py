@@ -27,9 +27,10 @@ def test_bench_train_reports_all_figures() -> None:
 
 def test_random_base_writes_its_trained_modules(tmp_path: Path) -> None:
     from testing.measure.architectures import RandomFamily  # noqa: PLC0415  slow to import
+    from testing.trainer.methods import write_pipeline  # noqa: PLC0415  slow to import
 
     family = RandomFamily("tiny")
-    files = family.write_pipeline(tmp_path, {"unet": family.load_denoiser(torch.float32)})
+    files = write_pipeline(family, tmp_path, {"unet": family.load_denoiser(torch.float32)})
     names = {str(path.relative_to(tmp_path)) for path in files}
     assert names == {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
 

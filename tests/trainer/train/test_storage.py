@@ -34,7 +34,7 @@ from finetune_trainer.optim.rounded_optimizer import RoundedOptimizer
 from finetune_trainer.optim.rounding import StochasticRounding
 from finetune_trainer.train import storage
 from finetune_trainer.train.storage import make_complete_gradients, make_complete_state
-from testing.trainer.methods import CPU, SETTINGS, make_batch, make_method
+from testing.trainer.methods import CPU, SETTINGS, export, make_batch, make_method
 
 ALONE = World(0, 1, 0, CPU)
 SHAPES = {"a.weight": (4, 8), "a.bias": (16,), "b.weight": (4, 4, 2, 2), "text_encoder.weight": (2, 16), "c": (16,)}
@@ -369,7 +369,7 @@ def test_methods_train_rounded_weights_and_write_fp32_files(base: Path, tmp_path
     _, reference = train(exact, spec.model_copy(update={"weight_precision": "fp32"}))
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(reference), rtol=0.05, atol=0.02)
     folder = tmp_path / "unet" if name == "Full" else tmp_path
-    method.export(OutputFormat.DIFFUSERS, tmp_path)
+    export(method, OutputFormat.DIFFUSERS, tmp_path)
     written = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
     prefix = "unet." if name == "Full" else ""
     assert {f"{prefix}{key}" for key in written} == state.parameters.keys()

@@ -2,7 +2,7 @@
 
 Usage: python -m finetune_trainer.export.from_checkpoint RUN_SPEC CHECKPOINT FORMAT TARGET CACHE
 
-The moving average is written if the run keeps one, as at the end of a run.
+The moving average is written if the run keeps one and the output does not say otherwise, as at the end of a run.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ from finetune_trainer.checkpoint.snapshot import STATE
 from finetune_trainer.checkpoint.split import group_of
 from finetune_trainer.checkpoint.state import WEIGHTS_MISMATCH
 from finetune_trainer.data.sampling.draws import Draws
+from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.errors import ConfigError, RankError, StorageError
-from finetune_trainer.export.outputs import check_outputs, check_targets, write_outputs
+from finetune_trainer.export.formats.about import About
+from finetune_trainer.export.outputs import Export, check_outputs, check_targets, write_outputs
 from finetune_trainer.fetched import fetch
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class, method_traits
@@ -77,11 +79,13 @@ def export_checkpoint(spec: RunSpec, checkpoint: Path, output: OutputSpec, cache
         StorageError: something cannot be read or written.
     """
     check_outputs((output,), method_traits(spec.training.method).formats)
-    check_targets((output,), Path("/"))
+    check_targets((output,), DeliveryPlace(Path("/")))
     manifest = _verified(checkpoint)
     method = _make_method(_pinned(spec, checkpoint, manifest), cache_dir)
-    _restore(method.parameters(), checkpoint, manifest, with_ema=spec.training.ema)
-    (written,) = write_outputs(method, (output,), Path("/"))
+    with_ema = spec.training.ema if output.ema is None else output.ema
+    _restore(method.parameters(), checkpoint, manifest, with_ema=with_ema)
+    about = About.of_run(spec, None, cache_dir, manifest.step)
+    (written,) = write_outputs(method, (output,), Export(DeliveryPlace(Path("/")), about=about))
     return written
 
 

@@ -17,6 +17,7 @@ from finetune_contract.spec import LoraSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.kohya import SUFFIXES
 from finetune_trainer.models.family import Family
+from finetune_trainer.models.layouts.trained import LowRank
 from finetune_trainer.models.text_names import portable_text_name
 
 FIELD = "training.lora.base"
@@ -54,6 +55,13 @@ class Adapter:
     def rank(self) -> int:
         """Return its rank."""
         return int(self.tensors[_DOWN].shape[0])
+
+    def low_rank(self) -> LowRank:
+        """Return the matrices with the alpha that applies to them, float32."""
+        down, up = self.tensors[_DOWN].float(), self.tensors[_UP].float()
+        magnitude = self.tensors.get(_MAGNITUDE)
+        alpha = float(self.rank) if self.alpha is None else self.alpha
+        return LowRank(down, up, alpha, None if magnitude is None else magnitude.float())
 
 
 def find_adapter_file(folder: Path, name: str) -> Path:
@@ -113,14 +121,18 @@ def load_adapters(path: Path, spec: LoraSpec, adapted: Mapping[str, Any], family
         _load(layers[name], adapter, alpha, f"{FIELD}: {path}: {name}")
 
 
-def read_adapters(path: Path) -> dict[str, Adapter]:
+def read_adapters(path: Path, origin: str = FIELD) -> dict[str, Adapter]:
     """Return the adapters of a file by the names of their layers in the file.
+
+    Args:
+        path: the file.
+        origin: the field of the manifest that names it, for messages.
 
     Raises:
         ConfigError: it is not a LoRA file.
     """
     if path.suffix != ".safetensors":
-        raise ConfigError(f"{FIELD}: {path} is not a .safetensors file; convert it, or write another file")
+        raise ConfigError(f"{origin}: {path} is not a .safetensors file; convert it, or write another file")
     adapters: dict[str, Adapter] = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -129,7 +141,7 @@ def read_adapters(path: Path) -> dict[str, Adapter]:
                 suffix = _suffix_of(name)
                 if suffix is None:
                     raise ConfigError(
-                        f"{FIELD}: {path} contains {name}, which is not a part of a LoRA; write a LoRA file"
+                        f"{origin}: {path} contains {name}, which is not a part of a LoRA; write a LoRA file"
                     )
                 layer = _layer_name(name.removesuffix(suffix))
                 adapter = adapters.setdefault(layer, Adapter(alpha=_alpha_of(layer, metadata)))
@@ -139,12 +151,12 @@ def read_adapters(path: Path) -> dict[str, Adapter]:
                     adapter.tensors[_KINDS[suffix]] = file.get_tensor(name)
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(
-            f"{FIELD}: {path} cannot be read: {' '.join(str(error).split())[:200]}; write a complete .safetensors file"
+            f"{origin}: {path} cannot be read: {' '.join(str(error).split())[:200]}; write a complete .safetensors file"
         ) from error
     incomplete = [name for name, adapter in adapters.items() if not {_DOWN, _UP} <= adapter.tensors.keys()]
     if incomplete or not adapters:
         what = f"{incomplete[0]} lacks one of its matrices" if incomplete else "it contains no adapters"
-        raise ConfigError(f"{FIELD}: {path} is not a complete LoRA: {what}; write another file")
+        raise ConfigError(f"{origin}: {path} is not a complete LoRA: {what}; write another file")
     return adapters
 
 
@@ -193,11 +205,11 @@ def _layers(part: str, model: Any, family: Family) -> Iterator[tuple[str, nn.Mod
     """Yield the adapted layers of a module under each name that a file may have for them."""
     for module, layer in model.named_modules():
         if "default" in getattr(layer, _DOWN, {}):
-            for name in _names(part, module, family):
+            for name in layer_names(part, module, family):
                 yield name, layer
 
 
-def _names(part: str, module: str, family: Family) -> set[str]:
+def layer_names(part: str, module: str, family: Family) -> set[str]:
     """Return the names that files have for a layer."""
     is_denoiser = part == family.denoiser_name
     portable = module if is_denoiser else portable_text_name(module)
@@ -219,7 +231,7 @@ def _describe_unknown(unknown: list[str], adapted: Mapping[str, Any], family: Fa
         name: module.removesuffix(".base_layer")
         for module, layer in denoiser.named_modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d))
-        for name in _names(family.denoiser_name, module.removesuffix(".base_layer"), family)
+        for name in layer_names(family.denoiser_name, module.removesuffix(".base_layer"), family)
     }
     targets = sorted({_target_of(known[name]) for name in unknown if name in known})
     if len(targets) == 0:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from finetune_contract.spec import ControlNetSpec, OutputFormat
+from finetune_contract.spec import ControlNetSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.models.base import find_part
+from finetune_trainer.models.layouts.trained import TrainedControlNet, part_of_module
 
 _CLASS = "ControlNetModel"
 
@@ -60,13 +62,12 @@ class ControlNet(DenoiserMethod):
         """Return the ControlNet. The frozen denoiser is not sharded."""
         return [self._controlnet]
 
-    def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write the ControlNet's folder as diffusers' from_pretrained reads it, fp32."""
-        assert output_format is OutputFormat.DIFFUSERS
+    @contextlib.contextmanager
+    def trained(self) -> Iterator[TrainedControlNet]:
+        """Return a block in which the ControlNet can be written, fp32."""
         self._controlnet.register_to_config(_name_or_path="")
         with self._fp32_weights():
-            self._controlnet.save_pretrained(folder)
-        return [path for path in folder.iterdir() if path.is_file()]
+            yield TrainedControlNet(self._family, part_of_module(self._controlnet))
 
     def _predict(
         self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Any], conditioning: Tensor | None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from finetune_contract.methods import encodes_text
-from finetune_contract.spec import OutputFormat
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.models.layouts.trained import TrainedPipeline, part_of_module
 
 
 class Full(DenoiserMethod):
@@ -44,8 +44,12 @@ class Full(DenoiserMethod):
         """Return all trained modules."""
         return list(self._trained.values())
 
-    def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write the complete pipeline as a folder in diffusers' layout, fp32."""
-        assert output_format is OutputFormat.DIFFUSERS
+    @contextlib.contextmanager
+    def trained(self) -> Iterator[TrainedPipeline]:
+        """Return a block in which the complete pipeline can be written, fp32."""
         with self._fp32_weights():
-            return self._family.write_pipeline(folder, self._trained)
+            parts = {
+                name: part_of_module(module, is_text=self._family.pipeline.is_text(name))
+                for name, module in self._trained.items()
+            }
+            yield TrainedPipeline(self._family, parts)

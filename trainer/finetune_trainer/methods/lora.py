@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from finetune_contract.methods import encodes_text
-from finetune_contract.spec import LoraSpec, OutputFormat, SwitchMode
+from finetune_contract.spec import LoraSpec, SwitchMode
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.adapter_bank import use_adapter_bank
 from finetune_trainer.methods.adapter_file import load_adapters
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
-from finetune_trainer.methods.kohya import kohya_metadata, to_kohya
 from finetune_trainer.methods.lora_linear import use_fast_linears
 from finetune_trainer.methods.mask_draws import DrawnDropout
 from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.models.layouts.trained import LowRank, TrainedAdapter
 from finetune_trainer.models.text_names import portable_text_name
-from finetune_trainer.tensor_file import write_tensors
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 TEXT_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -65,57 +65,34 @@ class Lora(DenoiserMethod):
                 if self._masks is not None:
                     _draw_masks(module)
 
-    def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write one file, for diffusers' load_lora_weights or with the names of kohya's scripts and the web UIs."""
-        rank, alpha = self._spec.rank, _alpha(self._spec)
-        if output_format is OutputFormat.DIFFUSERS:
-            path = folder / WEIGHTS_NAME
-            write_tensors(path, scaled_to_rank(self._state(), alpha / rank), {"format": "pt"})
-            return [path]
-        assert output_format in (OutputFormat.KOHYA, OutputFormat.WEBUI)
-        path = folder / "lora.safetensors"
-        metadata = kohya_metadata(self._family.kohya_base_version, rank, alpha)
-        write_tensors(path, to_kohya(self._state(), alpha, self._family.kohya_name), metadata)
-        return [path]
-
-    def _state(self) -> dict[str, Tensor]:
-        """Return all adapters by diffusers' names."""
+    @contextlib.contextmanager
+    def trained(self) -> Iterator[TrainedAdapter]:
+        """Return a block in which the adapters can be written."""
         from peft.utils import get_peft_model_state_dict  # noqa: PLC0415  slow to import
 
-        state: dict[str, Tensor] = {}
+        found: dict[str, dict[str, Tensor]] = {}
         for prefix, module in self._adapted.items():
             is_text = module is not self._denoiser
             for name, value in get_peft_model_state_dict(module).items():
-                # diffusers' loader of text encoders expects the suffix that peft omits.
-                suffix = ".weight" if is_text and name.endswith(".lora_magnitude_vector") else ""
-                state[f"{prefix}.{portable_text_name(name) if is_text else name}{suffix}"] = value
-        return state
+                layer, kind = _split(name)
+                key = f"{prefix}.{portable_text_name(layer) if is_text else layer}"
+                found.setdefault(key, {})[kind] = value.detach()
+        alpha = _alpha(self._spec)
+        layers = {
+            name: LowRank(each["lora_A"], each["lora_B"], alpha, each.get("lora_magnitude_vector"))
+            for name, each in found.items()
+        }
+        yield TrainedAdapter(self._family, layers)
 
 
-def scaled_to_rank(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Return adapters that have the same effect with an alpha equal to the rank, in diffusers' names.
-
-    Files with diffusers' names have no place for alpha that every release reads: those without metadata take the rank.
-    Metadata would also store peft's complete configuration, which older releases of peft refuse.
-
-    Args:
-        state: tensors by diffusers' names.
-        scale: alpha / rank.
-    """
-    return {name: value * scale if name.endswith(".lora_B.weight") else value for name, value in state.items()}
+def _split(name: str) -> tuple[str, str]:
+    """Return the layer and the kind of one of peft's tensors."""
+    layer, _, kind = name.removesuffix(".weight").rpartition(".")
+    return layer, kind
 
 
 def _alpha(spec: LoraSpec) -> float:
     return spec.alpha if spec.alpha is not None else spec.rank
-
-def _draw_masks(module: nn.Module) -> None:
-    """Let adapters that the bank does not compute, e.g. of convolutions, draw their masks as it does."""
-    from peft.tuners.lora.layer import LoraLayer  # noqa: PLC0415  slow to import
-
-    for layer in module.modules():
-        if isinstance(layer, LoraLayer) and isinstance(dropout := layer.lora_dropout["default"], nn.Dropout):
-            layer.lora_dropout["default"] = DrawnDropout(dropout.p)
-
 
 
 def _config(spec: LoraSpec, target_modules: tuple[str, ...]) -> Any:
@@ -129,6 +106,15 @@ def _config(spec: LoraSpec, target_modules: tuple[str, ...]) -> Any:
         use_dora=spec.use_dora,
         target_modules=list(target_modules),
     )
+
+
+def _draw_masks(module: nn.Module) -> None:
+    """Let adapters that the bank does not compute, e.g. of convolutions, draw their masks as it does."""
+    from peft.tuners.lora.layer import LoraLayer  # noqa: PLC0415  slow to import
+
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and isinstance(dropout := layer.lora_dropout["default"], nn.Dropout):
+            layer.lora_dropout["default"] = DrawnDropout(dropout.p)
 
 
 def _add_adapter(denoiser: Any, spec: LoraSpec) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
-from finetune_contract.spec import OutputFormat, TrainingSpec
+from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.batches import Batch, Texts
 from finetune_trainer.data.captions import Captions
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.models.direct import EarlyDenoiser
 from finetune_trainer.models.family import Family
+from finetune_trainer.models.layouts.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,14 @@ class Method(Protocol):
         """Return the context in which the models compute, which chooses number formats and kernels."""
         ...
 
+    def seed(self, seed: int) -> None:
+        """Set the seed of the random numbers of the next pass, e.g. of dropout."""
+        ...
+
+    def generators(self) -> Sequence[torch.Generator]:
+        """Return the generators of passes besides torch's own. A captured pass must know them."""
+        ...
+
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample, float32 (n,), with the graph for the backward pass."""
         ...
@@ -131,22 +140,6 @@ class Method(Protocol):
         """Return the model's output for noisy latents, for validation pictures."""
         ...
 
-    def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write the trained weights into an empty folder. Equal weights give equal bytes.
-    def seed(self, seed: int) -> None:
-        """Set the seed of the random numbers of the next pass, e.g. of dropout."""
-        ...
-
-    def generators(self) -> Sequence[torch.Generator]:
-        """Return the generators of passes besides torch's own. A captured pass must know them."""
-        ...
-
-
-        Args:
-            output_format: one of the method's formats in `finetune_contract.methods`.
-            folder: target folder.
-
-        Returns:
-            The files written.
-        """
+    def trained(self) -> AbstractContextManager[Trained]:
+        """Return a block in which the trained weights can be written, in fp32 if the method trains complete parts."""
         ...

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from finetune_contract.spec import OutputFormat, TrainingSpec
+from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.captions import Captions, TokenTemplates
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.embedding_file import find_embedding_files, select_embedding
 from finetune_trainer.methods.method import MethodContext
+from finetune_trainer.models.layouts.trained import TrainedEmbedding
 from finetune_trainer.models.text import TextPart
-from finetune_trainer.tensor_file import write_tensors
-
-_FILE_NAME = "learned_embeds{}.safetensors"
-"""diffusers' name of an embedding file; the number of the text encoder follows from the second one on."""
 
 
 class TextualInversion(DenoiserMethod):
@@ -44,19 +43,12 @@ class TextualInversion(DenoiserMethod):
         assert spec is not None
         return TokenTemplates(spec.placeholder_token, spec.learnable_property)
 
-    def export(self, output_format: OutputFormat, folder: Path) -> list[Path]:
-        """Write one file per text encoder for diffusers' load_textual_inversion, or one file for the web UIs."""
-        if output_format is OutputFormat.WEBUI:
-            path = folder / _FILE_NAME.format("")
-            vectors = {part.webui_key: self._vectors[part.name] for part in self._parts}
-            write_tensors(path, vectors, {"format": "pt"})
-            return [path]
-        assert output_format is OutputFormat.DIFFUSERS
-        paths = []
-        for name, value in self._vectors.items():
-            paths.append(folder / _FILE_NAME.format(name.removeprefix("text_encoder")))
-            write_tensors(paths[-1], {self._spec.placeholder_token: value}, {"format": "pt"})
-        return paths
+    @contextlib.contextmanager
+    def trained(self) -> Iterator[TrainedEmbedding]:
+        """Return a block in which the vectors can be written."""
+        keys = {part.name: part.webui_key for part in self._parts}
+        vectors = {name: value.detach() for name, value in self._vectors.items()}
+        yield TrainedEmbedding(self._family, self._spec.placeholder_token, vectors, keys)
 
     def _add_vectors(self, number: int, part: TextPart) -> nn.Parameter:
         """Add rows for the new token to a text encoder, initialized as the manifest specifies."""

@@ -7,7 +7,7 @@ that implements `Family`, and add one row to `base.FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -15,8 +15,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from finetune_trainer.models.layouts.folder import PipelineFolder
 from finetune_trainer.models.objective import Objective
 from finetune_trainer.models.text import TextEncoder, TextSettings
+from finetune_trainer.weights.lazy import LazyTensor
 
 IMAGE_SIZES = "sizes"
 """Key of the image sizes in the text conditions of every batch, float32 (n, 6); see `micro_conditioning`."""
@@ -63,6 +65,11 @@ class Family(Protocol):
     """Number of pixels per latent along each side of an image."""
 
     def __init__(self, folder: Path, vae_folder: Path, variant: str | None) -> None: ...
+
+    @property
+    def pipeline(self) -> PipelineFolder:
+        """The files of the base."""
+        ...
 
     @property
     def objective(self) -> Objective:
@@ -155,14 +162,10 @@ class Family(Protocol):
         """
         ...
 
-    def write_pipeline(self, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
-        """Write the complete pipeline in diffusers' layout.
+    def to_original(self, tensors: Callable[[str], Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
+        """Return the tensors of a complete model by the names of the original code, as single files have them.
 
         Args:
-            folder: target folder, empty.
-            trained: trained modules by the names of their folders; the other parts are copied from the base.
-
-        Returns:
-            The files written.
+            tensors: returns the tensors of a part by its name.
         """
         ...

@@ -25,12 +25,13 @@ _OUTSIDE = {
 _MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 
 
-def original_name(module: str, layers_per_block: int) -> str:
+def original_name(module: str, layers_per_block: int, has_attention: bool = True) -> str:
     """Return the name in the original code of a module of diffusers' UNet.
 
     Args:
         module: dotted name in diffusers.
         layers_per_block: number of ResNet layers in each down block.
+        has_attention: whether the block of an upsampler has attention, which counts in its name.
     """
     stage = layers_per_block + 1
     match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.?(.*)", module)
@@ -43,8 +44,7 @@ def original_name(module: str, layers_per_block: int) -> str:
     if kind == "downsamplers":
         return f"input_blocks.{stage * (block + 1)}.0.op"
     if kind == "upsamplers":
-        # The index counts the attention of the stage, which SDXL's first two stages have.
-        return f"output_blocks.{stage * block + layers_per_block}.2.conv"
+        return f"output_blocks.{stage * block + layers_per_block}.{2 if has_attention else 1}.conv"
     side, first = ("input_blocks", 1) if direction == "down" else ("output_blocks", 0)
     position = f"{side}.{first + stage * block + number}.{0 if kind == 'resnets' else 1}"
     return _join(position, _inner(kind, rest))

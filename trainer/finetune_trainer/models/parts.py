@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune_trainer import patience
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.models.latent_scaling import LatentScaling
-from finetune_trainer.models.text_names import copy_text_file, make_text_names_portable
+from finetune_trainer.models.text_names import copy_text_file
 from finetune_trainer.transfers import to_device
 
 T = TypeVar("T")
@@ -138,34 +138,6 @@ def variant_in(folder: Path, variant: str | None) -> str | None:
     return variant if variant is not None and any(folder.glob(f"*.{variant}*.safetensors")) else None
 
 
-def write_pipeline(base: Path, vae: Path, variant: str | None, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
-    """Write a pipeline: the trained modules, and copies of the base's other parts.
-
-    Args:
-        base: the base's folder.
-        vae: folder of the VAE in use.
-        variant: weight variant of the base. The files of the copies do not have it in their names.
-        folder: target folder, empty.
-        trained: modules by the names of their folders.
-
-    Returns:
-        The files written.
-    """
-    for part, value in read_config(base / _INDEX).items():
-        if part.startswith("_") or not isinstance(value, list) or value[0] is None:
-            continue
-        source = vae if part == "vae" else base / part
-        is_text = str(value[1]).startswith("CLIPText")
-        if part in trained:
-            _save_module(trained[part], folder / part, is_text)
-        elif source.is_dir():
-            _copy_part(source, folder / part, variant_in(source, variant), is_text)
-    shutil.copyfile(base / _INDEX, folder / _INDEX)
-    for path in [folder / _INDEX, *folder.glob("*/config.json")]:
-        remove_source_path(path)
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
 def remove_source_path(path: Path) -> None:
     """Remove from a configuration the path or hub id that the part was read from. It can be a path of this machine."""
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -173,22 +145,29 @@ def remove_source_path(path: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_module(module: Any, folder: Path, is_text: bool) -> None:
-    module.save_pretrained(folder)
-    if is_text:
-        make_text_names_portable(folder)
+def copy_part(source: Path, target: Path, variant: str | None, is_text: bool) -> None:
+    """Copy the folder of a part. The files of the copy do not have the variant in their names.
 
-
-def _copy_part(source: Path, target: Path, variant: str | None, is_text: bool) -> None:
+    Args:
+        source: the part's folder.
+        target: the folder to create.
+        variant: weight variant of the part.
+        is_text: whether it is a text encoder, whose names become portable.
+    """
     copy: Callable[[Path, Path], object] = copy_text_file if is_text else shutil.copyfile
     target.mkdir(parents=True)
     for path in sorted(source.iterdir()):
         name = path.name if variant is None else default_name(path.name, variant)
         is_other_variant = variant is not None and name == path.name and _WEIGHTS in name
-        if path.is_file() and path.suffix in _KEPT and not is_other_variant:
+        if is_copied(path) and not is_other_variant:
             copy(path, target / name)
             if variant is not None and _WEIGHTS in name and path.suffix == ".json":
                 _rename_files(target / name, variant)
+
+
+def is_copied(path: Path) -> bool:
+    """Return whether a file of a part is a configuration, a vocabulary or safe weights."""
+    return path.is_file() and path.suffix in _KEPT
 
 
 def _rename_files(path: Path, variant: str) -> None:

@@ -18,6 +18,7 @@ from finetune_trainer.models import parts
 from finetune_trainer.models.direct import Proceed, read_module
 from finetune_trainer.models.family import SingleFile
 from finetune_trainer.models.latent_scaling import read_scaling
+from finetune_trainer.models.layouts.folder import PipelineFolder
 from finetune_trainer.models.noise_schedule import read_objective
 from finetune_trainer.models.text import SingleText, TextEncoder, TextPart
 from finetune_trainer.models.unet import UNetFamily
@@ -43,6 +44,7 @@ class StableDiffusion(UNetFamily):
         self._vae_field = "model.base" if has_own_vae else "model.vae"
         # A VAE from another place often has only default weights.
         self._vae_variant = variant if has_own_vae else parts.variant_in(vae_folder, variant)
+        self.pipeline = PipelineFolder(folder, vae_folder, variant, self._vae_variant)
         self.latent_scaling = read_scaling(vae, self._vae_field, self._normalizes_latents)
         self.latent_channels = int(vae.get("latent_channels", 4))
         _check_channels(folder, self.latent_channels)
@@ -120,10 +122,6 @@ class StableDiffusion(UNetFamily):
     def conditions(self, text: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:
         """Return the keyword arguments of the UNet and of a ControlNet."""
         return {"encoder_hidden_states": text["hidden"].to(dtype)}
-
-    def write_pipeline(self, folder: Path, trained: Mapping[str, Any]) -> list[Path]:
-        """Write the complete pipeline in diffusers' layout."""
-        return parts.write_pipeline(self._folder, self._vae_folder, self._variant, folder, trained)
 
     def _text_part(
         self, name: str, webui_key: str, device: torch.device, dtype: torch.dtype, projected: bool = False

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from finetune_trainer.models.latent_scaling import LatentScaling
+from finetune_trainer.models.layouts.folder import PipelineFolder
+from finetune_trainer.models.layouts.original import to_original
 from finetune_trainer.models.text import TextSettings
+from finetune_trainer.weights.lazy import LazyTensor
 
 
 class UNetFamily:
     """UNet, latents and ControlNet of a family; see `Family`.
 
     Attributes:
+        pipeline: the files of the base.
         text_settings: how captions become text conditions.
         latent_scaling: the map from the VAE's latents to the UNet's latents.
         latent_channels: number of channels of the latents.
@@ -28,6 +32,7 @@ class UNetFamily:
     denoiser_name: ClassVar[str] = "unet"
     compiled_blocks: ClassVar[frozenset[str]] = frozenset({"BasicTransformerBlock"})
 
+    pipeline: PipelineFolder
     text_settings: TextSettings = TextSettings()
     latent_scaling: LatentScaling
     latent_channels: int
@@ -63,6 +68,12 @@ class UNetFamily:
         """Return the residuals that the ControlNet adds to the UNet."""
         down, middle = controlnet(noisy, timesteps, controlnet_cond=images, return_dict=False, **conditions)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    def to_original(self, tensors: Callable[[str], Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
+        """Return the tensors of a complete model by the names of the original code."""
+        encoders = {name: tensors(name) for name, _ in self.pipeline.part_folders() if self.pipeline.is_text(name)}
+        is_second = self.kohya_base_version == "sd_v2"
+        return to_original(tensors("unet"), tensors("vae"), encoders, is_second=is_second)
 
     @property
     def kohya_base_version(self) -> str:
