@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
-.PHONY: help install system-packages demo test test-fast test-readers mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
+.PHONY: help install system-packages demo test test-fast test-readers test-intel bench-cpu mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
         bench-learning bench-map bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
 
@@ -39,6 +39,15 @@ READERS := .venv-readers
 test-readers: install ## load every output with the oldest and the newest supported releases of diffusers, and compare the pictures
 	@$(PYTHON) tools/install.py $(READERS) requirements/readers-oldest.txt
 	@$(BIN)/python -m tests.readers --oldest $(READERS)/bin/python
+
+INTEL := .venv-intel
+test-intel: ## train every method with IPEX on one and two ranks, in its own environment with torch 2.8 and IPEX 2.8
+	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
+	@PYTHONPATH=trainer:operator $(INTEL)/bin/python -m pytest tests/intel
+
+bench-cpu: ## compare native torch with IPEX, fp32 with bf16, ranks with threads, pinned with unpinned, and bf16 on the wire
+	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
+	@PYTHONPATH=trainer:operator $(INTEL)/bin/python -m bench.cpu $(ARGS)
 
 mutate: install ## remove one policy, cause or rule at a time; do the tests notice each removal?
 	@$(BIN)/python -m tools.mutate $(ARGS)
@@ -156,4 +165,4 @@ lock: install ## rewrite the lock files from pyproject.toml
 	tools/lock.sh $(BIN)/uv
 
 clean: ## remove the virtual environment, the demo state and built docs
-	rm -rf $(VENV) $(READERS) .demo .bench site gpu-kit gpu-kit-results
+	rm -rf $(VENV) $(READERS) $(INTEL) .demo .bench site gpu-kit gpu-kit-results

@@ -10,6 +10,7 @@ import pytest
 from tools import install
 
 ROOT = Path(__file__).parents[2]
+PROJECT_LOCK = install.PROJECT_LOCK
 OLDEST = "requirements/readers-oldest.txt"
 
 
@@ -43,3 +44,11 @@ def test_old_releases_are_those_that_the_docs_name_and_use_the_torch_of_the_test
     assert locked["torch"] == pins(install.PROJECT_LOCK)["torch"]
     docs = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     assert re.search(r"diffusers 0\.30 with transformers 4\.44\s+and peft 0\.12", docs)
+
+
+def test_the_environment_with_ipex_has_the_versions_of_its_image() -> None:
+    locked, image, own = pins("requirements/intel.txt"), pins("requirements/trainer-intel.txt"), pins(PROJECT_LOCK)
+    assert (locked["torch"], locked["intel-extension-for-pytorch"]) == ("2.8.0", "2.8.0")
+    assert {name: version for name, version in locked.items() if image.get(name, version) != version} == {}
+    for name in ("diffusers", "transformers", "peft", "accelerate", "pytest", "hypothesis"):
+        assert locked[name] == own[name]

@@ -7,6 +7,7 @@ of gradients, checkpoints and exports see plain weights: a job can continue with
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from finetune_trainer.intel.extension import optimize_layers
 
 _FORMATS = (torch.bfloat16, torch.float32)
+_LOG = logging.getLogger(__name__)
 
 
 def optimize_frozen(module: nn.Module) -> int:
@@ -35,6 +37,7 @@ def optimize_frozen(module: nn.Module) -> int:
         if layer is not before:
             layer.train(before.training)
             owner._modules[name] = layer
+    _LOG.info("IPEX computes %d frozen layers of %s", len(places), type(module).__name__)
     return len(places)
 
 
@@ -47,18 +50,17 @@ class TrainedLayers:
     """
 
     def __init__(self, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        layers = [
-            layer
-            for module in modules
-            for _, _, layer in _places(module)
-            if layer.weight.requires_grad and layer.weight.dtype in _FORMATS
-        ]
+        layers = [layer for module in modules for _, _, layer in _places(module) if layer.weight.requires_grad]
+        self._packed: list[_PackedLayer] = []
+        if not layers:
+            return
         optimized = optimize_layers([_copy_of(layer) for layer in layers], optimizer)
         self._packed = [
             _PackedLayer(layer, counterpart)
             for layer, counterpart in zip(layers, optimized, strict=True)
             if hasattr(counterpart, "ctx")
         ]
+        _LOG.info("IPEX computes %d trained layers", len(self._packed))
 
     def __len__(self) -> int:
         """Return the number of layers."""

@@ -19,6 +19,7 @@ from finetune_trainer.data.sources.open import is_on_hub
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.export.outputs import check_outputs, check_targets
+from finetune_trainer.intel.extension import FIELD, unavailable_reason
 from finetune_trainer.methods.controlnet import check_controlnet
 from finetune_trainer.methods.kernels import attention_kernel
 from finetune_trainer.methods.registry import method_traits
@@ -52,6 +53,8 @@ def check_spec(spec: RunSpec) -> None:
         raise ConfigError("training.offload: only sharded weights can be kept in host memory; write sharding: full")
     if missing := list(find_missing_software(spec.training)):
         raise ConfigError("; ".join(missing))
+    if spec.cpu.ipex is SwitchMode.ON and (reason := unavailable_reason()):
+        raise ConfigError(f"{FIELD}: {reason}; use the image trainer-cpu-intel, or write ipex: auto")
     check_outputs(spec.outputs, method_traits(spec.training.method).formats)
 
 

@@ -94,7 +94,7 @@ class ProcessorTuner:
                 _LOG.info("ipex: auto: native torch, because %s", facts.ipex_missing)
         if len(paths) == 1:
             return paths[0]
-        chosen = kept.get(lambda: self._measured(paths, facts, probe or _run_probe))
+        chosen = kept.get(lambda: self._measured(paths, facts, probe or run_probe))
         # An earlier attempt may have used an image with IPEX.
         return next((path for path in paths if path.name == chosen), paths[0])
 
@@ -143,7 +143,7 @@ class ProcessorTuner:
         request = layer_probe.make_request(counts, paths, is_trained)
         file = self.cache_dir / MEASUREMENTS / f"{self._key(request, facts)}.json"
         seconds = _read(file)
-        if seconds is None and (seconds := _parse(probe(request))):
+        if seconds is None and (seconds := parse_measurement(probe(request))):
             # Without the file the next job measures again.
             with contextlib.suppress(OSError):
                 write_atomically(file, json.dumps(seconds).encode())
@@ -163,7 +163,7 @@ class ProcessorTuner:
         return hashlib.sha256(repr((machine, versions, request)).encode()).hexdigest()[:32]
 
 
-def _run_probe(request: str) -> str:
+def run_probe(request: str) -> str:
     """Run the process that measures, with the cores and threads of this rank. Return nothing if it fails."""
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", PROBE]
@@ -180,12 +180,12 @@ def _run_probe(request: str) -> str:
 
 def _read(file: Path) -> Mapping[str, float] | None:
     try:
-        return _parse(file.read_text(encoding="utf-8"))
+        return parse_measurement(file.read_text(encoding="utf-8"))
     except OSError:
         return None
 
 
-def _parse(output: str) -> Mapping[str, float] | None:
+def parse_measurement(output: str) -> Mapping[str, float] | None:
     """Return the measurement in the last line of an output; None if there is none."""
     try:
         values = json.loads(output.strip().splitlines()[-1])
