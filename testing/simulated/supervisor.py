@@ -31,6 +31,12 @@ RECENT_REPLY_SECONDS = 60.0
 HOLD_SECONDS = 120.0
 END_STATES: dict[int, RankState] = {ExitCode.DONE: RankState.DONE, ExitCode.SAVED: RankState.SAVED}
 
+# Heartbeats are changed copies of these: to validate each, or to find its defaults, would be the larger part of its cost.
+_REPORT = RankReport(rank=0, state=RankState.LOADING)
+_HEARTBEAT = Heartbeat(
+    job="job", namespace="default", job_uid="uid", pod="pod", pod_uid="uid", attempt=1, node_rank=0, sequence=0
+)
+
 Post = Callable[["SimulatedSupervisor", Heartbeat], Reply | None]
 
 
@@ -224,35 +230,32 @@ class SimulatedSupervisor:
             self._stop_ranks()
 
     def _build_heartbeat(self) -> Heartbeat:
-        # Built without validation, which would be the larger part of the cost of a heartbeat.
         gang, storage = self.gang, self._storage
         is_standby = self._waiting and not self._ends
-        report = RankReport.model_construct(
-            rank=self.node_rank,
-            state=self._state(),
-            step=gang.step if gang is not None and gang.restored_step is not None else None,
-            total_steps=storage.workload.total_steps if gang is not None else None,
-            restored_step=gang.restored_step if gang is not None else None,
-            loss=None,
-            images_per_second=None,
-            checkpoint=self._checkpoint(),
-            detail=None,
-            warnings=(),
-            outputs=(),
+        report = _REPORT.model_copy(
+            update={
+                "rank": self.node_rank,
+                "state": self._state(),
+                "step": gang.step if gang is not None and gang.restored_step is not None else None,
+                "total_steps": storage.workload.total_steps if gang is not None else None,
+                "restored_step": gang.restored_step if gang is not None else None,
+                "checkpoint": self._checkpoint(),
+            }
         )
-        return Heartbeat.model_construct(
-            job=self.pod.job,
-            namespace="default",
-            job_uid=f"uid-{self.pod.job}",
-            pod=self.pod.observed.name,
-            pod_uid=self.pod.observed.uid,
-            attempt=self.attempt,
-            node_rank=self.node_rank,
-            sequence=self._sequence,
-            ranks=() if is_standby else (report,),
-            ends=self._ends,
-            notice=self._has_notice,
-            waiting=self._waiting,
+        return _HEARTBEAT.model_copy(
+            update={
+                "job": self.pod.job,
+                "job_uid": f"uid-{self.pod.job}",
+                "pod": self.pod.observed.name,
+                "pod_uid": self.pod.observed.uid,
+                "attempt": self.attempt,
+                "node_rank": self.node_rank,
+                "sequence": self._sequence,
+                "ranks": () if is_standby else (report,),
+                "ends": self._ends,
+                "notice": self._has_notice,
+                "waiting": self._waiting,
+            }
         )
 
     def _state(self) -> RankState:

@@ -15,5 +15,8 @@ def revise(model: M, **changes: Any) -> M:
     Raises:
         AttributeError: the model has no such field.
     """
-    differing = {name: value for name, value in changes.items() if getattr(model, name) != value}
+    # The comparison of two models is slow, and most changes of a reconcile are none.
+    differing = {
+        name: value for name, value in changes.items() if (old := getattr(model, name)) is not value and old != value
+    }
     return model.model_copy(update=differing) if differing else model
