@@ -14,6 +14,8 @@ from typing import Any
 from finetune_contract import environment
 from testing.trainer.ranks import _CONTEXT, Ranks, free_port
 
+WAITS = "SCRIPT_RANKS_WAIT"
+
 
 @dataclass(frozen=True)
 class At:
@@ -39,11 +41,13 @@ class ScriptRanks(Ranks):
 
     Attributes:
         hooked: whether the hook is used; otherwise the script runs as under `accelerate launch`.
+        waits: whether the ranks wait for each other after each step, as those of long steps do.
         at: signals of the ranks to themselves.
         argv: command line without the hook.
     """
 
     hooked: bool = True
+    waits: bool = False
     at: tuple[At, ...] = ()
     argv: tuple[str, ...] = ()
     script: Path = field(default_factory=Path)
@@ -57,7 +61,7 @@ class ScriptRanks(Ranks):
             _CONTEXT.Process(
                 target=_hooked if self.hooked else _plain,
                 args=(
-                    self._environment(rank, port),
+                    self._environment(rank, port) | {WAITS: str(int(self.waits))},
                     self._log(rank),
                     tuple(each for each in self.at if each.rank == rank),
                     (str(self.script), *self.argv),
@@ -91,8 +95,11 @@ def _prepare(env: Mapping[str, str], log: Path) -> None:
 def _hooked(env: dict[str, str], log: Path, at: tuple[At, ...], _: tuple[str, ...]) -> None:
     """Run the script in this process, as the supervisor does."""
     from finetune_trainer.script.__main__ import main  # noqa: PLC0415  the tests themselves need no torch
+    from finetune_trainer.script.agreement import votes  # noqa: PLC0415
 
     _prepare(env, log)
+    if env[WAITS] == "1":
+        votes.LONG_STEP_SECONDS = 0.0
     _install(at)
     code = main(os.environ)
     sys.stdout.flush()

@@ -57,10 +57,12 @@ def test_the_survivor_of_a_lost_peer_saves_the_last_step(
     assert again.output() == undisturbed(2).output()
 
 
-def test_the_survivor_saves_also_if_rank_0_is_lost(
+def test_the_survivor_on_another_node_saves_also_if_rank_0_is_lost(
     undisturbed: Undisturbed, args: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = ScriptRanks(script_spec("train_style.py", args), tmp_path / "run", world_size=2, at=(At("backward", 8, 0),))
+    spec = script_spec("train_style.py", args)
+    apart = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    run = ScriptRanks(spec, tmp_path / "run", world_size=2, extra=apart, waits=True, at=(At("backward", 8, 0),))
     assert run.run() == [-signal.SIGKILL, ExitCode.FABRIC], run.stderr(1)
     assert run.checkpoints[-1] == "checkpoint-7"
     again = ScriptRanks(run.spec, run.folder, attempt=2, world_size=2)
@@ -78,6 +80,21 @@ def test_a_loss_between_update_and_agreement_falls_back_to_the_last_checkpoint(
     again = ScriptRanks(run.spec, run.folder, attempt=2, world_size=2)
     assert again.run() == [0, 0], again.stderr()
     assert again.output() == undisturbed(2).output()
+
+
+def test_nodes_that_do_not_wait_for_each_other_lose_no_step_on_a_notice(
+    undisturbed: Undisturbed, args: dict[str, Any], tmp_path: Path
+) -> None:
+    apart = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    notice = (At("backward", 5, 1, signal.SIGTERM),)
+    # The script saves each step and keeps one: its newest checkpoint is not committed when it deletes it.
+    spec = script_spec("train_style.py", {**args, "checkpointing_steps": 1, "checkpoints_total_limit": 1})
+    run = ScriptRanks(spec, tmp_path / "run", world_size=2, extra=apart, at=notice)
+    assert run.run() == [ExitCode.SAVED] * 2, run.stderr()
+    again = ScriptRanks(spec, run.folder, attempt=2, world_size=2, extra=apart)
+    assert again.run() == [0, 0], again.stderr()
+    assert again.output() == undisturbed(2).output()
+    assert again.checkpoints == ["checkpoint-12"]
 
 
 def test_saves_follow_the_interval_of_the_job(args: dict[str, Any], tmp_path: Path) -> None:

@@ -41,3 +41,13 @@ def test_accelerate_reads_the_state() -> None:
     restore(state)
     assert _draw() == first
     assert values["step"] == 5
+
+
+def test_the_state_of_numpy_is_never_an_old_one() -> None:
+    """It is copied only after a draw. The second normal number of a pair uses up no word of the generator."""
+    np.random.seed(3)
+    for draw in (np.random.normal, np.random.normal, np.random.rand, np.random.normal, lambda: None, np.random.rand):
+        draw()
+        expected = np.random.get_state(legacy=True)
+        name, keys, *rest = capture().numpy
+        assert (name, keys.tolist(), rest) == (expected[0], expected[1].tolist(), list(expected[2:]))

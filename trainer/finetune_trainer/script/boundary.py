@@ -19,12 +19,10 @@ class Boundary:
 
     Attributes:
         record: of this rank.
-        kept: copy of the record of another rank; None before the ranks have exchanged them.
         ready: the work of a GPU up to here.
     """
 
     record: RankRecord
-    kept: bytes | None = None
     ready: Any = None
 
 

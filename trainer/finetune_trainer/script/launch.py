@@ -27,12 +27,12 @@ from finetune_trainer.distributed.world import World, read_backend, wait_for_ran
 from finetune_trainer.errors import ConfigError, FabricError, RankError, StorageError
 from finetune_trainer.export.outputs import Export, check_targets
 from finetune_trainer.script import arguments, hook
-from finetune_trainer.script.agreement import Agreement
-from finetune_trainer.script.boards import open_board
+from finetune_trainer.script.agreement.boards import open_board
+from finetune_trainer.script.agreement.peers import WAIT, Peers
+from finetune_trainer.script.agreement.votes import Agreement
 from finetune_trainer.script.checkpoints import ScriptCheckpoints
 from finetune_trainer.script.figures import Figures
 from finetune_trainer.script.outputs import copy_outputs
-from finetune_trainer.script.peers import WAIT, Peers
 from finetune_trainer.script.requirements import install
 from finetune_trainer.script.saver import Saver
 from finetune_trainer.script.session import SavedExit, Session, SessionOptions

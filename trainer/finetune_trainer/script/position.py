@@ -120,6 +120,11 @@ class TrackedLoader:
             before,
         )
 
+    def knows(self, random: RandomState | None) -> None:
+        """Use this state of the generators for the next read: nothing has drawn since it was captured."""
+        if self._reads is not None:
+            self._reads.known = random
+
     def resume(self, position: Position) -> None:
         """Continue at a position when the script starts to read the loader."""
         self._resumed = position
@@ -225,6 +230,8 @@ class Reads:
         self.skip = skip
         self.source: Iterator[Any] = iter(())
         self._before, self._after, self._group = before, after, group
+        self.known: RandomState | None = None
+        """State before the next read, if somebody has captured it already."""
         self._number = skip
         self._recent: deque[tuple[int, RandomState]] = deque(maxlen=2 * group + 2)
 
@@ -234,8 +241,9 @@ class Reads:
     def __next__(self) -> Any:
         if self._before is not None:
             restore(self._before)
-            self._before = None
-        self._recent.append((self._number, capture()))
+            self._before = self.known = None
+        self._recent.append((self._number, self.known or capture()))
+        self.known = None
         try:
             batch = next(self.source)
         except StopIteration:

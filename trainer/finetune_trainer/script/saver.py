@@ -18,8 +18,8 @@ from finetune_contract.manifest import BadCheckpointError
 from finetune_trainer.errors import SupersededError
 from finetune_trainer.files import sync_file
 from finetune_trainer.report import Reporter
+from finetune_trainer.script.agreement.peers import Peers
 from finetune_trainer.script.checkpoints import SURVIVORS, Found, ScriptCheckpoints, is_committed
-from finetune_trainer.script.peers import Peers
 from finetune_trainer.script.position import Position
 from finetune_trainer.script.random_state import RandomState, in_accelerate_format
 

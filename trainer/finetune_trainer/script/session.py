@@ -2,7 +2,7 @@
 
 A step is complete when the script requests the next batch: by then it has updated the learning rate and the moving
 average, counted the step and logged it. Only at that moment ("boundary") is the state of all objects consistent, so all
-ranks sum their flags there, and save there.
+ranks post their votes there (see `agreement`), and save there.
 """
 
 from __future__ import annotations
@@ -23,19 +23,24 @@ from finetune_trainer.checkpoint.health import CheckpointHealth
 from finetune_trainer.checkpoint.interval import SaveClock, due_seconds, save_due
 from finetune_trainer.errors import RankError, StorageOutageError, SupersededError
 from finetune_trainer.report import Reporter
+from finetune_trainer.script.agreement.votes import Agreement, Pending, Verdict
 from finetune_trainer.script.boundary import Boundary, device_event, learning_rate, other_stream, unpack
-from finetune_trainer.script.checkpoints import BY_SCRIPT, is_committed, publish
+from finetune_trainer.script.checkpoints import BY_SCRIPT
 from finetune_trainer.script.figures import Figures
-from finetune_trainer.script.peers import Peers
 from finetune_trainer.script.position import TrackedLoader
 from finetune_trainer.script.random_state import RandomState, capture, restore
 from finetune_trainer.script.saver import RankRecord, Saver, read_record
+from finetune_trainer.script.script_saves import ScriptSaves
 from finetune_trainer.script.source import ScriptFacts
 from finetune_trainer.train.preemption_notice import PreemptionNotice
 
 _LOG = logging.getLogger(__name__)
 UPDATE_SECONDS = 30.0
 """Time limit for a step that runs to reach its boundary, before an emergency save gives up."""
+
+
+def _always() -> bool:
+    return True
 
 
 class SavedExit(SystemExit):
@@ -65,7 +70,12 @@ class Session:
     """The run of one script in this process."""
 
     def __init__(
-        self, options: SessionOptions, peers: Peers, saver: Saver, figures: Figures, reporter: Reporter
+        self,
+        options: SessionOptions,
+        agreement: Agreement,
+        saver: Saver,
+        figures: Figures,
+        reporter: Reporter,
     ) -> None:
         self.accelerator: Any = None
         self.step = 0
@@ -73,10 +83,11 @@ class Session:
         self.num_seeds = 0
         """Calls that set the seed of torch's generator."""
         self._options = options
-        self._peers = peers
+        self._peers = agreement.peers
         self._saver = saver
         self._reporter = reporter
         self._notice = options.notice
+        self._agreement = agreement
         self._loaders: list[TrackedLoader] = []
         self._at_step: list[TrackedLoader] = []
         """Loaders that the script was reading during the last step."""
@@ -85,9 +96,7 @@ class Session:
         self._is_open = False
         """Whether a step has ended whose boundary has not been reached."""
         self._has_trained = False
-        self._pending: tuple[Path, Path] | None = None
-        """Complete checkpoint of the script that is not committed: its present folder, and its final one."""
-        self._deletions: list[Path] = []
+        self._saves = ScriptSaves(saver, self._peers.rank)
         self._after_epoch: tuple[RandomState, int] | None = None
         self._boundary: Boundary | None = None
         self._update = threading.Lock()
@@ -99,7 +108,9 @@ class Session:
         self._released = ExitStack()
         self._after_restore: RandomState | None = None
         self._num_images = 0
-        self._until_done: Callable[[], bool] = lambda: True
+        self._random: RandomState | None = None
+        """State of the generators at the last boundary."""
+        self._until_done: Callable[[], bool] = _always
         """Called at each boundary until it returns true."""
 
     @property
@@ -186,6 +197,9 @@ class Session:
         self.reach_boundary(may_save=not ends)
         if ends:
             self._after_epoch = (capture(), self.num_seeds)
+        else:
+            # Nothing draws between the boundary and the read of the batch after the next one.
+            loader.knows(self._random)
 
     def before_epoch(self, loader: TrackedLoader) -> bool:
         """Undo the draws that the script has made between two epochs; return whether anything is left to train."""
@@ -195,7 +209,7 @@ class Session:
             if num_seeds == self.num_seeds:
                 # Validation draws on rank 0 only, and a resumed run does not repeat it.
                 restore(state)
-            self.save_if_due()
+            self._save_if_due()
         return not (loader.is_resumed and self.is_complete and not self._has_trained)
 
     def after_batch(self, batch: Any) -> None:
@@ -224,8 +238,8 @@ class Session:
             return
         if self._is_open:
             self.reach_boundary(may_save=False)
-        elif self._peers.sum([int(self._pending is not None)])[0]:
-            self._commit_pending()
+        self._act(self._agreement.collect(), may_save=False)
+        self._settle()
         if self.step > self._saved_step:
             self._save("final")
         self._reporter.state(RankState.EXPORTING)
@@ -247,7 +261,7 @@ class Session:
         """Agree with the other ranks after a step, and save if that is necessary.
 
         Args:
-            may_save: whether an ordinary save may be taken here; otherwise `save_if_due` follows.
+            may_save: whether an ordinary save may be taken here; otherwise `_save_if_due` follows.
 
         Raises:
             SavedExit: this rank has saved on a preemption notice.
@@ -255,28 +269,45 @@ class Session:
         """
         self._is_open = False
         record = self._record()
-        state = record.pack() if self._peers.size > 1 else b""
-        self._boundary = Boundary(record, None, device_event())
+        self._random = record.random
+        self._boundary = None
         self._update.release()
         self._reporter.state(RankState.TRAINING)
         if self._until_done():
-            self._until_done = lambda: True
-        flags = [int(self._notice.given), int(may_save and self._is_due()), int(self._pending is not None)]
-        sizes = [len(state) if rank == self._peers.rank else 0 for rank in range(self._peers.size)]
-        notice, due, pending, *sizes = self._peers.sum([*flags, *sizes])
-        if self._peers.size > 1:
-            self._boundary = Boundary(record, self._peers.exchange(state, sizes), self._boundary.ready)
+            self._until_done = _always
         self.figures.after_step(self.step, learning_rate(self._optimizer))
-        if pending:
-            self._commit_pending()
-        if notice:
-            self._save_and_exit()
-        if due and self.step > self._saved_step:
-            self._save("interval")
+        self._act(self._agreement.collect(), may_save=may_save)
+        pending = self._saves.take()
+        is_due = may_save and pending is None and self._is_due(self._agreement.delay)
+        self._agreement.post(record, notice=self._notice.given, due=is_due, pending=pending)
+        self._boundary = Boundary(record, device_event())
+        if not self._agreement.delay:
+            self._act(self._agreement.collect(), may_save=may_save)
 
-    def save_if_due(self) -> None:
+    def _act(self, verdict: Verdict | None, *, may_save: bool) -> None:
+        """Do what the ranks have agreed on at the last boundary."""
+        if verdict is None:
+            return
+        if verdict.has_pending:
+            self._commit(verdict.pending, verdict.record)
+        if verdict.notice:
+            self._settle()
+            self._save_and_exit()
+        if verdict.due and may_save:
+            self._settle()
+            if self.step > self._saved_step:
+                self._save("interval")
+
+    def _settle(self) -> None:
+        """Commit the checkpoint that the script has written in the step before this boundary, if there is one."""
+        pending = self._saves.take()
+        if self._peers.sum([int(pending is not None)])[0]:
+            self._commit(pending, self._record())
+
+    def _save_if_due(self) -> None:
         """Save between two epochs if an ordinary save is due there."""
-        due, notice = self._peers.sum([int(self._is_due()), int(self._notice.given)])
+        self._act(self._agreement.collect(), may_save=True)
+        due, notice = self._peers.sum([int(self._is_due(0)), int(self._notice.given)])
         if notice:
             self._save_and_exit()
         if due and self.step > self._saved_step:
@@ -287,81 +318,60 @@ class Session:
         batches = int(getattr(self.accelerator, "step", 0))
         return RankRecord(self.step, batches, self._peers.size, capture(), positions)
 
-    def _is_due(self) -> bool:
-        """Return whether rank 0 wants an ordinary save; it also checks the age of the newest checkpoint."""
-        if self._peers.rank or self.accelerator is None or self._pending is not None:
+    def _is_due(self, delay: int) -> bool:
+        """Return whether rank 0 wants an ordinary save after `delay` steps; check the age of the newest checkpoint."""
+        if self._peers.rank or self.accelerator is None or self._saves.pending is not None:
             return False
         since = time.monotonic() - self._saved_at
         self._health.check(since)
         if self._health.error:
             return self._health.retry_due(time.monotonic())
-        clock = SaveClock(self.step - self._saved_step, since, self._save_seconds, self._options.mtbf_seconds)
+        clock = SaveClock(self.step + delay - self._saved_step, since, self._save_seconds, self._options.mtbf_seconds)
         return save_due(self._options.interval, clock)
 
     # ---- saves ----
 
     def save_by_script(self, folder: str | None, save: Callable[[str | None], Any]) -> Any:
-        """Save as the script requests: the folder counts once all ranks have reached the boundary of the step.
-
-        Args:
-            folder: of the script; None: accelerate chooses it.
-            save: accelerate's own save into a folder.
-        """
+        """Save as the script requests; see `ScriptSaves.save`."""
         self._reporter.state(RankState.SAVING)
-        automatic = self.accelerator.project_configuration.automatic_checkpoint_naming
-        if folder is None or automatic:
-            result = save(folder)
-            written = final = Path(str(result)).absolute()
-        else:
-            final = Path(folder).absolute()
-            replaces, on_all_ranks = is_committed(final), self._saver.saves_on_all_ranks(self.accelerator)
-            # A committed checkpoint of this name stays until the new one is committed.
-            written = self._saver.checkpoints.aside(final) if replaces or not on_all_ranks else final
-            result = save(str(written))
-            if not replaces and not on_all_ranks:
-                # The script may use it at once. It counts only from the boundary.
-                publish(written, final)
-                written = final
-        if self._peers.rank == 0:
-            self._pending = (written, final)
-        return result
+        return self._saves.save(self.accelerator, folder, save)
 
     def deletes_later(self, folder: Path) -> bool:
-        """Return whether the deletion of a folder has to wait: it is a committed checkpoint."""
-        if not is_committed(folder):
-            return False
-        if folder not in self._deletions:
-            self._deletions.append(folder)
-        return True
+        """Return whether the deletion of a folder has to wait: it is a checkpoint that is, or will be, committed."""
+        return self._saves.deletes_later(folder, self._agreement.pending_folder)
 
-    def _commit_pending(self) -> None:
-        pending = self._peers.share(self._pending)
-        self._pending = None
-        assert pending is not None
-        self._write(pending[1], pending[0], BY_SCRIPT)
+    def _commit(self, pending: Pending | None, record: RankRecord) -> None:
+        """Commit what the script has written.
+
+        Args:
+            pending: of rank 0: its present folder, and its final one.
+            record: of this rank, after the step in which the script has saved.
+        """
+        shared = self._peers.share(pending)
+        assert shared is not None
+        self._write(shared[1], shared[0], record, BY_SCRIPT)
 
     def _save(self, by: str) -> bool:
         folder = self._saver.checkpoints.folder
-        return self._write(folder / f"{self._options.facts.checkpoint_prefix}{self.step}", None, by)
+        return self._write(folder / f"{self._options.facts.checkpoint_prefix}{self.step}", None, self._record(), by)
 
-    def _write(self, final: Path, written: Path | None, by: str) -> bool:
+    def _write(self, final: Path, written: Path | None, record: RankRecord, by: str) -> bool:
         """Save on all ranks; return whether the checkpoint is committed. The draws of the script are not changed."""
         if self.accelerator is None:
             return False
         self._reporter.state(RankState.SAVING)
-        begun, record = time.monotonic(), self._record()
+        begun, random = time.monotonic(), capture()
         found, error = self._saver.save(self.accelerator, final, written, record, by)
-        restore(record.random)
+        restore(random)
         now = time.monotonic()
         self._save_seconds = now - begun
         if error:
             self._health.record_failure(f"checkpoint storage: {error}", now)
         else:
             self._health.record_success()
-            self._saved_step, self._saved_at = self.step, now
+            self._saved_step, self._saved_at = record.step, now
             if found is not None:
-                self._saver.checkpoints.prune(found.folder, self._deletions)
-                self._deletions.clear()
+                self._saver.checkpoints.prune(found.folder, self._saves.take_deletions(found.folder))
                 clock = SaveClock(0, 0.0, self._save_seconds, self._options.mtbf_seconds)
                 seconds = due_seconds(self._options.interval, clock)
                 self._saver.report(found, self._save_seconds, None if seconds == float("inf") else seconds)
@@ -410,13 +420,14 @@ class Session:
             _LOG.warning("emergency save skipped: the state is in the middle of an update")
             return
         boundary = self._boundary
-        if boundary is None or boundary.kept is None or self.accelerator is None:
+        if boundary is None or self._peers.size == 1 or self.accelerator is None:
             return
         record = boundary.record
         if record.step <= self._saved_step:
             return
         self._reporter.state(RankState.SAVING)
-        records = {self._peers.rank: record, self._peers.kept_for: unpack(boundary.kept)}
+        records = {rank: unpack(state) for rank, state in self._agreement.copies().items()}
+        records[self._peers.rank] = record
         final = self._saver.checkpoints.folder / f"{self._options.facts.checkpoint_prefix}{record.step}"
         try:
             with other_stream(boundary.ready):

@@ -6,11 +6,14 @@ a GPU, and may wait for as long as rank 0 saves or validates alone.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from finetune_trainer.errors import FabricError
 
@@ -51,10 +54,8 @@ class Peers:
         if self._group is None:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
-        try:
+        with self._errors():
             dist.all_reduce(tensor, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(error) from error
         return [int(each) for each in tensor.tolist()]
 
     def share(self, value: T) -> T:
@@ -66,10 +67,8 @@ class Peers:
         if self._group is None:
             return value
         box: list[T] = [value]
-        try:
+        with self._errors():
             dist.broadcast_object_list(box, src=0, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(error) from error
         return box[0]
 
     def barrier(self) -> None:
@@ -80,31 +79,43 @@ class Peers:
         """
         self.sum([0])
 
-    def exchange(self, state: bytes, sizes: list[int]) -> bytes:
-        """Send this rank's state to its keeper, and return the state of the rank that this one keeps.
-
-        Args:
-            state: of this rank.
-            sizes: bytes that each rank sends.
+    def start_sum(self, tensor: Tensor) -> Any:
+        """Start to sum a tensor over all ranks, in place; `finish` waits for the result.
 
         Raises:
             FabricError: a peer was lost.
         """
-        if self._group is None:
-            return state
-        received = torch.empty(sizes[self.kept_for], dtype=torch.uint8)
-        sent = torch.frombuffer(bytearray(state), dtype=torch.uint8)
-        try:
-            works = [
+        with self._errors():
+            return dist.all_reduce(tensor, group=self._group, async_op=True)
+
+    def start_exchange(self, sent: Tensor, received: Tensor) -> list[Any]:
+        """Start to send a tensor to this rank's keeper, and to receive that of the rank that this one keeps.
+
+        Raises:
+            FabricError: a peer was lost.
+        """
+        with self._errors():
+            return [
                 dist.irecv(received, src=self.kept_for, group=self._group),
                 dist.isend(sent, dst=self._keeper, group=self._group),
             ]
+
+    def finish(self, works: Iterable[Any], timeout: timedelta) -> None:
+        """Wait for calls that were started.
+
+        Raises:
+            FabricError: a peer was lost, or the time is over.
+        """
+        with self._errors():
             for work in works:
-                assert work is not None
-                work.wait()
+                work.wait(timeout)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise self._lost(error) from error
-        return received.numpy().tobytes()
 
     def _lost(self, error: RuntimeError) -> FabricError:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""How the ranks of a script agree between two steps, and hold copies of the states of others."""
