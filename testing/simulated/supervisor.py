@@ -31,7 +31,7 @@ RECENT_REPLY_SECONDS = 60.0
 HOLD_SECONDS = 120.0
 END_STATES: dict[int, RankState] = {ExitCode.DONE: RankState.DONE, ExitCode.SAVED: RankState.SAVED}
 
-# Heartbeats are changed copies of these: to validate each, or to find its defaults, would be the larger part of its cost.
+# Heartbeats are changed copies of these: most of the cost of a new one would be its validation or its defaults.
 _REPORT = RankReport(rank=0, state=RankState.LOADING)
 _HEARTBEAT = Heartbeat(
     job="job", namespace="default", job_uid="uid", pod="pod", pod_uid="uid", attempt=1, node_rank=0, sequence=0
