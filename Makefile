@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-ipex image-trainer-cuda
+.PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-intel image-trainer-cuda
 .PHONY: help install system-packages demo test test-fast test-readers test-intel bench-cpu mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
         bench-learning bench-map bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
@@ -133,8 +133,8 @@ image-operator: ## build the operator image, under 150 MiB
 image-trainer-cpu: ## build the trainer image for CPU nodes; BUILD_ARGS='--build-arg TORCH_CPU_INDEX=...' makes it small
 	$(call build-image,trainer-cpu)
 
-image-trainer-cpu-ipex: ## build the trainer image with IPEX and oneCCL; needs BUILD_ARGS='--build-arg ONECCL_INDEX=...'
-	$(call build-image,trainer-cpu-ipex)
+image-trainer-cpu-intel: ## build the trainer image with IPEX and oneCCL; needs BUILD_ARGS='--build-arg ONECCL_INDEX=...'
+	$(call build-image,trainer-cpu-intel)
 
 image-trainer-cuda: ## build the trainer image for GPUs
 	$(call build-image,trainer-cuda)

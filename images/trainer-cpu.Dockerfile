@@ -1,4 +1,4 @@
-# The trainer for CPU nodes: native torch with gloo. Non-root.
+# The trainer for CPU nodes: the newest torch, with gloo; no IPEX, no oneCCL. Non-root.
 #   make image-trainer-cpu        or: docker build -f images/trainer-cpu.Dockerfile -t finetune-trainer-cpu .
 ARG PYTHON_IMAGE=python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c
 
@@ -60,7 +60,7 @@ COPY --from=examples /examples /opt/diffusers-examples
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="finetune-trainer-cpu" \
-      org.opencontainers.image.description="Trains FineTuneJobs on CPU nodes with native torch and gloo" \
+      org.opencontainers.image.description="Trains FineTuneJobs on CPU nodes: the newest torch with gloo; no IPEX, no oneCCL" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.source="https://github.com/finetune-operator/finetune-operator" \

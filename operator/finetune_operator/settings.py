@@ -16,6 +16,8 @@ class Settings:
 
     trainer_image_gpu: str = f"{REGISTRY}/trainer-cuda:{__version__}"
     trainer_image_cpu: str = f"{REGISTRY}/trainer-cpu:{__version__}"
+    trainer_image_cpu_intel: str = f"{REGISTRY}/trainer-cpu-intel:{__version__}"
+    """Image of CPU jobs that request oneCCL or IPEX."""
     trainer_command: tuple[str, ...] = ("finetune-supervisor",)
     coordinator_url: str = ""
     """URL to which supervisors send heartbeats; empty: they send none."""

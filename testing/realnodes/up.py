@@ -30,7 +30,8 @@ export FINETUNE_OPERATOR_IMAGE={operator} FINETUNE_TRAINER_IMAGE={trainer}
 alias kubectl={kubectl} helm={helm}
 
 helm install finetune-operator charts/finetune-operator -n finetune-system --create-namespace --wait \\
-  --set image.repository={repository},image.tag={tag},trainer.images.cpu={trainer},trainer.images.gpu={trainer}
+  --set image.repository={repository},image.tag={tag},trainer.images.cpu={trainer},trainer.images.gpu={trainer} \\
+  --set trainer.images.cpuIntel={trainer}
 
 The default storage class binds claims. Ctrl-C stops the cluster."""
 

@@ -130,7 +130,27 @@ def test_the_script_of_the_network_libraries_refuses_a_changed_archive(tmp_path:
 
 
 def test_every_image_is_listed_here() -> None:
-    assert {file.stem for file in FILES} == {"operator", "trainer-cpu", "trainer-cpu-ipex", "trainer-cuda"}
+    assert {file.stem for file in FILES} == {"operator", "trainer-cpu", "trainer-cpu-intel", "trainer-cuda"}
+
+
+def test_the_cpu_images_state_what_they_contain() -> None:
+    texts = {name: (ROOT / f"images/{name}.Dockerfile").read_text() for name in ("trainer-cpu", "trainer-cpu-intel")}
+    stated = {name: re.findall(r'image\.description="(.*)"', text)[0] for name, text in texts.items()}
+    assert "no IPEX, no oneCCL" in stated["trainer-cpu"]
+    lock = (ROOT / "requirements/trainer-intel.txt").read_text()
+    for package, name in (("torch", "torch"), ("intel-extension-for-pytorch", "IPEX")):
+        release = re.search(rf"^{package}==(\d+\.\d+)\.", lock, re.MULTILINE)
+        assert release is not None
+        assert f"{name} {release[1]}" in stated["trainer-cpu-intel"]
+    text = texts["trainer-cpu-intel"]
+    # The binding is on no ordinary index: its address is an argument of the build.
+    assert re.search(r"^ARG ONECCL_INDEX=$", text, re.MULTILINE)
+    assert "'oneccl_bind_pt==2.8.*'" in text
+    assert "oneccl_bind_pt 2.8" in stated["trainer-cpu-intel"]
+    # What the ranks preload, and nothing that the supervisor would take for settings of the user.
+    assert re.search(r"^intel-openmp==", lock, re.MULTILINE)
+    assert {"libtcmalloc-minimal4", "libjemalloc2"} <= set(text.split())
+    assert not re.search(r"\b(CCL|FI|KMP|OMP)_\w+=", text)
 
 
 def run(script: str, *arguments: str, stdin: str = "") -> str:

@@ -67,6 +67,8 @@ def test_every_variable_of_the_contract_is_set() -> None:
         environment.STANDBY,
         environment.MTBF_SECONDS,
         environment.FORK_SERVER,
+        environment.COMMUNICATION_CPUS,
+        environment.HELPER_CPUS,
         environment.MIN_PART_BYTES,
         environment.RETRY_SECONDS,
         environment.RANK_ORDERED,
@@ -174,14 +176,16 @@ def test_no_token_without_a_coordinator() -> None:
     [
         ({"accelerator": "cpu"}, "trainer-cpu", "auto", {}),
         ({"accelerator": "cpu", "resources": {"cpu": 8, "memory": "32Gi"}}, "trainer-cpu", "auto", {"cpu": "8"}),
-        ({"accelerator": "cpu", "cpu": {"backend": "ccl"}}, "trainer-cpu", "ccl", {}),
+        ({"accelerator": "cpu", "cpu": {"backend": "ccl"}}, "trainer-cpu-intel", "ccl", {}),
+        ({"accelerator": "cpu", "cpu": {"ipex": True}}, "trainer-cpu-intel", "auto", {}),
+        ({"accelerator": "cpu", "cpu": {"ipex": "off"}}, "trainer-cpu", "auto", {}),
         ({"accelerator": "gpu", "processesPerNode": 4}, "trainer-cuda", "nccl", {"nvidia.com/gpu": "4"}),
         ({"accelerator": "gpu", "resources": {"nvidia.com/gpu": 1}}, "trainer-cuda", "nccl", {"nvidia.com/gpu": "1"}),
     ],
 )
 def test_topologies(topology: dict[str, Any], image: str, backend: str, resources: dict[str, str]) -> None:
     pod = pod_of(topology=topology)
-    assert image in trainer(pod)["image"]
+    assert f"/{image}:" in trainer(pod)["image"]
     assert env_of(pod)[environment.BACKEND] == backend
     found = trainer(pod)["resources"]
     assert found["requests"] == {"cpu": env_of(pod)[environment.PROCESSES_PER_NODE]} | found.get("limits", {})

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_operator.api.job import Accelerator, FineTuneJob
+from finetune_contract.cpu.spec import CpuBackend
+from finetune_contract.spec import SwitchMode
+from finetune_operator.api.job import Accelerator, FineTuneJob, TopologySpec
 from finetune_operator.api.labels import CAPACITY, TEMPLATE
 from finetune_operator.api.names import CONTAINER, pod_name, service_name
 from finetune_operator.api.status import Capacity
@@ -143,12 +145,11 @@ def _add_volumes(spec: dict[str, Any], volumes: Sequence[tuple[Volume, dict[str,
 
 def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
     topology = job.spec.topology
-    gpu = topology.accelerator is Accelerator.GPU
     script = job.spec.training.script
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": (script.image if script else None)
-        or (settings.trainer_image_gpu if gpu else settings.trainer_image_cpu),
+        or _image(topology, settings),
         "command": list(settings.trainer_command),
         "env": env,
         "terminationMessagePath": layout.TERMINATION_LOG,
@@ -164,6 +165,15 @@ def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) 
     if job.spec.secrets:
         container["envFrom"] = [{"secretRef": {"name": secret.name}} for secret in job.spec.secrets]
     return container
+
+
+def _image(topology: TopologySpec, settings: Settings) -> str:
+    """Return the image for a topology: what the job requests must be installed in it."""
+    if topology.accelerator is Accelerator.GPU:
+        return settings.trainer_image_gpu
+    if topology.cpu.backend is CpuBackend.CCL or topology.cpu.ipex is SwitchMode.ON:
+        return settings.trainer_image_cpu_intel
+    return settings.trainer_image_cpu
 
 
 def _pod_security(settings: Settings) -> dict[str, Any]:

@@ -217,6 +217,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("trainer-image-gpu", _DEFAULTS.trainer_image_gpu, "image of GPU pods"),
         Flag("trainer-image-cpu", _DEFAULTS.trainer_image_cpu, "image of CPU pods"),
         Flag(
+            "trainer-image-cpu-intel",
+            _DEFAULTS.trainer_image_cpu_intel,
+            "image of CPU pods whose jobs request oneCCL or IPEX",
+        ),
+        Flag(
             "cores-per-rank",
             _DEFAULTS.cores_per_rank,
             "CPU cores requested per rank if a job sets none",
