@@ -161,6 +161,9 @@ def _style(training: dict[str, Any], steps_of_sd2: int) -> LearningCase:
 CASES = {
     "style_full": _style(_FULL, 150),
     "style_lora": _style(_LORA, 120),
+    # The same weights and draws in bf16: with fp32 weights next to them, and stored in bf16 only.
+    "style_full_mixed": _style({**_FULL, "precision": "bf16"}, 150),
+    "style_full_bf16": _style({**_FULL, "precision": "bf16", "weightPrecision": "bf16"}, 150),
     # With the learning rates of AdamW.
     "style_full_adafactor": _style({**_FULL, "optimizer": "adafactor"}, 150),
     "style_lora_adafactor": _style({**_LORA, "optimizer": "adafactor"}, 120),

@@ -66,6 +66,7 @@ def test_every_variable_of_the_contract_is_set() -> None:
         environment.REPORT_FD,
         environment.STANDBY,
         environment.MTBF_SECONDS,
+        environment.CHECK_DEVICES,
         environment.FORK_SERVER,
         environment.COMMUNICATION_CPUS,
         environment.HELPER_CPUS,

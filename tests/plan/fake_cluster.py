@@ -228,7 +228,7 @@ class FakeCluster:
 
     def beat(self, node_rank: int, state: RankState = RankState.TRAINING, **report: Any) -> None:
         """Send the heartbeat of a supervisor with one rank."""
-        fields = {key: report.pop(key) for key in ("notice", "ends", "waiting") if key in report}
+        fields = {key: report.pop(key) for key in ("notice", "ends", "waiting", "gpu_faults") if key in report}
         pod = self.pod(node_rank)
         self._say(pod, pod.attempt, node_rank, (RankReport(rank=node_rank, state=state, **report),), fields)
 

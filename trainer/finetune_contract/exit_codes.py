@@ -24,6 +24,8 @@ class ExitCode(IntEnum):
     succeed."""
     SOFTWARE = 70
     """An unexpected exception."""
+    DEVICE = 71
+    """The device of the rank computes wrong results or does not respond; another device may work."""
     STORAGE = 74
     """Checkpoints or outputs cannot be written or read."""
     STORAGE_OUTAGE = 79
@@ -61,6 +63,7 @@ _DESCRIPTIONS = {
     ExitCode.DATA: "data error",
     ExitCode.NETWORK: "network error",
     ExitCode.SOFTWARE: "uncaught exception",
+    ExitCode.DEVICE: "faulty device",
     ExitCode.STORAGE: "storage error",
     ExitCode.STORAGE_OUTAGE: "storage not available",
     ExitCode.SAVED: "saved on a preemption notice",

@@ -43,6 +43,8 @@ MAX_LOSS = 1e39
 MAX_IMAGES_PER_SECOND = 1e9
 MAX_FLOPS = 1e21
 """Floating-point operations per second of a device; above every known one."""
+MAX_GPU_FAULTS = 8
+"""Faults of GPUs that a supervisor reports: the first ones. The later ones are mostly consequences."""
 MAX_RANKS = 256
 """Reports, ends and outputs in one heartbeat; a pod has at most 64 ranks."""
 
@@ -236,6 +238,14 @@ class RankEnd(Wire):
     last_words: LastOutput = Field(default="", description="last lines of its stderr")
 
 
+class GpuFault(Wire):
+    """An error of a GPU that its driver has reported to the supervisor (NVML)."""
+
+    uuid: str = Field(max_length=96, description="UUID of the GPU")
+    xid: int | None = Field(default=None, ge=0, le=MAX_INT32, description="number of the driver's error, if it has one")
+    message: Text = Field(default="", description="what the driver reports, for users")
+
+
 class Termination(Wire):
     """The pod's termination message, written by the supervisor; at most 4,096 bytes.
 
@@ -247,6 +257,7 @@ class Termination(Wire):
     step: Count | None = None
     notice: bool = Field(default=False, description="whether SIGTERM was received before the ranks ended")
     ends: tuple[RankEnd, ...] = Field(default=(), max_length=MAX_RANKS)
+    gpu_faults: tuple[GpuFault, ...] = Field(default=(), max_length=MAX_GPU_FAULTS, description="as in Heartbeat")
 
 
 class Heartbeat(Wire):
@@ -265,6 +276,9 @@ class Heartbeat(Wire):
     notice: bool = Field(default=False, description="this pod received a preemption notice")
     waiting: bool = Field(
         default=False, description="its ranks ended because they lost a peer; it waits for a new gang"
+    )
+    gpu_faults: tuple[GpuFault, ...] = Field(
+        default=(), max_length=MAX_GPU_FAULTS, description="faults of the pod's GPUs, the first one first"
     )
 
 
@@ -289,6 +303,7 @@ class NewWorld(Wire):
     target: str | None = Field(
         default=None, max_length=MAX_TARGET, description="RunTarget of the attempt as JSON, for its ranks"
     )
+    check_devices: bool = Field(default=False, description="whether the ranks check their devices before they train")
 
 
 class Reply(Wire):

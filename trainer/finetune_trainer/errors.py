@@ -53,6 +53,12 @@ class StaleError(RankError):
     code = ExitCode.STALE
 
 
+class DeviceError(RankError):
+    """The device of this rank computes wrong results or does not respond."""
+
+    code = ExitCode.DEVICE
+
+
 class FabricError(RankError):
     """A peer or the connection to it was lost in a collective."""
 

@@ -63,6 +63,7 @@ class Reason(StrEnum):
     NODE_LOST = "NodeLost"
     REFUSED_BY_KUBELET = "RefusedByKubelet"
 
+    GPU_FAULT = "GpuFault"
     NETWORK_ERROR = "NetworkError"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
 
@@ -264,6 +265,12 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.STORAGE_UNAVAILABLE: _outage(
         "A disk of the job (cache, checkpoints, data set) is full, or its file system fails to read or write.",
+    Reason.GPU_FAULT: _capacity(
+        "A GPU failed: its driver reported a hardware error (XID), a health tool reported the node, or the GPU computed "
+        "wrong results in the check before the first step.",
+        "Nothing: the next attempt avoids that node and checks all devices first. Have the node repaired; the ledger "
+        "(status.attempts) names it, and the GPU and the XID if they are known.",
+    ),
         "Free space, or repair the file system that the message names. Further attempts follow with increasing delay; "
         "they do not count towards recovery.maxFailures.",
     ),

@@ -112,6 +112,8 @@ class AttemptStatus(StatusModel):
     pod: str | None = Field(default=None, description="Pod of that rank")
     node: str | None = Field(default=None, description="Node of that pod")
     exit_code: int | None = Field(default=None, description="Exit code of that rank")
+    gpu: str | None = Field(default=None, description="UUID of the GPU that failed, if its driver reported it")
+    xid: int | None = Field(default=None, description="Number of the error (XID) that its driver reported")
     message: str | None = Field(default=None, description="Last output of that rank")
     seconds: AttemptSeconds = Field(default=AttemptSeconds(), description="Duration of each phase before training")
     lost_steps: int | None = Field(default=None, description="Number of steps that the next attempt had to repeat")

@@ -31,6 +31,8 @@ class PodSlot:
     """Whether the pod is a standby pod, which waits to be assigned to a gang."""
     mtbf_seconds: float | None = None
     """Observed mean time between the job's interruptions; None: unknown."""
+    checks_devices: bool = False
+    """Whether its ranks check their devices before they train."""
 
 
 def build_env(job: FineTuneJob, slot: PodSlot, settings: Settings) -> list[dict[str, Any]]:
@@ -67,6 +69,7 @@ def _gang(job: FineTuneJob, slot: PodSlot, settings: Settings) -> dict[str, str]
         environment.BACKEND: backend(topology),
         **({environment.MTBF_SECONDS: f"{slot.mtbf_seconds:g}"} if slot.mtbf_seconds else {}),
         **({environment.STANDBY: "1"} if slot.is_standby else {}),
+        **({environment.CHECK_DEVICES: "1"} if slot.checks_devices else {}),
     }
 
 

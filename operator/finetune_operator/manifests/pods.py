@@ -39,6 +39,8 @@ class PodOptions:
     mtbf_seconds: float | None = None
     """Observed mean time between the job's interruptions."""
     is_standby: bool = False
+    checks_devices: bool = False
+    """Whether its ranks check their devices before they train, because a GPU failed in the attempt before."""
     """Whether it is a standby pod: it starts no ranks until it is assigned to a gang."""
     avoid: tuple[str, ...] = ()
     """Names of nodes to use only if no others are available."""
@@ -60,7 +62,13 @@ def build_pod(
         identity["metadata"]["labels"][CAPACITY] = options.capacity.value
     size = options.num_nodes or num_nodes(job.spec)
     slot = PodSlot(
-        attempt, node_rank, size, options.first_pod or (attempt, 0), options.is_standby, options.mtbf_seconds
+        attempt,
+        node_rank,
+        size,
+        options.first_pod or (attempt, 0),
+        is_standby=options.is_standby,
+        mtbf_seconds=options.mtbf_seconds,
+        checks_devices=options.checks_devices,
     )
     spec = _pod_spec(job, build_env(job, slot, settings), settings, options.capacity)
     _avoid(spec, options.avoid)

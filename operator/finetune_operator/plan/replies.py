@@ -10,8 +10,8 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host, pod_name
 from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.manifests import build_target
-from finetune_operator.plan.model.grace import SAVED_FOR, SUDDEN, WITH_OWN_GRACE
-from finetune_operator.plan.model.ledger import current
+from finetune_operator.plan.model.grace import SAVED_FOR, WITH_OWN_GRACE, is_sudden
+from finetune_operator.plan.model.ledger import current, follows_gpu_fault
 from finetune_operator.plan.model.view import members_of
 from finetune_operator.settings import Settings
 
@@ -62,7 +62,7 @@ def _should_save(job: FineTuneJob, beat: Heartbeat) -> bool:
         return False
     if entry.reason in SAVED_FOR:
         return True
-    return entry.counts_as == CountsAs.PREEMPTION and entry.reason not in SUDDEN
+    return entry.counts_as == CountsAs.PREEMPTION and not is_sudden(entry)
 
 
 def _is_member(job: FineTuneJob, beat: Heartbeat) -> bool:
@@ -95,4 +95,5 @@ def _new_world(job: FineTuneJob, beat: Heartbeat, settings: Settings) -> NewWorl
         master_port=settings.rendezvous_port,
         mtbf_seconds=entry.mtbf_seconds,
         target=build_target(job.spec).to_json(),
+        check_devices=follows_gpu_fault(job.status),
     )

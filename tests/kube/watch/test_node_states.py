@@ -45,6 +45,54 @@ def test_state_of_a_node(manifest: dict[str, Any], state: ObservedNode) -> None:
     assert observe_node(manifest) == state
 
 
+CORDON: dict[str, Any] = {"unschedulable": True}
+XID = "nvidia.com/gpu-xid-error"
+
+
+def reported(kind: str, status: str = "True", **spec: Any) -> dict[str, Any]:
+    """Return a node with a condition of a health tool."""
+    conditions = [{"type": "Ready", "status": "True"}, {"type": kind, "status": status}]
+    return {"spec": spec, "status": {"conditions": conditions}}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "state"),
+    [
+        (node("True", XID), ObservedNode(leaving=XID, gpu_fault=f"{XID}, reported by NVSentinel")),
+        (
+            node("True", "nvlink.health/link-down"),
+            ObservedNode(
+                leaving="nvlink.health/link-down", gpu_fault="nvlink.health/link-down, reported by NVSentinel"
+            ),
+        ),
+        # Another taint decides how the node ends; the fault still explains failures.
+        (node("True", XID, AWS), ObservedNode(leaving=AWS, gpu_fault=f"{XID}, reported by NVSentinel")),
+        # The taint of every GPU node.
+        (node("True", "nvidia.com/gpu"), HEALTHY),
+        ({"spec": {"taints": [{"key": XID, "effect": "PreferNoSchedule"}]}}, HEALTHY),
+        (node("True", "node.kubernetes.io/kernel-deadlock"), leaving("node.kubernetes.io/kernel-deadlock")),
+        (reported("GpuMemWatch"), ObservedNode(gpu_fault="GpuMemWatch, reported by NVSentinel")),
+        (
+            reported("GpuMemWatch", **CORDON),
+            ObservedNode(leaving="GpuMemWatch", gpu_fault="GpuMemWatch, reported by NVSentinel"),
+        ),
+        (reported("GpuMemWatch", "False", **CORDON), HEALTHY),
+        (reported("GPUMissing"), ObservedNode(gpu_fault="GPUMissing, reported by AKS")),
+        (reported("XIDErrors"), ObservedNode(gpu_fault="XIDErrors, reported by AKS")),
+        (
+            reported("AcceleratedHardwareReady", "False"),
+            ObservedNode(gpu_fault="AcceleratedHardwareReady, reported by EKS node monitoring agent"),
+        ),
+        (reported("AcceleratedHardwareReady"), HEALTHY),
+        (reported("KernelDeadlock"), HEALTHY),
+        (reported("KernelDeadlock", **CORDON), leaving("KernelDeadlock")),
+        (reported("Other", **CORDON), HEALTHY),
+    ],
+)
+def test_faults_that_health_tools_report(manifest: dict[str, Any], state: ObservedNode) -> None:
+    assert observe_node(manifest) == state
+
+
 def test_only_changes_are_reported() -> None:
     changed: list[str] = []
     states = NodeStates(changed.append)

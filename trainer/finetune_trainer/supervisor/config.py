@@ -65,6 +65,8 @@ class Config:
             environment.NUM_NODES: str(world.num_nodes),
             **({environment.MTBF_SECONDS: f"{world.mtbf_seconds:g}"} if world.mtbf_seconds else {}),
             **({environment.TARGET: world.target} if world.target else {}),
+            # Also where the pod was created for an attempt that checked them.
+            environment.CHECK_DEVICES: "1" if world.check_devices else "",
         }
         return replace(
             self,

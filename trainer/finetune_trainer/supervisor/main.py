@@ -16,6 +16,7 @@ from typing import NoReturn
 from finetune_contract.exit_codes import HOLDABLE, ExitCode, describe
 from finetune_contract.heartbeat import Heartbeat, NewWorld, RankEnd, RankReport, RankState, Reply, Termination
 from finetune_trainer.supervisor.config import BadEnvironmentError, Config, read_config
+from finetune_trainer.supervisor.gpu_faults import GpuWatch
 from finetune_trainer.supervisor.heartbeats import HeartbeatSender
 from finetune_trainer.supervisor.log import log
 from finetune_trainer.supervisor.node_setup import SetupReader
@@ -67,18 +68,22 @@ class Supervisor:
         self._kill: asyncio.TimerHandle | None = None
         self._heartbeats = HeartbeatSender(config, self._build_heartbeat, self._obey, lambda: self._state in FINAL)
         self._starter = RankStarter(command, self._heartbeats.due.set)
+        self._gpus = GpuWatch(self._on_gpu_fault)
+        self._loop: asyncio.AbstractEventLoop
         self._stacks: asyncio.Task[None] | None = None
         """Stores the stacks of the ranks of this attempt after a hang."""
 
     async def run(self) -> int:
         """Run the ranks, in one world after the other, and return the pod's exit code."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._feed, Input.PREEMPTION_NOTICE, signal.Signals(number).name)
         if os.getpid() == 1:
             loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         variables = self._setups.for_world(self._config).server_variables(os.environ)
         self._starter = await RankStarter.prepare(self._command, variables, self._heartbeats.due.set)
+        # After the fork server, which must not inherit what NVML opens.
+        self._gpus.start()
         if self._config.is_standby:
             self._heartbeats.last_reply_at = loop.time()
             read_ahead(self._config.model_base)
@@ -255,7 +260,18 @@ class Supervisor:
             ends=cause_first(self._ends),
             notice=self._state in WITH_NOTICE,
             waiting=self._state is State.WAITING,
+            gpu_faults=self._gpus.faults,
         )
+
+    def _on_gpu_fault(self) -> None:
+        """Report a fault, and end the ranks, in the watching thread's call: they may wait for the GPU forever."""
+
+        def act() -> None:
+            self._heartbeats.due.set()
+            if self._state not in FINAL:
+                self._end_soon()
+
+        self._loop.call_soon_threadsafe(act)
 
     def _write_termination_message(self) -> None:
         """Write the message at the notice and at every end: SIGKILL can prevent the last write."""
@@ -267,6 +283,8 @@ class Supervisor:
             step=max(steps, default=None),
             notice=self._state in WITH_NOTICE,
             ends=cause_first(self._ends),
+            # The message is small, and the first fault is the cause.
+            gpu_faults=self._gpus.faults[:1],
         )
         write_termination(self._config.termination_log, termination)
 

@@ -2,7 +2,8 @@
 
 After outages it increases, too, while they last.
 
-If the cluster refuses pods repeatedly, the delay increases, too: another attempt may be refused at once.
+If the cluster refuses pods repeatedly, or GPUs fail repeatedly, the delay increases, too: another attempt may end at
+once.
 
 The delay has random jitter, so that jobs that failed together do not restart together. The jitter is derived from the
 job and the attempt: every reconcile must decide the same.
@@ -39,7 +40,7 @@ def next_attempt_at(
     if entry.reason == Reason.QUOTA_RELEASED:
         seconds = RELEASE_SECONDS * 2 ** min(_num_in_a_row(status) - 1, 30)
         return entry.ended_at + timedelta(seconds=min(seconds, MAX_RELEASE_SECONDS)) * factor
-    if entry.reason == Reason.REFUSED_BY_KUBELET:
+    if entry.reason in {Reason.REFUSED_BY_KUBELET, Reason.GPU_FAULT}:
         # The next attempt avoids the node, so the first one need not wait.
         num_refusals = _num_in_a_row(status) - 1
         return entry.ended_at + delay(num_refusals, settings) * factor if num_refusals else None

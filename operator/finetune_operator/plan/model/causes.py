@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from finetune_contract.exit_codes import ExitCode, describe
+from finetune_contract.heartbeat import GpuFault
 from finetune_contract.timeouts import COLLECTIVE_TIMEOUT
+from finetune_operator.api.job import Accelerator
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.reasons import REASONS, CountsAs, Reason
 from finetune_operator.plan.model.ledger import current
@@ -60,6 +62,8 @@ class Facts:
     """Whether it was kept for the attempt, and ended before it joined."""
     node: ObservedNode = HEALTHY
     """State of its node."""
+    gpu_fault: GpuFault | None = None
+    """The first fault of its GPUs: reported by its driver, or else by a health tool. CPU jobs have none."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Cause:
     message: str = ""
     """The last output of the rank, or else what the cluster reports."""
     consequence: bool = False
+    gpu_fault: GpuFault | None = None
 
     @property
     def counts_as(self) -> CountsAs | None:
@@ -129,6 +134,29 @@ def is_refused(pod: ObservedPod) -> bool:
     return never_started and reason not in {"", *OF_STARTED_PODS, *KUBELET_SHUTDOWN, "NodeLost", "OOMKilled"}
 
 
+def shows_gpu_fault(facts: Facts) -> bool:
+    """Return whether a fault of a GPU ends the attempt, or has ended it.
+
+    A fault alone is no end: ranks may work on, for example if it is on a GPU of another pod.
+    """
+    pod, has_failed = facts.pod, facts.code not in {None, ExitCode.DONE}
+    if facts.code == ExitCode.DEVICE or (pod is not None and pod.disruption == BY_DEVICE_TAINT):
+        return True
+    if facts.gpu_fault is None:
+        return False
+    if facts.gpu_fault.uuid:
+        return has_failed or pod is None
+    # A health tool reports the node, not the GPU: an end with an explanation of its own keeps that.
+    is_unexplained = has_failed and facts.code not in EXPLAINED
+    return is_unexplained or (pod is not None and pod.disruption == facts.node.leaving != "")
+
+
+BY_DEVICE_TAINT = "DeletionByDeviceTaintManager"
+"""Reason of the DisruptionTarget condition of a pod with a tainted device (DRA)."""
+EXPLAINED = frozenset(set(ExitCode) - {ExitCode.SOFTWARE, ExitCode.DEVICE})
+"""Exit codes whose meaning explains an end."""
+
+
 def is_capacity_end(pod: ObservedPod) -> bool:
     """Return whether the cluster, not the program, ended a pod."""
     ended = has_ended(pod)
@@ -152,6 +180,8 @@ TABLE: tuple[CauseRow, ...] = (
     # Errors that would end every further attempt in the same way come first.
     CauseRow(_code(ExitCode.CONFIG), _always(Reason.CONFIGURATION_ERROR)),
     CauseRow(_code(ExitCode.DATA), _always(Reason.DATA_ERROR)),
+    # What a rank reports after an error of its GPU follows from it, and the deletion by a health tool does, too.
+    CauseRow(lambda facts: shows_gpu_fault(facts), _always(Reason.GPU_FAULT)),
     # Preemptions that the cluster reports. They precede exit codes: a save after a notice may fail in many ways.
     CauseRow(_pod(lambda pod: pod.disruption is not None), _disruption),
     CauseRow(_pod(is_refused), _always(Reason.REFUSED_BY_KUBELET)),
@@ -274,6 +304,8 @@ def _facts(view: View, node_rank: int, pod: ObservedPod | None) -> Facts:
         code = termination.exit_code
     if code is None and first is not None:
         code = first.exit_code
+    reported = (termination.gpu_faults if termination else ()) or (beat.gpu_faults if beat else ())
+    node = view.observed.nodes.get(_node_of(view, node_rank, pod) or "", HEALTHY)
     return Facts(
         node_rank=node_rank,
         rank=first.rank if first else node_rank * view.spec.topology.processes_per_node,
@@ -283,8 +315,16 @@ def _facts(view: View, node_rank: int, pod: ObservedPod | None) -> Facts:
         last_output=first.last_words if first else "",
         waited_for_pods=_waited_for_pods(view),
         never_joined=termination is not None and termination.attempt < view.attempt,
-        node=view.observed.nodes.get(_node_of(view, node_rank, pod) or "", HEALTHY),
+        node=node,
+        gpu_fault=next(iter(reported), None) or _reported_fault(view, node),
     )
+
+
+def _reported_fault(view: View, node: ObservedNode) -> GpuFault | None:
+    """Return the fault of a GPU that a health tool reports of a node; None for CPU jobs."""
+    if not node.gpu_fault or view.spec.topology.accelerator is not Accelerator.GPU:
+        return None
+    return GpuFault(uuid="", message=node.gpu_fault)
 
 
 def _waited_for_pods(view: View) -> bool:
@@ -327,6 +367,7 @@ def _cause(row: CauseRow, facts: Facts, view: View) -> Cause:
         exit_code=facts.code,
         message=_message(facts, row.reason(facts)),
         consequence=row.consequence,
+        gpu_fault=facts.gpu_fault if row.reason(facts) is Reason.GPU_FAULT else None,
     )
 
 
@@ -342,6 +383,8 @@ def _node_of(view: View, node_rank: int, pod: ObservedPod | None) -> str | None:
 def _message(facts: Facts, reason: Reason) -> str:
     """Return the last output of the rank, or else what the cluster reports; and sidecars that failed before it."""
     text = facts.last_output.strip() or _cluster_message(facts, reason)
+    if reason is Reason.GPU_FAULT and facts.gpu_fault is not None:
+        text = f"{facts.gpu_fault.message}: {text}" if text else facts.gpu_fault.message
     failure = facts.pod.sidecar_failure if facts.pod is not None else None
     return " ".join(part for part in (text, f"(before that, {failure})" if failure else "") if part)
 

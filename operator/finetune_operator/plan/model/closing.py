@@ -28,6 +28,8 @@ def record_cause(view: View, status: FineTuneJobStatus, cause: Cause) -> FineTun
         pod=cause.pod,
         node=cause.node,
         exit_code=cause.exit_code,
+        gpu=(cause.gpu_fault.uuid or None) if cause.gpu_fault is not None else None,
+        xid=cause.gpu_fault.xid if cause.gpu_fault is not None else None,
         message=cause.message or None,
         # `reclassify` may still find that one of these nodes was lost.
         pod_nodes=entry.pod_nodes if cause.reason is Reason.FABRIC_ERROR else None,

@@ -27,7 +27,13 @@ GOOD_ENDS = frozenset({None, ExitCode.DONE, ExitCode.SAVED})
 
 def was_sudden(entry: AttemptStatus) -> bool:
     """Return whether an attempt ended without a preemption notice."""
-    return entry.counts_as != CountsAs.PREEMPTION or entry.reason in SUDDEN
+    return entry.counts_as != CountsAs.PREEMPTION or is_sudden(entry)
+
+
+def is_sudden(entry: AttemptStatus) -> bool:
+    """Return whether a preemption left no time to save. A health tool that drains a node leaves it."""
+    failed = entry.reason == Reason.GPU_FAULT and entry.exit_code not in GOOD_ENDS
+    return failed or entry.reason in SUDDEN
 
 
 def may_save(entry: AttemptStatus, view: View) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
+from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
@@ -17,6 +18,11 @@ from finetune_operator.plan.model.view import View, is_finished
 def current(status: FineTuneJobStatus) -> AttemptStatus | None:
     """Return the entry of the newest attempt; None before the first."""
     return status.attempts[-1] if status.attempts else None
+
+
+def follows_gpu_fault(status: FineTuneJobStatus) -> bool:
+    """Return whether the attempt before the newest one ended because of a faulty GPU."""
+    return len(status.attempts) > 1 and status.attempts[-2].reason == Reason.GPU_FAULT
 
 
 def open_entry(status: FineTuneJobStatus) -> AttemptStatus | None:

@@ -88,7 +88,9 @@ class ObservedNode:
     gone: bool = False
     """Whether the API server no longer has this Node."""
     leaving: str = ""
-    """Taint that announces the end of the node; empty: none."""
+    """Taint or condition that announces the end of the node; empty: none."""
+    gpu_fault: str = ""
+    """Description of a fault of a GPU that a health tool reports; empty: none."""
 
 
 HEALTHY = ObservedNode()

@@ -11,14 +11,14 @@ from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests import PodOptions, build_config, build_pod, build_service
 from finetune_operator.plan.model.conditions import find
-from finetune_operator.plan.model.ledger import open_attempt, open_entry, replace_current
+from finetune_operator.plan.model.ledger import follows_gpu_fault, open_attempt, open_entry, replace_current
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.types import Create
 from finetune_operator.plan.model.view import View, is_finished
 from finetune_operator.plan.policies.capacity import standby
 
-OF_THE_NODE = frozenset({Reason.HANG, Reason.REFUSED_BY_KUBELET})
+OF_THE_NODE = frozenset({Reason.HANG, Reason.REFUSED_BY_KUBELET, Reason.GPU_FAULT})
 """Ends that are likely to happen again on the same node."""
 MAX_NODES_RECORDED = 64
 """Largest gang of which the ledger records each pod's node: the ledger must stay small."""
@@ -87,6 +87,8 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     )
     if not entry.gang_complete:
         ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
+        checks_devices=follows_gpu_fault(status),
+        admission=workload.update if workload is not None else None,
         missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, options)) for rank in ranks]
     for number, capacity in standby.wanted(view, status).items():
         if number not in view.standbys:
@@ -96,7 +98,7 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
 
 
 def _bad_nodes(status: FineTuneJobStatus) -> tuple[str, ...]:
-    """Return the nodes on which a rank of this job has hung, or whose kubelet has refused one of its pods."""
+    """Return the nodes on which a rank of this job has hung or lost its GPU, or which have refused one of its pods."""
     return tuple(sorted({old.node for old in status.attempts if old.reason in OF_THE_NODE and old.node}))
 
 

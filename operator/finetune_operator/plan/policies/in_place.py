@@ -31,8 +31,8 @@ def survivors(view: View, status: FineTuneJobStatus) -> tuple[ObservedPod, ...]:
     entry = current(status)
     if entry is None or not _is_allowed(view, status, entry):
         return ()
-    hung = entry.pod if entry.reason == Reason.HANG else None
-    members = [pod for pod in view.pods.values() if pod.name != hung and (survives(view, pod) or is_coming(view, pod))]
+    bad = entry.pod if entry.reason in {Reason.HANG, Reason.GPU_FAULT} else None
+    members = [pod for pod in view.pods.values() if pod.name != bad and (survives(view, pod) or is_coming(view, pod))]
     # If no pod is lost, the gang itself is at fault: the network failed between healthy pods.
     if len(members) == view.num_nodes and entry.reason not in REGROUPS:
         return ()
@@ -96,8 +96,8 @@ def is_possible(view: View) -> bool:
 
 def survives(view: View, pod: ObservedPod) -> bool:
     """Return whether a pod can serve another attempt: it is healthy, and contains the newest edit of the spec."""
-    received, silent_at = view.heartbeat_of(pod), _silent_at(view, pod)
-    if received is None or silent_at is None or received.beat.notice or view.now >= silent_at:
+    received, due = view.heartbeat_of(pod), _silent_at(view, pod)
+    if received is None or due is None or received.beat.notice or view.now >= due or received.beat.gpu_faults:
         return False
     if pod.phase is not PodPhase.RUNNING or has_ended(pod) or pod.deleted_at is not None:
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from finetune_operator.cluster.kube.watch.node_faults import find_fault
 from finetune_operator.plan.model.types import HEALTHY, ObservedNode
 
 LEAVING_TAINTS = frozenset(
@@ -38,11 +39,14 @@ def observe_node(node: Any) -> ObservedNode:
 
     Ready=False is reported by the kubelet itself: the node works, and its pods may too. Only Unknown means lost.
     """
-    conditions = node.get("status", {}).get("conditions") or ()
+    conditions, spec = node.get("status", {}).get("conditions") or (), node.get("spec", {})
     unknown = any(item["type"] == "Ready" and item["status"] == "Unknown" for item in conditions)
-    taints = [taint["key"] for taint in node.get("spec", {}).get("taints") or ()]
+    taints = [taint["key"] for taint in spec.get("taints") or ()]
     leaving = next((key for key in taints if key in LEAVING_TAINTS), "")
-    return ObservedNode(lost=unknown or UNREACHABLE in taints, leaving=leaving)
+    fault = find_fault(spec.get("taints") or (), conditions, bool(spec.get("unschedulable")))
+    if fault.leaves and not leaving:
+        leaving = fault.name
+    return ObservedNode(lost=unknown or UNREACHABLE in taints, leaving=leaving, gpu_fault=fault.gpu)
 
 
 class NodeStates:
