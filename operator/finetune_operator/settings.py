@@ -65,5 +65,9 @@ class Settings:
     """Time after which the pods of a gang are deleted if the cluster refuses its other pods; 0: never."""
     cause_seconds: float = 10.0
     """Time to wait for the cause of a failure that is only a consequence (a lost peer)."""
+    kueue: bool = False
+    """Whether jobs may request queues of Kueue."""
+    kueue_priority_boost: bool = False
+    """Whether Workloads contain the cost of their eviction, for Kueue's feature gate PriorityBoost."""
     peer_grace_seconds: int = 2
     """Grace period of pods that cannot finish a step because a pod of their gang is lost."""

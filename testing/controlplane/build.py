@@ -55,6 +55,8 @@ class Module:
     """String variables that are set to the program's version."""
     root: Path = MODULES
     """Parent of the module's folder."""
+    manifests: str = ""
+    """Folder of the required module that is copied next to the programs, as `manifests`; empty: none."""
 
     @property
     def folder(self) -> Path:
@@ -82,6 +84,7 @@ class Module:
         machine = f"{sys.platform} {platform.machine()}"
         sources = [file.read_text() for file in sorted(self.folder.glob("*.go"))]
         parts = [self.go_mod, go_sum, *sources, repr(self.packages), self.ldflags, *BUILD_FLAGS, go_version, machine]
+        parts += [self.manifests] if self.manifests else []
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         return f"{self.name}-{self.version}-{digest[:16]}"
 
@@ -112,6 +115,14 @@ S3_SERVER = Module(
     packages={"versitygw": "github.com/versity/versitygw/cmd/versitygw"},
 )
 """For the tests of object stores."""
+KUEUE = Module(
+    name="kueue",
+    requires="sigs.k8s.io/kueue",
+    packages={"kueue": "sigs.k8s.io/kueue/cmd/kueue"},
+    stamped=("sigs.k8s.io/kueue/pkg/version.GitVersion",),
+    manifests="config/components",
+)
+"""For the tests and benches of queues; `make test-queue` and `make bench-queue` build it."""
 
 
 def cache_folder() -> Path:
@@ -296,6 +307,21 @@ def _build(module: Module, package: str, target: Path, compiler: _Compiler, prin
             shown.detail = f", {next(compiled)} of {num_packages} packages"
 
         compiler.run(module, "build", *flags, "-v", "-o", str(unfinished), package, on_line=count_package)
+    if module.manifests:
+        _copy_manifests(module, target.parents[1] / "manifests", compiler)
+    unfinished.replace(target)
+
+
+def _copy_manifests(module: Module, target: Path, compiler: _Compiler) -> None:
+    """Copy the manifests of a module; the program is renamed into place after them, so it never lacks them."""
+    source = Path(compiler.run(module, "list", "-m", "-f", "{{.Dir}}", module.requires)[-1].strip())
+    unfinished = compiler.work / "manifests"
+    for folder in (unfinished, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    # Files of the module cache are read-only; the copies may be deleted.
+    shutil.copytree(source / module.manifests, unfinished, copy_function=shutil.copyfile)
+    for folder in [unfinished, *unfinished.rglob("*/")]:
+        folder.chmod(0o755)
     unfinished.replace(target)
 
 

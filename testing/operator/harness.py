@@ -30,8 +30,11 @@ READY_SECONDS = 60.0
 STOP_SECONDS = 40.0
 
 
-def install(control_plane: ControlPlane) -> None:
-    """Install the CRD, and the operator's namespace, service account and roles. Needed once per control plane."""
+def install(control_plane: ControlPlane, *, queues: bool = False) -> None:
+    """Install the CRD, and the operator's namespace, service account and roles. Needed once per control plane.
+
+    queues: also grant what the chart grants if kueue.enabled is true.
+    """
     api = control_plane.api
     with contextlib.suppress(ControlPlaneApiError):
         control_plane.create_namespace(HOME)
@@ -45,8 +48,9 @@ def install(control_plane: ControlPlane) -> None:
     with contextlib.suppress(ControlPlaneApiError):
         api.create(f"/api/v1/namespaces/{HOME}/serviceaccounts", account)
     rules = yaml.safe_load(RULES.read_text())
-    _grant(api, "ClusterRole", RBAC, "finetune-jobs", rules["jobs"])
-    _grant(api, "ClusterRole", RBAC, "finetune-cluster", rules["cluster"])
+    _grant(api, "ClusterRole", RBAC, "finetune-jobs", rules["jobs"] + (rules["queues"] if queues else []))
+    of_cluster = rules["cluster"] + (rules["queueClasses"] if queues else [])
+    _grant(api, "ClusterRole", RBAC, "finetune-cluster", of_cluster)
     _grant(api, "Role", f"{RBAC}/namespaces/{HOME}", "finetune-own", rules["own"])
     wait_for("the CRD is served", lambda: _served(control_plane))
 

@@ -141,7 +141,9 @@ ADVICE: dict[str, Advice] = {
     "too-many-outputs": {
         "at most 8 items": {"spec.outputs": [{"format": "webui", "to": str(number)} for number in range(8)]},
     },
-    "queue-name": {"leave queueName out": removed("spec.queueName")},
+    "queue-name": {
+        "leave queueName out": removed("spec.queueName"),
+    },
     "manager": {
         "its domain and name": {"spec.managedBy": "example.com/controller"},
         "kueue.x-k8s.io/multikueue": {"spec.managedBy": "kueue.x-k8s.io/multikueue"},
@@ -149,11 +151,11 @@ ADVICE: dict[str, Advice] = {
     },
     "priority-class": names("spec.priorityClassName"),
     "secret-name": names("spec.secrets", [{"name": "my-name.1"}]),
-    "claim-name": names(f"{STORAGE}.persistentVolumeClaim.claimName"),
-    "base-is-a-page": {
     "output-secret-name": names(
         "spec.outputs", [{"format": "webui", "to": "s3://m/x", "secret": {"name": "my-name.1"}}]
     ),
+    "claim-name": names(f"{STORAGE}.persistentVolumeClaim.claimName"),
+    "base-is-a-page": {
         "its hub id": {"spec.model.base": "a/b"},
         "stabilityai/stable-diffusion-xl-base-1.0": {"spec.model.base": "stabilityai/stable-diffusion-xl-base-1.0"},
         **{words: {"spec.model.base": location} for words, location in LOCATIONS.items()},
@@ -188,12 +190,12 @@ ADVICE: dict[str, Advice] = {
     },
     "unknown-scheme": OUTPUT_FOLDER,
     "hub-without-owner": OUTPUT_FOLDER,
-    "two-words-for-a-token": {
-        "one token": {f"{T}.textualInversion.placeholderToken": "toy2"},
     "secret-of-a-folder": {
         "leave secret out": {"spec.outputs": [{"format": "webui", "to": "out"}]},
         "write a URL to to": {"spec.outputs": [{"format": "webui", "to": "s3://m/x", "secret": {"name": "a"}}]},
     },
+    "two-words-for-a-token": {
+        "one token": {f"{T}.textualInversion.placeholderToken": "toy2"},
         "<cat-toy>": {f"{T}.textualInversion.placeholderToken": "<cat-toy>"},
     },
     "no-method": {"method: LoRA": METHODS["LoRA"]},

@@ -16,7 +16,7 @@ from finetune_operator.api.rules.supported import MISSING, find_missing
 from finetune_operator.api.validate import InvalidJob, broken_rules, parse_job
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.merge import MergeError
-from finetune_operator.plan.policies.acceptance import GAPS, NO_STORAGE, find_unsupported
+from finetune_operator.plan.policies.acceptance import NO_QUEUES, NO_STORAGE, find_unsupported
 from finetune_operator.settings import Settings
 from tests.api.advice import ADVICE, STORAGES, Advice, Edit
 from tests.api.bad_manifest import BadManifest
@@ -43,7 +43,7 @@ def refusals(document: Document, settings: Settings = LOCAL) -> list[str]:
         job = parse_job(document)
     except InvalidJob as error:
         return error.messages
-    return [*map(str, broken_rules(job)), *find_missing(job.spec), *find_unsupported(job.spec, settings)]
+    return [*map(str, broken_rules(job)), *find_missing(job.spec), *find_unsupported(job, settings)]
 
 
 def advice_in(message: str) -> str:
@@ -103,9 +103,7 @@ def message_about(unsupported: Unsupported) -> str:
 
 def test_every_unsupported_setting_has_its_advice_tried() -> None:
     reported = {message_about(each) for each in UNSUPPORTED}
-    assert reported == {missing.message for missing in MISSING} | {
-        gap.message.partition(": ")[2].rstrip(".") for gap in GAPS
-    }
+    assert reported == {missing.message for missing in MISSING} | {NO_QUEUES.rstrip(".")}
 
 
 @pytest.mark.parametrize("unsupported", UNSUPPORTED, ids=lambda each: message_about(each)[:40])

@@ -126,6 +126,6 @@ UNSUPPORTED = (
         {"format: asWritten": {"spec.outputs": [{"format": "asWritten", "to": "out"}]}},
         base="script",
     ),
-    Unsupported({"spec.queueName": "pictures"}, {"leave it out": removed("spec.queueName")}),
+    Unsupported({"spec.queueName": "pictures"}, {"leave the queue out": removed("spec.queueName")}),
 )
 """Manifests that are valid and not supported: at least one for each message."""

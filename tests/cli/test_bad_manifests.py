@@ -133,7 +133,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "keep none": (put("checkpoint.keep", 0), "spec.checkpoint.keep", "1"),
     "duration as text": (put("recovery.hangTimeout", "a while"), "spec.recovery.hangTimeout", "10m"),
     "negative failures": (put("recovery.maxFailures", -1), "spec.recovery.maxFailures", "0"),
-    "queue": (put("queueName", "team"), "spec.queueName", "leave it out"),
+    "queue": (put("queueName", "team"), "spec.queueName", "leave the queue out"),
     "another manager": (put("managedBy", "example.org/other"), "spec.managedBy", "leave managedBy out"),
     "suspended": (put("suspend", True), "spec.suspend", "leave suspend out"),
     "unknown output": (put("outputs", [{"format": "gguf", "to": "out"}]), "spec.outputs[0].format", "diffusers"),

@@ -15,22 +15,28 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import CommittedCheckpoint, Heartbeat, RankEnd, RankReport, RankState, Termination
 from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.kueue import WORKLOAD
 from finetune_operator.cluster.observe import observe_pod
+from finetune_operator.cluster.observe_workload import Flavor
 from finetune_operator.plan import plan
 from finetune_operator.plan.model.types import (
+    Action,
     Create,
-    DeleteJob,
+    DeafPeriod,
     DeletePod,
+    DeleteWorkload,
     Event,
     Observed,
     ObservedNode,
     ObservedPod,
+    PatchWorkload,
     Plan,
     PodPhase,
     ReceivedHeartbeat,
     Refusal,
 )
 from finetune_operator.settings import Settings
+from testing.simulated.workloads import Workloads, observe
 
 START = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 SETTINGS = Settings(coordinator_url="http://coordinator", require_storage=False, hold_seconds=0)
@@ -81,7 +87,12 @@ class FakeCluster:
     """Number of pods that it creates despite the refusal."""
     create_after: datetime | None = None
     listening_since: datetime | None = None
+    deaf: list[DeafPeriod] = field(default_factory=list)
     deleted: bool = False
+    queue: Workloads = field(default_factory=Workloads)
+    """The job's requests to its queue; the test decides about them."""
+    flavors: dict[str, Flavor] = field(default_factory=dict)
+    queues_served: bool = True
     num_created: int = 0
     sequence: int = 0
 
@@ -97,7 +108,15 @@ class FakeCluster:
             refusal=self.refusal,
             create_after=self.create_after,
             listening_since=self.listening_since,
+            deaf=tuple(self.deaf),
+            workloads=tuple(observe(thing, self.flavors) for thing in self.queue.stored.values()),
+            queues_served=self.queues_served,
         )
+
+    def pause(self, number: float) -> None:
+        """Move the clock while the operator cannot receive heartbeats."""
+        self.deaf.append(DeafPeriod(self.now, self.now + seconds(number)))
+        self.now += seconds(number)
 
     def decide(self) -> Plan:
         return plan(self.job, self.observed(), self.now, self.settings)
@@ -129,11 +148,15 @@ class FakeCluster:
                 return
         raise AssertionError(f"not settled after {max_reconciles} reconciles")
 
-    def apply(self, action: Create | DeletePod | DeleteJob) -> None:
+    def apply(self, action: Action) -> None:
         if isinstance(action, Create):
             self.create(action.manifest)
         elif isinstance(action, DeletePod):
             self.delete(action.name, action.uid, action.grace_seconds)
+        elif isinstance(action, PatchWorkload):
+            self.queue.patch(action)
+        elif isinstance(action, DeleteWorkload):
+            self.queue.delete(action.name, action.uid)
         else:
             self.deleted = True
 
@@ -155,6 +178,8 @@ class FakeCluster:
                 fell_back=labels.CAPACITY in own,
                 template=own[labels.TEMPLATE],
             )
+        elif manifest["kind"] == WORKLOAD:
+            self.queue.create(manifest, self.now)
         else:
             (self.services if manifest["kind"] == "Service" else self.configs).add(name)
 

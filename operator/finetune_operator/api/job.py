@@ -169,7 +169,9 @@ class FineTuneJobSpec(SpecModel):
         default=(), max_length=8, description="Outputs to write after the last step"
     )
     suspend: bool = Field(default=False, description="Save, stop and release the nodes until it is set to false")
-    queue_name: ObjectName | None = Field(default=None, description="Queue that admits the job; not supported yet")
+    queue_name: ObjectName | None = Field(
+        default=None, description="LocalQueue of Kueue that admits the job: no pod exists before its admission"
+    )
     priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods")
     active_deadline_seconds: int | None = Field(
         default=None, ge=1, le=MAX_SECONDS, description="Time in seconds after which the job fails"

@@ -1,4 +1,4 @@
-"""Labels of the objects that the operator creates. The operator uses no annotations."""
+"""Labels of the objects that the operator creates, and the only annotation."""
 
 from __future__ import annotations
 
@@ -18,3 +18,6 @@ TEMPLATE = f"{GROUP}/template"
 
 CAPACITY = f"{GROUP}/capacity"
 """Label of a pod that requests other nodes than the job's spec alone implies: a `Capacity`."""
+
+REQUEST = f"{GROUP}/request"
+"""Annotation of a Workload of Kueue: a hash of the request from which the operator created it."""

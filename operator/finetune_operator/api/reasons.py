@@ -56,14 +56,15 @@ class Reason(StrEnum):
     PREEMPTION_BY_SCHEDULER = "PreemptionByScheduler"
     EVICTION_BY_EVICTION_API = "EvictionByEvictionAPI"
     DELETION_BY_TAINT_MANAGER = "DeletionByTaintManager"
+    EVICTED_BY_QUEUE = "EvictedByQueue"
     DELETION_BY_POD_GC = "DeletionByPodGC"
     TERMINATION_BY_KUBELET = "TerminationByKubelet"
     POD_DELETED = "PodDeleted"
     POD_LOST = "PodLost"
     NODE_LOST = "NodeLost"
     REFUSED_BY_KUBELET = "RefusedByKubelet"
-
     GPU_FAULT = "GpuFault"
+
     NETWORK_ERROR = "NetworkError"
     STORAGE_UNAVAILABLE = "StorageUnavailable"
 
@@ -99,8 +100,8 @@ class Reason(StrEnum):
     CHECKPOINT_COMMITTED = "CheckpointCommitted"
     TRAINER_WARNING = "TrainerWarning"
     OUTPUT_WRITTEN = "OutputWritten"
-    NAME_TAKEN = "NameTaken"
     OUTPUT_FAILED = "OutputFailed"
+    NAME_TAKEN = "NameTaken"
 
 
 class Topic(StrEnum):
@@ -164,7 +165,8 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.QUEUED: ReasonDoc(
         Topic.WAITING,
-        "A pod has a scheduling gate: the queue that added it has not admitted the pod yet.",
+        "The queue has not admitted the job yet; the message contains Kueue's reason. Or a pod has a scheduling gate "
+        "of another queue.",
         "Check the quota of the queue; no pod of the job starts before it is admitted.",
     ),
     Reason.WAITING_FOR_PODS: ReasonDoc(
@@ -245,6 +247,11 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.EVICTION_BY_EVICTION_API: _capacity("A pod was evicted through the eviction API, e.g. by kubectl drain."),
     Reason.DELETION_BY_TAINT_MANAGER: _capacity("The node of a pod received a taint that the pod does not tolerate."),
+    Reason.EVICTED_BY_QUEUE: _capacity(
+        "The queue evicted the job, e.g. for a job with a higher priority, or because its quota shrank. The ranks "
+        "saved, the pods were deleted, and the job waits in its queue again.",
+        "Nothing: the job continues from its last step when the queue admits it again.",
+    ),
     Reason.DELETION_BY_POD_GC: _capacity("The node of a pod no longer exists, and Kubernetes deleted the pod."),
     Reason.TERMINATION_BY_KUBELET: _capacity(
         "The kubelet terminated a pod because its node shuts down or is short of a resource.",
@@ -258,6 +265,12 @@ REASONS: dict[Reason, ReasonDoc] = {
         "Nothing: the next attempt avoids that node. If it happens again, read the kubelet's message in the ledger "
         "(status.attempts), and cordon the node.",
     ),
+    Reason.GPU_FAULT: _capacity(
+        "A GPU failed: its driver reported a hardware error (XID), a health tool reported the node, or the GPU computed "
+        "wrong results in the check before the first step.",
+        "Nothing: the next attempt avoids that node and checks all devices first. Have the node repaired; the ledger "
+        "(status.attempts) names it, and the GPU and the XID if they are known.",
+    ),
     Reason.NETWORK_ERROR: _outage(
         "A server that the trainer needs (the hub, an object store) does not answer, or refuses requests for now.",
         "Check that server and the network of the pods. Further attempts follow with increasing delay; they do not "
@@ -265,12 +278,6 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.STORAGE_UNAVAILABLE: _outage(
         "A disk of the job (cache, checkpoints, data set) is full, or its file system fails to read or write.",
-    Reason.GPU_FAULT: _capacity(
-        "A GPU failed: its driver reported a hardware error (XID), a health tool reported the node, or the GPU computed "
-        "wrong results in the check before the first step.",
-        "Nothing: the next attempt avoids that node and checks all devices first. Have the node repaired; the ledger "
-        "(status.attempts) names it, and the GPU and the XID if they are known.",
-    ),
         "Free space, or repair the file system that the message names. Further attempts follow with increasing delay; "
         "they do not count towards recovery.maxFailures.",
     ),
@@ -381,6 +388,12 @@ REASONS: dict[Reason, ReasonDoc] = {
         Topic.EVENT, "The trainer reports a problem, e.g. a corrupt checkpoint that it skipped.", "Read the message."
     ),
     Reason.OUTPUT_WRITTEN: ReasonDoc(Topic.EVENT, "An output is completely written.", NOTHING),
+    Reason.OUTPUT_FAILED: ReasonDoc(
+        Topic.EVENT,
+        "An output could not be written or delivered; the message names the field and the remedy.",
+        "If the job has failed, follow the message, and raise recovery.manualRetries by 1: the next attempt delivers "
+        "what is missing. Otherwise nothing: it is tried again.",
+    ),
     Reason.NAME_TAKEN: ReasonDoc(
         Topic.EVENT,
         "An object that the job needs already exists and does not belong to the job.",
@@ -388,12 +401,6 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
 }
 """Documentation of every reason, in the order of the reference."""
-    Reason.OUTPUT_FAILED: ReasonDoc(
-        Topic.EVENT,
-        "An output could not be written or delivered; the message names the field and the remedy.",
-        "If the job has failed, follow the message, and raise recovery.manualRetries by 1: the next attempt delivers "
-        "what is missing. Otherwise nothing: it is tried again.",
-    ),
 
 OUTAGES = frozenset(reason for reason, doc in REASONS.items() if doc.counts_as is CountsAs.OUTAGE)
 """Reasons of attempts that ended because a service did not work."""

@@ -13,6 +13,7 @@ from finetune_operator.api.labels import CAPACITY, TEMPLATE
 from finetune_operator.api.names import CONTAINER, pod_name, service_name
 from finetune_operator.api.status import Capacity
 from finetune_operator.manifests import layout
+from finetune_operator.manifests.admission import Admission, admit
 from finetune_operator.manifests.env import PodSlot, build_env
 from finetune_operator.manifests.merge import MergeError, merge
 from finetune_operator.manifests.metadata import build_metadata, pod_labels
@@ -38,12 +39,14 @@ class PodOptions:
     """Kind of nodes that the pod requests; None: as the spec specifies."""
     mtbf_seconds: float | None = None
     """Observed mean time between the job's interruptions."""
-    is_standby: bool = False
     checks_devices: bool = False
     """Whether its ranks check their devices before they train, because a GPU failed in the attempt before."""
+    is_standby: bool = False
     """Whether it is a standby pod: it starts no ranks until it is assigned to a gang."""
     avoid: tuple[str, ...] = ()
     """Names of nodes to use only if no others are available."""
+    admission: Admission | None = None
+    """What the queue adds to its pods; None: nothing, or the job has no queue."""
 
 
 DEFAULT_OPTIONS = PodOptions()
@@ -71,14 +74,19 @@ def build_pod(
         checks_devices=options.checks_devices,
     )
     spec = _pod_spec(job, build_env(job, slot, settings), settings, options.capacity)
+    _add_volumes(spec, build_volumes(job, settings, node_rank))
     _avoid(spec, options.avoid)
     pod = {**identity, "spec": spec | identity["spec"]}
-    if not job.spec.pod_template:
-    _add_volumes(spec, build_volumes(job, settings, node_rank))
+    pod = _apply_template(pod, identity, job.spec.pod_template)
+    return pod if options.admission is None else admit(pod, options.admission)
+
+
+def _apply_template(pod: dict[str, Any], identity: dict[str, Any], template: dict[str, Any] | None) -> dict[str, Any]:
+    if not template:
         return pod
     # The template is merged over the pod, then the identity over the result: the plan must find the pod even if the
     # template sets a name or labels.
-    pod = merge(merge(pod, _check_template(job.spec.pod_template)), identity)
+    pod = merge(merge(pod, _check_template(template)), identity)
     if not _has_trainer(pod):
         raise MergeError(
             f"it removes the container {CONTAINER}; keep the container and write only the fields to change"
@@ -134,6 +142,12 @@ def _pod_spec(
     return spec
 
 
+def _add_volumes(spec: dict[str, Any], volumes: Sequence[tuple[Volume, dict[str, Any]]]) -> None:
+    """Add volumes to a pod, and their mounts to the trainer."""
+    spec["volumes"] = [volume for volume, _ in volumes]
+    spec["containers"][0]["volumeMounts"] = [mount for _, mount in volumes]
+
+
 def _avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:
     """Add a preference against nodes, not a requirement: a job that fits on no other node must not wait forever."""
     if not nodes:
@@ -142,12 +156,6 @@ def _avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:
     affinity = spec.setdefault("affinity", {}).setdefault("nodeAffinity", {})
     affinity.setdefault("preferredDuringSchedulingIgnoredDuringExecution", []).append(
         {"weight": 100, "preference": term}
-def _add_volumes(spec: dict[str, Any], volumes: Sequence[tuple[Volume, dict[str, Any]]]) -> None:
-    """Add volumes to a pod, and their mounts to the trainer."""
-    spec["volumes"] = [volume for volume, _ in volumes]
-    spec["containers"][0]["volumeMounts"] = [mount for _, mount in volumes]
-
-
     )
 
 
@@ -157,7 +165,7 @@ def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) 
     container: dict[str, Any] = {
         "name": CONTAINER,
         "image": (script.image if script else None)
-        or _image(topology, settings),
+        or select_image(topology, settings),
         "command": list(settings.trainer_command),
         "env": env,
         "terminationMessagePath": layout.TERMINATION_LOG,
@@ -175,7 +183,7 @@ def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) 
     return container
 
 
-def _image(topology: TopologySpec, settings: Settings) -> str:
+def select_image(topology: TopologySpec, settings: Settings) -> str:
     """Return the image for a topology: what the job requests must be installed in it."""
     if topology.accelerator is Accelerator.GPU:
         return settings.trainer_image_gpu

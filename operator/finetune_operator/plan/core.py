@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from finetune_operator.api import kueue
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan import registry
-from finetune_operator.plan.model.types import Action, Create, Observed, Plan
+from finetune_operator.plan.model.types import Action, Create, Observed, PatchWorkload, Plan
 from finetune_operator.plan.model.view import View, earliest
 from finetune_operator.plan.policies import nodes
+from finetune_operator.plan.policies.queue import request
 from finetune_operator.plan.report import events
 from finetune_operator.settings import Settings
 
@@ -26,6 +28,8 @@ def plan(job: FineTuneJob, observed: Observed, now: datetime, settings: Settings
     if job.metadata.deletion_timestamp is not None:
         # Kubernetes deletes the job's children: the job owns them.
         return Plan(job.status)
+    if job.spec.managed_by == kueue.MULTIKUEUE:
+        return Plan(job.status, actions=request.act(View(job, observed, now, settings), job.status))
     view = View(job, nodes.apply_node_state(observed, now, settings), now, settings, unadjusted=observed)
     status = job.status
     for policy in registry.POLICIES:
@@ -51,7 +55,7 @@ def _actions(view: View, status: FineTuneJobStatus) -> tuple[Action, ...]:
     deletions: set[Action] = set()
     for policy in registry.POLICIES:
         for action in policy.act(view, status):
-            if isinstance(action, Create):
+            if isinstance(action, Create | PatchWorkload):
                 actions.append(action)
             elif action not in deletions:
                 deletions.add(action)

@@ -27,6 +27,7 @@ from finetune_operator.plan.policies import (
     ttl,
 )
 from finetune_operator.plan.policies.capacity import elastic, quota, regroup, spot, standby
+from finetune_operator.plan.policies.queue import eviction, report, request
 from finetune_operator.plan.report import conditions, goodput, phase, progress, timing
 
 POLICIES: tuple[Policy, ...] = (
@@ -38,6 +39,7 @@ POLICIES: tuple[Policy, ...] = (
     finish.POLICY,  # Has every node finished?
     deadline.POLICY,  # Has the job exceeded its deadline?
     suspend.STOP,  # Does the user suspend the job?
+    eviction.POLICY,  # Has the queue withdrawn its admission?
     hangs.DETECT,  # Has the gang made no progress for too long?
     stragglers.POLICY,  # Is the attempt waiting for a silent pod only?
     endings.POLICY,  # Has the attempt ended, and why?
@@ -61,6 +63,8 @@ POLICIES: tuple[Policy, ...] = (
     in_place.POLICY,  # When does a pod that is kept become too silent to keep?
     cleanup.POLICY,  # Deletes the pods of attempts that have ended.
     standby.POLICY,  # Deletes standby pods that are no longer wanted.
+    request.POLICY,  # Requests the admission of the pods, and releases the quota.
+    report.POLICY,  # Reports to the queue whether the pods are ready, and the cost of an eviction.
     ttl.POLICY,  # Deletes the job when its TTL expires.
     nodes.POLICY,  # Force-deletes pods of nodes that cannot delete them.
 )

@@ -136,6 +136,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("context", None, "context of the kubeconfig; default: its current context"),
         Flag("namespaces", (), "comma-separated namespaces to watch; default: all", _parse_names),
         Flag("watch-nodes", True, "watch nodes; if false, a lost node is detected by its pods only", _parse_bool),
+        Flag("kueue", False, "let jobs request queues of Kueue", _parse_bool),
+        Flag(
+            "kueue-priority-boost",
+            False,
+            "write the cost of an eviction into Workloads, for Kueue's feature gate PriorityBoost",
+            _parse_bool,
+        ),
         Flag("num-workers", 32, "number of jobs that are reconciled at the same time", int, between=(1, 1000)),
     ),
     "several replicas": (

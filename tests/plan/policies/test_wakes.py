@@ -11,7 +11,7 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_operator.plan import plan, registry
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import ObservedNode, Refusal
-from tests.plan.fake_cluster import FakeCluster, RankState, make_job, seconds
+from tests.plan.fake_cluster import SETTINGS, FakeCluster, RankState, make_job, seconds
 from tests.plan.scenarios import (
     FALLBACK,
     elastic_cluster,
@@ -202,7 +202,22 @@ class WakeScenario:
     """None: not a round number, because of jitter."""
 
 
+def _queue_report() -> FakeCluster:
+    """The job saved 40 s ago; an eviction costs more once it has trained for a minute since."""
+    cluster = FakeCluster(make_job(queueName="gpus"), settings=replace(SETTINGS, kueue=True, kueue_priority_boost=True))
+    cluster.settle()
+    cluster.queue.admit("circles-1f0c3a2b", cluster.now)
+    cluster.running()
+    cluster.train_to(10, checkpoint=5)
+    cluster.settle()
+    cluster.tick(40)
+    cluster.train_to(20, checkpoint=5)
+    cluster.settle()
+    return cluster
+
+
 SCENARIOS = {
+    "queue-report": WakeScenario(_queue_report, 20),
     "acceptance": WakeScenario(_acceptance, 60),
     "deadline": WakeScenario(_deadline, 45),
     "hangs": WakeScenario(_hangs, 20),

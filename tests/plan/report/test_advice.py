@@ -251,7 +251,7 @@ def test_a_job_that_follows_the_advice_is_accepted(name: str, number: int) -> No
     followed = patched(document, {path: edit[path] for path in present})
     new = parse_job(followed)
     assert [*map(str, broken_rules(new)), *find_missing(new.spec)] == []
-    assert find_unsupported(new.spec, Settings(require_storage=False)) == []
+    assert find_unsupported(new, Settings(require_storage=False)) == []
     begun = FineTuneJob.model_validate({**document, "status": {"attempt": 1}})
     changed = FineTuneJob.model_validate(followed)
     if advice.changes and changed.spec != begun.spec:

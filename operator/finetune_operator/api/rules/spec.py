@@ -68,7 +68,8 @@ _NAMES = (
     form(
         "spec.queueName",
         DNS_NAME,
-        "queueName is not a valid name of a Kubernetes object, and queues are not supported yet; leave queueName out",
+        "queueName is not the name of a LocalQueue of Kueue (lower-case letters, digits, '-' and '.'); leave queueName "
+        "out",
     ),
     object_name("spec.priorityClassName"),
     object_name("spec.secrets[].name"),

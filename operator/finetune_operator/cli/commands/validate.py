@@ -7,9 +7,11 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.kueue import find_contradiction
 from finetune_operator.api.rules.supported import find_missing
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import ManifestFile, make_absolute, read_manifest
@@ -24,7 +26,9 @@ def validate(arguments: argparse.Namespace) -> Exit:
     """Carry out `finetune validate`."""
     manifest = read_manifest(arguments.file, arguments.set)
     job = manifest.job
-    problems = list(_manifest_problems(job, Settings() if arguments.cluster else LOCAL))
+    settings = Settings() if arguments.cluster else LOCAL
+    # Whether a cluster has queues is checked there; without --here the job may be meant for any cluster.
+    problems = list(_manifest_problems(job, replace(settings, kueue=True)))
     warnings: list[str] = []
     places = []
     if arguments.here:
@@ -48,7 +52,8 @@ def validate(arguments: argparse.Namespace) -> Exit:
 def _manifest_problems(job: FineTuneJob, settings: Settings) -> Iterator[str]:
     """Yield what the operator would refuse, without looking at files, devices or a cluster."""
     yield from find_missing(job.spec)
-    yield from find_unsupported(job.spec, settings)
+    yield from find_unsupported(job, settings)
+    yield from filter(None, [find_contradiction(job)])
     yield from find_pod_faults(job, settings)
 
 

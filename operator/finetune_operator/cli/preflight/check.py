@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from finetune_contract.cpu.requirements import find_missing_cpu_software
 from finetune_contract.input_spec import DatasetSpec
 from finetune_contract.methods import METHODS
 from finetune_contract.requirements import find_missing_software
@@ -49,7 +50,7 @@ def find_problems(job: FineTuneJob, home: Home, machine: MachineCapacity) -> lis
         home: the state folder.
         machine: what the ranks can use.
     """
-    return [*_spec_problems(job.spec, home, machine), *_template_problems(job)]
+    return [*_spec_problems(job, home, machine), *_template_problems(job)]
 
 
 def find_warnings(spec: FineTuneJobSpec) -> Iterator[str]:
@@ -68,8 +69,9 @@ def find_warnings(spec: FineTuneJobSpec) -> Iterator[str]:
             yield f"spec.dataset.maxSamples: {requested} samples are requested, but {metadata} contains only {found}"
 
 
-def _spec_problems(spec: FineTuneJobSpec, home: Home, machine: MachineCapacity) -> Iterator[str]:
-    unsupported = [*find_unsupported(spec, LOCAL), *find_missing(spec)]
+def _spec_problems(job: FineTuneJob, home: Home, machine: MachineCapacity) -> Iterator[str]:
+    spec = job.spec
+    unsupported = [*find_unsupported(job, LOCAL), *find_missing(spec)]
     yield from unsupported
     if spec.managed_by != CONTROLLER:
         yield f"spec.managedBy: a local run cannot hand the job to {spec.managed_by}; leave managedBy out"
@@ -86,6 +88,8 @@ def _spec_problems(spec: FineTuneJobSpec, home: Home, machine: MachineCapacity) 
     if spec.training.script is None and not any(message.startswith("spec.dataset") for message in unsupported):
         yield from _data_problems(spec)
     yield from (f"spec.{message}" for message in find_missing_software(spec.training))
+    if spec.topology.accelerator is Accelerator.CPU:
+        yield from (f"spec.{message}" for message in find_missing_cpu_software(spec.topology.cpu))
     yield from find_missing_clients(spec)
     for number, output in enumerate(spec.outputs):
         yield from find_output_problems(number, output)

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
+from finetune_operator.api import kueue
 from finetune_operator.api.job import GROUP, PLURAL, VERSION, FineTuneJob
 from finetune_operator.api.names import CONTAINER
 from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.cluster.kube.client.client import CONFLICT, JSON, NOT_FOUND, PARTIAL, ApiError
 from finetune_operator.manifests import build_pod, num_nodes
+from finetune_operator.plan.policies.acceptance import NO_KUEUE
 from finetune_operator.settings import Settings
 
 Object = Mapping[str, Any]
@@ -70,6 +72,7 @@ class ClusterCheck:
         pod = build_pod(self.job, 1, 0, Settings())
         await self._check_claim()
         await self._check_names()
+        await self._check_queue()
         await self._check_pod(pod)
         requested = requests_of(pod)
         await self._check_quota(requested)
@@ -143,6 +146,22 @@ class ClusterCheck:
         for number, secret in enumerate(spec.secrets):
             path = f"/api/v1/namespaces/{self._namespace}/secrets/{secret.name}"
             await self._get(path, f"spec.secrets[{number}].name: {secret.name}", "create the Secret", PARTIAL)
+
+    async def _check_queue(self) -> None:
+        """Check that the queue exists, and that the cluster has Kueue."""
+        queue = kueue.queue_of(self.job)
+        if queue is None:
+            return
+        field = "spec.queueName" if self.job.spec.queue_name else f"the label {kueue.QUEUE_LABEL}"
+        try:
+            await self.api.request("GET", f"/apis/{kueue.API_VERSION}")
+        except ApiError as error:
+            if error.status != NOT_FOUND:
+                raise
+            self.report.problems.append(f"{field}: {NO_KUEUE}")
+            return
+        path = f"/apis/{kueue.API_VERSION}/namespaces/{self._namespace}/localqueues/{queue}"
+        await self._get(path, f"{field}: {queue}", "create the LocalQueue, or name an existing one")
 
     async def _check_quota(self, requested: Mapping[str, Decimal]) -> None:
         path = f"/api/v1/namespaces/{self._namespace}/resourcequotas"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,11 +15,14 @@ from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Order, Reply
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.kueue import WORKLOAD, queue_of
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.cluster.kube.beats.attention import Attention
 from finetune_operator.cluster.kube.beats.interval import HeartbeatInterval
+from finetune_operator.cluster.kube.beats.signatures import BoundPod
 from finetune_operator.cluster.kube.beats.store import JobHeartbeats
-from finetune_operator.cluster.kube.beats.tokens import BoundPod, TokenReviewer
+from finetune_operator.cluster.kube.beats.tokens import TokenReviewer
 from finetune_operator.cluster.kube.client.client import (
     CONFLICT,
     MERGE,
@@ -37,6 +41,7 @@ from finetune_operator.cluster.kube.client.objects import (
     KubeChild,
     KubeJob,
     KubePod,
+    Resource,
     decode_child,
     decode_created,
     decode_pod,
@@ -47,6 +52,7 @@ from finetune_operator.cluster.kube.client.objects import (
 )
 from finetune_operator.cluster.kube.client.refusals import CreationError, Refusals, classify_refusal
 from finetune_operator.cluster.kube.options import UpdateLimits
+from finetune_operator.cluster.kube.queue.workloads import WORKLOADS, KubeWorkload, Workloads, must_wake_now
 from finetune_operator.cluster.kube.watch.cache import Cache, Entry, ObjectKey
 from finetune_operator.cluster.kube.watch.nodes import NodeStates
 from finetune_operator.cluster.kube.watch.reflector import object_key
@@ -63,7 +69,18 @@ from finetune_operator.cluster.kube.work.urgency import (
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
 from finetune_operator.manifests import layout
-from finetune_operator.plan.model.types import HEALTHY, Action, Create, DeletePod, Event, Manifest, Observed, Refusal
+from finetune_operator.plan.model.types import (
+    HEALTHY,
+    Action,
+    Create,
+    DeletePod,
+    DeleteWorkload,
+    Event,
+    Manifest,
+    Observed,
+    PatchWorkload,
+    Refusal,
+)
 from finetune_operator.plan.model.view import members_of, nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.settings import Settings
@@ -75,7 +92,7 @@ SETTLE_SECONDS = 0.3
 MAX_SETTLE_SECONDS = 5.0
 """Upper bound of that delay while many jobs wait: creating pods is more important than reporting on them."""
 BUSY_DEPTH = 16
-"""Queue depth from which the delay grows."""
+"""Queue depth from which the delay grows, and, of urgent keys, from which supervisors send fewer heartbeats."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +124,15 @@ class KubeCluster:
         self.services: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
+        self.workloads = Workloads(dependencies.api, self._workload_changed, self._wake_queued)
         self._nodes = dependencies.nodes
         self._refusals = Refusals()
         self._listening_since: datetime | None = None
         self.beats = JobHeartbeats(self.wake)
         self.authority = ""
         """PEM certificates that supervisors trust; if not empty, each job's ConfigMap contains them."""
-        self._reviewer = TokenReviewer(dependencies.api, settings.coordinator_audience, self._find_pod)
+        self.attention = Attention(dependencies.clock, time.monotonic)
+        self._reviewer = TokenReviewer(dependencies.api, settings.coordinator_audience, self._find_pod, self.attention)
 
     # -- Cluster ------------------------------------------------------------------------------------------------------
 
@@ -138,10 +157,13 @@ class KubeCluster:
             refusal=self._refusals.get(key, job),
             create_after=self._refusals.held_until(key, job),
             listening_since=self._listening_since,
+            deaf=self.attention.periods(),
             beat_seconds=self._beat_interval.longest_seconds(asyncio.get_running_loop().time()),
             beats=self.beats.of_job(*key, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child.name for child in self.services.group(key) if child.owner_uid == uid),
             configs=frozenset(child.name for child in self.configs.group(key) if child.owner_uid == uid),
+            workloads=self.workloads.of_job(key, job),
+            queues_served=self.workloads.served,
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
@@ -150,7 +172,7 @@ class KubeCluster:
         Progress that is not written now is computed again from the next observation, so nothing is lost.
         """
         key, now = _key(job), asyncio.get_running_loop().time()
-        if is_progress(job.status, status) and (wait := self._throttle.delay(key, now)) > 0:
+        if is_progress(job.status, status) and (wait := self._throttle.delay(key, now, busy=self._is_busy)) > 0:
             self._queue.add_after(key, wait)
             return
         try:
@@ -168,6 +190,10 @@ class KubeCluster:
             await self._create(job, action.manifest)
         elif isinstance(action, DeletePod):
             await self._delete_pod(job, action)
+        elif isinstance(action, PatchWorkload):
+            await self.workloads.patch(job, action)
+        elif isinstance(action, DeleteWorkload):
+            await self.workloads.delete(job, action)
         else:
             await self._delete_job(job)
 
@@ -195,7 +221,8 @@ class KubeCluster:
         leaving = pod is not None and bool(self._nodes.get(pod.observed.node).leaving)
         reply = reply_to(found.job if found is not None else None, beat, self._settings)
         order = Order.SAVE_AND_STOP if leaving else reply.order
-        seconds = self._beat_interval.choose_seconds(len(self.pods), asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        seconds = self._beat_interval.choose_seconds(len(self.pods), now, busy=self._is_busy)
         if beat.waiting and reply.beat_seconds is not None:
             waiting_seconds = self._beat_interval.choose_waiting_seconds(reply.beat_seconds, self.beats.num_waiting)
             seconds = min(seconds, waiting_seconds)
@@ -220,8 +247,13 @@ class KubeCluster:
         elif urgency is not Urgency.NEVER:
             delay = 0.0
             if urgency is Urgency.PROGRESS:
-                delay = self._throttle.delay(key, asyncio.get_running_loop().time())
+                delay = self._throttle.delay(key, asyncio.get_running_loop().time(), busy=self._is_busy)
             self._queue.add_after(key, max(self._settle_seconds(), delay))
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether jobs wait for a reconcile that creates or deletes something."""
+        return self._queue.num_urgent > BUSY_DEPTH
 
     def _settle_seconds(self) -> float:
         return min(SETTLE_SECONDS * max(1.0, self._queue.depth / BUSY_DEPTH), MAX_SETTLE_SECONDS)
@@ -264,6 +296,17 @@ class KubeCluster:
         if new is None and old is not None:
             self.wake(old.job, Urgency.SOON)
 
+    def _workload_changed(self, key: ObjectKey, old: KubeWorkload | None, new: KubeWorkload | None) -> None:
+        workload = new or old
+        assert workload is not None
+        self.wake(workload.job, Urgency.NOW if must_wake_now(old, new) else Urgency.PROGRESS)
+
+    def _wake_queued(self) -> None:
+        """Request a reconcile of all jobs with a queue."""
+        for found in self.jobs.values():
+            if found.job is not None and queue_of(found.job) is not None:
+                self.wake(found.key, Urgency.SOON)
+
     def node_changed(self, name: str) -> None:
         """Request a reconcile of all jobs with a pod on a node."""
         for pod in self.pods.values():
@@ -283,7 +326,10 @@ class KubeCluster:
         if kind == "ConfigMap" and self.authority:
             manifest = {**manifest, "data": {**manifest["data"], layout.CA_FILE: self.authority}}
         try:
-            created = await self._api.create(BY_KIND[kind].path(meta["namespace"]), manifest)
+            if kind == WORKLOAD:
+                created = await self.workloads.create(job, manifest)
+            else:
+                created = await self._api.create(BY_KIND[kind].path(meta["namespace"]), manifest)
         except ApiError as error:
             if error.already_exists:
                 await self._adopt_existing(job, manifest)
@@ -293,7 +339,8 @@ class KubeCluster:
             seconds = self._refusals.hold(_key(job), job, now, error.retry_after_seconds or 0.0)
             raise CreationError(error, seconds) from error
         self._refusals.forget(_key(job))
-        self._cache_written(self._children[kind], decode_created(kind, created), created)
+        if kind != WORKLOAD:
+            self._cache_written(self._children[kind], decode_created(kind, created), created)
 
     def _record_refusal(self, job: FineTuneJob, refusal: Refusal | None) -> None:
         """Record a refusal for the next reconcile, which writes it into the status.
@@ -310,14 +357,16 @@ class KubeCluster:
         """Handle a name that already exists: cache our own object, wait for an earlier job's, report a foreign one."""
         kind, meta = manifest["kind"], manifest["metadata"]
         try:
-            found = await self._api.get(BY_KIND[kind].path(meta["namespace"], meta["name"]))
+            found = await self._api.get(_resource(kind).path(meta["namespace"], meta["name"]))
         except ApiError as error:
             if error.status == NOT_FOUND:
                 # It was deleted in between; the watch will report that.
                 return
             raise
         # The object of an earlier job is deleted with that job; its deletion wakes this one.
-        if owner_uid(found) == job.metadata.uid:
+        if kind == WORKLOAD and owner_uid(found) == job.metadata.uid:
+            self.workloads.put_written(found)
+        elif owner_uid(found) == job.metadata.uid:
             self._cache_written(
                 self._children[kind], decode_pod(found) if kind == "Pod" else decode_child(found), found
             )
@@ -363,6 +412,10 @@ class KubeCluster:
         except ApiError as error:
             if error.status not in (CONFLICT, NOT_FOUND):
                 raise
+
+
+def _resource(kind: str) -> Resource:
+    return WORKLOADS if kind == WORKLOAD else BY_KIND[kind]
 
 
 def _key(job: FineTuneJob) -> JobKey:

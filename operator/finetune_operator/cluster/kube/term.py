@@ -10,17 +10,19 @@ import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune_operator.cluster.kube.beats.coordinator import RateLimitedCoordinator
 from finetune_operator.cluster.kube.client import objects
-from finetune_operator.cluster.kube.client.client import PARTIAL, PARTIAL_LIST, KubeApi, SetupError
+from finetune_operator.cluster.kube.client.client import PARTIAL, PARTIAL_LIST, ApiError, KubeApi, SetupError
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.events import EventSender
 from finetune_operator.cluster.kube.cluster import ClusterDependencies, KubeCluster
 from finetune_operator.cluster.kube.leader.endpoint_slice import EndpointPublisher, LeaderEndpoint
 from finetune_operator.cluster.kube.options import CoordinatorOptions, OperatorOptions
+from finetune_operator.cluster.kube.queue.workloads import FLAVORS, WORKLOADS, decode_flavor, decode_workload
 from finetune_operator.cluster.kube.tls.context import CHECK_SECONDS, ServerCertificate
 from finetune_operator.cluster.kube.tls.manager import CertificateManager
 from finetune_operator.cluster.kube.watch.nodes import NodeStates
@@ -78,7 +80,7 @@ class LeaderTerm:
         )
         self._reflectors = [
             Reflector(replica.api, source, cache, scope)
-            for source, cache in _watch_sources(self.cluster)
+            for source, cache in _watch_sources(self.cluster, delegates=settings.kueue)
             for scope in options.namespaces or ("",)
         ]
         self._endpoint: EndpointPublisher | None = None
@@ -92,11 +94,13 @@ class LeaderTerm:
             async with asyncio.TaskGroup() as tasks:
                 for reflector in self._reflectors:
                     tasks.create_task(reflector.run())
+                await self._watch_queues(tasks)
                 # A reconcile reads all caches: missing entries of an incomplete cache would look like lost pods.
                 for reflector in self._reflectors:
                     await reflector.synced.wait()
                 log.info("caches are synced: %d jobs, %d pods", len(self.cluster.jobs), len(self.cluster.pods))
                 await self._listen(tasks)
+                tasks.create_task(self.cluster.attention.watch())
                 tasks.create_task(self._events.run())
                 self.active = True
                 await self._workers.run()
@@ -106,6 +110,41 @@ class LeaderTerm:
         finally:
             self.active = False
             await self._coordinator.stop()
+
+    async def _watch_queues(self, tasks: asyncio.TaskGroup) -> None:
+        """Watch Kueue's objects if the settings allow it; without its API, look for it from time to time."""
+        workloads = self.cluster.workloads
+        if not self._replica.settings.kueue:
+            return
+        try:
+            served = await workloads.discover()
+        except ApiError as error:
+            log.warning("cannot ask for Kueue's API: %s", error)
+            served = False
+        if served:
+            await self._follow_queues(tasks)
+        else:
+            tasks.create_task(self._await_queues(tasks))
+
+    async def _await_queues(self, tasks: asyncio.TaskGroup) -> None:
+        await self.cluster.workloads.wait_until_served()
+        log.info("Kueue's API is served now")
+        await self._follow_queues(tasks)
+
+    async def _follow_queues(self, tasks: asyncio.TaskGroup) -> None:
+        """Fill the caches of Kueue's objects, and keep them up to date."""
+        workloads, owned = self.cluster.workloads, {"labelSelector": objects.OWNED_SELECTOR}
+        reflectors: list[Reflector[Any]] = [
+            Reflector(self._replica.api, WatchSource(WORKLOADS, decode_workload, query=owned), workloads.cache, scope)
+            for scope in self._replica.options.namespaces or ("",)
+        ]
+        reflectors.append(Reflector(self._replica.api, WatchSource(FLAVORS, decode_flavor), workloads.flavors))
+        for reflector in reflectors:
+            tasks.create_task(reflector.run())
+        for reflector in reflectors:
+            await reflector.synced.wait()
+        self._reflectors += reflectors
+        workloads.set_served()
 
     async def finish(self) -> None:
         """Start no more reconciles, and wait for those that are running."""
@@ -201,13 +240,13 @@ def read_authority(path: Path) -> str:
         ) from error
 
 
-def _watch_sources(cluster: KubeCluster) -> list[tuple[WatchSource[Any], Any]]:
+def _watch_sources(cluster: KubeCluster, *, delegates: bool) -> list[tuple[WatchSource[Any], Any]]:
     """Return each watched collection with the cache that it fills."""
     owned = {"labelSelector": objects.OWNED_SELECTOR}
-    partial = {"query": owned, "list_accept": PARTIAL_LIST, "watch_accept": PARTIAL}
+    metadata = {"query": owned, "list_accept": PARTIAL_LIST, "watch_accept": PARTIAL}
     return [
-        (WatchSource(objects.JOBS, objects.decode_job), cluster.jobs),
+        (WatchSource(objects.JOBS, partial(objects.decode_job, delegates=delegates)), cluster.jobs),
         (WatchSource(objects.PODS, objects.decode_pod, query=owned), cluster.pods),
-        (WatchSource(objects.SERVICES, objects.decode_child, **partial), cluster.services),  # type: ignore[arg-type]
-        (WatchSource(objects.CONFIGS, objects.decode_child, **partial), cluster.configs),  # type: ignore[arg-type]
+        (WatchSource(objects.SERVICES, objects.decode_child, **metadata), cluster.services),  # type: ignore[arg-type]
+        (WatchSource(objects.CONFIGS, objects.decode_child, **metadata), cluster.configs),  # type: ignore[arg-type]
     ]

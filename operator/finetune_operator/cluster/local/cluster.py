@@ -29,7 +29,7 @@ from finetune_operator.cluster.local.task_scope import TaskScope
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
-from finetune_operator.plan.model.types import Action, Create, DeletePod, Event, Manifest, Observed
+from finetune_operator.plan.model.types import Action, Create, DeleteJob, DeletePod, Event, Manifest, Observed
 from finetune_operator.plan.model.view import oldest_attempt
 from finetune_operator.plan.replies import reply_to
 
@@ -108,7 +108,7 @@ class LocalCluster:
             await self._create(action.manifest)
         elif isinstance(action, DeletePod):
             await self.kubelet.delete(action.name, action.uid, action.grace_seconds)
-        else:
+        elif isinstance(action, DeleteJob):
             self._job = None
             self.wake.set()
 

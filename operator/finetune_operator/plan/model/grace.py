@@ -14,8 +14,8 @@ from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus
 from finetune_operator.plan.model.view import View, has_ended
 
-WITH_OWN_GRACE = frozenset({Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED})
-"""Ends that the operator decides: deleting the pods is itself the notice."""
+WITH_OWN_GRACE = frozenset({Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED, Reason.EVICTED_BY_QUEUE})
+"""Ends that the operator decides or carries out: deleting the pods is itself the notice."""
 SUDDEN = frozenset({Reason.POD_LOST, Reason.NODE_LOST, Reason.DELETION_BY_POD_GC, Reason.REFUSED_BY_KUBELET})
 """Preemptions without notice."""
 SAVED_FOR = frozenset({Reason.GROWN, Reason.BACK_TO_SPOT, Reason.TARGET_EDITED})

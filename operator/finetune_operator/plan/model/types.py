@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_contract.heartbeat import Heartbeat, Termination
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.manifests.admission import Admission
 
 IMAGE_ERRORS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable")
 """Prefixes of a container's waiting reason if its image cannot be pulled."""
@@ -79,6 +80,14 @@ class ReceivedHeartbeat:
     received_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class DeafPeriod:
+    """A time in which this process did not receive the heartbeats that were sent: it had no CPU time, or waited."""
+
+    since: datetime
+    until: datetime
+
+
 @dataclass(frozen=True)
 class ObservedNode:
     """The state of a node that is not healthy."""
@@ -95,6 +104,45 @@ class ObservedNode:
 
 HEALTHY = ObservedNode()
 """A node without a reported problem."""
+
+
+class WorkloadCondition(NamedTuple):
+    """A condition of a Workload."""
+
+    type: str
+    status: str
+    reason: str
+    message: str
+    since: str
+    """lastTransitionTime, as the API server stores it."""
+
+
+@dataclass(frozen=True)
+class ObservedWorkload:
+    """A Workload of a job: its request to a queue, and the answer."""
+
+    name: str
+    uid: str
+    version: str
+    """Resource version, a precondition of status writes."""
+    created_at: datetime
+    queue: str = ""
+    active: bool = True
+    num_pods: int = 1
+    """Number of requested pods."""
+    num_admitted: int | None = None
+    """Number of pods for which quota is reserved; None: no quota is reserved."""
+    conditions: tuple[WorkloadCondition, ...] = ()
+    update: Admission | None = field(default_factory=Admission)
+    """What its pods receive from the assigned flavors and the admission checks; None: not known yet."""
+    request: str | None = None
+    """Hash of the request from which the operator created it; None: another controller created it."""
+    replaces: str | None = None
+    """Namespace and name of the Workload that it replaces when it is admitted."""
+    boost: str | None = None
+    """Value of the annotation that raises its priority."""
+    is_owned: bool = True
+    """Whether the job owns it; a prebuilt one has no owner at first."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +174,14 @@ class Observed:
     """Time before which nothing may be created, because a creation failed; None: no failure since the last success."""
     listening_since: datetime | None = None
     """Time since which this process receives heartbeats; None: always."""
+    deaf: tuple[DeafPeriod, ...] = ()
+    """Times in which heartbeats could not be received; they do not count as silence of a pod."""
     beat_seconds: float = 0.0
     """Heartbeat interval that supervisors currently use, if it is longer than the one in the settings."""
+    workloads: tuple[ObservedWorkload, ...] = ()
+    """The job's requests to its queue, oldest first."""
+    queues_served: bool = True
+    """Whether the API server serves Kueue's API; without meaning if `Settings.kueue` is false."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +206,26 @@ class DeleteJob:
     """Delete the job itself: its TTL has expired."""
 
 
-Action = Create | DeletePod | DeleteJob
+@dataclass(frozen=True)
+class DeleteWorkload:
+    """Delete a Workload, only if it still has this UID. One that no longer exists counts as success."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class PatchWorkload:
+    """Change a Workload by a merge patch. If it has changed since it was observed, another reconcile follows."""
+
+    name: str
+    patch: Manifest
+    """Contains the UID, and for the status the resource version, as preconditions."""
+    status: bool = False
+    """Whether the status is changed."""
+
+
+Action = Create | DeletePod | DeleteJob | DeleteWorkload | PatchWorkload
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ trainer supports. Only the cluster can check the pods that podTemplate produces;
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 
+from finetune_operator.api import kueue
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
+from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.rules.supported import find_missing
 from finetune_operator.api.status import FineTuneJobStatus
@@ -27,34 +26,25 @@ from finetune_operator.plan.model.view import View, is_finished
 from finetune_operator.plan.policies import gang
 from finetune_operator.settings import Settings
 
-
-@dataclass(frozen=True)
-class Gap:
-    """A feature that the API has a field for and this version does not support. It is refused, never ignored."""
-
-    requested: Callable[[FineTuneJobSpec], bool]
-    message: str
-    """Message with the remedy."""
-
-
-GAPS = (
-    Gap(
-        lambda spec: spec.queue_name is not None,
-        "spec.queueName: this version does not support queues; leave it out.",
-    ),
-)
-"""Gaps of the operator; those of the trainer's options are in `api.rules.supported`."""
-
 NO_STORAGE = (
     "spec.checkpoint.storage: the pods need a shared volume or a bucket; write persistentVolumeClaim, hostPath, nfs "
     "or bucket."
 )
 
 
-def find_unsupported(spec: FineTuneJobSpec, settings: Settings) -> list[str]:
+NO_QUEUES = (
+    "a queue needs an operator that uses Kueue (kueue.enabled in the values of its chart); leave the queue out."
+)
+NO_KUEUE = f"the cluster does not serve Kueue's API {kueue.API_VERSION}; install Kueue, or leave the queue out."
+
+
+def find_unsupported(job: FineTuneJob, settings: Settings, *, queues_served: bool = True) -> list[str]:
     """Return a message for each requested feature that is not available."""
-    messages = [gap.message for gap in GAPS if gap.requested(spec)]
-    if settings.require_storage and spec.checkpoint.storage is None:
+    messages = []
+    if kueue.queue_of(job) is not None and not (settings.kueue and queues_served):
+        field = "spec.queueName" if job.spec.queue_name else f"the label {kueue.QUEUE_LABEL}"
+        messages.append(f"{field}: {NO_KUEUE if settings.kueue else NO_QUEUES}")
+    if settings.require_storage and job.spec.checkpoint.storage is None:
         messages.append(NO_STORAGE)
     return messages
 
@@ -109,9 +99,12 @@ def _is_accepted(view: View, status: FineTuneJobStatus) -> bool:
 
 def _evaluate(view: View) -> tuple[Reason, str]:
     """Return all faults of the spec in one message, so that a user can fix all of them in one edit."""
-    if broken := [str(problem) for problem in broken_rules(view.job)] + find_pod_faults(view.job, view.settings):
+    broken = [str(problem) for problem in broken_rules(view.job)] + find_pod_faults(view.job, view.settings)
+    broken += filter(None, [kueue.find_contradiction(view.job)])
+    if broken:
         return Reason.INVALID_SPEC, _join(broken)
-    if missing := [*find_missing(view.spec), *find_unsupported(view.spec, view.settings)]:
+    served = view.observed.queues_served
+    if missing := [*find_missing(view.spec), *find_unsupported(view.job, view.settings, queues_served=served)]:
         return Reason.NOT_SUPPORTED, _join(missing)
     return Reason.ACCEPTED, "the spec is valid and supported"
 

@@ -13,7 +13,7 @@ from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.manifests import hash_target, num_nodes
-from finetune_operator.plan.model import backoff, grace, ledger
+from finetune_operator.plan.model import admission, backoff, grace, ledger
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.conditions import is_true
 from finetune_operator.plan.model.policy import Policy
@@ -22,6 +22,7 @@ from finetune_operator.plan.model.types import ObservedPod
 from finetune_operator.plan.model.view import View, is_finished
 from finetune_operator.plan.policies import budget, in_place
 from finetune_operator.plan.policies.capacity import elastic, spot
+from finetune_operator.plan.policies.queue import eviction
 
 
 def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
@@ -30,6 +31,8 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     Pods of the previous attempt must be deleted, except those that are kept and those that no longer matter.
     """
     if not may_begin(view, status) or budget.is_undecided(view, status):
+        return status
+    if not admission.may_create(view) or admission.must_ask_again(view):
         return status
     kept = in_place.survivors(view, status)
     if in_place.is_saving(view, status, kept):
@@ -42,7 +45,7 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
         return status
     members = in_place.members_of_next(view, kept, size) if kept else None
     capacity = spot.capacity_of_next(status) if view.spec.recovery.spot is not None else None
-    status = _begin(view, status, status.attempt + 1)
+    status = eviction.count_wait(view, status, _begin(view, status, status.attempt + 1))
     entry = ledger.current(status)
     assert entry is not None
     entry = revise(

@@ -1,4 +1,7 @@
-"""spec.activeDeadlineSeconds: the longest time that a job may take, without the time of its suspensions."""
+"""spec.activeDeadlineSeconds: the longest time that a job may take.
+
+Suspensions, and the time in a queue after an eviction, do not count.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.plan.model import admission
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.view import View, is_finished
@@ -25,9 +29,11 @@ def enforce(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
 
 def deadline(view: View, status: FineTuneJobStatus) -> datetime | None:
-    """Return the job's deadline; None if it has none, has not started, has finished or is suspended."""
+    """Return the job's deadline; None if it has none, has not started, has finished, is suspended or evicted."""
     limit = view.spec.active_deadline_seconds
     if limit is None or status.start_time is None or is_finished(status) or view.spec.suspend:
+        return None
+    if admission.is_waiting_again(status):
         return None
     return status.start_time + timedelta(seconds=limit + status.tally.suspended_seconds)
 

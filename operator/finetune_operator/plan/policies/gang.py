@@ -10,6 +10,7 @@ from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests import PodOptions, build_config, build_pod, build_service
+from finetune_operator.plan.model import admission
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.ledger import follows_gpu_fault, open_attempt, open_entry, replace_current
 from finetune_operator.plan.model.policy import Policy
@@ -44,7 +45,8 @@ def create_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
 
     Nothing is created while a pod of another attempt exists: two gangs never share the storage or the capacity.
     """
-    return find_missing(view, status) if _may_create(view, status) and not _is_held(view) else ()
+    may_create = _may_create(view, status) and admission.may_create(view)
+    return find_missing(view, status) if may_create and not _is_held(view) else ()
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
@@ -78,17 +80,18 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
         missing.append(Create(build_config(view.job)))
     if service_name(name) not in view.observed.services:
         missing.append(Create(build_service(view.job, view.settings)))
+    workload = admission.active(view) if admission.uses_queue(view) else None
     options = PodOptions(
         num_nodes=view.num_nodes,
         first_pod=view.members[0],
         avoid=_bad_nodes(status),
         capacity=entry.capacity,
         mtbf_seconds=entry.mtbf_seconds,
+        checks_devices=follows_gpu_fault(status),
+        admission=workload.update if workload is not None else None,
     )
     if not entry.gang_complete:
         ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
-        checks_devices=follows_gpu_fault(status),
-        admission=workload.update if workload is not None else None,
         missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, options)) for rank in ranks]
     for number, capacity in standby.wanted(view, status).items():
         if number not in view.standbys:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.plan.model import admission
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.policy import Policy
@@ -31,6 +32,9 @@ def resume(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Add up the time of a suspension that has ended. `conditions` turns the condition False in the same reconcile."""
     condition = find(status, ConditionType.SUSPENDED)
     if view.spec.suspend or condition is None or condition.status != "True":
+        return status
+    if admission.is_waiting_again(status):
+        # The suspension is a part of that wait.
         return status
     seconds = max(0.0, (view.now - condition.last_transition_time).total_seconds())
     tally = revise(status.tally, suspended_seconds=round(status.tally.suspended_seconds + seconds, 3))

@@ -13,6 +13,7 @@ from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.reasons import REGROUPS, Reason
 from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
+from finetune_operator.plan.model import admission
 from finetune_operator.plan.model.activity import BEFORE_TRAINING, describe_activity, stage
 from finetune_operator.plan.model.causes import find_cause
 from finetune_operator.plan.model.conditions import find
@@ -74,11 +75,25 @@ def _line(view: View, status: FineTuneJobStatus) -> Line:
         refused = _not_accepted(status)
         if refused is not None:
             return Phase.PENDING, refused.reason, refused.message
+    return _of_attempt(view, status, entry)
+
+
+def _of_attempt(view: View, status: FineTuneJobStatus, entry: AttemptStatus | None) -> Line:
+    """Return the line of an accepted job: it waits for its queue, or its newest attempt works or has ended."""
+    if _is_queued(view, entry):
+        return Phase.QUEUED, Reason.QUEUED, admission.describe_wait(view)
     if entry is None:
         return Phase.PENDING, Reason.WAITING_FOR_PODS, "waiting for the first attempt"
     if entry.ended_at is not None:
         return _ended(view, status, entry)
     return _open(view, status, entry)
+
+
+def _is_queued(view: View, entry: AttemptStatus | None) -> bool:
+    """Return whether the job has no pods and waits for its queue."""
+    between = entry is None or entry.reason is not None
+    waits = not admission.may_create(view) or admission.must_ask_again(view)
+    return between and waits and not view.observed.pods
 
 
 def _suspended(status: FineTuneJobStatus) -> str:

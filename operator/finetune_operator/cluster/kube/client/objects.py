@@ -81,10 +81,15 @@ class KubeChild:
     name: str
 
 
-def decode_job(thing: Json) -> KubeJob | None:
-    """Read a job; return None if it is being deleted or another controller manages it."""
+def decode_job(thing: Json, *, delegates: bool = False) -> KubeJob | None:
+    """Read a job; return None if it is being deleted or another controller manages it.
+
+    Args:
+        thing: the job as stored.
+        delegates: whether jobs that MultiKueue runs in another cluster are read, too.
+    """
     meta = thing["metadata"]
-    if meta.get("deletionTimestamp") or not is_ours(thing):
+    if meta.get("deletionTimestamp") or not is_ours(thing, delegates=delegates):
         return None
     key = JobKey(meta["namespace"], meta["name"])
     try:

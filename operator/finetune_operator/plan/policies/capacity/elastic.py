@@ -14,6 +14,7 @@ from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
+from finetune_operator.plan.model import admission
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.ledger import current, open_attempt
 from finetune_operator.plan.model.policy import Policy
@@ -31,17 +32,23 @@ def is_elastic(spec: FineTuneJobSpec) -> bool:
 
 def next_size(view: View, status: FineTuneJobStatus, num_kept: int) -> int:
     """Return the number of pods of the next attempt, given how many pods could be kept for it."""
-    full, entry = num_nodes(view.spec), current(status)
+    full, entry = largest(view), current(status)
     if not is_elastic(view.spec) or entry is None:
         return full
     wanted = entry.next_nodes or entry.nodes or full
-    if entry.reason == Reason.SUSPENDED:
-        # The available nodes may have changed since the suspension.
+    if entry.reason in (Reason.SUSPENDED, Reason.EVICTED_BY_QUEUE):
+        # The available nodes may have changed since.
         wanted = full
     elif _has_waited(view, entry) and num_kept >= (view.spec.topology.min_nodes or full):
         # The survivors' emergency save has already taken as long as the job waits for a replacement.
         wanted = num_kept
     return min(full, max(view.spec.topology.min_nodes or full, wanted, num_kept))
+
+
+def largest(view: View) -> int:
+    """Return the largest number of pods that the job may have now: its queue may have reserved quota for fewer."""
+    full, limit = num_nodes(view.spec), admission.limit(view)
+    return full if limit is None else min(full, limit)
 
 
 def shrink(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:

@@ -11,13 +11,12 @@ from datetime import datetime, timedelta
 from finetune_contract.heartbeat import RankState
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
-from finetune_operator.manifests import num_nodes
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.explain import count
 from finetune_operator.plan.model.ledger import open_attempt, open_entry
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.view import View
-from finetune_operator.plan.policies.capacity import standby
+from finetune_operator.plan.policies.capacity import elastic, standby
 
 BUSY = frozenset({RankState.TRAINING, RankState.SAVING, RankState.VALIDATING})
 
@@ -30,7 +29,7 @@ def regroup(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     num_ready = len(standby.ready(view))
     if not num_ready or not _is_worth_it(view, status, entry):
         return status
-    size = min(num_nodes(view.spec), view.num_nodes + num_ready)
+    size = min(elastic.largest(view), view.num_nodes + num_ready)
     if size > view.num_nodes:
         reason, message = Reason.GROWN, f"the gang grows from {view.num_nodes} to {size} nodes"
     elif standby.fallen_back(view):

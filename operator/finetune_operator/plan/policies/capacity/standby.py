@@ -11,7 +11,6 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.names import MAX_NODES
 from finetune_operator.api.status import Capacity, FineTuneJobStatus
-from finetune_operator.manifests import num_nodes
 from finetune_operator.plan.model.causes import is_capacity_end
 from finetune_operator.plan.model.ledger import open_attempt, open_entry
 from finetune_operator.plan.model.policy import Policy
@@ -31,7 +30,7 @@ def wanted(view: View, status: FineTuneJobStatus) -> dict[int, Capacity | None]:
         return {}
     if not in_place.is_possible(view) or view.spec.suspend:
         return {}
-    num_missing = num_nodes(view.spec) - view.num_nodes if elastic.is_elastic(view.spec) else 0
+    num_missing = max(0, elastic.largest(view) - view.num_nodes) if elastic.is_elastic(view.spec) else 0
     num_wanted = num_missing + (len(fallen_back(view)) if view.spec.recovery.spot is not None else 0)
     due = _fallback_at(view, status)
     accept_any = due is not None and view.now >= due

@@ -1,0 +1,1 @@
+"""Kueue's objects: the jobs' Workloads and the flavors of the queues."""
