@@ -81,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("export", parents=[common, named], help="write an output from any checkpoint of a job")
     )
     _add_validate(commands.add_parser("validate", parents=[common], help="check a manifest without starting anything"))
+    _add_explain_topology(
+        commands.add_parser("explain-topology", help="show the cores and memory that each rank of a job gets")
+    )
     _add_convert(
         commands.add_parser("convert", help="write a manifest for a command such as accelerate launch train.py --flag")
     )
@@ -157,6 +160,17 @@ def _add_validate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--kubeconfig", type=Path, help="kubeconfig of --cluster (default: as kubectl)")
     command.add_argument("--context", help="context of the kubeconfig (default: the current one)")
     command.set_defaults(command="validate")
+
+
+def _add_explain_topology(command: argparse.ArgumentParser) -> None:
+    _add_manifest(command)
+    command.add_argument(
+        "--lscpu",
+        type=Path,
+        metavar="FILE",
+        help="output of `lscpu -J -e` or `lscpu -J` of another machine (default: this machine)",
+    )
+    command.set_defaults(command="explain_topology")
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:

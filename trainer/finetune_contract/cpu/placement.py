@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from finetune_contract.cpu.machine import Core, Machine, format_cpu_list
-from finetune_contract.cpu.spec import RanksPer
+from finetune_contract.cpu.spec import CpuBackend, CpuSpec, RanksPer
 
+NCCL = "nccl"
+"""Backend of GPU ranks."""
 MIN_CORES_TO_SEPARATE = 4
 """Cores of a rank from which on one of them is for communication alone: with fewer, the step would take longer."""
 MIN_BALANCE = 0.75
@@ -35,6 +37,23 @@ class PlacementRequest:
     """Whether the communication library computes sums in threads of its own that never sleep, as oneCCL does."""
     one_thread_per_core: bool = True
     """Whether the other hardware threads of a core stay free; not on GPU nodes, whose ranks load data on them."""
+
+    @classmethod
+    def of(cls, cpu: CpuSpec, num_ranks: int, backend: str) -> PlacementRequest:
+        """Return the request of a job.
+
+        Args:
+            cpu: its settings of CPU training.
+            num_ranks: ranks of a pod.
+            backend: backend of torch.distributed.
+        """
+        return cls(
+            num_ranks,
+            cpu.ranks_per,
+            cpu.cores_for_communication,
+            has_worker_threads=backend == CpuBackend.CCL,
+            one_thread_per_core=backend != NCCL,
+        )
 
 
 @dataclass(frozen=True)

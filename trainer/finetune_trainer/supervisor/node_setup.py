@@ -13,7 +13,7 @@ from finetune_contract.cpu.backend import choose_backend
 from finetune_contract.cpu.libraries import Preload, choose_preload, provider_folders
 from finetune_contract.cpu.machine import Machine, format_cpu_list
 from finetune_contract.cpu.network import Network, read_network
-from finetune_contract.cpu.placement import Placement, PlacementError, PlacementRequest, place_ranks
+from finetune_contract.cpu.placement import NCCL, Placement, PlacementError, PlacementRequest, place_ranks
 from finetune_contract.cpu.requirements import find_missing_cpu_software
 from finetune_contract.cpu.spec import CpuBackend
 from finetune_contract.cpu.sysfs import read_machine
@@ -23,7 +23,6 @@ from finetune_trainer.supervisor.log import log
 from finetune_trainer.supervisor.numa import why_not_bindable
 
 PRELOAD = "LD_PRELOAD"
-NCCL = "nccl"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ class SetupReader:
         self._env, self._read, self._logged = env, read, ""
         requested = env.get(environment.BACKEND, "")
         self._is_gpu = requested == NCCL
-        self._cpu = config.cpu
         if not self._is_gpu:
             backend = CpuBackend(requested) if requested else CpuBackend.GLOO
             missing = list(find_missing_cpu_software(config.cpu.model_copy(update={"backend": backend})))
@@ -95,13 +93,7 @@ class SetupReader:
             BadEnvironmentError: no core is left to compute on.
         """
         machine = self._read()
-        request = PlacementRequest(
-            config.processes_per_node,
-            self._cpu.ranks_per,
-            self._cpu.cores_for_communication,
-            has_worker_threads=self._choice.backend == CpuBackend.CCL,
-            one_thread_per_core=not self._is_gpu,
-        )
+        request = PlacementRequest.of(config.cpu, config.processes_per_node, self._choice.backend)
         try:
             placement = place_ranks(machine, request)
         except PlacementError as error:
