@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,30 +36,36 @@ class FaultyStore:
         upstream: host and port of the server.
         num_requests: number of requests so far.
         num_failed: number of them that were failed.
+        num_parts: number of parts of multipart uploads that the server has stored.
+        before_request: receives the method and the path of each request before it is forwarded.
     """
 
     upstream: str
     num_requests: int = 0
     num_failed: int = 0
+    num_parts: int = 0
+    before_request: Callable[[str], None] = lambda _: None
     _fault: Fault | None = None
+    _only: str = ""
     _left: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fail(self, fault: Fault, times: int = 10**9) -> None:
-        """Fail the next `times` requests."""
+    def fail(self, fault: Fault, times: int = 10**9, only: str = "") -> None:
+        """Fail the next `times` requests whose method and path contain `only`."""
         with self._lock:
-            self._fault, self._left = fault, times
+            self._fault, self._left, self._only = fault, times, only
 
     def recover(self) -> None:
         """Forward all further requests."""
         with self._lock:
             self._left = 0
 
-    def register(self) -> Fault | None:
-        """Count a request, and return its fault."""
+    def register(self, request: str) -> Fault | None:
+        """Count a request, given as its method and path, and return its fault."""
+        self.before_request(request)
         with self._lock:
             self.num_requests += 1
-            if self._left <= 0:
+            if self._left <= 0 or self._only not in request:
                 return None
             self._left -= 1
             self.num_failed += 1
@@ -121,7 +127,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_response_only(http.HTTPStatus.CONTINUE)
             self.end_headers()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.server.proxy.register()
+        fault = self.server.proxy.register(f"{self.command} {self.path}")
         if fault is None or fault.cut:
             self._forward(body, cut=fault is not None)
         elif fault.status:
@@ -142,6 +148,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             upstream.endheaders(body)
             answer = upstream.getresponse()
             data = answer.read()
+            if self.command == "PUT" and "partNumber=" in self.path and answer.status == http.HTTPStatus.OK:
+                self.server.proxy.num_parts += 1
             kept = {
                 name: value
                 for name, value in answer.getheaders()

@@ -37,8 +37,14 @@ class ObjectStore:
         return f"s3://{name}"
 
 
-def start(folder: Path, guard: Guard) -> ObjectStore:
-    """Start the server, after building it if it is not in the cache, and wait until it answers."""
+def start(folder: Path, guard: Guard, *, read_only: bool = False) -> ObjectStore:
+    """Start the server, after building it if it is not in the cache, and wait until it answers.
+
+    Args:
+        folder: for its buckets and its log.
+        guard: ends it at the latest.
+        read_only: whether it refuses all writes.
+    """
     program_path = ensure_programs(modules=[S3_SERVER])["versitygw"]
     (port,) = free_ports(1)
     buckets = folder / "buckets"
@@ -47,6 +53,8 @@ def start(folder: Path, guard: Guard) -> ObjectStore:
     for each in (buckets, metadata):
         each.mkdir()
     command = [str(program_path), "--access", ACCESS_KEY, "--secret", SECRET_KEY, "--port", f"{LOOPBACK}:{port}"]
+    if read_only:
+        command.append("--readonly")
     program = Program(
         "versitygw", [*command, "posix", "--sidecar", str(metadata), str(buckets)], folder / "versitygw.log", guard
     )

@@ -46,6 +46,16 @@ _REMEDY = (
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class UploadLimits:
+    """Limits of the uploads of one target."""
+
+    min_part_bytes: int = MIN_PART_BYTES
+    """Smallest part, except for the last one of a file."""
+    num_uploads: int = NUM_UPLOADS
+    """Number of parts that are sent at a time."""
+
+
 @dataclass
 class _Transfer:
     """The upload of one file.
@@ -76,7 +86,7 @@ class BucketTarget:
         location: URL of the folder.
         job: namespace and name of the job.
         credentials: variables of the Secret of this target; empty: those of the environment.
-        min_part_bytes: smallest part, except for the last one of a file.
+        limits: of its uploads.
 
     Raises:
         ConfigError: the client of the store cannot be opened.
@@ -88,12 +98,12 @@ class BucketTarget:
         location: str,
         job: tuple[str, str],
         credentials: Mapping[str, str],
-        min_part_bytes: int = MIN_PART_BYTES,
+        limits: UploadLimits = UploadLimits(),
     ) -> None:
         self.location = location.rstrip("/")
         self._field = field
         self._job = job
-        self._min_part_bytes = min_part_bytes
+        self._limits = limits
         try:
             self._bucket = Bucket(self.location, credentials)
         except (BucketError, ValueError) as error:
@@ -145,7 +155,7 @@ class BucketTarget:
 
     def _resume(self, output: StagedOutput, file: OutputFile) -> _Transfer:
         """Return the upload to continue, with the parts that already have the contents of this file; abort others."""
-        parts = split(file.size_bytes, self._store.max_parts, self._min_part_bytes)
+        parts = split(file.size_bytes, self._store.max_parts, self._limits.min_part_bytes)
         chosen: _Transfer | None = None
         for upload in self._find(file):
             stored = [part for part in parts if part.number in upload.parts]
@@ -194,7 +204,7 @@ class BucketTarget:
                 progress(done, total)
                 on_stage(ExportStage.UPLOAD)
 
-        with ThreadPoolExecutor(NUM_UPLOADS, thread_name_prefix="upload") as pool:
+        with ThreadPoolExecutor(self._limits.num_uploads, thread_name_prefix="upload") as pool:
             tasks = [pool.submit(send, item) for item in missing]
             try:
                 for task in tasks:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from finetune_contract import paths
 from finetune_contract.bucket import is_bucket_url
 from finetune_contract.spec import OutputSpec
-from finetune_trainer.delivery.bucket_target import BucketTarget
+from finetune_trainer.delivery.bucket_target import NUM_UPLOADS, BucketTarget, UploadLimits
 from finetune_trainer.delivery.folder_target import FolderTarget
 from finetune_trainer.delivery.hub_target import HubTarget
 from finetune_trainer.delivery.parts.base import MIN_PART_BYTES
@@ -30,6 +30,7 @@ class DeliveryPlace:
         bucket: URL of the job's folder in an object store; relative locations are then below it.
         secrets: folder with one folder for each Secret of an output; it contains a file for each key.
         min_part_bytes: smallest part of an upload.
+        num_uploads: number of parts that are sent at a time.
     """
 
     job_dir: Path
@@ -38,6 +39,7 @@ class DeliveryPlace:
     bucket: str | None = None
     secrets: Path | None = None
     min_part_bytes: int = MIN_PART_BYTES
+    num_uploads: int = NUM_UPLOADS
 
 
 def open_target(number: int, output: OutputSpec, place: DeliveryPlace) -> Target:
@@ -61,7 +63,8 @@ def open_target(number: int, output: OutputSpec, place: DeliveryPlace) -> Target
         if place.bucket is None or Path(to).is_absolute():
             return FolderTarget(field, place.job_dir / paths.OUTPUTS / to)
         to = f"{place.bucket}/{PurePosixPath(paths.OUTPUTS) / to}"
-    return BucketTarget(field, to, (place.namespace, place.job), credentials, place.min_part_bytes)
+    job = (place.namespace, place.job)
+    return BucketTarget(field, to, job, credentials, UploadLimits(place.min_part_bytes, place.num_uploads))
 
 
 def _read_secret(number: int, output: OutputSpec, secrets: Path | None) -> Mapping[str, str]:
