@@ -2,18 +2,25 @@
 
     python -m bench.operator [--jobs 1000] [--nodes-per-job 4]
 
-Measured: pods created per second; resident memory; API requests per job; writes while nothing changes; and the time
-until one deleted pod of every job is replaced. During the replacement, supervisors of all pods send heartbeats over
-TLS, as on real nodes (kwok's pods run no supervisor), so that each job recovers in place: its other pods stay, and
-their supervisors receive the new world. The last line is JSON.
+Measured: pods created per second; resident memory; API requests and CPU time per job; writes while nothing changes;
+and the time until one deleted pod of every job is replaced, a second time while another process keeps one core busy.
+During the replacement, supervisors of all pods send heartbeats over TLS, as on real nodes (kwok's pods run no
+supervisor), so that each job recovers in place: its other pods stay, and their supervisors receive the new world.
+`extra_attempts` counts attempts that no deleted pod explains, e.g. because a pod counted as lost that still ran.
+
+Requests and CPU time per job hardly depend on what else the machine does; rates and times do. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
+import subprocess
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import psutil
 
@@ -22,7 +29,7 @@ from bench.supervisors import BenchSupervisor, HeartbeatCounts
 from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cluster.kube.client.client import Json
-from finetune_operator.cluster.kube.client.objects import PODS
+from finetune_operator.cluster.kube.client.objects import JOBS, PODS
 from finetune_operator.manifests import build_pod
 from finetune_operator.settings import Settings
 from testing.controlplane.server import COMPONENTS
@@ -151,6 +158,31 @@ class SupervisorPool:
             task.cancel()
 
 
+class ProcessMeter:
+    """CPU time and memory of the operator's process."""
+
+    def __init__(self, operator: OperatorProcess) -> None:
+        assert operator.process is not None
+        self._process = psutil.Process(operator.process.pid)
+        self.rss_mib = 0.0
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time so far. Notes the memory, too."""
+        self.rss_mib = max(self.rss_mib, self._process.memory_info().rss / 2**20)
+        times = self._process.cpu_times()
+        return times.user + times.system
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep one core busy with another process."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds: float) -> dict[str, object]:
     """Run all measurements."""
     bare = await bare_loop(bench)
@@ -158,44 +190,65 @@ async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds:
     namespace = bench.control_plane.create_namespace("jobs")
     await bench.create_jobs(namespace)
     with running(operator):
-        assert operator.process is not None
-        process = psutil.Process(operator.process.pid)
+        meter = ProcessMeter(operator)
         # The operator has just become the leader: no pod existed before this moment.
-        started = time.monotonic()
-        created = await bench.wait("all pods are created", lambda: bench.has_pods(namespace, bench.total_pods))
-        rate = bench.total_pods / (created - started)
-        bench.add_row("operator", f"{rate:.0f} pods/s, {100 * rate / bare:.0f} % of the bare loop")
-        ran = await all_pods_run(bench, namespace)
-        bench.add_row("all pods run after", f"{ran - started:.1f} s")
-
+        rate = await creation(bench, namespace, bare)
         supervisors = SupervisorPool(bench, operator.coordinator_port, tls_context(bench.control_plane))
         await supervisors.join(await bench.pods(namespace), CONNECT_SECONDS)
         bench.print_status(f"{bench.total_pods} supervisors start to send heartbeats")
         await bench.wait("all jobs run", lambda: all_run(bench, operator))
-        counts = count_requests(operator)
-        per_job = sum(counts.values()) / bench.num_jobs
-        bench.add_row("API requests per job", f"{per_job:.1f}")
-        for key, value in sorted(counts.items()):
-            print(f"  {value / bench.num_jobs:6.2f} {key}")
-        rss = process.memory_info().rss / 2**20
-        cpu = process.cpu_times()
-        bench.add_row("memory", f"{rss:.0f} MiB, {cpu.user + cpu.system:.1f} CPU seconds")
+        requests = report_requests(bench, operator)
+        cpu_ms = 1000 * meter.cpu_seconds() / bench.num_jobs
+        bench.add_row("CPU time per job", f"{cpu_ms:.1f} ms; memory {meter.rss_mib:.0f} MiB")
         await bench.wait("events are sent", lambda: quiet(operator))
         idle = await idle_writes(operator, idle_seconds)
         bench.add_row("writes while idle", f"{idle:.0f} per minute, with heartbeats of all pods")
-        recover = await recovery(bench, operator, supervisors, namespace)
-        rss = max(rss, process.memory_info().rss / 2**20)
-        bench.add_row("memory at the end", f"{rss:.0f} MiB")
+        recovery = Recovery(bench, operator, supervisors, namespace, meter)
+        recover_seconds, recover_cpu_ms = await recovery.run(attempt=1)
+        with busy_core():
+            recover_seconds_busy, _ = await recovery.run(attempt=2)
+        extra = await extra_attempts(bench, namespace, 3)
+        bench.add_row("attempts without a deleted pod", f"{extra}; memory at the end {meter.rss_mib:.0f} MiB")
         supervisors.stop()
     return {
         "jobs": bench.num_jobs,
         "pods": bench.total_pods,
         "create_rate_ratio": round(rate / bare, 3),
-        "recover_seconds": round(recover, 1),
-        "rss_mib": round(rss),
-        "requests_per_job": round(per_job, 1),
+        "recover_seconds": round(recover_seconds, 1),
+        "recover_seconds_busy": round(recover_seconds_busy, 1),
+        "extra_attempts": extra,
+        "rss_mib": round(meter.rss_mib),
+        "requests_per_job": round(sum(requests.values()) / bench.num_jobs, 1),
+        "cpu_ms_per_job": round(cpu_ms, 1),
+        "recover_cpu_ms_per_job": round(recover_cpu_ms, 1),
         "idle_writes_per_minute": round(idle, 1),
     }
+
+
+async def creation(bench: OperatorBench, namespace: str, bare: float) -> float:
+    """Wait until the pods of all jobs exist and run; return the created pods per second."""
+    started = time.monotonic()
+    created = await bench.wait("all pods are created", lambda: bench.has_pods(namespace, bench.total_pods))
+    rate = bench.total_pods / (created - started)
+    bench.add_row("operator", f"{rate:.0f} pods/s, {100 * rate / bare:.0f} % of the bare loop")
+    ran = await all_pods_run(bench, namespace)
+    bench.add_row("all pods run after", f"{ran - started:.1f} s")
+    return rate
+
+
+def report_requests(bench: OperatorBench, operator: OperatorProcess) -> dict[str, float]:
+    """Return the requests so far, and print them per job."""
+    counts = count_requests(operator)
+    bench.add_row("API requests per job", f"{sum(counts.values()) / bench.num_jobs:.1f}")
+    for key, value in sorted(counts.items()):
+        print(f"  {value / bench.num_jobs:6.2f} {key}")
+    return counts
+
+
+async def extra_attempts(bench: OperatorBench, namespace: str, expected: int) -> int:
+    """Return the number of attempts of all jobs above the expected number of each."""
+    jobs = (await bench.api.get(JOBS.path(namespace)))["items"]
+    return sum(job["status"]["attempt"] - expected for job in jobs)
 
 
 async def idle_writes(operator: OperatorProcess, seconds: float) -> float:
@@ -205,38 +258,58 @@ async def idle_writes(operator: OperatorProcess, seconds: float) -> float:
     return (sum(count_requests(operator, writes_only=True).values()) - before) * 60 / seconds
 
 
-async def recovery(
-    bench: OperatorBench, operator: OperatorProcess, supervisors: SupervisorPool, namespace: str
-) -> float:
-    """Delete one pod of every job; return the seconds until all of them are replaced."""
-    rank = bench.num_pods - 1
-    before = {pod["metadata"]["name"] for pod in await bench.pods(namespace)}
-    started = time.monotonic()
+@dataclass
+class Recovery:
+    """Deletes one pod of every job, and waits until all jobs train again."""
 
-    async def lose(job: str) -> None:
-        pod = f"{job}-a1-n{rank}"
-        await delete_pod(bench, namespace, pod)
-        supervisors.lose(job, pod)
+    bench: OperatorBench
+    operator: OperatorProcess
+    supervisors: SupervisorPool
+    namespace: str
+    meter: ProcessMeter
 
-    async def all_replaced() -> bool:
+    async def run(self, attempt: int) -> tuple[float, float]:
+        """End an attempt of all jobs; return the seconds until all pods are replaced, and CPU time per job in ms."""
+        bench = self.bench
+        before = {pod["metadata"]["name"] for pod in await bench.pods(self.namespace)}
+        started, cpu_seconds = time.monotonic(), self.meter.cpu_seconds()
+        names = (job_name(number) for number in range(bench.num_jobs))
+        deleting = asyncio.create_task(bench.run_all(self._lose(job, attempt) for job in names))
+        deleting.add_done_callback(lambda _: bench.print_status(f"{bench.num_jobs} pods are deleted"))
+        replaced = await bench.wait("all pods are replaced", _Replacements(self, attempt).all_joined)
+        await deleting
+        seconds = replaced - started
+        bench.add_row("one pod of every job replaced", f"after {seconds:.1f} s ({bench.num_jobs / seconds:.0f} jobs/s)")
+        ran = await bench.wait("all jobs run again", lambda: all_run(bench, self.operator))
+        kept = before & {pod["metadata"]["name"] for pod in await bench.pods(self.namespace)}
+        cpu_ms = 1000 * (self.meter.cpu_seconds() - cpu_seconds) / bench.num_jobs
+        what = f"after {ran - started:.1f} s; {len(kept)} pods were kept; {cpu_ms:.1f} ms of CPU time per job"
+        bench.add_row("all jobs train again", what)
+        return seconds, cpu_ms
+
+    async def _lose(self, job: str, attempt: int) -> None:
+        pod = f"{job}-a{attempt}-n{self.bench.num_pods - 1}"
+        await delete_pod(self.bench, self.namespace, pod)
+        self.supervisors.lose(job, pod)
+
+
+class _Replacements:
+    """The pods that were created after an attempt; their supervisors are started."""
+
+    def __init__(self, recovery: Recovery, attempt: int) -> None:
+        self._recovery = recovery
+        self._selector = f"{labels.ATTEMPT} notin ({','.join(map(str, range(1, attempt + 1)))})"
+        self._joined: set[str] = set()
+
+    async def all_joined(self) -> bool:
+        """Return whether every job has a replacement. Checks once per second."""
         await asyncio.sleep(1.0)
-        pods = await bench.pods(namespace, f"{labels.ATTEMPT}!=1")
-        fresh = [pod for pod in pods if pod["metadata"]["name"] not in joined]
-        joined.update(pod["metadata"]["name"] for pod in fresh)
-        await supervisors.join(fresh, 0.0)
-        return len(joined) >= bench.num_jobs
-
-    joined: set[str] = set()
-    deleting = asyncio.create_task(bench.run_all(lose(job_name(number)) for number in range(bench.num_jobs)))
-    deleting.add_done_callback(lambda _: bench.print_status(f"{bench.num_jobs} pods are deleted"))
-    replaced = await bench.wait("all pods are replaced", all_replaced)
-    await deleting
-    seconds = replaced - started
-    ran = await bench.wait("all jobs run again", lambda: all_run(bench, operator))
-    kept = before & {pod["metadata"]["name"] for pod in await bench.pods(namespace)}
-    bench.add_row("one pod of every job replaced", f"after {seconds:.1f} s ({bench.num_jobs / seconds:.0f} jobs/s)")
-    bench.add_row("all jobs train again", f"after {ran - started:.1f} s; {len(kept)} pods were kept")
-    return seconds
+        recovery = self._recovery
+        pods = await recovery.bench.pods(recovery.namespace, self._selector)
+        fresh = [pod for pod in pods if pod["metadata"]["name"] not in self._joined]
+        self._joined.update(pod["metadata"]["name"] for pod in fresh)
+        await recovery.supervisors.join(fresh, 0.0)
+        return len(self._joined) >= recovery.bench.num_jobs
 
 
 async def main() -> None:

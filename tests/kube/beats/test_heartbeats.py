@@ -27,7 +27,16 @@ BEAT = Heartbeat(
 def test_waiting_pods_together_stay_within_their_share_of_the_rate() -> None:
     interval = HeartbeatInterval(Settings(), beats_per_second=500)
     assert interval.choose_waiting_seconds(1.0, 3) == 1.0
-    assert interval.choose_waiting_seconds(1.0, 3000) == 24.0
+    assert interval.choose_waiting_seconds(1.0, 500) == 4.0
+    # Their ranks start only after their next heartbeat.
+    assert interval.choose_waiting_seconds(1.0, 3000) == 10.0
+
+
+def test_pods_send_fewer_heartbeats_while_jobs_wait_for_a_reconcile() -> None:
+    interval = HeartbeatInterval(Settings(), beats_per_second=500)
+    assert interval.choose_seconds(4000, 0.0) == 8.0
+    assert interval.choose_seconds(4000, 1.0, busy=True) == interval.longest_seconds(1.0) == 20.0
+    assert interval.choose_seconds(100, 2.0, busy=True) == 5.0
 
 
 def test_interval_grows_with_the_number_of_pods_and_the_longest_one_is_remembered() -> None:

@@ -6,7 +6,13 @@ from collections.abc import Awaitable, Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_operator.cluster.kube.work.queue import LOW_PRIORITY_SHARE, Backoff, PriorityLanes, WorkQueue
+from finetune_operator.cluster.kube.work.queue import (
+    LOW_PRIORITY_SECONDS,
+    LOW_PRIORITY_SHARE,
+    Backoff,
+    PriorityLanes,
+    WorkQueue,
+)
 
 DEADLINE_SECONDS = 10.0
 
@@ -119,28 +125,44 @@ def test_closing_wakes_all_workers_and_accepts_no_more_keys() -> None:
     run(test)
 
 
-def test_urgent_keys_come_first_and_one_in_n_is_a_low_priority_key() -> None:
+def test_urgent_keys_come_first_and_one_in_n_is_a_low_priority_key_that_has_waited() -> None:
     lanes: PriorityLanes[str] = PriorityLanes()
-    assert lanes.put("low", urgent=False)
+    assert lanes.put("low", 0.0, urgent=False)
     for number in range(2 * LOW_PRIORITY_SHARE):
-        assert lanes.put(f"urgent-{number}", urgent=True)
-    order = [lanes.pop() for _ in range(len(lanes))]
+        assert lanes.put(f"urgent-{number}", 0.0, urgent=True)
+    assert lanes.num_urgent == 2 * LOW_PRIORITY_SHARE
+    order = [lanes.pop(LOW_PRIORITY_SECONDS) for _ in range(len(lanes))]
     assert order.index("low") == LOW_PRIORITY_SHARE - 1
     order.remove("low")
     assert order == [f"urgent-{number}" for number in range(2 * LOW_PRIORITY_SHARE)]
+    assert lanes.num_urgent == 0
+
+
+def test_a_burst_of_urgent_keys_is_served_before_progress() -> None:
+    lanes: PriorityLanes[str] = PriorityLanes()
+    lanes.put("moved", 0.0, urgent=False)
+    lanes.put("low", LOW_PRIORITY_SECONDS, urgent=False)
+    lanes.put("moved", LOW_PRIORITY_SECONDS, urgent=True)
+    for number in range(5 * LOW_PRIORITY_SHARE):
+        lanes.put(f"urgent-{number}", LOW_PRIORITY_SECONDS, urgent=True)
+    # The key that became urgent has no part in the wait of the other one.
+    order = [lanes.pop(2 * LOW_PRIORITY_SECONDS - 0.1) for _ in range(len(lanes))]
+    assert order[0] == "moved"
+    assert order[-1] == "low"
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=60), st.data())
 def test_each_key_is_returned_once_for_all_its_requests(requests: list[tuple[str, bool]], data: st.DataObject) -> None:
     lanes: PriorityLanes[str] = PriorityLanes()
     waiting: set[str] = set()
-    for key, urgent in requests:
-        assert lanes.put(key, urgent=urgent) == (key not in waiting)
+    for number, (key, urgent) in enumerate(requests):
+        assert lanes.put(key, float(number), urgent=urgent) == (key not in waiting)
         waiting.add(key)
         if data.draw(st.booleans()):
-            waiting.remove(lanes.pop())
-        assert len(lanes) == len(waiting)
-    assert sorted(lanes.pop() for _ in range(len(lanes))) == sorted(waiting)
+            waiting.remove(lanes.pop(float(number)))
+        assert len(lanes) == len(waiting) >= lanes.num_urgent
+    assert sorted(lanes.pop(100.0) for _ in range(len(lanes))) == sorted(waiting)
+    assert lanes.num_urgent == 0
 
 
 def test_backoff_doubles_up_to_its_limit_and_restarts_after_a_success() -> None:

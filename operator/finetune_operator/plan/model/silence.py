@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.ledger import current
+from finetune_operator.plan.model.listening import extend
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
 from finetune_operator.plan.model.view import View, earliest, has_ended
 
@@ -23,7 +24,7 @@ def describe_silence(view: View, status: FineTuneJobStatus) -> str | None:
     """Return which pod has sent no heartbeat for too long, since when, and what it waits for; None if there is none."""
     timeout = _timeout(view)
     for sign in _last_signs(view, status):
-        if sign.at + timeout <= view.now:
+        if extend(sign.at, timeout, view.observed) <= view.now:
             waiting = f"; {sign.pod.waiting}" if sign.pod.waiting else ""
             return f"{sign.pod.name} has sent no heartbeat since {sign.at:%H:%M:%S} UTC{waiting}"
     return None
@@ -32,7 +33,8 @@ def describe_silence(view: View, status: FineTuneJobStatus) -> str | None:
 def silent_at(view: View, status: FineTuneJobStatus) -> datetime | None:
     """Return when the next running pod counts as silent; None if all pods that can become silent are."""
     timeout = _timeout(view)
-    return earliest(at for sign in _last_signs(view, status) if (at := sign.at + timeout) > view.now)
+    moments = (extend(sign.at, timeout, view.observed) for sign in _last_signs(view, status))
+    return earliest(at for at in moments if at > view.now)
 
 
 def _timeout(view: View) -> timedelta:

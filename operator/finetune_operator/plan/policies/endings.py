@@ -15,6 +15,7 @@ from finetune_operator.plan.model.causes import BY_THE_CLUSTER, Cause, find_caus
 from finetune_operator.plan.model.closing import record_cause
 from finetune_operator.plan.model.grace import SAVED_FOR
 from finetune_operator.plan.model.ledger import current, replace_current
+from finetune_operator.plan.model.listening import extend
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
@@ -53,7 +54,7 @@ def _detect_loss_while_saving(view: View, status: FineTuneJobStatus) -> FineTune
 
 def cause_certain_at(entry: AttemptStatus, view: View) -> datetime:
     """Return when a sign that may be a consequence is accepted as the cause."""
-    return (entry.ended_at or view.now) + timedelta(seconds=view.settings.cause_seconds)
+    return extend(entry.ended_at or view.now, timedelta(seconds=view.settings.cause_seconds), view.observed)
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:

@@ -17,10 +17,10 @@ from finetune_operator.plan.model.activity import describe_activity
 from finetune_operator.plan.model.causes import Cause
 from finetune_operator.plan.model.closing import record_cause
 from finetune_operator.plan.model.ledger import open_attempt, open_entry, replace_current
+from finetune_operator.plan.model.listening import silent_at
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View
-from finetune_operator.plan.policies.nodes import silence
 
 STEPS = 20
 """Default limit for one step, as a multiple of the job's mean step time so far."""
@@ -90,8 +90,7 @@ def _timeout_seconds(view: View, status: FineTuneJobStatus) -> float:
 
 def _all_send_heartbeats(view: View) -> bool:
     """Return whether every supervisor has sent a heartbeat lately. They continue to do so while their ranks hang."""
-    limit = silence(view.observed, view.settings)
-    recent = [received for received in view.beats.values() if view.now < received.received_at + limit]
+    recent = [beat for beat in view.beats.values() if view.now < silent_at(beat, view.observed, view.settings)]
     return len(recent) == view.num_nodes
 
 

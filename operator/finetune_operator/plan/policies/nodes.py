@@ -12,13 +12,12 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from finetune_operator.api.status import FineTuneJobStatus
+from finetune_operator.plan.model.listening import silent_at
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import HEALTHY, DeletePod, Observed, ObservedNode, ObservedPod
 from finetune_operator.plan.model.view import ENDED, View, earliest
 from finetune_operator.settings import Settings
 
-SILENT_BEATS = 3
-"""Heartbeats that a pod on a lost node may miss before it counts as lost, too."""
 NODE_LOST = "NodeLost"
 """Kubernetes' status reason of a pod whose node does not respond."""
 OVERDUE = timedelta(seconds=10)
@@ -61,8 +60,8 @@ def _correct(pod: ObservedPod, observed: Observed, now: datetime, settings: Sett
     node = _node(pod, observed.nodes)
     if pod.phase in ENDED:
         return pod
-    silent_at = _silent_at(pod, observed, settings)
-    silent = node.gone or silent_at is None or silent_at <= now
+    due = _silent_at(pod, observed, settings)
+    silent = node.gone or due is None or due <= now
     overdue_at = _overdue_at(pod, node)
     if silent and overdue_at is not None and overdue_at <= now:
         return None
@@ -84,12 +83,7 @@ def _silent_at(pod: ObservedPod, observed: Observed, settings: Settings) -> date
     received = observed.beats.get(pod.uid)
     if received is None:
         return None
-    return received.received_at + silence(observed, settings)
-
-
-def silence(observed: Observed, settings: Settings) -> timedelta:
-    """Return the time without a heartbeat after which a pod counts as silent."""
-    return timedelta(seconds=SILENT_BEATS * max(settings.beat_seconds, observed.beat_seconds))
+    return silent_at(received, observed, settings)
 
 
 def _force_at(pod: ObservedPod, node: ObservedNode) -> datetime | None:

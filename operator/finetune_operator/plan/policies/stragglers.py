@@ -13,6 +13,7 @@ from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.causes import Cause
 from finetune_operator.plan.model.closing import record_cause
 from finetune_operator.plan.model.ledger import open_attempt
+from finetune_operator.plan.model.listening import extend
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.view import View, has_ended
 
@@ -44,7 +45,7 @@ def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
     if any(rank not in view.pods or has_ended(view.pods[rank]) for rank in undone):
         return None
     last = max(_last_sign_at(view, rank) for rank in range(view.num_nodes))
-    return last + timedelta(seconds=view.settings.beat_timeout_seconds)
+    return extend(last, timedelta(seconds=view.settings.beat_timeout_seconds), view.observed)
 
 
 def _undone(view: View) -> list[int]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from finetune_operator.plan.policies.nodes import SILENT_BEATS
+from finetune_operator.plan.model.listening import SILENT_BEATS
 from finetune_operator.settings import Settings
 
 WAITING_SHARE = 0.25
 """Share of the heartbeat rate that is available to pods that wait for a new world and send more often."""
+BUSY_SHARE = 0.25
+"""Share of the heartbeat rate that is used while jobs wait for a reconcile: recovery comes before progress."""
+MAX_WAITING_SECONDS = 10.0
+"""Longest interval of a pod that waits for a new world: its ranks start only after its next heartbeat."""
 
 
 class HeartbeatInterval:
@@ -21,11 +25,12 @@ class HeartbeatInterval:
         self._previous = 0.0
         self._previous_until = 0.0
 
-    def choose_seconds(self, num_pods: int, now: float) -> float:
-        """Return the seconds between two heartbeats of each of `num_pods` pods."""
-        requested = round(min(max(self._shortest, num_pods / self._rate), self._longest), 1)
+    def choose_seconds(self, num_pods: int, now: float, *, busy: bool = False) -> float:
+        """Return the seconds between two heartbeats of each of `num_pods` pods; busy: more important work waits."""
+        rate = self._rate * (BUSY_SHARE if busy else 1.0)
+        requested = round(min(max(self._shortest, num_pods / rate), self._longest), 1)
         if requested < self._requested:
-            # Pods use the previous interval until their next heartbeat is answered.
+            # Pods use the longer interval until their next heartbeat is answered.
             self._previous = max(self._requested, self.longest_seconds(now))
             self._previous_until = now + self._previous
         self._requested = requested
@@ -36,7 +41,7 @@ class HeartbeatInterval:
 
         If a thousand jobs lose a pod at the same time, the heartbeats of the other pods must not delay the reconciles.
         """
-        return max(seconds, round(num_waiting / (WAITING_SHARE * self._rate), 1))
+        return max(seconds, min(round(num_waiting / (WAITING_SHARE * self._rate), 1), MAX_WAITING_SECONDS))
 
     def longest_seconds(self, now: float) -> float:
         """Return the longest interval that a pod may use now; a pod that is silent for much longer is lost."""

@@ -1,4 +1,7 @@
-"""Authentication of bearer tokens by TokenReview. A result is cached while the token is valid and its pod exists."""
+"""Authentication of bearer tokens: by their signature, or else by TokenReview.
+
+A result is cached while the token is valid and its pod exists.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from finetune_operator.cluster.kube.beats.attention import Attention
+from finetune_operator.cluster.kube.beats.signatures import BoundPod, TokenKeys, UnknownKeyError
 from finetune_operator.cluster.kube.client.client import ApiError, Json, KubeApi
 from finetune_operator.cluster.kube.client.objects import TOKEN_REVIEWS
 from finetune_operator.coordinator.beats import PodIdentity
@@ -23,17 +27,10 @@ REFUSAL_SECONDS = 30.0
 MAX_REVIEWS = 16
 """Maximum number of concurrent reviews."""
 REVIEW_SECONDS = 10.0
+RETRY_SECONDS = 30.0
+"""Time within which a supervisor whose token could not be reviewed sends its next heartbeat."""
 POD_NAME = "authentication.kubernetes.io/pod-name"
 POD_UID = "authentication.kubernetes.io/pod-uid"
-
-
-@dataclass(frozen=True, slots=True)
-class BoundPod:
-    """The pod that a token is bound to."""
-
-    namespace: str
-    pod: str
-    pod_uid: str
 
 
 FindPod = Callable[[BoundPod], PodIdentity | None]
@@ -41,13 +38,22 @@ FindPod = Callable[[BoundPod], PodIdentity | None]
 
 
 class TokenReviewer:
-    """Sends TokenReviews and caches their results."""
+    """Verifies tokens, reviews those that it cannot verify, and caches the results."""
 
-    def __init__(self, api: KubeApi, audience: str, find: FindPod, wall: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        api: KubeApi,
+        audience: str,
+        find: FindPod,
+        attention: Attention,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         self._api = api
         self._audience = audience
         self._find = find
         self._wall = wall
+        self._attention = attention
+        self._keys = TokenKeys(api, audience, wall)
         self._cached: OrderedDict[bytes, tuple[BoundPod | None, float]] = OrderedDict()
         self._reviews = asyncio.Semaphore(MAX_REVIEWS)
 
@@ -57,30 +63,41 @@ class TokenReviewer:
         digest = hashlib.sha256(token.encode()).digest()
         cached = self._cached.get(digest)
         if cached is None or cached[1] <= self._wall():
-            cached = await self._review(token, digest)
+            cached = await self._check(token, digest)
         else:
             self._cached.move_to_end(digest)
         bound = cached[0] if cached is not None else None
         return self._find(bound) if bound is not None else None
 
-    async def _review(self, token: str, digest: bytes) -> tuple[BoundPod | None, float] | None:
-        spec = {"token": token, "audiences": [self._audience]}
-        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
-        async with self._reviews:
-            try:
-                review = await self._api.request(
-                    "POST", TOKEN_REVIEWS.path(), body, seconds=REVIEW_SECONDS, without_lease=True
-                )
-            except ApiError:
-                # The token could not be checked: the request is refused, and the supervisor continues and retries.
-                return None
-        bound = parse_review(review, self._audience)
+    async def _check(self, token: str, digest: bytes) -> tuple[BoundPod | None, float] | None:
+        """Return the result for a token that is not cached; None if the API server cannot review it now."""
+        try:
+            # The heartbeats of all pods whose tokens are being checked are not received yet.
+            with self._attention.waiting():
+                bound = await self._verify_or_review(token)
+        except ApiError:
+            # The request is refused, and the supervisor continues and retries.
+            self._attention.record_failure(RETRY_SECONDS)
+            return None
         expires = token_expiry(token) if bound is not None else self._wall() + REFUSAL_SECONDS
         result = (bound, expires)
         self._cached[digest] = result
         if len(self._cached) > MAX_CACHED:
             self._cached.popitem(last=False)
         return result
+
+    async def _verify_or_review(self, token: str) -> BoundPod | None:
+        async with self._reviews:
+            try:
+                return await self._keys.verify(token)
+            except UnknownKeyError:
+                pass
+            spec = {"token": token, "audiences": [self._audience]}
+            body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
+            review = await self._api.request(
+                "POST", TOKEN_REVIEWS.path(), body, seconds=REVIEW_SECONDS, without_lease=True
+            )
+        return parse_review(review, self._audience)
 
 
 def parse_review(review: Json, audience: str) -> BoundPod | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode
@@ -16,7 +17,7 @@ from urllib.parse import urlencode
 import aiohttp
 from kubernetes.aio import config
 from kubernetes.aio.client import ApiClient, Configuration
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from finetune_operator.cluster.kube.client.clock import ServerClock
 
@@ -199,10 +200,31 @@ class KubeApi:
         headers["User-Agent"] = self._client.user_agent
         await self._client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence_seconds)
-        url = self._client.configuration.host + path
-        answer = await self._client.call_api(method, url, headers, body, _request_timeout=limits)
-        response: aiohttp.ClientResponse = answer.response
-        return response
+        options: dict[str, Any] = {"headers": headers, "timeout": limits, **self._options}
+        if body is not None:
+            options["data"] = to_json(body)
+        # Not by the client's own method: its checks and its JSON encoder take half of the time of a request.
+        return await self._pool.request(method, self._client.configuration.host + path, **options)
+
+    @cached_property
+    def _options(self) -> dict[str, Any]:
+        """What the kubeconfig specifies for every request: the server name of TLS, and a proxy."""
+        rest, configuration = self._client.rest_client, self._client.configuration
+        options = {
+            "server_hostname": configuration.tls_server_name,
+            "proxy": rest.proxy,
+            "proxy_headers": rest.proxy_headers,
+        }
+        return {name: value for name, value in options.items() if value}
+
+    @property
+    def _pool(self) -> aiohttp.ClientSession:
+        """The client's own connection pool, which it creates on first use."""
+        rest = self._client.rest_client
+        if rest.pool_manager is None:
+            rest.pool_manager = rest._create_pool_manager()  # there is no public way
+        pool: aiohttp.ClientSession = rest.pool_manager
+        return pool
 
 
 async def connect(kubeconfig: Path | None, context: str | None = None, num_connections: int = 64) -> ApiClient:

@@ -11,6 +11,8 @@ K = TypeVar("K", bound=Hashable)
 
 LOW_PRIORITY_SHARE = 8
 """One reconcile in N serves the low-priority lane, even while urgent jobs wait."""
+LOW_PRIORITY_SECONDS = 10.0
+"""Time for which a low-priority key waits before it gets such a turn: its reconcile may only report progress."""
 
 
 class Backoff(Generic[K]):
@@ -34,42 +36,57 @@ class Backoff(Generic[K]):
 
 
 class PriorityLanes(Generic[K]):
-    """Order of the waiting keys. Urgent keys come first; one in N is a low-priority key; first in, first out. Pure."""
+    """Order of the waiting keys. Pure: the time is a parameter.
+
+    Urgent keys come first. One in N is a low-priority key that has waited for long. First in, first out.
+    """
 
     def __init__(self) -> None:
-        self._urgent: deque[K] = deque()
-        self._low: deque[K] = deque()
+        self._urgent: deque[tuple[K, float]] = deque()
+        self._low: deque[tuple[K, float]] = deque()
         self._is_urgent: dict[K, bool] = {}
+        self._num_urgent = 0
         self._turn = 0
 
     def __len__(self) -> int:
         return len(self._is_urgent)
 
-    def put(self, key: K, *, urgent: bool) -> bool:
+    @property
+    def num_urgent(self) -> int:
+        """Number of waiting urgent keys."""
+        return self._num_urgent
+
+    def put(self, key: K, now: float, *, urgent: bool) -> bool:
         """Add a key, or move it to the urgent lane; return whether it was not waiting before."""
         known = self._is_urgent.get(key)
         if known or known is urgent:
             return False
         self._is_urgent[key] = urgent
+        self._num_urgent += urgent
         # A key that changes lanes stays in the low-priority lane, where `pop` skips it.
-        (self._urgent if urgent else self._low).append(key)
+        (self._urgent if urgent else self._low).append((key, now))
         return known is None
 
-    def pop(self) -> K:
+    def pop(self, now: float) -> K:
         """Remove and return the next key.
 
         Raises:
             IndexError: no key waits.
         """
         self._turn = (self._turn + 1) % LOW_PRIORITY_SHARE
-        lanes = (self._low, self._urgent) if self._turn == 0 else (self._urgent, self._low)
-        for lane in lanes:
+        for lane in (self._low, self._urgent) if self._turn == 0 and self._is_late(now) else (self._urgent, self._low):
             while lane:
-                key = lane.popleft()
+                key, _ = lane.popleft()
                 if self._is_urgent.get(key) is (lane is self._urgent):
-                    del self._is_urgent[key]
+                    self._num_urgent -= self._is_urgent.pop(key)
                     return key
         raise IndexError
+
+    def _is_late(self, now: float) -> bool:
+        """Return whether the first low-priority key has waited for long."""
+        while self._low and self._is_urgent.get(self._low[0][0]) is not False:
+            self._low.popleft()
+        return bool(self._low) and now - self._low[0][1] >= LOW_PRIORITY_SECONDS
 
 
 class WorkQueue(Generic[K]):
@@ -95,13 +112,18 @@ class WorkQueue(Generic[K]):
         """Number of waiting keys."""
         return len(self._ready) + len(self._requeued)
 
+    @property
+    def num_urgent(self) -> int:
+        """Number of waiting urgent keys."""
+        return self._ready.num_urgent
+
     def add(self, key: K, *, urgent: bool = True) -> None:
         """Request a reconcile now."""
         if self._closed:
             return
         if key in self._working:
             self._requeued[key] = urgent or self._requeued.get(key, False)
-        elif self._ready.put(key, urgent=urgent):
+        elif self._ready.put(key, asyncio.get_running_loop().time(), urgent=urgent):
             self._num_ready.release()
 
     def add_after(self, key: K, seconds: float) -> None:
@@ -134,7 +156,7 @@ class WorkQueue(Generic[K]):
             # Wakes the next waiting worker.
             self._num_ready.release()
             return None
-        key = self._ready.pop()
+        key = self._ready.pop(asyncio.get_running_loop().time())
         self._working.add(key)
         self._held_until.pop(key, None)
         if timer := self._timers.pop(key, None):

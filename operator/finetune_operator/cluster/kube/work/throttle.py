@@ -11,6 +11,9 @@ from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
+BUSY_FACTOR = 6.0
+"""Factor of the interval between two writes of a key while more important work waits."""
+
 
 class ProgressThrottle(Generic[K]):
     """A minimum interval between the writes of each key, and a token bucket for the writes of all keys."""
@@ -29,14 +32,20 @@ class ProgressThrottle(Generic[K]):
         self._written_at[key] = now
         self._reserved.pop(key, None)
 
-    def delay(self, key: K, now: float) -> float:
+    def delay(self, key: K, now: float, *, busy: bool = False) -> float:
         """Return the seconds until a key's progress may be written; 0 means now.
 
         A key that only waits for the bucket keeps its reserved token until it writes.
+
+        Args:
+            key: the key.
+            now: the current time in seconds.
+            busy: whether more important work waits.
         """
+        seconds = self._seconds * (BUSY_FACTOR if busy else 1.0)
         moment = self._reserved.get(key)
         if moment is None:
-            wait = self._written_at.get(key, now - self._seconds) + self._seconds - now
+            wait = self._written_at.get(key, now - seconds) + seconds - now
             if wait > 0:
                 return wait
             moment = self._reserved[key] = self._take_token(now)
