@@ -15,12 +15,12 @@ from finetune_operator.api.reasons import REGROUPS, CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.grace import WITH_OWN_GRACE, may_save, notice_expires_at
 from finetune_operator.plan.model.ledger import current
+from finetune_operator.plan.model.listening import silent_at
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import IMAGE_ERRORS, ObservedPod, PodPhase
 from finetune_operator.plan.model.view import Member, View, earliest, has_ended, is_finished
 from finetune_operator.plan.policies.capacity import elastic
 from finetune_operator.plan.policies.endings import cause_certain_at
-from finetune_operator.plan.policies.nodes import silence
 
 
 def survivors(view: View, status: FineTuneJobStatus) -> tuple[ObservedPod, ...]:
@@ -134,7 +134,7 @@ def _silent_at(view: View, pod: ObservedPod) -> datetime | None:
     received = view.heartbeat_of(pod)
     if received is None:
         return None
-    return received.received_at + silence(view.observed, view.settings)
+    return silent_at(received, view.observed, view.settings)
 
 
 POLICY = Policy("in-place", wake=wake)
