@@ -18,7 +18,6 @@ The last line is JSON: {"<method>_<link>_<compute>": share, ..., "different_bits
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -27,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,6 +42,7 @@ from testing.measure.exchange import (
     bound_of,
     scaled_bucket_numel,
 )
+from testing.measure.namespaces import pair
 from testing.measure.report import finish
 
 NUM_RANKS = 2
@@ -104,34 +103,10 @@ def run_rank(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def namespaces(rate: str) -> Iterator[list[str]]:
-    """Yield the names of two network namespaces that a link of this rate connects; remove them at the end."""
-    names = [f"{PREFIX}-{rank}" for rank in range(NUM_RANKS)]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        for rank, name in enumerate(names):
-            ip("-n", name, "address", "add", f"10.111.0.{rank + 1}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            limit = ("rate", rate, "burst", "1mb", "latency", "50ms")
-            ip("netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *limit)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-
-
-def ip(*arguments: str) -> None:
-    """Run `ip`."""
-    subprocess.run(["ip", *arguments], check=True)
-
-
 def run_ranks(rate: str, options: list[str]) -> list[dict[str, Any]]:
     """Run one process per rank on a link, each on its own core, and return rank 0's results."""
     cores = sorted(os.sched_getaffinity(0))[:NUM_RANKS]
-    with namespaces(rate) as names, tempfile.TemporaryDirectory() as folder:
+    with pair(PREFIX, rate) as names, tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank, name in enumerate(names):
             command = ["ip", "netns", "exec", name, "taskset", "--cpu-list", str(cores[rank])]
