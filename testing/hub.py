@@ -8,7 +8,7 @@ It answers the part of the hub's API that huggingface_hub and datasets use:
         run(env={**os.environ, **server.environment})
         assert server.count("/resolve/") == 3
 
-Not implemented: authentication, gated repositories, large-file storage (Git LFS, Xet), pagination.
+Uploads are in `hub_uploads`. Not implemented: reading with tokens, gated repositories, Xet, pagination.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from testing.hub_uploads import HubUploads
 
 LOOPBACK = "127.0.0.1"
 _NO_LINGER = struct.pack("ii", 1, 0)
@@ -99,14 +101,17 @@ class HubServer:
         folder: keeps the files of all commits.
         schedule: chooses the faults; may be replaced at any time.
         requests: all requests, in order of arrival.
+        uploads: tokens, and what was uploaded with them.
+        lock: held while the state of the hub is read or changed.
     """
 
     folder: Path
     schedule: FaultSchedule = lambda _: None
     requests: list[HubRequest] = field(default_factory=list)
+    uploads: HubUploads = field(default_factory=HubUploads)
     _branches: dict[tuple[str, str, str], str] = field(default_factory=dict)
     _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
     _http: _Http | None = None
     _port: int = 0
 
@@ -142,19 +147,19 @@ class HubServer:
         for path in files:
             digest.update(f"{path.relative_to(source).as_posix()} {_blob_id(path)}\n".encode())
         commit = digest.hexdigest()
-        with self._lock:
+        with self.lock:
             shutil.copytree(source, self.folder / kind / name / commit, dirs_exist_ok=True)
             self._branches[kind, name, branch] = commit
         return commit
 
     def move(self, kind: str, name: str, commit: str, branch: str = "main") -> None:
         """Move a branch to a commit that was published before."""
-        with self._lock:
+        with self.lock:
             self._branches[kind, name, branch] = commit
 
     def remove(self, kind: str, name: str) -> None:
         """Remove a repository with all its branches: requests for it are answered with 404."""
-        with self._lock:
+        with self.lock:
             self._branches = {key: commit for key, commit in self._branches.items() if key[:2] != (kind, name)}
 
     def fail_next(self, fault: Fault, times: int = 1, only: str = "") -> None:
@@ -181,19 +186,19 @@ class HubServer:
 
     def count(self, part: str = "", method: str = "") -> int:
         """Return the number of requests so far whose path contains `part`."""
-        with self._lock:
+        with self.lock:
             return sum(part in each.path and method in ("", each.method) for each in self.requests)
 
     def commit_of(self, kind: str, name: str, revision: str) -> str | None:
         """Return the commit of a branch, or of a commit id; None if there is none."""
-        with self._lock:
+        with self.lock:
             if (self.folder / kind / name / revision).is_dir() and (kind, name) in {key[:2] for key in self._branches}:
                 return revision
             return self._branches.get((kind, name, revision))
 
     def register(self, method: str, path: str) -> Fault | None:
         """Record a request, and return its fault."""
-        with self._lock:
+        with self.lock:
             self._counts[method, path] += 1
             request = HubRequest(method, path, self._counts[method, path])
             self.requests.append(request)
@@ -278,6 +283,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urllib.parse.urlparse(self.path)
@@ -291,6 +299,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 with contextlib.suppress(OSError):
                     self.connection.recv(1)
             self._reset()
+            return
+        hub, authorization = self.server.hub, self.headers.get("Authorization") or ""
+        with hub.lock:
+            answer = hub.uploads.answer(hub, self.command, path, authorization, body)
+        if answer is not None:
+            self._send(answer[0], json.dumps(answer[1]).encode(), cut=fault is not None)
             return
         parts = path.strip("/").split("/")
         if parts[0] == "api":
@@ -323,12 +337,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 return
             recursive = urllib.parse.parse_qs(query).get("recursive", [""])[0].lower() in ("true", "1")
             entries = sorted(under.rglob("*") if recursive else under.iterdir())
-            self._send_json([_entry(path, root) for path in entries])
+            self._send_json([self._entry(path, root) for path in entries])
         elif rest[:1] == ["paths-info"]:
             names = (
                 json.loads(body)["paths"] if body.startswith(b"{") else urllib.parse.parse_qs(body.decode())["paths"]
             )
-            self._send_json([_entry(root / each, root) for each in names if (root / each).exists()])
+            self._send_json([self._entry(root / each, root) for each in names if (root / each).exists()])
         else:
             self._send_json(_about(name, commit, root))
 
@@ -356,6 +370,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             data = data[start : end + 1]
         headers += [("ETag", f'"{_blob_id(path)}"'), ("X-Repo-Commit", commit), ("Accept-Ranges", "bytes")]
         self._send(status, data, headers, "application/octet-stream", cut=cut)
+
+    def _entry(self, path: Path, root: Path) -> dict[str, object]:
+        entry = _entry(path, root)
+        if path.is_file() and self.server.hub.uploads.is_large(data := path.read_bytes()):
+            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        return entry
 
     def _send_json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode())

@@ -23,6 +23,8 @@ _HOW_TO_WRITE = (
     "outputs[].secret or spec.secrets"
 )
 
+_UNAUTHORIZED = 401
+
 T = TypeVar("T")
 
 
@@ -53,15 +55,16 @@ class HubTarget:
 
     def holds(self, record: OutputRecord) -> bool:
         """Compare the hashes of all files in the repository."""
-        from huggingface_hub.errors import RepositoryNotFoundError  # noqa: PLC0415
+        return self._ask("reading the repository", lambda: self._contains(record))
+
+    def _contains(self, record: OutputRecord) -> bool:
+        from huggingface_hub.errors import RepositoryNotFoundError  # noqa: PLC0415  only hub targets need it
 
         try:
-            found = self._ask(
-                "reading the repository",
-                lambda: self._api.get_paths_info(self._repo, [file.name for file in record.files]),
-                passed=(RepositoryNotFoundError,),
-            )
-        except RepositoryNotFoundError:
+            found = self._api.get_paths_info(self._repo, [file.name for file in record.files])
+        except RepositoryNotFoundError as error:
+            if http_status(error) == _UNAUTHORIZED:
+                raise
             return False
         known = {each.path: each for each in found}
         return all(file.name in known and _is_same(known[file.name], file) for file in record.files)
@@ -87,11 +90,16 @@ class HubTarget:
             on_stage(ExportStage.UPLOAD)
         on_stage(ExportStage.UPLOADED)
         message = f"{record.format} of {record.namespace}/{record.job} ({record.source.partition(' ')[0]})"
-        # The client sends the files that differ from those of the branch, and makes no empty commit.
-        self._ask("committing", lambda: self._api.create_commit(self._repo, additions, commit_message=message))
+
+        def commit() -> None:
+            # The answer to an earlier try may have been lost.
+            if not self._contains(record):
+                self._api.create_commit(self._repo, additions, commit_message=message)
+
+        self._ask("committing", commit)
         on_stage(ExportStage.PUBLISH)
 
-    def _ask(self, what: str, request: Callable[[], T], passed: tuple[type[Exception], ...] = ()) -> T:
+    def _ask(self, what: str, request: Callable[[], T]) -> T:
         """Wait out outages of the hub. What is left is refused for good.
 
         Raises:
@@ -108,8 +116,6 @@ class HubTarget:
         try:
             return patience.wait_out(f"{self._field}: {what} ({self._repo})", request)
         except (NetworkError, StorageOutageError):
-            raise
-        except passed:
             raise
         except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
             raise ConfigError(f"{self._field}: {_refusal(error, self._repo)}") from error
@@ -153,7 +159,7 @@ def _refusal(error: Exception, repo: str) -> str:
     status = http_status(error)
     if type(error).__name__ == "LocalTokenNotFoundError":
         return f"no token for hub://{repo}; {_HOW_TO_WRITE}"
-    if status == 401:
+    if status == _UNAUTHORIZED:
         return f"the hub does not accept the token for hub://{repo}: it is wrong, expired or revoked; {_HOW_TO_WRITE}"
     if status == 403:
         return (
