@@ -411,3 +411,28 @@ def test_a_signal_to_an_ended_process_keeps_its_exit_code() -> None:
     _, status = os.waitpid(ended.pid, 0)
     ended.returncode = os.waitstatus_to_exitcode(status)
     assert ended.returncode == ExitCode.FABRIC
+
+
+def test_fault_of_a_gpu_ends_the_ranks_and_is_reported(
+    start: StartSupervisor, coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
+    """With a stand-in for NVML: a module pynvml that reads events from a file. This machine has no GPU."""
+    modules, events = tmp_path / "modules", tmp_path / "events"
+    modules.mkdir()
+    (modules / "pynvml.py").write_text("from testing.trainer.nvml_stand_in import *\n")
+    path = os.pathsep.join([str(modules), *sys.path])
+    process = start(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(70))
+        report(state='Training', step=5)
+        while True: signal.pause()
+        """,
+        PYTHONPATH=path,
+        FAKE_NVML_EVENTS=str(events),
+    )
+    coordinator.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
+    events.write_text("[0, 31]\n[1, 79]\n")
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.SOFTWARE
+    expected = {"uuid": "GPU-fake-1", "xid": 79, "message": "GPU GPU-fake-1: XID 79, the GPU has fallen off the bus"}
+    assert coordinator.beats[-1]["gpuFaults"] == [expected]
+    assert [fault.model_dump(exclude_none=True) for fault in termination(tmp_path).gpu_faults] == [expected]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState
+from finetune_contract import environment
 from finetune_trainer import heap
 from finetune_trainer.checkpoint.checkpointer import Checkpointer
 from finetune_trainer.checkpoint.state import TrainState
@@ -26,6 +27,7 @@ from finetune_trainer.train.context import RankContext, share_target
 from finetune_trainer.train.determinism import make_deterministic
 from finetune_trainer.train.inputs import load_inputs
 from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.device_check import check_devices, multiply
 from finetune_trainer.train.trackers import check_trackers
 
 
@@ -44,6 +46,8 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     context.phases.end(StartPhase.RENDEZVOUS)
     context = share_target(context, world)
     check_place(context, world)
+    if env.get(environment.CHECK_DEVICES) == "1":
+        check_devices(world, context.reporter.warn, multiply)
     context.reporter.state(RankState.LOADING)
     limit_waits()
     make_deterministic(world.device)
