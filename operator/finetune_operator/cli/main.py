@@ -149,7 +149,15 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--format", choices=WRITTEN_FORMATS, help="file format (default: that of the job's first output)"
     )
-    command.add_argument("--to", required=True, help="folder to write to")
+    command.add_argument(
+        "--to",
+        action="append",
+        default=[],
+        help="folder, s3://, gs:// or az:// URL, or hub://owner/name to write to (repeatable; default: the targets of "
+        "the job's outputs)",
+    )
+    command.add_argument("--dry-run", action="store_true", help="check everything and write nothing")
+    command.add_argument("--list", action="store_true", help="list the checkpoints, the outputs and the formats")
     command.set_defaults(command="export")
 
 

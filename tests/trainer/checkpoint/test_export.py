@@ -128,8 +128,8 @@ def test_a_checkpoint_of_other_weights_is_refused(base: Path, data: Path, tmp_pa
     arguments = [
         str(tmp_path / "run.json"),
         str(checkpoint),
-        "diffusers",
-        str(tmp_path / "out"),
+        json.dumps([{"format": "diffusers", "to": str(tmp_path / "out")}]),
+        str(tmp_path / "state"),
         str(tmp_path / "cache"),
     ]
     assert from_checkpoint.main(arguments) == ExitCode.CONFIG
@@ -164,6 +164,17 @@ def test_the_command_exports_a_step_from_a_manifest_and_a_folder(
     assert "step-00000002-a1: wrote kohya to " in capsys.readouterr().out
     first = load_file(tmp_path / "out" / "tiny.safetensors")
     assert min(float(value.min()) for name, value in first.items() if "alpha" not in name) == pytest.approx(2.0)
+    (tmp_path / "out" / "tiny.safetensors").unlink()
+    assert call(str(tmp_path / "job.yaml"), *folder, "--dry-run") is Exit.SUCCEEDED
+    assert f"step-00000004-a1: would write kohya to {tmp_path / 'out'}" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "tiny.safetensors").exists()
+    assert call(str(tmp_path / "job.yaml"), *folder, "--list") is Exit.SUCCEEDED
+    listed = capsys.readouterr().out
+    assert [line.split()[:2] for line in listed.splitlines()[1:3]] == [
+        ["step-00000004-a1", "4"],
+        ["step-00000002-a1", "2"],
+    ]
+    assert "Formats: comfyui, compiled, diffusers, kohya" in listed
     with pytest.raises(UsageError, match="no checkpoint 3; existing checkpoints: step-00000004-a1, step-00000002-a1"):
         call(str(tmp_path / "job.yaml"), *folder, "--step", "3")
     with pytest.raises(UsageError, match=r"no job gone .* for a job on a cluster, give its manifest and --folder"):

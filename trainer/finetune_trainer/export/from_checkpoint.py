@@ -1,12 +1,16 @@
-"""Writes an output from one checkpoint, in one process and without the data set. `finetune export` starts it.
+"""Writes outputs from one checkpoint, in one process and without the data set. `finetune export` starts it.
 
-Usage: python -m finetune_trainer.export.from_checkpoint RUN_SPEC CHECKPOINT FORMAT TARGET CACHE
+Usage: python -m finetune_trainer.export.from_checkpoint RUN_SPEC CHECKPOINT OUTPUTS FOLDER CACHE [--dry-run]
+
+OUTPUTS is a JSON list as in a manifest, with absolute folders or URLs. FOLDER keeps what an interrupted export needs to
+continue. With --dry-run, everything is checked, and nothing is written.
 
 The moving average is written if the run keeps one and the output does not say otherwise, as at the end of a run.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import WrittenOutput
+from finetune_contract.heartbeat import UnfinishedOutput, WrittenOutput
 from finetune_contract.identity import InputIdentity
 from finetune_contract.manifest import BadCheckpointError, Manifest, read_manifest, verify
 from finetune_contract.run_spec import RunSpec
@@ -28,7 +32,6 @@ from finetune_contract.spec import (
     Attention,
     Offload,
     Optimizer,
-    OutputFormat,
     OutputSpec,
     Precision,
     Sharding,
@@ -43,7 +46,7 @@ from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.errors import ConfigError, RankError, StorageError
 from finetune_trainer.export.formats.about import About
-from finetune_trainer.export.outputs import Export, check_outputs, check_targets, write_outputs
+from finetune_trainer.export.outputs import Export, Report, check_outputs, check_targets, write_outputs
 from finetune_trainer.fetched import fetch
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class, method_traits
@@ -66,27 +69,60 @@ PLAIN = {
 
 
 def export_checkpoint(spec: RunSpec, checkpoint: Path, output: OutputSpec, cache_dir: Path) -> WrittenOutput:
-    """Write an output from a checkpoint.
+    """Write one output from a checkpoint; see `export_outputs`. An interrupted export starts again."""
+    (written,) = export_outputs(spec, checkpoint, (output,), cache_dir)
+    return written
+
+
+def export_outputs(
+    spec: RunSpec, checkpoint: Path, outputs: Sequence[OutputSpec], cache_dir: Path, job_dir: Path | None = None
+) -> tuple[WrittenOutput, ...]:
+    """Write outputs from a checkpoint.
 
     Args:
         spec: the run.
         checkpoint: folder of the checkpoint.
-        output: its format, and the absolute path of its folder.
+        outputs: their formats, and absolute folders or URLs.
         cache_dir: folder for files that are fetched or converted.
+        job_dir: folder that keeps what an interrupted export needs to continue; None: it starts again.
 
     Raises:
-        ConfigError: the format or the checkpoint does not fit the run.
-        StorageError: something cannot be read or written.
+        ConfigError: a format, a target or the checkpoint does not fit.
+        StorageError, NetworkError: something cannot be read or written now.
     """
-    check_outputs((output,), method_traits(spec.training.method).formats)
-    check_targets((output,), DeliveryPlace(Path("/")))
-    manifest = _verified(checkpoint)
+    place = DeliveryPlace(job_dir or Path("/"), spec.namespace, spec.job)
+    manifest = _check(spec, checkpoint, outputs, place)
     method = _make_method(_pinned(spec, checkpoint, manifest), cache_dir)
-    with_ema = spec.training.ema if output.ema is None else output.ema
-    _restore(method.parameters(), checkpoint, manifest, with_ema=with_ema)
     about = About.of_run(spec, None, cache_dir, manifest.step)
-    (written,) = write_outputs(method, (output,), Export(DeliveryPlace(Path("/")), about=about))
-    return written
+    source = checkpoint.name if job_dir is not None else ""
+    export = Export(place, spec.uid, source, report=_log_states(), about=about)
+    written: dict[str, WrittenOutput] = {}
+    for with_ema in dict.fromkeys(spec.training.ema if each.ema is None else each.ema for each in outputs):
+        _restore(method.parameters(), checkpoint, manifest, with_ema=with_ema)
+        chosen = [each for each in outputs if (spec.training.ema if each.ema is None else each.ema) is with_ema]
+        found = write_outputs(method, chosen, export)
+        written |= {each.to: result for each, result in zip(chosen, found, strict=True)}
+    return tuple(written[each.to] for each in outputs)
+
+
+def _check(spec: RunSpec, checkpoint: Path, outputs: Sequence[OutputSpec], place: DeliveryPlace) -> Manifest:
+    """Return the manifest of a checkpoint after checking everything that an export needs."""
+    check_outputs(outputs, method_traits(spec.training.method).formats)
+    check_targets(outputs, place)
+    return _verified(checkpoint)
+
+
+def _log_states() -> Report:
+    """Return a report that logs the state of each output when it changes."""
+    known: dict[str, str] = {}
+
+    def report(_: tuple[WrittenOutput, ...], unfinished: tuple[UnfinishedOutput, ...]) -> None:
+        for each in unfinished:
+            if known.get(each.to) != each.state:
+                known[each.to] = each.state
+                _LOG.info("%s: %s to %s", each.format, each.state.value.lower(), each.to)
+
+    return report
 
 
 def _verified(checkpoint: Path) -> Manifest:
@@ -162,17 +198,24 @@ def _read_shards(files: Sequence[Path], group: str, parameters: Mapping[str, nn.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export as the command line says; print the output as JSON, and return an exit code of the contract."""
-    run, checkpoint, name, target, cache = sys.argv[1:] if arguments is None else arguments
+    """Export as the command line says; print each output as JSON, and return an exit code of the contract."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    is_dry = "--dry-run" in given
+    run, checkpoint, listed, folder, cache = (each for each in given if each != "--dry-run")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     libraries.prepare({environment.CACHE_DIR: cache, **os.environ})
-    output = OutputSpec(format=OutputFormat(name), to=target)
     try:
-        written = export_checkpoint(RunSpec.read(Path(run)), Path(checkpoint), output, Path(cache))
+        outputs = [OutputSpec.model_validate(each) for each in json.loads(listed)]
+        spec = RunSpec.read(Path(run))
+        if is_dry:
+            place = DeliveryPlace(Path(folder), spec.namespace, spec.job)
+            _check(spec, Path(checkpoint), outputs, place)
+            return ExitCode.DONE
+        written = export_outputs(spec, Path(checkpoint), outputs, Path(cache), Path(folder))
     except RankError as error:
         _LOG.error("%s", error)
         return error.code
-    sys.stdout.write(f"{written.to_json()}\n")
+    sys.stdout.writelines(f"{each.to_json()}\n" for each in written)
     return ExitCode.DONE
 
 

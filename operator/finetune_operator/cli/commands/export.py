@@ -1,4 +1,4 @@
-"""`finetune export`: writes an output from any checkpoint of a job, in a process of the trainer."""
+"""`finetune export`: writes outputs from any checkpoint of a job, in a process of the trainer, or lists what exists."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from finetune_contract import paths
 from finetune_contract.bucket import is_bucket_url
 from finetune_contract.methods import METHODS
-from finetune_contract.spec import OutputFormat
+from finetune_contract.spec import OutputFormat, OutputSpec
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cli.checkpoints.bucket import BucketCopy
 from finetune_operator.cli.checkpoints.catalog import find_checkpoints, has_checkpoints, pick_checkpoint
@@ -22,6 +22,7 @@ from finetune_operator.cli.commands.get import find_job
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import load_manifest
 from finetune_operator.cli.output import formatting
+from finetune_operator.cli.output.table import format_columns
 from finetune_operator.cluster.local.home import CACHE_CLAIM, Home
 from finetune_operator.cluster.local.jobs import storage_folder
 from finetune_operator.cluster.local.kubelet.launch import machine_environment
@@ -39,18 +40,59 @@ def export(arguments: argparse.Namespace) -> Exit:
     """Carry out `finetune export`."""
     home = Home(arguments.home)
     job, folder = _choose(arguments, home)
-    output = _choose_format(arguments, job)
+    if arguments.list:
+        return _list(job, folder)
+    outputs = _choose_outputs(arguments, job)
     with _checkpoint(folder, arguments.step) as checkpoint, tempfile.TemporaryDirectory(prefix="export-") as name:
         run = Path(name) / "run.json"
         run.write_text(build_run_spec(job).to_json(), encoding="utf-8")
-        to = str(Path(arguments.to).expanduser().absolute())
-        command = [sys.executable, "-m", MODULE, str(run), str(checkpoint), output, to, str(home.claim(CACHE_CLAIM))]
+        listed = json.dumps(
+            [output.model_dump(mode="json", by_alias=True, exclude_defaults=True) for output in outputs]
+        )
+        cache = home.claim(CACHE_CLAIM)
+        state = Path(folder) if _is_job_folder(folder) else cache / "exports" / (job.metadata.uid or job.metadata.name)
+        command = [sys.executable, "-m", MODULE, str(run), str(checkpoint), listed, str(state), str(cache)]
+        if arguments.dry_run:
+            command.append("--dry-run")
         result = subprocess.run(command, env=machine_environment(), stdout=subprocess.PIPE, text=True, check=False)
         if result.returncode:
             return Exit.FAILED
-        written = json.loads(result.stdout.splitlines()[-1])
-        size = formatting.format_size(written["sizeBytes"])
-        sys.stdout.write(f"{checkpoint.name}: wrote {output} to {to} ({size})\n")
+        for output in outputs if arguments.dry_run else ():
+            sys.stdout.write(f"{checkpoint.name}: would write {output.format} to {output.to}\n")
+        for line in result.stdout.splitlines():
+            written = json.loads(line)
+            size = formatting.format_size(written["sizeBytes"])
+            sys.stdout.write(f"{checkpoint.name}: wrote {written['format']} to {written['to']} ({size})\n")
+    return Exit.SUCCEEDED
+
+
+def _is_job_folder(location: str) -> bool:
+    return not is_bucket_url(location) and paths.checkpoints(Path(location)).is_dir()
+
+
+def _list(job: FineTuneJob, location: str) -> Exit:
+    """Print what can be exported, and what has been written."""
+    header = ("CHECKPOINT", "STEP", "SIZE", "STATE")
+    with _local_checkpoints(location) as (folder, _):
+        rows = [
+            (
+                one.folder.name,
+                str(one.step),
+                "" if one.size_bytes is None else formatting.format_size(one.size_bytes),
+                "complete" if one.reason is None and one.manifest is not None else "damaged",
+            )
+            for one in find_checkpoints(folder)
+        ]
+    sys.stdout.write(format_columns(header, rows))
+    if job.status.outputs:
+        written = (
+            (output.format, output.state.value, formatting.format_size(output.bytes), output.to)
+            for output in job.status.outputs
+        )
+        sys.stdout.write("\n" + format_columns(("FORMAT", "STATE", "SIZE", "TO"), written))
+    method = job.spec.training.method
+    if method is not None:
+        sys.stdout.write(f"\nFormats: {', '.join(sorted(METHODS[method].formats))}\n")
     return Exit.SUCCEEDED
 
 
@@ -83,19 +125,30 @@ def _storage_of(job: FineTuneJob, home: Home) -> str:
     return f"{storage.bucket.url.rstrip('/')}/{paths.job_folder(meta.namespace, meta.name, meta.uid)}"
 
 
-def _choose_format(arguments: argparse.Namespace, job: FineTuneJob) -> str:
-    """Return the requested format; by default that of the job's first output.
+def _choose_outputs(arguments: argparse.Namespace, job: FineTuneJob) -> list[OutputSpec]:
+    """Return the requested outputs; by default those of the job.
+
+    With --to, they have the settings of the job's first output of the format.
 
     Raises:
-        UsageError: the method cannot write it.
+        UsageError: the method cannot write the format, or it is not known where to write to.
     """
-    method, outputs = job.spec.training.method, job.spec.outputs
-    default = outputs[0].format if outputs else OutputFormat.DIFFUSERS
-    chosen = arguments.format or default.value
-    if method is not None and chosen not in METHODS[method].formats:
+    method, of_job = job.spec.training.method, job.spec.outputs
+    chosen = OutputFormat(arguments.format) if arguments.format else None
+    if method is not None and chosen is not None and chosen not in METHODS[method].formats:
         known = ", ".join(sorted(METHODS[method].formats))
-        raise UsageError(f"--format: {method.value} cannot be written as {chosen}; write one of {known}")
-    return chosen
+        raise UsageError(f"--format: {method.value} cannot be written as {chosen.value}; write one of {known}")
+    matching = [output for output in of_job if chosen is None or output.format is chosen]
+    if not arguments.to:
+        absolute = [output for output in matching if "://" in output.to or Path(output.to).is_absolute()]
+        if not absolute:
+            raise UsageError("--to: write the folder or URL to write to: the job names none for this format")
+        return absolute
+    model = matching[0] if matching else OutputSpec(format=chosen or OutputFormat.DIFFUSERS, to=".")
+    return [
+        model.model_copy(update={"to": to if "://" in to else str(Path(to).expanduser().absolute()), "secret": None})
+        for to in arguments.to
+    ]
 
 
 @contextlib.contextmanager
@@ -105,19 +158,21 @@ def _checkpoint(location: str, step: int | None) -> Iterator[Path]:
     Raises:
         UsageError: there is none.
     """
-    if not is_bucket_url(location):
-        folder = Path(location)
-        yield _pick(folder if has_checkpoints(folder) else paths.checkpoints(folder), location, step)
-        return
-    with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
-        copy = BucketCopy(location, Path(name))
-        picked = _pick(Path(name), location, step)
-        copy.download(picked.name)
+    with _local_checkpoints(location) as (folder, download):
+        found = [one for one in find_checkpoints(folder) if one.reason is None and one.manifest is not None]
+        if not found:
+            raise UsageError(f"{location} contains no complete checkpoint")
+        picked = (pick_checkpoint(found, str(step)) if step is not None else found[0]).folder
+        download(picked.name)
         yield picked
 
 
-def _pick(folder: Path, location: str, step: int | None) -> Path:
-    found = [one for one in find_checkpoints(folder) if one.reason is None and one.manifest is not None]
-    if not found:
-        raise UsageError(f"{location} contains no complete checkpoint")
-    return (pick_checkpoint(found, str(step)) if step is not None else found[0]).folder
+@contextlib.contextmanager
+def _local_checkpoints(location: str) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """Yield the folder with the manifests of all checkpoints, and a function that completes one of them."""
+    if not is_bucket_url(location):
+        folder = Path(location)
+        yield (folder if has_checkpoints(folder) else paths.checkpoints(folder)), lambda _: None
+        return
+    with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
+        yield Path(name), BucketCopy(location, Path(name)).download
