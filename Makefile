@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-intel image-trainer-cuda
-.PHONY: help install system-packages demo test test-fast test-readers test-intel bench-cpu mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
+.PHONY: help install system-packages demo test test-fast test-readers test-intel bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
         bench-learning bench-map bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
 
@@ -48,6 +48,9 @@ test-intel: ## train every method with IPEX on one and two ranks, in its own env
 bench-cpu: ## compare native torch with IPEX, fp32 with bf16, ranks with threads, pinned with unpinned, and bf16 on the wire
 	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
 	@PYTHONPATH=trainer:operator $(INTEL)/bin/python -m bench.cpu $(ARGS)
+
+bench-cpu-nodes: install ## as root: a small reference job on four network namespaces; scaling beside torchrun with DDP
+	@$(BIN)/python -m bench.cpu_nodes $(ARGS)
 
 mutate: install ## remove one policy, cause or rule at a time; do the tests notice each removal?
 	@$(BIN)/python -m tools.mutate $(ARGS)
