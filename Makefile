@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-intel image-trainer-cuda
 .PHONY: help install system-packages demo test test-fast test-readers test-intel bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
-        bench-operator bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
+        bench-operator bench-queue test-queue bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
         bench-learning bench-map bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
 
 help: ## print this list
@@ -41,9 +41,9 @@ test-readers: install ## load every output with the oldest and the newest suppor
 	@$(BIN)/python -m tests.readers --oldest $(READERS)/bin/python
 
 INTEL := .venv-intel
-test-intel: ## train every method with IPEX on one and two ranks, in its own environment with torch 2.8 and IPEX 2.8
+test-intel: ## train every method with IPEX on one and two ranks, and sum with oneCCL, in an environment with torch 2.8 and IPEX 2.8
 	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
-	@PYTHONPATH=trainer:operator $(INTEL)/bin/python -m pytest tests/intel
+	@PYTHONPATH=trainer:operator $(INTEL)/bin/python -m pytest tests/intel tests/oneccl
 
 bench-cpu: ## compare native torch with IPEX, fp32 with bf16, ranks with threads, pinned with unpinned, and bf16 on the wire
 	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
@@ -150,6 +150,12 @@ lint: install ## run ruff, mypy --strict and import-linter
 
 bench-operator: install ## run 1,000 jobs of 4 pods on a real API server, compared with a bare loop that creates the same pods
 	@$(BIN)/python -m bench.operator
+
+bench-queue: install ## run 200 jobs in three queues of Kueue's real controller, with preemptions, vanishing nodes and shrinking quotas
+	@$(BIN)/python -m bench.queue $(ARGS)
+
+test-queue: install ## test jobs with queues on a real API server with Kueue's real controller; the first build takes about ten minutes
+	@$(BIN)/python -m pytest tests/queue --kueue
 
 bench-beats: install ## send heartbeats of 4,000 supervisors over TLS
 	@$(BIN)/python -m bench.beats

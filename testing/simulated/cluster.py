@@ -15,7 +15,7 @@ from testing.simulated.operator import ApiConditions, SimulatedOperator
 from testing.simulated.server import SimulatedApiServer
 from testing.simulated.supervisor import SimulatedSupervisor, Trainers
 
-SIMULATED = Settings(coordinator_url="https://coordinator:8443", require_storage=False)
+SIMULATED = Settings(coordinator_url="https://coordinator:8443", require_storage=False, kueue=True)
 """The administrator's settings."""
 
 
@@ -159,6 +159,7 @@ class SimulatedCluster:
         """Stop all faults and repair everything that is broken."""
         self.restore_api()
         self.server.quota = None
+        self.server.queue.set_quota(None)
         self.partition_until = 0.0
         if self.operator is not None:
             self.operator.watch.lag_seconds = 0.1

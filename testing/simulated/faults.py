@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import RankState
+from finetune_contract.heartbeat import GpuFault, RankState
 from finetune_operator.plan.model.types import PodPhase
 from testing.simulated.cluster import SimulatedCluster
 from testing.simulated.model import SimulatedNode
 
 PROGRAM_ENDS = ((1, "Traceback"), (70, "ValueError: bad"), (137, ""), (ExitCode.STORAGE, "No space left on device"))
 """Exit codes and last output of ranks that fail by themselves."""
+FALLEN_GPU = GpuFault(uuid="GPU-0", xid=79, message="GPU GPU-0: XID 79, the GPU has fallen off the bus")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,12 @@ def fail_program(cluster: SimulatedCluster) -> None:
         supervisor.fail(code, output, reason)
 
 
+def break_gpu(cluster: SimulatedCluster) -> None:
+    """Let a GPU fail: its driver reports it, and the rank ends with an error. It must not count as a failure."""
+    if (supervisor := cluster.random_supervisor()) is not None:
+        supervisor.fail(ExitCode.SOFTWARE, "CUDA error: unspecified launch failure", gpu_fault=FALLEN_GPU)
+
+
 def break_fabric(cluster: SimulatedCluster) -> None:
     """Reset the connections between the ranks of a gang; no pod is at fault."""
     if (supervisor := cluster.random_supervisor()) is not None and supervisor.gang is not None:
@@ -204,6 +211,23 @@ def delete_job(cluster: SimulatedCluster) -> None:
         cluster.replace_job(cluster.engine.rng.choice(names))
 
 
+def evict_job(cluster: SimulatedCluster) -> None:
+    """Let the queue evict a job."""
+    cluster.server.queue.evict_one()
+
+
+def delete_workload(cluster: SimulatedCluster) -> None:
+    """Delete the Workload of a job."""
+    cluster.server.queue.delete_one()
+
+
+def change_queue_quota(cluster: SimulatedCluster) -> None:
+    """Shrink the quota of the queue, and restore it later."""
+    rng, queue = cluster.engine.rng, cluster.server.queue
+    queue.set_quota(rng.randint(0, 8))
+    cluster.engine.after(rng.uniform(10, 3600), lambda: queue.set_quota(None))
+
+
 FAULTS = (
     SimulatedFault(5, preempt),
     SimulatedFault(2, stop_node),
@@ -217,6 +241,7 @@ FAULTS = (
     SimulatedFault(0.5, fail_init_container),
     SimulatedFault(0.5, edit_template),
     SimulatedFault(4, fail_program),
+    SimulatedFault(1, break_gpu),
     SimulatedFault(1, break_fabric),
     SimulatedFault(1, hang),
     SimulatedFault(2, evict_pod),
@@ -227,6 +252,9 @@ FAULTS = (
     SimulatedFault(1, partition),
     SimulatedFault(0.5, suspend),
     SimulatedFault(0.2, delete_job),
+    SimulatedFault(2, evict_job),
+    SimulatedFault(0.2, delete_workload),
+    SimulatedFault(0.5, change_queue_quota),
 )
 """All kinds of faults, with their weights."""
 

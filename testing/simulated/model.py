@@ -55,6 +55,10 @@ class Watchdog(Protocol):
         """Handle the operator's request to delete a pod."""
         ...
 
+    def quota_released(self, job_name: str) -> None:
+        """Handle the release of a job's quota in its queue by the operator."""
+        ...
+
     def committed(self, job_name: str, attempt: int, step: int) -> None:
         """Handle a checkpoint that a gang committed."""
         ...

@@ -13,17 +13,30 @@ from typing import TypeVar
 
 from finetune_contract.heartbeat import Heartbeat, Reply
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.kueue import WORKLOAD
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cluster.kube.client.refusals import Refusals
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.cluster.reconcile import ReconcileResult, reconcile
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
-from finetune_operator.plan.model.types import Action, Create, DeletePod, Event, Manifest, Observed, Refusal
+from finetune_operator.plan.model.types import (
+    Action,
+    Create,
+    DeletePod,
+    DeleteWorkload,
+    Event,
+    Manifest,
+    Observed,
+    ObservedWorkload,
+    PatchWorkload,
+    Refusal,
+)
 from finetune_operator.plan.model.view import nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.settings import Settings
 from testing.simulated.engine import Engine, Pause, SimulatedTask
 from testing.simulated.server import LaggingWatch, RefusedError, SimulatedApiError, SimulatedApiServer
+from testing.simulated.workloads import Json, observe
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 5.0
@@ -179,6 +192,7 @@ class SimulatedOperator:
             refusal=self._refusals.get(JobKey("default", name), job),
             create_after=self._refusals.held_until(JobKey("default", name), job),
             listening_since=self._listening_since,
+            workloads=_observed(self.watch.workloads.get(name, {})),
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
@@ -194,6 +208,10 @@ class SimulatedOperator:
             await self._create(job, action.manifest)
         elif isinstance(action, DeletePod):
             await self._call(lambda: server.delete_pod(action.name, action.uid, action.grace_seconds))
+        elif isinstance(action, PatchWorkload):
+            await self._patch(job, action)
+        elif isinstance(action, DeleteWorkload):
+            await self._call(lambda: server.delete_workload(action.name, action.uid))
         else:
             await self._call(lambda: server.delete_job(job.metadata.name))
 
@@ -208,6 +226,12 @@ class SimulatedOperator:
             raise
         self._refusals.forget(key)
         self.watch.take(*created)
+
+    async def _patch(self, job: FineTuneJob, action: PatchWorkload) -> None:
+        patched = await self._call(lambda: self._server.patch_workload(action))
+        if patched is not None:
+            version, thing = patched
+            self.watch.take((WORKLOAD, job.metadata.name, action.name), version, thing)
 
     async def emit(self, job: FineTuneJob, event: Event) -> None:
         """Discard the event."""
@@ -227,3 +251,8 @@ class SimulatedOperator:
         if chance < api.failing + api.lost:
             raise SimulatedApiError("the response was lost")
         return result
+
+
+def _observed(stored: dict[str, Json]) -> tuple[ObservedWorkload, ...]:
+    found = map(observe, stored.values())
+    return tuple(sorted(found, key=lambda each: (each.created_at, each.num_pods)))

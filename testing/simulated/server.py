@@ -15,11 +15,14 @@ from typing import Any
 from finetune_contract import environment
 from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.kueue import WORKLOAD
 from finetune_operator.api.status import Capacity, FineTuneJobStatus
 from finetune_operator.cluster.protocol import ConflictError
-from finetune_operator.plan.model.types import HEALTHY, Manifest, ObservedNode, ObservedPod, PodPhase
+from finetune_operator.plan.model.types import HEALTHY, Manifest, ObservedNode, ObservedPod, PatchWorkload, PodPhase
 from testing.simulated.engine import Engine
 from testing.simulated.model import SimulatedNode, SimulatedPod, SimulatedStorage, Watchdog
+from testing.simulated.queue import SimulatedQueue
+from testing.simulated.workloads import Json, job_of
 
 Key = tuple[str, str, str]
 """Kind, job and name of an object."""
@@ -42,6 +45,8 @@ class LaggingWatch:
         """By job and pod name."""
         self.children: dict[str, set[tuple[str, str]]] = {}
         """Kind and name, by job."""
+        self.workloads: dict[str, dict[str, Json]] = {}
+        """By job and name."""
         self.nodes: dict[str, ObservedNode] = {}
         self.closed = False
         self.lag_seconds = lag_seconds
@@ -75,6 +80,8 @@ class LaggingWatch:
         kind, job, name = key
         if kind == "Pod":
             _put(self.pods.setdefault(job, {}), name, value)
+        elif kind == WORKLOAD:
+            _put(self.workloads.setdefault(job, {}), name, value)
         elif kind == "Job":
             _put(self.jobs, name, value)
         elif kind == "Node":
@@ -92,6 +99,7 @@ class LaggingWatch:
     def known(self) -> set[Key]:
         """Return the keys of all objects in the cache."""
         keys = {("Job", name, name) for name in self.jobs} | {("Node", "", name) for name in self.nodes}
+        keys |= {(WORKLOAD, job, name) for job, things in self.workloads.items() for name in things}
         keys |= {("Pod", job, name) for job, pods in self.pods.items() for name in pods}
         return keys | {(kind, job, name) for job, items in self.children.items() for kind, name in items}
 
@@ -118,6 +126,8 @@ class SimulatedApiServer:
         self.watches: list[LaggingWatch] = []
         self.quota: int | None = None
         """Maximum number of pods; None: no limit."""
+        self.queue = SimulatedQueue(engine, self._workload_changed)
+        self.queue.released = watchdog.quota_released
         self.num_writes = 0
         """Number of write requests from the operator."""
         self.pod_changed: Callable[[SimulatedPod], None] = lambda _: None
@@ -131,6 +141,7 @@ class SimulatedApiServer:
         now: dict[Key, Any] = {("Job", name, name): job for name, job in self.jobs.items()}
         now |= {("Pod", pod.job, name): pod.observed for name, pod in self.pods.items()}
         now |= dict.fromkeys(self.children, True)
+        now |= {(WORKLOAD, job_of(thing), name): thing for name, thing in self.queue.store.stored.items()}
         now |= {
             ("Node", "", name): state
             for name, node in self.nodes.items()
@@ -167,6 +178,7 @@ class SimulatedApiServer:
             self._send_all(key, None)
         for pod in [pod for pod in self.pods.values() if pod.job == name]:
             self._mark_deleted(pod, None)
+        self.queue.delete_of(name)
 
     def _store_job(self, job: FineTuneJob) -> FineTuneJob:
         version = self._next_version()
@@ -185,6 +197,9 @@ class SimulatedApiServer:
         key = (kind, job.metadata.name, meta["name"])
         if job.metadata.name not in self.jobs:
             raise SimulatedApiError("its owner does not exist")
+        if kind == WORKLOAD:
+            thing = self.queue.create(job.metadata.name, manifest)
+            return key, self._version, thing
         if kind != "Pod":
             if key not in self.children:
                 self.children.add(key)
@@ -224,6 +239,17 @@ class SimulatedApiServer:
         self.pod_changed(pod)
         # The scheduler may have bound the pod since: that change is newer than this response.
         return key, version, observed
+
+    def patch_workload(self, action: PatchWorkload) -> tuple[int, Json] | None:
+        """Change a Workload on behalf of the operator; None: it has changed in between, or is deleted."""
+        self.num_writes += 1
+        thing = self.queue.patch(action)
+        return None if thing is None else (self._version, thing)
+
+    def delete_workload(self, name: str, uid: str) -> None:
+        """Delete a Workload on behalf of the operator."""
+        self.num_writes += 1
+        self.queue.delete(name, uid)
 
     def delete_pod(self, name: str, uid: str, grace_seconds: int | None) -> None:
         """Request the deletion of a pod on behalf of the operator."""
@@ -275,6 +301,9 @@ class SimulatedApiServer:
     def node_changed(self, node: SimulatedNode) -> None:
         """Send the changed state of a node to the watches."""
         self._send_all(("Node", "", node.name), _observed_node(node))
+
+    def _workload_changed(self, job: str, name: str, thing: Json | None) -> None:
+        self._send_all((WORKLOAD, job, name), thing)
 
     def _send_all(self, key: Key, value: Any, version: int | None = None) -> int:
         version = self._next_version() if version is None else version

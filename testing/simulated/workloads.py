@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune_operator.api import labels
 from finetune_operator.cluster.observe_workload import Flavor, observe_workload
-from finetune_operator.plan.model.admission import ADMITTED, EVICTED, FINISHED, QUOTA_RESERVED
+from finetune_operator.plan.model.admission import ADMITTED, EVICTED, FINISHED, QUOTA_RESERVED, REQUEUED
 from finetune_operator.plan.model.types import Manifest, ObservedWorkload, PatchWorkload
 
 Json = dict[str, Any]
@@ -22,7 +22,7 @@ class StaleWriteError(Exception):
     """The Workload has changed since the writer read it."""
 
 
-class Workloads:
+class WorkloadStore:
     """All Workloads of one namespace."""
 
     def __init__(self) -> None:
@@ -64,13 +64,6 @@ class Workloads:
         if name in self.stored and self.stored[name]["metadata"]["uid"] == uid:
             del self.stored[name]
 
-    def delete_of(self, job: str) -> list[str]:
-        """Delete the Workloads of a deleted job; return their names."""
-        names = [name for name, thing in self.stored.items() if job_of(thing) == job]
-        for name in names:
-            del self.stored[name]
-        return names
-
     # -- decisions of Kueue -------------------------------------------------------------------------------------------
 
     def admit(self, name: str, now: datetime, count: int | None = None, flavor: str = "") -> Json:
@@ -96,6 +89,12 @@ class Workloads:
         """Finish a Workload that another one replaces."""
         thing = copy.deepcopy(self.stored[name])
         _set(thing, now, FINISHED, "True", reason, "")
+        return self._store(thing)
+
+    def requeue(self, name: str, now: datetime) -> Json:
+        """Queue a Workload again."""
+        thing = copy.deepcopy(self.stored[name])
+        _set(thing, now, REQUEUED, "True", "BackoffFinished", "")
         return self._store(thing)
 
     def explain(self, name: str, now: datetime, reason: str, message: str) -> Json:

@@ -36,7 +36,7 @@ from finetune_operator.plan.model.types import (
     Refusal,
 )
 from finetune_operator.settings import Settings
-from testing.simulated.workloads import Workloads, observe
+from testing.simulated.workloads import WorkloadStore, observe
 
 START = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 SETTINGS = Settings(coordinator_url="http://coordinator", require_storage=False, hold_seconds=0)
@@ -89,7 +89,7 @@ class FakeCluster:
     listening_since: datetime | None = None
     deaf: list[DeafPeriod] = field(default_factory=list)
     deleted: bool = False
-    queue: Workloads = field(default_factory=Workloads)
+    queue: WorkloadStore = field(default_factory=WorkloadStore)
     """The job's requests to its queue; the test decides about them."""
     flavors: dict[str, Flavor] = field(default_factory=dict)
     queues_served: bool = True

@@ -13,6 +13,7 @@ from finetune_contract.phase import Phase
 from testing.simulated.cluster import SimulatedCluster
 from testing.simulated.faults import inject_random_fault
 from testing.simulated.model import Workload
+from testing.simulated.queue import QUEUE
 from tests.simulation.invariants import Invariants
 
 SIZES: tuple[dict[str, int], ...] = (
@@ -149,4 +150,6 @@ def _create_random_job(cluster: SimulatedCluster, name: str, seed: int) -> None:
         spec["recovery"]["shrinkAfter"] = rng.choice(["30s", "5m"])
     if rng.random() < 0.1:
         spec["activeDeadlineSeconds"] = 3600
+    if rng.random() < 0.4:
+        spec["queueName"] = QUEUE
     cluster.make_job(name, work, **spec)

@@ -13,6 +13,8 @@ from finetune_operator.plan.model.view import members_of
 from testing.simulated.cluster import SimulatedCluster
 from testing.simulated.model import BrokenInvariantError, SimulatedPod
 
+DELETION_SECONDS = 3600.0
+"""Time after the deletion of a Workload in which its pods may still be created: watches may be interrupted."""
 ENDED = (PodPhase.SUCCEEDED, PodPhase.FAILED)
 
 
@@ -62,6 +64,8 @@ class Invariants:
             pod.attempt == job.status.attempt, name, f"{pod.name} does not belong to attempt {job.status.attempt}"
         )
         self._require(job.status.phase not in FINISHED, name, f"{pod.name} was created after the end of the job")
+        if job.spec.queue_name is not None:
+            self._check_admission(name, pod.name)
         active = [
             other.observed
             for other in self.cluster.server.pods.values()
@@ -89,6 +93,13 @@ class Invariants:
             job.metadata.name,
             f"{pod.name} was deleted while its attempt was open",
         )
+
+    def quota_released(self, job_name: str) -> None:
+        """The operator releases the quota of a job only when no pod uses it."""
+        self.counts["quota released"] += 1
+        own = [pod.observed for pod in self.cluster.server.pods.values() if pod.job == job_name]
+        pods = [pod.name for pod in own if pod.phase not in ENDED]
+        self._require(not pods, job_name, f"its quota was released although {pods} exist")
 
     def committed(self, job_name: str, attempt: int, step: int) -> None:
         """Only the newest attempt commits, and the committed steps increase."""
@@ -121,6 +132,12 @@ class Invariants:
 
     # -- details ------------------------------------------------------------------------------------------------------
 
+    def _check_admission(self, job: str, pod: str) -> None:
+        """No pod exists before its job has quota; the operator may not have noticed yet that its Workload is gone."""
+        queue = self.cluster.server.queue
+        gone_seconds = self.cluster.engine.time - queue.deleted_at.get(job, -DELETION_SECONDS)
+        self._require(queue.has_quota(job) or gone_seconds < DELETION_SECONDS, job, f"{pod} exists without quota")
+
     def _is_active(self, pod: SimulatedPod) -> bool:
         """Return whether a pod is active: it has not ended, is not being deleted, and its node is connected."""
         reachable = pod.node is None or pod.node.connected
@@ -146,7 +163,7 @@ class Invariants:
         spent = new.tally.failures_since_checkpoint
         if new.phase is Phase.FAILED and new.reason == Reason.MAX_FAILURES_EXCEEDED:
             self._require(spent == allowed + 1, name, f"it failed after {spent} failures, {allowed} are allowed")
-        elif new.phase is not Phase.FAILED and new.attempts[-1].reason != Reason.FABRIC_ERROR:
+        elif new.attempts and new.phase is not Phase.FAILED and new.attempts[-1].reason != Reason.FABRIC_ERROR:
             # After a lost peer the job waits for the state of its node before it fails or begins another attempt.
             self._require(spent <= allowed, name, f"it continues after {spent} failures, {allowed} are allowed")
 

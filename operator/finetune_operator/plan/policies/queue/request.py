@@ -43,7 +43,7 @@ def act(view: View, status: FineTuneJobStatus) -> tuple[Action, ...]:
     if is_finished(status):
         return _finish(view, status)
     if view.spec.suspend:
-        return _delete_all(view) if not view.observed.pods else ()
+        return _delete_all(view) if not view.raw.pods else ()
     return _keep(view, status)
 
 
@@ -70,7 +70,7 @@ def _keep(view: View, status: FineTuneJobStatus) -> tuple[Action, ...]:
 def _follow(view: View, status: FineTuneJobStatus, workload: ObservedWorkload) -> tuple[Action, ...]:
     """Return the changes of an existing Workload: after an eviction, an edit, or the admission of fewer pods."""
     if admission.is_true(workload, admission.EVICTED) and workload.num_admitted is not None:
-        return () if view.observed.pods else (_release(view, workload),)
+        return () if view.raw.pods else (_release(view, workload),)
     if admission.is_outdated(view, workload):
         return _ask_again(view, workload)
     if not admission.is_admitted(workload) and workload.replaces is not None and workload.num_admitted is None:
@@ -82,7 +82,7 @@ def _follow(view: View, status: FineTuneJobStatus, workload: ObservedWorkload) -
 def _ask_again(view: View, workload: ObservedWorkload) -> tuple[Action, ...]:
     """Return the change of a request after an edit. A request with reserved quota cannot change, only be repeated."""
     if workload.num_admitted is not None or workload.replaces is not None:
-        return (DeleteWorkload(workload.name, workload.uid),) if not view.observed.pods else ()
+        return (DeleteWorkload(workload.name, workload.uid),) if not view.raw.pods else ()
     new = build_workload(view.job, view.settings)
     meta = {"uid": workload.uid, "annotations": new["metadata"]["annotations"]}
     spec = {name: value for name, value in new["spec"].items() if name != "active"}
@@ -119,7 +119,7 @@ def _trains(status: FineTuneJobStatus) -> bool:
 
 def _finish(view: View, status: FineTuneJobStatus) -> tuple[Action, ...]:
     """Return the end of the Workloads of a finished job, once no pod of it uses a node."""
-    if any(pod.phase not in ENDED for pod in view.observed.pods):
+    if any(pod.phase not in ENDED for pod in view.raw.pods):
         return ()
     reason = "Succeeded" if status.phase is Phase.SUCCEEDED else "Failed"
     ended = WorkloadCondition(admission.FINISHED, "True", reason, (status.message or "")[:MAX_MESSAGE], "")
