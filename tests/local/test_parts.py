@@ -34,7 +34,7 @@ def test_siblings_never_share_a_core(
     available: frozenset[int], siblings: list[frozenset[int]], others: list[frozenset[int]], wanted: int
 ) -> None:
     taken = frozenset[int]().union(*siblings)
-    chosen = choose_cores(available, siblings, others, wanted)
+    chosen = choose_cores(sorted(available), siblings, others, wanted)
     if chosen is None:
         assert len(available - taken) < wanted
     else:
@@ -43,6 +43,13 @@ def test_siblings_never_share_a_core(
         load = {core: sum(core in cores for cores in others) for core in available}
         spared = available - taken - chosen
         assert all(load[core] <= load[other] for core in chosen for other in spared)
+
+
+def test_the_hardware_threads_of_a_core_belong_to_one_pod() -> None:
+    """On a machine whose cores have the threads 0 and 2, 1 and 3."""
+    first = choose_cores((0, 2, 1, 3), [], [], 2)
+    assert first == {0, 2}
+    assert choose_cores((0, 2, 1, 3), [first], [], 2) == {1, 3}
 
 
 @pytest.mark.parametrize(

@@ -70,19 +70,18 @@ class Gang:
         )
         (folder / "run.json").write_text(spec.to_json())
 
-    def run(self, **extra: str) -> list[tuple[int, str]]:
-        """Return the exit code and the output of each supervisor."""
+    def run(self, command: list[str] | None = None, **extra: str) -> list[tuple[int, str]]:
+        """Return the exit code and the output of each supervisor.
+
+        Args:
+            command: command of a rank; None: the program.
+            extra: other environment variables.
+        """
+        rank = command or [str(self.program), str(self.folder / "kvs")]
         paths = [str(self.folder / "packages"), str(ROOT / "trainer"), str(ROOT / "operator")]
         processes = [
             subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "finetune_trainer.supervisor",
-                    "--",
-                    str(self.program),
-                    str(self.folder / "kvs"),
-                ],
+                [sys.executable, "-m", "finetune_trainer.supervisor", "--", *rank],
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(paths),
@@ -162,3 +161,26 @@ def test_the_python_binding_sums(tmp_path: Path) -> None:
     ((code, output),) = gang.run(MASTER_PORT=str(port))
     assert code == ExitCode.DONE, output[-3000:]
     assert output.count("sum 2 right ccl") == 2
+
+
+@pytest.mark.parametrize("is_forked", [False, True])
+def test_ranks_run_with_the_preloaded_openmp_runtime(is_forked: bool, tmp_path: Path) -> None:
+    """Forked ranks have the libraries of the fork server: it loads them first, because a running process cannot."""
+    assert (PREFIX / "lib/libiomp5.so").is_file()
+    gang = Gang(tmp_path, Path(sys.executable), 1, 2)
+    module = tmp_path / "packages" / "openmp_rank.py"
+    module.write_text(
+        "import os, re, torch\n"
+        "torch.ones(1 << 20).add_(1)\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "print('runtime', 'libiomp5.so' in maps, os.environ['KMP_BLOCKTIME'], torch.get_num_threads())\n"
+    )
+    if not is_forked:
+        (tmp_path / "kvs").symlink_to(module)
+    ((code, output),) = gang.run(command=[sys.executable, "-m", "openmp_rank"] if is_forked else None)
+    assert code == ExitCode.DONE, output[-3000:]
+    (threads,) = {place.num_threads for place in place_ranks(read_machine(), PlacementRequest(2)).ranks}
+    assert output.count(f"runtime True 1 {threads}") == 2, output[-3000:]
+    assert "OpenMP runtime: libiomp5" in output
+    assert "not forked" not in output
+    assert "without the fork server" not in output

@@ -40,6 +40,7 @@ from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.checkpoint.store.base import CheckpointStore
 from finetune_trainer.checkpoint.store.scratch import Drain, ScratchStore
 from finetune_trainer.distributed.channel import Channel
+from finetune_trainer.distributed.cpus import use_helper_cpus
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import FabricError, StaleError, StorageError
 from finetune_trainer.patience import wait_out
@@ -442,5 +443,6 @@ def _wait_for(future: Future[Any]) -> None:
 
 
 def _yield_to_training() -> None:
-    """Lower the priority of this thread; on Linux niceness is per thread."""
+    """Lower the priority of this thread, and leave the CPUs that compute; on Linux both are per thread."""
+    use_helper_cpus()
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)

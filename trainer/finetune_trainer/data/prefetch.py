@@ -12,6 +12,7 @@ from finetune_trainer.data.mixture import MixedLatents
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.data.sampling.shapes import Size
 from finetune_trainer.data.sources.base import SampleSet
+from finetune_trainer.distributed.cpus import use_helper_cpus
 
 
 class Prefetcher:
@@ -25,7 +26,7 @@ class Prefetcher:
         self._batches = batches
         self._pool: ThreadPoolExecutor | None = None
         if not _is_live(batches):
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=use_helper_cpus)
         self._ahead: tuple[tuple[SampleRef, ...], Future[Batch]] | None = None
         self.waited_seconds = 0.0
         """Total time that the loop has waited for batches."""

@@ -75,7 +75,8 @@ class SetupReader:
         requested = env.get(environment.BACKEND, "")
         self._is_gpu = requested == NCCL
         if not self._is_gpu:
-            backend = CpuBackend(requested) if requested else CpuBackend.GLOO
+            # The variable decides: a pod template may set it to a backend that the API does not offer.
+            backend = CpuBackend(requested) if requested in set(CpuBackend) else CpuBackend.AUTO
             missing = list(find_missing_cpu_software(config.cpu.model_copy(update={"backend": backend})))
             if missing:
                 raise BadEnvironmentError("; ".join(missing))

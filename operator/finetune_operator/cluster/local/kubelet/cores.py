@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from finetune_operator.plan.model.types import Manifest
 
@@ -32,12 +32,12 @@ def parse_cpu(quantity: str | int | float) -> int:
 
 
 def choose_cores(
-    available: Iterable[int], siblings: Iterable[frozenset[int]], others: Iterable[frozenset[int]], wanted: int
+    available: Sequence[int], siblings: Iterable[frozenset[int]], others: Iterable[frozenset[int]], wanted: int
 ) -> frozenset[int] | None:
     """Choose cores that no pod of the same job uses, the cores that other jobs use least first.
 
     Args:
-        available: cores of this machine that this process may use.
+        available: cores of this machine that this process may use, by preference.
         siblings: cores of the job's running pods.
         others: cores of other jobs' running pods. Concurrent jobs may have to share cores.
         wanted: number of cores.
@@ -47,5 +47,5 @@ def choose_cores(
     """
     taken = frozenset[int]().union(*siblings)
     load = Counter(core for cores in others for core in cores)
-    free = sorted(set(available) - taken, key=lambda core: (load[core], core))
+    free = sorted((core for core in available if core not in taken), key=load.__getitem__)
     return frozenset(free[:wanted]) if len(free) >= wanted else None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_contract.cpu.sysfs import read_topology
 from finetune_operator.cluster.local.files import BrokenFileError, Warn, read_json, write_json
 from finetune_operator.cluster.local.home import Home
 from finetune_operator.cluster.local.kubelet.container import (
@@ -79,7 +80,8 @@ class Kubelet:
         self._recheck = asyncio.Event()
         # Only one pod is started, deleted or preempted at a time, so that no operation interrupts another halfway.
         self._pod_lock = asyncio.Lock()
-        self._cores = frozenset(os.sched_getaffinity(0))
+        # The hardware threads of a core are next to each other, so that they belong to the same pod.
+        self._cores = tuple(cpu for core in read_topology(os.sched_getaffinity(0)).cores for cpu in core.cpus)
         self._gpus = find_gpus()
         self._fork_server = SharedForkServer()
 
