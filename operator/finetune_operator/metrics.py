@@ -255,6 +255,10 @@ def job_metrics(jobs: list[FineTuneJob], now: datetime) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "finetune_checkpoint_stale_jobs", "Running jobs that cannot write checkpoints.", value=stale
     )
+    slow = sum(len(status.slow_ranks) for status in running if is_true(status, ConditionType.SLOW_RANKS))
+    yield GaugeMetricFamily(
+        "finetune_slow_ranks", "Ranks of running jobs that need longer than their peers for the same work.", value=slow
+    )
     if checkpoints:
         oldest = min(checkpoint.time for checkpoint in checkpoints)
         yield GaugeMetricFamily(

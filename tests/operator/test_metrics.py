@@ -146,6 +146,7 @@ def test_gauges_over_all_jobs() -> None:
         ("finetune_checkpoint_stall_seconds",): 0.02,
         ("finetune_checkpoint_durable_seconds",): 2.0,
         ("finetune_checkpoint_stale_jobs",): 0,
+        ("finetune_slow_ranks",): 0,
         ("finetune_oldest_checkpoint_age_seconds",): 60,
     }
     # No job has reported what limits its speed.

@@ -21,6 +21,7 @@ class ConditionType(StrEnum):
     NOTICE_TOO_SHORT = "NoticeTooShort"
     CHECKPOINT_STALE = "CheckpointStale"
     PODS_OUTDATED = "PodsOutdated"
+    SLOW_RANKS = "SlowRanks"
 
 
 CONDITIONS: dict[ConditionType, str] = {
@@ -36,5 +37,7 @@ CONDITIONS: dict[ConditionType, str] = {
     ConditionType.CHECKPOINT_STALE: "Training continues, but no newer checkpoint can be written; see the message.",
     ConditionType.PODS_OUTDATED: "Pods were created before the last edit of the spec and do not contain it; the "
     "message says when it takes effect.",
+    ConditionType.SLOW_RANKS: "Ranks need at least 1.5 times as long as their peers for the same work, for a minute or "
+    "longer. The message names them and their nodes.",
 }
 """Meaning of each condition if it is True."""

@@ -50,6 +50,8 @@ class Reason(StrEnum):
     SPEC_APPLIED = "SpecApplied"
     SAVE_TAKES_LONGER = "SaveTakesLonger"
     SAVE_IN_TIME = "SaveInTime"
+    SLOWER_THAN_PEERS = "SlowerThanPeers"
+    AS_FAST_AS_PEERS = "AsFastAsPeers"
 
     NOTICE_SAVED = "NoticeSaved"
     PREEMPTED = "Preempted"
@@ -237,6 +239,15 @@ REASONS: dict[Reason, ReasonDoc] = {
         "Raise recovery.noticeSeconds if the capacity gives more notice, or use faster storage.",
     ),
     Reason.SAVE_IN_TIME: ReasonDoc(Topic.WORKING, "A save takes less than recovery.noticeSeconds again.", NOTHING),
+    Reason.SLOWER_THAN_PEERS: ReasonDoc(
+        Topic.WORKING,
+        "A rank needs at least 1.5 times as long as its peers for the same work, and all others wait for it.",
+        "Check the node that the message names: clocks of its GPU (temperature, power), other work on its cores, its "
+        "storage. Cordon it and delete the pod to move the rank to another node.",
+    ),
+    Reason.AS_FAST_AS_PEERS: ReasonDoc(
+        Topic.WORKING, "All ranks need about the same time for their work again.", NOTHING
+    ),
     Reason.NOTICE_SAVED: _capacity(
         "A pod received a preemption notice, and its ranks saved their last step before they exited."
     ),
@@ -266,8 +277,8 @@ REASONS: dict[Reason, ReasonDoc] = {
         "(status.attempts), and cordon the node.",
     ),
     Reason.GPU_FAULT: _capacity(
-        "A GPU failed: its driver reported a hardware error (XID), a health tool reported the node, or the GPU computed "
-        "wrong results in the check before the first step.",
+        "A GPU failed: its driver reported a hardware error (XID), a health tool reported the node, or the GPU "
+        "computed wrong results in the check before the first step.",
         "Nothing: the next attempt avoids that node and checks all devices first. Have the node repaired; the ledger "
         "(status.attempts) names it, and the GPU and the XID if they are known.",
     ),

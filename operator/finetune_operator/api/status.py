@@ -164,6 +164,15 @@ class PerformanceStatus(StatusModel):
     )
 
 
+class SlowRank(StatusModel):
+    """A rank that needs longer than its peers for the same work."""
+
+    rank: int = Field(description="Its number")
+    node: str | None = Field(default=None, description="Node of its pod")
+    factor: float = Field(description="How many times as long as its peers it needed at first")
+    since: datetime = Field(description="Time from which it was slow")
+
+
 class InputStatus(StatusModel):
     """What the job trains on, as its first attempt found it; an attempt that finds something else fails."""
 
@@ -235,6 +244,11 @@ class FineTuneJobStatus(StatusModel):
     images_per_second: float | None = Field(default=None, description="Images per second, of all ranks together")
     performance: PerformanceStatus | None = Field(
         default=None, description="Speed, memory and bottleneck, and what would make the job faster"
+    )
+    slow_ranks: tuple[SlowRank, ...] = Field(
+        default=(),
+        exclude_if=lambda value: not value,
+        description="Ranks that need longer than their peers for the same work",
     )
     last_checkpoint: CheckpointStatus | None = Field(default=None, description="Newest verified checkpoint")
     checkpoint_interval_seconds: float | None = Field(

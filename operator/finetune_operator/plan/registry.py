@@ -28,7 +28,7 @@ from finetune_operator.plan.policies import (
 )
 from finetune_operator.plan.policies.capacity import elastic, quota, regroup, spot, standby
 from finetune_operator.plan.policies.queue import eviction, report, request
-from finetune_operator.plan.report import conditions, goodput, phase, progress, timing
+from finetune_operator.plan.report import conditions, goodput, phase, progress, slow_ranks, timing
 
 POLICIES: tuple[Policy, ...] = (
     acceptance.POLICY,  # Is the spec valid and supported?
@@ -58,6 +58,7 @@ POLICIES: tuple[Policy, ...] = (
     hangs.TRACK,  # When was the last progress?
     conditions.POLICY,  # Conditions that follow from the phase.
     conditions.NOTICE,  # Is the preemption notice long enough for a save?
+    slow_ranks.POLICY,  # Does a rank need longer than its peers?
     edits.REPORT,  # Do the pods contain the newest edit of the spec?
     goodput.POLICY,  # Which share of the time trained steps that were kept?
     in_place.POLICY,  # When does a pod that is kept become too silent to keep?
