@@ -12,6 +12,7 @@ from signal import SIGTERM
 from finetune_contract.exit_codes import HOLDABLE, ExitCode
 from finetune_contract.heartbeat import (
     CommittedCheckpoint,
+    GpuFault,
     Heartbeat,
     Order,
     RankEnd,
@@ -55,6 +56,7 @@ class SimulatedSupervisor:
         self._storage = trainers.storage[pod.job]
         self._has_notice = False
         self._ends: tuple[RankEnd, ...] = ()
+        self._gpu_faults: tuple[GpuFault, ...] = ()
         self._waiting = pod.is_standby
         self._alive = True
         self._epoch = 0
@@ -99,8 +101,10 @@ class SimulatedSupervisor:
             self._leave_gang(silent=False)
             self.rank_ended(ExitCode.SAVED)
 
-    def fail(self, code: int, output: str, reason: str | None = None) -> None:
-        """Let its rank fail by itself."""
+    def fail(self, code: int, output: str, reason: str | None = None, gpu_fault: GpuFault | None = None) -> None:
+        """Let its rank fail by itself, or because of a fault of its GPU."""
+        if gpu_fault is not None:
+            self._gpu_faults = (gpu_fault,)
         if self._alive and not self._ends:
             self._leave_gang(silent=False)
             self.rank_ended(code, output, reason)
@@ -135,7 +139,13 @@ class SimulatedSupervisor:
             return
         self._alive = False
         self._leave_gang(silent=False)
-        termination = Termination(attempt=self.attempt, exit_code=code, notice=self._has_notice, ends=self._ends)
+        termination = Termination(
+            attempt=self.attempt,
+            exit_code=code,
+            notice=self._has_notice,
+            ends=self._ends,
+            gpu_faults=self._gpu_faults,
+        )
         self._trainers.kubelets.ended(self.pod, code, termination, reason)
         self._trainers.forget(self)
 
@@ -255,6 +265,7 @@ class SimulatedSupervisor:
                 "ends": self._ends,
                 "notice": self._has_notice,
                 "waiting": self._waiting,
+                "gpu_faults": self._gpu_faults,
             }
         )
 

@@ -25,7 +25,7 @@ def test_kill_demo() -> None:
     ("cells", "num_cells"),
     [
         (("--faults", "SIGKILL", "full disk", "--ranks", "rank 0", "--stages", "saving"), 2),
-        (("--faults", "partition", "--ranks", "rank 1", "--stages", "training"), 1),
+        (("--faults", "partition", "XID", "--ranks", "rank 1", "--stages", "training"), 2),
     ],
 )
 def test_kill_matrix(cells: tuple[str, ...], num_cells: int) -> None:

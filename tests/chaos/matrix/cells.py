@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-FAULTS = ("notice", "SIGKILL", "hang", "memory", "exit 1", "full disk", "read-only", "partition")
+FAULTS = ("notice", "SIGKILL", "hang", "memory", "exit 1", "full disk", "read-only", "partition", "XID")
 TARGETS = ("rank 0", "rank 1", "supervisor", "all")
 STAGES = ("loading", "caching", "first step", "training", "saving", "validating", "exporting")
 DISK = ("full disk", "read-only")
@@ -48,7 +48,9 @@ class Cell:
     @property
     def keeps_every_step(self) -> bool:
         """Return whether a surviving rank holds the state of the last step, or a rank has the time to save it."""
-        return self.fault == "notice" or (self.fault in {"SIGKILL", "exit 1", "memory"} and self.target != "all")
+        return self.fault in {"notice", "XID"} or (
+            self.fault in {"SIGKILL", "exit 1", "memory"} and self.target != "all"
+        )
 
     @property
     def is_permanent(self) -> bool:
@@ -65,6 +67,8 @@ def meaningless(cell: Cell) -> str | None:
     """Return why a cell tests nothing; None if it is useful."""
     if cell.fault in DISK and cell.target == "rank 1" and cell.stage != "caching":
         return "only rank 0 writes at this stage"
+    if cell.fault == "XID" and cell.target == "supervisor":
+        return "GPUs belong to ranks"
     return None
 
 
@@ -80,6 +84,7 @@ def reasons(cell: Cell) -> frozenset[str]:
         "full disk": NOT_SAVED,
         "read-only": NOT_SAVED,
         "partition": frozenset({"Hang", "FabricError"}) | LOST,
+        "XID": frozenset({"GpuFault"}),
     }
     return by_fault[cell.fault]
 
@@ -87,7 +92,7 @@ def reasons(cell: Cell) -> frozenset[str]:
 def may_succeed(cell: Cell) -> bool:
     """Return whether the first attempt may succeed in spite of the fault."""
     # Training needs neither the operator, nor a supervisor that responds, nor the disk that these two write to.
-    if cell.stage == "exporting" and (cell.fault == "notice" or cell.target in {"rank 1", "supervisor"}):
+    if cell.stage == "exporting" and (cell.fault in {"notice", "XID"} or cell.target in {"rank 1", "supervisor"}):
         # Training is done, and only rank 0 writes the outputs: it can finish before the fault is detected.
         return True
     if cell.fault in DISK:

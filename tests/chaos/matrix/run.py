@@ -31,6 +31,7 @@ from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.cluster.reconcile import ReconcileResult
 from tests.chaos.matrix import faults
 from tests.chaos.matrix.cells import DISK, Cell
+from tests.chaos.matrix.supervisor import EVENTS_FOLDER, GPU_EVENTS
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_RANKS = 2
@@ -159,6 +160,7 @@ class MatrixHarness:
             "PYTHONPATH": str(ROOT),
             "MATRIX_STOP_POINT": json.dumps(stop_point),
             "MATRIX_PROXIES": ",".join(str(proxy.port) for proxy in environment.proxies),
+            EVENTS_FOLDER: str(environment.stops),
             "FINETUNE_FORK_SERVER": self._fork_server,
         }
         return {
@@ -333,6 +335,11 @@ class FaultInjection:
             return
         for rank in self._cell.victims:
             await self._kubelet.preempt(pod_name("matrix", 1, rank), "TerminationByKubelet", SHUTDOWN_MESSAGE)
+
+    async def _xid(self) -> None:
+        """Let the driver of the ranks' GPUs report that one has fallen off the bus. A stand-in for NVML does it."""
+        for rank in self._cell.victims:
+            (self._environment.stops / f"{GPU_EVENTS}-{rank}").write_text("[0, 79]\n")
 
     async def _sigkill(self) -> None:
         """Kill the process; for all ranks: kill the pods."""
