@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,20 +179,37 @@ class KubeApi:
         """
         for hook in self._hooks:
             hook.before("WATCH", path)
+        stream = self.lines(path, {**query, "watch": "true"}, accept, WATCH_SILENCE_SECONDS)
+        async with aclosing(stream) as lines:
+            async for line in lines:
+                try:
+                    yield from_json(line, cache_strings="keys")
+                except ValueError as error:
+                    raise ApiError(0, type(error).__name__, f"the watch of {path} broke: {error}") from error
+
+    async def lines(
+        self,
+        path: str,
+        query: Mapping[str, str],
+        accept: str = "*/*",
+        silence_seconds: float | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        """Stream the lines of a response until the server ends it.
+
+        Raises:
+            ApiError: the request was refused, the connection broke, or it was silent for too long.
+        """
         try:
-            silence = WATCH_SILENCE_SECONDS
-            response = await self._send(
-                "GET", _url(path, {**query, "watch": "true"}), None, {"Accept": accept}, silence
-            )
+            response = await self._send("GET", _url(path, query), None, {"Accept": accept}, silence_seconds)
             try:
                 if response.status >= BAD_REQUEST:
                     raise _error(response.status, response.headers, await response.read())
                 async for line in response.content:
-                    yield from_json(line, cache_strings="keys")
+                    yield line
             finally:
                 response.close()
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
-            raise ApiError(0, type(error).__name__, str(error) or f"the watch of {path} broke") from error
+            raise ApiError(0, type(error).__name__, str(error) or f"the stream of {path} broke") from error
 
     async def _send(
         self, method: str, path: str, body: Any, headers: dict[str, str], silence_seconds: float | None = None
