@@ -31,6 +31,24 @@ def _script(text: str) -> tuple[dict[str, Any], str]:
     return document["spec"], "\n".join(report)
 
 
+def test_the_config_of_the_launcher_becomes_a_field(tmp_path: Path) -> None:
+    config = tmp_path / "fsdp.yaml"
+    config.write_text("distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nnum_processes: 8\n", encoding="utf-8")
+    spec, report = _script(f"accelerate launch --config_file {config} train.py")
+    assert spec["training"]["script"]["accelerateConfig"] == {
+        "distributed_type": "FSDP",
+        "fsdp_config": {"fsdp_version": 2},
+    }
+    assert "--config_file: spec.training.script.accelerateConfig" in report
+    spec, _ = _script("accelerate launch --use_fsdp --fsdp_version 2 train.py")
+    assert spec["training"]["script"]["accelerateConfig"] == {
+        "distributed_type": "FSDP",
+        "fsdp_config": {"fsdp_version": 2},
+    }
+    with pytest.raises(UsageError, match="write the path of the file"):
+        _script("accelerate launch --config_file /no/such.yaml train.py")
+
+
 def test_a_command_line_becomes_a_job_with_a_script() -> None:
     spec, report = _script(LINE)
     assert spec == {

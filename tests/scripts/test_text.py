@@ -128,7 +128,10 @@ def test_the_facts_of_a_script() -> None:
         "if accelerator.is_main_process or accelerator.distributed_type == DEEPSPEED:\n"
         "    accelerator.save_state(f'{args.output_dir}/checkpoint-{step}')\n"
     )
-    assert facts == ScriptFacts(True, {"output_dir": "x", "max_train_steps": None}, False, False, "checkpoint-")
+    assert facts == ScriptFacts(
+        flags={"output_dir": "x", "max_train_steps": None},
+        save_guard="accelerator.is_main_process or accelerator.distributed_type == DEEPSPEED",
+    )
 
 
 def test_the_facts_of_a_script_in_the_style_of_accelerate() -> None:
@@ -140,6 +143,18 @@ def test_the_facts_of_a_script_in_the_style_of_accelerate() -> None:
         "    accelerator.save_state(f'step_{step}')\n"
     )
     assert (facts.saves_on_all_ranks, facts.skips_by_step, facts.checkpoint_prefix) == (True, True, "step_")
+
+
+def test_the_guard_of_a_save_names_kinds_of_distribution() -> None:
+    text = (
+        "if accelerator.sync_gradients:\n"
+        "    if accelerator.is_main_process or accelerator.distributed_type == DistributedType.DEEPSPEED:\n"
+        "        accelerator.save_state(path)\n"
+    )
+    facts = read_facts(text)
+    assert not facts.saves_on_all_ranks
+    assert "DEEPSPEED" in facts.save_guard
+    assert "FSDP" not in facts.save_guard
 
 
 def test_a_script_that_cannot_be_parsed_has_default_facts() -> None:

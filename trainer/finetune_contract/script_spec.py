@@ -15,6 +15,12 @@ Arguments = Annotated[
 ]
 """Command line of a script: a map of flags, or a list."""
 
+AccelerateConfig = Annotated[
+    dict[str, Any],
+    WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True}),
+]
+"""Contents of a file that `accelerate config` writes."""
+
 
 class ScriptConfigMap(SpecModel):
     """A script in a ConfigMap of the job's namespace."""
@@ -46,6 +52,11 @@ class ScriptSpec(SpecModel):
     )
     env: dict[str, Argument] | None = Field(
         default=None, max_length=64, description="Environment variables of the script"
+    )
+    accelerate_config: AccelerateConfig | None = Field(
+        default=None,
+        description="Contents of an accelerate config, for FSDP or DeepSpeed, e.g. {distributed_type: FSDP, "
+        "fsdp_config: {fsdp_version: 2}}; the number of machines and processes comes from the topology",
     )
     requirements: tuple[Argument, ...] = Field(
         default=(),

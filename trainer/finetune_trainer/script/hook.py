@@ -81,7 +81,9 @@ class AcceleratorHook:
         """Replace the methods."""
         from accelerate import Accelerator  # noqa: PLC0415  the script's requirements choose its version
 
+        replace(importlib.import_module("accelerate.state").AcceleratorState, "__init__", _use_fsdp_on_cpus)
         replace(Accelerator, "__init__", self._create)
+        replace(Accelerator, "prepare", _share_weights_on_cpus)
         replace(Accelerator, "prepare_data_loader", self._prepare)
         replace(Accelerator, "save_state", self._save)
         replace(Accelerator, "load_state", self._load)
@@ -129,6 +131,30 @@ class AcceleratorHook:
     def _finish(self, original: Original, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
         self._session.finish()
         return original(accelerator, *args, **kwargs)
+
+
+def _use_fsdp_on_cpus(original: Original, state: Any, *args: Any, **kwargs: Any) -> None:
+    """Divide the model over CPU ranks, too: accelerate ignores a request for FSDP there."""
+    original(state, *args, **kwargs)
+    plugin = kwargs.get("fsdp_plugin")
+    if plugin is None or state.distributed_type.name != "MULTI_CPU":
+        return
+    if state._mixed_precision != "no":
+        plugin.set_mixed_precision(state._mixed_precision)
+    state.fsdp_plugin = plugin
+    # FSDP refuses a CPU with a number.
+    changes = {"distributed_type": type(state.distributed_type).FSDP, "device": torch.device("cpu")}
+    for shared in (state.__dict__, importlib.import_module("accelerate.state").PartialState._shared_state):
+        shared.update(changes)
+
+
+def _share_weights_on_cpus(original: Original, accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Give all ranks the weights of rank 0, as DDP does, before FSDP divides them over CPU ranks."""
+    if accelerator.distributed_type.name == "FSDP" and accelerator.device.type == "cpu":
+        for module in (each for each in args if isinstance(each, torch.nn.Module)):
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+    return original(accelerator, *args, **kwargs)
 
 
 def _verified_step(folder: Path, job_uid: str) -> int | None:

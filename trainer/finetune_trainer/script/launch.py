@@ -27,6 +27,7 @@ from finetune_trainer.distributed.world import World, read_backend, wait_for_ran
 from finetune_trainer.errors import ConfigError, FabricError, RankError, StorageError
 from finetune_trainer.export.outputs import Export, check_targets
 from finetune_trainer.script import arguments, hook
+from finetune_trainer.script.accelerate_config import USE_CPU, read_environment
 from finetune_trainer.script.agreement.boards import open_board
 from finetune_trainer.script.agreement.peers import WAIT, Peers
 from finetune_trainer.script.agreement.votes import Agreement
@@ -89,6 +90,9 @@ def run_script(context: RankContext, env: MutableMapping[str, str] = os.environ)
     if place.rank == 0:
         check_targets(context.spec.outputs, context.delivery)
     use_accelerate_environment(env, place)
+    if script.accelerate_config is not None:
+        on_cpu = env.get(USE_CPU) == "true"
+        env.update(read_environment(script.accelerate_config, world_size=place.size, on_cpu=on_cpu))
     join(env, place)
     hook.keep_group()
     peers = Peers(place.rank, place.size, place.local_size if place.local_size < place.size else 1)
@@ -130,7 +134,7 @@ def find_script(script: ScriptSpec, env: Mapping[str, str]) -> Path:
 def use_accelerate_environment(env: MutableMapping[str, str], place: Place) -> None:
     """Set the variables that `accelerate launch` sets for one rank."""
     if env.get(environment.BACKEND) in CPU_BACKENDS:
-        env["ACCELERATE_USE_CPU"] = "true"
+        env[USE_CPU] = "true"
     if place.size == 1:
         # accelerate takes them for a job of several ranks.
         for name in RANK_VARIABLES:
@@ -179,7 +183,7 @@ def _make_session(
     figures = Figures(context.reporter, peers.size, arguments.total_steps(argv, facts))
     from accelerate import Accelerator  # noqa: PLC0415  slow, and the script's requirements choose its version
 
-    saver = Saver(checkpoints, peers, context.reporter, Accelerator.save_state, on_all_ranks=facts.saves_on_all_ranks)
+    saver = Saver(checkpoints, peers, context.reporter, Accelerator.save_state, facts)
     options = SessionOptions(
         context.notice, spec.checkpoint_interval, context.mtbf_seconds, spec.max_stale_seconds, facts
     )

@@ -22,6 +22,7 @@ from finetune_trainer.script.agreement.peers import Peers
 from finetune_trainer.script.checkpoints import SURVIVORS, Found, ScriptCheckpoints, is_committed
 from finetune_trainer.script.position import Position
 from finetune_trainer.script.random_state import RandomState, in_accelerate_format
+from finetune_trainer.script.source import ScriptFacts
 
 _LOG = logging.getLogger(__name__)
 PEER_STATES_SECONDS = 10.0
@@ -71,7 +72,7 @@ class Saver:
         peers: the other ranks.
         reporter: of this rank.
         save_state: accelerate's own `Accelerator.save_state`.
-        on_all_ranks: whether every rank of the script calls `save_state`.
+        facts: what the text of the script shows.
     """
 
     def __init__(
@@ -80,18 +81,22 @@ class Saver:
         peers: Peers,
         reporter: Reporter,
         save_state: Callable[..., Any],
-        *,
-        on_all_ranks: bool,
+        facts: ScriptFacts,
     ) -> None:
         self.checkpoints = checkpoints
         self._peers = peers
         self._reporter = reporter
         self._save_state = save_state
-        self._on_all_ranks = on_all_ranks
+        self._facts = facts
 
     def saves_on_all_ranks(self, accelerator: Any) -> bool:
         """Return whether accelerate's save is a call of all ranks."""
-        return self._on_all_ranks or accelerator.distributed_type.name in SHARDED
+        return self._facts.saves_on_all_ranks or accelerator.distributed_type.name in SHARDED
+
+    def calls_on_rank_0_only(self, accelerator: Any) -> bool:
+        """Return whether the script calls a save on rank 0 that all ranks would have to call."""
+        kind = accelerator.distributed_type.name
+        return kind in SHARDED and not self._facts.saves_on_all_ranks and kind not in self._facts.save_guard
 
     def write(self, accelerator: Any, folder: Path) -> None:
         """Write accelerate's files of this rank.

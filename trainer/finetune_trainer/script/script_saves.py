@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from finetune_trainer.script.agreement.votes import Pending
 from finetune_trainer.script.checkpoints import is_committed, publish
 from finetune_trainer.script.saver import Saver
+
+_LOG = logging.getLogger(__name__)
 
 
 class ScriptSaves:
@@ -23,6 +26,8 @@ class ScriptSaves:
         self._saver = saver
         self._rank = rank
         self.pending: Pending | None = None
+        self.is_requested = False
+        """Whether the script has asked for a save that all ranks must take together."""
         self._deletions: list[Path] = []
 
     def save(self, accelerator: Any, folder: str | None, save: Callable[[str | None], Any]) -> Any:
@@ -39,6 +44,8 @@ class ScriptSaves:
             written = final = Path(str(result)).absolute()
         else:
             final = Path(folder).absolute()
+            if self._saver.calls_on_rank_0_only(accelerator):
+                return self._request(folder)
             replaces, on_all_ranks = is_committed(final), self._saver.saves_on_all_ranks(accelerator)
             # A committed checkpoint of this name stays until the new one is committed.
             written = self._saver.checkpoints.aside(final) if replaces or not on_all_ranks else final
@@ -50,6 +57,12 @@ class ScriptSaves:
         if self._rank == 0:
             self.pending = (written, final)
         return result
+
+    def _request(self, folder: str) -> str:
+        """Let all ranks save at the next boundary, because a call of rank 0 alone would wait for the others forever."""
+        _LOG.info("the script saves %s on rank 0 only; all ranks save it together, after this step", Path(folder).name)
+        self.is_requested = True
+        return folder
 
     def take(self) -> Pending | None:
         """Return what waits to be committed, and forget it."""

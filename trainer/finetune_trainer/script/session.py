@@ -278,7 +278,7 @@ class Session:
         self.figures.after_step(self.step, learning_rate(self._optimizer))
         self._act(self._agreement.collect(), may_save=may_save)
         pending = self._saves.take()
-        is_due = may_save and pending is None and self._is_due(self._agreement.delay)
+        is_due = (may_save and pending is None and self._is_due(self._agreement.delay)) or self._saves.is_requested
         self._agreement.post(record, notice=self._notice.given, due=is_due, pending=pending)
         self._boundary = Boundary(record, device_event())
         if not self._agreement.delay:
@@ -307,7 +307,8 @@ class Session:
     def _save_if_due(self) -> None:
         """Save between two epochs if an ordinary save is due there."""
         self._act(self._agreement.collect(), may_save=True)
-        due, notice = self._peers.sum([int(self._is_due(0)), int(self._notice.given)])
+        is_due = self._saves.is_requested or self._is_due(0)
+        due, notice = self._peers.sum([int(is_due), int(self._notice.given)])
         if notice:
             self._save_and_exit()
         if due and self.step > self._saved_step:
@@ -369,7 +370,7 @@ class Session:
             self._health.record_failure(f"checkpoint storage: {error}", now)
         else:
             self._health.record_success()
-            self._saved_step, self._saved_at = record.step, now
+            self._saved_step, self._saved_at, self._saves.is_requested = record.step, now, False
             if found is not None:
                 self._saver.checkpoints.prune(found.folder, self._saves.take_deletions(found.folder))
                 clock = SaveClock(0, 0.0, self._save_seconds, self._options.mtbf_seconds)

@@ -20,6 +20,7 @@ class ScriptFacts:
         uses_accelerate: whether it imports accelerate.
         flags: flags that it declares, without dashes, and their defaults; a default that is not a literal is None.
         saves_on_all_ranks: whether every rank calls `save_state`; otherwise only the main process does.
+        save_guard: condition under which it calls `save_state`; it may name kinds of distribution.
         skips_by_step: whether it reads and skips the batches before `resume_step` itself.
         checkpoint_prefix: start of the names of its checkpoints.
     """
@@ -27,6 +28,7 @@ class ScriptFacts:
     uses_accelerate: bool = True
     flags: Mapping[str, Any] = field(default_factory=dict)
     saves_on_all_ranks: bool = False
+    save_guard: str = ""
     skips_by_step: bool = False
     checkpoint_prefix: str = CHECKPOINT_PREFIX
 
@@ -37,10 +39,12 @@ def read_facts(text: str) -> ScriptFacts:
         tree = ast.parse(text)
     except SyntaxError:
         return ScriptFacts()
+    guards = _save_guards(tree)
     return ScriptFacts(
         uses_accelerate=any(_imports(node, "accelerate") for node in ast.walk(tree)),
         flags=dict(_flags(tree)),
-        saves_on_all_ranks=_saves_on_all_ranks(tree),
+        saves_on_all_ranks=bool(guards) and not all(guards),
+        save_guard=" ".join(guards),
         skips_by_step=any(_skips_by_step(node) for node in ast.walk(tree)),
         checkpoint_prefix=next(_prefixes(tree), CHECKPOINT_PREFIX),
     )
@@ -67,20 +71,20 @@ def _flags(tree: ast.AST) -> Iterator[tuple[str, Any]]:
         yield from ((name.lstrip("-").replace("-", "_"), value) for name in names if name.startswith("--"))
 
 
-def _saves_on_all_ranks(tree: ast.AST) -> bool:
-    """Return whether a call of save_state is in no branch for the main process."""
+def _save_guards(tree: ast.AST) -> list[str]:
+    """Return, for each call of save_state, the conditions on the main process around it; '' if there is none."""
 
-    def visit(node: ast.AST, in_branch: bool) -> Iterator[bool]:
+    def visit(node: ast.AST, around: str) -> Iterator[str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "save_state":
-            yield in_branch
+            yield around
         for name, value in ast.iter_fields(node):
-            guarded = isinstance(node, ast.If) and name == "body" and "main_process" in ast.unparse(node.test)
+            test = ast.unparse(node.test) if isinstance(node, ast.If) and name == "body" else ""
+            inside = f"{around} {test}".strip() if "main_process" in test else around
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
-                    yield from visit(child, in_branch or guarded)
+                    yield from visit(child, inside)
 
-    calls = list(visit(tree, False))
-    return bool(calls) and not all(calls)
+    return list(visit(tree, ""))
 
 
 def _skips_by_step(node: ast.AST) -> bool:

@@ -6,10 +6,12 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from finetune_operator.api import yaml_text
 from finetune_operator.api.job import API_VERSION, KIND
@@ -19,8 +21,20 @@ from finetune_operator.cli.commands.convert_recipe import method_of, to_recipe
 from finetune_operator.cli.errors import Exit, UsageError
 
 LAUNCHERS = frozenset({"accelerate", "launch", "python", "python3", "torchrun", "finetune"})
-SWITCHES = frozenset({"multi_gpu", "cpu", "use_cpu", "same_network", "standalone", "no_python", "quiet", "debug"})
+SWITCHES = frozenset(
+    {
+        *("multi_gpu", "cpu", "use_cpu", "same_network", "standalone", "no_python", "quiet", "debug"),
+        *("use_fsdp", "use_deepspeed"),
+    }
+)
 """Options of launchers that take no value."""
+LAUNCH_KEYS = frozenset(
+    {
+        *("compute_environment", "machine_rank", "main_process_ip", "main_process_port", "main_training_function"),
+        *("num_machines", "num_processes", "rdzv_backend", "same_network", "use_cpu", "gpu_ids"),
+    }
+)
+"""Keys of an accelerate config that spec.topology replaces."""
 DATA_FLAGS = ("dataset_name", "train_data_dir", "instance_data_dir")
 NONE = "none"
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
@@ -158,12 +172,7 @@ def to_script(line: CommandLine) -> tuple[dict[str, Any], list[str]]:
     output = _place_output(args, report)
     _drop_flags(args, report)
     report += [f"--{name}: spec.training.script.args" for name in args]
-    script: dict[str, Any] = {"path": line.script if "/" in line.script.lstrip("./") else Path(line.script).name}
-    if line.rest is not None or args:
-        script["args"] = line.rest if line.rest is not None else args
-    if line.env:
-        script["env"] = line.env
-        report += [f"{name}: spec.training.script.env" for name in line.env]
+    script = _script(line, args, report)
     if method := method_of(line.script):
         report.append(f"finetune convert --recipe writes a manifest for method {method.value}")
     spec["training"] = {"script": script}
@@ -172,6 +181,41 @@ def to_script(line: CommandLine) -> tuple[dict[str, Any], list[str]]:
     report.append("spec.checkpoint.storage: write the volume that the pods share")
     spec["outputs"] = [{"format": "asWritten", "to": output}]
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {}, "spec": spec}, report
+
+
+def _script(line: CommandLine, args: dict[str, Any], report: list[str]) -> dict[str, Any]:
+    """Return spec.training.script."""
+    script: dict[str, Any] = {"path": line.script if "/" in line.script.lstrip("./") else Path(line.script).name}
+    if line.rest is not None or args:
+        script["args"] = line.rest if line.rest is not None else args
+    if config := _accelerate_config(line.options, report):
+        script["accelerateConfig"] = config
+    if line.env:
+        script["env"] = line.env
+        report += [f"{name}: spec.training.script.env" for name in line.env]
+    return script
+
+
+def _accelerate_config(options: Mapping[str, str], report: list[str]) -> dict[str, Any] | None:
+    """Return the accelerate config that the options of the launcher name."""
+    config: dict[str, Any] = {}
+    if file := options.get("config_file"):
+        try:
+            found = yaml_text.load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"--config_file: {file} cannot be read ({error}); write the path of the file") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"--config_file: {file} is not a file of accelerate config; write the path of one")
+        config = found
+        report.append("--config_file: spec.training.script.accelerateConfig")
+    for name, kind in (("use_fsdp", "FSDP"), ("use_deepspeed", "DEEPSPEED")):
+        if name in options:
+            config["distributed_type"] = kind
+            report.append(f"--{name}: spec.training.script.accelerateConfig.distributed_type")
+    for name in (each for each in options if each.startswith("fsdp_")):
+        config.setdefault("fsdp_config", {})[name] = _value(options[name])
+        report.append(f"--{name}: spec.training.script.accelerateConfig.fsdp_config")
+    return {name: value for name, value in config.items() if name not in LAUNCH_KEYS} or None
 
 
 def _place_output(args: dict[str, Any], report: list[str]) -> str:
@@ -218,7 +262,8 @@ def _topology(line: CommandLine) -> tuple[dict[str, Any], list[str]]:
         report.append("--cpu: spec.topology.accelerator")
     if precision := options.pop("mixed_precision", ""):
         line.env.setdefault("ACCELERATE_MIXED_PRECISION", precision)
-    left = [name for name in options if name not in {"cpu", "use_cpu"}]
+    placed = {"cpu", "use_cpu", "config_file", "use_fsdp", "use_deepspeed"}
+    left = [name for name in options if name not in placed and not name.startswith("fsdp_")]
     report += [f"--{name}: left out; an option of the launcher, which spec.topology replaces" for name in left]
     return topology, report
 
