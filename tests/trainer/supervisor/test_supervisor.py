@@ -394,6 +394,7 @@ def test_progress_bars_and_invalid_reports_are_tolerated(start: StartSupervisor)
         ("FINETUNE_POD_NAME", "", "FINETUNE_POD_NAME is not set"),
         ("FINETUNE_RUN_SPEC", "/nowhere/run.json", "cannot read /nowhere/run.json"),
         ("FINETUNE_BEAT_SECONDS", "-1", "must be a number of seconds"),
+        ("FINETUNE_BACKEND", "ccl", "topology.cpu.backend: ccl needs the package oneccl_bindings_for_pytorch"),
     ],
 )
 def test_an_invalid_environment_variable_is_named(start: StartSupervisor, name: str, value: str, message: str) -> None:
