@@ -55,6 +55,18 @@ def install(control_plane: ControlPlane, *, queues: bool = False) -> None:
     wait_for("the CRD is served", lambda: _served(control_plane))
 
 
+@contextlib.contextmanager
+def may_taint_nodes(control_plane: ControlPlane) -> Iterator[None]:
+    """Within this block the operator has what the chart grants if gpuFaults.taintAfterJobs is set."""
+    name = "finetune-taints"
+    _grant(control_plane.api, "ClusterRole", RBAC, name, yaml.safe_load(RULES.read_text())["taints"])
+    try:
+        yield
+    finally:
+        for plural in ("clusterrolebindings", "clusterroles"):
+            control_plane.api.delete(f"{RBAC}/{plural}/{name}")
+
+
 def _grant(api: Any, kind: str, root: str, name: str, rules: Any) -> None:
     subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": HOME}
     reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": name}

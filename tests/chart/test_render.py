@@ -61,6 +61,8 @@ def test_the_crd_equals_the_generated_file(helm: Helm) -> None:
     [
         {},
         {"namespaces": ["team-a", "team-b"], "watchNodes": False},
+        {"kueue": {"enabled": True, "priorityBoost": True}},
+        {"gpuFaults": {"taintAfterJobs": 2}},
         {"coordinator": {"enabled": False}},
         {"coordinator": {"tls": {"mode": "secret", "secretName": "given"}}},
         {"coordinator": {"port": 9000, "tls": {"mode": "certManager", "issuerRef": {"name": "ca"}}}},
@@ -76,6 +78,7 @@ def test_the_operator_accepts_the_flags_of_the_chart(helm: Helm, values: dict[st
     assert command == "run"
     options = read_options(parser, flags)
     assert list(options.operator.namespaces) == values.get("namespaces", [])
+    assert options.operator.taint_after_jobs == values.get("gpuFaults", {}).get("taintAfterJobs", 0)
     trainer = values.get("trainer", {})
     assert options.settings.trainer_user_id == trainer.get("userId", 1000)
     assert options.settings.cache_claim == trainer.get("cacheClaim", "")
@@ -107,6 +110,20 @@ def test_roles_contain_the_rules_of_the_file(helm: Helm) -> None:
     assert secrets == [
         {"apiGroups": [""], "resources": ["secrets"], "resourceNames": [f"{NAME}-tls"], "verbs": ["get", "update"]}
     ]
+
+
+def test_queues_add_permissions_only_if_they_are_enabled(helm: Helm) -> None:
+    file = yaml.safe_load((CHART / "files/rules.yaml").read_text())
+    objects = helm.render({"kueue": {"enabled": True}})
+    assert rules(objects, "ClusterRole", "-jobs") == file["jobs"] + file["queues"]
+    assert rules(objects, "ClusterRole", "-cluster") == file["cluster"] + file["queueClasses"]
+
+
+def test_nodes_can_be_changed_only_if_faulty_ones_are_tainted(helm: Helm) -> None:
+    file = yaml.safe_load((CHART / "files/rules.yaml").read_text())
+    assert file["taints"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["patch"]}]
+    objects = helm.render({"gpuFaults": {"taintAfterJobs": 2}})
+    assert rules(objects, "ClusterRole", "-cluster") == file["cluster"] + file["taints"]
 
 
 def test_with_namespaces_only_nodes_and_token_reviews_are_cluster_wide(helm: Helm) -> None:

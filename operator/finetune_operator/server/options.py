@@ -136,6 +136,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("context", None, "context of the kubeconfig; default: its current context"),
         Flag("namespaces", (), "comma-separated namespaces to watch; default: all", _parse_names),
         Flag("watch-nodes", True, "watch nodes; if false, a lost node is detected by its pods only", _parse_bool),
+        Flag(
+            "taint-after-jobs",
+            0,
+            "taint a node after GPUs of this number of jobs failed on it within a day; 0: never",
+            int,
+            between=(0, 1000),
+        ),
         Flag("kueue", False, "let jobs request queues of Kueue", _parse_bool),
         Flag(
             "kueue-priority-boost",
@@ -389,6 +396,7 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
             lease=_lease(given, namespace, identity),
             coordinator=_coordinator(given, namespace),
             limits=UpdateLimits(given.progress_seconds, given.progress_writes_per_second, given.beats_per_second),
+            taint_after_jobs=given.taint_after_jobs,
         ),
         settings=_settings(given),
         probe_host=given.probe_host,

@@ -58,3 +58,5 @@ class OperatorOptions:
     coordinator: CoordinatorOptions | None = None
     """None: no heartbeats are received."""
     limits: UpdateLimits = field(default_factory=UpdateLimits)
+    taint_after_jobs: int = 0
+    """Number of jobs whose GPUs failed on a node, from which it is tainted; 0: never."""

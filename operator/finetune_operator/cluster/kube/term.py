@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cluster.kube.beats.coordinator import RateLimitedCoordinator
 from finetune_operator.cluster.kube.client import objects
 from finetune_operator.cluster.kube.client.client import PARTIAL, PARTIAL_LIST, ApiError, KubeApi, SetupError
@@ -27,6 +28,7 @@ from finetune_operator.cluster.kube.tls.context import CHECK_SECONDS, ServerCert
 from finetune_operator.cluster.kube.tls.manager import CertificateManager
 from finetune_operator.cluster.kube.watch.nodes import NodeStates
 from finetune_operator.cluster.kube.watch.reflector import Reflector, WatchSource
+from finetune_operator.cluster.kube.work.node_taints import NodeTainter
 from finetune_operator.cluster.kube.work.queue import WorkQueue
 from finetune_operator.cluster.kube.work.workers import ReconcileObserver, WorkerContext, Workers
 from finetune_operator.cluster.protocol import JobKey
@@ -102,6 +104,8 @@ class LeaderTerm:
                 await self._listen(tasks)
                 tasks.create_task(self.cluster.attention.watch())
                 tasks.create_task(self._events.run())
+                if self._replica.options.taint_after_jobs:
+                    tasks.create_task(self._make_tainter().watch())
                 self.active = True
                 await self._workers.run()
                 self._finished.set()
@@ -110,6 +114,13 @@ class LeaderTerm:
         finally:
             self.active = False
             await self._coordinator.stop()
+
+    def _make_tainter(self) -> NodeTainter:
+        def jobs() -> list[FineTuneJob]:
+            return [stored.job for stored in self.cluster.jobs.values() if stored.job is not None]
+
+        replica = self._replica
+        return NodeTainter(replica.api, jobs, replica.clock, replica.options.taint_after_jobs)
 
     async def _watch_queues(self, tasks: asyncio.TaskGroup) -> None:
         """Watch Kueue's objects if the settings allow it; without its API, look for it from time to time."""
