@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import importlib
 import itertools
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from finetune_contract import environment
 from finetune_contract.cpu.spec import CpuSpec
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.run_spec import RunSpec
@@ -225,3 +228,15 @@ def gradients_of(base: Path, method: str, precision: str, uses_ipex: bool) -> An
     leaves = made.leaves()
     loss = made.losses(made.prepare(make_batch("sd1", caption="a <cat>"))).sum()
     return torch.cat([gradient.float().flatten() for gradient in torch.autograd.grad(loss, list(leaves))])
+
+
+def test_a_process_that_has_imported_ipex_can_be_forked(base: Path, data: Path, tmp_path: Path) -> None:
+    spec = make_spec(base, data, "LoRA", SwitchMode.ON)
+    (tmp_path / "run.json").write_text(spec.to_json(), encoding="utf-8")
+    program = (
+        "import os, sys; from finetune_trainer import libraries; libraries.prepare(os.environ); libraries.preload();"
+        "assert libraries.IPEX in sys.modules; from finetune_trainer.supervisor import fork_safety;"
+        "assert not fork_safety.list_threads(), fork_safety.list_threads()"
+    )
+    env = {**os.environ, environment.RUN_SPEC: str(tmp_path / "run.json")}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True)

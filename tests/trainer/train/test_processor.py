@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetune_contract import environment
 from finetune_contract.cpu.spec import CpuSpec
 from finetune_contract.input_spec import ModelSpec
 from finetune_contract.spec import Precision, Sharding, SwitchMode, TrainingSpec
@@ -20,11 +21,12 @@ from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.intel.paths import MIN_WEIGHTS, ComputePath, PathFacts, candidates, fastest, ipex_conflict
 from finetune_trainer.intel.processor import Processor, parse_processor
+from finetune_trainer.libraries import PATH_FILE, uses_ipex
 from finetune_trainer.models.base import open_base
 from finetune_trainer.report import Reporter
 from finetune_trainer.train.tuning import processor as tuning
 from finetune_trainer.train.tuning.layer_probe import LayerShape, count_layers, make_request, measure_paths
-from finetune_trainer.train.tuning.processor import MEASUREMENTS, PATH_FILE, ProcessorTuner
+from finetune_trainer.train.tuning.processor import MEASUREMENTS, ProcessorTuner
 from testing.trainer import tiny
 
 pytestmark = pytest.mark.trainer
@@ -241,3 +243,26 @@ def test_a_kept_choice_of_ipex_does_not_bind_an_image_without_it(tuner: Any, mon
     assert tuner().choose(Probes(answer)) == BF16_IPEX
     monkeypatch.setattr(tuning, "unavailable_reason", lambda: "no IPEX here")
     assert tuner(resumes=True).choose(Probes("")) == BF16
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (("on", None), True),
+        (("off", "bf16 with IPEX"), False),
+        (("auto", "bf16 with IPEX"), True),
+        (("auto", "bf16 native"), False),
+        (("auto", None), False),
+    ],
+)
+def test_ipex_is_imported_once_for_the_ranks_of_a_pod_that_use_it(
+    choice: tuple[str, str | None], expected: bool, base: Path, data: Path, tmp_path: Path
+) -> None:
+    ipex, kept = choice
+    spec = tiny.make_spec(base, data).model_copy(update={"cpu": CpuSpec(ipex=SwitchMode(ipex))})
+    (tmp_path / "run.json").write_text(spec.to_json(), encoding="utf-8")
+    if kept is not None:
+        (tmp_path / PATH_FILE).write_text(json.dumps(kept), encoding="utf-8")
+    env = {environment.RUN_SPEC: str(tmp_path / "run.json"), environment.CHECKPOINT_DIR: str(tmp_path)}
+    assert uses_ipex(env) is expected
+    assert not uses_ipex({})

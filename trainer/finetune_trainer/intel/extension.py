@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +11,14 @@ import torch
 from torch import nn
 
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.libraries import IPEX, import_ipex
 
-MODULE = "intel_extension_for_pytorch"
 FIELD = "topology.cpu.ipex"
 
 
 def unavailable_reason() -> str:
     """Return why IPEX cannot be used here; empty if it can be. Does not import it."""
-    if importlib.util.find_spec(MODULE) is None:
+    if importlib.util.find_spec(IPEX) is None:
         return "this image does not contain IPEX (intel_extension_for_pytorch)"
     built_for, installed = _minor(ipex_version()), _minor(torch.__version__)
     if built_for != installed:
@@ -31,7 +29,7 @@ def unavailable_reason() -> str:
 def ipex_version() -> str:
     """Return the version of the installed IPEX; empty without it."""
     try:
-        return importlib.metadata.version(MODULE)
+        return importlib.metadata.version(IPEX)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
@@ -44,10 +42,8 @@ def load_ipex() -> Any:
     """
     if reason := unavailable_reason():
         raise ConfigError(f"{FIELD}: {reason}; use the image trainer-cpu-intel, or write ipex: auto")
-    # The tests compare the gradients of all its operations with those of torch.
-    warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered", category=UserWarning)
     try:
-        return importlib.import_module(MODULE)
+        return import_ipex()
     except (ImportError, OSError, RuntimeError) as error:
         # It checks the instructions of the processor during its import.
         summary = " ".join(str(error).split())[:300]

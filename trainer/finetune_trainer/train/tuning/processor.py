@@ -30,14 +30,13 @@ from finetune_trainer.files import write_atomically
 from finetune_trainer.intel.extension import FIELD, ipex_version, unavailable_reason
 from finetune_trainer.intel.paths import ComputePath, PathFacts, candidates, describe, fastest, ipex_conflict
 from finetune_trainer.intel.processor import this_processor
+from finetune_trainer.libraries import PATH_FILE
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.models.family import Family
 from finetune_trainer.report import Reporter
 from finetune_trainer.tensor_file import count_numbers
 from finetune_trainer.train.tuning.record import KeptChoice
 
-PATH_FILE = "processor.json"
-"""File in the job's folder with the choice of the first attempt."""
 MEASUREMENTS = "processors"
 """Folder in the cache with the measurements."""
 PROBE = "finetune_trainer.train.tuning.layer_probe"
