@@ -52,6 +52,10 @@ bench-cpu: ## compare native torch with IPEX, fp32 with bf16, ranks with threads
 bench-cpu-nodes: install ## as root: a small reference job on four network namespaces; scaling beside torchrun with DDP
 	@$(BIN)/python -m bench.cpu_nodes $(ARGS)
 
+test-stores: install ## deliver outputs to stand-ins for Google's and Azure's object stores, built with Go and npm
+	@$(BIN)/python -m testing.objectstore.stand_ins
+	@FINETUNE_STORES=1 $(BIN)/pytest tests/trainer/delivery/test_other_stores.py
+
 mutate: install ## remove one policy, cause or rule at a time; do the tests notice each removal?
 	@$(BIN)/python -m tools.mutate $(ARGS)
 
@@ -78,6 +82,9 @@ bench-script-hook: install ## measure what the hook of scripts adds to a step, a
 
 bench-checkpoint: install ## measure how long a save stalls training, compared with accelerate; bytes and time to durable
 	@$(BIN)/python -m bench.checkpoint
+
+bench-upload: install ## deliver an output to an S3 server on the loopback, beside a plain copy of the same bytes
+	@$(BIN)/python -m bench.upload $(ARGS)
 
 bench-ranks: install ## compare two ranks on two cores with one rank of two threads
 	@$(BIN)/python -m bench.ranks
@@ -149,13 +156,13 @@ lint: install ## run ruff, mypy --strict and import-linter
 	$(BIN)/lint-imports
 
 bench-operator: install ## run 1,000 jobs of 4 pods on a real API server, compared with a bare loop that creates the same pods
-	@$(BIN)/python -m bench.operator
+	@$(BIN)/python -m bench.operator $(ARGS)
 
 bench-queue: install ## run 200 jobs in three queues of Kueue's real controller, with preemptions, vanishing nodes and shrinking quotas
 	@$(BIN)/python -m bench.queue $(ARGS)
 
 test-queue: install ## test jobs with queues on a real API server with Kueue's real controller; the first build takes about ten minutes
-	@$(BIN)/python -m pytest tests/queue --kueue
+	@FINETUNE_KUEUE=1 $(BIN)/python -m pytest tests/queues
 
 bench-beats: install ## send heartbeats of 4,000 supervisors over TLS
 	@$(BIN)/python -m bench.beats

@@ -7,7 +7,7 @@ import asyncio
 import resource
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.objects import JOBS, PODS
 from finetune_operator.settings import Settings
 from testing.controlplane.process import LOOPBACK
+from testing.controlplane.queues import Kueue
 from testing.controlplane.server import ControlPlane
 from testing.measure.report import finish
 from testing.operator.harness import ACCOUNT, HOME, OperatorProcess, build_job, install
@@ -26,6 +27,8 @@ CONNECTIONS = 16
 POLL_SECONDS = 0.25
 LIMIT_SECONDS = 900.0
 PAGE = 500
+QUEUE = "bench"
+"""Name of the queue that admits all jobs at once, with --queue."""
 LOG_LINES = 40
 """Number of lines of the operator's log that are printed if a benchmark fails."""
 
@@ -40,6 +43,8 @@ class OperatorBench:
     num_pods: int
     rows: list[tuple[str, str]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    queue: Kueue | None = None
+    """Kueue's controller, if the jobs wait for a queue."""
 
     @property
     def total_pods(self) -> int:
@@ -94,7 +99,12 @@ class OperatorBench:
 
     async def create_jobs(self, namespace: str) -> None:
         """Create all jobs, before the operator runs."""
-        jobs = (build_job(job_name(number), nodes=self.num_pods) for number in range(self.num_jobs))
+        spec = {}
+        if self.queue is not None:
+            spec["queueName"] = QUEUE
+            self.queue.apply("resourceflavors", QUEUE, {})
+            self.queue.add_queue(QUEUE, namespace, [{"name": QUEUE, "cpu": 2 * self.total_pods, "memory": "1Pi"}])
+        jobs = (build_job(job_name(number), nodes=self.num_pods, **spec) for number in range(self.num_jobs))
         await self.run_all(self.api.create(JOBS.path(namespace), job) for job in jobs)
 
 
@@ -151,6 +161,7 @@ def create_parser(program: str, description: str | None) -> argparse.ArgumentPar
     created = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     created.add_argument("--jobs", type=int, default=1000, help="number of FineTuneJobs (default: 1000)")
     created.add_argument("--nodes-per-job", type=int, default=4, help="pods of each job (default: 4)")
+    created.add_argument("--queue", action="store_true", help="let a queue of Kueue admit the jobs")
     return created
 
 
@@ -162,15 +173,18 @@ async def run_bench(options: argparse.Namespace, components: Collection[str], me
     """Start a control plane with these components in addition to etcd and the API server, measure, print."""
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
-    with ControlPlane(components) as control_plane:
-        install(control_plane)
+    with ExitStack() as stack:
+        control_plane = stack.enter_context(ControlPlane(components))
+        queue = stack.enter_context(Kueue(control_plane)) if options.queue else None
+        install(control_plane, queues=queue is not None)
         client = await connect(control_plane.kubeconfig, num_connections=CONNECTIONS)
         operator = OperatorProcess(
             control_plane.kubeconfig_for(ACCOUNT, HOME, expiration_seconds=7200),
             control_plane.folder / "operator.log",
-            coordinator_flags(control_plane),
+            (*coordinator_flags(control_plane), *(("--kueue=true",) if queue is not None else ())),
         )
-        bench = OperatorBench(control_plane, KubeApi(client, ServerClock()), options.jobs, options.nodes_per_job)
+        api = KubeApi(client, ServerClock())
+        bench = OperatorBench(control_plane, api, options.jobs, options.nodes_per_job, queue=queue)
         try:
             result = await measure(bench, operator)
         except BaseException:
