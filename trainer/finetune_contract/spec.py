@@ -292,8 +292,8 @@ class TrainingSpec(SpecModel):
     )
     precision: Precision | None = Field(
         default=None,
-        description="Number format of the forward and backward pass; default: fp32 on CPUs, and on GPUs bf16, or fp16 "
-        "on those without bf16",
+        description="Number format of the forward and backward pass; default: on GPUs bf16, or fp16 on those without "
+        "bf16; on CPUs fp32, or bf16 where it is measured to be faster",
     )
     weight_precision: WeightPrecision = Field(
         default=WeightPrecision.FP32,
