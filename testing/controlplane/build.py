@@ -115,6 +115,12 @@ S3_SERVER = Module(
     packages={"versitygw": "github.com/versity/versitygw/cmd/versitygw"},
 )
 """For the tests of object stores."""
+GCS_STAND_IN = Module(
+    name="fakegcs",
+    requires="github.com/fsouza/fake-gcs-server",
+    packages={"fake-gcs-server": "github.com/fsouza/fake-gcs-server"},
+)
+"""For `make test-stores`."""
 KUEUE = Module(
     name="kueue",
     requires="sigs.k8s.io/kueue",
