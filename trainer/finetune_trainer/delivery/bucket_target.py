@@ -256,13 +256,16 @@ class BucketTarget:
         """Return the records of other jobs in this folder; none if it may not be listed."""
 
         def read() -> list[OutputRecord]:
-            names = [name for name in self._bucket.names() if name.endswith(MARKER_END) and "/" not in name]
+            with self._bucket.translating_errors("cannot be read"):
+                listed = self._bucket.client.ls(self._bucket.root, detail=False)
+            names = [path.rpartition("/")[2] for path in listed if path.endswith(MARKER_END)]
             found = (OutputRecord.parse(self._bucket.read(name)) for name in names)
             return [record for record in found if record is not None and (record.namespace, record.job) != self._job]
 
         try:
             return self._wait_out(f"listing {self.location}", read)
         except OSError:
+            # There is no such folder yet, or it may not be listed.
             return []
 
     def _taken(self, record: OutputRecord) -> ConfigError:

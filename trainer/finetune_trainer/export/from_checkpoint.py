@@ -51,6 +51,7 @@ from finetune_trainer.fetched import fetch
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class, method_traits
 from finetune_trainer.models.base import open_base, read_json
+from finetune_trainer.models.hub import limit_waits
 
 _LOG = logging.getLogger(__name__)
 _INPUTS = "inputs"
@@ -90,7 +91,7 @@ def export_outputs(
         ConfigError: a format, a target or the checkpoint does not fit.
         StorageError, NetworkError: something cannot be read or written now.
     """
-    place = DeliveryPlace(job_dir or Path("/"), spec.namespace, spec.job)
+    place = DeliveryPlace(job_dir or cache_dir, spec.namespace, spec.job)
     manifest = _check(spec, checkpoint, outputs, place)
     method = _make_method(_pinned(spec, checkpoint, manifest), cache_dir)
     about = About.of_run(spec, None, cache_dir, manifest.step)
@@ -204,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run, checkpoint, listed, folder, cache = (each for each in given if each != "--dry-run")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     libraries.prepare({environment.CACHE_DIR: cache, **os.environ})
+    limit_waits()
     try:
         outputs = [OutputSpec.model_validate(each) for each in json.loads(listed)]
         spec = RunSpec.read(Path(run))

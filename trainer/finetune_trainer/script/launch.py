@@ -26,6 +26,7 @@ from finetune_trainer.distributed.cpus import communication_cpus
 from finetune_trainer.distributed.world import World, read_backend, wait_for_rank_0
 from finetune_trainer.errors import ConfigError, FabricError, RankError, StorageError
 from finetune_trainer.export.outputs import Export, check_targets
+from finetune_trainer.models.hub import limit_waits
 from finetune_trainer.script import arguments, hook
 from finetune_trainer.script.accelerate_config import USE_CPU, read_environment
 from finetune_trainer.script.agreement.boards import open_board
@@ -88,6 +89,7 @@ def run_script(context: RankContext, env: MutableMapping[str, str] = os.environ)
     path = find_script(script, env)
     place = Place.read(env)
     if place.rank == 0:
+        limit_waits()
         check_targets(context.spec.outputs, context.delivery)
     use_accelerate_environment(env, place)
     if script.accelerate_config is not None:

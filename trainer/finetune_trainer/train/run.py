@@ -44,14 +44,14 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     check_trackers(context.spec.training.trackers, env)
     world = join_world(env)
     context.phases.end(StartPhase.RENDEZVOUS)
-    context = share_target(context, world)
-    check_place(context, world)
     if env.get(environment.CHECK_DEVICES) == "1":
         check_devices(world, context.reporter.warn, multiply)
     context.reporter.state(RankState.LOADING)
     limit_waits()
     make_deterministic(world.device)
     if world.device.type == "cpu":
+    check_place(context, world)
+    context.reporter.state(RankState.LOADING)
         heap.keep_freed_memory(env)
     elif world.is_first and world.size > 1 and (warning := missing_plugin(env)):
         context.reporter.warn(warning)

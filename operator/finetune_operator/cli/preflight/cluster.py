@@ -146,6 +146,11 @@ class ClusterCheck:
         for number, secret in enumerate(spec.secrets):
             path = f"/api/v1/namespaces/{self._namespace}/secrets/{secret.name}"
             await self._get(path, f"spec.secrets[{number}].name: {secret.name}", "create the Secret", PARTIAL)
+        for number, output in enumerate(spec.outputs):
+            if output.secret is not None:
+                path = f"/api/v1/namespaces/{self._namespace}/secrets/{output.secret.name}"
+                field = f"spec.outputs[{number}].secret.name: {output.secret.name}"
+                await self._get(path, field, "create the Secret", PARTIAL)
 
     async def _check_queue(self) -> None:
         """Check that the queue exists, and that the cluster has Kueue."""
