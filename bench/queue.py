@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.queue_watch import TrainedJob, Trainers
 from bench.scale import LOG_LINES, OperatorBench
@@ -77,7 +78,7 @@ class QueueBench:
             count, prefix="spot", cpu=str(NODE_CPUS), labels={"pool": "spot"}, taints=[taint]
         )
 
-    def set_quota(self, queue: str, share: float, **spec: object) -> None:
+    def set_quota(self, queue: str, share: float, **spec: Any) -> None:
         """Set the nominal quota of a queue, as a share of the normal one."""
         flavors = [
             {"name": "spot", "cpu": int(SPOT_CPUS * share), "memory": "1Ti"},
