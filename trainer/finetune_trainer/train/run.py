@@ -46,12 +46,12 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     context.phases.end(StartPhase.RENDEZVOUS)
     if env.get(environment.CHECK_DEVICES) == "1":
         check_devices(world, context.reporter.warn, multiply)
-    context.reporter.state(RankState.LOADING)
+    context = share_target(context, world)
     limit_waits()
-    make_deterministic(world.device)
-    if world.device.type == "cpu":
     check_place(context, world)
     context.reporter.state(RankState.LOADING)
+    make_deterministic(world.device)
+    if world.device.type == "cpu":
         heap.keep_freed_memory(env)
     elif world.is_first and world.size > 1 and (warning := missing_plugin(env)):
         context.reporter.warn(warning)
