@@ -19,7 +19,7 @@ from finetune_trainer.distributed import buckets
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
-from finetune_trainer.methods import adapter_bank, adapter_group
+from finetune_trainer.methods import adapter_bank, adapter_group, mask_draws
 from finetune_trainer.methods import lora as lora_module
 from finetune_trainer.methods.adapted_attention import AdaptedAttention
 from finetune_trainer.methods.adapter_bank import AdapterBank
@@ -154,7 +154,7 @@ def test_dropout_has_the_losses_and_gradients_of_peft(
 
 def test_adapters_drop_independent_elements_in_training_only(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[Tensor] = []
-    draw = adapter_group.draw_mask
+    draw = mask_draws.draw_mask
 
     def record(*args: Any) -> Tensor:
         masks.append(draw(*args))

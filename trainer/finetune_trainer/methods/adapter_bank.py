@@ -229,7 +229,7 @@ def _held_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
     """
     runs: list[tuple[Tensor, int]] = []
     """First gradient and length of neighbours."""
-    storage = offset = -1
+    storage, offset = -1, -1
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None or gradient.dtype is not torch.float32 or not gradient.is_contiguous():
@@ -239,7 +239,7 @@ def _held_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
         else:
             runs.append((gradient, gradient.numel()))
         storage = gradient.untyped_storage().data_ptr()
-        offset = gradient.storage_offset() + gradient.numel()
+        offset = int(gradient.storage_offset()) + gradient.numel()
     if any(parameter._backward_hooks for parameter in parameters) or len(runs) > _MAX_RUNS:
         return None
     return [first.as_strided((length,), (1,), first.storage_offset()) for first, length in runs]
