@@ -10,7 +10,7 @@ import pytest
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import Order, RankState
 from finetune_contract.phase import Phase
-from finetune_operator.api import kueue
+from finetune_operator.api import kueue, labels
 from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import CountsAs, Reason
@@ -343,6 +343,24 @@ def test_running_jobs_survive_the_removal_of_kueue() -> None:
     cluster.queues_served = False
     cluster.settle()
     assert cluster.job.status.attempts[-1].ended_at is None
+
+
+def test_no_pod_starts_without_admission_after_queues_were_disabled() -> None:
+    cluster = queued()
+    cluster.settings = replace(QUEUED, kueue=False)
+    cluster.settle()
+    assert (cluster.pods, cluster.job.status.phase) == ({}, Phase.QUEUED)
+    assert "kueue.enabled" in (cluster.job.status.message or "")
+
+
+def test_a_given_request_is_never_outdated() -> None:
+    """Another version of the operator in the manager cluster may have created it."""
+    cluster = queued()
+    cluster.job = with_labels(cluster.job, **{kueue.PREBUILT_LABEL: NAME})
+    cluster.queue.stored[NAME]["metadata"]["annotations"][labels.REQUEST] = "other"
+    cluster.queue.admit(NAME, cluster.now)
+    cluster.settle()
+    assert len(cluster.pods) == 2
 
 
 def test_multikueue_gets_a_request_and_nothing_else() -> None:

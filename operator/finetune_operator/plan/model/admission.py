@@ -18,8 +18,16 @@ QUOTA_RESERVED, REQUEUED, PODS_READY = "QuotaReserved", "Requeued", "PodsReady"
 
 
 def uses_queue(view: View) -> bool:
-    """Return whether the job waits for a queue. Without permission for queues, such a job is not accepted."""
-    return view.settings.kueue and kueue.queue_of(view.job) is not None
+    """Return whether the job waits for a queue.
+
+    The label of Kueue counts only where the operator uses Kueue: jobs of an older operator may have it.
+    """
+    by_label = view.settings.kueue and kueue.queue_of(view.job) is not None
+    return view.spec.queue_name is not None or by_label
+
+
+def _is_served(view: View) -> bool:
+    return view.settings.kueue and view.observed.queues_served
 
 
 def condition(workload: ObservedWorkload, kind: str) -> WorkloadCondition | None:
@@ -62,7 +70,7 @@ def replacement(view: View) -> ObservedWorkload | None:
 
 def may_run(view: View) -> bool:
     """Return whether pods of the job may exist."""
-    if not uses_queue(view) or not view.observed.queues_served:
+    if not uses_queue(view) or not _is_served(view):
         # Without Kueue nobody can withdraw an admission.
         return True
     workload = active(view)
@@ -74,7 +82,7 @@ def may_create(view: View) -> bool:
     if not uses_queue(view):
         return True
     workload = active(view)
-    return workload is not None and is_admitted(workload) and workload.update is not None
+    return _is_served(view) and workload is not None and is_admitted(workload) and workload.update is not None
 
 
 def limit(view: View) -> int | None:
@@ -85,6 +93,8 @@ def limit(view: View) -> int | None:
 
 def is_outdated(view: View, workload: ObservedWorkload) -> bool:
     """Return whether the job was edited since it requested its pods. A prebuilt Workload is never outdated."""
+    if kueue.PREBUILT_LABEL in view.job.metadata.labels:
+        return False
     return workload.request is not None and workload.request != hash_request(view.job)
 
 
@@ -103,21 +113,29 @@ def is_waiting_again(status: FineTuneJobStatus) -> bool:
 def describe_wait(view: View) -> str:
     """Return what the job waits for, in Kueue's words."""
     queue, workload = kueue.queue_of(view.job), active(view)
-    if workload is None:
-        return f"queue {queue}: the request is being created"
+    if not _is_served(view):
+        wait = "the operator cannot use Kueue now; see kueue.enabled in the values of its chart"
+    elif workload is None:
+        wait = "the request is being created"
+    else:
+        wait = _describe(workload)
+    return f"queue {queue}: {wait}"
+
+
+def _describe(workload: ObservedWorkload) -> str:
+    """Return what a Workload waits for."""
     if not workload.active:
         evicted = condition(workload, EVICTED)
         why = f" ({evicted.message})" if evicted is not None and evicted.message else ""
         return (
-            f"queue {queue}: Kueue has deactivated the Workload {workload.name}{why}; fix the cause, then set its "
-            "spec.active to true"
+            f"Kueue has deactivated the Workload {workload.name}{why}; fix the cause, then set its spec.active to true"
         )
     if is_admitted(workload):
-        return f"queue {queue}: admitted"
+        return "admitted"
     for kind, status in ((QUOTA_RESERVED, "False"), (EVICTED, "True"), (ADMITTED, "False")):
         found = condition(workload, kind)
         if found is not None and found.message and found.status == status:
-            return f"queue {queue}: {found.reason}: {found.message}"
+            return f"{found.reason}: {found.message}"
     if is_true(workload, QUOTA_RESERVED):
-        return f"queue {queue}: quota is reserved; waiting for the admission checks"
-    return f"queue {queue}: waiting for Kueue; does the LocalQueue {queue} exist in this namespace?"
+        return "quota is reserved; waiting for the admission checks"
+    return f"waiting for Kueue; does the LocalQueue {workload.queue} exist in this namespace?"
