@@ -10,10 +10,10 @@ import pytest
 from finetune_contract.environment import CHECK_DEVICES
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import GpuFault, Heartbeat, Order, RankEnd, RankState, Termination
-from finetune_contract.xid import FAULTS, describe_fault
 from finetune_operator.plan.model.backoff import next_attempt_at
 from finetune_operator.plan.model.types import ObservedNode, PodPhase
 from finetune_operator.plan.replies import reply_to
+from finetune_trainer.supervisor.xid import FAULTS, describe_fault
 from tests.plan.fake_cluster import SETTINGS, FakeCluster, make_job
 from tests.plan.scenarios import HOLDING, wait_for_peers
 

@@ -19,7 +19,8 @@ from finetune_trainer.distributed import buckets
 from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
-from finetune_trainer.methods import adapter_bank, adapter_group, mask_draws
+from finetune_trainer.fused import mask_draws
+from finetune_trainer.methods import adapter_bank, adapter_group
 from finetune_trainer.methods import lora as lora_module
 from finetune_trainer.methods.adapted_attention import AdaptedAttention
 from finetune_trainer.methods.adapter_bank import AdapterBank

@@ -17,7 +17,8 @@ from finetune_trainer.distributed.buckets import GradientBuckets
 from finetune_trainer.distributed.local import LocalGradients
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
-from finetune_trainer.methods import adapter_group, denoiser_method, mask_draws
+from finetune_trainer.fused import mask_draws
+from finetune_trainer.methods import adapter_group, denoiser_method
 from finetune_trainer.methods.method import Method
 from finetune_trainer.train.checks import check_device
 from finetune_trainer.train.passes.choice import (

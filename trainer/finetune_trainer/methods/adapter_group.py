@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finetune_trainer.methods.mask_draws import draw_mask
+from finetune_trainer.fused.mask_draws import draw_mask
 
 
 class Matrices(NamedTuple):

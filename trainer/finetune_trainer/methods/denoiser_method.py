@@ -17,6 +17,7 @@ from finetune_trainer.data.captions import Captions, OwnCaptions
 from finetune_trainer.data.sampling.draws import Purpose
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.fused.blocks import use_fused_operations
+from finetune_trainer.fused.mask_draws import MaskDraws
 from finetune_trainer.intel.layers import TrainedLayers, optimize_frozen
 from finetune_trainer.methods.kernels import (
     attention_kernel,
@@ -25,7 +26,6 @@ from finetune_trainer.methods.kernels import (
     compile_blocks,
 )
 from finetune_trainer.methods.loss import diffusion_losses
-from finetune_trainer.methods.mask_draws import MaskDraws
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.methods.packed_conv import pack_convolutions
 from finetune_trainer.methods.rounded_weights import RoundedWeights

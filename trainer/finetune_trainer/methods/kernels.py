@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune_contract.spec import Attention
 from finetune_trainer.errors import ConfigError
-from finetune_trainer.methods.mask_draws import MaskDraws
+from finetune_trainer.fused.mask_draws import MaskDraws
 
 ATTENTION_BACKENDS = {
     Attention.FLASH: SDPBackend.FLASH_ATTENTION,

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from finetune_contract.methods import encodes_text
 from finetune_contract.spec import LoraSpec, SwitchMode
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.fused.mask_draws import DrawnDropout
 from finetune_trainer.methods.adapter_bank import use_adapter_bank
 from finetune_trainer.methods.adapter_file import load_adapters
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.lora_linear import use_fast_linears
-from finetune_trainer.methods.mask_draws import DrawnDropout
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.models.layouts.trained import LowRank, TrainedAdapter
 from finetune_trainer.models.text_names import portable_text_name

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_contract.heartbeat import MAX_GPU_FAULTS, GpuFault
-from finetune_contract.xid import FAULTS, describe_fault
 from finetune_trainer.supervisor.log import log
+from finetune_trainer.supervisor.xid import FAULTS, describe_fault
 
 WAIT_MILLISECONDS = 1000
 """Time after which the thread looks whether it must end."""

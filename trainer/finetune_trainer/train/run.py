@@ -14,6 +14,7 @@ from finetune_trainer.checkpoint.checkpointer import Checkpointer
 from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.distributed.fabric import missing_plugin
 from finetune_trainer.distributed.world import join_world
+from finetune_trainer.distributed.device_check import check_devices, multiply
 from finetune_trainer.errors import FabricError, NetworkError, StorageError, StorageOutageError
 from finetune_trainer.export.outputs import write_outputs
 from finetune_trainer.export.retry import PatientWriter
@@ -27,7 +28,6 @@ from finetune_trainer.train.context import RankContext, share_target
 from finetune_trainer.train.determinism import make_deterministic
 from finetune_trainer.train.inputs import load_inputs
 from finetune_trainer.train.loop import Loop
-from finetune_trainer.train.device_check import check_devices, multiply
 from finetune_trainer.train.trackers import check_trackers
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from finetune_contract.exit_codes import ExitCode
+from finetune_trainer.distributed import device_check
+from finetune_trainer.distributed.device_check import CheckResult, check_devices, find_bad, multiply, within
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import DeviceError
-from finetune_trainer.train import device_check
-from finetune_trainer.train.device_check import CheckResult, check_devices, find_bad, multiply, within
 
 CPU = torch.device("cpu")
 
