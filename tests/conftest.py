@@ -13,7 +13,7 @@ settings.load_profile("tests")
 
 REMEDIES = {
     r"root|another user|small disk": "run the tests as root",
-    r"real nodes|buildah|debootstrap|iptables": "on Debian, run `make system-packages` as root",
+    r"real nodes|buildah|debootstrap|iptables|lua": "on Debian, run `make system-packages` as root",
     r"g\+\+": "install a C++ compiler, e.g. the package g++",
     r"IPEX": "run `make test-intel`",
     r"Kueue": "run `make test-queue`",
