@@ -70,10 +70,10 @@ class Kueue:
         manifests = program.parents[1] / "manifests"
         folder = self._control_plane.folder / "kueue"
         folder.mkdir(exist_ok=True)
-        webhook_port, probe_port, metrics_port = free_ports(3)
+        webhook_port, probe_port, metrics_port, visibility_port = free_ports(4)
         self._install(manifests, webhook_port)
         config = folder / "config.json"
-        config.write_text(json.dumps(self._configuration(webhook_port, probe_port, metrics_port)))
+        config.write_text(json.dumps(self._configuration(webhook_port, probe_port, metrics_port, visibility_port)))
         command = [
             str(program),
             f"--config={config}",
@@ -195,7 +195,9 @@ class Kueue:
     def _apply(self, path: str, thing: dict[str, Any]) -> None:
         self._api.patch(f"{path}?fieldManager=test&force=true", thing, "apply")
 
-    def _configuration(self, webhook_port: int, probe_port: int, metrics_port: int) -> dict[str, Any]:
+    def _configuration(
+        self, webhook_port: int, probe_port: int, metrics_port: int, visibility_port: int
+    ) -> dict[str, Any]:
         return {
             "apiVersion": "config.kueue.x-k8s.io/v1beta2",
             "kind": "Configuration",
@@ -203,6 +205,7 @@ class Kueue:
             "health": {"healthProbeBindAddress": f"{LOOPBACK}:{probe_port}"},
             "metrics": {"bindAddress": f"{LOOPBACK}:{metrics_port}"},
             "webhook": {"host": LOOPBACK, "port": webhook_port, "certDir": str(self._certificates)},
+            "visibilityServer": {"bindAddress": LOOPBACK, "bindPort": visibility_port},
             "leaderElection": {"leaderElect": False},
             "internalCertManagement": {
                 "enable": True,
