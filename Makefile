@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-intel image-trainer-cuda
 .PHONY: help install system-packages demo test test-fast test-readers test-intel bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-queue test-queue bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
-        bench-learning bench-map bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
+        bench-learning bench-map bench-outputs bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -115,6 +115,9 @@ bench-learning: install ## measure what each method learns on the circles base: 
 
 bench-restart: install ## measure the time from the kill of a rank to its next new step, by phase
 	@$(BIN)/python -m bench.restart
+
+bench-outputs: install ## measure seconds and peak memory of each output format, beside a plain copy; needs 14 GB of disk
+	@$(BIN)/python -m bench.outputs $(ARGS)
 
 bench-map: install ## measure the map phase from 1,000 to 100,000 images: memory, speed, wait per step
 	@$(BIN)/python -m bench.map_phase

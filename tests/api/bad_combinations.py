@@ -369,6 +369,54 @@ BAD_COMBINATIONS = (
         "write format: diffusers",
     ),
     BadManifest(
+        "layout-of-lora",
+        {"spec.outputs": [{"format": "kohya", "to": "out", "layout": "single-file"}]},
+        "spec.outputs[0].layout",
+        "write format: merged",
+    ),
+    BadManifest(
+        "strength-of-lora",
+        {"spec.outputs": [{"format": "kohya", "to": "out", "strength": 0.5}]},
+        "spec.outputs[0].strength",
+        "write format: merged",
+    ),
+    BadManifest(
+        "adapters-of-lora",
+        {"spec.outputs": [{"format": "kohya", "to": "out", "adapters": [{"source": "me/lora"}]}]},
+        "spec.outputs[0].adapters",
+        "write format: merged",
+    ),
+    BadManifest(
+        "full-of-kohya",
+        {"spec.outputs": [{"format": "kohya", "to": "out", "full": True}]},
+        "spec.outputs[0].full",
+        "write format: diffusers",
+    ),
+    BadManifest(
+        "ckpt-of-folder",
+        {"spec.training.method": "Full", "spec.outputs": [{"format": "diffusers", "to": "out", "container": "ckpt"}]},
+        "spec.outputs[0].container",
+        "write format: single-file",
+    ),
+    BadManifest(
+        "rank-of-full",
+        {"spec.training.method": "Full", "spec.outputs": [{"format": "diffusers", "to": "out", "rank": 4}]},
+        "spec.outputs",
+        "leave rank out",
+    ),
+    BadManifest(
+        "ckpt-of-lora",
+        {"spec.outputs": [{"format": "webui", "to": "out", "container": "ckpt"}]},
+        "spec.outputs",
+        "leave container out",
+    ),
+    BadManifest(
+        "average-of-none",
+        {"spec.outputs": [{"format": "diffusers", "to": "out", "ema": True}]},
+        "spec.outputs",
+        "write training.ema: true",
+    ),
+    BadManifest(
         "secret-twice", {"spec.secrets": [{"name": "a"}, {"name": "a"}]}, "spec.secrets", "write each Secret once"
     ),
 )

@@ -32,7 +32,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.readers.cases import GUIDANCE_SCALE, NUM_STEPS, RESOLUTION, Case, read_cases
@@ -220,8 +220,20 @@ def read_controlnet_file(case: Case) -> Any:
     """Return the base with a ControlNet from one file with the names of the original code."""
     (file,) = Path(case.output).glob("*.safetensors")
     kind = StableDiffusionXLControlNetPipeline if case.family == "sdxl" else StableDiffusionControlNetPipeline
-    diffusers_folder = Path(case.output).parent / "diffusers"
-    controlnet = ControlNetModel.from_single_file(str(file), config=str(diffusers_folder), torch_dtype=torch.float32)
+    config = Path(case.output).parent / "diffusers"
+    if case.family == "sdxl":
+        # diffusers does not read the embedding of SDXL's sizes in such files; ComfyUI does.
+        expected = _sizes(load_file(config / "diffusion_pytorch_model.safetensors").values())
+        if not np.allclose(_sizes(load_file(file).values()), expected):
+            raise ValueError("the tensors differ from those of the folder")
+        controlnet = ControlNetModel.from_pretrained(config)
+        return kind.from_pretrained(case.base, controlnet=controlnet, **_options(Path(case.base)))
+    # diffusers expects the last layer of the encoder for 8 pixels per latent; the tiny bases have fewer pixels.
+    tensors = load_file(file)
+    last = max(int(name.split(".")[2]) for name in tensors if "input_hint_block" in name)
+    readable = file.with_name("readable")
+    save_file({name.replace(f"hint_block.{last}.", "hint_block.14."): each for name, each in tensors.items()}, readable)
+    controlnet = ControlNetModel.from_single_file(str(readable), config=str(config), torch_dtype=torch.float32)
     return kind.from_pretrained(case.base, controlnet=controlnet, **_options(Path(case.base)))
 
 

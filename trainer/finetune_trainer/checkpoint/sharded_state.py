@@ -56,9 +56,10 @@ class ShardedState(TrainState):
             yield
 
     @contextlib.contextmanager
-    def exported(self) -> Iterator[None]:
+    def exported(self, *, averaged: bool = True) -> Iterator[None]:
         """See TrainState. Within this block rank 0 also holds complete modules. All ranks enter it."""
-        with super().averaged(), contextlib.nullcontext() if self.shards is None else self.shards.unsharded():
+        weights = super().averaged() if averaged else contextlib.nullcontext()
+        with weights, contextlib.nullcontext() if self.shards is None else self.shards.unsharded():
             yield
 
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:

@@ -93,9 +93,13 @@ class TrainState:
             finally:
                 self.refresh()
 
-    def exported(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which rank 0 writes the outputs. All ranks enter it."""
-        return self.averaged()
+    def exported(self, *, averaged: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which rank 0 writes the outputs. All ranks enter it.
+
+        Args:
+            averaged: whether the parameters hold their moving average, if one is kept.
+        """
+        return self.averaged() if averaged else contextlib.nullcontext()
 
     def snapshot(self, about: Mapping[str, Any]) -> Snapshot:
         """Return the state as a checkpoint holds it.

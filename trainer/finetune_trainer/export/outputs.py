@@ -49,6 +49,7 @@ class Export:
         report: receives the finished and the unfinished outputs at every change.
         on_stage: called at each point of the export.
         about: the origin of the weights.
+        finished: outputs that an earlier call has finished, by their numbers; this call adds its own.
     """
 
     place: DeliveryPlace
@@ -57,6 +58,7 @@ class Export:
     report: Report = lambda finished, unfinished: None
     on_stage: OnExportStage = lambda _: None
     about: About = NO_ORIGIN
+    finished: dict[int, WrittenOutput] = field(default_factory=dict)
 
 
 def check_outputs(outputs: Sequence[OutputSpec], formats: frozenset[OutputFormat]) -> None:
@@ -86,13 +88,22 @@ def check_targets(outputs: Sequence[OutputSpec], place: DeliveryPlace) -> None:
         open_target(number, output, place).check(output.format.value)
 
 
-def write_outputs(method: Method, outputs: Sequence[OutputSpec], export: Export | Path) -> tuple[WrittenOutput, ...]:
-    """Write and deliver all outputs. Writing the same weights again gives the same bytes.
+def kinds_of_weights(outputs: Sequence[OutputSpec]) -> list[bool]:
+    """Return which weights outputs need: the moving average (true), those of the last step (false), or both in turn."""
+    return sorted({output.ema is not False for output in outputs or DEFAULT_OUTPUTS}, reverse=True)
+
+
+def write_outputs(
+    method: Method, outputs: Sequence[OutputSpec], export: Export | Path, *, averaged: bool | None = None
+) -> tuple[WrittenOutput, ...]:
+    """Write and deliver outputs. Writing the same weights again gives the same bytes.
 
     Args:
         method: the trained method.
         outputs: the outputs of the manifest; if empty, `DEFAULT_OUTPUTS`.
         export: the export, or only the job's folder.
+        averaged: which weights the method holds now, the moving average or those of the last step: only outputs of
+            these are written. None: all outputs are.
 
     Raises:
         ConfigError: a target refuses its output for good.
@@ -105,23 +116,26 @@ def write_outputs(method: Method, outputs: Sequence[OutputSpec], export: Export 
         with method.trained() as trained:
             return write_format(trained, output, folder, about)
 
-    return deliver_outputs(write, outputs or DEFAULT_OUTPUTS, export)
+    return deliver_outputs(write, outputs or DEFAULT_OUTPUTS, export, averaged=averaged)
 
 
 def deliver_outputs(
-    write: WriteFiles, outputs: Sequence[OutputSpec], export: Export | Path
+    write: WriteFiles, outputs: Sequence[OutputSpec], export: Export | Path, *, averaged: bool | None = None
 ) -> tuple[WrittenOutput, ...]:
-    """Write and deliver all outputs; see `write_outputs`.
+    """Write and deliver outputs; see `write_outputs`.
 
     Args:
         write: writes the files of one output.
         outputs: the outputs.
         export: the export, or only the job's folder.
+        averaged: see `write_outputs`.
     """
     if isinstance(export, Path):
         export = Export(DeliveryPlace(export))
-    board = _Board(outputs, export.report)
+    board = _Board(outputs, export.report, export.finished)
     for numbers in _groups(outputs):
+        if averaged is not None and averaged is (outputs[numbers[0]].ema is False):
+            continue
         _Group(numbers, outputs, export, board).run(write)
     return board.finished
 

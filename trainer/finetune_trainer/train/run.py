@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 from collections.abc import Mapping
+from functools import partial
 
-from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import RankState
 from finetune_contract import environment
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.heartbeat import RankState, WrittenOutput
 from finetune_trainer import heap
 from finetune_trainer.checkpoint.checkpointer import Checkpointer
 from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.distributed.device_check import check_devices, multiply
 from finetune_trainer.distributed.fabric import missing_plugin
 from finetune_trainer.distributed.world import join_world
-from finetune_trainer.distributed.device_check import check_devices, multiply
 from finetune_trainer.errors import FabricError, NetworkError, StorageError, StorageOutageError
-from finetune_trainer.export.outputs import write_outputs
+from finetune_trainer.export.outputs import kinds_of_weights, write_outputs
 from finetune_trainer.export.retry import PatientWriter
 from finetune_trainer.methods.method import Method
 from finetune_trainer.models.hub import limit_waits
@@ -126,6 +128,13 @@ def _export(build: RunBuilder, method: Method, state: TrainState) -> None:
     context.reporter.state(RankState.EXPORTING)
     notice = context.notice
     writer = PatientWriter(world, context.reporter, build.spec.max_stale_seconds, notice.released, pause=notice.pause)
-    with state.exported():
-        writer.write(lambda: write_outputs(method, build.spec.outputs, build.make_export(state.step)))
+    finished: dict[int, WrittenOutput] = {}
+
+    def write(averaged: bool) -> tuple[WrittenOutput, ...]:
+        export = dataclasses.replace(build.make_export(state.step), finished=finished)
+        return write_outputs(method, build.spec.outputs, export, averaged=averaged)
+
+    for averaged in kinds_of_weights(build.spec.outputs):
+        with state.exported(averaged=averaged):
+            writer.write(partial(write, averaged))
     world.barrier()

@@ -13,8 +13,8 @@ from collections import Counter
 from typing import Any
 
 from finetune_contract.input_spec import Columns
-from finetune_contract.methods import ADAPTER_METHODS, CENTRED_METHODS, CONDITIONED_METHODS, crops_at_centre
-from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputFormat, OutputSpec, Sharding
+from finetune_contract.methods import CENTRED_METHODS, CONDITIONED_METHODS, crops_at_centre
+from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, Sharding
 from finetune_operator.api.job import Accelerator, ObjectMeta
 from finetune_operator.api.names import MAX_JOB_NAME
 from finetune_operator.api.rules.cpu import CPU_RULES, TOPOLOGY
@@ -32,6 +32,7 @@ from finetune_operator.api.rules.forms import (
     no_web_address,
     object_name,
 )
+from finetune_operator.api.rules.outputs import OUTPUT_RULES
 from finetune_operator.api.rules.rule import FieldErrorReason, Rule, Scope, cel_list, form, join_names
 from finetune_operator.api.rules.script import SCRIPT_RULES
 from finetune_operator.api.rules.training import SPEC, TRAINING_RULES
@@ -45,8 +46,6 @@ INTERVAL = Scope("spec.checkpoint.interval", CheckpointInterval)
 START = Scope("spec.checkpoint.from", CheckpointSource)
 
 GPU_RESOURCE = "nvidia.com/gpu"
-ADAPTER_FORMATS = (OutputFormat.KOHYA, OutputFormat.MERGED)
-"""Output formats that are defined for adapters only."""
 
 _NAMES = (
     Rule(
@@ -353,19 +352,7 @@ _OUTPUTS = (
         "outputs has two entries with the same to, and the second would overwrite the first; write a different to for "
         "each",
     ),
-    Rule(
-        SPEC,
-        "outputs",
-        f"!has(self.training.method) || self.outputs.all(output, !(output.format in {cel_list(ADAPTER_FORMATS)}))"
-        f" || self.training.method in {cel_list(ADAPTER_METHODS)}",
-        lambda spec: (
-            spec.training.method is None
-            or spec.training.method in ADAPTER_METHODS
-            or all(output.format not in ADAPTER_FORMATS for output in spec.outputs)
-        ),
-        f"outputs has a format for {join_names(ADAPTER_METHODS)} only ({join_names(ADAPTER_FORMATS)}); write format: "
-        "diffusers",
-    ),
+    *OUTPUT_RULES,
     Rule(
         Scope("spec.outputs[].to", str),
         "",

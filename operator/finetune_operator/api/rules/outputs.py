@@ -1,0 +1,101 @@
+"""Rules of the outputs: formats and their settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_contract.methods import ADAPTER_METHODS, METHODS, TrainedPart
+from finetune_contract.spec import Container, OutputFormat, OutputLayout, OutputSpec
+from finetune_operator.api.rules.rule import Rule, Scope, cel_list, join_names
+from finetune_operator.api.rules.training import SPEC
+
+OUTPUT = Scope("spec.outputs[]", OutputSpec)
+ADAPTER_FORMATS = (OutputFormat.KOHYA, OutputFormat.MERGED)
+"""Output formats that are defined for adapters only."""
+_ONE_FILE = (OutputFormat.SINGLE_FILE, OutputFormat.WEBUI, OutputFormat.COMFYUI)
+_COMPLETE = tuple(method for method, traits in METHODS.items() if traits.trains is TrainedPart.BASE)
+
+
+def _of_merged(field: str, is_absent: str, holds: Any) -> Rule[OutputSpec]:
+    return Rule(
+        OUTPUT,
+        field,
+        f"self.format == 'merged' || {is_absent}",
+        lambda output: output.format is OutputFormat.MERGED or holds(output),
+        f"{field} is for merged models; write format: merged, or leave {field} out",
+    )
+
+
+OUTPUT_RULES = (
+    Rule(
+        SPEC,
+        "outputs",
+        f"!has(self.training.method) || self.outputs.all(output, !(output.format in {cel_list(ADAPTER_FORMATS)}))"
+        f" || self.training.method in {cel_list(ADAPTER_METHODS)}",
+        lambda spec: (
+            spec.training.method is None
+            or spec.training.method in ADAPTER_METHODS
+            or all(output.format not in ADAPTER_FORMATS for output in spec.outputs)
+        ),
+        f"outputs has a format for {join_names(ADAPTER_METHODS)} only ({join_names(ADAPTER_FORMATS)}); write format: "
+        "diffusers",
+    ),
+    _of_merged("layout", "!has(self.layout)", lambda output: output.layout is None),
+    _of_merged(
+        "strength", "!has(self.strength) || double(self.strength) == 1.0", lambda output: output.strength == 1.0
+    ),
+    _of_merged("adapters", "!has(self.adapters) || size(self.adapters) == 0", lambda output: not output.adapters),
+    Rule(
+        OUTPUT,
+        "full",
+        "self.format == 'diffusers' || !has(self.full) || !self.full",
+        lambda output: output.format is OutputFormat.DIFFUSERS or not output.full,
+        "full is for format diffusers; write format: diffusers, or leave full out",
+    ),
+    Rule(
+        OUTPUT,
+        "container",
+        f"!has(self.container) || self.container == 'safetensors' || self.format in {cel_list(_ONE_FILE)} || "
+        "(self.format == 'merged' && has(self.layout) && self.layout == 'single-file')",
+        lambda output: (
+            output.container in (None, Container.SAFETENSORS)
+            or output.format in _ONE_FILE
+            or (output.format is OutputFormat.MERGED and output.layout is OutputLayout.SINGLE_FILE)
+        ),
+        "ckpt is for single files; write format: single-file, or leave container out",
+    ),
+    Rule(
+        SPEC,
+        "outputs",
+        f"!has(self.training.method) || self.training.method in {cel_list(ADAPTER_METHODS)} || "
+        "self.outputs.all(output, !has(output.rank))",
+        lambda spec: (
+            spec.training.method is None
+            or spec.training.method in ADAPTER_METHODS
+            or all(output.rank is None for output in spec.outputs)
+        ),
+        f"outputs has a rank, which only the LoRA of {join_names(ADAPTER_METHODS)} has; leave rank out",
+    ),
+    Rule(
+        SPEC,
+        "outputs",
+        f"!has(self.training.method) || self.training.method in {cel_list(_COMPLETE)} || self.outputs.all(output, "
+        "!has(output.container) || output.container == 'safetensors' || output.format == 'merged')",
+        lambda spec: (
+            spec.training.method is None
+            or spec.training.method in _COMPLETE
+            or all(
+                output.container in (None, Container.SAFETENSORS) or output.format is OutputFormat.MERGED
+                for output in spec.outputs
+            )
+        ),
+        "outputs has a ckpt, which only complete models can be; leave container out",
+    ),
+    Rule(
+        SPEC,
+        "outputs",
+        "(has(self.training.ema) && self.training.ema) || self.outputs.all(output, !has(output.ema) || !output.ema)",
+        lambda spec: spec.training.ema or all(not output.ema for output in spec.outputs),
+        "outputs has ema: true, and training keeps no average; write training.ema: true, or leave ema out",
+    ),
+)
