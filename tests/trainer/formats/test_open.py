@@ -1,0 +1,45 @@
+"""Folders that other programs wrote are opened as what they contain, and written in any format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from finetune_contract.input_spec import ModelSpec
+from finetune_contract.spec import OutputFormat, OutputSpec
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.export.formats.about import About
+from finetune_trainer.export.formats.open import open_trained
+from finetune_trainer.export.formats.write import write_format
+from testing.trainer.methods import export, make_method
+
+pytestmark = pytest.mark.trainer
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [("Full", "single-file"), ("LoRA, text", "kohya"), ("ControlNet", "single-file")],
+)
+def test_a_folder_gives_the_file_that_the_method_itself_writes(
+    bases: dict[str, Path], name: str, output: str, tmp_path: Path
+) -> None:
+    method = make_method(bases["sd1"], name)
+    folder, own, opened = (tmp_path / each for each in ("folder", "own", "opened"))
+    for each in (folder, own, opened):
+        each.mkdir()
+    export(method, OutputFormat.DIFFUSERS, folder)
+    (expected,) = export(method, OutputFormat(output), own)
+    trained = open_trained(folder, ModelSpec(base=str(bases["sd1"])))
+    (found,) = write_format(trained, OutputSpec(format=OutputFormat(output), to="."), opened, About("tiny"))
+    values, others = load_file(expected), load_file(found)
+    assert values.keys() == others.keys()
+    assert all(bool((others[key] == value).all()) for key, value in values.items())
+
+
+def test_other_folders_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="its base is unknown"):
+        open_trained(tmp_path)
+    with pytest.raises(ConfigError, match="neither a pipeline nor a ControlNet nor a LoRA; write format: asWritten"):
+        open_trained(tmp_path, ModelSpec(base=str(bases["sd1"])))
