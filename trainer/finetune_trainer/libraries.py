@@ -92,7 +92,7 @@ def uses_ipex(env: Mapping[str, str]) -> bool:
     try:
         requested = json.loads(Path(env[environment.RUN_SPEC]).read_text(encoding="utf-8")).get("cpu", {}).get("ipex")
         if requested != "auto":
-            return requested == "on"
+            return bool(requested == "on")
         return str(json.loads((Path(env[environment.CHECKPOINT_DIR]) / PATH_FILE).read_text())).endswith("with IPEX")
     except (OSError, ValueError, KeyError, AttributeError):
         return False
