@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_operator.cluster.kube.watch.nodes import GONE, MAX_GONE, NodeStates, observe_node
+from finetune_operator.cluster.kube.watch.nodes import GONE, LEAVING_TAINTS, MAX_GONE, NodeStates, observe_node
 from finetune_operator.plan.model.types import HEALTHY, ObservedNode
 
 
@@ -43,6 +43,53 @@ AKS = "remediator.kubernetes.azure.com/unschedulable"
 )
 def test_state_of_a_node(manifest: dict[str, Any], state: ObservedNode) -> None:
     assert observe_node(manifest) == state
+
+
+HANDLERS = {
+    "AWS Node Termination Handler": {
+        "aws-node-termination-handler/spot-itn": True,
+        "aws-node-termination-handler/scheduled-maintenance": True,
+        "aws-node-termination-handler/asg-lifecycle-termination": True,
+        "aws-node-termination-handler/rebalance-recommendation": False,
+    },
+    "GKE": {"cloud.google.com/impending-node-termination": True, "cloud.google.com/gke-spot": False},
+    "AKS": {
+        "remediator.kubernetes.azure.com/unschedulable": True,
+        "kubernetes.azure.com/scalesetpriority": False,
+    },
+    "Karpenter": {
+        "karpenter.sh/disrupted": True,
+        # Before version 1.0.
+        "karpenter.sh/disruption": True,
+        "karpenter.sh/unregistered": False,
+    },
+    "Cluster Autoscaler": {
+        "ToBeDeletedByClusterAutoscaler": True,
+        "DeletionCandidateOfClusterAutoscaler": False,
+    },
+    "Kubernetes": {
+        "node.kubernetes.io/out-of-service": True,
+        "node.cloudprovider.kubernetes.io/shutdown": True,
+        "node.kubernetes.io/unschedulable": False,
+        "node.kubernetes.io/not-ready": False,
+        "node.kubernetes.io/memory-pressure": False,
+    },
+}
+"""Taints by what sets them, and whether each announces the end of the node."""
+
+
+@pytest.mark.parametrize(
+    ("taint", "leaves"), [(taint, leaves) for taints in HANDLERS.values() for taint, leaves in taints.items()]
+)
+def test_taints_of_termination_handlers(taint: str, leaves: bool) -> None:
+    assert observe_node(node("True", taint)) == (leaving(taint) if leaves else HEALTHY)
+    # Also next to the other taints of a node that is being drained.
+    assert observe_node(node("True", "node.kubernetes.io/unschedulable", taint)).leaving == (taint if leaves else "")
+
+
+def test_every_taint_of_a_leaving_node_is_in_the_table() -> None:
+    table = {taint for taints in HANDLERS.values() for taint, leaves in taints.items() if leaves}
+    assert table == LEAVING_TAINTS
 
 
 CORDON: dict[str, Any] = {"unschedulable": True}

@@ -83,3 +83,4 @@ def test_only_the_part_after_a_heartbeat_counts() -> None:
     assert unheard(START, observed) == timedelta(seconds=6 + 10)
     assert extend(START, seconds(15), observed) == START + seconds(31)
     assert extend(START, seconds(15), Observed()) == START + seconds(15)
+    assert extend(START, seconds(15), observed, at_most=seconds(5)) == START + seconds(20)

@@ -25,9 +25,16 @@ def silent_at(received: ReceivedHeartbeat, observed: Observed, settings: Setting
     return extend(received.received_at, silence(observed, settings), observed)
 
 
-def extend(since: datetime, limit: timedelta, observed: Observed) -> datetime:
-    """Return when a time limit ends that counts only the time in which this operator listened."""
-    return since + limit + unheard(since, observed)
+def extend(since: datetime, limit: timedelta, observed: Observed, at_most: timedelta = timedelta.max) -> datetime:
+    """Return when a time limit ends that counts only the time in which this operator listened.
+
+    Args:
+        since: start of the limit.
+        limit: its length.
+        observed: the observed state.
+        at_most: longest extension.
+    """
+    return since + limit + min(unheard(since, observed), at_most)
 
 
 def unheard(since: datetime, observed: Observed) -> timedelta:

@@ -20,6 +20,9 @@ from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
 
+MAX_EXTENSION = timedelta(seconds=30)
+"""Longest wait for reports that this operator could not receive: the restart of the job must not wait for longer."""
+
 
 def detect_end(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Mark the attempt as ended at the first sign, and record the cause once it is certain."""
@@ -54,7 +57,8 @@ def _detect_loss_while_saving(view: View, status: FineTuneJobStatus) -> FineTune
 
 def cause_certain_at(entry: AttemptStatus, view: View) -> datetime:
     """Return when a sign that may be a consequence is accepted as the cause."""
-    return extend(entry.ended_at or view.now, timedelta(seconds=view.settings.cause_seconds), view.observed)
+    limit = timedelta(seconds=view.settings.cause_seconds)
+    return extend(entry.ended_at or view.now, limit, view.observed, at_most=MAX_EXTENSION)
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:

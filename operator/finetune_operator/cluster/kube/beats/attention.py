@@ -14,8 +14,9 @@ from datetime import datetime, timedelta
 from finetune_operator.plan.model.types import DeafPeriod
 
 TICK_SECONDS = 0.25
-LATE_SECONDS = 1.0
-"""Delay that is not normal: a shorter one does not matter for the limits, which are several heartbeats."""
+LATE_SECONDS = 3.0
+"""Shortest delay that counts. Shorter ones do not matter for the limits, which are several heartbeats; if they counted,
+a machine that is always busy would never detect a silent pod."""
 KEPT = timedelta(minutes=10)
 """Age at which a period is dropped: longer than every limit of silence."""
 

@@ -11,6 +11,7 @@ from finetune_operator.plan.model.types import HEALTHY, ObservedNode
 LEAVING_TAINTS = frozenset(
     {
         "node.kubernetes.io/out-of-service",
+        "node.cloudprovider.kubernetes.io/shutdown",
         "aws-node-termination-handler/spot-itn",
         "aws-node-termination-handler/asg-lifecycle-termination",
         "aws-node-termination-handler/scheduled-maintenance",
@@ -23,7 +24,8 @@ LEAVING_TAINTS = frozenset(
 )
 """Taints of nodes that are about to stop, set by Kubernetes, the clouds' termination handlers and the autoscalers.
 
-The taint of a cordoned node (`kubectl cordon`) is not included: pods that run there may stay.
+Not included are taints of nodes on which pods may stay: that of a cordoned node (`kubectl cordon`), of a node that an
+autoscaler may remove if it stays empty, and of a spot node with a higher risk (a recommendation to rebalance).
 """
 UNREACHABLE = "node.kubernetes.io/unreachable"
 """Taint that the node controller sets on a node whose kubelet does not report."""
