@@ -240,3 +240,14 @@ def test_a_process_that_has_imported_ipex_can_be_forked(base: Path, data: Path, 
     )
     env = {**os.environ, environment.RUN_SPEC: str(tmp_path / "run.json")}
     subprocess.run([sys.executable, "-c", program], env=env, check=True)
+
+
+def test_the_gradients_of_group_norms_may_have_another_layout_than_their_inputs(tmp_path: Path) -> None:
+    """The lowest level of these latents is 1 x 1, where the layouts of inputs and gradients differ."""
+    from finetune_contract.spec import Precision  # noqa: PLC0415  slow to import
+    from finetune_trainer.distributed.world import World  # noqa: PLC0415
+    from finetune_trainer.intel.paths import ComputePath  # noqa: PLC0415
+    from testing.measure.cpu_step import CPU, CpuStep, NarrowFamily, StepSettings  # noqa: PLC0415
+
+    settings = StepSettings("Full", ComputePath(Precision.FP32, True), 2, 64)
+    assert CpuStep(NarrowFamily(32, tmp_path), settings, World(0, 1, 0, CPU)).run() > 0

@@ -41,6 +41,18 @@ def optimize_frozen(module: nn.Module) -> int:
     return len(places)
 
 
+def align_group_norms(module: nn.Module) -> None:
+    """Give the gradients of group norms the layout of their inputs, without which IPEX's backward pass fails."""
+
+    def align(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        aligned: Tensor = _Aligned.apply(output, inputs[0].stride())
+        return aligned
+
+    for layer in module.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.register_forward_hook(align)
+
+
 class TrainedLayers:
     """Trained layers of some modules that IPEX computes.
 
@@ -133,6 +145,23 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.operation.to_public(gradients[0].contiguous()), None
+
+
+class _Aligned(torch.autograd.Function):
+    """The same values; backward gives their gradient certain strides."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, strides: tuple[int, ...]) -> Tensor:
+        ctx.strides = strides
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        if gradient.stride() == ctx.strides:
+            return gradient, None
+        aligned = torch.empty_strided(gradient.shape, ctx.strides, dtype=gradient.dtype, device=gradient.device)
+        return aligned.copy_(gradient), None
 
 
 def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

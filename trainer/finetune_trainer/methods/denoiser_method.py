@@ -18,7 +18,7 @@ from finetune_trainer.data.sampling.draws import Purpose
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.fused.blocks import use_fused_operations
 from finetune_trainer.fused.mask_draws import MaskDraws
-from finetune_trainer.intel.layers import TrainedLayers, optimize_frozen
+from finetune_trainer.intel.layers import TrainedLayers, align_group_norms, optimize_frozen
 from finetune_trainer.methods.kernels import (
     attention_kernel,
     attention_order,
@@ -252,6 +252,7 @@ class DenoiserMethod:
         for module in self._modules:
             if self._context.uses_ipex:
                 optimize_frozen(module)
+                align_group_norms(module)
             if compiles:
                 compile_blocks(module, self._family.compiled_blocks)
             use_fused_operations(module, compiles)
