@@ -15,9 +15,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-from finetune_contract.spec import OutputSpec
+from finetune_contract.output_spec import OutputSpec
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.export.outputs import Export, deliver_outputs
 from testing.controlplane.process import Guard
@@ -45,7 +46,7 @@ def main() -> None:
             copies, uploads = [], []
             for number in range(arguments.rounds):
                 copies.append(_seconds(lambda: _copy(source, folder / "copy")))
-                uploads.append(_seconds(lambda number=number: _upload(source, f"{url}/{number}", folder / "job")))
+                uploads.append(_seconds(partial(_upload, source, f"{url}/{number}", folder / "job")))
                 print(f"round {number + 1}: copy {copies[-1]:.2f} s, upload {uploads[-1]:.2f} s", flush=True)
         finally:
             guard.close()

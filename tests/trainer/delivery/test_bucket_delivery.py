@@ -15,7 +15,7 @@ import pytest
 from finetune_contract import environment
 from finetune_contract.bucket import Bucket, client_options
 from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
-from finetune_contract.spec import OutputSpec
+from finetune_contract.output_spec import OutputSpec
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.delivery.parts.base import split
 from finetune_trainer.delivery.staged import OutputRecord

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_contract import environment
-from finetune_contract.spec import OutputSpec
+from finetune_contract.output_spec import OutputSpec
 from finetune_trainer.delivery.hub_target import find_missing_permission
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.delivery.target import ExportStage
@@ -92,7 +92,12 @@ def test_rate_limits_and_failures_are_waited_out(
     server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("finetune_trainer.patience._PROCESS.pause", lambda seconds: bool(waits.append(seconds)))
+
+    def pause(seconds: float) -> bool:
+        waits.append(seconds)
+        return False
+
+    monkeypatch.setattr("finetune_trainer.patience._PROCESS.pause", pause)
     for fault, part in (
         (hub.too_many_requests(0), "/repos/create"),
         (hub.RESET, "/lfs/"),

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from finetune_contract.bucket import Bucket, BucketError
@@ -22,9 +23,9 @@ from finetune_trainer import patience
 from finetune_trainer.delivery.parts.azure import AzureParts
 from finetune_trainer.delivery.parts.base import (
     MIN_PART_BYTES,
-    Part,
     PartStore,
     PendingUpload,
+    UploadPart,
     iterate_md5,
     read_part,
     split,
@@ -69,11 +70,11 @@ class _Transfer:
 
     file: OutputFile
     upload: PendingUpload
-    parts: Sequence[Part]
+    parts: Sequence[UploadPart]
     md5: dict[int, str] = field(default_factory=dict)
 
     @property
-    def missing(self) -> list[Part]:
+    def missing(self) -> list[UploadPart]:
         """The parts that are not stored yet."""
         return [part for part in self.parts if part.number not in self.md5]
 
@@ -163,7 +164,7 @@ class BucketTarget:
             if local and all(upload.parts[number] == md5 for number, md5 in local.items()):
                 chosen = _Transfer(file, upload, parts, local)
             else:
-                self._permanent(f"cleaning up {file.name}", lambda upload=upload: self._store.abort(upload))
+                self._permanent(f"cleaning up {file.name}", partial(self._store.abort, upload))
         return chosen or _Transfer(file, self._begin(file), parts)
 
     def _find(self, file: OutputFile) -> list[PendingUpload]:
@@ -189,7 +190,7 @@ class BucketTarget:
         done = total - sum(part.size_bytes for _, part in missing)
         progress(done, total)
 
-        def send(item: tuple[_Transfer, Part]) -> None:
+        def send(item: tuple[_Transfer, UploadPart]) -> None:
             nonlocal done
             transfer, part = item
             data = read_part(output.path(transfer.file), part)
@@ -235,7 +236,7 @@ class BucketTarget:
         """Remove unfinished uploads of the output's files, and files of the job's earlier output that it replaces."""
         for file in record.files:
             for upload in self._find(file):
-                self._permanent(f"cleaning up {file.name}", lambda upload=upload: self._store.abort(upload))
+                self._permanent(f"cleaning up {file.name}", partial(self._store.abort, upload))
         names = {file.name for file in record.files}
         stale = [file.name for file in earlier.files if file.name not in names] if earlier is not None else []
         if stale:

@@ -7,6 +7,7 @@ commit then shows all files at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from finetune_trainer import patience
@@ -80,9 +81,7 @@ class HubTarget:
             addition = CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(output.path(file)))
             self._ask(
                 f"uploading {file.name}",
-                lambda addition=addition: self._api.preupload_lfs_files(
-                    self._repo, [addition], free_memory=False, num_threads=1
-                ),
+                partial(self._api.preupload_lfs_files, self._repo, [addition], free_memory=False, num_threads=1),
             )
             additions.append(addition)
             done += file.size_bytes

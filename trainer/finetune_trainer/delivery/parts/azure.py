@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from finetune_contract.bucket import Bucket
-from finetune_trainer.delivery.parts.base import SHA256, Part, PendingUpload
+from finetune_trainer.delivery.parts.base import SHA256, PendingUpload, UploadPart
 
 _WRITE = "cannot be written"
 
@@ -31,7 +31,7 @@ class AzureParts:
         """Store an uncommitted block of a blob that is never made: it needs the permission to write."""
         data = b"probe"
         upload = self.begin(f".probe-{secrets.token_hex(8)}", "")
-        self.put(upload, Part(1, 0, len(data)), data, hashlib.md5(data, usedforsecurity=False).digest())
+        self.put(upload, UploadPart(1, 0, len(data)), data, hashlib.md5(data, usedforsecurity=False).digest())
 
     def sha256_of(self, name: str) -> tuple[int, str] | None:
         """Return size and SHA-256 by the metadata of the blob."""
@@ -45,7 +45,8 @@ class AzureParts:
                     return None
                 return int(about.size), str((about.metadata or {}).get(SHA256, ""))
 
-        return self._run("cannot be read", read())
+        found: tuple[int, str] | None = self._run("cannot be read", read())
+        return found
 
     def find(self, name: str, sha256: str) -> list[PendingUpload]:
         """List the uncommitted blocks."""
@@ -66,7 +67,7 @@ class AzureParts:
         """Return an upload without blocks; nothing is written."""
         return PendingUpload(name, sha256, {})
 
-    def put(self, upload: PendingUpload, part: Part, data: bytes, md5: bytes) -> None:
+    def put(self, upload: PendingUpload, part: UploadPart, data: bytes, md5: bytes) -> None:
         """Store a block; the service compares its MD5."""
 
         async def write() -> None:

@@ -19,7 +19,7 @@ SHA256 = "sha256"
 
 
 @dataclass(frozen=True)
-class Part:
+class UploadPart:
     """A part of a file: bytes [start, start + size) of it, with its number from 1."""
 
     number: int
@@ -68,7 +68,7 @@ class PartStore(Protocol):
         """Begin an upload. The object, when it exists, keeps the SHA-256 as metadata."""
         ...
 
-    def put(self, upload: PendingUpload, part: Part, data: bytes, md5: bytes) -> None:
+    def put(self, upload: PendingUpload, part: UploadPart, data: bytes, md5: bytes) -> None:
         """Store one part; the store checks its MD5."""
         ...
 
@@ -81,21 +81,21 @@ class PartStore(Protocol):
         ...
 
 
-def split(size_bytes: int, max_parts: int, min_part_bytes: int = MIN_PART_BYTES) -> list[Part]:
+def split(size_bytes: int, max_parts: int, min_part_bytes: int = MIN_PART_BYTES) -> list[UploadPart]:
     """Return the parts of a file of this size; an empty file has one empty part."""
     size = max(min_part_bytes, -(-size_bytes // max_parts))
     starts = range(0, max(size_bytes, 1), size)
-    return [Part(number, start, min(size, size_bytes - start)) for number, start in enumerate(starts, start=1)]
+    return [UploadPart(number, start, min(size, size_bytes - start)) for number, start in enumerate(starts, start=1)]
 
 
-def read_part(path: Path, part: Part) -> bytes:
+def read_part(path: Path, part: UploadPart) -> bytes:
     """Return the bytes of a part of a file."""
     with path.open("rb") as file:
         file.seek(part.start)
         return file.read(part.size_bytes)
 
 
-def iterate_md5(path: Path, parts: list[Part]) -> Iterator[tuple[int, str]]:
+def iterate_md5(path: Path, parts: list[UploadPart]) -> Iterator[tuple[int, str]]:
     """Yield the number and the MD5, in hexadecimal, of each of some parts of a file."""
     for part in parts:
         yield part.number, hashlib.md5(read_part(path, part), usedforsecurity=False).hexdigest()

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping
 
 from finetune_contract.bucket import Bucket
-from finetune_trainer.delivery.parts.base import SHA256, Part, PendingUpload
+from finetune_trainer.delivery.parts.base import SHA256, PendingUpload, UploadPart
 
 _WRITE = "cannot be written"
 PARTS = ".finetune-parts"
@@ -56,7 +56,7 @@ class GcsParts:
         """Return an upload without parts; nothing is written."""
         return self._upload(name, sha256)
 
-    def put(self, upload: PendingUpload, part: Part, data: bytes, md5: bytes) -> None:
+    def put(self, upload: PendingUpload, part: UploadPart, data: bytes, md5: bytes) -> None:
         """Store a part as an object, and compare the MD5 that the store has computed."""
         path = self._path(f"{upload.handle}/{part.number:05d}")
         with self._bucket.translating_errors(_WRITE):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune_contract.bucket import Bucket
-from finetune_trainer.delivery.parts.base import SHA256, Part, PendingUpload
+from finetune_trainer.delivery.parts.base import SHA256, PendingUpload, UploadPart
 
 _WRITE = "cannot be written"
 
@@ -29,7 +29,7 @@ class S3Parts:
         upload = self.begin(f".probe-{secrets.token_hex(8)}", "")
         data = b"probe"
         try:
-            self.put(upload, Part(1, 0, len(data)), data, hashlib.md5(data, usedforsecurity=False).digest())
+            self.put(upload, UploadPart(1, 0, len(data)), data, hashlib.md5(data, usedforsecurity=False).digest())
         finally:
             self.abort(upload)
 
@@ -59,7 +59,7 @@ class S3Parts:
             answer = self._call("create_multipart_upload", Key=self._key(name), Metadata={SHA256: sha256})
         return PendingUpload(name, answer["UploadId"], {})
 
-    def put(self, upload: PendingUpload, part: Part, data: bytes, md5: bytes) -> None:
+    def put(self, upload: PendingUpload, part: UploadPart, data: bytes, md5: bytes) -> None:
         """Store a part; the server compares its Content-MD5."""
         with self._bucket.translating_errors(_WRITE):
             self._call(
