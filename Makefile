@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-intel image-trainer-cuda
-.PHONY: help install system-packages demo test test-fast test-readers test-intel bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
+.PHONY: help install system-packages demo test test-fast test-readers test-intel test-oldest bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-queue test-queue bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
         bench-learning bench-map bench-outputs bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
 
@@ -39,6 +39,12 @@ READERS := .venv-readers
 test-readers: install ## load every output with the oldest and the newest supported releases of diffusers, and compare the pictures
 	@$(PYTHON) tools/install.py $(READERS) requirements/readers-oldest.txt
 	@$(BIN)/python -m tests.readers --oldest $(READERS)/bin/python
+
+OLDEST := .venv-oldest
+test-oldest: ## train every method, and run scripts, with the oldest supported releases of torch, diffusers and accelerate
+	@$(PYTHON) tools/install.py $(OLDEST) requirements/oldest.txt
+	@PYTHONPATH=trainer:operator OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/oldest \
+	    tests/scripts/test_hook.py::test_a_notice_loses_no_step_and_changes_no_weight
 
 INTEL := .venv-intel
 test-intel: ## train every method with IPEX on one and two ranks, and sum with oneCCL, in an environment with torch 2.8 and IPEX 2.8

@@ -29,6 +29,10 @@ grep '^torch==' requirements/dev.txt | tr -d ' \\' > "$torch"
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header requirements/readers-oldest.in \
     --constraint "$torch" -o requirements/readers-oldest.txt >/dev/null
+# The oldest supported releases, for `make test-oldest`.
+"$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+    --no-emit-find-links --no-annotate --no-header pyproject.toml --extra operator --extra trainer \
+    requirements/oldest.in -o requirements/oldest.txt >/dev/null
 # What OpenVINO outputs are written and read with. optimum-intel needs older releases of diffusers and transformers.
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header pyproject.toml --extra trainer --extra export \

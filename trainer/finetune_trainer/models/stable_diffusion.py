@@ -20,7 +20,7 @@ from finetune_trainer.models.family import SingleFile
 from finetune_trainer.models.latent_scaling import read_scaling
 from finetune_trainer.models.layouts.folder import PipelineFolder
 from finetune_trainer.models.noise_schedule import read_objective
-from finetune_trainer.models.text import SingleText, TextEncoder, TextPart
+from finetune_trainer.models.text import SingleText, TextEncoder, TextPart, in_dtype
 from finetune_trainer.models.unet import UNetFamily
 
 
@@ -134,7 +134,7 @@ class StableDiffusion(UNetFamily):
             if device.type == "meta":
                 with device:
                     return kind(kind.config_class.from_pretrained(self._folder / name)).to(dtype)
-            return kind.from_pretrained(self._folder / name, dtype=dtype, **options, **parts.mapped_to(device))
+            return kind.from_pretrained(self._folder / name, **in_dtype(dtype), **options, **parts.mapped_to(device))
 
         model = parts.load_part(self._folder, self._variant, "text encoder", load)
         return TextPart(name, self._load_tokenizer(name), model.to(device), webui_key)

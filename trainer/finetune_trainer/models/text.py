@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,12 @@ TOKENS = "tokens."
 _IS_NOT_EMPTY = f"{TOKENS}is_not_empty"
 NUM_CHUNKS = 3
 """Chunks of a long caption, as in kohya's scripts with 225 tokens."""
+
+
+def in_dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the argument of transformers' `from_pretrained` for a dtype: before 4.56 it has another name."""
+    major, minor = (int(each) for each in version("transformers").split(".")[:2])
+    return {"dtype" if (major, minor) >= (4, 56) else "torch_dtype": dtype}
 
 
 @dataclass(frozen=True)
