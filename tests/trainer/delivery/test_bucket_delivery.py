@@ -15,7 +15,7 @@ import pytest
 from finetune_contract import environment
 from finetune_contract.bucket import Bucket, client_options
 from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
-from finetune_contract.output_spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.delivery.parts.base import split
 from finetune_trainer.delivery.staged import OutputRecord
@@ -85,7 +85,7 @@ def test_uploads_survive_failing_requests(
 ) -> None:
     monkeypatch.setattr("finetune_trainer.patience._PROCESS.pause", lambda _: False)
     # Every third request fails. With the last one, the server has carried the request out, and its answer is lost.
-    kinds = itertools.cycle([faults.SLOW_DOWN, Fault(500), faults.RESET, faults.CUT])
+    kinds = itertools.cycle([faults.SLOW_DOWN, Fault(500), faults.FAULTS["reset"], faults.FAULTS["cut"]])
     numbers = itertools.count(1)
     proxy.before_request = lambda _: proxy.fail(next(kinds), times=1) if next(numbers) % 3 == 0 else None
     (written,) = deliver(bucket_url, tmp_path / "job")
