@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,6 @@ def test_the_state_of_numpy_is_never_an_old_one() -> None:
     np.random.seed(3)
     for draw in (np.random.normal, np.random.normal, np.random.rand, np.random.normal, lambda: None, np.random.rand):
         draw()
-        expected = np.random.get_state(legacy=True)
+        expected: Any = np.random.get_state(legacy=True)
         name, keys, *rest = capture().numpy
         assert (name, keys.tolist(), rest) == (expected[0], expected[1].tolist(), list(expected[2:]))

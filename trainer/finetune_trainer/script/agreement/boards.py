@@ -239,7 +239,7 @@ class RemoteBoard:
             self._sent = torch.zeros(self._sizes[self._peers.rank], dtype=torch.uint8)
             self._received = torch.zeros(self._sizes[self._peers.kept_for], dtype=torch.uint8)
         is_too_large = _HEADER.size + len(packed) > len(self._sent)
-        buffer = memoryview(self._sent.numpy())
+        buffer = memoryview(self._sent.numpy().data)
         _HEADER.pack_into(buffer, 0, 1, 0 if is_too_large else len(packed))
         if not is_too_large:
             buffer[_HEADER.size : _HEADER.size + len(packed)] = packed
@@ -265,7 +265,7 @@ class RemoteBoard:
         try:
             with contextlib.suppress(FabricError):
                 self._finish_exchange(_COPY_SECONDS)
-                buffer = memoryview(self._received.numpy())
+                buffer = memoryview(self._received.numpy().data)
                 _, size = _HEADER.unpack_from(buffer)
                 return {self._peers.kept_for: bytes(buffer[_HEADER.size : _HEADER.size + size])} if size else {}
         finally:
