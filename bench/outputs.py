@@ -55,7 +55,11 @@ def report(base: Path, lora: Path, out: Path, repeats: int) -> None:
         flush=True,
     )
     for format_name in FORMATS:
-        times, copies, peaks, copy_peaks, size = [], [], [], [], 0
+        size = 0
+        times: list[float] = []
+        copies: list[float] = []
+        peaks: list[float] = []
+        copy_peaks: list[float] = []
         for _ in range(repeats):
             source = lora if format_name == "kohya" else base
             for kind in ("copy", format_name, "copy"):
@@ -110,7 +114,7 @@ def run_child(kind: str, base: str, lora: str, out: str) -> None:
 def _writer(kind: str, base: Path, lora: Path) -> Callable[[Path], list[Path]]:
     """Return the function that writes into a folder, with everything imported and opened."""
     from finetune_contract.input_spec import ModelSpec  # noqa: PLC0415
-    from finetune_contract.spec import OutputFormat, OutputSpec  # noqa: PLC0415
+    from finetune_contract.outputs.spec import OutputFormat, OutputSpec  # noqa: PLC0415
     from finetune_trainer.export.formats.about import About  # noqa: PLC0415
     from finetune_trainer.export.formats.merge import read_adapter  # noqa: PLC0415
     from finetune_trainer.export.formats.write import write_format  # noqa: PLC0415

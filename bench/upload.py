@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from finetune_contract.output_spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.export.outputs import Export, deliver_outputs
 from testing.controlplane.process import Guard

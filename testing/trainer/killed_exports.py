@@ -101,7 +101,7 @@ def start(
 
 
 def _export(job_dir: Path, outputs: Sequence[Mapping[str, Any]], stage: str, nth: int) -> None:
-    from finetune_contract.spec import OutputSpec  # noqa: PLC0415  the parent has imported them
+    from finetune_contract.outputs.spec import OutputSpec  # noqa: PLC0415  the parent has imported them
     from finetune_trainer.delivery.open import DeliveryPlace  # noqa: PLC0415
     from finetune_trainer.export.outputs import Export, deliver_outputs  # noqa: PLC0415
 

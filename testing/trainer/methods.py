@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from finetune_contract.input_spec import ModelSpec
-from finetune_contract.spec import OutputFormat, OutputSpec, TrainingSpec
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
+from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.export.formats.about import About

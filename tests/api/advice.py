@@ -11,6 +11,7 @@ from typing import Any
 
 from tests.api.bad_scripts import METHOD_SETTINGS
 from tests.api.manifests import GOOD, REMOVED
+from tests.api.output_advice import OUTPUT_ADVICE
 
 Edit = dict[str, Any]
 Advice = dict[str, Edit]
@@ -436,33 +437,7 @@ ADVICE: dict[str, Advice] = {
         },
     },
     "kohya-of-full": DIFFUSERS,
-    **{
-        f"{name}-of-lora": {
-            "format: merged": {"spec.outputs": [{"format": "merged", "to": "out", name: value}]},
-            f"leave {name} out": {"spec.outputs": [{"format": "kohya", "to": "out"}]},
-        }
-        for name, value in {
-            "layout": "single-file",
-            "strength": 0.5,
-            "adapters": [{"source": "me/lora"}],
-        }.items()
-    },
-    "full-of-kohya": {
-        "format: diffusers": {"spec.outputs": [{"format": "diffusers", "to": "out", "full": True}]},
-        "leave full out": {"spec.outputs": [{"format": "kohya", "to": "out"}]},
-    },
-    "ckpt-of-folder": {
-        "format: single-file": {"spec.outputs": [{"format": "single-file", "to": "out", "container": "ckpt"}]},
-        "leave container out": {"spec.outputs": [{"format": "diffusers", "to": "out"}]},
-    },
-    "rank-of-full": {
-        "leave rank out": {"spec.outputs": [{"format": "diffusers", "to": "out"}]},
-    },
-    "ckpt-of-lora": {"leave container out": {"spec.outputs": [{"format": "webui", "to": "out"}]}},
-    "average-of-none": {
-        "training.ema: true": {f"{T}.ema": True},
-        "leave ema out": {"spec.outputs": [{"format": "diffusers", "to": "out"}]},
-    },
+    **OUTPUT_ADVICE,
     "secret-twice": {"each Secret once": {"spec.secrets": [{"name": "a"}]}},
 }
 """For each row of `bad_manifests.BAD` the advice of its message."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune_contract.methods import METHODS
-from finetune_contract.spec import OutputFormat
+from finetune_contract.outputs.spec import OutputFormat
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.order import SampleRef
 from testing.trainer.methods import export, make_method

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.methods import METHODS
-from finetune_contract.spec import Method, OutputFormat
+from finetune_contract.outputs.spec import OutputFormat
+from finetune_contract.spec import Method
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.report import Reporter

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_contract.spec import Method, Optimizer, OutputFormat, Precision, TrainingSpec
+from finetune_contract.outputs.spec import OutputFormat
+from finetune_contract.spec import Method, Optimizer, Precision, TrainingSpec
 
 _PROGRAMS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.WEBUI, OutputFormat.COMFYUI})
 """Formats of every method."""

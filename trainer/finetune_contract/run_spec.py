@@ -11,7 +11,8 @@ from pydantic import Field
 
 from finetune_contract.cpu.spec import CpuSpec
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
-from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, Switch, SwitchMode, TrainingSpec
+from finetune_contract.outputs.spec import OutputSpec
+from finetune_contract.spec import CheckpointInterval, CheckpointSource, Switch, SwitchMode, TrainingSpec
 from finetune_contract.spec_model import SpecModel
 
 

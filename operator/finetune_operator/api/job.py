@@ -13,7 +13,8 @@ from pydantic import Field
 
 from finetune_contract.cpu.spec import CpuSpec
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
-from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, TrainingSpec
+from finetune_contract.outputs.spec import OutputSpec
+from finetune_contract.spec import CheckpointInterval, CheckpointSource, TrainingSpec
 from finetune_contract.spec_model import SpecModel
 from finetune_contract.validation_spec import MAX_STEPS
 from finetune_operator.api.fields import Duration, ManagerName, ObjectName, Quantity, list_map

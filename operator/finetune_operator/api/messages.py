@@ -18,7 +18,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
 from finetune_contract.methods import WRITTEN_FORMATS
-from finetune_contract.spec import OutputFormat
+from finetune_contract.outputs.spec import OutputFormat
 from finetune_operator.api import crd, yaml_text
 from finetune_operator.api.flags import find_flag
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from finetune_contract import paths
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.heartbeat import WrittenOutput
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import OutputSpec
 from finetune_operator.cli.commands.export import export
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.main import parser
@@ -21,10 +22,11 @@ from finetune_trainer.checkpoint.sharded_state import make_sharded_state
 from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.checkpoint.store.folder import FolderStore
 from finetune_trainer.checkpoint.store.retention import Retention
+from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export import from_checkpoint
-from finetune_trainer.export.outputs import write_outputs
+from finetune_trainer.export.outputs import Export, kinds_of_weights, write_outputs
 from finetune_trainer.methods.method import Method
 from finetune_trainer.optim.ema import Ema
 from finetune_trainer.optim.optimizer import make_optimizer
@@ -179,3 +181,37 @@ def test_the_command_exports_a_step_from_a_manifest_and_a_folder(
         call(str(tmp_path / "job.yaml"), *folder, "--step", "3")
     with pytest.raises(UsageError, match=r"no job gone .* for a job on a cluster, give its manifest and --folder"):
         call("gone")
+
+
+def test_outputs_of_the_average_and_of_the_last_step_are_written_next_to_each_other(base: Path, tmp_path: Path) -> None:
+    """As at the end of a run: once with each kind of weights. A checkpoint gives the same files."""
+    spec = tiny.make_spec(base, tmp_path, method="LoRA", lora={"rank": 2}, ema=True)
+    method = make_method(base, "LoRA", lora={"rank": 2}, ema=True)
+    fill(method, 1.0)
+    state = TrainState(
+        method.parameters(), make_optimizer(spec.training, method.parameters()), Ema(method.parameters())
+    )
+    fill(method, 100.0)
+    outputs = [
+        OutputSpec.model_validate({"format": "diffusers", "to": str(tmp_path / name), "ema": ema})
+        for name, ema in (("last", False), ("default", None), ("average", True))
+    ]
+    finished: dict[int, WrittenOutput] = {}
+    assert kinds_of_weights(outputs) == [True, False]
+    for averaged in kinds_of_weights(outputs):
+        with state.exported(averaged=averaged):
+            written = write_outputs(
+                method, outputs, Export(DeliveryPlace(tmp_path), finished=finished), averaged=averaged
+            )
+    assert [Path(each.to).name for each in written] == ["last", "default", "average"]
+    smallest = {
+        name: min(float(value.min()) for value in load_file(next((tmp_path / name).glob("*.safetensors"))).values())
+        for name in ("last", "default", "average")
+    }
+    assert smallest == {"last": 100.0, "default": 1.0, "average": 1.0}
+    save(tmp_path / "job", spec, make_method(base, "LoRA", lora={"rank": 2}), 3)
+    (checkpoint,) = (tmp_path / "job" / paths.CHECKPOINTS).glob("step-*")
+    again = OutputSpec.model_validate({"format": "diffusers", "to": str(tmp_path / "again"), "ema": False})
+    from_checkpoint.export_checkpoint(spec, checkpoint, again, tmp_path / "cache")
+    (file,) = (tmp_path / "again").glob("*.safetensors")
+    assert min(float(value.min()) for value in load_file(file).values()) == 100.0

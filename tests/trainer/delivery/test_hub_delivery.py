@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_contract import environment
-from finetune_contract.output_spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.delivery.hub_target import find_missing_permission
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.delivery.target import ExportStage

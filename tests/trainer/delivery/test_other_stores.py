@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune_contract.bucket import Bucket
-from finetune_contract.output_spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.delivery.target import ExportStage
 from finetune_trainer.errors import ConfigError

@@ -15,7 +15,7 @@ import torch
 from finetune_contract import paths
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import WrittenOutput
-from finetune_contract.output_spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.delivery.target import ExportStage
 from finetune_trainer.distributed.world import World
 from finetune_trainer.export.retry import PatientWriter

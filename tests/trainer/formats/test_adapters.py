@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from finetune_contract.spec import OutputFormat, OutputSpec
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.rank import reduce_rank
@@ -182,7 +182,7 @@ def test_a_folder_of_diffusers_has_a_card_with_the_job_and_its_pictures(bases: d
     out = tmp_path / "out"
     out.mkdir()
     with make_method(bases["sd1"], "LoRA").trained() as trained:
-        write_format(trained, OutputSpec(format="diffusers", to="."), out, About.of_run(run, tmp_path, None))  # type: ignore[arg-type]
+        write_format(trained, OutputSpec(format="diffusers", to="."), out, About.of_run(run, tmp_path, None))
     card = (out / "README.md").read_text(encoding="utf-8")
     for words in ("library_name", "# tiny", "| method | LoRA |", "| steps | 6 |", "| learning rate | 0.01 |", "torch "):
         assert words in card

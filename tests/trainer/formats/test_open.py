@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune_contract.input_spec import ModelSpec
-from finetune_contract.spec import OutputFormat, OutputSpec
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.open import open_trained

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune_contract.input_spec import ModelSpec
+from finetune_contract.outputs.spec import FileContainer, OutputFormat, OutputPrecision, OutputSpec
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Container, OutputFormat, OutputPrecision, OutputSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.write import write_format
@@ -112,7 +112,7 @@ def test_files_in_other_number_formats_and_containers_have_the_same_values(
         "cond_stage_model.transformer.text_model.embeddings.position_ids"
     }
     assert all(torch.equal(half[name], value.to(half[name].dtype)) for name, value in expected.items())
-    ckpt = write(wide["sd1"], tmp_path / "c", container=Container.CKPT, precision=OutputPrecision.BF16)
+    ckpt = write(wide["sd1"], tmp_path / "c", container=FileContainer.CKPT, precision=OutputPrecision.BF16)
     assert ckpt.name == "tiny.ckpt"
     state = torch.load(ckpt, weights_only=True)["state_dict"]
     assert state.keys() == expected.keys()

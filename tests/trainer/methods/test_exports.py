@@ -12,7 +12,7 @@ from diffusers import ControlNetModel, DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune_contract.spec import OutputFormat
+from finetune_contract.outputs.spec import OutputFormat
 from finetune_trainer.export.outputs import write_outputs
 from finetune_trainer.methods.method import Method
 from testing.trainer import tiny

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from finetune_contract.input_spec import ModelSpec
-from finetune_contract.spec import OutputFormat
+from finetune_contract.outputs.spec import OutputFormat
 from finetune_trainer.export.formats.kohya import to_kohya
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.layouts.trained import LowRank

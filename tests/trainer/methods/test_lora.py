@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from finetune_contract.input_spec import ModelSpec
 from finetune_contract.methods import METHODS
-from finetune_contract.spec import Method, OutputFormat, OutputSpec, TrainingSpec
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
+from finetune_contract.spec import Method, TrainingSpec
 from finetune_trainer.data.batches import Batch
 from finetune_trainer.data.sampling.draws import Draws, Purpose
 from finetune_trainer.data.sampling.order import SampleRef

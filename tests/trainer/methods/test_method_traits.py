@@ -11,8 +11,9 @@ import pytest
 from torch import nn
 
 from finetune_contract.methods import METHODS, MethodTraits, TrainedPart, encodes_text
+from finetune_contract.outputs.spec import OutputFormat
 from finetune_contract.spec import Method as MethodName
-from finetune_contract.spec import OutputFormat, TrainingSpec
+from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.data.sampling.order import SampleRef
 from finetune_trainer.errors import ConfigError

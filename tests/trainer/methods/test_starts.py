@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune_contract.spec import OutputFormat
+from finetune_contract.outputs.spec import OutputFormat
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.adapter_file import find_adapter_file, read_adapters
 from finetune_trainer.methods.lora import WEIGHTS_NAME

@@ -15,9 +15,10 @@ from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import WrittenOutput
 from finetune_contract.input_spec import DatasetSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.requirements import find_missing_software
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import OutputSpec, TrainingSpec
+from finetune_contract.spec import TrainingSpec
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, StorageError

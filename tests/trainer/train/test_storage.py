@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune_contract.spec import OutputFormat, TrainingSpec
+from finetune_contract.outputs.spec import OutputFormat
+from finetune_contract.spec import TrainingSpec
 from finetune_trainer.checkpoint.state import TrainState
 from finetune_trainer.distributed import buckets
 from finetune_trainer.distributed.buckets import GradientBuckets

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from finetune_contract import paths
 from finetune_contract.bucket import is_bucket_url
-from finetune_contract.output_spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.delivery.bucket_target import NUM_UPLOADS, BucketTarget, UploadLimits
 from finetune_trainer.delivery.folder_target import FolderTarget
 from finetune_trainer.delivery.hub_target import HubTarget

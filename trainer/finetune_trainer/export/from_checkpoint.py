@@ -27,16 +27,9 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import UnfinishedOutput, WrittenOutput
 from finetune_contract.identity import InputIdentity
 from finetune_contract.manifest import BadCheckpointError, Manifest, read_manifest, verify
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import (
-    Attention,
-    Offload,
-    Optimizer,
-    OutputSpec,
-    Precision,
-    Sharding,
-    WeightPrecision,
-)
+from finetune_contract.spec import Attention, Offload, Optimizer, Precision, Sharding, WeightPrecision
 from finetune_trainer import libraries
 from finetune_trainer.checkpoint.shards import GROUP, ShardReader
 from finetune_trainer.checkpoint.snapshot import STATE

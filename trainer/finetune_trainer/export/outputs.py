@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
-from finetune_contract.spec import OutputFormat, OutputSpec
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_trainer.delivery.folder_target import WRITING, FolderTarget
 from finetune_trainer.delivery.open import DeliveryPlace, open_target
 from finetune_trainer.delivery.staged import OutputRecord, StagedOutput, describe_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune_contract import paths
 from finetune_contract.heartbeat import WrittenOutput
-from finetune_contract.spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.errors import StorageError
 from finetune_trainer.export.outputs import Export, deliver_outputs
 from finetune_trainer.script.checkpoints import is_committed

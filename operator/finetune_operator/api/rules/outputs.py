@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_contract.methods import ADAPTER_METHODS, METHODS, TrainedPart
-from finetune_contract.spec import Container, OutputFormat, OutputLayout, OutputSpec
+from finetune_contract.outputs.spec import FileContainer, OutputFormat, OutputLayout, OutputSpec
 from finetune_operator.api.rules.rule import Rule, Scope, cel_list, join_names
 from finetune_operator.api.rules.training import SPEC
 
@@ -58,7 +58,7 @@ OUTPUT_RULES = (
         f"!has(self.container) || self.container == 'safetensors' || self.format in {cel_list(_ONE_FILE)} || "
         "(self.format == 'merged' && has(self.layout) && self.layout == 'single-file')",
         lambda output: (
-            output.container in (None, Container.SAFETENSORS)
+            output.container in (None, FileContainer.SAFETENSORS)
             or output.format in _ONE_FILE
             or (output.format is OutputFormat.MERGED and output.layout is OutputLayout.SINGLE_FILE)
         ),
@@ -85,7 +85,7 @@ OUTPUT_RULES = (
             spec.training.method is None
             or spec.training.method in _COMPLETE
             or all(
-                output.container in (None, Container.SAFETENSORS) or output.format is OutputFormat.MERGED
+                output.container in (None, FileContainer.SAFETENSORS) or output.format is OutputFormat.MERGED
                 for output in spec.outputs
             )
         ),

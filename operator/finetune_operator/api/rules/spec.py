@@ -14,7 +14,8 @@ from typing import Any
 
 from finetune_contract.input_spec import Columns
 from finetune_contract.methods import CENTRED_METHODS, CONDITIONED_METHODS, crops_at_centre
-from finetune_contract.spec import CheckpointInterval, CheckpointSource, OutputSpec, Sharding
+from finetune_contract.outputs.spec import OutputSpec
+from finetune_contract.spec import CheckpointInterval, CheckpointSource, Sharding
 from finetune_operator.api.job import Accelerator, ObjectMeta
 from finetune_operator.api.names import MAX_JOB_NAME
 from finetune_operator.api.rules.cpu import CPU_RULES, TOPOLOGY

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from finetune_contract.methods import METHODS, WRITTEN_FORMATS
-from finetune_contract.spec import OutputFormat, Precision, Sharding, SwitchMode
+from finetune_contract.outputs.spec import OutputFormat
+from finetune_contract.spec import Precision, Sharding, SwitchMode
 from finetune_operator.api.job import Accelerator, FineTuneJobSpec, TopologySpec
 from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.api.rules.forms import QUANTITY

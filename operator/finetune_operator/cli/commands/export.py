@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune_contract import paths
 from finetune_contract.bucket import is_bucket_url
 from finetune_contract.methods import METHODS
-from finetune_contract.spec import OutputFormat, OutputSpec
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cli.checkpoints.bucket import BucketCopy
 from finetune_operator.cli.checkpoints.catalog import find_checkpoints, has_checkpoints, pick_checkpoint

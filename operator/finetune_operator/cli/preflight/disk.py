@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune_contract.spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.api.storage import StorageSpec
 from finetune_operator.cli.manifest import is_url

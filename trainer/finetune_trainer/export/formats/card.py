@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_contract.methods import TrainedPart
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_contract.run_spec import RunSpec
-from finetune_contract.spec import Method, OutputFormat, OutputSpec
+from finetune_contract.spec import Method
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.licence import licence_of
 from finetune_trainer.models.family import Family

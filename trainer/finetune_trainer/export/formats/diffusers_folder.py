@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune_contract.spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.export.formats.files import convert
 from finetune_trainer.models.layouts.trained import (
+    ModelPart,
     TrainedAdapter,
     TrainedControlNet,
     TrainedEmbedding,
-    TrainedPart,
     TrainedPipeline,
 )
 from finetune_trainer.models.parts import copy_part, is_copied, remove_source_path
@@ -101,7 +101,7 @@ def write_embedding(trained: TrainedEmbedding, output: OutputSpec, folder: Path)
     return _files(folder)
 
 
-def _write_part(part: TrainedPart, output: OutputSpec, folder: Path, *, is_text: bool) -> None:
+def _write_part(part: ModelPart, output: OutputSpec, folder: Path, *, is_text: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     part.write_config(folder)
     _write_weights(part.tensors, output, folder, is_text=is_text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from finetune_contract.spec import Container, OutputPrecision, OutputSpec
+from finetune_contract.outputs.spec import FileContainer, OutputPrecision, OutputSpec
 from finetune_trainer.weights.files import write_ckpt, write_safetensors
 from finetune_trainer.weights.lazy import LazyTensor
 
@@ -41,7 +41,7 @@ def write_model_file(
         output: the output, for its container.
         metadata: written into the header of safetensors files. A .ckpt file has no place that programs read.
     """
-    if output.container is Container.CKPT:
+    if output.container is FileContainer.CKPT:
         path = folder / f"{name}.ckpt"
         write_ckpt(path, tensors)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune_contract.spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.files import convert, write_model_file
 from finetune_trainer.export.formats.metadata import kohya_keys, model_spec

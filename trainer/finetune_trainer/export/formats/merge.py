@@ -14,7 +14,7 @@ from torch import Tensor
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.adapter_file import layer_names, read_adapters
 from finetune_trainer.models.family import Family
-from finetune_trainer.models.layouts.trained import LowRank, TrainedAdapter, TrainedPart, TrainedPipeline
+from finetune_trainer.models.layouts.trained import LowRank, ModelPart, TrainedAdapter, TrainedPipeline
 from finetune_trainer.models.parts import remove_source_path
 from finetune_trainer.weights.lazy import LazyTensor
 
@@ -44,7 +44,7 @@ def merge(loras: Sequence[Weighted]) -> TrainedPipeline:
     return TrainedPipeline(family, {part: _merged_part(family, part, changes) for part, changes in by_part.items()})
 
 
-def _merged_part(family: Family, part: str, changes: Mapping[str, list[tuple[LowRank, float]]]) -> TrainedPart:
+def _merged_part(family: Family, part: str, changes: Mapping[str, list[tuple[LowRank, float]]]) -> ModelPart:
     tensors = family.pipeline.tensors(part)
     for name, layers in changes.items():
         for layer, factor in layers:
@@ -53,7 +53,7 @@ def _merged_part(family: Family, part: str, changes: Mapping[str, list[tuple[Low
                     f"outputs: the LoRA adapts {part}.{name}, which the base lacks; use a LoRA for this base"
                 )
             tensors[name] = merged_weight(tensors[name], layer, factor, f"{part}.{name}")
-    return TrainedPart(tensors, lambda folder: _copy_config(family, part, folder))
+    return ModelPart(tensors, lambda folder: _copy_config(family, part, folder))
 
 
 def _copy_config(family: Family, part: str, folder: Path) -> None:

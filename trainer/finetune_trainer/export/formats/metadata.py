@@ -9,7 +9,7 @@ import base64
 import io
 from collections.abc import Mapping
 
-from finetune_contract.spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.licence import licence_of
 from finetune_trainer.models.family import Family

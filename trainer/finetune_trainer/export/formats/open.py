@@ -12,7 +12,7 @@ from finetune_trainer.export.formats.merge import read_adapter
 from finetune_trainer.methods.adapter_file import find_adapter_file
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.layouts.folder import read_part
-from finetune_trainer.models.layouts.trained import Trained, TrainedControlNet, TrainedPart, TrainedPipeline
+from finetune_trainer.models.layouts.trained import ModelPart, Trained, TrainedControlNet, TrainedPipeline
 from finetune_trainer.models.parts import read_config, remove_source_path
 
 _CONTROLNET = "ControlNetModel"
@@ -36,7 +36,7 @@ def open_trained(folder: Path, base: ModelSpec | None = None, cache_dir: Path | 
     family = open_base(base, cache_dir)
     config = folder / "config.json"
     if config.is_file() and read_config(config).get("_class_name") == _CONTROLNET:
-        return TrainedControlNet(family, TrainedPart(read_part(folder, None, "outputs"), lambda to: _copy(config, to)))
+        return TrainedControlNet(family, ModelPart(read_part(folder, None, "outputs"), lambda to: _copy(config, to)))
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"outputs: {folder} contains neither a pipeline nor a ControlNet nor a LoRA; write format: asWritten"

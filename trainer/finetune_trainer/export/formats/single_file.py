@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune_contract.spec import OutputSpec
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.files import convert, write_model_file

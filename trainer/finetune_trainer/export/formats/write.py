@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune_contract.methods import TrainedPart
-from finetune_contract.spec import MergedAdapter, OutputFormat, OutputLayout, OutputSpec
+from finetune_contract.outputs.spec import MergedAdapter, OutputFormat, OutputLayout, OutputSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats import diffusers_folder, single_file
 from finetune_trainer.export.formats.about import About

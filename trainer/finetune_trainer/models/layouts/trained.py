@@ -16,7 +16,7 @@ from finetune_trainer.weights.lazy import LazyTensor, in_memory
 
 
 @dataclass(frozen=True)
-class TrainedPart:
+class ModelPart:
     """A complete part of a pipeline.
 
     Attributes:
@@ -38,7 +38,7 @@ class TrainedPipeline:
     """
 
     family: Family
-    parts: Mapping[str, TrainedPart]
+    parts: Mapping[str, ModelPart]
 
     def tensors(self, part: str) -> Mapping[str, LazyTensor]:
         """Return the tensors of a part, trained or not."""
@@ -90,7 +90,7 @@ class TrainedControlNet:
     """A ControlNet."""
 
     family: Family
-    part: TrainedPart
+    part: ModelPart
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class TrainedEmbedding:
 Trained = TrainedPipeline | TrainedAdapter | TrainedControlNet | TrainedEmbedding
 
 
-def part_of_module(module: Any, *, is_text: bool = False) -> TrainedPart:
+def part_of_module(module: Any, *, is_text: bool = False) -> ModelPart:
     """Return a part whose weights are in a module; they are read when they are written."""
 
     def write_config(folder: Path) -> None:
@@ -121,9 +121,9 @@ def part_of_module(module: Any, *, is_text: bool = False) -> TrainedPart:
         (module.save_config if hasattr(module, "save_config") else module.config.save_pretrained)(folder)
 
     state = {(portable_text_name(name) if is_text else name): value for name, value in module.state_dict().items()}
-    return TrainedPart({name: in_memory(value) for name, value in state.items()}, write_config)
+    return ModelPart({name: in_memory(value) for name, value in state.items()}, write_config)
 
 
-def converted(part: TrainedPart, convert: Callable[[LazyTensor], LazyTensor]) -> TrainedPart:
+def converted(part: ModelPart, convert: Callable[[LazyTensor], LazyTensor]) -> ModelPart:
     """Return a part with changed tensors."""
     return dataclasses.replace(part, tensors={name: convert(value) for name, value in part.tensors.items()})

@@ -1,0 +1,37 @@
+"""The advice of each rule about outputs; see `advice`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+T = "spec.training"
+
+OUTPUT_ADVICE: dict[str, dict[str, dict[str, Any]]] = {
+    **{
+        f"{name}-of-lora": {
+            "format: merged": {"spec.outputs": [{"format": "merged", "to": "out", name: value}]},
+            f"leave {name} out": {"spec.outputs": [{"format": "kohya", "to": "out"}]},
+        }
+        for name, value in {
+            "layout": "single-file",
+            "strength": 0.5,
+            "adapters": [{"source": "me/lora"}],
+        }.items()
+    },
+    "full-of-kohya": {
+        "format: diffusers": {"spec.outputs": [{"format": "diffusers", "to": "out", "full": True}]},
+        "leave full out": {"spec.outputs": [{"format": "kohya", "to": "out"}]},
+    },
+    "ckpt-of-folder": {
+        "format: single-file": {"spec.outputs": [{"format": "single-file", "to": "out", "container": "ckpt"}]},
+        "leave container out": {"spec.outputs": [{"format": "diffusers", "to": "out"}]},
+    },
+    "rank-of-full": {
+        "leave rank out": {"spec.outputs": [{"format": "diffusers", "to": "out"}]},
+    },
+    "ckpt-of-lora": {"leave container out": {"spec.outputs": [{"format": "webui", "to": "out"}]}},
+    "average-of-none": {
+        "training.ema: true": {f"{T}.ema": True},
+        "leave ema out": {"spec.outputs": [{"format": "diffusers", "to": "out"}]},
+    },
+}
