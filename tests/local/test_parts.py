@@ -48,8 +48,8 @@ def test_siblings_never_share_a_core(
 def test_the_hardware_threads_of_a_core_belong_to_one_pod() -> None:
     """On a machine whose cores have the threads 0 and 2, 1 and 3."""
     first = choose_cores((0, 2, 1, 3), [], [], 2)
-    assert first == {0, 2}
-    assert choose_cores((0, 2, 1, 3), [first], [], 2) == {1, 3}
+    assert first == frozenset({0, 2})
+    assert choose_cores((0, 2, 1, 3), [first], [], 2) == frozenset({1, 3})
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune_contract import environment
+from finetune_contract.cpu.placement import RankPlace
 from finetune_operator.cluster.local.kubelet.container import Container
 from finetune_operator.cluster.local.kubelet.launch import SUPERVISOR, resolve_command
 from finetune_operator.cluster.local.kubelet.shared_fork_server import SharedForkServer
@@ -55,7 +56,7 @@ def test_pods_share_a_server_that_exits_with_the_last_rank(tmp_path: Path) -> No
     async def run() -> int:
         read_fd, write_fd = os.pipe()
         env = {**container.environment, environment.REPORT_FD: str(read_fd)}
-        process = await ForkClient(address, None).fork(("slow_rank",), env, None)
+        process = await ForkClient(address, None).fork(("slow_rank",), env, RankPlace(1, ()))
         await asyncio.wait_for(process.wait_until_forked(), PATIENCE_SECONDS)
         await asyncio.to_thread(shared.close)
         assert not select.select([descriptor], [], [], 0)[0]

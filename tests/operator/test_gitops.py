@@ -104,9 +104,7 @@ def test_health_in_argo_cd(name: str) -> None:
     create, health, _ = CASES[name]
     (code,) = re.findall(r"```lua\n(.*?)```", PAGE, re.DOTALL)
     job = record(create())
-    program = (
-        f"obj = {_lua(job)}\nlocal function health()\n{code}\nend\nhealth()\nprint(hs.status, hs.message)"
-    )
+    program = f"obj = {_lua(job)}\nlocal function health()\n{code}\nend\nhealth()\nprint(hs.status, hs.message)"
     done = subprocess.run(["lua5.4", "-"], input=program, capture_output=True, text=True, check=True)
     status, _, message = done.stdout.strip().partition("\t")
     assert status == health

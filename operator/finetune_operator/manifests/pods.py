@@ -164,8 +164,7 @@ def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) 
     script = job.spec.training.script
     container: dict[str, Any] = {
         "name": CONTAINER,
-        "image": (script.image if script else None)
-        or select_image(topology, settings),
+        "image": (script.image if script else None) or select_image(topology, settings),
         "command": list(settings.trainer_command),
         "env": env,
         "terminationMessagePath": layout.TERMINATION_LOG,

@@ -57,7 +57,6 @@ class RankContext:
     mtbf_seconds: float = DEFAULT_MTBF_SECONDS
     phases: Phases = field(default_factory=Phases)
 
-
     @property
     def delivery(self) -> DeliveryPlace:
         """Where the outputs of the job go."""

@@ -181,7 +181,7 @@ TABLE: tuple[CauseRow, ...] = (
     CauseRow(_code(ExitCode.CONFIG), _always(Reason.CONFIGURATION_ERROR)),
     CauseRow(_code(ExitCode.DATA), _always(Reason.DATA_ERROR)),
     # What a rank reports after an error of its GPU follows from it, and the deletion by a health tool does, too.
-    CauseRow(lambda facts: shows_gpu_fault(facts), _always(Reason.GPU_FAULT)),
+    CauseRow(shows_gpu_fault, _always(Reason.GPU_FAULT)),
     # Preemptions that the cluster reports. They precede exit codes: a save after a notice may fail in many ways.
     CauseRow(_pod(lambda pod: pod.disruption is not None), _disruption),
     CauseRow(_pod(is_refused), _always(Reason.REFUSED_BY_KUBELET)),

@@ -32,9 +32,7 @@ NO_STORAGE = (
 )
 
 
-NO_QUEUES = (
-    "a queue needs an operator that uses Kueue (kueue.enabled in the values of its chart); leave the queue out."
-)
+NO_QUEUES = "a queue needs an operator that uses Kueue (kueue.enabled in the values of its chart); leave the queue out."
 NO_KUEUE = f"the cluster does not serve Kueue's API {kueue.API_VERSION}; install Kueue, or leave the queue out."
 
 

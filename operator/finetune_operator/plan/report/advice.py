@@ -98,9 +98,9 @@ def _host(spec: FineTuneJobSpec, settings: StepSettings) -> Iterator[Advice]:
         )
     elif not settings.has_cuda_graphs and settings.gradient_checkpointing and _has_dropout(spec) and is_compiled:
         yield Advice(
-            f"host-bound: {reason or 'dropout with gradientCheckpointing runs without CUDA graphs'}; leave "
-            "training.lora.dropout out of a new job",
-            {"spec.training.lora.dropout": None},
+            f"host-bound: {reason or 'compiled dropout with gradientCheckpointing runs without CUDA graphs'}; leave "
+            "training.compile out",
+            {"spec.training.compile": None},
         )
     else:
         why = reason or "each operation is so short that launching it takes longer"

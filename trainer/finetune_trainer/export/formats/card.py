@@ -148,8 +148,8 @@ def write_grid(pictures: Sequence[Path], path: Path) -> None:
     columns = math.ceil(math.sqrt(len(found)))
     width, height = max(each.width for each in found), max(each.height for each in found)
     grid = Image.new("RGB", (columns * width, math.ceil(len(found) / columns) * height), "white")
-    for number, each in enumerate(found):
-        grid.paste(each, (number % columns * width, number // columns * height))
+    for number, small in enumerate(found):
+        grid.paste(small, (number % columns * width, number // columns * height))
     grid.save(path)
 
 
