@@ -27,8 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,62 +42,12 @@ from finetune_trainer.intel.processor import this_processor
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.train.tuning.layer_probe import count_layers, make_request
 from finetune_trainer.train.tuning.processor import parse_measurement, run_probe
+from testing.measure.cpu_ratios import Configuration, Readings, all_paths, combine, configurations, summarize
 from testing.measure.cpu_step import CPU, METHODS, CpuStep, NarrowFamily, StepSettings
 from testing.measure.report import finish
 
 CORES = 2
 GLOBAL_BATCH = 2
-WIRE_METHOD = "Full"
-"""The method whose exchange is measured: it exchanges all weights."""
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A measured configuration.
-
-    Attributes:
-        name: name in the table.
-        method: the method.
-        path: number format and library.
-        num_ranks: ranks; each has an equal share of the cores as threads.
-        is_pinned: whether each rank keeps to its own cores.
-        wire: number format of the exchanged gradients.
-    """
-
-    name: str
-    method: str
-    path: ComputePath
-    num_ranks: int = 1
-    is_pinned: bool = True
-    wire: ExchangePrecision = ExchangePrecision.FP32
-
-    def to_json(self) -> str:
-        """Return the configuration as an argument of a rank."""
-        return json.dumps(
-            {
-                "method": self.method,
-                "precision": self.path.precision.value,
-                "ipex": self.path.uses_ipex,
-                "ranks": self.num_ranks,
-                "wire": self.wire.value,
-            }
-        )
-
-
-def all_paths(has_ipex: bool) -> list[ComputePath]:
-    """Return the paths to measure, the simplest one first."""
-    uses = (False, True) if has_ipex else (False,)
-    return [ComputePath(precision, use) for use in uses for precision in (Precision.FP32, Precision.BF16)]
-
-
-def configurations(method: str, paths: Sequence[ComputePath], auto: ComputePath) -> list[Configuration]:
-    """Return the configurations of a method. Those of several ranks use the path that auto chooses."""
-    found = [Configuration(path.name, method, path) for path in paths]
-    found.append(Configuration("2 ranks", method, auto, 2))
-    found.append(Configuration("2 ranks, not pinned", method, auto, 2, is_pinned=False))
-    if method == WIRE_METHOD:
-        found.append(Configuration("2 ranks, bf16 wire", method, auto, 2, wire=ExchangePrecision.BF16))
-    return found
 
 
 def choose_auto(method: str, paths: Sequence[ComputePath], args: argparse.Namespace, folder: Path) -> ComputePath:
@@ -196,10 +145,6 @@ def started(group: Sequence[Configuration], args: argparse.Namespace, folder: Pa
             each.close()
 
 
-Readings = Mapping[str, Sequence[float]]
-"""Seconds of a step in each round, by the name of the configuration."""
-
-
 def measure(method: str, args: argparse.Namespace, folder: Path) -> tuple[ComputePath, Readings]:
     """Return the path that auto chooses, and the readings of all configurations of a method."""
     paths = all_paths(has_ipex=not unavailable_reason())
@@ -211,36 +156,6 @@ def measure(method: str, args: argparse.Namespace, folder: Path) -> tuple[Comput
                 readings.setdefault(group.configuration.name, []).append(group.run(args.steps))
             print(f"  {method}: round {number + 1} of {args.rounds}", flush=True)
     return auto, readings
-
-
-def summarize(auto: ComputePath, readings: Readings) -> dict[str, float]:
-    """Return the ratios of a method, of the best rounds."""
-    best = {name: min(seconds) for name, seconds in readings.items()}
-    paths = [name for name in best if not name.startswith("2 ranks")]
-    native = [name for name in paths if name.endswith("native")]
-    ipex = [name for name in paths if name not in native]
-    found = {
-        "auto_over_best": best[auto.name] / min(best[name] for name in paths),
-        "bf16_speedup": best["fp32 native"] / best["bf16 native"],
-        "two_ranks_speedup": best[auto.name] / best["2 ranks"],
-        "pinned_speedup": best["2 ranks, not pinned"] / best["2 ranks"],
-    }
-    if ipex:
-        found["ipex_speedup"] = min(best[name] for name in native) / min(best[name] for name in ipex)
-    if "2 ranks, bf16 wire" in best:
-        found["bf16_wire_speedup"] = best["2 ranks"] / best["2 ranks, bf16 wire"]
-    return found
-
-
-def combine(found: Mapping[str, Mapping[str, float]]) -> dict[str, object]:
-    """Return the last line: the worst `auto_over_best`, the mean pinned speedup, and all ratios by method."""
-    result: dict[str, object] = {
-        "auto_over_best": round(max(each["auto_over_best"] for each in found.values()), 3),
-        "pinned_speedup": round(statistics.geometric_mean(each["pinned_speedup"] for each in found.values()), 3),
-    }
-    for method, ratios in found.items():
-        result |= {f"{method}_{name}": round(ratio, 3) for name, ratio in ratios.items()}
-    return result
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -70,8 +70,8 @@ LOCATIONS = {"a folder": "/data/circles", "an s3:// URL": "s3://bucket/folder"}
 OUTPUT_FOLDER: Advice = {
     "a folder": {"spec.outputs": [{"format": "webui", "to": "lora"}]},
     "to: lora": {"spec.outputs": [{"format": "webui", "to": "lora"}]},
-    "s3://models/lora": {"spec.outputs": [{"format": "webui", "to": "s3://models/lora"}]},
-    "hub://owner/name": {"spec.outputs": [{"format": "webui", "to": "hub://owner/name"}]},
+    "a folder of a bucket, e.g. s3://models/lora": {"spec.outputs": [{"format": "webui", "to": "s3://models/lora"}]},
+    "a repository, e.g. hub://owner/name": {"spec.outputs": [{"format": "webui", "to": "hub://owner/name"}]},
 }
 DIFFUSERS: Advice = {"format: diffusers": {"spec.outputs": [{"format": "diffusers", "to": "out"}]}}
 

@@ -28,7 +28,10 @@ class FlagValue:
 _BIAS = {f"{T}.timestepBias.strategy": "range"}
 _PROMPTS = {f"{T}.validation.prompts": ["a dog"]}
 _LINEAR = {f"{T}.lrScheduler": "linear"}
+_HUB = [{"format": "diffusers", "to": "hub://OWNER/NAME"}]
 FLAG_VALUES: dict[str, FlagValue] = {
+    "push_to_hub": FlagValue(True, _HUB),
+    "hub_model_id": FlagValue("OWNER/NAME", _HUB),
     "pretrained_model_name_or_path": FlagValue("a/b"),
     "pretrained_vae_model_name_or_path": FlagValue("a/b"),
     "controlnet_model_name_or_path": FlagValue("a/b", base="controlnet"),

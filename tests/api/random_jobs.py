@@ -58,6 +58,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "spec.topology.resources": RESOURCES,
     "spec.training.script.args": st.sampled_from([{"max_train_steps": 5}, ["--seed", "1"]]),
     "spec.training.script.env": st.just({"HF_HUB_OFFLINE": "1"}),
+    "spec.training.script.accelerateConfig": st.just({"mixed_precision": "bf16"}),
     "spec.training.script.configMap.name": NAMES,
     "spec.podTemplate": st.just({"spec": {"nodeSelector": {"zone": "a"}}}),
 }

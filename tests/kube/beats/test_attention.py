@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 
-from finetune_operator.cluster.kube.beats.attention import KEPT, LATE_SECONDS, TICK_SECONDS, Attention
+from finetune_operator.cluster.kube.beats.attention import KEPT, LATE_SECONDS, TICK_SECONDS, ListeningClock
 from finetune_operator.plan.model.types import DeafPeriod
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class Time:
-    """Both clocks of an `Attention`."""
+    """Both clocks of an `ListeningClock`."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.attention = Attention(lambda: NOW + timedelta(seconds=self.seconds), lambda: self.seconds)
+        self.attention = ListeningClock(lambda: NOW + timedelta(seconds=self.seconds), lambda: self.seconds)
 
     def periods(self) -> list[tuple[float, float]]:
         """Return the periods in seconds since the start."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cpu import WIRE_METHOD, all_paths, combine, configurations, summarize
 from finetune_contract.spec import Precision
 from finetune_trainer.intel.paths import ComputePath
+from testing.measure.cpu_ratios import WIRE_METHOD, all_paths, combine, configurations, summarize
 
 pytestmark = pytest.mark.trainer
 

@@ -18,7 +18,7 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.kueue import WORKLOAD, queue_of
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
-from finetune_operator.cluster.kube.beats.attention import Attention
+from finetune_operator.cluster.kube.beats.attention import ListeningClock
 from finetune_operator.cluster.kube.beats.interval import HeartbeatInterval
 from finetune_operator.cluster.kube.beats.signatures import BoundPod
 from finetune_operator.cluster.kube.beats.store import JobHeartbeats
@@ -131,7 +131,7 @@ class KubeCluster:
         self.beats = JobHeartbeats(self.wake)
         self.authority = ""
         """PEM certificates that supervisors trust; if not empty, each job's ConfigMap contains them."""
-        self.attention = Attention(dependencies.clock, time.monotonic)
+        self.attention = ListeningClock(dependencies.clock, time.monotonic)
         self._reviewer = TokenReviewer(dependencies.api, settings.coordinator_audience, self._find_pod, self.attention)
 
     # -- Cluster ------------------------------------------------------------------------------------------------------

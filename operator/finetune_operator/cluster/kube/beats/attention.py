@@ -21,7 +21,7 @@ KEPT = timedelta(minutes=10)
 """Age at which a period is dropped: longer than every limit of silence."""
 
 
-class Attention:
+class ListeningClock:
     """The periods in which heartbeats could not be received."""
 
     def __init__(self, clock: Callable[[], datetime], monotonic: Callable[[], float]) -> None:

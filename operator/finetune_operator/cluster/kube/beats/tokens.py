@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from finetune_operator.cluster.kube.beats.attention import Attention
+from finetune_operator.cluster.kube.beats.attention import ListeningClock
 from finetune_operator.cluster.kube.beats.signatures import BoundPod, TokenKeys, UnknownKeyError
 from finetune_operator.cluster.kube.client.client import ApiError, Json, KubeApi
 from finetune_operator.cluster.kube.client.objects import TOKEN_REVIEWS
@@ -45,7 +45,7 @@ class TokenReviewer:
         api: KubeApi,
         audience: str,
         find: FindPod,
-        attention: Attention,
+        attention: ListeningClock,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._api = api
