@@ -302,6 +302,27 @@ def test_ranks_restart_in_the_new_world_after_a_lost_peer(start: StartSupervisor
     assert {rank["detail"] for rank in last["ranks"]} == {"0 6 here 7 3", "1 6 here 7 3"}
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, of which one is taken away")
+def test_a_machine_with_too_few_cores_for_the_new_world_ends_the_pod_with_a_message(
+    start: StartSupervisor, coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
+    document = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**document, "cpu": {"coresForCommunication": 1}}))
+    process = start("sys.exit(76)", ranks=1, **HOLD)
+    coordinator.wait(lambda beat: beat["waiting"])
+    os.sched_setaffinity(process.pid, {min(os.sched_getaffinity(0))})
+    coordinator.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == ExitCode.CONFIG
+    message = "topology.cpu.coresForCommunication: 1 leaves no core"
+    assert message in err
+    assert "Traceback" not in err
+    ended = termination(tmp_path)
+    assert (ended.attempt, ended.exit_code) == (4, ExitCode.CONFIG)
+    assert message in ended.ends[0].last_words
+    assert coordinator.beats[-1]["ends"][0]["exitCode"] == ExitCode.CONFIG
+
+
 def test_hanging_ranks_are_killed_for_a_new_world(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
     process = start(
         """

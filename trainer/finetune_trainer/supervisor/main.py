@@ -111,7 +111,11 @@ class Supervisor:
         self._ranks, self._ends = [], []
         if self._world is not None:
             self._enter_world(self._world)
-        setup = self._setups.for_world(self._config)
+        try:
+            setup = self._setups.for_world(self._config)
+        except BadEnvironmentError as error:
+            self._end_without_ranks(str(error))
+            return
         for local_rank, place in enumerate(setup.placement.ranks):
             variables = setup.rank_variables(local_rank, os.environ)
             self._ranks.append(await self._starter.start(self._config, local_rank, place, variables))
@@ -119,6 +123,13 @@ class Supervisor:
         if self._state is not State.RUNNING:
             # An input arrived during the start, when not all ranks could receive its signal.
             self._signal_all(signal.SIGTERM)
+
+    def _end_without_ranks(self, message: str) -> None:
+        """Report a machine that can no longer run the ranks, e.g. with fewer cores than before, like a failed rank."""
+        log(message)
+        self._ends.append(RankEnd(rank=self._config.rank(0), exit_code=int(ExitCode.CONFIG), last_words=message))
+        self._write_termination_message()
+        self._feed(Input.RANKS_STARTED)
 
     def _enter_world(self, world: NewWorld) -> None:
         log(f"attempt {world.attempt}: restarting the ranks as node {world.node_rank} of {world.num_nodes}")
@@ -332,11 +343,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         command = arguments[1:]
     try:
         config = read_config(os.environ)
-        supervisor = Supervisor(config, command or rank_command(config))
+        code = asyncio.run(Supervisor(config, command or rank_command(config)).run())
     except BadEnvironmentError as error:
         log(str(error))
         sys.exit(ExitCode.CONFIG)
-    code = asyncio.run(supervisor.run())
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: it would wait for the thread of a last heartbeat that gets no reply.
