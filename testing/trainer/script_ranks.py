@@ -15,6 +15,8 @@ from finetune_contract import environment
 from testing.trainer.ranks import _CONTEXT, Ranks, free_port
 
 WAITS = "SCRIPT_RANKS_WAIT"
+FAULTY_DEVICE = "SCRIPT_RANKS_FAULTY_DEVICE"
+"""Variable of a rank whose device computes wrong results: a stand-in, as no test has a faulty GPU."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,15 @@ def _prepare(env: Mapping[str, str], log: Path) -> None:
 
 def _hooked(env: dict[str, str], log: Path, at: tuple[At, ...], _: tuple[str, ...]) -> None:
     """Run the script in this process, as the supervisor does."""
-    from finetune_trainer.script.__main__ import main  # noqa: PLC0415  the tests themselves need no torch
+    from finetune_trainer.script import launch  # noqa: PLC0415  the tests themselves need no torch
+    from finetune_trainer.script.__main__ import main  # noqa: PLC0415
     from finetune_trainer.script.agreement import votes  # noqa: PLC0415
 
     _prepare(env, log)
     if env[WAITS] == "1":
         votes.LONG_STEP_SECONDS = 0.0
+    if env.get(FAULTY_DEVICE):
+        launch.multiply = lambda _: None
     _install(at)
     code = main(os.environ)
     sys.stdout.flush()

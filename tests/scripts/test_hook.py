@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
-from testing.trainer.script_ranks import At, ScriptRanks
+from testing.trainer.ranks import DEADLINE_SECONDS
+from testing.trainer.script_ranks import FAULTY_DEVICE, At, ScriptRanks
 from testing.trainer.scripts import script_spec
 from tests.scripts.conftest import Undisturbed
 
@@ -199,3 +201,22 @@ def test_wrong_arguments_are_an_error_of_the_manifest(tmp_path: Path) -> None:
     assert run.run() == [ExitCode.CONFIG]
     assert "unrecognized arguments: --no_such_flag 1" in run.stderr()
     assert "training.script.args" in run.stderr()
+
+
+def test_a_faulty_device_is_found_before_the_script_starts(args: dict[str, Any], tmp_path: Path) -> None:
+    run = ScriptRanks(
+        script_spec("train_style.py", args),
+        tmp_path / "run",
+        world_size=2,
+        extra={environment.CHECK_DEVICES: "1"},
+        per_rank={1: {FAULTY_DEVICE: "1"}},
+    )
+    message = "the device of rank 1 does not respond or computes wrong results"
+    run.start()
+    run.wait_until(lambda report: any(message in each for each in report.get("warnings", ())))
+    # The supervisor ends the rank whose peer is gone.
+    run.processes[1].join(DEADLINE_SECONDS)
+    run.send(signal.SIGKILL, 0)
+    assert run.wait() == [-signal.SIGKILL, ExitCode.DEVICE], run.stderr(1)
+    assert message in run.stderr(1)
+    assert not any(report.get("step") for rank in range(2) for report in run.reports(rank))

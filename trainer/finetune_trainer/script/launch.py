@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import runpy
@@ -23,8 +24,10 @@ from finetune_contract.script_spec import ScriptSpec
 from finetune_trainer.checkpoint.store.base import storage_errors
 from finetune_trainer.checkpoint.store.fence import Fence
 from finetune_trainer.distributed.cpus import communication_cpus
+from finetune_trainer.distributed.device_check import check_devices, multiply
 from finetune_trainer.distributed.world import World, read_backend, wait_for_rank_0
 from finetune_trainer.errors import ConfigError, FabricError, RankError, StorageError
+from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.outputs import Export, check_targets
 from finetune_trainer.models.hub import limit_waits
 from finetune_trainer.script import arguments, hook
@@ -34,7 +37,7 @@ from finetune_trainer.script.agreement.peers import WAIT, Peers
 from finetune_trainer.script.agreement.votes import Agreement
 from finetune_trainer.script.checkpoints import ScriptCheckpoints
 from finetune_trainer.script.figures import Figures
-from finetune_trainer.script.outputs import copy_outputs
+from finetune_trainer.script.outputs import ScriptResult, check_formats, write_script_outputs
 from finetune_trainer.script.requirements import install
 from finetune_trainer.script.saver import Saver
 from finetune_trainer.script.session import SavedExit, Session, SessionOptions
@@ -96,20 +99,37 @@ def run_script(context: RankContext, env: MutableMapping[str, str] = os.environ)
         on_cpu = env.get(USE_CPU) == "true"
         env.update(read_environment(script.accelerate_config, world_size=place.size, on_cpu=on_cpu))
     join(env, place)
+    world = make_world(env, place)
+    if env.get(environment.CHECK_DEVICES) == "1":
+        check_devices(world, context.reporter.warn, multiply)
     hook.keep_group()
     peers = Peers(place.rank, place.size, place.local_size if place.local_size < place.size else 1)
     session, argv = _make_session(context, script, path, peers, place.local_size)
     context.notice.on_peer_lost(session.emergency_save)
+    base = arguments.find_base(argv, context.spec.model)
+    if place.rank == 0 and base.flag_is_given:
+        check_formats(context.spec.outputs, base.model)
     context.reporter.state(RankState.LOADING)
-    code = _run(session, path, argv, World(place.rank, place.size, place.local_rank, torch.device("cpu")))
+    code = _run(session, path, argv, world)
     if code is ExitCode.DONE:
         if peers.rank == 0:
             context.reporter.state(RankState.EXPORTING)
-            export = Export(context.delivery, context.spec.uid, report=context.reporter.outputs)
-            context.reporter.outputs(copy_outputs(session.output_folder, context.spec.outputs, export))
+            whole = any(output.contains_base for output in context.spec.outputs)
+            result = ScriptResult(session.output_folder, base.model, context.cache_dir, whole)
+            context.reporter.outputs(write_script_outputs(result, context.spec.outputs, _export(context, session.step)))
         # All ranks end together, when rank 0 has written the results of the script.
         peers.barrier()
     return code
+
+
+def _export(context: RankContext, step: int) -> Export:
+    """Return the export of a script's results. Another attempt with the same script and steps continues it."""
+    spec = context.spec
+    assert spec.training.script is not None
+    settings = hashlib.sha256(spec.training.script.model_dump_json().encode()).hexdigest()[:12]
+    about = About(spec.job, step=step, cache=context.cache_dir)
+    source = f"script-{step}-{settings}"
+    return Export(context.delivery, spec.uid, source, report=context.reporter.outputs, about=about)
 
 
 def find_script(script: ScriptSpec, env: Mapping[str, str]) -> Path:
@@ -167,6 +187,13 @@ def join(env: Mapping[str, str], place: Place) -> None:
         raise ConfigError(f"{environment.BACKEND}: {backend!r} is not available in this image: {error}") from error
     except RuntimeError as error:
         raise FabricError(f"rank {place.rank} of {place.size} could not join the other ranks: {error}") from error
+
+
+def make_world(env: Mapping[str, str], place: Place) -> World:
+    """Return the ranks, and the device on which accelerate trains in this one."""
+    on_gpu = env.get(USE_CPU) != "true" and torch.cuda.is_available()
+    device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
+    return World(place.rank, place.size, place.local_rank, device)
 
 
 def _make_session(
