@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,10 @@ def test_checkpoints_of_a_bucket(bucket_url: str, tmp_path: Path, capsys: pytest
     assert "corrupt: " in lines[-1]
 
 
-def test_a_bucket_without_its_package_is_reported(bucket_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bucket_without_its_package_is_reported(
+    bucket_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     code, text = run(capsys, "list", "--folder", "gs://models/x")
     assert code == Exit.USAGE
     assert "gs:// needs the Python package gcsfs" in text

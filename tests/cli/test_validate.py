@@ -63,8 +63,8 @@ def test_here_also_checks_this_machine(tmp_path: Path) -> None:
 
 
 def test_what_no_operator_runs_is_refused_without_flags(tmp_path: Path) -> None:
-    (found,) = problems(tmp_path, [GPU_JOB], "--set", "queueName=gpus")
-    assert found.startswith("spec.queueName: this version does not support queues")
+    (found,) = problems(tmp_path, [GPU_JOB], "--set", "topology.cpu.ipex=on")
+    assert found.startswith("spec.topology.cpu.ipex: IPEX is for CPUs")
 
 
 def test_requests_of_a_pod() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -278,7 +279,8 @@ def test_missing_bucket_is_reported(object_store: ObjectStore, bucket_url: str, 
         store.open()
 
 
-def test_missing_package_or_unknown_scheme_is_reported() -> None:
+def test_missing_package_or_unknown_scheme_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(BucketError, match="gs:// needs the Python package gcsfs, which is not installed"):
         Bucket("gs://models/x")
     with pytest.raises(BucketError, match=r"write s3://, gs://, az:// followed by the bucket's name"):
