@@ -103,4 +103,25 @@ BAD_SCRIPTS = (
         "leave scratch out",
         base="script",
     ),
+    BadManifest(
+        "precision-as-written",
+        {"spec.outputs": [{"format": "asWritten", "to": "out", "precision": "bf16"}]},
+        "spec.outputs[0].precision",
+        "write format: diffusers, or leave precision out",
+        base="script",
+    ),
+    BadManifest(
+        "rank-as-written",
+        {"spec.outputs": [{"format": "asWritten", "to": "out", "rank": 4}]},
+        "spec.outputs[0].rank",
+        "write format: diffusers, or leave rank out",
+        base="script",
+    ),
+    BadManifest(
+        "trigger-as-written",
+        {"spec.outputs": [{"format": "asWritten", "to": "out", "triggerPhrase": "sks"}]},
+        "spec.outputs[0].triggerPhrase",
+        "write format: diffusers, or leave triggerPhrase out",
+        base="script",
+    ),
 )

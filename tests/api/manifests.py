@@ -206,7 +206,7 @@ FULL = patched(
 )
 CPU = {
     "backend": "ccl",
-    "ipex": True,
+    "ipex": "on",
     "ranksPer": "socket",
     "coresForCommunication": 2,
     "allocator": "jemalloc",

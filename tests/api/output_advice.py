@@ -34,4 +34,15 @@ OUTPUT_ADVICE: dict[str, dict[str, dict[str, Any]]] = {
         "training.ema: true": {f"{T}.ema": True},
         "leave ema out": {"spec.outputs": [{"format": "diffusers", "to": "out"}]},
     },
+    **{
+        f"{name}-as-written": {
+            "format: diffusers": {"spec.outputs": [{"format": "diffusers", "to": "out", field: value}]},
+            f"leave {field} out": {"spec.outputs": [{"format": "asWritten", "to": "out"}]},
+        }
+        for name, (field, value) in {
+            "precision": ("precision", "bf16"),
+            "rank": ("rank", 4),
+            "trigger": ("triggerPhrase", "sks"),
+        }.items()
+    },
 }

@@ -122,8 +122,8 @@ UNSUPPORTED = (
     ),
     Unsupported({"spec.outputs": [{"format": "openvino", "to": "out"}]}, DIFFUSERS),
     Unsupported(
-        {"spec.outputs": [{"format": "kohya", "to": "out"}]},
-        {"format: asWritten": {"spec.outputs": [{"format": "asWritten", "to": "out"}]}},
+        {"spec.outputs": [{"format": "openvino", "to": "out"}]},
+        {"format: asWritten": {"spec.outputs": [{"format": "asWritten", "to": "out"}]}} | DIFFUSERS,
         base="script",
     ),
     Unsupported({"spec.queueName": "pictures"}, {"leave the queue out": removed("spec.queueName")}),

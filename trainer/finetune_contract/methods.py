@@ -6,11 +6,11 @@ classes that train them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetune_contract.outputs.spec import OutputFormat
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_contract.spec import Method, Optimizer, Precision, TrainingSpec
 
 _PROGRAMS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.WEBUI, OutputFormat.COMFYUI})
@@ -113,6 +113,17 @@ def encodes_text(training: TrainingSpec) -> bool:
     traits = METHODS[training.method]
     blocks = [getattr(training, name) for name in traits.settings]
     return traits.always_encodes_text or any(getattr(block, "train_text_encoder", False) for block in blocks)
+
+
+def needs_whole_base(method: Method | None, outputs: Iterable[OutputSpec]) -> bool:
+    """Return whether the outputs contain all parts of the base, also those that the training does not read.
+
+    Args:
+        method: the method; None for a script, whose pipelines contain their parts.
+        outputs: the outputs.
+    """
+    is_complete = method is not None and METHODS[method].trains is TrainedPart.BASE
+    return is_complete or any(output.full or output.format is OutputFormat.MERGED for output in outputs)
 
 
 def peak_learning_rate(training: TrainingSpec) -> float:

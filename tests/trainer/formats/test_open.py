@@ -19,19 +19,24 @@ pytestmark = pytest.mark.trainer
 
 
 @pytest.mark.parametrize(
-    ("name", "output"),
-    [("Full", "single-file"), ("LoRA, text", "kohya"), ("ControlNet", "single-file")],
+    ("name", "output", "family"),
+    [
+        ("Full", "single-file", "sd1"),
+        ("LoRA, text", "kohya", "sd1"),
+        ("ControlNet", "single-file", "sd1"),
+        ("TextualInversion", "webui", "sdxl"),
+    ],
 )
 def test_a_folder_gives_the_file_that_the_method_itself_writes(
-    bases: dict[str, Path], name: str, output: str, tmp_path: Path
+    bases: dict[str, Path], name: str, output: str, family: str, tmp_path: Path
 ) -> None:
-    method = make_method(bases["sd1"], name)
+    method = make_method(bases[family], name)
     folder, own, opened = (tmp_path / each for each in ("folder", "own", "opened"))
     for each in (folder, own, opened):
         each.mkdir()
     export(method, OutputFormat.DIFFUSERS, folder)
     (expected,) = export(method, OutputFormat(output), own)
-    trained = open_trained(folder, ModelSpec(base=str(bases["sd1"])))
+    trained = open_trained(folder, ModelSpec(base=str(bases[family])))
     (found,) = write_format(trained, OutputSpec(format=OutputFormat(output), to="."), opened, About("tiny"))
     values, others = load_file(expected), load_file(found)
     assert values.keys() == others.keys()
@@ -41,5 +46,11 @@ def test_a_folder_gives_the_file_that_the_method_itself_writes(
 def test_other_folders_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its base is unknown"):
         open_trained(tmp_path)
-    with pytest.raises(ConfigError, match="neither a pipeline nor a ControlNet nor a LoRA; write format: asWritten"):
+    with pytest.raises(ConfigError, match="nor a LoRA nor an embedding; write format: asWritten"):
         open_trained(tmp_path, ModelSpec(base=str(bases["sd1"])))
+
+
+def test_an_embedding_for_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    export(make_method(bases["sd1"], "TextualInversion"), OutputFormat.DIFFUSERS, tmp_path)
+    with pytest.raises(ConfigError, match="contains embeddings for 1 of 2 text encoders"):
+        open_trained(tmp_path, ModelSpec(base=str(bases["sdxl"])))

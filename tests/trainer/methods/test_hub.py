@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -18,6 +19,9 @@ from transformers import CLIPTextModel
 
 from finetune_contract.identity import InputIdentity
 from finetune_contract.input_spec import ModelSpec
+from finetune_contract.methods import needs_whole_base
+from finetune_contract.outputs.spec import OutputSpec
+from finetune_contract.spec import Method
 from finetune_trainer import patience
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, NetworkError
@@ -124,6 +128,23 @@ def test_only_the_weights_that_are_read_are_downloaded(files: HubFiles, expected
     assert files_of(folder) == expected
     assert files_of(folder, ".bin") == set()
     assert (folder / "tokenizer" / "vocab.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("method", "output", "is_whole"),
+    [
+        (Method.LORA, {"format": "kohya"}, False),
+        (Method.LORA, {"format": "merged"}, True),
+        (Method.LORA, {"format": "diffusers", "full": True}, True),
+        (Method.FULL, {"format": "diffusers"}, True),
+        (None, {"format": "asWritten"}, False),
+        (None, {"format": "merged"}, True),
+    ],
+)
+def test_only_outputs_with_a_pipeline_need_all_parts(
+    method: Method | None, output: dict[str, Any], is_whole: bool
+) -> None:
+    assert needs_whole_base(method, [OutputSpec.model_validate({**output, "to": "x"})]) is is_whole
 
 
 def test_a_sharded_part_is_downloaded_completely() -> None:

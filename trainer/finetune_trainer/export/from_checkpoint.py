@@ -27,6 +27,7 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import UnfinishedOutput, WrittenOutput
 from finetune_contract.identity import InputIdentity
 from finetune_contract.manifest import BadCheckpointError, Manifest, read_manifest, verify
+from finetune_contract.methods import needs_whole_base
 from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Attention, Offload, Optimizer, Precision, Sharding, WeightPrecision
@@ -86,7 +87,8 @@ def export_outputs(
     """
     place = DeliveryPlace(job_dir or cache_dir, spec.namespace, spec.job)
     manifest = _check(spec, checkpoint, outputs, place)
-    method = _make_method(_pinned(spec, checkpoint, manifest), cache_dir)
+    whole = needs_whole_base(spec.training.method, outputs)
+    method = _make_method(_pinned(spec, checkpoint, manifest), cache_dir, whole=whole)
     about = About.of_run(spec, None, cache_dir, manifest.step)
     source = checkpoint.name if job_dir is not None else ""
     export = Export(place, spec.uid, source, report=_log_states(), about=about)
@@ -135,10 +137,10 @@ def _pinned(spec: RunSpec, checkpoint: Path, manifest: Manifest) -> RunSpec:
     return spec
 
 
-def _make_method(spec: RunSpec, cache_dir: Path) -> Method:
+def _make_method(spec: RunSpec, cache_dir: Path, *, whole: bool) -> Method:
     """Load the models of the run on the CPU."""
     base = fetch(spec.model.base, "model.base", cache_dir, _LOG.info)
-    family = open_base(spec.model.model_copy(update={"base": base}), cache_dir)
+    family = open_base(spec.model.model_copy(update={"base": base}), cache_dir, whole=whole)
     training, dtype = spec.training.model_copy(update=PLAIN), torch.float32
     if training.weight_precision is WeightPrecision.BF16:
         # An average is rounded to the format of the weights, as in the outputs of the job.

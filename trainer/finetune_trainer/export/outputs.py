@@ -129,14 +129,23 @@ def deliver_outputs(
         outputs: the outputs.
         export: the export, or only the job's folder.
         averaged: see `write_outputs`.
+
+    Raises:
+        ConfigError: one output cannot be written, or a target refuses it for good; all other outputs are delivered.
+        StorageError, NetworkError: an output cannot be written or delivered now.
     """
     if isinstance(export, Path):
         export = Export(DeliveryPlace(export))
-    board = _Board(outputs, export.report, export.finished)
+    board, refusals = _Board(outputs, export.report, export.finished), list[ConfigError]()
     for numbers in _groups(outputs):
         if averaged is not None and averaged is (outputs[numbers[0]].ema is False):
             continue
-        _Group(numbers, outputs, export, board).run(write)
+        try:
+            _Group(numbers, outputs, export, board).run(write)
+        except ConfigError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
     return board.finished
 
 
@@ -242,7 +251,12 @@ class _Group:
         self._export.on_stage(ExportStage.WRITE)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        files = sorted(write(self._output, folder))
+        try:
+            files = sorted(write(self._output, folder))
+        except ConfigError:
+            # The output may get another format, and then another folder.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         use_default_mode(files, folder)
         for file in files:
             sync_file(file)

@@ -64,12 +64,13 @@ class Adapter:
         return LowRank(down, up, alpha, None if magnitude is None else magnitude.float())
 
 
-def find_adapter_file(folder: Path, name: str) -> Path:
+def find_adapter_file(folder: Path, name: str, field: str = FIELD) -> Path:
     """Return the LoRA file in a folder: the one with diffusers' name, or else the only one.
 
     Args:
         folder: the folder, or the file itself.
         name: diffusers' name.
+        field: the field of the manifest that names it, for messages.
 
     Raises:
         ConfigError: there is none, or more than one.
@@ -83,7 +84,7 @@ def find_adapter_file(folder: Path, name: str) -> Path:
         return files[0]
     found = ", ".join(path.name for path in files[:10])
     raise ConfigError(
-        f"{FIELD}: {folder} contains {len(files)} .safetensors files{f' ({found})' if files else ''}; write the path "
+        f"{field}: {folder} contains {len(files)} .safetensors files{f' ({found})' if files else ''}; write the path "
         "of a single LoRA file"
     )
 

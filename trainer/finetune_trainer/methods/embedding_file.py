@@ -85,14 +85,18 @@ def select_embedding(  # noqa: PLR0913, PLR0917  each names one property of the 
     return vectors.float()
 
 
-def read_embeddings(path: Path) -> dict[str, Tensor]:
+def read_embeddings(path: Path, field: str = FIELD) -> dict[str, Tensor]:
     """Return the vectors (k, width) in a file by their names.
+
+    Args:
+        path: the file.
+        field: the field of the manifest that names it, for messages.
 
     Raises:
         ConfigError: it is not an embedding file.
     """
     if path.suffix not in SUFFIXES:
-        raise ConfigError(f"{FIELD}: {path} has none of the suffixes {', '.join(SUFFIXES)}; write an embedding file")
+        raise ConfigError(f"{field}: {path} has none of the suffixes {', '.join(SUFFIXES)}; write an embedding file")
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
@@ -101,12 +105,12 @@ def read_embeddings(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
         raise ConfigError(
-            f"{FIELD}: {path} cannot be read: {' '.join(str(error).split())[:200]}; write a complete embedding file"
+            f"{field}: {path} cannot be read: {' '.join(str(error).split())[:200]}; write a complete embedding file"
         ) from error
     except Exception as error:
         # The error class of pickle: some object in the file is not a weight.
         raise ConfigError(
-            f"{FIELD}: {path} contains more than weights, which can run code when it is read; write a .safetensors file"
+            f"{field}: {path} contains more than weights, which can run code when it is read; write a .safetensors file"
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get(_OF_WEB_UI), Mapping):
         content = content[_OF_WEB_UI]
@@ -117,7 +121,7 @@ def read_embeddings(path: Path) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and value.dim() in (1, 2)
     }
     if not found or len(found) != len(tensors):
-        raise ConfigError(f"{FIELD}: {path} is not an embedding file; write one of diffusers or of a web UI")
+        raise ConfigError(f"{field}: {path} is not an embedding file; write one of diffusers or of a web UI")
     return found
 
 

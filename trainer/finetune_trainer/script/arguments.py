@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ STEP_FLAGS = ("max_train_steps", "max_steps", "num_train_steps", "train_steps", 
 EPOCH_FLAGS = ("num_train_epochs", "num_epochs", "epochs")
 OUTPUT_FLAGS = ("output_dir", "project_dir", "out_dir", "save_dir")
 FOLDER_FLAGS = ("train_data_dir", "instance_data_dir", "data_dir")
+BASE_FLAG = "pretrained_model_name_or_path"
 DATA_FLAGS = (*FOLDER_FLAGS, "dataset_name", "instance_data_root")
 SEED_FLAG = "seed"
 
@@ -98,7 +100,7 @@ def place_inputs(argv: Sequence[str], facts: ScriptFacts, model: ModelSpec, data
     Only flags that the script declares are added.
     """
     values = {
-        "pretrained_model_name_or_path": model.base,
+        BASE_FLAG: model.base,
         "revision": model.revision,
         "variant": model.variant,
     }
@@ -111,6 +113,28 @@ def place_inputs(argv: Sequence[str], facts: ScriptFacts, model: ModelSpec, data
         if value is not None and name in facts.flags and find_flag(argv, name) is None:
             placed = with_flag(placed, name, value)
     return placed
+
+
+@dataclass(frozen=True)
+class ScriptBase:
+    """The base of a script.
+
+    Attributes:
+        model: where it is.
+        flag_is_given: whether the script receives it by diffusers' flag; otherwise it is only that of the manifest.
+    """
+
+    model: ModelSpec
+    flag_is_given: bool
+
+
+def find_base(argv: Sequence[str], model: ModelSpec) -> ScriptBase:
+    """Return the base that the command line of a script names, or that of the manifest."""
+    named = find_flag(argv, BASE_FLAG)
+    known = model if named in (None, "", model.base) else ModelSpec(base=named)
+    flags = {"revision": "revision", "variant": "variant", "vae": "pretrained_vae_model_name_or_path"}
+    given = {field: value for field, flag in flags.items() if (value := find_flag(argv, flag))}
+    return ScriptBase(known.model_copy(update=given), bool(named))
 
 
 def place_seed(argv: Sequence[str], facts: ScriptFacts, seed: int) -> list[str]:

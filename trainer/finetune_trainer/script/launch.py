@@ -20,6 +20,7 @@ from finetune_contract import environment
 from finetune_contract.cpu.backend import CCL_BINDING
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState
+from finetune_contract.methods import needs_whole_base
 from finetune_contract.script_spec import ScriptSpec
 from finetune_trainer.checkpoint.store.base import storage_errors
 from finetune_trainer.checkpoint.store.fence import Fence
@@ -114,7 +115,7 @@ def run_script(context: RankContext, env: MutableMapping[str, str] = os.environ)
     if code is ExitCode.DONE:
         if peers.rank == 0:
             context.reporter.state(RankState.EXPORTING)
-            whole = any(output.contains_base for output in context.spec.outputs)
+            whole = needs_whole_base(None, context.spec.outputs)
             result = ScriptResult(session.output_folder, base.model, context.cache_dir, whole)
             context.reporter.outputs(write_script_outputs(result, context.spec.outputs, _export(context, session.step)))
         # All ranks end together, when rank 0 has written the results of the script.

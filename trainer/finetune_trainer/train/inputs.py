@@ -11,7 +11,7 @@ import torch
 
 from finetune_contract.bucket import Bucket
 from finetune_contract.identity import DATASET
-from finetune_contract.methods import TrainedPart, precision_of
+from finetune_contract.methods import needs_whole_base, precision_of
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import LoraSpec, Precision, TextualInversionSpec
 from finetune_trainer import patience
@@ -28,7 +28,6 @@ from finetune_trainer.methods import adapter_file, embedding_file
 from finetune_trainer.methods.adapter_file import check_adapter_file, find_adapter_file
 from finetune_trainer.methods.embedding_file import check_embedding_files, find_embedding_files
 from finetune_trainer.methods.lora import WEIGHTS_NAME
-from finetune_trainer.methods.registry import method_traits
 from finetune_trainer.models.base import find_part, hub_commit, is_single_file, open_base
 from finetune_trainer.models.family import Family
 from finetune_trainer.models.fingerprint import fingerprint_files
@@ -243,7 +242,7 @@ def _open_base(spec: RunSpec, context: RankContext, world: World, record: InputR
     """
     field, model = "model.base", spec.model
     model = model.model_copy(update={"revision": record.revision(field, model.revision)})
-    whole = method_traits(spec.training.method).trains is TrainedPart.BASE
+    whole = needs_whole_base(spec.training.method, spec.outputs)
     family = open_base(model, context.cache_dir, whole=whole) if world.is_first else None
     is_local = Path(model.base).exists()
     commit = world.share(None if family is None or is_local else hub_commit(family.denoiser_files()[0].parent))

@@ -26,6 +26,16 @@ def _of_merged(field: str, is_absent: str, holds: Any) -> Rule[OutputSpec]:
     )
 
 
+def _of_converted(field: str, is_absent: str, holds: Any) -> Rule[OutputSpec]:
+    return Rule(
+        OUTPUT,
+        field,
+        f"self.format != 'asWritten' || {is_absent}",
+        lambda output: output.format is not OutputFormat.AS_WRITTEN or holds(output),
+        f"asWritten copies the files of the script unchanged; write format: diffusers, or leave {field} out",
+    )
+
+
 OUTPUT_RULES = (
     Rule(
         SPEC,
@@ -45,6 +55,9 @@ OUTPUT_RULES = (
         "strength", "!has(self.strength) || double(self.strength) == 1.0", lambda output: output.strength == 1.0
     ),
     _of_merged("adapters", "!has(self.adapters) || size(self.adapters) == 0", lambda output: not output.adapters),
+    _of_converted("precision", "!has(self.precision)", lambda output: output.precision is None),
+    _of_converted("rank", "!has(self.rank)", lambda output: output.rank is None),
+    _of_converted("triggerPhrase", "!has(self.triggerPhrase)", lambda output: output.trigger_phrase is None),
     Rule(
         OUTPUT,
         "full",

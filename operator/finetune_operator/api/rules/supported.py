@@ -129,10 +129,9 @@ MISSING = (
     Missing(
         "spec.outputs",
         lambda spec: (
-            spec.training.script is not None
-            and any(output.format is not OutputFormat.AS_WRITTEN for output in spec.outputs)
+            spec.training.script is not None and any(output.format not in _formats(spec) for output in spec.outputs)
         ),
-        "the outputs of a script are copied without a conversion; write format: asWritten",
+        "this version does not write one of the formats; write format: asWritten, or write format: diffusers",
     ),
     Missing(
         "spec.outputs",
@@ -148,7 +147,7 @@ MISSING = (
 def _formats(spec: FineTuneJobSpec) -> frozenset[OutputFormat]:
     """Return the formats that can be written."""
     method = spec.training.method
-    return frozenset({OutputFormat.AS_WRITTEN}) if method is None else METHODS[method].formats
+    return WRITTEN_FORMATS | {OutputFormat.AS_WRITTEN} if method is None else METHODS[method].formats
 
 
 def find_missing(spec: FineTuneJobSpec) -> Iterator[str]:
