@@ -104,7 +104,7 @@ def _hooked(env: dict[str, str], log: Path, at: tuple[At, ...], _: tuple[str, ..
     if env[WAITS] == "1":
         votes.LONG_STEP_SECONDS = 0.0
     if env.get(FAULTY_DEVICE):
-        launch.multiply = lambda _: None
+        launch.multiply = lambda _: None  # type: ignore[attr-defined, assignment]
     _install(at)
     code = main(os.environ)
     sys.stdout.flush()

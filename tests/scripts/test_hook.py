@@ -59,6 +59,19 @@ def test_the_survivor_of_a_lost_peer_saves_the_last_step(
     assert again.output() == undisturbed(2).output()
 
 
+def test_the_survivor_completes_the_save_in_which_a_peer_is_lost(
+    undisturbed: Undisturbed, args: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = script_spec("train_style.py", {**args, "checkpointing_steps": 100}, checkpointInterval={"steps": 4})
+    run = ScriptRanks(spec, tmp_path / "run", world_size=2, at=(At("saved", 1, 0),))
+    assert run.run() == [-signal.SIGKILL, ExitCode.FABRIC], run.stderr(1)
+    assert run.checkpoints == ["checkpoint-4"]
+    again = ScriptRanks(spec, run.folder, attempt=2, world_size=2)
+    assert again.run() == [0, 0], again.stderr()
+    assert again.output() == undisturbed(2).output()
+    assert "resuming" in again.stderr()
+
+
 def test_the_survivor_on_another_node_saves_also_if_rank_0_is_lost(
     undisturbed: Undisturbed, args: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from finetune_contract.heartbeat import CommittedCheckpoint
 from finetune_contract.manifest import BadCheckpointError
 from finetune_trainer.errors import SupersededError
-from finetune_trainer.files import sync_file
+from finetune_trainer.files import sync_file, write_atomically
 from finetune_trainer.report import Reporter
 from finetune_trainer.script.agreement.peers import Peers
 from finetune_trainer.script.checkpoints import SURVIVORS, Found, ScriptCheckpoints, is_committed
@@ -131,9 +132,11 @@ class Saver:
         folder = written or self.checkpoints.aside(final)
         error = ""
         try:
+            # Before the large files: the survivors of a peer that is lost during the save read it.
+            write_atomically(folder / rank_file(self._peers.rank), record.pack())
             if written is None:
                 self.write(accelerator, folder)
-            _write_record(folder, self._peers.rank, record)
+            _write_random_states(folder, self._peers.rank, record)
         except OSError as problem:
             error = f"rank {self._peers.rank}: {problem.strerror or problem}"
         if self._peers.sum([int(bool(error))])[0]:
@@ -173,6 +176,7 @@ class Saver:
             temporary = states / f".{rank}-{self._peers.rank}"
             temporary.write_bytes(record.pack())
             temporary.replace(states / rank_file(rank))
+        self._take_records(self.checkpoints.aside(final), states)
         if not self.checkpoints.claim(final):
             _wait(lambda: is_committed(final), CLAIM_SECONDS)
             return None
@@ -184,8 +188,19 @@ class Saver:
         with _as_main_process(), _named_by_caller(accelerator):
             self._save_state(accelerator, str(folder))
         for rank, path in enumerate(expected):
-            _write_record(folder, rank, pickle.loads(path.read_bytes()))  # noqa: S301  written by ranks of this job
+            data = path.read_bytes()
+            write_atomically(folder / rank_file(rank), data)
+            _write_random_states(folder, rank, pickle.loads(data))  # noqa: S301  written by ranks of this job
         return self._commit(folder, final, records[self._peers.rank], "peer-lost")
+
+    def _take_records(self, unfinished: Path, states: Path) -> None:
+        """Take the records that lost ranks wrote into the checkpoint of this step before its save was interrupted."""
+        for rank in range(self._peers.size):
+            written, target = unfinished / rank_file(rank), states / rank_file(rank)
+            if written.exists() and not target.exists():
+                temporary = states / f".{rank}-{self._peers.rank}"
+                shutil.copyfile(written, temporary)
+                temporary.replace(target)
 
     def report(self, found: Found, stall: float, interval: float | None) -> None:
         """Report a committed checkpoint."""
@@ -211,12 +226,11 @@ class Saver:
         return self._peers.share(error) or error or "another rank could not write its part"
 
 
-def _write_record(folder: Path, rank: int, record: RankRecord) -> None:
-    (folder / rank_file(rank)).write_bytes(record.pack())
+def _write_random_states(folder: Path, rank: int, record: RankRecord) -> None:
+    """Replace the file of accelerate, so that the script alone can resume the checkpoint."""
     states = folder / f"random_states_{rank}.pkl"
     torch.save(in_accelerate_format(record.random, record.batches), states)
-    for path in (folder / rank_file(rank), states):
-        sync_file(path)
+    sync_file(states)
 
 
 def _wait(is_done: Callable[[], bool], seconds: float) -> bool:

@@ -361,6 +361,9 @@ class Session:
         if self.accelerator is None:
             return False
         self._reporter.state(RankState.SAVING)
+        if written is None and not self._is_open:
+            # If a peer is lost now, the survivors save the same step.
+            self._boundary = Boundary(record, device_event())
         begun, random = time.monotonic(), capture()
         found, error = self._saver.save(self.accelerator, final, written, record, by)
         restore(random)
@@ -427,7 +430,9 @@ class Session:
         if record.step <= self._saved_step:
             return
         self._reporter.state(RankState.SAVING)
-        records = {rank: unpack(state) for rank, state in self._agreement.copies().items()}
+        copies = {rank: unpack(state) for rank, state in self._agreement.copies().items()}
+        # The peers may have posted their state of another step last.
+        records = {rank: copy for rank, copy in copies.items() if copy.step == record.step}
         records[self._peers.rank] = record
         final = self._saver.checkpoints.folder / f"{self._options.facts.checkpoint_prefix}{record.step}"
         try:
