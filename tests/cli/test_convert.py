@@ -145,6 +145,32 @@ def test_a_script_without_a_method_has_no_recipe() -> None:
         to_recipe("train_dreambooth_lora_flux.py", {}, {})
 
 
+def test_variables_of_the_shell_are_replaced() -> None:
+    lines = """
+    # From a README.
+    export MODEL="owner/base" OUT=trained
+    export DATA="$MODEL-data"
+    export HF_HUB_OFFLINE=1 HF_TOKEN=hf_1
+
+    accelerate launch train_controlnet.py --pretrained_model_name_or_path=$MODEL \\
+      --dataset_name=${DATA} --output_dir="$OUT" --seed $SEED --title '$5 and $WORD' --report_to=wandb
+    """
+    line = parse_line(lines, {"SEED": "3"})
+    assert line.args == {
+        "pretrained_model_name_or_path": "owner/base",
+        "dataset_name": "owner/base-data",
+        "output_dir": "trained",
+        "seed": 3,
+        "title": "$5 and $WORD",
+        "report_to": "wandb",
+    }
+    assert line.unknown == ("WORD",)
+    document, report = to_script(line)
+    assert document["spec"]["training"]["script"]["env"] == {"HF_HUB_OFFLINE": "1"}
+    assert "HF_TOKEN: left out; write a Secret with it in spec.secrets" in report
+    assert any(each.startswith("--report_to") and "WANDB_API_KEY to spec.secrets" in each for each in report)
+
+
 def test_the_command_writes_a_manifest_and_a_report(tmp_path: Path) -> None:
     target = tmp_path / "job.yaml"
     result = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -37,6 +38,19 @@ LAUNCH_KEYS = frozenset(
 """Keys of an accelerate config that spec.topology replaces."""
 DATA_FLAGS = ("dataset_name", "train_data_dir", "instance_data_dir")
 NONE = "none"
+_PACKAGE = "; add {} to spec.training.script.requirements if the image lacks it"
+_NOTES = {
+    "use_8bit_adam": _PACKAGE.format("bitsandbytes"),
+    "enable_xformers_memory_efficient_attention": _PACKAGE.format("xformers"),
+    "optimizer=prodigy": _PACKAGE.format("prodigyopt"),
+    "report_to=wandb": _PACKAGE.format("wandb") + ", and a Secret with WANDB_API_KEY to spec.secrets",
+    "push_to_hub": "; add a Secret with HF_TOKEN to spec.secrets, or leave it out and add an output to hub://OWNER/NAME",
+    "validation_image": "; the files must be in the image or on a volume",
+}
+"""What flags of the examples need in addition."""
+_VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*|\{[A-Za-z_][A-Za-z0-9_]*\})")
+_SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD")
+"""Names of variables whose values a manifest must not contain."""
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 
 
@@ -49,7 +63,8 @@ class CommandLine:
         args: its flags; a flag without a value is true, one with several values is a list.
         rest: its arguments as a list, if they are not flags only.
         options: options of the launcher.
-        env: variables before the command.
+        env: variables before the command, and exported ones that it does not contain.
+        unknown: variables of the shell that the command contains and that have no value.
     """
 
     script: str
@@ -57,6 +72,7 @@ class CommandLine:
     rest: list[str] | None = None
     options: dict[str, str] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
 
 
 def convert(arguments: argparse.Namespace) -> Exit:
@@ -65,6 +81,7 @@ def convert(arguments: argparse.Namespace) -> Exit:
     line = parse_line(text)
     document, report = to_recipe(line.script, line.args, _topology(line)[0]) if arguments.recipe else to_script(line)
     document["metadata"] = {"name": arguments.name or job_name(line.script)}
+    report += [f"to correct in the manifest: ${name} has no value here; write the value" for name in line.unknown]
     try:
         parse_job(document)
     except InvalidJob as error:
@@ -78,17 +95,25 @@ def convert(arguments: argparse.Namespace) -> Exit:
     return Exit.SUCCEEDED
 
 
-def parse_line(text: str) -> CommandLine:
-    """Parse a command line.
+def parse_line(text: str, shell: Mapping[str, str] | None = None) -> CommandLine:
+    """Parse a command line, with lines before it that set variables.
+
+    Args:
+        text: the lines.
+        shell: variables of the shell; default: those of this process.
 
     Raises:
         UsageError: it contains no script.
     """
+    exported, text = _split_exports(text)
+    variables = {**(os.environ if shell is None else shell), **exported}
     try:
         words = shlex.split(text.replace("\\\n", " "))
     except ValueError as error:
         raise UsageError(f"the command line cannot be parsed: {error}") from error
-    env: dict[str, str] = {}
+    used = {name.strip("{}") for word in words for name in _VARIABLE.findall(word)}
+    words = [_expand(word, variables) for word in words]
+    env = {name: value for name, value in exported.items() if name not in used}
     while words and (match := _ASSIGNMENT.fullmatch(words[0])):
         env[match[1]] = match[2]
         words.pop(0)
@@ -99,7 +124,29 @@ def parse_line(text: str) -> CommandLine:
         )
     options = _options([word for word in words[:index] if word not in LAUNCHERS])
     args, rest = _flags(words[index + 1 :])
-    return CommandLine(words[index], args, rest, options, env)
+    return CommandLine(words[index], args, rest, options, env, tuple(sorted(used - variables.keys())))
+
+
+def _split_exports(text: str) -> tuple[dict[str, str], str]:
+    """Return the variables that the first lines set, and the rest of the lines."""
+    variables: dict[str, str] = {}
+    lines = text.splitlines(keepends=True)
+    while lines:
+        try:
+            words = shlex.split(lines[0], comments=True)
+        except ValueError:
+            break
+        found = [_ASSIGNMENT.fullmatch(word) for word in words[words[:1] == ["export"] :]]
+        if not all(found):
+            break
+        variables |= {match[1]: _expand(match[2], variables) for match in found if match}
+        lines.pop(0)
+    return variables, "".join(lines)
+
+
+def _expand(word: str, variables: Mapping[str, str]) -> str:
+    """Return a word with the values of the variables that have one."""
+    return _VARIABLE.sub(lambda match: variables.get(match[1].strip("{}"), match[0]), word)
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
@@ -171,7 +218,10 @@ def to_script(line: CommandLine) -> tuple[dict[str, Any], list[str]]:
             report.append(f"spec.{path}: the command line has no flag for it, and the script does not need it")
     output = _place_output(args, report)
     _drop_flags(args, report)
-    report += [f"--{name}: spec.training.script.args" for name in args]
+    report += [
+        f"--{name}: spec.training.script.args{_NOTES.get(f'{name}={value}') or _NOTES.get(name, '')}"
+        for name, value in args.items()
+    ]
     script = _script(line, args, report)
     if method := method_of(line.script):
         report.append(f"finetune convert --recipe writes a manifest for method {method.value}")
@@ -190,9 +240,11 @@ def _script(line: CommandLine, args: dict[str, Any], report: list[str]) -> dict[
         script["args"] = line.rest if line.rest is not None else args
     if config := _accelerate_config(line.options, report):
         script["accelerateConfig"] = config
-    if line.env:
-        script["env"] = line.env
-        report += [f"{name}: spec.training.script.env" for name in line.env]
+    secret = [name for name in line.env if _SECRET.search(name)]
+    report += [f"{name}: left out; write a Secret with it in spec.secrets" for name in secret]
+    if env := {name: value for name, value in line.env.items() if name not in secret}:
+        script["env"] = env
+        report += [f"{name}: spec.training.script.env" for name in env]
     return script
 
 
