@@ -1,9 +1,9 @@
 """The kill matrix: injects every fault at every rank and stage into real processes, and checks the results.
 
-Each cell is a small job of two ranks on the local cluster with the real reconcile. The ranks stop at the stage and
-report it. The fault is injected into the real processes, disks or connections, and the ranks continue. A cell is
-correct if the job succeeds with the bytes of the undisturbed run and the ledger names the cause. If the fault is
-permanent, the job must fail with a message that names it.
+Each cell is a small job of two ranks, of a method or of a script, on the local cluster with the real reconcile. The
+ranks stop at the stage and report it. The fault is injected into the real processes, disks or connections, and the
+ranks continue. A cell is correct if the job succeeds with the bytes of the undisturbed run and the ledger names the
+cause. If the fault is permanent, the job must fail with a message that names it.
 
 Needs root for small disks, packet filters and memory limits. The last line is JSON: {"cells", "wrong",
 "in_place_seconds", "whole_gang_seconds"}; the seconds are medians from the fault to the first step after it.
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from testing.measure.report import finish
-from tests.chaos.matrix.cells import FAULTS, STAGES, TARGETS, Cell, all_cells, meaningless, verdict
+from tests.chaos.matrix.cells import FAULTS, JOBS, STAGES, TARGETS, Cell, all_cells, meaningless, verdict
 from tests.chaos.matrix.run import CellResult, MatrixHarness, StageNotReachedError, median
 
 TIMED = tuple(
@@ -40,10 +40,15 @@ NUM_WAITING = 3
 
 def choose(args: argparse.Namespace) -> list[Cell]:
     """Return the cells that the command line selects."""
+    if args.cells:
+        return [cell for cell in all_cells() if cell.name in args.cells]
     return [
         cell
         for cell in all_cells()
-        if cell.fault in args.faults and cell.target in args.ranks and cell.stage in args.stages
+        if cell.fault in args.faults
+        and cell.target in args.ranks
+        and cell.stage in args.stages
+        and cell.job in args.kinds
     ]
 
 
@@ -66,7 +71,7 @@ async def run_cells(harness: MatrixHarness, cells: Sequence[Cell], jobs: int) ->
 
     for cell in cells:
         if reason := meaningless(cell):
-            rows[cell] = [cell.fault, cell.target, cell.stage, f"not run: {reason}", "", "", "", "", ""]
+            rows[cell] = [cell.job, cell.fault, cell.target, cell.stage, f"not run: {reason}", "", "", "", "", ""]
     # Cells whose fault only a timeout detects run in parallel.
     for needs_timeout, at_once in ((False, jobs), (True, max(jobs, NUM_WAITING))):
         turns = asyncio.Semaphore(at_once)
@@ -84,6 +89,7 @@ def row(cell: Cell, result: CellResult, error_text: str) -> list[object]:
     detection = "" if result.fault_to_detection is None else f"{result.fault_to_detection:.1f}"
     lost = status.get("lostSteps", 0)
     return [
+        cell.job,
         cell.fault,
         cell.target,
         cell.stage,
@@ -118,10 +124,13 @@ async def run_all(args: argparse.Namespace, folder: Path) -> tuple[list[list[obj
     began = time.monotonic()
     (folder / "timed").mkdir()
     harness = MatrixHarness(folder)
-    undisturbed = await harness.run(None)
-    assert harness.reference, f"the undisturbed run wrote no weights: {undisturbed.status}"
-    print(f"  undisturbed: {undisturbed.seconds:.1f} s, weights {harness.reference[:12]}", flush=True)
-    rows, num_wrong = await run_cells(harness, choose(args), args.jobs)
+    cells = choose(args)
+    for kind in sorted({cell.job for cell in cells}):
+        undisturbed = await harness.run(None, kind=kind)
+        weights = harness.references[kind]
+        assert weights, f"the undisturbed {kind} wrote no weights: {undisturbed.status}"
+        print(f"  undisturbed {kind}: {undisturbed.seconds:.1f} s, weights {weights[:12]}", flush=True)
+    rows, num_wrong = await run_cells(harness, cells, args.jobs)
     harness.close()
     in_place, whole_gang = (None, None) if args.no_times else await time_restarts(folder / "timed")
     print(f"  total: {time.monotonic() - began:.0f} s", flush=True)
@@ -136,6 +145,7 @@ async def run_all(args: argparse.Namespace, folder: Path) -> tuple[list[list[obj
 
 
 HEADER = (
+    "job",
     "fault",
     "target",
     "stage",
@@ -159,9 +169,13 @@ def main() -> None:
     parser.add_argument("--faults", **selection(FAULTS), help=f"some of {', '.join(FAULTS)}")  # type: ignore[arg-type]
     parser.add_argument("--ranks", **selection(TARGETS), help=f"some of {', '.join(TARGETS)}")  # type: ignore[arg-type]
     parser.add_argument("--stages", **selection(STAGES), help=f"some of {', '.join(STAGES)}")  # type: ignore[arg-type]
+    parser.add_argument("--kinds", **selection(JOBS), help="recipe, script, or both")  # type: ignore[arg-type]
+    parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these, e.g. 'script: notice x all x saving'")
     parser.add_argument("--jobs", type=int, default=2, help="parallel cells (default 2; at least 3 if they wait)")
     parser.add_argument("--no-times", action="store_true", help="do not measure the seconds of restarts")
     args = parser.parse_args()
+    if unknown := set(args.cells or ()) - {cell.name for cell in all_cells()}:
+        parser.error(f"unknown cells: {', '.join(sorted(unknown))}; a name is e.g. {all_cells()[0].name!r}")
     if os.geteuid() != 0:
         sys.exit("the kill matrix needs root: it mounts small disks and filters connections; run it with sudo")
     with tempfile.TemporaryDirectory(prefix="kill-matrix-") as folder:

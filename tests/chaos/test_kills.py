@@ -22,15 +22,19 @@ def test_kill_demo() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount small disks and to filter connections")
 @pytest.mark.parametrize(
-    ("cells", "num_cells"),
+    "cells",
     [
-        (("--faults", "SIGKILL", "full disk", "--ranks", "rank 0", "--stages", "saving"), 2),
-        (("--faults", "partition", "XID", "--ranks", "rank 1", "--stages", "training"), 2),
+        (
+            "recipe: SIGKILL x rank 0 x saving",
+            "recipe: full disk x rank 0 x saving",
+            "script: SIGKILL x rank 0 x saving",
+        ),
+        ("recipe: partition x rank 1 x training", "recipe: XID x rank 1 x training"),
     ],
 )
-def test_kill_matrix(cells: tuple[str, ...], num_cells: int) -> None:
-    result = run_program("tests.chaos.kill_matrix", "--no-times", *cells)
-    assert (result["wrong"], result["cells"]) == (0, num_cells)
+def test_kill_matrix(cells: tuple[str, ...]) -> None:
+    result = run_program("tests.chaos.kill_matrix", "--no-times", "--cells", *cells)
+    assert (result["wrong"], result["cells"]) == (0, len(cells))
 
 
 @pytest.mark.timeout(600)

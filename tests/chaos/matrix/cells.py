@@ -8,7 +8,13 @@ from typing import Any
 
 FAULTS = ("notice", "SIGKILL", "hang", "memory", "exit 1", "full disk", "read-only", "partition", "XID")
 TARGETS = ("rank 0", "rank 1", "supervisor", "all")
+JOBS = ("recipe", "script")
+"""What the ranks run: a method of the trainer, or a script under the hook."""
 STAGES = ("loading", "caching", "first step", "training", "saving", "validating", "exporting")
+SCRIPT_STAGES = tuple(stage for stage in STAGES if stage != "caching")
+"""Stages of a job with a script: the script has its data."""
+ALONE = frozenset({"saving", "validating"})
+"""Stages in which rank 0 of a script works while the others wait for it."""
 DISK = ("full disk", "read-only")
 NOTICES = frozenset({"TerminationByKubelet", "NoticeSaved", "Preempted"})
 LOST = frozenset({"PodLost", "NodeLost"})
@@ -19,16 +25,17 @@ DISK_MESSAGES = {"full disk": "no space left", "read-only": "read-only"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One fault, injected into one target at one stage."""
+    """One fault, injected into one target at one stage of a job."""
 
     fault: str
     target: str
     stage: str
+    job: str = "recipe"
 
     @property
     def name(self) -> str:
         """Name of the cell in the output."""
-        return f"{self.fault} x {self.target} x {self.stage}"
+        return f"{self.job}: {self.fault} x {self.target} x {self.stage}"
 
     @property
     def victims(self) -> tuple[int, ...]:
@@ -38,7 +45,13 @@ class Cell:
     @property
     def stopped_ranks(self) -> tuple[int, ...]:
         """Ranks that stop at the stage. During a save, rank 0 always stops, because it writes the manifest."""
-        return (0, *(rank for rank in self.victims if rank)) if self.stage == "saving" else self.victims
+        is_alone = self.stage in ALONE if self.is_script else self.stage == "saving"
+        return (0, *(rank for rank in self.victims if rank)) if is_alone else self.victims
+
+    @property
+    def is_script(self) -> bool:
+        """Return whether the ranks run a script."""
+        return self.job == "script"
 
     @property
     def needs_timeout(self) -> bool:
@@ -60,12 +73,15 @@ class Cell:
 
 def all_cells() -> list[Cell]:
     """Return all cells."""
-    return [Cell(*names) for names in product(FAULTS, TARGETS, STAGES)]
+    recipes = [Cell(*names) for names in product(FAULTS, TARGETS, STAGES)]
+    return [*recipes, *(Cell(*names, "script") for names in product(FAULTS, TARGETS, SCRIPT_STAGES))]
 
 
 def meaningless(cell: Cell) -> str | None:
     """Return why a cell tests nothing; None if it is useful."""
-    if cell.fault in DISK and cell.target == "rank 1" and cell.stage != "caching":
+    # Rank 1 of a recipe writes parts of the cache; that of a script writes its random state into each checkpoint.
+    writes = cell.stage != "exporting" if cell.is_script else cell.stage == "caching"
+    if cell.fault in DISK and cell.target == "rank 1" and not writes:
         return "only rank 0 writes at this stage"
     if cell.fault == "XID" and cell.target == "supervisor":
         return "GPUs belong to ranks"

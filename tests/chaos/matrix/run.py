@@ -29,6 +29,7 @@ from finetune_operator.cluster.local.jobs import create_job, key_of, remove_job
 from finetune_operator.cluster.local.runner import SHUTDOWN_MESSAGE, LocalRun
 from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.cluster.reconcile import ReconcileResult
+from testing.trainer.scripts import PROGRAMS
 from tests.chaos.matrix import faults
 from tests.chaos.matrix.cells import DISK, Cell
 from tests.chaos.matrix.supervisor import EVENTS_FOLDER, GPU_EVENTS
@@ -38,6 +39,10 @@ NUM_RANKS = 2
 NUM_STEPS = 12
 SAVE_EVERY = 5
 TRAINING_STEP = 7
+SCRIPT_ARGS = {"max_train_steps": NUM_STEPS, "num_samples": 24, "use_ema": True, "seed": 3}
+"""Two epochs of six steps. The hook saves by the interval of the job."""
+RANK_MODULES = {"recipe": "tests.chaos.matrix.rank", "script": "tests.chaos.matrix.script_rank"}
+WEIGHTS = frozenset({".safetensors", ".pt"})
 CELL_SECONDS = 120.0
 HEAL_SECONDS = 3.0
 """Duration of a partition of supervisors, or of a fault of a disk."""
@@ -89,7 +94,8 @@ class MatrixHarness:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.reference = ""
+        self.references: dict[str, str] = {}
+        """Digest of the output of the undisturbed run of each job."""
         self._number = 0
         self._job = yaml.safe_load((ROOT / "examples/local/lora-circles.yaml").read_text())
         self._data = folder / "data"
@@ -118,8 +124,8 @@ class MatrixHarness:
         self._number += 1
         return self.folder / f"cell-{self._number}"
 
-    def job(self, cell: Cell | None, environment: CellEnvironment) -> FineTuneJob:
-        """Return the job of a cell."""
+    def job(self, kind: str, cell: Cell | None, environment: CellEnvironment) -> FineTuneJob:
+        """Return the job of a cell; without a cell, an undisturbed one."""
         job = json.loads(json.dumps(self._job))
         job["metadata"]["name"] = "matrix"
         spec = job["spec"]
@@ -143,10 +149,13 @@ class MatrixHarness:
         hang = "5s" if cell is not None and cell.needs_timeout else "2m"
         spec["recovery"] = {"maxFailures": 2, "noticeSeconds": 10, "hangTimeout": hang}
         spec["outputs"] = [{"format": "diffusers", "to": str(environment.shared / "out")}]
-        spec["podTemplate"] = {"spec": {"containers": [self._container(cell, environment)]}}
+        if kind == "script":
+            spec["training"] = {"script": {"path": str(PROGRAMS / "train_style.py"), "args": SCRIPT_ARGS}}
+            spec["outputs"][0]["format"] = "asWritten"
+        spec["podTemplate"] = {"spec": {"containers": [self._container(kind, cell, environment)]}}
         return FineTuneJob.model_validate(job)
 
-    def _container(self, cell: Cell | None, environment: CellEnvironment) -> dict[str, Any]:
+    def _container(self, kind: str, cell: Cell | None, environment: CellEnvironment) -> dict[str, Any]:
         stop_point = {
             "stage": cell.stage if cell else "",
             "ranks": cell.stopped_ranks if cell else (),
@@ -165,19 +174,19 @@ class MatrixHarness:
         }
         return {
             "name": "trainer",
-            "command": [sys.executable, "-m", "tests.chaos.matrix.supervisor"],
+            "command": [sys.executable, "-m", "tests.chaos.matrix.supervisor", RANK_MODULES[kind]],
             "env": [{"name": name, "value": value} for name, value in env.items()],
         }
 
-    async def run(self, cell: Cell | None, *, in_place: bool = True) -> CellResult:
-        """Run a cell, or the job without a fault."""
-        began = time.monotonic()
+    async def run(self, cell: Cell | None, *, in_place: bool = True, kind: str = "recipe") -> CellResult:
+        """Run a cell, or a job of this kind without a fault."""
+        began, kind = time.monotonic(), cell.job if cell is not None else kind
         environment = CellEnvironment(self.next_folder(), cell)
         with environment:
             for proxy in environment.proxies:
                 await proxy.start()
             home = Home(environment.state)
-            job = create_job(home, self.job(cell, environment), utc_now)
+            job = create_job(home, self.job(kind, cell, environment), utc_now)
             settings = replace(SETTINGS, hold_seconds=SETTINGS.hold_seconds if in_place else 0.0)
             if cell is not None and cell.needs_timeout:
                 settings = replace(settings, standstill_seconds=6.0, beat_timeout_seconds=4.0)
@@ -202,9 +211,9 @@ class MatrixHarness:
             status = result.job.status.model_dump(mode="json", by_alias=True, exclude_none=True) if result.job else {}
             weights = environment.weights()
             fault_to_step = environment.first_step_after(fault_at) if fault_at is not None else None
-        same = None if not weights else weights == self.reference
+        same = None if not weights else weights == self.references.get(kind)
         if cell is None:
-            self.reference, same = weights, True
+            self.references[kind], same = weights, True
         detection = observer.ended_at - fault_at if fault_at is not None and observer.ended_at is not None else None
         return CellResult(status, same, time.monotonic() - began, fault_to_step, detection)
 
@@ -245,7 +254,7 @@ class CellEnvironment:
     def weights(self) -> str:
         """Return the digest of the output; empty if there is none."""
         digest = hashlib.sha256()
-        files = sorted((self.shared / "out").glob("*.safetensors"))
+        files = sorted(path for path in (self.shared / "out").glob("*") if path.suffix in WEIGHTS)
         for path in files:
             digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest() if files else ""

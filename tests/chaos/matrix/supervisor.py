@@ -1,6 +1,6 @@
 """A supervisor that reaches the coordinator through the matrix's proxy, and exits with code 1 on SIGUSR2.
 
-Its GPUs are a stand-in for NVML: this machine needs none.
+Its GPUs are a stand-in for NVML: this machine needs none. Its argument is the module that its ranks run.
 """
 
 from __future__ import annotations
@@ -35,4 +35,4 @@ if __name__ == "__main__":
     )
     sys.modules["pynvml"] = nvml_stand_in
     os.environ[environment.COORDINATOR_URL] = f"http://127.0.0.1:{ports[int(os.environ[environment.NODE_RANK])]}"
-    main(["--", sys.executable, "-m", "tests.chaos.matrix.rank"])
+    main(["--", sys.executable, "-m", sys.argv[1]])
