@@ -39,10 +39,10 @@ def write_base(folder: Path, prediction_type: str = "epsilon", family: str = "sd
     if family == "sd2":
         prediction_type = "v_prediction"
     is_xl = family == "sdxl"
-    _write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer")
     CLIPTextModel(text_config(2 if is_xl else 1)).save_pretrained(folder / "text_encoder")
     if is_xl:
-        _write_tokenizer(folder / "tokenizer_2")
+        write_tokenizer(folder / "tokenizer_2")
         CLIPTextModelWithProjection(text_config(2, second_width)).save_pretrained(folder / "text_encoder_2")
     for encoder in folder.glob("text_encoder*"):
         # As in published bases, whatever the installed release writes.
@@ -125,7 +125,7 @@ def xl_config(is_xl: bool, second_width: int = WIDTH) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Write CLIP's tokenizer without merges: every letter is a token."""
     folder.mkdir(parents=True)
     letters = sorted(ByteLevel.alphabet())

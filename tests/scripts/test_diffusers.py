@@ -78,6 +78,12 @@ EXAMPLES_OF_DIFFUSERS = (
     Example("dreambooth/train_dreambooth.py", "sd1", "pictures", DREAMBOOTH, "unet/config.json"),
     Example("dreambooth/train_dreambooth_lora.py", "sd1", "pictures", {**DREAMBOOTH, "rank": 2}),
     Example("dreambooth/train_dreambooth_lora_sdxl.py", "sdxl", "pictures", {**DREAMBOOTH, "rank": 2}),
+    Example(
+        "dreambooth/train_dreambooth_lora_flux.py",
+        "flux",
+        "pictures",
+        {**DREAMBOOTH, "rank": 2, "guidance_scale": 1, "max_sequence_length": 16},
+    ),
     Example("textual_inversion/textual_inversion.py", "sd1", "pictures", INVERSION, "learned_embeds.safetensors"),
     Example("controlnet/train_controlnet.py", "sd1", "conditioned", {}, "config.json"),
     Example("controlnet/train_controlnet_sdxl.py", "sdxl", "conditioned", {}, "config.json"),
@@ -102,8 +108,7 @@ def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Example], dic
 
     def flags(example: Example) -> dict[str, Any]:
         if example.family not in written:
-            written[example.family] = base = tiny.write_base(folder / example.family, family=example.family)
-            write_vae(base / "vae")
+            written[example.family] = _write_base(folder / example.family, example.family)
         values: dict[str, Any] = {"pretrained_model_name_or_path": str(written[example.family])}
         if example.data == "pictures":
             flag = "train_data_dir" if example.name == "textual_inversion" else "instance_data_dir"
@@ -114,6 +119,16 @@ def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Example], dic
         return values | {"caption_column": "text"}
 
     return flags
+
+
+def _write_base(folder: Path, family: str) -> Path:
+    from testing.trainer import tiny, tiny_flux  # noqa: PLC0415  slow to import
+
+    if family == "flux":
+        return tiny_flux.write_flux_base(folder)
+    base = tiny.write_base(folder, family=family)
+    write_vae(base / "vae")
+    return base
 
 
 def write_vae(folder: Path) -> None:
@@ -150,11 +165,20 @@ def test_an_example_survives_a_notice(
     assert _weights(again.job_dir) == _weights(whole.job_dir)
 
 
-def _weights(job_dir: Path) -> dict[str, bytes]:
-    """Return the weights that a script has written."""
+def _weights(job_dir: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
+    """Return the weights that a script has written: names, types and positions, and the values."""
     folder = job_dir / "script"
     paths = [
         path for path in folder.rglob("*.safetensors") if not path.relative_to(folder).parts[0].startswith("check")
     ]
     assert paths
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return {str(path.relative_to(folder)): _read(path) for path in paths}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    # It contains the names of layers in the order of a set, which differs between processes.
+    header.pop("__metadata__", None)
+    return header, content[start:]
