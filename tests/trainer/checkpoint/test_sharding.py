@@ -25,6 +25,7 @@ from finetune_trainer.checkpoint.store.tensor_stream import write_stream
 from finetune_trainer.data.sampling.order import micro_batches, most_micro_batches, rank_share
 from finetune_trainer.distributed.sharding import slice_offset
 from finetune_trainer.errors import StorageError
+from finetune_trainer.export.formats.card import CARD, MANIFEST
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 
@@ -92,8 +93,10 @@ def spec_of(base: Path, data: Path, method: str, sharding: Sharding = Sharding.F
 
 
 def outputs(ranks: Ranks) -> dict[str, bytes]:
+    """Return the bytes of each file of the outputs, without those that describe the settings of the run."""
     folder = ranks.job_dir / paths.OUTPUTS
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    written = [path for path in folder.rglob("*") if path.is_file() and path.name not in (CARD, MANIFEST)]
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in written}
     assert any(name.endswith(".safetensors") for name in files), sorted(files)
     return files
 
