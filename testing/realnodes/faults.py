@@ -67,6 +67,8 @@ class Fault:
     """Reasons that the ledger may record. Empty: no attempt may end."""
     needs_machines: bool = False
     """The fault needs access to the machines of the nodes, or must know their free resources."""
+    on_script: bool = False
+    """The job runs a script."""
 
 
 def drain(target: FaultTarget) -> Callable[[], None]:
@@ -172,6 +174,10 @@ FAULTS: dict[str, Fault] = {
     "SIGKILL of a container": Fault(kill_container, frozenset({"ProcessFailed", "OutOfMemory"}), needs_machines=True),
     "SIGKILL of a node": Fault(
         kill_node, frozenset({"NodeLost", "PodLost", "DeletionByTaintManager"}), needs_machines=True
+    ),
+    "script: kubectl drain": Fault(drain, frozenset(WITH_NOTICE | {"EvictionByEvictionAPI"}), on_script=True),
+    "script: SIGKILL of a container": Fault(
+        kill_container, frozenset({"ProcessFailed", "OutOfMemory"}), needs_machines=True, on_script=True
     ),
     "operator's pod deleted": Fault(delete_operator, frozenset()),
     "helm upgrade": Fault(upgrade, frozenset()),

@@ -1,4 +1,4 @@
-"""The job that the faults are injected into: the model of the demo on two nodes with one rank each, over gloo."""
+"""The jobs that faults are injected into: a method or a script, on two nodes with one rank each, over gloo."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ from finetune_operator.api.job import API_VERSION, KIND
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import KubectlError
 from testing.realnodes.names import HOME, NAME, OURS, TEAM
-from testing.realnodes.store import CLAIM, MOUNT, OUTPUTS, KubectlCluster, Object, Store, apply
+from testing.realnodes.store import CLAIM, MOUNT, OUTPUTS, SCRIPT, KubectlCluster, Object, Store, apply
 
 STEPS, SAVE_EVERY, FAULT_STEP = 40, 10, 14
 LONG_STEPS, SHORT_STEPS = 200, 120
 """Steps of a job that trains longer than the operator is unavailable during an upgrade or a reschedule."""
+SCRIPT_STEPS = 80
+SCRIPT_ARGS = {
+    "max_train_steps": SCRIPT_STEPS,
+    "train_batch_size": 32,
+    "gradient_accumulation_steps": 12,
+    "num_samples": 4096,
+    "use_ema": True,
+    "seed": 3,
+}
+"""Arguments of the script; a step takes about 0.1 s."""
 RUN_SECONDS = 600.0
 POLL_SECONDS = 0.5
 """Pause between calls of kubectl. Each call takes 0.3 s of CPU time from the job."""
@@ -25,6 +35,31 @@ ENDED = ("Succeeded", "Failed")
 
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job trains."""
+
+    steps: int
+    is_script: bool = False
+
+    @property
+    def training(self) -> Object:
+        """Return the fields below `spec.training`."""
+        if self.is_script:
+            return {"script": {"path": f"{MOUNT}/{SCRIPT}", "args": SCRIPT_ARGS}}
+        return {
+            "method": "LoRA",
+            "steps": self.steps,
+            "batchSize": 4,
+            "learningRate": 1e-3,
+            "resolution": 64,
+            "lora": {"rank": 4},
+        }
+
+
+SCRIPT_WORK = Work(SCRIPT_STEPS, is_script=True)
 
 
 @dataclass
@@ -40,8 +75,8 @@ class JobsHarness:
         make_namespace(self.cluster, TEAM, enforce)
         self.store.prepare(self.cluster)
 
-    def create(self, name: str, steps: int = STEPS) -> None:
-        apply(self.cluster, build_job(name, steps, self.store.pod_template))
+    def create(self, name: str, work: Work) -> None:
+        apply(self.cluster, build_job(name, work, self.store.pod_template))
 
     def status(self, name: str) -> dict[str, Any]:
         got = self.cluster.kubectl("--namespace", TEAM, "get", "ftj", name, "--output=json")
@@ -144,7 +179,7 @@ def make_namespace(cluster: KubectlCluster, name: str, labels: dict[str, str] | 
     apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
 
 
-def build_job(name: str, steps: int, pod_template: Object) -> Object:
+def build_job(name: str, work: Work, pod_template: Object) -> Object:
     """Return a job with one rank on each of two nodes."""
     apart = {
         "topologyKey": "kubernetes.io/hostname",
@@ -158,21 +193,14 @@ def build_job(name: str, steps: int, pod_template: Object) -> Object:
         "spec": {
             "model": {"base": f"{MOUNT}/base"},
             "dataset": {"source": f"{MOUNT}/data"},
-            "training": {
-                "method": "LoRA",
-                "steps": steps,
-                "batchSize": 4,
-                "learningRate": 1e-3,
-                "resolution": 64,
-                "lora": {"rank": 4},
-            },
+            "training": work.training,
             "topology": {"accelerator": "cpu", "nodes": 2, "resources": {"cpu": "1", "memory": "1Gi"}},
             "checkpoint": {
                 "storage": {"persistentVolumeClaim": {"claimName": CLAIM}},
                 "interval": {"steps": SAVE_EVERY},
             },
             "recovery": {"noticeSeconds": 30},
-            "outputs": [{"format": "diffusers", "to": f"{MOUNT}/{OUTPUTS}/{name}"}],
+            "outputs": [{"format": "asWritten" if work.is_script else "diffusers", "to": f"{MOUNT}/{OUTPUTS}/{name}"}],
             "podTemplate": {"spec": {**template, **pod_template}},
         },
     }

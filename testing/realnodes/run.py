@@ -14,8 +14,8 @@ from testing.controlplane.process import wait_for
 from testing.controlplane.server import KubectlError
 from testing.helm import CHART, Helm, HelmError
 from testing.realnodes import security
-from testing.realnodes.faults import FAULTS, Fault, FaultTarget
-from testing.realnodes.job import FAULT_STEP, LONG_STEPS, STEPS, JobsHarness, make_namespace
+from testing.realnodes.faults import FAULTS, FaultTarget
+from testing.realnodes.job import FAULT_STEP, LONG_STEPS, SCRIPT_WORK, STEPS, JobsHarness, Work, make_namespace
 from testing.realnodes.names import CLUSTER_KINDS, CRD, HOME, OF_CHART, RELEASE, TEAM
 from testing.realnodes.store import KubectlCluster, Object
 
@@ -51,8 +51,8 @@ class ClusterRun:
     print_line: PrintLine
     long_steps: int = LONG_STEPS
     upgrades: int = 0
-    weights: dict[int, str] = field(default_factory=dict)
-    """Hash of the weights of the reference job, by its number of steps."""
+    weights: dict[Work, str] = field(default_factory=dict)
+    """Hash of the weights of each reference job."""
 
     def install(self, *more: str, **changes: Any) -> None:
         """Install or upgrade the chart."""
@@ -73,28 +73,42 @@ class ClusterRun:
         self.upgrades += 1
         self.install(podAnnotations={"upgrade": str(self.upgrades)})
 
-    def train_reference(self) -> list[str]:
-        """Train the reference jobs in parallel; return the defects found inside their pods."""
-        jobs = {"undisturbed": STEPS, "undisturbed-long": self.long_steps}
-        for name, steps in jobs.items():
-            self.harness.create(name, steps)
+    @property
+    def long_work(self) -> Work:
+        """Return the work of a job that trains longer than the operator is unavailable."""
+        return Work(self.long_steps)
+
+    def train_reference(self, *, with_script: bool) -> list[str]:
+        """Train the reference jobs; return the defects found inside their pods. The nodes have space for two jobs."""
+        jobs = {"undisturbed": Work(STEPS), "undisturbed-long": self.long_work}
+        for name, work in jobs.items():
+            self.harness.create(name, work)
         # The short job may have ended before the pods of the long one are checked.
         neighbour = self.harness.wait_pods("undisturbed")[0]
         self.harness.wait_step("undisturbed-long", 1)
         wrong = self._check_inside("undisturbed-long", neighbour)
-        for name, steps in jobs.items():
-            status = self.harness.wait_end(name)
-            assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
-            assert status["attempt"] == 1, json.dumps(status["attempts"], indent=1)
-            self.weights[steps] = self.harness.weights(name)
+        for name, work in jobs.items():
+            self._finish_reference(name, work)
+        if with_script:
+            self.harness.create("undisturbed-script", SCRIPT_WORK)
+            self._finish_reference("undisturbed-script", SCRIPT_WORK)
         return wrong
+
+    def _finish_reference(self, name: str, work: Work) -> None:
+        """Wait until a reference job has succeeded, and store the hash of its weights."""
+        status = self.harness.wait_end(name)
+        assert status["phase"] == "Succeeded", json.dumps(status, indent=1)
+        assert status["attempt"] == 1, json.dumps(status["attempts"], indent=1)
+        self.weights[work] = self.harness.weights(name)
 
     def inject(self, name: str) -> FaultResult:
         """Run one job and inject one fault while it trains."""
         fault, job = FAULTS[name], f"fault-{list(FAULTS).index(name)}"
         undo: Callable[[], None] = lambda: None  # noqa: E731
+        ordinary = SCRIPT_WORK if fault.on_script else Work(STEPS)
+        work = ordinary if fault.causes else self.long_work
         try:
-            self.harness.create(job, STEPS if fault.causes else self.long_steps)
+            self.harness.create(job, work)
             before = self.harness.wait_step(job, FAULT_STEP)
             leader, injected_at = self.harness.leader(), time.time()
             undo = fault.inject(FaultTarget(self.cluster, self.harness, job, self.upgrade))
@@ -102,7 +116,7 @@ class ClusterRun:
                 stepped = self.harness.wait_next_attempt(job, before["attempt"])
             else:
                 stepped = self.harness.wait_new_leader(job, leader)
-            result = self._evaluate(name, fault, job, stepped - injected_at)
+            result = self._evaluate(name, work, job, stepped - injected_at)
         except (AssertionError, TimeoutError, KubectlError, HelmError) as error:
             result = FaultResult(name, "?", float("inf"), [str(error)])
         finally:
@@ -111,12 +125,13 @@ class ClusterRun:
             self.print_line(f"{name}: {result.verdict}\n{self.harness.describe(job)}")
         return result
 
-    def _evaluate(self, name: str, fault: Fault, job: str, seconds: float) -> FaultResult:
+    def _evaluate(self, name: str, work: Work, job: str, seconds: float) -> FaultResult:
+        fault = FAULTS[name]
         status = self.harness.wait_end(job)
         wrong = []
         if status["phase"] != "Succeeded":
             wrong.append(f"the job ended {status['phase']}: {status.get('message')}")
-        elif self.harness.weights(job) != self.weights[status["totalSteps"]]:
+        elif self.harness.weights(job) != self.weights[work]:
             wrong.append("its weights differ from those of the reference job")
         causes = [entry["reason"] for entry in status["attempts"] if entry.get("reason") not in (None, "Finished")]
         if fault.causes and (not causes or not set(causes) <= fault.causes):
@@ -133,13 +148,13 @@ class ClusterRun:
     def uninstall(self) -> list[str]:
         """Uninstall the chart while a job trains, then delete the jobs and the CRD; return the defects found."""
         wrong = []
-        self.harness.create("last", self.long_steps)
+        self.harness.create("last", self.long_work)
         self.harness.wait_step("last", 1)
         self.helm.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
         of_job = "--selector=finetune-operator.io/job=last"
         trained = ("wait", "--for=jsonpath={.status.phase}=Succeeded", "pods", of_job, "--timeout=200s")
         self._kubectl("--namespace", TEAM, *trained)
-        if self.harness.weights("last") != self.weights[self.long_steps]:
+        if self.harness.weights("last") != self.weights[self.long_work]:
             wrong.append("a job without an operator ended with different weights")
         self._kubectl("--namespace", TEAM, "delete", "ftj", "--all", "--timeout=90s")
         try:
@@ -165,7 +180,7 @@ class ClusterRun:
 def run_and_report(one: ClusterRun, chosen: list[str], wrong: list[str]) -> int:
     """Run the jobs, print the table and the JSON line; return the exit code."""
     started = time.monotonic()
-    inside = one.train_reference()
+    inside = one.train_reference(with_script=any(FAULTS[name].on_script for name in chosen))
     seconds = time.monotonic() - started
     one.print_line(f"reference jobs: {seconds:.0f} s; checks inside a pod: {'; '.join(inside) or 'correct'}")
     results = []
@@ -176,9 +191,9 @@ def run_and_report(one: ClusterRun, chosen: list[str], wrong: list[str]) -> int:
     left = one.uninstall()
     one.print_line(f"uninstalled while a job ran: {'; '.join(left) or 'it trained to the end, and nothing is left'}")
     wrong = [*wrong, *inside, *left]
-    print(f"\n  {'fault':26} {'to the next step':>16}  {'cause in the ledger':44} verdict")
+    print(f"\n  {'fault':30} {'to the next step':>16}  {'cause in the ledger':44} verdict")
     for result in results:
-        print(f"  {result.name:26} {result.seconds:>14.1f} s  {result.cause:44} {result.verdict}")
+        print(f"  {result.name:30} {result.seconds:>14.1f} s  {result.cause:44} {result.verdict}")
     for message in wrong:
         print(f"  wrong: {message}")
     num_wrong = len(wrong) + sum(bool(result.wrong) for result in results)

@@ -20,13 +20,19 @@ from testing.controlplane.build import PrintLine
 from testing.realnodes.builder import BASE_PYTHON, ROOT
 from testing.realnodes.names import TEAM
 from testing.realnodes.runtime import MissingError
+from testing.trainer.scripts import PROGRAMS
 
 CLAIM, PACKAGES = "finetune", "packages"
 OUTPUTS = "outputs"
+SCRIPT = "scripts/train_style.py"
+"""Path of the script on the volume."""
+WEIGHTS = ("*.safetensors", "*.pt")
+"""Trained files of methods, and those of the script."""
 USER = 1000
 MOUNT = "/finetune/storage"
 HASH = (
-    "import hashlib, pathlib, sys; files = sorted(pathlib.Path(sys.argv[1]).rglob('*.safetensors'));"
+    f"import hashlib, pathlib, sys; files = sorted(file for kind in {WEIGHTS}"
+    " for file in pathlib.Path(sys.argv[1]).rglob(kind));"
     "print(hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest() if files else '')"
 )
 UNPACK = (
@@ -112,7 +118,7 @@ class FolderVolume:
             apply(cluster, claim(name, storage_class="", volume_name=name))
 
     def weights(self, cluster: KubectlCluster, job: str) -> str:
-        files = sorted((self.folder / OUTPUTS / job).rglob("*.safetensors"))
+        files = sorted(file for kind in WEIGHTS for file in (self.folder / OUTPUTS / job).rglob(kind))
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else ""
 
 
@@ -134,7 +140,7 @@ class ClaimStore:
         write_inputs(self.work)
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as archive:
-            for name in ("base", "data"):
+            for name in ("base", "data", "scripts"):
                 archive.add(self.work / name, name)
         # kubectl takes text on standard input, so the archive is encoded as base64.
         text = base64.b64encode(packed.getvalue()).decode()
@@ -156,12 +162,15 @@ class ClaimStore:
 
 
 def write_inputs(folder: Path) -> None:
-    """Write the model and the data of the demo to a folder."""
+    """Write the model and the data of the demo, and the script, to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ("-m", "finetune_trainer.demo.circles", str(folder / "data"), "--style", "squares")
     counts = ("--num-train", "64", "--num-validation", "8")
     subprocess.run([sys.executable, *command, *counts], check=True, capture_output=True)
     shutil.copytree(ROOT / "examples/base-circles", folder / "base")
+    script = folder / SCRIPT
+    script.parent.mkdir()
+    shutil.copyfile(PROGRAMS / script.name, script)
 
 
 def volume(name: str, folder: Path, storage_class: str = "", size: str = "10Gi") -> Object:

@@ -27,7 +27,7 @@ def test_expected_causes_are_reasons_of_the_ledger() -> None:
     reasons = {reason.value for reason in Reason}
     for name, fault in FAULTS.items():
         assert fault.causes <= reasons, name
-    assert len(FAULTS) == 8
+    assert len(FAULTS) == 10
 
 
 def test_a_fault_is_injected_between_two_checkpoints_and_before_the_last_one() -> None:
