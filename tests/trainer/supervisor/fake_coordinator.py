@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 from finetune_contract.heartbeat import Reply
 
 DEADLINE_SECONDS = 20.0
+StartSupervisor = Callable[..., subprocess.Popen[str]]
+"""Starts a supervisor whose ranks run the given Python text."""
 
 
 class FakeCoordinator:
