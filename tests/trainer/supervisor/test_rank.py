@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from finetune_contract import environment
+from finetune_contract import environment, paths
 from finetune_contract.exit_codes import ExitCode
 from finetune_trainer.phases import StartPhase
 from testing.trainer import tiny
@@ -89,7 +89,8 @@ def test_final_report(base: Path, data: Path, tmp_path: Path) -> None:
     assert last["checkpoint"]["stallSeconds"] >= 0
     assert last["checkpoint"]["durableSeconds"] > 0
     (output,) = last["outputs"]
-    assert output["sizeBytes"] == len(ranks.weights())
+    written = [path for path in (ranks.job_dir / paths.OUTPUTS).rglob("*") if path.is_file()]
+    assert output["sizeBytes"] == sum(path.stat().st_size for path in written)
     phases = last["startSeconds"]
     assert list(phases) == [each.value for each in StartPhase]
     assert sum(phases.values()) > 0

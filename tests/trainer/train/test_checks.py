@@ -247,13 +247,14 @@ def test_a_disk_that_stays_full_fails_the_attempt_at_the_limit() -> None:
 
 
 def test_a_full_disk_delays_the_end_of_a_real_run(base: Path, data: Path, tmp_path: Path) -> None:
-    """A file in the place of the temporary folder stands in for the full disk: a test cannot fill a real one."""
+    """A file in the place of the folder of records stands in for the full disk: a test cannot fill a real one."""
     spec: RunSpec = tiny.make_spec(base, data, steps=2)
     target = tmp_path / "out"
-    obstacle = target / ".writing"
-    make_read_only(obstacle)
     spec = spec.model_copy(update={"outputs": (OutputSpec(format="diffusers", to=str(target)),)})
-    ranks = Ranks(spec, tmp_path / "run").start()
+    ranks = Ranks(spec, tmp_path / "run")
+    obstacle = ranks.job_dir / "exports"
+    make_read_only(obstacle)
+    ranks.start()
     ranks.wait_until(lambda report: any("tried again" in text for text in report.get("warnings", ())))
     obstacle.unlink()
     assert ranks.wait() == [0]
