@@ -68,6 +68,8 @@ KINDS = {
     (Method.FULL, OutputFormat.DIFFUSERS): "pipeline",
     (Method.DREAMBOOTH, OutputFormat.DIFFUSERS): "pipeline",
 }
+NOT_READ = {("sd1", "controlnet file"), ("sd2", "controlnet file"), ("sd2", "single file")}
+"""Files whose readers do not know the layers of the tiny bases; tests/trainer/formats compares their tensors."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def train(settings: dict[str, Any], base: TinyBase, data: Path, job: Path) -> It
     shape = (1, 4, RESOLUTION // 2, RESOLUTION // 2)
     save_file({"noise": Draws(0).normal(Purpose.PICTURE, SampleRef(0, 0), shape)}, noise)
     for each in formats:
+        if (base.family, KINDS[method, each]) in NOT_READ:
+            continue
         yield Case(
             name=f"{job.name}, {each.value}",
             family=base.family,
