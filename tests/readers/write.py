@@ -69,7 +69,7 @@ KINDS = {
     (Method.DREAMBOOTH, OutputFormat.DIFFUSERS): "pipeline",
 }
 NOT_READ = {("sd1", "controlnet file"), ("sd2", "controlnet file"), ("sd2", "single file")}
-"""Files whose readers do not know the layers of the tiny bases; tests/trainer/formats compares their tensors."""
+"""Files that these readers cannot open on the tiny bases yet; tests/trainer/formats compares their tensors."""
 
 
 @dataclass(frozen=True)
