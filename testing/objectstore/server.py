@@ -67,13 +67,14 @@ def start(folder: Path, guard: Guard, *, read_only: bool = False) -> ObjectStore
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     store = ObjectStore(buckets, program, environment)
-    wait_for("the S3 server answers", lambda: program.has_exited or _answers(environment["AWS_ENDPOINT_URL"]))
+    wait_for("the S3 server answers", lambda: program.has_exited or answers(environment["AWS_ENDPOINT_URL"]))
     if program.has_exited:
         raise RuntimeError("\n".join(program.tail()))
     return store
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Return whether an HTTP server answers, if only with an error."""
     try:
         with urllib.request.urlopen(url, timeout=1):
             return True

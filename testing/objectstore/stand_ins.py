@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from testing.controlplane.build import GCS_STAND_IN, cache_folder, ensure_programs
 from testing.controlplane.process import LOOPBACK, Guard, Program, free_ports, wait_for
+from testing.objectstore.server import answers
 
 AZURITE = "3.35.0"
 ACCOUNT = "devstoreaccount1"
@@ -54,7 +53,7 @@ def start_gcs(folder: Path, guard: Guard) -> Mapping[str, str]:
     address = f"http://{LOOPBACK}:{port}"
     command = [str(program), "-scheme", "http", "-host", LOOPBACK, "-port", str(port), "-backend", "memory"]
     command += ["-external-url", address, "-public-host", f"{LOOPBACK}:{port}"]
-    _start("fake-gcs-server", command, folder, guard, lambda: _answers(f"{address}/storage/v1/b"))
+    _start("fake-gcs-server", command, folder, guard, f"{address}/storage/v1/b")
     return {"STORAGE_EMULATOR_HOST": address}
 
 
@@ -64,7 +63,7 @@ def start_azure(folder: Path, guard: Guard) -> Mapping[str, str]:
     address = f"http://{LOOPBACK}:{port}/{ACCOUNT}"
     command = ["node", str(azurite_program()), "--blobHost", LOOPBACK, "--blobPort", str(port), "--silent"]
     command += ["--skipApiVersionCheck", "--inMemoryPersistence", "--disableTelemetry"]
-    _start("azurite", command, folder, guard, lambda: _answers(address))
+    _start("azurite", command, folder, guard, address)
     values = {"AccountName": ACCOUNT, "AccountKey": KEY, "BlobEndpoint": address}
     text = "".join(f"{name}={value};" for name, value in values.items())
     return {"AZURE_STORAGE_CONNECTION_STRING": f"DefaultEndpointsProtocol=http;{text}"}
@@ -75,22 +74,12 @@ def is_enabled() -> bool:
     return bool(os.environ.get(SWITCH))
 
 
-def _start(name: str, command: list[str], folder: Path, guard: Guard, answers: Callable[[], bool]) -> None:
+def _start(name: str, command: list[str], folder: Path, guard: Guard, url: str) -> None:
     program = Program(name, command, folder / f"{name}.log", guard)
     program.start()
-    wait_for(f"{name} answers", lambda: program.has_exited or answers())
+    wait_for(f"{name} answers", lambda: program.has_exited or answers(url))
     if program.has_exited:
         raise RuntimeError("\n".join(program.tail()))
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
 
 
 if __name__ == "__main__":
