@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -231,9 +232,11 @@ def read_controlnet_file(case: Case) -> Any:
     # diffusers expects the last layer of the encoder for 8 pixels per latent; the tiny bases have fewer pixels.
     tensors = load_file(file)
     last = max(int(name.split(".")[2]) for name in tensors if "input_hint_block" in name)
-    readable = file.with_name("readable")
-    save_file({name.replace(f"hint_block.{last}.", "hint_block.14."): each for name, each in tensors.items()}, readable)
-    controlnet = ControlNetModel.from_single_file(str(readable), config=str(config), torch_dtype=torch.float32)
+    renamed = {name.replace(f"hint_block.{last}.", "hint_block.14."): each for name, each in tensors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        readable = Path(folder) / "controlnet.safetensors"
+        save_file(renamed, readable)
+        controlnet = ControlNetModel.from_single_file(str(readable), config=str(config), torch_dtype=torch.float32)
     return kind.from_pretrained(case.base, controlnet=controlnet, **_options(Path(case.base)))
 
 
