@@ -39,11 +39,11 @@ REMOTE = (
 def export(arguments: argparse.Namespace) -> Exit:
     """Carry out `finetune export`."""
     home = Home(arguments.home)
-    job, folder = _choose(arguments, home)
+    job, folder = choose_job(arguments, home)
     if arguments.list:
         return _list(job, folder)
     outputs = _choose_outputs(arguments, job)
-    with _checkpoint(folder, arguments.step) as checkpoint, tempfile.TemporaryDirectory(prefix="export-") as name:
+    with open_checkpoint(folder, arguments.step) as checkpoint, tempfile.TemporaryDirectory(prefix="export-") as name:
         run = Path(name) / "run.json"
         run.write_text(build_run_spec(job).to_json(), encoding="utf-8")
         listed = json.dumps(
@@ -96,7 +96,7 @@ def _list(job: FineTuneJob, location: str) -> Exit:
     return Exit.SUCCEEDED
 
 
-def _choose(arguments: argparse.Namespace, home: Home) -> tuple[FineTuneJob, str]:
+def choose_job(arguments: argparse.Namespace, home: Home) -> tuple[FineTuneJob, str]:
     """Return the job, and the folder or URL of its checkpoints.
 
     Raises:
@@ -152,7 +152,7 @@ def _choose_outputs(arguments: argparse.Namespace, job: FineTuneJob) -> list[Out
 
 
 @contextlib.contextmanager
-def _checkpoint(location: str, step: int | None) -> Iterator[Path]:
+def open_checkpoint(location: str, step: int | None) -> Iterator[Path]:
     """Yield the folder of the newest checkpoint, or of that of a step; from a bucket, it is downloaded first.
 
     Raises:
