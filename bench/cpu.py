@@ -2,7 +2,8 @@
 
 `make bench-cpu`, in the environment of `make test-intel`. The methods train the SD 1.5 architecture at a fraction of
 its width with random weights. Each configuration is a group of rank processes that wait for their turn: in every round
-each group trains a few steps, one group at a time. All groups use the same two cores.
+each group trains a few steps, one group at a time. All groups use the same two cores. The configurations of one rank
+are measured before those of two ranks, which need more memory (12 GB); "auto" is measured with both.
 
 - native and IPEX, in fp32 and bf16: one rank of two threads. "auto" is what `topology.cpu.ipex: auto` chooses by its
   measurement of the layers, without knowledge of these readings.
@@ -42,7 +43,15 @@ from finetune_trainer.intel.processor import this_processor
 from finetune_trainer.methods.registry import method_class
 from finetune_trainer.train.tuning.layer_probe import count_layers, make_request
 from finetune_trainer.train.tuning.processor import parse_measurement, run_probe
-from testing.measure.cpu_ratios import Configuration, Readings, all_paths, combine, configurations, summarize
+from testing.measure.cpu_ratios import (
+    Configuration,
+    Readings,
+    all_paths,
+    combine,
+    configurations,
+    measured_together,
+    summarize,
+)
 from testing.measure.cpu_step import CPU, METHODS, CpuStep, NarrowFamily, StepSettings
 from testing.measure.report import finish
 
@@ -150,11 +159,12 @@ def measure(method: str, args: argparse.Namespace, folder: Path) -> tuple[Comput
     paths = all_paths(has_ipex=not unavailable_reason())
     auto = choose_auto(method, paths, args, folder)
     readings: dict[str, list[float]] = {}
-    with started(configurations(method, paths, auto), args, folder) as groups:
-        for number in range(args.rounds):
-            for group in groups:
-                readings.setdefault(group.configuration.name, []).append(group.run(args.steps))
-            print(f"  {method}: round {number + 1} of {args.rounds}", flush=True)
+    for title, part in measured_together(configurations(method, paths, auto), auto).items():
+        with started(part, args, folder) as groups:
+            for number in range(args.rounds):
+                for group in groups:
+                    readings.setdefault(group.configuration.name, []).append(group.run(args.steps))
+                print(f"  {method}, {title}: round {number + 1} of {args.rounds}", flush=True)
     return auto, readings
 
 
@@ -164,7 +174,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["TextualInversion", "Full"])
     parser.add_argument("--rounds", type=int, default=7, help="readings of each configuration (default 7)")
     parser.add_argument("--steps", type=int, default=2, help="steps of a reading (default 2)")
-    parser.add_argument("--channels", type=int, default=128, help="width of the first level (default 128)")
+    parser.add_argument("--channels", type=int, default=96, help="width of the first level (default 96)")
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels (default 256)")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)

@@ -65,6 +65,14 @@ def configurations(method: str, paths: Sequence[ComputePath], auto: ComputePath)
     return found
 
 
+def measured_together(found: Sequence[Configuration], auto: ComputePath) -> dict[str, list[Configuration]]:
+    """Return the configurations of each part of a measurement: the processes of all would need too much memory."""
+    return {
+        "one rank": [each for each in found if each.num_ranks == 1],
+        "two ranks": [each for each in found if each.num_ranks > 1 or each.name == auto.name],
+    }
+
+
 def summarize(auto: ComputePath, readings: Readings) -> dict[str, float]:
     """Return the ratios of a method, of the best rounds."""
     best = {name: min(seconds) for name, seconds in readings.items()}

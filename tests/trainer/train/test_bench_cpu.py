@@ -6,7 +6,7 @@ import pytest
 
 from finetune_contract.spec import Precision
 from finetune_trainer.intel.paths import ComputePath
-from testing.measure.cpu_ratios import WIRE_METHOD, all_paths, combine, configurations, summarize
+from testing.measure.cpu_ratios import WIRE_METHOD, all_paths, combine, configurations, measured_together, summarize
 
 pytestmark = pytest.mark.trainer
 
@@ -49,3 +49,11 @@ def test_each_comparison_has_its_configurations() -> None:
     names = [each.name for each in configurations(WIRE_METHOD, paths, BF16)]
     assert names == [*(path.name for path in paths), "2 ranks", "2 ranks, not pinned", "2 ranks, bf16 wire"]
     assert all_paths(has_ipex=False) == paths[:2]
+
+
+def test_ranks_that_are_compared_run_together() -> None:
+    paths = all_paths(has_ipex=True)
+    auto = paths[1]
+    one, two = measured_together(configurations(WIRE_METHOD, paths, auto), auto).values()
+    assert [each.name for each in one] == [path.name for path in paths]
+    assert [each.name for each in two] == [auto.name, "2 ranks", "2 ranks, not pinned", "2 ranks, bf16 wire"]
