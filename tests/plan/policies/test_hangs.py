@@ -6,7 +6,7 @@ import pytest
 
 from finetune_contract.heartbeat import RankState
 from finetune_operator.api.reasons import CountsAs, Reason
-from finetune_operator.plan.model.types import Create
+from finetune_operator.plan.model.types import Create, DeletePod
 from tests.plan.fake_cluster import FakeCluster, make_job, seconds
 
 
@@ -49,7 +49,7 @@ def test_slowest_rank_is_named_and_its_node_avoided() -> None:
         cluster.beat(1, step=9, restored_step=0)
         cluster.settle()
     assert cluster.job.status.attempts[0].node == "node-1"
-    cluster.tick(3)
+    cluster.tick(20)
     cluster.settle()
     cluster.tick(20)
     cluster.step()
@@ -58,6 +58,39 @@ def test_slowest_rank_is_named_and_its_node_avoided() -> None:
     for pod in pods:
         [weighted] = pod["spec"]["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
         assert weighted["preference"]["matchFields"][0]["values"] == ["node-1"]
+
+
+def deleted(cluster: FakeCluster) -> list[str]:
+    return [action.name for action in cluster.step().actions if isinstance(action, DeletePod)]
+
+
+def hung() -> FakeCluster:
+    """Return a gang whose rank 0 hangs; nothing has ended yet."""
+    cluster = training("60s")
+    cluster.now += seconds(60)
+    cluster.beat(0, step=9, restored_step=0)
+    cluster.beat(1, step=10, restored_step=0)
+    return cluster
+
+
+def test_a_hung_pod_runs_until_its_peer_has_stored_the_stacks() -> None:
+    cluster = hung()
+    assert deleted(cluster) == []
+    assert cluster.job.status.attempts[0].reason == Reason.HANG
+    cluster.tick(19)
+    cluster.beat(1, RankState.FAILED, waiting=True)
+    assert "circles-a1-n0" in deleted(cluster)
+
+
+def test_a_hung_pod_is_deleted_after_20_s_if_its_peer_does_not_answer() -> None:
+    cluster = hung()
+    assert deleted(cluster) == []
+    cluster.tick(19)
+    decided = cluster.step()
+    assert not decided.actions
+    assert decided.requeue_after == seconds(1)
+    cluster.tick(1)
+    assert deleted(cluster) == ["circles-a1-n0", "circles-a1-n1"]
 
 
 def test_silence_is_not_a_hang() -> None:

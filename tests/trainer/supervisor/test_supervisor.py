@@ -166,8 +166,15 @@ def test_stacks_of_hanging_ranks_are_stored(
     wait_for("rank 3 to stop", lambda: ") T " in Path(f"/proc/{pid}/stat").read_text())
     # The new world arrives in the same reply: the stacks are written before the ranks end.
     coordinator.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4, "stacks": True})
-    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
     folder = tmp_path / "job" / "hangs" / "attempt-3"
+    wait_for("the stacks", lambda: all((folder / f"rank-{rank}.txt").exists() for rank in (2, 3)))
+    # The ranks of the other pod have not stored theirs: their collectives would fail if these ranks ended.
+    later = coordinator.beats[-1]["sequence"] + 2
+    beat = coordinator.wait(lambda beat: beat["sequence"] >= later)
+    assert (beat["attempt"], [rank["state"] for rank in beat["ranks"]]) == (3, ["Training", "Training"])
+    for rank in (0, 1):
+        (folder / f"rank-{rank}.txt").write_text("")
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
     deadlocked, stopped = (folder / "rank-2.txt").read_text(), (folder / "rank-3.txt").read_text()
     assert "training at step 7" in deadlocked
     assert "in take_it_twice" in deadlocked

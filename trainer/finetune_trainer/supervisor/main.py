@@ -22,7 +22,7 @@ from finetune_trainer.supervisor.log import log
 from finetune_trainer.supervisor.node_setup import SetupReader
 from finetune_trainer.supervisor.ranks import RankProcess, RankStarter
 from finetune_trainer.supervisor.read_ahead import read_ahead
-from finetune_trainer.supervisor.stacks import keep_stacks
+from finetune_trainer.supervisor.stacks import keep_stacks, wait_for_peers
 from finetune_trainer.supervisor.states import (
     FINAL,
     FINAL_SUPERSEDED,
@@ -302,6 +302,7 @@ class Supervisor:
     async def _keep_stacks(self) -> None:
         for path in await keep_stacks(self._config, self._ranks):
             log(f"the ranks hang; the stacks of one are in {path}")
+        await wait_for_peers(self._config)
 
     def _reap_orphans(self) -> None:
         """As PID 1, collect the exit status of orphaned grandchildren; asyncio collects that of the ranks."""

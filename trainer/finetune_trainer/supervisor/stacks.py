@@ -20,6 +20,9 @@ from finetune_trainer.files import write_atomically
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.ranks import RankProcess
 
+PEER_SECONDS = 10.0
+"""Longest wait for the stacks of the other pods, whose supervisors receive the request with their next heartbeat."""
+POLL_SECONDS = 0.2
 QUIET_SECONDS = 0.2
 """A stack is complete when no line has arrived for this time."""
 PY_SPY_SECONDS = 1.0
@@ -41,6 +44,21 @@ async def keep_stacks(config: Config, ranks: Sequence[RankProcess]) -> list[Path
             await asyncio.to_thread(write_atomically, path, text.encode())
             written.append(path)
     return written
+
+
+async def wait_for_peers(config: Config) -> None:
+    """Wait until the stacks of all ranks of the gang are stored.
+
+    If the ranks of this pod ended earlier, the collectives of the others would fail before their stacks are written.
+    """
+    if config.job_dir is None:
+        return
+    files = [paths.stack_file(config.job_dir, config.attempt, rank) for rank in range(config.world_size)]
+    with suppress(TimeoutError):
+        async with asyncio.timeout(PEER_SECONDS):
+            # Shared storage has no events for files that another machine writes.
+            while not await asyncio.to_thread(lambda: all(file.exists() for file in files)):  # noqa: ASYNC110
+                await asyncio.sleep(POLL_SECONDS)
 
 
 async def _describe(rank: RankProcess) -> str:
