@@ -8,7 +8,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-intel image-trainer-cuda
-.PHONY: help install system-packages demo test test-fast test-readers test-intel test-oldest bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
+.PHONY: image-trainer-export
+.PHONY: help install system-packages demo test test-fast test-readers test-intel test-oldest test-export bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-queue test-queue bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
         bench-learning bench-map bench-outputs bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
 
@@ -50,6 +51,11 @@ INTEL := .venv-intel
 test-intel: ## train every method with IPEX on one and two ranks, and sum with oneCCL, in an environment with torch 2.8 and IPEX 2.8
 	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
 	@PYTHONPATH=trainer:operator $(INTEL)/bin/python -m pytest tests/intel tests/oneccl
+
+EXPORT := .venv-export
+test-export: ## write outputs for OpenVINO, and compare their pictures with those of torch, in an environment with the extra export
+	@$(PYTHON) tools/install.py $(EXPORT) requirements/export-tests.txt
+	@PYTHONPATH=trainer:operator $(EXPORT)/bin/python -m pytest tests/export
 
 bench-cpu: ## compare native torch with IPEX, fp32 with bf16, ranks with threads, pinned with unpinned, and bf16 on the wire
 	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
@@ -154,6 +160,9 @@ image-trainer-cpu: ## build the trainer image for CPU nodes; BUILD_ARGS='--build
 
 image-trainer-cpu-intel: ## build the trainer image with IPEX and oneCCL; needs BUILD_ARGS='--build-arg ONECCL_INDEX=...'
 	$(call build-image,trainer-cpu-intel)
+
+image-trainer-export: ## build the image of export pods; BUILD_ARGS as for image-trainer-cpu
+	$(call build-image,trainer-export)
 
 image-trainer-cuda: ## build the trainer image for GPUs
 	$(call build-image,trainer-cuda)

@@ -32,7 +32,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 """Each generated file, relative to the repository root, and the function that renders it."""
 STAMPED = {
     "charts/finetune-operator/Chart.yaml": r"^(?:version|appVersion): (\S+)$",
-    "charts/finetune-operator/values.yaml": r"^ +(?:gpu|cpu|cpuIntel): ghcr\.io/finetune-operator/\S+:(\S+)$",
+    "charts/finetune-operator/values.yaml": r"^ +(?:gpu|cpu|cpuIntel|export): ghcr\.io/finetune-operator/\S+:(\S+)$",
     "examples/*.yaml": r"^ +image: ghcr\.io/finetune-operator/\S+:(\S+)$",
 }
 """Files (patterns) that must repeat the version as a literal, and a regular expression whose group finds it."""

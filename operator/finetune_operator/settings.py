@@ -18,6 +18,9 @@ class Settings:
     trainer_image_cpu: str = f"{REGISTRY}/trainer-cpu:{__version__}"
     trainer_image_cpu_intel: str = f"{REGISTRY}/trainer-cpu-intel:{__version__}"
     """Image of CPU jobs that request oneCCL or IPEX."""
+    trainer_image_export: str = f"{REGISTRY}/trainer-export:{__version__}"
+    """Image of the pods that write outputs with the packages of the extra `export`; empty: no job can request them."""
+    export_command: tuple[str, ...] = ("python", "-m", "finetune_trainer.export_pod")
     trainer_command: tuple[str, ...] = ("finetune-supervisor",)
     coordinator_url: str = ""
     """URL to which supervisors send heartbeats; empty: they send none."""
@@ -69,5 +72,13 @@ class Settings:
     """Whether jobs may request queues of Kueue."""
     kueue_priority_boost: bool = False
     """Whether Workloads contain the cost of their eviction, for Kueue's feature gate PriorityBoost."""
+    kueue_topology: bool = False
+    """Whether Workloads of packed jobs request their domain from Kueue: the flavors have topologies."""
+    rack_label: str = ""
+    """Label of nodes whose value is their rack; empty: no job can request a rack."""
+    gangs: bool = False
+    """Whether jobs may request that their pods receive nodes together."""
+    gang_hold_seconds: float = 60.0
+    """Longest time for which the pods of an incomplete gang hold nodes."""
     peer_grace_seconds: int = 2
     """Grace period of pods that cannot finish a step because a pod of their gang is lost."""

@@ -37,7 +37,7 @@ def values(operator: str, trainer: str) -> dict[str, Any]:
     repository, _, tag = operator.rpartition(":")
     return {
         "image": {"repository": repository, "tag": tag},
-        "trainer": {"images": {"cpu": trainer, "cpuIntel": trainer, "gpu": trainer}},
+        "trainer": {"images": {"cpu": trainer, "cpuIntel": trainer, "gpu": trainer, "export": trainer}},
         # The faults evict pods without priority; the operator must not be one of them.
         "priorityClassName": "system-cluster-critical",
         "flags": FLAGS,

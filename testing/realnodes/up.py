@@ -31,7 +31,7 @@ alias kubectl={kubectl} helm={helm}
 
 helm install finetune-operator charts/finetune-operator -n finetune-system --create-namespace --wait \\
   --set image.repository={repository},image.tag={tag},trainer.images.cpu={trainer},trainer.images.gpu={trainer} \\
-  --set trainer.images.cpuIntel={trainer}
+  --set trainer.images.cpuIntel={trainer} --set trainer.images.export={trainer}
 
 The default storage class binds claims. Ctrl-C stops the cluster."""
 

@@ -30,7 +30,7 @@ def test_an_image_is_pinned_locked_labelled_and_not_root(file: Path) -> None:
     assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) <= {"${PYTHON_IMAGE}", "scratch", "base", "dependencies"}
     # The stages: dependencies, own code, and the final image; for trainers also their base with a compiler,
     # and the examples of diffusers. On GPUs also a stage with the libraries of a network adapter.
-    stages = {"operator": 3, "trainer-cuda": 6}
+    stages = {"operator": 3, "trainer-cuda": 6, "trainer-export": 4}
     assert len(re.findall(r"^FROM ", text, re.MULTILINE)) == stages.get(file.stem, 5)
     assert text.count("--require-hashes") >= 2
     assert "SBOM" in text.upper()
@@ -63,7 +63,11 @@ GPU_ONLY = {Optimizer.ADAMW_8BIT}
 """Optimizers that the API refuses with accelerator cpu."""
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "operator"], ids=lambda file: file.stem)
+NOT_TRAINING = {"operator", "trainer-export"}
+"""Images in which no rank trains."""
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem not in NOT_TRAINING], ids=lambda file: file.stem)
 def test_a_trainer_image_contains_what_the_api_offers(file: Path) -> None:
     """All trackers, compiled models, and the optimizers that the API accepts for the accelerator of the image."""
     text = file.read_text()
@@ -130,7 +134,9 @@ def test_the_script_of_the_network_libraries_refuses_a_changed_archive(tmp_path:
 
 
 def test_every_image_is_listed_here() -> None:
-    assert {file.stem for file in FILES} == {"operator", "trainer-cpu", "trainer-cpu-intel", "trainer-cuda"}
+    assert {file.stem for file in FILES} == {
+        *("operator", "trainer-cpu", "trainer-cpu-intel", "trainer-cuda", "trainer-export")
+    }
 
 
 def test_the_cpu_images_state_what_they_contain() -> None:
@@ -151,6 +157,13 @@ def test_the_cpu_images_state_what_they_contain() -> None:
     assert re.search(r"^intel-openmp==", lock, re.MULTILINE)
     assert {"libtcmalloc-minimal4", "libjemalloc2"} <= set(text.split())
     assert not re.search(r"\b(CCL|FI|KMP|OMP)_\w+=", text)
+
+
+def test_the_export_image_has_the_packages_of_the_extra_export() -> None:
+    lock = (ROOT / "requirements/export.txt").read_text()
+    assert set(re.findall(r"^(openvino|optimum-intel|nncf)(?:\[.*\])?==", lock, re.MULTILINE)) == {
+        *("openvino", "optimum-intel", "nncf")
+    }
 
 
 def run(script: str, *arguments: str, stdin: str = "") -> str:

@@ -13,8 +13,10 @@ from typing import Any
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import CommittedCheckpoint, Heartbeat, RankEnd, RankReport, RankState, Termination
+from finetune_contract.outputs.request import ExportResult
 from finetune_operator.api import labels
-from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.gangs import GATE, POD_GROUP
+from finetune_operator.api.job import FineTuneJob, SchedulingMode
 from finetune_operator.api.kueue import WORKLOAD
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.observe_workload import Flavor
@@ -23,21 +25,27 @@ from finetune_operator.plan.model.types import (
     Action,
     Create,
     DeafPeriod,
+    DeleteChild,
     DeletePod,
     DeleteWorkload,
     Event,
     Observed,
+    ObservedChild,
+    ObservedExport,
     ObservedNode,
     ObservedPod,
+    OpenGate,
     PatchWorkload,
     Plan,
     PodPhase,
     ReceivedHeartbeat,
     Refusal,
+    split_exports,
 )
 from finetune_operator.settings import Settings
 from testing.simulated.workloads import WorkloadStore, observe
 
+OPTIONAL = {POD_GROUP}
 START = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 SETTINGS = Settings(coordinator_url="http://coordinator", require_storage=False, hold_seconds=0)
 """Settings without recovery in place; `scenarios.HOLDING` enables it."""
@@ -93,14 +101,19 @@ class FakeCluster:
     """The job's requests to its queue; the test decides about them."""
     flavors: dict[str, Flavor] = field(default_factory=dict)
     queues_served: bool = True
+    gang_apis: dict[SchedulingMode, str] = field(default_factory=dict)
+    children: dict[str, ObservedChild] = field(default_factory=dict)
+    """PodGroups and other optional objects, by kind and name."""
     num_created: int = 0
     sequence: int = 0
 
     # the cluster
 
     def observed(self) -> Observed:
+        pods, exports = split_exports(pod for pod in self.pods.values() if pod.uid not in self.hidden)
         return Observed(
-            pods=tuple(pod for pod in self.pods.values() if pod.uid not in self.hidden),
+            pods=pods,
+            exports=exports,
             beats=dict(self.beats),
             services=frozenset(self.services),
             configs=frozenset(self.configs),
@@ -111,6 +124,8 @@ class FakeCluster:
             deaf=tuple(self.deaf),
             workloads=tuple(observe(thing, self.flavors) for thing in self.queue.stored.values()),
             queues_served=self.queues_served,
+            gang_apis=dict(self.gang_apis),
+            children=tuple(self.children.values()),
         )
 
     def pause(self, number: float) -> None:
@@ -157,6 +172,10 @@ class FakeCluster:
             self.queue.patch(action)
         elif isinstance(action, DeleteWorkload):
             self.queue.delete(action.name, action.uid)
+        elif isinstance(action, OpenGate):
+            self.pods[action.name] = replace(self.pods[action.name], gated=False)
+        elif isinstance(action, DeleteChild):
+            del self.children[f"{action.child.kind} {action.child.name}"]
         else:
             self.deleted = True
 
@@ -167,19 +186,27 @@ class FakeCluster:
                 return
             self.num_created += 1
             own = manifest["metadata"]["labels"]
+            is_export = labels.EXPORT in own
             self.manifests[name] = manifest
             self.pods[name] = ObservedPod(
                 name=name,
                 uid=f"uid-{self.num_created}",
-                attempt=int(own[labels.ATTEMPT]),
-                node_rank=int(own[labels.NODE_RANK]),
+                attempt=0 if is_export else int(own[labels.ATTEMPT]),
+                node_rank=0 if is_export else int(own[labels.NODE_RANK]),
                 phase=PodPhase.PENDING,
                 created_at=self.now,
                 fell_back=labels.CAPACITY in own,
                 template=own[labels.TEMPLATE],
+                gated={"name": GATE} in manifest["spec"].get("schedulingGates", ()),
+                export=ObservedExport(own[labels.EXPORT]) if is_export else None,
             )
         elif manifest["kind"] == WORKLOAD:
             self.queue.create(manifest, self.now)
+        elif manifest["kind"] in OPTIONAL:
+            self.manifests[f"{manifest['kind']} {name}"] = manifest
+            number = int(manifest["metadata"]["labels"][labels.ATTEMPT])
+            child = ObservedChild(manifest["apiVersion"], manifest["kind"], name, f"uid-{name}", number)
+            self.children[f"{manifest['kind']} {name}"] = child
         else:
             (self.services if manifest["kind"] == "Service" else self.configs).add(name)
 
@@ -222,6 +249,29 @@ class FakeCluster:
     def pod(self, node_rank: int) -> ObservedPod:
         """Return the pod of a node rank in the newest attempt."""
         return self.pods[f"circles-a{self.job.status.attempt}-n{node_rank}"]
+
+    def request_export(self, text: str) -> None:
+        """Write the annotation by which a user requests an export."""
+        meta = self.job.metadata.model_copy(update={"annotations": {labels.EXPORT: text}})
+        self.job = self.job.model_copy(update={"metadata": meta})
+
+    @property
+    def export_pod(self) -> ObservedPod:
+        """The export pod."""
+        return self.pods["circles-export"]
+
+    def run_export(self) -> None:
+        """Start the export pod on a node."""
+        self.change_export(phase=PodPhase.RUNNING, node="node-9", waiting=None)
+
+    def end_export(self, code: int, result: ExportResult | None = None, **changes: Any) -> None:
+        """End the container of the export pod."""
+        export = ObservedExport(self.export_pod.export.content if self.export_pod.export else "", result)
+        phase = PodPhase.SUCCEEDED if code == 0 else PodPhase.FAILED
+        self.change_export(phase=phase, exit_code=code, finished_at=self.now, export=export, **changes)
+
+    def change_export(self, **changes: Any) -> None:
+        self.pods["circles-export"] = replace(self.export_pod, **changes)
 
     def change(self, node_rank: int, **changes: Any) -> None:
         pod = replace(self.pod(node_rank), **changes)

@@ -16,10 +16,11 @@ from finetune_contract.spec import Method, Optimizer, Precision, TrainingSpec
 _PROGRAMS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.WEBUI, OutputFormat.COMFYUI})
 """Formats of every method."""
 _ONE_FILE = _PROGRAMS | {OutputFormat.SINGLE_FILE}
-_PIPELINE_FORMATS = _ONE_FILE
+_PIPELINE_FORMATS = _ONE_FILE | {OutputFormat.OPENVINO}
 _LORA_FORMATS = _PROGRAMS | {
     OutputFormat.KOHYA,
     OutputFormat.MERGED,
+    OutputFormat.OPENVINO,
 }
 
 _LOW_RATE = 5e-6
@@ -123,7 +124,8 @@ def needs_whole_base(method: Method | None, outputs: Iterable[OutputSpec]) -> bo
         outputs: the outputs.
     """
     is_complete = method is not None and METHODS[method].trains is TrainedPart.BASE
-    return is_complete or any(output.full or output.format is OutputFormat.MERGED for output in outputs)
+    merged = (OutputFormat.MERGED, OutputFormat.OPENVINO)
+    return is_complete or any(output.full or output.format in merged for output in outputs)
 
 
 def peak_learning_rate(training: TrainingSpec) -> float:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_contract.spec import Optimizer, SwitchMode, TrackerName, TrainingSpec
 
 PACKAGES = {TrackerName.TENSORBOARD: "tensorboard", TrackerName.WANDB: "wandb", TrackerName.MLFLOW: "mlflow"}
 """Package of each tracker."""
 COMPILERS = ("c++", "g++", "clang++", "gcc", "cc")
 """Programs of which `training.compile` needs one."""
+_INSTALL_EXPORT = "install finetune-operator[trainer,export] in an environment of its own and use its finetune command"
 
 
 def has_package(name: str) -> bool:
@@ -53,3 +55,25 @@ def find_missing_software(
         )
     if training.compile is SwitchMode.ON and not has_compiler(which):
         yield "training.compile: no C++ compiler is installed here; install one, or write compile: off"
+
+
+def find_missing_export(outputs: Iterable[OutputSpec], has: Callable[[str], bool] = has_package) -> Iterator[str]:
+    """Yield a message, with the field at its start, for each output that the packages installed here cannot write.
+
+    Args:
+        outputs: the outputs.
+        has: returns whether a package is installed.
+    """
+    for number, output in enumerate(outputs):
+        if output.format is not OutputFormat.OPENVINO:
+            continue
+        if not all(has(name) for name in ("openvino", "optimum", "optimum.intel")):
+            yield (
+                f"outputs[{number}].format: openvino needs the packages openvino and optimum-intel, which are not "
+                f"installed here; {_INSTALL_EXPORT}, or write format: diffusers"
+            )
+        elif output.quantization is not None and not has("nncf"):
+            yield (
+                f"outputs[{number}].quantization: int8 needs the package nncf, which is not installed here; "
+                f"{_INSTALL_EXPORT}, or leave quantization out"
+            )

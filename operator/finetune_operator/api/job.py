@@ -43,6 +43,24 @@ class Accelerator(StrEnum):
     CPU = "cpu"
 
 
+class Pack(StrEnum):
+    """Part of the cluster that all pods of a job share."""
+
+    RACK = "rack"
+    ZONE = "zone"
+
+
+class SchedulingMode(StrEnum):
+    """How the pods of a gang receive their nodes: all of them or none."""
+
+    AUTO = "auto"
+    POD_GROUP = "podGroup"
+    GATES = "gates"
+    VOLCANO = "volcano"
+    COSCHEDULING = "coscheduling"
+    NONE = "none"
+
+
 class TopologySpec(SpecModel):
     """Number and kind of the pods."""
 
@@ -67,6 +85,11 @@ class TopologySpec(SpecModel):
         max_length=8,
         description="Resources of each pod, e.g. {cpu: 8, memory: 32Gi}; nvidia.com/gpu is derived from "
         "processesPerNode",
+    )
+    pack: Pack | None = Field(
+        default=None,
+        description="Run all pods in one rack or one zone, and wait if none has room; default: near each other if "
+        "possible",
     )
     cpu: CpuSpec = Field(default=CpuSpec(), description="Settings of CPU training")
 
@@ -172,6 +195,11 @@ class FineTuneJobSpec(SpecModel):
     suspend: bool = Field(default=False, description="Save, stop and release the nodes until it is set to false")
     queue_name: ObjectName | None = Field(
         default=None, description="LocalQueue of Kueue that admits the job: no pod exists before its admission"
+    )
+    scheduling: SchedulingMode = Field(
+        default=SchedulingMode.AUTO,
+        description="How the pods receive nodes together: by Kubernetes' PodGroup, scheduling gates, or a PodGroup of "
+        "Volcano or Coscheduling; none: each pod by itself; auto: podGroup if the cluster serves it, otherwise gates",
     )
     priority_class_name: ObjectName | None = Field(default=None, description="PriorityClass of the pods")
     active_deadline_seconds: int | None = Field(

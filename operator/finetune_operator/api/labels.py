@@ -1,4 +1,4 @@
-"""Labels of the objects that the operator creates, and the only annotation."""
+"""Labels of the objects that the operator creates, and the annotations."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ TEMPLATE = f"{GROUP}/template"
 
 CAPACITY = f"{GROUP}/capacity"
 """Label of a pod that requests other nodes than the job's spec alone implies: a `Capacity`."""
+
+EXPORT = f"{GROUP}/export"
+"""Label of an export pod: a hash of its ExportRequest. Annotation of a job: an ExportRequest as JSON, which a user adds
+and the operator carries out once."""
 
 REQUEST = f"{GROUP}/request"
 """Annotation of a Workload of Kueue: a hash of the request from which the operator created it."""

@@ -19,6 +19,11 @@ def pod_name(job: str, attempt: int, node_rank: int) -> str:
     return f"{job}-a{attempt}-n{node_rank}"
 
 
+def export_pod_name(job: str) -> str:
+    """Return the name of the pod that writes outputs outside of the gang; a job has at most one at a time."""
+    return f"{job}-export"
+
+
 def service_name(job: str) -> str:
     """Return the name of the headless service, which is also the pods' subdomain."""
     return job
@@ -34,5 +39,7 @@ def pod_host(job: str, attempt: int, node_rank: int, namespace: str) -> str:
     return f"{pod_name(job, attempt, node_rank)}.{service_name(job)}.{namespace}.svc"
 
 
-MAX_JOB_NAME = MAX_LABEL - max(len(pod_name("", MAX_ATTEMPT, MAX_NODES - 1)), len(config_name("")))
+MAX_JOB_NAME = MAX_LABEL - max(
+    len(pod_name("", MAX_ATTEMPT, MAX_NODES - 1)), len(export_pod_name("")), len(config_name(""))
+)
 """Longest name of a job: the name of its longest child must be a DNS label."""

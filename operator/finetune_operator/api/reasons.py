@@ -35,6 +35,7 @@ class Reason(StrEnum):
     CONTAINER_CONFIG = "ContainerConfig"
     FAILED_CREATE = "FailedCreate"
     QUOTA_RELEASED = "QuotaReleased"
+    GANG_RELEASED = "GangReleased"
     BACK_OFF = "BackOff"
     SUSPENDING = "Suspending"
     SUSPENDED = "Suspended"
@@ -95,6 +96,7 @@ class Reason(StrEnum):
     MAX_FAILURES_EXCEEDED = "MaxFailuresExceeded"
     SAME_STEP_FAILURES = "SameStepFailures"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+    EXPORT_FAILED = "ExportFailed"
 
     ATTEMPT_STARTED = "AttemptStarted"
     ATTEMPT_ENDED = "AttemptEnded"
@@ -204,6 +206,13 @@ REASONS: dict[Reason, ReasonDoc] = {
         "The cluster refused some pods of the gang for too long; the other pods were deleted, so that other jobs "
         "can use their quota. All pods are requested again later.",
         "Raise the quota that the message names, request less in topology.resources, or fewer nodes in a new job.",
+    ),
+    Reason.GANG_RELEASED: ReasonDoc(
+        Topic.WAITING,
+        "Some pods of the gang had a node and others did not for almost a minute; all of them were deleted, so that "
+        "other jobs can use these nodes. All pods are requested again later.",
+        "The message names a pod without a node and the reason. Add nodes, request less in topology.resources, or set "
+        "topology.minNodes.",
     ),
     Reason.BACK_OFF: ReasonDoc(
         Topic.WAITING,
@@ -375,6 +384,11 @@ REASONS: dict[Reason, ReasonDoc] = {
         "The program failed several times in a row after the same step; another attempt would fail, too.",
         "Read the last output in the ledger (status.attempts): a sample of that step, or the state of the model after "
         "it, is the likely cause.",
+    ),
+    Reason.EXPORT_FAILED: ReasonDoc(
+        Topic.END,
+        "All steps are trained, and the pod that writes the remaining outputs has failed for good.",
+        "Fix the cause in the message, then raise recovery.manualRetries: only the export is repeated.",
     ),
     Reason.DEADLINE_EXCEEDED: ReasonDoc(
         Topic.END,

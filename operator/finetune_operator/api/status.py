@@ -95,6 +95,9 @@ class AttemptStatus(StatusModel):
     capacity: Capacity | None = Field(
         default=None, description="Nodes that its new pods request; absent: as recovery.spot specifies"
     )
+    scheduling: str | None = Field(
+        default=None, description="How its new pods receive nodes together; absent: each by itself"
+    )
     mtbf_seconds: float | None = Field(
         default=None,
         description="Mean time between the job's interruptions at its start, in seconds, as its ranks received it",
@@ -199,6 +202,36 @@ class OutputStatus(StatusModel):
         "order of their names",
     )
     message: str | None = Field(default=None, description="Why it Failed")
+    step: int | None = Field(
+        default=None,
+        description="Step of the checkpoint it was requested from by finetune export; absent: the last one",
+    )
+
+
+class ExportState(StrEnum):
+    """What an export pod does."""
+
+    WAITING = "Waiting"
+    """It has not started, or the next one waits for the end of a back-off."""
+    RUNNING = "Running"
+    DONE = "Done"
+    """All outputs are complete at their locations."""
+    FAILED = "Failed"
+    """No further pod is started."""
+
+
+class ExportStatus(StatusModel):
+    """An export by a separate pod: of the job's outputs that need other packages, or requested by finetune export."""
+
+    request: str = Field(default="", description="Id of the request; empty: the job's own outputs")
+    content: str = Field(description="Hash of the step and the outputs")
+    step: int | None = Field(default=None, description="Step of the checkpoint; absent: the newest one")
+    state: ExportState = Field(description="Waiting, Running, Done or Failed")
+    failures: int = Field(default=0, description="Failed pods; recovery.maxFailures limits them")
+    retries: int = Field(default=0, description="Pods that ended before the outputs were complete, for any reason")
+    ended_pod: str | None = Field(default=None, description="UID of the last one of them")
+    ended_at: datetime | None = Field(default=None, description="Time at which its end was observed")
+    message: str | None = Field(default=None, description="What the export waits for, or why it failed")
 
 
 class TallyStatus(StatusModel):
@@ -286,4 +319,10 @@ class FineTuneJobStatus(StatusModel):
     )
     outputs: tuple[OutputStatus, ...] = Field(
         default=(), max_length=100, description="Outputs: those that are complete, and those of the running attempt"
+    )
+    exports: tuple[ExportStatus, ...] = Field(
+        default=(),
+        max_length=2,
+        exclude_if=lambda value: not value,
+        description="Exports by a separate pod: that of the job's own outputs, and the newest one by finetune export",
     )

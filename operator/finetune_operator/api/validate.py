@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from finetune_operator.api.job import API_VERSION, KIND, FineTuneJob
 from finetune_operator.api.messages import describe_error, find_path
@@ -85,7 +85,13 @@ def parse_job(document: object, *, source: str = "") -> FineTuneJob:
 
 def broken_rules(job: FineTuneJob) -> list[Problem]:
     """Return the rules that a job breaks whose fields are valid by themselves."""
-    return list(_rule_problems(job.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"status"})))
+    return [
+        _problem(rule, path)
+        for scope, rules, _ in _by_scope()
+        for path, part in _find(job, scope.path)
+        for rule in rules
+        if not rule.holds(part)
+    ]
 
 
 def _other_kind(document: Manifest) -> Iterator[Problem]:
@@ -160,13 +166,28 @@ def _find(document: object, path: str) -> Iterator[tuple[str, object]]:
 
 def _step(path: str, value: object, name: str) -> Iterator[tuple[str, object]]:
     key = name.removesuffix("[]")
-    if not isinstance(value, Mapping) or value.get(key) is None:
+    found = _get(value, key)
+    if found is None:
         return
     below = f"{path}.{key}" if path else key
     if not name.endswith("[]"):
-        yield below, value[key]
-    elif isinstance(value[key], (list, tuple)):
-        yield from ((f"{below}[{index}]", item) for index, item in enumerate(value[key]))
+        yield below, found
+    elif isinstance(found, (list, tuple)):
+        yield from ((f"{below}[{index}]", item) for index, item in enumerate(found))
+
+
+def _get(value: object, key: str) -> object:
+    """Return a field of a manifest, or of the model that was read from it; None if it is absent."""
+    if isinstance(value, BaseModel):
+        name = _attributes(type(value)).get(key)
+        return getattr(value, name) if name is not None else None
+    return value.get(key) if isinstance(value, Mapping) else None
+
+
+@cache
+def _attributes(model: type[BaseModel]) -> dict[str, str]:
+    """Return the attributes of a model by the names of their fields in a manifest."""
+    return {field.alias or name: name for name, field in model.model_fields.items()}
 
 
 def _json(value: object) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 
 from finetune_contract.environment import PROCESSES_PER_NODE
 from finetune_contract.heartbeat import MAX_LAST_OUTPUT, RankEnd, Termination
+from finetune_contract.outputs.request import ExportResult
 from finetune_operator.api import conditions, labels, names
+from finetune_operator.api.gangs import GATE
 from finetune_operator.api.status import Capacity
 from finetune_operator.cluster.observe_containers import (
     describe_init_failure,
@@ -17,7 +19,7 @@ from finetune_operator.cluster.observe_containers import (
     describe_wait,
     find,
 )
-from finetune_operator.plan.model.types import ObservedPod, PodPhase
+from finetune_operator.plan.model.types import ObservedExport, ObservedPod, PodPhase
 
 Json = Mapping[str, Any]
 SIGKILL_EXIT = 137
@@ -30,13 +32,14 @@ def observe_pod(pod: Json) -> ObservedPod | None:
     meta, status = pod["metadata"], pod.get("status") or {}
     own = meta.get("labels") or {}
     try:
-        attempt, node_rank = int(own[labels.ATTEMPT]), int(own[labels.NODE_RANK])
+        attempt, node_rank = (0, 0) if labels.EXPORT in own else (int(own[labels.ATTEMPT]), int(own[labels.NODE_RANK]))
     except (KeyError, ValueError):
         return None
     container = find(status.get("containerStatuses") or (), names.CONTAINER)
     state = container.get("state") or {}
     terminated = state.get("terminated") or {}
-    termination = _termination(terminated, attempt, pod, node_rank)
+    export = _export(own, terminated)
+    termination = _termination(terminated, attempt, pod, node_rank) if export is None else None
     ended_at = _time(terminated.get("finishedAt"))
     grace = timedelta(seconds=meta.get("deletionGracePeriodSeconds") or 0)
     deletion = _time(meta.get("deletionTimestamp"))
@@ -50,6 +53,8 @@ def observe_pod(pod: Json) -> ObservedPod | None:
         phase=_phase(status, state),
         created_at=created,
         node=pod["spec"].get("nodeName"),
+        scheduled_at=_scheduled_at(status),
+        gated=any(gate["name"] == GATE for gate in pod["spec"].get("schedulingGates") or ()),
         deleted_at=deletion - grace if deletion else None,
         grace=grace,
         ready=bool(container.get("ready")),
@@ -65,7 +70,21 @@ def observe_pod(pod: Json) -> ObservedPod | None:
         fell_back=own.get(labels.CAPACITY) == Capacity.ANY,
         waiting=describe_wait(pod) or _describe_scheduling(status),
         template=own.get(labels.TEMPLATE),
+        export=export,
     )
+
+
+def _export(own: Json, terminated: Json) -> ObservedExport | None:
+    """Return what only an export pod has; if it could not write its result, the end of its log is the message."""
+    if labels.EXPORT not in own:
+        return None
+    message = terminated.get("message")
+    if not message:
+        return ObservedExport(own[labels.EXPORT])
+    try:
+        return ObservedExport(own[labels.EXPORT], ExportResult.model_validate_json(message))
+    except ValueError:
+        return ObservedExport(own[labels.EXPORT], ExportResult(message=message[-MAX_LAST_OUTPUT:].strip()))
 
 
 def _phase(status: Json, state: Json) -> PodPhase:
@@ -123,6 +142,12 @@ def _disruption(status: Json) -> Json:
     if condition.get("status") != "True":
         return {}
     return {"reason": conditions.DISRUPTION_TARGET, **{key: text for key, text in condition.items() if text}}
+
+
+def _scheduled_at(status: Json) -> datetime | None:
+    """Return when a pod received its node, if the scheduler has reported it."""
+    scheduled = _condition(status, "PodScheduled")
+    return _time(scheduled.get("lastTransitionTime")) if scheduled.get("status") == "True" else None
 
 
 def _describe_scheduling(status: Json) -> str | None:

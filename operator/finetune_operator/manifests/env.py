@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_contract import environment, paths
+from finetune_contract.outputs.request import ExportRequest
 from finetune_contract.run_spec import SpeedSettings
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_host
@@ -56,6 +57,18 @@ def build_env(job: FineTuneJob, slot: PodSlot, settings: Settings) -> list[dict[
     return [{"name": name, "value": value} for name, value in values.items()] + [
         {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()
     ]
+
+
+def build_export_env(job: FineTuneJob, request: ExportRequest, settings: Settings) -> list[dict[str, Any]]:
+    """Return all variables of the container of an export pod except those from Secrets."""
+    values = {
+        environment.RUN_SPEC: f"{layout.RUN}/{layout.RUN_SPEC_KEY}",
+        environment.EXPORT: request.to_json(),
+        **_folders(job, settings),
+        environment.TERMINATION_LOG: layout.TERMINATION_LOG,
+        "HOME": layout.SCRATCH,
+    }
+    return [{"name": name, "value": value} for name, value in values.items()]
 
 
 def _gang(job: FineTuneJob, slot: PodSlot, settings: Settings) -> dict[str, str]:

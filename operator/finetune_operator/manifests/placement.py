@@ -1,8 +1,8 @@
 """Scheduling of a gang's pods: near each other or apart, on spot nodes or any, and with which tolerations.
 
-All constraints are preferences, because slow training is better than none. The exception is spot, which is required
-unless the pod has fallen back to any node. `spec.podTemplate` is merged over this; a list without a merge key, such as
-tolerations, replaces the operator's list.
+All constraints are preferences, because slow training is better than none. The exceptions are spot, which is required
+unless the pod has fallen back to any node, and `topology.pack`. `spec.podTemplate` is merged over this; a list without a
+merge key, such as tolerations, replaces the operator's list.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_operator.api import labels
-from finetune_operator.api.job import Accelerator, FineTuneJob
+from finetune_operator.api.job import Accelerator, FineTuneJob, FineTuneJobSpec, Pack
 from finetune_operator.api.status import Capacity
 from finetune_operator.manifests.resources import EFA_RESOURCE, GPU_RESOURCE, uses_efa
 from finetune_operator.manifests.run_spec import num_nodes
+from finetune_operator.settings import Settings
 
 HOST = "kubernetes.io/hostname"
+ZONE = "topology.kubernetes.io/zone"
 
 NEAR: tuple[tuple[str, int], ...] = (
-    ("topology.kubernetes.io/zone", 25),
+    (ZONE, 25),
     # AWS: the network node that a machine is connected to is that of layer 3.
     ("topology.k8s.aws/network-node-layer-1", 50),
     ("topology.k8s.aws/network-node-layer-2", 75),
@@ -45,34 +47,53 @@ SPOT_LABELS = (
 """Labels of spot nodes of Karpenter, EKS, GKE and AKS. AKS also taints them; elsewhere administrators may."""
 
 
-def build_placement(job: FineTuneJob, capacity: Capacity | None = None) -> dict[str, Any]:
+def build_placement(job: FineTuneJob, settings: Settings, capacity: Capacity | None = None) -> dict[str, Any]:
     """Return the fields of a PodSpec that control scheduling; empty fields are left out.
 
     Args:
         job: the job that owns the pod.
+        settings: the administrator's settings.
         capacity: kind of nodes that the pod requests; None: as the spec specifies.
     """
     fields = {
-        "affinity": _affinity(job, capacity),
+        "affinity": _affinity(job, settings, capacity),
         "topologySpreadConstraints": _spread(job),
         "tolerations": _tolerations(job),
     }
     return {name: value for name, value in fields.items() if value}
 
 
-def _affinity(job: FineTuneJob, capacity: Capacity | None) -> dict[str, Any]:
+def pack_label(spec: FineTuneJobSpec, settings: Settings) -> str | None:
+    """Return the label of nodes whose value all pods of a job must share; None: they may run anywhere."""
+    if spec.topology.pack is None or num_nodes(spec) == 1:
+        return None
+    return ZONE if spec.topology.pack is Pack.ZONE else settings.rack_label or None
+
+
+def _affinity(job: FineTuneJob, settings: Settings, capacity: Capacity | None) -> dict[str, Any]:
     affinity: dict[str, Any] = {}
     if job.spec.recovery.spot is not None:
         affinity["nodeAffinity"] = _spot_affinity(capacity)
+    if near := _pod_affinity(job, settings):
+        affinity["podAffinity"] = near
+    return affinity
+
+
+def _pod_affinity(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
+    near: dict[str, Any] = {}
+    if label := pack_label(job.spec, settings):
+        # The scheduler places the first pod anywhere: no pod matches yet, and the pod matches its own term. Pods of
+        # later attempts follow those that were kept.
+        near["requiredDuringSchedulingIgnoredDuringExecution"] = [
+            {"labelSelector": _siblings(job), "topologyKey": label}
+        ]
     if _is_gpu(job) and num_nodes(job.spec) > 1:
         # The pods exchange gradients in every step: few switches make it faster, and in one zone it is free of charge.
-        affinity["podAffinity"] = {
-            "preferredDuringSchedulingIgnoredDuringExecution": [
-                {"weight": weight, "podAffinityTerm": {"labelSelector": _siblings(job), "topologyKey": label}}
-                for label, weight in NEAR
-            ]
-        }
-    return affinity
+        near["preferredDuringSchedulingIgnoredDuringExecution"] = [
+            {"weight": weight, "podAffinityTerm": {"labelSelector": _siblings(job), "topologyKey": label}}
+            for label, weight in NEAR
+        ]
+    return near
 
 
 def _spot_affinity(capacity: Capacity | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from finetune_operator.api.status import Capacity
 from finetune_operator.manifests import layout
 from finetune_operator.manifests.admission import Admission, admit
 from finetune_operator.manifests.env import PodSlot, build_env
+from finetune_operator.manifests.gang import GangMembership, join_gang
 from finetune_operator.manifests.merge import MergeError, merge
 from finetune_operator.manifests.metadata import build_metadata, pod_labels
 from finetune_operator.manifests.placement import build_placement
@@ -47,6 +48,8 @@ class PodOptions:
     """Names of nodes to use only if no others are available."""
     admission: Admission | None = None
     """What the queue adds to its pods; None: nothing, or the job has no queue."""
+    gang: GangMembership | None = None
+    """How it receives its node together with other pods; None: by itself."""
 
 
 DEFAULT_OPTIONS = PodOptions()
@@ -74,14 +77,20 @@ def build_pod(
         checks_devices=options.checks_devices,
     )
     spec = _pod_spec(job, build_env(job, slot, settings), settings, options.capacity)
-    _add_volumes(spec, build_volumes(job, settings, node_rank))
+    add_volumes(spec, build_volumes(job, settings, node_rank))
     _avoid(spec, options.avoid)
     pod = {**identity, "spec": spec | identity["spec"]}
-    pod = _apply_template(pod, identity, job.spec.pod_template)
-    return pod if options.admission is None else admit(pod, options.admission)
+    pod = apply_template(pod, identity, job.spec.pod_template)
+    pod = pod if options.admission is None else admit(pod, options.admission)
+    return pod if options.gang is None else join_gang(pod, options.gang)
 
 
-def _apply_template(pod: dict[str, Any], identity: dict[str, Any], template: dict[str, Any] | None) -> dict[str, Any]:
+def apply_template(pod: dict[str, Any], identity: dict[str, Any], template: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a pod merged with a podTemplate; the identity is kept.
+
+    Raises:
+        MergeError: the template cannot be merged, or removes the trainer.
+    """
     if not template:
         return pod
     # The template is merged over the pod, then the identity over the result: the plan must find the pod even if the
@@ -133,16 +142,16 @@ def _pod_spec(
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": job.spec.recovery.notice_seconds,
-        "securityContext": _pod_security(settings),
-        "containers": [_container(job, env, settings)],
-        **build_placement(job, capacity),
+        "securityContext": pod_security(settings),
+        "containers": [build_container(job, env, settings)],
+        **build_placement(job, settings, capacity),
     }
     if job.spec.priority_class_name:
         spec["priorityClassName"] = job.spec.priority_class_name
     return spec
 
 
-def _add_volumes(spec: dict[str, Any], volumes: Sequence[tuple[Volume, dict[str, Any]]]) -> None:
+def add_volumes(spec: dict[str, Any], volumes: Sequence[tuple[Volume, dict[str, Any]]]) -> None:
     """Add volumes to a pod, and their mounts to the trainer."""
     spec["volumes"] = [volume for volume, _ in volumes]
     spec["containers"][0]["volumeMounts"] = [mount for _, mount in volumes]
@@ -159,7 +168,8 @@ def _avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:
     )
 
 
-def _container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+def build_container(job: FineTuneJob, env: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+    """Return the container of the trainer."""
     topology = job.spec.topology
     script = job.spec.training.script
     container: dict[str, Any] = {
@@ -191,7 +201,7 @@ def select_image(topology: TopologySpec, settings: Settings) -> str:
     return settings.trainer_image_cpu
 
 
-def _pod_security(settings: Settings) -> dict[str, Any]:
+def pod_security(settings: Settings) -> dict[str, Any]:
     """Return the settings of the restricted Pod Security Standard; the trainer's user can write to the volumes."""
     user = settings.trainer_user_id
     return {

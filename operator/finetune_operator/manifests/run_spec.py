@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from finetune_contract.methods import with_defaults
+from finetune_contract.outputs.request import written_in_training
 from finetune_contract.run_spec import RunSpec, RunTarget
 from finetune_operator.api.duration import parse_seconds
 from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec
@@ -32,8 +33,13 @@ def build_target(spec: FineTuneJobSpec) -> RunTarget:
 
 
 def hash_target(spec: FineTuneJobSpec) -> str:
-    """Return a hash of the target, by which an attempt is compared with an edited spec."""
-    return hashlib.sha256(build_target(spec).to_json().encode()).hexdigest()[:HASH_CHARACTERS]
+    """Return a hash of the target, by which an attempt is compared with an edited spec.
+
+    Outputs that an export pod writes after the training are not part of it.
+    """
+    target = build_target(spec)
+    target = target.model_copy(update={"outputs": written_in_training(target.outputs)})
+    return hashlib.sha256(target.to_json().encode()).hexdigest()[:HASH_CHARACTERS]
 
 
 def build_run_spec(job: FineTuneJob) -> RunSpec:

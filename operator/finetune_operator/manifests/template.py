@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from finetune_operator.api.job import FineTuneJobSpec
+from finetune_operator.api.job import FineTuneJobSpec, SchedulingMode
 
 HASH_CHARACTERS = 10
 
@@ -28,5 +28,7 @@ def hash_template(spec: FineTuneJobSpec) -> str:
         [secret.name for secret in spec.secrets],
         spec.pod_template,
         *([of_outputs] if of_outputs else []),
+        *([spec.scheduling.value] if spec.scheduling is not SchedulingMode.AUTO else []),
+        *([{"pack": spec.topology.pack}] if spec.topology.pack else []),
     )
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:HASH_CHARACTERS]

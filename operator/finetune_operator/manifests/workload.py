@@ -13,6 +13,7 @@ from typing import Any
 from finetune_operator.api import kueue, labels
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.manifests.metadata import build_metadata, job_labels
+from finetune_operator.manifests.placement import pack_label
 from finetune_operator.manifests.pods import build_pod
 from finetune_operator.manifests.run_spec import num_nodes
 from finetune_operator.settings import Settings
@@ -35,7 +36,8 @@ def build_workload(job: FineTuneJob, settings: Settings, *, replaces: str | None
     """
     size, least = num_nodes(job.spec), job.spec.topology.min_nodes
     pod_set: dict[str, Any] = {"name": kueue.POD_SET, "count": size, "template": build_pod_template(job, settings)}
-    if request := _topology_request(pod_set["template"]["metadata"].get("annotations") or {}):
+    request = _topology_request(pod_set["template"]["metadata"].get("annotations") or {})
+    if request := request or _pack_request(job, settings):
         pod_set["topologyRequest"] = request
     annotations: dict[str, str] = {}
     if replaces is not None:
@@ -91,12 +93,22 @@ def hash_request(job: FineTuneJob) -> str:
         spec.recovery.spot is not None,
         spec.priority_class_name,
         spec.pod_template,
+        *([{"pack": spec.topology.pack}] if spec.topology.pack else []),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:HASH_CHARACTERS]
 
 
 def _container(container: dict[str, Any]) -> dict[str, Any]:
     return {name: container[name] for name in OF_A_CONTAINER if name in container}
+
+
+def _pack_request(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
+    """Return the request of a packed job; empty: it is not packed, or the flavors of its queue have no topology.
+
+    Kueue never admits a request for a domain if no flavor has a topology.
+    """
+    label = pack_label(job.spec, settings) if settings.kueue_topology else None
+    return {"required": label, "podIndexLabel": labels.NODE_RANK} if label else {}
 
 
 def _topology_request(annotations: dict[str, str]) -> dict[str, Any]:

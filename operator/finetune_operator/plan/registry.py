@@ -15,6 +15,7 @@ from finetune_operator.plan.policies import (
     deadline,
     edits,
     endings,
+    exports,
     finish,
     gang,
     hangs,
@@ -26,7 +27,7 @@ from finetune_operator.plan.policies import (
     suspend,
     ttl,
 )
-from finetune_operator.plan.policies.capacity import elastic, quota, regroup, spot, standby
+from finetune_operator.plan.policies.capacity import elastic, gates, groups, incomplete, quota, regroup, spot, standby
 from finetune_operator.plan.policies.queue import eviction, report, request
 from finetune_operator.plan.report import conditions, goodput, phase, progress, slow_ranks, timing
 
@@ -37,6 +38,7 @@ POLICIES: tuple[Policy, ...] = (
     progress.POLICY,  # Which step, figures and checkpoints do the ranks report?
     gang.POLICY,  # Has every pod of the attempt been observed? Creates the missing ones.
     finish.POLICY,  # Has every node finished?
+    exports.POLICY,  # Which outputs does the export pod write, and is it done?
     deadline.POLICY,  # Has the job exceeded its deadline?
     suspend.STOP,  # Does the user suspend the job?
     eviction.POLICY,  # Has the queue withdrawn its admission?
@@ -47,6 +49,7 @@ POLICIES: tuple[Policy, ...] = (
     spot.POLICY,  # Should the job accept nodes other than spot?
     edits.APPLY,  # Was the spec edited while pods wait?
     edits.TARGET,  # Were the steps, epochs or outputs edited?
+    incomplete.POLICY,  # Has a part of the gang held nodes for too long?
     quota.POLICY,  # Has the cluster refused a part of the gang for too long?
     regroup.POLICY,  # Is better capacity ready?
     reclassify.POLICY,  # Was the node of a lost peer lost?
@@ -63,6 +66,8 @@ POLICIES: tuple[Policy, ...] = (
     goodput.POLICY,  # Which share of the time trained steps that were kept?
     in_place.POLICY,  # When does a pod that is kept become too silent to keep?
     cleanup.POLICY,  # Deletes the pods of attempts that have ended.
+    gates.POLICY,  # Lets the scheduler see the pods when all of them exist.
+    groups.POLICY,  # Deletes the PodGroups of earlier attempts.
     standby.POLICY,  # Deletes standby pods that are no longer wanted.
     request.POLICY,  # Requests the admission of the pods, and releases the quota.
     report.POLICY,  # Reports to the queue whether the pods are ready, and the cost of an eviction.

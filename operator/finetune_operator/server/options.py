@@ -21,6 +21,7 @@ from finetune_operator.settings import Settings
 PREFIX = "FINETUNE_"
 MAX_NAME = 253
 NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+LABEL = rf"({NAME}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?"
 PORTS = (1, 65535)
 DAY = 86400
 MAX_INT = 2**31 - 1
@@ -87,6 +88,8 @@ class Flag:
             return {"type": "boolean"}
         if self.read is _parse_name:
             return {"type": "string", "maxLength": MAX_NAME, "pattern": f"^{NAME}$"}
+        if self.read is _parse_label:
+            return {"type": "string", "maxLength": MAX_NAME, "pattern": f"^{LABEL}$"}
         return {"type": "string", "pattern": r"^\S+$"}
 
     @property
@@ -109,6 +112,12 @@ def _parse_name(text: str) -> str:
     return text
 
 
+def _parse_label(text: str) -> str:
+    if text and (len(text) > MAX_NAME or not re.fullmatch(LABEL, text)):
+        raise argparse.ArgumentTypeError(f"invalid label {text!r}: write its name, for example example.com/rack")
+    return text
+
+
 def _parse_names(text: str) -> tuple[str, ...]:
     return tuple(_parse_name(name.strip()) for name in text.split(",") if name.strip())
 
@@ -123,6 +132,7 @@ METAVARS: dict[Callable[[str], Any], str] = {
     _parse_bool: "true|false",
     _parse_name: "NAME",
     _parse_names: "NAME,...",
+    _parse_label: "LABEL",
     _parse_url: "URL",
     int: "N",
     float: "N",
@@ -149,6 +159,20 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             False,
             "write the cost of an eviction into Workloads, for Kueue's feature gate PriorityBoost",
             _parse_bool,
+        ),
+        Flag(
+            "kueue-topology",
+            False,
+            "let Kueue choose the domain of jobs with topology.pack; true if the flavors have topologies",
+            _parse_bool,
+        ),
+        Flag("gangs", False, "give the pods of a job their nodes together (spec.scheduling)", _parse_bool),
+        Flag(
+            "gang-hold-seconds",
+            _DEFAULTS.gang_hold_seconds,
+            "longest time for which an incomplete gang holds nodes",
+            float,
+            between=(1, DAY),
         ),
         Flag("num-workers", 32, "number of jobs that are reconciled at the same time", int, between=(1, 1000)),
     ),
@@ -236,6 +260,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "image of CPU pods whose jobs request oneCCL or IPEX",
         ),
         Flag(
+            "trainer-image-export",
+            _DEFAULTS.trainer_image_export,
+            "image of pods that write outputs with the extra export (openvino); empty: jobs cannot request them",
+        ),
+        Flag(
             "cores-per-rank",
             _DEFAULTS.cores_per_rank,
             "CPU cores requested per rank if a job sets none",
@@ -243,6 +272,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             between=(0, 1024),
         ),
         Flag("rendezvous-port", _DEFAULTS.rendezvous_port, "port of rank 0's rendezvous store", int, between=PORTS),
+        Flag(
+            "rack-label",
+            "",
+            "label of nodes whose value is their rack, for topology.pack: rack; default: none",
+            _parse_label,
+        ),
         Flag(
             "cache-claim",
             "",

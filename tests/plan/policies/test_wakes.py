@@ -183,6 +183,19 @@ def _ttl() -> FakeCluster:
     return cluster
 
 
+def _exports() -> FakeCluster:
+    """A requested export failed; the next pod waits for the end of the back-off."""
+    cluster = FakeCluster().running()
+    cluster.request_export('{"id": "r1", "outputs": [{"format": "kohya", "to": "s3://models/kohya"}]}')
+    for rank in (0, 1):
+        cluster.exit(rank, 0)
+    cluster.settle()
+    cluster.run_export()
+    cluster.end_export(ExitCode.STORAGE)
+    cluster.settle()
+    return cluster
+
+
 def _nodes() -> FakeCluster:
     """The control plane has lost the node of pod 1, whose last heartbeat is 10 s old."""
     cluster = FakeCluster().running()
@@ -216,7 +229,19 @@ def _queue_report() -> FakeCluster:
     return cluster
 
 
+def _incomplete() -> FakeCluster:
+    """One pod of the gang has had a node for 5 s; the other one does not fit."""
+    cluster = FakeCluster(settings=replace(SETTINGS, gangs=True))
+    cluster.settle()
+    cluster.change(0, node="node-0", scheduled_at=cluster.now)
+    cluster.change(1, waiting="Unschedulable: no node has room")
+    cluster.tick(5)
+    cluster.settle()
+    return cluster
+
+
 SCENARIOS = {
+    "incomplete": WakeScenario(_incomplete, None),
     "queue-report": WakeScenario(_queue_report, 20),
     "acceptance": WakeScenario(_acceptance, 60),
     "deadline": WakeScenario(_deadline, 45),
@@ -234,6 +259,7 @@ SCENARIOS = {
     "in-place": WakeScenario(_in_place, 15),
     "cleanup": WakeScenario(_cleanup, 30),
     "standby": WakeScenario(_standby, 10),
+    "exports": WakeScenario(_exports, None),
     "ttl": WakeScenario(_ttl, 30),
     "nodes": WakeScenario(_nodes, 5),
 }

@@ -39,6 +39,13 @@ class OutputPrecision(StrEnum):
     FP16 = "fp16"
 
 
+class WeightQuantization(StrEnum):
+    """Formats of quantized weights."""
+
+    INT8 = "int8"
+    """Integers of 8 bits with a scale and a zero point for each output channel."""
+
+
 class OutputLayout(StrEnum):
     """Layouts of a complete model."""
 
@@ -71,12 +78,16 @@ class OutputSpec(SpecModel):
 
     format: OutputFormat = Field(
         description="File format; webui and comfyui are what these programs load (kohya for a LoRA, single-file for "
-        "all other methods); asWritten copies what a script has written; openvino is not supported yet"
+        "all other methods); openvino is a complete model for OpenVINO; asWritten copies what a script has written"
     )
     precision: OutputPrecision | None = Field(
         default=None,
-        description="Number format of the weights; default: fp32 for trained weights, and that of the base for its "
-        "other parts",
+        description="Number format of the weights; default: fp32 for trained weights and all of openvino, and that of "
+        "the base for its other parts",
+    )
+    quantization: WeightQuantization | None = Field(
+        default=None,
+        description="With format openvino, quantize the weights: int8 needs half the space of fp16",
     )
     ema: bool | None = Field(
         default=None,
@@ -94,10 +105,15 @@ class OutputSpec(SpecModel):
         description="Container of a single file: safetensors (default), or ckpt for programs that read nothing else",
     )
     strength: float = Field(
-        default=1.0, ge=-10, le=10, description="With format merged, factor of what the LoRA adds to the base"
+        default=1.0,
+        ge=-10,
+        le=10,
+        description="With format merged, or openvino of a LoRA, factor of what the LoRA adds to the base",
     )
     adapters: tuple[MergedAdapter, ...] = Field(
-        default=(), max_length=8, description="With format merged, further LoRAs for the same kind of base to add"
+        default=(),
+        max_length=8,
+        description="With format merged, or openvino of a LoRA, further LoRAs for the same kind of base to add",
     )
     rank: int | None = Field(
         default=None,

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from finetune_trainer.data.sampling.draws import Draws
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.errors import ConfigError, RankError, StorageError
 from finetune_trainer.export.formats.about import About
-from finetune_trainer.export.outputs import Export, Report, check_outputs, check_targets, write_outputs
+from finetune_trainer.export.outputs import Export, Report, check_outputs, check_packages, check_targets, write_outputs
 from finetune_trainer.fetched import fetch
 from finetune_trainer.methods.method import Method, MethodContext
 from finetune_trainer.methods.registry import method_class, method_traits
@@ -86,12 +87,18 @@ def export_outputs(
         StorageError, NetworkError: something cannot be read or written now.
     """
     place = DeliveryPlace(job_dir or cache_dir, spec.namespace, spec.job)
-    manifest = _check(spec, checkpoint, outputs, place)
+    source = checkpoint.name if job_dir is not None else ""
+    return export_with(spec, checkpoint, outputs, cache_dir, Export(place, spec.uid, source, report=_log_states()))
+
+
+def export_with(
+    spec: RunSpec, checkpoint: Path, outputs: Sequence[OutputSpec], cache_dir: Path, export: Export
+) -> tuple[WrittenOutput, ...]:
+    """Write outputs from a checkpoint; see `export_outputs`. The origin of the weights is added to the export."""
+    manifest = _check(spec, checkpoint, outputs, export.place)
     whole = needs_whole_base(spec.training.method, outputs)
     method = _make_method(_pinned(spec, checkpoint, manifest), cache_dir, whole=whole)
-    about = About.of_run(spec, None, cache_dir, manifest.step)
-    source = checkpoint.name if job_dir is not None else ""
-    export = Export(place, spec.uid, source, report=_log_states(), about=about)
+    export = replace(export, about=About.of_run(spec, None, cache_dir, manifest.step))
     written: dict[str, WrittenOutput] = {}
     for with_ema in dict.fromkeys(spec.training.ema if each.ema is None else each.ema for each in outputs):
         _restore(method.parameters(), checkpoint, manifest, with_ema=with_ema)
@@ -104,6 +111,7 @@ def export_outputs(
 def _check(spec: RunSpec, checkpoint: Path, outputs: Sequence[OutputSpec], place: DeliveryPlace) -> Manifest:
     """Return the manifest of a checkpoint after checking everything that an export needs."""
     check_outputs(outputs, method_traits(spec.training.method).formats)
+    check_packages(outputs)
     check_targets(outputs, place)
     return _verified(checkpoint)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
 from finetune_contract.outputs.spec import OutputFormat, OutputSpec
+from finetune_contract.requirements import find_missing_export
 from finetune_trainer.delivery.folder_target import WRITING, FolderTarget
 from finetune_trainer.delivery.open import DeliveryPlace, open_target
 from finetune_trainer.delivery.staged import OutputRecord, StagedOutput, describe_file
@@ -50,6 +51,7 @@ class Export:
         on_stage: called at each point of the export.
         about: the origin of the weights.
         finished: outputs that an earlier call has finished, by their numbers; this call adds its own.
+        records: name of a folder for the records, so that exports of several checkpoints do not remove each other's.
     """
 
     place: DeliveryPlace
@@ -59,6 +61,7 @@ class Export:
     on_stage: OnExportStage = lambda _: None
     about: About = NO_ORIGIN
     finished: dict[int, WrittenOutput] = field(default_factory=dict)
+    records: str = ""
 
 
 def check_outputs(outputs: Sequence[OutputSpec], formats: frozenset[OutputFormat]) -> None:
@@ -75,6 +78,16 @@ def check_outputs(outputs: Sequence[OutputSpec], formats: frozenset[OutputFormat
         if output.format not in formats:
             known = ", ".join(sorted(known.value for known in formats))
             raise ConfigError(f"outputs[{number}].format: the method cannot write {output.format.value}; write {known}")
+
+
+def check_packages(outputs: Sequence[OutputSpec]) -> None:
+    """Refuse formats that the packages installed here cannot write.
+
+    Raises:
+        ConfigError: the message names the field, the packages and how to install them.
+    """
+    for message in find_missing_export(outputs):
+        raise ConfigError(message)
 
 
 def check_targets(outputs: Sequence[OutputSpec], place: DeliveryPlace) -> None:
@@ -203,7 +216,7 @@ class _Group:
         self._targets = {number: open_target(number, outputs[number], export.place) for number in numbers}
         identity = f"{export.job_uid} {export.source} {_options(self._output)}"
         self._key = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        self._records = export.place.job_dir / _EXPORTS
+        self._records = export.place.job_dir / _EXPORTS / export.records
 
     def run(self, write: WriteFiles) -> None:
         """Write what is missing, and deliver it where it is missing."""

@@ -245,8 +245,14 @@ class StepHook:
         accelerator = self._session.accelerator
         if accelerator is None or not accelerator.sync_gradients:
             return False
-        prepared = accelerator._optimizers
-        return not any(getattr(each, "optimizer", each) is optimizer for each in prepared)
+        return not any(inner is optimizer for each in accelerator._optimizers for inner in _wrapped(each))
+
+
+def _wrapped(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer and those that it wraps. ZeRO wraps that of the script, and steps it once for each group."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
 
 
 class PythonHook:

@@ -21,6 +21,7 @@ from finetune_contract.cpu.backend import CCL_BINDING
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState
 from finetune_contract.methods import needs_whole_base
+from finetune_contract.outputs.request import written_in_training
 from finetune_contract.script_spec import ScriptSpec
 from finetune_trainer.checkpoint.store.base import storage_errors
 from finetune_trainer.checkpoint.store.fence import Fence
@@ -38,7 +39,7 @@ from finetune_trainer.script.agreement.peers import WAIT, Peers
 from finetune_trainer.script.agreement.votes import Agreement
 from finetune_trainer.script.checkpoints import ScriptCheckpoints
 from finetune_trainer.script.figures import Figures
-from finetune_trainer.script.outputs import ScriptResult, check_formats, write_script_outputs
+from finetune_trainer.script.outputs import ScriptRecord, ScriptResult, check_formats, write_script_outputs
 from finetune_trainer.script.requirements import install
 from finetune_trainer.script.saver import Saver
 from finetune_trainer.script.session import SavedExit, Session, SessionOptions
@@ -115,9 +116,12 @@ def run_script(context: RankContext, env: MutableMapping[str, str] = os.environ)
     if code is ExitCode.DONE:
         if peers.rank == 0:
             context.reporter.state(RankState.EXPORTING)
-            whole = needs_whole_base(None, context.spec.outputs)
+            outputs, export = written_in_training(context.spec.outputs), _export(context, session.step)
+            whole = needs_whole_base(None, outputs)
             result = ScriptResult(session.output_folder, base.model, context.cache_dir, whole)
-            context.reporter.outputs(write_script_outputs(result, context.spec.outputs, _export(context, session.step)))
+            context.reporter.outputs(write_script_outputs(result, outputs, export))
+            model = base.model.model_dump(by_alias=True, exclude_none=True)
+            ScriptRecord(str(session.output_folder), model, session.step, export.source).write(context.job_dir)
         # All ranks end together, when rank 0 has written the results of the script.
         peers.barrier()
     return code

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune_contract import paths
 from finetune_contract.heartbeat import WrittenOutput
@@ -16,13 +18,58 @@ from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.export.formats.open import open_trained
 from finetune_trainer.export.formats.write import write_format
 from finetune_trainer.export.outputs import Export, deliver_outputs
+from finetune_trainer.files import write_atomically
 from finetune_trainer.models.base import FAMILIES, find_folder, read_json
 from finetune_trainer.models.hub import HubFiles
 from finetune_trainer.models.layouts.trained import Trained
 from finetune_trainer.script.checkpoints import is_committed
 
 _INDEX = "model_index.json"
+_RECORD = "script-result.json"
 _REMEDY = "write format: asWritten"
+
+
+@dataclass(frozen=True)
+class ScriptRecord:
+    """What a later export needs to know of a script that has ended, in a file of the job's folder.
+
+    Attributes:
+        folder: its output folder.
+        base: the base that it has trained on, as a document.
+        step: its last step.
+        source: name of its result, by which an interrupted export is recognized.
+    """
+
+    folder: str
+    base: dict[str, Any]
+    step: int
+    source: str
+
+    def write(self, job_dir: Path) -> None:
+        """Write the record.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            job_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(job_dir / _RECORD, json.dumps(asdict(self), indent=1).encode())
+        except OSError as error:
+            raise StorageError(f"outputs: cannot write {job_dir / _RECORD}: {error.strerror or error}") from error
+
+    @classmethod
+    def read(cls, job_dir: Path) -> ScriptRecord:
+        """Read the record of a job.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        try:
+            return cls(**json.loads((job_dir / _RECORD).read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise ConfigError("the script of the job has not ended yet: nothing can be exported") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise StorageError(f"outputs: cannot read {job_dir / _RECORD}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from finetune_contract.bucket import Bucket
 from finetune_contract.identity import DATASET
 from finetune_contract.methods import needs_whole_base, precision_of
+from finetune_contract.outputs.request import written_in_training
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import LoraSpec, Precision, TextualInversionSpec
 from finetune_trainer import patience
@@ -242,7 +243,7 @@ def _open_base(spec: RunSpec, context: RankContext, world: World, record: InputR
     """
     field, model = "model.base", spec.model
     model = model.model_copy(update={"revision": record.revision(field, model.revision)})
-    whole = needs_whole_base(spec.training.method, spec.outputs)
+    whole = needs_whole_base(spec.training.method, written_in_training(spec.outputs))
     family = open_base(model, context.cache_dir, whole=whole) if world.is_first else None
     is_local = Path(model.base).exists()
     commit = world.share(None if family is None or is_local else hub_commit(family.denoiser_files()[0].parent))

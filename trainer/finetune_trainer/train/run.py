@@ -11,6 +11,7 @@ from functools import partial
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankState, WrittenOutput
+from finetune_contract.outputs.request import written_in_training
 from finetune_trainer import heap
 from finetune_trainer.checkpoint.checkpointer import Checkpointer
 from finetune_trainer.checkpoint.state import TrainState
@@ -129,12 +130,13 @@ def _export(build: RunBuilder, method: Method, state: TrainState) -> None:
     notice = context.notice
     writer = PatientWriter(world, context.reporter, build.spec.max_stale_seconds, notice.released, pause=notice.pause)
     finished: dict[int, WrittenOutput] = {}
+    outputs = written_in_training(build.spec.outputs)
 
     def write(averaged: bool) -> tuple[WrittenOutput, ...]:
         export = dataclasses.replace(build.make_export(state.step), finished=finished)
-        return write_outputs(method, build.spec.outputs, export, averaged=averaged)
+        return write_outputs(method, outputs, export, averaged=averaged)
 
-    for averaged in kinds_of_weights(build.spec.outputs):
+    for averaged in kinds_of_weights(outputs) if outputs or not build.spec.outputs else ():
         with state.exported(averaged=averaged):
             writer.write(partial(write, averaged))
     world.barrier()

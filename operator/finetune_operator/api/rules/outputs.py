@@ -13,15 +13,18 @@ OUTPUT = Scope("spec.outputs[]", OutputSpec)
 ADAPTER_FORMATS = (OutputFormat.KOHYA, OutputFormat.MERGED)
 """Output formats that are defined for adapters only."""
 _ONE_FILE = (OutputFormat.SINGLE_FILE, OutputFormat.WEBUI, OutputFormat.COMFYUI)
+_OF_LORA = (OutputFormat.MERGED, OutputFormat.OPENVINO)
+"""Formats that add a LoRA to its base."""
 _COMPLETE = tuple(method for method, traits in METHODS.items() if traits.trains is TrainedPart.BASE)
+_OPENVINO = tuple(method for method, traits in METHODS.items() if OutputFormat.OPENVINO in traits.formats)
 
 
-def _of_merged(field: str, is_absent: str, holds: Any) -> Rule[OutputSpec]:
+def _of_merged(field: str, formats: tuple[OutputFormat, ...], is_absent: str, holds: Any) -> Rule[OutputSpec]:
     return Rule(
         OUTPUT,
         field,
-        f"self.format == 'merged' || {is_absent}",
-        lambda output: output.format is OutputFormat.MERGED or holds(output),
+        f"self.format in {cel_list(formats)} || {is_absent}",
+        lambda output: output.format in formats or holds(output),
         f"{field} is for merged models; write format: merged, or leave {field} out",
     )
 
@@ -50,11 +53,56 @@ OUTPUT_RULES = (
         f"outputs has a format for {join_names(ADAPTER_METHODS)} only ({join_names(ADAPTER_FORMATS)}); write format: "
         "diffusers",
     ),
-    _of_merged("layout", "!has(self.layout)", lambda output: output.layout is None),
-    _of_merged(
-        "strength", "!has(self.strength) || double(self.strength) == 1.0", lambda output: output.strength == 1.0
+    Rule(
+        SPEC,
+        "outputs",
+        "!has(self.training.method) || self.outputs.all(output, output.format != 'openvino')"
+        f" || self.training.method in {cel_list(_OPENVINO)}",
+        lambda spec: (
+            spec.training.method is None
+            or spec.training.method in _OPENVINO
+            or all(output.format is not OutputFormat.OPENVINO for output in spec.outputs)
+        ),
+        f"outputs has format openvino, which is for complete models and LoRA ({join_names(_OPENVINO)}) only; write "
+        "format: diffusers",
     ),
-    _of_merged("adapters", "!has(self.adapters) || size(self.adapters) == 0", lambda output: not output.adapters),
+    Rule(
+        OUTPUT,
+        "quantization",
+        "self.format == 'openvino' || !has(self.quantization)",
+        lambda output: output.format is OutputFormat.OPENVINO or output.quantization is None,
+        "quantization is for OpenVINO; write format: openvino, or leave quantization out",
+    ),
+    Rule(
+        SPEC,
+        "outputs",
+        f"!has(self.training.method) || self.training.method in {cel_list(ADAPTER_METHODS)} || "
+        "self.outputs.all(output, output.format != 'openvino' || ((!has(output.strength) || "
+        "double(output.strength) == 1.0) && (!has(output.adapters) || size(output.adapters) == 0)))",
+        lambda spec: (
+            spec.training.method is None
+            or spec.training.method in ADAPTER_METHODS
+            or all(
+                output.format is not OutputFormat.OPENVINO or (output.strength == 1.0 and not output.adapters)
+                for output in spec.outputs
+            )
+        ),
+        f"outputs has a strength or adapters, which only the LoRA of {join_names(ADAPTER_METHODS)} has; leave strength "
+        "and adapters out",
+    ),
+    _of_merged("layout", (OutputFormat.MERGED,), "!has(self.layout)", lambda output: output.layout is None),
+    _of_merged(
+        "strength",
+        _OF_LORA,
+        "!has(self.strength) || double(self.strength) == 1.0",
+        lambda output: output.strength == 1.0,
+    ),
+    _of_merged(
+        "adapters",
+        _OF_LORA,
+        "!has(self.adapters) || size(self.adapters) == 0",
+        lambda output: not output.adapters,
+    ),
     _of_converted("precision", "!has(self.precision)", lambda output: output.precision is None),
     _of_converted("rank", "!has(self.rank)", lambda output: output.rank is None),
     _of_converted("triggerPhrase", "!has(self.triggerPhrase)", lambda output: output.trigger_phrase is None),

@@ -96,6 +96,16 @@ MISSING = (
         "script",
     ),
     Missing(
+        "spec.topology.cpu.ipex",
+        lambda spec: spec.topology.cpu.ipex is SwitchMode.ON and spec.training.sharding is not Sharding.NONE,
+        "IPEX packs the weights of a layer, which sharding distributes; write ipex: auto, or leave sharding out",
+    ),
+    Missing(
+        "spec.topology.cpu.ipex",
+        lambda spec: spec.topology.cpu.ipex is SwitchMode.ON and spec.training.compile is SwitchMode.ON,
+        "IPEX computes the layers that compile would compile; write ipex: auto, or leave compile out",
+    ),
+    Missing(
         "spec.training.precision",
         lambda spec: spec.training.sharding is not Sharding.NONE and spec.training.precision is Precision.FP16,
         "sharding does not support fp16; write precision: bf16",
@@ -128,16 +138,7 @@ MISSING = (
     ),
     Missing(
         "spec.outputs",
-        lambda spec: (
-            spec.training.script is not None and any(output.format not in _formats(spec) for output in spec.outputs)
-        ),
-        "this version does not write one of the formats; write format: asWritten, or write format: diffusers",
-    ),
-    Missing(
-        "spec.outputs",
-        lambda spec: (
-            spec.training.script is None and any(output.format not in _formats(spec) for output in spec.outputs)
-        ),
+        lambda spec: any(output.format not in _formats(spec) for output in spec.outputs),
         f"this version does not write one of the formats for this method (it writes {_written_formats()}); write "
         "format: diffusers",
     ),

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Order, Reply
+from finetune_operator.api.gangs import GATE
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.kueue import WORKLOAD, queue_of
 from finetune_operator.api.reasons import Reason
@@ -28,6 +29,7 @@ from finetune_operator.cluster.kube.client.client import (
     MERGE,
     NOT_FOUND,
     PARTIAL,
+    STRATEGIC,
     ApiError,
     Json,
     KubeApi,
@@ -51,6 +53,13 @@ from finetune_operator.cluster.kube.client.objects import (
     with_status,
 )
 from finetune_operator.cluster.kube.client.refusals import CreationError, Refusals, classify_refusal
+from finetune_operator.cluster.kube.optional.children import (
+    PLURALS,
+    KubeOptional,
+    OptionalChildren,
+    decoder,
+    resource_of,
+)
 from finetune_operator.cluster.kube.options import UpdateLimits
 from finetune_operator.cluster.kube.queue.workloads import WORKLOADS, KubeWorkload, Workloads, must_wake_now
 from finetune_operator.cluster.kube.watch.cache import Cache, Entry, ObjectKey
@@ -73,13 +82,16 @@ from finetune_operator.plan.model.types import (
     HEALTHY,
     Action,
     Create,
+    DeleteChild,
     DeletePod,
     DeleteWorkload,
     Event,
     Manifest,
     Observed,
+    OpenGate,
     PatchWorkload,
     Refusal,
+    split_exports,
 )
 from finetune_operator.plan.model.view import members_of, nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
@@ -125,6 +137,7 @@ class KubeCluster:
         self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
         self.workloads = Workloads(dependencies.api, self._workload_changed, self._wake_queued)
+        self.optional = OptionalChildren(dependencies.api, self._optional_changed, self._wake_all)
         self._nodes = dependencies.nodes
         self._refusals = Refusals()
         self._listening_since: datetime | None = None
@@ -148,11 +161,12 @@ class KubeCluster:
         key, uid = _key(job), job.metadata.uid
         # The coordinator starts before the first reconcile.
         self._listening_since = self._listening_since or self._clock()
-        pods = tuple(pod.observed for pod in self.pods.group(key) if pod.owner_uid == uid)
-        names = nodes_of(job.status, pods)
+        pods, exports = split_exports(pod.observed for pod in self.pods.group(key) if pod.owner_uid == uid)
+        names = nodes_of(job.status, (*pods, *exports))
         nodes = {name: state for name in names if (state := self._nodes.get(name)) != HEALTHY}
         return Observed(
             pods=pods,
+            exports=exports,
             nodes=nodes,
             refusal=self._refusals.get(key, job),
             create_after=self._refusals.held_until(key, job),
@@ -164,6 +178,8 @@ class KubeCluster:
             configs=frozenset(child.name for child in self.configs.group(key) if child.owner_uid == uid),
             workloads=self.workloads.of_job(key, job),
             queues_served=self.workloads.served,
+            gang_apis=self.optional.gang_apis(),
+            children=self.optional.of_job(key, uid),
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
@@ -194,6 +210,10 @@ class KubeCluster:
             await self.workloads.patch(job, action)
         elif isinstance(action, DeleteWorkload):
             await self.workloads.delete(job, action)
+        elif isinstance(action, OpenGate):
+            await self._open_gate(job, action)
+        elif isinstance(action, DeleteChild):
+            await self.optional.delete(job.metadata.namespace, action.child)
         else:
             await self._delete_job(job)
 
@@ -272,9 +292,9 @@ class KubeCluster:
         self.wake(pod.job, classify_pod_change(old, new, gang) if gang is not None else Urgency.NOW)
 
     def _gang_readiness(self, pod: KubePod) -> GangReadiness | None:
-        """Return how many pods of a pod's attempt exist and are ready; None if its job is unknown."""
+        """Return how many pods of a pod's attempt exist and are ready; None if its job is unknown, or it has none."""
         found = self.jobs.get(ObjectKey(*pod.job))
-        if found is None or found.job is None:
+        if found is None or found.job is None or pod.observed.export is not None:
             return None
         members = members_of(found.job.status, found.job.spec)
         pods = [other.observed for other in self.pods.group(pod.job)]
@@ -295,6 +315,15 @@ class KubeCluster:
     def _child_changed(self, key: ObjectKey, old: KubeChild | None, new: KubeChild | None) -> None:
         if new is None and old is not None:
             self.wake(old.job, Urgency.SOON)
+
+    def _optional_changed(self, key: ObjectKey, old: KubeOptional | None, new: KubeOptional | None) -> None:
+        if new is None and old is not None:
+            self.wake(old.job, Urgency.SOON)
+
+    def _wake_all(self) -> None:
+        """Request a reconcile of all jobs."""
+        for found in self.jobs.values():
+            self.wake(found.key, Urgency.SOON)
 
     def _workload_changed(self, key: ObjectKey, old: KubeWorkload | None, new: KubeWorkload | None) -> None:
         workload = new or old
@@ -329,7 +358,7 @@ class KubeCluster:
             if kind == WORKLOAD:
                 created = await self.workloads.create(job, manifest)
             else:
-                created = await self._api.create(BY_KIND[kind].path(meta["namespace"]), manifest)
+                created = await self._api.create(_resource(manifest).path(meta["namespace"]), manifest)
         except ApiError as error:
             if error.already_exists:
                 await self._adopt_existing(job, manifest)
@@ -339,8 +368,11 @@ class KubeCluster:
             seconds = self._refusals.hold(_key(job), job, now, error.retry_after_seconds or 0.0)
             raise CreationError(error, seconds) from error
         self._refusals.forget(_key(job))
-        if kind != WORKLOAD:
-            self._cache_written(self._children[kind], decode_created(kind, created), created)
+        if kind in PLURALS:
+            self._cache_optional(manifest, created)
+        elif kind != WORKLOAD:
+            gates = (manifest.get("spec") or {}).get("schedulingGates")
+            self._cache_written(self._children[kind], decode_created(kind, created, gates=gates), created)
 
     def _record_refusal(self, job: FineTuneJob, refusal: Refusal | None) -> None:
         """Record a refusal for the next reconcile, which writes it into the status.
@@ -357,7 +389,7 @@ class KubeCluster:
         """Handle a name that already exists: cache our own object, wait for an earlier job's, report a foreign one."""
         kind, meta = manifest["kind"], manifest["metadata"]
         try:
-            found = await self._api.get(_resource(kind).path(meta["namespace"], meta["name"]))
+            found = await self._api.get(_resource(manifest).path(meta["namespace"], meta["name"]))
         except ApiError as error:
             if error.status == NOT_FOUND:
                 # It was deleted in between; the watch will report that.
@@ -366,6 +398,8 @@ class KubeCluster:
         # The object of an earlier job is deleted with that job; its deletion wakes this one.
         if kind == WORKLOAD and owner_uid(found) == job.metadata.uid:
             self.workloads.put_written(found)
+        elif kind in PLURALS and owner_uid(found) == job.metadata.uid:
+            self._cache_optional(manifest, found)
         elif owner_uid(found) == job.metadata.uid:
             self._cache_written(
                 self._children[kind], decode_pod(found) if kind == "Pod" else decode_child(found), found
@@ -376,6 +410,25 @@ class KubeCluster:
             )
             self._events.enqueue(job, Event(Reason.NAME_TAKEN, message, warning=True))
             self._queue.add_after(_key(job), 60.0)
+
+    def _cache_optional(self, manifest: Manifest, response: Json) -> None:
+        version, kind = manifest["apiVersion"], manifest["kind"]
+        self._cache_written(self.optional.cache(version), decoder(version, kind)(response), response)
+
+    async def _open_gate(self, job: FineTuneJob, action: OpenGate) -> None:
+        """Remove the operator's scheduling gate from a pod. Gates of others stay."""
+        change = {
+            "metadata": {"uid": action.uid},
+            "spec": {"schedulingGates": [{"$patch": "delete", "name": GATE}]},
+        }
+        try:
+            path = PODS.path(job.metadata.namespace, action.name)
+            written = await self._api.request("PATCH", path, change, content_type=STRATEGIC)
+        except ApiError as error:
+            if error.status not in (CONFLICT, NOT_FOUND):
+                raise
+            return
+        self._cache_written(self.pods, decode_pod(written), written)
 
     def _cache_written(self, cache: Cache[Any], value: Any, response: Json) -> None:
         if value is not None:
@@ -414,7 +467,10 @@ class KubeCluster:
                 raise
 
 
-def _resource(kind: str) -> Resource:
+def _resource(manifest: Manifest) -> Resource:
+    kind = manifest["kind"]
+    if kind in PLURALS:
+        return resource_of(manifest["apiVersion"], kind)
     return WORKLOADS if kind == WORKLOAD else BY_KIND[kind]
 
 

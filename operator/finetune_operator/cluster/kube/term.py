@@ -22,6 +22,8 @@ from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.events import EventSender
 from finetune_operator.cluster.kube.cluster import ClusterDependencies, KubeCluster
 from finetune_operator.cluster.kube.leader.endpoint_slice import EndpointPublisher, LeaderEndpoint
+from finetune_operator.cluster.kube.optional.children import KINDS, api_version, decoder, optional_resources
+from finetune_operator.cluster.kube.optional.discovery import try_find_served, wait_until_served
 from finetune_operator.cluster.kube.options import CoordinatorOptions, OperatorOptions
 from finetune_operator.cluster.kube.queue.workloads import FLAVORS, WORKLOADS, decode_flavor, decode_workload
 from finetune_operator.cluster.kube.tls.context import CHECK_SECONDS, ServerCertificate
@@ -97,6 +99,7 @@ class LeaderTerm:
                 for reflector in self._reflectors:
                     tasks.create_task(reflector.run())
                 await self._watch_queues(tasks)
+                await self._watch_optional(tasks)
                 # A reconcile reads all caches: missing entries of an incomplete cache would look like lost pods.
                 for reflector in self._reflectors:
                     await reflector.synced.wait()
@@ -156,6 +159,41 @@ class LeaderTerm:
             await reflector.synced.wait()
         self._reflectors += reflectors
         workloads.set_served()
+
+    async def _watch_optional(self, tasks: asyncio.TaskGroup) -> None:
+        """Watch the optional objects that the settings allow; look for missing APIs from time to time."""
+        for candidates in optional_resources(self._replica.settings):
+            found = await try_find_served(self._replica.api, candidates)
+            if found is not None:
+                await self._follow_optional(tasks, found)
+            else:
+                tasks.create_task(self._await_optional(tasks, candidates))
+
+    async def _await_optional(self, tasks: asyncio.TaskGroup, candidates: tuple[objects.Resource, ...]) -> None:
+        await self._follow_optional(tasks, await wait_until_served(self._replica.api, candidates))
+
+    async def _follow_optional(self, tasks: asyncio.TaskGroup, resource: objects.Resource) -> None:
+        """Fill the cache of an optional resource, and keep it up to date."""
+        optional, version = self.cluster.optional, api_version(resource)
+        log.info("the cluster serves %s of %s", resource.plural, version)
+        cache = optional.add(resource)
+        query = {"labelSelector": objects.OWNED_SELECTOR}
+        source = WatchSource(
+            resource,
+            decoder(version, KINDS[resource.plural]),
+            query=query,
+            list_accept=PARTIAL_LIST,
+            watch_accept=PARTIAL,
+        )
+        reflectors: list[Reflector[Any]] = [
+            Reflector(self._replica.api, source, cache, scope) for scope in self._replica.options.namespaces or ("",)
+        ]
+        for reflector in reflectors:
+            tasks.create_task(reflector.run())
+        for reflector in reflectors:
+            await reflector.synced.wait()
+        self._reflectors += reflectors
+        optional.set_synced(resource)
 
     async def finish(self) -> None:
         """Start no more reconciles, and wait for those that are running."""

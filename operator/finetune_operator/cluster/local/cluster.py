@@ -29,7 +29,16 @@ from finetune_operator.cluster.local.task_scope import TaskScope
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
-from finetune_operator.plan.model.types import Action, Create, DeleteJob, DeletePod, Event, Manifest, Observed
+from finetune_operator.plan.model.types import (
+    Action,
+    Create,
+    DeleteJob,
+    DeletePod,
+    Event,
+    Manifest,
+    Observed,
+    split_exports,
+)
 from finetune_operator.plan.model.view import oldest_attempt
 from finetune_operator.plan.replies import reply_to
 
@@ -83,8 +92,10 @@ class LocalCluster:
         seen = [observed for pod in pods if (observed := observe_pod(pod.value)) is not None]
         await self.kubelet.remove_ended(frozenset(pod.uid for pod in pods))
         meta = job.metadata
+        of_attempts, exports = split_exports(seen)
         return Observed(
-            pods=tuple(seen),
+            pods=of_attempts,
+            exports=exports,
             beats=self.heartbeats.of_job(meta.namespace, meta.name, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(self._objects["Service"]),
             configs=frozenset(self._objects["ConfigMap"]),

@@ -16,5 +16,7 @@ LOCAL = Settings(
     regroup_seconds=1.0,
     # Pods without a cpu request share the machine's cores evenly.
     cores_per_rank=0,
+    # All pods run on this machine, and so in one rack.
+    rack_label="kubernetes.io/hostname",
 )
 """Shorter delays than on a cluster: there is no network, and a user is watching."""

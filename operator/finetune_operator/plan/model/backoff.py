@@ -3,7 +3,7 @@
 After outages it increases, too, while they last.
 
 If the cluster refuses pods repeatedly, or GPUs fail repeatedly, the delay increases, too: another attempt may end at
-once.
+once. The same applies if only a part of the gang receives nodes.
 
 The delay has random jitter, so that jobs that failed together do not restart together. The jitter is derived from the
 job and the attempt: every reconcile must decide the same.
@@ -19,13 +19,16 @@ from finetune_operator.api.reasons import REGROUPS, CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.settings import Settings
 
-WITHOUT_DELAY = REGROUPS | {Reason.SUSPENDED}
+WITHOUT_DELAY = REGROUPS | {Reason.FINISHED, Reason.SUSPENDED}
 """Ends that count neither as preemption nor as failure and cannot recur immediately."""
 
-
-RELEASE_SECONDS = 120.0
-"""Delay after the first release of a quota: long enough that the waiting jobs of other users request theirs."""
-MAX_RELEASE_SECONDS = 600.0
+RELEASES = {
+    # Long enough that the waiting jobs of other users request theirs.
+    Reason.QUOTA_RELEASED: (120.0, 600.0),
+    # Short at first: an autoscaler may have added nodes in the meantime.
+    Reason.GANG_RELEASED: (20.0, 300.0),
+}
+"""First and longest delay after a release of quota or nodes, in seconds."""
 JITTER = 0.2
 """Largest relative change of a delay, in both directions."""
 
@@ -37,9 +40,8 @@ def next_attempt_at(
     factor = jitter(job_uid, entry.attempt)
     if entry.ended_at is None:
         return None
-    if entry.reason == Reason.QUOTA_RELEASED:
-        seconds = RELEASE_SECONDS * 2 ** min(_num_in_a_row(status) - 1, 30)
-        return entry.ended_at + timedelta(seconds=min(seconds, MAX_RELEASE_SECONDS)) * factor
+    if entry.reason in RELEASES:
+        return entry.ended_at + _doubled(status, *RELEASES[Reason(entry.reason)]) * factor
     if entry.reason in {Reason.REFUSED_BY_KUBELET, Reason.GPU_FAULT}:
         # The next attempt avoids the node, so the first one need not wait.
         num_refusals = _num_in_a_row(status) - 1
@@ -49,6 +51,11 @@ def next_attempt_at(
     if entry.counts_as == CountsAs.PREEMPTION or entry.reason in WITHOUT_DELAY:
         return None
     return entry.ended_at + delay(status.tally.failures_since_checkpoint, settings) * factor
+
+
+def _doubled(status: FineTuneJobStatus, first: float, longest: float) -> timedelta:
+    """Return the delay after the newest of several equal ends: doubled each time, up to a limit; in seconds."""
+    return timedelta(seconds=min(first * 2 ** min(_num_in_a_row(status) - 1, 30), longest))
 
 
 def _num_in_a_row(status: FineTuneJobStatus) -> int:

@@ -14,6 +14,9 @@ from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
 
+RELEASED = frozenset({Reason.QUOTA_RELEASED, Reason.GANG_RELEASED})
+"""Ends of an attempt that never had all its pods, and gave back what it had."""
+
 
 def current(status: FineTuneJobStatus) -> AttemptStatus | None:
     """Return the entry of the newest attempt; None before the first."""
@@ -38,6 +41,16 @@ def open_attempt(view: View, status: FineTuneJobStatus) -> AttemptStatus | None:
     """
     entry = open_entry(status)
     return None if entry is None or entry.attempt != view.attempt or is_finished(status) else entry
+
+
+def waiting_since(status: FineTuneJobStatus, entry: AttemptStatus) -> datetime:
+    """Return since when the job waits for capacity: attempts before this one may have released theirs."""
+    since = entry.started_at
+    for old in reversed([old for old in status.attempts if old.attempt < entry.attempt]):
+        if old.reason not in RELEASED or old.capacity is not entry.capacity:
+            break
+        since = old.started_at
+    return since
 
 
 def replace_current(status: FineTuneJobStatus, entry: AttemptStatus) -> FineTuneJobStatus:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from finetune_contract.heartbeat import Heartbeat, Termination
+from finetune_contract.outputs.request import ExportResult
+from finetune_operator.api.job import SchedulingMode
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests.admission import Admission
 
@@ -28,6 +30,16 @@ class PodPhase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ObservedExport:
+    """What only an export pod has."""
+
+    content: str
+    """Hash of the request that it was created for."""
+    result: ExportResult | None = None
+    """Its termination message, if it could write one."""
+
+
+@dataclass(frozen=True, slots=True)
 class ObservedPod:
     """The fields of a pod that the plan reads; the operator keeps no others in memory.
 
@@ -42,6 +54,10 @@ class ObservedPod:
     created_at: datetime
     node: str | None = None
     """Node to which it is scheduled; None: not scheduled yet."""
+    scheduled_at: datetime | None = None
+    """Time at which it received its node, if known."""
+    gated: bool = False
+    """Whether it has the operator's scheduling gate: it waits until its gang is complete."""
     deleted_at: datetime | None = None
     """Time of the deletion request (Kubernetes' deletionTimestamp less the grace period)."""
     grace: timedelta = timedelta(0)
@@ -70,6 +86,8 @@ class ObservedPod:
     """Reason why a container of it does not run yet: the scheduler's or the kubelet's reason and message."""
     template: str | None = None
     """Hash of the fields of the spec that it was created from; None: created by an older operator."""
+    export: ObservedExport | None = None
+    """Set for an export pod, which belongs to no attempt: its attempt is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +164,17 @@ class ObservedWorkload:
 
 
 @dataclass(frozen=True)
+class ObservedChild:
+    """A PodGroup or another optional object of one attempt."""
+
+    api_version: str
+    kind: str
+    name: str
+    uid: str
+    attempt: int
+
+
+@dataclass(frozen=True)
 class Refusal:
     """An object of the job that the API server refused to create."""
 
@@ -160,6 +189,9 @@ class Observed:
     """The last observed state of the cluster. It may be stale, but is never ahead."""
 
     pods: tuple[ObservedPod, ...] = ()
+    """Pods of the attempts."""
+    exports: tuple[ObservedPod, ...] = ()
+    """Export pods: one at most, unless another one is being deleted."""
     beats: Mapping[str, ReceivedHeartbeat] = field(default_factory=dict)
     """Newest heartbeats, by pod UID."""
     services: frozenset[str] = frozenset()
@@ -182,6 +214,10 @@ class Observed:
     """The job's requests to its queue, oldest first."""
     queues_served: bool = True
     """Whether the API server serves Kueue's API; without meaning if `Settings.kueue` is false."""
+    gang_apis: Mapping[SchedulingMode, str] = field(default_factory=dict)
+    """The API version of each kind of PodGroup that the API server serves."""
+    children: tuple[ObservedChild, ...] = ()
+    """PodGroups and other optional objects of the job."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +261,22 @@ class PatchWorkload:
     """Whether the status is changed."""
 
 
-Action = Create | DeletePod | DeleteJob | DeleteWorkload | PatchWorkload
+@dataclass(frozen=True)
+class OpenGate:
+    """Remove the operator's scheduling gate from a pod, only if it still has this UID."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class DeleteChild:
+    """Delete an optional object, only if it still has its UID. One that no longer exists counts as success."""
+
+    child: ObservedChild
+
+
+Action = Create | DeletePod | DeleteJob | DeleteWorkload | PatchWorkload | OpenGate | DeleteChild
 
 
 @dataclass(frozen=True)
@@ -246,3 +297,10 @@ class Plan:
     events: tuple[Event, ...] = ()
     requeue_after: timedelta | None = None
     """Delay after which to reconcile again even if nothing happens; None: only when something happens."""
+
+
+def split_exports(pods: Iterable[ObservedPod]) -> tuple[tuple[ObservedPod, ...], tuple[ObservedPod, ...]]:
+    """Return the pods of the attempts, and the export pods."""
+    found = tuple(pods)
+    exports = tuple(pod for pod in found if pod.export is not None)
+    return (tuple(pod for pod in found if pod.export is None) if exports else found), exports

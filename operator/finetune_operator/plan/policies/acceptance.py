@@ -7,11 +7,13 @@ trainer supports. Only the cluster can check the pods that podTemplate produces;
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime
 
-from finetune_operator.api import kueue
+from finetune_contract.outputs.request import written_by_export
+from finetune_operator.api import gangs, kueue
 from finetune_operator.api.conditions import ConditionType
-from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.job import FineTuneJob, Pack, SchedulingMode
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.rules.supported import find_missing
 from finetune_operator.api.status import FineTuneJobStatus
@@ -32,16 +34,56 @@ NO_STORAGE = (
 )
 
 
+NO_EXPORT_IMAGE = (
+    "spec.outputs: {format} needs an operator with an image for exports (trainer.images.export in the values of its "
+    "chart); write another format, e.g. diffusers."
+)
 NO_QUEUES = "a queue needs an operator that uses Kueue (kueue.enabled in the values of its chart); leave the queue out."
+NO_RACKS = (
+    "spec.topology.pack: the operator knows no label of racks (topology.rackLabel in the values of its chart); write "
+    "pack: zone, or leave pack out."
+)
 NO_KUEUE = f"the cluster does not serve Kueue's API {kueue.API_VERSION}; install Kueue, or leave the queue out."
 
 
-def find_unsupported(job: FineTuneJob, settings: Settings, *, queues_served: bool = True) -> list[str]:
-    """Return a message for each requested feature that is not available."""
+NO_GANGS = (
+    "spec.scheduling: {mode} needs an operator that schedules gangs (gangs.enabled in the values of its chart); write "
+    "auto or none."
+)
+NO_GROUPS = "spec.scheduling: the cluster does not serve a PodGroup of {versions}; install {product}, or write auto."
+WITHOUT_GANGS = frozenset({SchedulingMode.AUTO, SchedulingMode.NONE})
+"""Values of spec.scheduling that any operator supports."""
+
+
+def find_unsupported(
+    job: FineTuneJob,
+    settings: Settings,
+    *,
+    queues_served: bool = True,
+    gang_apis: Collection[SchedulingMode] | None = None,
+) -> list[str]:
+    """Return a message for each requested feature that is not available.
+
+    Args:
+        job: the job.
+        settings: the settings of the operator that will run it.
+        queues_served: whether the cluster serves Kueue's API.
+        gang_apis: the kinds of PodGroups that the cluster serves; None: not known.
+    """
     messages = []
+    mode = job.spec.scheduling
+    if mode not in WITHOUT_GANGS and not settings.gangs:
+        messages.append(NO_GANGS.format(mode=mode.value))
+    elif mode in gangs.SERVED_VERSIONS and gang_apis is not None and mode not in gang_apis:
+        versions = " or ".join(gangs.SERVED_VERSIONS[mode])
+        messages.append(NO_GROUPS.format(versions=versions, product=gangs.PRODUCTS[mode]))
     if kueue.queue_of(job) is not None and not (settings.kueue and queues_served):
         field = "spec.queueName" if job.spec.queue_name else f"the label {kueue.QUEUE_LABEL}"
         messages.append(f"{field}: {NO_KUEUE if settings.kueue else NO_QUEUES}")
+    if job.spec.topology.pack is Pack.RACK and not settings.rack_label:
+        messages.append(NO_RACKS)
+    if not settings.trainer_image_export and (found := written_by_export(job.spec.outputs)):
+        messages.append(NO_EXPORT_IMAGE.format(format=found[0].format.value))
     if settings.require_storage and job.spec.checkpoint.storage is None:
         messages.append(NO_STORAGE)
     return messages
@@ -101,8 +143,9 @@ def _evaluate(view: View) -> tuple[Reason, str]:
     broken += filter(None, [kueue.find_contradiction(view.job)])
     if broken:
         return Reason.INVALID_SPEC, _join(broken)
-    served = view.observed.queues_served
-    if missing := [*find_missing(view.spec), *find_unsupported(view.job, view.settings, queues_served=served)]:
+    served, apis = view.observed.queues_served, view.observed.gang_apis
+    missing = find_unsupported(view.job, view.settings, queues_served=served, gang_apis=apis)
+    if missing := [*find_missing(view.spec), *missing]:
         return Reason.NOT_SUPPORTED, _join(missing)
     return Reason.ACCEPTED, "the spec is valid and supported"
 

@@ -10,10 +10,11 @@ from datetime import datetime
 
 from finetune_contract.interval import estimate_mtbf_seconds
 from finetune_operator.api.conditions import ConditionType
+from finetune_operator.api.job import SchedulingMode
 from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.manifests import hash_target, num_nodes
-from finetune_operator.plan.model import admission, backoff, grace, ledger
+from finetune_operator.plan.model import admission, backoff, exporting, gangs, grace, ledger
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.conditions import is_true
 from finetune_operator.plan.model.policy import Policy
@@ -48,10 +49,12 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     status = eviction.count_wait(view, status, _begin(view, status, status.attempt + 1))
     entry = ledger.current(status)
     assert entry is not None
+    mode = gangs.choose(view) if size > 1 else SchedulingMode.NONE
     entry = revise(
         entry,
         nodes=size if size != num_nodes(view.spec) else None,
         capacity=capacity,
+        scheduling=mode.value if mode is not SchedulingMode.NONE else None,
         mtbf_seconds=_mtbf_seconds(view, status),
         target=hash_target(view.spec),
     )
@@ -88,7 +91,7 @@ def catch_up(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 def may_begin(view: View, status: FineTuneJobStatus) -> bool:
     """Return whether the job waits only for its next attempt."""
     entry = ledger.current(status)
-    settled = entry is None or entry.reason is not None
+    settled = (entry is None or entry.reason is not None) and not exporting.has_trained(view, status)
     return settled and not is_finished(status) and not view.spec.suspend and is_true(status, ConditionType.ACCEPTED)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finetune_contract.outputs.request import written_by_export
 from finetune_contract.phase import Phase
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
@@ -18,15 +19,21 @@ def detect_success(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
     If a pod has been deleted since, its last heartbeat counts, if that reports all its ranks as done.
     """
-    if view.attempt == 0 or is_finished(status):
+    entry = current(status)
+    if view.attempt == 0 or is_finished(status) or (entry is not None and entry.reason == Reason.FINISHED):
         return status
     if not all(view.is_done(node_rank) for node_rank in range(view.num_nodes)):
         return status
-    entry = current(status)
     if entry is not None and entry.reason == Reason.TARGET_EDITED:
         # The ranks have finished what the spec requested before it was edited.
         return status
     status = close(view, status, Reason.FINISHED)
+    # An export pod may still have to write outputs; `exports` ends the job then.
+    return status if written_by_export(view.spec.outputs) else succeed(view, status)
+
+
+def succeed(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """Mark the job as succeeded."""
     return revise(
         status,
         phase=Phase.SUCCEEDED,

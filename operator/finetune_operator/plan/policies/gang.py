@@ -6,11 +6,13 @@ from dataclasses import replace
 from datetime import datetime
 
 from finetune_operator.api.conditions import ConditionType
+from finetune_operator.api.gangs import POD_GROUP
 from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests import PodOptions, build_config, build_pod, build_service
-from finetune_operator.plan.model import admission
+from finetune_operator.manifests.gang import GangMembership, build_group
+from finetune_operator.plan.model import admission, gangs
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.ledger import follows_gpu_fault, open_attempt, open_entry, replace_current
 from finetune_operator.plan.model.policy import Policy
@@ -89,15 +91,27 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
         mtbf_seconds=entry.mtbf_seconds,
         checks_devices=follows_gpu_fault(status),
         admission=workload.update if workload is not None else None,
+        gang=gangs.membership(view, entry),
     )
     if not entry.gang_complete:
         ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
-        missing += [Create(build_pod(view.job, view.attempt, rank, view.settings, options)) for rank in ranks]
+        pods = [Create(build_pod(view.job, view.attempt, rank, view.settings, options)) for rank in ranks]
+        missing += [*_missing_group(view, options.gang), *pods] if pods else []
     for number, capacity in standby.wanted(view, status).items():
         if number not in view.standbys:
-            standby_options = replace(options, capacity=capacity, is_standby=True)
+            standby_options = replace(options, capacity=capacity, is_standby=True, gang=None)
             missing.append(Create(build_pod(view.job, view.attempt, number, view.settings, standby_options)))
     return tuple(missing)
+
+
+def _missing_group(view: View, membership: GangMembership | None) -> tuple[Create, ...]:
+    """Return the PodGroup of the attempt, before its pods: a scheduler may wait for it."""
+    api = view.observed.gang_apis.get(membership.mode) if membership is not None else None
+    if membership is None or api is None or not membership.group:
+        return ()
+    if any(child.kind == POD_GROUP and child.name == membership.group for child in view.observed.children):
+        return ()
+    return (Create(build_group(view.job, view.attempt, membership.mode, api, gangs.least_new(view))),)
 
 
 def _bad_nodes(status: FineTuneJobStatus) -> tuple[str, ...]:

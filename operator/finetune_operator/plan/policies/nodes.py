@@ -31,7 +31,14 @@ def apply_node_state(observed: Observed, now: datetime, settings: Settings) -> O
     if not observed.nodes and all(pod.deleted_at is None for pod in observed.pods):
         return observed
     corrected = (_correct(pod, observed, now, settings) for pod in observed.pods)
-    return replace(observed, pods=tuple(pod for pod in corrected if pod is not None))
+    exports = (_correct_export(pod, observed) for pod in observed.exports)
+    return replace(observed, pods=tuple(pod for pod in corrected if pod is not None), exports=tuple(exports))
+
+
+def _correct_export(pod: ObservedPod, observed: Observed) -> ObservedPod:
+    """Return an export pod, which sends no heartbeats. It exists until it is really deleted: its name is used again."""
+    is_lost = _is_lost(_node(pod, observed.nodes)) and pod.phase not in ENDED
+    return replace(pod, reason=pod.reason or NODE_LOST) if is_lost else pod
 
 
 def force_delete(view: View, _: FineTuneJobStatus) -> tuple[DeletePod, ...]:
@@ -39,7 +46,8 @@ def force_delete(view: View, _: FineTuneJobStatus) -> tuple[DeletePod, ...]:
 
     A process that still runs there belongs to a fenced attempt, and the pod's name is never used again.
     """
-    moments = ((pod, _force_at(pod, _node(pod, view.raw.nodes))) for pod in view.raw.pods)
+    pods = (*view.raw.pods, *view.raw.exports)
+    moments = ((pod, _force_at(pod, _node(pod, view.raw.nodes))) for pod in pods)
     due = (pod for pod, at in moments if at is not None and at <= view.now)
     return tuple(DeletePod(pod.name, pod.uid, grace_seconds=0) for pod in due)
 
@@ -48,7 +56,7 @@ def wake(view: View, _: FineTuneJobStatus) -> datetime | None:
     """Return when the state of a node changes the meaning of one of its pods."""
     observed = view.raw
     moments: list[datetime | None] = []
-    for pod in observed.pods:
+    for pod in (*observed.pods, *observed.exports):
         node = _node(pod, observed.nodes)
         if pod.phase not in ENDED and (pod.deleted_at is not None or _is_lost(node)):
             moments += [_silent_at(pod, observed, view.settings), _overdue_at(pod, node), _force_at(pod, node)]

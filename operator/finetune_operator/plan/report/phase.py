@@ -13,19 +13,19 @@ from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.reasons import REGROUPS, Reason
 from finetune_operator.api.status import AttemptStatus, Condition, FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
-from finetune_operator.plan.model import admission
+from finetune_operator.plan.model import admission, exporting, gangs
 from finetune_operator.plan.model.activity import BEFORE_TRAINING, describe_activity, stage
 from finetune_operator.plan.model.causes import find_cause
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.explain import explain_end
-from finetune_operator.plan.model.ledger import current, open_entry
+from finetune_operator.plan.model.ledger import RELEASED, current, open_entry
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.silence import describe_silence, silent_at
 from finetune_operator.plan.model.types import IMAGE_ERRORS, PodPhase
 from finetune_operator.plan.model.view import View, is_finished
-from finetune_operator.plan.policies import attempts, suspend
-from finetune_operator.plan.policies.capacity import elastic, quota, spot
+from finetune_operator.plan.policies import attempts, exports, suspend
+from finetune_operator.plan.policies.capacity import elastic, incomplete, quota, spot
 
 CONFIG_ERRORS = (
     *("CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError", "FailedMount"),
@@ -80,6 +80,8 @@ def _line(view: View, status: FineTuneJobStatus) -> Line:
 
 def _of_attempt(view: View, status: FineTuneJobStatus, entry: AttemptStatus | None) -> Line:
     """Return the line of an accepted job: it waits for its queue, or its newest attempt works or has ended."""
+    if exporting.has_trained(view, status):
+        return _exports(view, status)
     if _is_queued(view, entry):
         return Phase.QUEUED, Reason.QUEUED, admission.describe_wait(view)
     if entry is None:
@@ -87,6 +89,14 @@ def _of_attempt(view: View, status: FineTuneJobStatus, entry: AttemptStatus | No
     if entry.ended_at is not None:
         return _ended(view, status, entry)
     return _open(view, status, entry)
+
+
+def _exports(view: View, status: FineTuneJobStatus) -> Line:
+    """Return the line of a job that has trained, and whose export pod writes outputs."""
+    own = exporting.find_export(status, own=True)
+    reason = _waiting_reason(own.message) if own is not None and own.message else Reason.EXPORTING
+    reason = Reason.EXPORTING if reason is Reason.WAITING_FOR_PODS else reason
+    return Phase.EXPORTING, reason, exports.describe_own(view, status)
 
 
 def _is_queued(view: View, entry: AttemptStatus | None) -> bool:
@@ -109,14 +119,14 @@ def _ended(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> Line:
         return Phase.RECOVERING, reason, f"attempt {entry.attempt} ended; determining the cause"
     # After an end that is no interruption, such as a suspension, there is nothing to recover from.
     phase = Phase.RECOVERING if _interrupts(status, entry) else Phase.STARTING
-    if entry.reason == Reason.QUOTA_RELEASED and phase is Phase.STARTING:
+    if entry.reason in RELEASED and phase is Phase.STARTING:
         phase = Phase.QUEUED
     why = explain_end(entry)
     if view.observed.pods:
         return phase, entry.reason, f"{why} Its pods are being deleted or kept for the next attempt."
     due = attempts.wake(view, status)
     if due is not None and due > view.now:
-        reason = Reason.QUOTA_RELEASED if entry.reason == Reason.QUOTA_RELEASED else Reason.BACK_OFF
+        reason = Reason(entry.reason) if entry.reason in RELEASED else Reason.BACK_OFF
         return phase, reason, f"{why} The next attempt begins at {due:%H:%M:%S} UTC."
     return phase, entry.reason, why
 
@@ -151,7 +161,7 @@ def _is_recovery(status: FineTuneJobStatus) -> bool:
 
 def _interrupts(status: FineTuneJobStatus, entry: AttemptStatus) -> bool:
     """Return whether the end of an attempt interrupted the training."""
-    if entry.reason in REGROUPS or entry.reason == Reason.QUOTA_RELEASED:
+    if entry.reason in REGROUPS or entry.reason in RELEASED:
         return any(old.training_at is not None for old in status.attempts)
     return entry.counts_as is not None
 
@@ -188,10 +198,13 @@ def _end_of_wait(view: View, entry: AttemptStatus) -> str:
     least = view.spec.topology.min_nodes or view.num_nodes
     shrink_at, fallback_at = elastic.shrink_at(view, entry), spot.fallback_at(view, entry)
     text = ""
+    return_at = incomplete.release_at(view, entry)
+    if return_at is not None and return_at > view.now:
+        text += f"; {incomplete.describe(view)}, and they are released at {return_at:%H:%M:%S} UTC"
     release_at = quota.release_at(view, entry)
     if release_at is not None and release_at > view.now:
         text += f"; {quota.describe_admission(view)}, and their quota is released at {release_at:%H:%M:%S} UTC"
-    if shrink_at is not None and shrink_at > view.now and len(elastic.placed(view)) >= least:
+    if shrink_at is not None and shrink_at > view.now and len(gangs.placed(view)) >= least:
         text += f"; continues on fewer nodes at {shrink_at:%H:%M:%S} UTC"
     if fallback_at is not None and fallback_at > view.now:
         text += f"; accepts any node at {fallback_at:%H:%M:%S} UTC"

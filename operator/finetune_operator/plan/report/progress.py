@@ -139,14 +139,14 @@ def _read_checkpoint(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus
 
 def _read_outputs(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     """Write every output. One that was written again replaces its earlier entry, and a finished one stays finished."""
-    outputs = {(output.format, output.to): output for output in status.outputs}
+    outputs = {(output.format, output.to, output.step): output for output in status.outputs}
     for report in view.reports:
         for begun in report.unfinished_outputs:
-            known = outputs.get((begun.format, begun.to))
+            known = outputs.get((begun.format, begun.to, None))
             if known is None or known.state is not OutputState.WRITTEN:
-                outputs[begun.format, begun.to] = _unfinished(begun)
+                outputs[begun.format, begun.to, None] = _unfinished(begun)
         for written in report.outputs:
-            outputs[written.format, written.to] = OutputStatus(
+            outputs[written.format, written.to, None] = OutputStatus(
                 format=written.format, to=written.to, bytes=written.size_bytes, sha256=written.sha256
             )
     return revise(status, outputs=tuple(outputs.values())[-MAX_OUTPUTS:])

@@ -224,6 +224,15 @@ class CheckpointStore(ABC):
         with storage_errors():
             return max(self._list(), default=(-1, 0))
 
+    def kept(self) -> list[tuple[int, int]]:
+        """Return step and attempt of each checkpoint by name, unverified.
+
+        Raises:
+            StorageError: the storage cannot be read.
+        """
+        with storage_errors():
+            return list(self._list())
+
     @property
     def durable(self) -> CheckpointStore:
         """Return the storage that survives the loss of this machine. Defaults to self."""

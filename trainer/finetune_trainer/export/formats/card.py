@@ -11,18 +11,19 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune_contract.methods import TrainedPart
+from finetune_contract.methods import ADAPTER_METHODS, TrainedPart
 from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Method
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.licence import licence_of
+from finetune_trainer.export.formats.openvino import describe, read_comparison
 from finetune_trainer.models.family import Family
 
 CARD, MANIFEST, GRID = "README.md", "finetune-job.json", "samples.png"
 _MAX_SIDE = 512
 """Largest side of one picture of the grid, in pixels."""
-_PACKAGES = ("finetune-operator", "diffusers", "torch", "transformers", "peft")
+_PACKAGES = ("finetune-operator", "diffusers", "torch", "transformers", "peft", "openvino", "optimum-intel")
 _TAGS = {
     TrainedPart.BASE: ["text-to-image"],
     TrainedPart.ADAPTER: ["text-to-image", "lora"],
@@ -58,7 +59,7 @@ def write_card(family: Family, output: OutputSpec, folder: Path, about: About, t
     if about.pictures:
         write_grid(about.pictures, folder / GRID)
         written.append(folder / GRID)
-    (folder / CARD).write_text(card(family, output, about, about.run, trains), encoding="utf-8")
+    (folder / CARD).write_text(card(family, output, folder, about, trains), encoding="utf-8")
     return written
 
 
@@ -68,8 +69,11 @@ def manifest(run: RunSpec) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
-def card(family: Family, output: OutputSpec, about: About, run: RunSpec, trains: TrainedPart) -> str:
-    """Return the text of the card."""
+def card(family: Family, output: OutputSpec, folder: Path, about: About, trains: TrainedPart) -> str:
+    """Return the text of the card of a job's output, whose files are in a folder."""
+    run = about.run
+    assert run is not None
+    is_openvino = output.format is OutputFormat.OPENVINO
     base, licence = run.model.base, licence_of(family)
     is_hub_id = not base.startswith(("/", ".")) and "://" not in base
     shown = base if is_hub_id else Path(base).name
@@ -78,10 +82,11 @@ def card(family: Family, output: OutputSpec, about: About, run: RunSpec, trains:
         "library_name": "diffusers",
         **({"base_model": base} if is_hub_id else {}),
         **({"license": licence} if licence else {}),
-        "tags": _TAGS[trains],
+        "tags": [*_TAGS[trains], *(["openvino"] if is_openvino else [])],
         **({"instance_prompt": trigger} if trigger else {}),
     }
-    kind = "A complete model with a merged LoRA" if output.format is OutputFormat.MERGED else _KINDS[trains]
+    has_merged = run.training.method in ADAPTER_METHODS and trains is TrainedPart.BASE
+    kind = "A complete model with a merged LoRA" if has_merged else _KINDS[trains]
     lines = [
         "---",
         *(f"{name}: {json.dumps(value)}" for name, value in front.items()),
@@ -89,23 +94,31 @@ def card(family: Family, output: OutputSpec, about: About, run: RunSpec, trains:
         "",
         f"# {about.name}",
         "",
-        f"{kind} for `{shown}`, trained by {_method(run)}.",
+        f"{kind} for `{shown}`, trained by {_method(run)}{', as IR of OpenVINO' if is_openvino else ''}.",
         "",
         *([f"![pictures of the validation prompts]({GRID})", ""] if about.pictures else []),
         *([f"Prompts contain `{trigger}`.", ""] if trigger else []),
         "| | |",
         "|-|-|",
         *(f"| {name} | {value} |" for name, value in rows(about, run, shown, licence)),
+        *([f"| comparison with torch | {describe(read_comparison(folder))} |"] if is_openvino else []),
         "",
         f"All settings are in `{MANIFEST}`.",
         "",
         "```python",
-        f"from diffusers import {'ControlNetModel, ' if trains is TrainedPart.CONTROLNET else ''}DiffusionPipeline",
-        "",
-        _LOADS[trains].format(base=shown),
+        *_loader(output, trains, shown),
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _loader(output: OutputSpec, trains: TrainedPart, base: str) -> list[str]:
+    """Return the lines of Python that load the output."""
+    if output.format is OutputFormat.OPENVINO:
+        names = "from optimum.intel import OVDiffusionPipeline"
+        return [names, "", "pipeline = OVDiffusionPipeline.from_pretrained(FOLDER)"]
+    control = "ControlNetModel, " if trains is TrainedPart.CONTROLNET else ""
+    return [f"from diffusers import {control}DiffusionPipeline", "", _LOADS[trains].format(base=base)]
 
 
 def rows(about: About, run: RunSpec, base: str, licence: str | None) -> list[tuple[str, str]]:

@@ -82,8 +82,8 @@ def adapter_tensors(trained: TrainedAdapter) -> dict[str, LazyTensor]:
     """
     tensors: dict[str, LazyTensor] = {}
     for name, layer in trained.layers.items():
-        tensors[f"{name}.lora_A.weight"] = in_memory(layer.down)
-        tensors[f"{name}.lora_B.weight"] = in_memory(layer.up * layer.scale)
+        tensors[f"{name}.lora_A.weight"] = layer.down
+        tensors[f"{name}.lora_B.weight"] = layer.up.times(layer.scale)
         if layer.magnitude is not None:
             # diffusers' loader of text encoders expects the suffix that peft omits.
             suffix = "" if name.startswith(f"{trained.family.denoiser_name}.") else ".weight"

@@ -71,11 +71,11 @@ def merged_weight(weight: LazyTensor, layer: LowRank, factor: float, name: str =
     Raises:
         ConfigError: the adapter has another shape.
     """
-    down, up = layer.down.detach().cpu().float().flatten(1), layer.up.detach().cpu().float().flatten(1)
     inner = math.prod(weight.shape[1:])
-    if up.shape[0] != weight.num_rows or down.shape[1] != inner:
+    height, width = layer.up.num_rows, math.prod(layer.down.shape[1:])
+    if height != weight.num_rows or width != inner:
         raise ConfigError(
-            f"outputs: the LoRA changes {name} by a matrix of {up.shape[0]} x {down.shape[1]}, and the base needs "
+            f"outputs: the LoRA changes {name} by a matrix of {height} x {width}, and the base needs "
             f"{weight.num_rows} x {inner}; use a LoRA for this kind of base"
         )
     magnitude = None if layer.magnitude is None else layer.magnitude.detach().cpu().float().flatten()
@@ -83,7 +83,8 @@ def merged_weight(weight: LazyTensor, layer: LowRank, factor: float, name: str =
 
     def rows(start: int, stop: int) -> Tensor:
         original = weight.rows(start, stop).float().reshape(stop - start, inner)
-        merged = torch.addmm(original, up[start:stop], down, alpha=scale)
+        up, down = layer.up.rows(start, stop).float().flatten(1), layer.down.read().float().flatten(1)
+        merged = torch.addmm(original, up, down, alpha=scale)
         if magnitude is not None:
             merged *= (magnitude[start:stop] / merged.norm(dim=1))[:, None]
             merged = original + factor * (merged - original)

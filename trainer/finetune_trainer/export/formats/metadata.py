@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping
 
 from finetune_contract.outputs.spec import OutputSpec
@@ -108,6 +109,12 @@ def _description(about: About) -> str | None:
     if about.run is None or about.run.training.method is None:
         return None
     return f"{about.run.training.method.value} on {about.run.model.base}, {about.step} steps"
+
+
+def base_of_description(text: str) -> str | None:
+    """Return the base in a description that `model_spec` has written; None for any other text."""
+    match = re.fullmatch(r"\w+ on (.+), \w+ steps", text)
+    return None if match is None else match[1]
 
 
 def _thumbnail(about: About) -> str | None:

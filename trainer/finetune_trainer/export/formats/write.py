@@ -16,6 +16,7 @@ from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.card import write_card
 from finetune_trainer.export.formats.kohya import write_kohya
 from finetune_trainer.export.formats.merge import Weighted, merge, read_adapter
+from finetune_trainer.export.formats.openvino import write_openvino
 from finetune_trainer.export.formats.rank import with_rank
 from finetune_trainer.methods.adapter_file import find_adapter_file
 from finetune_trainer.models.base import find_folder
@@ -31,6 +32,9 @@ from finetune_trainer.models.layouts.trained import (
 
 _PROGRAMS = (OutputFormat.WEBUI, OutputFormat.COMFYUI)
 _ONE_FILE = (OutputFormat.SINGLE_FILE, *_PROGRAMS)
+_OF_LORA = (OutputFormat.MERGED, OutputFormat.OPENVINO)
+"""Formats that add a LoRA to its base."""
+_FOLDERS = (OutputFormat.DIFFUSERS, *_OF_LORA)
 _PARTS: dict[type, TrainedPart] = {
     TrainedPipeline: TrainedPart.BASE,
     TrainedAdapter: TrainedPart.ADAPTER,
@@ -62,8 +66,10 @@ def write_format(trained: Trained, output: OutputSpec, folder: Path, about: Abou
         TrainedEmbedding: _write_embedding,
     }
     files = writers[type(trained)](trained, output, folder, about)
-    if output.format in (OutputFormat.DIFFUSERS, OutputFormat.MERGED) and output.layout is not OutputLayout.SINGLE_FILE:
-        files += write_card(trained.family, output, folder, about, _PARTS[type(trained)])
+    if output.format in _FOLDERS and output.layout is not OutputLayout.SINGLE_FILE:
+        is_merged = output.format in _OF_LORA
+        part = TrainedPart.BASE if is_merged else _PARTS[type(trained)]
+        files += write_card(trained.family, output, folder, about, part)
     return files
 
 
@@ -72,7 +78,13 @@ def _write_pipeline(trained: TrainedPipeline, output: OutputSpec, folder: Path, 
         return diffusers_folder.write_pipeline(trained, output, folder)
     if output.format in _ONE_FILE:
         return single_file.write_model(trained, output, folder, about)
-    raise _other_format(output, "a complete pipeline", "diffusers or single-file")
+    if output.format is OutputFormat.OPENVINO and output.strength == 1.0 and not output.adapters:
+        return write_openvino(trained, output, folder, about)
+    if output.format is OutputFormat.OPENVINO:
+        raise ConfigError(
+            "outputs: strength and adapters are for a LoRA, and this is a complete pipeline; leave them out"
+        )
+    raise _other_format(output, "a complete pipeline", "diffusers, single-file or openvino")
 
 
 def _write_adapter(trained: TrainedAdapter, output: OutputSpec, folder: Path, about: About) -> list[Path]:
@@ -81,12 +93,14 @@ def _write_adapter(trained: TrainedAdapter, output: OutputSpec, folder: Path, ab
         return diffusers_folder.write_adapter(trained, output, folder)
     if output.format in (OutputFormat.KOHYA, *_PROGRAMS):
         return write_kohya(trained, output, folder, about)
-    if output.format is OutputFormat.MERGED:
+    if output.format in _OF_LORA:
         merged = merge([Weighted(trained, output.strength), *_further(trained.family, output.adapters)])
         if output.layout is OutputLayout.SINGLE_FILE:
             return single_file.write_model(merged, output, folder, about)
+        if output.format is OutputFormat.OPENVINO:
+            return write_openvino(merged, output, folder, about)
         return diffusers_folder.write_pipeline(merged, output, folder)
-    raise _other_format(output, "a LoRA", "diffusers, kohya or merged")
+    raise _other_format(output, "a LoRA", "diffusers, kohya, merged or openvino")
 
 
 def _write_controlnet(trained: TrainedControlNet, output: OutputSpec, folder: Path, about: About) -> list[Path]:

@@ -30,6 +30,7 @@ PARTIAL = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 """Media types of objects without spec, data and status: less to transfer and to parse."""
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
+STRATEGIC = "application/strategic-merge-patch+json"
 
 STRICT = {"fieldValidation": "Strict"}
 """Makes the API server refuse unknown fields in `spec.podTemplate` instead of dropping them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -109,9 +110,17 @@ def decode_pod(pod: Json) -> KubePod | None:
     return KubePod(child.job, child.owner_uid, observed) if observed is not None and child is not None else None
 
 
-def decode_created(kind: str, meta: Json) -> KubePod | KubeChild | None:
-    """Read an object from the metadata in the response to its creation; it has no status yet."""
-    return decode_pod({**meta, "spec": {}, "status": {}}) if kind == "Pod" else decode_child(meta)
+def decode_created(kind: str, meta: Json, gates: Sequence[Json] | None = None) -> KubePod | KubeChild | None:
+    """Read an object from the metadata in the response to its creation; it has no status yet.
+
+    Args:
+        kind: Pod, Service or ConfigMap.
+        meta: the metadata.
+        gates: scheduling gates of the pod.
+    """
+    if kind != "Pod":
+        return decode_child(meta)
+    return decode_pod({**meta, "spec": {"schedulingGates": gates or ()}, "status": {}})
 
 
 def decode_child(thing: Json) -> KubeChild | None:

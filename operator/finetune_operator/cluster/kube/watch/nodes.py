@@ -6,27 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_operator.cluster.kube.watch.node_faults import find_fault
+from finetune_operator.cluster.kube.watch.node_notices import find_notice
 from finetune_operator.plan.model.types import HEALTHY, ObservedNode
 
-LEAVING_TAINTS = frozenset(
-    {
-        "node.kubernetes.io/out-of-service",
-        "node.cloudprovider.kubernetes.io/shutdown",
-        "aws-node-termination-handler/spot-itn",
-        "aws-node-termination-handler/asg-lifecycle-termination",
-        "aws-node-termination-handler/scheduled-maintenance",
-        "cloud.google.com/impending-node-termination",
-        "remediator.kubernetes.azure.com/unschedulable",
-        "karpenter.sh/disrupted",
-        "karpenter.sh/disruption",
-        "ToBeDeletedByClusterAutoscaler",
-    }
-)
-"""Taints of nodes that are about to stop, set by Kubernetes, the clouds' termination handlers and the autoscalers.
-
-Not included are taints of nodes on which pods may stay: that of a cordoned node (`kubectl cordon`), of a node that an
-autoscaler may remove if it stays empty, and of a spot node with a higher risk (a recommendation to rebalance).
-"""
 UNREACHABLE = "node.kubernetes.io/unreachable"
 """Taint that the node controller sets on a node whose kubelet does not report."""
 MAX_GONE = 10_000
@@ -44,7 +26,7 @@ def observe_node(node: Any) -> ObservedNode:
     conditions, spec = node.get("status", {}).get("conditions") or (), node.get("spec", {})
     unknown = any(item["type"] == "Ready" and item["status"] == "Unknown" for item in conditions)
     taints = [taint["key"] for taint in spec.get("taints") or ()]
-    leaving = next((key for key in taints if key in LEAVING_TAINTS), "")
+    leaving = find_notice(node)
     fault = find_fault(spec.get("taints") or (), conditions, bool(spec.get("unschedulable")))
     if fault.leaves and not leaving:
         leaving = fault.name

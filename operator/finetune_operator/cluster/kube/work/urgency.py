@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from finetune_contract.heartbeat import Heartbeat, RankReport, RankState
+from finetune_operator.api.labels import EXPORT
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.objects import KubeJob, KubePod
 from finetune_operator.plan.model.ledger import current
@@ -53,8 +54,9 @@ def classify_pod_change(old: KubePod | None, new: KubePod | None, gang: GangRead
     """Return the urgency of a change of a pod in its gang.
 
     A failure is immediate, because the complete gang waits for every second of delay. While pods of an ended attempt
-    are deleted, only an ended pod and the last pod are. While a gang starts, only the last ready pod is urgent: a
-    reconcile for each earlier step would cost a status write.
+    are deleted, only an ended pod and the last pod are. While a gang starts, only the last ready pod is urgent, and
+    the last gated one, because the gang waits for its gates: a reconcile for each earlier step would cost a status
+    write.
     """
     if new is None:
         return Urgency.PROGRESS if gang.ended and gang.num_pods else Urgency.NOW
@@ -65,6 +67,8 @@ def classify_pod_change(old: KubePod | None, new: KubePod | None, gang: GangRead
         return Urgency.NOW if ended else Urgency.PROGRESS
     signals = _pod_end_signals(new.observed)
     if signals and (old is None or signals != _pod_end_signals(old.observed)):
+        return Urgency.NOW
+    if new.observed.gated and gang.num_pods == gang.size:
         return Urgency.NOW
     return Urgency.SOON if gang.is_ready else Urgency.PROGRESS
 
@@ -83,7 +87,8 @@ def classify_job_change(old: KubeJob | None, new: KubeJob | None) -> Urgency:
     """
     if old is None or new is None or old.job is None or new.job is None or old.uid != new.uid:
         return Urgency.NOW
-    if old.job.metadata.generation != new.job.metadata.generation:
+    before, after = old.job.metadata, new.job.metadata
+    if before.generation != after.generation or before.annotations.get(EXPORT) != after.annotations.get(EXPORT):
         return Urgency.NOW
     if is_progress(old.job.status, new.job.status):
         return Urgency.PROGRESS

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
+from finetune_operator.plan.model import gangs
 from finetune_operator.plan.model.backoff import jitter
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.ledger import open_attempt
@@ -41,7 +42,7 @@ def release_at(view: View, entry: AttemptStatus) -> datetime | None:
     if view.observed.refusal is None or entry.gang_complete or not hold or not 0 < len(view.pods) < view.num_nodes:
         return None
     least = view.spec.topology.min_nodes or view.num_nodes
-    if elastic.is_elastic(view.spec) and len(elastic.placed(view)) >= least:
+    if elastic.is_elastic(view.spec) and len(gangs.placed(view)) >= least:
         return None
     # The jitter is different for each job: gangs that block each other must not release at the same time.
     return entry.started_at + timedelta(seconds=hold) * jitter(view.job.metadata.uid, entry.attempt)

@@ -12,11 +12,11 @@ from finetune_operator.api.duration import parse_seconds
 from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import AttemptStatus, Capacity, FineTuneJobStatus
+from finetune_operator.plan.model import gangs
 from finetune_operator.plan.model.closing import close
-from finetune_operator.plan.model.ledger import current, open_attempt
+from finetune_operator.plan.model.ledger import RELEASED, current, open_attempt, waiting_since
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.view import View
-from finetune_operator.plan.policies.capacity import elastic
 
 
 def fallback_after(spec: FineTuneJobSpec) -> timedelta | None:
@@ -32,14 +32,16 @@ def fall_back(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     due = fallback_at(view, entry) if entry is not None else None
     if due is None or view.now < due:
         return status
-    message = f"{len(elastic.placed(view))} of {view.num_nodes} pods have a spot node"
+    message = f"{len(gangs.placed(view))} of {view.num_nodes} pods have a spot node"
     return close(view, status, Reason.FELL_BACK, message=message)
 
 
 def capacity_of_next(status: FineTuneJobStatus) -> Capacity | None:
     """Return which nodes the new pods of the next attempt accept."""
     entry = current(status)
-    return Capacity.ANY if entry is not None and entry.reason == Reason.FELL_BACK else None
+    if entry is None:
+        return None
+    return Capacity.ANY if entry.reason == Reason.FELL_BACK else entry.capacity if entry.reason in RELEASED else None
 
 
 def fallback_at(view: View, entry: AttemptStatus) -> datetime | None:
@@ -47,7 +49,7 @@ def fallback_at(view: View, entry: AttemptStatus) -> datetime | None:
     after = fallback_after(view.spec)
     if after is None or entry.capacity is Capacity.ANY or entry.seconds.queueing is not None:
         return None
-    return entry.started_at + after if len(elastic.placed(view)) < view.num_nodes else None
+    return waiting_since(view.job.status, entry) + after if len(gangs.placed(view)) < view.num_nodes else None
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:

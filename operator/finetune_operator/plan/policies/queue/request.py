@@ -14,7 +14,7 @@ from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests import num_nodes
 from finetune_operator.manifests.workload import build_workload, workload_name
-from finetune_operator.plan.model import admission
+from finetune_operator.plan.model import admission, exporting
 from finetune_operator.plan.model.conditions import is_true
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import (
@@ -40,7 +40,7 @@ def act(view: View, status: FineTuneJobStatus) -> tuple[Action, ...]:
         return ()
     if kueue.queue_of(view.job) is None:
         return tuple(DeleteWorkload(each.name, each.uid) for each in view.observed.workloads if each.request)
-    if is_finished(status):
+    if is_finished(status) or exporting.has_trained(view, status):
         return _finish(view, status)
     if view.spec.suspend:
         return _delete_all(view) if not view.raw.pods else ()
@@ -118,10 +118,10 @@ def _trains(status: FineTuneJobStatus) -> bool:
 
 
 def _finish(view: View, status: FineTuneJobStatus) -> tuple[Action, ...]:
-    """Return the end of the Workloads of a finished job, once no pod of it uses a node."""
+    """Return the end of the Workloads of a job that has trained, once no pod of its gang uses a node."""
     if any(pod.phase not in ENDED for pod in view.raw.pods):
         return ()
-    reason = "Succeeded" if status.phase is Phase.SUCCEEDED else "Failed"
+    reason = "Failed" if status.phase is Phase.FAILED else "Succeeded"
     ended = WorkloadCondition(admission.FINISHED, "True", reason, (status.message or "")[:MAX_MESSAGE], "")
     return tuple(_set(view, each, ended) for each in admission.unfinished(view) if each.is_owned)
 
