@@ -19,6 +19,7 @@ from finetune_trainer.methods.kohya import SUFFIXES
 from finetune_trainer.models.family import Family
 from finetune_trainer.models.layouts.trained import LowRank
 from finetune_trainer.models.text_names import portable_text_name
+from finetune_trainer.weights.lazy import LazyTensor, read_file
 
 FIELD = "training.lora.base"
 _DOWN, _UP, _MAGNITUDE, _ALPHA = "lora_A", "lora_B", "lora_magnitude_vector", "alpha"
@@ -44,11 +45,11 @@ class Adapter:
     """One layer of a LoRA file.
 
     Attributes:
-        tensors: its tensors by kind.
+        tensors: its tensors by kind; they are read later.
         alpha: its alpha; None if the file has none, so that it is the rank.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
     alpha: float | None = None
 
     @property
@@ -58,10 +59,10 @@ class Adapter:
 
     def low_rank(self) -> LowRank:
         """Return the matrices with the alpha that applies to them, float32."""
-        down, up = self.tensors[_DOWN].float(), self.tensors[_UP].float()
+        down, up = self.tensors[_DOWN].to(torch.float32), self.tensors[_UP].to(torch.float32)
         magnitude = self.tensors.get(_MAGNITUDE)
         alpha = float(self.rank) if self.alpha is None else self.alpha
-        return LowRank(down, up, alpha, None if magnitude is None else magnitude.float())
+        return LowRank(down, up, alpha, None if magnitude is None else magnitude.read().float())
 
 
 def find_adapter_file(folder: Path, name: str, field: str = FIELD) -> Path:
@@ -136,20 +137,19 @@ def read_adapters(path: Path, origin: str = FIELD) -> dict[str, Adapter]:
         raise ConfigError(f"{origin}: {path} is not a .safetensors file; convert it, or write another file")
     adapters: dict[str, Adapter] = {}
     try:
+        # The library checks that the file is complete, and reads no values.
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-            for name in file.keys():  # noqa: SIM118  not a mapping
-                suffix = _suffix_of(name)
-                if suffix is None:
-                    raise ConfigError(
-                        f"{origin}: {path} contains {name}, which is not a part of a LoRA; write a LoRA file"
-                    )
-                layer = _layer_name(name.removesuffix(suffix))
-                adapter = adapters.setdefault(layer, Adapter(alpha=_alpha_of(layer, metadata)))
-                if _KINDS[suffix] == _ALPHA:
-                    adapter.alpha = float(file.get_tensor(name))
-                else:
-                    adapter.tensors[_KINDS[suffix]] = file.get_tensor(name)
+        for name, tensor in read_file(path).items():
+            suffix = _suffix_of(name)
+            if suffix is None:
+                raise ConfigError(f"{origin}: {path} contains {name}, which is not a part of a LoRA; write a LoRA file")
+            layer = _layer_name(name.removesuffix(suffix))
+            adapter = adapters.setdefault(layer, Adapter(alpha=_alpha_of(layer, metadata)))
+            if _KINDS[suffix] == _ALPHA:
+                adapter.alpha = float(tensor.read())
+            else:
+                adapter.tensors[_KINDS[suffix]] = tensor
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(
             f"{origin}: {path} cannot be read: {' '.join(str(error).split())[:200]}; write a complete .safetensors file"
@@ -254,7 +254,8 @@ def _load(layer: Any, adapter: Adapter, alpha: float, where: str) -> None:
     """Copy one adapter. B takes up the ratio of the alphas, because the run's own alpha applies to it."""
     scale = 1.0 if adapter.alpha is None else adapter.alpha / adapter.rank
     factors = {_DOWN: 1.0, _UP: scale * adapter.rank / alpha, _MAGNITUDE: 1.0}
-    for kind, value in adapter.tensors.items():
+    for kind, tensor in adapter.tensors.items():
+        value = tensor.read()
         target = getattr(layer, kind)["default"].weight
         if _squeezed(value) != _squeezed(target):
             raise ConfigError(

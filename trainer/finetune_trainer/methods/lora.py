@@ -20,6 +20,7 @@ from finetune_trainer.methods.lora_linear import use_fast_linears
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.models.layouts.trained import LowRank, TrainedAdapter
 from finetune_trainer.models.text_names import portable_text_name
+from finetune_trainer.weights.lazy import in_memory
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 TEXT_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -79,7 +80,9 @@ class Lora(DenoiserMethod):
                 found.setdefault(key, {})[kind] = value.detach()
         alpha = _alpha(self._spec)
         layers = {
-            name: LowRank(each["lora_A"], each["lora_B"], alpha, each.get("lora_magnitude_vector"))
+            name: LowRank(
+                in_memory(each["lora_A"]), in_memory(each["lora_B"]), alpha, each.get("lora_magnitude_vector")
+            )
             for name, each in found.items()
         }
         yield TrainedAdapter(self._family, layers)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor
 from finetune_trainer.weights.lazy import BLOCK_BYTES, DTYPES, LENGTH_BYTES, METADATA, LazyTensor, Region
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+VALUES_HASH = f"0x{'0' * 64}"
+"""Stands for the hash of the values in the metadata of a file until they are written: each is read only once."""
 _ALIGNMENT = 64
 """Bytes; the position of each tensor in a .ckpt file is a multiple, as in files of torch."""
 
@@ -28,24 +31,54 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: M
     Args:
         path: the file.
         tensors: the tensors by name. The order in the file is that of the library's own writer.
-        metadata: written sorted.
+        metadata: written sorted. `VALUES_HASH` is replaced by the SHA-256 of the values in the order of the file.
 
     Raises:
         OSError: the file cannot be written, or a source cannot be read.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, _NAMES[item[1].dtype], item[0]))
+    with path.open("wb") as file:
+        file.write(_header(ordered, metadata))
+        if VALUES_HASH not in metadata.values():
+            for _, tensor in ordered:
+                write_values(file, tensor)
+            return
+        hashed = _Hashed(file)
+        for _, tensor in ordered:
+            write_values(hashed, tensor)
+        found = {key: hashed.hash if value == VALUES_HASH else value for key, value in metadata.items()}
+        file.seek(0)
+        file.write(_header(ordered, found))
+
+
+def _header(tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
-    for name, tensor in ordered:
+    for name, tensor in tensors:
         end = offset + tensor.num_bytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-        for _, tensor in ordered:
-            write_values(file, tensor)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+class _Hashed:
+    """A file with a running hash of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    @property
+    def hash(self) -> str:
+        """Return the SHA-256 as ModelSpec writes it."""
+        return f"0x{self._digest.hexdigest()}"
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Write, and add to the hash."""
+        self._digest.update(content)
+        self._file.write(content)
 
 
 def write_ckpt(path: Path, tensors: Mapping[str, LazyTensor], more: Mapping[str, object] | None = None) -> None:

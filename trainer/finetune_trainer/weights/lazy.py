@@ -95,6 +95,13 @@ class LazyTensor:
         rows = self.rows
         return LazyTensor(dtype, self.shape, lambda start, stop: rows(start, stop).to(dtype))
 
+    def times(self, factor: float) -> LazyTensor:
+        """Return the product with a number."""
+        if factor == 1.0:
+            return self
+        rows = self.rows
+        return replace(self, rows=lambda start, stop: rows(start, stop) * factor, region=None)
+
     def reshape(self, *shape: int) -> LazyTensor:
         """Return it in another shape with the same first dimension."""
         assert shape[0] == self.num_rows and math.prod(shape) == math.prod(self.shape)

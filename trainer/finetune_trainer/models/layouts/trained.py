@@ -49,6 +49,8 @@ class TrainedPipeline:
 class LowRank:
     """The adapter of one layer: it adds alpha / rank * up @ down to the layer's weight.
 
+    The matrices of a whole LoRA need hundreds of megabytes, so they are read when they are written.
+
     Attributes:
         down: the matrix A (rank, in, ...).
         up: the matrix B (out, rank, ...).
@@ -56,8 +58,8 @@ class LowRank:
         magnitude: DoRA's norms of the output channels; None without DoRA.
     """
 
-    down: Tensor
-    up: Tensor
+    down: LazyTensor
+    up: LazyTensor
     alpha: float
     magnitude: Tensor | None = None
 
