@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     _add_export(
         commands.add_parser("export", parents=[common, named], help="write an output from any checkpoint of a job")
     )
+    _add_generate(
+        commands.add_parser("generate", parents=[common, named], help="draw pictures with an output or a checkpoint")
+    )
     _add_validate(commands.add_parser("validate", parents=[common], help="check a manifest without starting anything"))
     _add_explain_topology(
         commands.add_parser("explain-topology", help="show the cores and memory that each rank of a job gets")
@@ -159,6 +162,41 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="check everything and write nothing")
     command.add_argument("--list", action="store_true", help="list the checkpoints, the outputs and the formats")
     command.set_defaults(command="export")
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    model = command.add_mutually_exclusive_group(required=True)
+    model.add_argument("--job", help="name of a job on this machine, or its manifest")
+    model.add_argument(
+        "--model",
+        metavar="PATH",
+        help="folder, file or s3:// URL: a pipeline, a single file, a LoRA, an embedding or a ControlNet",
+    )
+    _add_set(command)
+    command.add_argument("--folder", help="with --job: the job's folder, on a disk or in a bucket (s3://...)")
+    command.add_argument("--step", type=int, help="with --job: draw with the checkpoint of this step")
+    command.add_argument("--format", help="with --job: draw with its output of this format (default: the first one)")
+    command.add_argument("--base", help="base of the model (default: what the job or the model itself names)")
+    command.add_argument("--prompt", action="append", default=[], help="what to draw (repeatable: one row each)")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
+    command.add_argument("--negative-prompt", help="what the pictures shall not show")
+    command.add_argument(
+        "--seed", type=int, action="append", default=[], help="seed of the noise (repeatable; default: 0)"
+    )
+    command.add_argument("--grid", required=True, metavar="FILE", help="image file to write")
+    command.add_argument("--condition", metavar="FILE", help="conditioning image of a ControlNet")
+    command.add_argument("--compare", choices=("base",), help="add a column with the base")
+    command.add_argument(
+        "--strength", metavar="LIST", help="strengths of a LoRA or ControlNet, one column each, e.g. 0,0.5,1"
+    )
+    command.add_argument("--steps", type=int, default=25, help="denoising steps (default: 25)")
+    command.add_argument("--guidance", type=float, default=7.5, help="scale of the guidance (default: 7.5)")
+    command.add_argument("--size", help="size in pixels, e.g. 512 or 768x512 (default: that of the training)")
+    command.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="device (default: auto)")
+    command.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="number format (default: fp32 on CPUs, fp16 on GPUs)"
+    )
+    command.set_defaults(command="generate")
 
 
 def _add_validate(command: argparse.ArgumentParser) -> None:
