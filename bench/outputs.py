@@ -1,8 +1,9 @@
 """Measures what each output format costs, beside a plain copy of the same weights.
 
 A base of the size of SDXL with random weights in fp16 is written to disk. Then each format is written by a process of
-its own, in turn with a plain copy in such a process: seconds until the files are durable, and the peak of the resident
-memory. Both processes have imported the same libraries, so that the difference is what the format needs.
+its own, in turn with a plain copy in such a process: seconds until the files are durable, seconds of CPU time, which
+other processes of the machine change less, and the peak of the resident memory. Both processes have imported the same
+libraries, so that the difference is what the format needs.
 
 Usage: python -m bench.outputs [--folder FOLDER] [--size real|tiny] [--repeats N]
 """
@@ -19,13 +20,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FORMATS = ("diffusers", "single-file", "kohya", "merged")
 COPY_BLOCK = 1 << 20
 RANK = 64
+_SHOWN = ("seconds", "CPU s", "MiB")
+_RATIOS = {"seconds": "over_copy", "cpu_seconds": "cpu_over_copy", "peak_mib": "memory_over_copy"}
 _LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process has used.
+
+    Attributes:
+        seconds: until its files are durable.
+        cpu_seconds: of the processor, for the same.
+        peak_mib: peak of its resident memory.
+        size: bytes written.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_mib: float
+    size: int
 
 
 def main() -> int:
@@ -50,48 +71,44 @@ def main() -> int:
 def report(base: Path, lora: Path, out: Path, repeats: int) -> None:
     """Measure each format between two copies of its inputs, and print the results."""
     figures: dict[str, float] = {}
-    print(
-        f"{'format':<12} {'GB':>6} {'seconds':>8} {'copy':>6} {'ratio':>6} {'MiB':>6} {'copy':>6} {'ratio':>6}",
-        flush=True,
-    )
+    print(f"{'format':<12} {'GB':>6}" + "".join(f" {each:>8} {'copy':>6} {'ratio':>6}" for each in _SHOWN), flush=True)
     for format_name in FORMATS:
-        size = 0
-        times: list[float] = []
-        copies: list[float] = []
-        peaks: list[float] = []
-        copy_peaks: list[float] = []
+        own: list[Cost] = []
+        copies: list[Cost] = []
         for _ in range(repeats):
             source = lora if format_name == "kohya" else base
             for kind in ("copy", format_name, "copy"):
-                seconds, peak, size = measure(kind, source if kind == "copy" else base, lora, out)
-                (copies if kind == "copy" else times).append(seconds)
-                (copy_peaks if kind == "copy" else peaks).append(peak)
-        seconds, copy = statistics.median(times), statistics.median(copies)
-        peak, copy_peak = max(peaks), max(copy_peaks)
-        print(
-            f"{format_name:<12} {size / 1e9:6.2f} {seconds:8.2f} {copy:6.2f} {seconds / copy:6.2f} {peak:6.0f} "
-            f"{copy_peak:6.0f} {peak / copy_peak:6.2f}",
-            flush=True,
-        )
-        key = format_name.replace("-", "_")
-        figures |= {f"{key}_seconds": seconds, f"{key}_copy_seconds": copy, f"{key}_over_copy": seconds / copy}
-        figures |= {f"{key}_peak_mib": peak, f"{key}_memory_over_copy": peak / copy_peak}
+                cost = measure(kind, source if kind == "copy" else base, lora, out)
+                (copies if kind == "copy" else own).append(cost)
+        found, copy = _summary(own), _summary(copies)
+        key, line = format_name.replace("-", "_"), f"{format_name:<12} {found.size / 1e9:6.2f}"
+        for name in ("seconds", "cpu_seconds", "peak_mib"):
+            value, plain = getattr(found, name), getattr(copy, name)
+            line += f" {value:8.2f} {plain:6.2f} {value / plain:6.2f}"
+            figures |= {f"{key}_{name}": value, f"{key}_copy_{name}": plain, f"{key}_{_RATIOS[name]}": value / plain}
+        print(line, flush=True)
     keys = [name.replace("-", "_") for name in FORMATS]
-    worst = {
-        "worst_over_copy": max(figures[f"{key}_over_copy"] for key in keys),
-        "worst_memory_over_copy": max(figures[f"{key}_memory_over_copy"] for key in keys),
-    }
+    worst = {f"worst_{ratio}": max(figures[f"{key}_{ratio}"] for key in keys) for ratio in _RATIOS.values()}
     print(json.dumps({name: round(value, 3) for name, value in (worst | figures).items()}))
 
 
-def measure(kind: str, base: Path, lora: Path, out: Path) -> tuple[float, float, int]:
-    """Return the seconds, the peak in MiB and the bytes written of one process; what it wrote is deleted."""
+def _summary(costs: Sequence[Cost]) -> Cost:
+    """Return the median of the times, and the highest peak."""
+    return Cost(
+        statistics.median(each.seconds for each in costs),
+        statistics.median(each.cpu_seconds for each in costs),
+        max(each.peak_mib for each in costs),
+        costs[-1].size,
+    )
+
+
+def measure(kind: str, base: Path, lora: Path, out: Path) -> Cost:
+    """Return what one process costs; what it wrote is deleted."""
     command = [sys.executable, "-m", "bench.outputs", "--child", kind, str(base), str(lora), str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     shutil.rmtree(out)
-    found = json.loads(result.stdout.splitlines()[-1])
-    return found["seconds"], found["peak"], found["bytes"]
+    return Cost(**json.loads(result.stdout.splitlines()[-1]))
 
 
 def run_child(kind: str, base: str, lora: str, out: str) -> None:
@@ -99,16 +116,15 @@ def run_child(kind: str, base: str, lora: str, out: str) -> None:
     write = _writer(kind, Path(base), Path(lora))
     folder = Path(out)
     folder.mkdir()
-    started = time.monotonic()
+    started, started_cpu = time.monotonic(), time.process_time()
     files = write(folder)
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    seconds = time.monotonic() - started
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - started_cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    size = sum(path.stat().st_size for path in files)
-    print(json.dumps({"seconds": seconds, "peak": peak, "bytes": size}))
+    print(json.dumps(asdict(Cost(seconds, cpu_seconds, peak, sum(path.stat().st_size for path in files)))))
 
 
 def _writer(kind: str, base: Path, lora: Path) -> Callable[[Path], list[Path]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from finetune_contract.input_spec import ModelSpec
 from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.about import About
-from finetune_trainer.export.formats.rank import reduce_rank
+from finetune_trainer.export.formats.merge import read_adapter
+from finetune_trainer.export.formats.rank import closest_matrices, reduce_rank
 from finetune_trainer.export.formats.write import write_format
 from finetune_trainer.methods.method import Method
+from finetune_trainer.models.base import open_base
 from finetune_trainer.models.layouts.trained import LowRank
+from finetune_trainer.weights.lazy import LazyTensor, in_memory
 from testing.trainer import tiny
 from testing.trainer.methods import export, make_batch, make_method
 
@@ -78,7 +84,7 @@ def test_strength_further_loras_and_their_weights_add_up(bases: dict[str, Path],
         with method.trained() as trained:
             for name, layer in trained.layers.items():  # type: ignore[union-attr]
                 key = f"{name.removeprefix('unet.')}.weight"
-                product = layer.up.double().flatten(1) @ layer.down.double().flatten(1)
+                product = layer.up.read().double().flatten(1) @ layer.down.read().double().flatten(1)
                 expected[key] += factor * 2.5 * product.reshape(expected[key].shape)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -114,14 +120,15 @@ def test_a_lora_of_another_base_is_refused(bases: dict[str, Path], tmp_path: Pat
 def test_a_reduced_rank_is_the_closest_matrix(shape: tuple[int, ...]) -> None:
     """The distance is the root of the sum of the squares of the singular values that are left out."""
     torch.manual_seed(0)
-    layer = LowRank(torch.randn(4, *shape[1:]), torch.randn(shape[0], 4, *[1] * (len(shape) - 2)), 2.0)
-    full = 0.5 * layer.up.flatten(1).double() @ layer.down.flatten(1).double()
-    small = reduce_rank(layer, 2)
+    down, up = torch.randn(4, *shape[1:]), torch.randn(shape[0], 4, *[1] * (len(shape) - 2))
+    layer = LowRank(in_memory(down), in_memory(up), 2.0)
+    full = 0.5 * up.flatten(1).double() @ down.flatten(1).double()
+    small = reduce_rank(layer, 2, closest_matrices)
     assert (small.rank, small.alpha, small.down.shape, small.up.shape[:2]) == (2, 2.0, (2, *shape[1:]), (6, 2))
-    found = small.up.flatten(1).double() @ small.down.flatten(1).double()
+    found = small.up.read().flatten(1).double() @ small.down.read().flatten(1).double()
     rest = torch.linalg.svdvals(full)[2:].square().sum().sqrt()
     torch.testing.assert_close((full - found).norm(), rest, rtol=1e-5, atol=1e-6)
-    assert reduce_rank(layer, 4) is layer
+    assert reduce_rank(layer, 4, closest_matrices) is layer
 
 
 @pytest.mark.parametrize("output", ["kohya", "diffusers"])
@@ -140,6 +147,37 @@ def test_a_file_of_the_same_rank_as_its_matrices_loses_nothing(
     again = make_method(bases["sd1"], "LoRA", lora={"rank": 1, "base": str(file)})
     again.set_training(False)
     torch.testing.assert_close(predict(again, "sd1"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 1}], ids=["complete", "reduced"])
+@pytest.mark.parametrize("output", ["kohya", "diffusers"])
+def test_each_matrix_of_a_lora_file_is_read_once_and_when_it_is_written(
+    bases: dict[str, Path], output: str, settings: dict[str, int], tmp_path: Path
+) -> None:
+    """The matrices of a LoRA need hundreds of megabytes; those of one layer are in memory at a time."""
+    (tmp_path / "in").mkdir()
+    (file,) = export(fill(make_method(bases["sd1"], "LoRA")), OutputFormat.KOHYA, tmp_path / "in")
+    opened = read_adapter(file, open_base(ModelSpec(base=str(bases["sd1"]))), "x")
+    read: list[str] = []
+
+    def watched(name: str, tensor: LazyTensor) -> LazyTensor:
+        def rows(start: int, stop: int) -> torch.Tensor:
+            assert (start, stop) == (0, tensor.num_rows)
+            read.append(name)
+            return tensor.rows(start, stop)
+
+        return replace(tensor, rows=rows, region=None)
+
+    layers = {
+        name: replace(layer, down=watched(name, layer.down), up=watched(name, layer.up))
+        for name, layer in opened.layers.items()
+    }
+    assert not read
+    spec = OutputSpec.model_validate({"format": output, "to": ".", **settings})
+    (tmp_path / "out").mkdir()
+    write_format(replace(opened, layers=layers), spec, tmp_path / "out", About("tiny"))
+    assert sorted(read) == sorted([*layers, *layers])
+    assert [first for first, second in zip(read[::2], read[1::2], strict=True) if first != second] == []
 
 
 def test_a_kohya_file_describes_itself(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -163,7 +201,8 @@ def test_a_kohya_file_describes_itself(bases: dict[str, Path], tmp_path: Path) -
     assert spec["sai_model_spec"] == "1.0.1"
     assert spec["architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert (spec["title"], spec["resolution"], spec["trigger_phrase"]) == ("tiny", "16x16", "in the style of sks")
-    assert len(spec["hash_sha256"]) == 66
+    content = file.read_bytes()
+    assert spec["hash_sha256"] == f"0x{sha256(content[8 + int.from_bytes(content[:8], 'little') :]).hexdigest()}"
     head, _, data = spec["thumbnail"].partition(",")
     assert head == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as thumbnail:

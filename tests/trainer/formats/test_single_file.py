@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,28 @@ def test_names_and_shapes_are_those_of_published_files(family: str) -> None:
     assert len(expected) == {"sd1": 1131, "sd2": 1228, "sdxl": 2515}[family]
     expected = (make_keys.FOLDER / f"{family}-controlnet.txt").read_text(encoding="utf-8").splitlines()
     assert make_keys.shapes(make_keys.controlnet(family)) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "counts"),
+    [
+        ("sd1", {"lora_unet": 192, "lora_te": 72}),
+        ("sd2", {"lora_unet": 192, "lora_te": 138}),
+        ("sdxl", {"lora_unet": 722, "lora_te1": 72, "lora_te2": 192}),
+    ],
+)
+def test_names_and_shapes_of_a_lora_are_those_of_kohyas_scripts(family: str, counts: dict[str, int]) -> None:
+    """The scripts log these numbers of adapted layers; each has two matrices and an alpha."""
+    expected = (make_keys.FOLDER / f"{family}-kohya.txt").read_text(encoding="utf-8").splitlines()
+    assert make_keys.shapes(make_keys.kohya(family)) == expected
+    layers = Counter(re.match(r"lora_(unet|te\d?)", line)[0] for line in expected)  # type: ignore[index]
+    assert layers == {part: 3 * count for part, count in counts.items()}
+    # The layers of SDXL's UNet have the names of the original code, those of the others the names of diffusers.
+    original = (make_keys.FOLDER / f"{family}.txt").read_text(encoding="utf-8").splitlines()
+    known = {line.partition(" ")[0].removesuffix(".weight") for line in original}
+    known = {name.removeprefix("model.diffusion_model.").replace(".", "_") for name in known}
+    adapted = {line.partition(".")[0].removeprefix("lora_unet_") for line in expected if line.startswith("lora_unet")}
+    assert len(adapted & known) == (len(adapted) if family == "sdxl" else 0)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

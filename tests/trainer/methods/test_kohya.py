@@ -16,6 +16,7 @@ from finetune_trainer.export.formats.kohya import to_kohya
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.layouts.trained import LowRank
 from finetune_trainer.models.original_names import original_name
+from finetune_trainer.weights.lazy import LazyTensor, in_memory
 from testing.trainer import tiny
 from testing.trainer.methods import export, make_method
 
@@ -27,10 +28,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def test_magnitudes_have_the_shape_that_multiplies_the_weight_of_their_layer() -> None:
     """LyCORIS and ComfyUI divide them by norms: (out, 1) for a linear layer, (out, 1, 1, 1) for a convolution."""
+
+    def ones(*shape: int) -> LazyTensor:
+        return in_memory(torch.ones(shape))
+
     layers = {
-        "unet.a.to_q": LowRank(torch.ones(2, 5), torch.ones(3, 2), 3, torch.arange(3.0)),
-        "unet.b.conv1": LowRank(torch.ones(2, 5, 3, 3), torch.ones(3, 2, 1, 1), 3, torch.arange(3.0).view(1, 3, 1, 1)),
-        "text_encoder.q_proj": LowRank(torch.ones(2, 6), torch.ones(4, 2), 3, torch.arange(4.0)),
+        "unet.a.to_q": LowRank(ones(2, 5), ones(3, 2), 3, torch.arange(3.0)),
+        "unet.b.conv1": LowRank(ones(2, 5, 3, 3), ones(3, 2, 1, 1), 3, torch.arange(3.0).view(1, 3, 1, 1)),
+        "text_encoder.q_proj": LowRank(ones(2, 6), ones(4, 2), 3, torch.arange(4.0)),
     }
     renamed = to_kohya(layers, lambda part, module: f"{part}_{module.replace('.', '_')}")
     assert {name: tuple(value.shape) for name, value in renamed.items()} == {
@@ -47,8 +52,8 @@ def test_magnitudes_have_the_shape_that_multiplies_the_weight_of_their_layer() -
         "text_encoder_q_proj.lora_up.weight": (4, 2),
         "text_encoder_q_proj.alpha": (),
     }
-    assert renamed["unet_b_conv1.dora_scale"].flatten().tolist() == [0, 1, 2]
-    assert all(value.item() == 3 for name, value in renamed.items() if name.endswith(".alpha"))
+    assert renamed["unet_b_conv1.dora_scale"].read().flatten().tolist() == [0, 1, 2]
+    assert all(value.read().item() == 3 for name, value in renamed.items() if name.endswith(".alpha"))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -79,7 +79,7 @@ def test_alpha_in_metadata_applies(base: Path, tmp_path: Path) -> None:
     with before.trained() as written:
         assert isinstance(written, TrainedAdapter)
         tensors = {
-            f"{name}.lora_{kind}.weight": value
+            f"{name}.lora_{kind}.weight": value.read()
             for name, layer in written.layers.items()
             for kind, value in (("A", layer.down), ("B", layer.up))
         }
