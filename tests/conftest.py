@@ -16,6 +16,7 @@ REMEDIES = {
     r"real nodes|buildah|debootstrap|iptables|lua": "on Debian, run `make system-packages` as root",
     r"g\+\+": "install a C++ compiler, e.g. the package g++",
     r"IPEX": "run `make test-intel`",
+    r"OpenVINO": "run `make test-export`",
     r"Kueue": "run `make test-queue`",
     r"core": "use a machine with at least two cores",
     r"glibc|C library": "use a system with glibc",

@@ -37,5 +37,9 @@ grep '^torch==' requirements/dev.txt | tr -d ' \\' > "$torch"
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header pyproject.toml --extra trainer --extra export \
     --constraint "$torch" -o requirements/export.txt >/dev/null
+# What `make test-export` installs: the same packages, and those of the tests.
+"$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+    --no-emit-find-links --no-annotate --no-header pyproject.toml --extra operator --extra trainer --extra export \
+    requirements/export-tests.in --constraint requirements/export.txt -o requirements/export-tests.txt >/dev/null
 "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
     --no-emit-find-links --no-annotate --no-header requirements/bootstrap.in -o requirements/bootstrap.txt >/dev/null

@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 from finetune_contract.methods import METHODS, MethodTraits, TrainedPart, encodes_text
-from finetune_contract.outputs.spec import OutputFormat
+from finetune_contract.outputs.environments import needs_export_image
+from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_contract.spec import Method as MethodName
 from finetune_contract.spec import TrainingSpec
 from finetune_trainer.data.sampling.draws import Draws
@@ -88,7 +89,10 @@ def test_every_method_has_traits_a_class_and_test_settings() -> None:
 def test_formats_are_those_that_the_class_exports(
     method: Method, name: str, output: OutputFormat, tmp_path: Path
 ) -> None:
-    if output in traits_of(name).formats:
+    if needs_export_image(OutputSpec(format=output, to=".")) and output in traits_of(name).formats:
+        with pytest.raises(ConfigError, match="needs the packages"):
+            export(method, output, tmp_path)
+    elif output in traits_of(name).formats:
         assert export(method, output, tmp_path), f"correct formats in {row_of(name)}"
     else:
         with pytest.raises(ConfigError, match="cannot be written as"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune_contract.cpu.requirements import find_missing_cpu_software
 from finetune_contract.input_spec import DatasetSpec
 from finetune_contract.methods import METHODS
-from finetune_contract.requirements import find_missing_software
+from finetune_contract.requirements import find_missing_export, find_missing_software
 from finetune_operator.api.job import CONTROLLER, Accelerator, FineTuneJob, FineTuneJobSpec, TopologySpec
 from finetune_operator.api.rules.supported import find_missing
 from finetune_operator.cli.manifest import is_url
@@ -91,6 +91,7 @@ def _spec_problems(job: FineTuneJob, home: Home, machine: MachineCapacity) -> It
     if spec.topology.accelerator is Accelerator.CPU:
         yield from (f"spec.{message}" for message in find_missing_cpu_software(spec.topology.cpu))
     yield from find_missing_clients(spec)
+    yield from (f"spec.{message}" for message in find_missing_export(spec.outputs))
     for number, output in enumerate(spec.outputs):
         yield from find_output_problems(number, output)
     yield from find_disk_problems(spec, home)

@@ -73,7 +73,7 @@ def write_openvino(trained: TrainedPipeline, output: OutputSpec, folder: Path, a
 
     Args:
         trained: the pipeline.
-        output: the output; its precision is that of the weights, fp32 by default.
+        output: the output; its precision is that of the weights, fp32 by default, or fp16.
         folder: an empty local folder.
         about: the origin, for the prompt.
 
@@ -85,12 +85,13 @@ def write_openvino(trained: TrainedPipeline, output: OutputSpec, folder: Path, a
         raise ConfigError(f"outputs: {message.partition(': ')[2]}")
     source = folder / _TORCH
     source.mkdir()
-    precision = output.precision or OutputPrecision.FP32
-    write_pipeline(trained, output.model_copy(update={"precision": precision}), source)
+    write_pipeline(trained, output.model_copy(update={"precision": OutputPrecision.FP32}), source)
     prompt = output.trigger_phrase or about.trigger_phrase or _PROMPT
     expected = _draw_with_torch(source, prompt)
     _convert(source, output.quantization, folder)
     shutil.rmtree(source)
+    if output.precision is OutputPrecision.FP16:
+        _halve(folder)
     comparison = _compare(folder, expected, prompt, output.quantization)
     (folder / COMPARISON).write_text(json.dumps(asdict(comparison), indent=2) + "\n", encoding="utf-8")
     _LOG.info("%s", describe(comparison))
@@ -172,6 +173,18 @@ def _convert(source: Path, quantization: WeightQuantization | None, folder: Path
     pipeline.save_pretrained(folder)
     del pipeline
     gc.collect()
+
+
+def _halve(folder: Path) -> None:
+    """Store the weights of all models in fp16. optimum-intel would leave those of convolutions in fp32."""
+    openvino = importlib.import_module("openvino")
+    for path in sorted(folder.rglob("*.xml")):
+        model, target = openvino.Core().read_model(path), path.with_name("half.xml")
+        openvino.save_model(model, target, compress_to_fp16=True)
+        del model
+        gc.collect()
+        for suffix in (".bin", ".xml"):
+            target.with_suffix(suffix).replace(path.with_suffix(suffix))
 
 
 def _compare(folder: Path, expected: numpy.ndarray, prompt: str, quantization: WeightQuantization | None) -> Comparison:
