@@ -25,6 +25,8 @@ class Unsupported:
 
 SHARDED = {f"{T}.method": "Full", f"{T}.sharding": "full"}
 GRAPHS_ON = {f"{T}.cudaGraphs": "on", "spec.topology.accelerator": "gpu"}
+IPEX_ON: Edit = {"spec.topology.accelerator": "cpu", "spec.topology.cpu": {"ipex": "on"}}
+AUTO_IPEX: Advice = {"write ipex: auto": {"spec.topology.cpu.ipex": "auto"}}
 AUTO_GRAPHS = {"write cudaGraphs: auto": {f"{T}.cudaGraphs": "auto"}}
 UNSUPPORTED = (
     Unsupported(
@@ -74,6 +76,8 @@ UNSUPPORTED = (
         },
         base="script",
     ),
+    Unsupported(SHARDED | IPEX_ON, AUTO_IPEX | {"leave sharding out": removed(f"{T}.sharding")}),
+    Unsupported(IPEX_ON | {f"{T}.compile": "on"}, AUTO_IPEX | {"leave compile out": removed(f"{T}.compile")}),
     Unsupported(SHARDED | {f"{T}.precision": "fp16"}, {"precision: bf16": {f"{T}.precision": "bf16"}}),
     Unsupported(
         SHARDED | {f"{T}.aspectBuckets": True},
@@ -120,12 +124,11 @@ UNSUPPORTED = (
             }.items()
         },
     ),
-    Unsupported({"spec.outputs": [{"format": "openvino", "to": "out"}]}, DIFFUSERS),
-    Unsupported(
-        {"spec.outputs": [{"format": "openvino", "to": "out"}]},
-        {"format: asWritten": {"spec.outputs": [{"format": "asWritten", "to": "out"}]}} | DIFFUSERS,
-        base="script",
-    ),
+    Unsupported({"spec.outputs": [{"format": "single-file", "to": "out"}]}, DIFFUSERS),
     Unsupported({"spec.queueName": "pictures"}, {"leave the queue out": removed("spec.queueName")}),
+    Unsupported(
+        {"spec.scheduling": "volcano"},
+        {"write auto": {"spec.scheduling": "auto"}, "auto or none": {"spec.scheduling": "none"}},
+    ),
 )
 """Manifests that are valid and not supported: at least one for each message."""
