@@ -74,6 +74,10 @@ class Settings:
     """Whether Workloads contain the cost of their eviction, for Kueue's feature gate PriorityBoost."""
     kueue_topology: bool = False
     """Whether Workloads of packed jobs request their domain from Kueue: the flavors have topologies."""
+    resize_pods: bool = False
+    """Whether running pods get more memory in place after another pod of their gang exceeded its memory."""
+    user_namespaces: bool = False
+    """Whether pods run in user namespaces of their own."""
     rack_label: str = ""
     """Label of nodes whose value is their rack; empty: no job can request a rack."""
     gangs: bool = False

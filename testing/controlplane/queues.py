@@ -117,6 +117,7 @@ class Kueue:
             "cohorts": "Cohort",
             "workloadpriorityclasses": "WorkloadPriorityClass",
             "admissionchecks": "AdmissionCheck",
+            "topologies": "Topology",
         }
         thing: dict[str, Any] = {"apiVersion": f"{GROUP}/v1beta2", "kind": kinds[plural], "metadata": {"name": name}}
         thing |= dict(spec) if plural == "workloadpriorityclasses" else {"spec": dict(spec)}

@@ -55,11 +55,20 @@ def install(control_plane: ControlPlane, *, queues: bool = False) -> None:
     wait_for("the CRD is served", lambda: _served(control_plane))
 
 
-@contextlib.contextmanager
-def may_taint_nodes(control_plane: ControlPlane) -> Iterator[None]:
+def may_taint_nodes(control_plane: ControlPlane) -> contextlib.AbstractContextManager[None]:
     """Within this block the operator has what the chart grants if gpuFaults.taintAfterJobs is set."""
-    name = "finetune-taints"
-    _grant(control_plane.api, "ClusterRole", RBAC, name, yaml.safe_load(RULES.read_text())["taints"])
+    return _granted(control_plane, "finetune-taints", "taints")
+
+
+def may_resize_pods(control_plane: ControlPlane) -> contextlib.AbstractContextManager[None]:
+    """Within this block the operator has what the chart grants if recovery.resizePods is true."""
+    return _granted(control_plane, "finetune-resizes", "resizes")
+
+
+@contextlib.contextmanager
+def _granted(control_plane: ControlPlane, name: str, group: str) -> Iterator[None]:
+    """Within this block the operator has a group of rules of the chart in addition."""
+    _grant(control_plane.api, "ClusterRole", RBAC, name, yaml.safe_load(RULES.read_text())[group])
     try:
         yield
     finally:

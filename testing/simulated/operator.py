@@ -30,6 +30,7 @@ from finetune_operator.plan.model.types import (
     ObservedWorkload,
     PatchWorkload,
     Refusal,
+    ResizePod,
 )
 from finetune_operator.plan.model.view import nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
@@ -210,6 +211,9 @@ class SimulatedOperator:
             await self._call(lambda: server.delete_pod(action.name, action.uid, action.grace_seconds))
         elif isinstance(action, PatchWorkload):
             await self._patch(job, action)
+        elif isinstance(action, ResizePod):
+            # The memory of simulated pods is never exceeded.
+            pass
         elif isinstance(action, DeleteWorkload):
             await self._call(lambda: server.delete_workload(action.name, action.uid))
         else:

@@ -12,6 +12,7 @@ from typing import Any
 from tests.api.bad_scripts import METHOD_SETTINGS
 from tests.api.manifests import GOOD, REMOVED
 from tests.api.output_advice import OUTPUT_ADVICE
+from tests.api.pod_advice import POD_ADVICE
 
 Edit = dict[str, Any]
 Advice = dict[str, Edit]
@@ -438,6 +439,7 @@ ADVICE: dict[str, Advice] = {
     },
     "kohya-of-full": DIFFUSERS,
     **OUTPUT_ADVICE,
+    **POD_ADVICE,
     "secret-twice": {"each Secret once": {"spec.secrets": [{"name": "a"}]}},
 }
 """For each row of `bad_manifests.BAD` the advice of its message."""

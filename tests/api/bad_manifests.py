@@ -5,6 +5,7 @@ from __future__ import annotations
 from finetune_operator.api.job import API_VERSION
 from tests.api.bad_combinations import BAD_COMBINATIONS
 from tests.api.bad_manifest import BadManifest
+from tests.api.bad_pods import BAD_PODS
 from tests.api.bad_scripts import BAD_SCRIPTS
 from tests.api.bad_weights import BAD_WEIGHTS
 from tests.api.manifests import REMOVED
@@ -51,7 +52,7 @@ BAD_VALUES = (
         "invented",
         {"spec.model.flavour": "x"},
         "spec.model.flavour",
-        "the fields here are base, revision, variant, config, vae",
+        "the fields here are base, revision, variant, config, vae, image",
     ),
     BadManifest(
         "invented-at-top", {"template": {}}, "template", "the fields here are apiVersion, kind, metadata, spec, status"
@@ -192,5 +193,5 @@ BAD_VALUES = (
     ),
 )
 
-BAD = (*BAD_VALUES, *BAD_COMBINATIONS, *BAD_SCRIPTS, *BAD_WEIGHTS)
+BAD = (*BAD_VALUES, *BAD_COMBINATIONS, *BAD_SCRIPTS, *BAD_WEIGHTS, *BAD_PODS)
 """All invalid manifests."""

@@ -170,7 +170,9 @@ FULL = patched(
             "minNodes": 2,
             "maxNodes": 8,
             "processesPerNode": 4,
-            "resources": {"cpu": "7500m", "memory": "64Gi", "nvidia.com/gpu": 4, "rdma/hca": 1},
+            "resources": {"cpu": "7500m", "memory": "64Gi", "rdma/hca": 1},
+            "pack": "rack",
+            "gpuClaimTemplateName": "four-gpus",
         },
         "spec.checkpoint": {
             "storage": {"persistentVolumeClaim": {"claimName": "checkpoints"}},
@@ -188,6 +190,7 @@ FULL = patched(
             "shrinkAfter": "3m",
             "hangTimeout": "1h30m",
             "noticeSeconds": 30,
+            "maxMemory": "128Gi",
         },
         "spec.outputs": [
             {"format": "diffusers", "to": "/checkpoints/out"},
@@ -202,6 +205,15 @@ FULL = patched(
         "spec.secrets": [{"name": "hub-token"}],
         "spec.managedBy": "finetune-operator.io/finetunejob-controller",
         "spec.podTemplate": {"spec": {"nodeSelector": {"zone": "a"}, "tolerations": []}},
+    },
+)
+IN_IMAGE = patched(
+    SMALLEST,
+    {
+        "spec.model": {
+            "base": "/finetune/model/sdxl",
+            "image": {"reference": "registry.example.com:5000/models/sdxl:1.0", "pullPolicy": "IfNotPresent"},
+        }
     },
 )
 CPU = {
@@ -233,6 +245,7 @@ GOOD: dict[str, Document] = {
     "script": SCRIPT,
     "full": FULL,
     "cpu-nodes": CPU_NODES,
+    "in-image": IN_IMAGE,
     "bucket": BUCKET,
     "host-path": HOST_PATH,
     "longest-name": patched(SMALLEST, {"metadata.name": "c" * 51}),

@@ -16,9 +16,9 @@ from finetune_operator.api.rules.supported import MISSING, find_missing
 from finetune_operator.api.validate import InvalidJob, broken_rules, parse_job
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.merge import MergeError
-from finetune_operator.plan.policies.acceptance import NO_QUEUES, NO_STORAGE, find_unsupported
+from finetune_operator.plan.policies.acceptance import NO_CLAIMS, NO_QUEUES, NO_RACKS, NO_STORAGE, find_unsupported
 from finetune_operator.settings import Settings
-from tests.api.advice import ADVICE, STORAGES, Advice, Edit
+from tests.api.advice import ADVICE, STORAGES, Advice, Edit, removed
 from tests.api.bad_manifest import BadManifest
 from tests.api.bad_manifests import BAD
 from tests.api.flag_values import FLAG_VALUES
@@ -118,6 +118,27 @@ def test_advice_about_missing_storage_is_accepted() -> None:
     assert untried_words(NO_STORAGE.rstrip("."), STORAGES) == []
     for part, edit in STORAGES.items():
         assert refusals(patched(SMALLEST, edit), CLUSTER) == [], part
+
+
+def test_advice_about_missing_racks_is_accepted() -> None:
+    packed = patched(SMALLEST, {"spec.topology": {"nodes": 2, "pack": "rack"}, **STORAGES["nfs"]})
+    advice = {"pack: zone": {"spec.topology.pack": "zone"}, "leave pack out": removed("spec.topology.pack")}
+    assert refusals(packed, CLUSTER) == [NO_RACKS]
+    assert refusals(packed, Settings(rack_label="example.com/rack")) == []
+    assert untried_words(NO_RACKS.rstrip("."), advice) == []
+    for part, edit in advice.items():
+        assert refusals(patched(packed, edit), CLUSTER) == [], part
+
+
+def test_advice_about_unserved_claims_is_accepted() -> None:
+    claim = {"gpuClaimTemplateName": "gpu"}
+    job = parse_job(patched(SMALLEST, {"spec.topology": claim, **STORAGES["nfs"]}))
+    assert find_unsupported(job, CLUSTER, claims_served=False) == [NO_CLAIMS]
+    assert find_unsupported(job, CLUSTER) == []
+    without = parse_job(patched(SMALLEST, STORAGES["nfs"]))
+    assert find_unsupported(without, CLUSTER, claims_served=False) == []
+    advice: Advice = {"leave gpuClaimTemplateName out": {}}
+    assert untried_words(NO_CLAIMS.rstrip("."), advice) == []
 
 
 REPLACED = [flag for flag, replacement in FLAGS.items() if replacement.field is not None]

@@ -62,6 +62,13 @@ UNSUPPORTED = (
         },
     ),
     Unsupported(
+        {"spec.topology.resources": {"memory": "64Gi"}, "spec.recovery.maxMemory": "32Gi"},
+        {
+            "at least topology.resources.memory": {"spec.recovery.maxMemory": "64Gi"},
+            "leave maxMemory out": removed("spec.recovery.maxMemory"),
+        },
+    ),
+    Unsupported(
         {"spec.topology.cpu": {"ipex": "on"}, "spec.topology.accelerator": "gpu"},
         {
             "write ipex: auto": {"spec.topology.cpu.ipex": "auto"},

@@ -59,7 +59,8 @@ def test_an_example_needs_no_other_objects(path: Path) -> None:
         assert not {"secrets", "priorityClassName"} & set(spec)
         assert spec.get("queueName") == EXPECTED[path.stem].get("queue")
         storage = spec["checkpoint"].get("storage", {})
-        is_local = any(place.startswith((".", "/")) for place in (spec["dataset"]["source"], spec["model"]["base"]))
+        bases = [] if "image" in spec["model"] else [spec["model"]["base"]]
+        is_local = any(place.startswith((".", "/")) for place in (spec["dataset"]["source"], *bases))
         assert is_local == (path in LOCAL), "a job with files of this machine cannot run on a cluster"
         if is_local:
             assert not storage, "it needs no claim"
@@ -81,6 +82,13 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "textual-inversion-4-cpu-nodes": {"method": "TextualInversion", "accelerator": "cpu", "nodes": 4},
     "elastic-2-to-8-nodes": {"minNodes": 2, "maxNodes": 8},
     "dreambooth-prior-preservation": {"method": "DreamBooth", "prior": True},
+    "lora-sdxl-image-and-claim": {
+        "method": "LoRA",
+        "ranks": 4,
+        "image": True,
+        "gpuClaimTemplateName": "two-gpus",
+        "pack": "zone",
+    },
     "lora-mixed-data": {"method": "LoRA", "accelerator": "gpu", "nodes": 1, "spot": True},
     "queued-elastic-in-a-kueue-queue": {"method": "LoRA", "queue": "team-pictures", "minNodes": 2, "maxNodes": 8},
     "lora-circles": {"method": "LoRA", "accelerator": "cpu"},
@@ -101,6 +109,7 @@ def test_an_example_uses_the_features_that_it_demonstrates(path: Path) -> None:
         **topology,
         "method": training["method"],
         "queue": spec.get("queueName"),
+        "image": "image" in spec["model"],
         "ranks": topology.get("nodes", 0) * topology.get("processesPerNode", 1),
         "spot": "spot" in spec["recovery"] if "recovery" in spec else False,
         "class": things.get("PersistentVolumeClaim", {}).get("storageClassName"),

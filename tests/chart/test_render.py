@@ -63,6 +63,8 @@ def test_the_crd_equals_the_generated_file(helm: Helm) -> None:
         {"namespaces": ["team-a", "team-b"], "watchNodes": False},
         {"kueue": {"enabled": True, "priorityBoost": True}},
         {"gpuFaults": {"taintAfterJobs": 2}},
+        {"recovery": {"resizePods": True}, "trainer": {"userNamespaces": True}},
+        {"topology": {"rackLabel": "example.com/rack"}, "kueue": {"enabled": True, "topology": True}},
         {"coordinator": {"enabled": False}},
         {"coordinator": {"tls": {"mode": "secret", "secretName": "given"}}},
         {"coordinator": {"port": 9000, "tls": {"mode": "certManager", "issuerRef": {"name": "ca"}}}},
@@ -79,6 +81,10 @@ def test_the_operator_accepts_the_flags_of_the_chart(helm: Helm, values: dict[st
     options = read_options(parser, flags)
     assert list(options.operator.namespaces) == values.get("namespaces", [])
     assert options.operator.taint_after_jobs == values.get("gpuFaults", {}).get("taintAfterJobs", 0)
+    assert options.settings.resize_pods == values.get("recovery", {}).get("resizePods", False)
+    assert options.settings.user_namespaces == values.get("trainer", {}).get("userNamespaces", False)
+    assert options.settings.rack_label == values.get("topology", {}).get("rackLabel", "")
+    assert options.settings.kueue_topology == values.get("kueue", {}).get("topology", False)
     trainer = values.get("trainer", {})
     assert options.settings.trainer_user_id == trainer.get("userId", 1000)
     assert options.settings.cache_claim == trainer.get("cacheClaim", "")
@@ -117,6 +123,14 @@ def test_queues_add_permissions_only_if_they_are_enabled(helm: Helm) -> None:
     objects = helm.render({"kueue": {"enabled": True}})
     assert rules(objects, "ClusterRole", "-jobs") == file["jobs"] + file["queues"]
     assert rules(objects, "ClusterRole", "-cluster") == file["cluster"] + file["queueClasses"]
+
+
+def test_pods_can_be_resized_only_if_it_is_enabled(helm: Helm) -> None:
+    file = yaml.safe_load((CHART / "files/rules.yaml").read_text())
+    assert file["resizes"] == [{"apiGroups": [""], "resources": ["pods/resize"], "verbs": ["patch"]}]
+    objects = helm.render({"recovery": {"resizePods": True}})
+    assert rules(objects, "ClusterRole", "-jobs") == file["jobs"] + file["resizes"]
+    assert "pods/resize" not in resources(helm.render(), "ClusterRole", "-jobs")
 
 
 def test_nodes_can_be_changed_only_if_faulty_ones_are_tainted(helm: Helm) -> None:

@@ -134,6 +134,16 @@ CASES: dict[str, tuple[Change, str, str]] = {
     "duration as text": (put("recovery.hangTimeout", "a while"), "spec.recovery.hangTimeout", "10m"),
     "negative failures": (put("recovery.maxFailures", -1), "spec.recovery.maxFailures", "0"),
     "queue": (put("queueName", "team"), "spec.queueName", "leave the queue out"),
+    "image of the model": (
+        put("model", {"base": "/finetune/model", "image": {"reference": "registry.example.com/sdxl:1.0"}}),
+        "spec.model.image",
+        "write their folder as base, and leave image out",
+    ),
+    "claim for GPUs": (
+        put("topology", {"accelerator": "gpu", "gpuClaimTemplateName": "gpus"}),
+        "spec.topology.gpuClaimTemplateName",
+        "leave gpuClaimTemplateName out",
+    ),
     "another manager": (put("managedBy", "example.org/other"), "spec.managedBy", "leave managedBy out"),
     "suspended": (put("suspend", True), "spec.suspend", "leave suspend out"),
     "unknown output": (put("outputs", [{"format": "gguf", "to": "out"}]), "spec.outputs[0].format", "diffusers"),

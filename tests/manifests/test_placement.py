@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.manifests import build_pod
-from finetune_operator.manifests.placement import SPOT_LABELS
+from finetune_operator.manifests.placement import NEAR, SPOT_LABELS
 from finetune_operator.settings import Settings
 from tests.plan.fake_cluster import make_job
 
@@ -59,6 +59,25 @@ def test_cpu_pods_prefer_different_nodes() -> None:
 @pytest.mark.parametrize("topology", [{"accelerator": "cpu"}, {"accelerator": "gpu", "nodes": 1}])
 def test_single_pod_has_no_affinity(topology: dict[str, Any]) -> None:
     assert not {"affinity", "topologySpreadConstraints"} & spec_of(topology=topology).keys()
+
+
+@pytest.mark.parametrize(
+    ("pack", "label"), [("zone", "topology.kubernetes.io/zone"), ("rack", "network.topology.nvidia.com/leaf")]
+)
+@pytest.mark.parametrize("topology", [GPU, CPU], ids=["gpu", "cpu"])
+def test_packed_pods_require_one_domain(topology: dict[str, Any], pack: str, label: str) -> None:
+    settings = Settings(rack_label="network.topology.nvidia.com/leaf")
+    job = make_job(topology={**topology, "pack": pack})
+    affinity = build_pod(job, 1, 0, settings)["spec"]["affinity"]["podAffinity"]
+    required = affinity["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert required == [{"labelSelector": SIBLINGS, "topologyKey": label}]
+    # Within the zone, a pod still prefers the switch of its peers.
+    preferred = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", [])
+    assert len(preferred) == (len(NEAR) if topology is GPU else 0)
+
+
+def test_single_packed_pod_waits_for_no_peer() -> None:
+    assert "affinity" not in spec_of(topology={"accelerator": "gpu", "nodes": 1, "pack": "zone"})
 
 
 def test_selector_matches_the_pods_of_the_job() -> None:

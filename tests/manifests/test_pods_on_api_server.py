@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.names import pod_name
 from finetune_operator.manifests import build_config, build_pod, build_service, num_nodes
 from finetune_operator.manifests.placement import SPOT_LABELS
 from finetune_operator.settings import Settings
@@ -51,6 +52,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
     },
     "spot": {"topology": {"accelerator": "gpu", "nodes": 2}, "recovery": {"spot": {}, "noticeSeconds": 25}},
+    "image": {
+        "model": {"base": "/finetune/model", "image": {"reference": "registry.example.com/sdxl:1.0"}},
+    },
+    "claim": {
+        "topology": {
+            "accelerator": "gpu",
+            "nodes": 2,
+            "processesPerNode": 2,
+            "gpuClaimTemplateName": "two-gpus",
+            "pack": "zone",
+        }
+    },
     "secrets and priority": {
         "secrets": [{"name": "hub"}],
         "priorityClassName": "system-node-critical",
@@ -111,8 +124,11 @@ def test_every_object_of_a_job_is_accepted(control_plane: ControlPlane, restrict
         pod = build_pod(job, 1, node_rank, SETTINGS)
         stored = dry_run(control_plane.api, pod)
         # The API server stores our values; no admission plugin replaces them.
-        for field in ("hostname", "subdomain", "affinity", "topologySpreadConstraints", "securityContext"):
+        kept = ("hostname", "subdomain", "affinity", "topologySpreadConstraints", "securityContext")
+        for field in (*kept, "resourceClaims", "hostUsers"):
             assert stored["spec"].get(field) == pod["spec"].get(field)
+        claims = [each["spec"]["containers"][0]["resources"].get("claims") for each in (stored, pod)]
+        assert claims[0] == claims[1]
         assert stored["spec"]["terminationGracePeriodSeconds"] == job.spec.recovery.notice_seconds
 
 
@@ -153,6 +169,48 @@ def test_spot_job_is_scheduled_on_spot_nodes(
         return {pod["spec"].get("nodeName") for pod in api.get(path)["items"]}
 
     wait_for("the pods are on the spot node", lambda: nodes() == {spot}, WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("pack", ["zone", "rack"])
+def test_packed_pods_share_a_domain_and_replacements_join_it(
+    control_plane: ControlPlane, namespace: str, pack: str
+) -> None:
+    """The domain of the first pod has two nodes for pods, and the other domain has more."""
+    rack = "network.topology.nvidia.com/leaf"
+    label = rack if pack == "rack" else "topology.kubernetes.io/zone"
+    ours = {PAIR: namespace}
+    first, second, *far = (
+        control_plane.add_nodes(1, prefix=pack, gpus=1, labels={**ours, label: domain})[0] for domain in "aabbb"
+    )
+    template = {"spec": {"nodeSelector": ours}}
+    job = job_in(
+        namespace, topology={"accelerator": "gpu", "nodes": 3, "pack": pack}, checkpoint={}, podTemplate=template
+    )
+    api, path = control_plane.api, f"/api/v1/namespaces/{namespace}/pods"
+
+    def create(attempt: int, node_rank: int, node: str | None = None) -> str:
+        pod = build_pod(job, attempt, node_rank, Settings(cores_per_rank=0, rack_label=rack))
+        del pod["metadata"]["ownerReferences"]
+        if node is not None:
+            pod["spec"]["nodeName"] = node
+        return str(api.create(path, pod)["metadata"]["name"])
+
+    def waits(name: str) -> bool:
+        conditions = api.get(f"{path}/{name}")["status"].get("conditions") or ()
+        return any("didn't match pod affinity rules" in condition.get("message", "") for condition in conditions)
+
+    try:
+        lost, kept = create(1, 0, first), create(1, 1)
+        wait_for("the second pod has a node", functools.partial(node_of, api, f"{path}/{kept}"), WAIT_SECONDS)
+        assert node_of(api, f"{path}/{kept}") == second
+        wait_for("the third pod waits", functools.partial(waits, create(1, 2)), WAIT_SECONDS)
+        for name in (lost, pod_name(job.metadata.name, 1, 2)):
+            api.delete(f"{path}/{name}", 0)
+        replacement = create(2, 0)
+        wait_for("the replacement has a node", functools.partial(node_of, api, f"{path}/{replacement}"), WAIT_SECONDS)
+        assert node_of(api, f"{path}/{replacement}") == first
+    finally:
+        control_plane.delete_nodes([first, second, *far])
 
 
 def node_of(api: Api, path: str) -> str:

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.api.rules.forms import QUANTITY
+from finetune_operator.manifests import build_pod
+from finetune_operator.settings import Settings
+from tests.plan.fake_cluster import make_job
 
 
 @pytest.mark.parametrize(
@@ -47,3 +50,23 @@ def test_invalid_quantities_are_refused(text: str) -> None:
 @given(st.from_regex(QUANTITY, fullmatch=True).filter(lambda text: re.fullmatch(QUANTITY, text.strip())))
 def test_quantities_that_pass_the_rules_are_parsed(text: str) -> None:
     assert parse_quantity(text.strip()) >= 0
+
+
+@pytest.mark.parametrize(
+    ("memory", "raised", "most", "expected"),
+    [
+        ("8Gi", None, "32Gi", "8Gi"),
+        ("8Gi", "12288Mi", "32Gi", "12288Mi"),
+        ("8Gi", "12288Mi", None, "8Gi"),
+        # Later edits of the spec.
+        ("16Gi", "12288Mi", "32Gi", "16Gi"),
+        ("8Gi", "18432Mi", "16Gi", "16Gi"),
+        (8589934592, "12288Mi", "32Gi", "12288Mi"),
+    ],
+)
+def test_memory_grows_within_the_spec(memory: str | int, raised: str | None, most: str | None, expected: str) -> None:
+    topology = {"accelerator": "cpu", "resources": {"memory": memory, "cpu": 2}}
+    job = make_job(topology=topology, recovery={"maxMemory": most} if most else {})
+    job = job.model_copy(update={"status": job.status.model_copy(update={"memory": raised})})
+    resources = build_pod(job, 1, 0, Settings())["spec"]["containers"][0]["resources"]
+    assert resources == {"limits": {"memory": expected, "cpu": "2"}, "requests": {"memory": expected, "cpu": "2"}}

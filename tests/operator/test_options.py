@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune_operator.server.flag import Flag
 from finetune_operator.server.kill_switch import KillSwitch
 from finetune_operator.server.logs import JsonFormatter, TextFormatter
-from finetune_operator.server.options import GROUPS, SETTINGS, Flag, RunOptions, add_flags, read_options
+from finetune_operator.server.options import GROUPS, SETTINGS, RunOptions, add_flags, read_options
 from finetune_operator.settings import Settings
 
 NOT_FLAGS = {"trainer_command", "require_storage", "outputs_on_volumes", "coordinator_ca_in_run"}
@@ -73,6 +74,7 @@ def test_flags_override_the_environment_and_the_environment_the_defaults() -> No
         (("--coordinator-url=finetune:8443",), "write https://host:port"),
         (("--namespaces=team-a,Team_B",), "'Team_B'"),
         (("--lease-name=The Lease",), "'The Lease'"),
+        (("--rack-label=the rack",), "write its name, for example example.com/rack"),
         (("--leader-election=perhaps",), "write true or false"),
         (("--log-format=xml",), "--log-format"),
     ],

@@ -40,6 +40,7 @@ from finetune_operator.plan.model.types import (
     PodPhase,
     ReceivedHeartbeat,
     Refusal,
+    ResizePod,
     split_exports,
 )
 from finetune_operator.settings import Settings
@@ -64,6 +65,12 @@ def make_job(**spec: Any) -> FineTuneJob:
         | spec,
     }
     return FineTuneJob.model_validate(manifest)
+
+
+def _memory_of(pod: Any) -> str | None:
+    limits = pod["spec"]["containers"][0]["resources"].get("limits", {})
+    memory: str | None = limits.get("memory")
+    return memory
 
 
 def seconds(number: float) -> timedelta:
@@ -176,6 +183,8 @@ class FakeCluster:
             self.pods[action.name] = replace(self.pods[action.name], gated=False)
         elif isinstance(action, DeleteChild):
             del self.children[f"{action.child.kind} {action.child.name}"]
+        elif isinstance(action, ResizePod):
+            self.pods[action.name] = replace(self.pods[action.name], memory=action.memory)
         else:
             self.deleted = True
 
@@ -196,6 +205,7 @@ class FakeCluster:
                 phase=PodPhase.PENDING,
                 created_at=self.now,
                 fell_back=labels.CAPACITY in own,
+                memory=_memory_of(manifest),
                 template=own[labels.TEMPLATE],
                 gated={"name": GATE} in manifest["spec"].get("schedulingGates", ()),
                 export=ObservedExport(own[labels.EXPORT]) if is_export else None,

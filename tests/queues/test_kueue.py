@@ -106,3 +106,31 @@ def test_a_deleted_job_leaves_nothing_in_its_queue(team: Jobs, queue_plane: tupl
     team.delete("gone")
     wait_for("its Workload is deleted", lambda: controller.workloads(team.namespace) == {})
     wait_for("its pods are deleted", lambda: team.pods() == {})
+
+
+def test_a_packed_job_gets_nodes_of_one_zone(
+    team: Jobs, queue_plane: tuple[ControlPlane, Kueue], operator: OperatorProcess
+) -> None:
+    """Kueue knows that only the second zone has room for both pods; the scheduler alone would not."""
+    plane, controller = queue_plane
+    zone = "topology.kubernetes.io/zone"
+    nodes = [
+        plane.add_nodes(1, prefix=f"zone-{domain}", cpu="1", labels={"pool": team.namespace, zone: domain})[0]
+        for domain in ("a", "b", "b", "c")
+    ]
+    controller.apply("topologies", "zones", {"levels": [{"nodeLabel": zone}, {"nodeLabel": "kubernetes.io/hostname"}]})
+    flavor = {"nodeLabels": {"pool": team.namespace}, "topologyName": "zones"}
+    controller.apply("resourceflavors", "packed", flavor)
+    controller.add_queue(team.namespace, team.namespace, [{"name": "packed", "cpu": 4, "memory": "64Gi"}])
+    operator.kill()
+    operator.flags = (*operator.flags, "--kueue-topology=true")
+    operator.start().wait_ready()
+    try:
+        topology = {"accelerator": "cpu", "nodes": 2, "resources": {"cpu": "1", "memory": "1Gi"}, "pack": "zone"}
+        team.create(build(team, "packed", topology=topology))
+        team.wait_phase("packed", "Running", 120)
+        assert sorted(pod["spec"]["nodeName"] for pod in pods_of(team, "packed")) == sorted(nodes[1:3])
+    finally:
+        team.delete("packed")
+        wait_for("the pods are gone", lambda: not pods_of(team, "packed"))
+        plane.delete_nodes(nodes)

@@ -44,6 +44,10 @@ HOLDABLE = frozenset({ExitCode.FABRIC, ExitCode.SAVED})
 """Exit codes of ranks that their pod can start again in the next attempt."""
 
 
+OOM_KILL = "out of memory: the kernel killed a process of this pod"
+"""Start of the line after the last output of a rank that ended because its pod exceeded its memory."""
+
+
 def describe(code: int) -> str:
     """Return a short description of an exit code: the meaning of an ExitCode, or the signal of 128+n."""
     try:

@@ -15,7 +15,7 @@ from finetune_contract.cpu.spec import CpuSpec
 from finetune_contract.input_spec import DatasetSpec, ModelSpec
 from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.spec import CheckpointInterval, CheckpointSource, TrainingSpec
-from finetune_contract.spec_model import SpecModel
+from finetune_contract.spec_model import Location, SpecModel
 from finetune_contract.validation_spec import MAX_STEPS
 from finetune_operator.api.fields import Duration, ManagerName, ObjectName, Quantity, list_map
 from finetune_operator.api.names import MAX_NODES
@@ -61,6 +61,34 @@ class SchedulingMode(StrEnum):
     NONE = "none"
 
 
+class PullPolicy(StrEnum):
+    """When a node pulls an image; Kubernetes' values."""
+
+    ALWAYS = "Always"
+    IF_NOT_PRESENT = "IfNotPresent"
+    NEVER = "Never"
+
+
+class ModelImage(SpecModel):
+    """An OCI image or artifact with weights, which is mounted in the pods."""
+
+    reference: Location = Field(description="Image or artifact, e.g. registry.example.com/models/sdxl:1.0")
+    pull_policy: PullPolicy | None = Field(
+        default=None,
+        description="When a node pulls it: Always, IfNotPresent or Never; default: Always for the tag latest, "
+        "otherwise IfNotPresent",
+    )
+
+
+class JobModelSpec(ModelSpec):
+    """The base model."""
+
+    image: ModelImage | None = Field(
+        default=None,
+        description="Image with the base model, mounted at /finetune/model; base is then this folder or one below it",
+    )
+
+
 class TopologySpec(SpecModel):
     """Number and kind of the pods."""
 
@@ -90,6 +118,11 @@ class TopologySpec(SpecModel):
         default=None,
         description="Run all pods in one rack or one zone, and wait if none has room; default: near each other if "
         "possible",
+    )
+    gpu_claim_template_name: ObjectName | None = Field(
+        default=None,
+        description="ResourceClaimTemplate (DRA) that gives each pod its GPUs, processesPerNode of them; default: the "
+        "resource nvidia.com/gpu",
     )
     cpu: CpuSpec = Field(default=CpuSpec(), description="Settings of CPU training")
 
@@ -164,6 +197,11 @@ class RecoverySpec(SpecModel):
         default=None,
         description="Longest time without a completed step; default: derived from the measured step time",
     )
+    max_memory: Annotated[str, Field(max_length=32)] | None = Field(
+        default=None,
+        description="Memory of a pod, e.g. 128Gi, up to which topology.resources.memory grows by half after each time "
+        "that the kernel has ended a pod because it exceeded its memory; default: it does not grow",
+    )
     notice_seconds: int = Field(
         default=120,
         ge=1,
@@ -181,7 +219,7 @@ class SecretRef(SpecModel):
 class FineTuneJobSpec(SpecModel):
     """Desired state of the job."""
 
-    model: ModelSpec = Field(description="Base model")
+    model: JobModelSpec = Field(description="Base model")
     dataset: DatasetSpec = Field(description="Images and captions to train on")
     training: TrainingSpec = Field(description="Method, length and hyperparameters of the training")
     topology: TopologySpec = Field(default=TopologySpec(), description="Number and kind of the pods")

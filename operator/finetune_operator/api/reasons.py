@@ -105,6 +105,7 @@ class Reason(StrEnum):
     TRAINER_WARNING = "TrainerWarning"
     OUTPUT_WRITTEN = "OutputWritten"
     OUTPUT_FAILED = "OutputFailed"
+    MEMORY_RAISED = "MemoryRaised"
     NAME_TAKEN = "NameTaken"
 
 
@@ -307,8 +308,8 @@ REASONS: dict[Reason, ReasonDoc] = {
     ),
     Reason.OUT_OF_MEMORY: _failure(
         "A rank ran out of memory, of the GPU or of the pod.",
-        "Request more memory in topology.resources; or, in a new job, halve training.batchSize and double "
-        "training.gradientAccumulation, or set training.gradientCheckpointing to true.",
+        "Request more memory in topology.resources, or let it grow with recovery.maxMemory; or, in a new job, halve "
+        "training.batchSize and double training.gradientAccumulation, or set training.gradientCheckpointing to true.",
     ),
     Reason.EVICTED: _failure(
         "The kubelet evicted a pod that used more of a resource than it had requested.",
@@ -418,6 +419,12 @@ REASONS: dict[Reason, ReasonDoc] = {
         "An output could not be written or delivered; the message names the field and the remedy.",
         "If the job has failed, follow the message, and raise recovery.manualRetries by 1: the next attempt delivers "
         "what is missing. Otherwise nothing: it is tried again.",
+    ),
+    Reason.MEMORY_RAISED: ReasonDoc(
+        Topic.EVENT,
+        "The kernel ended a pod because it exceeded its memory; the next pods get more of it, up to "
+        "recovery.maxMemory.",
+        "Write the new amount into topology.resources.memory of the next job.",
     ),
     Reason.NAME_TAKEN: ReasonDoc(
         Topic.EVENT,

@@ -119,6 +119,9 @@ class AttemptStatus(StatusModel):
     xid: int | None = Field(default=None, description="Number of the error (XID) that its driver reported")
     message: str | None = Field(default=None, description="Last output of that rank")
     seconds: AttemptSeconds = Field(default=AttemptSeconds(), description="Duration of each phase before training")
+    memory: str | None = Field(
+        default=None, description="Memory of each pod, if one exceeded it and the next attempt has more"
+    )
     lost_steps: int | None = Field(default=None, description="Number of steps that the next attempt had to repeat")
 
 
@@ -294,6 +297,9 @@ class FineTuneJobStatus(StatusModel):
         default=None, description="Number of corrupt checkpoints that were moved to a corrupt- folder"
     )
     nodes: str | None = Field(default=None, description="Running pods / requested pods, e.g. 3/4")
+    memory: str | None = Field(
+        default=None, description="Memory of each pod after it was raised; absent: topology.resources.memory"
+    )
     preemptions: int = Field(default=0, description="Attempts ended by a loss of capacity")
     failures: int = Field(default=0, description="Attempts ended by an error of the program")
     manual_retries: int = Field(

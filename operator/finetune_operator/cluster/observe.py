@@ -69,6 +69,7 @@ def observe_pod(pod: Json) -> ObservedPod | None:
         sidecar_failure=describe_sidecar_failure(status, ended_at),
         fell_back=own.get(labels.CAPACITY) == Capacity.ANY,
         waiting=describe_wait(pod) or _describe_scheduling(status),
+        memory=str(memory) if (memory := _limits(pod).get("memory")) is not None else None,
         template=own.get(labels.TEMPLATE),
         export=export,
     )

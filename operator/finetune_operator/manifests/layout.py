@@ -13,6 +13,8 @@ TOKEN_FILE = "token"  # noqa: S105
 CA_FILE = "ca.crt"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  the mount point of POSIX shared memory
 SCRATCH = "/tmp"  # noqa: S108  an emptyDir of the pod
+MODEL = "/finetune/model"
+"""The image of `model.image`."""
 SCRIPT = "/finetune/script"
 """The ConfigMap with the script of a job."""
 OUTPUT_SECRETS = "/finetune/output-secrets"

@@ -1,8 +1,8 @@
 """Scheduling of a gang's pods: near each other or apart, on spot nodes or any, and with which tolerations.
 
-All constraints are preferences, because slow training is better than none. The exceptions are spot, which is required
-unless the pod has fallen back to any node, and `topology.pack`. `spec.podTemplate` is merged over this; a list without a
-merge key, such as tolerations, replaces the operator's list.
+All constraints are preferences, because slow training is better than none. The exceptions are `topology.pack`, and
+spot, which is required unless the pod has fallen back to any node. `spec.podTemplate` is merged over this; a list
+without a merge key, such as tolerations, replaces the operator's list.
 """
 
 from __future__ import annotations

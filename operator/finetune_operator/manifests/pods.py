@@ -19,7 +19,7 @@ from finetune_operator.manifests.gang import GangMembership, join_gang
 from finetune_operator.manifests.merge import MergeError, merge
 from finetune_operator.manifests.metadata import build_metadata, pod_labels
 from finetune_operator.manifests.placement import build_placement
-from finetune_operator.manifests.resources import build_resources
+from finetune_operator.manifests.resources import build_claims, build_resources, grown_topology
 from finetune_operator.manifests.run_spec import num_nodes
 from finetune_operator.manifests.template import hash_template
 from finetune_operator.manifests.volumes import Volume, build_volumes
@@ -146,6 +146,10 @@ def _pod_spec(
         "containers": [build_container(job, env, settings)],
         **build_placement(job, settings, capacity),
     }
+    if settings.user_namespaces and not _uses_nfs(job):
+        spec["hostUsers"] = False
+    if claims := build_claims(job.spec.topology):
+        spec["resourceClaims"] = claims
     if job.spec.priority_class_name:
         spec["priorityClassName"] = job.spec.priority_class_name
     return spec
@@ -180,7 +184,7 @@ def build_container(job: FineTuneJob, env: list[dict[str, Any]], settings: Setti
         "terminationMessagePath": layout.TERMINATION_LOG,
         # If the supervisor itself was killed, the end of the log replaces its termination message.
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "resources": build_resources(topology, settings.cores_per_rank),
+        "resources": build_resources(grown_topology(job), settings.cores_per_rank),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -199,6 +203,12 @@ def select_image(topology: TopologySpec, settings: Settings) -> str:
     if topology.cpu.backend is CpuBackend.CCL or topology.cpu.ipex is SwitchMode.ON:
         return settings.trainer_image_cpu_intel
     return settings.trainer_image_cpu
+
+
+def _uses_nfs(job: FineTuneJob) -> bool:
+    """Return whether a volume cannot be mounted in a user namespace: the kernel maps no owners of NFS."""
+    storage = job.spec.checkpoint.storage
+    return storage is not None and storage.nfs is not None
 
 
 def pod_security(settings: Settings) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from finetune_contract.input_spec import ModelSpec
 from finetune_contract.methods import with_defaults
 from finetune_contract.outputs.request import written_in_training
 from finetune_contract.run_spec import RunSpec, RunTarget
@@ -49,7 +50,8 @@ def build_run_spec(job: FineTuneJob) -> RunSpec:
         namespace=job.metadata.namespace,
         job=job.metadata.name,
         uid=job.metadata.uid,
-        model=spec.model,
+        # Its image is a volume: the trainer reads only the folder.
+        model=ModelSpec(**{name: getattr(spec.model, name) for name in ModelSpec.model_fields}),
         dataset=spec.dataset,
         training=with_defaults(spec.training),
         global_batch=global_batch(spec),

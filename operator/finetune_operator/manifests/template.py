@@ -20,6 +20,7 @@ def hash_template(spec: FineTuneJobSpec) -> str:
     """
     # A job without them keeps the hash of the version that did not know them.
     of_outputs = sorted({output.secret.name for output in spec.outputs if output.secret is not None})
+    of_topology = {"pack": spec.topology.pack, "claim": spec.topology.gpu_claim_template_name}
     fields = (
         spec.topology.resources,
         spec.recovery.notice_seconds,
@@ -29,6 +30,6 @@ def hash_template(spec: FineTuneJobSpec) -> str:
         spec.pod_template,
         *([of_outputs] if of_outputs else []),
         *([spec.scheduling.value] if spec.scheduling is not SchedulingMode.AUTO else []),
-        *([{"pack": spec.topology.pack}] if spec.topology.pack else []),
+        *({name: value} for name, value in of_topology.items() if value is not None),
     )
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:HASH_CHARACTERS]

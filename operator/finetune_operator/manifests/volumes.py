@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, TopologySpec
+from finetune_operator.api.job import FineTuneJob, FineTuneJobSpec, ModelImage, TopologySpec
 from finetune_operator.api.names import config_name
 from finetune_operator.api.storage import StorageSpec
 from finetune_operator.manifests import layout
-from finetune_operator.manifests.resources import shared_memory_size
+from finetune_operator.manifests.resources import grown_topology, shared_memory_size
 from finetune_operator.settings import Settings
 
 Volume = dict[str, Any]
@@ -19,12 +19,14 @@ def build_volumes(job: FineTuneJob, settings: Settings, node_rank: int = 0) -> l
     volumes = [
         _mounted("checkpoints", _storage(job.spec.checkpoint.storage), layout.STORAGE),
         _mounted("run", {"configMap": {"name": config_name(job.metadata.name)}}, layout.RUN, read_only=True),
-        _mounted("shared-memory", _shared_memory(job.spec.topology), layout.SHARED_MEMORY),
+        _mounted("shared-memory", _shared_memory(grown_topology(job)), layout.SHARED_MEMORY),
         _mounted("scratch", {"emptyDir": {}}, layout.SCRATCH),
     ]
     if scratch := job.spec.checkpoint.scratch:
         size = {"sizeLimit": scratch.size_limit} if scratch.size_limit else {}
         volumes.append(_mounted("node-disk", {"emptyDir": size}, layout.NODE_DISK))
+    if image := job.spec.model.image:
+        volumes.append(_mounted("model", _image(image), layout.MODEL, read_only=True))
     script = job.spec.training.script
     if script is not None and script.config_map is not None:
         config = script.config_map
@@ -85,6 +87,11 @@ def _storage(storage: StorageSpec | None) -> dict[str, Any]:
 
 def _shared_memory(topology: TopologySpec) -> dict[str, Any]:
     return {"emptyDir": {"medium": "Memory", "sizeLimit": shared_memory_size(topology)}}
+
+
+def _image(image: ModelImage) -> dict[str, Any]:
+    policy = {"pullPolicy": image.pull_policy.value} if image.pull_policy else {}
+    return {"image": {"reference": image.reference} | policy}
 
 
 def _claim(name: str) -> dict[str, Any]:

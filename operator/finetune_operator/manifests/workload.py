@@ -15,13 +15,17 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.manifests.metadata import build_metadata, job_labels
 from finetune_operator.manifests.placement import pack_label
 from finetune_operator.manifests.pods import build_pod
+from finetune_operator.manifests.resources import grown_topology
 from finetune_operator.manifests.run_spec import num_nodes
 from finetune_operator.settings import Settings
 
 HASH_CHARACTERS = 10
 REQUIRED, PREFERRED = f"{kueue.GROUP}/podset-required-topology", f"{kueue.GROUP}/podset-preferred-topology"
 UNCONSTRAINED = f"{kueue.GROUP}/podset-unconstrained-topology"
-FOR_SCHEDULING = ("nodeSelector", "affinity", "tolerations", "topologySpreadConstraints", "runtimeClassName")
+FOR_SCHEDULING = (
+    *("nodeSelector", "affinity", "tolerations", "topologySpreadConstraints", "runtimeClassName"),
+    "resourceClaims",
+)
 OF_A_CONTAINER = ("name", "image", "resources", "ports", "restartPolicy")
 """Fields of a pod and its containers that quota and placement depend on; the others would only make it larger."""
 
@@ -85,15 +89,16 @@ def hash_request(job: FineTuneJob) -> str:
     It depends on the job only: an upgrade of the operator must not put running jobs into the queue again.
     """
     spec = job.spec
+    of_topology = {"pack": spec.topology.pack, "claim": spec.topology.gpu_claim_template_name}
     parts = [
         kueue.queue_of(job),
         [job.metadata.labels.get(name) for name in (kueue.PRIORITY_CLASS_LABEL, kueue.MAX_SECONDS_LABEL)],
         [num_nodes(spec), spec.topology.min_nodes],
-        spec.topology.resources,
+        grown_topology(job).resources,
         spec.recovery.spot is not None,
         spec.priority_class_name,
         spec.pod_template,
-        *([{"pack": spec.topology.pack}] if spec.topology.pack else []),
+        *({name: value} for name, value in of_topology.items() if value is not None),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:HASH_CHARACTERS]
 

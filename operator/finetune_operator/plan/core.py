@@ -8,7 +8,7 @@ from finetune_operator.api import kueue
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan import registry
-from finetune_operator.plan.model.types import Action, Create, Observed, PatchWorkload, Plan
+from finetune_operator.plan.model.types import Action, Create, Observed, PatchWorkload, Plan, ResizePod
 from finetune_operator.plan.model.view import View, earliest
 from finetune_operator.plan.policies import nodes
 from finetune_operator.plan.policies.queue import request
@@ -55,7 +55,7 @@ def _actions(view: View, status: FineTuneJobStatus) -> tuple[Action, ...]:
     deletions: set[Action] = set()
     for policy in registry.POLICIES:
         for action in policy.act(view, status):
-            if isinstance(action, Create | PatchWorkload):
+            if isinstance(action, Create | PatchWorkload | ResizePod):
                 actions.append(action)
             elif action not in deletions:
                 deletions.add(action)

@@ -27,7 +27,17 @@ from finetune_operator.plan.policies import (
     suspend,
     ttl,
 )
-from finetune_operator.plan.policies.capacity import elastic, gates, groups, incomplete, quota, regroup, spot, standby
+from finetune_operator.plan.policies.capacity import (
+    elastic,
+    gates,
+    groups,
+    incomplete,
+    memory,
+    quota,
+    regroup,
+    spot,
+    standby,
+)
 from finetune_operator.plan.policies.queue import eviction, report, request
 from finetune_operator.plan.report import conditions, goodput, phase, progress, slow_ranks, timing
 
@@ -53,6 +63,7 @@ POLICIES: tuple[Policy, ...] = (
     quota.POLICY,  # Has the cluster refused a part of the gang for too long?
     regroup.POLICY,  # Is better capacity ready?
     reclassify.POLICY,  # Was the node of a lost peer lost?
+    memory.POLICY,  # Did a pod exceed its memory, and may it have more?
     budget.POLICY,  # Has the job spent its failures?
     attempts.BEGIN,  # May the next attempt begin?
     attempts.CATCH_UP,  # Do pods belong to attempts that the status does not contain?

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import re
 import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,17 @@ from urllib.parse import urlsplit
 
 from finetune_operator.cluster.kube.leader.lease import LeaseOptions
 from finetune_operator.cluster.kube.options import CoordinatorOptions, OperatorOptions, UpdateLimits
+from finetune_operator.server.flag import (
+    METAVARS,
+    Flag,
+    parse_bool,
+    parse_label,
+    parse_name,
+    parse_names,
+    parse_url,
+)
 from finetune_operator.settings import Settings
 
-PREFIX = "FINETUNE_"
-MAX_NAME = 253
-NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
-LABEL = rf"({NAME}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?"
 PORTS = (1, 65535)
 DAY = 86400
 MAX_INT = 2**31 - 1
@@ -41,111 +44,14 @@ class RunOptions:
     watch_nodes: bool
 
 
-@dataclass(frozen=True)
-class Flag:
-    """A flag, with its environment variable."""
-
-    name: str
-    default: Any
-    help: str
-    read: Callable[[str], Any] = str
-    choices: tuple[str, ...] | None = None
-    between: tuple[float, float] | None = None
-    """Smallest and largest number."""
-
-    def parse(self, text: Any) -> Any:
-        """Parse a value of the command line or the environment; argparse also passes a default that is a string.
-
-        Raises:
-            argparse.ArgumentTypeError: the value is not valid.
-        """
-        if self.between is None:
-            return self.read(text)
-        lowest, highest = self.between
-        try:
-            value = self.read(text)
-        except ValueError:
-            value = math.nan
-        if not lowest <= value <= highest:
-            kind = "a whole number" if self.read is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"invalid value {text!r}: write {kind} from {lowest:.10g} to {highest:.10g}"
-            )
-        return value
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """Return the JSON schema of a value, for the chart."""
-        if self.choices:
-            return {"enum": list(self.choices)}
-        if self.between is not None:
-            bounds = {"minimum": self.between[0], "maximum": self.between[1]}
-            if self.read is int:
-                return {"type": "integer"} | bounds
-            # `helm --set` passes a number with a decimal point as text.
-            return {"anyOf": [{"type": "number"} | bounds, {"type": "string", "pattern": r"^[0-9]+\.[0-9]+$"}]}
-        if self.read is _parse_bool:
-            return {"type": "boolean"}
-        if self.read is _parse_name:
-            return {"type": "string", "maxLength": MAX_NAME, "pattern": f"^{NAME}$"}
-        if self.read is _parse_label:
-            return {"type": "string", "maxLength": MAX_NAME, "pattern": f"^{LABEL}$"}
-        return {"type": "string", "pattern": r"^\S+$"}
-
-    @property
-    def variable(self) -> str:
-        """Name of the environment variable."""
-        return PREFIX + self.name.replace("-", "_").upper()
-
-
-def _parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: write true or false")
-    return text.lower() == "true"
-
-
-def _parse_name(text: str) -> str:
-    if text and (len(text) > MAX_NAME or not re.fullmatch(NAME, text)):
-        raise argparse.ArgumentTypeError(
-            f"invalid name {text!r}: write lower-case letters, digits and '-', for example my-name"
-        )
-    return text
-
-
-def _parse_label(text: str) -> str:
-    if text and (len(text) > MAX_NAME or not re.fullmatch(LABEL, text)):
-        raise argparse.ArgumentTypeError(f"invalid label {text!r}: write its name, for example example.com/rack")
-    return text
-
-
-def _parse_names(text: str) -> tuple[str, ...]:
-    return tuple(_parse_name(name.strip()) for name in text.split(",") if name.strip())
-
-
-def _parse_url(text: str) -> str:
-    if text and (urlsplit(text).scheme not in ("http", "https") or not urlsplit(text).hostname):
-        raise argparse.ArgumentTypeError(f"invalid URL {text!r}: write https://host:port")
-    return text
-
-
-METAVARS: dict[Callable[[str], Any], str] = {
-    _parse_bool: "true|false",
-    _parse_name: "NAME",
-    _parse_names: "NAME,...",
-    _parse_label: "LABEL",
-    _parse_url: "URL",
-    int: "N",
-    float: "N",
-    Path: "FILE",
-}
 _DEFAULTS = Settings()
 
 GROUPS: dict[str, tuple[Flag, ...]] = {
     "cluster": (
         Flag("kubeconfig", None, "kubeconfig to use; default: the pod's service account", Path),
         Flag("context", None, "context of the kubeconfig; default: its current context"),
-        Flag("namespaces", (), "comma-separated namespaces to watch; default: all", _parse_names),
-        Flag("watch-nodes", True, "watch nodes; if false, a lost node is detected by its pods only", _parse_bool),
+        Flag("namespaces", (), "comma-separated namespaces to watch; default: all", parse_names),
+        Flag("watch-nodes", True, "watch nodes; if false, a lost node is detected by its pods only", parse_bool),
         Flag(
             "taint-after-jobs",
             0,
@@ -153,20 +59,26 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             int,
             between=(0, 1000),
         ),
-        Flag("kueue", False, "let jobs request queues of Kueue", _parse_bool),
+        Flag("kueue", False, "let jobs request queues of Kueue", parse_bool),
         Flag(
             "kueue-priority-boost",
             False,
             "write the cost of an eviction into Workloads, for Kueue's feature gate PriorityBoost",
-            _parse_bool,
+            parse_bool,
         ),
         Flag(
             "kueue-topology",
             False,
             "let Kueue choose the domain of jobs with topology.pack; true if the flavors have topologies",
-            _parse_bool,
+            parse_bool,
         ),
-        Flag("gangs", False, "give the pods of a job their nodes together (spec.scheduling)", _parse_bool),
+        Flag(
+            "kueue-topology",
+            False,
+            "let Kueue choose the domain of jobs with topology.pack; true if the flavors have topologies",
+            parse_bool,
+        ),
+        Flag("gangs", False, "give the pods of a job their nodes together (spec.scheduling)", parse_bool),
         Flag(
             "gang-hold-seconds",
             _DEFAULTS.gang_hold_seconds,
@@ -177,9 +89,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("num-workers", 32, "number of jobs that are reconciled at the same time", int, between=(1, 1000)),
     ),
     "several replicas": (
-        Flag("leader-election", True, "elect a leader; false if this is the only replica", _parse_bool),
-        Flag("lease-namespace", "", "namespace of the lease; default: the operator's namespace", _parse_name),
-        Flag("lease-name", "finetune-operator", "name of the lease", _parse_name),
+        Flag("leader-election", True, "elect a leader; false if this is the only replica", parse_bool),
+        Flag("lease-namespace", "", "namespace of the lease; default: the operator's namespace", parse_name),
+        Flag("lease-name", "finetune-operator", "name of the lease", parse_name),
         Flag(
             "lease-seconds",
             15.0,
@@ -190,7 +102,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("identity", "", "name of this replica; default: its host name and a random suffix"),
     ),
     "coordinator": (
-        Flag("coordinator", True, "receive heartbeats; if false, jobs show no steps", _parse_bool),
+        Flag("coordinator", True, "receive heartbeats; if false, jobs show no steps", parse_bool),
         Flag("coordinator-host", "0.0.0.0", "address to receive heartbeats on"),  # noqa: S104
         Flag("coordinator-port", 8443, "port to receive heartbeats on", int, between=PORTS),
         Flag(
@@ -207,21 +119,21 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "coordinator-tls-secret",
             "",
             "Secret for an authority that the operator creates, instead of files",
-            _parse_name,
+            parse_name,
         ),
         Flag(
             "coordinator-service",
             "",
             "Service without a selector whose endpoint is the leader; default: none",
-            _parse_name,
+            parse_name,
         ),
         Flag("pod-ip", "", "address of this pod, for the endpoint of that Service"),
-        Flag("coordinator-url", "", "URL that supervisors send heartbeats to; default: no heartbeats", _parse_url),
+        Flag("coordinator-url", "", "URL that supervisors send heartbeats to; default: no heartbeats", parse_url),
         Flag(
             "coordinator-ca-config",
             "",
             "ConfigMap with ca.crt, in each job's namespace, that supervisors trust",
-            _parse_name,
+            parse_name,
         ),
         Flag("coordinator-audience", _DEFAULTS.coordinator_audience, "audience of the supervisors' tokens"),
         Flag("token-seconds", _DEFAULTS.token_seconds, "lifetime of a supervisor's token", int, between=(600, MAX_INT)),
@@ -276,14 +188,21 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "rack-label",
             "",
             "label of nodes whose value is their rack, for topology.pack: rack; default: none",
-            _parse_label,
+            parse_label,
         ),
         Flag(
             "cache-claim",
             "",
             "claim, in each job's namespace, for the shared cache; default: the job's storage",
-            _parse_name,
+            parse_name,
         ),
+        Flag(
+            "resize-pods",
+            False,
+            "raise the memory of running pods in place (recovery.maxMemory)",
+            parse_bool,
+        ),
+        Flag("user-namespaces", False, "run pods in user namespaces of their own (hostUsers: false)", parse_bool),
         Flag("trainer-user-id", _DEFAULTS.trainer_user_id, "user and group of the trainer", int, between=(1, MAX_INT)),
         Flag(
             "max-attempts-kept",

@@ -16,6 +16,7 @@ from finetune_operator.settings import Settings
 from tests.plan.fake_cluster import make_job
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+IMAGE = {"base": "/finetune/model", "image": {"reference": "registry.example.com/sdxl:1.0"}}
 STRICT = 'Pod in version "v1" cannot be handled as a Pod: strict decoding error: '
 KEY = JobKey("default", "circles")
 
@@ -152,3 +153,24 @@ def test_edit_or_new_job_of_the_same_name_clears_a_refusal(changed: dict[str, An
     assert refusals.get(KEY, newer) is None
     refusals.forget(KEY)
     assert refusals.get(KEY, job) is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        STRICT + 'unknown field "spec.volumes[4].image"',
+        'Pod "circles-a1-n0" is invalid: [spec.volumes[4]: Required value: must specify a volume type, '
+        'spec.containers[0].volumeMounts[4].name: Not found: "model"]',
+    ],
+)
+@pytest.mark.parametrize("template", [None, {"spec": {"nodeSelector": {"a": "b"}}}])
+def test_cluster_without_image_volumes_is_named(message: str, template: dict[str, Any] | None) -> None:
+    """Messages of Kubernetes 1.30, which does not know the field, and of 1.34, which drops it."""
+    error = ApiError(422, "Invalid", message)
+    refusal = classify_refusal(make_job(model=IMAGE, podTemplate=template), "Pod", "circles-a1-n0", error, NOW)
+    assert refusal is not None
+    assert refusal.message.startswith("spec.model.image: this cluster does not mount images")
+    assert refusal.hold_until == NOW + HOLD
+    other = classify_refusal(make_job(podTemplate=template), "Pod", "circles-a1-n0", error, NOW)
+    assert other is not None
+    assert "spec.model.image" not in other.message

@@ -18,6 +18,8 @@ from tests.plan.scenarios import HOLDING, fixed_cluster
 IMAGE = {"spec": {"containers": [{"name": "trainer", "image": "registry.example/trainer:fixed"}]}}
 EDITS: dict[str, dict[str, Any]] = {
     "spec.topology.resources": {"topology": {"accelerator": "cpu", "nodes": 2, "resources": {"cpu": 1}}},
+    "spec.topology.pack": {"topology": {"accelerator": "cpu", "nodes": 2, "pack": "zone"}},
+    "spec.topology.gpuClaimTemplateName": {"topology": {"accelerator": "cpu", "nodes": 2, "gpuClaimTemplateName": "a"}},
     "spec.recovery.spot": {"recovery": {"spot": {}}},
     "spec.recovery.noticeSeconds": {"recovery": {"noticeSeconds": 7}},
     "spec.priorityClassName": {"priorityClassName": "high"},

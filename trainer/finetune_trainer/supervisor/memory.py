@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune_contract.exit_codes import OOM_KILL
+
 CGROUP = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 MEBIBYTE = 2**20
@@ -45,7 +47,7 @@ def describe_oom_kill(limit_bytes: int | None) -> str:
     The operator recognizes it as lack of memory (`plan.model.causes`).
     """
     limit = f", whose memory limit is {limit_bytes // MEBIBYTE} MiB" if limit_bytes is not None else ""
-    return f"out of memory: the kernel killed a process of this pod{limit}"
+    return f"{OOM_KILL}{limit}"
 
 
 def _candidates(root: Path, own: Path, controller: str, name: str) -> list[Path]:

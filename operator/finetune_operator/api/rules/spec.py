@@ -34,6 +34,7 @@ from finetune_operator.api.rules.forms import (
     object_name,
 )
 from finetune_operator.api.rules.outputs import OUTPUT_RULES
+from finetune_operator.api.rules.pods import GPU_RESOURCE, POD_RULES
 from finetune_operator.api.rules.rule import FieldErrorReason, Rule, Scope, cel_list, form, join_names
 from finetune_operator.api.rules.script import SCRIPT_RULES
 from finetune_operator.api.rules.training import SPEC, TRAINING_RULES
@@ -45,8 +46,6 @@ STORAGE = Scope("spec.checkpoint.storage", StorageSpec)
 BUCKET = Scope("spec.checkpoint.storage.bucket", BucketSpec)
 INTERVAL = Scope("spec.checkpoint.interval", CheckpointInterval)
 START = Scope("spec.checkpoint.from", CheckpointSource)
-
-GPU_RESOURCE = "nvidia.com/gpu"
 
 _NAMES = (
     Rule(
@@ -390,5 +389,6 @@ RULES: tuple[Rule[Any], ...] = (
     *_RETENTION,
     *_RECOVERY,
     *_OUTPUTS,
+    *POD_RULES,
 )
 """All rules, in the order of a manifest."""

@@ -53,6 +53,14 @@ def _leaves_cores_to_compute(topology: TopologySpec) -> bool:
     return parse_quantity(amount) >= topology.processes_per_node * (topology.cpu.cores_for_communication + 1)
 
 
+def _has_room_to_grow(spec: FineTuneJobSpec) -> bool:
+    """Return whether the maximum of the memory is at least the memory."""
+    most, memory = spec.recovery.max_memory, str((spec.topology.resources or {}).get("memory", ""))
+    if most is None or not (re.fullmatch(QUANTITY, most) and re.fullmatch(QUANTITY, memory)):
+        return True
+    return parse_quantity(most) >= parse_quantity(memory)
+
+
 MISSING = (
     Missing(
         "spec.training.cudaGraphs",
@@ -83,6 +91,13 @@ MISSING = (
         lambda spec: not _leaves_cores_to_compute(spec.topology),
         "coresForCommunication leaves no core to compute on: resources.cpu is less than processesPerNode x "
         "(coresForCommunication + 1); write a smaller number, or more in resources.cpu",
+    ),
+    Missing(
+        "spec.recovery.maxMemory",
+        # Amounts of resources have no maximum length, so the API server cannot compare them in a rule.
+        lambda spec: not _has_room_to_grow(spec),
+        "maxMemory is less than topology.resources.memory; write at least topology.resources.memory, or leave "
+        "maxMemory out",
     ),
     Missing(
         "spec.topology.cpu.ipex",

@@ -27,8 +27,9 @@ def validate(arguments: argparse.Namespace) -> Exit:
     manifest = read_manifest(arguments.file, arguments.set)
     job = manifest.job
     settings = Settings() if arguments.cluster else LOCAL
-    # Whether a cluster has queues is checked there; without --here the job may be meant for any cluster.
-    problems = list(_manifest_problems(job, replace(settings, kueue=True)))
+    # Whether a cluster has queues is checked there, and the label of its racks is not known here; without --here the
+    # job may be meant for any cluster.
+    problems = list(_manifest_problems(job, replace(settings, kueue=True, rack_label=LOCAL.rack_label)))
     warnings: list[str] = []
     places = []
     if arguments.here:

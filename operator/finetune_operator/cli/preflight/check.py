@@ -79,10 +79,11 @@ def _spec_problems(job: FineTuneJob, home: Home, machine: MachineCapacity) -> It
         yield "spec.suspend: a suspended job does not run; leave suspend out, and stop the run with Ctrl-C instead"
     yield from _topology_problems(spec, machine)
     yield from find_storage_problems(spec.checkpoint.storage)
+    yield from _cluster_only(spec)
     # Fields that the trainer does not support have a message already.
     if spec.training.script is not None:
         yield from find_script_problems(spec.training.script)
-    elif not any(message.startswith("spec.model") for message in unsupported):
+    elif spec.model.image is None and not any(message.startswith("spec.model") for message in unsupported):
         yield from find_model_problems(spec.model)
     yield from find_start_problems(spec)
     if spec.training.script is None and not any(message.startswith("spec.dataset") for message in unsupported):
@@ -95,6 +96,17 @@ def _spec_problems(job: FineTuneJob, home: Home, machine: MachineCapacity) -> It
     for number, output in enumerate(spec.outputs):
         yield from find_output_problems(number, output)
     yield from find_disk_problems(spec, home)
+
+
+def _cluster_only(spec: FineTuneJobSpec) -> Iterator[str]:
+    """Yield a message for each field that only the nodes of a cluster can carry out."""
+    if spec.model.image is not None:
+        yield (
+            "spec.model.image: a local run mounts no images; copy the weights out of the image, write their folder as "
+            "base, and leave image out"
+        )
+    if spec.topology.gpu_claim_template_name is not None:
+        yield "spec.topology.gpuClaimTemplateName: a local run has no resource claims; leave gpuClaimTemplateName out"
 
 
 def _data_problems(spec: FineTuneJobSpec) -> Iterator[str]:

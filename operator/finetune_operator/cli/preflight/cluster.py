@@ -15,6 +15,7 @@ from finetune_operator.api.job import GROUP, PLURAL, VERSION, FineTuneJob
 from finetune_operator.api.names import CONTAINER
 from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.cluster.kube.client.client import CONFLICT, JSON, NOT_FOUND, PARTIAL, ApiError
+from finetune_operator.cluster.kube.client.refusals import describe_unserved
 from finetune_operator.manifests import build_pod, num_nodes
 from finetune_operator.plan.policies.acceptance import NO_KUEUE
 from finetune_operator.settings import Settings
@@ -111,7 +112,8 @@ class ClusterCheck:
             elif error.status == FORBIDDEN and "cannot create resource" in error.message:
                 self.report.warnings.append(f"{what} could not be checked: {error.message}")
             elif error.status in (400, FORBIDDEN, 422):
-                self.report.problems.append(f"{what}: the API server refuses: {error.message}")
+                unserved = describe_unserved(self.job, error.message) if what == "its pods" else None
+                self.report.problems.append(unserved or f"{what}: the API server refuses: {error.message}")
             elif error.status not in (CONFLICT, NOT_FOUND):
                 raise
 
@@ -143,6 +145,11 @@ class ClusterCheck:
         if name := spec.priority_class_name:
             path = f"/apis/scheduling.k8s.io/v1/priorityclasses/{name}"
             await self._get(path, f"spec.priorityClassName: {name}", "create it, or leave priorityClassName out")
+        if name := spec.topology.gpu_claim_template_name:
+            path = f"/apis/resource.k8s.io/v1/namespaces/{self._namespace}/resourceclaimtemplates/{name}"
+            field = f"spec.topology.gpuClaimTemplateName: {name}"
+            remedy = "create the ResourceClaimTemplate, or leave gpuClaimTemplateName out"
+            await self._get(path, field, remedy)
         for number, secret in enumerate(spec.secrets):
             path = f"/api/v1/namespaces/{self._namespace}/secrets/{secret.name}"
             await self._get(path, f"spec.secrets[{number}].name: {secret.name}", "create the Secret", PARTIAL)

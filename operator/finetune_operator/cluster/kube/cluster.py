@@ -65,6 +65,7 @@ from finetune_operator.cluster.kube.queue.workloads import WORKLOADS, KubeWorklo
 from finetune_operator.cluster.kube.watch.cache import Cache, Entry, ObjectKey
 from finetune_operator.cluster.kube.watch.nodes import NodeStates
 from finetune_operator.cluster.kube.watch.reflector import object_key
+from finetune_operator.cluster.kube.work.pods import PodRequests
 from finetune_operator.cluster.kube.work.queue import WorkQueue
 from finetune_operator.cluster.kube.work.throttle import ProgressThrottle
 from finetune_operator.cluster.kube.work.urgency import (
@@ -91,6 +92,7 @@ from finetune_operator.plan.model.types import (
     OpenGate,
     PatchWorkload,
     Refusal,
+    ResizePod,
     split_exports,
 )
 from finetune_operator.plan.model.view import members_of, nodes_of, oldest_attempt
@@ -140,6 +142,7 @@ class KubeCluster:
         self.optional = OptionalChildren(dependencies.api, self._optional_changed, self._wake_all)
         self._nodes = dependencies.nodes
         self._refusals = Refusals()
+        self._requests = PodRequests(dependencies.api)
         self._listening_since: datetime | None = None
         self.beats = JobHeartbeats(self.wake)
         self.authority = ""
@@ -180,6 +183,7 @@ class KubeCluster:
             queues_served=self.workloads.served,
             gang_apis=self.optional.gang_apis(),
             children=self.optional.of_job(key, uid),
+            claims_served=job.spec.topology.gpu_claim_template_name is None or await self._requests.serves_claims(),
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
@@ -214,6 +218,9 @@ class KubeCluster:
             await self._open_gate(job, action)
         elif isinstance(action, DeleteChild):
             await self.optional.delete(job.metadata.namespace, action.child)
+        elif isinstance(action, ResizePod):
+            if (resized := await self._requests.resize(job.metadata.namespace, action)) is not None:
+                self._cache_written(self.pods, decode_pod(resized), resized)
         else:
             await self._delete_job(job)
 
@@ -288,6 +295,8 @@ class KubeCluster:
     def _pod_changed(self, key: ObjectKey, old: KubePod | None, new: KubePod | None) -> None:
         pod = new or old
         assert pod is not None
+        if new is None:
+            self._requests.forget(pod.observed.uid)
         gang = self._gang_readiness(pod)
         self.wake(pod.job, classify_pod_change(old, new, gang) if gang is not None else Urgency.NOW)
 
@@ -357,6 +366,8 @@ class KubeCluster:
         try:
             if kind == WORKLOAD:
                 created = await self.workloads.create(job, manifest)
+            elif kind == "Pod":
+                created = await self._requests.create(meta["namespace"], manifest)
             else:
                 created = await self._api.create(_resource(manifest).path(meta["namespace"]), manifest)
         except ApiError as error:

@@ -84,6 +84,8 @@ class ObservedPod:
     """Whether it accepts nodes other than spot although the job requests spot."""
     waiting: str | None = None
     """Reason why a container of it does not run yet: the scheduler's or the kubelet's reason and message."""
+    memory: str | None = None
+    """Memory limit of its trainer's container; None: it has none."""
     template: str | None = None
     """Hash of the fields of the spec that it was created from; None: created by an older operator."""
     export: ObservedExport | None = None
@@ -218,6 +220,8 @@ class Observed:
     """The API version of each kind of PodGroup that the API server serves."""
     children: tuple[ObservedChild, ...] = ()
     """PodGroups and other optional objects of the job."""
+    claims_served: bool = True
+    """Whether the API server serves ResourceClaims (DRA); without meaning for a job that requests none."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +280,17 @@ class DeleteChild:
     child: ObservedChild
 
 
-Action = Create | DeletePod | DeleteJob | DeleteWorkload | PatchWorkload | OpenGate | DeleteChild
+@dataclass(frozen=True)
+class ResizePod:
+    """Change the memory of a running pod, only if it still has this UID. One that cannot be changed stays as it is."""
+
+    name: str
+    uid: str
+    memory: str
+    """New request and limit of the trainer's container."""
+
+
+Action = Create | DeletePod | DeleteJob | DeleteWorkload | PatchWorkload | OpenGate | DeleteChild | ResizePod
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ NO_RACKS = (
     "spec.topology.pack: the operator knows no label of racks (topology.rackLabel in the values of its chart); write "
     "pack: zone, or leave pack out."
 )
+NO_CLAIMS = (
+    "spec.topology.gpuClaimTemplateName: the cluster does not serve ResourceClaims (that needs Kubernetes 1.34 or "
+    "newer, or the feature gate DynamicResourceAllocation); leave gpuClaimTemplateName out."
+)
 NO_KUEUE = f"the cluster does not serve Kueue's API {kueue.API_VERSION}; install Kueue, or leave the queue out."
 
 
@@ -61,6 +65,7 @@ def find_unsupported(
     *,
     queues_served: bool = True,
     gang_apis: Collection[SchedulingMode] | None = None,
+    claims_served: bool = True,
 ) -> list[str]:
     """Return a message for each requested feature that is not available.
 
@@ -69,6 +74,7 @@ def find_unsupported(
         settings: the settings of the operator that will run it.
         queues_served: whether the cluster serves Kueue's API.
         gang_apis: the kinds of PodGroups that the cluster serves; None: not known.
+        claims_served: whether the cluster serves ResourceClaims.
     """
     messages = []
     mode = job.spec.scheduling
@@ -80,6 +86,8 @@ def find_unsupported(
     if kueue.queue_of(job) is not None and not (settings.kueue and queues_served):
         field = "spec.queueName" if job.spec.queue_name else f"the label {kueue.QUEUE_LABEL}"
         messages.append(f"{field}: {NO_KUEUE if settings.kueue else NO_QUEUES}")
+    if job.spec.topology.gpu_claim_template_name is not None and not claims_served:
+        messages.append(NO_CLAIMS)
     if job.spec.topology.pack is Pack.RACK and not settings.rack_label:
         messages.append(NO_RACKS)
     if not settings.trainer_image_export and (found := written_by_export(job.spec.outputs)):
@@ -143,8 +151,14 @@ def _evaluate(view: View) -> tuple[Reason, str]:
     broken += filter(None, [kueue.find_contradiction(view.job)])
     if broken:
         return Reason.INVALID_SPEC, _join(broken)
-    served, apis = view.observed.queues_served, view.observed.gang_apis
-    missing = find_unsupported(view.job, view.settings, queues_served=served, gang_apis=apis)
+    observed = view.observed
+    missing = find_unsupported(
+        view.job,
+        view.settings,
+        queues_served=observed.queues_served,
+        gang_apis=observed.gang_apis,
+        claims_served=observed.claims_served,
+    )
     if missing := [*find_missing(view.spec), *missing]:
         return Reason.NOT_SUPPORTED, _join(missing)
     return Reason.ACCEPTED, "the spec is valid and supported"

@@ -13,6 +13,7 @@ from datetime import datetime
 from finetune_contract.exit_codes import HOLDABLE
 from finetune_operator.api.reasons import REGROUPS, CountsAs, Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
+from finetune_operator.plan.model import admission
 from finetune_operator.plan.model.grace import WITH_OWN_GRACE, may_save, notice_expires_at
 from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.listening import silent_at
@@ -119,6 +120,9 @@ def _is_allowed(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> 
     if entry.reason is None or entry.attempt != view.attempt or is_finished(status):
         return False
     if not is_possible(view) or view.spec.suspend:
+        return False
+    if admission.must_ask_again(view):
+        # The quota is requested again when no pod is left.
         return False
     if entry.reason in REGROUPS:
         return True

@@ -23,6 +23,7 @@ def build_events(old: FineTuneJobStatus, new: FineTuneJobStatus) -> tuple[Event,
     return (
         *_acceptance(old, new),
         *_attempts(old, new),
+        *_memory(old, new),
         *_checkpoint(old, new),
         *_warnings(old, new),
         *_became_true(ConditionType.NOTICE_TOO_SHORT, old, new, warning=True),
@@ -73,6 +74,14 @@ def _recovered(previous: AttemptStatus, entry: AttemptStatus) -> Event:
     if previous.ended_at is not None and entry.training_at is not None:
         parts.append(f"{(entry.training_at - previous.ended_at).total_seconds():.1f} s to recover")
     return Event(Reason.RECOVERED, "; ".join(parts))
+
+
+def _memory(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:
+    if new.memory is None or new.memory == old.memory or not new.attempts:
+        return []
+    before = new.attempts[-1].memory
+    message = f"a pod exceeded its memory; the memory of each pod is raised from {before} to {new.memory}"
+    return [Event(Reason.MEMORY_RAISED, message)]
 
 
 def _checkpoint(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Event]:

@@ -34,6 +34,10 @@ OF_RESOURCES = re.compile(
     r"max limit to request ratio per "
 )
 """Parts of the messages of a LimitRange or a quota about the resources of the trainer's container."""
+IMAGE_UNSERVED = re.compile(
+    r'unknown field "spec\.volumes\[\d+]\.image"|spec\.volumes\[\d+]: .*must specify a volume type'
+)
+"""Messages of an API server that does not serve image volumes."""
 LIMIT = re.compile(r"less than or equal to (\S+) limit of (\w+)")
 SIMILARITY = 0.75
 """Similarity of two names at which one counts as a misspelling of the other."""
@@ -159,9 +163,25 @@ def _template_sets_resources(job: FineTuneJob) -> bool:
     return any(item.get("name") == CONTAINER and "resources" in item for item in spec.get("containers") or ())
 
 
+def describe_unserved(job: FineTuneJob, message: str) -> str | None:
+    """Return which feature of the job's pods the API server does not serve; None if the message has another cause.
+
+    An API server without a feature does not know its field, or drops it: a volume then has no source.
+    """
+    if job.spec.model.image is not None and IMAGE_UNSERVED.search(message):
+        return (
+            "spec.model.image: this cluster does not mount images (that needs Kubernetes 1.35 or newer, or the feature "
+            "gate ImageVolume); copy the weights to a volume or a bucket, write their place as base, and leave image "
+            "out"
+        )
+    return None
+
+
 def _explain(job: FineTuneJob, kind: str, message: str) -> str:
     if kind == "Pod" and (advice := _advise_resources(job, message)):
         return f"the API server rejects the Pod of this job: {_as_clause(message)}; {advice}"
+    if kind == "Pod" and (unserved := describe_unserved(job, message)):
+        return unserved
     if kind != "Pod" or job.spec.pod_template is None:
         return f"the API server rejects the {kind} of this job: {_as_clause(message)}; ask your cluster administrator"
     if fields := UNKNOWN_FIELD.findall(message):
