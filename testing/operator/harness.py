@@ -55,20 +55,18 @@ def install(control_plane: ControlPlane, *, queues: bool = False) -> None:
     wait_for("the CRD is served", lambda: _served(control_plane))
 
 
-def may_taint_nodes(control_plane: ControlPlane) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def may_taint_nodes(control_plane: ControlPlane) -> Iterator[None]:
     """Within this block the operator has what the chart grants if gpuFaults.taintAfterJobs is set."""
-    return _granted(control_plane, "finetune-taints", "taints")
-
-
-def may_resize_pods(control_plane: ControlPlane) -> contextlib.AbstractContextManager[None]:
-    """Within this block the operator has what the chart grants if recovery.resizePods is true."""
-    return _granted(control_plane, "finetune-resizes", "resizes")
+    with granted(control_plane, "taints"):
+        yield
 
 
 @contextlib.contextmanager
-def _granted(control_plane: ControlPlane, name: str, group: str) -> Iterator[None]:
-    """Within this block the operator has a group of rules of the chart in addition."""
-    _grant(control_plane.api, "ClusterRole", RBAC, name, yaml.safe_load(RULES.read_text())[group])
+def granted(control_plane: ControlPlane, feature: str) -> Iterator[None]:
+    """Within this block the operator has what the chart grants for a feature: a key of rules.yaml."""
+    name = f"finetune-{feature}"
+    _grant(control_plane.api, "ClusterRole", RBAC, name, yaml.safe_load(RULES.read_text())[feature])
     try:
         yield
     finally:

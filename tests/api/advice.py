@@ -100,8 +100,11 @@ ADVICE: dict[str, Advice] = {
         "spec.topology.processesPerNode": {"spec.processesPerNode": REMOVED, "spec.topology.processesPerNode": 2},
     },
     "invented": {
-        name: {"spec.model.flavour": REMOVED, f"spec.model.{name}": "a/b"}
-        for name in ("base", "revision", "variant", "config", "vae")
+        **{
+            name: {"spec.model.flavour": REMOVED, f"spec.model.{name}": "a/b"}
+            for name in ("base", "revision", "variant", "config", "vae")
+        },
+        "image": {"spec.model": {"base": "/finetune/model", "image": {"reference": "a.example.com/b"}}},
     },
     "invented-at-top": {
         name: {"template": REMOVED, name: GOOD["smallest"].get(name, {})}

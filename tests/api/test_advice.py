@@ -190,7 +190,7 @@ def test_unknown_field_of_a_large_part_names_the_command_that_lists_its_fields()
     command = "kubectl explain finetunejob.spec.training"
     assert message == f"spec.training.qqqq: unknown field; to list the fields here: {command}"
     (message,) = refusals(patched(SMALLEST, {"spec.model.qqqq": 1}))
-    assert message == "spec.model.qqqq: unknown field; the fields here are base, revision, variant, config, vae"
+    assert message == "spec.model.qqqq: unknown field; the fields here are base, revision, variant, config, vae, image"
 
 
 @pytest.mark.parametrize("path", CHANGES)

@@ -189,7 +189,7 @@ def test_full_manifest_uses_every_field_of_the_spec() -> None:
         *("topology.nodes", "topology.cpu", "checkpoint.storage.hostPath", "checkpoint.storage.nfs"),
         *("checkpoint.storage.bucket", "dataset.shuffleTags"),
         *("training.validation.images", "training.validation.epochs", "training.lrPower"),
-        "training.textEncoderLearningRate",
+        *("training.textEncoderLearningRate", "model.image"),
         *("checkpoint.interval.steps", "checkpoint.from"),
     }
     assert set(missing("", crd.find("spec"), given)) == others

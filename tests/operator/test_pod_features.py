@@ -9,7 +9,7 @@ import pytest
 
 from testing.controlplane.api import ControlPlaneApiError
 from testing.controlplane.process import wait_for
-from testing.operator.harness import Jobs, build_job, may_resize_pods, running
+from testing.operator.harness import Jobs, build_job, granted, running
 from testing.operator.heartbeats import HeartbeatClient, tls_context, tls_flags
 from tests.operator.conftest import NewOperator
 from tests.operator.test_in_place import GangSupervisors, all_run
@@ -53,7 +53,7 @@ def gang_of(jobs: Jobs, new_operator: NewOperator) -> Any:
 
 def test_survivor_of_a_pod_that_exceeded_its_memory_grows_in_place(jobs: Jobs, gang_of: Any) -> None:
     gang, client = gang_of("--resize-pods=true")
-    with may_resize_pods(jobs.control_plane), running(client.operator):
+    with granted(jobs.control_plane, "resizes"), running(client.operator):
         growing(jobs, gang)
         gang.wait_for_new_world()
         wait_for("the pod is replaced", lambda: all_run(jobs, {"circles-a1-n0", "circles-a2-n1"}), SECONDS)

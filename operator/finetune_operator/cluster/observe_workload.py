@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_operator.api import kueue, labels
 from finetune_operator.manifests.admission import Admission
+from finetune_operator.manifests.workload import PREFERRED, REQUIRED, UNCONSTRAINED
 from finetune_operator.plan.model.types import ObservedWorkload, WorkloadCondition
 
 Json = Mapping[str, Any]
@@ -82,6 +83,13 @@ def _condition(thing: Json) -> WorkloadCondition:
     )
 
 
+def _place_annotations(request: Json) -> dict[str, str]:
+    """Return the annotations by which Kueue recognizes a pod that it must place: those of its own kinds of jobs."""
+    if "required" in request:
+        return {REQUIRED: request["required"]}
+    return {PREFERRED: request["preferred"]} if "preferred" in request else {UNCONSTRAINED: "true"}
+
+
 def _additions(name: str, pod_set: Json, assignment: Json | None, checks: Iterable[Json]) -> Admission:
     """Return what the admission checks, and the placement by topology, add to the pods."""
     pod_labels: dict[str, str] = {}
@@ -101,4 +109,5 @@ def _additions(name: str, pod_set: Json, assignment: Json | None, checks: Iterab
         gates = (kueue.TOPOLOGY_GATE,)
         pod_labels[kueue.POD_SET_LABEL] = str(pod_set.get("name"))
         annotations[kueue.POD_WORKLOAD] = name
+        annotations |= _place_annotations(pod_set.get("topologyRequest") or {})
     return Admission(pod_labels, annotations, selector, tuple(tolerations), gates)

@@ -19,7 +19,7 @@ from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.replies import reply_to
 from testing.simulated.workloads import is_reserved, is_true
 from tests.plan.fake_cluster import SETTINGS, FakeCluster, make_job, seconds
-from tests.plan.scenarios import ELASTIC, HOLDING, LOST_PEER, place, send_heartbeats
+from tests.plan.scenarios import ELASTIC, HOLDING, place, send_heartbeats
 
 QUEUED = replace(SETTINGS, kueue=True, kueue_priority_boost=True)
 NAME = "circles-1f0c3a2b"
@@ -63,55 +63,6 @@ def test_no_pod_exists_before_the_admission() -> None:
     assert sorted(cluster.pods) == ["circles-a1-n0", "circles-a1-n1"]
 
 
-def pod_set_of(cluster: FakeCluster) -> dict[str, Any]:
-    (pod_set,) = cluster.queue.stored[NAME]["spec"]["podSets"]
-    return dict(pod_set)
-
-
-def test_packed_job_requests_its_domain_where_flavors_have_topologies() -> None:
-    zone, rack = "topology.kubernetes.io/zone", "example.com/rack"
-    packed = {"topology": {"accelerator": "cpu", "nodes": 2, "pack": "zone"}}
-    assert "topologyRequest" not in pod_set_of(queued(**packed))
-    with_topology = replace(QUEUED, kueue_topology=True, rack_label=rack)
-    assert "topologyRequest" not in pod_set_of(queued(with_topology))
-    expected = {"required": zone, "podIndexLabel": labels.NODE_RANK}
-    assert pod_set_of(queued(with_topology, **packed))["topologyRequest"] == expected
-    packed["topology"]["pack"] = "rack"
-    # Kueue's own annotations in podTemplate replace the request.
-    own = {"metadata": {"annotations": {"kueue.x-k8s.io/podset-preferred-topology": zone}}}
-    assert pod_set_of(queued(with_topology, **packed))["topologyRequest"] == expected | {"required": rack}
-    request = pod_set_of(queued(with_topology, podTemplate=own, **packed))["topologyRequest"]
-    assert request == {"preferred": zone, "podIndexLabel": labels.NODE_RANK}
-
-
-def test_edit_of_pack_requests_the_admission_again() -> None:
-    cluster = queued()
-    old = cluster.queue.stored[NAME]["metadata"]["annotations"][labels.REQUEST]
-    cluster.edit(queueName="gpus", topology={"accelerator": "cpu", "nodes": 2, "pack": "zone"})
-    cluster.settle()
-    assert cluster.queue.stored[NAME]["metadata"]["annotations"][labels.REQUEST] != old
-
-
-def test_raised_memory_is_requested_from_the_queue() -> None:
-    topology = {"accelerator": "cpu", "nodes": 2, "resources": {"memory": "8Gi"}}
-    cluster = admitted(replace(QUEUED, hold_seconds=120), topology=topology, recovery={"maxMemory": "32Gi"})
-    old = cluster.queue.stored[NAME]["metadata"]["uid"]
-    cluster.exit(1, 137, reason="OOMKilled")
-    cluster.beat(0, RankState.FAILED, step=10, ends=(LOST_PEER,), waiting=True)
-    for _ in range(3):
-        cluster.settle()
-        cluster.tick(10)
-    # No pod is kept: it would hold quota of a request that is withdrawn.
-    assert cluster.pods == {}
-    workload = cluster.queue.stored[NAME]
-    assert workload["metadata"]["uid"] != old
-    (container,) = workload["spec"]["podSets"][0]["template"]["spec"]["containers"]
-    assert container["resources"]["limits"]["memory"] == "12288Mi"
-    cluster.queue.admit(NAME, cluster.now)
-    cluster.settle()
-    assert {pod.memory for pod in cluster.pods.values()} == {"12288Mi"}
-
-
 def test_pods_run_on_the_nodes_of_the_assigned_flavor() -> None:
     """Kueue has reserved the quota of these nodes, so its selector replaces that of the template."""
     toleration = {"key": "spot", "operator": "Exists"}
@@ -146,7 +97,9 @@ def test_pods_that_kueue_places_by_topology_wait_for_their_place() -> None:
     cluster.settle()
     pod = cluster.manifests["circles-a1-n1"]
     assert pod["spec"]["schedulingGates"] == [{"name": kueue.TOPOLOGY_GATE}]
-    assert pod["metadata"]["annotations"][kueue.POD_WORKLOAD] == NAME
+    # Kueue ignores pods without an annotation of its topologies.
+    unconstrained = {f"{kueue.GROUP}/podset-unconstrained-topology": "true"}
+    assert pod["metadata"]["annotations"] == {kueue.POD_WORKLOAD: NAME} | unconstrained
     assert pod["metadata"]["labels"][kueue.POD_SET_LABEL] == "main"
 
 
