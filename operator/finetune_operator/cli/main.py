@@ -16,7 +16,7 @@ from finetune_operator.cluster.local.home import HOME_VARIABLE, default_home
 
 DESCRIPTION = "Run FineTuneJobs on this machine and manage them as kubectl does on a cluster."
 DNS_LABEL = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?"
-WRITTEN_FORMATS = ("comfyui", "diffusers", "kohya", "merged", "single-file", "webui")
+WRITTEN_FORMATS = ("comfyui", "compiled", "diffusers", "kohya", "merged", "openvino", "single-file", "webui")
 """Formats that at least one method writes. Not read from the contract: its import would slow down every command."""
 FAULT = "rank=R,at-step=S or rank=R,at-state=STATE"
 ROOM = "nodes=N,at-step=S"
@@ -143,8 +143,12 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 
 def _add_export(command: argparse.ArgumentParser) -> None:
-    command.add_argument("job", help="name of a job on this machine, or its manifest")
+    command.add_argument("job", help="name of a job on this machine or on a cluster, or its manifest")
     _add_set(command)
+    command.add_argument("--cluster", action="store_true", help="let the operator of a cluster write it, in a pod")
+    command.add_argument("--kubeconfig", type=Path, help="kubeconfig of --cluster (default: as kubectl)")
+    command.add_argument("--context", help="context of the kubeconfig (default: the current one)")
+    command.add_argument("--secret", help="with --cluster and --to: Secret with the credentials of the target")
     command.add_argument(
         "--folder", help="the job's folder, or its checkpoints folder, on a disk or in a bucket (s3://...)"
     )

@@ -11,8 +11,10 @@ from typing import Any, Self
 
 from kubernetes.aio import config
 
+from finetune_contract.outputs.request import ExportRequest
 from finetune_contract.phase import FINISHED, Phase
 from finetune_operator.api.job import API_VERSION, KIND, FineTuneJob
+from finetune_operator.api.labels import EXPORT
 from finetune_operator.api.names import CONTAINER, pod_name
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.api.validate import parse_job
@@ -135,6 +137,22 @@ class AsyncFineTuneJobs:
         api = await self._connect()
         change = {"spec": {"suspend": suspend}}
         return read_job(await api.request("PATCH", JOBS.path(self.namespace, name), change, content_type=MERGE))
+
+    async def request_export(self, job: FineTuneJob, request: ExportRequest, *, dry_run: bool = False) -> FineTuneJob:
+        """Ask the operator to write outputs from a checkpoint of a job; `status.exports` shows how far it is.
+
+        Args:
+            job: the job as read; if it has changed since, the API server refuses the request.
+            request: what to write; its id must be new.
+            dry_run: only check the permission.
+
+        Raises:
+            ApiError: the API server refuses it.
+        """
+        api = await self._connect()
+        meta = {"resourceVersion": job.metadata.resource_version, "annotations": {EXPORT: request.to_json()}}
+        path, query = JOBS.path(self.namespace, job.metadata.name), {"dryRun": "All"} if dry_run else None
+        return read_job(await api.request("PATCH", path, {"metadata": meta}, content_type=MERGE, query=query))
 
     async def delete(self, name: str) -> None:
         """Delete a job and its pods. A job that does not exist counts as deleted."""

@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from finetune_contract.outputs.request import ExportRequest
 from finetune_contract.phase import Phase
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.status import FineTuneJobStatus
@@ -72,6 +73,10 @@ class FineTuneJobs:
     def suspend(self, name: str, *, suspend: bool = True) -> FineTuneJob:
         """Let a job save its state and stop, or with `suspend=False` continue; return it."""
         return self._run(self._jobs.suspend(name, suspend=suspend))
+
+    def request_export(self, job: FineTuneJob, request: ExportRequest, *, dry_run: bool = False) -> FineTuneJob:
+        """Ask the operator to write outputs from a checkpoint of a job."""
+        return self._run(self._jobs.request_export(job, request, dry_run=dry_run))
 
     def delete(self, name: str) -> None:
         """Delete a job and its pods."""

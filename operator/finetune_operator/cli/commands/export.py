@@ -18,6 +18,7 @@ from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cli.checkpoints.bucket import BucketCopy
 from finetune_operator.cli.checkpoints.catalog import find_checkpoints, has_checkpoints, pick_checkpoint
+from finetune_operator.cli.commands.export_on_cluster import export_on_cluster
 from finetune_operator.cli.commands.get import find_job
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import load_manifest
@@ -38,8 +39,13 @@ REMOTE = (
 
 def export(arguments: argparse.Namespace) -> Exit:
     """Carry out `finetune export`."""
+    if arguments.cluster:
+        return export_on_cluster(arguments)
     home = Home(arguments.home)
-    job, folder = choose_job(arguments, home)
+    try:
+        job, folder = choose_job(arguments, home)
+    except UsageError as error:
+        raise UsageError(f"{error}, or write --cluster: the operator exports it in a pod") from error
     if arguments.list:
         return _list(job, folder)
     outputs = _choose_outputs(arguments, job)

@@ -13,6 +13,7 @@ from datetime import datetime
 from finetune_contract.exit_codes import ExitCode, describe
 from finetune_contract.heartbeat import OutputState
 from finetune_contract.outputs.request import ExportRequest, ExportResult
+from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.labels import EXPORT
 from finetune_operator.api.names import config_name, export_pod_name
 from finetune_operator.api.reasons import Reason
@@ -30,6 +31,7 @@ from finetune_operator.plan.policies import finish
 from finetune_operator.plan.policies.acceptance import find_pod_faults, find_unsupported
 from finetune_operator.plan.policies.nodes import NODE_LOST
 from finetune_operator.plan.policies.retry import how_to_continue
+from finetune_operator.settings import Settings
 
 MAX_OUTPUTS = 100
 """Most outputs in the status."""
@@ -92,16 +94,23 @@ def _begin_next(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
 
 def find_problem(view: View, request: ExportRequest) -> str:
     """Return what is wrong with a request; empty if it can be carried out."""
-    asked = view.job.model_copy(update={"spec": view.spec.model_copy(update={"outputs": request.outputs})})
-    problems = [
-        *map(str, broken_rules(asked)),
-        *find_pod_faults(asked, view.settings),
-        *find_missing(asked.spec),
-        *find_unsupported(asked, view.settings, queues_served=view.observed.queues_served),
-    ]
-    if request.step is not None and view.spec.training.script is not None:
+    asked = _asked(view.job, request)
+    missing = find_unsupported(asked, view.settings, queues_served=view.observed.queues_served)
+    return " ".join([*find_faults(view.job, request, view.settings), *missing])
+
+
+def find_faults(job: FineTuneJob, request: ExportRequest, settings: Settings) -> list[str]:
+    """Return a message for each fault of a request that does not depend on the cluster."""
+    asked = _asked(job, request)
+    problems = [*map(str, broken_rules(asked)), *find_pod_faults(asked, settings), *find_missing(asked.spec)]
+    if request.step is not None and job.spec.training.script is not None:
         problems.append("step: only the files that a script has written at its end can be exported; leave step out")
-    return " ".join(problems)
+    return problems
+
+
+def _asked(job: FineTuneJob, request: ExportRequest) -> FineTuneJob:
+    """Return the job with the outputs of a request: the same rules apply to them."""
+    return job.model_copy(update={"spec": job.spec.model_copy(update={"outputs": request.outputs})})
 
 
 def _refuse(status: FineTuneJobStatus, name: str, content: str, message: str) -> FineTuneJobStatus:
