@@ -72,12 +72,6 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "let Kueue choose the domain of jobs with topology.pack; true if the flavors have topologies",
             parse_bool,
         ),
-        Flag(
-            "kueue-topology",
-            False,
-            "let Kueue choose the domain of jobs with topology.pack; true if the flavors have topologies",
-            parse_bool,
-        ),
         Flag("gangs", False, "give the pods of a job their nodes together (spec.scheduling)", parse_bool),
         Flag(
             "gang-hold-seconds",

@@ -115,8 +115,12 @@ def _missing_group(view: View, membership: GangMembership | None) -> tuple[Creat
 
 
 def _bad_nodes(status: FineTuneJobStatus) -> tuple[str, ...]:
-    """Return the nodes on which a rank of this job has hung or lost its GPU, or which have refused one of its pods."""
-    return tuple(sorted({old.node for old in status.attempts if old.reason in OF_THE_NODE and old.node}))
+    """Return the nodes on which a rank of this job has hung or lost its GPU, or which have refused one of its pods.
+
+    And those on which a packed gang began that found no room in its rack or zone.
+    """
+    reasons = OF_THE_NODE | {Reason.GANG_RELEASED}
+    return tuple(sorted({old.node for old in status.attempts if old.reason in reasons and old.node}))
 
 
 POLICY = Policy("gang", decide=record_complete, wake=wake, act=create_missing)

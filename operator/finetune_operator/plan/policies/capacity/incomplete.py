@@ -26,7 +26,7 @@ def release(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     due = wake(view, status)
     if due is None or view.now < due:
         return status
-    return close(view, status, Reason.GANG_RELEASED, message=f"{describe(view)}{_why(view)}")
+    return close(view, status, Reason.GANG_RELEASED, message=f"{describe(view)}{_why(view)}", node=_first_node(view))
 
 
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
@@ -51,6 +51,17 @@ def release_at(view: View, entry: AttemptStatus) -> datetime | None:
 def describe(view: View) -> str:
     """Return how many pods of the gang have a node."""
     return f"{len(gangs.placed(view))} of {view.num_nodes} pods have a node"
+
+
+def _first_node(view: View) -> str | None:
+    """Return the node that decided in which rack or zone a packed gang waited; None: the gang is not packed.
+
+    The first pod of the next attempt avoids it, so that repeated attempts find a rack or zone with more room.
+    """
+    if view.spec.topology.pack is None:
+        return None
+    first = min(gangs.placed(view), key=lambda pod: (pod.scheduled_at or pod.created_at, pod.node_rank), default=None)
+    return first.node if first is not None else None
 
 
 def _why(view: View) -> str:
