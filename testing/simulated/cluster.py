@@ -15,7 +15,7 @@ from testing.simulated.operator import ApiConditions, SimulatedOperator
 from testing.simulated.server import SimulatedApiServer
 from testing.simulated.supervisor import SimulatedSupervisor, Trainers
 
-SIMULATED = Settings(coordinator_url="https://coordinator:8443", require_storage=False, kueue=True)
+SIMULATED = Settings(coordinator_url="https://coordinator:8443", require_storage=False, kueue=True, gangs=True)
 """The administrator's settings."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from finetune_contract.heartbeat import Termination
-from finetune_operator.plan.model.types import PodPhase
+from finetune_operator.plan.model.types import ObservedExport, PodPhase
 from testing.simulated.engine import Engine
 from testing.simulated.model import SimulatedNode, SimulatedPod
 from testing.simulated.server import SimulatedApiServer
@@ -32,6 +33,7 @@ class Kubelets:
         self._waiting: list[SimulatedPod] = []
         self._num_nodes = 0
         server.pod_changed = self._pod_changed
+        server.gate_opened = self.schedule
 
     # -- pods ---------------------------------------------------------------------------------------------------------
 
@@ -50,7 +52,10 @@ class Kubelets:
         for pod in self._waiting:
             if self._server.pods.get(pod.observed.name) is not pod:
                 continue
-            node = self._room_for(pod)
+            if pod.observed.gated:
+                unbound.append(pod)
+                continue
+            node = self._room_for(pod) if self._fits(pod.group) else None
             if node is None:
                 unbound.append(pod)
                 if pod.observed.waiting != NO_ROOM:
@@ -58,11 +63,28 @@ class Kubelets:
                 continue
             node.pods.add(pod.observed.name)
             pod.node = node
-            self._server.change(pod, node=node.name, waiting="ContainerCreating")
+            now = self._engine.now()
+            self._server.change(pod, node=node.name, scheduled_at=now, waiting="ContainerCreating")
             mean = self.cached_seconds if node.has_image and self.cached_seconds is not None else self.pull_seconds
             node.has_image = True
             self._engine.after(self._engine.rng.expovariate(1 / mean), lambda pod=pod: self._run(pod))  # type: ignore[misc]
         self._waiting = unbound
+
+    def _fits(self, group: str) -> bool:
+        """Return whether enough pods of a PodGroup have a node or can have one now; True for pods without a group."""
+        if not group:
+            return True
+        pods = [pod for pod in self._server.pods.values() if pod.group == group]
+        num_bound = sum(pod.node is not None for pod in pods)
+        waiting = sorted((pod for pod in pods if pod.node is None), key=lambda pod: not pod.spot_only)
+        free = [node for node in self._server.nodes.values() if _has_room(node)]
+        for pod in waiting:
+            node = next((node for node in free if node.spot), None if pod.spot_only else next(iter(free), None))
+            if node is not None:
+                free.remove(node)
+                num_bound += 1
+        # Without its PodGroup, a pod waits.
+        return group in self._server.group_sizes and num_bound >= self._server.group_sizes[group]
 
     def _room_for(self, pod: SimulatedPod) -> SimulatedNode | None:
         """Return a free node for a pod: not one that it avoids, then spot nodes first, as all pods prefer them."""
@@ -142,6 +164,7 @@ class Kubelets:
             finished_at=self._engine.now(node.skew_seconds),
             termination=termination,
             reason=pod.observed.reason or reason,
+            export=_with_result(pod),
         )
         node.pods.discard(pod.observed.name)
         if pod.observed.deleted_at is not None:
@@ -248,3 +271,8 @@ class Kubelets:
 
 def _has_room(node: SimulatedNode) -> bool:
     return node.up and node.connected and not node.lost and not node.leaving and not node.pods
+
+
+def _with_result(pod: SimulatedPod) -> ObservedExport | None:
+    export = pod.observed.export
+    return None if export is None else replace(export, result=pod.export_result)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from finetune_contract.outputs.request import ExportResult
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.types import ObservedPod
@@ -27,6 +28,10 @@ class SimulatedPod:
     """Whether it accepts spot nodes only."""
     is_standby: bool = False
     """Whether its manifest gives it no rank yet."""
+    export_result: ExportResult | None = None
+    """Termination message of an export pod."""
+    group: str = ""
+    """Name of its PodGroup; empty: the scheduler places it by itself."""
     node: SimulatedNode | None = None
     running: bool = False
     """Whether its processes run, independent of the state that the API server reports."""

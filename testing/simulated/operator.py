@@ -12,7 +12,8 @@ from functools import partial
 from typing import TypeVar
 
 from finetune_contract.heartbeat import Heartbeat, Reply
-from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.gangs import POD_GROUP
+from finetune_operator.api.job import FineTuneJob, SchedulingMode
 from finetune_operator.api.kueue import WORKLOAD
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cluster.kube.client.refusals import Refusals
@@ -22,15 +23,19 @@ from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
 from finetune_operator.plan.model.types import (
     Action,
     Create,
+    DeleteChild,
     DeletePod,
     DeleteWorkload,
     Event,
     Manifest,
     Observed,
+    ObservedChild,
     ObservedWorkload,
+    OpenGate,
     PatchWorkload,
     Refusal,
     ResizePod,
+    split_exports,
 )
 from finetune_operator.plan.model.view import nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
@@ -40,6 +45,7 @@ from testing.simulated.server import LaggingWatch, RefusedError, SimulatedApiErr
 from testing.simulated.workloads import Json, observe
 
 T = TypeVar("T")
+GANG_API = "scheduling.k8s.io/v1alpha2"
 PROGRESS_SECONDS = 5.0
 """Delay that batches heartbeats which report only progress into one reconcile."""
 MAX_RETRY_SECONDS = 60.0
@@ -181,19 +187,22 @@ class SimulatedOperator:
     async def observe(self, job: FineTuneJob) -> Observed:
         """Return the observed state of the job from the cache."""
         name = job.metadata.name
-        pods = tuple(self.watch.pods.get(name, {}).values())
+        pods, exports = split_exports(self.watch.pods.get(name, {}).values())
         children = self.watch.children.get(name, set())
-        nodes = self.watch.nodes
+        nodes, used = self.watch.nodes, nodes_of(job.status, (*pods, *exports))
         return Observed(
             pods=pods,
+            exports=exports,
             beats=self._heartbeats.of_job("default", name, oldest_attempt=oldest_attempt(job.status)),
             services=frozenset(child for kind, child in children if kind == "Service"),
             configs=frozenset(child for kind, child in children if kind == "ConfigMap"),
-            nodes={name: nodes[name] for name in nodes_of(job.status, pods) if name in nodes} if nodes else {},
+            nodes={name: nodes[name] for name in used if name in nodes} if nodes else {},
             refusal=self._refusals.get(JobKey("default", name), job),
             create_after=self._refusals.held_until(JobKey("default", name), job),
             listening_since=self._listening_since,
             workloads=_observed(self.watch.workloads.get(name, {})),
+            gang_apis={SchedulingMode.POD_GROUP: GANG_API},
+            children=tuple(_child(child) for kind, child in sorted(children) if kind == POD_GROUP),
         )
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:
@@ -216,6 +225,11 @@ class SimulatedOperator:
             pass
         elif isinstance(action, DeleteWorkload):
             await self._call(lambda: server.delete_workload(action.name, action.uid))
+        elif isinstance(action, OpenGate):
+            await self._call(lambda: server.open_gate(action.name, action.uid))
+        elif isinstance(action, DeleteChild):
+            child = action.child
+            await self._call(lambda: server.delete_child(job.metadata.name, child.kind, child.name))
         else:
             await self._call(lambda: server.delete_job(job.metadata.name))
 
@@ -255,6 +269,10 @@ class SimulatedOperator:
         if chance < api.failing + api.lost:
             raise SimulatedApiError("the response was lost")
         return result
+
+
+def _child(name: str) -> ObservedChild:
+    return ObservedChild(GANG_API, POD_GROUP, name, f"uid-{name}", int(name.rpartition("-a")[2]))
 
 
 def _observed(stored: dict[str, Json]) -> tuple[ObservedWorkload, ...]:

@@ -14,11 +14,20 @@ from typing import Any
 
 from finetune_contract import environment
 from finetune_operator.api import labels
+from finetune_operator.api.gangs import GATE, POD_GROUP
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.kueue import WORKLOAD
 from finetune_operator.api.status import Capacity, FineTuneJobStatus
 from finetune_operator.cluster.protocol import ConflictError
-from finetune_operator.plan.model.types import HEALTHY, Manifest, ObservedNode, ObservedPod, PatchWorkload, PodPhase
+from finetune_operator.plan.model.types import (
+    HEALTHY,
+    Manifest,
+    ObservedExport,
+    ObservedNode,
+    ObservedPod,
+    PatchWorkload,
+    PodPhase,
+)
 from testing.simulated.engine import Engine
 from testing.simulated.model import SimulatedNode, SimulatedPod, SimulatedStorage, Watchdog
 from testing.simulated.queue import SimulatedQueue
@@ -124,6 +133,8 @@ class SimulatedApiServer:
         self.storage: dict[str, SimulatedStorage] = {}
         """By job; it does not depend on any node."""
         self.watches: list[LaggingWatch] = []
+        self.group_sizes: dict[str, int] = {}
+        """Number of pods that the scheduler places together, by PodGroup."""
         self.quota: int | None = None
         """Maximum number of pods; None: no limit."""
         self.queue = SimulatedQueue(engine, self._workload_changed)
@@ -132,6 +143,8 @@ class SimulatedApiServer:
         """Number of write requests from the operator."""
         self.pod_changed: Callable[[SimulatedPod], None] = lambda _: None
         """Called when a pod was created or its deletion was requested; set by the kubelets."""
+        self.gate_opened: Callable[[], None] = lambda: None
+        """Called when a scheduling gate was removed; set by the kubelets."""
         self._watchdog = watchdog
         self._version = 0
         self._num_created = 0
@@ -204,6 +217,8 @@ class SimulatedApiServer:
             if key not in self.children:
                 self.children.add(key)
                 self._send_all(key, True)
+                if kind == POD_GROUP:
+                    self.group_sizes[meta["name"]] = manifest["spec"]["schedulingPolicy"]["gang"]["minCount"]
             return key, self._version, True
         if (known := self.pods.get(meta["name"])) is not None:
             return key, self._version, known.observed
@@ -216,22 +231,25 @@ class SimulatedApiServer:
         observed = ObservedPod(
             name=meta["name"],
             uid=f"pod-{self._num_created}",
-            attempt=int(own[labels.ATTEMPT]),
-            node_rank=int(own[labels.NODE_RANK]),
+            attempt=int(own.get(labels.ATTEMPT, 0)),
+            node_rank=int(own.get(labels.NODE_RANK, 0)),
             phase=PodPhase.PENDING,
             created_at=self.engine.now(),
             fell_back=own.get(labels.CAPACITY) == Capacity.ANY,
             template=own[labels.TEMPLATE],
+            export=ObservedExport(own[labels.EXPORT]) if labels.EXPORT in own else None,
+            gated={"name": GATE} in spec.get("schedulingGates", ()),
         )
         affinity = spec.get("affinity", {}).get("nodeAffinity", {})
         pod = SimulatedPod(
             job.metadata.name,
             observed,
             spec["terminationGracePeriodSeconds"],
-            int(env[environment.NUM_NODES] or 1),
+            int(env.get(environment.NUM_NODES) or 1),
             avoid=_avoided_nodes(affinity),
             spot_only="requiredDuringSchedulingIgnoredDuringExecution" in affinity,
             is_standby=env.get(environment.STANDBY) == "1",
+            group=spec.get("schedulingGroup", {}).get("podGroupName", ""),
         )
         self.pods[observed.name] = pod
         self._watchdog.pod_created(self.jobs[pod.job], observed)
@@ -250,6 +268,22 @@ class SimulatedApiServer:
         """Delete a Workload on behalf of the operator."""
         self.num_writes += 1
         self.queue.delete(name, uid)
+
+    def delete_child(self, job: str, kind: str, name: str) -> None:
+        """Delete an optional object on behalf of the operator."""
+        self.num_writes += 1
+        if (kind, job, name) in self.children:
+            self.children.discard((kind, job, name))
+            self.group_sizes.pop(name, None)
+            self._send_all((kind, job, name), None)
+
+    def open_gate(self, name: str, uid: str) -> None:
+        """Remove the scheduling gate of a pod on behalf of the operator."""
+        self.num_writes += 1
+        pod = self.pods.get(name)
+        if pod is not None and pod.observed.uid == uid and pod.observed.gated:
+            self.change(pod, gated=False)
+            self.gate_opened()
 
     def delete_pod(self, name: str, uid: str, grace_seconds: int | None) -> None:
         """Request the deletion of a pod on behalf of the operator."""

@@ -22,6 +22,7 @@ from finetune_contract.heartbeat import (
     Termination,
 )
 from testing.simulated.engine import Engine
+from testing.simulated.exporter import SimulatedExporter
 from testing.simulated.gang import SimulatedGang
 from testing.simulated.kubelet import Kubelets
 from testing.simulated.model import SimulatedPod, SimulatedStorage, Watchdog
@@ -298,7 +299,10 @@ class Trainers:
         self.kubelets: Kubelets
 
     def start(self, pod: SimulatedPod) -> None:
-        """Start the supervisor of a pod."""
+        """Start the supervisor of a pod, or the process of an export pod."""
+        if pod.observed.export is not None:
+            SimulatedExporter(self.engine, self.kubelets, pod, self.storage[pod.job].workload.export_seconds)
+            return
         self.supervisors[pod.observed.uid] = SimulatedSupervisor(self, pod)
 
     def forget(self, supervisor: SimulatedSupervisor) -> None:

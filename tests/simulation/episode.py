@@ -152,4 +152,8 @@ def _create_random_job(cluster: SimulatedCluster, name: str, seed: int) -> None:
         spec["activeDeadlineSeconds"] = 3600
     if rng.random() < 0.4:
         spec["queueName"] = QUEUE
+    else:
+        spec["scheduling"] = rng.choice(["podGroup", "gates", "none"])
+    if rng.random() < 0.3:
+        spec["outputs"] = [{"format": "openvino", "to": "s3://models/openvino"}]
     cluster.make_job(name, work, **spec)

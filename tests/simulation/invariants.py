@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from finetune_contract.heartbeat import OutputState
 from finetune_contract.phase import FINISHED, Phase
+from finetune_operator.api.gangs import POD_GROUP
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
@@ -60,6 +62,9 @@ class Invariants:
         """A created pod belongs to the newest attempt, and the number of pods never exceeds the requested one."""
         self.counts["pods"] += 1
         name = job.metadata.name
+        if pod.export is not None:
+            self._check_export(job, pod)
+            return
         self._require(
             pod.attempt == job.status.attempt, name, f"{pod.name} does not belong to attempt {job.status.attempt}"
         )
@@ -69,7 +74,7 @@ class Invariants:
         active = [
             other.observed
             for other in self.cluster.server.pods.values()
-            if other.job == name and self._is_active(other)
+            if other.job == name and other.observed.export is None and self._is_active(other)
         ]
         asked = job.spec.topology.nodes or job.spec.topology.max_nodes or 1
         # Each pod that fell back from spot may have a standby pod that waits for a spot node to replace it.
@@ -98,6 +103,7 @@ class Invariants:
         """The operator releases the quota of a job only when no pod uses it."""
         self.counts["quota released"] += 1
         own = [pod.observed for pod in self.cluster.server.pods.values() if pod.job == job_name]
+        own = [pod for pod in own if pod.export is None]
         pods = [pod.name for pod in own if pod.phase not in ENDED]
         self._require(not pods, job_name, f"its quota was released although {pods} exist")
 
@@ -120,17 +126,36 @@ class Invariants:
     # -- called by the episode ----------------------------------------------------------------------------------------
 
     def all_ended(self, num_writes_before: int) -> None:
-        """After the quiet time every job has ended, and the operator writes nothing."""
+        """After the quiet time every job has ended, no old PodGroup is left, and the operator writes nothing."""
         for name, job in self.cluster.server.jobs.items():
             status = job.status
             self._require(status.phase in FINISHED, name, f"it has not ended: {status.phase} {status.message}")
+            used = {pod.group for pod in self.cluster.server.pods.values()} | {f"{name}-a{status.attempt}"}
+            groups = {
+                child for kind, job_name, child in self.cluster.server.children if (kind, job_name) == (POD_GROUP, name)
+            }
+            self._require(groups <= used, name, f"PodGroups {groups - used} are left")
             if status.phase is Phase.SUCCEEDED:
                 storage = self.cluster.server.storage[name]
                 self._require(storage.step == storage.workload.total_steps, name, "it succeeded before its last step")
+                written = [output for output in status.outputs if output.state is OutputState.WRITTEN]
+                exported = len(written) == len(job.spec.outputs)
+                self._require(exported, name, "it succeeded before its outputs were complete")
         num_writes = self.cluster.server.num_writes - num_writes_before
         self._require(num_writes == 0, "all", f"{num_writes} writes while the cluster was idle")
 
     # -- details ------------------------------------------------------------------------------------------------------
+
+    def _check_export(self, job: FineTuneJob, pod: ObservedPod) -> None:
+        """An export pod is created after the last step, and is the only one."""
+        self.counts["export pods"] += 1
+        name, storage = job.metadata.name, self.cluster.server.storage[job.metadata.name]
+        self._require(job.status.phase not in FINISHED, name, f"{pod.name} was created after the end of the job")
+        has_trained = storage.step == storage.workload.total_steps
+        self._require(has_trained, name, f"{pod.name} was created before the last step")
+        pods = self.cluster.server.pods.values()
+        exports = [each for each in pods if each.job == name and each.observed.export is not None]
+        self._require(len(exports) == 1, name, f"{len(exports)} export pods exist")
 
     def _check_admission(self, job: str, pod: str) -> None:
         """No pod exists before its job has quota; the operator may not have noticed yet that its Workload is gone."""
