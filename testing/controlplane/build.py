@@ -71,7 +71,7 @@ class Module:
     @property
     def version(self) -> str:
         """The required version, for example `v1.36.3`."""
-        return _search(rf"^require {re.escape(self.requires)} (v\S+)", self.go_mod)
+        return _search(rf"^(?:require )?\s*{re.escape(self.requires)} (v\S+)", self.go_mod)
 
     @property
     def ldflags(self) -> str:

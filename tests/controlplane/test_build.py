@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import re
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,13 @@ def test_changed_source_changes_the_cache_key(tmp_path: Path) -> None:
         (folder / "main.go").write_text(text)
         keys.add(module.key("go1.99.0"))
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize(
+    "module",
+    [*build.ALL_MODULES, build.HELM, build.S3_SERVER, build.GCS_STAND_IN, build.KUEUE],
+    ids=lambda module: module.name,
+)
+def test_every_module_has_a_version(module: build.Module) -> None:
+    """`go mod tidy` writes the required modules in one line each, or in a block."""
+    assert re.fullmatch(r"v\d+\.\d+\.\d+", module.version)
