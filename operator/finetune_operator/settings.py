@@ -82,6 +82,10 @@ class Settings:
     """Label of nodes whose value is their rack; empty: no job can request a rack."""
     gangs: bool = False
     """Whether jobs may request that their pods receive nodes together."""
+    disruption_budgets: bool = False
+    """Whether running gangs have a PodDisruptionBudget."""
+    eviction_requests: bool = False
+    """Whether the operator responds to Kubernetes' eviction requests."""
     gang_hold_seconds: float = 60.0
     """Longest time for which the pods of an incomplete gang hold nodes."""
     peer_grace_seconds: int = 2

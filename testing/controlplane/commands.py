@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,20 @@ def etcd_command(layout: Layout) -> list[str]:
     ]
 
 
-def api_server_command(layout: Layout, credentials: Credentials, toleration_seconds: int, audit: bool) -> list[str]:
-    """Return the command of an API server with RBAC, TokenRequest, TokenReview and front-proxy headers."""
+def api_server_command(
+    layout: Layout,
+    credentials: Credentials,
+    toleration_seconds: int,
+    *,
+    audit: bool,
+    features: Sequence[str] = (),
+    apis: Sequence[str] = (),
+) -> list[str]:
+    """Return the command of an API server with RBAC, TokenRequest, TokenReview and front-proxy headers.
+
+    features: feature gates to enable.
+    apis: API versions to serve that are not served by default.
+    """
     command = [
         str(layout.programs["kube-apiserver"]),
         f"--etcd-servers={layout.etcd_url}",
@@ -129,15 +142,22 @@ def api_server_command(layout: Layout, credentials: Credentials, toleration_seco
         f"--default-unreachable-toleration-seconds={toleration_seconds}",
         "--profiling=false",
     ]
+    if features:
+        command.append(_gates(features))
+    if apis:
+        command.append(f"--runtime-config={','.join(f'{name}=true' for name in apis)}")
     if audit:
         command += [f"--audit-policy-file={layout.audit_policy}", f"--audit-log-path={layout.audit_log}"]
     return command
 
 
-def controller_manager_command(layout: Layout, credentials: Credentials) -> list[str]:
-    """Return the command of all controllers; the node controller checks every second and taints without a delay."""
+def controller_manager_command(layout: Layout, credentials: Credentials, features: Sequence[str] = ()) -> list[str]:
+    """Return the command of all controllers; the node controller checks every second and taints without a delay.
+
+    features: feature gates to enable.
+    """
     kubeconfig = layout.kubeconfig("kube-controller-manager")
-    return [
+    command = [
         str(layout.programs["kube-controller-manager"]),
         f"--kubeconfig={kubeconfig}",
         "--secure-port=0",
@@ -156,15 +176,21 @@ def controller_manager_command(layout: Layout, credentials: Credentials) -> list
         f"--node-eviction-rate={CLIENT_QPS}",
         "--profiling=false",
     ]
+    return [*command, _gates(features)] if features else command
 
 
-def scheduler_command(layout: Layout) -> list[str]:
-    """Return the scheduler's command."""
-    return [
+def scheduler_command(layout: Layout, features: Sequence[str] = ()) -> list[str]:
+    """Return the scheduler's command, with these feature gates enabled."""
+    command = [
         str(layout.programs["kube-scheduler"]),
         f"--config={layout.scheduler_config}",
         "--secure-port=0",
     ]
+    return [*command, _gates(features)] if features else command
+
+
+def _gates(features: Sequence[str]) -> str:
+    return f"--feature-gates={','.join(f'{name}=true' for name in features)}"
 
 
 def kwok_command(layout: Layout, managed_label: str) -> list[str]:

@@ -66,6 +66,8 @@ class ControlPlane:
         folder: Path | None = None,
         toleration_seconds: int = 1,
         audit: bool = False,
+        features: Sequence[str] = (),
+        apis: Sequence[str] = (),
     ) -> None:
         """Prepare a control plane without starting it.
 
@@ -73,6 +75,8 @@ class ControlPlane:
         folder: for logs, keys and data; all but the data is kept at the end. Default: a temporary folder.
         toleration_seconds: how long a pod stays on a lost node if it sets no toleration itself (Kubernetes: 300).
         audit: write one line of JSON per request, see `requests`.
+        features: feature gates of the API server, the scheduler and the controllers to enable.
+        apis: API versions to serve that are not served by default, for example scheduling.k8s.io/v1alpha2.
         """
         unknown = set(components) - COMPONENTS
         if unknown:
@@ -80,6 +84,7 @@ class ControlPlane:
         self._components = frozenset(components)
         self._toleration_seconds = toleration_seconds
         self._audit = audit
+        self._features, self._apis = tuple(features), tuple(apis)
         self._keep = folder is not None
         self.folder = folder.absolute() if folder else Path(tempfile.mkdtemp(prefix="control-plane-"))
         self._numbers = itertools.count()
@@ -188,10 +193,15 @@ class ControlPlane:
         self._commands = {
             "etcd": commands.etcd_command(layout),
             "kube-apiserver": commands.api_server_command(
-                layout, credentials, toleration_seconds=self._toleration_seconds, audit=self._audit
+                layout,
+                credentials,
+                toleration_seconds=self._toleration_seconds,
+                audit=self._audit,
+                features=self._features,
+                apis=self._apis,
             ),
-            "kube-controller-manager": commands.controller_manager_command(layout, credentials),
-            "kube-scheduler": commands.scheduler_command(layout),
+            "kube-controller-manager": commands.controller_manager_command(layout, credentials, self._features),
+            "kube-scheduler": commands.scheduler_command(layout, self._features),
             "kwok": commands.kwok_command(layout, nodes.MANAGED_LABEL),
         }
         self._guard = Guard(None if self._keep else self.folder)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ READY_SECONDS = 60.0
 STOP_SECONDS = 40.0
 
 
-def install(control_plane: ControlPlane, *, queues: bool = False) -> None:
+def install(control_plane: ControlPlane, *, queues: bool = False, features: Sequence[str] = ()) -> None:
     """Install the CRD, and the operator's namespace, service account and roles. Needed once per control plane.
 
     queues: also grant what the chart grants if kueue.enabled is true.
+    features: keys of rules.yaml with what the chart grants in the namespaces of jobs for other features.
     """
     api = control_plane.api
     with contextlib.suppress(ControlPlaneApiError):
@@ -48,7 +49,9 @@ def install(control_plane: ControlPlane, *, queues: bool = False) -> None:
     with contextlib.suppress(ControlPlaneApiError):
         api.create(f"/api/v1/namespaces/{HOME}/serviceaccounts", account)
     rules = yaml.safe_load(RULES.read_text())
-    _grant(api, "ClusterRole", RBAC, "finetune-jobs", rules["jobs"] + (rules["queues"] if queues else []))
+    of_jobs = rules["jobs"] + (rules["queues"] if queues else [])
+    of_jobs += [rule for feature in features for rule in rules[feature]]
+    _grant(api, "ClusterRole", RBAC, "finetune-jobs", of_jobs)
     of_cluster = rules["cluster"] + (rules["queueClasses"] if queues else [])
     _grant(api, "ClusterRole", RBAC, "finetune-cluster", of_cluster)
     _grant(api, "Role", f"{RBAC}/namespaces/{HOME}", "finetune-own", rules["own"])

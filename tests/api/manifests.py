@@ -198,6 +198,7 @@ FULL = patched(
             {"format": "merged", "to": "hub://owner/dog"},
         ],
         "spec.suspend": True,
+        "spec.scheduling": "none",
         "spec.queueName": "pictures",
         "spec.priorityClassName": "spot",
         "spec.activeDeadlineSeconds": 86400,

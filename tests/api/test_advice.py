@@ -16,7 +16,14 @@ from finetune_operator.api.rules.supported import MISSING, find_missing
 from finetune_operator.api.validate import InvalidJob, broken_rules, parse_job
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.merge import MergeError
-from finetune_operator.plan.policies.acceptance import NO_CLAIMS, NO_QUEUES, NO_RACKS, NO_STORAGE, find_unsupported
+from finetune_operator.plan.policies.acceptance import (
+    NO_CLAIMS,
+    NO_GANGS,
+    NO_QUEUES,
+    NO_RACKS,
+    NO_STORAGE,
+    find_unsupported,
+)
 from finetune_operator.settings import Settings
 from tests.api.advice import ADVICE, STORAGES, Advice, Edit, removed
 from tests.api.bad_manifest import BadManifest
@@ -118,6 +125,17 @@ def test_advice_about_missing_storage_is_accepted() -> None:
     assert untried_words(NO_STORAGE.rstrip("."), STORAGES) == []
     for part, edit in STORAGES.items():
         assert refusals(patched(SMALLEST, edit), CLUSTER) == [], part
+
+
+def test_advice_about_missing_gangs_is_accepted() -> None:
+    gang = patched(SMALLEST, {"spec.scheduling": "volcano", **STORAGES["nfs"]})
+    (message,) = refusals(gang, CLUSTER)
+    advice = {"auto": {"spec.scheduling": "auto"}, "none": {"spec.scheduling": "none"}}
+    assert message == NO_GANGS.format(mode="volcano")
+    assert untried_words(message.rstrip("."), advice) == []
+    for part, edit in advice.items():
+        assert refusals(patched(gang, edit), CLUSTER) == [], part
+    assert refusals(gang, Settings(gangs=True)) == []
 
 
 def test_advice_about_missing_racks_is_accepted() -> None:

@@ -71,6 +71,7 @@ ALLOWED: dict[str, Any] = {
     "spec.recovery.hangTimeout": {"spec.recovery.hangTimeout": "2h"},
     "spec.recovery.noticeSeconds": {"spec.recovery.noticeSeconds": 60},
     "spec.suspend": {"spec.suspend": False},
+    "spec.scheduling": {"spec.scheduling": "auto"},
     "spec.priorityClassName": {"spec.priorityClassName": "high"},
     "spec.activeDeadlineSeconds": {"spec.activeDeadlineSeconds": REMOVED},
     "spec.ttlSecondsAfterFinished": {"spec.ttlSecondsAfterFinished": 60},

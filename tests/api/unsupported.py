@@ -133,9 +133,5 @@ UNSUPPORTED = (
     ),
     Unsupported({"spec.outputs": [{"format": "single-file", "to": "out"}]}, DIFFUSERS),
     Unsupported({"spec.queueName": "pictures"}, {"leave the queue out": removed("spec.queueName")}),
-    Unsupported(
-        {"spec.scheduling": "volcano"},
-        {"write auto": {"spec.scheduling": "auto"}, "auto or none": {"spec.scheduling": "none"}},
-    ),
 )
 """Manifests that are valid and not supported: at least one for each message."""

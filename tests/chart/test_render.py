@@ -63,8 +63,10 @@ def test_the_crd_equals_the_generated_file(helm: Helm) -> None:
         {"namespaces": ["team-a", "team-b"], "watchNodes": False},
         {"kueue": {"enabled": True, "priorityBoost": True}},
         {"gpuFaults": {"taintAfterJobs": 2}},
-        {"recovery": {"resizePods": True}, "trainer": {"userNamespaces": True}},
+        {"gangs": {"enabled": True}, "disruptionBudgets": {"enabled": True}},
+        {"evictionRequests": {"enabled": True}},
         {"topology": {"rackLabel": "example.com/rack"}, "kueue": {"enabled": True, "topology": True}},
+        {"recovery": {"resizePods": True}, "trainer": {"userNamespaces": True}},
         {"coordinator": {"enabled": False}},
         {"coordinator": {"tls": {"mode": "secret", "secretName": "given"}}},
         {"coordinator": {"port": 9000, "tls": {"mode": "certManager", "issuerRef": {"name": "ca"}}}},
@@ -81,10 +83,13 @@ def test_the_operator_accepts_the_flags_of_the_chart(helm: Helm, values: dict[st
     options = read_options(parser, flags)
     assert list(options.operator.namespaces) == values.get("namespaces", [])
     assert options.operator.taint_after_jobs == values.get("gpuFaults", {}).get("taintAfterJobs", 0)
-    assert options.settings.resize_pods == values.get("recovery", {}).get("resizePods", False)
-    assert options.settings.user_namespaces == values.get("trainer", {}).get("userNamespaces", False)
     assert options.settings.rack_label == values.get("topology", {}).get("rackLabel", "")
     assert options.settings.kueue_topology == values.get("kueue", {}).get("topology", False)
+    assert options.settings.disruption_budgets == values.get("disruptionBudgets", {}).get("enabled", False)
+    assert options.settings.eviction_requests == values.get("evictionRequests", {}).get("enabled", False)
+    assert options.settings.gangs == values.get("gangs", {}).get("enabled", False)
+    assert options.settings.resize_pods == values.get("recovery", {}).get("resizePods", False)
+    assert options.settings.user_namespaces == values.get("trainer", {}).get("userNamespaces", False)
     trainer = values.get("trainer", {})
     assert options.settings.trainer_user_id == trainer.get("userId", 1000)
     assert options.settings.cache_claim == trainer.get("cacheClaim", "")
@@ -123,6 +128,15 @@ def test_queues_add_permissions_only_if_they_are_enabled(helm: Helm) -> None:
     objects = helm.render({"kueue": {"enabled": True}})
     assert rules(objects, "ClusterRole", "-jobs") == file["jobs"] + file["queues"]
     assert rules(objects, "ClusterRole", "-cluster") == file["cluster"] + file["queueClasses"]
+
+
+@pytest.mark.parametrize("feature", ["gangs", "disruptionBudgets", "evictionRequests"])
+def test_features_add_permissions_only_if_they_are_enabled(helm: Helm, feature: str) -> None:
+    file = yaml.safe_load((CHART / "files/rules.yaml").read_text())
+    assert rules(helm.render(), "ClusterRole", "-jobs") == file["jobs"]
+    objects = helm.render({feature: {"enabled": True}})
+    assert rules(objects, "ClusterRole", "-jobs") == file["jobs"] + file[feature]
+    assert rules(objects, "ClusterRole", "-cluster") == file["cluster"]
 
 
 def test_pods_can_be_resized_only_if_it_is_enabled(helm: Helm) -> None:
@@ -329,6 +343,7 @@ def test_an_alert_counts_all_reasons_of_its_kind(
         ({"metrics": {"serviceMonitor": {"interval": "often"}}}, "/metrics/serviceMonitor/interval"),
         ({"storage": {"claims": [{"name": "x", "size": "1Gi", "storageClassName": "E F"}]}}, "/storageClassName"),
         ({"podDisruptionBudget": {"minAvailable": 2}}, "otherwise no node with an operator pod can be drained"),
+        ({"disruptionBudgets": {"enabled": True}, "watchNodes": False}, "so that a node can be drained"),
         ({"metrics": {"prometheusRule": {"goodputRatio": 60}}}, "/metrics/prometheusRule/goodputRatio"),
         ({"trainer": {"images": {"gpu": "untagged"}}}, "/trainer/images/gpu"),
     ],

@@ -124,6 +124,10 @@ def test_cluster_checks_against_a_real_api_server(
     text = "\n".join(found)
     assert "claimName: checkpoints does not exist in the cluster; create the claim" in text
     assert "spec.priorityClassName: urgent does not exist in the cluster" in text
+    # This cluster serves no PodGroup.
+    found = problems(tmp_path, [CLAIM, document], *flags, "--set", "scheduling=podGroup")
+    assert len(found) == 1
+    assert "spec.scheduling: the cluster does not serve a PodGroup of scheduling.k8s.io/v1beta1" in found[0]
     claim = {**CLAIM, "spec": {**CLAIM["spec"], "accessModes": ["ReadWriteOnce"], "storageClassName": "missing"}}
     text = "\n".join(problems(tmp_path, [claim, document], *flags))
     assert "checkpoints is not ReadWriteMany, and the 2 pods of the job may run on several nodes" in text

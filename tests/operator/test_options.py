@@ -64,6 +64,7 @@ def test_flags_override_the_environment_and_the_environment_the_defaults() -> No
         (("--coordinator-tls-secret=x", "--coordinator-tls-cert=y", "--coordinator-tls-key=z"), "set only one"),
         (("--coordinator-tls-secret=x",), "--coordinator-url"),
         (("--coordinator-ca=x", "--coordinator-ca-config=y"), "remove it"),
+        (("--disruption-budgets=true", "--watch-nodes=false"), "--watch-nodes=true"),
         (("--num-workers=0",), "a whole number from 1 to 1000"),
         (("--num-workers=many",), "a whole number from 1 to 1000"),
         (("--lease-seconds=nan",), "a number from 1 to 3600"),

@@ -31,6 +31,7 @@ from finetune_operator.plan.model.types import (
     Event,
     Observed,
     ObservedChild,
+    ObservedEviction,
     ObservedExport,
     ObservedNode,
     ObservedPod,
@@ -40,13 +41,14 @@ from finetune_operator.plan.model.types import (
     PodPhase,
     ReceivedHeartbeat,
     Refusal,
+    ReportEviction,
     ResizePod,
     split_exports,
 )
 from finetune_operator.settings import Settings
 from testing.simulated.workloads import WorkloadStore, observe
 
-OPTIONAL = {POD_GROUP}
+OPTIONAL = {POD_GROUP, "PodDisruptionBudget"}
 START = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 SETTINGS = Settings(coordinator_url="http://coordinator", require_storage=False, hold_seconds=0)
 """Settings without recovery in place; `scenarios.HOLDING` enables it."""
@@ -109,6 +111,11 @@ class FakeCluster:
     flavors: dict[str, Flavor] = field(default_factory=dict)
     queues_served: bool = True
     gang_apis: dict[SchedulingMode, str] = field(default_factory=dict)
+    optional_apis: frozenset[str] = frozenset()
+    evictions: dict[str, ObservedEviction] = field(default_factory=dict)
+    """By name."""
+    reports: list[ReportEviction] = field(default_factory=list)
+    """Reports about evictions, oldest first."""
     children: dict[str, ObservedChild] = field(default_factory=dict)
     """PodGroups and other optional objects, by kind and name."""
     num_created: int = 0
@@ -132,6 +139,8 @@ class FakeCluster:
             workloads=tuple(observe(thing, self.flavors) for thing in self.queue.stored.values()),
             queues_served=self.queues_served,
             gang_apis=dict(self.gang_apis),
+            optional_apis=self.optional_apis,
+            evictions=tuple(self.evictions.values()),
             children=tuple(self.children.values()),
         )
 
@@ -181,6 +190,10 @@ class FakeCluster:
             self.queue.delete(action.name, action.uid)
         elif isinstance(action, OpenGate):
             self.pods[action.name] = replace(self.pods[action.name], gated=False)
+        elif isinstance(action, ReportEviction):
+            self.reports.append(action)
+            old = self.evictions[action.name]
+            self.evictions[action.name] = replace(old, reported_at=self.now, completed=action.done)
         elif isinstance(action, DeleteChild):
             del self.children[f"{action.child.kind} {action.child.name}"]
         elif isinstance(action, ResizePod):

@@ -80,7 +80,7 @@ subjects:
 
 {{- /* Flags that the chart sets from its own values. They are refused in `flags`, because they would be set twice. */}}
 {{- define "finetune.checks" -}}
-{{- $own := list "namespaces" "watch-nodes" "leader-election" "identity" "taint-after-jobs" "gangs" "kueue" "kueue-priority-boost" "kueue-topology" "rack-label" "resize-pods" "user-namespaces" "kubeconfig" "context" "lease-name" "lease-namespace" "coordinator" "coordinator-port" "coordinator-tls-cert" "coordinator-tls-key" "coordinator-ca" "coordinator-tls-secret" "coordinator-ca-config" "coordinator-service" "coordinator-url" "pod-ip" "trainer-image-gpu" "trainer-image-cpu" "trainer-image-cpu-intel" "trainer-image-export" "trainer-user-id" "cores-per-rank" "cache-claim" "probe-port" "log-format" "log-level" }}
+{{- $own := list "namespaces" "watch-nodes" "leader-election" "identity" "taint-after-jobs" "disruption-budgets" "eviction-requests" "gangs" "kueue" "kueue-priority-boost" "kueue-topology" "rack-label" "resize-pods" "user-namespaces" "kubeconfig" "context" "lease-name" "lease-namespace" "coordinator" "coordinator-port" "coordinator-tls-cert" "coordinator-tls-key" "coordinator-ca" "coordinator-tls-secret" "coordinator-ca-config" "coordinator-service" "coordinator-url" "pod-ip" "trainer-image-gpu" "trainer-image-cpu" "trainer-image-cpu-intel" "trainer-image-export" "trainer-user-id" "cores-per-rank" "cache-claim" "probe-port" "log-format" "log-level" }}
 {{- range $name, $_ := .Values.flags }}
 {{- if has $name $own }}
 {{- fail (printf "flags.%s: the chart sets this flag from another value; see values.yaml and set that one" $name) }}

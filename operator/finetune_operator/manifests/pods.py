@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_contract.cpu.spec import CpuBackend
 from finetune_contract.spec import SwitchMode
+from finetune_operator.api.evictions import PRIORITY, RESPONDER
 from finetune_operator.api.job import Accelerator, FineTuneJob, TopologySpec
 from finetune_operator.api.labels import CAPACITY, TEMPLATE
 from finetune_operator.api.names import CONTAINER, pod_name, service_name
@@ -48,6 +49,8 @@ class PodOptions:
     """Names of nodes to use only if no others are available."""
     admission: Admission | None = None
     """What the queue adds to its pods; None: nothing, or the job has no queue."""
+    names_responder: bool = False
+    """Whether it names the operator as a responder of its eviction requests. Pods of a PodGroup cannot."""
     gang: GangMembership | None = None
     """How it receives its node together with other pods; None: by itself."""
 
@@ -79,6 +82,8 @@ def build_pod(
     spec = _pod_spec(job, build_env(job, slot, settings), settings, options.capacity)
     add_volumes(spec, build_volumes(job, settings, node_rank))
     _avoid(spec, options.avoid)
+    if options.names_responder:
+        spec["evictionResponders"] = [{"name": RESPONDER, "priority": PRIORITY}]
     pod = {**identity, "spec": spec | identity["spec"]}
     pod = apply_template(pod, identity, job.spec.pod_template)
     pod = pod if options.admission is None else admit(pod, options.admission)

@@ -11,6 +11,7 @@ from finetune_operator.plan import registry
 from finetune_operator.plan.model.types import Action, Create, Observed, PatchWorkload, Plan, ResizePod
 from finetune_operator.plan.model.view import View, earliest
 from finetune_operator.plan.policies import nodes
+from finetune_operator.plan.policies.capacity import evictions
 from finetune_operator.plan.policies.queue import request
 from finetune_operator.plan.report import events
 from finetune_operator.settings import Settings
@@ -30,7 +31,8 @@ def plan(job: FineTuneJob, observed: Observed, now: datetime, settings: Settings
         return Plan(job.status)
     if job.spec.managed_by == kueue.MULTIKUEUE:
         return Plan(job.status, actions=request.act(View(job, observed, now, settings), job.status))
-    view = View(job, nodes.apply_node_state(observed, now, settings), now, settings, unadjusted=observed)
+    corrected = evictions.mark(nodes.apply_node_state(observed, now, settings))
+    view = View(job, corrected, now, settings, unadjusted=observed)
     status = job.status
     for policy in registry.POLICIES:
         status = policy.decide(view, status)

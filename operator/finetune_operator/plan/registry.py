@@ -28,7 +28,9 @@ from finetune_operator.plan.policies import (
     ttl,
 )
 from finetune_operator.plan.policies.capacity import (
+    disruption,
     elastic,
+    evictions,
     gates,
     groups,
     incomplete,
@@ -78,6 +80,8 @@ POLICIES: tuple[Policy, ...] = (
     in_place.POLICY,  # When does a pod that is kept become too silent to keep?
     cleanup.POLICY,  # Deletes the pods of attempts that have ended.
     gates.POLICY,  # Lets the scheduler see the pods when all of them exist.
+    disruption.POLICY,  # Protects a running gang from evictions.
+    evictions.POLICY,  # Reports the progress of eviction requests.
     groups.POLICY,  # Deletes the PodGroups of earlier attempts.
     standby.POLICY,  # Deletes standby pods that are no longer wanted.
     request.POLICY,  # Requests the admission of the pods, and releases the quota.

@@ -73,6 +73,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             parse_bool,
         ),
         Flag("gangs", False, "give the pods of a job their nodes together (spec.scheduling)", parse_bool),
+        Flag("disruption-budgets", False, "create a PodDisruptionBudget for each running gang", parse_bool),
+        Flag("eviction-requests", False, "respond to eviction requests of Kubernetes 1.37 (alpha)", parse_bool),
         Flag(
             "gang-hold-seconds",
             _DEFAULTS.gang_hold_seconds,
@@ -324,6 +326,11 @@ def read_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
         parser.error("--coordinator-tls-secret requires --coordinator-url: the certificate is issued for its host")
     if given.coordinator_ca_config and (given.coordinator_tls_secret or given.coordinator_ca):
         parser.error("--coordinator-ca-config is for an authority that another tool distributes: remove it")
+    if given.disruption_budgets and not given.watch_nodes:
+        parser.error(
+            "--disruption-budgets requires --watch-nodes=true: the budget is deleted when a node is cordoned, so that "
+            "the node can be drained"
+        )
     if given.coordinator_service and not given.pod_ip:
         parser.error("--coordinator-service requires --pod-ip: the address to publish in the Service")
     if given.beat_timeout_seconds <= given.beat_seconds:

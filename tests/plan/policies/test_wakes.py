@@ -10,7 +10,7 @@ import pytest
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.plan import plan, registry
 from finetune_operator.plan.model.policy import Policy
-from finetune_operator.plan.model.types import ObservedNode, Refusal
+from finetune_operator.plan.model.types import ObservedEviction, ObservedNode, Refusal
 from tests.plan.fake_cluster import SETTINGS, FakeCluster, RankState, make_job, seconds
 from tests.plan.scenarios import (
     FALLBACK,
@@ -240,7 +240,20 @@ def _incomplete() -> FakeCluster:
     return cluster
 
 
+def _evictions() -> FakeCluster:
+    """The gang saves because of an eviction request; the last report is 50 s old."""
+    cluster = FakeCluster().running()
+    cluster.train_to(10)
+    cluster.evictions["e"] = ObservedEviction("e", cluster.pod(0).uid, active=True)
+    cluster.settle()
+    cluster.tick(50)
+    cluster.train_to(10)
+    cluster.settle()
+    return cluster
+
+
 SCENARIOS = {
+    "evictions": WakeScenario(_evictions, 10),
     "incomplete": WakeScenario(_incomplete, None),
     "queue-report": WakeScenario(_queue_report, 20),
     "acceptance": WakeScenario(_acceptance, 60),

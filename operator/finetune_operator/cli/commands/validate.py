@@ -27,9 +27,10 @@ def validate(arguments: argparse.Namespace) -> Exit:
     manifest = read_manifest(arguments.file, arguments.set)
     job = manifest.job
     settings = Settings() if arguments.cluster else LOCAL
-    # Whether a cluster has queues is checked there, and the label of its racks is not known here; without --here the
-    # job may be meant for any cluster.
-    problems = list(_manifest_problems(job, replace(settings, kueue=True, rack_label=LOCAL.rack_label)))
+    # Whether a cluster has queues and PodGroups is checked there, and what its administrator has set is not known here;
+    # without --here the job may be meant for any cluster.
+    settings = replace(settings, kueue=True, gangs=True, rack_label=LOCAL.rack_label)
+    problems = list(_manifest_problems(job, settings))
     warnings: list[str] = []
     places = []
     if arguments.here:

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
-from finetune_operator.api import kueue
+from finetune_operator.api import gangs, kueue
 from finetune_operator.api.job import GROUP, PLURAL, VERSION, FineTuneJob
 from finetune_operator.api.names import CONTAINER
 from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.cluster.kube.client.client import CONFLICT, JSON, NOT_FOUND, PARTIAL, ApiError
 from finetune_operator.cluster.kube.client.refusals import describe_unserved
 from finetune_operator.manifests import build_pod, num_nodes
-from finetune_operator.plan.policies.acceptance import NO_KUEUE
+from finetune_operator.plan.policies.acceptance import NO_KUEUE, describe_missing_groups
 from finetune_operator.settings import Settings
 
 Object = Mapping[str, Any]
@@ -74,6 +74,7 @@ class ClusterCheck:
         await self._check_claim()
         await self._check_names()
         await self._check_queue()
+        await self._check_gangs()
         await self._check_pod(pod)
         requested = requests_of(pod)
         await self._check_quota(requested)
@@ -174,6 +175,21 @@ class ClusterCheck:
             return
         path = f"/apis/{kueue.API_VERSION}/namespaces/{self._namespace}/localqueues/{queue}"
         await self._get(path, f"{field}: {queue}", "create the LocalQueue, or name an existing one")
+
+    async def _check_gangs(self) -> None:
+        """Check that the cluster serves the requested PodGroup."""
+        mode = self.job.spec.scheduling
+        for version in gangs.SERVED_VERSIONS.get(mode, ()):
+            try:
+                found = await self.api.request("GET", f"/apis/{version}")
+            except ApiError as error:
+                if error.status != NOT_FOUND:
+                    raise
+                continue
+            if any(each["name"] == "podgroups" for each in found.get("resources") or ()):
+                return
+        if mode in gangs.SERVED_VERSIONS:
+            self.report.problems.append(describe_missing_groups(mode))
 
     async def _check_quota(self, requested: Mapping[str, Decimal]) -> None:
         path = f"/api/v1/namespaces/{self._namespace}/resourcequotas"

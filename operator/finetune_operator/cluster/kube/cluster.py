@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Order, Reply
+from finetune_operator.api.evictions import POD_FIELD
 from finetune_operator.api.gangs import GATE
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.kueue import WORKLOAD, queue_of
@@ -60,6 +61,7 @@ from finetune_operator.cluster.kube.optional.children import (
     decoder,
     resource_of,
 )
+from finetune_operator.cluster.kube.optional.evictions import Evictions, KubeEviction
 from finetune_operator.cluster.kube.options import UpdateLimits
 from finetune_operator.cluster.kube.queue.workloads import WORKLOADS, KubeWorkload, Workloads, must_wake_now
 from finetune_operator.cluster.kube.watch.cache import Cache, Entry, ObjectKey
@@ -92,6 +94,7 @@ from finetune_operator.plan.model.types import (
     OpenGate,
     PatchWorkload,
     Refusal,
+    ReportEviction,
     ResizePod,
     split_exports,
 )
@@ -140,6 +143,7 @@ class KubeCluster:
         self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
         self.workloads = Workloads(dependencies.api, self._workload_changed, self._wake_queued)
         self.optional = OptionalChildren(dependencies.api, self._optional_changed, self._wake_all)
+        self.evictions = Evictions(dependencies.api, self._eviction_changed)
         self._nodes = dependencies.nodes
         self._refusals = Refusals()
         self._requests = PodRequests(dependencies.api)
@@ -182,6 +186,8 @@ class KubeCluster:
             workloads=self.workloads.of_job(key, job),
             queues_served=self.workloads.served,
             gang_apis=self.optional.gang_apis(),
+            optional_apis=self.optional.served | ({POD_FIELD} if self.evictions.pods_name_responders else frozenset()),
+            evictions=self.evictions.of_job(key),
             children=self.optional.of_job(key, uid),
             claims_served=job.spec.topology.gpu_claim_template_name is None or await self._requests.serves_claims(),
         )
@@ -218,6 +224,8 @@ class KubeCluster:
             await self._open_gate(job, action)
         elif isinstance(action, DeleteChild):
             await self.optional.delete(job.metadata.namespace, action.child)
+        elif isinstance(action, ReportEviction):
+            await self.evictions.report(job.metadata.namespace, action, self._clock())
         elif isinstance(action, ResizePod):
             if (resized := await self._requests.resize(job.metadata.namespace, action)) is not None:
                 self._cache_written(self.pods, decode_pod(resized), resized)
@@ -328,6 +336,10 @@ class KubeCluster:
     def _optional_changed(self, key: ObjectKey, old: KubeOptional | None, new: KubeOptional | None) -> None:
         if new is None and old is not None:
             self.wake(old.job, Urgency.SOON)
+
+    def _eviction_changed(self, key: ObjectKey, old: KubeEviction | None, new: KubeEviction | None) -> None:
+        if new is not None and (old is None or old.observed.active != new.observed.active):
+            self.wake(new.job, Urgency.NOW)
 
     def _wake_all(self) -> None:
         """Request a reconcile of all jobs."""

@@ -24,6 +24,7 @@ from finetune_operator.cluster.kube.cluster import ClusterDependencies, KubeClus
 from finetune_operator.cluster.kube.leader.endpoint_slice import EndpointPublisher, LeaderEndpoint
 from finetune_operator.cluster.kube.optional.children import KINDS, api_version, decoder, optional_resources
 from finetune_operator.cluster.kube.optional.discovery import try_find_served, wait_until_served
+from finetune_operator.cluster.kube.optional.evictions import EVICTIONS, eviction_source, names_responders
 from finetune_operator.cluster.kube.options import CoordinatorOptions, OperatorOptions
 from finetune_operator.cluster.kube.queue.workloads import FLAVORS, WORKLOADS, decode_flavor, decode_workload
 from finetune_operator.cluster.kube.tls.context import CHECK_SECONDS, ServerCertificate
@@ -100,6 +101,7 @@ class LeaderTerm:
                     tasks.create_task(reflector.run())
                 await self._watch_queues(tasks)
                 await self._watch_optional(tasks)
+                await self._watch_evictions(tasks)
                 # A reconcile reads all caches: missing entries of an incomplete cache would look like lost pods.
                 for reflector in self._reflectors:
                     await reflector.synced.wait()
@@ -168,6 +170,36 @@ class LeaderTerm:
                 await self._follow_optional(tasks, found)
             else:
                 tasks.create_task(self._await_optional(tasks, candidates))
+
+    async def _watch_evictions(self, tasks: asyncio.TaskGroup) -> None:
+        """Watch Evictions if the settings allow it, and the API server serves them now or later."""
+        if not self._replica.settings.eviction_requests:
+            return
+        if await try_find_served(self._replica.api, (EVICTIONS,)) is not None:
+            await self._follow_evictions(tasks)
+        else:
+            tasks.create_task(self._await_evictions(tasks))
+
+    async def _await_evictions(self, tasks: asyncio.TaskGroup) -> None:
+        await wait_until_served(self._replica.api, (EVICTIONS,))
+        await self._follow_evictions(tasks)
+
+    async def _follow_evictions(self, tasks: asyncio.TaskGroup) -> None:
+        replica, evictions = self._replica, self.cluster.evictions
+        log.info("the cluster serves %s", EVICTIONS.root)
+        reflectors = [
+            Reflector(replica.api, eviction_source(), evictions.cache, scope)
+            for scope in replica.options.namespaces or ("",)
+        ]
+        for reflector in reflectors:
+            tasks.create_task(reflector.run())
+        for reflector in reflectors:
+            await reflector.synced.wait()
+        self._reflectors += reflectors
+        try:
+            evictions.pods_name_responders = await names_responders(replica.api)
+        except ApiError as error:
+            log.warning("cannot ask for the version of the cluster; pods name no responders of evictions: %s", error)
 
     async def _await_optional(self, tasks: asyncio.TaskGroup, candidates: tuple[objects.Resource, ...]) -> None:
         await self._follow_optional(tasks, await wait_until_served(self._replica.api, candidates))

@@ -120,6 +120,8 @@ class ObservedNode:
     """Taint or condition that announces the end of the node; empty: none."""
     gpu_fault: str = ""
     """Description of a fault of a GPU that a health tool reports; empty: none."""
+    cordoned: bool = False
+    """Whether it is cordoned, and nothing announces its end."""
 
 
 HEALTHY = ObservedNode()
@@ -177,6 +179,20 @@ class ObservedChild:
 
 
 @dataclass(frozen=True)
+class ObservedEviction:
+    """An Eviction that asks for the end of a pod, and names the operator as a responder."""
+
+    name: str
+    pod_uid: str
+    active: bool
+    """Whether it is the operator's turn to act."""
+    reported_at: datetime | None = None
+    """Time of the operator's last report."""
+    completed: bool = False
+    """Whether the operator has reported that it is done."""
+
+
+@dataclass(frozen=True)
 class Refusal:
     """An object of the job that the API server refused to create."""
 
@@ -218,6 +234,10 @@ class Observed:
     """Whether the API server serves Kueue's API; without meaning if `Settings.kueue` is false."""
     gang_apis: Mapping[SchedulingMode, str] = field(default_factory=dict)
     """The API version of each kind of PodGroup that the API server serves."""
+    optional_apis: frozenset[str] = frozenset()
+    """API versions of the optional objects that the operator may use and the API server serves."""
+    evictions: tuple[ObservedEviction, ...] = ()
+    """Evictions of the job's pods, also of deleted ones."""
     children: tuple[ObservedChild, ...] = ()
     """PodGroups and other optional objects of the job."""
     claims_served: bool = True
@@ -290,7 +310,27 @@ class ResizePod:
     """New request and limit of the trainer's container."""
 
 
-Action = Create | DeletePod | DeleteJob | DeleteWorkload | PatchWorkload | OpenGate | DeleteChild | ResizePod
+@dataclass(frozen=True)
+class ReportEviction:
+    """Report the progress of an Eviction."""
+
+    name: str
+    message: str
+    done: bool = False
+    """Whether the operator has nothing left to do: the pod is released."""
+
+
+Action = (
+    Create
+    | DeletePod
+    | DeleteJob
+    | DeleteWorkload
+    | PatchWorkload
+    | OpenGate
+    | DeleteChild
+    | ResizePod
+    | ReportEviction
+)
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,7 @@ def find_unsupported(
     if mode not in WITHOUT_GANGS and not settings.gangs:
         messages.append(NO_GANGS.format(mode=mode.value))
     elif mode in gangs.SERVED_VERSIONS and gang_apis is not None and mode not in gang_apis:
-        versions = " or ".join(gangs.SERVED_VERSIONS[mode])
-        messages.append(NO_GROUPS.format(versions=versions, product=gangs.PRODUCTS[mode]))
+        messages.append(describe_missing_groups(mode))
     if kueue.queue_of(job) is not None and not (settings.kueue and queues_served):
         field = "spec.queueName" if job.spec.queue_name else f"the label {kueue.QUEUE_LABEL}"
         messages.append(f"{field}: {NO_KUEUE if settings.kueue else NO_QUEUES}")
@@ -95,6 +94,12 @@ def find_unsupported(
     if settings.require_storage and job.spec.checkpoint.storage is None:
         messages.append(NO_STORAGE)
     return messages
+
+
+def describe_missing_groups(mode: SchedulingMode) -> str:
+    """Return the message for a kind of PodGroup that the cluster does not serve."""
+    versions = " or ".join(gangs.SERVED_VERSIONS[mode])
+    return NO_GROUPS.format(versions=versions, product=gangs.PRODUCTS[mode])
 
 
 def check_spec(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:

@@ -6,7 +6,9 @@ from dataclasses import replace
 from datetime import datetime
 
 from finetune_operator.api.conditions import ConditionType
+from finetune_operator.api.evictions import POD_FIELD
 from finetune_operator.api.gangs import POD_GROUP
+from finetune_operator.api.job import SchedulingMode
 from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
@@ -83,6 +85,8 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     if service_name(name) not in view.observed.services:
         missing.append(Create(build_service(view.job, view.settings)))
     workload = admission.active(view) if admission.uses_queue(view) else None
+    membership = gangs.membership(view, entry)
+    grouped = membership is not None and membership.mode is SchedulingMode.POD_GROUP
     options = PodOptions(
         num_nodes=view.num_nodes,
         first_pod=view.members[0],
@@ -91,12 +95,13 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
         mtbf_seconds=entry.mtbf_seconds,
         checks_devices=follows_gpu_fault(status),
         admission=workload.update if workload is not None else None,
-        gang=gangs.membership(view, entry),
+        gang=membership,
+        names_responder=POD_FIELD in view.observed.optional_apis and not grouped,
     )
     if not entry.gang_complete:
         ranks = (rank for rank in range(view.num_nodes) if rank not in view.pods and not view.is_kept(rank))
         pods = [Create(build_pod(view.job, view.attempt, rank, view.settings, options)) for rank in ranks]
-        missing += [*_missing_group(view, options.gang), *pods] if pods else []
+        missing += [*_missing_group(view, membership), *pods] if pods else []
     for number, capacity in standby.wanted(view, status).items():
         if number not in view.standbys:
             standby_options = replace(options, capacity=capacity, is_standby=True, gang=None)

@@ -14,10 +14,11 @@ from finetune_operator.cluster.kube.client.client import CONFLICT, NOT_FOUND, Ap
 from finetune_operator.cluster.kube.client.objects import Resource, decode_child
 from finetune_operator.cluster.kube.watch.cache import Cache, ChangeListener
 from finetune_operator.cluster.protocol import JobKey
+from finetune_operator.manifests import disruption_budget
 from finetune_operator.plan.model.types import ObservedChild
 from finetune_operator.settings import Settings
 
-PLURALS = {gangs.POD_GROUP: "podgroups"}
+PLURALS = {gangs.POD_GROUP: "podgroups", disruption_budget.KIND: "poddisruptionbudgets"}
 """Optional kinds."""
 _GANGS = tuple(gangs.SERVED_VERSIONS.items())
 KINDS = {plural: kind for kind, plural in PLURALS.items()}
@@ -25,12 +26,15 @@ KINDS = {plural: kind for kind, plural in PLURALS.items()}
 
 def optional_resources(settings: Settings) -> tuple[tuple[Resource, ...], ...]:
     """Return the resources that the settings allow: one group for each API, the preferred version first."""
-    if not settings.gangs:
-        return ()
-    return tuple(
-        tuple(resource_of(version, gangs.POD_GROUP) for version in versions)
-        for versions in gangs.SERVED_VERSIONS.values()
-    )
+    found: list[tuple[Resource, ...]] = []
+    if settings.gangs:
+        found += [
+            tuple(resource_of(version, gangs.POD_GROUP) for version in versions)
+            for versions in gangs.SERVED_VERSIONS.values()
+        ]
+    if settings.disruption_budgets:
+        found.append((resource_of(disruption_budget.API_VERSION, disruption_budget.KIND),))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,11 @@ class OptionalChildren:
         }
         return {mode: versions[0] for mode, versions in served.items() if versions}
 
+    @property
+    def served(self) -> frozenset[str]:
+        """The API versions that are served, and whose objects are known."""
+        return frozenset(self._synced)
+
     def of_job(self, key: JobKey, uid: str) -> tuple[ObservedChild, ...]:
         """Return the objects of a job."""
         found = (child for cache in self._caches.values() for child in cache.group(key))
@@ -99,11 +108,15 @@ def api_version(resource: Resource) -> str:
 
 
 def decoder(version: str, kind: str) -> Callable[[Json], KubeOptional | None]:
-    """Return a function that reads the metadata of an object, and returns None if it belongs to no job."""
+    """Return a function that reads the metadata of an object.
+
+    It returns None if the object belongs to no job, or is being deleted: Kubernetes keeps a PodGroup until its last pod
+    has ended.
+    """
 
     def decode(thing: Json) -> KubeOptional | None:
         child, own = decode_child(thing), thing["metadata"].get("labels") or {}
-        if child is None or not own.get(labels.ATTEMPT, "").isdecimal():
+        if child is None or thing["metadata"].get("deletionTimestamp") or not own.get(labels.ATTEMPT, "").isdecimal():
             return None
         observed = ObservedChild(version, kind, child.name, thing["metadata"]["uid"], int(own[labels.ATTEMPT]))
         return KubeOptional(child.job, child.owner_uid, observed)

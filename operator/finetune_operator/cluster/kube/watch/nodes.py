@@ -30,7 +30,8 @@ def observe_node(node: Any) -> ObservedNode:
     fault = find_fault(spec.get("taints") or (), conditions, bool(spec.get("unschedulable")))
     if fault.leaves and not leaving:
         leaving = fault.name
-    return ObservedNode(lost=unknown or UNREACHABLE in taints, leaving=leaving, gpu_fault=fault.gpu)
+    cordoned = bool(spec.get("unschedulable")) and not leaving
+    return ObservedNode(unknown or UNREACHABLE in taints, leaving=leaving, gpu_fault=fault.gpu, cordoned=cordoned)
 
 
 class NodeStates:
