@@ -50,7 +50,7 @@ ENDS = frozenset(
     for reason, doc in REASONS.items()
     if doc.counts_as is not None
     or doc.topic in (Topic.CAPACITY, Topic.REGROUP, Topic.END)
-    or reason in (Reason.SUSPENDED, Reason.QUOTA_RELEASED)
+    or reason in (Reason.SUSPENDED, Reason.QUOTA_RELEASED, Reason.GANG_RELEASED)
 )
 """Reasons for which an attempt ends."""
 PARTS = tuple(AttemptSeconds.model_fields)

@@ -76,7 +76,14 @@ def test_series_exist_before_the_first_event() -> None:
         assert sample("finetune_reconcile_errors_total", {"kind": kind}) == 0
     for name in re.findall(r"\bReason\.([A-Z_]+)", Path(causes.__file__).read_text()):
         assert sample("finetune_attempts_ended_total", {"reason": Reason[name]}) == 0, name
-    for reason in (Reason.FINISHED, Reason.SUSPENDED, Reason.DEADLINE_EXCEEDED, Reason.GROWN, Reason.QUOTA_RELEASED):
+    for reason in (
+        Reason.FINISHED,
+        Reason.SUSPENDED,
+        Reason.DEADLINE_EXCEEDED,
+        Reason.GROWN,
+        Reason.QUOTA_RELEASED,
+        Reason.GANG_RELEASED,
+    ):
         assert sample("finetune_attempts_ended_total", {"reason": reason}) == 0
     assert sample("finetune_recovery_seconds_count") == 0
     for part in AttemptSeconds.model_fields:
