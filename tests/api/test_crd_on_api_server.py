@@ -304,9 +304,9 @@ def test_length_and_outputs_may_change_until_the_outputs_are_written(api: Api, n
 
 
 def test_edit_that_includes_a_status_is_refused_as_well(api: Api, begun: str) -> None:
-    """The rules skip writes that change status.message; an edit of the spec cannot change it."""
-    api.patch(f"{jobs(begun)}/circles/status", {"status": {"message": "training"}})
-    edited = patched(FULL, {"spec.training.seed": 77}) | {"status": {"attempt": 1, "message": "another one"}}
+    """The rules skip writes that change status.writes; an edit of the spec cannot change it."""
+    api.patch(f"{jobs(begun)}/circles/status", {"status": {"writes": 3}})
+    edited = patched(FULL, {"spec.training.seed": 77}) | {"status": {"attempt": 1, "writes": 4}}
     assert "spec.training: Forbidden" in edit(api, begun, edited)
 
 

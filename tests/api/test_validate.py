@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from finetune_contract.spec import Method
 from finetune_operator.api.job import Accelerator, FineTuneJob
@@ -122,6 +124,18 @@ def test_fields_added_by_the_api_server_are_accepted() -> None:
 def test_broken_rules_of_a_stored_job_are_found() -> None:
     job = FineTuneJob.model_validate(patched(SMALLEST, {"spec.training.epochs": 3}))
     assert [problem.field for problem in broken_rules(job)] == ["spec.training.epochs"]
+
+
+def test_the_same_rules_are_broken_as_stored_and_as_written() -> None:
+    readable = []
+    for bad in BAD:
+        with contextlib.suppress(ValidationError):
+            readable.append((bad, FineTuneJob.model_validate(bad.document)))
+    assert len(readable) > len(BAD) / 2
+    rules = {rule.message for rule in RULES}
+    for bad, job in readable:
+        written = [problem for problem in problems(bad.document) if problem.message in rules]
+        assert broken_rules(job) == written, bad.name
 
 
 def test_long_values_are_shortened_in_messages() -> None:

@@ -34,8 +34,10 @@ def test_job_runs_and_succeeds(jobs: Jobs, new_operator: NewOperator) -> None:
             (owner,) = pod["metadata"]["ownerReferences"]
             assert (owner["uid"], owner["controller"]) == (uid, True)
             finish(jobs, pod["metadata"]["name"], 0)
+        written = jobs.status("circles")["writes"]
         status = jobs.wait_phase("circles", "Succeeded")
         assert status["attempt"] == 1
+        assert status["writes"] > written > 1
         assert "finalizers" not in jobs.get("circles")["metadata"]
         assert not jobs.get("circles")["metadata"].get("annotations")
 

@@ -317,6 +317,11 @@ class FineTuneJobStatus(StatusModel):
         default=(), description="The ledger: the newest attempts", json_schema_extra=list_map("attempt")
     )
     tally: TallyStatus = Field(default=TallyStatus(), description="Sums over all attempts")
+    writes: int = Field(
+        default=0,
+        exclude_if=lambda value: not value,
+        description="Number of times the operator has written this status",
+    )
     warnings: tuple[str, ...] = Field(default=(), description="Warnings of the trainer, the newest last")
     inputs: tuple[InputStatus, ...] = Field(
         default=(),

@@ -41,6 +41,9 @@ def cached_pod(pod: ObservedPod | None) -> KubePod | None:
         (None, PENDING, STARTING, Urgency.PROGRESS),
         (None, PENDING, replace(COMPLETE, num_ready=0), Urgency.PROGRESS),
         (None, PENDING, replace(COMPLETE, num_ready=3), Urgency.PROGRESS),
+        # The gates of a gang are removed when its last pod exists.
+        (None, replace(PENDING, gated=True), replace(COMPLETE, num_ready=0), Urgency.NOW),
+        (None, replace(PENDING, gated=True), STARTING, Urgency.PROGRESS),
         (PENDING, PENDING, STARTING, Urgency.NEVER),
         (PENDING, POD, STARTING, Urgency.PROGRESS),
         (PENDING, POD, COMPLETE, Urgency.SOON),
@@ -145,7 +148,7 @@ ENTRY = STATUS.attempts[0]
     ("changes", "progress"),
     [
         ({}, True),
-        ({"step": 3, "eta": "4m", "loss": 0.1}, True),
+        ({"step": 3, "eta": "4m", "loss": 0.1, "writes": 9}, True),
         ({"attempts": (ENTRY.model_copy(update={"to_step": 3, "progress_at": NOW}),)}, True),
         ({"attempts": (ENTRY.model_copy(update={"gang_complete": True}),)}, False),
         ({"step": 3, "phase": Phase.EXPORTING}, False),

@@ -114,6 +114,7 @@ PROGRESS_FIELDS = frozenset(
         "goodput",
         "last_checkpoint",
         "tally",
+        "writes",
     }
 )
 """Status fields that change continuously while nothing starts or ends."""
