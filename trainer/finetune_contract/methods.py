@@ -16,11 +16,12 @@ from finetune_contract.spec import Method, Optimizer, Precision, TrainingSpec
 _PROGRAMS = frozenset({OutputFormat.DIFFUSERS, OutputFormat.WEBUI, OutputFormat.COMFYUI})
 """Formats of every method."""
 _ONE_FILE = _PROGRAMS | {OutputFormat.SINGLE_FILE}
-_PIPELINE_FORMATS = _ONE_FILE | {OutputFormat.OPENVINO}
+_PIPELINE_FORMATS = _ONE_FILE | {OutputFormat.OPENVINO, OutputFormat.COMPILED}
 _LORA_FORMATS = _PROGRAMS | {
     OutputFormat.KOHYA,
     OutputFormat.MERGED,
     OutputFormat.OPENVINO,
+    OutputFormat.COMPILED,
 }
 
 _LOW_RATE = 5e-6
@@ -124,7 +125,7 @@ def needs_whole_base(method: Method | None, outputs: Iterable[OutputSpec]) -> bo
         outputs: the outputs.
     """
     is_complete = method is not None and METHODS[method].trains is TrainedPart.BASE
-    merged = (OutputFormat.MERGED, OutputFormat.OPENVINO)
+    merged = (OutputFormat.MERGED, OutputFormat.OPENVINO, OutputFormat.COMPILED)
     return is_complete or any(output.full or output.format in merged for output in outputs)
 
 

@@ -57,14 +57,24 @@ def find_missing_software(
         yield "training.compile: no C++ compiler is installed here; install one, or write compile: off"
 
 
-def find_missing_export(outputs: Iterable[OutputSpec], has: Callable[[str], bool] = has_package) -> Iterator[str]:
-    """Yield a message, with the field at its start, for each output that the packages installed here cannot write.
+def find_missing_export(
+    outputs: Iterable[OutputSpec],
+    has: Callable[[str], bool] = has_package,
+    which: Callable[[str], str | None] = shutil.which,
+) -> Iterator[str]:
+    """Yield a message, with the field at its start, for each output that this machine cannot write.
 
     Args:
         outputs: the outputs.
         has: returns whether a package is installed.
+        which: returns the path of a program, or None.
     """
     for number, output in enumerate(outputs):
+        if output.format is OutputFormat.COMPILED and not has_compiler(which):
+            yield (
+                f"outputs[{number}].format: compiled needs a C++ compiler, which is not installed here; install g++, "
+                "or write format: diffusers"
+            )
         if output.format is not OutputFormat.OPENVINO:
             continue
         if not all(has(name) for name in ("openvino", "optimum", "optimum.intel")):

@@ -27,6 +27,8 @@ class OutputFormat(StrEnum):
     """A LoRA that is added to its base."""
     OPENVINO = "openvino"
     """A pipeline for OpenVINO."""
+    COMPILED = "compiled"
+    """A pipeline whose denoiser is machine code."""
     AS_WRITTEN = "asWritten"
     """The files that a script has written to its output folder."""
 
@@ -78,12 +80,13 @@ class OutputSpec(SpecModel):
 
     format: OutputFormat = Field(
         description="File format; webui and comfyui are what these programs load (kohya for a LoRA, single-file for "
-        "all other methods); openvino is a complete model for OpenVINO; asWritten copies what a script has written"
+        "all other methods); openvino is a complete model for OpenVINO; compiled is one whose denoiser is machine code "
+        "for the GPU or CPU that writes it; asWritten copies what a script has written"
     )
     precision: OutputPrecision | None = Field(
         default=None,
-        description="Number format of the weights; default: fp32 for trained weights and all of openvino, and that of "
-        "the base for its other parts",
+        description="Number format of the weights; default: fp32 for trained weights and all of openvino and compiled, "
+        "and that of the base for its other parts",
     )
     quantization: WeightQuantization | None = Field(
         default=None,
@@ -108,12 +111,13 @@ class OutputSpec(SpecModel):
         default=1.0,
         ge=-10,
         le=10,
-        description="With format merged, or openvino of a LoRA, factor of what the LoRA adds to the base",
+        description="With format merged, or openvino or compiled of a LoRA, factor of what the LoRA adds to the base",
     )
     adapters: tuple[MergedAdapter, ...] = Field(
         default=(),
         max_length=8,
-        description="With format merged, or openvino of a LoRA, further LoRAs for the same kind of base to add",
+        description="With format merged, or openvino or compiled of a LoRA, further LoRAs for the same kind of base to "
+        "add",
     )
     rank: int | None = Field(
         default=None,

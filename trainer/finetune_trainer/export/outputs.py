@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
+from finetune_contract.outputs.request import written_in_training
 from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_contract.requirements import find_missing_export
 from finetune_trainer.delivery.folder_target import WRITING, FolderTarget
@@ -91,12 +92,13 @@ def check_packages(outputs: Sequence[OutputSpec]) -> None:
 
 
 def check_targets(outputs: Sequence[OutputSpec], place: DeliveryPlace) -> None:
-    """Refuse targets that cannot be written. Only rank 0, which writes them, calls it.
+    """Refuse outputs that this machine cannot write, and targets that cannot be written. Only rank 0 calls it.
 
     Raises:
         ConfigError: the message names the field, the reason and the remedy.
         NetworkError: a target does not answer.
     """
+    check_packages(written_in_training(outputs))
     for number, output in enumerate(outputs):
         open_target(number, output, place).check(output.format.value)
 

@@ -23,7 +23,7 @@ _CONTEXT_GIB = 0.8
 _GRAPHS_GIB = 0.2
 """Memory of the driver for captured passes, and of their inputs. Activations are in the pool of the graphs instead of
 torch's own."""
-_BYTES_OF_MOMENTS = {Optimizer.ADAMW: 8.0, Optimizer.ADAMW_8BIT: 2.1, Optimizer.ADAFACTOR: 0.1, Optimizer.PRODIGY: 16.0}
+BYTES_OF_MOMENTS = {Optimizer.ADAMW: 8.0, Optimizer.ADAMW_8BIT: 2.1, Optimizer.ADAFACTOR: 0.1, Optimizer.PRODIGY: 16.0}
 """Optimizer state in bytes per trained weight."""
 _ADAPTER_SHARE = 0.1
 """Trained share of the denoiser's weights below which its layers count as frozen."""
@@ -187,7 +187,7 @@ def host_bytes(training: TrainingSpec, weights: Weights, hardware: Hardware) -> 
 def _slice_bytes(training: TrainingSpec, weights: Weights, hardware: Hardware) -> float:
     """Return the size of one rank's weights, gradients, moments and moving average."""
     stored = 2 if _is_bf16(training) else 4
-    of_weight = stored + 4 + _BYTES_OF_MOMENTS[training.optimizer] + (4 if training.ema else 0)
+    of_weight = stored + 4 + BYTES_OF_MOMENTS[training.optimizer] + (4 if training.ema else 0)
     num_slices = 1 if training.sharding is Sharding.NONE else hardware.num_ranks
     return weights.trained * of_weight / num_slices
 

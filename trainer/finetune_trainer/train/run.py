@@ -19,6 +19,7 @@ from finetune_trainer.distributed.device_check import check_devices, multiply
 from finetune_trainer.distributed.fabric import missing_plugin
 from finetune_trainer.distributed.world import join_world
 from finetune_trainer.errors import FabricError, NetworkError, StorageError, StorageOutageError
+from finetune_trainer.export.formats.write import check_adapters
 from finetune_trainer.export.outputs import kinds_of_weights, write_outputs
 from finetune_trainer.export.retry import PatientWriter
 from finetune_trainer.methods.method import Method
@@ -31,6 +32,7 @@ from finetune_trainer.train.context import RankContext, share_target
 from finetune_trainer.train.determinism import make_deterministic
 from finetune_trainer.train.inputs import load_inputs
 from finetune_trainer.train.loop import Loop
+from finetune_trainer.train.space.check import check_space
 from finetune_trainer.train.trackers import check_trackers
 
 
@@ -60,6 +62,10 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
         context.reporter.warn(warning)
     inputs = load_inputs(context, world, env)
     check_inputs(inputs.spec, inputs.family, world.device)
+    if world.is_first and not inputs.resumes:
+        check_adapters(inputs.spec.outputs, inputs.family)
+        # A later attempt waits for space, so that it loses nothing.
+        check_space(inputs.spec, inputs.family, context.delivery)
     context.phases.end(StartPhase.INPUTS)
     return _run_phases(RunBuilder(context, world, inputs, ArtifactSync(context.job_dir, inputs.bucket)))
 

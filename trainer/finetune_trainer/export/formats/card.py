@@ -15,6 +15,7 @@ from finetune_contract.methods import ADAPTER_METHODS, TrainedPart
 from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Method
+from finetune_trainer.export.formats import compiled
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.licence import licence_of
 from finetune_trainer.export.formats.openvino import describe, read_comparison
@@ -35,6 +36,10 @@ _KINDS = {
     TrainedPart.ADAPTER: "A LoRA",
     TrainedPart.TOKENS: "An embedding",
     TrainedPart.CONTROLNET: "A ControlNet",
+}
+_FORMS = {
+    OutputFormat.OPENVINO: ", as IR of OpenVINO",
+    OutputFormat.COMPILED: ", with a compiled denoiser",
 }
 _LOADS = {
     TrainedPart.BASE: "pipeline = DiffusionPipeline.from_pretrained(FOLDER)",
@@ -73,7 +78,7 @@ def card(family: Family, output: OutputSpec, folder: Path, about: About, trains:
     """Return the text of the card of a job's output, whose files are in a folder."""
     run = about.run
     assert run is not None
-    is_openvino = output.format is OutputFormat.OPENVINO
+    is_openvino, is_compiled = (output.format is each for each in (OutputFormat.OPENVINO, OutputFormat.COMPILED))
     base, licence = run.model.base, licence_of(family)
     is_hub_id = not base.startswith(("/", ".")) and "://" not in base
     shown = base if is_hub_id else Path(base).name
@@ -94,7 +99,7 @@ def card(family: Family, output: OutputSpec, folder: Path, about: About, trains:
         "",
         f"# {about.name}",
         "",
-        f"{kind} for `{shown}`, trained by {_method(run)}{', as IR of OpenVINO' if is_openvino else ''}.",
+        f"{kind} for `{shown}`, trained by {_method(run)}{_FORMS.get(output.format, '')}.",
         "",
         *([f"![pictures of the validation prompts]({GRID})", ""] if about.pictures else []),
         *([f"Prompts contain `{trigger}`.", ""] if trigger else []),
@@ -102,6 +107,7 @@ def card(family: Family, output: OutputSpec, folder: Path, about: About, trains:
         "|-|-|",
         *(f"| {name} | {value} |" for name, value in rows(about, run, shown, licence)),
         *([f"| comparison with torch | {describe(read_comparison(folder))} |"] if is_openvino else []),
+        *([f"| speed | {compiled.describe(compiled.read_facts(folder))} |"] if is_compiled else []),
         "",
         f"All settings are in `{MANIFEST}`.",
         "",
@@ -117,6 +123,8 @@ def _loader(output: OutputSpec, trains: TrainedPart, base: str) -> list[str]:
     if output.format is OutputFormat.OPENVINO:
         names = "from optimum.intel import OVDiffusionPipeline"
         return [names, "", "pipeline = OVDiffusionPipeline.from_pretrained(FOLDER)"]
+    if output.format is OutputFormat.COMPILED:
+        return [f"from {Path(compiled.LOADER).stem} import load", "", "pipeline = load(FOLDER)"]
     control = "ControlNetModel, " if trains is TrainedPart.CONTROLNET else ""
     return [f"from diffusers import {control}DiffusionPipeline", "", _LOADS[trains].format(base=base)]
 

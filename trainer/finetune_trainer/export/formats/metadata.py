@@ -43,7 +43,7 @@ def model_spec(
         "architecture": f"{architecture}/{kind}" if kind else architecture,
         "implementation": ORIGINAL if is_original else DIFFUSERS,
         "title": about.name,
-        "resolution": "x".join([str(_resolution(family, about))] * 2),
+        "resolution": "x".join([str(resolution_of(family, about))] * 2),
         "prediction_type": "v" if family.pipeline.predicts_v else "epsilon",
         "description": _description(about),
         "license": licence_of(family),
@@ -99,7 +99,8 @@ def _training_keys(about: About) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def _resolution(family: Family, about: About) -> int:
+def resolution_of(family: Family, about: About) -> int:
+    """Return the size of the training images in pixels, or else that of the base's own training."""
     if about.run is not None:
         return about.run.training.resolution
     return _NATIVE.get(family.kohya_base_version) or _NATIVE[architecture_of(family)]

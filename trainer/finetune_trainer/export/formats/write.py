@@ -5,7 +5,7 @@ It writes files into a local folder. Delivery to the target, retries and checksu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from finetune_contract.methods import TrainedPart
@@ -14,6 +14,7 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats import diffusers_folder, single_file
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.card import write_card
+from finetune_trainer.export.formats.compiled import write_compiled
 from finetune_trainer.export.formats.kohya import write_kohya
 from finetune_trainer.export.formats.merge import Weighted, merge, read_adapter
 from finetune_trainer.export.formats.openvino import write_openvino
@@ -32,7 +33,12 @@ from finetune_trainer.models.layouts.trained import (
 
 _PROGRAMS = (OutputFormat.WEBUI, OutputFormat.COMFYUI)
 _ONE_FILE = (OutputFormat.SINGLE_FILE, *_PROGRAMS)
-_OF_LORA = (OutputFormat.MERGED, OutputFormat.OPENVINO)
+_CONVERTED: dict[OutputFormat, Callable[[TrainedPipeline, OutputSpec, Path, About], list[Path]]] = {
+    OutputFormat.OPENVINO: write_openvino,
+    OutputFormat.COMPILED: write_compiled,
+}
+"""Writers of complete models for one kind of machine."""
+_OF_LORA = (OutputFormat.MERGED, *_CONVERTED)
 """Formats that add a LoRA to its base."""
 _FOLDERS = (OutputFormat.DIFFUSERS, *_OF_LORA)
 _PARTS: dict[type, TrainedPart] = {
@@ -43,8 +49,19 @@ _PARTS: dict[type, TrainedPart] = {
 }
 
 
+def check_adapters(outputs: Iterable[OutputSpec], family: Family) -> None:
+    """Refuse further LoRAs of outputs that do not fit the base, before the training. Only headers are read.
+
+    Raises:
+        ConfigError: a LoRA cannot be read, or is for another kind of base.
+    """
+    for output in outputs:
+        if output.adapters:
+            merge(_further(family, output.adapters))
+
+
 def write_format(trained: Trained, output: OutputSpec, folder: Path, about: About) -> list[Path]:
-    """Write the files of an output. Equal weights and settings give equal bytes.
+    """Write the files of an output. Equal weights and settings give equal bytes, except for the format compiled.
 
     Args:
         trained: what a method trained, or `open_trained` found in a folder.
@@ -78,13 +95,13 @@ def _write_pipeline(trained: TrainedPipeline, output: OutputSpec, folder: Path, 
         return diffusers_folder.write_pipeline(trained, output, folder)
     if output.format in _ONE_FILE:
         return single_file.write_model(trained, output, folder, about)
-    if output.format is OutputFormat.OPENVINO and output.strength == 1.0 and not output.adapters:
-        return write_openvino(trained, output, folder, about)
-    if output.format is OutputFormat.OPENVINO:
+    if output.format in _CONVERTED and output.strength == 1.0 and not output.adapters:
+        return _CONVERTED[output.format](trained, output, folder, about)
+    if output.format in _CONVERTED:
         raise ConfigError(
             "outputs: strength and adapters are for a LoRA, and this is a complete pipeline; leave them out"
         )
-    raise _other_format(output, "a complete pipeline", "diffusers, single-file or openvino")
+    raise _other_format(output, "a complete pipeline", "diffusers, single-file, openvino or compiled")
 
 
 def _write_adapter(trained: TrainedAdapter, output: OutputSpec, folder: Path, about: About) -> list[Path]:
@@ -97,10 +114,10 @@ def _write_adapter(trained: TrainedAdapter, output: OutputSpec, folder: Path, ab
         merged = merge([Weighted(trained, output.strength), *_further(trained.family, output.adapters)])
         if output.layout is OutputLayout.SINGLE_FILE:
             return single_file.write_model(merged, output, folder, about)
-        if output.format is OutputFormat.OPENVINO:
-            return write_openvino(merged, output, folder, about)
+        if output.format in _CONVERTED:
+            return _CONVERTED[output.format](merged, output, folder, about)
         return diffusers_folder.write_pipeline(merged, output, folder)
-    raise _other_format(output, "a LoRA", "diffusers, kohya, merged or openvino")
+    raise _other_format(output, "a LoRA", "diffusers, kohya, merged, openvino or compiled")
 
 
 def _write_controlnet(trained: TrainedControlNet, output: OutputSpec, folder: Path, about: About) -> list[Path]:

@@ -1,0 +1,1 @@
+"""The space that a run needs on its volumes."""
