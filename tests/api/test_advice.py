@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from pydantic.alias_generators import to_camel
@@ -18,6 +19,7 @@ from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.merge import MergeError
 from finetune_operator.plan.policies.acceptance import (
     NO_CLAIMS,
+    NO_EXPORT_IMAGE,
     NO_GANGS,
     NO_QUEUES,
     NO_RACKS,
@@ -136,6 +138,15 @@ def test_advice_about_missing_gangs_is_accepted() -> None:
     for part, edit in advice.items():
         assert refusals(patched(gang, edit), CLUSTER) == [], part
     assert refusals(gang, Settings(gangs=True)) == []
+
+
+def test_advice_about_a_missing_image_for_exports_is_accepted() -> None:
+    outputs = [{"format": "openvino", "to": "ov"}]
+    job = patched(SMALLEST, {"spec.outputs": outputs, **STORAGES["nfs"]})
+    without = replace(CLUSTER, trainer_image_export="")
+    assert refusals(job, without) == [NO_EXPORT_IMAGE.format(format="openvino")]
+    assert refusals(job, CLUSTER) == []
+    assert refusals(patched(job, {"spec.outputs": [{"format": "diffusers", "to": "ov"}]}), without) == []
 
 
 def test_advice_about_missing_racks_is_accepted() -> None:

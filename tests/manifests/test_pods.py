@@ -80,6 +80,8 @@ def test_every_variable_of_the_contract_is_set() -> None:
         environment.BUCKET,
         environment.S3_ENDPOINT,
         environment.SCRATCH_DIR,
+        # Set only in export pods.
+        environment.EXPORT,
         # Set only for outputs with a Secret.
         environment.OUTPUT_SECRETS,
         # Set only for a script in a ConfigMap, and by the images.

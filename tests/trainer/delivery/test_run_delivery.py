@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finetune_contract import paths
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import WrittenOutput
 from finetune_contract.outputs.spec import OutputSpec
+from finetune_contract.spec import CheckpointInterval
 from finetune_trainer.delivery.target import ExportStage
 from finetune_trainer.distributed.world import World
 from finetune_trainer.export.retry import PatientWriter
@@ -33,6 +36,8 @@ def test_a_rank_that_is_killed_while_it_uploads_is_continued(
 ) -> None:
     targets = (f"{bucket_url}/lora", "local")
     outputs = tuple(OutputSpec.model_validate({"format": "diffusers", "to": to}) for to in targets)
+    # An export pod writes this one.
+    outputs += (OutputSpec.model_validate({"format": "openvino", "to": "openvino"}),)
     spec = tiny.make_spec(base, data, steps=2).model_copy(update={"outputs": outputs})
     folder = object_store.folder / bucket_url.removeprefix("s3://") / "lora"
     extra = object_store.environment
@@ -68,6 +73,30 @@ def test_a_target_without_permission_ends_the_rank_before_it_loads_anything(
     assert ranks.run() == [ExitCode.CONFIG]
     assert "outputs[0].to: s3://not-a-bucket/lora cannot be written" in ranks.stderr()
     assert "Loading" not in {report["state"] for report in ranks.reports()}
+
+
+@pytest.mark.parametrize("problem", ["adapter", "space"])
+def test_what_would_fail_after_the_training_ends_the_rank_before_it_computes_anything(
+    base: Path, data: Path, tmp_path: Path, problem: str
+) -> None:
+    """A further LoRA of another kind of base; more checkpoints than any disk holds."""
+    other = tmp_path / "other.safetensors"
+    matrices = {"A": torch.ones(1, 4), "B": torch.ones(4, 1)}
+    save_file({f"unet.nowhere.lora_{name}.weight": matrix for name, matrix in matrices.items()}, other)
+    output = {"format": "merged", "to": "merged", "adapters": [{"source": str(other)}]}
+    changes = (
+        {"outputs": (OutputSpec.model_validate(output),)}
+        if problem == "adapter"
+        else {"keep": 10**12, "checkpoint_interval": CheckpointInterval()}
+    )
+    message = {
+        "adapter": r"outputs\.adapters\[0\]\.source: .*other.safetensors has adapters for layers that the base lacks",
+        "space": "checkpoint.storage: the run will write about .* GiB are free; enlarge the volume, or write a smaller",
+    }
+    ranks = Ranks(tiny.make_spec(base, data, steps=2).model_copy(update=changes), tmp_path)
+    assert ranks.run() == [ExitCode.CONFIG]
+    assert re.search(message[problem], ranks.stderr())
+    assert "Caching" not in {report["state"] for report in ranks.reports()}
 
 
 def test_a_notice_ends_the_rank_while_it_writes_outputs() -> None:
