@@ -153,6 +153,26 @@ def test_lost_connection_during_a_heartbeat_is_not_logged_as_an_error(caplog: py
     assert not caplog.records
 
 
+def test_a_heartbeat_in_progress_is_answered_when_the_coordinator_stops() -> None:
+    async def check() -> None:
+        stopping: list[asyncio.Task[None]] = []
+
+        async def stop_then_authenticate(token: str) -> PodIdentity | None:
+            stopping.append(asyncio.create_task(coordinator.stop()))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return await authenticate(token)
+
+        coordinator = Coordinator(HeartbeatStore(), stop_then_authenticate, answer, lambda *_: None, lambda: NOON)
+        harness = CoordinatorHarness(f"http://127.0.0.1:{await coordinator.start('127.0.0.1', 0)}")
+        async with aiohttp.ClientSession() as harness.session:
+            status, _ = await harness.post(beat().to_json())
+        await stopping[0]
+        assert status == 200
+
+    asyncio.run(check())
+
+
 def test_port_in_use_is_an_os_error() -> None:
     async def check() -> None:
         async with listening() as harness:

@@ -216,6 +216,23 @@ def test_wrong_arguments_are_an_error_of_the_manifest(tmp_path: Path) -> None:
     assert "training.script.args" in run.stderr()
 
 
+@pytest.mark.parametrize("end", ["raise RuntimeError('PytorchStreamWriter failed writing file')", "sys.exit(1)"])
+def test_an_output_folder_that_cannot_be_written_explains_an_error(end: str, tmp_path: Path) -> None:
+    script = tmp_path / "plain.py"
+    lines = [
+        "import os, shutil, sys",
+        "folder = sys.argv[2]",
+        "shutil.rmtree(folder)",
+        "os.symlink(folder, folder)",
+        end,
+    ]
+    script.write_text("\n".join([*lines, "parser.add_argument('--output_dir')"]), encoding="utf-8")
+    run = ScriptRanks(script_spec(script, {}), tmp_path / "run")
+    assert run.run() == [ExitCode.STORAGE], run.stderr()
+    assert f"plain.py failed, and {run.job_dir / 'script'} cannot be written: Too many levels" in run.stderr()
+    assert ("PytorchStreamWriter" in run.stderr()) == end.startswith("raise")
+
+
 def test_a_faulty_device_is_found_before_the_script_starts(args: dict[str, Any], tmp_path: Path) -> None:
     run = ScriptRanks(
         script_spec("train_style.py", args),

@@ -102,10 +102,10 @@ class Coordinator:
         """Close the port and all connections."""
         if self._listener is not None:
             await self._listener.stop()
-            self._listener = None
         if self._runner is not None:
+            # Requests in progress still use the listener.
             await self._runner.cleanup()
-            self._runner = None
+        self._runner = self._listener = None
 
     async def _post_beat(self, request: web.Request) -> web.Response:
         try:

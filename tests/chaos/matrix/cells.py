@@ -18,7 +18,7 @@ ALONE = frozenset({"saving", "validating"})
 DISK = ("full disk", "read-only")
 NOTICES = frozenset({"TerminationByKubelet", "NoticeSaved", "Preempted"})
 LOST = frozenset({"PodLost", "NodeLost"})
-NOT_SAVED = frozenset({"StorageError", "CheckpointStale"})
+NOT_SAVED = frozenset({"StorageError", "StorageUnavailable", "CheckpointStale"})
 FAILED = frozenset({"MaxFailuresExceeded", "SameStepFailures"})
 DISK_MESSAGES = {"full disk": "no space left", "read-only": "read-only"}
 

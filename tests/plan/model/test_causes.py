@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from finetune_contract.cpu.backend import choose_backend
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import RankEnd, Termination
 from finetune_operator.api.reasons import CountsAs, Reason
@@ -232,7 +233,11 @@ def test_cause_of_a_pod_deleted_before_its_termination_message_was_read(
         ("RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer", Reason.FABRIC_ERROR),
         ("ConnectionResetError: [Errno 104] Connection reset by peer", Reason.FABRIC_ERROR),
         ("oneCCL: |CCL_ERROR| worker thread failed", Reason.FABRIC_ERROR),
+        ("oneCCL: ze_fd_manager.cpp:144 init_device_fds: EXCEPTION: opendir failed", Reason.FABRIC_ERROR),
         ("KeyError: 'nclc'", Reason.PROCESS_FAILED),
+        # What every pod prints at its start.
+        (f"backend gloo: {choose_backend('auto', lambda _: False).reason}", Reason.PROCESS_FAILED),
+        (f"backend ccl: {choose_backend('auto', lambda _: True).reason}", Reason.PROCESS_FAILED),
     ],
 )
 def test_cause_is_recognized_by_the_output_of_a_script(output: str, reason: Reason) -> None:

@@ -28,8 +28,8 @@ FABRIC_TEXTS = (
     *("nccl error", "nccl communicator was aborted", "watchdog caught collective operation timeout"),
     *("gloo/transport", "connection closed by peer", "connection reset by peer", "oneccl:", "ccl_error"),
 )
-"""Parts of the messages of torch, NCCL, gloo and oneCCL about a lost peer or network, in lower case. They must not occur
-in what a pod prints at its start: that is the last output of a supervisor that is killed."""
+"""Parts of the messages of torch, NCCL, gloo and oneCCL about a lost peer or network, in lower case. What a pod prints
+at its start contains none of them: that is the last output of a supervisor that is killed."""
 RUNTIME_LOST = frozenset({"ContainerStatusUnknown", "Unknown"})
 """Reasons of the end of a container that the kubelet or the runtime did not see: its node was restarted."""
 REJECTED = "Pod was rejected"
