@@ -28,6 +28,12 @@ SECRET = "kueue-webhook-server-cert"
 GROUP = "kueue.x-k8s.io"
 ROOT = f"/apis/{GROUP}/v1beta2"
 READY_SECONDS = 120.0
+WITHOUT_AUTHORITY = frozenset({"resourceflavors"})
+"""CRDs into which Kueue does not write the certificate authority of its conversion webhook.
+
+With the webhook, the API server would try again and again to convert these objects for the cache of the older version.
+Their versions have the same fields, so they need no conversion.
+"""
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 WEBHOOKS = "/apis/admissionregistration.k8s.io/v1"
 FRAMEWORK = "FineTuneJob.v1alpha1.finetune-operator.io"
@@ -167,7 +173,8 @@ class Kueue:
         for file in sorted((manifests / "crd" / "bases").glob("*.yaml")):
             definition = yaml.safe_load(file.read_text())
             plural = definition["spec"]["names"]["plural"]
-            if (manifests / "crd" / "patches" / f"webhook_in_{plural}.yaml").exists():
+            has_webhook = (manifests / "crd" / "patches" / f"webhook_in_{plural}.yaml").exists()
+            if has_webhook and plural not in WITHOUT_AUTHORITY:
                 definition["spec"]["conversion"] = _conversion(webhook_port)
             self._apply(f"{CRDS}/{definition['metadata']['name']}", definition)
         namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}

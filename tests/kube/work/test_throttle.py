@@ -24,6 +24,15 @@ def test_writes_for_other_reasons_restart_the_interval() -> None:
     assert throttle.delay("a", 13.0) == 5.0
 
 
+def test_progress_waits_longer_while_jobs_wait_to_be_created_or_replaced() -> None:
+    throttle: ProgressThrottle[str] = ProgressThrottle(5.0, 100.0, 100.0)
+    assert throttle.delay("a", 10.0, busy=True) == 0.0, "the first progress of a job is not delayed"
+    throttle.record_write("a", 10.0)
+    assert throttle.delay("a", 15.0, busy=True) == 25.0
+    assert throttle.delay("a", 15.0) == 0.0, "the shorter interval holds again as soon as nothing else waits"
+    assert throttle.delay("a", 40.0, busy=True) == 0.0
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 19), st.floats(0.0, 0.2)), min_size=1, max_size=200),
     st.floats(0.5, 20.0),
