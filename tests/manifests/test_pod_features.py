@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from finetune_contract import environment
+from finetune_contract.outputs.request import ExportRequest
 from finetune_operator.manifests import build_config
+from finetune_operator.manifests.export_pod import build_export_pod
 from finetune_operator.settings import Settings
 from tests.manifests.test_pods import CLAIM, env_of, pod_of, trainer, volume
 from tests.plan.fake_cluster import make_job
@@ -47,3 +49,16 @@ def test_user_namespaces_are_used_only_where_all_volumes_support_them() -> None:
     # A job with a volume that the operator does not know decides for itself.
     own = {"spec": {"hostUsers": True}}
     assert pod_of(settings=settings, checkpoint=CLAIM, podTemplate=own)["spec"]["hostUsers"] is True
+
+
+def test_export_pod_reads_the_image_without_a_claim() -> None:
+    image = {"reference": "registry.example.com/sdxl:1.0"}
+    topology = {"accelerator": "gpu", "nodes": 2, "gpuClaimTemplateName": "one-gpu", "pack": "zone"}
+    job = make_job(model={"base": "/finetune/model", "image": image}, topology=topology, checkpoint=CLAIM)
+    request = ExportRequest.model_validate({"outputs": [{"format": "diffusers", "to": "out"}]})
+    pod = build_export_pod(job, request, Settings(user_namespaces=True))
+    assert volume(pod, "model") == {"name": "model", "image": image}
+    assert pod["spec"]["hostUsers"] is False
+    assert "resourceClaims" not in pod["spec"]
+    assert "claims" not in trainer(pod)["resources"]
+    assert "podAffinity" not in (pod["spec"].get("affinity") or {})

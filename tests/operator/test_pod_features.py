@@ -25,6 +25,14 @@ def memory_of(jobs: Jobs) -> dict[str, Any]:
     return {name: (each["requests"]["memory"], each["limits"]["memory"]) for name, each in resources.items()}
 
 
+def report_resources(jobs: Jobs, name: str) -> None:
+    """Report what a container has, as kubelets do that can resize it; kwok does not."""
+    pod = jobs.pods()[name]
+    (container,) = pod["spec"]["containers"]
+    statuses = [{**each, "resources": container["resources"]} for each in pod["status"]["containerStatuses"]]
+    jobs.set_pod_status(name, {"containerStatuses": statuses})
+
+
 def growing(jobs: Jobs, gang: GangSupervisors) -> None:
     """Let a job of two pods train, then end its second pod as the kernel does."""
     topology = {"accelerator": "cpu", "nodes": 2, "resources": {"cpu": "1", "memory": "1Gi"}}
@@ -34,6 +42,7 @@ def growing(jobs: Jobs, gang: GangSupervisors) -> None:
         gang.join(pod, attempt=1)
     gang.report_step(40)
     jobs.wait_phase("circles", "Running", SECONDS)
+    report_resources(jobs, "circles-a1-n0")
     state = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
     container = {"name": "trainer", "image": "trainer", "imageID": "trainer", "ready": False, "restartCount": 0}
     jobs.set_pod_status("circles-a1-n1", {"phase": "Failed", "containerStatuses": [{**container, "state": state}]})
@@ -57,7 +66,8 @@ def test_survivor_of_a_pod_that_exceeded_its_memory_grows_in_place(jobs: Jobs, g
         growing(jobs, gang)
         gang.wait_for_new_world()
         wait_for("the pod is replaced", lambda: all_run(jobs, {"circles-a1-n0", "circles-a2-n1"}), SECONDS)
-        assert memory_of(jobs) == dict.fromkeys(("circles-a1-n0", "circles-a2-n1"), ("1536Mi", "1536Mi"))
+        expected = dict.fromkeys(("circles-a1-n0", "circles-a2-n1"), ("1536Mi", "1536Mi"))
+        assert memory_of(jobs) == expected, client.operator.log.read_text()
         status = jobs.status("circles")
         assert (status["memory"], status["attempts"][0]["memory"]) == ("1536Mi", "1Gi")
         assert (status["attempts"][0]["reason"], status["attempts"][1]["podAttempts"]) == ("OutOfMemory", [1, 2])

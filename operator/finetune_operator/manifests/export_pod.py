@@ -15,7 +15,14 @@ from finetune_operator.api.status import Capacity
 from finetune_operator.manifests.env import build_export_env
 from finetune_operator.manifests.metadata import build_metadata, job_labels
 from finetune_operator.manifests.placement import build_placement
-from finetune_operator.manifests.pods import add_volumes, apply_template, build_container, pod_security, select_image
+from finetune_operator.manifests.pods import (
+    add_volumes,
+    apply_template,
+    build_container,
+    pod_security,
+    select_image,
+    uses_user_namespace,
+)
 from finetune_operator.manifests.template import hash_template
 from finetune_operator.manifests.volumes import build_volumes
 from finetune_operator.settings import Settings
@@ -61,6 +68,8 @@ def build_export_pod(job: FineTuneJob, request: ExportRequest, settings: Setting
         "containers": [container],
         **build_placement(one, settings, Capacity.ANY if job.spec.recovery.spot is not None else None),
     }
+    if uses_user_namespace(job, settings):
+        spec["hostUsers"] = False
     if job.spec.priority_class_name:
         spec["priorityClassName"] = job.spec.priority_class_name
     add_volumes(spec, build_volumes(one, silent))

@@ -151,7 +151,7 @@ def _pod_spec(
         "containers": [build_container(job, env, settings)],
         **build_placement(job, settings, capacity),
     }
-    if settings.user_namespaces and not _uses_nfs(job):
+    if uses_user_namespace(job, settings):
         spec["hostUsers"] = False
     if claims := build_claims(job.spec.topology):
         spec["resourceClaims"] = claims
@@ -210,10 +210,10 @@ def select_image(topology: TopologySpec, settings: Settings) -> str:
     return settings.trainer_image_cpu
 
 
-def _uses_nfs(job: FineTuneJob) -> bool:
-    """Return whether a volume cannot be mounted in a user namespace: the kernel maps no owners of NFS."""
+def uses_user_namespace(job: FineTuneJob, settings: Settings) -> bool:
+    """Return whether the pods of a job have a user namespace of their own. The kernel maps no owners of NFS."""
     storage = job.spec.checkpoint.storage
-    return storage is not None and storage.nfs is not None
+    return settings.user_namespaces and (storage is None or storage.nfs is None)
 
 
 def pod_security(settings: Settings) -> dict[str, Any]:

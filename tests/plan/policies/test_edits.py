@@ -22,6 +22,7 @@ EDITS: dict[str, dict[str, Any]] = {
     "spec.topology.gpuClaimTemplateName": {"topology": {"accelerator": "cpu", "nodes": 2, "gpuClaimTemplateName": "a"}},
     "spec.recovery.spot": {"recovery": {"spot": {}}},
     "spec.recovery.noticeSeconds": {"recovery": {"noticeSeconds": 7}},
+    "spec.scheduling": {"scheduling": "gates"},
     "spec.priorityClassName": {"priorityClassName": "high"},
     "spec.secrets": {"secrets": [{"name": "hub"}]},
     "spec.podTemplate": {"podTemplate": IMAGE},

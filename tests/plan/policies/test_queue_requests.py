@@ -68,8 +68,7 @@ def test_raised_memory_is_requested_from_the_queue() -> None:
 def test_pods_repeat_the_request_for_their_place(kind: str) -> None:
     name, zone = f"{kueue.GROUP}/podset-{kind}-topology", "topology.kubernetes.io/zone"
     cluster = queued(podTemplate={"metadata": {"annotations": {name: zone}}})
-    workload = cluster.queue.stored[NAME]
-    cluster.queue.admit(NAME, cluster.now)
+    workload = cluster.queue.admit(NAME, cluster.now)
     workload["status"]["admission"]["podSetAssignments"][0]["topologyAssignment"] = {"levels": ["rack"]}
     # Another controller of MultiKueue may have created the pods' request without the template.
     cluster.job = cluster.job.model_copy(update={"spec": make_job(queueName="gpus").spec})
