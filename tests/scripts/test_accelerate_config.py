@@ -104,3 +104,31 @@ def test_deepspeed_needs_its_package_and_gpus(monkeypatch: pytest.MonkeyPatch) -
 def test_a_bad_config_is_an_error_of_the_manifest(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_environment(config, world_size=1, on_cpu=True)
+
+
+def test_a_step_counts_once_if_its_optimizer_is_wrapped_and_has_several_groups(tmp_path: Path) -> None:
+    """ZeRO wraps the optimizer of the script, and steps it once for each group. DeepSpeed is not installed here."""
+    script = tmp_path / "zero.py"
+    script.write_text(
+        "import torch\n"
+        "from accelerate import Accelerator\n"
+        "class Zero(torch.optim.Optimizer):\n"
+        "    def __init__(self, optimizer):\n"
+        "        super().__init__(optimizer.param_groups, {})\n"
+        "        self.optimizer = optimizer\n"
+        "    def step(self, closure=None):\n"
+        "        for group in self.param_groups:\n"
+        "            self.optimizer.param_groups = [group]\n"
+        "            self.optimizer.step()\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))\n"
+        "groups = [{'params': list(layer.parameters())} for layer in model]\n"
+        "accelerator = Accelerator()\n"
+        "optimizer = accelerator.prepare(Zero(torch.optim.SGD(groups, lr=0.1)))\n"
+        "for _ in range(3):\n"
+        "    accelerator.backward(model(torch.ones(1, 2)).sum())\n"
+        "    optimizer.step()\n",
+        encoding="utf-8",
+    )
+    run = ScriptRanks(script_spec(script, {}), tmp_path / "run")
+    assert run.run() == [0], run.stderr()
+    assert run.reports()[-1]["step"] == 3
