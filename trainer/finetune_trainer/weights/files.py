@@ -16,11 +16,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from finetune_trainer.weights.lazy import BLOCK_BYTES, DTYPES, LENGTH_BYTES, METADATA, LazyTensor, Region
+from finetune_trainer.weights.lazy import DTYPES, LENGTH_BYTES, METADATA, LazyTensor, Region
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 VALUES_HASH = f"0x{'0' * 64}"
 """Stands for the hash of the values in the metadata of a file until they are written: each is read only once."""
+_COPY_BYTES = 1 << 20
 _ALIGNMENT = 64
 """Bytes; the position of each tensor in a .ckpt file is a multiple, as in files of torch."""
 
@@ -39,16 +40,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: M
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, _NAMES[item[1].dtype], item[0]))
     with path.open("wb") as file:
         file.write(_header(ordered, metadata))
-        if VALUES_HASH not in metadata.values():
+        hashed = _Hashed(file) if VALUES_HASH in metadata.values() else None
+        with _Copier() as copier:
             for _, tensor in ordered:
-                write_values(file, tensor)
-            return
-        hashed = _Hashed(file)
-        for _, tensor in ordered:
-            write_values(hashed, tensor)
-        found = {key: hashed.hash if value == VALUES_HASH else value for key, value in metadata.items()}
-        file.seek(0)
-        file.write(_header(ordered, found))
+                copier.write(hashed or file, tensor)
+        if hashed is not None:
+            found = {key: hashed.hash if value == VALUES_HASH else value for key, value in metadata.items()}
+            file.seek(0)
+            file.write(_header(ordered, found))
 
 
 def _header(tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, str]) -> bytes:
@@ -100,35 +99,55 @@ def write_ckpt(path: Path, tensors: Mapping[str, LazyTensor], more: Mapping[str,
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         _add(archive, f"{root}/data.pkl", lambda file: file.write(pickled.getvalue()))
         _add(archive, f"{root}/byteorder", lambda file: file.write(b"little"))
-        for name, tensor in tensors.items():
-            _add(archive, f"{root}/data/{keys[name]}", partial(_write_last, tensor))
+        with _Copier() as copier:
+            for name, tensor in tensors.items():
+                _add(archive, f"{root}/data/{keys[name]}", partial(copier.write, tensor=tensor))
         _add(archive, f"{root}/version", lambda file: file.write(b"3\n"))
 
 
-def _write_last(tensor: LazyTensor, file: Any) -> None:
-    write_values(file, tensor)
+class _Copier:
+    """Appends the bytes of tensors to a file. Bytes that another file has are copied without a conversion.
 
+    Its buffer fits into the cache of a processor, and is the same for all tensors: new memory costs more than the copy.
+    """
 
-def write_values(file: BinaryIO | Any, tensor: LazyTensor) -> None:
-    """Append the bytes of a tensor to a file. Bytes that another file has are copied without a conversion."""
-    if tensor.region is not None:
-        _copy(file, tensor.region, tensor.num_bytes)
-        return
-    for block in tensor.blocks():
-        file.write(_bytes_of(block))
+    def __init__(self) -> None:
+        self._buffer = memoryview(bytearray(_COPY_BYTES))
+        self._path: Path | None = None
+        self._source: Any = None
 
+    def __enter__(self) -> _Copier:
+        return self
 
-def _copy(file: Any, region: Region, size: int) -> None:
-    buffer = bytearray(min(size, BLOCK_BYTES))
-    view = memoryview(buffer)
-    with region.path.open("rb", buffering=0) as source:
+    def __exit__(self, *_: object) -> None:
+        if self._source is not None:
+            self._source.close()
+
+    def write(self, file: Any, tensor: LazyTensor) -> None:
+        """Append the bytes of one tensor."""
+        if tensor.region is not None:
+            self._copy(file, tensor.region, tensor.num_bytes)
+            return
+        for block in tensor.blocks():
+            file.write(_bytes_of(block))
+
+    def _copy(self, file: Any, region: Region, size: int) -> None:
+        source = self._open(region.path)
         source.seek(region.offset)
         while size:
-            count = source.readinto(view[: min(size, len(buffer))])
+            count = source.readinto(self._buffer[: min(size, _COPY_BYTES)])
             if not count:
                 raise OSError(f"{region.path} is incomplete")
-            file.write(view[:count])
+            file.write(self._buffer[:count])
             size -= count
+
+    def _open(self, path: Path) -> Any:
+        """Return the file, which stays open until another one is needed."""
+        if path != self._path:
+            if self._source is not None:
+                self._source.close()
+            self._source, self._path = path.open("rb", buffering=0), path
+        return self._source
 
 
 def _bytes_of(block: Tensor) -> memoryview:

@@ -161,9 +161,10 @@ class _Reader:
     def __del__(self) -> None:
         os.close(self._descriptor)
 
-    def read(self, offset: int, size: int) -> bytearray:
-        buffer = bytearray(size)
-        view, done = memoryview(buffer), 0
+    def read(self, offset: int, size: int) -> Tensor:
+        """Return bytes of the file."""
+        buffer = torch.empty(size, dtype=torch.uint8)
+        view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
         while done < size:
             count = os.preadv(self._descriptor, [view[done:]], offset + done)
             if count == 0:
@@ -214,7 +215,7 @@ def _stored(reader: _Reader, path: Path, data: int, name: str, entry: Mapping[st
 
     def rows(start: int, stop: int) -> Tensor:
         content = reader.read(offset + start * width, (stop - start) * width)
-        values = torch.frombuffer(content, dtype=dtype)
+        values = content.view(dtype)
         return values.view(stop - start, *shape[1:]) if shape else values
 
     return LazyTensor(dtype, shape, rows, Region(path, offset))
