@@ -375,6 +375,41 @@ BAD_COMBINATIONS = (
         "write format: merged",
     ),
     BadManifest(
+        "openvino-of-controlnet",
+        {
+            "spec.training.method": "ControlNet",
+            "spec.dataset.columns.conditioning": "edges",
+            "spec.outputs": [{"format": "openvino", "to": "out"}],
+        },
+        "spec.outputs",
+        "write format: diffusers",
+    ),
+    BadManifest(
+        "compiled-of-embedding",
+        {"spec.outputs": [{"format": "compiled", "to": "out"}]},
+        "spec.outputs",
+        "write format: diffusers",
+        base="textual-inversion",
+    ),
+    BadManifest(
+        "bf16-of-openvino",
+        {"spec.outputs": [{"format": "openvino", "to": "out", "precision": "bf16"}]},
+        "spec.outputs[0].precision",
+        "write precision: fp16",
+    ),
+    BadManifest(
+        "quantization-of-kohya",
+        {"spec.outputs": [{"format": "kohya", "to": "out", "quantization": "int8"}]},
+        "spec.outputs[0].quantization",
+        "write format: openvino",
+    ),
+    BadManifest(
+        "strength-of-full",
+        {"spec.training.method": "Full", "spec.outputs": [{"format": "openvino", "to": "out", "strength": 0.5}]},
+        "spec.outputs",
+        "leave strength and adapters out",
+    ),
+    BadManifest(
         "strength-of-lora",
         {"spec.outputs": [{"format": "kohya", "to": "out", "strength": 0.5}]},
         "spec.outputs[0].strength",

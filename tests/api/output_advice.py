@@ -18,6 +18,17 @@ OUTPUT_ADVICE: dict[str, dict[str, dict[str, Any]]] = {
             "adapters": [{"source": "me/lora"}],
         }.items()
     },
+    "openvino-of-controlnet": {"format: diffusers": {"spec.outputs": [{"format": "diffusers", "to": "out"}]}},
+    "compiled-of-embedding": {"format: diffusers": {"spec.outputs": [{"format": "diffusers", "to": "out"}]}},
+    "bf16-of-openvino": {
+        "precision: fp16": {"spec.outputs": [{"format": "openvino", "to": "out", "precision": "fp16"}]},
+        "leave precision out": {"spec.outputs": [{"format": "openvino", "to": "out"}]},
+    },
+    "quantization-of-kohya": {
+        "format: openvino": {"spec.outputs": [{"format": "openvino", "to": "out", "quantization": "int8"}]},
+        "leave quantization out": {"spec.outputs": [{"format": "kohya", "to": "out"}]},
+    },
+    "strength-of-full": {"leave strength and adapters out": {"spec.outputs": [{"format": "openvino", "to": "out"}]}},
     "full-of-kohya": {
         "format: diffusers": {"spec.outputs": [{"format": "diffusers", "to": "out", "full": True}]},
         "leave full out": {"spec.outputs": [{"format": "kohya", "to": "out"}]},

@@ -31,7 +31,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, convert_controlnet_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -206,7 +208,20 @@ def read_single_file(case: Case) -> Any:
     options = {} if case.family == "sdxl" else {"safety_checker": None}
     pipeline = kind.from_single_file(str(file), config=case.base, torch_dtype=torch.float32, **options)
     _check_equals_original_names(case, set(load_file(file)))
+    _check_equal_parts(pipeline, Path(case.output).parent / "diffusers")
     return pipeline
+
+
+def _check_equal_parts(pipeline: Any, folder: Path) -> None:
+    """Check that all parts of a pipeline have the tensors of another one, which is in a folder."""
+    other = _open(folder)
+    for part in (name for name in _SUBMODULES if hasattr(other, name)):
+        found, expected = getattr(pipeline, part).state_dict(), getattr(other, part).state_dict()
+        if found.keys() != expected.keys():
+            raise ValueError(f"{part} has other tensors: {', '.join(sorted(found.keys() ^ expected.keys())[:4])}")
+        for name, value in expected.items():
+            if not torch.equal(found[name], value):
+                raise ValueError(f"{part}.{name} differs from that of {folder.name}")
 
 
 def _check_equals_original_names(case: Case, names: set[str]) -> None:
@@ -222,22 +237,41 @@ def read_controlnet_file(case: Case) -> Any:
     (file,) = Path(case.output).glob("*.safetensors")
     kind = StableDiffusionXLControlNetPipeline if case.family == "sdxl" else StableDiffusionControlNetPipeline
     config = Path(case.output).parent / "diffusers"
-    if case.family == "sdxl":
-        # diffusers does not read the embedding of SDXL's sizes in such files; ComfyUI does.
-        expected = _sizes(load_file(config / "diffusion_pytorch_model.safetensors").values())
-        if not np.allclose(_sizes(load_file(file).values()), expected):
-            raise ValueError("the tensors differ from those of the folder")
-        controlnet = ControlNetModel.from_pretrained(config)
-        return kind.from_pretrained(case.base, controlnet=controlnet, **_options(Path(case.base)))
     # diffusers expects the last layer of the encoder for 8 pixels per latent; the tiny bases have fewer pixels.
     tensors = load_file(file)
     last = max(int(name.split(".")[2]) for name in tensors if "input_hint_block" in name)
     renamed = {name.replace(f"hint_block.{last}.", "hint_block.14."): each for name, each in tensors.items()}
+    if case.family == "sdxl":
+        return kind.from_pretrained(case.base, controlnet=_with_sizes(renamed, config), **_options(Path(case.base)))
     with tempfile.TemporaryDirectory() as folder:
         readable = Path(folder) / "controlnet.safetensors"
         save_file(renamed, readable)
         controlnet = ControlNetModel.from_single_file(str(readable), config=str(config), torch_dtype=torch.float32)
     return kind.from_pretrained(case.base, controlnet=controlnet, **_options(Path(case.base)))
+
+
+def _with_sizes(tensors: dict[str, Tensor], config: Path) -> Any:
+    """Return a ControlNet of SDXL.
+
+    diffusers does not read the embedding of SDXL's sizes in the files of ControlNets; ComfyUI does. In the files of
+    complete models diffusers reads it, under the same names.
+    """
+    controlnet = ControlNetModel.from_pretrained(config)
+    found = convert_controlnet_checkpoint(dict(tensors), dict(controlnet.config))
+    sizes = DIFFUSERS_TO_LDM_MAPPING["unet"]["addition_embed_type"]
+    found |= {name: tensors[f"control_model.{original}"] for name, original in sizes.items()}
+    if len(found) != len(tensors):
+        raise ValueError(f"{len(found)} of {len(tensors)} tensors were read")
+    empty = ControlNetModel.from_config(controlnet.config)
+    empty.load_state_dict(found)
+    return empty
+
+
+def read_controlnet_pipeline(case: Case) -> Any:
+    """Return a complete pipeline with a ControlNet."""
+    for kind, part in ((ControlNetModel, "controlnet"), (UNet2DConditionModel, "unet")):
+        check_names(kind, Path(case.output) / part)
+    return _open(Path(case.output))
 
 
 READERS: dict[str, tuple[Callable[[Case], Any], ...]] = {
@@ -248,6 +282,7 @@ READERS: dict[str, tuple[Callable[[Case], Any], ...]] = {
     "webui embedding": (read_webui_embedding,),
     "controlnet": (read_controlnet,),
     "controlnet file": (read_controlnet_file,),
+    "controlnet pipeline": (read_controlnet_pipeline,),
     "single file": (read_single_file,),
 }
 """The ways in which outputs are read, by the kind of a case."""
@@ -315,10 +350,7 @@ def check_original(original: str, base: str) -> float:
     """
     kind = StableDiffusionXLPipeline if (Path(base) / "text_encoder_2").is_dir() else StableDiffusionPipeline
     pipeline = kind.from_single_file(original, config=base, **_options(Path(base)))
-    expected = _open(Path(base)).unet.state_dict()
-    for name, value in pipeline.unet.state_dict().items():
-        if not torch.equal(value, expected[name]):
-            raise ValueError(f"{name} differs from that of the base")
+    _check_equal_parts(pipeline, Path(base))
     return 0.0
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.methods import METHODS
+from finetune_contract.outputs.environments import EXPORT_FORMATS
 from finetune_contract.outputs.spec import OutputFormat
 from finetune_contract.spec import Method
 from finetune_trainer.data.sampling.draws import Draws, Purpose
@@ -52,6 +53,8 @@ MORE: dict[str, dict[str, Any]] = {
     },
 }
 """Settings in addition to those that all tests of the methods use."""
+OTHER_FORMATS = EXPORT_FORMATS | {OutputFormat.COMPILED}
+"""Formats that only their own programs read, on the machine or with the releases that wrote them."""
 ONE_FILE = (OutputFormat.SINGLE_FILE, OutputFormat.WEBUI, OutputFormat.COMFYUI)
 KINDS = {
     **{
@@ -68,6 +71,9 @@ KINDS = {
     (Method.FULL, OutputFormat.DIFFUSERS): "pipeline",
     (Method.DREAMBOOTH, OutputFormat.DIFFUSERS): "pipeline",
 }
+"""Kind of each output. tests/export reads the formats of the export environment."""
+FULL_CONTROLNET = "controlnet pipeline"
+"""Kind of a ControlNet that is written with its base."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +138,17 @@ def _write_original(base: Path, family: str) -> Path:
 def train(settings: dict[str, Any], base: TinyBase, data: Path, job: Path) -> Iterator[Case]:
     """Train one method on one base and write all its formats, into the folder `job`. Yield a case for each."""
     method = Method(settings["method"])
-    formats = sorted(METHODS[method].formats)
+    formats = sorted(METHODS[method].formats - OTHER_FORMATS)
     token = settings.get("textualInversion", {}).get("placeholderToken", "")
     prompt = f"{PROMPT} {token}".strip()
     validation = {"prompts": [prompt], "numInferenceSteps": NUM_STEPS, "guidanceScale": GUIDANCE_SCALE}
     spec = tiny.make_spec(base.folder, data, **settings, steps=STEPS, learningRate=0.03, validation=validation)
-    outputs = [{"format": each.value, "to": each.value} for each in formats]
+    targets: dict[str, tuple[str, dict[str, Any]]] = {
+        each.value: (KINDS[method, each], {"format": each.value}) for each in formats
+    }
+    if method is Method.CONTROLNET:
+        targets["full"] = (FULL_CONTROLNET, {"format": "diffusers", "full": True})
+    outputs = [{**output, "to": name} for name, (_, output) in targets.items()]
     spec = spec.model_validate({**spec.model_dump(mode="json", by_alias=True), "outputs": outputs})
     context = RankContext(spec, 1, job, job.parent / "cache", PreemptionNotice(), Reporter(0, None))
     assert run_rank(context, {"OMP_NUM_THREADS": "1"}) is ExitCode.DONE
@@ -148,14 +159,14 @@ def train(settings: dict[str, Any], base: TinyBase, data: Path, job: Path) -> It
     noise = job / "noise.safetensors"
     shape = (1, 4, RESOLUTION // 2, RESOLUTION // 2)
     save_file({"noise": Draws(0).normal(Purpose.PICTURE, SampleRef(0, 0), shape)}, noise)
-    for each in formats:
+    for target, (kind, _) in targets.items():
         yield Case(
-            name=f"{job.name}, {each.value}",
+            name=f"{job.name}, {target}",
             family=base.family,
-            kind=KINDS[method, each],
+            kind=kind,
             base=str(base.folder),
             original=str(base.original),
-            output=str(job / "outputs" / each.value),
+            output=str(job / "outputs" / target),
             prompt=prompt,
             token=token,
             picture=str(pictures[1]),

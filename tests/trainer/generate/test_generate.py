@@ -173,10 +173,12 @@ def test_labels_are_wrapped_and_pictures_keep_their_pixels() -> None:
     assert grid.getpixel((220, 32 + 76 + 8)) == (0, 255, 0)
 
 
-def write_tensors(path: Path, names: list[str], shape: tuple[int, ...] = (2, 2), **metadata: str) -> Path:
+def write_tensors(
+    path: Path, names: list[str], shape: tuple[int, ...] = (2, 2), metadata: dict[str, str] | None = None
+) -> Path:
     from safetensors.torch import save_file  # noqa: PLC0415  only here
 
-    save_file({name: torch.zeros(shape) for name in names}, path, metadata or None)
+    save_file({name: torch.zeros(shape) for name in names}, path, metadata)
     return path
 
 
@@ -214,10 +216,15 @@ def test_what_an_output_says_about_its_base(tmp_path: Path) -> None:
     described = write_tensors(
         tmp_path / "a.safetensors",
         ["emb_params"],
-        **{"modelspec.description": "TextualInversion on /models/a, b, 20 steps", "modelspec.resolution": "768x768"},
+        metadata={
+            "modelspec.description": "TextualInversion on /models/a, b, 20 steps",
+            "modelspec.resolution": "768x768",
+        },
     )
     assert read_origin(described) == Origin(ModelSpec(base="/models/a, b"), 768)
-    kohya = write_tensors(tmp_path / "b.safetensors", ["a"], ss_sd_model_name="me/base", ss_clip_skip="1")
+    kohya = write_tensors(
+        tmp_path / "b.safetensors", ["a"], metadata={"ss_sd_model_name": "me/base", "ss_clip_skip": "1"}
+    )
     assert read_origin(kohya) == Origin(ModelSpec(base="me/base"), None, 1)
     (tmp_path / "README.md").write_text('---\nbase_model: "org/name"\n---\n')
     assert read_origin(tmp_path) == Origin(ModelSpec(base="org/name"))

@@ -19,7 +19,7 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.files import DTYPES
 from finetune_trainer.export.formats.merge import read_adapter
 from finetune_trainer.generate import openvino, pipelines
-from finetune_trainer.generate.found import FLAG, HAS_STRENGTH, Found, Kind
+from finetune_trainer.generate.found import FLAG, HAS_STRENGTH, IS_COMPLETE, Found, Kind
 from finetune_trainer.generate.origin import Origin
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.family import Family
@@ -78,7 +78,7 @@ def check(request: GenerateRequest, found: Found, origin: Origin) -> None:
         raise ConfigError(
             f"--condition: {found.path} is a ControlNet, which follows a picture; write its path as --condition"
         )
-    needs_base = found.kind not in (Kind.PIPELINE, Kind.SINGLE_FILE, Kind.OPENVINO) or request.compare_base
+    needs_base = found.kind not in IS_COMPLETE or request.compare_base
     if needs_base and found.base is None and request.base is None and origin.base is None:
         raise ConfigError(
             f"--base: {found.path} is {found.kind}, and nothing next to it or in it names its base; write --base with "
@@ -111,6 +111,7 @@ class Columns:
             Kind.PIPELINE: self._complete,
             Kind.SINGLE_FILE: self._complete,
             Kind.OPENVINO: self._openvino,
+            Kind.COMPILED: self._compiled,
             Kind.LORA: self._lora,
             Kind.EMBEDDING: self._embedding,
             Kind.CONTROLNET: self._controlnet,
@@ -150,6 +151,18 @@ class Columns:
         yield from self._compared()
         pipeline, self.device_name = openvino.load(self._found.path, self._request.device)
         yield Column("OpenVINO", pipeline)
+
+    def _compiled(self) -> Iterator[Column]:
+        from finetune_trainer.export.formats import load_compiled  # noqa: PLC0415  slow to import
+
+        yield from self._compared()
+        try:
+            pipeline = load_compiled.load(self._found.path)
+        except RuntimeError as error:
+            raise ConfigError(f"{FLAG}: {self._found.path}: {error}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        self.device_name = f"{pipeline.unet.facts['machine']}, compiled"
+        yield Column("compiled", pipeline)
 
     def _compared(self) -> Iterator[Column]:
         """Yield the column of the base of a complete model, and free its memory."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.export.formats.compiled import FACTS
 from finetune_trainer.export.formats.diffusers_folder import INDEX, LORA_NAME
 from finetune_trainer.methods.embedding_file import SUFFIXES as EMBEDDING_SUFFIXES
 from finetune_trainer.models.base import read_json
@@ -34,8 +35,10 @@ class Kind(StrEnum):
     EMBEDDING = "an embedding"
     CONTROLNET = "a ControlNet"
     OPENVINO = "a pipeline for OpenVINO"
+    COMPILED = "a pipeline with a compiled denoiser"
 
 
+IS_COMPLETE = (Kind.PIPELINE, Kind.SINGLE_FILE, Kind.OPENVINO, Kind.COMPILED)
 HAS_STRENGTH = (Kind.LORA, Kind.CONTROLNET)
 
 
@@ -82,6 +85,8 @@ def _pipeline(path: Path, embedding: Path | None) -> Found:
     """Return what is in a folder with a pipeline: the pipeline, or something next to its base (`full: true`)."""
     if any(path.glob(f"*/{OPENVINO_FILE}")):
         return Found(Kind.OPENVINO, path)
+    if (path / FACTS).is_file():
+        return Found(Kind.COMPILED, path)
     if embedding is not None:
         return Found(Kind.EMBEDDING, path, path)
     if (path / LORA_NAME).is_file():

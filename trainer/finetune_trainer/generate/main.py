@@ -179,7 +179,7 @@ def _default_size(pipeline: Any, origin: Origin) -> int | None:
     """Return the size of the training images, or else that of the base; None to leave it to the pipeline."""
     if origin.resolution is not None:
         return origin.resolution // _STEP * _STEP
-    size = getattr(pipeline.unet.config, "sample_size", None)
+    size = getattr(getattr(pipeline.unet, "config", None), "sample_size", None)
     return size * int(pipeline.vae_scale_factor) if isinstance(size, int) else None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from finetune_contract.outputs.generation import DrawingDevice
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.export.formats.diffusers_folder import INDEX
+from finetune_trainer.models.base import read_json
 
 _DEVICES = {DrawingDevice.AUTO: "CPU", DrawingDevice.CPU: "CPU", DrawingDevice.GPU: "GPU"}
 
@@ -27,7 +29,8 @@ def load(folder: Path, device: DrawingDevice) -> tuple[Any, str]:
         ) from error
     name = _DEVICES[device]
     try:
-        pipeline = kind.from_pretrained(folder, device=name)
+        checker = {"safety_checker": None} if "safety_checker" in read_json(folder / INDEX) else {}
+        pipeline = kind.from_pretrained(str(folder), export=False, device=name, local_files_only=True, **checker)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--model: OpenVINO cannot read {folder} on its device {name}: {' '.join(str(error).split())[:200]}; write "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_contract.methods import ADAPTER_METHODS, METHODS, TrainedPart
-from finetune_contract.outputs.spec import FileContainer, OutputFormat, OutputLayout, OutputSpec
+from finetune_contract.outputs.spec import FileContainer, OutputFormat, OutputLayout, OutputPrecision, OutputSpec
 from finetune_operator.api.rules.rule import Rule, Scope, cel_list, join_names
 from finetune_operator.api.rules.training import SPEC
 
@@ -13,7 +13,9 @@ OUTPUT = Scope("spec.outputs[]", OutputSpec)
 ADAPTER_FORMATS = (OutputFormat.KOHYA, OutputFormat.MERGED)
 """Output formats that are defined for adapters only."""
 _ONE_FILE = (OutputFormat.SINGLE_FILE, OutputFormat.WEBUI, OutputFormat.COMFYUI)
-_OF_LORA = (OutputFormat.MERGED, OutputFormat.OPENVINO)
+_CONVERTED = (OutputFormat.OPENVINO, OutputFormat.COMPILED)
+"""Formats of complete models for one kind of machine."""
+_OF_LORA = (OutputFormat.MERGED, *_CONVERTED)
 """Formats that add a LoRA to its base."""
 _COMPLETE = tuple(method for method, traits in METHODS.items() if traits.trains is TrainedPart.BASE)
 _OPENVINO = tuple(method for method, traits in METHODS.items() if OutputFormat.OPENVINO in traits.formats)
@@ -56,15 +58,22 @@ OUTPUT_RULES = (
     Rule(
         SPEC,
         "outputs",
-        "!has(self.training.method) || self.outputs.all(output, output.format != 'openvino')"
+        f"!has(self.training.method) || self.outputs.all(output, !(output.format in {cel_list(_CONVERTED)}))"
         f" || self.training.method in {cel_list(_OPENVINO)}",
         lambda spec: (
             spec.training.method is None
             or spec.training.method in _OPENVINO
-            or all(output.format is not OutputFormat.OPENVINO for output in spec.outputs)
+            or all(output.format not in _CONVERTED for output in spec.outputs)
         ),
-        f"outputs has format openvino, which is for complete models and LoRA ({join_names(_OPENVINO)}) only; write "
-        "format: diffusers",
+        f"outputs has a format ({join_names(_CONVERTED)}) for complete models and LoRA ({join_names(_OPENVINO)}) only; "
+        "write format: diffusers",
+    ),
+    Rule(
+        OUTPUT,
+        "precision",
+        "self.format != 'openvino' || !has(self.precision) || self.precision != 'bf16'",
+        lambda output: output.format is not OutputFormat.OPENVINO or output.precision is not OutputPrecision.BF16,
+        "OpenVINO stores weights in fp32 or fp16; write precision: fp16, or leave precision out",
     ),
     Rule(
         OUTPUT,
@@ -77,13 +86,13 @@ OUTPUT_RULES = (
         SPEC,
         "outputs",
         f"!has(self.training.method) || self.training.method in {cel_list(ADAPTER_METHODS)} || "
-        "self.outputs.all(output, output.format != 'openvino' || ((!has(output.strength) || "
+        f"self.outputs.all(output, !(output.format in {cel_list(_CONVERTED)}) || ((!has(output.strength) || "
         "double(output.strength) == 1.0) && (!has(output.adapters) || size(output.adapters) == 0)))",
         lambda spec: (
             spec.training.method is None
             or spec.training.method in ADAPTER_METHODS
             or all(
-                output.format is not OutputFormat.OPENVINO or (output.strength == 1.0 and not output.adapters)
+                output.format not in _CONVERTED or (output.strength == 1.0 and not output.adapters)
                 for output in spec.outputs
             )
         ),
