@@ -17,8 +17,14 @@ import pytest
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.outputs.spec import OutputSpec
 
-# The first test imports everything, and each conversion takes several seconds of one core.
-pytestmark = [pytest.mark.trainer, pytest.mark.openvino, pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.trainer,
+    pytest.mark.openvino,
+    # The first test imports everything, and each conversion takes several seconds of one core.
+    pytest.mark.timeout(1200),
+    # Warnings of the tracing by torch.
+    pytest.mark.filterwarnings("ignore"),
+]
 
 
 def write(base: Path, folder: Path, *, seed: int = 1, **settings: Any) -> Path:

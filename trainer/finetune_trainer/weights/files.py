@@ -6,8 +6,9 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +23,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 VALUES_HASH = f"0x{'0' * 64}"
 """Stands for the hash of the values in the metadata of a file until they are written: each is read only once."""
 _COPY_BYTES = 1 << 20
+_MAX_PENDING = 4
+"""Blocks that can wait for their hash."""
 _ALIGNMENT = 64
 """Bytes; the position of each tensor in a .ckpt file is a multiple, as in files of torch."""
 
@@ -41,11 +44,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: M
     with path.open("wb") as file:
         file.write(_header(ordered, metadata))
         hashed = _Hashed(file) if VALUES_HASH in metadata.values() else None
-        with _Copier() as copier:
-            for _, tensor in ordered:
-                copier.write(hashed or file, tensor)
+        try:
+            with _Copier() as copier:
+                for _, tensor in ordered:
+                    copier.write(hashed or file, tensor)
+        finally:
+            digest = VALUES_HASH if hashed is None else hashed.close()
         if hashed is not None:
-            found = {key: hashed.hash if value == VALUES_HASH else value for key, value in metadata.items()}
+            found = {key: digest if value == VALUES_HASH else value for key, value in metadata.items()}
             file.seek(0)
             file.write(_header(ordered, found))
 
@@ -63,21 +69,25 @@ def _header(tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, st
 
 
 class _Hashed:
-    """A file with a running hash of what is written to it."""
+    """A file with a running hash of what is written to it. A thread computes it: it takes longer than the writing."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
-
-    @property
-    def hash(self) -> str:
-        """Return the SHA-256 as ModelSpec writes it."""
-        return f"0x{self._digest.hexdigest()}"
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._pending: deque[Future[None]] = deque()
 
     def write(self, content: bytes | memoryview) -> None:
         """Write, and add to the hash."""
-        self._digest.update(content)
+        self._pending.append(self._thread.submit(self._digest.update, bytes(content)))
         self._file.write(content)
+        while len(self._pending) > _MAX_PENDING:
+            self._pending.popleft().result()
+
+    def close(self) -> str:
+        """Return the SHA-256 as ModelSpec writes it."""
+        self._thread.shutdown()
+        return f"0x{self._digest.hexdigest()}"
 
 
 def write_ckpt(path: Path, tensors: Mapping[str, LazyTensor], more: Mapping[str, object] | None = None) -> None:
