@@ -46,7 +46,7 @@ def test_a_format_that_does_not_fit_fails_alone_and_can_be_corrected(base: Path,
     assert not others
     assert (wrong["format"], wrong["state"]) == ("single-file", "Failed")
     assert wrong["message"] == (
-        "outputs: a LoRA cannot be written as single-file; write format: diffusers, kohya, merged or openvino"
+        "outputs: a LoRA cannot be written as single-file; write format: diffusers, kohya, merged, openvino or compiled"
     )
     assert [each["format"] for each in run.reports()[-1]["outputs"]] == ["kohya", "asWritten"]
     family = open_base(ModelSpec(base=str(base)))
