@@ -49,6 +49,12 @@ class Cell:
         return (0, *(rank for rank in self.victims if rank)) if is_alone else self.victims
 
     @property
+    def continued_ranks(self) -> tuple[int, ...]:
+        """Ranks that continue after the fault. A rank ends with its supervisor, at the stage of the cell."""
+        is_killed = self.target == "supervisor" and self.fault in {"SIGKILL", "memory", "exit 1"}
+        return tuple(rank for rank in self.stopped_ranks if not (is_killed and rank in self.victims))
+
+    @property
     def is_script(self) -> bool:
         """Return whether the ranks run a script."""
         return self.job == "script"

@@ -293,7 +293,7 @@ class FaultInjection:
         await self._until(lambda: all(environment.rank_pid(rank) for rank in range(NUM_RANKS)))
         fault_at = time.monotonic()
         orders = await getattr(self, "_" + cell.fault.replace(" ", "_").replace("-", "_").lower())()
-        for rank in cell.stopped_ranks:
+        for rank in cell.continued_ranks:
             (environment.stops / f"order-{rank}").write_text((orders or {}).get(rank, "go"))
         return fault_at
 
