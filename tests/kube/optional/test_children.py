@@ -101,5 +101,6 @@ def test_reading_a_pod_group() -> None:
     assert found is not None
     assert (found.job, found.owner_uid) == (("team", "circles"), "owner")
     assert found.observed == ObservedChild(V1ALPHA2, "PodGroup", "circles-a3", "u", 3)
-    for change in ({"labels": {}}, {"deletionTimestamp": "2026-01-01T00:00:00Z"}):
+    changes: tuple[dict[str, Any], ...] = ({"labels": {}}, {"deletionTimestamp": "2026-01-01T00:00:00Z"})
+    for change in changes:
         assert decoder(V1ALPHA2, "PodGroup")({"metadata": {**meta, **change}}) is None
