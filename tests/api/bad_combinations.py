@@ -385,13 +385,6 @@ BAD_COMBINATIONS = (
         "write format: diffusers",
     ),
     BadManifest(
-        "compiled-of-embedding",
-        {"spec.outputs": [{"format": "compiled", "to": "out"}]},
-        "spec.outputs",
-        "write format: diffusers",
-        base="textual-inversion",
-    ),
-    BadManifest(
         "bf16-of-openvino",
         {"spec.outputs": [{"format": "openvino", "to": "out", "precision": "bf16"}]},
         "spec.outputs[0].precision",

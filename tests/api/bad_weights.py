@@ -1,4 +1,4 @@
-"""Invalid combinations with `training.weightPrecision`. Part of the table in `bad_manifests`."""
+"""Invalid combinations with `training.weightPrecision`, and of outputs with methods. A part of `bad_manifests`."""
 
 from __future__ import annotations
 
@@ -38,5 +38,12 @@ BAD_WEIGHTS = (
         },
         "spec.training.weightPrecision",
         "leave weightPrecision out, or write optimizer: adamw",
+    ),
+    BadManifest(
+        "compiled-of-embedding",
+        {"spec.outputs": [{"format": "compiled", "to": "out"}]},
+        "spec.outputs",
+        "write format: diffusers",
+        base="textual-inversion",
     ),
 )

@@ -18,7 +18,7 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.write import write_format
 from finetune_trainer.generate.columns import check
-from finetune_trainer.generate.found import Found, Kind, find
+from finetune_trainer.generate.found import FoundModel, Kind, find
 from finetune_trainer.generate.grid import build_grid
 from finetune_trainer.generate.main import draw, generate
 from finetune_trainer.generate.origin import Origin, read_origin
@@ -191,7 +191,7 @@ def test_what_a_path_contains(tmp_path: Path) -> None:
     }
     for kind, name in names.items():
         path = write_tensors(tmp_path / f"{kind.name}.safetensors", [name])
-        assert find(path) == Found(kind, path)
+        assert find(path) == FoundModel(kind, path)
     assert find(tmp_path, "LORA").kind is Kind.LORA
     (tmp_path / "old.ckpt").write_bytes(b"")
     assert find(tmp_path / "old.ckpt").kind is Kind.SINGLE_FILE
@@ -249,7 +249,7 @@ def test_flags_that_do_not_fit_are_refused_before_anything_is_loaded(
 ) -> None:
     request = GenerateRequest(model="model", grid="grid.png", prompts=("a",), **flags)
     with pytest.raises(ConfigError, match=message):
-        check(request, Found(kind, Path("model")), Origin())
+        check(request, FoundModel(kind, Path("model")), Origin())
 
 
 def test_bad_values_are_refused_with_their_flag(base: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.files import DTYPES
 from finetune_trainer.export.formats.merge import read_adapter
 from finetune_trainer.generate import openvino, pipelines
-from finetune_trainer.generate.found import FLAG, HAS_STRENGTH, IS_COMPLETE, Found, Kind
+from finetune_trainer.generate.found import FLAG, HAS_STRENGTH, IS_COMPLETE, FoundModel, Kind
 from finetune_trainer.generate.origin import Origin
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.family import Family
@@ -59,7 +59,7 @@ def choose_device(request: GenerateRequest) -> tuple[torch.device, torch.dtype]:
     return device, torch.float16 if device.type == "cuda" else torch.float32
 
 
-def check(request: GenerateRequest, found: Found, origin: Origin) -> None:
+def check(request: GenerateRequest, found: FoundModel, origin: Origin) -> None:
     """Refuse flags that the model has no use for, before anything is loaded.
 
     Raises:
@@ -86,7 +86,7 @@ def check(request: GenerateRequest, found: Found, origin: Origin) -> None:
         )
 
 
-class Columns:
+class GridColumns:
     """Opens the columns of a request.
 
     Args:
@@ -96,7 +96,7 @@ class Columns:
         cache_dir: folder for files that are fetched or converted.
     """
 
-    def __init__(self, request: GenerateRequest, found: Found, origin: Origin, cache_dir: Path) -> None:
+    def __init__(self, request: GenerateRequest, found: FoundModel, origin: Origin, cache_dir: Path) -> None:
         self._request, self._found, self._origin, self._cache = request, found, origin, cache_dir
         self.device, self.dtype = choose_device(request)
         self.device_name = pipelines.describe_device(self.device, self.dtype)

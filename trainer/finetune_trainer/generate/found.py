@@ -43,7 +43,7 @@ HAS_STRENGTH = (Kind.LORA, Kind.CONTROLNET)
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundModel:
     """What a path contains.
 
     Attributes:
@@ -57,7 +57,7 @@ class Found:
     base: Path | None = None
 
 
-def find(path: Path, name: str | None = None) -> Found:
+def find(path: Path, name: str | None = None) -> FoundModel:
     """Return what a path contains.
 
     Args:
@@ -68,32 +68,32 @@ def find(path: Path, name: str | None = None) -> Found:
         ConfigError: nothing that can draw.
     """
     if path.is_file():
-        return Found(_kind_of_file(path), path)
+        return FoundModel(_kind_of_file(path), path)
     if not path.is_dir():
         raise ConfigError(f"{FLAG}: {path} does not exist; write the path of a folder or file that a job has written")
     embedding = next(iter(sorted(path.glob(f"{_EMBEDDING}.*"))), None)
     if (path / INDEX).is_file():
         return _pipeline(path, embedding)
     if embedding is not None:
-        return Found(Kind.EMBEDDING, path)
+        return FoundModel(Kind.EMBEDDING, path)
     if (path / "config.json").is_file() and read_json(path / "config.json").get("_class_name") == "ControlNetModel":
-        return Found(Kind.CONTROLNET, path)
+        return FoundModel(Kind.CONTROLNET, path)
     return find(_only_file(path, name))
 
 
-def _pipeline(path: Path, embedding: Path | None) -> Found:
+def _pipeline(path: Path, embedding: Path | None) -> FoundModel:
     """Return what is in a folder with a pipeline: the pipeline, or something next to its base (`full: true`)."""
     if any(path.glob(f"*/{OPENVINO_FILE}")):
-        return Found(Kind.OPENVINO, path)
+        return FoundModel(Kind.OPENVINO, path)
     if (path / FACTS).is_file():
-        return Found(Kind.COMPILED, path)
+        return FoundModel(Kind.COMPILED, path)
     if embedding is not None:
-        return Found(Kind.EMBEDDING, path, path)
+        return FoundModel(Kind.EMBEDDING, path, path)
     if (path / LORA_NAME).is_file():
-        return Found(Kind.LORA, path / LORA_NAME, path)
+        return FoundModel(Kind.LORA, path / LORA_NAME, path)
     if "ControlNet" in str(read_json(path / INDEX).get("_class_name")):
-        return Found(Kind.CONTROLNET, path / "controlnet", path)
-    return Found(Kind.PIPELINE, path)
+        return FoundModel(Kind.CONTROLNET, path / "controlnet", path)
+    return FoundModel(Kind.PIPELINE, path)
 
 
 def _only_file(folder: Path, name: str | None) -> Path:

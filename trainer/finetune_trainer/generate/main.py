@@ -33,7 +33,7 @@ from finetune_trainer import libraries
 from finetune_trainer.errors import ConfigError, RankError, StorageError
 from finetune_trainer.export.from_checkpoint import export_checkpoint
 from finetune_trainer.fetched import fetch
-from finetune_trainer.generate.columns import Column, Columns, check
+from finetune_trainer.generate.columns import Column, GridColumns, check
 from finetune_trainer.generate.found import FLAG, find
 from finetune_trainer.generate.grid import build_grid
 from finetune_trainer.generate.origin import Origin, read_origin
@@ -69,7 +69,7 @@ def draw(request: GenerateRequest, cache_dir: Path) -> tuple[GenerateResult, lis
         found = find(path, request.name)
         origin = read_origin(found.path)
         check(request, found, origin)
-        columns = Columns(_with_fetched_base(request, origin, cache_dir), found, origin, cache_dir)
+        columns = GridColumns(_with_fetched_base(request, origin, cache_dir), found, origin, cache_dir)
         drawn: list[DrawnColumn] = []
         pictures: list[list[Image.Image]] = []
         try:
