@@ -8,14 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Order, Reply
 from finetune_operator.api.evictions import POD_FIELD
-from finetune_operator.api.gangs import GATE
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.kueue import WORKLOAD, queue_of
 from finetune_operator.api.reasons import Reason
@@ -30,17 +28,16 @@ from finetune_operator.cluster.kube.client.client import (
     MERGE,
     NOT_FOUND,
     PARTIAL,
-    STRATEGIC,
     ApiError,
     Json,
     KubeApi,
+    delete_if_present,
 )
 from finetune_operator.cluster.kube.client.events import EventSender
 from finetune_operator.cluster.kube.client.objects import (
     BY_KIND,
     CONFIGS,
     JOBS,
-    PODS,
     KubeChild,
     KubeJob,
     KubePod,
@@ -49,11 +46,10 @@ from finetune_operator.cluster.kube.client.objects import (
     decode_created,
     decode_pod,
     owner_uid,
-    refusal_body,
     status_body,
     with_status,
 )
-from finetune_operator.cluster.kube.client.refusals import CreationError, Refusals, classify_refusal
+from finetune_operator.cluster.kube.client.refusals import CreationError, Refusals, classify_refusal, write_refusal
 from finetune_operator.cluster.kube.optional.children import (
     PLURALS,
     KubeOptional,
@@ -73,10 +69,10 @@ from finetune_operator.cluster.kube.work.throttle import ProgressThrottle
 from finetune_operator.cluster.kube.work.urgency import (
     GangReadiness,
     Urgency,
-    attempt_has_ended,
     classify_job_change,
     classify_pod_change,
     is_progress,
+    measure_gang,
 )
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
@@ -98,7 +94,7 @@ from finetune_operator.plan.model.types import (
     ResizePod,
     split_exports,
 )
-from finetune_operator.plan.model.view import members_of, nodes_of, oldest_attempt
+from finetune_operator.plan.model.view import nodes_of, oldest_attempt
 from finetune_operator.plan.replies import reply_to
 from finetune_operator.settings import Settings
 
@@ -160,7 +156,7 @@ class KubeCluster:
         """Return the cached job, own writes included."""
         found = self.jobs.get(ObjectKey(*key))
         if found is not None and found.job is None:
-            await self._write_refusal(found)
+            await write_refusal(self._api, found, self._clock())
         return found.job if found is not None else None
 
     async def observe(self, job: FineTuneJob) -> Observed:
@@ -201,6 +197,8 @@ class KubeCluster:
         if is_progress(job.status, status) and (wait := self._throttle.delay(key, now, busy=self._is_busy)) > 0:
             self._queue.add_after(key, wait)
             return
+        # The count tells the API server's rules about edits that this write is none, see `api.rules.edits`.
+        status = status.model_copy(update={"writes": job.status.writes + 1})
         try:
             written = await self._api.replace(JOBS.path(*key, "status"), status_body(job, status))
         except ApiError as error:
@@ -215,20 +213,19 @@ class KubeCluster:
         if isinstance(action, Create):
             await self._create(job, action.manifest)
         elif isinstance(action, DeletePod):
-            await self._delete_pod(job, action)
+            self._cache_pod(await self._requests.delete(job.metadata.namespace, action))
         elif isinstance(action, PatchWorkload):
             await self.workloads.patch(job, action)
         elif isinstance(action, DeleteWorkload):
             await self.workloads.delete(job, action)
         elif isinstance(action, OpenGate):
-            await self._open_gate(job, action)
+            self._cache_pod(await self._requests.open_gate(job.metadata.namespace, action))
         elif isinstance(action, DeleteChild):
             await self.optional.delete(job.metadata.namespace, action.child)
         elif isinstance(action, ReportEviction):
             await self.evictions.report(job.metadata.namespace, action, self._clock())
         elif isinstance(action, ResizePod):
-            if (resized := await self._requests.resize(job.metadata.namespace, action)) is not None:
-                self._cache_written(self.pods, decode_pod(resized), resized)
+            self._cache_pod(await self._requests.resize(job.metadata.namespace, action))
         else:
             await self._delete_job(job)
 
@@ -313,21 +310,7 @@ class KubeCluster:
         found = self.jobs.get(ObjectKey(*pod.job))
         if found is None or found.job is None or pod.observed.export is not None:
             return None
-        members = members_of(found.job.status, found.job.spec)
-        pods = [other.observed for other in self.pods.group(pod.job)]
-        attempt = pod.observed.attempt
-        if (attempt, pod.observed.node_rank) in members:
-            # A pod that an in-place recovery kept counts as a pod of the newest attempt.
-            attempt = found.job.status.attempt
-            pods = [other for other in pods if (other.attempt, other.node_rank) in members]
-        else:
-            pods = [other for other in pods if other.attempt == attempt]
-        return GangReadiness(
-            size=len(members),
-            num_pods=len(pods),
-            num_ready=sum(other.ready for other in pods),
-            ended=attempt_has_ended(found.job.status, attempt),
-        )
+        return measure_gang(found.job, pod.observed, [other.observed for other in self.pods.group(pod.job)])
 
     def _child_changed(self, key: ObjectKey, old: KubeChild | None, new: KubeChild | None) -> None:
         if new is None and old is not None:
@@ -438,56 +421,17 @@ class KubeCluster:
         version, kind = manifest["apiVersion"], manifest["kind"]
         self._cache_written(self.optional.cache(version), decoder(version, kind)(response), response)
 
-    async def _open_gate(self, job: FineTuneJob, action: OpenGate) -> None:
-        """Remove the operator's scheduling gate from a pod. Gates of others stay."""
-        change = {
-            "metadata": {"uid": action.uid},
-            "spec": {"schedulingGates": [{"$patch": "delete", "name": GATE}]},
-        }
-        try:
-            path = PODS.path(job.metadata.namespace, action.name)
-            written = await self._api.request("PATCH", path, change, content_type=STRATEGIC)
-        except ApiError as error:
-            if error.status not in (CONFLICT, NOT_FOUND):
-                raise
-            return
-        self._cache_written(self.pods, decode_pod(written), written)
+    def _cache_pod(self, response: Json | None) -> None:
+        if response is not None:
+            self._cache_written(self.pods, decode_pod(response), response)
 
     def _cache_written(self, cache: Cache[Any], value: Any, response: Json) -> None:
         if value is not None:
             cache.put_written(object_key(response), Entry(int(response["metadata"]["resourceVersion"]), value))
 
-    async def _delete_pod(self, job: FineTuneJob, action: DeletePod) -> None:
-        options: dict[str, Any] = {"preconditions": {"uid": action.uid}}
-        if action.grace_seconds is not None:
-            options["gracePeriodSeconds"] = action.grace_seconds
-        answer = await self._delete(PODS.path(job.metadata.namespace, action.name), options)
-        if answer is not None and answer.get("kind") == "Pod" and answer["metadata"].get("deletionTimestamp"):
-            self._cache_written(self.pods, decode_pod(answer), answer)
-
     async def _delete_job(self, job: FineTuneJob) -> None:
         options = {"preconditions": {"uid": job.metadata.uid}, "propagationPolicy": "Background"}
-        await self._delete(JOBS.path(*_key(job)), options)
-
-    async def _delete(self, path: str, options: Mapping[str, Any]) -> Json | None:
-        """Delete an object; return None if it is already deleted or another object has its name."""
-        try:
-            return await self._api.delete(path, options)
-        except ApiError as error:
-            if error.status in (NOT_FOUND, CONFLICT):
-                return None
-            raise
-
-    async def _write_refusal(self, job: KubeJob) -> None:
-        """Report in the status why a job cannot be read."""
-        body = refusal_body(job, self._clock())
-        if body is None:
-            return
-        try:
-            await self._api.request("PATCH", JOBS.path(*job.key, "status"), body, content_type=MERGE)
-        except ApiError as error:
-            if error.status not in (CONFLICT, NOT_FOUND):
-                raise
+        await delete_if_present(self._api, JOBS.path(*_key(job)), options)
 
 
 def _resource(manifest: Manifest) -> Resource:

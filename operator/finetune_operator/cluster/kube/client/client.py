@@ -304,3 +304,17 @@ def _error(status: int, headers: Mapping[str, str], data: bytes) -> ApiError:
     retry_after = headers.get("Retry-After", "")
     seconds = float(retry_after) if retry_after.isdecimal() else None
     return ApiError(status, answer.get("reason") or "", answer.get("message") or "", seconds)
+
+
+async def delete_if_present(api: KubeApi, path: str, options: Mapping[str, Any]) -> Json | None:
+    """Delete an object; return None if it is already deleted or another object has its name.
+
+    Raises:
+        ApiError: the request failed.
+    """
+    try:
+        return await api.delete(path, options)
+    except ApiError as error:
+        if error.status in (NOT_FOUND, CONFLICT):
+            return None
+        raise

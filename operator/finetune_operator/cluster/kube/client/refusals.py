@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import CONTAINER
-from finetune_operator.cluster.kube.client.client import BAD_REQUEST, ApiError
+from finetune_operator.cluster.kube.client.client import BAD_REQUEST, CONFLICT, MERGE, NOT_FOUND, ApiError, KubeApi
+from finetune_operator.cluster.kube.client.objects import JOBS, KubeJob, refusal_body
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.model.types import Refusal
 
@@ -133,6 +134,18 @@ class Refusals:
         known, meta = self._holds.get(key), job.metadata
         same = known is not None and known[:3] == (meta.uid, meta.generation, job.status.attempt)
         return known if same else None
+
+
+async def write_refusal(api: KubeApi, job: KubeJob, now: datetime) -> None:
+    """Report in the status why a job cannot be read."""
+    body = refusal_body(job, now)
+    if body is None:
+        return
+    try:
+        await api.request("PATCH", JOBS.path(*job.key, "status"), body, content_type=MERGE)
+    except ApiError as error:
+        if error.status not in (CONFLICT, NOT_FOUND):
+            raise
 
 
 def classify_refusal(job: FineTuneJob, kind: str, name: str, error: ApiError, now: datetime) -> Refusal | None:

@@ -1,4 +1,4 @@
-"""Requests about pods that an API server may not serve. `KubeCluster` makes them through this.
+"""Requests about pods, also those that an API server may not serve. `KubeCluster` makes them through this.
 
 None of them fails a reconcile because the API server is too old: the job runs without the feature, or is refused with a
 message.
@@ -10,6 +10,7 @@ import asyncio
 import logging
 from typing import Any
 
+from finetune_operator.api.gangs import GATE
 from finetune_operator.api.names import CONTAINER
 from finetune_operator.cluster.kube.client.client import (
     BAD_REQUEST,
@@ -20,9 +21,10 @@ from finetune_operator.cluster.kube.client.client import (
     ApiError,
     Json,
     KubeApi,
+    delete_if_present,
 )
 from finetune_operator.cluster.kube.client.objects import PODS
-from finetune_operator.plan.model.types import Manifest, ResizePod
+from finetune_operator.plan.model.types import DeletePod, Manifest, OpenGate, ResizePod
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ REFUSED = frozenset({BAD_REQUEST, 403, NOT_FOUND, 422})
 
 
 class PodRequests:
-    """Creates and resizes pods, and asks for the API of resource claims."""
+    """Creates, changes and deletes pods, and asks for the API of resource claims."""
 
     def __init__(self, api: KubeApi) -> None:
         self._api = api
@@ -59,6 +61,26 @@ class PodRequests:
                 "Kubernetes 1.33 or newer, or the feature gate UserNamespacesSupport"
             )
         return created
+
+    async def delete(self, namespace: str, action: DeletePod) -> Json | None:
+        """Delete a pod, and return it if it still exists; None also if another pod has its name."""
+        options: dict[str, Any] = {"preconditions": {"uid": action.uid}}
+        if action.grace_seconds is not None:
+            options["gracePeriodSeconds"] = action.grace_seconds
+        answer = await delete_if_present(self._api, PODS.path(namespace, action.name), options)
+        is_pod = answer is not None and answer.get("kind") == "Pod"
+        return answer if answer is not None and is_pod and answer["metadata"].get("deletionTimestamp") else None
+
+    async def open_gate(self, namespace: str, action: OpenGate) -> Json | None:
+        """Remove the operator's scheduling gate from a pod; gates of others stay. Return the pod if it still exists."""
+        gates = {"schedulingGates": [{"$patch": "delete", "name": GATE}]}
+        change = {"metadata": {"uid": action.uid}, "spec": gates}
+        try:
+            return await self._api.request("PATCH", PODS.path(namespace, action.name), change, content_type=STRATEGIC)
+        except ApiError as error:
+            if error.status not in (CONFLICT, NOT_FOUND):
+                raise
+            return None
 
     async def serves_claims(self) -> bool:
         """Return whether the API server serves ResourceClaims; an answer that they are missing is kept for a minute."""

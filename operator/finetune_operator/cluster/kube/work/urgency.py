@@ -5,16 +5,18 @@ Several delayed changes of the same job then need only one reconcile and one sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from finetune_contract.heartbeat import Heartbeat, RankReport, RankState
+from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.labels import EXPORT
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.objects import KubeJob, KubePod
 from finetune_operator.plan.model.ledger import current
 from finetune_operator.plan.model.types import ObservedPod
-from finetune_operator.plan.model.view import ENDED
+from finetune_operator.plan.model.view import ENDED, members_of
 
 
 class Urgency(Enum):
@@ -48,6 +50,24 @@ def attempt_has_ended(status: FineTuneJobStatus, attempt: int) -> bool:
     """Return whether the status contains an attempt's end and its cause."""
     entry = current(status)
     return entry is None or attempt < entry.attempt or (attempt == entry.attempt and entry.reason is not None)
+
+
+def measure_gang(job: FineTuneJob, pod: ObservedPod, pods: Sequence[ObservedPod]) -> GangReadiness:
+    """Return how many pods of a pod's attempt exist and are ready, given all pods of its job."""
+    members = members_of(job.status, job.spec)
+    attempt = pod.attempt
+    if (attempt, pod.node_rank) in members:
+        # A pod that an in-place recovery kept counts as a pod of the newest attempt.
+        attempt = job.status.attempt
+        pods = [other for other in pods if (other.attempt, other.node_rank) in members]
+    else:
+        pods = [other for other in pods if other.attempt == attempt]
+    return GangReadiness(
+        size=len(members),
+        num_pods=len(pods),
+        num_ready=sum(other.ready for other in pods),
+        ended=attempt_has_ended(job.status, attempt),
+    )
 
 
 def classify_pod_change(old: KubePod | None, new: KubePod | None, gang: GangReadiness) -> Urgency:
