@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from finetune_contract import environment
+from finetune_contract import bucket, environment
 from finetune_contract.bucket import Bucket, client_options
 from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
 from finetune_contract.outputs.spec import OutputSpec
@@ -22,7 +23,7 @@ from finetune_trainer.delivery.staged import OutputRecord
 from finetune_trainer.delivery.target import ExportStage
 from finetune_trainer.errors import ConfigError, NetworkError
 from finetune_trainer.export.outputs import Export, check_targets, deliver_outputs
-from testing.controlplane.process import Guard
+from testing.controlplane.process import Guard, wait_for
 from testing.hub import Fault
 from testing.objectstore import faults, server
 from testing.objectstore.faults import FaultyStore
@@ -54,6 +55,16 @@ def pending(url: str) -> int:
     """Return the number of multipart uploads of a bucket that are not finished."""
     bucket = Bucket(f"{url}/lora")
     return len(bucket.client.call_s3("list_multipart_uploads", Bucket=url.removeprefix("s3://")).get("Uploads") or [])
+
+
+def is_part(request: str, number: int) -> bool:
+    """Return whether a request of the proxy uploads this part of the largest file."""
+    return re.search(rf"PUT .*weights\.safetensors\?(.*&)?partNumber={number}(&|$)", request) is not None
+
+
+def is_end(request: str) -> bool:
+    """Return whether a request of the proxy completes the multipart upload of the largest file."""
+    return re.search(r"POST .*weights\.safetensors\?(.*&)?uploadId=", request) is not None
 
 
 def assert_complete(url: str, folder: Path) -> None:
@@ -93,6 +104,49 @@ def test_uploads_survive_failing_requests(
     proxy.recover()
     assert proxy.num_failed > 5
     assert (written.to, written.size_bytes) == (f"{bucket_url}/lora", sum(FILES.values()))
+    assert_complete(bucket_url, folder)
+
+
+def test_silent_connections_are_given_up_and_their_requests_repeated(
+    proxy: FaultyStore, bucket_url: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody answers one part and the end of an upload. Another part reaches the store after its repetition."""
+    monkeypatch.setitem(bucket._OPTIONS, "s3", {"config_kwargs": {"connect_timeout": 4, "read_timeout": 4}})
+    monkeypatch.setattr("finetune_trainer.patience._PROCESS.pause", lambda _: False)
+    silenced: list[str] = []
+    late: list[str] = []
+
+    def hold(request: str) -> None:
+        if is_part(request, 2):
+            late.append(request)
+            if len(late) == 1:
+                wait_for("the part is repeated", lambda: len(late) > 1)
+        elif (is_part(request, 1) or is_end(request)) and request not in silenced:
+            silenced.append(request)
+            proxy.fail(faults.FAULTS["silence"], times=1, only=request)
+
+    proxy.before_request = hold
+    deliver(bucket_url, tmp_path / "job")
+    assert len(silenced) == proxy.num_failed == 2
+    assert len(late) > 1
+    assert_complete(bucket_url, folder)
+
+
+def test_slow_parts_hold_up_no_other_parts_and_not_the_result(
+    proxy: FaultyStore, bucket_url: str, folder: Path, tmp_path: Path
+) -> None:
+    """The first part reaches the store after all others."""
+    held: list[str] = []
+
+    def hold(request: str) -> None:
+        if is_part(request, 1):
+            held.append(request)
+            wait_for("the other parts are stored", lambda: proxy.num_parts == NUM_PARTS - 1)
+
+    proxy.before_request = hold
+    deliver(bucket_url, tmp_path / "job")
+    assert len(held) == 1
+    assert proxy.num_parts == NUM_PARTS
     assert_complete(bucket_url, folder)
 
 
