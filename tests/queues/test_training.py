@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import pytest
 import yaml
 
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.kueue import JOB_UID_LABEL, WORKLOAD
+from finetune_operator.api.kueue import API_VERSION, JOB_UID_LABEL, WORKLOAD
 from finetune_operator.cli.clock import utc_now
 from finetune_operator.cluster.local import runner
 from finetune_operator.cluster.local.cluster import LocalCluster
@@ -30,12 +31,15 @@ from finetune_operator.cluster.observe_workload import Flavor, observe_workload
 from finetune_operator.cluster.reconcile import ReconcileResult
 from finetune_operator.plan.model.types import Action, Create, DeleteWorkload, Observed, PatchWorkload
 from testing.controlplane.api import ControlPlaneApiError
-from testing.controlplane.queues import ROOT, Kueue
+from testing.controlplane.queues import GROUP, ROOT, Kueue
 from testing.controlplane.server import ControlPlane
 from testing.operator.harness import Jobs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-NUM_STEPS, EVICTED_AT = 40, 5
+NUM_STEPS, EVICTED_AT, PREEMPTED_AT = 60, 5, 20
+CPUS = 8
+"""Quota of the queue."""
+URGENT = "urgent"
 POLL_SECONDS = 0.25
 CONFLICT = 409
 
@@ -52,7 +56,8 @@ class QueuedLocalCluster(LocalCluster):
         things = await asyncio.to_thread(self.plane.api.get, f"{ROOT}/namespaces/{self.namespace}/workloads")
         # There is no watch.
         asyncio.get_running_loop().call_later(POLL_SECONDS, self.wake.set)
-        assigned = (observe_workload(thing, is_owned=True) for thing in things["items"])
+        own = (thing for thing in things["items"] if thing["metadata"]["name"] != URGENT)
+        assigned = (observe_workload(thing, is_owned=True) for thing in own)
         no_labels = {"pool": Flavor({}, ())}
         return replace(found, workloads=tuple(each.with_flavors(no_labels) for each in assigned))
 
@@ -80,30 +85,45 @@ class QueuedLocalCluster(LocalCluster):
 
 
 class Evictor:
-    """Drains the queue at a step, and opens it again when the quota is released."""
+    """Evicts the job twice: its queue is drained, then a Workload of a higher priority preempts it.
 
-    def __init__(self, controller: Kueue, queue: str) -> None:
+    Each eviction begins at a step, and ends when the quota is released.
+    """
+
+    def __init__(self, plane: ControlPlane, controller: Kueue, queue: str) -> None:
         self._controller = controller
         self._queue = queue
+        self._urgent = UrgentWorkload(plane, queue)
         self.reserved_with_pods: list[bool] = []
-        """Whether quota was reserved, at each reconcile with pods after the eviction."""
-        self._state = "waiting"
+        """Whether quota was reserved, at each reconcile with pods after an eviction."""
+        self._left = [
+            (EVICTED_AT, partial(self._set_queue, "HoldAndDrain"), partial(self._set_queue, "None")),
+            (PREEMPTED_AT, self._urgent.create, self._urgent.delete),
+        ]
+        self._num_begun = 0
+        self.num_ended = 0
 
     def on_reconcile(self, result: ReconcileResult) -> None:
-        """Drive the queue by the state of the job."""
-        if result.job is None:
+        """Drive the evictions by the state of the job."""
+        if result.job is None or not self._left:
             return
         status = result.job.status
+        at_step, evict, restore = self._left[0]
         reserved = any(each.num_admitted is not None for each in result.observed.workloads)
-        if self._state == "waiting" and (status.step or 0) >= EVICTED_AT:
-            self._state = "draining"
-            set_queue(self._controller, self._queue, stop="HoldAndDrain")
-        elif self._state == "draining" and status.attempts[0].reason == "EvictedByQueue":
+        if self._num_begun == self.num_ended:
+            if (status.step or 0) >= at_step and status.phase == "Running":
+                self._num_begun += 1
+                evict()
+        elif sum(each.reason == "EvictedByQueue" for each in status.attempts) == self._num_begun:
             if result.observed.pods:
                 self.reserved_with_pods.append(reserved)
             elif not reserved:
-                self._state = "open"
-                set_queue(self._controller, self._queue, stop="None")
+                restore()
+                self._left.pop(0)
+                self.num_ended += 1
+
+    def _set_queue(self, stop: str) -> None:
+        set_queue(self._controller, self._queue, stop)
 
     def warn(self, message: str) -> None:
         """Ignore warnings."""
@@ -116,8 +136,35 @@ class Undisturbed(Evictor):
         """Ignore the state of the job."""
 
 
+class UrgentWorkload:
+    """A Workload of a higher priority that needs all CPUs of a queue."""
+
+    def __init__(self, plane: ControlPlane, queue: str) -> None:
+        self._api = plane.api
+        self._queue = queue
+        self._path = f"{ROOT}/namespaces/{queue}/workloads"
+
+    def create(self) -> None:
+        """Request the quota."""
+        container = {"name": URGENT, "image": URGENT, "resources": {"requests": {"cpu": str(CPUS)}}}
+        template = {"spec": {"containers": [container], "restartPolicy": "Never"}}
+        spec = {
+            "queueName": self._queue,
+            "podSets": [{"name": URGENT, "count": 1, "template": template}],
+            "priority": 1000,
+            "priorityClassRef": {"group": GROUP, "kind": "WorkloadPriorityClass", "name": "high"},
+        }
+        thing = {"apiVersion": API_VERSION, "kind": WORKLOAD, "metadata": {"name": URGENT}, "spec": spec}
+        self._api.create(self._path, thing)
+
+    def delete(self) -> None:
+        """Release the quota."""
+        self._api.delete(f"{self._path}/{URGENT}")
+
+
 def set_queue(controller: Kueue, name: str, stop: str) -> None:
-    controller.add_queue(name, name, [{"name": "pool", "cpu": 8, "memory": "64Gi"}], stopPolicy=stop)
+    flavors = [{"name": "pool", "cpu": CPUS, "memory": "64Gi"}]
+    controller.add_queue(name, name, flavors, preemption={"withinClusterQueue": "LowerPriority"}, stopPolicy=stop)
 
 
 def manifest(folder: Path, **spec: Any) -> dict[str, Any]:
@@ -160,17 +207,19 @@ def test_an_evicted_training_ends_with_the_undisturbed_weights(
         data.parent.mkdir()
         command = [sys.executable, "-m", "finetune_trainer.demo.circles", str(data), "--style", "stripes"]
         subprocess.run([*command, "--num-train", "16", "--num-validation", "4"], check=True, stdout=subprocess.DEVNULL)
-    evictor = Evictor(controller, team.namespace)
+    evictor = Evictor(plane, controller, team.namespace)
     set_queue(controller, team.namespace, stop="None")
-    _, expected = run_job(tmp_path / "undisturbed", Undisturbed(controller, team.namespace))
+    _, expected = run_job(tmp_path / "undisturbed", Undisturbed(plane, controller, team.namespace))
     QueuedLocalCluster.plane, QueuedLocalCluster.namespace = plane, team.namespace
     monkeypatch.setattr(runner, "LocalCluster", QueuedLocalCluster)
     result, weights = run_job(tmp_path / "queued", evictor, queueName=team.namespace)
     assert result.job is not None
     status = result.job.status
-    first = status.attempts[0]
-    assert (status.phase, first.reason, first.lost_steps) == ("Succeeded", "EvictedByQueue", 0)
-    assert (status.attempt, status.preemptions, status.failures) == (2, 1, 0)
+    assert evictor.num_ended == 2
+    assert status.phase == "Succeeded"
+    evicted = [("EvictedByQueue", 0)] * 2
+    assert [(each.reason, each.lost_steps) for each in status.attempts if each.reason is not None][:2] == evicted
+    assert (status.attempt, status.preemptions, status.failures) == (3, 2, 0)
     assert evictor.reserved_with_pods, "pods existed after the eviction"
     assert all(evictor.reserved_with_pods), "the quota was kept until they had saved"
     assert weights == expected
