@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from finetune_contract import __version__
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import CommittedCheckpoint, RankState, WrittenOutput
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import Reason
 from finetune_operator.cluster.kube.client.client import ApiError
@@ -254,6 +255,22 @@ def exporting() -> RecordingCluster:
     return cluster
 
 
+def exporting_in_pod() -> RecordingCluster:
+    """The ranks are done; the export pod writes what they do not write."""
+    cluster = exporting()
+    output = OutputSpec.model_validate({"format": "openvino", "to": "s3://models/naruto"})
+    spec = cluster.job.spec.model_copy(update={"outputs": (*cluster.job.spec.outputs, output)})
+    cluster.job = cluster.job.model_copy(update={"spec": spec})
+    cluster.work(RankState.DONE, after=4, step=1000)
+    for node_rank in range(4):
+        cluster.exit(node_rank, ExitCode.DONE)
+    cluster.settle()
+    name = next(name for name, pod in cluster.pods.items() if pod.export is not None)
+    cluster.pods[name] = replace(cluster.pods[name], phase=PodPhase.RUNNING, node="cpu-1")
+    cluster.settle()
+    return cluster
+
+
 def succeeded() -> RecordingCluster:
     cluster = exporting()
     output = WrittenOutput(format="diffusers", to="/finetune/storage/naruto", size_bytes=3_227_400, sha256="ab" * 32)
@@ -334,6 +351,7 @@ SCENES: dict[str, Callable[[], RecordingCluster]] = {
     "recovering-back-off": backing_off,
     "recovering-restoring": restoring,
     "exporting": exporting,
+    "exporting-in-pod": exporting_in_pod,
     "succeeded": succeeded,
     "failed-max-failures": failed_too_often,
     "failed-data": failed_data,
@@ -360,6 +378,7 @@ EXPECTED_REASONS = {
     "recovering-back-off": Reason.BACK_OFF,
     "recovering-restoring": Reason.RESTORING,
     "exporting": Reason.EXPORTING,
+    "exporting-in-pod": Reason.EXPORTING,
     "succeeded": Reason.FINISHED,
     "failed-max-failures": Reason.MAX_FAILURES_EXCEEDED,
     "failed-data": Reason.DATA_ERROR,

@@ -87,6 +87,6 @@ def test_pod_template_adds_what_training_pods_have_but_not_their_image_command_o
     assert "nvidia.com/gpu" not in json.dumps(own["resources"])
     assert pod["spec"]["serviceAccountName"] == "trainer"
     assert env_of(pod)["HTTPS_PROXY"] == "http://proxy"
-    assert volume(pod, "models") == template["spec"]["volumes"][0]  # type: ignore[index]
+    assert volume(pod, "models") == template["spec"]["volumes"][0]
     # Formats that the image of the job can write keep it.
     assert trainer(export_pod([{"format": "kohya", "to": "k"}], podTemplate=template))["image"] == "mine:1"

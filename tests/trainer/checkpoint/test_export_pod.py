@@ -15,6 +15,7 @@ from finetune_contract.run_spec import RunSpec
 from finetune_trainer import export_pod
 from finetune_trainer.errors import StorageError
 from finetune_trainer.export import outputs
+from finetune_trainer.export.formats.write import write_format
 from finetune_trainer.script.outputs import ScriptRecord
 from testing.trainer import tiny
 from testing.trainer.methods import make_method
@@ -88,7 +89,7 @@ def test_a_missing_step_names_those_that_are_kept(spec: RunSpec, tmp_path: Path)
 def test_a_failed_output_does_not_hide_a_complete_one(
     spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = outputs.write_format
+    real = write_format
 
     def fail_kohya(trained: Any, output: Any, *rest: Any) -> Any:
         if output.format == "kohya":
