@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.script_spec import ScriptSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.script.accelerate_config import read_environment
+from finetune_trainer.script.launch import find_script
 from testing.trainer.script_ranks import At, ScriptRanks
 from testing.trainer.scripts import script_spec
 
@@ -132,3 +135,13 @@ def test_a_step_counts_once_if_its_optimizer_is_wrapped_and_has_several_groups(t
     run = ScriptRanks(script_spec(script, {}), tmp_path / "run")
     assert run.run() == [0], run.stderr()
     assert run.reports()[-1]["step"] == 3
+
+
+def test_a_name_is_the_example_and_not_its_copy_in_a_research_project(tmp_path: Path) -> None:
+    for folder in ("a_project/deeper/copies", "text_to_image", "research_projects/onnxruntime/text_to_image"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "train_text_to_image.py").touch()
+    found = find_script(ScriptSpec(path="train_text_to_image.py"), {environment.EXAMPLES: str(tmp_path)})
+    assert found == tmp_path / "text_to_image" / "train_text_to_image.py"
+    with pytest.raises(ConfigError, match=r"there is no example other\.py below"):
+        find_script(ScriptSpec(path="other.py"), {environment.EXAMPLES: str(tmp_path)})

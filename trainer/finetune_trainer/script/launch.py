@@ -8,6 +8,7 @@ import logging
 import os
 import runpy
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ from finetune_trainer.train.context import RankContext
 _LOG = logging.getLogger(__name__)
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 CPU_BACKENDS = ("auto", "gloo", "ccl")
+PROBE_BYTES = 4096
 USAGE_ERROR = 2
 """Exit code of argparse."""
 SCRIPT_FOLDER = "script"
@@ -147,7 +149,8 @@ def find_script(script: ScriptSpec, env: Mapping[str, str]) -> Path:
     if path.is_file():
         return path.absolute()
     examples = Path(env.get(environment.EXAMPLES) or os.devnull)
-    if len(path.parts) == 1 and (found := sorted(examples.rglob(path.name))):
+    # Research projects have copies of some examples, deeper in the folder.
+    if len(path.parts) == 1 and (found := sorted(examples.rglob(path.name), key=lambda each: (len(each.parts), each))):
         return found[0]
     if len(path.parts) == 1:
         where = f"below {examples}" if examples.is_dir() else f"({environment.EXAMPLES} names no folder of examples)"
@@ -260,7 +263,7 @@ def _resume(
 def _run(session: Session, path: Path, argv: list[str], world: World) -> ExitCode:
     """Run the script as the main module; turn its exit into an exit code of the contract."""
     try:
-        with _as_main(path, argv), world.watch_collectives("the script"):
+        with _as_main(path, argv), world.watch_collectives("the script"), _explain_failed_writes(path, session):
             runpy.run_path(str(path), run_name="__main__")
         session.finish()
     except SavedExit:
@@ -276,6 +279,42 @@ def _run(session: Session, path: Path, argv: list[str], world: World) -> ExitCod
         session.emergency_save()
         raise
     return ExitCode.DONE
+
+
+@contextlib.contextmanager
+def _explain_failed_writes(path: Path, session: Session) -> Iterator[None]:
+    """Turn an error of the script into a StorageError if its output folder cannot be written.
+
+    The errors of torch's and other libraries' writers do not name the disk as the cause.
+    """
+    try:
+        yield
+    except RankError:
+        raise
+    except (Exception, SystemExit) as error:
+        is_success = isinstance(error, SystemExit) and error.code in (None, 0, int(ExitCode.SAVED))
+        problem = None if is_success else find_write_error(session.output_folder)
+        if problem is None:
+            raise
+        _LOG.exception("%s failed", path.name)
+        reason = problem.strerror or str(problem)
+        raise StorageError(
+            f"{path.name} failed, and {session.output_folder} cannot be written: {reason}; free space there, or make "
+            "it writable"
+        ) from problem
+
+
+def find_write_error(folder: Path) -> OSError | None:
+    """Return the error of writing a small file into a folder; None if that works, or if there is no such folder."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(PROBE_BYTES))
+            os.fsync(file.fileno())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+    return None
 
 
 class ScriptError(RankError):
