@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -96,7 +97,7 @@ class Evictor:
         self._urgent = UrgentWorkload(plane, queue)
         self.reserved_with_pods: list[bool] = []
         """Whether quota was reserved, at each reconcile with pods after an eviction."""
-        self._left = [
+        self._left: list[tuple[int, Callable[[], None], Callable[[], None]]] = [
             (EVICTED_AT, partial(self._set_queue, "HoldAndDrain"), partial(self._set_queue, "None")),
             (PREEMPTED_AT, self._urgent.create, self._urgent.delete),
         ]
