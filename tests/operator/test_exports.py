@@ -41,7 +41,9 @@ def start_export(jobs: Jobs, other_than: str = "") -> str:
         is_new = pod is not None and pod["metadata"]["uid"] != other_than and pod["status"]["phase"] == "Running"
         return str(pod["metadata"]["uid"]) if pod is not None and is_new else None
 
-    return wait_for("the export pod runs", uid)
+    found = wait_for("the export pod runs", uid)
+    assert found is not None
+    return found
 
 
 def complete(index: int = 0) -> ExportResult:

@@ -49,7 +49,7 @@ def build_export_pod(job: FineTuneJob, request: ExportRequest, settings: Setting
     """
     one = _of_one_process(job, request)
     labels = job_labels(job.metadata.name) | {EXPORT: hash_request(request), TEMPLATE: hash_template(job.spec)}
-    identity = {
+    identity: dict[str, Any] = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": build_metadata(job, export_pod_name(job.metadata.name), labels),

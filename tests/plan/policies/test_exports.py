@@ -89,7 +89,8 @@ def test_job_without_such_outputs_has_no_export() -> None:
 
 def test_lost_pod_is_replaced_and_does_not_count() -> None:
     cluster = _trained(recovery={"maxFailures": 0})
-    for loss in ({"disruption": "DisruptionTarget"}, {}):
+    losses: tuple[dict[str, Any], ...] = ({"disruption": "DisruptionTarget"}, {})
+    for loss in losses:
         cluster.run_export()
         cluster.settle()
         uid = cluster.export_pod.uid
