@@ -78,7 +78,8 @@ def nvmlDeviceGetUUID(handle: int) -> bytes:  # noqa: N802
 
 
 def nvmlEventSetCreate() -> list[int]:  # noqa: N802
-    """Return a set of GPUs whose events are received."""
+    """Return a set of GPUs whose events are received from now on: those before it are over, as in the library."""
+    driver.num_read = len(_lines())
     return []
 
 
@@ -114,11 +115,13 @@ def nvmlEventSetWait_v2(events: list[int], milliseconds: int) -> Any:  # noqa: N
 
 
 def _read_file() -> None:
-    path = os.environ.get(EVENTS_FILE)
-    if not path or not Path(path).is_file():
-        return
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = _lines()
     for line in lines[driver.num_read :]:
         gpu, xid = json.loads(line)
         driver.events.put((gpu, xid))
     driver.num_read = len(lines)
+
+
+def _lines() -> list[str]:
+    path = os.environ.get(EVENTS_FILE)
+    return Path(path).read_text(encoding="utf-8").splitlines() if path and Path(path).is_file() else []
