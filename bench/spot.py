@@ -172,7 +172,10 @@ def read_trace(path: Path) -> list[Interruption]:
 
 def run(practice: Practice, trace: Sequence[Interruption], parameters: SpotParameters) -> SpotResult:
     """Run one job through a trace."""
-    settings = SIMULATED if practice.is_ours else replace(SIMULATED, hold_seconds=0)
+    # Gangs are off by default; the other practices have no gang either.
+    settings = replace(SIMULATED, gangs=False)
+    if not practice.is_ours:
+        settings = replace(settings, hold_seconds=0)
     cluster = SimulatedCluster("spot", IgnoringWatchdog(), parameters.num_nodes, settings)
     cluster.kubelets.pull_seconds, cluster.kubelets.cached_seconds = parameters.pull_seconds, 2.0
     work = _workload(practice, trace, parameters)
