@@ -16,7 +16,7 @@ from finetune_operator.server.logs import JsonFormatter, TextFormatter
 from finetune_operator.server.options import GROUPS, SETTINGS, RunOptions, add_flags, read_options
 from finetune_operator.settings import Settings
 
-NOT_FLAGS = {"trainer_command", "require_storage", "outputs_on_volumes", "coordinator_ca_in_run"}
+NOT_FLAGS = {"trainer_command", "export_command", "require_storage", "outputs_on_volumes", "coordinator_ca_in_run"}
 """Settings that the image, the cluster type or other flags determine."""
 
 
