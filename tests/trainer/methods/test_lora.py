@@ -204,7 +204,7 @@ def test_writing_outputs_twice_gives_the_same_bytes(base: Path, tmp_path: Path) 
     [
         (
             {"format": "single-file", "to": "x"},
-            r"outputs\[0\]\.format: the method cannot write single-file; write comfyui, diffusers",
+            r"outputs\[0\]\.format: the method cannot write single-file; write comfyui, compiled, diffusers",
         ),
     ],
 )
