@@ -20,6 +20,9 @@ NOTICES = frozenset({"TerminationByKubelet", "NoticeSaved", "Preempted"})
 LOST = frozenset({"PodLost", "NodeLost"})
 NOT_SAVED = frozenset({"StorageError", "StorageUnavailable", "CheckpointStale"})
 FAILED = frozenset({"MaxFailuresExceeded", "SameStepFailures"})
+OUTAGE = "StorageUnavailable"
+OUTAGES = 2
+"""Attempts of a job that end because of an outage, before the disk of a permanent fault is repaired."""
 DISK_MESSAGES = {"full disk": "no space left", "read-only": "read-only"}
 
 
@@ -73,7 +76,11 @@ class Cell:
 
     @property
     def is_permanent(self) -> bool:
-        """Return whether the fault affects every attempt, so that the job must fail with a message about it."""
+        """Return whether the fault affects every attempt.
+
+        The job must fail with a message about it. If its attempts end because of an outage, which does not count towards
+        `maxFailures`, it must wait for the repair.
+        """
         return self.fault in DISK and self.target == "all"
 
 
@@ -131,6 +138,8 @@ def verdict(cell: Cell, status: dict[str, Any], same_weights: bool | None) -> st
         status: status of the job at its end.
         same_weights: whether the output equals that of the undisturbed run; None: there is no output.
     """
+    if cell.is_permanent and status.get("phase") == "Succeeded":
+        return _check_outages(cell, status) if same_weights else "different weights"
     if cell.is_permanent:
         return _check_failure(cell, status)
     if status.get("phase") != "Succeeded":
@@ -151,6 +160,14 @@ def _check_cause(cell: Cell, status: dict[str, Any]) -> str:
         lines = str(attempts[0].get("message")).strip().splitlines() or [""]
         return f"attempt 1 ended with reason {first}: {lines[-1][:200]}"
     return ""
+
+
+def _check_outages(cell: Cell, status: dict[str, Any]) -> str:
+    outages = [entry for entry in status.get("attempts", []) if entry.get("reason") == OUTAGE]
+    if len(outages) < OUTAGES:
+        return f"the job succeeded after {len(outages)} outages"
+    unnamed = [entry for entry in outages if DISK_MESSAGES[cell.fault] not in str(entry.get("message")).lower()]
+    return f"the message does not name the fault: {unnamed[0].get('message')}" if unnamed else ""
 
 
 def _check_failure(cell: Cell, status: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from finetune_operator.cluster.local.settings import LOCAL
 from finetune_operator.cluster.reconcile import ReconcileResult
 from testing.trainer.scripts import PROGRAMS
 from tests.chaos.matrix import faults
-from tests.chaos.matrix.cells import DISK, Cell
+from tests.chaos.matrix.cells import DISK, OUTAGE, OUTAGES, Cell
 from tests.chaos.matrix.supervisor import EVENTS_FOLDER, GPU_EVENTS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -73,6 +73,8 @@ class EndObserver:
 
     ended_at: float | None = None
     on_end: list[Callable[[], None]] = field(default_factory=list)
+    on_outages: list[Callable[[], None]] = field(default_factory=list)
+    """Called when OUTAGES attempts have ended because of an outage."""
     warnings: list[str] = field(default_factory=list)
 
     def on_reconcile(self, result: ReconcileResult) -> None:
@@ -83,6 +85,9 @@ class EndObserver:
         if attempts and attempts[0].reason is not None:
             while self.on_end:
                 self.on_end.pop()()
+        if sum(entry.reason == OUTAGE for entry in attempts) >= OUTAGES:
+            while self.on_outages:
+                self.on_outages.pop()()
 
     def warn(self, message: str) -> None:
         """Keep a warning."""
@@ -411,7 +416,9 @@ class FaultInjection:
     def _heal_later(self) -> None:
         assert self._environment.disk is not None
         heal = self._environment.disk.heal
-        if not self._cell.is_permanent:
+        if self._cell.is_permanent:
+            self._observer.on_outages.append(heal)
+        else:
             # Training tolerates a temporary fault of the disk. An attempt that has not begun to train fails, and the
             # next one finds a working disk.
             self._observer.on_end.append(heal)
