@@ -78,8 +78,8 @@ class Cell:
     def is_permanent(self) -> bool:
         """Return whether the fault affects every attempt.
 
-        The job must fail with a message about it. If its attempts end because of an outage, which does not count towards
-        `maxFailures`, it must wait for the repair.
+        The job must fail with a message about it. If its attempts end because of an outage, which does not count
+        towards `maxFailures`, it must wait for the repair.
         """
         return self.fault in DISK and self.target == "all"
 
