@@ -9,13 +9,21 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from finetune_contract import paths
+from finetune_contract.exit_codes import ExitCode
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_trainer.checkpoint.store.folder import FolderStore
 from finetune_trainer.checkpoint.store.retention import Retention
-from finetune_trainer.errors import StaleError
+from finetune_trainer.delivery.open import DeliveryPlace
+from finetune_trainer.distributed.world import World
+from finetune_trainer.errors import StaleError, StorageError
+from finetune_trainer.export.outputs import check_targets
+from finetune_trainer.train.checks import check_place
 from testing.trainer import tiny
 from tests.trainer.checkpoint.test_checkpointer import LoopHarness, names
 
@@ -114,3 +122,24 @@ def test_checkpoint_with_an_unreadable_file_is_skipped(disk: Path, name: str) ->
     assert chosen.manifest.step == 1
     assert warnings == [f"checkpoint step-00000002-a1 is skipped: {name} cannot be read: Permission denied"]
     assert names(disk / "job") == ["step-00000001-a1", "step-00000002-a1"]
+
+
+@needs_root
+def test_an_output_on_a_read_only_disk_is_not_refused_for_good(disk: Path) -> None:
+    """The kernel makes a file system read-only after an error; the next attempt may run on another node."""
+    mount("-o", "remount,ro", str(disk))
+    outputs = [OutputSpec(format="diffusers", to=str(disk / "lora"))]
+    with pytest.raises(
+        StorageError, match=r"outputs\[0\]\.to: cannot write to .*lora: Read-only file system"
+    ) as raised:
+        check_targets(outputs, DeliveryPlace(disk))
+    assert raised.value.code is ExitCode.STORAGE
+
+
+@needs_root
+def test_a_read_only_cache_is_named(disk: Path) -> None:
+    mount("-o", "remount,ro", str(disk))
+    spec = tiny.make_spec(Path("b"), Path("d"))
+    context = SimpleNamespace(spec=spec, cache_dir=disk)
+    with pytest.raises(StorageError, match=r"cache: cannot write .*: Read-only file system"):
+        check_place(context, World(0, 1, 0, torch.device("cpu")))  # type: ignore[arg-type]

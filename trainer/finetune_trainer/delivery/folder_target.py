@@ -28,10 +28,12 @@ PERMANENT = frozenset(
         errno.ENAMETOOLONG,
         errno.ENOTDIR,
         errno.EPERM,
-        errno.EROFS,
     }
 )
-"""Errors that remain until somebody changes the path or its permissions; others, such as a full disk, may pass."""
+"""Errors that remain until somebody changes the path or its permissions; others, such as a full disk, may pass.
+
+A kernel also makes a file system read-only after an error of its disk: on another node, the next attempt can succeed.
+"""
 _NOT_RENAMED = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.EXDEV, errno.EINVAL, errno.ENOTDIR})
 WRITING = ".writing"
 """End of the name of the folder in which an output is written."""
@@ -51,7 +53,12 @@ class FolderTarget:
         self._folder = folder
 
     def check(self, output_format: str) -> None:
-        """Create and remove a file in the folder; a folder that was missing is removed again."""
+        """Create and remove a file in the folder; a folder that was missing is removed again.
+
+        Raises:
+            ConfigError: the path or its permissions are wrong.
+            StorageError: the file system is read-only.
+        """
         del output_format
         try:
             created = _missing(self._folder)
@@ -65,6 +72,8 @@ class FolderTarget:
         except OSError as error:
             if error.errno in PERMANENT:
                 raise self._refused(error) from error
+            if error.errno == errno.EROFS:
+                raise StorageError(f"{self._field}: cannot write to {self._folder}: {error.strerror}") from error
 
     def staging_folder(self, key: str) -> Path:
         """Return where to write an output, so that delivering it copies nothing. Its parent exists.

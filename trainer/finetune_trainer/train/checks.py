@@ -5,7 +5,8 @@ All checks run before anything is loaded. `finetune validate` shares those of `f
 
 from __future__ import annotations
 
-import os
+import errno
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,10 +88,12 @@ def check_place(context: RankContext, world: World) -> None:
         check_device(training, world.device)
     try:
         context.cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=context.cache_dir):
+            pass
     except OSError as error:
-        raise StorageError(f"cache: cannot write {context.cache_dir}: {error.strerror}") from error
-    if not os.access(context.cache_dir, os.W_OK | os.X_OK):
-        raise StorageError(f"cache: cannot write {context.cache_dir}: it is not writable for the trainer's user")
+        # The map phase waits until a full disk has room.
+        if error.errno != errno.ENOSPC:
+            raise StorageError(f"cache: cannot write {context.cache_dir}: {error.strerror}") from error
     if world.is_first:
         check_targets(context.spec.outputs, context.delivery)
 
