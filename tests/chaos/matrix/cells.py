@@ -23,7 +23,7 @@ FAILED = frozenset({"MaxFailuresExceeded", "SameStepFailures"})
 OUTAGE = "StorageUnavailable"
 OUTAGES = 2
 """Attempts of a job that end because of an outage, before the disk of a permanent fault is repaired."""
-DISK_MESSAGES = {"full disk": "no space left", "read-only": "read-only"}
+DISK_MESSAGES = {"full disk": ("no space left", "are free; enlarge the volume"), "read-only": ("read-only",)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Cell:
         The job must fail with a message about it. If its attempts end because of an outage, which does not count
         towards `maxFailures`, it must wait for the repair.
         """
-        return self.fault in DISK and self.target == "all"
+        # The map phase waits until a full disk has room.
+        return self.fault in DISK and self.target == "all" and (self.fault, self.stage) != ("full disk", "caching")
 
 
 def all_cells() -> list[Cell]:
@@ -166,8 +167,7 @@ def _check_outages(cell: Cell, status: dict[str, Any]) -> str:
     outages = [entry for entry in status.get("attempts", []) if entry.get("reason") == OUTAGE]
     if len(outages) < OUTAGES:
         return f"the job succeeded after {len(outages)} outages"
-    unnamed = [entry for entry in outages if DISK_MESSAGES[cell.fault] not in str(entry.get("message")).lower()]
-    return f"the message does not name the fault: {unnamed[0].get('message')}" if unnamed else ""
+    return next((text for entry in outages if (text := _check_message(cell, str(entry.get("message"))))), "")
 
 
 def _check_failure(cell: Cell, status: dict[str, Any]) -> str:
@@ -177,4 +177,9 @@ def _check_failure(cell: Cell, status: dict[str, Any]) -> str:
     wrong = [entry.get("reason") for entry in attempts if entry.get("reason") not in reasons(cell)]
     if wrong:
         return f"an attempt ended with reason {wrong[0]}"
-    return "" if DISK_MESSAGES[cell.fault] in message.lower() else f"the message does not name the fault: {message}"
+    return _check_message(cell, message)
+
+
+def _check_message(cell: Cell, message: str) -> str:
+    is_named = any(text in message.lower() for text in DISK_MESSAGES[cell.fault])
+    return "" if is_named else f"the message does not name the fault: {message}"

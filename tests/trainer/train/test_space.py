@@ -12,7 +12,7 @@ from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import CheckpointInterval
 from finetune_trainer.delivery.open import DeliveryPlace
-from finetune_trainer.errors import ConfigError
+from finetune_trainer.errors import ConfigError, StorageOutageError
 from finetune_trainer.models.base import open_base
 from finetune_trainer.train.preset import Weights
 from finetune_trainer.train.space import check as space
@@ -118,11 +118,14 @@ def test_the_estimate_of_a_real_base_is_its_checkpoint(base: Path, tmp_path: Pat
         return 1, needed
 
     monkeypatch.setattr(space, "measure_free", measure)
-    check_space(spec, family, DeliveryPlace(tmp_path / "job"))
+    check_space(spec, family, DeliveryPlace(tmp_path / "job"), 1)
     assert asked == [paths.checkpoints(tmp_path / "job")]
     needed -= 1
     with pytest.raises(ConfigError, match=r"^checkpoint\.storage: the run will write about .* are free; enlarge"):
-        check_space(spec, family, DeliveryPlace(tmp_path / "job"))
+        check_space(spec, family, DeliveryPlace(tmp_path / "job"), 1)
+    # The volume was filled since the first attempt: its space may return.
+    with pytest.raises(StorageOutageError, match="are free; enlarge"):
+        check_space(spec, family, DeliveryPlace(tmp_path / "job"), 2)
 
 
 def test_the_space_of_a_folder_that_does_not_exist_is_that_of_its_parent(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def run_rank(context: RankContext, env: Mapping[str, str] = os.environ) -> ExitC
     check_inputs(inputs.spec, inputs.family, world.device)
     if world.is_first and not inputs.resumes:
         check_adapters(inputs.spec.outputs, inputs.family)
-        # A later attempt waits for space, so that it loses nothing.
-        check_space(inputs.spec, inputs.family, context.delivery)
+        # An attempt that resumes waits for space during its saves, so that it loses nothing.
+        check_space(inputs.spec, inputs.family, context.delivery, context.attempt)
     context.phases.end(StartPhase.INPUTS)
     return _run_phases(RunBuilder(context, world, inputs, ArtifactSync(context.job_dir, inputs.bucket)))
 

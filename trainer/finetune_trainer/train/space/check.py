@@ -14,7 +14,7 @@ from finetune_contract import paths
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer.delivery.folder_target import FolderTarget
 from finetune_trainer.delivery.open import DeliveryPlace, open_target
-from finetune_trainer.errors import ConfigError
+from finetune_trainer.errors import ConfigError, StorageOutageError
 from finetune_trainer.models.family import Family
 from finetune_trainer.train.hardware import count_weights
 from finetune_trainer.train.preset import Weights
@@ -47,16 +47,17 @@ FreeSpace = Callable[[Path], tuple[object, int | None]]
 """Returns the file system of a folder, and its free bytes; None if it does not tell."""
 
 
-def check_space(spec: RunSpec, family: Family, place: DeliveryPlace) -> None:
+def check_space(spec: RunSpec, family: Family, place: DeliveryPlace, attempt: int) -> None:
     """Refuse a run whose checkpoints and outputs do not fit into its volumes. Only rank 0 calls it.
 
     Raises:
-        ConfigError: the message names the fields, what is needed and free, and the remedy.
+        ConfigError: they never fitted. The message names the fields, what is needed and free, and the remedy.
+        StorageOutageError: an earlier attempt had the space, or was to get it; another attempt follows.
     """
     weights = count_weights(spec.training, family, spec.dataset.shuffle_tags is not None)
     needs = find_needs(spec, weights, _size_of_base(family), place)
     if shortage := find_shortage(needs, measure_free):
-        raise ConfigError(shortage)
+        raise ConfigError(shortage) if attempt == 1 else StorageOutageError(shortage)
 
 
 def find_needs(spec: RunSpec, weights: Weights, base_bytes: int, place: DeliveryPlace) -> list[Need]:
