@@ -102,8 +102,9 @@ def test_conflicts_name_the_setting() -> None:
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        ({"fp32 native": 3.0, "bf16 native": 1.0, "bf16 with IPEX": 0.9}, BF16_IPEX),
-        ({"fp32 native": 3.0, "bf16 native": 1.0, "bf16 with IPEX": 0.99}, BF16),
+        ({"fp32 native": 3.0, "bf16 native": 1.0, "bf16 with IPEX": 0.45}, BF16_IPEX),
+        ({"fp32 native": 3.0, "bf16 native": 1.0, "bf16 with IPEX": 0.6}, BF16),
+        ({"fp32 native": 1.0, "bf16 native": 0.9, "bf16 with IPEX": 1.5}, BF16),
         ({"fp32 native": 1.0, "bf16 native": 0.98, "bf16 with IPEX": 1.5}, NATIVE),
         ({"bf16 with IPEX": 1.0}, BF16_IPEX),
     ],
@@ -239,7 +240,7 @@ def test_required_ipex_needs_no_measurement_if_the_format_is_given(tuner: Any, m
 
 def test_a_kept_choice_of_ipex_does_not_bind_an_image_without_it(tuner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "unavailable_reason", lambda: "")
-    answer = json.dumps({"fp32 native": 2.0, "bf16 native": 1.0, "bf16 with IPEX": 0.5})
+    answer = json.dumps({"fp32 native": 2.0, "bf16 native": 1.0, "bf16 with IPEX": 0.4})
     assert tuner().choose(Probes(answer)) == BF16_IPEX
     monkeypatch.setattr(tuning, "unavailable_reason", lambda: "no IPEX here")
     assert tuner(resumes=True).choose(Probes("")) == BF16
