@@ -6,6 +6,8 @@ from typing import Any
 
 from finetune_contract.methods import ADAPTER_METHODS, METHODS, TrainedPart
 from finetune_contract.outputs.spec import FileContainer, OutputFormat, OutputLayout, OutputPrecision, OutputSpec
+from finetune_contract.spec import Method
+from finetune_operator.api.job import FineTuneJobSpec
 from finetune_operator.api.rules.rule import Rule, Scope, cel_list, join_names
 from finetune_operator.api.rules.training import SPEC
 
@@ -19,6 +21,22 @@ _OF_LORA = (OutputFormat.MERGED, *_CONVERTED)
 """Formats that add a LoRA to its base."""
 _COMPLETE = tuple(method for method, traits in METHODS.items() if traits.trains is TrainedPart.BASE)
 _OPENVINO = tuple(method for method, traits in METHODS.items() if OutputFormat.OPENVINO in traits.formats)
+
+
+def _only_for(methods: tuple[Method, ...], formats: tuple[OutputFormat, ...], message: str) -> Rule[FineTuneJobSpec]:
+    """Return the rule that only these methods have outputs of these formats; a script may have any."""
+    return Rule(
+        SPEC,
+        "outputs",
+        f"!has(self.training.method) || self.outputs.all(output, !(output.format in {cel_list(formats)}))"
+        f" || self.training.method in {cel_list(methods)}",
+        lambda spec: (
+            spec.training.method is None
+            or spec.training.method in methods
+            or all(output.format not in formats for output in spec.outputs)
+        ),
+        message,
+    )
 
 
 def _of_merged(field: str, formats: tuple[OutputFormat, ...], is_absent: str, holds: Any) -> Rule[OutputSpec]:
@@ -42,29 +60,15 @@ def _of_converted(field: str, is_absent: str, holds: Any) -> Rule[OutputSpec]:
 
 
 OUTPUT_RULES = (
-    Rule(
-        SPEC,
-        "outputs",
-        f"!has(self.training.method) || self.outputs.all(output, !(output.format in {cel_list(ADAPTER_FORMATS)}))"
-        f" || self.training.method in {cel_list(ADAPTER_METHODS)}",
-        lambda spec: (
-            spec.training.method is None
-            or spec.training.method in ADAPTER_METHODS
-            or all(output.format not in ADAPTER_FORMATS for output in spec.outputs)
-        ),
+    _only_for(
+        ADAPTER_METHODS,
+        ADAPTER_FORMATS,
         f"outputs has a format for {join_names(ADAPTER_METHODS)} only ({join_names(ADAPTER_FORMATS)}); write format: "
         "diffusers",
     ),
-    Rule(
-        SPEC,
-        "outputs",
-        f"!has(self.training.method) || self.outputs.all(output, !(output.format in {cel_list(_CONVERTED)}))"
-        f" || self.training.method in {cel_list(_OPENVINO)}",
-        lambda spec: (
-            spec.training.method is None
-            or spec.training.method in _OPENVINO
-            or all(output.format not in _CONVERTED for output in spec.outputs)
-        ),
+    _only_for(
+        _OPENVINO,
+        _CONVERTED,
         f"outputs has a format ({join_names(_CONVERTED)}) for complete models and LoRA ({join_names(_OPENVINO)}) only; "
         "write format: diffusers",
     ),
