@@ -184,3 +184,15 @@ def make_spec(base: Path, data: Path, **training: Any) -> RunSpec:
             "checkpointInterval": {"steps": 2},
         }
     )
+
+
+def write_manifest(path: Path, spec: RunSpec) -> None:
+    """Write the manifest of a job named tiny that trains as a run specification says."""
+    training = spec.training.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    manifest = {
+        "apiVersion": "finetune-operator.io/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "tiny"},
+        "spec": {"model": {"base": spec.model.base}, "dataset": {"source": spec.dataset.source}, "training": training},
+    }
+    path.write_text(json.dumps(manifest))

@@ -148,14 +148,7 @@ def test_the_command_exports_a_step_from_a_manifest_and_a_folder(
         method = make_method(base, "LoRA", lora={"rank": 2})
         fill(method, step)
         save(tmp_path / "job", spec, method, step)
-    training = spec.training.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    manifest = {
-        "apiVersion": "finetune-operator.io/v1alpha1",
-        "kind": "FineTuneJob",
-        "metadata": {"name": "tiny"},
-        "spec": {"model": {"base": str(base)}, "dataset": {"source": str(data)}, "training": training},
-    }
-    (tmp_path / "job.yaml").write_text(json.dumps(manifest))
+    tiny.write_manifest(tmp_path / "job.yaml", spec)
     where = ["--home", str(tmp_path / "home"), "--to", str(tmp_path / "out"), "--format", "kohya"]
     folder = ["--folder", str(tmp_path / "job")]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,7 @@ def test_a_checkpoint_of_a_manifest_draws(
     method = make_method(base, "LoRA", lora={"rank": 2})
     fill(method, 1.0)
     save(tmp_path / "job", spec, method, 4)
-    training = spec.training.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    manifest = {
-        "apiVersion": "finetune-operator.io/v1alpha1",
-        "kind": "FineTuneJob",
-        "metadata": {"name": "tiny"},
-        "spec": {"model": {"base": str(base)}, "dataset": {"source": str(data)}, "training": training},
-    }
-    (tmp_path / "job.yaml").write_text(json.dumps(manifest))
+    tiny.write_manifest(tmp_path / "job.yaml", spec)
     words = ["generate", "--home", str(tmp_path / "home"), "--job", str(tmp_path / "job.yaml")]
     words += ["--folder", str(tmp_path / "job"), "--prompt", "a", "--steps", "1", "--strength", "0,1"]
     words += ["--compare", "base", "--grid", str(tmp_path / "grid.png")]
