@@ -16,6 +16,7 @@ from testing.operator.harness import ACCOUNT, HOME, Jobs, OperatorProcess, build
 from tests.operator.conftest import NewOperator
 
 V1ALPHA2 = "scheduling.k8s.io/v1alpha2"
+GATES = ("GenericWorkload", "GangScheduling", "TopologyAwareWorkloadScheduling")
 VOLCANO, COSCHEDULING = "scheduling.volcano.sh/v1beta1", "scheduling.x-k8s.io/v1alpha1"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
@@ -24,7 +25,7 @@ CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 def gang_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A control plane that serves PodGroups, with a scheduler that respects them."""
     folder = tmp_path_factory.mktemp("gang-plane")
-    with ControlPlane(folder=folder, features=("GenericWorkload", "GangScheduling"), apis=(V1ALPHA2,)) as plane:
+    with ControlPlane(folder=folder, features=GATES, apis=(V1ALPHA2,)) as plane:
         for version in (VOLCANO, COSCHEDULING):
             install_stand_in(plane, version)
         install(plane, features=("gangs",))
@@ -111,6 +112,27 @@ def test_pod_group_holds_no_node_until_all_pods_fit(gang_jobs: Jobs, gang_operat
         gang_jobs.delete_pod(name)
     gang_jobs.wait_attempt("circles", 2)
     wait_for("the old group is deleted", lambda: set(groups(gang_jobs, V1ALPHA2)) == {"circles-a2"})
+
+
+def test_packed_pod_group_runs_in_the_zone_that_has_room_for_all_pods(
+    gang_jobs: Jobs, gang_operator: OperatorProcess
+) -> None:
+    """The pods prefer the small zone, so with their affinity alone the gang would wait there."""
+    add, zone = gang_jobs.control_plane.add_nodes, "topology.kubernetes.io/zone"
+    add(1, prefix="small", cpu="1500m", labels={"test": "packed", zone: "small"})
+    large = add(3, prefix="large", cpu="1500m", labels={"test": "packed", zone: "large"})
+    job = gang_of(3, "packed")
+    job["spec"]["topology"]["pack"] = "zone"
+    term = {"matchExpressions": [{"key": zone, "operator": "In", "values": ["small"]}]}
+    affinity = {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": term}]}
+    job["spec"]["podTemplate"]["spec"]["affinity"] = {"nodeAffinity": affinity}
+    gang_jobs.create(job)
+    wait_for("all pods have a node", lambda: len(placed(gang_jobs)) == 3)
+    pods = gang_jobs.pods()
+    assert {pod["spec"]["nodeName"] for pod in pods.values()} == set(large)
+    assert set(pods) == {f"circles-a1-n{rank}" for rank in range(3)}
+    preferred = pods["circles-a1-n0"]["spec"]["affinity"]["nodeAffinity"]
+    assert preferred["preferredDuringSchedulingIgnoredDuringExecution"][0]["preference"] == term
 
 
 @pytest.mark.parametrize(

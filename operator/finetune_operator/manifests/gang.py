@@ -31,32 +31,45 @@ def group_name(job: str, attempt: int) -> str:
     return f"{job}-a{attempt}"
 
 
-def build_group(job: FineTuneJob, attempt: int, mode: SchedulingMode, api_version: str, least: int) -> dict[str, Any]:
-    """Return the PodGroup of an attempt.
+@dataclass(frozen=True)
+class GroupOptions:
+    """What the PodGroup of one attempt depends on besides its job."""
 
-    Args:
-        job: the job that owns it.
-        attempt: the attempt whose pods are its members.
-        mode: which API it belongs to.
-        api_version: a version of that API that the cluster serves.
-        least: number of pods that receive nodes together.
-    """
+    mode: SchedulingMode
+    """Which API it belongs to."""
+    api_version: str
+    """A version of that API that the cluster serves."""
+    least: int
+    """Number of pods that receive nodes together."""
+    pack_label: str | None = None
+    """Label of nodes whose value all pods must share; None: they may run anywhere."""
+
+
+def build_group(job: FineTuneJob, attempt: int, options: GroupOptions) -> dict[str, Any]:
+    """Return the PodGroup of an attempt."""
     own = job_labels(job.metadata.name) | {labels.ATTEMPT: str(attempt)}
-    spec: dict[str, Any]
-    if mode is SchedulingMode.POD_GROUP:
-        spec = {"schedulingPolicy": {"gang": {"minCount": least}}}
-    else:
-        spec = {"minMember": least}
-    if mode is SchedulingMode.VOLCANO and (queue := _volcano_queue(job)):
-        spec["queue"] = queue
-    if api_version in WITH_PRIORITY and job.spec.priority_class_name:
-        spec["priorityClassName"] = job.spec.priority_class_name
     return {
-        "apiVersion": api_version,
+        "apiVersion": options.api_version,
         "kind": gangs.POD_GROUP,
         "metadata": build_metadata(job, group_name(job.metadata.name, attempt), own),
-        "spec": spec,
+        "spec": _group_spec(job, options),
     }
+
+
+def _group_spec(job: FineTuneJob, options: GroupOptions) -> dict[str, Any]:
+    spec: dict[str, Any]
+    if options.mode is SchedulingMode.POD_GROUP:
+        spec = {"schedulingPolicy": {"gang": {"minCount": options.least}}}
+    else:
+        spec = {"minMember": options.least}
+    if options.mode is SchedulingMode.POD_GROUP and options.pack_label is not None:
+        # The API server drops this field if its feature gate is off; the affinity of the pods then packs them.
+        spec["schedulingConstraints"] = {"topology": [{"key": options.pack_label}]}
+    if options.mode is SchedulingMode.VOLCANO and (queue := _volcano_queue(job)):
+        spec["queue"] = queue
+    if options.api_version in WITH_PRIORITY and job.spec.priority_class_name:
+        spec["priorityClassName"] = job.spec.priority_class_name
+    return spec
 
 
 def join_gang(pod: dict[str, Any], membership: GangMembership) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.manifests import PodOptions, build_config, build_pod, build_service
-from finetune_operator.manifests.gang import GangMembership, build_group
+from finetune_operator.manifests.gang import GangMembership, GroupOptions, build_group
+from finetune_operator.manifests.placement import pack_label
 from finetune_operator.plan.model import admission, gangs
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.ledger import follows_gpu_fault, open_attempt, open_entry, replace_current
@@ -116,7 +117,8 @@ def _missing_group(view: View, membership: GangMembership | None) -> tuple[Creat
         return ()
     if any(child.kind == POD_GROUP and child.name == membership.group for child in view.observed.children):
         return ()
-    return (Create(build_group(view.job, view.attempt, membership.mode, api, gangs.least_new(view))),)
+    options = GroupOptions(membership.mode, api, gangs.least_new(view), pack_label(view.spec, view.settings))
+    return (Create(build_group(view.job, view.attempt, options)),)
 
 
 def _bad_nodes(status: FineTuneJobStatus) -> tuple[str, ...]:
