@@ -222,8 +222,6 @@ def gradients_of(base: Path, method: str, precision: str, uses_ipex: bool) -> An
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     family = open_base(ModelSpec(base=str(base)))
     made = method_class(spec.method)(MethodContext(family, spec, Draws(0), CPU, dtype, uses_ipex=uses_ipex))
-    if uses_ipex:
-        made.use_optimizer(torch.optim.AdamW(list(made.parameters().values())))
     made.refresh()
     leaves = made.leaves()
     loss = made.losses(made.prepare(make_batch("sd1", caption="a <cat>"))).sum()
@@ -251,3 +249,96 @@ def test_the_gradients_of_group_norms_may_have_another_layout_than_their_inputs(
 
     settings = StepSettings("Full", ComputePath(Precision.FP32, True), 2, 64)
     assert CpuStep(NarrowFamily(32, tmp_path), settings, World(0, 1, 0, CPU)).run() > 0
+
+
+CONVOLUTIONS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    # On processors with AMX, the layout for 16 x 16 differs from the one that IPEX packs without knowing the shape.
+    "plain": ({"in_channels": 384, "out_channels": 384, "kernel_size": 3, "padding": 1}, (16, 4)),
+    "strided, without bias": (
+        {"in_channels": 96, "out_channels": 192, "kernel_size": 3, "stride": 2, "padding": 1, "bias": False},
+        (32, 12),
+    ),
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_is_packed_in_the_layout_that_its_input_needs(
+    name: str, is_trained: bool, precision: str, optimized: dict[str, Path]
+) -> None:
+    del optimized  # the native jobs have run
+    import torch  # noqa: PLC0415  slow to import
+    from torch import nn  # noqa: PLC0415
+
+    from finetune_trainer.intel.layers import TrainedLayers, optimize_frozen  # noqa: PLC0415
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    options, sides = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    plain: Any = nn.Sequential(nn.Conv2d(**options, dtype=dtype)).to(memory_format=torch.channels_last)
+    plain.requires_grad_(is_trained)
+    packed: Any = nn.Sequential(nn.Conv2d(**options, dtype=dtype)).to(memory_format=torch.channels_last)
+    packed.requires_grad_(is_trained)
+    packed.load_state_dict(plain.state_dict())
+    trained = TrainedLayers([packed])
+    assert len(trained) == is_trained
+    assert optimize_frozen(packed) == (not is_trained)
+    layer: Any = trained._packed[0] if is_trained else packed[0]
+    tolerance = 0.02 if precision == "bf16" else 1e-4
+    for side in (*sides, sides[0]):
+        x = torch.randn(2, plain[0].in_channels, side, side).to(dtype, memory_format=torch.channels_last)
+        results = [_call(module, x) for module in (plain, packed)]
+        for expected, found in zip(*results, strict=True):
+            assert (found - expected).norm() <= tolerance * expected.norm()
+        counterpart = layer._layouts.of(x.shape)
+        assert torch.equal(counterpart.ctx.get_weight(), _pack(plain[0], x))
+        # Trained weights change, and both copies follow.
+        if is_trained:
+            for parameters in zip(plain.parameters(), packed.parameters(), strict=True):
+                for parameter in parameters:
+                    parameter.data.mul_(1.5)
+            trained.refresh()
+    layouts = [_pack(plain[0], torch.zeros(2, plain[0].in_channels, side, side, dtype=dtype)) for side in sides]
+    assert len(layer._layouts.counterparts) == 1 + (not torch.equal(*layouts))
+
+
+def _call(module: Any, x: Any) -> list[Any]:
+    """Return the output and all gradients of a module."""
+    import torch  # noqa: PLC0415  slow to import
+
+    x = x.detach().requires_grad_()
+    output = module(x)
+    inputs = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
+    return [output.detach(), *torch.autograd.grad(output, inputs, torch.ones_like(output))]
+
+
+def _pack(layer: Any, x: Any) -> Any:
+    """Return the weight of a convolution in the layout that IPEX chooses for an input."""
+    import torch  # noqa: PLC0415  slow to import
+
+    weight = layer.weight.detach().clone(memory_format=torch.channels_last)
+    settings = (layer.stride, layer.padding, layer.dilation, layer.groups, True, list(x.shape))
+    return torch.ops.ipex_prepack.convolution_prepack(weight, layer.bias, *settings).get_weight()
+
+
+def test_trained_layers_compute_with_their_present_weights(optimized: dict[str, Path]) -> None:
+    del optimized  # the native jobs have run
+    import torch  # noqa: PLC0415  slow to import
+    from torch import nn  # noqa: PLC0415
+
+    from finetune_trainer.intel.layers import TrainedLayers  # noqa: PLC0415
+
+    for layer, x in (
+        (nn.Linear(32, 48), torch.randn(4, 32)),
+        (nn.Conv2d(16, 32, 3), torch.randn(2, 16, 8, 8)),
+    ):
+        module: Any = nn.Sequential(layer)
+        trained = TrainedLayers([module])
+        module(x)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+            layer.bias.add_(3)
+        trained.refresh()
+        expected = type(layer).forward(layer, x)
+        assert torch.allclose(module(x), expected, atol=1e-4)

@@ -100,11 +100,6 @@ class DenoiserMethod:
         if self._packed is not None:
             self._packed.refresh()
 
-    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let IPEX compute the trained layers, if the run uses it."""
-        if self._context.uses_ipex:
-            self._packed = TrainedLayers(self._modules, optimizer)
-
     def sharded_modules(self) -> Sequence[nn.Module]:
         """Return no modules; methods that can be sharded override this."""
         return ()
@@ -256,6 +251,8 @@ class DenoiserMethod:
             if compiles:
                 compile_blocks(module, self._family.compiled_blocks)
             use_fused_operations(module, compiles)
+        if self._context.uses_ipex:
+            self._packed = TrainedLayers(self._modules)
 
 
 def draws_own_masks(training: TrainingSpec, device: torch.device) -> bool:

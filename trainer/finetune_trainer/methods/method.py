@@ -90,10 +90,6 @@ class Method(Protocol):
         """Update the copies of the trained parameters. Call it after the parameters have changed."""
         ...
 
-    def use_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Prepare the trained layers for the optimizer of complete parameters. Call it once, before the first pass."""
-        ...
-
     def sharded_modules(self) -> Sequence[nn.Module]:
         """Return the modules whose parameters can be sharded; empty if the method cannot be sharded."""
         ...

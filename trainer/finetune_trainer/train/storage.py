@@ -39,8 +39,6 @@ def make_complete_state(training: TrainingSpec, method: Method, device: torch.de
         optimizer = make_flat_optimizer(training, parameters)
     optimizer = optimizer or make_optimizer(training, parameters)
     flats = optimizer.flats if isinstance(optimizer, FlatOptimizer) else ()
-    if not isinstance(optimizer, FlatOptimizer):
-        method.use_optimizer(optimizer.inner if isinstance(optimizer, RoundedOptimizer) else optimizer)
     return TrainState(
         parameters,
         optimizer,

@@ -165,7 +165,7 @@ def measure_layer(shape: LayerShape, path: ComputePath, is_trained: bool) -> flo
     layer = nn.Sequential(shape.make(dtype)).requires_grad_(is_trained)
     packed = None
     if path.uses_ipex and is_trained:
-        packed = TrainedLayers([layer], torch.optim.AdamW(layer.parameters()))
+        packed = TrainedLayers([layer])
     elif path.uses_ipex:
         optimize_frozen(layer)
     elif not is_trained:
