@@ -329,10 +329,11 @@ def test_trained_layers_compute_with_their_present_weights(optimized: dict[str, 
 
     from finetune_trainer.intel.layers import TrainedLayers  # noqa: PLC0415
 
-    for layer, x in (
+    cases: list[tuple[Any, Any]] = [
         (nn.Linear(32, 48), torch.randn(4, 32)),
         (nn.Conv2d(16, 32, 3), torch.randn(2, 16, 8, 8)),
-    ):
+    ]
+    for layer, x in cases:
         module: Any = nn.Sequential(layer)
         trained = TrainedLayers([module])
         module(x)
