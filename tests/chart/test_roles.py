@@ -56,9 +56,22 @@ def test_pods_can_be_resized_only_if_it_is_enabled(helm: Helm) -> None:
 
 def test_nodes_can_be_changed_only_if_faulty_ones_are_tainted(helm: Helm) -> None:
     file = yaml.safe_load((CHART / "files/rules.yaml").read_text())
-    assert file["taints"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["patch"]}]
+    assert file["taints"] == [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "patch"]}]
     objects = helm.render({"gpuFaults": {"taintAfterJobs": 2}})
     assert rules(objects, "ClusterRole", "-cluster") == file["cluster"] + file["taints"]
+    unwatched = helm.render({"gpuFaults": {"taintAfterJobs": 2}, "watchNodes": False})
+    (of_nodes,) = (rule for rule in rules(unwatched, "ClusterRole", "-cluster") if "nodes" in rule["resources"])
+    assert set(of_nodes["verbs"]) == {"get", "patch"}
+
+
+@pytest.mark.parametrize("rule", ["finetunejobs", "nodes", "evictions"])
+def test_objects_that_the_operator_only_watches_are_not_read_one_by_one(helm: Helm, rule: str) -> None:
+    objects = helm.render({"evictionRequests": {"enabled": True}})
+    suffix = "-cluster" if rule == "nodes" else "-jobs"
+    verbs = [set(each["verbs"]) for each in rules(objects, "ClusterRole", suffix) if rule in each["resources"]]
+    assert len(verbs) == 1
+    assert {"list", "watch"} <= verbs[0]
+    assert "get" not in verbs[0]
 
 
 def test_with_namespaces_only_nodes_and_token_reviews_are_cluster_wide(helm: Helm) -> None:
