@@ -116,7 +116,7 @@ def carry_out(job: ExportJob) -> None:
     Raises:
         RankError: an output cannot be written; `job.states` tells which are complete.
     """
-    check_targets(job.request.outputs, job.place)
+    check_targets(job.request.outputs, job.place, job.spec.training.method)
     if job.spec.training.script is not None:
         _export_script(job)
         return

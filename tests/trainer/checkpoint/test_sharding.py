@@ -23,9 +23,10 @@ from finetune_trainer.checkpoint.shards import ShardReader
 from finetune_trainer.checkpoint.split import file_name
 from finetune_trainer.checkpoint.store.tensor_stream import write_stream
 from finetune_trainer.data.sampling.order import micro_batches, most_micro_batches, rank_share
+from finetune_trainer.delivery.claims import MANIFEST
 from finetune_trainer.distributed.sharding import slice_offset
 from finetune_trainer.errors import StorageError
-from finetune_trainer.export.formats.card import CARD, MANIFEST
+from finetune_trainer.export.formats.card import CARD
 from testing.trainer import tiny
 from testing.trainer.ranks import Ranks
 

@@ -17,6 +17,7 @@ from finetune_contract import bucket, environment
 from finetune_contract.bucket import Bucket, client_options
 from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
 from finetune_contract.outputs.spec import OutputSpec
+from finetune_contract.spec import Method
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.delivery.parts.base import split
 from finetune_trainer.delivery.staged import OutputRecord
@@ -327,8 +328,25 @@ def test_an_output_of_another_job_is_not_replaced(bucket_url: str, tmp_path: Pat
     )
     with pytest.raises(ConfigError, match="holds an output of another job, default/other"):
         deliver(bucket_url, tmp_path / "job")
+    # Another format with the same files.
+    with pytest.raises(ConfigError, match="holds an output of another job, default/other"):
+        check_targets([output(bucket_url, format="merged")], DeliveryPlace(tmp_path), Method.LORA)
     # The same job, created again, replaces its output.
     deliver_outputs(lambda _, folder: write_files(folder), [output(bucket_url)], Export(other, "o2", "step-9-a1"))
+
+
+def test_files_named_after_their_jobs_share_a_folder_of_a_bucket(bucket_url: str, tmp_path: Path) -> None:
+    def write(_: OutputSpec, folder: Path) -> list[Path]:
+        (folder / "one.safetensors").write_bytes(b"one")
+        return [folder / "one.safetensors"]
+
+    kohya = output(bucket_url, format="kohya")
+    deliver_outputs(write, [kohya], Export(DeliveryPlace(tmp_path / "one", job="one"), "o", "step-1-a1"))
+    check_targets([kohya], DeliveryPlace(tmp_path, job="two"), Method.LORA)
+    check_targets([output(bucket_url)], DeliveryPlace(tmp_path, job="two"), Method.LORA)
+    # A job of another namespace can have the same name, and then its file has the same name.
+    with pytest.raises(ConfigError, match="holds an output of another job, default/one"):
+        check_targets([kohya], DeliveryPlace(tmp_path, "team-b", "one"), Method.LORA)
 
 
 def test_an_outage_is_waited_out_by_the_check(

@@ -11,6 +11,7 @@ import pytest
 
 from finetune_contract import environment
 from finetune_contract.outputs.spec import OutputSpec
+from finetune_contract.spec import Method
 from finetune_trainer.delivery.hub_target import find_missing_permission
 from finetune_trainer.delivery.open import DeliveryPlace
 from finetune_trainer.delivery.target import ExportStage
@@ -34,6 +35,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
         running.uploads.tokens[TOKEN] = HubToken("me")
         # The library reads its settings when it is imported.
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", running.url)
+        template = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", running.url + template)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", running.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -171,3 +174,24 @@ def test_fine_grained_tokens() -> None:
     assert "may not write" in find_missing_permission(about("repo.write", name="me/other"), "me/lora")
     # Of a hub that does not describe its tokens, nothing is known.
     assert find_missing_permission({"name": "me"}, "me/lora") == ""
+
+
+def test_a_model_of_another_job_is_not_replaced(server: HubServer, tmp_path: Path) -> None:
+    def write(_: OutputSpec, folder: Path) -> Iterable[Path]:
+        manifest = folder / "finetune-job.json"
+        manifest.write_text('{"namespace": "default", "job": "other"}')
+        return [manifest]
+
+    output = OutputSpec.model_validate(OUTPUT)
+    other = DeliveryPlace(tmp_path / "other", job="other")
+    check(OUTPUT, tmp_path)
+    deliver_outputs(write, [output], Export(other, "o", "step-1-a1"))
+    message = r"outputs\[0\]\.to: hub://me/lora holds an output of another job, default/other, .*; write another name"
+    with pytest.raises(ConfigError, match=message):
+        check(OUTPUT, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        deliver(tmp_path)
+    assert len(server.uploads.commits["me/lora"]) == 1
+    check_targets([output], other, Method.LORA)
+    # Next to it, a file that is named after its job replaces nothing.
+    check_targets([OutputSpec.model_validate({**OUTPUT, "format": "kohya"})], DeliveryPlace(tmp_path), Method.LORA)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import WrittenOutput
-from finetune_contract.input_spec import DatasetSpec
+from finetune_contract.input_spec import DatasetSpec, ModelSpec
 from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.requirements import find_missing_software
 from finetune_contract.run_spec import RunSpec
@@ -259,3 +260,91 @@ def test_a_full_disk_delays_the_end_of_a_real_run(base: Path, data: Path, tmp_pa
     obstacle.unlink()
     assert ranks.wait() == [0]
     assert list(target.glob("*.safetensors"))
+
+
+def write_controlnet(folder: Path, **changes: object) -> Path:
+    """Write what is read of a ControlNet for the tiny base: its configuration."""
+    folder.mkdir(exist_ok=True)
+    config = {
+        "_class_name": "ControlNetModel",
+        "cross_attention_dim": tiny.WIDTH,
+        "conditioning_embedding_out_channels": [16, 32],
+    }
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "diffusion_pytorch_model.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cross_attention_dim": 1024}, r"has text embeddings of width 1024, and the base has \d+"),
+        ({"block_out_channels": [320, 640, 1280]}, "has blocks with the channels 320, 640, 1280, and the base has"),
+        ({"conditioning_channels": 1}, "reads conditioning images with 1 channels, and those of a data set have 3"),
+        ({"conditioning_embedding_out_channels": [16, 32, 96, 256]}, r"reduces conditioning images by 8, and the base"),
+    ],
+)
+def test_a_controlnet_of_another_kind_of_base_is_refused_before_the_map_phase(
+    base: Path, data: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    spec = tiny.make_spec(base, data, method="ControlNet", controlnet={"base": str(write_controlnet(tmp_path))})
+    check_inputs(spec, open_base(spec.model), CPU)
+    write_controlnet(tmp_path, **changes)
+    with pytest.raises(
+        ConfigError, match=rf"training\.controlnet\.base: .*{message}.*; write a ControlNet of the same"
+    ):
+        check_inputs(spec, open_base(spec.model), CPU)
+
+
+def write_lora(path: Path, layers: dict[str, tuple[int, int]]) -> Path:
+    """Write a LoRA of rank 2 for layers of these sizes."""
+    tensors = {}
+    for name, (height, width) in layers.items():
+        tensors[f"{name}.lora_A.weight"] = torch.ones(2, width)
+        tensors[f"{name}.lora_B.weight"] = torch.ones(height, 2)
+    save_file(tensors, path)
+    return path
+
+
+def test_a_lora_that_does_not_fit_is_refused_before_the_map_phase(base: Path, data: Path, tmp_path: Path) -> None:
+    family = open_base(ModelSpec(base=str(base)))
+    layer = next(name for name in family.pipeline.tensors("unet") if name.endswith("attn2.to_k.weight"))
+    height, width = family.pipeline.tensors("unet")[layer].shape
+    name = f"unet.{layer.removesuffix('.weight')}"
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+
+    def check(layers: dict[str, tuple[int, int]], **lora: object) -> None:
+        path = write_lora(tmp_path / "start.safetensors", layers)
+        spec = tiny.make_spec(base, data, method="LoRA", lora={"rank": 2, "base": str(path), **lora})
+        check_inputs(spec, family, CPU)
+
+    fits = {name: (height, width)}
+    check(fits)
+    start = r"training\.lora\.base: .*start\.safetensors"
+    # The names of SD 1.x and 2.x are equal; the width of the text embeddings differs.
+    with pytest.raises(ConfigError, match=rf"{start} changes {name} by a matrix of {height} x 1024, and the base has"):
+        check({name: (height, 1024)})
+    with pytest.raises(
+        ConfigError, match=rf"{start} has adapters for layers that the base lacks \(unet\.down_blocks\.7"
+    ):
+        check({"unet.down_blocks.7.to_k": (height, width)})
+    with pytest.raises(ConfigError, match=rf"{start} also adapts layers .*add to_k to targetModules"):
+        check(fits, targetModules=["to_q"])
+    size = family.pipeline.tensors("text_encoder")[f"{text.partition('.')[2]}.weight"].shape
+    with pytest.raises(ConfigError, match=rf"{start} also has adapters for the text encoder .*trainTextEncoder: true"):
+        check({**fits, text: (size[0], size[1])})
+    check({**fits, text: (size[0], size[1])}, trainTextEncoder=True)
+
+
+def test_an_embedding_of_another_width_is_refused_before_the_map_phase(base: Path, data: Path, tmp_path: Path) -> None:
+    inversion = {"placeholderToken": "<cat>", "initializerToken": "a", "base": str(tmp_path / "cat.safetensors")}
+    spec = tiny.make_spec(base, data, method="TextualInversion", textualInversion=inversion)
+    family = open_base(spec.model)
+    save_file({"emb_params": torch.ones(1, tiny.WIDTH)}, tmp_path / "cat.safetensors")
+    check_inputs(spec, family, CPU)
+    save_file({"emb_params": torch.ones(1, 1024)}, tmp_path / "cat.safetensors")
+    message = (
+        r"training\.textualInversion\.base: .*cat\.safetensors has no vectors of width \d+ .*\(it has 1024\); write"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_inputs(spec, family, CPU)

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from finetune_contract.bucket import Bucket, BucketError
 from finetune_trainer import patience
+from finetune_trainer.delivery.claims import conflict_message, describe_other, is_named_after_job
 from finetune_trainer.delivery.parts.azure import AzureParts
 from finetune_trainer.delivery.parts.base import (
     MIN_PART_BYTES,
@@ -112,7 +113,7 @@ class BucketTarget:
         self._store = _STORES[location.partition("://")[0]](self._bucket)
         self._lock = threading.Lock()
 
-    def check(self, output_format: str) -> None:
+    def check(self, names: Sequence[str]) -> None:
         """Store something invisible, and look for an output of another job."""
         self._permanent(f"checking {self.location}", self._store.probe)
         if self._permanent(f"checking {self.location}", self._is_object):
@@ -120,8 +121,10 @@ class BucketTarget:
                 f"{self._field}: {self.location} is the name of an object; write a folder, e.g. {self.location}-outputs"
             )
         for record in self._foreign():
-            # Files that are not named after their job would replace each other.
-            if record.format == output_format and not all(record.job in file.name for file in record.files):
+            files = {file.name for file in record.files}
+            # Files that are not named after their job are likely to replace each other.
+            unclear = not names and not is_named_after_job(record.job, files)
+            if unclear or not files.isdisjoint(names):
                 raise self._taken(record)
 
     def holds(self, record: OutputRecord) -> bool:
@@ -270,10 +273,8 @@ class BucketTarget:
             return []
 
     def _taken(self, record: OutputRecord) -> ConfigError:
-        return ConfigError(
-            f"{self._field}: {self.location} holds an output of another job, {record.namespace}/{record.job}, whose "
-            "files would be replaced; write another folder, or delete that output"
-        )
+        conflict = describe_other(record.namespace, record.job)
+        return ConfigError(conflict_message(self._field, self.location, conflict))
 
     def _has_now(self, file: OutputFile) -> bool:
         return self._wait_out(f"reading {file.name}", lambda: self._has(file))

@@ -11,9 +11,11 @@ import errno
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune_trainer import patience
+from finetune_trainer.delivery.claims import FolderClaims, conflict_message
 from finetune_trainer.delivery.staged import OutputFile, OutputRecord, StagedOutput, describe_file
 from finetune_trainer.delivery.target import ExportStage, OnExportStage, TransferProgress
 from finetune_trainer.errors import ConfigError, StorageError
@@ -45,21 +47,22 @@ class FolderTarget:
     Args:
         field: field of the manifest, for messages.
         folder: the folder.
+        job: namespace and name of the job.
     """
 
-    def __init__(self, field: str, folder: Path) -> None:
+    def __init__(self, field: str, folder: Path, job: tuple[str, str]) -> None:
         self.location = str(folder)
         self._field = field
         self._folder = folder
+        self._claims = FolderClaims(folder, *job)
 
-    def check(self, output_format: str) -> None:
-        """Create and remove a file in the folder; a folder that was missing is removed again.
+    def check(self, names: Sequence[str]) -> None:
+        """Create and remove a file in the folder, and look for files of others; a missing folder is removed again.
 
         Raises:
-            ConfigError: the path or its permissions are wrong.
+            ConfigError: the path or its permissions are wrong, or a file of somebody else would be replaced.
             StorageError: the file system is read-only.
         """
-        del output_format
         try:
             created = _missing(self._folder)
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -69,11 +72,14 @@ class FolderTarget:
                 probe.unlink()
                 for folder in created:
                     folder.rmdir()
+            conflict = self._claims.find_conflict(names)
         except OSError as error:
             if error.errno in PERMANENT:
                 raise self._refused(error) from error
             if error.errno == errno.EROFS:
                 raise StorageError(f"{self._field}: cannot write to {self._folder}: {error.strerror}") from error
+            return
+        self._refuse(conflict)
 
     def staging_folder(self, key: str) -> Path:
         """Return where to write an output, so that delivering it copies nothing. Its parent exists.
@@ -104,6 +110,9 @@ class FolderTarget:
         """Rename the files, or copy them if they are on another file system or are still needed."""
         total = output.record.size_bytes
         try:
+            # Equal files are not replaced.
+            changed = [file.name for file in output.record.files if not self.has(file)]
+            self._refuse(self._claims.find_conflict(changed) if changed else "")
             source = self.staging_folder(output.key)
             if source != output.folder:
                 patience.wait_out(f"{self._field}: copying to {self._folder}", lambda: _copy(output, source))
@@ -116,11 +125,15 @@ class FolderTarget:
         progress(total, total)
 
     def _publish(self, output: StagedOutput, source: Path, on_stage: OnExportStage) -> None:
+        names = [file.name for file in output.record.files]
+        self._claims.write(names, source)
         try:
             source.rename(self._folder)
         except OSError as error:
             if error.errno not in _NOT_RENAMED or not self._folder.is_dir():
                 raise
+            # Before the files: an attempt that is killed in between has a claim to those that it has renamed.
+            self._claims.write(names)
             for file in output.record.files:
                 target = self._folder / file.name
                 if not (source / file.name).exists() and self.has(file):
@@ -132,6 +145,10 @@ class FolderTarget:
             shutil.rmtree(source)
             sync_folder(self._folder)
         sync_folder(self._folder.parent)
+
+    def _refuse(self, conflict: str) -> None:
+        if conflict:
+            raise ConfigError(conflict_message(self._field, self.location, conflict))
 
     def _refused(self, error: OSError) -> ConfigError:
         reason = "a file has this name" if error.errno == errno.EEXIST else error.strerror

@@ -6,11 +6,21 @@ commit then shows all files at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune_trainer import patience
+from finetune_trainer.delivery.claims import (
+    MANIFEST,
+    Claim,
+    conflict_message,
+    describe_other,
+    is_named_after_job,
+    parse_author,
+)
 from finetune_trainer.delivery.staged import OutputFile, OutputRecord, StagedOutput
 from finetune_trainer.delivery.target import ExportStage, OnExportStage, TransferProgress
 from finetune_trainer.errors import ConfigError, NetworkError, StorageOutageError
@@ -35,46 +45,75 @@ class HubTarget:
     Args:
         field: field of the manifest, for messages.
         location: hub://owner/name.
+        job: namespace and name of the job.
         credentials: variables of the Secret of this target; without a token, that of the environment is used.
     """
 
-    def __init__(self, field: str, location: str, credentials: Mapping[str, str]) -> None:
+    def __init__(self, field: str, location: str, job: tuple[str, str], credentials: Mapping[str, str]) -> None:
         from huggingface_hub import HfApi  # noqa: PLC0415  only hub targets need it
 
         self.location = location.rstrip("/")
         self._field = field
         self._repo = self.location.removeprefix("hub://")
+        self._job = job
         token = next((credentials[name] for name in TOKENS if credentials.get(name)), None)
         self._api = HfApi(token=token, endpoint=credentials.get("HF_ENDPOINT"))
 
-    def check(self, output_format: str) -> None:
-        """Read the token's permissions, and those on the repository if it exists."""
-        del output_format
+    def check(self, names: Sequence[str]) -> None:
+        """Read the token's permissions, and look for a model of another job in the repository."""
         about = self._ask("reading the token's permissions", self._api.whoami)
         if problem := find_missing_permission(about, self._repo):
             raise ConfigError(f"{self._field}: {problem}; {_HOW_TO_WRITE}")
+        self._check_author(names)
 
     def holds(self, record: OutputRecord) -> bool:
         """Compare the hashes of all files in the repository."""
         return self._ask("reading the repository", lambda: self._contains(record))
 
     def _contains(self, record: OutputRecord) -> bool:
+        known = {each.path: each for each in self._paths([file.name for file in record.files])}
+        return all(file.name in known and _is_same(known[file.name], file) for file in record.files)
+
+    def _check_author(self, names: Sequence[str]) -> None:
+        """Refuse files that would replace those of another job.
+
+        Args:
+            names: files that are written; empty if they are not known yet.
+
+        Raises:
+            ConfigError: the repository contains the manifest of another job.
+        """
+        if is_named_after_job(self._job[1], names) and names:
+            return
+        author = self._ask("reading the repository", self._author)
+        if author is not None and (author.namespace, author.job) != self._job:
+            conflict = describe_other(author.namespace, author.job)
+            raise ConfigError(conflict_message(self._field, self.location, conflict).replace("folder", "name"))
+
+    def _author(self) -> Claim | None:
+        """Return the job whose manifest is in the repository; None if there is none."""
+        if not self._paths([MANIFEST]):
+            return None
+        with tempfile.TemporaryDirectory(prefix="hub-") as folder:
+            return parse_author(Path(self._api.hf_hub_download(self._repo, MANIFEST, local_dir=folder)).read_bytes())
+
+    def _paths(self, names: list[str]) -> list[Any]:
+        """Return what the hub knows of files of the repository; those that are missing are left out."""
         from huggingface_hub.errors import RepositoryNotFoundError  # noqa: PLC0415  only hub targets need it
 
         try:
-            found = self._api.get_paths_info(self._repo, [file.name for file in record.files])
+            return list(self._api.get_paths_info(self._repo, names))
         except RepositoryNotFoundError as error:
             if http_status(error) == _UNAUTHORIZED:
                 raise
-            return False
-        known = {each.path: each for each in found}
-        return all(file.name in known and _is_same(known[file.name], file) for file in record.files)
+            return []
 
     def deliver(self, output: StagedOutput, on_stage: OnExportStage, progress: TransferProgress) -> None:
         """Create the repository if it is missing, upload the large files, and commit all files."""
         from huggingface_hub import CommitOperationAdd  # noqa: PLC0415
 
         record = output.record
+        self._check_author([file.name for file in record.files])
         self._ask("creating the repository", lambda: self._api.create_repo(self._repo, private=True, exist_ok=True))
         total, done, additions = record.size_bytes, 0, []
         for file in record.files:

@@ -54,16 +54,16 @@ def open_target(number: int, output: OutputSpec, place: DeliveryPlace) -> Target
         ConfigError: the location or its Secret cannot be used.
     """
     field, to = f"outputs[{number}].to", output.to
+    job = (place.namespace, place.job)
     credentials = _read_secret(number, output, place.secrets)
     if to.startswith(HUB):
-        return HubTarget(field, to, credentials)
+        return HubTarget(field, to, job, credentials)
     if not is_bucket_url(to):
         if "://" in to:
             raise ConfigError(f"{field}: {to} is not a supported target; write a folder, s3://, gs://, az:// or hub://")
         if place.bucket is None or Path(to).is_absolute():
-            return FolderTarget(field, place.job_dir / paths.OUTPUTS / to)
+            return FolderTarget(field, place.job_dir / paths.OUTPUTS / to, job)
         to = f"{place.bucket}/{PurePosixPath(paths.OUTPUTS) / to}"
-    job = (place.namespace, place.job)
     return BucketTarget(field, to, job, credentials, UploadLimits(place.min_part_bytes, place.num_uploads))
 
 

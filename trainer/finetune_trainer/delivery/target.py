@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -50,8 +50,11 @@ class Target(Protocol):
 
     location: str
 
-    def check(self, output_format: str) -> None:
+    def check(self, names: Sequence[str]) -> None:
         """Check that an output of this job can be delivered. Readers do not see what this writes.
+
+        Args:
+            names: files that the output is sure to have; empty if they are not known yet.
 
         Raises:
             ConfigError: it cannot; the message names the field and the remedy.

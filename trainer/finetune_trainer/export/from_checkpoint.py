@@ -112,7 +112,7 @@ def _check(spec: RunSpec, checkpoint: Path, outputs: Sequence[OutputSpec], place
     """Return the manifest of a checkpoint after checking everything that an export needs."""
     check_outputs(outputs, method_traits(spec.training.method).formats)
     check_packages(outputs)
-    check_targets(outputs, place)
+    check_targets(outputs, place, spec.training.method)
     return _verified(checkpoint)
 
 

@@ -18,15 +18,17 @@ from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOu
 from finetune_contract.outputs.request import written_in_training
 from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_contract.requirements import find_missing_export
+from finetune_contract.spec import Method
 from finetune_trainer.delivery.folder_target import WRITING, FolderTarget
 from finetune_trainer.delivery.open import DeliveryPlace, open_target
 from finetune_trainer.delivery.staged import OutputRecord, StagedOutput, describe_file
 from finetune_trainer.delivery.target import ExportStage, OnExportStage, Target
 from finetune_trainer.errors import ConfigError, RankError, StorageError
 from finetune_trainer.export.formats.about import NO_ORIGIN, About
+from finetune_trainer.export.formats.names import expected_names
 from finetune_trainer.export.formats.write import write_format
 from finetune_trainer.files import sync_file, sync_folder, use_default_mode, write_atomically
-from finetune_trainer.methods.method import Method
+from finetune_trainer.methods.method import Method as TrainedMethod
 
 DEFAULT_OUTPUTS = (OutputSpec(format=OutputFormat.DIFFUSERS, to="."),)
 _EXPORTS = "exports"
@@ -91,8 +93,13 @@ def check_packages(outputs: Sequence[OutputSpec]) -> None:
         raise ConfigError(message)
 
 
-def check_targets(outputs: Sequence[OutputSpec], place: DeliveryPlace) -> None:
+def check_targets(outputs: Sequence[OutputSpec], place: DeliveryPlace, method: Method | None = None) -> None:
     """Refuse outputs that this machine cannot write, and targets that cannot be written. Only rank 0 calls it.
+
+    Args:
+        outputs: the outputs of the manifest.
+        place: where they go.
+        method: what trains; None: a script.
 
     Raises:
         ConfigError: the message names the field, the reason and the remedy.
@@ -100,7 +107,7 @@ def check_targets(outputs: Sequence[OutputSpec], place: DeliveryPlace) -> None:
     """
     check_packages(written_in_training(outputs))
     for number, output in enumerate(outputs):
-        open_target(number, output, place).check(output.format.value)
+        open_target(number, output, place).check(expected_names(output, place.job, method))
 
 
 def kinds_of_weights(outputs: Sequence[OutputSpec]) -> list[bool]:
@@ -109,7 +116,7 @@ def kinds_of_weights(outputs: Sequence[OutputSpec]) -> list[bool]:
 
 
 def write_outputs(
-    method: Method, outputs: Sequence[OutputSpec], export: Export | Path, *, averaged: bool | None = None
+    method: TrainedMethod, outputs: Sequence[OutputSpec], export: Export | Path, *, averaged: bool | None = None
 ) -> tuple[WrittenOutput, ...]:
     """Write and deliver outputs. Writing the same weights again gives the same bytes.
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from finetune_contract.input_spec import ModelSpec
 from finetune_contract.run_spec import RunSpec
-from finetune_trainer.export.formats.card import CARD, MANIFEST
+from finetune_trainer.delivery.claims import MANIFEST
+from finetune_trainer.export.formats.card import CARD
 from finetune_trainer.export.formats.metadata import base_of_description
 from finetune_trainer.weights.lazy import read_header
 

@@ -15,6 +15,7 @@ from finetune_contract.input_spec import ModelSpec
 from finetune_trainer.errors import ConfigError, RankError
 from finetune_trainer.export.formats.diffusers_folder import INDEX
 from finetune_trainer.export.formats.merge import merged_weight
+from finetune_trainer.methods.controlnet import find_mismatch
 from finetune_trainer.methods.embedding_file import find_embedding_files, read_embeddings
 from finetune_trainer.models import parts
 from finetune_trainer.models.base import FAMILIES, open_base
@@ -120,12 +121,8 @@ def load_controlnet(path: Path, family: Family, unet: Any, flag: str) -> Any:
         ) from error
     if source is None:
         _fill_controlnet(controlnet, path, flag)
-    width = unet.config.cross_attention_dim
-    if controlnet.config.cross_attention_dim != width:
-        raise ConfigError(
-            f"{flag}: the ControlNet in {path} is for a base with text embeddings of width "
-            f"{controlnet.config.cross_attention_dim}, and this one has {width}; write its own base in --base"
-        )
+    if problem := find_mismatch(controlnet.config, unet.config, family.pixels_per_latent):
+        raise ConfigError(f"{flag}: the ControlNet in {path} {problem}; write its own base in --base")
     return controlnet.to(unet.device, unet.dtype).eval()
 
 

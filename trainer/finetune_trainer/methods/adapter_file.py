@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,10 +223,8 @@ def layer_names(part: str, module: str, family: Family) -> set[str]:
 
 def _describe_unknown(unknown: list[str], adapted: Mapping[str, Any], family: Family) -> str:
     """Return why layers of a file have no adapter in this run, with the remedy."""
-    more = f" and {len(unknown) - _NUM_NAMED} more" if len(unknown) > _NUM_NAMED else ""
-    listed = f"{', '.join(unknown[:_NUM_NAMED])}{more}"
     if all(name.startswith(("text_encoder", "lora_te")) for name in unknown):
-        return f"also has adapters for the text encoder ({listed}); write training.lora.trainTextEncoder: true"
+        return describe_text_layers(unknown)
     denoiser = adapted[family.denoiser_name]
     known = {
         name: module.removesuffix(".base_layer")
@@ -234,13 +232,34 @@ def _describe_unknown(unknown: list[str], adapted: Mapping[str, Any], family: Fa
         if isinstance(layer, (nn.Linear, nn.Conv2d))
         for name in layer_names(family.denoiser_name, module.removesuffix(".base_layer"), family)
     }
-    targets = sorted({_target_of(known[name]) for name in unknown if name in known})
-    if len(targets) == 0:
-        return f"has adapters for layers that the base lacks ({listed}); write a LoRA of the same kind of base"
+    modules = [known[name] for name in unknown if name in known]
+    if not modules:
+        return f"has adapters for layers that the base lacks ({_list(unknown)}); write a LoRA of the same kind of base"
+    return describe_left_out(unknown, modules)
+
+
+def describe_text_layers(names: Sequence[str]) -> str:
+    """Return why layers of a text encoder have no adapter in this run, with the remedy."""
+    return f"also has adapters for the text encoder ({_list(names)}); write training.lora.trainTextEncoder: true"
+
+
+def describe_left_out(names: Sequence[str], modules: Iterable[str]) -> str:
+    """Return why layers of the denoiser have no adapter in this run, with the remedy.
+
+    Args:
+        names: the layers, for the message.
+        modules: their names in the denoiser.
+    """
+    targets = sorted({_target_of(module) for module in modules})
     return (
-        f"also adapts layers that training.lora.targetModules leaves out ({listed}); add {', '.join(targets)} to "
+        f"also adapts layers that training.lora.targetModules leaves out ({_list(names)}); add {', '.join(targets)} to "
         "targetModules"
     )
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return f"{', '.join(names[:_NUM_NAMED])}{more}"
 
 
 def _target_of(module: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,13 +16,58 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.methods.denoiser_method import DenoiserMethod
 from finetune_trainer.methods.method import MethodContext
 from finetune_trainer.models.base import find_part
+from finetune_trainer.models.family import Family
 from finetune_trainer.models.layouts.trained import TrainedControlNet, part_of_module
 
 _CLASS = "ControlNetModel"
+_SHARED = {
+    "cross_attention_dim": "text embeddings of width",
+    "block_out_channels": "blocks with the channels",
+    "layers_per_block": "layers per block:",
+    "in_channels": "latents with the channels",
+}
+"""Fields that a ControlNet and its base share, with their meaning."""
+_DEFAULT_CHANNELS = (16, 32, 96, 256)
+"""Channels of the layers that read conditioning images, if a configuration does not say: they reduce them by 8."""
 
 
-def check_controlnet(folder: Path) -> None:
-    """Refuse a folder that is no ControlNet with safe weights. Reads only its configuration.
+def find_mismatch(config: Mapping[str, Any], denoiser: Mapping[str, Any], pixels_per_latent: int) -> str:
+    """Return why a ControlNet does not fit a base; empty if it does. Pure.
+
+    Args:
+        config: configuration of the ControlNet.
+        denoiser: that of the base's UNet.
+        pixels_per_latent: pixels of an image per latent of the base, along one side.
+    """
+    for name, what in _SHARED.items():
+        own, needed = _one(config.get(name)), _one(denoiser.get(name))
+        if own is not None and needed is not None and own != needed:
+            return f"has {what} {_shown(own)}, and the base has {_shown(needed)} ({name})"
+    channels = config.get("conditioning_channels", 3)
+    if channels != 3:
+        return f"reads conditioning images with {channels} channels, and those of a data set have 3"
+    factor = 2 ** (len(config.get("conditioning_embedding_out_channels", _DEFAULT_CHANNELS)) - 1)
+    if factor != pixels_per_latent:
+        return (
+            f"reduces conditioning images by {factor}, and the base needs {pixels_per_latent} "
+            "(conditioning_embedding_out_channels)"
+        )
+    return ""
+
+
+def _one(value: Any) -> Any:
+    """Return a value that a configuration may repeat for each block."""
+    if isinstance(value, list | tuple):
+        return value[0] if len(set(value)) == 1 else tuple(value)
+    return value
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_controlnet(folder: Path, family: Family) -> None:
+    """Refuse a folder that is no ControlNet for a base, with safe weights. Reads only configurations.
 
     Raises:
         ConfigError: the message names the problem.
@@ -39,6 +84,12 @@ def check_controlnet(folder: Path) -> None:
         raise ConfigError(f"training.controlnet.base: {folder} is a {found}, not a {_CLASS}; {advice}")
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(f"training.controlnet.base: {folder} has no .safetensors weights; {advice}")
+    denoiser = family.pipeline.config(family.denoiser_name)
+    if problem := find_mismatch(config, denoiser, family.pixels_per_latent):
+        raise ConfigError(
+            f"training.controlnet.base: {folder} {problem}; write a ControlNet of the same kind of base, or leave it "
+            "out"
+        )
 
 
 class ControlNet(DenoiserMethod):

@@ -12,16 +12,19 @@ from pathlib import Path
 
 import torch
 
-from finetune_contract.methods import crops_at_centre, precision_of
+from finetune_contract.methods import crops_at_centre, encodes_text, precision_of
 from finetune_contract.requirements import find_missing_software
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Offload, Optimizer, Precision, Sharding, SwitchMode, TrainingSpec
 from finetune_trainer.data.sources.open import is_on_hub
 from finetune_trainer.distributed.world import World
 from finetune_trainer.errors import ConfigError, StorageError
+from finetune_trainer.export.formats.merge import read_adapter
 from finetune_trainer.export.outputs import check_outputs, check_targets
 from finetune_trainer.intel.extension import FIELD, unavailable_reason
+from finetune_trainer.methods import adapter_file
 from finetune_trainer.methods.controlnet import check_controlnet
+from finetune_trainer.methods.embedding_file import find_embedding_files, select_embedding
 from finetune_trainer.methods.kernels import attention_kernel
 from finetune_trainer.methods.registry import method_traits
 from finetune_trainer.models.family import Family
@@ -95,7 +98,7 @@ def check_place(context: RankContext, world: World) -> None:
         if error.errno != errno.ENOSPC:
             raise StorageError(f"cache: cannot write {context.cache_dir}: {error.strerror}") from error
     if world.is_first:
-        check_targets(context.spec.outputs, context.delivery)
+        check_targets(context.spec.outputs, context.delivery, context.spec.training.method)
 
 
 def check_inputs(spec: RunSpec, family: Family, device: torch.device) -> None:
@@ -116,7 +119,36 @@ def check_inputs(spec: RunSpec, family: Family, device: torch.device) -> None:
     _check_files(vae, spec.model.vae or spec.model.base, "VAE", family.image_encoder_files())
     controlnet = spec.training.controlnet
     if controlnet is not None and controlnet.base is not None:
-        check_controlnet(Path(controlnet.base))
+        check_controlnet(Path(controlnet.base), family)
+    _check_lora(spec.training, family)
+    _check_embedding(spec.training, family)
+
+
+def _check_lora(training: TrainingSpec, family: Family) -> None:
+    """Refuse a LoRA to start from whose layers the base lacks, or the run does not adapt. Reads only headers."""
+    lora = training.lora
+    if lora is None or lora.base is None:
+        return
+    layers = read_adapter(Path(lora.base), family, adapter_file.FIELD).layers
+    of_text = [name for name in layers if not name.startswith(f"{family.denoiser_name}.")]
+    if of_text and not encodes_text(training):
+        raise ConfigError(f"{adapter_file.FIELD}: {lora.base} {adapter_file.describe_text_layers(of_text)}")
+    ends = tuple(f".{target}" for target in lora.target_modules)
+    left_out = [name for name in layers if name not in of_text and not name.endswith(ends)]
+    if left_out:
+        raise ConfigError(f"{adapter_file.FIELD}: {lora.base} {adapter_file.describe_left_out(left_out, left_out)}")
+
+
+def _check_embedding(training: TrainingSpec, family: Family) -> None:
+    """Refuse an embedding to start from that is not for the text encoders of the base."""
+    inversion = training.textual_inversion
+    if inversion is None or inversion.base is None:
+        return
+    files = find_embedding_files(Path(inversion.base))
+    # Without their weights.
+    for number, part in enumerate(family.load_text_encoder(torch.device("meta")).parts):
+        width = part.core.embeddings.token_embedding.weight.shape[1]
+        select_embedding(files, inversion, part.name, number, part.webui_key, width)
 
 
 def _check_files(field: str, name: str, part: str, files: Sequence[Path]) -> None:

@@ -15,13 +15,14 @@ from finetune_contract.methods import ADAPTER_METHODS, TrainedPart
 from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_contract.run_spec import RunSpec
 from finetune_contract.spec import Method
+from finetune_trainer.delivery.claims import MANIFEST
 from finetune_trainer.export.formats import compiled
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.licence import licence_of
 from finetune_trainer.export.formats.openvino import describe, read_comparison
 from finetune_trainer.models.family import Family
 
-CARD, MANIFEST, GRID = "README.md", "finetune-job.json", "samples.png"
+CARD, GRID = "README.md", "samples.png"
 _MAX_SIDE = 512
 """Largest side of one picture of the grid, in pixels."""
 _PACKAGES = ("finetune-operator", "diffusers", "torch", "transformers", "peft", "openvino", "optimum-intel")
