@@ -102,8 +102,8 @@ def test_conflicts_name_the_setting() -> None:
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
-        ({"fp32 native": 3.0, "bf16 native": 1.0, "bf16 with IPEX": 0.45}, BF16_IPEX),
-        ({"fp32 native": 3.0, "bf16 native": 1.0, "bf16 with IPEX": 0.6}, BF16),
+        ({"fp32 native": 3.0, "bf16 native": 1.0, "bf16 with IPEX": 0.6}, BF16_IPEX),
+        ({"fp32 native": 3.0, "bf16 native": 1.0, "bf16 with IPEX": 0.7}, BF16),
         ({"fp32 native": 1.0, "bf16 native": 0.9, "bf16 with IPEX": 1.5}, BF16),
         ({"fp32 native": 1.0, "bf16 native": 0.98, "bf16 with IPEX": 1.5}, NATIVE),
         ({"bf16 with IPEX": 1.0}, BF16_IPEX),
