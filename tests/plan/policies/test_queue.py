@@ -259,6 +259,34 @@ def test_an_elastic_job_starts_with_the_admitted_pods_and_requests_the_others() 
     assert cluster.job.status.attempts[-1].reason == Reason.GROWN
 
 
+def test_a_job_that_multikueue_has_copied_keeps_its_only_request() -> None:
+    """MultiKueue follows one Workload: when another one replaces it, MultiKueue ends the job."""
+    job = with_labels(make_job(queueName="gpus", topology=ELASTIC), **{kueue.PREBUILT_LABEL: "given"})
+    cluster = FakeCluster(job, settings=replace(HOLDING, kueue=True))
+    source = FakeCluster(make_job(queueName="gpus", topology=ELASTIC), settings=replace(HOLDING, kueue=True))
+    source.settle()
+    meta = source.queue.stored[NAME]["metadata"]
+    given = {"name": "given", "labels": meta["labels"], "annotations": meta["annotations"]}
+    cluster.queue.create({**source.queue.stored[NAME], "metadata": given}, cluster.now)
+    cluster.settle()
+    cluster.queue.admit("given", cluster.now, count=3)
+    cluster.settle()
+    place(cluster, 0, 1, 2)
+    send_heartbeats(cluster, step=5)
+    cluster.settle()
+    assert cluster.job.status.attempts[-1].training_at is not None
+    assert list(cluster.queue.stored) == ["given"]
+    # The manager cluster copies the status of that job.
+    manager = FakeCluster(
+        make_job(queueName="gpus", topology=ELASTIC, managedBy=kueue.MULTIKUEUE), settings=replace(HOLDING, kueue=True)
+    )
+    manager.settle()
+    manager.queue.admit(NAME, manager.now, count=3)
+    manager.job = manager.job.model_copy(update={"status": cluster.job.status})
+    manager.settle()
+    assert list(manager.queue.stored) == [NAME]
+
+
 def test_an_evicted_replacement_may_continue_with_fewer_pods_again() -> None:
     cluster = FakeCluster(make_job(queueName="gpus", topology=ELASTIC), settings=replace(HOLDING, kueue=True))
     cluster.settle()

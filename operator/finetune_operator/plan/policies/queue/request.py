@@ -106,6 +106,9 @@ def _grow(view: View, status: FineTuneJobStatus, workload: ObservedWorkload) -> 
         return ()
     if admission.replacement(view) is not None or workload.request is None or not _trains(status):
         return ()
+    if view.spec.managed_by == kueue.MULTIKUEUE or kueue.PREBUILT_LABEL in view.job.metadata.labels:
+        # MultiKueue ends the job when the Workload that it has copied is replaced.
+        return ()
     if workload_name(view.job, size) == workload.name:
         return ()
     return (Create(build_workload(view.job, view.settings, replaces=workload.name)),)
