@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from finetune_contract import environment
@@ -10,6 +11,7 @@ from finetune_contract.outputs.request import ExportRequest
 from finetune_operator.api import labels
 from finetune_operator.manifests import build_pod
 from finetune_operator.manifests.export_pod import build_export_pod, hash_request
+from finetune_operator.settings import Settings
 from tests.manifests.test_pods import CLAIM, SETTINGS, env_of, trainer, volume
 from tests.plan.fake_cluster import make_job
 
@@ -54,7 +56,28 @@ def test_it_requests_no_accelerators_and_tolerates_their_nodes() -> None:
         "limits": {"cpu": "8", "memory": "64Gi"},
     }
     assert pod["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
-    assert "affinity" not in pod["spec"]
+    assert "requiredDuringSchedulingIgnoredDuringExecution" not in pod["spec"]["affinity"]["podAffinity"]
+
+
+def test_it_prefers_the_nodes_on_which_the_claims_of_the_job_are_attached() -> None:
+    selector = {"matchLabels": {labels.JOB: "circles"}}
+    term = {"labelSelector": selector, "topologyKey": "kubernetes.io/hostname"}
+    preferred = [{"weight": 100, "podAffinityTerm": term}]
+    near = {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
+    assert export_pod()["spec"]["affinity"] == near
+    request = ExportRequest.model_validate({"step": 5, "outputs": [OPENVINO]})
+
+    def affinity(settings: Settings = SETTINGS, **spec: Any) -> object:
+        storage = {"storage": {"bucket": {"url": "s3://b"}}}
+        return build_export_pod(make_job(checkpoint=storage, **spec), request, settings)["spec"].get("affinity")
+
+    assert affinity() is None
+    assert affinity(replace(SETTINGS, cache_claim="cache")) == near
+    models = {"name": "models", "persistentVolumeClaim": {"claimName": "models"}}
+    assert affinity(podTemplate={"spec": {"volumes": [models]}}) == near
+    # Preferences of the job remain.
+    spot = export_pod(recovery={"spot": {}})["spec"]["affinity"]
+    assert set(spot) == {"nodeAffinity", "podAffinity"}
 
 
 def test_its_image_depends_on_the_formats() -> None:

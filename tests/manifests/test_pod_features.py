@@ -61,4 +61,4 @@ def test_export_pod_reads_the_image_without_a_claim() -> None:
     assert pod["spec"]["hostUsers"] is False
     assert "resourceClaims" not in pod["spec"]
     assert "claims" not in trainer(pod)["resources"]
-    assert "podAffinity" not in (pod["spec"].get("affinity") or {})
+    assert "requiredDuringSchedulingIgnoredDuringExecution" not in pod["spec"]["affinity"]["podAffinity"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_contract.outputs.request import ExportedOutput, ExportResult
+from finetune_operator.api.labels import EXPORT
 from finetune_operator.cli.commands.export import export
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.main import main, parser
@@ -63,13 +64,22 @@ def test_export_pods_of_a_job_and_of_the_command(
         jobs.create(build_job("circles", outputs=[OPENVINO], checkpoint={"storage": storage}))
         _provide_claim(jobs)
         wait_for("the pods run", lambda: all_run(jobs))
-        for name in jobs.pods():
+
+        # -- a request during the training: the pod runs where the claim is attached
+        gang = jobs.pods()
+        request = json.dumps({"id": "during", "outputs": [{"format": "kohya", "to": TO}]})
+        jobs.patch("circles", {"metadata": {"annotations": {EXPORT: request}}})
+        during = start_export(jobs)
+        assert jobs.pods()[POD]["spec"]["nodeName"] in {pod["spec"]["nodeName"] for pod in gang.values()}
+        end(jobs, POD, result=complete())
+
+        for name in gang:
             end(jobs, name)
-        first = start_export(jobs)
+        first = start_export(jobs, other_than=during)
         assert jobs.wait_phase("circles", "Exporting")["attempt"] == 1
         end(jobs, POD, result=complete())
         status = jobs.wait_phase("circles", "Succeeded")
-        (output,) = status["outputs"]
+        output = next(each for each in status["outputs"] if each["format"] == "openvino")
         assert (output["state"], output["bytes"], output["sha256"]) == ("Written", 2048, SHA)
 
         # -- a request, after the end of the job

@@ -14,7 +14,7 @@ from finetune_operator.api.names import CONTAINER, export_pod_name
 from finetune_operator.api.status import Capacity
 from finetune_operator.manifests.env import build_export_env
 from finetune_operator.manifests.metadata import build_metadata, job_labels
-from finetune_operator.manifests.placement import build_placement
+from finetune_operator.manifests.placement import HOST, build_placement, siblings
 from finetune_operator.manifests.pods import (
     add_volumes,
     apply_template,
@@ -68,6 +68,8 @@ def build_export_pod(job: FineTuneJob, request: ExportRequest, settings: Setting
         "containers": [container],
         **build_placement(one, settings, Capacity.ANY if job.spec.recovery.spot is not None else None),
     }
+    if uses_claim(job, settings):
+        _prefer_node_of_gang(spec, job)
     if uses_user_namespace(job, settings):
         spec["hostUsers"] = False
     if job.spec.priority_class_name:
@@ -76,6 +78,27 @@ def build_export_pod(job: FineTuneJob, request: ExportRequest, settings: Setting
     pod = apply_template({**identity, "spec": spec | identity["spec"]}, identity, job.spec.pod_template)
     _restore(pod, container, needs_image=any(map(needs_export_image, request.outputs)))
     return pod
+
+
+def uses_claim(job: FineTuneJob, settings: Settings) -> bool:
+    """Return whether pods of a job mount a claim. A ReadWriteOnce claim is attached to one node at a time."""
+    template = (job.spec.pod_template or {}).get("spec")
+    extra = template.get("volumes") if isinstance(template, dict) else None
+    sources = [volume for volume, _ in build_volumes(job, settings)]
+    sources += [each for each in extra if isinstance(each, dict)] if isinstance(extra, list) else []
+    return any("persistentVolumeClaim" in each for each in sources)
+
+
+def _prefer_node_of_gang(spec: dict[str, Any], job: FineTuneJob) -> None:
+    """Prefer a node on which pods of the job run: their claims are attached there.
+
+    It is no requirement: a claim may allow several nodes, and the nodes of the gang may be full.
+    """
+    term = {"labelSelector": siblings(job), "topologyKey": HOST}
+    near = spec.setdefault("affinity", {}).setdefault("podAffinity", {})
+    near.setdefault("preferredDuringSchedulingIgnoredDuringExecution", []).append(
+        {"weight": 100, "podAffinityTerm": term}
+    )
 
 
 def select_export_image(job: FineTuneJob, request: ExportRequest, settings: Settings) -> str:

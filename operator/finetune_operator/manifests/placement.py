@@ -85,12 +85,12 @@ def _pod_affinity(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
         # The scheduler places the first pod anywhere: no pod matches yet, and the pod matches its own term. Pods of
         # later attempts follow those that were kept.
         near["requiredDuringSchedulingIgnoredDuringExecution"] = [
-            {"labelSelector": _siblings(job), "topologyKey": label}
+            {"labelSelector": siblings(job), "topologyKey": label}
         ]
     if _is_gpu(job) and num_nodes(job.spec) > 1:
         # The pods exchange gradients in every step: few switches make it faster, and in one zone it is free of charge.
         near["preferredDuringSchedulingIgnoredDuringExecution"] = [
-            {"weight": weight, "podAffinityTerm": {"labelSelector": _siblings(job), "topologyKey": label}}
+            {"weight": weight, "podAffinityTerm": {"labelSelector": siblings(job), "topologyKey": label}}
             for label, weight in NEAR
         ]
     return near
@@ -111,7 +111,7 @@ def _spread(job: FineTuneJob) -> list[dict[str, Any]]:
     """Spread CPU pods over nodes: two on one node would share its memory bandwidth and its failures."""
     if _is_gpu(job) or num_nodes(job.spec) == 1:
         return []
-    return [{"maxSkew": 1, "topologyKey": HOST, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": _siblings(job)}]
+    return [{"maxSkew": 1, "topologyKey": HOST, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": siblings(job)}]
 
 
 def _tolerations(job: FineTuneJob) -> list[dict[str, Any]]:
@@ -128,7 +128,8 @@ def _tolerations(job: FineTuneJob) -> list[dict[str, Any]]:
     return tolerations
 
 
-def _siblings(job: FineTuneJob) -> dict[str, Any]:
+def siblings(job: FineTuneJob) -> dict[str, Any]:
+    """Return the selector of all pods of a job."""
     return {"matchLabels": {labels.JOB: job.metadata.name}}
 
 

@@ -421,3 +421,19 @@ def test_running_sidecar_leaves_with_the_export() -> None:
     cluster.settle()
     assert cluster.job.status.phase is Phase.SUCCEEDED
     assert cluster.export_pod.deleted_at is not None
+
+
+def test_a_claim_that_other_nodes_use_is_named_while_the_pod_waits() -> None:
+    storage = {"persistentVolumeClaim": {"claimName": "shared"}}
+    cluster = FakeCluster(make_job(checkpoint={"storage": storage})).running()
+    _request(cluster)
+    cluster.change_export(phase=PodPhase.PENDING, node="node-9", waiting="ContainerCreating")
+    cluster.settle()
+    nodes = sorted(str(cluster.pod(rank).node) for rank in (0, 1))
+    assert _export(cluster).message == (
+        f"ContainerCreating; a ReadWriteOnce claim cannot be mounted on node-9 while pods of the job run on "
+        f"{', '.join(nodes)}"
+    )
+    cluster.change_export(node=nodes[0])
+    cluster.settle()
+    assert _export(cluster).message == "ContainerCreating"

@@ -21,7 +21,7 @@ from finetune_operator.api.rules.supported import find_missing
 from finetune_operator.api.status import ExportState, ExportStatus, FineTuneJobStatus, OutputStatus
 from finetune_operator.api.validate import broken_rules
 from finetune_operator.manifests import build_config
-from finetune_operator.manifests.export_pod import build_export_pod, hash_request
+from finetune_operator.manifests.export_pod import build_export_pod, hash_request, uses_claim
 from finetune_operator.plan.model import backoff, exporting
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
@@ -156,7 +156,7 @@ def _follow(view: View, status: FineTuneJobStatus, export: ExportStatus, request
     if has_ended(pod) or pod.reason == NODE_LOST:
         return _end(view, status, export, request, pod)
     if pod.phase is PodPhase.PENDING or pod.deleted_at is not None:
-        waits = revise(export, state=ExportState.WAITING, message=pod.waiting)
+        waits = revise(export, state=ExportState.WAITING, message=_describe_pending(view, pod))
         return exporting.put_export(status, waits)
     status = exporting.put_export(status, revise(export, state=ExportState.RUNNING, message=None))
     known = {_key(each) for each in status.outputs}
@@ -167,6 +167,18 @@ def _follow(view: View, status: FineTuneJobStatus, export: ExportStatus, request
 def _pod_of(view: View, export: ExportStatus) -> ObservedPod | None:
     found = (pod for pod in view.observed.exports if pod.export is not None and pod.export.content == export.content)
     return next(found, None)
+
+
+def _describe_pending(view: View, pod: ObservedPod) -> str | None:
+    """Return why the container of a pod does not run yet.
+
+    On a node without pods of the gang, the reason can be a claim: the kubelet reports it only in events.
+    """
+    busy = sorted({each.node for each in view.observed.pods if each.node is not None and not has_ended(each)})
+    if pod.node is None or not busy or pod.node in busy or not uses_claim(view.job, view.settings):
+        return pod.waiting
+    hint = f"a ReadWriteOnce claim cannot be mounted on {pod.node} while pods of the job run on {', '.join(busy[:3])}"
+    return f"{pod.waiting}; {hint}" if pod.waiting else hint
 
 
 def _describe_wait(view: View, export: ExportStatus) -> str | None:
