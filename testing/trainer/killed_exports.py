@@ -4,7 +4,11 @@
         assert exports.run("export-upload", nth=2) == -signal.SIGKILL      # killed after the second part
         assert exports.run() == 0                                          # completes what is missing
 
-One process imports the trainer; each export is a fork of it, which has opened no client yet.
+One process imports the trainer; each export is a fork of it, which has opened no client yet. With `start_pods`, each
+fork is the process of an export pod:
+
+    with killed_exports.start_pods(environment) as pods:
+        assert pods.run_pod(job_dir) == 0
 """
 
 from __future__ import annotations
@@ -58,6 +62,14 @@ class KilledExports:
     job_dir: Path
     on_start: Callable[[int], None] = lambda _: None
 
+    def run_pod(self, job_dir: Path) -> int:
+        """Run one export pod, and return its exit code.
+
+        Args:
+            job_dir: its folder of the job; a new pod of a job with a bucket has an empty one.
+        """
+        return self.run(str(job_dir))
+
     def run(self, stage: str = "", nth: int = 1) -> int:
         """Run one export, and return its exit code; negative: the signal that ended it.
 
@@ -89,12 +101,29 @@ def start(
         outputs: as in a manifest.
         environment: variables of the clients.
     """
-    command = [sys.executable, "-m", "testing.trainer.killed_exports", str(job_dir), json.dumps(list(outputs))]
+    with _serve([str(job_dir), json.dumps(list(outputs))], environment) as process:
+        yield KilledExports(process, job_dir)
+
+
+@contextlib.contextmanager
+def start_pods(environment: Mapping[str, str]) -> Iterator[KilledExports]:
+    """Start a process within this block whose forks are export pods.
+
+    Args:
+        environment: variables of the pods, without the folder of the job.
+    """
+    with _serve([], environment) as process:
+        yield KilledExports(process, Path())
+
+
+@contextlib.contextmanager
+def _serve(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "testing.trainer.killed_exports", *arguments]
     with subprocess.Popen(
         command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         try:
-            yield KilledExports(process, job_dir)
+            yield process
         finally:
             assert process.stdin is not None
             process.stdin.close()
@@ -125,20 +154,43 @@ def _export(job_dir: Path, outputs: Sequence[Mapping[str, Any]], stage: str, nth
     deliver_outputs(write, [OutputSpec.model_validate(each) for each in outputs], export)
 
 
+_OF_POD = (
+    "finetune_trainer.export_pod",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "peft",
+)
+"""Modules that a pod needs besides those of every export."""
+
+
+def _run_pod(job_dir: str) -> int:
+    from finetune_contract.environment import CHECKPOINT_DIR  # noqa: PLC0415  the parent has imported them
+    from finetune_trainer import export_pod  # noqa: PLC0415
+
+    os.environ[CHECKPOINT_DIR] = job_dir
+    return export_pod.main()
+
+
 def main() -> None:
     """Fork an export for each line of the standard input."""
     # Imported once, before the forks. None of them starts a thread.
-    for name in ("finetune_trainer.export.outputs", "s3fs", "botocore.httpsession", "huggingface_hub.hf_api"):
+    are_pods = len(sys.argv) == 1
+    names = ["finetune_trainer.export.outputs", "s3fs", "botocore.httpsession", "huggingface_hub.hf_api"]
+    for name in [*names, *(_OF_POD if are_pods else ())]:
         importlib.import_module(name)
-    job_dir, outputs = Path(sys.argv[1]), json.loads(sys.argv[2])
     for line in sys.stdin:
         stage, nth = json.loads(line)
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                _export(job_dir, outputs, stage, nth)
-                code = 0
+                if are_pods:
+                    code = _run_pod(stage)
+                else:
+                    _export(Path(sys.argv[1]), json.loads(sys.argv[2]), stage, nth)
+                    code = 0
             except Exception as error:
                 sys.stderr.write(f"{type(error).__name__}: {error}\n")
             finally:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_contract import paths
+from finetune_contract.bucket import Bucket
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import WrittenOutput
 from finetune_contract.outputs.spec import OutputSpec
@@ -20,6 +21,8 @@ from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.main import parser
 from finetune_trainer.checkpoint.sharded_state import make_sharded_state
 from finetune_trainer.checkpoint.state import TrainState
+from finetune_trainer.checkpoint.store.base import CheckpointStore
+from finetune_trainer.checkpoint.store.bucket import BucketStore
 from finetune_trainer.checkpoint.store.folder import FolderStore
 from finetune_trainer.checkpoint.store.retention import Retention
 from finetune_trainer.delivery.open import DeliveryPlace
@@ -45,7 +48,10 @@ def fill(method: Method, value: float) -> None:
             parameter.copy_(torch.linspace(value, value + number + 1, parameter.numel()).view_as(parameter))
 
 
-def save(folder: Path, spec: RunSpec, method: Method, step: int, sharded: bool = False) -> None:
+def save(
+    folder: Path, spec: RunSpec, method: Method, step: int, sharded: bool = False, *, bucket: Bucket | None = None
+) -> None:
+    """Save a checkpoint to a folder, or to a bucket."""
     training, parameters = spec.training, method.parameters()
     ema = Ema(parameters) if training.ema else None
     state = (
@@ -57,7 +63,11 @@ def save(folder: Path, spec: RunSpec, method: Method, step: int, sharded: bool =
     if state.ema is not None:
         # The average keeps the earlier weights.
         fill(method, 100.0)
-    store = FolderStore(folder, spec.uid, 1, Retention(5, None, False))
+    store: CheckpointStore
+    if bucket is None:
+        store = FolderStore(folder, spec.uid, 1, Retention(5, None, False))
+    else:
+        store = BucketStore(bucket, folder, spec.uid, 1, Retention(5, None, False))
     store.open()
     store.save(state.snapshot({}), 1e9)
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune_contract import environment
+from finetune_contract.bucket import Bucket
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.outputs.request import ExportResult
+from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer import export_pod
 from finetune_trainer.errors import StorageError
 from finetune_trainer.export import outputs
 from finetune_trainer.export.formats.write import write_format
+from finetune_trainer.export.from_checkpoint import export_outputs
 from finetune_trainer.script.outputs import ScriptRecord
-from testing.trainer import tiny
+from testing.objectstore import faults
+from testing.objectstore.server import ObjectStore
+from testing.trainer import killed_exports, tiny
 from testing.trainer.methods import make_method
 from tests.trainer.checkpoint.test_export import fill, save
 
@@ -137,3 +145,68 @@ def test_a_long_result_fits_into_a_termination_message(tmp_path: Path) -> None:
     text = (tmp_path / "log").read_bytes()
     assert len(text) <= 4096
     assert [each.index for each in ExportResult.model_validate_json(text).outputs] == list(range(8))
+
+
+def test_pods_that_are_killed_while_they_fetch_and_deliver_repeat_no_upload(
+    base: Path, object_store: ObjectStore, bucket_url: str, tmp_path: Path
+) -> None:
+    """Checkpoints and outputs are in a bucket. Each pod starts with an empty disk, as on another node."""
+    spec = tiny.make_spec(base, tmp_path, method="LoRA", steps=6, lora={"rank": 2})
+    (tmp_path / "run.json").write_text(spec.to_json())
+    of_job = f"{bucket_url}/default/tiny-1f0c3a2b"
+    method = make_method(base, "LoRA", lora={"rank": 2})
+    for step in (5, 6):
+        fill(method, float(step))
+        save(tmp_path / "fetched", spec, method, step, bucket=Bucket(of_job))
+        save(tmp_path / "local", spec, method, step)
+    # One output below the folder of the job, one elsewhere.
+    wanted = [{"format": "kohya", "to": "kohya"}, {"format": "diffusers", "to": f"{bucket_url}/lora"}]
+    with faults.serve(object_store) as (proxy, variables):
+        env = {
+            **variables,
+            environment.RUN_SPEC: str(tmp_path / "run.json"),
+            environment.EXPORT: json.dumps({"id": "r1", "step": 5, "outputs": wanted}),
+            environment.CACHE_DIR: str(tmp_path / "cache"),
+            environment.BUCKET: of_job,
+            environment.TERMINATION_LOG: str(tmp_path / "termination"),
+        }
+        with killed_exports.start_pods(env) as pods:
+            running, victim, uploaded = 0, "", list[str]()
+
+            def begin(pid: int) -> None:
+                nonlocal running
+                running = pid
+
+            def watch(request: str) -> None:
+                if victim and running and re.search(victim, request):
+                    os.kill(running, signal.SIGKILL)
+                elif "partNumber=" in request and ".probe-" not in request:
+                    uploaded.append(request.partition("?")[0])
+
+            pods.on_start, proxy.before_request = begin, watch
+            for number, victim in enumerate(
+                (
+                    r"GET .*step-00000005-a1/.*model.*safetensors",
+                    r"PUT .*kohya/tiny\.safetensors\?.*partNumber",
+                    r"POST .*lora/README\.md\?.*uploadId=",
+                    r"PUT .*lora/tiny\.diffusers\.output\.json",
+                )
+            ):
+                running = 0
+                assert pods.run_pod(tmp_path / f"pod-{number}") == -signal.SIGKILL, victim
+            victim = ""
+            assert pods.run_pod(tmp_path / "pod-last") == ExitCode.DONE
+    result = ExportResult.model_validate_json((tmp_path / "termination").read_text())
+    assert (result.step, [each.index for each in result.outputs]) == (5, [0, 1])
+    # -- each file was sent once, and is that of the same export from a folder
+    assert sorted(uploaded) == sorted(set(uploaded))
+    bucket = object_store.folder / bucket_url.removeprefix("s3://")
+    (checkpoint,) = (tmp_path / "local" / "checkpoints").glob("step-00000005-*")
+    expected = [OutputSpec.model_validate({**each, "to": str(tmp_path / each["format"])}) for each in wanted]
+    export_outputs(spec, checkpoint, expected, tmp_path / "cache")
+    for each, folder in ((wanted[0], bucket / "default/tiny-1f0c3a2b/outputs/kohya"), (wanted[1], bucket / "lora")):
+        found = {path.name: path.read_bytes() for path in folder.rglob("*") if not path.name.endswith(".output.json")}
+        local = tmp_path / each["format"]
+        assert found == {path.name: path.read_bytes() for path in local.rglob("*") if not path.name.startswith(".")}
+    uploads = Bucket(bucket_url + "/x").client.call_s3("list_multipart_uploads", Bucket=bucket.name).get("Uploads")
+    assert not uploads
