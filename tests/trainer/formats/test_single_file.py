@@ -23,9 +23,11 @@ from torch import Tensor
 from finetune_contract.input_spec import ModelSpec
 from finetune_contract.outputs.spec import FileContainer, OutputFormat, OutputPrecision, OutputSpec
 from finetune_contract.run_spec import RunSpec
+from finetune_contract.spec import TextualInversionSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.write import write_format
+from finetune_trainer.methods.embedding_file import find_embedding_files, read_embeddings, select_embedding
 from finetune_trainer.models.base import open_base
 from finetune_trainer.models.layouts.trained import TrainedControlNet, TrainedPipeline, part_of_module
 from testing.trainer import tiny
@@ -92,6 +94,24 @@ def test_names_and_shapes_of_a_lora_are_those_of_kohyas_scripts(family: str, cou
     known = {name.removeprefix("model.diffusion_model.").replace(".", "_") for name in known}
     adapted = {line.partition(".")[0].removeprefix("lora_unet_") for line in expected if line.startswith("lora_unet")}
     assert len(adapted & known) == (len(adapted) if family == "sdxl" else 0)
+
+
+@pytest.mark.parametrize("family", make_keys.FAMILIES)
+def test_every_key_of_an_embedding_is_known_and_read(family: str, tmp_path: Path) -> None:
+    expected = (make_keys.FOLDER / f"{family}-embedding.txt").read_text(encoding="utf-8").splitlines()
+    assert make_keys.embedding(family, tmp_path) == expected
+    spec = TextualInversionSpec.model_validate({"placeholderToken": make_keys.TOKEN, "numVectors": 2})
+    parts = open_base(ModelSpec(base=str(tmp_path / "base"))).load_text_encoder(torch.device("meta")).parts
+    for name in make_keys.EMBEDDING_FORMATS:
+        files = find_embedding_files(tmp_path / name)
+        keys = [key for file in files for key in read_embeddings(file)]
+        # diffusers has one file for each text encoder, and the others have one key for each.
+        names = [make_keys.TOKEN] * len(parts) if name == "diffusers" else [part.webui_key for part in parts]
+        assert sorted(keys) == sorted(names)
+        for number, part in enumerate(parts):
+            width = 1280 if number else 1024 if family == "sd2" else 768
+            found = select_embedding(files, spec, part.name, number, part.webui_key, width)
+            assert torch.equal(found, torch.full((2, width), float(number)))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
