@@ -144,6 +144,9 @@ class IgnoringWatchdog:
     def pod_deleted(self, job: FineTuneJob, pod: ObservedPod) -> None:
         """Ignore the call."""
 
+    def pod_resized(self, job: FineTuneJob, pod: ObservedPod, memory: str) -> None:
+        """Ignore the call."""
+
     def quota_released(self, job_name: str) -> None:
         """Ignore the call."""
 

@@ -15,7 +15,9 @@ from testing.simulated.operator import ApiConditions, SimulatedOperator
 from testing.simulated.server import SimulatedApiServer
 from testing.simulated.supervisor import SimulatedSupervisor, Trainers
 
-SIMULATED = Settings(coordinator_url="https://coordinator:8443", require_storage=False, kueue=True, gangs=True)
+SIMULATED = Settings(
+    coordinator_url="https://coordinator:8443", require_storage=False, kueue=True, gangs=True, resize_pods=True
+)
 """The administrator's settings."""
 
 
@@ -156,7 +158,7 @@ class SimulatedCluster:
         return None if partitioned and self.engine.chance(0.1) else reply
 
     def stop_faults(self) -> None:
-        """Stop all faults and repair everything that is broken."""
+        """Stop all faults and repair everything that is broken. The remaining steps are short."""
         self.restore_api()
         self.server.quota = None
         self.server.queue.set_quota(None)
@@ -165,6 +167,8 @@ class SimulatedCluster:
             self.operator.watch.lag_seconds = 0.1
         for name in list(self.server.jobs):
             self.set_suspend(name, False)
+        for storage in self.server.storage.values():
+            storage.workload = storage.workload.faster()
         for node in list(self.server.nodes.values()):
             node.refuses = False
             if not node.up:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetune_contract.exit_codes import ExitCode
+from finetune_contract.exit_codes import OOM_KILL, ExitCode
 from finetune_contract.heartbeat import GpuFault, RankState
 from finetune_operator.plan.model.types import PodPhase
 from testing.simulated.cluster import SimulatedCluster
@@ -125,9 +125,18 @@ def fail_program(cluster: SimulatedCluster) -> None:
     rng = cluster.engine.rng
     if (supervisor := cluster.random_supervisor()) is not None:
         code, output = rng.choice(PROGRAM_ENDS)
-        reason = "OOMKilled" if code == 137 and rng.random() < 0.5 else None
         cluster.count_failure(supervisor.pod.job)
-        supervisor.fail(code, output, reason)
+        supervisor.fail(code, output)
+
+
+def exceed_memory(cluster: SimulatedCluster) -> None:
+    """Let the kernel end a rank that exceeds the memory of its pod, alone or with its supervisor."""
+    if (supervisor := cluster.random_supervisor()) is not None:
+        cluster.count_failure(supervisor.pod.job)
+        if cluster.engine.chance(0.5):
+            supervisor.fail(137, f"{OOM_KILL}, whose memory limit is 1024 MiB")
+        else:
+            supervisor.kill_container()
 
 
 def break_gpu(cluster: SimulatedCluster) -> None:
@@ -241,6 +250,7 @@ FAULTS = (
     SimulatedFault(0.5, fail_init_container),
     SimulatedFault(0.5, edit_template),
     SimulatedFault(4, fail_program),
+    SimulatedFault(2, exceed_memory),
     SimulatedFault(1, break_gpu),
     SimulatedFault(1, break_fabric),
     SimulatedFault(1, hang),

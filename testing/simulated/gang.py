@@ -62,14 +62,11 @@ class SimulatedGang:
         self._from_step = 0
         self._from_time = 0.0
         self._until_step = 0
+        self._step_seconds = 0.0
+        """Duration of a step until the next save."""
         self._epoch = 0
         """Increases with every change of course; actions planned in an earlier epoch are discarded."""
         self.broken = False
-
-    @property
-    def _step_seconds(self) -> float:
-        work = self._storage.workload
-        return work.step_seconds * (work.full_size or self.size) / self.size
 
     @property
     def step(self) -> int:
@@ -157,6 +154,7 @@ class SimulatedGang:
             self._save()
             return
         self._from_time = self._engine.time
+        self._step_seconds = work.step_seconds * (work.full_size or self.size) / self.size
         next_save = (self._from_step // work.save_steps + 1) * work.save_steps
         self._advance_to(min(next_save, work.total_steps))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from finetune_contract.outputs.request import ExportResult
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.types import ObservedPod
+
+SHORT_SECONDS = 0.25
+"""Longest duration of a step or a save of a training that only has to end."""
 
 
 @dataclass
@@ -60,6 +63,10 @@ class Watchdog(Protocol):
         """Handle the operator's request to delete a pod."""
         ...
 
+    def pod_resized(self, job: FineTuneJob, pod: ObservedPod, memory: str) -> None:
+        """Handle the operator's request to change the memory of a running pod."""
+        ...
+
     def quota_released(self, job_name: str) -> None:
         """Handle the release of a job's quota in its queue by the operator."""
         ...
@@ -90,6 +97,12 @@ class Workload:
     """Whether survivors save the last finished step when a peer fails suddenly."""
     saves_on_notice: bool = True
     """False: SIGTERM ends a rank without a save, as in most training scripts."""
+
+    def faster(self) -> Workload:
+        """Return the same training with short steps and saves."""
+        return replace(
+            self, step_seconds=min(self.step_seconds, SHORT_SECONDS), save_seconds=min(self.save_seconds, SHORT_SECONDS)
+        )
 
 
 @dataclass

@@ -221,8 +221,9 @@ class SimulatedOperator:
         elif isinstance(action, PatchWorkload):
             await self._patch(job, action)
         elif isinstance(action, ResizePod):
-            # The memory of simulated pods is never exceeded.
-            pass
+            resized = await self._call(lambda: server.resize_pod(action.name, action.uid, action.memory))
+            if resized is not None:
+                self.watch.take(*resized)
         elif isinstance(action, DeleteWorkload):
             await self._call(lambda: server.delete_workload(action.name, action.uid))
         elif isinstance(action, OpenGate):

@@ -239,6 +239,7 @@ class SimulatedApiServer:
             template=own[labels.TEMPLATE],
             export=ObservedExport(own[labels.EXPORT]) if labels.EXPORT in own else None,
             gated={"name": GATE} in spec.get("schedulingGates", ()),
+            memory=spec["containers"][0].get("resources", {}).get("limits", {}).get("memory"),
         )
         affinity = spec.get("affinity", {}).get("nodeAffinity", {})
         pod = SimulatedPod(
@@ -284,6 +285,17 @@ class SimulatedApiServer:
         if pod is not None and pod.observed.uid == uid and pod.observed.gated:
             self.change(pod, gated=False)
             self.gate_opened()
+
+    def resize_pod(self, name: str, uid: str, memory: str) -> tuple[Key, int, ObservedPod] | None:
+        """Change the memory of a pod on behalf of the operator; return None if it does not exist."""
+        self.num_writes += 1
+        pod = self.pods.get(name)
+        if pod is None or pod.observed.uid != uid:
+            return None
+        if (job := self.jobs.get(pod.job)) is not None:
+            self._watchdog.pod_resized(job, pod.observed, memory)
+        self.change(pod, memory=memory)
+        return ("Pod", pod.job, name), self._version, pod.observed
 
     def delete_pod(self, name: str, uid: str, grace_seconds: int | None) -> None:
         """Request the deletion of a pod on behalf of the operator."""

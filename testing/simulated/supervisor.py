@@ -102,24 +102,28 @@ class SimulatedSupervisor:
             self._leave_gang(silent=False)
             self.rank_ended(ExitCode.SAVED)
 
-    def fail(self, code: int, output: str, reason: str | None = None, gpu_fault: GpuFault | None = None) -> None:
+    def fail(self, code: int, output: str, gpu_fault: GpuFault | None = None) -> None:
         """Let its rank fail by itself, or because of a fault of its GPU."""
         if gpu_fault is not None:
             self._gpu_faults = (gpu_fault,)
         if self._alive and not self._ends:
             self._leave_gang(silent=False)
-            self.rank_ended(code, output, reason)
+            self.rank_ended(code, output)
 
-    def _killed(self, code: int) -> None:
+    def kill_container(self) -> None:
+        """End it together with its rank, as the kernel does where it ends all processes of a container."""
+        self._killed(137, "OOMKilled")
+
+    def _killed(self, code: int, reason: str | None = None) -> None:
         """Handle SIGKILL, or the end of the node."""
         if self._alive:
             self._alive = False
             self._leave_gang(silent=code == -1)
             if code >= 0:
-                self._trainers.kubelets.ended(self.pod, code, None)
+                self._trainers.kubelets.ended(self.pod, code, None, reason)
             self._trainers.forget(self)
 
-    def rank_ended(self, code: int, output: str = "", reason: str | None = None) -> None:
+    def rank_ended(self, code: int, output: str = "") -> None:
         """Handle the end of its rank: wait for a new world if the pod itself is healthy, otherwise exit."""
         if not self._alive or self._ends:
             return
@@ -130,9 +134,9 @@ class SimulatedSupervisor:
         if code in HOLDABLE and is_reachable and not self._has_notice:
             self._waiting = True
         else:
-            self._later(self._engine.rng.uniform(0.1, 3.0), partial(self._end, code, reason))
+            self._later(self._engine.rng.uniform(0.1, 3.0), partial(self._end, code))
 
-    def _end(self, code: int, reason: str | None = None) -> None:
+    def _end(self, code: int) -> None:
         if not self._alive:
             return
         self._post()
@@ -147,7 +151,7 @@ class SimulatedSupervisor:
             ends=self._ends,
             gpu_faults=self._gpu_faults,
         )
-        self._trainers.kubelets.ended(self.pod, code, termination, reason)
+        self._trainers.kubelets.ended(self.pod, code, termination)
         self._trainers.forget(self)
 
     # -- its rank -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`python -m tests.simulation --events 1000000 --seed 7`: many episodes, one after the other.
 
 Prints progress, a table, and JSON as the last line. A broken invariant ends the run with the command that replays it.
+Exit code 1: the run did not contain everything that it must test (`missing`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,19 @@ import sys
 import time
 
 from testing.measure.report import finish
+from testing.simulated.faults import FAULTS
 from testing.simulated.model import BrokenInvariantError
-from tests.simulation.episode import EpisodeResult, run_episode
+from tests.simulation.episode import COVERED, EpisodeResult, run_episode
 
 EPISODE_EVENTS = 20_000
 """Number of events after which an episode injects no more faults."""
 PROGRESS_SECONDS = 5.0
+
+
+def missing(total: EpisodeResult) -> list[str]:
+    """Return what a long run must contain and this one did not."""
+    faults = {fault.inject.__name__ for fault in FAULTS}
+    return sorted((COVERED - set(total.counts)) | (faults - set(total.faults)))
 
 
 def run(num_events: int, seed: int, only: int | None = None) -> EpisodeResult:
@@ -57,15 +65,17 @@ def main() -> None:
     seconds = time.monotonic() - began
     rows: list[list[object]] = [["fault", name, count] for name, count in sorted(total.faults.items())]
     rows += [["observed", name, count] for name, count in sorted(total.counts.items())]
-    result = {
+    result: dict[str, object] = {
         "events": total.num_events,
         "passes": total.num_reconciles,
         "virtual_days": round(total.virtual_seconds / 86400, 1),
         "seconds": round(seconds, 1),
         "events_per_second": round(total.num_events / seconds),
         "broken": 0,
+        "missing": [] if args.episode is not None else missing(total),
     }
     finish(["", "what", "count"], rows, result)
+    sys.exit(1 if result["missing"] else 0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from finetune_contract.phase import Phase
+from finetune_operator.api.reasons import Reason
 from testing.simulated.cluster import SimulatedCluster
 from testing.simulated.faults import inject_random_fault
 from testing.simulated.model import Workload
@@ -31,8 +32,47 @@ SPOT: tuple[dict[str, Any], ...] = (
 )
 Inject = Callable[[SimulatedCluster], str]
 """Injects a fault and returns its name."""
+MEMORIES: tuple[tuple[str, str | None], ...] = (("1Gi", None), ("1Gi", "4Gi"), ("1Gi", "8Gi"))
+"""Memory of each pod, and its maximum."""
+COVERED = frozenset(
+    {
+        "attempts after an admission",
+        "attempts in place",
+        "attempts on fewer nodes",
+        "attempts scheduled with gates",
+        "attempts scheduled with podGroup",
+        "export pods",
+        "memory raised",
+        "pods resized",
+        "quota released",
+        *(
+            f"ended {reason}"
+            for reason in (
+                Reason.BACK_TO_SPOT,
+                Reason.EVICTED_BY_QUEUE,
+                Reason.FABRIC_ERROR,
+                Reason.FELL_BACK,
+                Reason.GANG_RELEASED,
+                Reason.GPU_FAULT,
+                Reason.GROWN,
+                Reason.HANG,
+                Reason.NODE_LOST,
+                Reason.OUT_OF_MEMORY,
+                Reason.PREEMPTED,
+                Reason.PROCESS_FAILED,
+                Reason.REFUSED_BY_KUBELET,
+                Reason.SHRUNK,
+                Reason.STORAGE_ERROR,
+                Reason.SUSPENDED,
+            )
+        ),
+    }
+)
+"""What a long run must contain: without it, it tests less than it seems to."""
 QUIET_SECONDS = 12 * 3600.0
 IDLE_SECONDS = 3600.0
+SCARCE_SHARE = 0.4
+"""Share of the episodes in which the jobs together need more nodes than there are."""
 
 
 @dataclass
@@ -66,6 +106,9 @@ def run_episode(
     rng = random.Random(f"{seed}-shape")
     num_jobs = rng.randint(1, 8)
     num_nodes, num_on_demand = rng.randint(3, 3 * num_jobs), rng.choice([0, 2, 8])
+    if rng.random() < SCARCE_SHARE:
+        # Gangs take nodes from each other, and stay incomplete.
+        num_jobs, num_nodes, num_on_demand = rng.randint(3, 6), rng.randint(4, 6), 0
     cluster = SimulatedCluster(seed, invariants, num_nodes=num_nodes, num_on_demand=num_on_demand)
     invariants.cluster = cluster
     for number in range(num_jobs):
@@ -97,8 +140,6 @@ def _result(cluster: SimulatedCluster, invariants: Invariants, injector: _FaultI
     counts = invariants.counts
     for job in cluster.server.jobs.values():
         counts[f"jobs {job.status.phase}"] += 1
-        for entry in job.status.attempts:
-            counts[f"ended {entry.reason}"] += 1
     passes = cluster.num_reconciles + cluster.operator.num_reconciles
     return EpisodeResult(cluster.engine.num_events, passes, cluster.engine.time, injector.counts, counts)
 
@@ -148,12 +189,18 @@ def _create_random_job(cluster: SimulatedCluster, name: str, seed: int) -> None:
     }
     if "minNodes" in spec["topology"]:
         spec["recovery"]["shrinkAfter"] = rng.choice(["30s", "5m"])
+    memory, most = rng.choice(MEMORIES)
+    spec["topology"]["resources"] = {"memory": memory}
+    if most is not None:
+        spec["recovery"]["maxMemory"] = most
+    if rng.random() < 0.5:
+        spec["recovery"]["hangTimeout"] = "1m"
     if rng.random() < 0.1:
         spec["activeDeadlineSeconds"] = 3600
     if rng.random() < 0.4:
         spec["queueName"] = QUEUE
     else:
-        spec["scheduling"] = rng.choice(["podGroup", "gates", "none"])
+        spec["scheduling"] = rng.choice(["podGroup", "gates", "gates", "none"])
     if rng.random() < 0.3:
         spec["outputs"] = [{"format": "openvino", "to": "s3://models/openvino"}]
     cluster.make_job(name, work, **spec)

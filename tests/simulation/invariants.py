@@ -8,6 +8,7 @@ from finetune_contract.heartbeat import OutputState
 from finetune_contract.phase import FINISHED, Phase
 from finetune_operator.api.gangs import POD_GROUP
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.quantity import parse_quantity
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
@@ -53,7 +54,13 @@ class Invariants:
         self._check_budget(job, new)
         if old.phase in FINISHED:
             self._require(new.phase is old.phase, name, f"its phase changed from {old.phase} to {new.phase}")
+        self._check_end(old, new, name)
+        if new.memory != old.memory:
+            self.counts["memory raised"] += 1
         if new.attempt > old.attempt:
+            if job.spec.queue_name is not None:
+                self.counts["attempts after an admission"] += 1
+            self.counts[f"attempts scheduled with {new.attempts[-1].scheduling}"] += 1
             if new.attempts[-1].nodes:
                 self.counts["attempts on fewer nodes"] += 1
             self.counts["attempts in place" if new.attempts[-1].pod_attempts else "attempts of a new gang"] += 1
@@ -98,6 +105,16 @@ class Invariants:
             job.metadata.name,
             f"{pod.name} was deleted while its attempt was open",
         )
+
+    def pod_resized(self, job: FineTuneJob, pod: ObservedPod, memory: str) -> None:
+        """A pod of a running job gets more memory, never more than its job allows. A lost response causes a repeat."""
+        self.counts["pods resized"] += 1
+        name, most = job.metadata.name, job.spec.recovery.max_memory
+        self._require(job.status.phase not in FINISHED, name, f"{pod.name} was resized after the end of the job")
+        grows = pod.memory is not None and parse_quantity(memory) >= parse_quantity(pod.memory)
+        self._require(grows, name, f"the memory of {pod.name} changed from {pod.memory} to {memory}")
+        allowed = most is not None and parse_quantity(memory) <= parse_quantity(most)
+        self._require(allowed, name, f"{pod.name} has {memory}, allowed are {most}")
 
     def quota_released(self, job_name: str) -> None:
         """The operator releases the quota of a job only when no pod uses it."""
@@ -178,6 +195,18 @@ class Invariants:
         self._require(
             new.last_checkpoint.step <= storage.step, name, "the last checkpoint does not exist on the storage"
         )
+
+    def _check_end(self, old: FineTuneJobStatus, new: FineTuneJobStatus, name: str) -> None:
+        """Count the end of the newest attempt. The release of an incomplete gang costs no budget and no step."""
+        entry = new.attempts[-1] if new.attempts else None
+        before = old.attempts[-1] if old.attempts and old.attempt == new.attempt else None
+        if entry is None or entry.reason is None or (before is not None and before.reason is not None):
+            return
+        self.counts[f"ended {entry.reason}"] += 1
+        if entry.reason == Reason.GANG_RELEASED:
+            costs = (new.failures + new.preemptions) - (old.failures + old.preemptions)
+            self._require(costs == 0, name, "the release of an incomplete gang was counted")
+            self._require(new.lost_steps == old.lost_steps, name, "the release of an incomplete gang lost steps")
 
     def _check_budget(self, job: FineTuneJob, new: FineTuneJobStatus) -> None:
         name, allowed = job.metadata.name, job.spec.recovery.max_failures
