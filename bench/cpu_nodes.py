@@ -155,6 +155,8 @@ def main() -> None:
     args = parse()
     if os.geteuid() != 0:
         sys.exit("run this as root: it creates network namespaces")
+    # Ranks that end at once leave locks of libraries behind, about which Python would warn after the last line.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     # The namespaces are removed when the bench is stopped, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     rows, result = [], {}
