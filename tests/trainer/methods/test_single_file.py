@@ -122,3 +122,46 @@ def test_checkpoint_without_named_weights_is_refused(content: Any, found: str, t
         ConfigError, match=rf"model\.base: .*model\.ckpt contains {found} instead of named weights; write"
     ):
         open_base(ModelSpec(base=str(tmp_path / "model.ckpt")), tmp_path / "cache")
+
+
+_UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (_UNET, rf"lacks the denoiser: no tensor has a name like {_UNET}\.\.\."),
+        (_VAE, rf"lacks the VAE: no tensor has a name like {_VAE}\.\.\."),
+        (_TEXT, rf"lacks the text encoder: no tensor has a name like {_TEXT}\.\.\."),
+        (
+            f"{_UNET}input_blocks.1.",
+            r"lacks the tensors for UNet2DConditionModel\.down_.*, .*, .* and \d+ more",
+        ),
+        (
+            f"{_VAE}encoder.conv_in.",
+            r"lacks the tensors for AutoencoderKL\.encoder\.conv_in\.weight, ",
+        ),
+        (
+            f"{_TEXT}transformer.text_model.final",
+            r"lacks the tensors for text_encoder\.(text_model\.)?final_layer",
+        ),
+    ],
+)
+def test_a_file_without_some_tensors_is_refused_by_their_names(
+    base: Path, tmp_path: Path, start: str, message: str
+) -> None:
+    state = to_original(StableDiffusionPipeline.from_pretrained(base, safety_checker=None))
+    file = tmp_path / "model.safetensors"
+    save_file({name: value for name, value in state.items() if not name.startswith(start)}, file)
+    with pytest.raises(ConfigError, match=rf"^model\.base: {file} {message}.*; write a complete checkpoint of a base"):
+        open_base(ModelSpec(base=str(file), config=str(base)), tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*")), "nothing is kept"
+
+
+def test_a_file_for_another_configuration_is_refused(base: Path, tmp_path: Path) -> None:
+    state = to_original(StableDiffusionPipeline.from_pretrained(base, safety_checker=None))
+    file = tmp_path / "model.safetensors"
+    save_file(state | {f"{_UNET}input_blocks.0.0.bias": torch.ones(320)}, file)
+    message = r"has tensors of another shape than its configuration: conv_in\.bias expected shape .*; write the folder"
+    with pytest.raises(ConfigError, match=rf"^model\.base: {file} {message} or hub id of the configuration"):
+        open_base(ModelSpec(base=str(file), config=str(base)), tmp_path / "cache")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import secrets
 import shutil
+import traceback
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from finetune_trainer.errors import ConfigError, StorageError
 from finetune_trainer.files import use_default_mode
 from finetune_trainer.models.family import SingleFile
 from finetune_trainer.models.fingerprint import fingerprint, fingerprint_files
+from finetune_trainer.models.layouts.original import UNET, VAE
 
 SUFFIXES = (".safetensors", ".ckpt")
 _INDEX = "model_index.json"
@@ -28,6 +31,16 @@ _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 """Names of empty tensors in single files: the base predicts v; its last timestep has no signal."""
 _OTHER_PROCESS = {"edm_mean": "EDM", "edm_vpred.sigma_max": "EDM with v-prediction"}
 """Names of tensors in single files of bases with another noise process, e.g. Playground v2.5 and CosXL."""
+_PARTS = {
+    "denoiser": (UNET,),
+    "VAE": (VAE,),
+    "text encoder": ("cond_stage_model.", "conditioner."),
+}
+"""Starts of the names of the parts of a complete model."""
+_INCOMPLETE = "write a complete checkpoint of a base model"
+_OTHER_SHAPE = re.compile(r"Cannot load.* because (\S+ expected shape .*?\]\), but got .*?\]\))")
+_NUM_NAMED = 3
+"""Names of tensors in a message."""
 
 
 def convert(
@@ -124,14 +137,58 @@ def _read(file: Path, config: str | None, names: Collection[str], formats: Mappi
         )
         if marked := _marked_schedule(names):
             pipeline.scheduler.register_to_config(**marked)
-        return pipeline
     except Exception as error:
         # The reader of diffusers raises many kinds of errors. After any of them the file cannot be used.
-        summary = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"model.base: {file} cannot be read as a single-file checkpoint: {summary}; if the hub is not "
-            "reachable, write a folder with the base's configuration in model.config"
-        ) from error
+        problem = find_missing_part(names) or _describe(error)
+        raise ConfigError(f"model.base: {file} {problem}") from error
+    parts = {each: part for each, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    if problem := _describe_empty(parts):
+        raise ConfigError(f"model.base: {file} {problem}")
+    return pipeline
+
+
+def find_missing_part(names: Collection[str]) -> str:
+    """Return which part of a model a file lacks, with the remedy; empty if it has all, or other names. Pure."""
+    present = [part for part, starts in _PARTS.items() if any(name.startswith(starts) for name in names)]
+    missing = [part for part in _PARTS if part not in present]
+    if not present or not missing:
+        return ""
+    example = _PARTS[missing[0]][0]
+    return f"lacks the {' and the '.join(missing)}: no tensor has a name like {example}...; {_INCOMPLETE}"
+
+
+def _describe(error: Exception) -> str:
+    """Return why a file cannot be read, with the remedy."""
+    if isinstance(error, KeyError):
+        return f"lacks the tensor {error}; {_INCOMPLETE}"
+    if isinstance(error, NotImplementedError) and (problem := _describe_empty(_failed_modules(error))):
+        return problem
+    summary = " ".join(str(error).split())
+    if (shape := _OTHER_SHAPE.search(summary)) is not None:
+        return (
+            f"has tensors of another shape than its configuration: {shape[1]}; write the folder or hub id of the "
+            "configuration of this base in model.config"
+        )
+    return (
+        f"cannot be read as a single-file checkpoint: {summary[:300]}; if the hub is not reachable, write a folder "
+        "with the base's configuration in model.config"
+    )
+
+
+def _failed_modules(error: Exception) -> dict[str, torch.nn.Module]:
+    """Return the model that diffusers was reading, by its class. Its error names no weight, and nothing returns it."""
+    found = (frame.f_locals.get("model") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return {type(model).__name__: model for model in found if isinstance(model, torch.nn.Module)}
+
+
+def _describe_empty(parts: Mapping[str, torch.nn.Module]) -> str:
+    """Return which weights of models the file has not filled, with the remedy; empty if it has filled all."""
+    weights = ((f"{name}.{key}", value) for name, part in parts.items() for key, value in part.state_dict().items())
+    empty = [name for name, value in weights if value.is_meta]
+    if not empty:
+        return ""
+    more = f" and {len(empty) - _NUM_NAMED} more" if len(empty) > _NUM_NAMED else ""
+    return f"lacks the tensors for {', '.join(empty[:_NUM_NAMED])}{more}; {_INCOMPLETE}"
 
 
 def _find_pipeline(names: Collection[str], formats: Mapping[str, SingleFile]) -> str:
@@ -168,13 +225,13 @@ def _tensor_names(file: Path) -> Collection[str]:
     state = state.get("state_dict", state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise ConfigError(
-            f"model.base: {file} contains {_describe(state)} instead of named weights; write the complete checkpoint "
-            "of a base model"
+            f"model.base: {file} contains {_describe_content(state)} instead of named weights; write the complete "
+            "checkpoint of a base model"
         )
     return set(state)
 
 
-def _describe(value: object) -> str:
+def _describe_content(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return "a single tensor"
     return "no tensors" if isinstance(value, Mapping) else f"a {type(value).__name__}"
