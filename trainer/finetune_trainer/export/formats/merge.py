@@ -106,17 +106,27 @@ def read_adapter(path: Path, family: Family, field: str) -> TrainedAdapter:
     """
     found = read_adapters(path, field)
     known: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for part in (family.denoiser_name, *_text_parts(family)):
         for name, tensor in family.pipeline.tensors(part).items():
             if name.endswith(_WEIGHT) and len(tensor.shape) > 1:
                 module = name.removesuffix(_WEIGHT)
                 known |= dict.fromkeys(layer_names(part, module, family), f"{part}.{module}")
+                shapes[f"{part}.{module}"] = tensor.shape
     if unknown := [name for name in found if name not in known]:
         raise ConfigError(
             f"{field}: {path} has adapters for layers that the base lacks ({', '.join(unknown[:3])}); write a LoRA of "
             "the same kind of base"
         )
-    return TrainedAdapter(family, {known[name]: adapter.low_rank() for name, adapter in found.items()})
+    layers = {known[name]: adapter.low_rank() for name, adapter in found.items()}
+    for name, layer in layers.items():
+        shape, given = shapes[name], (layer.up.num_rows, math.prod(layer.down.shape[1:]))
+        if given != (shape[0], math.prod(shape[1:])):
+            raise ConfigError(
+                f"{field}: {path} changes {name} by a matrix of {given[0]} x {given[1]}, and the base has "
+                f"{shape[0]} x {math.prod(shape[1:])}; write a LoRA of the same kind of base"
+            )
+    return TrainedAdapter(family, layers)
 
 
 def _text_parts(family: Family) -> list[str]:
