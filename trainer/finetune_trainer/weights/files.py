@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import zipfile
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune_trainer.weights.lazy import DTYPES, LENGTH_BYTES, METADATA, LazyTensor, Region
+from finetune_trainer.weights.append import Appender, HashedOutput, Output, PlainOutput, write_all
+from finetune_trainer.weights.lazy import DTYPES, LENGTH_BYTES, METADATA, LazyTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 VALUES_HASH = f"0x{'0' * 64}"
 """Stands for the hash of the values in the metadata of a file until they are written: each is read only once."""
-_COPY_BYTES = 1 << 20
-_MAX_PENDING = 4
-"""Blocks that can wait for their hash."""
 _ALIGNMENT = 64
 """Bytes; the position of each tensor in a .ckpt file is a multiple, as in files of torch."""
 
@@ -41,19 +37,24 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: M
         OSError: the file cannot be written, or a source cannot be read.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, _NAMES[item[1].dtype], item[0]))
-    with path.open("wb") as file:
-        file.write(_header(ordered, metadata))
-        hashed = _Hashed(file) if VALUES_HASH in metadata.values() else None
+    with path.open("wb", buffering=0) as file:
+        write_all(file, _header(ordered, metadata))
+        hashed = HashedOutput(file) if VALUES_HASH in metadata.values() else None
         try:
-            with _Copier() as copier:
-                for _, tensor in ordered:
-                    copier.write(hashed or file, tensor)
+            _append(hashed or PlainOutput(file), [tensor for _, tensor in ordered])
         finally:
-            digest = VALUES_HASH if hashed is None else hashed.close()
+            # As ModelSpec writes it.
+            digest = VALUES_HASH if hashed is None else f"0x{hashed.close()}"
         if hashed is not None:
             found = {key: digest if value == VALUES_HASH else value for key, value in metadata.items()}
             file.seek(0)
-            file.write(_header(ordered, found))
+            write_all(file, _header(ordered, found))
+
+
+def _append(output: Output, tensors: Sequence[LazyTensor]) -> None:
+    with Appender(tensors) as appender:
+        for tensor in tensors:
+            appender.append(output, tensor)
 
 
 def _header(tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, str]) -> bytes:
@@ -66,28 +67,6 @@ def _header(tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, st
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % LENGTH_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
-
-
-class _Hashed:
-    """A file with a running hash of what is written to it. A thread computes it: it takes longer than the writing."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._pending: deque[Future[None]] = deque()
-
-    def write(self, content: bytes | memoryview) -> None:
-        """Write, and add to the hash."""
-        self._pending.append(self._thread.submit(self._digest.update, bytes(content)))
-        self._file.write(content)
-        while len(self._pending) > _MAX_PENDING:
-            self._pending.popleft().result()
-
-    def close(self) -> str:
-        """Return the SHA-256 as ModelSpec writes it."""
-        self._thread.shutdown()
-        return f"0x{self._digest.hexdigest()}"
 
 
 def write_ckpt(path: Path, tensors: Mapping[str, LazyTensor], more: Mapping[str, object] | None = None) -> None:
@@ -109,60 +88,10 @@ def write_ckpt(path: Path, tensors: Mapping[str, LazyTensor], more: Mapping[str,
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         _add(archive, f"{root}/data.pkl", lambda file: file.write(pickled.getvalue()))
         _add(archive, f"{root}/byteorder", lambda file: file.write(b"little"))
-        with _Copier() as copier:
+        with Appender(tensors.values()) as appender:
             for name, tensor in tensors.items():
-                _add(archive, f"{root}/data/{keys[name]}", partial(copier.write, tensor=tensor))
+                _add(archive, f"{root}/data/{keys[name]}", partial(appender.append, tensor=tensor))
         _add(archive, f"{root}/version", lambda file: file.write(b"3\n"))
-
-
-class _Copier:
-    """Appends the bytes of tensors to a file. Bytes that another file has are copied without a conversion.
-
-    Its buffer fits into the cache of a processor, and is the same for all tensors: new memory costs more than the copy.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = memoryview(bytearray(_COPY_BYTES))
-        self._path: Path | None = None
-        self._source: Any = None
-
-    def __enter__(self) -> _Copier:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._source is not None:
-            self._source.close()
-
-    def write(self, file: Any, tensor: LazyTensor) -> None:
-        """Append the bytes of one tensor."""
-        if tensor.region is not None:
-            self._copy(file, tensor.region, tensor.num_bytes)
-            return
-        for block in tensor.blocks():
-            file.write(_bytes_of(block))
-
-    def _copy(self, file: Any, region: Region, size: int) -> None:
-        source = self._open(region.path)
-        source.seek(region.offset)
-        while size:
-            count = source.readinto(self._buffer[: min(size, _COPY_BYTES)])
-            if not count:
-                raise OSError(f"{region.path} is incomplete")
-            file.write(self._buffer[:count])
-            size -= count
-
-    def _open(self, path: Path) -> Any:
-        """Return the file, which stays open until another one is needed."""
-        if path != self._path:
-            if self._source is not None:
-                self._source.close()
-            self._source, self._path = path.open("rb", buffering=0), path
-        return self._source
-
-
-def _bytes_of(block: Tensor) -> memoryview:
-    flat = block.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class _Storage:

@@ -10,12 +10,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 1 << 23
+BLOCK_BYTES = 1 << 22
 """Upper limit of a block, except for a tensor whose single row is larger."""
 LENGTH_BYTES = 8
 METADATA = "__metadata__"
@@ -76,11 +77,20 @@ class LazyTensor:
         """Return the size of the first dimension; 1 without dimensions."""
         return self.shape[0] if self.shape else 1
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Yield all rows in blocks, in order."""
-        step = max(1, BLOCK_BYTES // max(1, self.num_bytes // max(1, self.num_rows)))
+    @property
+    def num_blocks(self) -> int:
+        """Return the number of blocks."""
+        return -(-self.num_rows // self._rows_per_block) if self.num_bytes else 0
+
+    def tasks(self) -> Iterator[Callable[[], Tensor]]:
+        """Yield a function for each block of rows, in order, which returns it."""
+        step = self._rows_per_block
         for start in range(0, self.num_rows if self.num_bytes else 0, step):
-            yield self.rows(start, min(start + step, self.num_rows))
+            yield partial(self.rows, start, min(start + step, self.num_rows))
+
+    @property
+    def _rows_per_block(self) -> int:
+        return max(1, BLOCK_BYTES // max(1, self.num_bytes // max(1, self.num_rows)))
 
     def read(self) -> Tensor:
         """Return the complete tensor."""

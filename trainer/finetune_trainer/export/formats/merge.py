@@ -19,6 +19,8 @@ from finetune_trainer.models.parts import remove_source_path
 from finetune_trainer.weights.lazy import LazyTensor
 
 _WEIGHT = ".weight"
+_TILE_BYTES = 1 << 19
+"""Of the fp32 sums that are computed at a time: they stay in the cache of a processor."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,19 @@ def merged_weight(weight: LazyTensor, layer: LowRank, factor: float, name: str =
     scale = layer.scale if magnitude is not None else layer.scale * factor
 
     def rows(start: int, stop: int) -> Tensor:
-        original = weight.rows(start, stop).float().reshape(stop - start, inner)
         up, down = layer.up.rows(start, stop).float().flatten(1), layer.down.read().float().flatten(1)
-        merged = torch.addmm(original, up, down, alpha=scale)
-        if magnitude is not None:
-            merged *= (magnitude[start:stop] / merged.norm(dim=1))[:, None]
-            merged = original + factor * (merged - original)
-        return merged.to(weight.dtype).reshape(stop - start, *weight.shape[1:])
+        original = weight.rows(start, stop).reshape(stop - start, inner)
+        merged = torch.empty(stop - start, inner, dtype=weight.dtype)
+        step = max(1, _TILE_BYTES // (inner * torch.float32.itemsize))
+        tile = torch.empty(min(step, stop - start), inner)
+        for first in range(0, stop - start, step):
+            some = slice(first, first + step)
+            sums = tile[: len(up[some])].copy_(original[some]).addmm_(up[some], down, alpha=scale)
+            if magnitude is not None:
+                sums *= (magnitude[start:stop][some] / sums.norm(dim=1))[:, None]
+                sums = original[some] + factor * (sums - original[some])
+            merged[some] = sums
+        return merged.reshape(stop - start, *weight.shape[1:])
 
     return dataclasses.replace(weight, rows=rows, region=None)
 
