@@ -161,6 +161,16 @@ def test_queue_admits_the_gang_so_auto_adds_nothing() -> None:
     assert not {"schedulingGroup", "schedulingGates"} & set(spec_of(cluster, "circles-a1-n0"))
 
 
+def test_requested_mode_counts_with_a_queue_too() -> None:
+    job = make_job(topology=FOUR, queueName="gpus", scheduling="gates")
+    cluster = FakeCluster(job, settings=replace(GANGS, kueue=True))
+    cluster.settle()
+    cluster.queue.admit("circles-1f0c3a2b", cluster.now)
+    cluster.settle()
+    assert spec_of(cluster, "circles-a1-n0")["schedulingGates"] == [{"name": GATE}]
+    assert cluster.job.status.attempts[0].scheduling == "gates"
+
+
 def test_mode_of_an_attempt_stays_if_the_cluster_begins_to_serve_pod_groups() -> None:
     cluster = FakeCluster(make_job(topology=FOUR), settings=GANGS)
     cluster.step()
@@ -206,6 +216,23 @@ def test_elastic_gang_needs_min_nodes_and_shrinks_within_a_minute() -> None:
     send_heartbeats(cluster)
     cluster.settle()
     assert (cluster.job.status.attempts[0].reason, cluster.job.status.attempts[1].nodes) == (Reason.SHRUNK, 3)
+
+
+def test_elastic_gang_with_exactly_min_nodes_keeps_them_for_shrink_after() -> None:
+    """It may train with these pods, so they are not held in vain."""
+    cluster = gang(ELASTIC, recovery={"shrinkAfter": "30m"})
+    bind(cluster, (0, 1), (2, 3))
+    place(cluster, 0, 1)
+    for _ in range(20):
+        cluster.tick(60)
+        send_heartbeats(cluster)
+        cluster.settle()
+    assert cluster.job.status.attempts[0].reason is None
+    for _ in range(11):
+        cluster.tick(60)
+        send_heartbeats(cluster)
+        cluster.settle()
+    assert (cluster.job.status.attempts[0].reason, cluster.job.status.attempts[1].nodes) == (Reason.SHRUNK, 2)
 
 
 def recovering(num_lost: int) -> FakeCluster:
@@ -292,6 +319,14 @@ def test_incomplete_gang_is_released_within_a_minute_and_requested_again() -> No
     cluster.tick(pause.total_seconds())
     cluster.settle()
     assert sorted(cluster.pods) == [f"circles-a2-n{rank}" for rank in range(4)]
+
+
+def test_message_names_a_pod_only_with_the_reason_of_the_scheduler() -> None:
+    cluster = gang()
+    bind(cluster, (0, 1, 2))
+    cluster.tick(60)
+    cluster.settle()
+    assert cluster.job.status.attempts[0].message == "3 of 4 pods have a node"
 
 
 def test_delays_of_repeated_releases_increase() -> None:

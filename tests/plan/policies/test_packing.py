@@ -34,6 +34,20 @@ def test_next_attempt_avoids_the_node_of_the_first_pod(pack: str | None, expecte
     assert avoided(cluster.manifests["circles-a2-n0"]) == expected
 
 
+def test_pod_that_received_its_node_first_has_chosen_the_zone() -> None:
+    topology = {"accelerator": "cpu", "nodes": 3, "pack": "zone"}
+    cluster = FakeCluster(make_job(topology=topology), settings=replace(SETTINGS, gangs=True))
+    cluster.settle()
+    for rank in (1, 0):
+        cluster.tick(5)
+        cluster.change(rank, node=f"node-{rank}", scheduled_at=cluster.now)
+    cluster.settle()
+    cluster.tick(60)
+    cluster.settle()
+    entry = cluster.job.status.attempts[0]
+    assert (entry.reason, entry.node) == (Reason.GANG_RELEASED, "node-1")
+
+
 V1ALPHA2, V1BETA1 = "scheduling.k8s.io/v1alpha2", "scheduling.k8s.io/v1beta1"
 BY_ZONE = {"topology": [{"key": "topology.kubernetes.io/zone"}]}
 
