@@ -130,6 +130,17 @@ def test_a_job_that_was_killed_between_two_files_continues_with_a_newer_checkpoi
     assert visible(tmp_path) == LORA | {"notes.txt": b"of the user"}
 
 
+def test_the_folder_of_the_job_contains_its_files_only(tmp_path: Path) -> None:
+    for number, to in enumerate(("lora", "../outputs/other")):
+        job = Job(tmp_path, to=to)
+        job.deliver(LORA, f"step-{number}-a1")
+        job.deliver(LORA | {"README.md": b"changed"}, f"step-{number}-a2")
+        job.check()
+    folder = tmp_path / "default" / "job" / "outputs"
+    assert {path.name for path in (folder / "lora").iterdir()} == set(LORA)
+    assert {path.name for path in (folder / "other").iterdir()} == {*LORA, ".default.job.outputs.json"}
+
+
 def test_names_that_are_known_before_training() -> None:
     def names(method: Method | None = Method.LORA, **output: Any) -> tuple[str, ...]:
         return expected_names(OutputSpec.model_validate({"to": ".", **output}), "job", method)

@@ -196,7 +196,8 @@ def test_writing_outputs_twice_gives_the_same_bytes(base: Path, tmp_path: Path) 
     outputs = (OutputSpec(format=OutputFormat.DIFFUSERS, to=str(tmp_path / "target")),)
     first = write_outputs(lora, outputs, tmp_path)
     assert first == write_outputs(lora, outputs, tmp_path)
-    assert [entry.name for entry in (tmp_path / "target").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    names = sorted(entry.name for entry in (tmp_path / "target").iterdir())
+    assert names == [".default.job.outputs.json", "pytorch_lora_weights.safetensors"]
 
 
 @pytest.mark.parametrize(

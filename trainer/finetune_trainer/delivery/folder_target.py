@@ -47,14 +47,14 @@ class FolderTarget:
     Args:
         field: field of the manifest, for messages.
         folder: the folder.
-        job: namespace and name of the job.
+        job: namespace and name of the job; None if nobody else writes to the folder.
     """
 
-    def __init__(self, field: str, folder: Path, job: tuple[str, str]) -> None:
+    def __init__(self, field: str, folder: Path, job: tuple[str, str] | None) -> None:
         self.location = str(folder)
         self._field = field
         self._folder = folder
-        self._claims = FolderClaims(folder, *job)
+        self._claims = None if job is None else FolderClaims(folder, *job)
 
     def check(self, names: Sequence[str]) -> None:
         """Create and remove a file in the folder, and look for files of others; a missing folder is removed again.
@@ -72,7 +72,7 @@ class FolderTarget:
                 probe.unlink()
                 for folder in created:
                     folder.rmdir()
-            conflict = self._claims.find_conflict(names)
+            conflict = self._find_conflict(names)
         except OSError as error:
             if error.errno in PERMANENT:
                 raise self._refused(error) from error
@@ -111,8 +111,8 @@ class FolderTarget:
         total = output.record.size_bytes
         try:
             # Equal files are not replaced.
-            changed = [file.name for file in output.record.files if not self.has(file)]
-            self._refuse(self._claims.find_conflict(changed) if changed else "")
+            changed = [file.name for file in output.record.files if self._claims is not None and not self.has(file)]
+            self._refuse(self._find_conflict(changed) if changed else "")
             source = self.staging_folder(output.key)
             if source != output.folder:
                 patience.wait_out(f"{self._field}: copying to {self._folder}", lambda: _copy(output, source))
@@ -126,14 +126,16 @@ class FolderTarget:
 
     def _publish(self, output: StagedOutput, source: Path, on_stage: OnExportStage) -> None:
         names = [file.name for file in output.record.files]
-        self._claims.write(names, source)
+        if self._claims is not None:
+            self._claims.write(names, source)
         try:
             source.rename(self._folder)
         except OSError as error:
             if error.errno not in _NOT_RENAMED or not self._folder.is_dir():
                 raise
             # Before the files: an attempt that is killed in between has a claim to those that it has renamed.
-            self._claims.write(names)
+            if self._claims is not None:
+                self._claims.write(names)
             for file in output.record.files:
                 target = self._folder / file.name
                 if not (source / file.name).exists() and self.has(file):
@@ -145,6 +147,9 @@ class FolderTarget:
             shutil.rmtree(source)
             sync_folder(self._folder)
         sync_folder(self._folder.parent)
+
+    def _find_conflict(self, names: Sequence[str]) -> str:
+        return "" if self._claims is None else self._claims.find_conflict(names)
 
     def _refuse(self, conflict: str) -> None:
         if conflict:

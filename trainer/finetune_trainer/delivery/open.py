@@ -62,7 +62,9 @@ def open_target(number: int, output: OutputSpec, place: DeliveryPlace) -> Target
         if "://" in to:
             raise ConfigError(f"{field}: {to} is not a supported target; write a folder, s3://, gs://, az:// or hub://")
         if place.bucket is None or Path(to).is_absolute():
-            return FolderTarget(field, place.job_dir / paths.OUTPUTS / to, job)
+            # No other job writes to the job's own folder.
+            is_own = not Path(to).is_absolute() and ".." not in Path(to).parts
+            return FolderTarget(field, place.job_dir / paths.OUTPUTS / to, None if is_own else job)
         to = f"{place.bucket}/{PurePosixPath(paths.OUTPUTS) / to}"
     return BucketTarget(field, to, job, credentials, UploadLimits(place.min_part_bytes, place.num_uploads))
 
