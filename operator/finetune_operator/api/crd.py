@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune_operator.api import yaml_text
 from finetune_operator.api.job import GROUP, KIND, PLURAL, SHORT_NAME, SINGULAR, VERSION, FineTuneJob
-from finetune_operator.api.rules import edits
+from finetune_operator.api.rules import combined
 from finetune_operator.api.rules.rule import FieldErrorReason, Rule
 from finetune_operator.api.rules.spec import RULES
 
@@ -112,9 +112,11 @@ def job_schema() -> Schema:
         # The API server must not add values that the operator did not write.
         _drop_defaults(schema["properties"][name])
     for rule in RULES:
-        _add_rule(schema, rule)
-    for fixed in edits.FIXED:
-        _add_entry(schema, fixed.cel, fixed.message, edits.REASON, fixed.path)
+        if not combined.is_combined(rule):
+            _add_rule(schema, rule)
+    for together in combined.combine(RULES):
+        entry = _add_entry(schema, together.cel, combined.FALLBACK, together.reason, combined.FIELD)
+        entry["messageExpression"] = together.message
     return schema
 
 
@@ -146,13 +148,14 @@ def _add_rule(schema: Schema, rule: Rule[Any]) -> None:
     _add_entry(_find(schema, path), rule.cel, rule.message, rule.reason, field)
 
 
-def _add_entry(node: Schema, cel: str, message: str, reason: FieldErrorReason, field: str) -> None:
+def _add_entry(node: Schema, cel: str, message: str, reason: FieldErrorReason, field: str) -> Schema:
     entry: Schema = {"rule": cel, "message": message}
     if reason is not FieldErrorReason.INVALID:
         entry["reason"] = reason.value
     if field:
         entry["fieldPath"] = f".{field}"
     node.setdefault("x-kubernetes-validations", []).append(entry)
+    return entry
 
 
 def _drop_defaults(schema: Schema) -> None:

@@ -9,10 +9,9 @@ change: a refused job is corrected and applied again.
 `status.attempt` is raised with the resource version, before anything of the attempt is created. So no edit can happen
 in between.
 
-The API server evaluates all rules on every write, writes of the status included, and reading one field costs it as much
-as copying the schema of all fields next to it. Comparing complete specs there would cost more than the rest of the
-write. A write that changes `status.writes` can only be a write of the status: an edit of the spec keeps the stored
-status, even if it contains another one, and a write of the status keeps the stored spec.
+A write that changes `status.writes` can only be a write of the status: an edit of the spec keeps the stored status,
+even if it contains another one, and a write of the status keeps the stored spec. The rules skip such a write
+(`combined`).
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.rules.rule import FieldErrorReason
 
 REASON = FieldErrorReason.FORBIDDEN
-_BEFORE_THE_FIRST_ATTEMPT = "oldSelf.?status.?attempt.orValue(0) == 0"
-_WRITES_STATUS = "self.?status.?writes != oldSelf.?status.?writes"
+BEFORE_THE_FIRST_ATTEMPT = "oldSelf.?status.?attempt.orValue(0) == 0"
+WRITES_STATUS = "self.?status.?writes != oldSelf.?status.?writes"
 _UNWRITTEN = (
     "(!has(oldSelf.status) || !has(oldSelf.status.outputs)"
     " || oldSelf.status.outputs.all(one, has(one.state) && one.state != 'Written'))"
@@ -78,13 +77,11 @@ class FixedField:
 
     @property
     def cel(self) -> str:
-        """The transition rule, for the root: only there are spec and status both accessible."""
+        """The condition on both versions, for the root: only there are spec and status both accessible."""
         is_unchanged = " && ".join(
             _is_unchanged(f"{self.path}.{name}", is_optional) for name, is_optional in self.parts
         ) or _is_unchanged(self.path, self.optional)
-        if self.always:
-            return is_unchanged
-        allowed = [_WRITES_STATUS, _BEFORE_THE_FIRST_ATTEMPT, is_unchanged]
+        allowed = [is_unchanged]
         if self.until_written:
             allowed.append(_UNWRITTEN)
         if self.is_raisable:
