@@ -13,6 +13,7 @@ from finetune_operator.api.conditions import ConditionType
 from finetune_operator.api.gangs import GATE
 from finetune_operator.api.job import SchedulingMode
 from finetune_operator.api.reasons import Reason
+from finetune_operator.plan.model import gangs
 from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.types import OpenGate, PodPhase, Refusal
 from finetune_operator.plan.model.view import View
@@ -319,6 +320,25 @@ def test_incomplete_gang_is_released_within_a_minute_and_requested_again() -> No
     cluster.tick(pause.total_seconds())
     cluster.settle()
     assert sorted(cluster.pods) == [f"circles-a2-n{rank}" for rank in range(4)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"node": None},
+        {"deleted_at": "now"},
+        {"disruption": "PreemptionByScheduler"},
+        {"phase": PodPhase.FAILED, "exit_code": 1},
+    ],
+)
+def test_pod_that_leaves_its_node_does_not_complete_the_gang(change: dict[str, Any]) -> None:
+    cluster = gang()
+    bind(cluster, (0, 1, 2, 3))
+    if "deleted_at" in change:
+        change = {"deleted_at": cluster.now}
+    cluster.change(0, **change)
+    view = View(cluster.job, cluster.observed(), cluster.now, cluster.settings)
+    assert [pod.node_rank for pod in gangs.placed(view)] == [1, 2, 3]
 
 
 def test_message_names_a_pod_only_with_the_reason_of_the_scheduler() -> None:
