@@ -85,6 +85,16 @@ def test_files_named_after_their_jobs_share_a_folder(tmp_path: Path) -> None:
         Job(tmp_path, "two", "team-b", format="kohya").check()
 
 
+def test_a_damaged_claim_keeps_no_job_from_the_folder(tmp_path: Path) -> None:
+    Job(tmp_path, "one", format="kohya").deliver({"one.safetensors": b"one"})
+    (tmp_path / "out" / ".default.one.outputs.json").write_text("{")
+    (tmp_path / "out" / ".default.gone.outputs.json").symlink_to("nothing")
+    job = Job(tmp_path, "two", format="kohya")
+    job.check()
+    job.deliver({"two.safetensors": b"two"})
+    Job(tmp_path, "one", format="kohya").check()
+
+
 def test_files_of_the_user_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model_index.json").write_text("{}")

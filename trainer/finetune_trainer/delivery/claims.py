@@ -88,7 +88,8 @@ class FolderClaims:
         write_atomically(path, f"{json.dumps(claim.model_dump(by_alias=True), indent=1)}\n".encode())
 
     def _read(self) -> list[Claim]:
-        found = (parse_claim(path.read_bytes()) for path in sorted(self.folder.glob(f".*{_END}")))
+        texts = (_read_bytes(path) for path in sorted(self.folder.glob(f".*{_END}")))
+        found = (parse_claim(text) for text in texts if text is not None)
         return [claim for claim in found if claim is not None]
 
     def _is_own(self, claim: Claim) -> bool:
@@ -96,10 +97,16 @@ class FolderClaims:
 
     def _author(self) -> Claim | None:
         """Return the job whose manifest is in the folder: older releases wrote no claim."""
-        try:
-            return parse_author((self.folder / MANIFEST).read_bytes())
-        except FileNotFoundError:
-            return None
+        text = _read_bytes(self.folder / MANIFEST)
+        return None if text is None else parse_author(text)
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    """Return the contents of a file; None if it does not exist, or only its owner may read it."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, PermissionError):
+        return None
 
 
 def parse_claim(text: bytes) -> Claim | None:
