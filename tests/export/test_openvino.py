@@ -16,6 +16,7 @@ import pytest
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.outputs.spec import OutputSpec
+from tests.export.conftest import TrainedJob
 
 pytestmark = [
     pytest.mark.trainer,
@@ -135,27 +136,16 @@ def test_a_model_that_draws_another_picture_is_refused(
 
 
 def test_a_checkpoint_of_a_lora_is_merged_and_exported(
-    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bases: dict[str, Path], trained: TrainedJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As `finetune export --format openvino` does, in one process."""
     from finetune_trainer.export.from_checkpoint import main  # noqa: PLC0415  slow to import
-    from finetune_trainer.report import Reporter  # noqa: PLC0415
-    from finetune_trainer.train.context import RankContext  # noqa: PLC0415
-    from finetune_trainer.train.preemption_notice import PreemptionNotice  # noqa: PLC0415
-    from finetune_trainer.train.run import run_rank  # noqa: PLC0415
-    from testing.trainer import tiny  # noqa: PLC0415
 
-    spec = tiny.make_spec(bases["sd1"], tiny.write_data(tmp_path / "data"), steps=2, learningRate=1)
-    job_dir, cache = tmp_path / "job", tmp_path / "cache"
-    context = RankContext(spec, 1, job_dir, cache, PreemptionNotice(), Reporter(0, None))
-    assert run_rank(context, {"OMP_NUM_THREADS": "1"}) is ExitCode.DONE
-    (checkpoint,) = (job_dir / "checkpoints").glob("step-00000002-*")
-    (tmp_path / "run.json").write_text(spec.to_json(), encoding="utf-8")
     outputs = [
         {"format": each, "strength": 0.5, "to": str(tmp_path / "outputs" / each)} for each in ("openvino", "merged")
     ]
-    arguments = [tmp_path / "run.json", checkpoint, json.dumps(outputs), tmp_path / "records", cache]
-    capsys.readouterr()
+    (checkpoint,) = (trained.job_dir / "checkpoints").glob("step-00000002-*")
+    arguments = [trained.run, checkpoint, json.dumps(outputs), tmp_path / "records", trained.cache]
     assert main([str(each) for each in arguments]) == ExitCode.DONE
     written = [json.loads(line)["format"] for line in capsys.readouterr().out.splitlines()]
     assert written == ["openvino", "merged"]

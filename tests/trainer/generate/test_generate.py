@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from finetune_contract.input_spec import ModelSpec
-from finetune_contract.outputs.generation import GenerateRequest
-from finetune_contract.outputs.spec import OutputFormat, OutputSpec
+from finetune_contract.outputs.generation import DrawingDevice, GenerateRequest
+from finetune_contract.outputs.spec import OutputFormat, OutputPrecision, OutputSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.formats.write import write_format
@@ -21,6 +21,7 @@ from finetune_trainer.generate.columns import check
 from finetune_trainer.generate.found import FoundModel, Kind, find
 from finetune_trainer.generate.grid import build_grid
 from finetune_trainer.generate.main import draw, generate
+from finetune_trainer.generate.openvino import precision_hint
 from finetune_trainer.generate.origin import Origin, read_origin
 from testing.trainer import tiny
 from testing.trainer.methods import SETTINGS, make_method
@@ -285,3 +286,11 @@ def test_an_openvino_folder_needs_its_package(base: Path, tmp_path: Path, monkey
     assert find(tmp_path).kind is Kind.OPENVINO
     with pytest.raises(ConfigError, match=r"optimum-intel, .* is not installed; install it with: pip install"):
         draw_columns(tmp_path, tmp_path)
+
+
+def test_openvino_computes_in_the_number_format_of_the_flag() -> None:
+    hint = "INFERENCE_PRECISION_HINT"
+    assert precision_hint(DrawingDevice.AUTO, None) == precision_hint(DrawingDevice.CPU, None) == {hint: "f32"}
+    assert precision_hint(DrawingDevice.GPU, None) == {}
+    assert precision_hint(DrawingDevice.GPU, OutputPrecision.FP16) == {hint: "f16"}
+    assert precision_hint(DrawingDevice.CPU, OutputPrecision.BF16) == {hint: "bf16"}

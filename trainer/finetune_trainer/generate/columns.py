@@ -149,7 +149,7 @@ class GridColumns:
 
     def _openvino(self) -> Iterator[Column]:
         yield from self._compared()
-        pipeline, self.device_name = openvino.load(self._found.path, self._request.device)
+        pipeline, self.device_name = openvino.load(self._found.path, self._request.device, self._request.precision)
         yield Column("OpenVINO", pipeline)
 
     def _compiled(self) -> Iterator[Column]:
