@@ -11,7 +11,7 @@ from finetune_operator.api import kueue
 from testing.controlplane.process import wait_for
 from testing.controlplane.queues import Kueue
 from testing.controlplane.server import ControlPlane
-from testing.operator.harness import Jobs, OperatorProcess, build_job
+from testing.operator.harness import Jobs, OperatorProcess, build_job, jobs_path
 
 pytestmark = pytest.mark.usefixtures("operator")
 SAVING = {"metadata": {"annotations": {"testbed/exit-code": str(int(ExitCode.SAVED))}}}
@@ -77,7 +77,9 @@ def test_a_preempted_job_releases_its_quota_and_returns(
     wait_for("the pods are reported as ready", is_ready)
 
 
-def test_an_elastic_job_starts_small_and_its_slice_grows(team: Jobs, queue_plane: tuple[ControlPlane, Kueue]) -> None:
+def test_an_elastic_job_starts_small_and_its_request_is_replaced_by_a_bigger_one(
+    team: Jobs, queue_plane: tuple[ControlPlane, Kueue]
+) -> None:
     _, controller = queue_plane
     elastic = {"accelerator": "cpu", "minNodes": 1, "maxNodes": 4, "resources": {"cpu": "1", "memory": "1Gi"}}
     team.create(build(team, "elastic", topology=elastic))
@@ -86,6 +88,22 @@ def test_an_elastic_job_starts_small_and_its_slice_grows(team: Jobs, queue_plane
     (workload,) = controller.workloads(team.namespace).values()
     (assigned,) = workload["status"]["admission"]["podSetAssignments"]
     assert (workload["spec"]["podSets"][0]["minCount"], assigned["count"]) == (1, 2)
+    # kwok's pods send no heartbeat, so the test reports that they train.
+    (entry,) = team.status("elastic")["attempts"]
+    status = {"attempts": [{**entry, "trainingAt": entry["startedAt"]}]}
+    team.control_plane.api.patch(f"{jobs_path(team.namespace, 'elastic')}/status", {"status": status})
+    wait_for("the other pods are requested", lambda: len(controller.workloads(team.namespace)) == 2)
+    small = workload["metadata"]["name"]
+    controller.add_queue(team.namespace, team.namespace, [{"name": "pool", "cpu": 4, "memory": "64Gi"}])
+
+    def reasons(name: str) -> dict[str, str]:
+        conditions = controller.workloads(team.namespace)[name]["status"].get("conditions") or ()
+        return {each["type"]: each["reason"] for each in conditions if each["status"] == "True"}
+
+    wait_for("all pods are admitted", lambda: "Admitted" in reasons(f"{small}-4"))
+    wait_for("Kueue finishes the smaller request", lambda: "Finished" in reasons(small))
+    assert reasons(small)["Finished"] == "WorkloadSliceReplaced"
+    assert not any("Evicted" in reasons(name) for name in (small, f"{small}-4"))
 
 
 def test_a_suspended_job_frees_its_queue(team: Jobs, queue_plane: tuple[ControlPlane, Kueue]) -> None:
