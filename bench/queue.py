@@ -6,6 +6,7 @@ The queues borrow from each other and take their quota back; jobs of a higher pr
 vanish; quotas shrink; a queue is stopped and drained. kwok's pods run no trainer, so `bench.queue_watch` stands in for
 them.
 
+`missing`: what did not happen although the benchmark is about it, e.g. no job borrowed; then the exit code is 1.
 `unadmitted_pods`: pods that were created, or still existed, while their job had no quota. `lost`: jobs that did not end
 with all their steps. `saved_before_yield_share`: evictions before which every finished step was saved. The last line is
 JSON.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from bench.queue_watch import TrainedJob, Trainers
 from bench.scale import LOG_LINES, OperatorBench
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api import kueue
-from finetune_operator.cluster.kube.client.client import KubeApi, connect
+from finetune_operator.cluster.kube.client.client import ApiError, KubeApi, connect
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.objects import JOBS
 from finetune_operator.cluster.kube.queue.workloads import WORKLOADS
@@ -39,6 +41,9 @@ PREEMPTION = {"withinClusterQueue": "LowerPriority", "reclaimWithinCohort": "Any
 SPOT_CPUS, OTHER_CPUS = 8, 4
 """Nominal quota of each queue."""
 NODE_CPUS = 4
+DISTURBANCES = ("shrink", "node", "node", "drain")
+IN_QUEUE, IN_COHORT, STOPPED = "InClusterQueue", "InCohortReclamation", "ClusterQueueStopped"
+"""Reasons of evictions: for a higher priority, for a queue that takes its quota back, and of a stopped queue."""
 LIMIT_SECONDS = 1200.0
 SUBMIT_SECONDS = 40.0
 """Time over which the jobs are submitted."""
@@ -115,7 +120,7 @@ async def disturb(bench: QueueBench) -> None:
     while True:
         await asyncio.sleep(bench.rng.expovariate(1 / CALM_SECONDS))
         queue = bench.rng.choice(QUEUES)
-        kind = bench.rng.choice(("shrink", "node", "node", "drain"))
+        kind = bench.rng.choice(DISTURBANCES)
         bench.count(kind)
         seconds = bench.rng.uniform(3, 6)
         if kind == "shrink":
@@ -143,7 +148,7 @@ async def measure(bench: QueueBench, report: OperatorBench, num_jobs: int) -> di
         states: list[str] = []
         while time.monotonic() - started < LIMIT_SECONDS:
             await asyncio.sleep(5.0)
-            states = await _phases(report.api, bench.namespace)
+            states = await _phases(report.api, bench.namespace) or states
             shown = ", ".join(f"{states.count(phase)} {phase}" for phase in sorted(set(states)))
             report.print_status(f"{shown}; {sum(job.num_evictions for job in bench.trainers.jobs.values())} evictions")
             if submitting.done() and states.count("Succeeded") >= 0.9 * num_jobs and not disturbing.done():
@@ -161,7 +166,10 @@ async def measure(bench: QueueBench, report: OperatorBench, num_jobs: int) -> di
     report.add_row("jobs", f"{len(jobs)}, all ended after {time.monotonic() - started:.0f} s")
     report.add_row("disturbances", ", ".join(f"{number} {what}" for what, number in sorted(bench.counts.items())))
     report.add_row("pods", f"{len(trace.created)} created")
-    report.add_row("evictions", f"{evictions}, {sum(job.num_saved for job in jobs)} after a save of the last step")
+    report.add_row("evictions", ", ".join(f"{number} {why}" for why, number in trace.evictions.most_common()))
+    most = ", ".join(f"{trace.most[queue]} in {queue}" for queue in QUEUES)
+    report.add_row("most admitted pods", f"{most}; {SPOT_CPUS + OTHER_CPUS} without borrowing")
+    report.add_row("released quota", f"{evictions}, {sum(job.num_saved for job in jobs)} after a save of the last step")
     finished = sum(job.saved == job.total_steps for job in jobs)
     return {
         "jobs": len(jobs),
@@ -169,8 +177,26 @@ async def measure(bench: QueueBench, report: OperatorBench, num_jobs: int) -> di
         "lost": num_jobs - min(finished, states.count("Succeeded")),
         "saved_before_yield_share": round(sum(job.num_saved for job in jobs) / evictions, 4) if evictions else None,
         "evictions": evictions,
+        "borrowing": trace.num_borrowing,
+        "preempted": trace.evictions[IN_QUEUE],
+        "reclaimed": trace.evictions[IN_COHORT],
+        "vanished_nodes": bench.counts.get("node", 0),
+        "shrunk_quotas": bench.counts.get("shrink", 0),
+        "drained_queues": bench.counts.get("drain", 0),
+        "missing": _missing(bench),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _missing(bench: QueueBench) -> list[str]:
+    """Return what did not happen: the benchmark would say less than it seems to."""
+    trace = bench.trainers.trace
+    happened = {
+        "borrowing": trace.num_borrowing,
+        **{f"eviction {why}": trace.evictions[why] for why in (IN_QUEUE, IN_COHORT, STOPPED)},
+        **{kind: bench.counts.get(kind, 0) for kind in DISTURBANCES},
+    }
+    return [what for what, number in happened.items() if not number]
 
 
 def _restore(bench: QueueBench) -> None:
@@ -180,7 +206,13 @@ def _restore(bench: QueueBench) -> None:
 
 
 async def _phases(api: KubeApi, namespace: str) -> list[str]:
-    items = (await api.get(JOBS.path(namespace)))["items"]
+    """Return the phases of all jobs; an empty list if the API server does not answer now."""
+    try:
+        items = (await api.get(JOBS.path(namespace)))["items"]
+    except ApiError as error:
+        if error.transient:
+            return []
+        raise
     return [(item.get("status") or {}).get("phase") or "Pending" for item in items]
 
 
@@ -193,7 +225,11 @@ async def run(num_jobs: int, seed: int) -> tuple[OperatorBench, dict[str, object
         api = KubeApi(client, ServerClock())
         report = OperatorBench(control_plane, api, num_jobs, 0)
         bench = QueueBench(
-            control_plane, controller, Trainers(api, namespace, WORKLOADS), namespace, random.Random(seed)
+            control_plane,
+            controller,
+            Trainers(api, namespace, WORKLOADS, SPOT_CPUS + OTHER_CPUS),
+            namespace,
+            random.Random(seed),
         )
         flags = ("--kueue=true", "--lease-seconds=15")
         operator = OperatorProcess(
@@ -219,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = command_line.parse_args(arguments)
     report, result = asyncio.run(run(options.jobs, options.seed))
     finish(("measurement", "value"), report.rows, result)
+    sys.exit(1 if result["missing"] else 0)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +56,22 @@ class Trace:
     living: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     released: list[tuple[str, int]] = field(default_factory=list)
     """Job and resource version of each release of quota."""
+    evictions: Counter[str] = field(default_factory=Counter)
+    """Number of evictions by Kueue's reason; a preemption has the reason of its own, e.g. `InClusterQueue`."""
+    usage: Counter[str] = field(default_factory=Counter)
+    """Number of pods with reserved quota, by queue."""
+    most: Counter[str] = field(default_factory=Counter)
+    """Largest usage of each queue."""
+    num_borrowing: int = 0
+    """Number of admissions after which a queue used more than its normal quota."""
     lives: list[tuple[str, int, int | None]] = field(default_factory=list)
     """Job, and resource versions of the creation and the removal of each pod."""
+
+    def use(self, queue: str, pods: int, nominal: int) -> None:
+        """Add to the usage of a queue, or subtract from it."""
+        self.usage[queue] += pods
+        self.most[queue] = max(self.most[queue], self.usage[queue])
+        self.num_borrowing += pods > 0 and self.usage[queue] > nominal
 
     def num_unadmitted(self) -> int:
         """Return the number of pods that were created, or still existed, without reserved quota."""
@@ -78,8 +92,15 @@ class Trace:
 class Trainers:
     """The trainers of all jobs of a namespace, and the trace of what happens to them."""
 
-    def __init__(self, api: KubeApi, namespace: str, workloads: Resource) -> None:
+    def __init__(self, api: KubeApi, namespace: str, workloads: Resource, nominal_pods: int) -> None:
+        """Follow nothing yet.
+
+        nominal_pods: number of pods that the normal quota of each queue is for.
+        """
         self._api = api
+        self._nominal_pods = nominal_pods
+        self._evicted: set[str] = set()
+        """UIDs of the Workloads that are being evicted."""
         self._namespace = namespace
         self._workloads = workloads
         self.jobs: dict[str, TrainedJob] = {}
@@ -132,16 +153,27 @@ class Trainers:
         meta, status = thing["metadata"], thing.get("status") or {}
         job, version = self.jobs[meta["labels"][labels.JOB]], int(meta["resourceVersion"])
         states = {each["type"]: each["status"] == "True" for each in status.get("conditions") or ()}
-        now = bool(states.get("Admitted")) and kind != "DELETED"
+        self._count_eviction(meta["uid"], status.get("conditions") or ())
+        now = bool(states.get("Admitted")) and kind != "DELETED" and not states.get("Finished")
         history = self.trace.admitted[job.name]
         before = history[-1][1] if history else False
         if now == before:
             return
         history.append((version, now))
+        self.trace.use(thing["spec"]["queueName"], job.size if now else -job.size, self._nominal_pods)
         if before and not states.get("Finished"):
             self.trace.released.append((job.name, version))
             job.num_evictions += 1
             job.num_saved += job.saved == job.step
+
+    def _count_eviction(self, uid: str, conditions: Sequence[Json]) -> None:
+        """Count an eviction when it begins."""
+        reasons = {each["type"]: each["reason"] for each in conditions if each["status"] == "True"}
+        if "Evicted" not in reasons:
+            self._evicted.discard(uid)
+        elif uid not in self._evicted:
+            self._evicted.add(uid)
+            self.trace.evictions[reasons.get("Preempted") or reasons["Evicted"]] += 1
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -187,18 +219,22 @@ class Trainers:
             task.add_done_callback(self._tasks.discard)
 
     async def _exit(self, pod: str, code: int) -> None:
-        """Write the end of a pod's container, as its kubelet does."""
+        """Write the end of a pod's container, as its kubelet does: again and again until the API server has it."""
         state = {"terminated": {"exitCode": code, "reason": "Completed" if code == 0 else "Error"}}
         container = {"name": CONTAINER, "ready": False, "started": False, "restartCount": 0, "state": state}
         container |= {"image": "trainer", "imageID": ""}
         status: dict[str, Any] = {"phase": "Failed" if code else "Succeeded", "containerStatuses": [container]}
-        try:
-            await self._api.request(
-                "PATCH", PODS.path(self._namespace, pod, "status"), {"status": status}, content_type=STRATEGIC
-            )
-        except ApiError as error:
-            if error.status != 404:
-                raise
+        path = PODS.path(self._namespace, pod, "status")
+        while True:
+            try:
+                await self._api.request("PATCH", path, {"status": status}, content_type=STRATEGIC)
+            except ApiError as error:
+                if error.transient:
+                    await asyncio.sleep(TICK_SECONDS)
+                    continue
+                if error.status != 404:
+                    raise
+            return
 
 
 def _has_notice(pod: Json) -> bool:
