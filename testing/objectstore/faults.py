@@ -38,6 +38,7 @@ class FaultyStore:
         num_failed: number of them that were failed.
         num_parts: number of parts of multipart uploads that the server has stored.
         before_request: receives the method and the path of each request before it is forwarded.
+        change_body: returns the contents to forward, from the method and path of a request and its own contents.
     """
 
     upstream: str
@@ -45,6 +46,7 @@ class FaultyStore:
     num_failed: int = 0
     num_parts: int = 0
     before_request: Callable[[str], None] = lambda _: None
+    change_body: Callable[[str, bytes], bytes] = lambda _, body: body
     _fault: Fault | None = None
     _only: str = ""
     _left: int = 0
@@ -129,6 +131,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.proxy.register(f"{self.command} {self.path}")
         if fault is None or fault.cut:
+            body = self.server.proxy.change_body(f"{self.command} {self.path}", body)
             self._forward(body, cut=fault is not None)
         elif fault.status:
             self._send(fault.status, {"Content-Type": "application/xml"}, _SLOW_DOWN_BODY)

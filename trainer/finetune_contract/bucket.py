@@ -59,18 +59,20 @@ class Bucket:
         url: the folder.
         credentials: variables of a Secret that belongs to this folder; they replace those of the environment. Empty:
             the client finds its credentials itself.
+        adds_checksums: whether an S3 client adds a CRC-32 to each write, which the store keeps. Without it, the
+            signature protects the contents, or the checksum that a request contains already.
 
     Raises:
         BucketError: the scheme is unknown, its package is missing, or the URL names no bucket.
     """
 
-    def __init__(self, url: str, credentials: Mapping[str, str] | None = None) -> None:
+    def __init__(self, url: str, credentials: Mapping[str, str] | None = None, *, adds_checksums: bool = True) -> None:
         scheme, _, rest = url.partition("://")
         self.url = url.rstrip("/")
         if scheme not in PACKAGES or not rest.strip("/"):
             known = ", ".join(f"{name}://" for name in PACKAGES)
             raise BucketError(f"{url}: not a folder of an object store; write {known} followed by the bucket's name")
-        self._fs = _filesystem(scheme, url, credentials or {})
+        self._fs = _filesystem(scheme, url, credentials or {}, adds_checksums=adds_checksums)
         self._root = rest.strip("/")
 
     @property
@@ -259,7 +261,12 @@ def client_options(scheme: str, credentials: Mapping[str, str]) -> dict[str, Any
     }
 
 
-def _filesystem(scheme: str, url: str, credentials: Mapping[str, str]) -> Any:
+def _has_default_checksums() -> bool:
+    """Return whether the installed S3 client adds checksums by itself: releases from 2025 on do."""
+    return "request_checksum_calculation" in importlib.import_module("botocore.config").Config.OPTION_DEFAULTS
+
+
+def _filesystem(scheme: str, url: str, credentials: Mapping[str, str], *, adds_checksums: bool) -> Any:
     """Return the client of a scheme.
 
     Raises:
@@ -276,6 +283,9 @@ def _filesystem(scheme: str, url: str, credentials: Mapping[str, str]) -> Any:
         ) from error
     try:
         options = {**_OPTIONS.get(scheme, {}), **client_options(scheme, credentials)}
+        if scheme == "s3" and not adds_checksums and _has_default_checksums():
+            config = options.get("config_kwargs", {})
+            options["config_kwargs"] = {**config, "request_checksum_calculation": "when_required"}
         return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -62,9 +62,10 @@ _BUSY_CODES = frozenset(
         *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"),
         *("RequestTimeout", "RequestTimeoutException", "InternalError", "ServiceUnavailable", "BandwidthLimitExceeded"),
         "RequestTimeTooSkewed",
+        *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
     }
 )
-"""Codes in the answers of object stores."""
+"""Codes in the answers of object stores. The last ones: the contents were damaged on their way."""
 _PERMANENT_CLASSES = frozenset(
     {
         # A ConnectionError by its class: the user has switched the network off.

@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from finetune_contract.bucket import Bucket, client_options
 from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
 from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.spec import Method
-from finetune_trainer.delivery.open import DeliveryPlace
+from finetune_trainer.delivery.bucket_target import BucketTarget
+from finetune_trainer.delivery.open import DeliveryPlace, open_target
+from finetune_trainer.delivery.parts import s3
 from finetune_trainer.delivery.parts.base import split
 from finetune_trainer.delivery.staged import OutputRecord
 from finetune_trainer.delivery.target import ExportStage
@@ -106,6 +109,54 @@ def test_uploads_survive_failing_requests(
     assert proxy.num_failed > 5
     assert (written.to, written.size_bytes) == (f"{bucket_url}/lora", sum(FILES.values()))
     assert_complete(bucket_url, folder)
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_a_damaged_part_is_refused_and_sent_again(
+    proxy: FaultyStore,
+    bucket_url: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_signed: bool,
+) -> None:
+    """Without a hash in the signature, as over TLS, the Content-MD5 protects a part."""
+    config = tmp_path / "aws-config"
+    config.write_text(f"[default]\ns3 =\n  payload_signing_enabled = {str(is_signed).lower()}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setattr("finetune_trainer.patience._PROCESS.pause", lambda _: False)
+    damaged: list[str] = []
+
+    def damage(request: str, body: bytes) -> bytes:
+        if not is_part(request, 1) or damaged:
+            return body
+        damaged.append(request)
+        return bytes([body[0] ^ 1]) + body[1:]
+
+    proxy.change_body = damage
+    deliver(bucket_url, tmp_path / "job")
+    assert len(damaged) == 1
+    assert proxy.num_parts == NUM_PARTS, "the damaged part was not stored"
+    assert_complete(bucket_url, folder)
+
+
+def test_each_part_is_hashed_once() -> None:
+    def meta(url: str, version: str = "s3v4", **settings: object) -> SimpleNamespace:
+        return SimpleNamespace(endpoint_url=url, config=SimpleNamespace(signature_version=version, s3=settings or None))
+
+    assert s3.signs_contents(meta("http://store:9000"))
+    assert s3.signs_contents(meta("http://store:9000", payload_signing_enabled=True))
+    assert not s3.signs_contents(meta("http://store:9000", payload_signing_enabled=False))
+    assert not s3.signs_contents(meta("http://store:9000", version="unsigned"))
+    assert not s3.signs_contents(meta("https://s3.amazonaws.com"))
+
+
+def test_the_client_adds_no_checksum_to_the_hash_of_a_part(bucket_url: str, tmp_path: Path) -> None:
+    assert Bucket(bucket_url).client.s3.meta.config.request_checksum_calculation == "when_supported"
+    target = open_target(0, output(bucket_url), DeliveryPlace(tmp_path))
+    assert isinstance(target, BucketTarget)
+    assert target._bucket.client.s3.meta.config.request_checksum_calculation == "when_required"
 
 
 def test_silent_connections_are_given_up_and_their_requests_repeated(

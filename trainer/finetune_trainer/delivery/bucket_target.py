@@ -10,7 +10,6 @@ complete objects only.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,18 +65,18 @@ class _Transfer:
         file: the file.
         upload: the upload at the store.
         parts: all parts of the file.
-        md5: MD5 of each part that is stored, by its number.
+        stored: the store's tag of each part that is stored, by its number.
     """
 
     file: OutputFile
     upload: PendingUpload
     parts: Sequence[UploadPart]
-    md5: dict[int, str] = field(default_factory=dict)
+    stored: dict[int, str] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[UploadPart]:
         """The parts that are not stored yet."""
-        return [part for part in self.parts if part.number not in self.md5]
+        return [part for part in self.parts if part.number not in self.stored]
 
 
 class BucketTarget:
@@ -107,7 +106,8 @@ class BucketTarget:
         self._job = job
         self._limits = limits
         try:
-            self._bucket = Bucket(self.location, credentials)
+            # The parts have their own checksums: each byte is hashed once.
+            self._bucket = Bucket(self.location, credentials, adds_checksums=False)
         except (BucketError, ValueError) as error:
             raise ConfigError(f"{field}: {error}") from error
         self._store = _STORES[location.partition("://")[0]](self._bucket)
@@ -197,13 +197,11 @@ class BucketTarget:
             nonlocal done
             transfer, part = item
             data = read_part(output.path(transfer.file), part)
-            md5 = hashlib.md5(data, usedforsecurity=False)
-            self._permanent(
-                f"uploading {transfer.file.name}",
-                lambda: self._store.put(transfer.upload, part, data, md5.digest()),
+            tag = self._permanent(
+                f"uploading {transfer.file.name}", lambda: self._store.put(transfer.upload, part, data)
             )
             with self._lock:
-                transfer.md5[part.number] = md5.hexdigest()
+                transfer.stored[part.number] = tag
                 done += part.size_bytes
                 progress(done, total)
                 on_stage(ExportStage.UPLOAD)
@@ -223,7 +221,7 @@ class BucketTarget:
 
         def commit() -> None:
             try:
-                self._store.commit(transfer.upload, transfer.md5)
+                self._store.commit(transfer.upload, transfer.stored)
             except BucketError:
                 if not self._has(transfer.file):
                     raise

@@ -31,7 +31,7 @@ class AzureParts:
         """Store an uncommitted block of a blob that is never made: it needs the permission to write."""
         data = b"probe"
         upload = self.begin(f".probe-{secrets.token_hex(8)}", "")
-        self.put(upload, UploadPart(1, 0, len(data)), data, hashlib.md5(data, usedforsecurity=False).digest())
+        self.put(upload, UploadPart(1, 0, len(data)), data)
 
     def sha256_of(self, name: str) -> tuple[int, str] | None:
         """Return size and SHA-256 by the metadata of the blob."""
@@ -67,14 +67,16 @@ class AzureParts:
         """Return an upload without blocks; nothing is written."""
         return PendingUpload(name, sha256, {})
 
-    def put(self, upload: PendingUpload, part: UploadPart, data: bytes, md5: bytes) -> None:
+    def put(self, upload: PendingUpload, part: UploadPart, data: bytes) -> str:
         """Store a block; the service compares its MD5."""
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
 
         async def write() -> None:
             async with self._blob(upload.name) as blob:
-                await blob.stage_block(block_id(part.number, md5.hex()), data, length=len(data), validate_content=True)
+                await blob.stage_block(block_id(part.number, md5), data, length=len(data), validate_content=True)
 
         self._run(_WRITE, write())
+        return md5
 
     def commit(self, upload: PendingUpload, parts: Mapping[int, str]) -> None:
         """Commit the list of blocks; the service discards all other blocks of the blob."""

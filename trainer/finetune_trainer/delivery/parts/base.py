@@ -34,7 +34,7 @@ class PendingUpload:
     Attributes:
         name: name of the object.
         handle: the store's id of the upload.
-        parts: MD5, in hexadecimal, of each part by its number.
+        parts: tag of each part by its number: its MD5 in hexadecimal, except in buckets with an own key of encryption.
     """
 
     name: str
@@ -68,8 +68,8 @@ class PartStore(Protocol):
         """Begin an upload. The object, when it exists, keeps the SHA-256 as metadata."""
         ...
 
-    def put(self, upload: PendingUpload, part: UploadPart, data: bytes, md5: bytes) -> None:
-        """Store one part; the store checks its MD5."""
+    def put(self, upload: PendingUpload, part: UploadPart, data: bytes) -> str:
+        """Store one part, and return its tag for `commit`. The contents are checked: damaged ones are not stored."""
         ...
 
     def commit(self, upload: PendingUpload, parts: Mapping[int, str]) -> None:

@@ -56,14 +56,17 @@ class GcsParts:
         """Return an upload without parts; nothing is written."""
         return self._upload(name, sha256)
 
-    def put(self, upload: PendingUpload, part: UploadPart, data: bytes, md5: bytes) -> None:
+    def put(self, upload: PendingUpload, part: UploadPart, data: bytes) -> str:
         """Store a part as an object, and compare the MD5 that the store has computed."""
         path = self._path(f"{upload.handle}/{part.number:05d}")
+        md5 = hashlib.md5(data, usedforsecurity=False)
         with self._bucket.translating_errors(_WRITE):
             self._bucket.client.pipe_file(path, data)
             found = self._bucket.client.info(path).get("md5Hash")
-            if found is not None and base64.b64decode(found) != md5:
-                raise OSError(f"part {part.number} of {upload.name} was damaged on its way")
+            if found is not None and base64.b64decode(found) != md5.digest():
+                # An outage: the part is sent again.
+                raise ConnectionAbortedError(f"part {part.number} of {upload.name} was damaged on its way")
+        return md5.hexdigest()
 
     def commit(self, upload: PendingUpload, parts: Mapping[int, str]) -> None:
         """Compose the object, set its metadata, and remove the parts."""

@@ -13,6 +13,8 @@ from finetune_contract.bucket import Bucket
 from finetune_trainer.delivery.parts.base import SHA256, PendingUpload, UploadPart
 
 _WRITE = "cannot be written"
+_SIGNED = ("v4", "s3v4")
+"""Versions of signatures that contain a hash of the contents."""
 
 
 class S3Parts:
@@ -29,7 +31,7 @@ class S3Parts:
         upload = self.begin(f".probe-{secrets.token_hex(8)}", "")
         data = b"probe"
         try:
-            self.put(upload, UploadPart(1, 0, len(data)), data, hashlib.md5(data, usedforsecurity=False).digest())
+            self.put(upload, UploadPart(1, 0, len(data)), data)
         finally:
             self.abort(upload)
 
@@ -59,17 +61,22 @@ class S3Parts:
             answer = self._call("create_multipart_upload", Key=self._key(name), Metadata={SHA256: sha256})
         return PendingUpload(name, answer["UploadId"], {})
 
-    def put(self, upload: PendingUpload, part: UploadPart, data: bytes, md5: bytes) -> None:
-        """Store a part; the server compares its Content-MD5."""
+    def put(self, upload: PendingUpload, part: UploadPart, data: bytes) -> str:
+        """Store a part. The server compares one hash of it: the SHA-256 in the signature, or else its Content-MD5."""
         with self._bucket.translating_errors(_WRITE):
-            self._call(
+            checksum = {}
+            if not signs_contents(self._bucket.client.s3.meta):
+                md5 = hashlib.md5(data, usedforsecurity=False).digest()
+                checksum["ContentMD5"] = base64.b64encode(md5).decode()
+            answer = self._call(
                 "upload_part",
                 Key=self._key(upload.name),
                 UploadId=upload.handle,
                 PartNumber=part.number,
                 Body=data,
-                ContentMD5=base64.b64encode(md5).decode(),
+                **checksum,
             )
+        return str(answer["ETag"]).strip('"')
 
     def commit(self, upload: PendingUpload, parts: Mapping[int, str]) -> None:
         """Complete the multipart upload."""
@@ -108,3 +115,16 @@ class S3Parts:
 
     def _call(self, method: str, **arguments: Any) -> Any:
         return self._bucket.client.call_s3(method, Bucket=self._name, **arguments)
+
+
+def signs_contents(meta: Any) -> bool:
+    """Return whether a client's signature of a part contains its SHA-256, which the server compares. Pure.
+
+    Over TLS it does not if the request has a Content-MD5: MD5 and TLS protect the contents.
+    """
+    settings = meta.config.s3 or {}
+    return (
+        meta.endpoint_url.startswith("http://")
+        and meta.config.signature_version in _SIGNED
+        and settings.get("payload_signing_enabled") is not False
+    )
