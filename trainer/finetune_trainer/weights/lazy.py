@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 21
 """Upper limit of a block, except for a tensor whose single row is larger."""
 LENGTH_BYTES = 8
 METADATA = "__metadata__"
