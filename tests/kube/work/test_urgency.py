@@ -8,7 +8,7 @@ import pytest
 
 from finetune_contract.heartbeat import CommittedCheckpoint, Heartbeat, RankEnd, RankReport, RankState
 from finetune_contract.phase import Phase
-from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
+from finetune_operator.api.status import AttemptSeconds, AttemptStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.objects import KubeJob, KubePod
 from finetune_operator.cluster.kube.work.urgency import (
     GangReadiness,
@@ -142,6 +142,10 @@ def test_urgency_of_heartbeats(old: Heartbeat | None, new: Heartbeat, urgency: U
 
 STATUS = FineTuneJobStatus(phase=Phase.RUNNING, attempt=1, attempts=(AttemptStatus(attempt=1, started_at=NOW),))
 ENTRY = STATUS.attempts[0]
+PLACED = ENTRY.model_copy(
+    update={"gang_complete": True, "pod_nodes": ("node-1",), "seconds": AttemptSeconds(queueing=3.0)}
+)
+"""Its pods exist and have nodes, but do not all run yet."""
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,9 @@ ENTRY = STATUS.attempts[0]
         ({}, True),
         ({"step": 3, "eta": "4m", "loss": 0.1, "writes": 9}, True),
         ({"attempts": (ENTRY.model_copy(update={"to_step": 3, "progress_at": NOW}),)}, True),
-        ({"attempts": (ENTRY.model_copy(update={"gang_complete": True}),)}, False),
+        ({"attempts": (PLACED,)}, True),
+        ({"attempts": (PLACED.model_copy(update={"seconds": AttemptSeconds(queueing=3.0, pulling=2.0)}),)}, False),
+        ({"attempts": (PLACED.model_copy(update={"ended_at": NOW}),)}, False),
         ({"step": 3, "phase": Phase.EXPORTING}, False),
         ({"attempt": 2}, False),
     ],

@@ -150,7 +150,20 @@ def is_progress(old: FineTuneJobStatus, new: FineTuneJobStatus) -> bool:
 
 def _milestones(status: FineTuneJobStatus) -> list[AttemptStatus]:
     """Return the ledger without its progress fields."""
-    return [entry.model_copy(update={"to_step": None, "progress_at": None}) for entry in status.attempts]
+    return [_without_progress(entry) for entry in status.attempts]
+
+
+def _without_progress(entry: AttemptStatus) -> AttemptStatus:
+    """Return an entry without its progress fields.
+
+    Until all pods run, these include which pods exist and where: one write reports the complete gang. A pod that
+    disappears before that is created again.
+    """
+    changes: dict[str, object] = {"to_step": None, "progress_at": None}
+    if entry.seconds.pulling is None:
+        seconds = entry.seconds.model_copy(update={"queueing": None})
+        changes |= {"gang_complete": False, "pod_nodes": None, "seconds": seconds}
+    return entry.model_copy(update=changes)
 
 
 def classify_heartbeat(old: Heartbeat | None, new: Heartbeat) -> Urgency:
