@@ -167,6 +167,12 @@ BAD_VALUES = (
         "without '..'",
     ),
     BadManifest(
+        "outputs-overwrite-spelled-otherwise",
+        {"spec.outputs": [{"format": "merged", "to": "./out"}, {"format": "diffusers", "to": "out/"}]},
+        "spec.outputs",
+        "write a different to for each",
+    ),
+    BadManifest(
         "unknown-scheme",
         {"spec.outputs": [{"format": "webui", "to": "ftp://host/x"}]},
         "spec.outputs[0].to",

@@ -7,6 +7,11 @@ from typing import Any
 T = "spec.training"
 
 OUTPUT_ADVICE: dict[str, dict[str, dict[str, Any]]] = {
+    "outputs-overwrite-spelled-otherwise": {
+        "a different to for each": {
+            "spec.outputs": [{"format": "merged", "to": "/out"}, {"format": "diffusers", "to": "out/"}],
+        },
+    },
     **{
         f"{name}-of-lora": {
             "format: merged": {"spec.outputs": [{"format": "merged", "to": "out", name: value}]},

@@ -164,3 +164,17 @@ def test_names_that_are_known_before_training() -> None:
     assert names(Method.TEXTUAL_INVERSION, format="diffusers") == (*card, "learned_embeds.safetensors")
     assert names(Method.CONTROLNET, format="diffusers") == (*card, "config.json")
     assert names(None, format="asWritten") == names(None, format="diffusers") == ()
+
+
+@pytest.mark.parametrize("second", ["lora/.", "other/../lora", "{}/outputs/lora", "link"])
+def test_two_outputs_in_one_folder_are_refused(tmp_path: Path, second: str) -> None:
+    place = DeliveryPlace(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/link").symlink_to(tmp_path / "outputs/lora")
+    outputs = [
+        OutputSpec.model_validate({"format": name, "to": to.format(tmp_path)})
+        for name, to in (("diffusers", "lora"), ("kohya", "kohya"), ("merged", second))
+    ]
+    check_targets(outputs[:2], place, Method.LORA)
+    with pytest.raises(ConfigError, match=r"^outputs\[2\]\.to: .* is the target of outputs\[0\], too, .* different to"):
+        check_targets(outputs, place, Method.LORA)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,8 +107,27 @@ def check_targets(outputs: Sequence[OutputSpec], place: DeliveryPlace, method: M
         NetworkError: a target does not answer.
     """
     check_packages(written_in_training(outputs))
-    for number, output in enumerate(outputs):
-        open_target(number, output, place).check(expected_names(output, place.job, method))
+    targets = [open_target(number, output, place) for number, output in enumerate(outputs)]
+    _check_differ([target.location for target in targets])
+    for output, target in zip(outputs, targets, strict=True):
+        target.check(expected_names(output, place.job, method))
+
+
+def _check_differ(locations: Sequence[str]) -> None:
+    """Refuse two outputs at one place, however it is spelled: the second would replace files of the first.
+
+    Raises:
+        ConfigError: the message names both outputs.
+    """
+    first: dict[str, int] = {}
+    for number, location in enumerate(locations):
+        place = location if "://" in location else os.path.realpath(location)
+        other = first.setdefault(place, number)
+        if other != number:
+            raise ConfigError(
+                f"outputs[{number}].to: {location} is the target of outputs[{other}], too, and its files would be "
+                "replaced; write a different to for each"
+            )
 
 
 def kinds_of_weights(outputs: Sequence[OutputSpec]) -> list[bool]:

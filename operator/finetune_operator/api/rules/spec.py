@@ -343,12 +343,21 @@ _RECOVERY = (
 TARGET_URL = "^((s3|gs|az)://[^/]+(/.*)?|hub://[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*)$"
 """Form of the targets that are not folders."""
 
+_PLAIN_TO = "(({0}.to.startsWith('/') ? '' : './') + {0}.to + '/').replace('//', '/').replace('/./', '/')"
+"""CEL for a target in one spelling: lora, lora/ and ./lora are one folder."""
+
+
+def _plain_to(to: str) -> str:
+    return f"{'' if to.startswith('/') else './'}{to}/".replace("//", "/").replace("/./", "/")
+
+
 _OUTPUTS = (
     Rule(
         SPEC,
         "outputs",
-        "self.outputs.all(one, self.outputs.exists_one(other, other.to == one.to))",
-        lambda spec: len({output.to for output in spec.outputs}) == len(spec.outputs),
+        f"self.outputs.all(one, self.outputs.exists_one(other, {_PLAIN_TO.format('other')} == "
+        f"{_PLAIN_TO.format('one')}))",
+        lambda spec: len({_plain_to(output.to) for output in spec.outputs}) == len(spec.outputs),
         "outputs has two entries with the same to, and the second would overwrite the first; write a different to for "
         "each",
     ),
