@@ -45,8 +45,9 @@ def pictures(pipeline: Any, prompt: str | list[str], **options: Any) -> np.ndarr
 
 
 @pytest.mark.timeout(900)
-def test_a_compiled_pipeline_draws_as_eager_mode(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """One package for all of it: compiling takes most of a minute on one core."""
+def test_a_compiled_pipeline_draws_as_eager_mode(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One package for all of it: compiling takes most of a minute on one core. SDXL has all conditions."""
+    base = tiny.write_base(tmp_path / "base", family="sdxl", second_width=2 * tiny.WIDTH)
     method = make_method(base, "Full")
     with torch.no_grad():
         for parameter in method.parameters().values():
@@ -66,6 +67,7 @@ def test_a_compiled_pipeline_draws_as_eager_mode(base: Path, tmp_path: Path, cap
     assert (facts["device"], facts["width"], facts["height"], facts["precision"]) == ("cpu", 16, 16, "fp32")
     assert facts["speedUp"] == pytest.approx(facts["eagerSeconds"] / facts["compiledSeconds"], abs=0.01)
     assert facts["maxDifference"] < 1e-4
+    assert facts["conditions"] == ["text_embeds", "time_ids"]
     speed = f"{facts['speedUp']} times as fast"
     assert speed in caplog.text and speed in (folder / "README.md").read_text()
     assert "from load_compiled import load" in (folder / "README.md").read_text()
@@ -86,7 +88,8 @@ def test_a_compiled_pipeline_draws_as_eager_mode(base: Path, tmp_path: Path, cap
     request = GenerateRequest(model=str(folder), grid="grid.png", prompts=("a",), steps=2)
     result, ((picture,),) = draw(request, tmp_path / "cache")
     assert (result.columns[0].label, result.width, result.height) == ("compiled", 16, 16)
-    assert np.abs(np.asarray(picture) / 255 - pictures(expected, "a")[0]).max() < 2 / 255
+    drawn = pictures(expected, "a", guidance_scale=request.guidance)
+    assert np.abs(np.asarray(picture) / 255 - drawn[0]).max() < 2 / 255
 
     other = json.dumps({**facts, "machine": "a CPU with OTHER and torch 1.0"})
     (folder / "compiled.json").write_text(other)
@@ -94,6 +97,13 @@ def test_a_compiled_pipeline_draws_as_eager_mode(base: Path, tmp_path: Path, cap
         loader.load(folder)
     with pytest.raises(ConfigError, match=r"--model: .* is compiled for a CPU with OTHER"):
         draw(request, tmp_path / "cache")
+
+
+def test_a_unet_without_the_conditions_of_sdxl_has_three_inputs(base: Path) -> None:
+    unet = diffusers.UNet2DConditionModel.from_pretrained(base / "unet")
+    inputs = compile_denoiser.example_inputs(unet, base, (8, 8), "cpu")
+    assert [tuple(each.shape) for each in inputs] == [(2, 4, 8, 8), (2,), (2, tiny.NUM_TOKENS, tiny.WIDTH)]
+    assert compile_denoiser.Positional(unet, [])(*inputs).shape == (2, 4, 8, 8)
 
 
 def test_a_compiler_is_needed_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
