@@ -8,17 +8,18 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from finetune_contract import paths
 from finetune_contract.bucket import is_bucket_url
 from finetune_contract.methods import METHODS
-from finetune_contract.outputs.spec import OutputFormat, OutputSpec
+from finetune_contract.outputs.spec import OutputFormat
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.cli.checkpoints.bucket import BucketCopy
 from finetune_operator.cli.checkpoints.catalog import find_checkpoints, has_checkpoints, pick_checkpoint
 from finetune_operator.cli.commands.export_on_cluster import export_on_cluster
+from finetune_operator.cli.commands.exported import ChosenOutputs, choose_outputs
 from finetune_operator.cli.commands.get import find_job
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import load_manifest
@@ -48,24 +49,24 @@ def export(arguments: argparse.Namespace) -> Exit:
         raise UsageError(f"{error}, or write --cluster: the operator exports it in a pod") from error
     if arguments.list:
         return _list(job, folder)
-    outputs = _choose_outputs(arguments, job)
+    chosen = _choose_outputs(arguments, job)
     with open_checkpoint(folder, arguments.step) as checkpoint, tempfile.TemporaryDirectory(prefix="export-") as name:
         run = Path(name) / "run.json"
         run.write_text(build_run_spec(job).to_json(), encoding="utf-8")
         listed = json.dumps(
-            [output.model_dump(mode="json", by_alias=True, exclude_defaults=True) for output in outputs]
+            [output.model_dump(mode="json", by_alias=True, exclude_defaults=True) for output in chosen.outputs]
         )
         cache = home.claim(CACHE_CLAIM)
         state = Path(folder) if _is_job_folder(folder) else cache / "exports" / (job.metadata.uid or job.metadata.name)
         command = [sys.executable, "-m", MODULE, str(run), str(checkpoint), listed, str(state), str(cache)]
         if arguments.dry_run:
             command.append("--dry-run")
-        result = subprocess.run(command, env=machine_environment(), stdout=subprocess.PIPE, text=True, check=False)
-        if result.returncode:
+        lines = run_trainer(command, chosen)
+        if lines is None:
             return Exit.FAILED
-        for output in outputs if arguments.dry_run else ():
+        for output in chosen.outputs if arguments.dry_run else ():
             sys.stdout.write(f"{checkpoint.name}: would write {output.format} to {output.to}\n")
-        for line in result.stdout.splitlines():
+        for line in lines:
             written = json.loads(line)
             size = formatting.format_size(written["sizeBytes"])
             sys.stdout.write(f"{checkpoint.name}: wrote {written['format']} to {written['to']} ({size})\n")
@@ -131,30 +132,45 @@ def _storage_of(job: FineTuneJob, home: Home) -> str:
     return f"{storage.bucket.url.rstrip('/')}/{paths.job_folder(meta.namespace, meta.name, meta.uid)}"
 
 
-def _choose_outputs(arguments: argparse.Namespace, job: FineTuneJob) -> list[OutputSpec]:
-    """Return the requested outputs; by default those of the job.
-
-    With --to, they have the settings of the job's first output of the format.
+def _choose_outputs(arguments: argparse.Namespace, job: FineTuneJob) -> ChosenOutputs:
+    """Return the requested outputs, with absolute folders or URLs.
 
     Raises:
         UsageError: the method cannot write the format, or it is not known where to write to.
     """
-    method, of_job = job.spec.training.method, job.spec.outputs
+    method = job.spec.training.method
     chosen = OutputFormat(arguments.format) if arguments.format else None
     if method is not None and chosen is not None and chosen not in METHODS[method].formats:
         known = ", ".join(sorted(METHODS[method].formats))
         raise UsageError(f"--format: {method.value} cannot be written as {chosen.value}; write one of {known}")
-    matching = [output for output in of_job if chosen is None or output.format is chosen]
-    if not arguments.to:
-        absolute = [output for output in matching if "://" in output.to or Path(output.to).is_absolute()]
-        if not absolute:
-            raise UsageError("--to: write the folder or URL to write to: the job names none for this format")
-        return absolute
-    model = matching[0] if matching else OutputSpec(format=chosen or OutputFormat.DIFFUSERS, to=".")
-    return [
-        model.model_copy(update={"to": to if "://" in to else str(Path(to).expanduser().absolute()), "secret": None})
-        for to in arguments.to
-    ]
+    return choose_outputs(
+        arguments,
+        job,
+        lambda to: to if "://" in to else str(Path(to).expanduser().absolute()),
+        lambda output: "://" in output.to or Path(output.to).is_absolute(),
+    )
+
+
+def run_trainer(command: Sequence[str], chosen: ChosenOutputs) -> list[str] | None:
+    """Run a process of the trainer, and show its log with the names of fields as the user has written them.
+
+    Returns:
+        The lines of its output; None if it fails.
+    """
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as written,
+        subprocess.Popen(
+            command, env=machine_environment(), stdout=written, stderr=subprocess.PIPE, text=True, errors="replace"
+        ) as process,
+    ):
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(chosen.name_fields(line))
+            sys.stderr.flush()
+        if process.wait():
+            return None
+        written.seek(0)
+        return written.read().splitlines()
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 
 from finetune_contract.methods import METHODS
 from finetune_contract.outputs.request import ExportRequest
-from finetune_contract.outputs.spec import OutputFormat, OutputSecret, OutputSpec
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import export_pod_name
 from finetune_operator.api.status import ExportState, ExportStatus
+from finetune_operator.cli.commands.exported import choose_outputs
 from finetune_operator.cli.errors import Exit, UsageError
 from finetune_operator.cli.manifest import load_manifest
 from finetune_operator.cli.output import formatting
@@ -91,27 +91,15 @@ def choose_request(arguments: argparse.Namespace, job: FineTuneJob) -> ExportReq
             f"{job.metadata.name}: the export {busy.request} is in progress ({busy.message or busy.state.value}); wait "
             "for its end"
         )
-    outputs = _choose_outputs(arguments, job)
+    chosen = choose_outputs(arguments, job, str, lambda _: True)
     try:
-        request = ExportRequest(id=secrets.token_hex(4), step=arguments.step, outputs=outputs)
+        request = ExportRequest(id=secrets.token_hex(4), step=arguments.step, outputs=chosen.outputs)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if faults := find_faults(job, request, Settings()):
-        raise UsageError("\n".join(faults))
+        raise UsageError("\n".join(map(chosen.name_fields, faults)))
     return request
-
-
-def _choose_outputs(arguments: argparse.Namespace, job: FineTuneJob) -> tuple[OutputSpec, ...]:
-    chosen = OutputFormat(arguments.format) if arguments.format else None
-    matching = [output for output in job.spec.outputs if chosen is None or output.format is chosen]
-    if not arguments.to:
-        if not matching:
-            raise UsageError("--to: write the URL or folder to write to: the job names none for this format")
-        return tuple(matching)
-    model = matching[0] if matching else OutputSpec(format=chosen or OutputFormat.DIFFUSERS, to=".")
-    secret = OutputSecret(name=arguments.secret) if arguments.secret else model.secret
-    return tuple(model.model_copy(update={"to": to, "secret": secret}) for to in arguments.to)
 
 
 async def follow(changes: AsyncGenerator[FineTuneJob, None], request: ExportRequest) -> Exit:
