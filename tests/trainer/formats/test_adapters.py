@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from finetune_contract.input_spec import ModelSpec
 from finetune_contract.outputs.spec import OutputFormat, OutputSpec
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.export.formats.about import About
+from finetune_trainer.export.formats.licence import parse_licence
 from finetune_trainer.export.formats.merge import read_adapter
 from finetune_trainer.export.formats.rank import closest_matrices, reduce_rank
 from finetune_trainer.export.formats.write import write_format
@@ -220,9 +222,22 @@ def test_a_folder_of_diffusers_has_a_card_with_the_job_and_its_pictures(bases: d
         Image.new("RGB", (16, 16), ["red", "lime", "blue"][number]).save(picture)
     out = tmp_path / "out"
     out.mkdir()
+    card_of_base = bases["sd1"] / "README.md"
+    card_of_base.write_text(
+        "---\nlicense: other\nlicense_name: some-licence\nlicense_link: LICENSE.md\n---\n# A base\n"
+    )
     with make_method(bases["sd1"], "LoRA").trained() as trained:
         write_format(trained, OutputSpec(format="diffusers", to="."), out, About.of_run(run, tmp_path, None))
+    card_of_base.unlink()
     card = (out / "README.md").read_text(encoding="utf-8")
+    # The hub refuses a name that is none of its identifiers; the file of the licence is not next to this card.
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "diffusers",
+        "license": "other",
+        "license_name": "some-licence",
+        "tags": ["text-to-image", "lora"],
+    }
+    assert "| licence of the base | some-licence |" in card
     for words in ("library_name", "# tiny", "| method | LoRA |", "| steps | 6 |", "| learning rate | 0.01 |", "torch "):
         assert words in card
     assert str(tmp_path) not in card
@@ -231,6 +246,25 @@ def test_a_folder_of_diffusers_has_a_card_with_the_job_and_its_pictures(bases: d
     with Image.open(out / "samples.png") as grid:
         colours = [grid.getpixel(at) for at in ((8, 8), (24, 8), (8, 24), (24, 24))]
     assert colours == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+
+
+@pytest.mark.parametrize(
+    ("front", "fields", "name"),
+    [
+        ("license: openrail++", {"license": "openrail++"}, "openrail++"),
+        (
+            "license: other  # see below\nlicense_name: 'community'\nlicense_link: https://host/licence",
+            {"license": "other", "license_name": "community", "license_link": "https://host/licence"},
+            "community",
+        ),
+        ("license_name: community", {"license": "other", "license_name": "community"}, "community"),
+        ("license:\ntags: [x]", None, None),
+        ("tags: [x]", None, None),
+    ],
+)
+def test_the_licence_is_that_of_the_base(front: str, fields: dict[str, str] | None, name: str | None) -> None:
+    found = parse_licence(f"---\n{front}\n---\nlicense: mit\n")
+    assert (found and found.front_matter(), found and found.name) == (fields, name)
 
 
 def test_a_full_lora_output_contains_its_base(bases: dict[str, Path], tmp_path: Path) -> None:

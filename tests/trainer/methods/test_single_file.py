@@ -24,10 +24,13 @@ pytestmark = pytest.mark.trainer
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_single_file_has_the_weights_of_its_folder(base: Path, tmp_path: Path, suffix: str) -> None:
+def test_single_file_has_the_weights_of_its_folder(
+    base: Path, tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     file = tmp_path / f"model{suffix}"
-    state = to_original(pipeline)
+    known = {"model_ema.decay": torch.zeros(()), "betas": torch.zeros(1)}
+    state = {**to_original(pipeline), **known, **{f"lora_te_{number}": torch.zeros(1) for number in range(4)}}
     if suffix == ".ckpt":
         torch.save({"state_dict": state}, file)
     else:
@@ -42,6 +45,8 @@ def test_single_file_has_the_weights_of_its_folder(base: Path, tmp_path: Path, s
     torch.testing.assert_close(encoder.encode(pixels), expected)
     assert len(list((tmp_path / "cache" / "bases").iterdir())) == 1
     assert open_base(spec, tmp_path / "cache").denoiser_files() == family.denoiser_files()
+    unused = "contains 4 tensors of no part of the model (lora_te_0, lora_te_1, lora_te_2, ...); they are not used"
+    assert [each for each in caplog.messages if "not used" in each] == [f"model.base: {file} {unused}"]
 
 
 @pytest.mark.parametrize(("mask", "expected"), [(0o002, 0o664), (0o077, 0o600)])

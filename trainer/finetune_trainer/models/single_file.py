@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 import secrets
 import shutil
@@ -25,6 +26,7 @@ from finetune_trainer.models.family import SingleFile
 from finetune_trainer.models.fingerprint import fingerprint, fingerprint_files
 from finetune_trainer.models.layouts.original import UNET, VAE
 
+_LOG = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".ckpt")
 _INDEX = "model_index.json"
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
@@ -37,6 +39,9 @@ _PARTS = {
     "text encoder": ("cond_stage_model.", "conditioner."),
 }
 """Starts of the names of the parts of a complete model."""
+_SCHEDULE = ("alphas_", "betas", "log_", "logvar", "lvlb_", "posterior_", "sqrt_")
+_NOT_READ = ("model_ema.", "denoiser.", "scale_factor", *_SCHEDULE)
+"""Starts of the names of what training kept in a checkpoint, besides the model."""
 _INCOMPLETE = "write a complete checkpoint of a base model"
 _OTHER_SHAPE = re.compile(r"Cannot load.* because (\S+ expected shape .*?\]\), but got .*?\]\))")
 _NUM_NAMED = 3
@@ -69,6 +74,8 @@ def convert(
     folder = next((each for each in candidates if (each / _INDEX).is_file()), candidates[0])
     if (folder / _INDEX).is_file():
         return folder
+    if unused := describe_unused(names):
+        _LOG.warning("model.base: %s %s", file, unused)
     # Without a configuration in the manifest, diffusers fetches one from the hub.
     pipeline = patience.wait_out("model.base: reading the file", lambda: _read(file, spec.config, names, formats))
     patience.wait_out("cache: writing the converted base", lambda: _write(pipeline, folder))
@@ -155,6 +162,16 @@ def find_missing_part(names: Collection[str]) -> str:
         return ""
     example = _PARTS[missing[0]][0]
     return f"lacks the {' and the '.join(missing)}: no tensor has a name like {example}...; {_INCOMPLETE}"
+
+
+def describe_unused(names: Collection[str]) -> str:
+    """Return how many tensors of a file belong to no part of a model, and some names; empty if none does. Pure."""
+    known = (*(start for starts in _PARTS.values() for start in starts), *_NOT_READ, _V_PREDICTION, _ZERO_SNR)
+    unused = sorted(name for name in names if not name.startswith(known))
+    if not unused or len(unused) == len(names):
+        return ""
+    examples = f"{', '.join(unused[:_NUM_NAMED])}{', ...' if len(unused) > _NUM_NAMED else ''}"
+    return f"contains {len(unused)} tensors of no part of the model ({examples}); they are not used"
 
 
 def _describe(error: Exception) -> str:

@@ -18,7 +18,7 @@ from finetune_contract.spec import Method
 from finetune_trainer.delivery.claims import MANIFEST
 from finetune_trainer.export.formats import compiled
 from finetune_trainer.export.formats.about import About
-from finetune_trainer.export.formats.licence import licence_of
+from finetune_trainer.export.formats.licence import Licence, licence_of
 from finetune_trainer.export.formats.openvino import describe, read_comparison
 from finetune_trainer.models.family import Family
 
@@ -87,7 +87,7 @@ def card(family: Family, output: OutputSpec, folder: Path, about: About, trains:
     front = {
         "library_name": "diffusers",
         **({"base_model": base} if is_hub_id else {}),
-        **({"license": licence} if licence else {}),
+        **({} if licence is None else licence.front_matter()),
         "tags": [*_TAGS[trains], *(["openvino"] if is_openvino else [])],
         **({"instance_prompt": trigger} if trigger else {}),
     }
@@ -130,13 +130,13 @@ def _loader(output: OutputSpec, trains: TrainedPart, base: str) -> list[str]:
     return [f"from diffusers import {control}DiffusionPipeline", "", _LOADS[trains].format(base=base)]
 
 
-def rows(about: About, run: RunSpec, base: str, licence: str | None) -> list[tuple[str, str]]:
+def rows(about: About, run: RunSpec, base: str, licence: Licence | None) -> list[tuple[str, str]]:
     """Return the rows of the card's table."""
     training = run.training
     source = run.dataset.source
     values: list[tuple[str, object]] = [
         ("base", base + (f" at {run.model.revision}" if run.model.revision else "")),
-        ("licence of the base", licence or "unknown: see the base"),
+        ("licence of the base", "unknown: see the base" if licence is None else licence.name),
         ("data", source if "/" not in source or not source.startswith(("/", ".")) else Path(source).name),
         ("method", _method(run)),
         ("steps", about.step),

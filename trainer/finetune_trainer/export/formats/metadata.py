@@ -37,7 +37,7 @@ def model_spec(
         kind: what a file contains that is not a complete model: lora, textual-inversion, controlnet.
         is_original: whether the tensors have the names of the original code.
     """
-    architecture = architecture_of(family)
+    architecture, licence = architecture_of(family), licence_of(family)
     fields: dict[str, str | None] = {
         "sai_model_spec": SPEC_VERSION,
         "architecture": f"{architecture}/{kind}" if kind else architecture,
@@ -46,7 +46,7 @@ def model_spec(
         "resolution": "x".join([str(resolution_of(family, about))] * 2),
         "prediction_type": "v" if family.pipeline.predicts_v else "epsilon",
         "description": _description(about),
-        "license": licence_of(family),
+        "license": None if licence is None else licence.name,
         "trigger_phrase": output.trigger_phrase or about.trigger_phrase,
         "thumbnail": _thumbnail(about),
     }
