@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune_contract import paths
@@ -150,6 +154,17 @@ def test_a_checkpoint_of_other_weights_is_refused(base: Path, data: Path, tmp_pa
         from_checkpoint.export_checkpoint(spec, checkpoint, output, tmp_path / "cache")
 
 
+def thumbnail_of(file: Path) -> Image.Image:
+    with safe_open(file, framework="pt") as tensors:
+        encoded = tensors.metadata()["modelspec.thumbnail"].partition(",")[2]
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+def is_red(picture: Image.Image) -> bool:
+    red, _, blue = picture.getpixel((8, 8))  # type: ignore[misc]
+    return bool(red > 200 and blue < 50)
+
+
 def test_the_command_exports_a_step_from_a_manifest_and_a_folder(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,8 +180,15 @@ def test_the_command_exports_a_step_from_a_manifest_and_a_folder(
     def call(*arguments: str) -> Exit:
         return export(parser().parse_args(["export", *arguments, *where]))
 
+    pictures = tmp_path / "job" / paths.VALIDATION / "pictures"
+    pictures.mkdir(parents=True)
+    for step, colour in ((2, "red"), (4, "blue")):
+        Image.new("RGB", (16, 16), colour).save(pictures / f"step-{step:08}-00.png")
     assert call(str(tmp_path / "job.yaml"), *folder, "--step", "2") is Exit.SUCCEEDED
-    assert "step-00000002-a1: wrote kohya to " in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "step-00000002-a1: wrote kohya to " in shown.out
+    assert f"kohya: moving to {tmp_path / 'out'}" in shown.err
+    assert is_red(thumbnail_of(tmp_path / "out" / "tiny.safetensors"))
     first = load_file(tmp_path / "out" / "tiny.safetensors")
     assert min(float(value.min()) for name, value in first.items() if "alpha" not in name) == pytest.approx(2.0)
     (tmp_path / "out" / "tiny.safetensors").unlink()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from finetune_contract import environment
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import UnfinishedOutput, WrittenOutput
+from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
 from finetune_contract.identity import InputIdentity
 from finetune_contract.manifest import BadCheckpointError, Manifest, read_manifest, verify
 from finetune_contract.methods import needs_whole_base
@@ -98,7 +98,7 @@ def export_with(
     manifest = _check(spec, checkpoint, outputs, export.place)
     whole = needs_whole_base(spec.training.method, outputs)
     method = _make_method(_pinned(spec, checkpoint, manifest), cache_dir, whole=whole)
-    export = replace(export, about=About.of_run(spec, None, cache_dir, manifest.step))
+    export = replace(export, about=About.of_checkpoint(spec, export.place.job_dir, cache_dir, manifest.step))
     written: dict[str, WrittenOutput] = {}
     for with_ema in dict.fromkeys(spec.training.ema if each.ema is None else each.ema for each in outputs):
         _restore(method.parameters(), checkpoint, manifest, with_ema=with_ema)
@@ -124,7 +124,10 @@ def _log_states() -> Report:
         for each in unfinished:
             if known.get(each.to) != each.state:
                 known[each.to] = each.state
-                _LOG.info("%s: %s to %s", each.format, each.state.value.lower(), each.to)
+                # Files are renamed into a folder, or copied.
+                is_moved = each.state is OutputState.UPLOADING and "://" not in each.to
+                doing = "moving" if is_moved else each.state.value.lower()
+                _LOG.info("%s: %s to %s", each.format, doing, each.to)
 
     return report
 

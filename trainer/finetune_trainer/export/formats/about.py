@@ -41,12 +41,19 @@ class About:
     @staticmethod
     def of_run(run: RunSpec, job_dir: Path | None, cache: Path | None, step: int | None = None) -> About:
         """Return the origin of the outputs of a run, with the pictures that its validation has drawn last."""
-        pictures: Sequence[Path] = ()
-        if job_dir is not None:
-            found = sorted((job_dir / paths.VALIDATION / "pictures").glob("step-*.png"))
-            last = found[-1].name.rsplit("-", 1)[0] if found else ""
-            pictures = [path for path in found if path.name.startswith(f"{last}-")]
+        found = [] if job_dir is None else _pictures(job_dir, "*")
+        last = found[-1].name.rsplit("-", 1)[0] if found else ""
+        pictures = [path for path in found if path.name.startswith(f"{last}-")]
         return About(run.job, run, step or run.training.steps, pictures, cache)
+
+    @staticmethod
+    def of_checkpoint(run: RunSpec, job_dir: Path, cache: Path, step: int) -> About:
+        """Return the origin of the outputs of a checkpoint, with the pictures that the validation drew at its step."""
+        return About(run.job, run, step, _pictures(job_dir, f"{step:08}"), cache)
+
+
+def _pictures(job_dir: Path, step: str) -> list[Path]:
+    return sorted((job_dir / paths.VALIDATION / "pictures").glob(f"step-{step}-*.png"))
 
 
 NO_ORIGIN = About("model")
