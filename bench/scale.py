@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from bench.supervisors import BenchSupervisor, HeartbeatCounts
@@ -24,7 +25,8 @@ from testing.operator.harness import ACCOUNT, HOME, OperatorProcess, build_job, 
 
 CONNECTIONS = 16
 """Number of concurrent requests of the bare loop and of other creations and deletions."""
-POLL_SECONDS = 0.25
+POLL_SECONDS = 1.0
+"""A list of one pod takes the API server some milliseconds, because it counts the others."""
 LIMIT_SECONDS = 900.0
 PAGE = 500
 QUEUE = "bench"
@@ -83,6 +85,10 @@ class OperatorBench:
     async def has_pods(self, namespace: str, number: int) -> bool:
         """Return whether a namespace contains exactly this number of pods."""
         return await self.count_pods(namespace) == number
+
+    async def newest_pod(self, namespace: str) -> datetime:
+        """Return when the newest pod of a namespace was created, in whole seconds, by the API server's clock."""
+        return max(datetime.fromisoformat(pod["metadata"]["creationTimestamp"]) for pod in await self.pods(namespace))
 
     def print_status(self, what: str) -> None:
         """Print a line with the elapsed time."""
