@@ -44,6 +44,19 @@ def test_duration_of_each_stage() -> None:
     )
 
 
+def test_queueing_ends_when_the_last_pod_received_its_node_even_if_all_pods_run_by_then() -> None:
+    """While a gang starts, its job is reconciled every few seconds only."""
+    cluster = FakeCluster()
+    cluster.settle()
+    for rank in (0, 1):
+        cluster.tick(3)
+        cluster.change(rank, node=f"node-{rank}", scheduled_at=cluster.now)
+    cluster.tick(20)
+    cluster.run_all()
+    cluster.settle()
+    assert cluster.job.status.attempts[0].seconds == AttemptSeconds(queueing=6, pulling=20)
+
+
 @pytest.mark.parametrize("sign", ["ended", "announced", "missing"])
 def test_detection_starts_at_the_first_sign_of_the_fault(sign: str) -> None:
     cluster = FakeCluster().running()

@@ -45,7 +45,7 @@ def _stages(view: View, entry: AttemptStatus, seconds: AttemptSeconds) -> Attemp
         if known is None:
             if not is_over(view, entry):
                 break
-            known = _seconds_between(began, view.now)
+            known = _seconds_between(began, _placed_at(view) if name == QUEUEING else view.now)
             seconds = revise(seconds, **{name: known})
         began += timedelta(seconds=known)
     return seconds
@@ -77,6 +77,11 @@ def _all_placed(view: View, _: AttemptStatus) -> bool:
     return len(view.pods) == view.num_nodes and all(pod.node for pod in view.pods.values())
 
 
+def _placed_at(view: View) -> datetime:
+    """Return when the last pod received its node: a gang that starts is not reconciled at that moment."""
+    return min(view.now, max(pod.scheduled_at or view.now for pod in view.pods.values()))
+
+
 def _all_run(view: View, _: AttemptStatus) -> bool:
     return all(pod.phase in UP for pod in view.pods.values())
 
@@ -89,8 +94,9 @@ def _has_trained(_: View, entry: AttemptStatus) -> bool:
     return entry.training_at is not None
 
 
+QUEUEING = "queueing"
 STAGES: tuple[tuple[str, Callable[[View, AttemptStatus], bool]], ...] = (
-    ("queueing", _all_placed),
+    (QUEUEING, _all_placed),
     ("pulling", _all_run),
     ("restoring", _all_restored),
     ("first_step", _has_trained),
