@@ -10,6 +10,8 @@ import torch
 
 from finetune_contract import paths
 from finetune_contract.bucket import Bucket
+from finetune_contract.outputs.pictures import find_pictures
+from finetune_operator.cli.commands.export import open_checkpoint
 from finetune_operator.cli.errors import Exit
 from finetune_operator.cli.main import main
 from finetune_trainer.checkpoint.snapshot import Snapshot
@@ -128,6 +130,12 @@ def test_checkpoints_of_a_bucket(bucket_url: str, tmp_path: Path, capsys: pytest
     assert code == Exit.SUCCEEDED
     assert "tensors with the same names and shapes in both: 1" in text
     assert "step: 2 -> 4" in text
+    # -- an export downloads one checkpoint and the pictures of its step
+    for step in (2, 4):
+        Bucket(url).put(f"validation/pictures/step-{step:08}-00.png", b"picture")
+    with open_checkpoint(url, 4, tmp_path / "state") as folder:
+        assert (folder.name, any(folder.rglob("*model.safetensors"))) == ("step-00000004-a1", True)
+    assert [path.name for path in find_pictures(tmp_path / "state")] == ["step-00000004-00.png"]
     bucket = Bucket(f"{url}/checkpoints")
     (name,) = (each for each in bucket.names() if "00000006" in each and each.endswith("model.safetensors"))
     bucket.put(name, b"damaged")

@@ -22,6 +22,7 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import OutputState, UnfinishedOutput, WrittenOutput
 from finetune_contract.input_spec import ModelSpec
 from finetune_contract.methods import needs_whole_base
+from finetune_contract.outputs.pictures import fetch_pictures
 from finetune_contract.outputs.request import ExportedOutput, ExportRequest, ExportResult
 from finetune_contract.run_spec import RunSpec
 from finetune_trainer import libraries
@@ -29,7 +30,7 @@ from finetune_trainer.checkpoint.snapshot import Committed
 from finetune_trainer.checkpoint.store.base import checkpoint_name
 from finetune_trainer.checkpoint.store.select import JobFolders, has_checkpoints, make_store, open_bucket
 from finetune_trainer.delivery.open import DeliveryPlace, open_target
-from finetune_trainer.errors import ConfigError, RankError
+from finetune_trainer.errors import ConfigError, RankError, StorageError
 from finetune_trainer.export.formats.about import About
 from finetune_trainer.export.from_checkpoint import export_with
 from finetune_trainer.export.outputs import Export, check_targets
@@ -122,6 +123,12 @@ def carry_out(job: ExportJob) -> None:
         return
     found = find_checkpoint(job)
     job.step = found.manifest.step
+    bucket = open_bucket(job.place.bucket)
+    if bucket is not None:
+        try:
+            fetch_pictures(bucket, job.place.job_dir, found.manifest.step)
+        except OSError as error:
+            raise StorageError(f"validation: {error}") from error
     export = Export(job.place, job.spec.uid, found.folder.name, report=job.report, records=job.records)
     export_with(job.spec, found.folder, job.request.outputs, job.cache_dir, export)
 

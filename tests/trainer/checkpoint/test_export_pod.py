@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from finetune_contract import environment
 from finetune_contract.bucket import Bucket
 from finetune_contract.exit_codes import ExitCode
+from finetune_contract.outputs.pictures import FOLDER
 from finetune_contract.outputs.request import ExportResult
 from finetune_contract.outputs.spec import OutputSpec
 from finetune_contract.run_spec import RunSpec
@@ -159,6 +161,11 @@ def test_pods_that_are_killed_while_they_fetch_and_deliver_repeat_no_upload(
         fill(method, float(step))
         save(tmp_path / "fetched", spec, method, step, bucket=Bucket(of_job))
         save(tmp_path / "local", spec, method, step)
+    pictures = tmp_path / "cache" / FOLDER
+    pictures.mkdir(parents=True)
+    for step in (0, 5, 6):
+        Image.new("RGB", (16, 16), (step, 0, 0)).save(pictures / f"step-{step:08}-00.png")
+        Bucket(of_job).below(FOLDER).upload(f"step-{step:08}-00.png", pictures / f"step-{step:08}-00.png")
     # One output below the folder of the job, one elsewhere.
     wanted = [{"format": "kohya", "to": "kohya"}, {"format": "diffusers", "to": f"{bucket_url}/lora"}]
     with faults.serve(object_store) as (proxy, variables):
@@ -207,6 +214,7 @@ def test_pods_that_are_killed_while_they_fetch_and_deliver_repeat_no_upload(
     for each, folder in ((wanted[0], bucket / "default/tiny-1f0c3a2b/outputs/kohya"), (wanted[1], bucket / "lora")):
         found = {path.name: path.read_bytes() for path in folder.rglob("*") if not path.name.endswith(".output.json")}
         local = tmp_path / each["format"]
+        assert ("samples.png" in found) == (each["format"] == "diffusers")
         assert found == {path.name: path.read_bytes() for path in local.rglob("*") if not path.name.startswith(".")}
     uploads = Bucket(bucket_url + "/x").client.call_s3("list_multipart_uploads", Bucket=bucket.name).get("Uploads")
     assert not uploads

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune_contract import paths
 from finetune_contract.bucket import Bucket
+from finetune_contract.outputs.pictures import fetch_pictures
 from finetune_operator.cli.errors import UsageError
 
 
@@ -23,7 +24,7 @@ class BucketCopy:
     def __init__(self, url: str, folder: Path) -> None:
         self._folder = folder
         try:
-            job = Bucket(url.rstrip("/").removesuffix(f"/{paths.CHECKPOINTS}"))
+            job = self._job = Bucket(url.rstrip("/").removesuffix(f"/{paths.CHECKPOINTS}"))
             self._bucket = job.below(paths.CHECKPOINTS)
             self._names = self._bucket.names()
             self._corrupt = job.below(paths.CORRUPT.rstrip("-"))
@@ -46,6 +47,17 @@ class BucketCopy:
             for each in self._names:
                 if each.startswith(f"{stored}/") and not (target := self._target(each)).exists():
                     self._bucket.download(each, target)
+        except OSError as error:
+            raise UsageError(str(error)) from error
+
+    def download_pictures(self, step: int, folder: Path) -> None:
+        """Download the validation pictures of a step into a folder like that of the job.
+
+        Raises:
+            UsageError: the bucket cannot be read.
+        """
+        try:
+            fetch_pictures(self._job, folder, step)
         except OSError as error:
             raise UsageError(str(error)) from error
 

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune_contract import paths
@@ -50,14 +50,17 @@ def export(arguments: argparse.Namespace) -> Exit:
     if arguments.list:
         return _list(job, folder)
     chosen = _choose_outputs(arguments, job)
-    with open_checkpoint(folder, arguments.step) as checkpoint, tempfile.TemporaryDirectory(prefix="export-") as name:
+    cache = home.claim(CACHE_CLAIM)
+    state = Path(folder) if _is_job_folder(folder) else cache / "exports" / (job.metadata.uid or job.metadata.name)
+    with (
+        open_checkpoint(folder, arguments.step, state) as checkpoint,
+        tempfile.TemporaryDirectory(prefix="export-") as name,
+    ):
         run = Path(name) / "run.json"
         run.write_text(build_run_spec(job).to_json(), encoding="utf-8")
         listed = json.dumps(
             [output.model_dump(mode="json", by_alias=True, exclude_defaults=True) for output in chosen.outputs]
         )
-        cache = home.claim(CACHE_CLAIM)
-        state = Path(folder) if _is_job_folder(folder) else cache / "exports" / (job.metadata.uid or job.metadata.name)
         command = [sys.executable, "-m", MODULE, str(run), str(checkpoint), listed, str(state), str(cache)]
         if arguments.dry_run:
             command.append("--dry-run")
@@ -174,27 +177,35 @@ def run_trainer(command: Sequence[str], chosen: ChosenOutputs) -> list[str] | No
 
 
 @contextlib.contextmanager
-def open_checkpoint(location: str, step: int | None) -> Iterator[Path]:
+def open_checkpoint(location: str, step: int | None, state: Path | None = None) -> Iterator[Path]:
     """Yield the folder of the newest checkpoint, or of that of a step; from a bucket, it is downloaded first.
+
+    Args:
+        location: the job's folder, or the URL of its folder in a bucket.
+        step: the step; None: the newest.
+        state: from a bucket, receives the validation pictures of the step; None: they are not needed.
 
     Raises:
         UsageError: there is none.
     """
-    with _local_checkpoints(location) as (folder, download):
+    with _local_checkpoints(location) as (folder, copy):
         found = [one for one in find_checkpoints(folder) if one.reason is None and one.manifest is not None]
         if not found:
             raise UsageError(f"{location} contains no complete checkpoint")
-        picked = (pick_checkpoint(found, str(step)) if step is not None else found[0]).folder
-        download(picked.name)
-        yield picked
+        picked = pick_checkpoint(found, str(step)) if step is not None else found[0]
+        if copy is not None:
+            copy.download(picked.folder.name)
+            if state is not None:
+                copy.download_pictures(picked.step, state)
+        yield picked.folder
 
 
 @contextlib.contextmanager
-def _local_checkpoints(location: str) -> Iterator[tuple[Path, Callable[[str], None]]]:
-    """Yield the folder with the manifests of all checkpoints, and a function that completes one of them."""
+def _local_checkpoints(location: str) -> Iterator[tuple[Path, BucketCopy | None]]:
+    """Yield the folder with the manifests of all checkpoints; if they are in a bucket, also what completes one."""
     if not is_bucket_url(location):
         folder = Path(location)
-        yield (folder if has_checkpoints(folder) else paths.checkpoints(folder)), lambda _: None
+        yield (folder if has_checkpoints(folder) else paths.checkpoints(folder)), None
         return
     with tempfile.TemporaryDirectory(prefix="checkpoints-") as name:
-        yield Path(name), BucketCopy(location, Path(name)).download
+        yield Path(name), BucketCopy(location, Path(name))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_contract import paths
+from finetune_contract.outputs.pictures import find_pictures
 from finetune_contract.run_spec import RunSpec
 
 
@@ -41,7 +41,7 @@ class About:
     @staticmethod
     def of_run(run: RunSpec, job_dir: Path | None, cache: Path | None, step: int | None = None) -> About:
         """Return the origin of the outputs of a run, with the pictures that its validation has drawn last."""
-        found = [] if job_dir is None else _pictures(job_dir, "*")
+        found = [] if job_dir is None else find_pictures(job_dir)
         last = found[-1].name.rsplit("-", 1)[0] if found else ""
         pictures = [path for path in found if path.name.startswith(f"{last}-")]
         return About(run.job, run, step or run.training.steps, pictures, cache)
@@ -49,11 +49,7 @@ class About:
     @staticmethod
     def of_checkpoint(run: RunSpec, job_dir: Path, cache: Path, step: int) -> About:
         """Return the origin of the outputs of a checkpoint, with the pictures that the validation drew at its step."""
-        return About(run.job, run, step, _pictures(job_dir, f"{step:08}"), cache)
-
-
-def _pictures(job_dir: Path, step: str) -> list[Path]:
-    return sorted((job_dir / paths.VALIDATION / "pictures").glob(f"step-{step}-*.png"))
+        return About(run.job, run, step, find_pictures(job_dir, step), cache)
 
 
 NO_ORIGIN = About("model")
