@@ -231,7 +231,7 @@ def test_a_folder_of_diffusers_has_a_card_with_the_job_and_its_pictures(bases: d
     card_of_base.unlink()
     card = (out / "README.md").read_text(encoding="utf-8")
     # The hub refuses a name that is none of its identifiers; the file of the licence is not next to this card.
-    assert ModelCard(card).data.to_dict() == {
+    assert ModelCard(card).data.to_dict() == {  # type: ignore[no-untyped-call]
         "library_name": "diffusers",
         "license": "other",
         "license_name": "some-licence",
