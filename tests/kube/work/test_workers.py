@@ -8,9 +8,10 @@ from typing import Any, cast
 import pytest
 
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.cluster.kube.client.client import ApiError
+from finetune_operator.cluster.kube.client.client import ApiError, NotLeaderError
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.refusals import CreationError
+from finetune_operator.cluster.kube.work import workers
 from finetune_operator.cluster.kube.work.queue import WorkQueue
 from finetune_operator.cluster.kube.work.workers import WorkerContext, Workers
 from finetune_operator.cluster.protocol import JobKey
@@ -106,6 +107,34 @@ def test_other_work_of_a_job_continues_after_a_failed_creation() -> None:
         return cluster.num_failed
 
     assert asyncio.run(main()) > 1
+
+
+def test_a_job_is_reconciled_again_if_the_lease_was_renewed_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The term goes on after a gap in which nothing may be written, so nothing else requests the reconcile."""
+    monkeypatch.setattr(workers, "LEADER_SECONDS", 0.0)
+
+    class LateLease:
+        def __init__(self, queue: WorkQueue[JobKey]) -> None:
+            self.queue, self.num_reconciles = queue, 0
+
+        async def get_job(self, key: JobKey) -> FineTuneJob | None:
+            del key
+            self.num_reconciles += 1
+            if self.num_reconciles < 3:
+                raise NotLeaderError
+            self.queue.close()
+            return None
+
+    async def main() -> int:
+        queue: WorkQueue[JobKey] = WorkQueue()
+        cluster = LateLease(queue)
+        queue.add(FAILING)
+        context = WorkerContext(cast(Any, cluster), queue, Settings(), ServerClock(), Metrics())
+        async with asyncio.timeout(30):
+            await Workers(context, 1).run()
+        return cluster.num_reconciles
+
+    assert asyncio.run(main()) == 3
 
 
 def test_one_reconcile_per_iteration_of_the_event_loop() -> None:

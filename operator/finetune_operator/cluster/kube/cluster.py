@@ -25,9 +25,7 @@ from finetune_operator.cluster.kube.beats.store import JobHeartbeats
 from finetune_operator.cluster.kube.beats.tokens import TokenReviewer
 from finetune_operator.cluster.kube.client.client import (
     CONFLICT,
-    MERGE,
     NOT_FOUND,
-    PARTIAL,
     ApiError,
     Json,
     KubeApi,
@@ -36,7 +34,6 @@ from finetune_operator.cluster.kube.client.client import (
 from finetune_operator.cluster.kube.client.events import EventSender
 from finetune_operator.cluster.kube.client.objects import (
     BY_KIND,
-    CONFIGS,
     JOBS,
     KubeChild,
     KubeJob,
@@ -63,6 +60,7 @@ from finetune_operator.cluster.kube.queue.workloads import WORKLOADS, KubeWorklo
 from finetune_operator.cluster.kube.watch.cache import Cache, Entry, ObjectKey
 from finetune_operator.cluster.kube.watch.nodes import NodeStates
 from finetune_operator.cluster.kube.watch.reflector import object_key
+from finetune_operator.cluster.kube.work import authority
 from finetune_operator.cluster.kube.work.pods import PodRequests
 from finetune_operator.cluster.kube.work.queue import WorkQueue
 from finetune_operator.cluster.kube.work.throttle import ProgressThrottle
@@ -262,13 +260,8 @@ class KubeCluster:
 
     async def distribute_authority(self) -> None:
         """Write the certificate authority into all existing ConfigMaps; new ones contain it from the start."""
-        for key in [ObjectKey(child.job.namespace, child.name) for child in self.configs.values()]:
-            change = {"data": {layout.CA_FILE: self.authority}}
-            try:
-                await self._api.request("PATCH", CONFIGS.path(*key), change, content_type=MERGE, accept=PARTIAL)
-            except ApiError as error:
-                if error.status != NOT_FOUND:
-                    log.warning("cannot write the certificate authority into the ConfigMap %s/%s: %s", *key, error)
+        keys = [ObjectKey(child.job.namespace, child.name) for child in self.configs.values()]
+        await authority.distribute(self._api, keys, self.authority)
 
     # -- reconcile requests -------------------------------------------------------------------------------------------
 

@@ -74,7 +74,15 @@ class SetupError(Exception):
 
 
 class NotLeaderError(Exception):
-    """This process may not write: another replica may be the leader."""
+    """This process may not write: another replica may be the leader.
+
+    Retry after `LEADER_SECONDS`. Either the lease was only renewed late, for example because the API server is slow, or
+    the term of leadership ends, and its end cancels the retry.
+    """
+
+
+LEADER_SECONDS = 1.0
+"""Delay before a write is tried again that the lease did not allow."""
 
 
 class RequestHook(Protocol):

@@ -14,7 +14,7 @@ from datetime import datetime
 
 from finetune_operator.api.job import API_VERSION, KIND, FineTuneJob
 from finetune_operator.api.names import OPERATOR
-from finetune_operator.cluster.kube.client.client import ApiError, Json, KubeApi, NotLeaderError
+from finetune_operator.cluster.kube.client.client import LEADER_SECONDS, ApiError, Json, KubeApi, NotLeaderError
 from finetune_operator.cluster.kube.client.objects import EVENTS
 from finetune_operator.cluster.protocol import Clock
 from finetune_operator.plan.model.types import Event
@@ -70,15 +70,21 @@ class EventSender:
         while True:
             body = await self._queue.get()
             await self._wait_while_busy()
-            try:
-                await self._api.create(EVENTS.path(body["metadata"]["namespace"]), body)
-            except NotLeaderError:
-                continue
-            except ApiError as error:
-                if not error.already_exists:
-                    log.warning(
-                        "cannot send the event %s of %s: %s", body["reason"], body["involvedObject"]["name"], error
-                    )
+            while True:
+                if await self._is_sent(body):
+                    break
+                await asyncio.sleep(LEADER_SECONDS)
+
+    async def _is_sent(self, body: Json) -> bool:
+        """Send an event; return whether nothing remains to be done."""
+        try:
+            await self._api.create(EVENTS.path(body["metadata"]["namespace"]), body)
+        except NotLeaderError:
+            return False
+        except ApiError as error:
+            if not error.already_exists:
+                log.warning("cannot send the event %s of %s: %s", body["reason"], body["involvedObject"]["name"], error)
+        return True
 
     async def _wait_while_busy(self) -> None:
         for _ in range(MAX_BUSY_CHECKS):

@@ -12,7 +12,14 @@ import logging
 from dataclasses import dataclass
 
 from finetune_operator.api import names
-from finetune_operator.cluster.kube.client.client import NOT_FOUND, ApiError, Json, KubeApi, NotLeaderError
+from finetune_operator.cluster.kube.client.client import (
+    LEADER_SECONDS,
+    NOT_FOUND,
+    ApiError,
+    Json,
+    KubeApi,
+    NotLeaderError,
+)
 from finetune_operator.cluster.kube.client.objects import ENDPOINT_SLICES, SERVICES
 
 log = logging.getLogger(__name__)
@@ -43,12 +50,9 @@ class EndpointPublisher:
         """Why no heartbeat can arrive; empty if the endpoint is published."""
 
     async def publish(self) -> None:
-        """Write the slice; retry while the API server is not available.
+        """Write the slice; retry while the API server is not available or the lease is renewed late.
 
         If it cannot be written for another reason, log and keep the `problem`.
-
-        Raises:
-            NotLeaderError: this replica is no longer the leader.
         """
         while True:
             try:
@@ -59,6 +63,8 @@ class EndpointPublisher:
                     return
                 log.warning("cannot write the coordinator's endpoint; retrying: %s", error)
                 await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
+            except NotLeaderError:
+                await asyncio.sleep(LEADER_SECONDS)
             else:
                 return
 
@@ -66,11 +72,7 @@ class EndpointPublisher:
         """Write the slice periodically. A write without a change costs the API server no write to its database."""
         while True:
             await asyncio.sleep(check_seconds)
-            try:
-                await self.publish()
-            except NotLeaderError:
-                # The next leader publishes its own address.
-                return
+            await self.publish()
 
     @property
     def _name(self) -> str:

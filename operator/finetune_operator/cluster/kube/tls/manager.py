@@ -17,6 +17,7 @@ from finetune_operator.api import labels, names
 from finetune_operator.cluster.kube.client.client import (
     CONFLICT,
     FORBIDDEN,
+    LEADER_SECONDS,
     NOT_FOUND,
     ApiError,
     Json,
@@ -56,11 +57,7 @@ class CertificateManager:
         """Authorities that supervisors trust, as PEM."""
 
     async def load(self) -> None:
-        """Read the Secret, create or renew its contents if needed, and write the files. Retry until this succeeds.
-
-        Raises:
-            NotLeaderError: this replica is no longer the leader.
-        """
+        """Read the Secret, create or renew its contents if needed, and write the files. Retry until this succeeds."""
         while True:
             try:
                 material = await self._load_or_renew()
@@ -71,6 +68,8 @@ class CertificateManager:
             except ApiError as error:
                 log.warning("cannot renew the coordinator's certificate; retrying: %s", error)
                 await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
+            except NotLeaderError:
+                await asyncio.sleep(LEADER_SECONDS)
         self._problem = ""
         self._material = material
         self.bundle = material.bundle
@@ -84,11 +83,7 @@ class CertificateManager:
         while True:
             await asyncio.sleep(check_seconds)
             before = self.bundle
-            try:
-                await self.load()
-            except NotLeaderError:
-                # The next leader renews it.
-                return
+            await self.load()
             if self.bundle != before:
                 changed(self.bundle)
 

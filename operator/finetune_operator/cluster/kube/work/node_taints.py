@@ -15,7 +15,7 @@ from typing import Any
 from finetune_contract.exit_codes import ExitCode
 from finetune_operator.api.job import GROUP, FineTuneJob
 from finetune_operator.api.reasons import Reason
-from finetune_operator.cluster.kube.client.client import ApiError, KubeApi
+from finetune_operator.cluster.kube.client.client import ApiError, KubeApi, NotLeaderError
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,8 @@ class NodeTainter:
             try:
                 patch = build_patch(await self._api.get(path), len(uids))
                 await self._api.request("PATCH", path, patch, content_type=MERGE)
+            except NotLeaderError:
+                continue
             except ApiError as error:
                 log.warning("cannot taint the node %s: %s", node, error)
                 if error.transient or error.status == CONFLICT:

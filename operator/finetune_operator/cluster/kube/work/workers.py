@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
-from finetune_operator.cluster.kube.client.client import ApiError, NotLeaderError
+from finetune_operator.cluster.kube.client.client import LEADER_SECONDS, ApiError, NotLeaderError
 from finetune_operator.cluster.kube.client.refusals import CreationError
 from finetune_operator.cluster.kube.work.queue import Backoff, WorkQueue
 from finetune_operator.cluster.protocol import Clock, Cluster, JobKey
@@ -85,8 +85,8 @@ class Workers:
         try:
             result = await reconcile(context.cluster, key, context.settings, context.clock)
         except NotLeaderError:
-            # This term of leadership is over; the next leader reconciles the job.
-            return
+            # If this term of leadership is over, the queue is closed, and the next leader reconciles the job.
+            context.queue.add_after(key, LEADER_SECONDS)
         except Exception as error:  # an error of one job must not affect other jobs
             self._retry(key, error)
             context.observer.failed(key, error, loop.time() - began_at)
