@@ -19,7 +19,7 @@ from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.replies import reply_to
 from testing.simulated.workloads import is_reserved, is_true
 from tests.plan.fake_cluster import SETTINGS, FakeCluster, make_job, seconds
-from tests.plan.scenarios import ELASTIC, HOLDING, place, send_heartbeats
+from tests.plan.scenarios import ELASTIC, HOLDING, place, send_heartbeats, wait_for_peers
 
 QUEUED = replace(SETTINGS, kueue=True, kueue_priority_boost=True)
 NAME = "circles-1f0c3a2b"
@@ -126,6 +126,29 @@ def test_an_evicted_job_saves_before_it_yields() -> None:
     assert not is_true(workload, "QuotaReserved")
     assert not is_true(workload, "Admitted")
     assert is_true(workload, "Requeued")
+    assert cluster.job.status.phase is Phase.QUEUED
+    cluster.queue.admit(NAME, cluster.now)
+    cluster.running()
+    assert cluster.job.status.attempt == 2
+
+
+def test_pods_that_are_kept_between_two_attempts_yield_after_an_eviction() -> None:
+    """Kueue waits until no pod is left, and the next attempt waits for Kueue."""
+    cluster = admitted(settings=replace(HOLDING, kueue=True))
+    cluster.exit(1, ExitCode.SOFTWARE)
+    cluster.step()
+    wait_for_peers(cluster, 0)
+    cluster.step()
+    assert cluster.job.status.attempts[-1].reason == Reason.PROCESS_FAILED
+    assert "circles-a1-n0" in cluster.pods, "it is kept during the back-off"
+    cluster.queue.evict(NAME, cluster.now, message="for job two")
+    for _ in range(60):
+        if cluster.pods:
+            wait_for_peers(cluster, *(pod.node_rank for pod in cluster.pods.values()))
+        cluster.settle()
+        cluster.tick(1)
+    assert cluster.pods == {}
+    assert not is_reserved(cluster.queue.stored[NAME])
     assert cluster.job.status.phase is Phase.QUEUED
     cluster.queue.admit(NAME, cluster.now)
     cluster.running()

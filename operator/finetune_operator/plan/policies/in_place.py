@@ -121,8 +121,8 @@ def _is_allowed(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> 
         return False
     if not is_possible(view) or view.spec.suspend:
         return False
-    if admission.must_ask_again(view):
-        # The quota is requested again when no pod is left.
+    if admission.must_ask_again(view) or not admission.may_run(view):
+        # The quota is requested again, or released, when no pod is left.
         return False
     if entry.reason in REGROUPS:
         return True
