@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from testing.controlplane.definitions import await_established
 from testing.controlplane.server import ControlPlane, KubectlError
 from testing.helm import CHART, HOME, RELEASE, Helm
 
@@ -23,7 +24,7 @@ def installed(helm: Helm, control_plane: ControlPlane) -> Iterator[ControlPlane]
     """Install the chart for its CRD. Its pods never start, because the cluster has no nodes."""
     admin = Helm(helm.program, helm.folder, control_plane.kubeconfig)
     admin.run("upgrade", "--install", RELEASE, str(CHART), "--namespace", HOME, values={})
-    control_plane.kubectl("wait", "--for=condition=Established", "crd/finetunejobs.finetune-operator.io")
+    await_established(control_plane, "finetunejobs.finetune-operator.io")
     yield control_plane
     admin.run("uninstall", RELEASE, "--namespace", HOME, "--wait")
 

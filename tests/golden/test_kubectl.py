@@ -21,6 +21,7 @@ from finetune_operator.api.job import API_VERSION, KIND
 from finetune_operator.api.status import FineTuneJobStatus
 from finetune_operator.cluster.kube.client.events import build_event
 from testing.controlplane.api import ControlPlaneApiError
+from testing.controlplane.definitions import await_established
 from testing.controlplane.server import ControlPlane
 from tests.golden.scenes import EXPECTED_REASONS, SCENES, RecordingCluster
 
@@ -39,7 +40,7 @@ VOLATILE = {
 def definition(control_plane: ControlPlane) -> None:
     """Install the CRD of FineTuneJob."""
     control_plane.kubectl("apply", "--server-side", "-f", "-", stdin=crd.render())
-    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=30s", f"crd/{crd.NAME}")
+    await_established(control_plane, crd.NAME)
 
 
 @pytest.mark.usefixtures("definition")

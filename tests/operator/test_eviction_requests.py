@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_operator.api.evictions import API_VERSION, RESPONDER
+from testing.controlplane.definitions import CRDS, await_established
 from testing.controlplane.process import wait_for
 from testing.operator.harness import Jobs, build_job, granted, running
 from tests.operator.conftest import NewOperator
 
-CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 NAME = "evictions.lifecycle.k8s.io"
 TIME = {"type": "string", "format": "date-time"}
 TEXT = {"type": "string"}
@@ -46,12 +46,7 @@ def install_stand_in(jobs: Jobs) -> None:
     definition = {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": meta}
     api = jobs.control_plane.api
     api.patch(f"{CRDS}/{NAME}?fieldManager=test&force=true", {**definition, "spec": spec}, "apply")
-    wait_for("the stand-in is served", lambda: established(jobs))
-
-
-def established(jobs: Jobs) -> bool:
-    conditions = (jobs.control_plane.api.get(f"{CRDS}/{NAME}").get("status") or {}).get("conditions") or ()
-    return any(each["type"] == "Established" and each["status"] == "True" for each in conditions)
+    await_established(jobs.control_plane, NAME)
 
 
 def request_eviction(jobs: Jobs, pod: str) -> str:

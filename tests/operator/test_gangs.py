@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from testing.controlplane.api import ControlPlaneApiError
+from testing.controlplane.definitions import CRDS, await_established
 from testing.controlplane.process import wait_for
 from testing.controlplane.server import ControlPlane
 from testing.operator.harness import ACCOUNT, HOME, Jobs, OperatorProcess, build_job, granted, install, running
@@ -18,7 +19,6 @@ from tests.operator.conftest import NewOperator
 V1ALPHA2 = "scheduling.k8s.io/v1alpha2"
 GATES = ("GenericWorkload", "GangScheduling", "TopologyAwareWorkloadScheduling")
 VOLCANO, COSCHEDULING = "scheduling.volcano.sh/v1beta1", "scheduling.x-k8s.io/v1alpha1"
-CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,7 @@ def install_stand_in(plane: ControlPlane, version: str) -> None:
             "spec": spec,
         },
     )
-    wait_for(f"{version} is served", lambda: is_established(plane, name))
-
-
-def is_established(plane: ControlPlane, name: str) -> bool:
-    conditions = (plane.api.get(f"{CRDS}/{name}").get("status") or {}).get("conditions") or ()
-    return any(each["type"] == "Established" and each["status"] == "True" for each in conditions)
+    await_established(plane, name)
 
 
 def small_nodes(jobs: Jobs, count: int, label: str) -> None:
