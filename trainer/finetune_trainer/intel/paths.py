@@ -17,8 +17,8 @@ _MARGIN = 1.03
 """How much faster a path must be to be chosen before a simpler one."""
 _IPEX_MARGIN = 1.5
 """The same for a path with IPEX and one without. The measurement is that of single layers. The rest of a step is not
-faster with IPEX, and changes layouts for it: `make bench-cpu` has shown layers that are 1.2 times as fast in a step that
-takes 1.2 times as long."""
+faster with IPEX, and changes layouts for it: `make bench-cpu` has shown layers that are 1.2 times as fast in a step
+that takes 1.2 times as long."""
 
 
 @dataclass(frozen=True)
