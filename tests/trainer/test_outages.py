@@ -12,12 +12,15 @@ from datetime import UTC, datetime, timedelta
 from email.message import Message
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import botocore.exceptions  # type: ignore[import-untyped]
 import httpx2
 import pytest
 import requests
+from azure.core.exceptions import HttpResponseError
+from azure.storage.blob import StorageErrorCode
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
@@ -45,6 +48,14 @@ def store_answer(code: str, status: int) -> Exception:
     response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     error: Exception = botocore.exceptions.ClientError(response, "GetObject")
     return error
+
+
+def azure_answer(code: str, status: int) -> Exception:
+    """Return the error of the client of Azure for an answer."""
+    error: Any = HttpResponseError("refused")
+    error.status_code, error.error_code = status, code
+    refused: Exception = error
+    return refused
 
 
 def caused(outer: Exception, inner: Exception) -> Exception:
@@ -77,6 +88,9 @@ NETWORK = [
     botocore.exceptions.ConnectionClosedError(endpoint_url=URL),
     store_answer("SlowDown", 503),
     store_answer("RequestTimeout", 400),
+    store_answer("BadDigest", 400),
+    azure_answer("Md5Mismatch", 400),
+    azure_answer(StorageErrorCode.MD5_MISMATCH, 400),
     # As the libraries and this package wrap them.
     caused(LocalEntryNotFoundError("not in the cache"), answer(429)),
     caused(ConfigError("model.base: cannot fetch"), caused(LocalEntryNotFoundError("no"), httpx2.ConnectError("no"))),
@@ -105,6 +119,7 @@ PERMANENT = [
     botocore.exceptions.NoCredentialsError(),
     store_answer("NoSuchBucket", 404),
     store_answer("AccessDenied", 403),
+    azure_answer("AuthorizationFailure", 403),
     # The answer of the server decides, not the class around it.
     caused(ConnectionError("could not reach the hub"), answer(404)),
     # A message that quotes another error is not that error.

@@ -62,7 +62,7 @@ _BUSY_CODES = frozenset(
         *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"),
         *("RequestTimeout", "RequestTimeoutException", "InternalError", "ServiceUnavailable", "BandwidthLimitExceeded"),
         "RequestTimeTooSkewed",
-        *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"),
+        *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "Md5Mismatch"),
     }
 )
 """Codes in the answers of object stores. The last ones: the contents were damaged on their way."""
@@ -206,6 +206,9 @@ def http_status(error: BaseException) -> int | None:
 
 
 def _answer_code(error: BaseException) -> str | None:
+    """Return the code in the answer of S3 or Azure."""
+    if (code := getattr(error, "error_code", None)) is not None:
+        return str(getattr(code, "value", code))
     response = getattr(error, "response", None)
     found = response.get("Error") if isinstance(response, dict) else None
     return found.get("Code") if isinstance(found, dict) else None
