@@ -20,6 +20,7 @@ EVENTS_PER_SEED = 250_000
 MORE_EPISODES = 40
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_million_random_events_break_no_invariant(seed: int) -> None:
     total = run(EVENTS_PER_SEED, seed)
