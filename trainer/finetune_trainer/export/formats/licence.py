@@ -19,7 +19,7 @@ class Licence:
     """A licence, as in the front matter of a model card.
 
     Attributes:
-        identifier: the hub's identifier; the hub refuses a card with another word.
+        identifier: one of the identifiers that the hub documents.
         own_name: name of a licence without an identifier.
         link: URL of its text.
     """
