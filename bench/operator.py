@@ -4,6 +4,7 @@
 
 Measured: pods created per second; resident memory; API requests and CPU time per job; writes while nothing changes;
 and the time until one deleted pod of every job is replaced, a second time while another process keeps one core busy.
+It is compared with a bare loop, too, which deletes the pod, writes one status, and creates the replacement.
 During the replacement, supervisors of all pods send heartbeats over TLS, as on real nodes (kwok's pods run no
 supervisor), so that each job recovers in place: its other pods stay, and their supervisors receive the new world.
 `extra_attempts` counts attempts that no deleted pod explains, e.g. because a pod counted as lost that still ran.
@@ -20,19 +21,34 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import psutil
 
-from bench.scale import OperatorBench, count_requests, create_parser, create_supervisors, job_name, run_bench
+from bench.scale import (
+    LIMIT_SECONDS,
+    OperatorBench,
+    count_requests,
+    create_parser,
+    create_supervisors,
+    job_name,
+    run_bench,
+)
 from bench.supervisors import BenchSupervisor, HeartbeatCounts
 from finetune_operator.api import labels
-from finetune_operator.api.job import FineTuneJob
-from finetune_operator.cluster.kube.client.client import Json
-from finetune_operator.cluster.kube.client.objects import JOBS, PODS
+from finetune_operator.api.job import FineTuneJob, ObjectMeta
+from finetune_operator.api.names import pod_name
+from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
+from finetune_operator.cluster.kube.client.client import PARTIAL, Json
+from finetune_operator.cluster.kube.client.objects import JOBS, PODS, status_body
 from finetune_operator.manifests import build_pod
+from finetune_operator.plan import plan
+from finetune_operator.plan.model import ledger
+from finetune_operator.plan.model.types import Observed
 from finetune_operator.settings import Settings
 from testing.controlplane.process import Program
 from testing.controlplane.server import COMPONENTS
@@ -62,8 +78,8 @@ async def warm_up(bench: OperatorBench) -> None:
     await clear(bench, namespace)
 
 
-async def bare_loop(bench: OperatorBench) -> float:
-    """Return the pods per second of a loop that does nothing else."""
+async def bare_loops(bench: OperatorBench) -> tuple[float, float]:
+    """Return the pods per second, and the seconds of all recoveries, of loops that do nothing else."""
     await warm_up(bench)
     namespace = bench.control_plane.create_namespace("bare")
     jobs = [manifest(namespace, number, bench.num_pods) for number in range(bench.num_jobs)]
@@ -72,10 +88,48 @@ async def bare_loop(bench: OperatorBench) -> float:
     started = time.monotonic()
     await bench.run_all(bench.api.create(PODS.path(namespace), unowned(pod)) for pod in pods)
     seconds = time.monotonic() - started
-    bench.print_status(f"the bare loop created {bench.total_pods} pods in {seconds:.1f} s; deleting them")
+    rate = bench.total_pods / seconds
+    bench.add_row("bare loop", f"{rate:.0f} pods/s")
     await all_pods_run(bench, namespace)
+    recover_seconds = await bare_recoveries(bench, namespace, jobs)
+    bench.add_row("bare loop, one pod of every job replaced", f"after {recover_seconds:.1f} s")
     await clear(bench, namespace)
-    return bench.total_pods / seconds
+    return rate, recover_seconds
+
+
+async def bare_recoveries(bench: OperatorBench, namespace: str, jobs: list[FineTuneJob]) -> float:
+    """Return the seconds in which a loop replaces one pod of every job, with one write of each status."""
+    settings, node_rank = Settings(), bench.num_pods - 1
+    stored: dict[str, FineTuneJob] = {}
+
+    async def store(job: FineTuneJob) -> None:
+        name = job.metadata.name
+        created = await bench.api.create(JOBS.path(namespace), build_job(name, nodes=bench.num_pods))
+        meta = ObjectMeta.model_validate(created["metadata"])
+        first = plan(job, Observed(), datetime.now(UTC), settings).status
+        stored[name] = job.model_copy(update={"metadata": meta, "status": first})
+
+    async def replace(job: FineTuneJob) -> None:
+        ended = ledger.replace_current(job.status, _lost(job.status))
+        status = ledger.begin(ended, 2, datetime.now(UTC), settings.max_attempts_kept)
+        await delete_pod(bench, namespace, pod_name(job.metadata.name, 1, node_rank))
+        await bench.api.replace(JOBS.path(namespace, job.metadata.name, "status"), status_body(job, status))
+        await bench.api.create(PODS.path(namespace), unowned(build_pod(job, 2, node_rank, settings)))
+
+    await bench.run_all(map(store, jobs))
+    started = time.monotonic()
+    await bench.run_all(map(replace, stored.values()))
+    seconds = time.monotonic() - started
+    await bench.api.request("DELETE", JOBS.path(namespace), seconds=300)
+    return seconds
+
+
+def _lost(status: FineTuneJobStatus) -> AttemptStatus:
+    """Return the entry of an attempt that ended because a pod was lost."""
+    entry = status.attempts[-1]
+    message = "the pod was deleted while it ran"
+    ended = {"ended_at": entry.started_at, "reason": Reason.POD_LOST.value, "message": message, "node": "node-1"}
+    return entry.model_copy(update=ended)
 
 
 async def all_pods_run(bench: OperatorBench, namespace: str) -> float:
@@ -192,7 +246,9 @@ def describe_cpu(milliseconds: CpuTimes) -> str:
 @contextlib.contextmanager
 def busy_core() -> Iterator[None]:
     """Keep one core busy with another process."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+    # It ends with its parent, even if that is killed.
+    spin = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as process:
         try:
             yield
         finally:
@@ -201,8 +257,7 @@ def busy_core() -> Iterator[None]:
 
 async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds: float) -> dict[str, object]:
     """Run all measurements."""
-    bare = await bare_loop(bench)
-    bench.add_row("bare loop", f"{bare:.0f} pods/s")
+    bare, bare_recover_seconds = await bare_loops(bench)
     namespace = bench.control_plane.create_namespace("jobs")
     await bench.create_jobs(namespace)
     with running(operator):
@@ -235,6 +290,7 @@ async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds:
         "pods": bench.total_pods,
         "create_rate_ratio": round(rate / bare, 3),
         "recover_seconds": round(recover_seconds, 1),
+        "recover_seconds_bare": round(bare_recover_seconds, 1),
         "recover_seconds_busy": round(recover_seconds_busy, 1),
         "extra_attempts": extra,
         "rss_mib": round(meter.rss_mib),
@@ -300,7 +356,8 @@ class Recovery:
         names = (job_name(number) for number in range(bench.num_jobs))
         deleting = asyncio.create_task(bench.run_all(self._lose(job, attempt) for job in names))
         deleting.add_done_callback(lambda _: bench.print_status(f"{bench.num_jobs} pods are deleted"))
-        replaced = await bench.wait("all pods are replaced", _Replacements(self, attempt).all_joined)
+        async with _Replacements(self, attempt).watched() as replacements:
+            replaced = await bench.wait("all pods are replaced", replacements.all_exist)
         await deleting
         seconds = replaced - started
         bench.add_row("one pod of every job replaced", f"after {seconds:.1f} s ({bench.num_jobs / seconds:.0f} jobs/s)")
@@ -320,21 +377,39 @@ class Recovery:
 
 
 class _Replacements:
-    """The pods that were created after an attempt; their supervisors are started."""
+    """The pods that are created after an attempt; their supervisors are started at once.
+
+    They are watched, not listed: a list of thousands of pods every second takes the time that it should measure.
+    """
 
     def __init__(self, recovery: Recovery, attempt: int) -> None:
         self._recovery = recovery
         self._selector = f"{labels.ATTEMPT} notin ({','.join(map(str, range(1, attempt + 1)))})"
-        self._joined: set[str] = set()
+        self._names: set[str] = set()
 
-    async def all_joined(self) -> bool:
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[_Replacements]:
+        """Watch while the context is open."""
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(self._watch(tasks))
+            try:
+                yield self
+            finally:
+                watching.cancel()
+
+    async def all_exist(self) -> bool:
         """Return whether every job has a replacement."""
-        recovery = self._recovery
-        pods = await recovery.bench.pods(recovery.namespace, self._selector)
-        fresh = [pod for pod in pods if pod["metadata"]["name"] not in self._joined]
-        self._joined.update(pod["metadata"]["name"] for pod in fresh)
-        await recovery.supervisors.join(fresh, 0.0)
-        return len(self._joined) >= recovery.bench.num_jobs
+        return len(self._names) >= self._recovery.bench.num_jobs
+
+    async def _watch(self, tasks: asyncio.TaskGroup) -> None:
+        bench, path = self._recovery.bench, PODS.path(self._recovery.namespace)
+        query = {"labelSelector": self._selector, "timeoutSeconds": f"{LIMIT_SECONDS:.0f}"}
+        async with aclosing(bench.api.watch(path, query, PARTIAL)) as events:
+            async for event in events:
+                pod = event["object"]
+                if event["type"] == "ADDED" and pod["metadata"]["name"] not in self._names:
+                    self._names.add(pod["metadata"]["name"])
+                    tasks.create_task(self._recovery.supervisors.join([pod], 0.0))
 
 
 async def main() -> None:

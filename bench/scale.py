@@ -29,6 +29,8 @@ POLL_SECONDS = 1.0
 """A list of one pod takes the API server some milliseconds, because it counts the others."""
 LIMIT_SECONDS = 900.0
 PAGE = 500
+SPARE_CONNECTIONS = 1000
+"""Connections of supervisors that the operator accepts beyond one for each pod."""
 QUEUE = "bench"
 """Name of the queue that admits all jobs at once, with --queue."""
 LOG_LINES = 40
@@ -184,10 +186,12 @@ async def run_bench(options: argparse.Namespace, components: Collection[str], me
         queue = stack.enter_context(Kueue(control_plane)) if options.queue else None
         install(control_plane, queues=queue is not None)
         client = await connect(control_plane.kubeconfig, num_connections=CONNECTIONS)
+        num_connections = options.jobs * options.nodes_per_job + SPARE_CONNECTIONS
+        flags = (*coordinator_flags(control_plane), f"--max-connections={num_connections}")
         operator = OperatorProcess(
             control_plane.kubeconfig_for(ACCOUNT, HOME, expiration_seconds=7200),
             control_plane.folder / "operator.log",
-            (*coordinator_flags(control_plane), *(("--kueue=true",) if queue is not None else ())),
+            (*flags, *(("--kueue=true",) if queue is not None else ())),
         )
         api = KubeApi(client, ServerClock())
         bench = OperatorBench(control_plane, api, options.jobs, options.nodes_per_job, queue=queue)

@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import BEAT_PATH, Heartbeat, RankEnd, RankReport, RankState, Reply
+from finetune_contract.heartbeat import (
+    BEAT_PATH,
+    PREFER,
+    WAIT_SECONDS,
+    Heartbeat,
+    RankEnd,
+    RankReport,
+    RankState,
+    Reply,
+)
 from finetune_operator.api import labels
 from finetune_operator.settings import Settings
 from testing.controlplane.process import LOOPBACK
@@ -112,9 +121,11 @@ class BenchSupervisor:
         body = self._build_heartbeat().to_json().encode()
         head = (
             f"POST {BEAT_PATH} HTTP/1.1\r\nHost: {LOOPBACK}\r\nAuthorization: Bearer {self._token}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         )
-        writer.write(head.encode() + body)
+        if self._peer_lost:
+            head += f"{PREFER}: wait={WAIT_SECONDS:.0f}\r\n"
+        writer.write(head.encode() + b"\r\n" + body)
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
         return int(lines[0].split(" ")[1]), await reader.readexactly(int(headers["content-length"]))

@@ -18,6 +18,7 @@ from finetune_operator.cluster.kube.options import CoordinatorOptions
 from finetune_operator.cluster.kube.term import connection_limits
 from finetune_operator.coordinator import server
 from finetune_operator.coordinator.beats import HeartbeatStore
+from finetune_operator.coordinator.changes import JobChanges
 from finetune_operator.coordinator.listener import ConnectionLimits, Listener
 from finetune_operator.server import probes
 from finetune_operator.settings import Settings
@@ -36,7 +37,9 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def coordinator(
     limits: ConnectionLimits, context: ssl.SSLContext | None = None
 ) -> AsyncIterator[tuple[int, Listener]]:
-    running = server.Coordinator(HeartbeatStore(), authenticate, answer, lambda *_: None, lambda: NOON)
+    running = server.Coordinator(
+        HeartbeatStore(), authenticate, answer, lambda *_: None, lambda: NOON, changes=JobChanges(lambda: 60.0)
+    )
     port = await running.start(LOOPBACK, 0, context, limits)
     try:
         assert running._listener is not None

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import aiohttp
 import pytest
 
-from finetune_contract.heartbeat import BEAT_PATH, MAX_BEAT_BYTES, Heartbeat, Order, Reply
+from finetune_contract.heartbeat import (
+    BEAT_PATH,
+    MAX_BEAT_BYTES,
+    MAX_SECONDS,
+    PREFER,
+    WAIT_SECONDS,
+    Heartbeat,
+    NewWorld,
+    Order,
+    Reply,
+    read_wait_seconds,
+)
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
-from finetune_operator.coordinator.server import Coordinator
+from finetune_operator.coordinator.changes import JobChanges
+from finetune_operator.coordinator.server import MIN_BEAT_SECONDS, Coordinator
 from tests.coordinator.test_beats import IDENTITY, NOON, beat
 
 TOKEN = "right"
@@ -23,12 +35,20 @@ class CoordinatorHarness:
     url: str = ""
     store: HeartbeatStore = field(default_factory=HeartbeatStore)
     woken: list[tuple[str, str]] = field(default_factory=list)
+    changes: JobChanges = field(default_factory=lambda: JobChanges(lambda: 60.0))
     session: aiohttp.ClientSession = field(init=False)
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by every answer."""
+    stop: Callable[[], Awaitable[None]] = field(init=False)
 
     async def post(self, body: str | bytes, token: str | None = TOKEN) -> tuple[int, str]:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         async with self.session.post(self.url + BEAT_PATH, data=body, headers=headers) as response:
             return response.status, await response.text()
+
+    async def request(self, newest: Heartbeat, headers: dict[str, str]) -> Reply:
+        async with self.session.post(self.url + BEAT_PATH, data=newest.to_json(), headers=headers) as response:
+            return Reply.model_validate_json(await response.text())
 
 
 async def authenticate(token: str) -> PodIdentity | None:
@@ -42,7 +62,14 @@ def answer(newest: Heartbeat) -> Reply:
 @asynccontextmanager
 async def listening() -> AsyncIterator[CoordinatorHarness]:
     harness = CoordinatorHarness()
-    coordinator = Coordinator(harness.store, authenticate, answer, lambda *key: harness.woken.append(key), lambda: NOON)
+    coordinator = Coordinator(
+        harness.store,
+        authenticate,
+        answer,
+        lambda *key: harness.woken.append(key),
+        lambda: NOON,
+        changes=harness.changes,
+    )
     port = await coordinator.start("127.0.0.1", 0)
     harness.url = f"http://127.0.0.1:{port}"
     harness.session = aiohttp.ClientSession()
@@ -163,7 +190,14 @@ def test_a_heartbeat_in_progress_is_answered_when_the_coordinator_stops() -> Non
                 await asyncio.sleep(0)
             return await authenticate(token)
 
-        coordinator = Coordinator(HeartbeatStore(), stop_then_authenticate, answer, lambda *_: None, lambda: NOON)
+        coordinator = Coordinator(
+            HeartbeatStore(),
+            stop_then_authenticate,
+            answer,
+            lambda *_: None,
+            lambda: NOON,
+            changes=JobChanges(lambda: 60.0),
+        )
         harness = CoordinatorHarness(f"http://127.0.0.1:{await coordinator.start('127.0.0.1', 0)}")
         async with aiohttp.ClientSession() as harness.session:
             status, _ = await harness.post(beat().to_json())
@@ -176,8 +210,118 @@ def test_a_heartbeat_in_progress_is_answered_when_the_coordinator_stops() -> Non
 def test_port_in_use_is_an_os_error() -> None:
     async def check() -> None:
         async with listening() as harness:
-            other = Coordinator(HeartbeatStore(), authenticate, answer, lambda *key: None, lambda: NOON)
+            other = Coordinator(
+                HeartbeatStore(), authenticate, answer, lambda *key: None, lambda: NOON, changes=harness.changes
+            )
             with pytest.raises(OSError, match="Address already in use"):
                 await other.start("127.0.0.1", int(harness.url.rpartition(":")[2]))
 
     asyncio.run(check())
+
+
+WAITING = beat().model_copy(update={"waiting": True})
+WAIT = {"Authorization": f"Bearer {TOKEN}", PREFER: f"wait={WAIT_SECONDS:.0f}"}
+
+
+@asynccontextmanager
+async def holding(replies: list[Reply], hold_seconds: float = 60.0) -> AsyncIterator[CoordinatorHarness]:
+    """Listen; each answer is the next of `replies`, and the last one is repeated."""
+    harness = CoordinatorHarness(changes=JobChanges(lambda: hold_seconds))
+
+    def answer_next(_: Heartbeat) -> Reply:
+        harness.answered.set()
+        return replies.pop(0) if len(replies) > 1 else replies[0]
+
+    coordinator = Coordinator(
+        harness.store, authenticate, answer_next, lambda *_: None, lambda: NOON, changes=harness.changes
+    )
+    harness.url = f"http://127.0.0.1:{await coordinator.start('127.0.0.1', 0)}"
+    harness.stop = coordinator.stop
+    async with aiohttp.ClientSession() as harness.session:
+        yield harness
+    await coordinator.stop()
+
+
+NOTHING = Reply(attempt=1, beat_seconds=1.0)
+NEWS = [
+    Reply(attempt=2, beat_seconds=1.0),
+    Reply(order=Order.SAVE_AND_STOP, attempt=1, beat_seconds=1.0),
+    Reply(
+        world=NewWorld(attempt=2, node_rank=0, num_nodes=2, master_addr="here", master_port=29500),
+        attempt=2,
+        beat_seconds=1.0,
+    ),
+]
+
+
+@pytest.mark.parametrize("news", NEWS, ids=["superseded", "order", "world"])
+def test_a_pod_without_ranks_receives_news_as_soon_as_its_job_changes(news: Reply) -> None:
+    async def check() -> None:
+        async with holding([NOTHING, NOTHING, news]) as harness:
+            request = asyncio.create_task(harness.request(WAITING, WAIT))
+            await harness.answered.wait()
+            harness.changes.notify(("default", "other"))
+            # This change brings no news, so the reply is held until the next one.
+            harness.changes.notify(("default", "circles"))
+            harness.answered.clear()
+            await harness.answered.wait()
+            assert not request.done()
+            harness.changes.notify(("default", "circles"))
+            assert (await request).model_copy(update={"beat_seconds": 1.0}) == news
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("newest", "headers", "replies"),
+    [
+        (beat(), WAIT, [NOTHING]),
+        (WAITING, {"Authorization": f"Bearer {TOKEN}"}, [NOTHING]),
+        (WAITING, WAIT, [NEWS[0]]),
+    ],
+    ids=["with-ranks", "not-asked", "news"],
+)
+def test_other_replies_are_not_held(newest: Heartbeat, headers: dict[str, str], replies: list[Reply]) -> None:
+    async def check() -> None:
+        async with holding(list(replies)) as harness:
+            assert (await harness.request(newest, headers)).attempt == replies[0].attempt
+
+    asyncio.run(check())
+
+
+def test_a_held_reply_is_sent_before_its_pod_counts_as_silent_and_the_next_heartbeat_is_due_at_once() -> None:
+    async def check() -> None:
+        async with holding([NOTHING.model_copy(update={"beat_seconds": 0.2})], hold_seconds=0.2) as harness:
+            reply = await harness.request(WAITING, WAIT)
+            assert reply.attempt == 1
+            assert reply.beat_seconds == MIN_BEAT_SECONDS
+
+    asyncio.run(check())
+
+
+def test_held_replies_are_sent_when_the_coordinator_stops() -> None:
+    async def check() -> None:
+        async with holding([NOTHING]) as harness:
+            request = asyncio.create_task(harness.request(WAITING, WAIT))
+            await harness.answered.wait()
+            await harness.stop()
+            assert (await request).attempt == 1
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("prefer", "seconds"),
+    [
+        ("wait=20", 20.0),
+        ("respond-async, WAIT = 7; foo=1", 7.0),
+        ("", 0.0),
+        ("wait", 0.0),
+        ("wait=soon", 0.0),
+        ("wait=-5", 0.0),
+        ("handling=strict", 0.0),
+        ("wait=" + 40 * "9", MAX_SECONDS),
+    ],
+)
+def test_the_wanted_time_is_read_as_rfc_7240_defines_it(prefer: str, seconds: float) -> None:
+    assert read_wait_seconds(prefer) == seconds

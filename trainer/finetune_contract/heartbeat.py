@@ -20,6 +20,10 @@ from finetune_contract.identity import MAX_INPUTS, InputIdentity
 
 BEAT_PATH = "/v1/beat"
 """The coordinator's path for heartbeats (POST)."""
+PREFER = "Prefer"
+"""Header in which a supervisor without ranks asks to wait for news, as RFC 7240 defines it: `wait=20`."""
+WAIT_SECONDS = 20.0
+"""Time for which such a supervisor asks."""
 MAX_BEAT_BYTES = 64 * 1024
 """Largest heartbeat; the coordinator refuses larger ones."""
 MAX_LAST_OUTPUT = 2000
@@ -322,6 +326,15 @@ class Reply(Wire):
     )
     peer_lost: bool = Field(default=False, description="a peer is lost, so no collective of this attempt can complete")
     stacks: bool = Field(default=False, description="the attempt makes no progress: write the stacks of every rank")
+
+
+def read_wait_seconds(prefer: str) -> float:
+    """Return the time for which a sender wants to wait, by its `Prefer` header; 0 if it does not name one."""
+    for preference in prefer.split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        if name.strip().lower() == "wait" and value.strip().isdecimal():
+            return min(float(value), MAX_SECONDS)
+    return 0.0
 
 
 def first_error(error: ValidationError) -> str:

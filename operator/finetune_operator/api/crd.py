@@ -111,6 +111,8 @@ def job_schema() -> Schema:
     for name in ("apiVersion", "kind", "status"):
         # The API server must not add values that the operator did not write.
         _drop_defaults(schema["properties"][name])
+    # Only the operator writes it, always as a whole: a list of its fields in each object would be longer than itself.
+    schema["properties"]["status"]["x-kubernetes-map-type"] = "atomic"
     for rule in RULES:
         if not combined.is_combined(rule):
             _add_rule(schema, rule)

@@ -2,6 +2,9 @@
 
 The cluster starts it and injects how to authenticate tokens, what to reply and which jobs to wake. It makes no decision
 about a job.
+
+A supervisor whose ranks have ended can ask to wait for news (`Prefer: wait=20`, RFC 7240): then the reply is sent as
+soon as it contains something to do. So a pod enters its new world at once, and asks much less often until then.
 """
 
 from __future__ import annotations
@@ -14,8 +17,18 @@ from datetime import datetime
 from aiohttp import web
 from pydantic import ValidationError
 
-from finetune_contract.heartbeat import BEAT_PATH, MAX_BEAT_BYTES, Heartbeat, Reply, first_error
+from finetune_contract.heartbeat import (
+    BEAT_PATH,
+    MAX_BEAT_BYTES,
+    PREFER,
+    Heartbeat,
+    Order,
+    Reply,
+    first_error,
+    read_wait_seconds,
+)
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity, find_mismatch
+from finetune_operator.coordinator.changes import JobChanges
 from finetune_operator.coordinator.listener import ConnectionLimits, Listener
 
 Authenticator = Callable[[str], Awaitable[PodIdentity | None]]
@@ -33,7 +46,9 @@ LINGER_SECONDS = 1.0
 """Time for which the rest of a refused body is read, so that the sender receives the answer."""
 DEFAULT_LIMITS = ConnectionLimits()
 MAX_HEADERS = 32
-"""Headers of a request; a supervisor sends six."""
+"""Headers of a request; a supervisor sends seven."""
+MIN_BEAT_SECONDS = 0.1
+"""Requested interval after a reply that was held: the time for which it was held counts."""
 
 
 class HeartbeatRefusedError(Exception):
@@ -48,19 +63,32 @@ class HeartbeatRefusedError(Exception):
 class Coordinator:
     """The heartbeat endpoint. One instance serves all jobs of a cluster."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the cluster injects all of them
         self,
         store: HeartbeatStore,
         authenticate: Authenticator,
         answer: Answer,
         wake: Wake,
         clock: Callable[[], datetime],
+        *,
+        changes: JobChanges,
     ) -> None:
+        """Create an endpoint that does not listen yet.
+
+        Args:
+            store: stores the heartbeats.
+            authenticate: returns the pod of a token.
+            answer: returns the reply to a heartbeat.
+            wake: called when the heartbeats of a job have changed.
+            clock: current time.
+            changes: reports the changes of jobs, on which replies depend; closed by `stop`.
+        """
         self._store = store
         self._authenticate = authenticate
         self._answer = answer
         self._wake = wake
         self._clock = clock
+        self._changes = changes
         self._runner: web.AppRunner | None = None
         self._listener: Listener | None = None
 
@@ -99,7 +127,8 @@ class Coordinator:
         return bound
 
     async def stop(self) -> None:
-        """Close the port and all connections."""
+        """Close the port and all connections. Replies that are held are sent."""
+        self._changes.close()
         if self._listener is not None:
             await self._listener.stop()
         if self._runner is not None:
@@ -127,7 +156,19 @@ class Coordinator:
             raise HeartbeatRefusedError(403, message)
         if self._store.record(beat, self._clock()):
             self._wake(beat.namespace, beat.job)
-        return self._answer(beat)
+        reply = self._answer(beat)
+        wanted = read_wait_seconds(request.headers.get(PREFER, "")) if beat.waiting else 0.0
+        return await self._hold(beat, reply, min(wanted, self._changes.hold_seconds())) if wanted else reply
+
+    async def _hold(self, beat: Heartbeat, reply: Reply, seconds: float) -> Reply:
+        """Return the reply as soon as it contains something to do, at the latest after these seconds."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while not self._changes.closed and not _has_news(beat, reply) and loop.time() < began + seconds:
+            await self._changes.wait((beat.namespace, beat.job), began + seconds - loop.time())
+            reply = self._answer(beat)
+        left = (reply.beat_seconds or 0.0) - (loop.time() - began)
+        return reply.model_copy(update={"beat_seconds": round(max(left, MIN_BEAT_SECONDS), 3)})
 
     async def _identify(self, request: web.Request) -> PodIdentity:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
@@ -137,6 +178,12 @@ class Coordinator:
         if identity is None:
             raise HeartbeatRefusedError(401, "the token does not belong to an existing pod, or it has expired")
         return identity
+
+
+def _has_news(beat: Heartbeat, reply: Reply) -> bool:
+    """Return whether a supervisor without ranks has something to do."""
+    is_older = reply.attempt is not None and reply.attempt > beat.attempt
+    return is_older or reply.world is not None or reply.order is not Order.CONTINUE
 
 
 async def _read_beat(request: web.Request) -> Heartbeat:

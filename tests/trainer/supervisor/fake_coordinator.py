@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from finetune_contract.heartbeat import Reply
+from finetune_contract.heartbeat import PREFER, Reply
 
 DEADLINE_SECONDS = 20.0
 StartSupervisor = Callable[..., subprocess.Popen[str]]
@@ -24,6 +25,11 @@ class FakeCoordinator:
         self.beats: list[dict[str, Any]] = []
         self.tokens: list[str | None] = []
         self.reply = Reply()
+        self.waits: list[str | None] = []
+        """The time that each sender wants to wait for news."""
+        self.held = threading.Event()
+        """A reply to a sender that wants to wait is sent when this is set."""
+        self.held.set()
         self.changed = threading.Condition()
         coordinator = self
 
@@ -35,12 +41,16 @@ class FakeCoordinator:
                 with coordinator.changed:
                     coordinator.beats.append(json.loads(body))
                     coordinator.tokens.append(self.headers.get("Authorization"))
+                    coordinator.waits.append(self.headers.get(PREFER))
                     coordinator.changed.notify_all()
+                if self.headers.get(PREFER):
+                    coordinator.held.wait(DEADLINE_SECONDS)
                 answer = coordinator.reply.to_json().encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
+                with contextlib.suppress(ConnectionError):
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(answer)))
+                    self.end_headers()
+                    self.wfile.write(answer)
 
             def log_message(self, *_: object) -> None: ...
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import http.client
+import math
+import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finetune_contract.heartbeat import BEAT_PATH, Heartbeat, Reply
+from finetune_contract.heartbeat import BEAT_PATH, PREFER, Heartbeat, Reply
 
 TIMEOUT_SECONDS = 5.0
 
 
 class CoordinatorError(Exception):
     """The coordinator could not be reached or refused the heartbeat."""
+
+
+class InterruptedPostError(CoordinatorError):
+    """`interrupt` ended the post: the coordinator may have received the heartbeat."""
 
 
 class CoordinatorClient:
@@ -29,26 +36,44 @@ class CoordinatorClient:
         self._token = token
         self._authority = authority
         self._connection: http.client.HTTPConnection | None = None
+        self._interrupted = False
 
-    def post(self, beat: Heartbeat) -> Reply:
+    def post(self, beat: Heartbeat, wait_seconds: float = 0.0) -> Reply:
         """Post one heartbeat and return the reply.
 
+        Args:
+            beat: the heartbeat.
+            wait_seconds: time for which the coordinator may keep the reply until it contains news.
+
         Raises:
+            InterruptedPostError: `interrupt` was called in another thread.
             CoordinatorError: no reply arrived, or its status was not 200.
         """
+        self._interrupted = False
         fresh = self._connection is None
         try:
-            return self._post_once(beat)
+            return self._post_once(beat, wait_seconds)
         except (OSError, http.client.HTTPException) as error:
             self.close()
+            if self._interrupted:
+                raise InterruptedPostError("a newer heartbeat is due") from error
             if fresh:
                 raise CoordinatorError(f"{type(error).__name__}: {error}") from error
         # The connection may have been closed while it was idle. That does not mean that the coordinator is unreachable.
         try:
-            return self._post_once(beat)
+            return self._post_once(beat, wait_seconds)
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise CoordinatorError(f"{type(error).__name__}: {error}") from error
+
+    def interrupt(self) -> None:
+        """End a post that waits in another thread, by the end of its connection."""
+        self._interrupted = True
+        connection = self._connection
+        if connection is not None and connection.sock is not None:
+            with suppress(OSError):
+                # Not by the TLS socket's own method: a write in the other thread would then be sent without TLS.
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next post opens a new one."""
@@ -56,13 +81,18 @@ class CoordinatorClient:
             self._connection.close()
             self._connection = None
 
-    def _post_once(self, beat: Heartbeat) -> Reply:
+    def _post_once(self, beat: Heartbeat, wait_seconds: float) -> Reply:
         if self._connection is None:
             self._connection = self._connect()
+        if self._connection.sock is None:
+            self._connection.connect()
+        self._connection.sock.settimeout(TIMEOUT_SECONDS + wait_seconds)
         headers = {"Content-Type": "application/json"}
         if self._token is not None:
             # Read the file each time: the kubelet rotates the token.
             headers["Authorization"] = f"Bearer {self._token.read_text().strip()}"
+        if wait_seconds > 0:
+            headers[PREFER] = f"wait={math.ceil(wait_seconds)}"
         self._connection.request("POST", BEAT_PATH, body=beat.to_json().encode(), headers=headers)
         response = self._connection.getresponse()
         body = response.read()

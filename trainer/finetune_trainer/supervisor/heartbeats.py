@@ -1,6 +1,7 @@
 """Sends the supervisor's heartbeats: at once after a change, otherwise every few seconds.
 
-A coordinator that does not answer changes nothing for the ranks: training continues.
+A coordinator that does not answer changes nothing for the ranks: training continues. While the pod has no ranks, the
+coordinator may keep its reply until there is something to do, so that the ranks start again at once.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import contextlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from finetune_contract.heartbeat import MAX_BEAT_BYTES, MAX_TEXT, Heartbeat, Reply
-from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorError
+from finetune_contract.heartbeat import MAX_BEAT_BYTES, MAX_TEXT, WAIT_SECONDS, Heartbeat, Reply
+from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorError, InterruptedPostError
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.log import log
 
@@ -76,8 +78,14 @@ class HeartbeatSender:
     async def _send(self, client: CoordinatorClient) -> None:
         loop = asyncio.get_running_loop()
         self._sequence += 1
+        beat = fit(self._build(self._sequence))
+        # A pod that has heard nothing for `hold_seconds` ends.
+        wait_seconds = min(WAIT_SECONDS, self._config.hold_seconds / 2) if beat.waiting else 0.0
+        post = loop.run_in_executor(self._thread, client.post, beat, wait_seconds)
         try:
-            reply = await loop.run_in_executor(self._thread, client.post, fit(self._build(self._sequence)))
+            reply = await (self._interruptible(client, post) if wait_seconds else post)
+        except InterruptedPostError:
+            return
         except CoordinatorError as error:
             if not self._is_unreachable:
                 log(f"cannot reach the coordinator ({error}); training continues")
@@ -89,6 +97,19 @@ class HeartbeatSender:
         self.last_reply_at = loop.time()
         self._seconds = reply.beat_seconds or self._config.beat_seconds
         self._obey(reply)
+
+    async def _interruptible(self, client: CoordinatorClient, post: asyncio.Future[Reply]) -> Reply:
+        """Return the reply, unless another heartbeat becomes due before it arrives."""
+        due = asyncio.ensure_future(self.due.wait())
+        either: set[asyncio.Future[Any]] = {post, due}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            due.cancel()
+        while not post.done():
+            client.interrupt()
+            await asyncio.wait({post}, timeout=MIN_GAP_SECONDS)
+        return post.result()
 
 
 def fit(beat: Heartbeat) -> Heartbeat:

@@ -74,6 +74,7 @@ from finetune_operator.cluster.kube.work.urgency import (
 )
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
+from finetune_operator.coordinator.changes import JobChanges
 from finetune_operator.manifests import layout
 from finetune_operator.plan.model.types import (
     HEALTHY,
@@ -143,6 +144,8 @@ class KubeCluster:
         self._requests = PodRequests(dependencies.api)
         self._listening_since: datetime | None = None
         self.beats = JobHeartbeats(self.wake)
+        self.changes = JobChanges(self._beat_interval.hold_seconds)
+        """Wakes the pods without ranks that wait for a change of their job."""
         self.authority = ""
         """PEM certificates that supervisors trust; if not empty, each job's ConfigMap contains them."""
         self.attention = ListeningClock(dependencies.clock, time.monotonic)
@@ -288,6 +291,7 @@ class KubeCluster:
             self.beats.forget(JobKey(*key))
             self._throttle.forget(JobKey(*key))
             self._refusals.forget(JobKey(*key))
+        self.changes.notify(key)
         self.wake(JobKey(*key), classify_job_change(old, new))
 
     def _pod_changed(self, key: ObjectKey, old: KubePod | None, new: KubePod | None) -> None:
@@ -337,6 +341,7 @@ class KubeCluster:
         """Request a reconcile of all jobs with a pod on a node."""
         for pod in self.pods.values():
             if pod.observed.node == name:
+                self.changes.notify(pod.job)
                 self.wake(pod.job, Urgency.NOW)
 
     # -- writes -------------------------------------------------------------------------------------------------------

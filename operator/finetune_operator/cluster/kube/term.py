@@ -82,6 +82,7 @@ class LeaderTerm:
             self.cluster.authenticate_token,
             self.cluster.answer_heartbeat,
             replica.clock,
+            self.cluster.changes,
         )
         self._reflectors = [
             Reflector(replica.api, source, cache, scope)

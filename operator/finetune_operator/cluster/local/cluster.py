@@ -29,6 +29,7 @@ from finetune_operator.cluster.local.task_scope import TaskScope
 from finetune_operator.cluster.observe import observe_pod
 from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
+from finetune_operator.coordinator.changes import JobChanges
 from finetune_operator.plan.model.types import (
     Action,
     Create,
@@ -44,6 +45,8 @@ from finetune_operator.plan.replies import reply_to
 
 MAX_EVENTS = 200
 """Maximum number of events kept per job. The oldest are dropped."""
+HOLD_SECONDS = 2 * LOCAL.beat_seconds
+"""Time for which the reply to a pod without ranks may be held."""
 
 
 class LocalCluster:
@@ -61,6 +64,8 @@ class LocalCluster:
         self._writing = asyncio.Lock()
         self.wake = asyncio.Event()
         """Set by every change."""
+        self.changes = JobChanges(lambda: HOLD_SECONDS)
+        """Wakes the pods without ranks that wait for a change of their job."""
         self.ports = JobPorts(self._folder.endpoint, warn)
         self._objects = {kind: _read_objects(self._folder.objects(kind), warn) for kind in ("ConfigMap", "Service")}
         self._events = read_or_recover(self._folder.events, _events, warn) or []
@@ -121,6 +126,7 @@ class LocalCluster:
             await self.kubelet.delete(action.name, action.uid, action.grace_seconds)
         elif isinstance(action, DeleteJob):
             self._job = None
+            self.changes.notify(self._key)
             self.wake.set()
 
     async def emit(self, job: FineTuneJob, event: Event) -> None:
@@ -184,6 +190,7 @@ class LocalCluster:
         job = job.model_copy(update={"metadata": job.metadata.model_copy(update={"resource_version": version})})
         await asyncio.to_thread(store_job, self._folder, job)
         self._job = job
+        self.changes.notify(self._key)
         self.wake.set()
 
     def _config_data(self, name: str) -> Mapping[str, str] | None:

@@ -98,7 +98,12 @@ class LocalRun:
         async with TaskScope() as tasks:
             cluster = LocalCluster(self._home, self._job, self._now, tasks, self._observer.warn)
             coordinator = Coordinator(
-                cluster.heartbeats, cluster.authenticate_token, self._answer, lambda *_: cluster.wake.set(), self._now
+                cluster.heartbeats,
+                cluster.authenticate_token,
+                self._answer,
+                lambda *_: cluster.wake.set(),
+                self._now,
+                changes=cluster.changes,
             )
             self._cluster, self._tasks = cluster, tasks
             try:

@@ -7,6 +7,7 @@ import asyncio
 from finetune_operator.cluster.kube.beats.rate_limit import RateLimit
 from finetune_operator.cluster.protocol import Clock
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
+from finetune_operator.coordinator.changes import JobChanges
 from finetune_operator.coordinator.server import Answer, Authenticator, Coordinator, HeartbeatRefusedError
 
 BEATS_PER_SECOND = 2.0
@@ -17,10 +18,12 @@ BURST_BEATS = 30.0
 class RateLimitedCoordinator(Coordinator):
     """Serves all jobs of a cluster. The store itself wakes the jobs, by the urgency of each heartbeat."""
 
-    def __init__(self, store: HeartbeatStore, authenticate: Authenticator, answer: Answer, clock: Clock) -> None:
+    def __init__(
+        self, store: HeartbeatStore, authenticate: Authenticator, answer: Answer, clock: Clock, changes: JobChanges
+    ) -> None:
         self._authenticate_token = authenticate
         self._limit = RateLimit(BEATS_PER_SECOND, BURST_BEATS)
-        super().__init__(store, self._authenticate_within_limit, answer, lambda *_: None, clock)
+        super().__init__(store, self._authenticate_within_limit, answer, lambda *_: None, clock, changes=changes)
 
     async def _authenticate_within_limit(self, token: str) -> PodIdentity | None:
         identity = await self._authenticate_token(token)

@@ -10,7 +10,10 @@ WAITING_SHARE = 0.25
 BUSY_SHARE = 0.25
 """Share of the heartbeat rate that is used while jobs wait for a reconcile: recovery comes before progress."""
 MAX_WAITING_SECONDS = 10.0
-"""Longest interval of a pod that waits for a new world: its ranks start only after its next heartbeat."""
+"""Longest interval of a pod that waits for a new world, and whose reply is not held: its ranks start only after its
+next heartbeat."""
+HELD_BEATS = 2.0
+"""Time for which a reply may be held, in heartbeats: less than `SILENT_BEATS`."""
 
 
 class HeartbeatInterval:
@@ -42,6 +45,13 @@ class HeartbeatInterval:
         If a thousand jobs lose a pod at the same time, the heartbeats of the other pods must not delay the reconciles.
         """
         return max(seconds, min(round(num_waiting / (WAITING_SHARE * self._rate), 1), MAX_WAITING_SECONDS))
+
+    def hold_seconds(self) -> float:
+        """Return the time for which a reply to a pod without ranks may be held, so that the pod does not count as lost.
+
+        The pod asks again only then, and receives its new world without asking.
+        """
+        return max(self._requested, min(HELD_BEATS * self._shortest, self._longest))
 
     def longest_seconds(self, now: float) -> float:
         """Return the longest interval that a pod may use now; a pod that is silent for much longer is lost."""

@@ -34,6 +34,8 @@ STRATEGIC = "application/strategic-merge-patch+json"
 
 STRICT = {"fieldValidation": "Strict"}
 """Makes the API server refuse unknown fields in `spec.podTemplate` instead of dropping them."""
+LENIENT = {"fieldValidation": "Ignore"}
+"""For objects of the operator's own: an older definition drops what it does not know, without a search for it."""
 
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 40.0
@@ -119,7 +121,7 @@ class KubeApi:
 
     async def replace(self, path: str, manifest: Mapping[str, Any]) -> Json:
         """Replace an object or its status if it still has the manifest's resource version; return its metadata."""
-        return await self.request("PUT", path, manifest, accept=PARTIAL)
+        return await self.request("PUT", path, manifest, query=LENIENT, accept=PARTIAL)
 
     async def apply(self, path: str, manifest: Mapping[str, Any], manager: str) -> Json:
         """Apply an object on the server; values of other managers in our fields are overwritten."""
