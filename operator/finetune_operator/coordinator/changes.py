@@ -19,7 +19,7 @@ class JobChanges:
 
     def __init__(self, hold_seconds: Callable[[], float]) -> None:
         self.hold_seconds = hold_seconds
-        self._events: dict[JobName, asyncio.Event] = {}
+        self._waiting: dict[JobName, set[asyncio.Event]] = {}
         self._closed = False
 
     @property
@@ -27,22 +27,31 @@ class JobChanges:
         """Return whether nobody may wait any longer."""
         return self._closed
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     async def wait(self, job: JobName, seconds: float) -> None:
         """Wait until a job changes, at most for this time."""
         if self._closed:
             return
-        event = self._events.setdefault(job, asyncio.Event())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await event.wait()
+        event, waiting = asyncio.Event(), self._waiting.setdefault(job, set())
+        waiting.add(event)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await event.wait()
+        finally:
+            waiting.discard(event)
+            if not waiting and self._waiting.get(job) is waiting:
+                del self._waiting[job]
 
     def notify(self, job: JobName) -> None:
         """Wake all that wait for a change of a job."""
-        if (event := self._events.pop(job, None)) is not None:
+        for event in self._waiting.pop(job, ()):
             event.set()
 
     def close(self) -> None:
         """Wake all that wait, and let nobody wait again."""
         self._closed = True
-        for job in list(self._events):
+        for job in list(self._waiting):
             self.notify(job)

@@ -48,7 +48,7 @@ DEFAULT_LIMITS = ConnectionLimits()
 MAX_HEADERS = 32
 """Headers of a request; a supervisor sends seven."""
 MIN_BEAT_SECONDS = 0.1
-"""Requested interval after a reply that was held: the time for which it was held counts."""
+"""Requested interval after a reply that was held until the next heartbeat was due."""
 
 
 class HeartbeatRefusedError(Exception):
@@ -163,12 +163,15 @@ class Coordinator:
     async def _hold(self, beat: Heartbeat, reply: Reply, seconds: float) -> Reply:
         """Return the reply as soon as it contains something to do, at the latest after these seconds."""
         loop = asyncio.get_running_loop()
-        began = loop.time()
-        while not self._changes.closed and not _has_news(beat, reply) and loop.time() < began + seconds:
-            await self._changes.wait((beat.namespace, beat.job), began + seconds - loop.time())
+        until = loop.time() + seconds
+        while not _has_news(beat, reply):
+            if (left := until - loop.time()) <= 0:
+                return reply.model_copy(update={"beat_seconds": MIN_BEAT_SECONDS})
+            await self._changes.wait((beat.namespace, beat.job), left)
+            if self._changes.closed:
+                break
             reply = self._answer(beat)
-        left = (reply.beat_seconds or 0.0) - (loop.time() - began)
-        return reply.model_copy(update={"beat_seconds": round(max(left, MIN_BEAT_SECONDS), 3)})
+        return reply
 
     async def _identify(self, request: web.Request) -> PodIdentity:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")

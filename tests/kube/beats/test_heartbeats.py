@@ -51,8 +51,8 @@ def test_interval_grows_with_the_number_of_pods_and_the_longest_one_is_remembere
     assert interval.choose_seconds(10**6, 2.0) == interval.longest_seconds(2.0) == 20.0
     # Pods use the previous interval until their next heartbeat.
     assert interval.choose_seconds(100, 3.0) == 5.0
-    assert interval.longest_seconds(22.9) == 20.0
-    assert interval.longest_seconds(23.1) == 5.0
+    assert interval.longest_seconds(24.9) == 20.0
+    assert interval.longest_seconds(25.1) == 5.0
 
 
 @given(
@@ -70,7 +70,8 @@ def test_no_pod_whose_reply_is_held_counts_as_silent(
     for seconds, num_pods, busy in changes:
         now += seconds
         silent_after = silence(Observed(beat_seconds=interval.longest_seconds(now)), settings).total_seconds()
-        assert all(now - began <= silent_after for began, until in held_until if now <= until)
+        # The heartbeat after a held reply arrives a little later.
+        assert all(now - began <= silent_after for began, until in held_until if now <= until + 0.4)
         interval.choose_seconds(num_pods, now, busy=busy)
         held_until.append((now, now + interval.hold_seconds()))
 

@@ -27,6 +27,9 @@ class FakeCoordinator:
         self.reply = Reply()
         self.waits: list[str | None] = []
         """The time that each sender wants to wait for news."""
+        self.times: list[float] = []
+        """When each heartbeat arrived, by the monotonic clock."""
+        self.status = 200
         self.held = threading.Event()
         """A reply to a sender that wants to wait is sent when this is set."""
         self.held.set()
@@ -42,12 +45,13 @@ class FakeCoordinator:
                     coordinator.beats.append(json.loads(body))
                     coordinator.tokens.append(self.headers.get("Authorization"))
                     coordinator.waits.append(self.headers.get(PREFER))
+                    coordinator.times.append(time.monotonic())
                     coordinator.changed.notify_all()
                 if self.headers.get(PREFER):
                     coordinator.held.wait(DEADLINE_SECONDS)
                 answer = coordinator.reply.to_json().encode()
                 with contextlib.suppress(ConnectionError):
-                    self.send_response(200)
+                    self.send_response(coordinator.status)
                     self.send_header("Content-Length", str(len(answer)))
                     self.end_headers()
                     self.wfile.write(answer)

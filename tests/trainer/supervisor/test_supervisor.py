@@ -362,6 +362,23 @@ def test_a_post_over_tls_is_interrupted(tmp_path: Path, coordinator: FakeCoordin
     client.close()
 
 
+def test_a_coordinator_that_has_gone_is_not_asked_at_once_again(
+    start: StartSupervisor, coordinator: FakeCoordinator
+) -> None:
+    coordinator.reply = Reply(attempt=3, beat_seconds=0.001)
+    coordinator.held.clear()
+    process = start("sys.exit(76)", **HOLD | {"FINETUNE_BEAT_SECONDS": "60"})
+    coordinator.wait(lambda beat: beat["waiting"])
+    coordinator.status = 503
+    coordinator.held.set()
+    with coordinator.changed:
+        number = len(coordinator.beats)
+        assert coordinator.changed.wait_for(lambda: len(coordinator.beats) >= number + 2, DEADLINE_SECONDS)
+        first, second = coordinator.times[number : number + 2]
+    assert second - first >= 1.0
+    process.kill()
+
+
 def test_no_wait_for_a_world_if_the_coordinator_never_answered(start: StartSupervisor) -> None:
     process = start("sys.exit(76)", FINETUNE_COORDINATOR_URL="http://127.0.0.1:9", **HOLD)
     assert process.wait(DEADLINE_SECONDS) == ExitCode.FABRIC

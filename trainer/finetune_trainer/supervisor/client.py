@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import math
 import socket
 import ssl
 from contextlib import suppress
@@ -13,6 +12,8 @@ from urllib.parse import urlsplit
 from finetune_contract.heartbeat import BEAT_PATH, PREFER, Heartbeat, Reply
 
 TIMEOUT_SECONDS = 5.0
+KEEP_ALIVE = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
+"""A coordinator whose node has vanished is detected while it holds a reply: seconds, seconds and number of probes."""
 
 
 class CoordinatorError(Exception):
@@ -57,23 +58,28 @@ class CoordinatorClient:
             self.close()
             if self._interrupted:
                 raise InterruptedPostError("a newer heartbeat is due") from error
-            if fresh:
+            # A coordinator that does not answer at all is not asked to hold the next reply in the same call.
+            if fresh or (wait_seconds > 0 and isinstance(error, TimeoutError)):
                 raise CoordinatorError(f"{type(error).__name__}: {error}") from error
         # The connection may have been closed while it was idle. That does not mean that the coordinator is unreachable.
         try:
             return self._post_once(beat, wait_seconds)
         except (OSError, http.client.HTTPException) as error:
             self.close()
+            if self._interrupted:
+                raise InterruptedPostError("a newer heartbeat is due") from error
             raise CoordinatorError(f"{type(error).__name__}: {error}") from error
 
     def interrupt(self) -> None:
         """End a post that waits in another thread, by the end of its connection."""
         self._interrupted = True
         connection = self._connection
-        if connection is not None and connection.sock is not None:
+        # Read once: the other thread may close the connection.
+        connected = connection.sock if connection is not None else None
+        if connected is not None:
             with suppress(OSError):
                 # Not by the TLS socket's own method: a write in the other thread would then be sent without TLS.
-                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection; the next post opens a new one."""
@@ -86,13 +92,14 @@ class CoordinatorClient:
             self._connection = self._connect()
         if self._connection.sock is None:
             self._connection.connect()
+            _detect_lost_peer(self._connection.sock)
         self._connection.sock.settimeout(TIMEOUT_SECONDS + wait_seconds)
         headers = {"Content-Type": "application/json"}
         if self._token is not None:
             # Read the file each time: the kubelet rotates the token.
             headers["Authorization"] = f"Bearer {self._token.read_text().strip()}"
         if wait_seconds > 0:
-            headers[PREFER] = f"wait={math.ceil(wait_seconds)}"
+            headers[PREFER] = f"wait={wait_seconds:.0f}"
         self._connection.request("POST", BEAT_PATH, body=beat.to_json().encode(), headers=headers)
         response = self._connection.getresponse()
         body = response.read()
@@ -108,3 +115,11 @@ class CoordinatorClient:
             return http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT_SECONDS)
         context = ssl.create_default_context(cafile=str(self._authority) if self._authority else None)
         return http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT_SECONDS, context=context)
+
+
+def _detect_lost_peer(connected: socket.socket) -> None:
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE.items():
+        # macOS has other names for some of them.
+        if (option := getattr(socket, name, None)) is not None:
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)

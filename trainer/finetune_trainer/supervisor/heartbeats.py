@@ -18,6 +18,8 @@ from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorErr
 from finetune_trainer.supervisor.config import Config
 from finetune_trainer.supervisor.log import log
 
+RETRY_SECONDS = 1.0
+"""Minimum time until the next heartbeat after one without a reply."""
 MIN_GAP_SECONDS = 0.05
 """Minimum time between two heartbeats: changes that are closer together share one."""
 
@@ -80,7 +82,7 @@ class HeartbeatSender:
         self._sequence += 1
         beat = fit(self._build(self._sequence))
         # A pod that has heard nothing for `hold_seconds` ends.
-        wait_seconds = min(WAIT_SECONDS, self._config.hold_seconds / 2) if beat.waiting else 0.0
+        wait_seconds = min(WAIT_SECONDS, self._config.hold_seconds // 2) if beat.waiting else 0.0
         post = loop.run_in_executor(self._thread, client.post, beat, wait_seconds)
         try:
             reply = await (self._interruptible(client, post) if wait_seconds else post)
@@ -90,6 +92,8 @@ class HeartbeatSender:
             if not self._is_unreachable:
                 log(f"cannot reach the coordinator ({error}); training continues")
             self._is_unreachable = True
+            # The last reply may have requested the next heartbeat at once.
+            self._seconds = max(self._seconds, min(RETRY_SECONDS, self._config.beat_seconds))
             return
         if self._is_unreachable:
             log("the coordinator answers again")

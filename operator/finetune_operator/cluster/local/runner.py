@@ -112,9 +112,10 @@ class LocalRun:
                 results = reconcile_forever(partial(self._reconcile, cluster, settings), cluster.wake)
                 return await self._run_until_over(cluster, results)
             finally:
-                self._cluster = self._tasks = None
                 cluster.kubelet.close()
+                # Until then it answers heartbeats, also those whose replies it holds.
                 await coordinator.stop()
+                self._cluster = self._tasks = None
 
     async def _start(self, cluster: LocalCluster, coordinator: Coordinator) -> Settings:
         """Start the coordinator on the port that running pods use, adopt those pods, and return the settings.

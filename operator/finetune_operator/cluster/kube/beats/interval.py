@@ -12,6 +12,8 @@ BUSY_SHARE = 0.25
 MAX_WAITING_SECONDS = 10.0
 """Longest interval of a pod that waits for a new world, and whose reply is not held: its ranks start only after its
 next heartbeat."""
+MARGIN_SECONDS = 2.0
+"""Delay with which such a heartbeat may arrive."""
 HELD_BEATS = 2.0
 """Time for which a reply may be held, in heartbeats: less than `SILENT_BEATS`."""
 
@@ -35,7 +37,7 @@ class HeartbeatInterval:
         if requested < self._requested:
             # Pods use the longer interval until their next heartbeat is answered.
             self._previous = max(self._requested, self.longest_seconds(now))
-            self._previous_until = now + self._previous
+            self._previous_until = now + self._previous + MARGIN_SECONDS
         self._requested = requested
         return requested
 
