@@ -90,10 +90,7 @@ class CoordinatorClient:
     def _post_once(self, beat: Heartbeat, wait_seconds: float) -> Reply:
         if self._connection is None:
             self._connection = self._connect()
-        if self._connection.sock is None:
-            self._connection.connect()
-            _detect_lost_peer(self._connection.sock)
-        self._connection.sock.settimeout(TIMEOUT_SECONDS + wait_seconds)
+        _connected(self._connection).settimeout(TIMEOUT_SECONDS + wait_seconds)
         headers = {"Content-Type": "application/json"}
         if self._token is not None:
             # Read the file each time: the kubelet rotates the token.
@@ -117,9 +114,16 @@ class CoordinatorClient:
         return http.client.HTTPSConnection(self._host, self._port, timeout=TIMEOUT_SECONDS, context=context)
 
 
-def _detect_lost_peer(connected: socket.socket) -> None:
-    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in KEEP_ALIVE.items():
-        # macOS has other names for some of them.
-        if (option := getattr(socket, name, None)) is not None:
-            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+def _connected(connection: http.client.HTTPConnection) -> socket.socket:
+    """Return the socket of a connection, which is opened if it is not."""
+    is_new = connection.sock is None
+    if is_new:
+        connection.connect()
+    connected: socket.socket = connection.sock
+    if is_new:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEP_ALIVE.items():
+            # Not every system has all of them.
+            if (option := getattr(socket, name, None)) is not None:
+                connected.setsockopt(socket.IPPROTO_TCP, option, value)
+    return connected
