@@ -54,6 +54,15 @@ def test_new_pod_gets_the_address_of_rank_0() -> None:
     assert (env["FINETUNE_ATTEMPT"], env["FINETUNE_NODE_RANK"]) == ("2", "1")
 
 
+def test_the_status_counts_the_kept_pods_from_the_begin_of_the_attempt() -> None:
+    cluster = fixed_cluster()
+    cluster.vanish(cluster.pod(1).name)
+    wait_for_peers(cluster, 0, 2)
+    cluster.step()
+    assert cluster.job.status.attempt == 2
+    assert (cluster.job.status.nodes, cluster.job.status.message) == ("2/3", "2/3 pods are running")
+
+
 NOT_KEPT: list[dict[str, Any]] = [
     {"deleted_at": START, "grace": seconds(30)},
     {"disruption": "EvictionByEvictionAPI"},

@@ -23,7 +23,7 @@ from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.silence import describe_silence, silent_at
 from finetune_operator.plan.model.types import IMAGE_ERRORS, PodPhase
-from finetune_operator.plan.model.view import View, is_finished
+from finetune_operator.plan.model.view import View, is_finished, members_of
 from finetune_operator.plan.policies import attempts, exports, suspend
 from finetune_operator.plan.policies.capacity import elastic, incomplete, quota, spot
 
@@ -60,9 +60,11 @@ def nodes(view: View, status: FineTuneJobStatus) -> str | None:
     """Return the running pods of the newest attempt over the requested ones, e.g. '3/4'; None before the first."""
     if status.attempt == 0:
         return None
-    pods = view.pods.values() if status.attempt == view.attempt else ()
-    up = [pod for pod in pods if pod.phase is PodPhase.RUNNING and pod.deleted_at is None]
-    return f"{len(up)}/{num_nodes(view.spec)}"
+    # Also of an attempt that begins now: it may keep pods of the previous one.
+    members = set(members_of(status, view.spec))
+    pods = (pod for pod in view.observed.pods if (pod.attempt, pod.node_rank) in members)
+    num_up = sum(pod.phase is PodPhase.RUNNING and pod.deleted_at is None for pod in pods)
+    return f"{num_up}/{num_nodes(view.spec)}"
 
 
 def _line(view: View, status: FineTuneJobStatus) -> Line:
