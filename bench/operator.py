@@ -56,6 +56,8 @@ from testing.operator.harness import OperatorProcess, build_job, running
 from testing.operator.heartbeats import tls_context
 
 NUM_NODES = 100
+PODS_PER_NODE = 40
+"""More nodes are added if there are more pods: a pod that does not fit would never run."""
 CONNECT_SECONDS = 15.0
 """Period over which the supervisors' first heartbeats are spread, like the starts of their pods."""
 SETTLE_SECONDS = 8.0
@@ -419,7 +421,7 @@ async def main() -> None:
     options = command_line.parse_args()
 
     async def measured(bench: OperatorBench, operator: OperatorProcess) -> dict[str, object]:
-        bench.control_plane.add_nodes(NUM_NODES)
+        bench.control_plane.add_nodes(max(NUM_NODES, bench.total_pods // PODS_PER_NODE))
         return await measure(bench, operator, options.idle_seconds)
 
     await run_bench(options, COMPONENTS, measured)
