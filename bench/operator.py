@@ -43,7 +43,7 @@ from finetune_operator.api.job import FineTuneJob, ObjectMeta
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
-from finetune_operator.cluster.kube.client.client import PARTIAL, Json
+from finetune_operator.cluster.kube.client.client import PARTIAL, ApiError, Json
 from finetune_operator.cluster.kube.client.objects import JOBS, PODS, status_body
 from finetune_operator.manifests import build_pod
 from finetune_operator.plan import plan
@@ -56,6 +56,8 @@ from testing.operator.harness import OperatorProcess, build_job, running
 from testing.operator.heartbeats import tls_context
 
 NUM_NODES = 100
+GATEWAY_TIMEOUT = 504
+MAX_DELETIONS = 10
 PODS_PER_NODE = 40
 """More nodes are added if there are more pods: a pod that does not fit would never run."""
 CONNECT_SECONDS = 15.0
@@ -122,7 +124,7 @@ async def bare_recoveries(bench: OperatorBench, namespace: str, jobs: list[FineT
     started = time.monotonic()
     await bench.run_all(map(replace, stored.values()))
     seconds = time.monotonic() - started
-    await bench.api.request("DELETE", JOBS.path(namespace), seconds=300)
+    await delete_all(bench, JOBS.path(namespace))
     return seconds
 
 
@@ -146,9 +148,21 @@ async def all_pods_run(bench: OperatorBench, namespace: str) -> float:
 
 async def clear(bench: OperatorBench, namespace: str) -> None:
     """Delete all pods of a namespace and wait until none is left."""
-    query = {"gracePeriodSeconds": "0"}
-    await bench.api.request("DELETE", PODS.path(namespace), query=query, seconds=300)
+    await delete_all(bench, PODS.path(namespace))
     await bench.wait("pods are deleted", lambda: bench.has_pods(namespace, 0))
+
+
+async def delete_all(bench: OperatorBench, path: str) -> None:
+    """Delete all objects at a path. The API server ends a request after a minute, and 10,000 pods take longer."""
+    for _ in range(MAX_DELETIONS):
+        try:
+            await bench.api.request("DELETE", path, query={"gracePeriodSeconds": "0"}, seconds=300)
+        except ApiError as error:
+            if error.status != GATEWAY_TIMEOUT:
+                raise
+        else:
+            return
+    raise TimeoutError(path)
 
 
 async def delete_pod(bench: OperatorBench, namespace: str, pod: str) -> None:
