@@ -140,7 +140,7 @@ async def all_pods_run(bench: OperatorBench, namespace: str) -> float:
     """Wait until no pod is pending; return the time."""
 
     async def none_pending() -> bool:
-        page = await bench.api.get(PODS.path(namespace), {"fieldSelector": "status.phase=Pending", "limit": "1"})
+        page = await bench.get(PODS.path(namespace), {"fieldSelector": "status.phase=Pending", "limit": "1"})
         return not page.get("items")
 
     return await bench.wait("pods run", none_pending)
@@ -343,7 +343,7 @@ def report_requests(bench: OperatorBench, operator: OperatorProcess) -> dict[str
 
 async def extra_attempts(bench: OperatorBench, namespace: str, expected: int) -> int:
     """Return the number of attempts of all jobs above the expected number of each."""
-    jobs = (await bench.api.get(JOBS.path(namespace)))["items"]
+    jobs = (await bench.get(JOBS.path(namespace), {}))["items"]
     return sum(job["status"]["attempt"] - expected for job in jobs)
 
 

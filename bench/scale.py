@@ -6,14 +6,14 @@ import argparse
 import asyncio
 import resource
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
-from contextlib import ExitStack, aclosing
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from bench.supervisors import BenchSupervisor, HeartbeatCounts
-from finetune_operator.cluster.kube.client.client import PARTIAL_LIST, Json, KubeApi, connect, iterate_pages
+from finetune_operator.cluster.kube.client.client import JSON, PARTIAL_LIST, ApiError, Json, KubeApi, connect
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.objects import JOBS, PODS
 from finetune_operator.settings import Settings
@@ -28,6 +28,7 @@ CONNECTIONS = 16
 POLL_SECONDS = 1.0
 """A list of one pod takes the API server some milliseconds, because it counts the others."""
 LIMIT_SECONDS = 900.0
+MAX_READS = 60
 PAGE = 500
 SPARE_CONNECTIONS = 1000
 """Connections of supervisors that the operator accepts beyond one for each pod."""
@@ -79,9 +80,20 @@ class OperatorBench:
             await asyncio.sleep(POLL_SECONDS)
         return time.monotonic()
 
+    async def get(self, path: str, query: Mapping[str, str], accept: str = JSON) -> Json:
+        """Read a list; again while the API server is too busy to answer."""
+        for _ in range(MAX_READS):
+            try:
+                return await self.api.get(path, query, accept)
+            except ApiError as error:
+                if not error.transient:
+                    raise
+            await asyncio.sleep(POLL_SECONDS)
+        raise TimeoutError(path)
+
     async def count_pods(self, namespace: str) -> int:
         """Return the number of pods in a namespace; only one of them is transferred."""
-        page = await self.api.get(PODS.path(namespace), {"limit": "1"}, PARTIAL_LIST)
+        page = await self.get(PODS.path(namespace), {"limit": "1"}, PARTIAL_LIST)
         return len(page.get("items") or ()) + int(page["metadata"].get("remainingItemCount") or 0)
 
     async def has_pods(self, namespace: str, number: int) -> bool:
@@ -100,10 +112,12 @@ class OperatorBench:
         """Return the metadata of the pods in a namespace."""
         found: list[Json] = []
         query = {"limit": str(PAGE), "labelSelector": selector}
-        async with aclosing(iterate_pages(self.api, PODS.path(namespace), query, PARTIAL_LIST)) as pages:
-            async for page in pages:
-                found += page.get("items") or ()
-        return found
+        while True:
+            page = await self.get(PODS.path(namespace), query, PARTIAL_LIST)
+            found += page.get("items") or ()
+            if not (token := page["metadata"].get("continue")):
+                return found
+            query["continue"] = token
 
     async def create_jobs(self, namespace: str) -> None:
         """Create all jobs, before the operator runs."""
