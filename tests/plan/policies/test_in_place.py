@@ -10,7 +10,7 @@ import pytest
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import Order, RankEnd, RankState, Reply
 from finetune_operator.api.reasons import Reason
-from finetune_operator.plan.model.types import Create, ObservedPod, PodPhase
+from finetune_operator.plan.model.types import Create, ObservedPod, PodPhase, ReceivedHeartbeat
 from finetune_operator.plan.replies import reply_to
 from tests.plan.fake_cluster import START, FakeCluster, last_words, make_job, seconds
 from tests.plan.scenarios import HOLDING, fixed_cluster, wait_for_peers
@@ -61,6 +61,37 @@ def test_the_status_counts_the_kept_pods_from_the_begin_of_the_attempt() -> None
     cluster.step()
     assert cluster.job.status.attempt == 2
     assert (cluster.job.status.nodes, cluster.job.status.message) == ("2/3", "2/3 pods are running")
+
+
+def restarted_operator() -> tuple[FakeCluster, dict[str, ReceivedHeartbeat]]:
+    """Return a gang that lost a pod when its operator restarted, and the heartbeats that the old operator received."""
+    cluster = fixed_cluster()
+    lost = cluster.pod(1)
+    cluster.vanish(lost.name)
+    wait_for_peers(cluster, 0, 2)
+    heard = {uid: received for uid, received in cluster.beats.items() if uid != lost.uid}
+    cluster.beats, cluster.listening_since = {}, cluster.now
+    cluster.settle()
+    assert cluster.job.status.attempts[-1].reason is not None
+    assert names(cluster) == ["circles-a1-n0", "circles-a1-n2"]
+    assert cluster.job.status.attempt == 1
+    return cluster, heard
+
+
+def test_an_operator_that_has_just_started_waits_for_the_survivors() -> None:
+    cluster, heard = restarted_operator()
+    cluster.now += seconds(10)
+    cluster.beats = {uid: replace(received, received_at=cluster.now) for uid, received in heard.items()}
+    cluster.settle()
+    assert cluster.job.status.attempts[-1].pod_attempts == (1, 2, 1)
+
+
+def test_survivors_that_stay_silent_after_a_restart_of_the_operator_are_replaced() -> None:
+    cluster, _ = restarted_operator()
+    assert cluster.decide().requeue_after == seconds(15)
+    cluster.now += seconds(15)
+    cluster.settle()
+    assert all(pod.deleted_at is not None for pod in cluster.pods.values())
 
 
 NOT_KEPT: list[dict[str, Any]] = [

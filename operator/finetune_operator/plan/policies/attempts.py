@@ -36,7 +36,7 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if not admission.may_create(view) or admission.must_ask_again(view):
         return status
     kept = in_place.survivors(view, status)
-    if in_place.is_saving(view, status, kept):
+    if in_place.is_saving(view, status, kept) or in_place.is_unheard(view, kept):
         return status
     due = _due(view, status)
     if due is not None and view.now < due:

@@ -16,7 +16,7 @@ from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model import admission
 from finetune_operator.plan.model.grace import WITH_OWN_GRACE, may_save, notice_expires_at
 from finetune_operator.plan.model.ledger import current
-from finetune_operator.plan.model.listening import silent_at
+from finetune_operator.plan.model.listening import extend, silence, silent_at
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import IMAGE_ERRORS, ObservedPod, PodPhase
 from finetune_operator.plan.model.view import Member, View, earliest, has_ended, is_finished
@@ -27,17 +27,20 @@ from finetune_operator.plan.policies.endings import cause_certain_at
 def survivors(view: View, status: FineTuneJobStatus) -> tuple[ObservedPod, ...]:
     """Return the pods to keep: they run, send heartbeats, and only lack a peer.
 
-    At most as many as the next attempt has ranks; pods that fell back to other nodes than spot are dropped first.
+    Pods that an operator which has just started has not heard yet are among them. At most as many as the next attempt
+    has ranks; pods that fell back to other nodes than spot are dropped first.
     """
     entry = current(status)
     if entry is None or not _is_allowed(view, status, entry):
         return ()
     bad = entry.pod if entry.reason in {Reason.HANG, Reason.GPU_FAULT} else None
-    members = [pod for pod in view.pods.values() if pod.name != bad and (survives(view, pod) or is_coming(view, pod))]
+    members = [
+        pod for pod in view.pods.values() if pod.name != bad and (_may_survive(view, pod) or is_coming(view, pod))
+    ]
     # If no pod is lost, the gang itself is at fault: the network failed between healthy pods.
     if len(members) == view.num_nodes and entry.reason not in REGROUPS:
         return ()
-    standbys = [pod for pod in view.standbys.values() if survives(view, pod)]
+    standbys = [pod for pod in view.standbys.values() if _may_survive(view, pod)]
     kept = sorted([*members, *standbys], key=lambda pod: pod.fell_back)
     return tuple(kept[: elastic.next_size(view, status, len(kept))])
 
@@ -58,6 +61,11 @@ def members_of_next(view: View, kept: tuple[ObservedPod, ...], size: int) -> tup
         if assigned is None:
             members[rank] = unassigned.pop(0) if unassigned else Member(view.attempt + 1, rank)
     return tuple(member for member in members if member is not None)
+
+
+def is_unheard(view: View, kept: tuple[ObservedPod, ...]) -> bool:
+    """Return whether a survivor that runs has sent no heartbeat to this operator yet: it may be lost, too."""
+    return any(pod.phase is PodPhase.RUNNING and view.heartbeat_of(pod) is None for pod in kept)
 
 
 def is_saving(view: View, status: FineTuneJobStatus, kept: tuple[ObservedPod, ...]) -> bool:
@@ -97,13 +105,21 @@ def is_possible(view: View) -> bool:
 
 def survives(view: View, pod: ObservedPod) -> bool:
     """Return whether a pod can serve another attempt: it is healthy, and contains the newest edit of the spec."""
+    return view.heartbeat_of(pod) is not None and _may_survive(view, pod)
+
+
+def _may_survive(view: View, pod: ObservedPod) -> bool:
+    """Return whether a pod can serve another attempt, as far as it has been heard."""
     received, due = view.heartbeat_of(pod), _silent_at(view, pod)
-    if received is None or due is None or received.beat.notice or view.now >= due or received.beat.gpu_faults:
+    if due is None or view.now >= due:
         return False
+    if received is not None:
+        healthy = all(end.exit_code in HOLDABLE for end in received.beat.ends)
+        if not healthy or received.beat.notice or received.beat.gpu_faults:
+            return False
     if pod.phase is not PodPhase.RUNNING or has_ended(pod) or pod.deleted_at is not None:
         return False
-    healthy = all(end.exit_code in HOLDABLE for end in received.beat.ends)
-    return healthy and pod.disruption is None and pod.reason is None and not view.is_outdated(pod)
+    return pod.disruption is None and pod.reason is None and not view.is_outdated(pod)
 
 
 def is_coming(view: View, pod: ObservedPod) -> bool:
@@ -135,10 +151,11 @@ def _is_allowed(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> 
 
 
 def _silent_at(view: View, pod: ObservedPod) -> datetime | None:
-    received = view.heartbeat_of(pod)
-    if received is None:
-        return None
-    return silent_at(received, view.observed, view.settings)
+    """Return when a pod counts as silent; None: it has sent no heartbeat, and nobody has listened."""
+    received, since = view.heartbeat_of(pod), view.observed.listening_since
+    if received is not None:
+        return silent_at(received, view.observed, view.settings)
+    return extend(since, silence(view.observed, view.settings), view.observed) if since is not None else None
 
 
 POLICY = Policy("in-place", wake=wake)
