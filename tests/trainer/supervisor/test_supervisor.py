@@ -6,10 +6,8 @@ import json
 import os
 import select
 import signal
-import ssl
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,8 @@ import pytest
 from finetune_contract.cpu.placement import PlacementRequest, place_ranks
 from finetune_contract.cpu.sysfs import read_machine
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import WAIT_SECONDS, Heartbeat, RankState, Reply, Termination
-from finetune_trainer.supervisor.client import CoordinatorClient, InterruptedPostError
+from finetune_contract.heartbeat import RankState, Reply, Termination
 from finetune_trainer.supervisor.ranks import send_signal
-from testing.controlplane.pki import Authority
 from testing.controlplane.process import wait_for
 from tests.trainer.supervisor.fake_coordinator import DEADLINE_SECONDS, FakeCoordinator, StartSupervisor
 
@@ -306,77 +302,6 @@ def test_a_waiting_supervisor_exits_on_preemption_notice(
     process.send_signal(signal.SIGTERM)
     assert process.wait(DEADLINE_SECONDS) == ExitCode.FABRIC
     assert termination(tmp_path).notice
-
-
-def test_a_waiting_supervisor_lets_the_coordinator_hold_its_reply(
-    start: StartSupervisor, coordinator: FakeCoordinator
-) -> None:
-    coordinator.held.clear()
-    process = start("sys.exit(76 if os.environ['FINETUNE_ATTEMPT'] == '3' else 0)", **HOLD)
-    coordinator.wait(lambda beat: beat["waiting"])
-    number = len(coordinator.beats)
-    assert coordinator.waits[-1] == f"wait={WAIT_SECONDS:.0f}"
-    assert set(coordinator.waits[: number - 1]) == {None}
-    coordinator.reply = Reply.model_validate({"attempt": 4, "world": WORLD_4})
-    coordinator.held.set()
-    coordinator.wait(lambda beat: beat["attempt"] == 4)
-    # It waited for the reply that was held instead of asking again.
-    assert coordinator.beats[number]["attempt"] == 4
-    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
-
-
-def test_a_notice_is_reported_at_once_while_a_reply_is_held(
-    start: StartSupervisor, coordinator: FakeCoordinator
-) -> None:
-    coordinator.held.clear()
-    process = start("sys.exit(76)", **HOLD)
-    coordinator.wait(lambda beat: beat["waiting"])
-    process.send_signal(signal.SIGTERM)
-    coordinator.wait(lambda beat: beat["notice"])
-    assert process.wait(DEADLINE_SECONDS) == ExitCode.FABRIC
-    assert not coordinator.held.is_set()
-    _, err = process.communicate()
-    assert "cannot reach" not in err
-
-
-def test_a_post_over_tls_is_interrupted(tmp_path: Path, coordinator: FakeCoordinator) -> None:
-    authority = Authority(tmp_path, "tests")
-    certificate = authority.issue("coordinator", hosts=["127.0.0.1"])
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate.certificate, certificate.key)
-    coordinator.server.socket = context.wrap_socket(coordinator.server.socket, server_side=True)
-    client = CoordinatorClient(coordinator.url.replace("http:", "https:"), None, authority.certificate)
-    beat = Heartbeat(
-        job="circles", namespace="default", job_uid="1", pod="a", pod_uid="2", attempt=1, node_rank=0, sequence=1
-    )
-    assert client.post(beat) == Reply()
-    coordinator.held.clear()
-    with ThreadPoolExecutor(1) as thread:
-        post = thread.submit(client.post, beat, 60.0)
-        coordinator.wait(lambda _: coordinator.waits[-1] is not None)
-        client.interrupt()
-        assert isinstance(post.exception(DEADLINE_SECONDS), InterruptedPostError)
-    coordinator.held.set()
-    # The next post opens a new connection.
-    assert client.post(beat) == Reply()
-    client.close()
-
-
-def test_a_coordinator_that_has_gone_is_not_asked_at_once_again(
-    start: StartSupervisor, coordinator: FakeCoordinator
-) -> None:
-    coordinator.reply = Reply(attempt=3, beat_seconds=0.001)
-    coordinator.held.clear()
-    process = start("sys.exit(76)", **HOLD | {"FINETUNE_BEAT_SECONDS": "60"})
-    coordinator.wait(lambda beat: beat["waiting"])
-    coordinator.status = 503
-    coordinator.held.set()
-    with coordinator.changed:
-        number = len(coordinator.beats)
-        assert coordinator.changed.wait_for(lambda: len(coordinator.beats) >= number + 2, DEADLINE_SECONDS)
-        first, second = coordinator.times[number : number + 2]
-    assert second - first >= 1.0
-    process.kill()
 
 
 def test_no_wait_for_a_world_if_the_coordinator_never_answered(start: StartSupervisor) -> None:
