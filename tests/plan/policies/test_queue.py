@@ -329,47 +329,6 @@ def test_an_evicted_replacement_may_continue_with_fewer_pods_again() -> None:
     assert workload["spec"]["podSets"][0]["minCount"] == 2
 
 
-def test_readiness_and_the_cost_of_an_eviction_are_reported() -> None:
-    cluster = admitted()
-    assert is_true(cluster.queue.stored[NAME], "PodsReady")
-
-    def cost() -> str | None:
-        annotations = cluster.queue.stored[NAME]["metadata"]["annotations"]
-        value: str | None = annotations.get(kueue.PRIORITY_BOOST)
-        return value
-
-    assert cost() is None, "it has just saved"
-    costs = []
-    for step in range(11, 15):
-        cluster.tick(240)
-        cluster.train_to(step, checkpoint=5)
-        cluster.settle()
-        costs.append(cost())
-    assert costs == ["1", "2", "2", "3"]
-    cluster.train_to(15, checkpoint=15)
-    cluster.settle()
-    assert cost() == "0"
-
-
-def test_only_a_long_recovery_is_reported_to_the_queue() -> None:
-    cluster = admitted()
-    cluster.train_to(10, checkpoint=5)
-    cluster.settle()
-    version = cluster.queue.stored[NAME]["metadata"]["resourceVersion"]
-    cluster.vanish("circles-a1-n0")
-    cluster.settle()
-    cluster.tick(29)
-    cluster.settle()
-    assert cluster.queue.stored[NAME]["metadata"]["resourceVersion"] == version
-    assert cluster.decide().requeue_after == seconds(1)
-    cluster.tick(1)
-    cluster.settle()
-    assert not is_true(cluster.queue.stored[NAME], "PodsReady")
-    cluster.running()
-    cluster.settle()
-    assert is_true(cluster.queue.stored[NAME], "PodsReady")
-
-
 def test_the_label_of_kueue_requests_a_queue_too() -> None:
     job = with_labels(make_job(), **{kueue.QUEUE_LABEL: "pictures"})
     cluster = FakeCluster(job, settings=QUEUED)

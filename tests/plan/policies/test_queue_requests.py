@@ -1,4 +1,4 @@
-"""What a job with a queue requests besides its pods: a rack or zone, and memory that has grown."""
+"""What a job with a queue requests besides its pods (a rack or zone, memory that has grown), and what it reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from finetune_contract.heartbeat import RankState
 from finetune_operator.api import kueue, labels
 from finetune_operator.manifests import PodOptions, build_pod
-from tests.plan.fake_cluster import FakeCluster, make_job
+from testing.simulated.workloads import is_true
+from tests.plan.fake_cluster import FakeCluster, make_job, seconds
 from tests.plan.policies.test_queue import NAME, QUEUED, admitted, queued
 from tests.plan.scenarios import LOST_PEER
 
@@ -74,3 +75,44 @@ def test_pods_repeat_the_request_for_their_place(kind: str) -> None:
     cluster.job = cluster.job.model_copy(update={"spec": make_job(queueName="gpus").spec})
     pod = build_pod(cluster.job, 1, 0, QUEUED, PodOptions(admission=cluster.observed().workloads[0].update))
     assert pod["metadata"]["annotations"] == {kueue.POD_WORKLOAD: NAME, name: zone}
+
+
+def test_readiness_and_the_cost_of_an_eviction_are_reported() -> None:
+    cluster = admitted()
+    assert is_true(cluster.queue.stored[NAME], "PodsReady")
+
+    def cost() -> str | None:
+        annotations = cluster.queue.stored[NAME]["metadata"]["annotations"]
+        value: str | None = annotations.get(kueue.PRIORITY_BOOST)
+        return value
+
+    assert cost() is None, "it has just saved"
+    costs = []
+    for step in range(11, 15):
+        cluster.tick(240)
+        cluster.train_to(step, checkpoint=5)
+        cluster.settle()
+        costs.append(cost())
+    assert costs == ["1", "2", "2", "3"]
+    cluster.train_to(15, checkpoint=15)
+    cluster.settle()
+    assert cost() == "0"
+
+
+def test_only_a_long_recovery_is_reported_to_the_queue() -> None:
+    cluster = admitted()
+    cluster.train_to(10, checkpoint=5)
+    cluster.settle()
+    version = cluster.queue.stored[NAME]["metadata"]["resourceVersion"]
+    cluster.vanish("circles-a1-n0")
+    cluster.settle()
+    cluster.tick(29)
+    cluster.settle()
+    assert cluster.queue.stored[NAME]["metadata"]["resourceVersion"] == version
+    assert cluster.decide().requeue_after == seconds(1)
+    cluster.tick(1)
+    cluster.settle()
+    assert not is_true(cluster.queue.stored[NAME], "PodsReady")
+    cluster.running()
+    cluster.settle()
+    assert is_true(cluster.queue.stored[NAME], "PodsReady")
