@@ -86,6 +86,27 @@ def test_an_operator_that_has_just_started_waits_for_the_survivors() -> None:
     assert cluster.job.status.attempts[-1].pod_attempts == (1, 2, 1)
 
 
+def test_an_operator_that_has_just_started_blames_no_pod_before_it_has_heard_all() -> None:
+    cluster = fixed_cluster()
+    wait_for_peers(cluster, 0, 2)
+    cluster.settle()
+    assert cluster.job.status.attempts[0].ended_at is not None
+    cluster.now += seconds(20)
+    cluster.beats, cluster.listening_since = {}, cluster.now
+    cluster.settle()
+    # The first pod that reports its lost peer does not make the next one the lost peer.
+    wait_for_peers(cluster, 0)
+    cluster.settle()
+    assert cluster.job.status.attempts[0].reason is None
+    assert cluster.decide().requeue_after == seconds(15)
+    cluster.now += seconds(15)
+    wait_for_peers(cluster, 0, 2)
+    cluster.settle()
+    ended = cluster.job.status.attempts[0]
+    assert (ended.reason, ended.rank) == (Reason.NODE_LOST, 1)
+    assert all(cluster.pod(rank).deleted_at is None for rank in (0, 2))
+
+
 def test_survivors_that_stay_silent_after_a_restart_of_the_operator_are_replaced() -> None:
     cluster, _ = restarted_operator()
     assert cluster.decide().requeue_after == seconds(15)

@@ -6,9 +6,10 @@ many healthy pods would be replaced exactly when the operator has no time for it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 
-from finetune_operator.plan.model.types import Observed, ReceivedHeartbeat
+from finetune_operator.plan.model.types import Observed, ObservedPod, PodPhase, ReceivedHeartbeat
 from finetune_operator.settings import Settings
 
 SILENT_BEATS = 3
@@ -23,6 +24,17 @@ def silence(observed: Observed, settings: Settings) -> timedelta:
 def silent_at(received: ReceivedHeartbeat, observed: Observed, settings: Settings) -> datetime:
     """Return when a pod counts as silent, by its newest heartbeat."""
     return extend(received.received_at, silence(observed, settings), observed)
+
+
+def first_heard_by(observed: Observed, settings: Settings) -> datetime | None:
+    """Return until when every living pod has sent a heartbeat to an operator that has just started; None: unknown."""
+    since = observed.listening_since
+    return extend(since, silence(observed, settings), observed) if since is not None else None
+
+
+def is_unheard(pods: Iterable[ObservedPod], observed: Observed) -> bool:
+    """Return whether a running pod has sent no heartbeat to this operator."""
+    return any(pod.phase is PodPhase.RUNNING and pod.uid not in observed.beats for pod in pods)
 
 
 def extend(since: datetime, limit: timedelta, observed: Observed, at_most: timedelta = timedelta.max) -> datetime:

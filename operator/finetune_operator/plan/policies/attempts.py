@@ -17,6 +17,7 @@ from finetune_operator.manifests import hash_target, num_nodes
 from finetune_operator.plan.model import admission, backoff, exporting, gangs, grace, ledger
 from finetune_operator.plan.model.closing import close
 from finetune_operator.plan.model.conditions import is_true
+from finetune_operator.plan.model.listening import is_unheard
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.types import ObservedPod
@@ -36,7 +37,8 @@ def begin(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if not admission.may_create(view) or admission.must_ask_again(view):
         return status
     kept = in_place.survivors(view, status)
-    if in_place.is_saving(view, status, kept) or in_place.is_unheard(view, kept):
+    # A kept pod that this operator has not heard yet may be lost, too.
+    if in_place.is_saving(view, status, kept) or is_unheard(kept, view.observed):
         return status
     due = _due(view, status)
     if due is not None and view.now < due:

@@ -15,7 +15,7 @@ from finetune_operator.plan.model.causes import BY_THE_CLUSTER, Cause, find_caus
 from finetune_operator.plan.model.closing import record_cause
 from finetune_operator.plan.model.grace import SAVED_FOR
 from finetune_operator.plan.model.ledger import current, replace_current
-from finetune_operator.plan.model.listening import extend
+from finetune_operator.plan.model.listening import extend, first_heard_by, is_unheard
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
 from finetune_operator.plan.model.view import View, is_finished
@@ -37,6 +37,8 @@ def detect_end(view: View, status: FineTuneJobStatus) -> FineTuneJobStatus:
     if entry.ended_at is None:
         entry = revise(entry, ended_at=view.now)
         status = replace_current(status, entry)
+    if (cause is None or cause.consequence) and _awaits_heartbeats(view):
+        return status
     if cause is None:
         # The pod that showed the sign is deleted, and the gang was never complete.
         cause = Cause(Reason.POD_LOST, rank=0, pod=pod_name(view.job.metadata.name, view.attempt, 0))
@@ -61,12 +63,19 @@ def cause_certain_at(entry: AttemptStatus, view: View) -> datetime:
     return extend(entry.ended_at or view.now, limit, view.observed, at_most=MAX_EXTENSION)
 
 
+def _awaits_heartbeats(view: View) -> bool:
+    """Return whether an operator that has just started lacks the heartbeats that show the cause."""
+    due = first_heard_by(view.observed, view.settings)
+    return due is not None and view.now < due and is_unheard(view.pods.values(), view.observed)
+
+
 def wake(view: View, status: FineTuneJobStatus) -> datetime | None:
     """Return when the cause of an attempt that has ended without one becomes certain."""
     entry = current(status)
     if entry is None or entry.ended_at is None or entry.reason is not None:
         return None
-    return cause_certain_at(entry, view)
+    certain_at = cause_certain_at(entry, view)
+    return first_heard_by(view.observed, view.settings) if certain_at <= view.now else certain_at
 
 
 POLICY = Policy("endings", decide=detect_end, wake=wake)

@@ -16,7 +16,7 @@ from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.plan.model import admission
 from finetune_operator.plan.model.grace import WITH_OWN_GRACE, may_save, notice_expires_at
 from finetune_operator.plan.model.ledger import current
-from finetune_operator.plan.model.listening import extend, silence, silent_at
+from finetune_operator.plan.model.listening import first_heard_by, silent_at
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.types import IMAGE_ERRORS, ObservedPod, PodPhase
 from finetune_operator.plan.model.view import Member, View, earliest, has_ended, is_finished
@@ -61,11 +61,6 @@ def members_of_next(view: View, kept: tuple[ObservedPod, ...], size: int) -> tup
         if assigned is None:
             members[rank] = unassigned.pop(0) if unassigned else Member(view.attempt + 1, rank)
     return tuple(member for member in members if member is not None)
-
-
-def is_unheard(view: View, kept: tuple[ObservedPod, ...]) -> bool:
-    """Return whether a survivor that runs has sent no heartbeat to this operator yet: it may be lost, too."""
-    return any(pod.phase is PodPhase.RUNNING and view.heartbeat_of(pod) is None for pod in kept)
 
 
 def is_saving(view: View, status: FineTuneJobStatus, kept: tuple[ObservedPod, ...]) -> bool:
@@ -152,10 +147,10 @@ def _is_allowed(view: View, status: FineTuneJobStatus, entry: AttemptStatus) -> 
 
 def _silent_at(view: View, pod: ObservedPod) -> datetime | None:
     """Return when a pod counts as silent; None: it has sent no heartbeat, and nobody has listened."""
-    received, since = view.heartbeat_of(pod), view.observed.listening_since
-    if received is not None:
-        return silent_at(received, view.observed, view.settings)
-    return extend(since, silence(view.observed, view.settings), view.observed) if since is not None else None
+    received = view.heartbeat_of(pod)
+    if received is None:
+        return first_heard_by(view.observed, view.settings)
+    return silent_at(received, view.observed, view.settings)
 
 
 POLICY = Policy("in-place", wake=wake)
