@@ -7,13 +7,21 @@ import asyncio
 import resource
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from bench.supervisors import BenchSupervisor, HeartbeatCounts
-from finetune_operator.cluster.kube.client.client import JSON, PARTIAL_LIST, ApiError, Json, KubeApi, connect
+from finetune_operator.cluster.kube.client.client import (
+    JSON,
+    PARTIAL_LIST,
+    ApiError,
+    Json,
+    KubeApi,
+    connect,
+    iterate_pages,
+)
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.objects import JOBS, PODS
 from finetune_operator.settings import Settings
@@ -112,12 +120,10 @@ class OperatorBench:
         """Return the metadata of the pods in a namespace."""
         found: list[Json] = []
         query = {"limit": str(PAGE), "labelSelector": selector}
-        while True:
-            page = await self.get(PODS.path(namespace), query, PARTIAL_LIST)
-            found += page.get("items") or ()
-            if not (token := page["metadata"].get("continue")):
-                return found
-            query["continue"] = token
+        async with aclosing(iterate_pages(self, PODS.path(namespace), query, PARTIAL_LIST)) as pages:
+            async for page in pages:
+                found += page.get("items") or ()
+        return found
 
     async def create_jobs(self, namespace: str) -> None:
         """Create all jobs, before the operator runs."""

@@ -285,7 +285,16 @@ async def connect(kubeconfig: Path | None, context: str | None = None, num_conne
     return ApiClient(configuration)
 
 
-async def iterate_pages(api: KubeApi, path: str, query: Mapping[str, str], accept: str) -> AsyncGenerator[Json, None]:
+class PageReader(Protocol):
+    """Reads one page of a list: `KubeApi`, or something that repeats its requests."""
+
+    async def get(self, path: str, query: Mapping[str, str], accept: str) -> Json:
+        """Read a page."""
+
+
+async def iterate_pages(
+    api: PageReader, path: str, query: Mapping[str, str], accept: str
+) -> AsyncGenerator[Json, None]:
     """Yield the pages of a list, each with its items and the list's resource version.
 
     Raises:
