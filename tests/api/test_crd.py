@@ -85,6 +85,8 @@ def test_maps_and_free_form_parts() -> None:
     assert "properties" not in template
     conditions = crd.find("status.conditions")
     assert (conditions["x-kubernetes-list-type"], conditions["x-kubernetes-list-map-keys"]) == ("map", ["type"])
+    # In a list with keys, the API server compares each item with the old one, at every write of the status.
+    assert crd.find("status.attempts")["x-kubernetes-list-type"] == "atomic"
     assert crd.find("status.startTime")["format"] == "date-time"
 
 

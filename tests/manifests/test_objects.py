@@ -9,6 +9,7 @@ import pytest
 from kubernetes import client
 
 from finetune_contract.run_spec import RunSpec
+from finetune_operator.api.labels import JOB
 from finetune_operator.manifests import build_config, build_pod, build_run_spec, build_service, global_batch, num_nodes
 from finetune_operator.settings import Settings
 from tests.plan.fake_cluster import make_job
@@ -23,6 +24,8 @@ def test_service_is_headless_and_publishes_addresses_that_are_not_ready() -> Non
     assert service["spec"]["publishNotReadyAddresses"] is True
     pod = build_pod(make_job(), 3, 0, SETTINGS)
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    # The endpoint controllers compare the labels of all pods in the namespace, the first one by name first.
+    assert min(service["spec"]["selector"]) == JOB
     assert service["metadata"]["ownerReferences"] == pod["metadata"]["ownerReferences"]
 
 

@@ -313,9 +313,7 @@ class FineTuneJobStatus(StatusModel):
     )
     start_time: datetime | None = Field(default=None, description="Start of the first attempt")
     completion_time: datetime | None = Field(default=None, description="End of the job")
-    attempts: tuple[AttemptStatus, ...] = Field(
-        default=(), description="The ledger: the newest attempts", json_schema_extra=list_map("attempt")
-    )
+    attempts: tuple[AttemptStatus, ...] = Field(default=(), description="The ledger: the newest attempts")
     tally: TallyStatus = Field(default=TallyStatus(), description="Sums over all attempts")
     writes: int = Field(
         default=0,
@@ -326,7 +324,6 @@ class FineTuneJobStatus(StatusModel):
     inputs: tuple[InputStatus, ...] = Field(
         default=(),
         description="What the job trains on: the commits or the hashes of its base and its data set",
-        json_schema_extra=list_map("field"),
     )
     outputs: tuple[OutputStatus, ...] = Field(
         default=(), max_length=100, description="Outputs: those that are complete, and those of the running attempt"

@@ -18,7 +18,8 @@ def build_service(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
     endpoint writes for every change of every pod. In an elastic job any pod can become node rank 0 of a smaller gang.
     """
     name = job.metadata.name
-    selector = job_labels(name)
+    # One label tells the job's pods from others: the endpoint controllers compare each label with those of all pods.
+    selector = {labels.JOB: name}
     if job.spec.topology.max_nodes is None:
         selector |= {labels.NODE_RANK: "0"}
     return {
