@@ -17,47 +17,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
+import math
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import psutil
 
+from bench.bare_loops import NUM_NODES, all_pods_run, bare_loops, delete_pod
 from bench.scale import (
     LIMIT_SECONDS,
     OperatorBench,
     count_requests,
     create_parser,
-    create_supervisors,
     job_name,
     run_bench,
 )
-from bench.supervisors import BenchSupervisor, HeartbeatCounts
+from bench.supervisor_pool import SupervisorPool
 from finetune_operator.api import labels
-from finetune_operator.api.job import FineTuneJob, ObjectMeta
-from finetune_operator.api.names import pod_name
-from finetune_operator.api.reasons import Reason
-from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
-from finetune_operator.cluster.kube.client.client import PARTIAL, ApiError, Json
-from finetune_operator.cluster.kube.client.objects import JOBS, PODS, status_body
-from finetune_operator.manifests import build_pod
-from finetune_operator.plan import plan
-from finetune_operator.plan.model import ledger
-from finetune_operator.plan.model.types import Observed
-from finetune_operator.settings import Settings
+from finetune_operator.cluster.kube.client.client import PARTIAL, Json
+from finetune_operator.cluster.kube.client.objects import JOBS, PODS
 from testing.controlplane.process import Program
 from testing.controlplane.server import COMPONENTS
-from testing.operator.harness import OperatorProcess, build_job, running
+from testing.operator.harness import OperatorProcess, running
 from testing.operator.heartbeats import tls_context
 
-NUM_NODES = 100
-GATEWAY_TIMEOUT = 504
-MAX_DELETIONS = 10
 PODS_PER_NODE = 40
 """More nodes are added if there are more pods: a pod that does not fit would never run."""
 CONNECT_SECONDS = 15.0
@@ -66,121 +54,6 @@ SETTLE_SECONDS = 8.0
 """Longer than the delay of progress writes."""
 CpuTimes = dict[str, float]
 """CPU time by the name of the process."""
-
-
-async def warm_up(bench: OperatorBench) -> None:
-    """Run a pod on every node, so that scheduler and kwok are active in all measurements, as in a real cluster.
-
-    If the scheduler became active late, the bare loop would have the API server for itself.
-    """
-    namespace = bench.control_plane.create_namespace("warm")
-    job, settings = manifest(namespace, 0, NUM_NODES), Settings()
-    await bench.run_all(
-        bench.api.create(PODS.path(namespace), unowned(build_pod(job, 1, rank, settings))) for rank in range(NUM_NODES)
-    )
-    await all_pods_run(bench, namespace)
-    await clear(bench, namespace)
-
-
-async def bare_loops(bench: OperatorBench) -> tuple[float, float]:
-    """Return the pods per second, and the seconds of all recoveries, of loops that do nothing else."""
-    await warm_up(bench)
-    namespace = bench.control_plane.create_namespace("bare")
-    jobs = [manifest(namespace, number, bench.num_pods) for number in range(bench.num_jobs)]
-    settings = Settings()
-    pods = (build_pod(job, 1, rank, settings) for job in jobs for rank in range(bench.num_pods))
-    started = time.monotonic()
-    await bench.run_all(bench.api.create(PODS.path(namespace), unowned(pod)) for pod in pods)
-    seconds = time.monotonic() - started
-    rate = bench.total_pods / seconds
-    bench.add_row("bare loop", f"{rate:.0f} pods/s")
-    await all_pods_run(bench, namespace)
-    recover_seconds = await bare_recoveries(bench, namespace, jobs)
-    bench.add_row("bare loop, one pod of every job replaced", f"after {recover_seconds:.1f} s")
-    await clear(bench, namespace)
-    return rate, recover_seconds
-
-
-async def bare_recoveries(bench: OperatorBench, namespace: str, jobs: list[FineTuneJob]) -> float:
-    """Return the seconds in which a loop replaces one pod of every job, with one write of each status."""
-    settings, node_rank = Settings(), bench.num_pods - 1
-    stored: dict[str, FineTuneJob] = {}
-
-    async def store(job: FineTuneJob) -> None:
-        name = job.metadata.name
-        created = await bench.api.create(JOBS.path(namespace), build_job(name, nodes=bench.num_pods))
-        meta = ObjectMeta.model_validate(created["metadata"])
-        first = plan(job, Observed(), datetime.now(UTC), settings).status
-        stored[name] = job.model_copy(update={"metadata": meta, "status": first})
-
-    async def replace(job: FineTuneJob) -> None:
-        ended = ledger.replace_current(job.status, _lost(job.status))
-        status = ledger.begin(ended, 2, datetime.now(UTC), settings.max_attempts_kept)
-        await delete_pod(bench, namespace, pod_name(job.metadata.name, 1, node_rank))
-        await bench.api.replace(JOBS.path(namespace, job.metadata.name, "status"), status_body(job, status))
-        await bench.api.create(PODS.path(namespace), unowned(build_pod(job, 2, node_rank, settings)))
-
-    await bench.run_all(map(store, jobs))
-    started = time.monotonic()
-    await bench.run_all(map(replace, stored.values()))
-    seconds = time.monotonic() - started
-    await delete_all(bench, JOBS.path(namespace))
-    return seconds
-
-
-def _lost(status: FineTuneJobStatus) -> AttemptStatus:
-    """Return the entry of an attempt that ended because a pod was lost."""
-    entry = status.attempts[-1]
-    message = "the pod was deleted while it ran"
-    ended = {"ended_at": entry.started_at, "reason": Reason.POD_LOST.value, "message": message, "node": "node-1"}
-    return entry.model_copy(update=ended)
-
-
-async def all_pods_run(bench: OperatorBench, namespace: str) -> float:
-    """Wait until no pod is pending; return the time."""
-
-    async def none_pending() -> bool:
-        page = await bench.get(PODS.path(namespace), {"fieldSelector": "status.phase=Pending", "limit": "1"})
-        return not page.get("items")
-
-    return await bench.wait("pods run", none_pending)
-
-
-async def clear(bench: OperatorBench, namespace: str) -> None:
-    """Delete all pods of a namespace and wait until none is left."""
-    await delete_all(bench, PODS.path(namespace))
-    await bench.wait("pods are deleted", lambda: bench.has_pods(namespace, 0))
-
-
-async def delete_all(bench: OperatorBench, path: str) -> None:
-    """Delete all objects at a path. The API server ends a request after a minute, and 10,000 pods take longer."""
-    for _ in range(MAX_DELETIONS):
-        try:
-            await bench.api.request("DELETE", path, query={"gracePeriodSeconds": "0"}, seconds=300)
-        except ApiError as error:
-            if error.status != GATEWAY_TIMEOUT:
-                raise
-        else:
-            return
-    raise TimeoutError(path)
-
-
-async def delete_pod(bench: OperatorBench, namespace: str, pod: str) -> None:
-    """Delete a pod without a grace period, as if its node had been lost."""
-    await bench.api.delete(PODS.path(namespace, pod), {"gracePeriodSeconds": 0})
-
-
-def manifest(namespace: str, number: int, num_pods: int) -> FineTuneJob:
-    """Return a job as the API server stores it."""
-    job = build_job(job_name(number), nodes=num_pods)
-    job["metadata"] |= {"namespace": namespace, "uid": f"{number:08}-0000-0000-0000-000000000000"}
-    return FineTuneJob.model_validate(job)
-
-
-def unowned(pod: Json) -> Json:
-    """Return a pod without its owner, which does not exist."""
-    meta = {key: value for key, value in pod["metadata"].items() if key != "ownerReferences"}
-    return {**pod, "metadata": meta}
 
 
 def running_jobs(operator: OperatorProcess) -> float:
@@ -199,37 +72,6 @@ async def quiet(operator: OperatorProcess) -> bool:
     before = count_requests(operator)
     await asyncio.sleep(SETTLE_SECONDS)
     return count_requests(operator) == before
-
-
-class SupervisorPool:
-    """The supervisors of all pods of all jobs."""
-
-    def __init__(self, bench: OperatorBench, port: int, context: ssl.SSLContext) -> None:
-        self._bench = bench
-        self._port = port
-        self._context = context
-        self._counts = HeartbeatCounts()
-        self._jobs: dict[str, list[BenchSupervisor]] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-
-    async def join(self, pods: Iterable[Json], spread_seconds: float) -> None:
-        """Start the supervisors of pods."""
-        for supervisor in await create_supervisors(self._bench, pods, self._counts):
-            self._jobs.setdefault(supervisor.job, []).append(supervisor)
-            run = supervisor.run(self._port, self._context, spread_seconds)
-            self._tasks[supervisor.pod] = asyncio.create_task(run)
-
-    def lose(self, job: str, pod: str) -> None:
-        """Stop a pod's supervisor; the others of its gang detect the loss in their next step."""
-        self._tasks.pop(pod).cancel()
-        self._jobs[job] = [supervisor for supervisor in self._jobs[job] if supervisor.pod != pod]
-        for supervisor in self._jobs[job]:
-            supervisor.lose_peer()
-
-    def stop(self) -> None:
-        """Stop all supervisors."""
-        for task in self._tasks.values():
-            task.cancel()
 
 
 class ProcessMeter:
@@ -284,7 +126,7 @@ async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds:
         # The operator has just become the leader: no pod existed before this moment.
         rate = await creation(bench, namespace, bare)
         supervisors = SupervisorPool(bench, operator.coordinator_port, tls_context(bench.control_plane))
-        await supervisors.join(await bench.pods(namespace), CONNECT_SECONDS)
+        await supervisors.start(await bench.pods(namespace), CONNECT_SECONDS)
         bench.print_status(f"{bench.total_pods} supervisors start to send heartbeats")
         await bench.wait("all jobs run", lambda: all_run(bench, operator))
         requests = report_requests(bench, operator)
@@ -368,21 +210,25 @@ class Recovery:
         """End an attempt of all jobs; return the seconds until all pods are replaced, and CPU time per job in ms."""
         bench = self.bench
         before = {pod["metadata"]["name"] for pod in await bench.pods(self.namespace)}
+        requests = sum(count_requests(self.operator).values())
         started, cpu_seconds = time.monotonic(), self.meter.cpu_seconds()
         names = (job_name(number) for number in range(bench.num_jobs))
         deleting = asyncio.create_task(bench.run_all(self._lose(job, attempt) for job in names))
         deleting.add_done_callback(lambda _: bench.print_status(f"{bench.num_jobs} pods are deleted"))
         async with _Replacements(self, attempt).watched() as replacements:
-            replaced = await bench.wait("all pods are replaced", replacements.all_exist)
-        await deleting
-        seconds = replaced - started
-        bench.add_row("one pod of every job replaced", f"after {seconds:.1f} s ({bench.num_jobs / seconds:.0f} jobs/s)")
-        ran = await bench.wait("all jobs run again", lambda: all_run(bench, self.operator))
+            await bench.wait("all pods are replaced", replacements.all_exist)
+            await deleting
+            half, most, seconds = (replacements.seconds_until(share, started) for share in (0.5, 0.95, 1.0))
+            what = (
+                f"after {seconds:.1f} s ({bench.num_jobs / seconds:.0f} jobs/s); half {half:.1f} s, 95 % {most:.1f} s"
+            )
+            bench.add_row("one pod of every job replaced", what)
+            ran = await bench.wait("all jobs run again", lambda: all_run(bench, self.operator))
         kept = before & {pod["metadata"]["name"] for pod in await bench.pods(self.namespace)}
         cpu_ms = self.meter.cpu_ms_since(cpu_seconds, bench.num_jobs)
-        own = cpu_ms["operator"]
-        what = f"after {ran - started:.1f} s; {len(kept)} pods were kept; {own:.1f} ms of CPU time per job"
-        bench.add_row("all jobs train again", what)
+        own, requests = cpu_ms["operator"], (sum(count_requests(self.operator).values()) - requests) / bench.num_jobs
+        what = f"after {ran - started:.1f} s; {len(kept)} pods were kept"
+        bench.add_row("all jobs train again", f"{what}; {requests:.1f} requests and {own:.1f} ms of CPU time per job")
         bench.add_row("CPU time per job, all processes", describe_cpu(cpu_ms))
         return seconds, cpu_ms
 
@@ -393,7 +239,7 @@ class Recovery:
 
 
 class _Replacements:
-    """The pods that are created after an attempt; their supervisors are started at once.
+    """The pods that are created after an attempt; the supervisor of each is started as soon as its pod runs.
 
     They are watched, not listed: a list of thousands of pods every second takes the time that it should measure.
     """
@@ -401,31 +247,49 @@ class _Replacements:
     def __init__(self, recovery: Recovery, attempt: int) -> None:
         self._recovery = recovery
         self._selector = f"{labels.ATTEMPT} notin ({','.join(map(str, range(1, attempt + 1)))})"
-        self._names: set[str] = set()
+        self._created_at: dict[str, float] = {}
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[_Replacements]:
         """Watch while the context is open."""
         async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(self._watch(tasks))
+            watching = [tasks.create_task(self._watch_created()), tasks.create_task(self._watch_running(tasks))]
             try:
                 yield self
             finally:
-                watching.cancel()
+                for task in watching:
+                    task.cancel()
 
     async def all_exist(self) -> bool:
         """Return whether every job has a replacement."""
-        return len(self._names) >= self._recovery.bench.num_jobs
+        return len(self._created_at) >= self._recovery.bench.num_jobs
 
-    async def _watch(self, tasks: asyncio.TaskGroup) -> None:
+    def seconds_until(self, share: float, started: float) -> float:
+        """Return the seconds from the start until a share of all replacements existed."""
+        times = sorted(self._created_at.values())
+        return times[max(0, math.ceil(share * len(times)) - 1)] - started
+
+    async def _watch_created(self) -> None:
+        async with aclosing(self._added({})) as pods:
+            async for pod in pods:
+                self._created_at.setdefault(pod["metadata"]["name"], time.monotonic())
+
+    async def _watch_running(self, tasks: asyncio.TaskGroup) -> None:
+        started: set[str] = set()
+        async with aclosing(self._added({"fieldSelector": "status.phase=Running"})) as pods:
+            async for pod in pods:
+                if pod["metadata"]["name"] not in started:
+                    started.add(pod["metadata"]["name"])
+                    tasks.create_task(self._recovery.supervisors.start([pod], 0.0))
+
+    async def _added(self, query: dict[str, str]) -> AsyncGenerator[Json, None]:
+        """Yield the metadata of each pod that appears among those that a query selects."""
         bench, path = self._recovery.bench, PODS.path(self._recovery.namespace)
-        query = {"labelSelector": self._selector, "timeoutSeconds": f"{LIMIT_SECONDS:.0f}"}
+        query = {**query, "labelSelector": self._selector, "timeoutSeconds": f"{LIMIT_SECONDS:.0f}"}
         async with aclosing(bench.api.watch(path, query, PARTIAL)) as events:
             async for event in events:
-                pod = event["object"]
-                if event["type"] == "ADDED" and pod["metadata"]["name"] not in self._names:
-                    self._names.add(pod["metadata"]["name"])
-                    tasks.create_task(self._recovery.supervisors.join([pod], 0.0))
+                if event["type"] == "ADDED":
+                    yield event["object"]
 
 
 async def main() -> None:

@@ -40,6 +40,8 @@ MAX_READS = 60
 PAGE = 500
 SPARE_CONNECTIONS = 1000
 """Connections of supervisors that the operator accepts beyond one for each pod."""
+COORDINATOR_URL = "https://coordinator.invalid"
+"""Address in the pods, whose supervisors run in the benchmark."""
 QUEUE = "bench"
 """Name of the queue that admits all jobs at once, with --queue."""
 LOG_LINES = 40
@@ -130,10 +132,15 @@ class OperatorBench:
         spec = {}
         if self.queue is not None:
             spec["queueName"] = QUEUE
-            self.queue.apply("resourceflavors", QUEUE, {})
-            self.queue.add_queue(QUEUE, namespace, [{"name": QUEUE, "cpu": 2 * self.total_pods, "memory": "1Pi"}])
+            self.add_queue(QUEUE, namespace)
         jobs = (build_job(job_name(number), nodes=self.num_pods, **spec) for number in range(self.num_jobs))
         await self.run_all(self.api.create(JOBS.path(namespace), job) for job in jobs)
+
+    def add_queue(self, name: str, namespace: str) -> None:
+        """Add a queue that admits all jobs at once."""
+        assert self.queue is not None
+        self.queue.apply("resourceflavors", QUEUE, {})
+        self.queue.add_queue(name, namespace, [{"name": QUEUE, "cpu": 2 * self.total_pods, "memory": "1Pi"}])
 
 
 def job_name(number: int) -> str:
@@ -160,17 +167,24 @@ async def create_supervisors(
     created: list[BenchSupervisor] = []
 
     async def create(pod: Json) -> None:
-        meta = pod["metadata"]
-        reference = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
-        audiences = [Settings().coordinator_audience]
-        spec = {"audiences": audiences, "expirationSeconds": 3600, "boundObjectRef": reference}
-        request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
-        path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/default/token"
-        answer = await bench.api.request("POST", path, request)
-        created.append(BenchSupervisor(pod, answer["status"]["token"], counts, steady=steady))
+        created.append(await create_supervisor(bench, pod, counts, steady=steady))
 
     await bench.run_all(create(pod) for pod in pods)
     return created
+
+
+async def create_supervisor(
+    bench: OperatorBench, pod: Json, counts: HeartbeatCounts, *, steady: bool = True
+) -> BenchSupervisor:
+    """Create the supervisor of a pod."""
+    meta = pod["metadata"]
+    reference = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
+    audiences = [Settings().coordinator_audience]
+    spec = {"audiences": audiences, "expirationSeconds": 3600, "boundObjectRef": reference}
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
+    path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/default/token"
+    answer = await bench.api.request("POST", path, request)
+    return BenchSupervisor(pod, answer["status"]["token"], counts, steady=steady)
 
 
 def coordinator_flags(control_plane: ControlPlane) -> tuple[str, ...]:
@@ -180,7 +194,7 @@ def coordinator_flags(control_plane: ControlPlane) -> tuple[str, ...]:
         "--lease-seconds=15",
         f"--coordinator-tls-cert={certificate.certificate}",
         f"--coordinator-tls-key={certificate.key}",
-        "--coordinator-url=https://coordinator.invalid",
+        f"--coordinator-url={COORDINATOR_URL}",
     )
 
 

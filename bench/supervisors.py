@@ -11,6 +11,7 @@ import contextlib
 import random
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,18 +66,25 @@ class BenchSupervisor:
             "pod_uid": meta["uid"],
             "node_rank": int(own[labels.NODE_RANK]),
         }
-        self._token = token
         self._counts = counts
         self._steady = steady
-        self._step = 1
-        self._peer_lost = False
+        self._step = 0
+        self._state = RankState.STARTING
         self._changed = asyncio.Event()
+        self._head = (
+            f"POST {BEAT_PATH} HTTP/1.1\r\nHost: {LOOPBACK}\r\nAuthorization: Bearer {token}\r\n"
+            "Content-Type: application/json\r\nContent-Length: "
+        )
+        self._last_reply = b""
+        self.joined: Callable[[BenchSupervisor], None] = BenchSupervisor.train
+        """Called when its ranks have joined an attempt; they train from `train` on."""
         self.beat_seconds = Settings().beat_seconds
 
     async def run(self, port: int, context: ssl.SSLContext, spread_seconds: float | None = None) -> None:
         """Send heartbeats until cancelled; the first within `spread_seconds` (default: the heartbeat interval)."""
         spread = self.beat_seconds if spread_seconds is None else spread_seconds
         await asyncio.sleep(random.uniform(0, spread))
+        self._join()
         while True:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await self._exchange_heartbeats(port, context)
@@ -85,8 +93,23 @@ class BenchSupervisor:
 
     def lose_peer(self) -> None:
         """Report immediately that the ranks have ended because of a lost peer, and wait for a new world."""
-        self._peer_lost = True
+        self._state = RankState.FAILED
         self._changed.set()
+
+    @property
+    def has_joined(self) -> bool:
+        """Return whether its ranks belong to the newest attempt that it knows."""
+        return self._state in (RankState.RESTORING, RankState.TRAINING)
+
+    def train(self) -> None:
+        """Report that the ranks train."""
+        self._state = RankState.TRAINING
+        self._step += 1
+        self._changed.set()
+
+    def _join(self) -> None:
+        self._state = RankState.RESTORING
+        self.joined(self)
 
     async def _exchange_heartbeats(self, port: int, context: ssl.SSLContext) -> None:
         reader, writer = await asyncio.open_connection(LOOPBACK, port, ssl=context, server_hostname=LOOPBACK)
@@ -97,10 +120,11 @@ class BenchSupervisor:
                 started = time.monotonic()
                 status, body = await self._post(reader, writer)
                 self._counts.latencies.append(time.monotonic() - started)
-                if status == 200:
-                    self._apply_reply(Reply.model_validate_json(body))
-                else:
+                if status != 200:
                     self._counts.refused += 1
+                elif body != self._last_reply:
+                    self._last_reply = body
+                    self._apply_reply(Reply.model_validate_json(body))
                 with contextlib.suppress(TimeoutError):
                     left = self.beat_seconds - (time.monotonic() - started)
                     await asyncio.wait_for(self._changed.wait(), max(0.0, left))
@@ -113,19 +137,13 @@ class BenchSupervisor:
         if reply.world is not None and reply.world.attempt > self.attempt:
             self.attempt = reply.world.attempt
             self._identity["node_rank"] = reply.world.node_rank
-            self._peer_lost = False
-            self._step += 1
             self._changed.set()
+            self._join()
 
     async def _post(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, bytes]:
         body = self._build_heartbeat().to_json().encode()
-        head = (
-            f"POST {BEAT_PATH} HTTP/1.1\r\nHost: {LOOPBACK}\r\nAuthorization: Bearer {self._token}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        )
-        if self._peer_lost:
-            head += f"{PREFER}: wait={WAIT_SECONDS:.0f}\r\n"
-        writer.write(head.encode() + b"\r\n" + body)
+        prefer = f"\r\n{PREFER}: wait={WAIT_SECONDS:.0f}" if self._state is RankState.FAILED else ""
+        writer.write(f"{self._head}{len(body)}{prefer}\r\n\r\n".encode() + body)
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
         return int(lines[0].split(" ")[1]), await reader.readexactly(int(headers["content-length"]))
@@ -134,14 +152,16 @@ class BenchSupervisor:
         self.sequence += 1
         rank = self._identity["node_rank"]
         step = self._step if self._steady else self.sequence
-        state = RankState.FAILED if self._peer_lost else RankState.TRAINING
-        report = RankReport(rank=rank, state=state, step=step, total_steps=TOTAL_STEPS, loss=0.1, images_per_second=9.5)
+        lost = self._state is RankState.FAILED
+        report = RankReport(
+            rank=rank, state=self._state, step=step, total_steps=TOTAL_STEPS, loss=0.1, images_per_second=9.5
+        )
         end = RankEnd(rank=rank, exit_code=ExitCode.FABRIC, last_words="lost a peer")
         return Heartbeat(
             **self._identity,
             attempt=self.attempt,
             sequence=self.sequence,
             ranks=(report,),
-            ends=(end,) if self._peer_lost else (),
-            waiting=self._peer_lost,
+            ends=(end,) if lost else (),
+            waiting=lost,
         )

@@ -1,0 +1,189 @@
+"""Loops that do only what no operator can avoid, on the same control plane: the limit of `bench.operator`.
+
+They create the pods of all jobs, and then replace one pod of every job. With a queue, each job is first requested from
+Kueue, and its pods are created when it is admitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+from datetime import UTC, datetime
+
+from bench.scale import CONNECTIONS, COORDINATOR_URL, LIMIT_SECONDS, OperatorBench, job_name
+from finetune_operator.api.job import FineTuneJob, ObjectMeta
+from finetune_operator.api.names import pod_name
+from finetune_operator.api.reasons import Reason
+from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
+from finetune_operator.cluster.kube.client.client import ApiError, Json
+from finetune_operator.cluster.kube.client.objects import JOBS, PODS, status_body
+from finetune_operator.cluster.kube.queue.workloads import WORKLOADS
+from finetune_operator.manifests import build_pod
+from finetune_operator.manifests.workload import build_workload, workload_name
+from finetune_operator.plan import plan
+from finetune_operator.plan.model import ledger
+from finetune_operator.plan.model.types import Observed
+from finetune_operator.settings import Settings
+from testing.operator.harness import build_job
+
+NUM_NODES = 100
+NAMESPACE = "bare"
+GATEWAY_TIMEOUT = 504
+MAX_DELETIONS = 10
+SETTINGS = Settings(coordinator_url=COORDINATOR_URL)
+"""Settings of the operator that decide what its pods contain: these loops create the same ones."""
+
+
+async def warm_up(bench: OperatorBench) -> None:
+    """Run a pod on every node, so that scheduler and kwok are active in all measurements, as in a real cluster.
+
+    If the scheduler became active late, the bare loop would have the API server for itself.
+    """
+    namespace = bench.control_plane.create_namespace("warm")
+    job = manifest(namespace, 0, NUM_NODES)
+    await bench.run_all(create_pod(bench, job, rank) for rank in range(NUM_NODES))
+    await all_pods_run(bench, namespace)
+    await clear(bench, namespace)
+
+
+async def bare_loops(bench: OperatorBench) -> tuple[float, float]:
+    """Return the pods per second, and the seconds of all recoveries, of loops that do nothing else."""
+    await warm_up(bench)
+    namespace = bench.control_plane.create_namespace(NAMESPACE)
+    spec = {} if bench.queue is None else {"queueName": NAMESPACE}
+    jobs = [manifest(namespace, number, bench.num_pods, **spec) for number in range(bench.num_jobs)]
+    if bench.queue is not None:
+        bench.add_queue(NAMESPACE, namespace)
+    started = time.monotonic()
+    if bench.queue is None:
+        await bench.run_all(create_pod(bench, job, rank) for job in jobs for rank in range(bench.num_pods))
+    else:
+        await create_admitted(bench, namespace, jobs)
+    rate = bench.total_pods / (time.monotonic() - started)
+    bench.add_row("bare loop", f"{rate:.0f} pods/s")
+    await all_pods_run(bench, namespace)
+    recover_seconds = await bare_recoveries(bench, namespace)
+    bench.add_row("bare loop, one pod of every job replaced", f"after {recover_seconds:.1f} s")
+    await clear(bench, namespace)
+    if bench.queue is not None:
+        await delete_all(bench, WORKLOADS.path(namespace))
+    return rate, recover_seconds
+
+
+async def create_admitted(bench: OperatorBench, namespace: str, jobs: list[FineTuneJob]) -> None:
+    """Request all jobs from their queue, and create the pods of each when Kueue has admitted it."""
+    waiting = {workload_name(job): job for job in jobs}
+    async with asyncio.TaskGroup() as tasks:
+        requests = (build_workload(job, SETTINGS) for job in jobs)
+        create = (bench.api.create(WORKLOADS.path(namespace), unowned(request)) for request in requests)
+        requesting = tasks.create_task(bench.run_all(create))
+        slots = asyncio.Semaphore(CONNECTIONS)
+        query = {"timeoutSeconds": f"{LIMIT_SECONDS:.0f}"}
+        async with aclosing(bench.api.watch(WORKLOADS.path(namespace), query)) as events:
+            async for event in events:
+                workload = event["object"]
+                conditions = (workload.get("status") or {}).get("conditions") or ()
+                if any(each["type"] == "Admitted" and each["status"] == "True" for each in conditions):
+                    job = waiting.pop(workload["metadata"]["name"], None)
+                    if job is not None:
+                        tasks.create_task(create_pods(bench, job, slots))
+                if not waiting:
+                    break
+        await requesting
+
+
+async def create_pods(bench: OperatorBench, job: FineTuneJob, slots: asyncio.Semaphore) -> None:
+    """Create all pods of a job, one after the other, as the operator does."""
+    async with slots:
+        for rank in range(bench.num_pods):
+            await create_pod(bench, job, rank)
+
+
+async def create_pod(bench: OperatorBench, job: FineTuneJob, node_rank: int, attempt: int = 1) -> None:
+    """Create a pod without its owner, which does not exist."""
+    pod = unowned(build_pod(job, attempt, node_rank, SETTINGS))
+    await bench.api.create(PODS.path(job.metadata.namespace), pod)
+
+
+async def bare_recoveries(bench: OperatorBench, namespace: str) -> float:
+    """Return the seconds in which a loop replaces one pod of every job, with one write of each status."""
+    node_rank = bench.num_pods - 1
+    stored: dict[str, FineTuneJob] = {}
+
+    async def store(job: FineTuneJob) -> None:
+        name = job.metadata.name
+        created = await bench.api.create(JOBS.path(namespace), build_job(name, nodes=bench.num_pods))
+        meta = ObjectMeta.model_validate(created["metadata"])
+        first = plan(job, Observed(), datetime.now(UTC), SETTINGS).status
+        stored[name] = job.model_copy(update={"metadata": meta, "status": first})
+
+    async def replace(job: FineTuneJob) -> None:
+        ended = ledger.replace_current(job.status, _lost(job.status))
+        status = ledger.begin(ended, 2, datetime.now(UTC), SETTINGS.max_attempts_kept)
+        await delete_pod(bench, namespace, pod_name(job.metadata.name, 1, node_rank))
+        await bench.api.replace(JOBS.path(namespace, job.metadata.name, "status"), status_body(job, status))
+        await create_pod(bench, job, node_rank, attempt=2)
+
+    jobs = (manifest(namespace, number, bench.num_pods) for number in range(bench.num_jobs))
+    await bench.run_all(map(store, jobs))
+    started = time.monotonic()
+    await bench.run_all(map(replace, stored.values()))
+    seconds = time.monotonic() - started
+    await delete_all(bench, JOBS.path(namespace))
+    return seconds
+
+
+def _lost(status: FineTuneJobStatus) -> AttemptStatus:
+    """Return the entry of an attempt that ended because a pod was lost."""
+    entry = status.attempts[-1]
+    message = "the pod was deleted while it ran"
+    ended = {"ended_at": entry.started_at, "reason": Reason.POD_LOST.value, "message": message, "node": "node-1"}
+    return entry.model_copy(update=ended)
+
+
+async def all_pods_run(bench: OperatorBench, namespace: str) -> float:
+    """Wait until no pod is pending; return the time."""
+
+    async def none_pending() -> bool:
+        page = await bench.get(PODS.path(namespace), {"fieldSelector": "status.phase=Pending", "limit": "1"})
+        return not page.get("items")
+
+    return await bench.wait("pods run", none_pending)
+
+
+async def clear(bench: OperatorBench, namespace: str) -> None:
+    """Delete all pods of a namespace and wait until none is left."""
+    await delete_all(bench, PODS.path(namespace))
+    await bench.wait("pods are deleted", lambda: bench.has_pods(namespace, 0))
+
+
+async def delete_all(bench: OperatorBench, path: str) -> None:
+    """Delete all objects at a path. The API server ends a request after a minute, and 10,000 pods take longer."""
+    for _ in range(MAX_DELETIONS):
+        try:
+            await bench.api.request("DELETE", path, query={"gracePeriodSeconds": "0"}, seconds=300)
+        except ApiError as error:
+            if error.status != GATEWAY_TIMEOUT:
+                raise
+        else:
+            return
+    raise TimeoutError(path)
+
+
+async def delete_pod(bench: OperatorBench, namespace: str, pod: str) -> None:
+    """Delete a pod without a grace period, as if its node had been lost."""
+    await bench.api.delete(PODS.path(namespace, pod), {"gracePeriodSeconds": 0})
+
+
+def manifest(namespace: str, number: int, num_pods: int, **spec: object) -> FineTuneJob:
+    """Return a job as the API server stores it."""
+    job = build_job(job_name(number), nodes=num_pods, **spec)
+    job["metadata"] |= {"namespace": namespace, "uid": f"{number:08}-0000-0000-0000-000000000000"}
+    return FineTuneJob.model_validate(job)
+
+
+def unowned(manifest: Json) -> Json:
+    """Return a manifest without its owner, which does not exist."""
+    meta = {key: value for key, value in manifest["metadata"].items() if key != "ownerReferences"}
+    return {**manifest, "metadata": meta}
