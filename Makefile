@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-intel image-trainer-cuda
 .PHONY: image-trainer-export
-.PHONY: help install system-packages demo test test-fast test-readers test-intel test-oldest test-export bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
+.PHONY: help install environments system-packages demo test test-fast test-readers test-intel test-oldest test-export bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-queue test-queue bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
         bench-learning bench-map bench-outputs bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
 
@@ -56,6 +56,11 @@ EXPORT := .venv-export
 test-export: ## write outputs for OpenVINO, and compare their pictures with those of torch, in an environment with the extra export
 	@$(PYTHON) tools/install.py $(EXPORT) requirements/export-tests.txt
 	@PYTHONPATH=trainer:operator $(EXPORT)/bin/python -m pytest tests/export
+
+environments: ## install the environments of test-readers, test-intel, test-oldest and test-export
+	@for lock in readers-oldest:$(READERS) intel:$(INTEL) oldest:$(OLDEST) export-tests:$(EXPORT); do \
+	    $(PYTHON) tools/install.py $${lock#*:} requirements/$${lock%:*}.txt || exit; \
+	done
 
 bench-cpu: ## compare native torch with IPEX, fp32 with bf16, ranks with threads, pinned with unpinned, and bf16 on the wire
 	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
