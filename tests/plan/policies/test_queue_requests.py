@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from finetune_contract.heartbeat import RankState
+from finetune_contract.phase import Phase
 from finetune_operator.api import kueue, labels
 from finetune_operator.manifests import PodOptions, build_pod
+from finetune_operator.plan.model.types import Refusal
 from testing.simulated.workloads import is_true
 from tests.plan.fake_cluster import FakeCluster, make_job, seconds
 from tests.plan.policies.test_queue import NAME, QUEUED, admitted, queued
@@ -43,6 +45,25 @@ def test_edit_of_pack_requests_the_admission_again() -> None:
     cluster.edit(queueName="gpus", topology={"accelerator": "cpu", "nodes": 2, "pack": "zone"})
     cluster.settle()
     assert cluster.queue.stored[NAME]["metadata"]["annotations"][labels.REQUEST] != old
+
+
+def test_edit_before_the_first_pod_gives_the_admission_back() -> None:
+    """No pod is created in the moment in which its quota is released."""
+    cluster = queued()
+    cluster.refusal, cluster.num_admitted = Refusal("exceeded quota"), 0
+    cluster.queue.admit(NAME, cluster.now)
+    cluster.settle_refused()
+    uid = cluster.queue.stored[NAME]["metadata"]["uid"]
+    assert (cluster.job.status.attempt, cluster.pods) == (1, {})
+    cluster.edit(queueName="gpus", topology={"accelerator": "cpu", "nodes": 3})
+    cluster.refusal = None
+    cluster.settle()
+    assert cluster.queue.stored[NAME]["metadata"]["uid"] != uid
+    assert cluster.job.status.phase is Phase.QUEUED
+    assert not [name for name in cluster.manifests if name.startswith("circles-a")], "it would exist without quota"
+    cluster.queue.admit(NAME, cluster.now)
+    cluster.running()
+    assert len(cluster.pods) == 3
 
 
 def test_raised_memory_is_requested_from_the_queue() -> None:

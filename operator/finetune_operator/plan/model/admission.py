@@ -78,11 +78,16 @@ def may_run(view: View) -> bool:
 
 
 def may_create(view: View) -> bool:
-    """Return whether pods may be created: they are admitted, and it is known what the queue adds to them."""
+    """Return whether pods may be created: they are admitted, and it is known what the queue adds to them.
+
+    After an edit, a job without pods gives its admission back at once, even if its attempt is open.
+    """
     if not uses_queue(view):
         return True
     workload = active(view)
-    return _is_served(view) and workload is not None and is_admitted(workload) and workload.update is not None
+    if workload is None or (is_outdated(view, workload) and not view.raw.pods):
+        return False
+    return _is_served(view) and is_admitted(workload) and workload.update is not None
 
 
 def limit(view: View) -> int | None:
