@@ -44,7 +44,7 @@ async def warm_up(bench: OperatorBench) -> None:
     job = manifest(namespace, 0, NUM_NODES)
     await bench.run_all(create_pod(bench, job, rank) for rank in range(NUM_NODES))
     await all_pods_run(bench, namespace)
-    await clear(bench, namespace)
+    await clear(bench, PODS.path(namespace))
 
 
 async def bare_loops(bench: OperatorBench) -> tuple[float, float]:
@@ -65,9 +65,9 @@ async def bare_loops(bench: OperatorBench) -> tuple[float, float]:
     await all_pods_run(bench, namespace)
     recover_seconds = await bare_recoveries(bench, namespace)
     bench.add_row("bare loop, one pod of every job replaced", f"after {recover_seconds:.1f} s")
-    await clear(bench, namespace)
+    await clear(bench, PODS.path(namespace))
     if bench.queue is not None:
-        await delete_all(bench, WORKLOADS.path(namespace))
+        await clear(bench, WORKLOADS.path(namespace))
     return rate, recover_seconds
 
 
@@ -152,10 +152,14 @@ async def all_pods_run(bench: OperatorBench, namespace: str) -> float:
     return await bench.wait("pods run", none_pending)
 
 
-async def clear(bench: OperatorBench, namespace: str) -> None:
-    """Delete all pods of a namespace and wait until none is left."""
-    await delete_all(bench, PODS.path(namespace))
-    await bench.wait("pods are deleted", lambda: bench.has_pods(namespace, 0))
+async def clear(bench: OperatorBench, path: str) -> None:
+    """Delete all objects of a collection, and wait until none is left."""
+    await delete_all(bench, path)
+
+    async def is_empty() -> bool:
+        return await bench.count(path) == 0
+
+    await bench.wait(f"nothing is left at {path}", is_empty)
 
 
 async def delete_all(bench: OperatorBench, path: str) -> None:

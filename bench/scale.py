@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from bench.supervisors import BenchSupervisor, HeartbeatCounts
@@ -75,11 +76,12 @@ class OperatorBench:
         """Run coroutines, at most `CONNECTIONS` at a time."""
         queue = iter(work)
 
-        async def worker() -> None:
+        async def worker(first: Coroutine[Any, Any, Any]) -> None:
+            await first
             for coroutine in queue:
                 await coroutine
 
-        await asyncio.gather(*(worker() for _ in range(CONNECTIONS)))
+        await asyncio.gather(*map(worker, list(islice(queue, CONNECTIONS))))
 
     async def wait(self, what: str, done: Callable[[], Coroutine[Any, Any, bool]]) -> float:
         """Wait until a condition holds; return the time."""
@@ -101,14 +103,14 @@ class OperatorBench:
             await asyncio.sleep(POLL_SECONDS)
         raise TimeoutError(path)
 
-    async def count_pods(self, namespace: str) -> int:
-        """Return the number of pods in a namespace; only one of them is transferred."""
-        page = await self.get(PODS.path(namespace), {"limit": "1"}, PARTIAL_LIST)
+    async def count(self, path: str) -> int:
+        """Return the number of objects of a collection; only one of them is transferred."""
+        page = await self.get(path, {"limit": "1"}, PARTIAL_LIST)
         return len(page.get("items") or ()) + int(page["metadata"].get("remainingItemCount") or 0)
 
     async def has_pods(self, namespace: str, number: int) -> bool:
         """Return whether a namespace contains exactly this number of pods."""
-        return await self.count_pods(namespace) == number
+        return await self.count(PODS.path(namespace)) == number
 
     async def newest_pod(self, namespace: str) -> datetime:
         """Return when the newest pod of a namespace was created, in whole seconds, by the API server's clock."""
@@ -167,24 +169,17 @@ async def create_supervisors(
     created: list[BenchSupervisor] = []
 
     async def create(pod: Json) -> None:
-        created.append(await create_supervisor(bench, pod, counts, steady=steady))
+        meta = pod["metadata"]
+        reference = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
+        audiences = [Settings().coordinator_audience]
+        spec = {"audiences": audiences, "expirationSeconds": 3600, "boundObjectRef": reference}
+        request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
+        path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/default/token"
+        answer = await bench.api.request("POST", path, request)
+        created.append(BenchSupervisor(pod, answer["status"]["token"], counts, steady=steady))
 
     await bench.run_all(create(pod) for pod in pods)
     return created
-
-
-async def create_supervisor(
-    bench: OperatorBench, pod: Json, counts: HeartbeatCounts, *, steady: bool = True
-) -> BenchSupervisor:
-    """Create the supervisor of a pod."""
-    meta = pod["metadata"]
-    reference = {"apiVersion": "v1", "kind": "Pod", "name": meta["name"], "uid": meta["uid"]}
-    audiences = [Settings().coordinator_audience]
-    spec = {"audiences": audiences, "expirationSeconds": 3600, "boundObjectRef": reference}
-    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
-    path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/default/token"
-    answer = await bench.api.request("POST", path, request)
-    return BenchSupervisor(pod, answer["status"]["token"], counts, steady=steady)
 
 
 def coordinator_flags(control_plane: ControlPlane) -> tuple[str, ...]:

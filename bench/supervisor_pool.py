@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from collections.abc import Iterable
 
-from bench.scale import OperatorBench, create_supervisor, create_supervisors
+from bench.scale import OperatorBench, create_supervisors
 from bench.supervisors import BenchSupervisor, HeartbeatCounts
 from finetune_operator.cluster.kube.client.client import Json
 
@@ -24,12 +24,7 @@ class SupervisorPool:
 
     async def start(self, pods: Iterable[Json], spread_seconds: float) -> None:
         """Start the supervisors of pods."""
-        found = list(pods)
-        if len(found) == 1:
-            created = [await create_supervisor(self._bench, found[0], self._counts)]
-        else:
-            created = await create_supervisors(self._bench, found, self._counts)
-        for supervisor in created:
+        for supervisor in await create_supervisors(self._bench, pods, self._counts):
             supervisor.joined = self._joined
             self._jobs.setdefault(supervisor.job, []).append(supervisor)
             run = supervisor.run(self._port, self._context, spread_seconds)

@@ -151,9 +151,9 @@ class BenchSupervisor:
     def _build_heartbeat(self) -> Heartbeat:
         self.sequence += 1
         rank = self._identity["node_rank"]
-        lost, step = self._state is RankState.FAILED, None
-        if self._state is not RankState.RESTORING:
-            step = self._step if self._steady else self.sequence
+        lost = self._state is RankState.FAILED
+        reached = self._step if self._steady else self.sequence
+        step = None if self._state is RankState.RESTORING else reached
         report = RankReport(
             rank=rank, state=self._state, step=step, total_steps=TOTAL_STEPS, loss=0.1, images_per_second=9.5
         )
