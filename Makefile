@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: cluster cluster-test image-operator image-trainer-cpu image-trainer-cpu-intel image-trainer-cuda
-.PHONY: image-trainer-export
+.PHONY: image-trainer-export readers-environment intel-environment oldest-environment export-environment
 .PHONY: help install environments system-packages demo test test-fast test-readers test-intel test-oldest test-export bench-cpu bench-cpu-nodes mutate docs lint generate verify format lock clean control-plane kill-demo hub-faults kill-matrix simulate bench-ranks \
         bench-operator bench-queue test-queue bench-beats bench-spot bench-train kill-saves kill-scripts bench-checkpoint \
         bench-learning bench-map bench-outputs bench-restart bench-exchange bench-launches bench-script-hook gpu-kit
@@ -37,33 +37,37 @@ test-fast: install ## run the pure tests, in less than a minute
 	$(BIN)/pytest --numprocesses 2 -m "not cluster and not trainer" $(FAST_TESTS)
 
 READERS := .venv-readers
-test-readers: install ## load every output with the oldest and the newest supported releases of diffusers, and compare the pictures
-	@$(PYTHON) tools/install.py $(READERS) requirements/readers-oldest.txt
+test-readers: install readers-environment ## load every output with the oldest and the newest supported releases of diffusers, and compare the pictures
 	@$(BIN)/python -m tests.readers --oldest $(READERS)/bin/python
 
 OLDEST := .venv-oldest
-test-oldest: ## train every method, and run scripts, with the oldest supported releases of torch, diffusers and accelerate
-	@$(PYTHON) tools/install.py $(OLDEST) requirements/oldest.txt
+test-oldest: oldest-environment ## train every method, and run scripts, with the oldest supported releases of torch, diffusers and accelerate
 	@PYTHONPATH=trainer:operator OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/oldest \
 	    tests/scripts/test_hook.py::test_a_notice_loses_no_step_and_changes_no_weight
 
 INTEL := .venv-intel
-test-intel: ## train every method with IPEX on one and two ranks, and sum with oneCCL, in an environment with torch 2.8 and IPEX 2.8
-	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
+test-intel: intel-environment ## train every method with IPEX on one and two ranks, and sum with oneCCL, in an environment with torch 2.8 and IPEX 2.8
 	@PYTHONPATH=trainer:operator $(INTEL)/bin/python -m pytest tests/intel tests/oneccl
 
 EXPORT := .venv-export
-test-export: ## write outputs for OpenVINO, and compare their pictures with those of torch, in an environment with the extra export
-	@$(PYTHON) tools/install.py $(EXPORT) requirements/export-tests.txt
+test-export: export-environment ## write outputs for OpenVINO, and compare their pictures with those of torch, in an environment with the extra export
 	@PYTHONPATH=trainer:operator $(EXPORT)/bin/python -m pytest tests/export
 
-environments: ## install the environments of test-readers, test-intel, test-oldest and test-export
-	@for lock in readers-oldest:$(READERS) intel:$(INTEL) oldest:$(OLDEST) export-tests:$(EXPORT); do \
-	    $(PYTHON) tools/install.py $${lock#*:} requirements/$${lock%:*}.txt || exit; \
-	done
+environments: readers-environment intel-environment oldest-environment export-environment ## install the environments of test-readers, test-intel, test-oldest and test-export
 
-bench-cpu: ## compare native torch with IPEX, fp32 with bf16, ranks with threads, pinned with unpinned, and bf16 on the wire
+readers-environment:
+	@$(PYTHON) tools/install.py $(READERS) requirements/readers-oldest.txt
+
+intel-environment:
 	@$(PYTHON) tools/install.py $(INTEL) requirements/intel.txt
+
+oldest-environment:
+	@$(PYTHON) tools/install.py $(OLDEST) requirements/oldest.txt
+
+export-environment:
+	@$(PYTHON) tools/install.py $(EXPORT) requirements/export-tests.txt
+
+bench-cpu: intel-environment ## compare native torch with IPEX, fp32 with bf16, ranks with threads, pinned with unpinned, and bf16 on the wire
 	@PYTHONPATH=trainer:operator $(INTEL)/bin/python -m bench.cpu $(ARGS)
 
 bench-cpu-nodes: install ## as root: a small reference job on four network namespaces; scaling beside torchrun with DDP
