@@ -18,7 +18,7 @@ def build_service(job: FineTuneJob, settings: Settings) -> dict[str, Any]:
     endpoint writes for every change of every pod. In an elastic job any pod can become node rank 0 of a smaller gang.
     """
     name = job.metadata.name
-    # One label tells the job's pods from others: the endpoint controllers compare each label with those of all pods.
+    # No other label is needed, and the endpoint controllers compare each one with all pods of the namespace.
     selector = {labels.JOB: name}
     if job.spec.topology.max_nodes is None:
         selector |= {labels.NODE_RANK: "0"}
