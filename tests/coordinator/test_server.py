@@ -147,6 +147,35 @@ def test_refusals_contain_a_message(body: str | bytes, token: str | None, status
     asyncio.run(check())
 
 
+def test_other_paths_and_methods_are_refused() -> None:
+    async def check() -> None:
+        async with listening() as harness:
+            async with harness.session.post(harness.url + "/other", data="") as response:
+                assert (response.status, await response.text()) == (404, f"heartbeats are sent to {BEAT_PATH}\n")
+            async with harness.session.get(harness.url + BEAT_PATH) as response:
+                assert (response.status, response.headers["Allow"]) == (405, "POST")
+            async with harness.session.post(harness.url + BEAT_PATH, data="") as response:
+                assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+
+    asyncio.run(check())
+
+
+def test_a_held_reply_is_abandoned_when_its_supervisor_closes_the_connection() -> None:
+    async def check() -> None:
+        async with holding([NOTHING]) as harness:
+            request = asyncio.create_task(harness.request(WAITING, WAIT))
+            await harness.answered.wait()
+            async with asyncio.timeout(30):
+                while not len(harness.changes):  # noqa: ASYNC110  no event for it
+                    await asyncio.sleep(0)
+                request.cancel()
+                while len(harness.changes):  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+            assert harness.store.of_job("default", "circles")["uid-1"].beat == WAITING
+
+    asyncio.run(check())
+
+
 def test_large_body_without_a_content_length_is_refused() -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(MAX_BEAT_BYTES // 1024 + 1):

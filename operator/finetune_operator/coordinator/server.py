@@ -1,4 +1,4 @@
-"""POST /v1/beat over aiohttp: check size, token, identity and sequence, then store the heartbeat and wake the job.
+"""POST /v1/beat: check size, token, identity and sequence, then store the heartbeat and wake the job.
 
 The cluster starts it and injects how to authenticate tokens, what to reply and which jobs to wake. It makes no decision
 about a job.
@@ -13,8 +13,8 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from http import HTTPStatus
 
-from aiohttp import web
 from pydantic import ValidationError
 
 from finetune_contract.heartbeat import (
@@ -29,6 +29,7 @@ from finetune_contract.heartbeat import (
 )
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity, find_mismatch
 from finetune_operator.coordinator.changes import JobChanges
+from finetune_operator.coordinator.http import BodyTooLargeError, HttpRequest, HttpResponse, HttpServer
 from finetune_operator.coordinator.listener import ConnectionLimits, Listener
 
 Authenticator = Callable[[str], Awaitable[PodIdentity | None]]
@@ -42,11 +43,12 @@ SHUTDOWN_SECONDS = 1.0
 """Time limit for running requests when the server stops."""
 BODY_SECONDS = 10.0
 """Time limit for reading a heartbeat after its headers."""
-LINGER_SECONDS = 1.0
-"""Time for which the rest of a refused body is read, so that the sender receives the answer."""
+REFUSAL_HEADERS: dict[int, tuple[tuple[str, str], ...]] = {
+    HTTPStatus.UNAUTHORIZED: (("WWW-Authenticate", "Bearer"),),
+    HTTPStatus.METHOD_NOT_ALLOWED: (("Allow", "POST"),),
+}
+"""Headers that HTTP requires in such responses."""
 DEFAULT_LIMITS = ConnectionLimits()
-MAX_HEADERS = 32
-"""Headers of a request; a supervisor sends seven."""
 MIN_BEAT_SECONDS = 0.1
 """Requested interval after a reply that was held until the next heartbeat was due."""
 
@@ -89,7 +91,7 @@ class Coordinator:
         self._wake = wake
         self._clock = clock
         self._changes = changes
-        self._runner: web.AppRunner | None = None
+        self._server: HttpServer | None = None
         self._listener: Listener | None = None
 
     async def start(
@@ -104,26 +106,10 @@ class Coordinator:
         Raises:
             OSError: the port is in use.
         """
-        # aiohttp refuses larger bodies itself, independent of Content-Length.
-        app = web.Application(client_max_size=MAX_BEAT_BYTES)
-        app.router.add_post(BEAT_PATH, self._post_beat)
-        runner = web.AppRunner(
-            app,
-            access_log=None,
-            shutdown_timeout=SHUTDOWN_SECONDS,
-            max_headers=MAX_HEADERS,
-            read_bufsize=MAX_BEAT_BYTES,
-            lingering_time=LINGER_SECONDS,
-        )
-        await runner.setup()
-        assert runner.server is not None
-        listener = Listener(runner.server, limits, context)
-        try:
-            bound = await listener.start(host, port)
-        except OSError:
-            await runner.cleanup()
-            raise
-        self._runner, self._listener = runner, listener
+        server = HttpServer(self._respond, MAX_BEAT_BYTES)
+        listener = Listener(server.new_connection, limits, context)
+        bound = await listener.start(host, port)
+        self._server, self._listener = server, listener
         return bound
 
     async def stop(self) -> None:
@@ -131,20 +117,23 @@ class Coordinator:
         self._changes.close()
         if self._listener is not None:
             await self._listener.stop()
-        if self._runner is not None:
+        if self._server is not None:
             # Requests in progress still use the listener.
-            await self._runner.cleanup()
-        self._runner = self._listener = None
+            await self._server.stop(SHUTDOWN_SECONDS)
+        self._server = self._listener = None
 
-    async def _post_beat(self, request: web.Request) -> web.Response:
+    async def _respond(self, request: HttpRequest) -> HttpResponse:
         try:
             reply = await self._handle(request)
         except HeartbeatRefusedError as refused:
-            headers = {"WWW-Authenticate": "Bearer"} if refused.status == web.HTTPUnauthorized.status_code else None
-            return web.Response(status=refused.status, text=refused.message + "\n", headers=headers)
-        return web.Response(text=reply.to_json(), content_type="application/json")
+            return HttpResponse(refused.status, refused.message + "\n", headers=REFUSAL_HEADERS.get(refused.status, ()))
+        return HttpResponse(HTTPStatus.OK, reply.to_json(), "application/json")
 
-    async def _handle(self, request: web.Request) -> Reply:
+    async def _handle(self, request: HttpRequest) -> Reply:
+        if request.path != BEAT_PATH:
+            raise HeartbeatRefusedError(404, f"heartbeats are sent to {BEAT_PATH}")
+        if request.method != "POST":
+            raise HeartbeatRefusedError(405, f"send heartbeats by POST, not by {request.method}")
         assert self._listener is not None
         # A review of the token may take longer than the time until the first request.
         self._listener.touch(request.transport)
@@ -157,8 +146,12 @@ class Coordinator:
         if self._store.record(beat, self._clock()):
             self._wake(beat.namespace, beat.job)
         reply = self._answer(beat)
-        wanted = read_wait_seconds(request.headers.get(PREFER, "")) if beat.waiting else 0.0
-        return await self._hold(beat, reply, min(wanted, self._changes.hold_seconds())) if wanted else reply
+        wanted = read_wait_seconds(request.headers.get(PREFER.lower(), "")) if beat.waiting else 0.0
+        if not wanted:
+            return reply
+        # The heartbeat is stored. A supervisor that closes the connection sends another one.
+        request.abandonable = True
+        return await self._hold(beat, reply, min(wanted, self._changes.hold_seconds()))
 
     async def _hold(self, beat: Heartbeat, reply: Reply, seconds: float) -> Reply:
         """Return the reply as soon as it contains something to do, at the latest after these seconds."""
@@ -173,8 +166,8 @@ class Coordinator:
             reply = self._answer(beat)
         return reply
 
-    async def _identify(self, request: web.Request) -> PodIdentity:
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    async def _identify(self, request: HttpRequest) -> PodIdentity:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise HeartbeatRefusedError(401, "the heartbeat has no token: send it as 'Authorization: Bearer <token>'")
         identity = await self._authenticate(token.strip())
@@ -189,13 +182,16 @@ def _has_news(beat: Heartbeat, reply: Reply) -> bool:
     return is_older or reply.world is not None or reply.order is not Order.CONTINUE
 
 
-async def _read_beat(request: web.Request) -> Heartbeat:
+async def _read_beat(request: HttpRequest) -> Heartbeat:
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        if request.is_complete:
             body = await request.read()
+        else:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await request.read()
     except TimeoutError as error:
         raise HeartbeatRefusedError(408, f"the heartbeat was not complete after {BODY_SECONDS:g} s") from error
-    except web.HTTPRequestEntityTooLarge as error:
+    except BodyTooLargeError as error:
         raise HeartbeatRefusedError(413, f"the heartbeat is larger than {MAX_BEAT_BYTES} bytes") from error
     except ConnectionError as error:
         # The sender has exited during the request: this is not an error of the coordinator.
