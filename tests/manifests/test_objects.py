@@ -30,7 +30,7 @@ def test_service_is_headless_and_publishes_addresses_that_are_not_ready() -> Non
 
 
 @pytest.mark.parametrize(
-    ("nodes", "ranks"), [({"nodes": 3}, [0]), ({"minNodes": 2, "maxNodes": 3}, [0, 1, 2]), ({}, [0])]
+    ("nodes", "ranks"), [({"nodes": 3}, [0]), ({"minNodes": 2, "maxNodes": 3}, [0, 1, 2])]
 )
 def test_service_selects_the_pods_that_may_run_the_rendezvous(nodes: dict[str, Any], ranks: list[int]) -> None:
     job = make_job(topology={"accelerator": "cpu"} | nodes)

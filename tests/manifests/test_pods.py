@@ -107,6 +107,20 @@ def test_environment() -> None:
     assert env[environment.COORDINATOR_CA] == "/finetune/token/ca.crt"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ({}, "localhost"),
+        ({"nodes": 1}, "localhost"),
+        ({"nodes": 2}, "circles-a2-n0.circles.default.svc"),
+        ({"minNodes": 1, "maxNodes": 2}, "circles-a2-n0.circles.default.svc"),
+    ],
+)
+def test_the_ranks_of_a_single_pod_meet_without_a_service(nodes: dict[str, int], host: str) -> None:
+    pod = build_pod(make_job(topology={"accelerator": "cpu", **nodes}), 2, 0, SETTINGS)
+    assert env_of(pod)[environment.MASTER_ADDR] == host
+
+
 def test_every_path_in_the_environment_is_mounted() -> None:
     pod = pod_of()
     mounts = [mount["mountPath"] for mount in trainer(pod)["volumeMounts"]]

@@ -3,7 +3,7 @@
 from finetune_operator.manifests.config import build_config
 from finetune_operator.manifests.pods import PodOptions, build_pod
 from finetune_operator.manifests.run_spec import build_run_spec, build_target, global_batch, hash_target, num_nodes
-from finetune_operator.manifests.service import build_service
+from finetune_operator.manifests.service import build_service, rendezvous_host
 from finetune_operator.manifests.template import hash_template
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "hash_target",
     "hash_template",
     "num_nodes",
+    "rendezvous_host",
 ]

@@ -9,11 +9,11 @@ from finetune_contract import environment, paths
 from finetune_contract.outputs.request import ExportRequest
 from finetune_contract.run_spec import SpeedSettings
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.names import pod_host
 from finetune_operator.api.storage import StorageSpec
 from finetune_operator.manifests import layout
 from finetune_operator.manifests.fabric import backend, fabric_env
 from finetune_operator.manifests.run_spec import build_target
+from finetune_operator.manifests.service import rendezvous_host
 from finetune_operator.manifests.volumes import cache_dir, output_secrets
 from finetune_operator.settings import Settings
 
@@ -73,11 +73,12 @@ def build_export_env(job: FineTuneJob, request: ExportRequest, settings: Setting
 
 def _gang(job: FineTuneJob, slot: PodSlot, settings: Settings) -> dict[str, str]:
     topology = job.spec.topology
+    num_nodes = max(slot.num_nodes, slot.node_rank + 1)
     return {
         environment.NODE_RANK: str(slot.node_rank),
-        environment.NUM_NODES: str(max(slot.num_nodes, slot.node_rank + 1)),
+        environment.NUM_NODES: str(num_nodes),
         environment.PROCESSES_PER_NODE: str(topology.processes_per_node),
-        environment.MASTER_ADDR: pod_host(job.metadata.name, *slot.first_pod, job.metadata.namespace),
+        environment.MASTER_ADDR: rendezvous_host(job, slot.first_pod, num_nodes),
         environment.MASTER_PORT: str(settings.rendezvous_port),
         environment.BACKEND: backend(topology),
         **({environment.MTBF_SECONDS: f"{slot.mtbf_seconds:g}"} if slot.mtbf_seconds else {}),

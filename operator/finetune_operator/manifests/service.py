@@ -1,4 +1,4 @@
-"""The headless service that gives the pod of the rendezvous its host name."""
+"""The host of the rendezvous, and the headless service that gives its pod a name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,25 @@ from typing import Any
 
 from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.names import service_name
+from finetune_operator.api.names import pod_host, service_name
 from finetune_operator.manifests.metadata import build_metadata, job_labels
 from finetune_operator.settings import Settings
+
+
+LOCALHOST = "localhost"
+
+
+def rendezvous_host(job: FineTuneJob, first_pod: tuple[int, int], num_nodes: int) -> str:
+    """Return the host where the ranks of a gang meet. Those of a single pod need no name, and so no service.
+
+    Args:
+        job: the job.
+        first_pod: attempt and node rank in the name of node rank 0's pod.
+        num_nodes: number of pods of the gang.
+    """
+    if num_nodes == 1:
+        return LOCALHOST
+    return pod_host(job.metadata.name, *first_pod, job.metadata.namespace)
 
 
 def build_service(job: FineTuneJob, settings: Settings) -> dict[str, Any]:

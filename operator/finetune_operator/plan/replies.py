@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from finetune_contract.heartbeat import Heartbeat, NewWorld, Order, Reply
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.api.names import pod_host, pod_name
+from finetune_operator.api.names import pod_name
 from finetune_operator.api.reasons import CountsAs, Reason
-from finetune_operator.manifests import build_target
+from finetune_operator.manifests import build_target, rendezvous_host
 from finetune_operator.plan.model.grace import SAVED_FOR, WITH_OWN_GRACE, is_sudden
 from finetune_operator.plan.model.ledger import current, follows_gpu_fault
 from finetune_operator.plan.model.view import members_of
@@ -23,12 +23,14 @@ def reply_to(job: FineTuneJob | None, beat: Heartbeat, settings: Settings) -> Re
     """Return the reply to a heartbeat. A job that is unknown (not observed yet, or deleted) has no orders."""
     if job is None or beat.job_uid != job.metadata.uid:
         return Reply()
-    member, world = _is_member(job, beat), _new_world(job, beat, settings)
-    hurried = beat.waiting and (_is_between_attempts(job) or (member and beat.attempt < job.status.attempt))
+    # Its pod may belong to the newest attempt, even if the supervisor does not know it yet.
+    rank = _rank_of(job, beat) if beat.attempt < job.status.attempt else None
+    world = _new_world(job, rank, settings) if rank is not None else None
+    hurried = beat.waiting and (_is_between_attempts(job) or rank is not None)
     return Reply(
         order=Order.SAVE_AND_STOP if _should_save(job, beat) else Order.CONTINUE,
         # A kept pod receives the newest attempt together with its world: it would stop if it had no world.
-        attempt=None if member and world is None and beat.attempt < job.status.attempt else job.status.attempt,
+        attempt=None if rank is not None and world is None else job.status.attempt,
         world=world,
         peer_lost=_has_lost_peer(job, beat),
         stacks=_has_hung(job, beat.attempt),
@@ -65,33 +67,27 @@ def _should_save(job: FineTuneJob, beat: Heartbeat) -> bool:
     return entry.counts_as == CountsAs.PREEMPTION and not is_sudden(entry)
 
 
-def _is_member(job: FineTuneJob, beat: Heartbeat) -> bool:
-    """Return whether a pod belongs to the newest attempt, even if its supervisor does not know it yet."""
-    return _rank_of(job, beat) is not None
-
-
 def _rank_of(job: FineTuneJob, beat: Heartbeat) -> int | None:
+    """Return the node rank of a pod in the newest attempt; None if it does not belong to it."""
     names = [pod_name(job.metadata.name, *member) for member in members_of(job.status, job.spec)]
     return names.index(beat.pod) if beat.pod in names else None
 
 
-def _new_world(job: FineTuneJob, beat: Heartbeat, settings: Settings) -> NewWorld | None:
-    """Return the world that a kept pod must join; None: it has joined already, or is not kept.
+def _new_world(job: FineTuneJob, rank: int, settings: Settings) -> NewWorld | None:
+    """Return the world that a kept pod of an older attempt must join; None: not yet.
 
     A pod receives it only when the containers of all pods run. Ranks that wait too long for a peer time out, and the
     wait for a node and its image has no known limit.
     """
-    entry, name = current(job.status), job.metadata.name
-    if entry is None or entry.ended_at is not None or beat.attempt >= entry.attempt or entry.seconds.pulling is None:
+    entry = current(job.status)
+    if entry is None or entry.ended_at is not None or entry.seconds.pulling is None:
         return None
-    rank, members = _rank_of(job, beat), members_of(job.status, job.spec)
-    if rank is None:
-        return None
+    members = members_of(job.status, job.spec)
     return NewWorld(
         attempt=entry.attempt,
         node_rank=rank,
         num_nodes=len(members),
-        master_addr=pod_host(name, *members[0], job.metadata.namespace),
+        master_addr=rendezvous_host(job, members[0], len(members)),
         master_port=settings.rendezvous_port,
         mtbf_seconds=entry.mtbf_seconds,
         target=build_target(job.spec).to_json(),

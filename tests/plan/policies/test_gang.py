@@ -42,6 +42,13 @@ def test_complete_gang_gets_no_new_pods() -> None:
     assert names(cluster) == []
 
 
+@pytest.mark.parametrize(("nodes", "services"), [(1, set()), (2, {"circles"})])
+def test_only_a_gang_of_several_pods_has_a_service(nodes: int, services: set[str]) -> None:
+    cluster = FakeCluster(make_job(topology={"accelerator": "cpu", "nodes": nodes})).running()
+    assert (len(cluster.pods), cluster.services, cluster.configs) == (nodes, services, {"circles-run"})
+    assert names(cluster) == []
+
+
 @pytest.mark.parametrize("kind", ["services", "configs"])
 def test_deleted_service_and_config_are_created_again(kind: str) -> None:
     cluster = FakeCluster().running()

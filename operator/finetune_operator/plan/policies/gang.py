@@ -83,7 +83,7 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     missing = []
     if config_name(name) not in view.observed.configs:
         missing.append(Create(build_config(view.job)))
-    if service_name(name) not in view.observed.services:
+    if view.num_nodes > 1 and service_name(name) not in view.observed.services:
         missing.append(Create(build_service(view.job, view.settings)))
     workload = admission.active(view) if admission.uses_queue(view) else None
     membership = gangs.membership(view, entry)
