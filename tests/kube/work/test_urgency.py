@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune_contract.heartbeat import CommittedCheckpoint, Heartbeat, RankEnd, RankReport, RankState
+from finetune_contract.heartbeat import CommittedCheckpoint, GpuFault, Heartbeat, RankEnd, RankReport, RankState
 from finetune_contract.phase import Phase
 from finetune_operator.api.status import AttemptSeconds, AttemptStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.objects import KubeJob, KubePod
@@ -18,6 +18,7 @@ from finetune_operator.cluster.kube.work.urgency import (
     classify_job_change,
     classify_pod_change,
     is_progress,
+    measure_gang,
 )
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
@@ -26,9 +27,11 @@ from tests.plan.fake_cluster import make_job
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POD = ObservedPod("job-a1-n0", "uid", 1, 0, PodPhase.RUNNING, NOW, node="node-1", ready=True)
 PENDING = replace(POD, phase=PodPhase.PENDING, node=None, ready=False)
-STARTING = GangReadiness(size=4, num_pods=2, num_ready=1, ended=False)
-COMPLETE = GangReadiness(size=4, num_pods=4, num_ready=4, ended=False)
-CLEARING = GangReadiness(size=4, num_pods=2, num_ready=2, ended=True)
+STARTING = GangReadiness(size=4, num_pods=2, num_ready=1, num_leaving=0, ended=False)
+COMPLETE = GangReadiness(size=4, num_pods=4, num_ready=4, num_leaving=0, ended=False)
+CLEARING = GangReadiness(size=4, num_pods=2, num_ready=2, num_leaving=2, ended=True)
+KEPT = GangReadiness(size=4, num_pods=3, num_ready=3, num_leaving=0, ended=True)
+"""The pods that the next attempt keeps, after the lost one has been removed."""
 
 
 def cached_pod(pod: ObservedPod | None) -> KubePod | None:
@@ -55,13 +58,26 @@ def cached_pod(pod: ObservedPod | None) -> KubePod | None:
         (POD, replace(POD, deleted_at=NOW), CLEARING, Urgency.PROGRESS),
         (POD, replace(POD, phase=PodPhase.FAILED), CLEARING, Urgency.NOW),
         (POD, None, CLEARING, Urgency.PROGRESS),
-        (POD, None, replace(CLEARING, num_pods=0), Urgency.NOW),
+        (POD, None, replace(CLEARING, num_pods=0, num_leaving=0), Urgency.NOW),
+        # The next attempt has waited for it.
+        (POD, None, KEPT, Urgency.NOW),
+        (POD, None, replace(KEPT, num_leaving=1), Urgency.PROGRESS),
     ],
 )
 def test_urgency_of_pod_changes(
     old: ObservedPod | None, new: ObservedPod | None, gang: GangReadiness, urgency: Urgency
 ) -> None:
     assert classify_pod_change(cached_pod(old), cached_pod(new), gang) is urgency
+
+
+def test_readiness_of_a_gang_that_ends() -> None:
+    ended = AttemptStatus(attempt=1, started_at=NOW, ended_at=NOW, reason="PodDeleted")
+    job = make_job(topology={"accelerator": "cpu", "nodes": 3})
+    job = job.model_copy(update={"status": FineTuneJobStatus(attempt=1, attempts=(ended,))})
+    pods = [replace(POD, name=f"circles-a1-n{rank}", node_rank=rank) for rank in range(3)]
+    leaving = [pods[0], pods[1], replace(pods[2], deleted_at=NOW)]
+    assert measure_gang(job, pods[2], leaving) == GangReadiness(3, 3, 3, num_leaving=1, ended=True)
+    assert measure_gang(job, pods[2], pods[:2]) == GangReadiness(3, 2, 2, num_leaving=0, ended=True)
 
 
 def cached_job(generation: int = 1, uid: str = "owner", **status: Any) -> KubeJob:
@@ -121,6 +137,9 @@ FIRST_CHECKPOINT = (
 )
 
 
+ENDS = (RankEnd(rank=0, exit_code=1),)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "urgency"),
     [
@@ -134,6 +153,10 @@ FIRST_CHECKPOINT = (
         (beat(), beat(notice=True), Urgency.NOW),
         (beat(), beat(ends=(RankEnd(rank=0, exit_code=1),)), Urgency.NOW),
         (beat(notice=True), beat(notice=True, step=2), Urgency.PROGRESS),
+        # The next attempt waits for the last pod that is kept.
+        (beat(RankState.FAILED, ends=ENDS), beat(RankState.FAILED, ends=ENDS, waiting=True), Urgency.NOW),
+        (beat(RankState.FAILED, ends=ENDS, waiting=True), beat(RankState.STARTING, attempt=2), Urgency.SOON),
+        (beat(), beat(gpu_faults=(GpuFault(uuid="GPU-1", xid=79),)), Urgency.NOW),
     ],
 )
 def test_urgency_of_heartbeats(old: Heartbeat | None, new: Heartbeat, urgency: Urgency) -> None:

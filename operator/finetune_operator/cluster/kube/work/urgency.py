@@ -32,11 +32,13 @@ class Urgency(Enum):
 
 @dataclass(frozen=True)
 class GangReadiness:
-    """Number of existing and ready pods of an attempt."""
+    """Number of existing, ready and leaving pods of an attempt."""
 
     size: int
     num_pods: int
     num_ready: int
+    num_leaving: int
+    """Number of pods that are being deleted."""
     ended: bool
     """Whether the status contains the attempt's end: its remaining pods are being deleted."""
 
@@ -66,6 +68,7 @@ def measure_gang(job: FineTuneJob, pod: ObservedPod, pods: Sequence[ObservedPod]
         size=len(members),
         num_pods=len(pods),
         num_ready=sum(other.ready for other in pods),
+        num_leaving=sum(other.deleted_at is not None for other in pods),
         ended=attempt_has_ended(job.status, attempt),
     )
 
@@ -74,12 +77,13 @@ def classify_pod_change(old: KubePod | None, new: KubePod | None, gang: GangRead
     """Return the urgency of a change of a pod in its gang.
 
     A failure is immediate, because the complete gang waits for every second of delay. While pods of an ended attempt
-    are deleted, only an ended pod and the last pod are. While a gang starts, only the last ready pod is urgent, and
+    are deleted, only an ended pod and the last one are: the next attempt begins then, with the pods that are kept, if
+    there are any. While a gang starts, only the last ready pod is urgent, and
     the last gated one, because the gang waits for its gates: a reconcile for each earlier step would cost a status
     write.
     """
     if new is None:
-        return Urgency.PROGRESS if gang.ended and gang.num_pods else Urgency.NOW
+        return Urgency.PROGRESS if gang.ended and gang.num_leaving else Urgency.NOW
     if old is not None and old.observed == new.observed:
         return Urgency.NEVER
     if gang.ended:
@@ -179,9 +183,10 @@ FINAL_STATES = frozenset({RankState.FAILED, RankState.SAVED, RankState.DONE})
 
 
 def _heartbeat_end_signals(beat: Heartbeat) -> tuple[object, ...]:
-    """Return all signs that ranks end; empty if there are none."""
+    """Return all signs that ranks end or have ended, for which the next attempt may wait; empty if there are none."""
     states = tuple((rank.rank, rank.state) for rank in beat.ranks if rank.state in FINAL_STATES)
-    return (beat.notice, beat.ends, states) if beat.notice or beat.ends or states else ()
+    signs = (beat.notice, beat.waiting, beat.ends, beat.gpu_faults, states)
+    return signs if any(signs) else ()
 
 
 def _rank_states(beat: Heartbeat) -> list[tuple[object, ...]]:
