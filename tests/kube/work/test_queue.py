@@ -131,7 +131,7 @@ def test_urgent_keys_come_first_and_one_in_n_is_a_low_priority_key_that_has_wait
     for number in range(2 * LOW_PRIORITY_SHARE):
         assert lanes.put(f"urgent-{number}", 0.0, urgent=True)
     assert lanes.num_urgent == 2 * LOW_PRIORITY_SHARE
-    order = [lanes.pop(LOW_PRIORITY_SECONDS) for _ in range(len(lanes))]
+    order = [lanes.pop(LOW_PRIORITY_SECONDS)[0] for _ in range(len(lanes))]
     assert order.index("low") == LOW_PRIORITY_SHARE - 1
     order.remove("low")
     assert order == [f"urgent-{number}" for number in range(2 * LOW_PRIORITY_SHARE)]
@@ -146,7 +146,7 @@ def test_a_burst_of_urgent_keys_is_served_before_progress() -> None:
     for number in range(5 * LOW_PRIORITY_SHARE):
         lanes.put(f"urgent-{number}", LOW_PRIORITY_SECONDS, urgent=True)
     # The key that became urgent has no part in the wait of the other one.
-    order = [lanes.pop(2 * LOW_PRIORITY_SECONDS - 0.1) for _ in range(len(lanes))]
+    order = [lanes.pop(2 * LOW_PRIORITY_SECONDS - 0.1)[0] for _ in range(len(lanes))]
     assert order[0] == "moved"
     assert order[-1] == "low"
 
@@ -159,10 +159,29 @@ def test_each_key_is_returned_once_for_all_its_requests(requests: list[tuple[str
         assert lanes.put(key, float(number), urgent=urgent) == (key not in waiting)
         waiting.add(key)
         if data.draw(st.booleans()):
-            waiting.remove(lanes.pop(float(number)))
+            waiting.remove(lanes.pop(float(number))[0])
         assert len(lanes) == len(waiting) >= lanes.num_urgent
-    assert sorted(lanes.pop(100.0) for _ in range(len(lanes))) == sorted(waiting)
+    assert sorted(lanes.pop(100.0)[0] for _ in range(len(lanes))) == sorted(waiting)
     assert lanes.num_urgent == 0
+
+
+def test_urgent_keys_count_until_their_reconcile_has_ended() -> None:
+    """A burst may wait for the API server, not in the queue."""
+
+    async def test(queue: WorkQueue[str]) -> None:
+        queue.add("a")
+        queue.add("b")
+        queue.add("progress", urgent=False)
+        counts = [queue.num_urgent]
+        for _ in range(3):
+            await queue.get()
+            counts.append(queue.num_urgent)
+        for key in ("progress", "a", "a", "b"):
+            queue.done(key)
+            counts.append(queue.num_urgent)
+        assert counts == [2, 2, 2, 2, 2, 1, 1, 0]
+
+    run(test)
 
 
 def test_backoff_doubles_up_to_its_limit_and_restarts_after_a_success() -> None:

@@ -104,7 +104,10 @@ SETTLE_SECONDS = 0.3
 MAX_SETTLE_SECONDS = 5.0
 """Upper bound of that delay while many jobs wait: creating pods is more important than reporting on them."""
 BUSY_DEPTH = 16
-"""Queue depth from which the delay grows, and, of urgent keys, from which supervisors send fewer heartbeats."""
+"""Queue depth from which the delay grows."""
+BUSY_JOBS = 8
+"""Jobs that are being created or recovered at the same time, above which everything else comes later: heartbeats, events
+and progress. They may wait for the API server, which the rest would slow down further."""
 
 
 @dataclass(frozen=True)
@@ -280,8 +283,8 @@ class KubeCluster:
 
     @property
     def _is_busy(self) -> bool:
-        """Whether jobs wait for a reconcile that creates or deletes something."""
-        return self._queue.num_urgent > BUSY_DEPTH
+        """Whether many jobs are being created or recovered."""
+        return self._queue.num_urgent > BUSY_JOBS
 
     def _settle_seconds(self) -> float:
         return min(SETTLE_SECONDS * max(1.0, self._queue.depth / BUSY_DEPTH), MAX_SETTLE_SECONDS)

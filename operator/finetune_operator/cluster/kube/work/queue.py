@@ -67,8 +67,8 @@ class PriorityLanes(Generic[K]):
         (self._urgent if urgent else self._low).append((key, now))
         return known is None
 
-    def pop(self, now: float) -> K:
-        """Remove and return the next key.
+    def pop(self, now: float) -> tuple[K, bool]:
+        """Remove the next key; return it, and whether it is urgent.
 
         Raises:
             IndexError: no key waits.
@@ -78,8 +78,9 @@ class PriorityLanes(Generic[K]):
             while lane:
                 key, _ = lane.popleft()
                 if self._is_urgent.get(key) is (lane is self._urgent):
-                    self._num_urgent -= self._is_urgent.pop(key)
-                    return key
+                    urgent = self._is_urgent.pop(key)
+                    self._num_urgent -= urgent
+                    return key, urgent
         raise IndexError
 
     def _is_late(self, now: float) -> bool:
@@ -101,7 +102,9 @@ class WorkQueue(Generic[K]):
         self._num_ready = asyncio.Semaphore(0)
         self._requeued: dict[K, bool] = {}
         """Keys to return again after their running reconcile, and whether that is urgent."""
-        self._working: set[K] = set()
+        self._working: dict[K, bool] = {}
+        """Keys whose reconcile is running, and whether it is urgent."""
+        self._num_urgent_running = 0
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._held_until: dict[K, float] = {}
         """End of the back-off of each key, by the event loop's clock."""
@@ -114,8 +117,8 @@ class WorkQueue(Generic[K]):
 
     @property
     def num_urgent(self) -> int:
-        """Number of waiting urgent keys."""
-        return self._ready.num_urgent
+        """Number of urgent keys that wait or whose reconcile is running."""
+        return self._ready.num_urgent + self._num_urgent_running
 
     def add(self, key: K, *, urgent: bool = True) -> None:
         """Request a reconcile now."""
@@ -156,8 +159,9 @@ class WorkQueue(Generic[K]):
             # Wakes the next waiting worker.
             self._num_ready.release()
             return None
-        key = self._ready.pop(asyncio.get_running_loop().time())
-        self._working.add(key)
+        key, urgent = self._ready.pop(asyncio.get_running_loop().time())
+        self._working[key] = urgent
+        self._num_urgent_running += urgent
         self._held_until.pop(key, None)
         if timer := self._timers.pop(key, None):
             timer.cancel()
@@ -165,7 +169,7 @@ class WorkQueue(Generic[K]):
 
     def done(self, key: K) -> None:
         """Record that the reconcile of a key has ended."""
-        self._working.discard(key)
+        self._num_urgent_running -= self._working.pop(key, False)
         urgent = self._requeued.pop(key, None)
         if urgent or (urgent is not None and key not in self._held_until):
             self.add(key, urgent=urgent)
