@@ -11,6 +11,7 @@ import time
 from contextlib import aclosing
 from datetime import UTC, datetime
 
+from bench.process_meter import ProcessMeter, describe_cpu
 from bench.scale import CONNECTIONS, COORDINATOR_URL, LIMIT_SECONDS, OperatorBench, job_name
 from finetune_operator.api.job import FineTuneJob, ObjectMeta
 from finetune_operator.api.names import pod_name
@@ -43,49 +44,57 @@ async def warm_up(bench: OperatorBench) -> None:
     namespace = bench.control_plane.create_namespace("warm")
     job = manifest(namespace, 0, NUM_NODES)
     await bench.run_all(create_pod(bench, job, rank) for rank in range(NUM_NODES))
-    await all_pods_run(bench, namespace)
+    await all_pods_run(bench)
     await clear(bench, PODS.path(namespace))
 
 
 async def bare_loops(bench: OperatorBench) -> tuple[float, float]:
     """Return the pods per second, and the seconds of all recoveries, of loops that do nothing else."""
     await warm_up(bench)
-    namespace = bench.control_plane.create_namespace(NAMESPACE)
+    bench.create_namespaces(NAMESPACE)
     spec = {} if bench.queue is None else {"queueName": NAMESPACE}
-    jobs = [manifest(namespace, number, bench.num_pods, **spec) for number in range(bench.num_jobs)]
+    jobs = [
+        manifest(bench.namespace_of(NAMESPACE, number), number, bench.num_pods, **spec)
+        for number in range(bench.num_jobs)
+    ]
     if bench.queue is not None:
-        bench.add_queue(NAMESPACE, namespace)
-    started = time.monotonic()
+        bench.add_queues(NAMESPACE, NAMESPACE)
+    meter = ProcessMeter(bench.control_plane.programs)
+    started, cpu_seconds = time.monotonic(), meter.cpu_seconds()
     if bench.queue is None:
         await bench.run_all(create_pod(bench, job, rank) for job in jobs for rank in range(bench.num_pods))
     else:
-        await create_admitted(bench, namespace, jobs)
-    rate = bench.total_pods / (time.monotonic() - started)
+        await create_admitted(bench, jobs)
+    rate, cpu_ms = bench.total_pods / (time.monotonic() - started), meter.cpu_ms_since(cpu_seconds, bench.num_jobs)
     bench.add_row("bare loop", f"{rate:.0f} pods/s")
-    await all_pods_run(bench, namespace)
-    recover_seconds = await bare_recoveries(bench, namespace)
-    bench.add_row("bare loop, one pod of every job replaced", f"after {recover_seconds:.1f} s")
-    await clear(bench, PODS.path(namespace))
-    if bench.queue is not None:
-        await clear(bench, WORKLOADS.path(namespace))
+    bench.add_row("CPU time per job of that, all processes", describe_cpu(cpu_ms))
+    await all_pods_run(bench)
+    recover_seconds = await bare_recoveries(bench)
+    for namespace in bench.namespaces_of(NAMESPACE):
+        await clear(bench, PODS.path(namespace))
+        if bench.queue is not None:
+            await clear(bench, WORKLOADS.path(namespace))
     return rate, recover_seconds
 
 
-async def create_admitted(bench: OperatorBench, namespace: str, jobs: list[FineTuneJob]) -> None:
+async def create_admitted(bench: OperatorBench, jobs: list[FineTuneJob]) -> None:
     """Request all jobs from their queue, and create the pods of each when Kueue has admitted it."""
-    waiting = {workload_name(job): job for job in jobs}
+    waiting = {(job.metadata.namespace, workload_name(job)): job for job in jobs}
     async with asyncio.TaskGroup() as tasks:
         requests = (build_workload(job, SETTINGS) for job in jobs)
-        create = (bench.api.create(WORKLOADS.path(namespace), unowned(request)) for request in requests)
+        create = (
+            bench.api.create(WORKLOADS.path(request["metadata"]["namespace"]), unowned(request)) for request in requests
+        )
         requesting = tasks.create_task(bench.run_all(create))
         slots = asyncio.Semaphore(CONNECTIONS)
         query = {"timeoutSeconds": f"{LIMIT_SECONDS:.0f}"}
-        async with aclosing(bench.api.watch(WORKLOADS.path(namespace), query)) as events:
+        async with aclosing(bench.api.watch(WORKLOADS.path(), query)) as events:
             async for event in events:
                 workload = event["object"]
                 conditions = (workload.get("status") or {}).get("conditions") or ()
                 if any(each["type"] == "Admitted" and each["status"] == "True" for each in conditions):
-                    job = waiting.pop(workload["metadata"]["name"], None)
+                    meta = workload["metadata"]
+                    job = waiting.pop((meta["namespace"], meta["name"]), None)
                     if job is not None:
                         tasks.create_task(create_pods(bench, job, slots))
                 if not waiting:
@@ -106,13 +115,13 @@ async def create_pod(bench: OperatorBench, job: FineTuneJob, node_rank: int, att
     await bench.api.create(PODS.path(job.metadata.namespace), pod)
 
 
-async def bare_recoveries(bench: OperatorBench, namespace: str) -> float:
+async def bare_recoveries(bench: OperatorBench) -> float:
     """Return the seconds in which a loop replaces one pod of every job, with one write of each status."""
     node_rank = bench.num_pods - 1
     stored: dict[str, FineTuneJob] = {}
 
     async def store(job: FineTuneJob) -> None:
-        name = job.metadata.name
+        name, namespace = job.metadata.name, job.metadata.namespace
         created = await bench.api.create(JOBS.path(namespace), build_job(name, nodes=bench.num_pods))
         meta = ObjectMeta.model_validate(created["metadata"])
         first = plan(job, Observed(), datetime.now(UTC), SETTINGS).status
@@ -121,16 +130,21 @@ async def bare_recoveries(bench: OperatorBench, namespace: str) -> float:
     async def replace(job: FineTuneJob) -> None:
         ended = ledger.replace_current(job.status, _lost(job.status))
         status = ledger.begin(ended, 2, datetime.now(UTC), SETTINGS.max_attempts_kept)
-        await delete_pod(bench, namespace, pod_name(job.metadata.name, 1, node_rank))
-        await bench.api.replace(JOBS.path(namespace, job.metadata.name, "status"), status_body(job, status))
+        name, namespace = job.metadata.name, job.metadata.namespace
+        await delete_pod(bench, namespace, pod_name(name, 1, node_rank))
+        await bench.api.replace(JOBS.path(namespace, name, "status"), status_body(job, status))
         await create_pod(bench, job, node_rank, attempt=2)
 
-    jobs = (manifest(namespace, number, bench.num_pods) for number in range(bench.num_jobs))
+    jobs = (manifest(bench.namespace_of(NAMESPACE, number), number, bench.num_pods) for number in range(bench.num_jobs))
     await bench.run_all(map(store, jobs))
-    started = time.monotonic()
+    meter = ProcessMeter(bench.control_plane.programs)
+    started, cpu_seconds = time.monotonic(), meter.cpu_seconds()
     await bench.run_all(map(replace, stored.values()))
-    seconds = time.monotonic() - started
-    await delete_all(bench, JOBS.path(namespace))
+    seconds, cpu_ms = time.monotonic() - started, meter.cpu_ms_since(cpu_seconds, bench.num_jobs)
+    bench.add_row("bare loop, one pod of every job replaced", f"after {seconds:.1f} s")
+    bench.add_row("CPU time per job of that, all processes", describe_cpu(cpu_ms))
+    for namespace in bench.namespaces_of(NAMESPACE):
+        await delete_all(bench, JOBS.path(namespace))
     return seconds
 
 
@@ -142,11 +156,11 @@ def _lost(status: FineTuneJobStatus) -> AttemptStatus:
     return entry.model_copy(update=ended)
 
 
-async def all_pods_run(bench: OperatorBench, namespace: str) -> float:
+async def all_pods_run(bench: OperatorBench) -> float:
     """Wait until no pod is pending; return the time."""
 
     async def none_pending() -> bool:
-        page = await bench.get(PODS.path(namespace), {"fieldSelector": "status.phase=Pending", "limit": "1"})
+        page = await bench.get(PODS.path(), {"fieldSelector": "status.phase=Pending", "limit": "1"})
         return not page.get("items")
 
     return await bench.wait("pods run", none_pending)

@@ -30,15 +30,14 @@ OWN_SECONDS = 0.01
 
 async def measure(bench: OperatorBench, operator: OperatorProcess, seconds: float) -> dict[str, object]:
     """Run all measurements."""
-    namespace = bench.control_plane.create_namespace("beats")
-    await bench.create_jobs(namespace)
+    await bench.create_jobs("beats")
     counts, context = HeartbeatCounts(), tls_context(bench.control_plane)
     with running(operator):
         assert operator.process is not None
         process = psutil.Process(operator.process.pid)
-        await bench.wait("all pods are created", lambda: bench.has_pods(namespace, bench.total_pods))
+        await bench.wait("all pods are created", lambda: bench.has_pods(bench.total_pods))
         bench.print_status("all pods are created; requesting tokens for their supervisors")
-        supervisors = await create_supervisors(bench, await bench.pods(namespace), counts, steady=False)
+        supervisors = await create_supervisors(bench, await bench.pods(), counts, steady=False)
         bench.print_status("the supervisors start to send heartbeats")
         tasks = [
             asyncio.create_task(supervisor.run(operator.coordinator_port, context, CONNECT_SECONDS))

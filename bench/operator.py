@@ -21,39 +21,37 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-import psutil
-
 from bench.bare_loops import NUM_NODES, all_pods_run, bare_loops, delete_pod
+from bench.process_meter import CpuTimes, ProcessMeter, describe_cpu
 from bench.scale import (
     LIMIT_SECONDS,
     OperatorBench,
     count_requests,
     create_parser,
     job_name,
+    job_number,
     run_bench,
 )
 from bench.supervisor_pool import SupervisorPool
 from finetune_operator.api import labels
 from finetune_operator.cluster.kube.client.client import PARTIAL, Json
 from finetune_operator.cluster.kube.client.objects import JOBS, PODS
-from testing.controlplane.process import Program
 from testing.controlplane.server import COMPONENTS
 from testing.operator.harness import OperatorProcess, running
 from testing.operator.heartbeats import tls_context
 
 PODS_PER_NODE = 40
 """More nodes are added if there are more pods: a pod that does not fit would never run."""
+JOBS_NAMESPACE = "jobs"
 CONNECT_SECONDS = 15.0
 """Period over which the supervisors' first heartbeats are spread, like the starts of their pods."""
 SETTLE_SECONDS = 8.0
 """Longer than the delay of progress writes."""
-CpuTimes = dict[str, float]
-"""CPU time by the name of the process."""
 
 
 def running_jobs(operator: OperatorProcess) -> float:
@@ -74,33 +72,6 @@ async def quiet(operator: OperatorProcess) -> bool:
     return count_requests(operator) == before
 
 
-class ProcessMeter:
-    """Memory of the operator's process, and CPU time of all processes."""
-
-    def __init__(self, operator: OperatorProcess, programs: Iterable[Program]) -> None:
-        assert operator.process is not None
-        self._process = psutil.Process(operator.process.pid)
-        own = {"operator": self._process, "bench": psutil.Process()}
-        self._all = {program.name: psutil.Process(program.pid) for program in programs if program.pid} | own
-        self.rss_mib = 0.0
-
-    def cpu_seconds(self) -> CpuTimes:
-        """Return the CPU seconds of each process so far. Notes the operator's memory, too."""
-        self.rss_mib = max(self.rss_mib, self._process.memory_info().rss / 2**20)
-        return {name: sum(process.cpu_times()[:2]) for name, process in self._all.items()}
-
-    def cpu_ms_since(self, before: CpuTimes, num_jobs: int) -> CpuTimes:
-        """Return the CPU time of each process since an earlier call of `cpu_seconds`, in ms per job."""
-        return {name: 1000 * (value - before[name]) / num_jobs for name, value in self.cpu_seconds().items()}
-
-
-def describe_cpu(milliseconds: CpuTimes) -> str:
-    """Return the CPU time of all processes, the largest first."""
-    largest = sorted(milliseconds, key=lambda name: -milliseconds[name])
-    parts = ", ".join(f"{name} {milliseconds[name]:.1f}" for name in largest)
-    return f"{sum(milliseconds.values()):.0f} ms ({parts})"
-
-
 @contextlib.contextmanager
 def busy_core() -> Iterator[None]:
     """Keep one core busy with another process."""
@@ -116,17 +87,16 @@ def busy_core() -> Iterator[None]:
 async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds: float) -> dict[str, object]:
     """Run all measurements."""
     bare, bare_recover_seconds = await bare_loops(bench)
-    namespace = bench.control_plane.create_namespace("jobs")
-    await bench.create_jobs(namespace)
+    await bench.create_jobs(JOBS_NAMESPACE)
     with running(operator):
-        meter = ProcessMeter(operator, bench.control_plane.programs)
+        meter = ProcessMeter(bench.control_plane.programs, operator)
         before = meter.cpu_seconds()
         # The cost of its start counts, too.
         before["operator"] = 0.0
         # The operator has just become the leader: no pod existed before this moment.
-        rate = await creation(bench, namespace, bare)
+        rate = await creation(bench, bare, meter, before)
         supervisors = SupervisorPool(bench, operator.coordinator_port, tls_context(bench.control_plane))
-        await supervisors.start(await bench.pods(namespace), CONNECT_SECONDS)
+        await supervisors.start(await bench.pods(), CONNECT_SECONDS)
         bench.print_status(f"{bench.total_pods} supervisors start to send heartbeats")
         await bench.wait("all jobs run", lambda: all_run(bench, operator))
         requests = report_requests(bench, operator)
@@ -136,11 +106,11 @@ async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds:
         await bench.wait("events are sent", lambda: quiet(operator))
         idle = await idle_writes(operator, idle_seconds)
         bench.add_row("writes while idle", f"{idle:.0f} per minute, with heartbeats of all pods")
-        recovery = Recovery(bench, operator, supervisors, namespace, meter)
+        recovery = Recovery(bench, operator, supervisors, meter)
         recover_seconds, recover_cpu_ms = await recovery.run(attempt=1)
         with busy_core():
             recover_seconds_busy, _ = await recovery.run(attempt=2)
-        extra = await extra_attempts(bench, namespace, 3)
+        extra = await extra_attempts(bench, 3)
         bench.add_row("attempts without a deleted pod", f"{extra}; memory at the end {meter.rss_mib:.0f} MiB")
         supervisors.stop()
     return {
@@ -161,15 +131,20 @@ async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds:
     }
 
 
-async def creation(bench: OperatorBench, namespace: str, bare: float) -> float:
-    """Wait until the pods of all jobs exist and run; return the created pods per second."""
+async def creation(bench: OperatorBench, bare: float, meter: ProcessMeter, cpu_seconds: CpuTimes) -> float:
+    """Wait until the pods of all jobs exist and run; return the created pods per second.
+
+    cpu_seconds: CPU time of the processes at the start.
+    """
     started, began_at = time.monotonic(), datetime.now(UTC)
-    await bench.wait("all pods are created", lambda: bench.has_pods(namespace, bench.total_pods))
+    await bench.wait("all pods are created", lambda: bench.has_pods(bench.total_pods))
+    cpu_ms = meter.cpu_ms_since(cpu_seconds, bench.num_jobs)
     # The API server cuts the fraction of a second off.
-    last = await bench.newest_pod(namespace) + timedelta(seconds=1)
+    last = await bench.newest_pod() + timedelta(seconds=1)
     rate = bench.total_pods / (last - began_at).total_seconds()
     bench.add_row("operator", f"{rate:.0f} pods/s, {100 * rate / bare:.0f} % of the bare loop")
-    ran = await all_pods_run(bench, namespace)
+    bench.add_row("CPU time per job until then, all processes", describe_cpu(cpu_ms))
+    ran = await all_pods_run(bench)
     bench.add_row("all pods run after", f"{ran - started:.1f} s")
     return rate
 
@@ -183,9 +158,9 @@ def report_requests(bench: OperatorBench, operator: OperatorProcess) -> dict[str
     return counts
 
 
-async def extra_attempts(bench: OperatorBench, namespace: str, expected: int) -> int:
+async def extra_attempts(bench: OperatorBench, expected: int) -> int:
     """Return the number of attempts of all jobs above the expected number of each."""
-    jobs = (await bench.get(JOBS.path(namespace), {}))["items"]
+    jobs = (await bench.get(JOBS.path(), {}))["items"]
     return sum(job["status"]["attempt"] - expected for job in jobs)
 
 
@@ -203,13 +178,14 @@ class Recovery:
     bench: OperatorBench
     operator: OperatorProcess
     supervisors: SupervisorPool
-    namespace: str
     meter: ProcessMeter
+    deleted_at: dict[str, float] = field(default_factory=dict)
+    """When the pod of each job was deleted."""
 
     async def run(self, attempt: int) -> tuple[float, CpuTimes]:
         """End an attempt of all jobs; return the seconds until all pods are replaced, and CPU time per job in ms."""
         bench = self.bench
-        before = {pod["metadata"]["name"] for pod in await bench.pods(self.namespace)}
+        before = {pod["metadata"]["name"] for pod in await bench.pods()}
         requests = sum(count_requests(self.operator).values())
         started, cpu_seconds = time.monotonic(), self.meter.cpu_seconds()
         names = (job_name(number) for number in range(bench.num_jobs))
@@ -223,8 +199,11 @@ class Recovery:
                 f"after {seconds:.1f} s ({bench.num_jobs / seconds:.0f} jobs/s); half {half:.1f} s, 95 % {most:.1f} s"
             )
             bench.add_row("one pod of every job replaced", what)
+            bench.add_row("each after its pod was deleted", replacements.describe_delays(self.deleted_at))
+            cpu_ms = self.meter.cpu_ms_since(cpu_seconds, bench.num_jobs)
+            bench.add_row("CPU time per job until then, all processes", describe_cpu(cpu_ms))
             ran = await bench.wait("all jobs run again", lambda: all_run(bench, self.operator))
-        kept = before & {pod["metadata"]["name"] for pod in await bench.pods(self.namespace)}
+        kept = before & {pod["metadata"]["name"] for pod in await bench.pods()}
         cpu_ms = self.meter.cpu_ms_since(cpu_seconds, bench.num_jobs)
         own, requests = cpu_ms["operator"], (sum(count_requests(self.operator).values()) - requests) / bench.num_jobs
         what = f"after {ran - started:.1f} s; {len(kept)} pods were kept"
@@ -234,7 +213,8 @@ class Recovery:
 
     async def _lose(self, job: str, attempt: int) -> None:
         pod = f"{job}-a{attempt}-n{self.bench.num_pods - 1}"
-        await delete_pod(self.bench, self.namespace, pod)
+        await delete_pod(self.bench, self.bench.namespace_of(JOBS_NAMESPACE, job_number(job)), pod)
+        self.deleted_at[job] = time.monotonic()
         self.supervisors.lose(job, pod)
 
 
@@ -269,6 +249,13 @@ class _Replacements:
         times = sorted(self._created_at.values())
         return times[max(0, math.ceil(share * len(times)) - 1)] - started
 
+    def describe_delays(self, deleted_at: dict[str, float]) -> str:
+        """Return how long jobs wait for a replacement after their own pod was deleted."""
+        created = {pod.rpartition("-a")[0]: at for pod, at in self._created_at.items()}
+        delays = sorted(created[job] - at for job, at in deleted_at.items())
+        half, most, longest = (delays[max(0, math.ceil(share * len(delays)) - 1)] for share in (0.5, 0.95, 1.0))
+        return f"p50 {half:.1f} s, p95 {most:.1f} s, max {longest:.1f} s"
+
     async def _watch_created(self) -> None:
         async with aclosing(self._added({})) as pods:
             async for pod in pods:
@@ -284,9 +271,9 @@ class _Replacements:
 
     async def _added(self, query: dict[str, str]) -> AsyncGenerator[Json, None]:
         """Yield the metadata of each pod that appears among those that a query selects."""
-        bench, path = self._recovery.bench, PODS.path(self._recovery.namespace)
+        bench = self._recovery.bench
         query = {**query, "labelSelector": self._selector, "timeoutSeconds": f"{LIMIT_SECONDS:.0f}"}
-        async with aclosing(bench.api.watch(path, query, PARTIAL)) as events:
+        async with aclosing(bench.api.watch(PODS.path(), query, PARTIAL)) as events:
             async for event in events:
                 if event["type"] == "ADDED":
                     yield event["object"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import resource
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
@@ -39,6 +40,9 @@ POLL_SECONDS = 1.0
 LIMIT_SECONDS = 900.0
 MAX_READS = 60
 PAGE = 500
+JOBS_PER_NAMESPACE = 1000
+"""Thousands of jobs belong to many teams, and the endpoint controllers of Kubernetes read all pods of a namespace
+at each change of one."""
 SPARE_CONNECTIONS = 1000
 """Connections of supervisors that the operator accepts beyond one for each pod."""
 COORDINATOR_URL = "https://coordinator.invalid"
@@ -61,6 +65,8 @@ class OperatorBench:
     started: float = field(default_factory=time.monotonic)
     queue: Kueue | None = None
     """Kueue's controller, if the jobs wait for a queue."""
+    namespaces: dict[tuple[str, int], str] = field(default_factory=dict)
+    """By the name that the benchmark gave, and by number."""
 
     @property
     def total_pods(self) -> int:
@@ -108,41 +114,64 @@ class OperatorBench:
         page = await self.get(path, {"limit": "1"}, PARTIAL_LIST)
         return len(page.get("items") or ()) + int(page["metadata"].get("remainingItemCount") or 0)
 
-    async def has_pods(self, namespace: str, number: int) -> bool:
-        """Return whether a namespace contains exactly this number of pods."""
-        return await self.count(PODS.path(namespace)) == number
+    async def has_pods(self, number: int) -> bool:
+        """Return whether exactly this number of pods exists."""
+        return await self.count(PODS.path()) == number
 
-    async def newest_pod(self, namespace: str) -> datetime:
-        """Return when the newest pod of a namespace was created, in whole seconds, by the API server's clock."""
-        return max(datetime.fromisoformat(pod["metadata"]["creationTimestamp"]) for pod in await self.pods(namespace))
+    async def newest_pod(self) -> datetime:
+        """Return when the newest pod was created, in whole seconds, by the API server's clock."""
+        return max(datetime.fromisoformat(pod["metadata"]["creationTimestamp"]) for pod in await self.pods())
 
     def print_status(self, what: str) -> None:
         """Print a line with the elapsed time."""
         print(f"{time.monotonic() - self.started:6.1f} s  {what}", flush=True)
 
-    async def pods(self, namespace: str, selector: str = "") -> list[Json]:
-        """Return the metadata of the pods in a namespace."""
+    async def pods(self) -> list[Json]:
+        """Return the metadata of all pods."""
         found: list[Json] = []
-        query = {"limit": str(PAGE), "labelSelector": selector}
-        async with aclosing(iterate_pages(self, PODS.path(namespace), query, PARTIAL_LIST)) as pages:
+        async with aclosing(iterate_pages(self, PODS.path(), {"limit": str(PAGE)}, PARTIAL_LIST)) as pages:
             async for page in pages:
                 found += page.get("items") or ()
         return found
 
-    async def create_jobs(self, namespace: str) -> None:
-        """Create all jobs, before the operator runs."""
+    def create_namespaces(self, name: str) -> None:
+        """Create as many namespaces as the jobs need. `namespace_of` returns them."""
+        for number in range(math.ceil(self.num_jobs / JOBS_PER_NAMESPACE)):
+            self.namespaces[name, number] = self.control_plane.create_namespace(f"{name}-{number}")
+
+    def namespaces_of(self, name: str) -> list[str]:
+        """Return the namespaces with a name."""
+        return [namespace for (each, _), namespace in self.namespaces.items() if each == name]
+
+    def namespace_of(self, name: str, job: int) -> str:
+        """Return the namespace of a job."""
+        return self.namespaces[name, job // JOBS_PER_NAMESPACE]
+
+    async def create_jobs(self, name: str) -> None:
+        """Create all jobs in their namespaces, before the operator runs."""
         spec = {}
+        self.create_namespaces(name)
         if self.queue is not None:
             spec["queueName"] = QUEUE
-            self.add_queue(QUEUE, namespace)
-        jobs = (build_job(job_name(number), nodes=self.num_pods, **spec) for number in range(self.num_jobs))
-        await self.run_all(self.api.create(JOBS.path(namespace), job) for job in jobs)
+            self.add_queues(QUEUE, name)
+        await self.run_all(
+            self.api.create(
+                JOBS.path(self.namespace_of(name, number)), build_job(job_name(number), nodes=self.num_pods, **spec)
+            )
+            for number in range(self.num_jobs)
+        )
 
-    def add_queue(self, name: str, namespace: str) -> None:
-        """Add a queue that admits all jobs at once."""
+    def add_queues(self, queue: str, name: str) -> None:
+        """Add a queue to each of these namespaces that admits all jobs at once."""
         assert self.queue is not None
         self.queue.apply("resourceflavors", QUEUE, {})
-        self.queue.add_queue(name, namespace, [{"name": QUEUE, "cpu": 2 * self.total_pods, "memory": "1Pi"}])
+        for namespace in self.namespaces_of(name):
+            self.queue.add_queue(queue, namespace, [{"name": QUEUE, "cpu": 2 * self.total_pods, "memory": "1Pi"}])
+
+
+def job_number(name: str) -> int:
+    """Return the number of a job."""
+    return int(name.rpartition("-")[2])
 
 
 def job_name(number: int) -> str:
