@@ -94,12 +94,12 @@ async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds:
         # The cost of its start counts, too.
         before["operator"] = 0.0
         # The operator has just become the leader: no pod existed before this moment.
-        rate = await creation(bench, bare, meter, before)
+        rate = await creation(bench, operator, bare, meter, before)
         supervisors = SupervisorPool(bench, operator.coordinator_port, tls_context(bench.control_plane))
         await supervisors.start(await bench.pods(), CONNECT_SECONDS)
         bench.print_status(f"{bench.total_pods} supervisors start to send heartbeats")
         await bench.wait("all jobs run", lambda: all_run(bench, operator))
-        requests = report_requests(bench, operator)
+        requests = report_requests(bench, operator, "API requests per job")
         cpu_ms = meter.cpu_ms_since(before, bench.num_jobs)
         bench.add_row("CPU time per job", f"{cpu_ms['operator']:.1f} ms; memory {meter.rss_mib:.0f} MiB")
         bench.add_row("CPU time per job, all processes", describe_cpu(cpu_ms))
@@ -131,7 +131,9 @@ async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds:
     }
 
 
-async def creation(bench: OperatorBench, bare: float, meter: ProcessMeter, cpu_seconds: CpuTimes) -> float:
+async def creation(
+    bench: OperatorBench, operator: OperatorProcess, bare: float, meter: ProcessMeter, cpu_seconds: CpuTimes
+) -> float:
     """Wait until the pods of all jobs exist and run; return the created pods per second.
 
     cpu_seconds: CPU time of the processes at the start.
@@ -144,15 +146,16 @@ async def creation(bench: OperatorBench, bare: float, meter: ProcessMeter, cpu_s
     rate = bench.total_pods / (last - began_at).total_seconds()
     bench.add_row("operator", f"{rate:.0f} pods/s, {100 * rate / bare:.0f} % of the bare loop")
     bench.add_row("CPU time per job until then, all processes", describe_cpu(cpu_ms))
+    report_requests(bench, operator, "API requests per job until then")
     ran = await all_pods_run(bench)
     bench.add_row("all pods run after", f"{ran - started:.1f} s")
     return rate
 
 
-def report_requests(bench: OperatorBench, operator: OperatorProcess) -> dict[str, float]:
+def report_requests(bench: OperatorBench, operator: OperatorProcess, what: str) -> dict[str, float]:
     """Return the requests so far, and print them per job."""
     counts = count_requests(operator)
-    bench.add_row("API requests per job", f"{sum(counts.values()) / bench.num_jobs:.1f}")
+    bench.add_row(what, f"{sum(counts.values()) / bench.num_jobs:.1f}")
     for key, value in sorted(counts.items()):
         print(f"  {value / bench.num_jobs:6.2f} {key}")
     return counts
