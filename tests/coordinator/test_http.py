@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune_operator.coordinator import http
@@ -168,6 +168,7 @@ def test_what_a_sender_receives(sent: bytes, expected: list[str], *, closed: boo
 
 
 @given(st.lists(st.integers(1, len(request(head=["X: y"])) - 1), max_size=6))
+@example(list(range(1, len(request(head=["X: y"])))))
 def test_the_parts_in_which_a_request_arrives_change_nothing(cuts: list[int]) -> None:
     async def check() -> None:
         sent, ends = request(head=["X: y"]), sorted({*cuts})

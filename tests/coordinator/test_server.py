@@ -147,6 +147,19 @@ def test_refusals_contain_a_message(body: str | bytes, token: str | None, status
     asyncio.run(check())
 
 
+def test_the_largest_heartbeat_is_accepted() -> None:
+    """It arrives in several parts."""
+
+    async def check() -> None:
+        async with listening() as harness:
+            head = beat().to_json()[:-1] + ',"later":"'
+            body = head + "x" * (MAX_BEAT_BYTES - len(head) - 2) + '"}'
+            assert (len(body), (await harness.post(body))[0]) == (MAX_BEAT_BYTES, 200)
+            assert (await harness.post(body + " "))[0] == 413
+
+    asyncio.run(check())
+
+
 def test_other_paths_and_methods_are_refused() -> None:
     async def check() -> None:
         async with listening() as harness:

@@ -65,6 +65,7 @@ class HttpRequest:
         "abandonable",
         "headers",
         "is_complete",
+        "is_wanted",
         "keep_alive",
         "method",
         "path",
@@ -82,6 +83,8 @@ class HttpRequest:
         """Whether the sender may use the connection again."""
         self.is_complete = False
         """Whether the whole body has arrived."""
+        self.is_wanted = False
+        """Whether the handler has asked for the body."""
         self.abandonable = False
         """Whether nothing is left to do for a sender that has closed the connection: its handler is then cancelled."""
         self._connection = connection
@@ -97,6 +100,7 @@ class HttpRequest:
             BodyTooLargeError: it is larger than the server reads.
             ConnectionError: the connection was lost, or what arrived is no body.
         """
+        self.is_wanted = True
         if not (self.is_complete or self._is_too_large or self._is_lost):
             self._arrived = asyncio.get_running_loop().create_future()
             self._connection.continue_reading(self)
@@ -239,7 +243,7 @@ class HttpConnection(asyncio.Protocol):
             )
             return
         if self._request is not None:
-            if not (self._request.is_complete or self._paused):
+            if not (self._request.is_complete or self._request.is_wanted or self._paused):
                 # Nothing more is stored before the handler wants the body.
                 self._pause()
         elif self._num_heads == num_heads:
