@@ -1,7 +1,8 @@
-"""Loops that do only what no operator can avoid, on the same control plane: the limit of `bench.operator`.
+"""Loops that do only what no operator can avoid, on the same control plane: the limits of `bench.operator`.
 
 They create the pods of all jobs, and then replace one pod of every job. With a queue, each job is first requested from
-Kueue, and its pods are created when it is admitted.
+Kueue, and its pods are created when it is admitted. Without one, a further loop creates the objects of the operator:
+it writes the status that begins the first attempt, and creates a ConfigMap, a service and the pods of each job.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import aclosing
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from bench.process_meter import ProcessMeter, describe_cpu
@@ -18,9 +20,9 @@ from finetune_operator.api.names import pod_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.client import ApiError, Json
-from finetune_operator.cluster.kube.client.objects import JOBS, PODS, status_body
+from finetune_operator.cluster.kube.client.objects import CONFIGS, JOBS, PODS, SERVICES, status_body
 from finetune_operator.cluster.kube.queue.workloads import WORKLOADS
-from finetune_operator.manifests import build_pod
+from finetune_operator.manifests import build_config, build_pod, build_service
 from finetune_operator.manifests.workload import build_workload, workload_name
 from finetune_operator.plan import plan
 from finetune_operator.plan.model import ledger
@@ -29,7 +31,7 @@ from finetune_operator.settings import Settings
 from testing.operator.harness import build_job
 
 NUM_NODES = 100
-NAMESPACE = "bare"
+NAMESPACE, SAME_OBJECTS = "bare", "same"
 GATEWAY_TIMEOUT = 504
 MAX_DELETIONS = 10
 SETTINGS = Settings(coordinator_url=COORDINATOR_URL)
@@ -48,8 +50,19 @@ async def warm_up(bench: OperatorBench) -> None:
     await clear(bench, PODS.path(namespace))
 
 
-async def bare_loops(bench: OperatorBench) -> tuple[float, float]:
-    """Return the pods per second, and the seconds of all recoveries, of loops that do nothing else."""
+@dataclass(frozen=True)
+class Limits:
+    """Results of the loops."""
+
+    rate: float
+    """Pods per second if nothing else is created."""
+    rate_of_same_objects: float | None
+    """Pods per second of a loop that creates the operator's objects; None: with a queue it is not measured."""
+    recover_seconds: float
+
+
+async def bare_loops(bench: OperatorBench) -> Limits:
+    """Measure loops that do nothing else."""
     await warm_up(bench)
     bench.create_namespaces(NAMESPACE)
     spec = {} if bench.queue is None else {"queueName": NAMESPACE}
@@ -74,7 +87,53 @@ async def bare_loops(bench: OperatorBench) -> tuple[float, float]:
         await clear(bench, PODS.path(namespace))
         if bench.queue is not None:
             await clear(bench, WORKLOADS.path(namespace))
-    return rate, recover_seconds
+    same = await same_objects(bench) if bench.queue is None else None
+    return Limits(rate, same, recover_seconds)
+
+
+async def same_objects(bench: OperatorBench) -> float:
+    """Return the pods per second of a loop that creates the same objects as the operator."""
+    bench.create_namespaces(SAME_OBJECTS)
+    jobs = await store_jobs(bench, SAME_OBJECTS)
+    meter = ProcessMeter(bench.control_plane.programs)
+    started, cpu_seconds = time.monotonic(), meter.cpu_seconds()
+    await bench.run_all(create_objects(bench, job) for job in jobs)
+    rate, cpu_ms = bench.total_pods / (time.monotonic() - started), meter.cpu_ms_since(cpu_seconds, bench.num_jobs)
+    bench.add_row("loop that creates the operator's objects", f"{rate:.0f} pods/s")
+    bench.add_row("CPU time per job of that, all processes", describe_cpu(cpu_ms))
+    await all_pods_run(bench)
+    for namespace in bench.namespaces_of(SAME_OBJECTS):
+        for resource in (PODS, SERVICES, CONFIGS, JOBS):
+            await delete_all(bench, resource.path(namespace))
+        await clear(bench, PODS.path(namespace))
+    return rate
+
+
+async def create_objects(bench: OperatorBench, job: FineTuneJob) -> None:
+    """Write the status that begins the first attempt of a job, and create its objects, one after the other."""
+    name, namespace = job.metadata.name, job.metadata.namespace
+    await bench.api.replace(JOBS.path(namespace, name, "status"), status_body(job, job.status))
+    await bench.api.create(CONFIGS.path(namespace), unowned(build_config(job)))
+    if bench.num_pods > 1:
+        await bench.api.create(SERVICES.path(namespace), unowned(build_service(job, SETTINGS)))
+    for rank in range(bench.num_pods):
+        await create_pod(bench, job, rank)
+
+
+async def store_jobs(bench: OperatorBench, name: str) -> list[FineTuneJob]:
+    """Create all jobs in the namespaces with a name; return them with the status that begins their first attempt."""
+    stored: list[FineTuneJob] = []
+
+    async def store(job: FineTuneJob) -> None:
+        path = JOBS.path(job.metadata.namespace)
+        created = await bench.api.create(path, build_job(job.metadata.name, nodes=bench.num_pods))
+        meta = ObjectMeta.model_validate(created["metadata"])
+        first = plan(job, Observed(), datetime.now(UTC), SETTINGS).status
+        stored.append(job.model_copy(update={"metadata": meta, "status": first}))
+
+    jobs = (manifest(bench.namespace_of(name, number), number, bench.num_pods) for number in range(bench.num_jobs))
+    await bench.run_all(map(store, jobs))
+    return stored
 
 
 async def create_admitted(bench: OperatorBench, jobs: list[FineTuneJob]) -> None:
@@ -118,14 +177,6 @@ async def create_pod(bench: OperatorBench, job: FineTuneJob, node_rank: int, att
 async def bare_recoveries(bench: OperatorBench) -> float:
     """Return the seconds in which a loop replaces one pod of every job, with one write of each status."""
     node_rank = bench.num_pods - 1
-    stored: dict[str, FineTuneJob] = {}
-
-    async def store(job: FineTuneJob) -> None:
-        name, namespace = job.metadata.name, job.metadata.namespace
-        created = await bench.api.create(JOBS.path(namespace), build_job(name, nodes=bench.num_pods))
-        meta = ObjectMeta.model_validate(created["metadata"])
-        first = plan(job, Observed(), datetime.now(UTC), SETTINGS).status
-        stored[name] = job.model_copy(update={"metadata": meta, "status": first})
 
     async def replace(job: FineTuneJob) -> None:
         ended = ledger.replace_current(job.status, _lost(job.status))
@@ -135,11 +186,10 @@ async def bare_recoveries(bench: OperatorBench) -> float:
         await bench.api.replace(JOBS.path(namespace, name, "status"), status_body(job, status))
         await create_pod(bench, job, node_rank, attempt=2)
 
-    jobs = (manifest(bench.namespace_of(NAMESPACE, number), number, bench.num_pods) for number in range(bench.num_jobs))
-    await bench.run_all(map(store, jobs))
+    jobs = await store_jobs(bench, NAMESPACE)
     meter = ProcessMeter(bench.control_plane.programs)
     started, cpu_seconds = time.monotonic(), meter.cpu_seconds()
-    await bench.run_all(map(replace, stored.values()))
+    await bench.run_all(map(replace, jobs))
     seconds, cpu_ms = time.monotonic() - started, meter.cpu_ms_since(cpu_seconds, bench.num_jobs)
     bench.add_row("bare loop, one pod of every job replaced", f"after {seconds:.1f} s")
     bench.add_row("CPU time per job of that, all processes", describe_cpu(cpu_ms))

@@ -41,7 +41,13 @@ def test_bench_spot(tmp_path: Path) -> None:
 def test_bench_operator() -> None:
     result = run_program("bench.operator", "--jobs", "4", "--nodes-per-job", "2", "--idle-seconds", "5")
     measured = {
-        *("create_rate_ratio", "recover_seconds", "recover_seconds_bare", "recover_seconds_busy"),
+        *(
+            "create_rate_ratio",
+            "create_rate_ratio_same_objects",
+            "recover_seconds",
+            "recover_seconds_bare",
+            "recover_seconds_busy",
+        ),
         *("rss_mib", "requests_per_job"),
         *("cpu_ms_per_job", "recover_cpu_ms_per_job", "total_cpu_ms_per_job", "recover_total_cpu_ms_per_job"),
     }
