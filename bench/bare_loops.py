@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from bench.process_meter import ProcessMeter, describe_cpu
-from bench.scale import CONNECTIONS, COORDINATOR_URL, LIMIT_SECONDS, OperatorBench, job_name
+from bench.scale import CONNECTIONS, COORDINATOR_URL, LIMIT_SECONDS, OperatorBench, job_name, repeat
 from finetune_operator.api.job import FineTuneJob, ObjectMeta
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
-from finetune_operator.cluster.kube.client.client import ApiError, Json
+from finetune_operator.cluster.kube.client.client import ApiError, Json, delete_if_present
 from finetune_operator.cluster.kube.client.objects import CONFIGS, JOBS, PODS, SERVICES, status_body
 from finetune_operator.cluster.kube.queue.workloads import WORKLOADS
 from finetune_operator.manifests import build_config, build_pod, build_service
@@ -241,7 +241,9 @@ async def delete_all(bench: OperatorBench, path: str) -> None:
 
 async def delete_pod(bench: OperatorBench, namespace: str, pod: str) -> None:
     """Delete a pod without a grace period, as if its node had been lost."""
-    await bench.api.delete(PODS.path(namespace, pod), {"gracePeriodSeconds": 0})
+    options = {"gracePeriodSeconds": 0}
+    # A request without an answer may have deleted it.
+    await repeat(lambda: delete_if_present(bench.api, PODS.path(namespace, pod), options))
 
 
 def manifest(namespace: str, number: int, num_pods: int, **spec: object) -> FineTuneJob:

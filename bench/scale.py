@@ -12,7 +12,7 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.supervisors import BenchSupervisor, HeartbeatCounts
 from finetune_operator.cluster.kube.client.client import (
@@ -33,12 +33,14 @@ from testing.controlplane.server import ControlPlane
 from testing.measure.report import finish
 from testing.operator.harness import ACCOUNT, HOME, OperatorProcess, build_job, install
 
+T = TypeVar("T")
+
 CONNECTIONS = 16
 """Number of concurrent requests of the bare loop and of other creations and deletions."""
 POLL_SECONDS = 1.0
 """A list of one pod takes the API server some milliseconds, because it counts the others."""
 LIMIT_SECONDS = 900.0
-MAX_READS = 60
+MAX_TRIES = 60
 PAGE = 500
 JOBS_PER_NAMESPACE = 1000
 """Thousands of jobs belong to many teams, and the endpoint controllers of Kubernetes read all pods of a namespace
@@ -100,14 +102,7 @@ class OperatorBench:
 
     async def get(self, path: str, query: Mapping[str, str], accept: str = JSON) -> Json:
         """Read a list; again while the API server is too busy to answer."""
-        for _ in range(MAX_READS):
-            try:
-                return await self.api.get(path, query, accept)
-            except ApiError as error:
-                if not error.transient:
-                    raise
-            await asyncio.sleep(POLL_SECONDS)
-        raise TimeoutError(path)
+        return await repeat(lambda: self.api.get(path, query, accept))
 
     async def count(self, path: str) -> int:
         """Return the number of objects of a collection; only one of them is transferred."""
@@ -169,6 +164,18 @@ class OperatorBench:
             self.queue.add_queue(queue, namespace, [{"name": QUEUE, "cpu": 2 * self.total_pods, "memory": "1Pi"}])
 
 
+async def repeat(request: Callable[[], Awaitable[T]]) -> T:
+    """Send a request, and again while the API server is too busy to answer, as kubelets do."""
+    for _ in range(MAX_TRIES):
+        try:
+            return await request()
+        except ApiError as error:
+            if not error.transient:
+                raise
+        await asyncio.sleep(POLL_SECONDS)
+    raise TimeoutError
+
+
 def job_number(name: str) -> int:
     """Return the number of a job."""
     return int(name.rpartition("-")[2])
@@ -204,7 +211,7 @@ async def create_supervisors(
         spec = {"audiences": audiences, "expirationSeconds": 3600, "boundObjectRef": reference}
         request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
         path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/default/token"
-        answer = await bench.api.request("POST", path, request)
+        answer = await repeat(lambda: bench.api.request("POST", path, request))
         created.append(BenchSupervisor(pod, answer["status"]["token"], counts, steady=steady))
 
     await bench.run_all(create(pod) for pod in pods)
