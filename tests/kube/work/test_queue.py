@@ -51,6 +51,28 @@ def test_key_that_is_added_during_its_reconcile_is_returned_again_afterwards() -
     run(test)
 
 
+def test_an_urgent_request_of_a_reconcile_is_served_first_but_only_every_second_time() -> None:
+    """The jobs of a burst begin one after the other, and none holds the others up."""
+
+    async def test(queue: WorkQueue[str]) -> None:
+        for key in ("a", "b", "c"):
+            queue.add(key)
+        order = []
+        for _ in range(7):
+            key = await queue.get()
+            assert key is not None
+            order.append(key)
+            if key == "a":
+                queue.add(key)
+            elif order.count(key) == 1:
+                # Progress never goes before the other keys.
+                queue.add(key, urgent=key == "b")
+            queue.done(key)
+        assert order == ["a", "a", "b", "b", "c", "a", "a"]
+
+    run(test)
+
+
 def test_later_delay_does_not_replace_an_earlier_one() -> None:
     async def test(queue: WorkQueue[str]) -> None:
         queue.add_after("a", 0.01)

@@ -56,15 +56,21 @@ class PriorityLanes(Generic[K]):
         """Number of waiting urgent keys."""
         return self._num_urgent
 
-    def put(self, key: K, now: float, *, urgent: bool) -> bool:
-        """Add a key, or move it to the urgent lane; return whether it was not waiting before."""
+    def put(self, key: K, now: float, *, urgent: bool, first: bool = False) -> bool:
+        """Add a key, or move it to the urgent lane; return whether it was not waiting before.
+
+        first: put an urgent key before the others.
+        """
         known = self._is_urgent.get(key)
         if known or known is urgent:
             return False
         self._is_urgent[key] = urgent
         self._num_urgent += urgent
         # A key that changes lanes stays in the low-priority lane, where `pop` skips it.
-        (self._urgent if urgent else self._low).append((key, now))
+        if urgent and first:
+            self._urgent.appendleft((key, now))
+        else:
+            (self._urgent if urgent else self._low).append((key, now))
         return known is None
 
     def pop(self, now: float) -> tuple[K, bool]:
@@ -95,6 +101,10 @@ class WorkQueue(Generic[K]):
 
     A key that is added while it is being reconciled is returned again afterwards. A reconcile reads the complete state,
     so it replaces all requests that were made before it started, including delayed ones.
+
+    A reconcile that writes the begin of an attempt requests the next one, which creates its pods. So an urgent request
+    during a reconcile is served before the other keys, but only every second time: in a burst, the first jobs begin
+    early, and a job that requests reconciles without an end delays the others only once.
     """
 
     def __init__(self) -> None:
@@ -105,6 +115,8 @@ class WorkQueue(Generic[K]):
         self._working: dict[K, bool] = {}
         """Keys whose reconcile is running, and whether it is urgent."""
         self._num_urgent_running = 0
+        self._continued: set[K] = set()
+        """Keys that were or will be returned before the others, because their reconcile requested another one."""
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._held_until: dict[K, float] = {}
         """End of the back-off of each key, by the event loop's clock."""
@@ -126,8 +138,8 @@ class WorkQueue(Generic[K]):
             return
         if key in self._working:
             self._requeued[key] = urgent or self._requeued.get(key, False)
-        elif self._ready.put(key, asyncio.get_running_loop().time(), urgent=urgent):
-            self._num_ready.release()
+        else:
+            self._put(key, urgent=urgent)
 
     def add_after(self, key: K, seconds: float) -> None:
         """Request a low-priority reconcile after a delay, or after the key's back-off, unless an earlier one is due."""
@@ -171,8 +183,13 @@ class WorkQueue(Generic[K]):
         """Record that the reconcile of a key has ended."""
         self._num_urgent_running -= self._working.pop(key, False)
         urgent = self._requeued.pop(key, None)
-        if urgent or (urgent is not None and key not in self._held_until):
-            self.add(key, urgent=urgent)
+        has_continued = key in self._continued
+        self._continued.discard(key)
+        if self._closed or urgent is None or (not urgent and key in self._held_until):
+            return
+        if urgent and not has_continued:
+            self._continued.add(key)
+        self._put(key, urgent=urgent, first=not has_continued)
 
     def close(self) -> None:
         """Return no more keys."""
@@ -181,6 +198,10 @@ class WorkQueue(Generic[K]):
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+
+    def _put(self, key: K, *, urgent: bool, first: bool = False) -> None:
+        if self._ready.put(key, asyncio.get_running_loop().time(), urgent=urgent, first=first):
+            self._num_ready.release()
 
     def _timer_fired(self, key: K) -> None:
         self._timers.pop(key, None)
