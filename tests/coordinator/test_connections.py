@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import urllib.request
 from collections.abc import AsyncIterator, Callable
@@ -214,6 +215,20 @@ def test_closed_connections_leave_nothing_behind() -> None:
         assert not listener._untrusted
         assert not listener._handshakes
         await listener.stop()
+
+    asyncio.run(check())
+
+
+def test_a_connection_that_was_just_accepted_is_closed_when_the_listener_stops() -> None:
+    async def check() -> None:
+        listener = Listener(asyncio.Protocol, PATIENT)
+        await listener.start(LOOPBACK, 0)
+        accepted, client = socket.socketpair()
+        listener._open(accepted, "here")
+        await listener.stop()
+        await asyncio.sleep(0)
+        assert (accepted.fileno(), listener.num_connections, dict(listener._untrusted)) == (-1, 0, {})
+        client.close()
 
     asyncio.run(check())
 

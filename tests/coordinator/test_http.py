@@ -27,11 +27,18 @@ TURNS = 10
 """Turns of the event loop in which a request is answered."""
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr(http, "LINGER_SECONDS", 0.0)
+
+
 class RecordingTransport(asyncio.Transport):
     """A connection whose other side sends only what the test feeds."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.limit: int | None = None
         self.sent = b""
         self.is_closed = False
         self.is_paused = False
@@ -49,6 +56,9 @@ class RecordingTransport(asyncio.Transport):
 
     def abort(self) -> None:
         self.is_closed = self.is_aborted = True
+
+    def set_read_buffer_limits(self, high: int) -> None:
+        self.limit = high
 
     def pause_reading(self) -> None:
         self.is_paused = True
@@ -128,6 +138,7 @@ CHUNKED = b"POST /beat HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\
         (CHUNKED, ["200 POST /beat body"], False),
         (b"\x16\x03\x01 not HTTP\r\n\r\n", ["400"], True),
         (request(head=[f"H{n}: x" for n in range(MAX_HEADERS)]), ["400"], True),
+        (request(head=MAX_HEADERS * ["same: x"]), ["400"], True),
         (b"POST /" + b"x" * MAX_HEAD_BYTES, ["431"], True),
         (request(head=["X: " + "x" * MAX_HEAD_BYTES])[:-10], ["431"], True),
         (CHUNKED.replace(b"2\r\ndy", b"zz\r\ndy"), ["400 lost close"], True),
@@ -145,6 +156,7 @@ CHUNKED = b"POST /beat HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\
         "chunked",
         "no-http",
         "many-headers",
+        "many-values",
         "long-line",
         "long-header",
         "bad-chunk",
@@ -215,23 +227,103 @@ def test_a_body_is_not_received_before_the_handler_wants_it() -> None:
     asyncio.run(check())
 
 
+async def refuse(_: HttpRequest) -> HttpResponse:
+    return HttpResponse(401, "who?")
+
+
+@pytest.mark.parametrize(
+    ("rest", "closed"),
+    [(b"34567", False), (b"3456789" + request("next"), True), (b"", False)],
+    ids=["part", "more", "nothing"],
+)
 def test_the_rest_of_a_refused_body_is_read_for_a_while_so_that_its_sender_gets_the_response(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, rest: bytes, *, closed: bool
 ) -> None:
     monkeypatch.setattr(http, "LINGER_SECONDS", 0.01)
 
-    async def refuse(_: HttpRequest) -> HttpResponse:
-        return HttpResponse(401, "who?")
+    async def check() -> None:
+        exchange = Exchange(refuse)
+        sent = request("0123456789")
+        assert await exchange.feed(sent[:-8], rest) == ["401 who? close"]
+        assert exchange.transport.is_closed is closed
+        await until_closed(exchange)
+
+    asyncio.run(check())
+
+
+async def until_closed(exchange: Exchange) -> None:
+    async with asyncio.timeout(30):
+        while not exchange.transport.is_closed:  # noqa: ASYNC110  the transport has no event for it
+            await asyncio.sleep(0)
+
+
+def test_a_refused_sender_keeps_its_connection_if_the_rest_of_the_body_arrives_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new connection costs a TLS handshake."""
+    monkeypatch.setattr(http, "DRAIN_SECONDS", 30.0)
 
     async def check() -> None:
-        for rest in (b"34567", b"3456789" + request("next"), b""):
-            exchange = Exchange(refuse)
-            sent = request("0123456789")
-            assert await exchange.feed(sent[:-8], rest) == ["401 who? close"]
-            assert exchange.transport.is_closed is (len(rest) > 8)
-            async with asyncio.timeout(30):
-                while not exchange.transport.is_closed:  # noqa: ASYNC110  the transport has no event for it
-                    await asyncio.sleep(0)
+        exchange = Exchange(refuse)
+        sent = request("0123456789")
+        assert await exchange.feed(sent[:-8], sent[-8:-4], sent[-4:]) == ["401 who?"]
+        assert await exchange.feed(request()) == 2 * ["401 who?"]
+        # A sender that waits for the response to its headers gets it at once.
+        sent = request("0123456789", head=["Expect: 100-continue"])
+        assert (await exchange.feed(sent[:-10]))[2:] == ["401 who? close"]
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("drain_seconds", [0.0, 30.0])
+@pytest.mark.parametrize("end", [b"0\r\nx: ", b"1;x="], ids=["trailer", "extension"])
+def test_what_is_neither_head_nor_body_has_a_limit(
+    monkeypatch: pytest.MonkeyPatch, drain_seconds: float, end: bytes
+) -> None:
+    monkeypatch.setattr(http, "DRAIN_SECONDS", drain_seconds)
+    monkeypatch.setattr(http, "LINGER_SECONDS", 30.0)
+
+    async def check() -> None:
+        exchange = Exchange(refuse)
+        num_parts = MAX_HEAD_BYTES // 1024
+        head = b"POST /beat HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n"
+        await exchange.feed(head, end, *(num_parts - 1) * [b"x" * 1024])
+        assert not exchange.transport.is_closed
+        assert not exchange.connection._is_deaf
+        assert await exchange.feed(*2 * [b"x" * 1024]) == ["401 who? close"]
+        # What follows is not parsed, whether the connection is closed already or waits for the sender.
+        assert exchange.connection._is_deaf
+        exchange.connection.connection_lost(None)
+
+    asyncio.run(check())
+
+
+def test_a_connection_decrypts_little_that_nobody_wants() -> None:
+    async def check() -> None:
+        assert Exchange().transport.limit == http.MAX_UNREAD_BYTES
+
+    asyncio.run(check())
+
+
+def test_the_response_to_head_has_no_body() -> None:
+    async def check() -> None:
+        exchange = Exchange()
+        exchange.connection.data_received(b"HEAD /beat HTTP/1.1\r\nHost: here\r\n\r\n")
+        await turns()
+        assert exchange.transport.sent.endswith(b"\r\n\r\n")
+        assert b"Content-Length: 12\r\n" in exchange.transport.sent
+
+    asyncio.run(check())
+
+
+def test_a_connection_whose_handler_was_cancelled_is_closed() -> None:
+    async def cancelled(_: HttpRequest) -> HttpResponse:
+        raise asyncio.CancelledError
+
+    async def check() -> None:
+        exchange = Exchange(cancelled)
+        assert await exchange.feed(request()) == []
+        assert exchange.transport.is_closed
 
     asyncio.run(check())
 
@@ -283,6 +375,28 @@ def test_a_request_whose_sender_has_gone_is_abandoned_when_nothing_is_left_to_do
         await turns()
         assert ended == ["abandoned" if abandonable else "handled"]
         assert exchange.transport.sent == b""
+
+    asyncio.run(check())
+
+
+def test_a_server_that_stops_waits_for_requests_whose_sender_has_gone() -> None:
+    async def check() -> None:
+        released, handled = asyncio.Event(), []
+
+        async def wait(request: HttpRequest) -> HttpResponse:
+            await released.wait()
+            handled.append(request.path)
+            return HttpResponse(200, "")
+
+        exchange = Exchange(wait)
+        await exchange.feed(request())
+        exchange.connection.connection_lost(None)
+        stopping = asyncio.create_task(exchange.server.stop(30.0))
+        await turns()
+        assert not stopping.done()
+        released.set()
+        await stopping
+        assert handled == ["/beat"]
 
     asyncio.run(check())
 

@@ -189,6 +189,37 @@ def test_a_held_reply_is_abandoned_when_its_supervisor_closes_the_connection() -
     asyncio.run(check())
 
 
+def test_no_reply_is_held_for_a_connection_that_was_lost_before() -> None:
+    async def check() -> None:
+        asked, released = asyncio.Event(), asyncio.Event()
+
+        async def authenticate_late(token: str) -> PodIdentity | None:
+            asked.set()
+            await released.wait()
+            return await authenticate(token)
+
+        store, changes, woken = HeartbeatStore(), JobChanges(lambda: 60.0), asyncio.Event()
+        coordinator = Coordinator(
+            store, authenticate_late, lambda _: NOTHING, lambda *_: woken.set(), lambda: NOON, changes=changes
+        )
+        harness = CoordinatorHarness(f"http://127.0.0.1:{await coordinator.start('127.0.0.1', 0)}")
+        async with aiohttp.ClientSession() as harness.session:
+            request = asyncio.create_task(harness.request(WAITING, WAIT))
+            await asked.wait()
+            request.cancel()
+            assert coordinator._server is not None
+            async with asyncio.timeout(30):
+                while coordinator._server.connections:  # noqa: ASYNC110  no event for it
+                    await asyncio.sleep(0)
+            released.set()
+            await woken.wait()
+            await asyncio.sleep(0)
+            assert (len(changes), len(coordinator._server.tasks)) == (0, 0)
+        await coordinator.stop()
+
+    asyncio.run(check())
+
+
 def test_large_body_without_a_content_length_is_refused() -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(MAX_BEAT_BYTES // 1024 + 1):

@@ -132,6 +132,8 @@ class Listener:
         task = asyncio.create_task(self._serve(accepted, connection))
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
+        # A task that is cancelled before it has begun closes nothing itself.
+        task.add_done_callback(lambda done: self._drop(accepted, connection) if done.cancelled() else None)
 
     def _warn(self, source: str) -> None:
         now = asyncio.get_running_loop().time()
@@ -145,10 +147,13 @@ class Listener:
         loop, options = asyncio.get_running_loop(), self._tls_options()
         try:
             await loop.connect_accepted_socket(lambda: connection, accepted, **options)
-        except (OSError, asyncio.CancelledError):
+        except OSError:
             # No handshake, or not in time.
-            accepted.close()
-            self.forget(connection)
+            self._drop(accepted, connection)
+
+    def _drop(self, accepted: socket.socket, connection: Connection) -> None:
+        accepted.close()
+        self.forget(connection)
 
     def _tls_options(self) -> dict[str, Any]:
         if self._context is None:

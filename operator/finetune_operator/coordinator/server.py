@@ -147,7 +147,7 @@ class Coordinator:
             self._wake(beat.namespace, beat.job)
         reply = self._answer(beat)
         wanted = read_wait_seconds(request.headers.get(PREFER.lower(), "")) if beat.waiting else 0.0
-        if not wanted:
+        if not wanted or request.is_lost:
             return reply
         # The heartbeat is stored. A supervisor that closes the connection sends another one.
         request.abandonable = True

@@ -10,7 +10,6 @@ from finetune_operator.api.names import pod_host, service_name
 from finetune_operator.manifests.metadata import build_metadata, job_labels
 from finetune_operator.settings import Settings
 
-
 LOCALHOST = "localhost"
 
 

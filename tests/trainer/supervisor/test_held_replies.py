@@ -7,12 +7,18 @@ import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import WAIT_SECONDS, Heartbeat, Reply
-from finetune_trainer.supervisor.client import CoordinatorClient, InterruptedPostError
+from finetune_trainer.supervisor.client import CoordinatorClient, CoordinatorError, InterruptedPostError
 from testing.controlplane.pki import Authority
 from tests.trainer.supervisor.fake_coordinator import DEADLINE_SECONDS, FakeCoordinator, StartSupervisor
 from tests.trainer.supervisor.test_supervisor import HOLD, WORLD_4
+
+BEAT = Heartbeat(
+    job="circles", namespace="default", job_uid="1", pod="a", pod_uid="2", attempt=1, node_rank=0, sequence=1
+)
 
 
 def test_a_waiting_supervisor_lets_the_coordinator_hold_its_reply(
@@ -53,19 +59,31 @@ def test_a_post_over_tls_is_interrupted(tmp_path: Path, coordinator: FakeCoordin
     context.load_cert_chain(certificate.certificate, certificate.key)
     coordinator.server.socket = context.wrap_socket(coordinator.server.socket, server_side=True)
     client = CoordinatorClient(coordinator.url.replace("http:", "https:"), None, authority.certificate)
-    beat = Heartbeat(
-        job="circles", namespace="default", job_uid="1", pod="a", pod_uid="2", attempt=1, node_rank=0, sequence=1
-    )
-    assert client.post(beat) == Reply()
+    assert client.post(BEAT) == Reply()
     coordinator.held.clear()
     with ThreadPoolExecutor(1) as thread:
-        post = thread.submit(client.post, beat, 60.0)
+        post = thread.submit(client.post, BEAT, 60.0)
         coordinator.wait(lambda _: coordinator.waits[-1] is not None)
         client.interrupt()
         assert isinstance(post.exception(DEADLINE_SECONDS), InterruptedPostError)
     coordinator.held.set()
     # The next post opens a new connection.
-    assert client.post(beat) == Reply()
+    assert client.post(BEAT) == Reply()
+    client.close()
+
+
+@pytest.mark.parametrize("damaged", ["half\na token", "t\N{EURO SIGN}ken"])
+def test_a_damaged_token_does_not_end_the_heartbeats(
+    tmp_path: Path, coordinator: FakeCoordinator, damaged: str
+) -> None:
+    token = tmp_path / "token"
+    client = CoordinatorClient(coordinator.url, token, None)
+    for _ in range(2):
+        token.write_text(damaged)
+        with pytest.raises(CoordinatorError, match="Error"):
+            client.post(BEAT)
+        token.write_text("whole")
+        assert client.post(BEAT) == Reply()
     client.close()
 
 

@@ -54,7 +54,8 @@ class CoordinatorClient:
         fresh = self._connection is None
         try:
             return self._post_once(beat, wait_seconds)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # ValueError: the token's file contains what no header may contain, e.g. while the kubelet writes it.
             self.close()
             if self._interrupted:
                 raise InterruptedPostError("a newer heartbeat is due") from error
@@ -64,7 +65,7 @@ class CoordinatorClient:
         # The connection may have been closed while it was idle. That does not mean that the coordinator is unreachable.
         try:
             return self._post_once(beat, wait_seconds)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             self.close()
             if self._interrupted:
                 raise InterruptedPostError("a newer heartbeat is due") from error

@@ -106,8 +106,8 @@ MAX_SETTLE_SECONDS = 5.0
 BUSY_DEPTH = 16
 """Queue depth from which the delay grows."""
 BUSY_JOBS = 8
-"""Jobs that are being created or recovered at the same time, above which everything else comes later: heartbeats, events
-and progress. They may wait for the API server, which the rest would slow down further."""
+"""Number of jobs that are created or recovered at the same time above which heartbeats, events and progress come later.
+These jobs may wait for the API server, which the rest would slow down further."""
 
 
 @dataclass(frozen=True)
