@@ -29,9 +29,7 @@ def test_service_is_headless_and_publishes_addresses_that_are_not_ready() -> Non
     assert service["metadata"]["ownerReferences"] == pod["metadata"]["ownerReferences"]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "ranks"), [({"nodes": 3}, [0]), ({"minNodes": 2, "maxNodes": 3}, [0, 1, 2])]
-)
+@pytest.mark.parametrize(("nodes", "ranks"), [({"nodes": 3}, [0]), ({"minNodes": 2, "maxNodes": 3}, [0, 1, 2])])
 def test_service_selects_the_pods_that_may_run_the_rendezvous(nodes: dict[str, Any], ranks: list[int]) -> None:
     job = make_job(topology={"accelerator": "cpu"} | nodes)
     selector = build_service(job, SETTINGS)["spec"]["selector"].items()

@@ -57,17 +57,17 @@ def test_an_urgent_request_of_a_reconcile_is_served_first_but_only_every_second_
     async def test(queue: WorkQueue[str]) -> None:
         for key in ("a", "b", "c"):
             queue.add(key)
-        order = []
+        order: list[str] = []
         for _ in range(7):
-            key = await queue.get()
-            assert key is not None
-            order.append(key)
-            if key == "a":
-                queue.add(key)
-            elif order.count(key) == 1:
+            returned = await queue.get()
+            assert returned is not None
+            order.append(returned)
+            if returned == "a":
+                queue.add(returned)
+            elif order.count(returned) == 1:
                 # Progress never goes before the other keys.
-                queue.add(key, urgent=key == "b")
-            queue.done(key)
+                queue.add(returned, urgent=returned == "b")
+            queue.done(returned)
         assert order == ["a", "a", "b", "b", "c", "a", "a"]
 
     run(test)
