@@ -145,6 +145,11 @@ class HttpRequest:
         self.is_complete = not self.is_lost
         self._wake()
 
+    def release(self) -> None:
+        """Free the headers and the body, which the handler no longer needs: thousands of requests may wait."""
+        self.headers = {}
+        self._body = bytearray()
+
     def lose(self) -> None:
         """Record that the rest of the body will not arrive."""
         self.is_lost = True

@@ -151,6 +151,7 @@ class Coordinator:
             return reply
         # The heartbeat is stored. A supervisor that closes the connection sends another one.
         request.abandonable = True
+        request.release()
         return await self._hold(beat, reply, min(wanted, self._changes.hold_seconds()))
 
     async def _hold(self, beat: Heartbeat, reply: Reply, seconds: float) -> Reply:
