@@ -45,8 +45,7 @@ WHEELS = (
     # Pictures.
     *("pillow", "pillow-heif"),
     # The command, the coordinator and the heartbeats.
-    *("aiohttp", "aiohappyeyeballs", "aiosignal", "attrs", "frozenlist", "multidict", "propcache", "yarl"),
-    *("cryptography", "cffi", "pycparser"),
+    *("httptools", "cryptography", "cffi", "pycparser"),
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
     *("rich", "markdown-it-py", "mdurl", "pygments"),
 )

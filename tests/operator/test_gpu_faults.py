@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from testing.controlplane.process import wait_for
@@ -12,14 +14,18 @@ GPU = "nvidia.com/gpu"
 TAINT = "finetune-operator.io/gpu-fault"
 
 
-def add_gpu_nodes(jobs: Jobs, number: int, label: str) -> list[str]:
-    """Add nodes with GPUs."""
+@contextmanager
+def gpu_nodes(jobs: Jobs, number: int, label: str) -> Iterator[list[str]]:
+    """Add nodes with GPUs; delete them at the end: other tests expect that no node has one."""
     nodes = list(jobs.control_plane.add_nodes(number, prefix=label, labels={"test": label}))
     for node in nodes:
         resources = {GPU: "8"}
         change = {"status": {"capacity": resources, "allocatable": resources}}
         jobs.control_plane.api.patch(f"/api/v1/nodes/{node}/status", change, "strategic")
-    return nodes
+    try:
+        yield nodes
+    finally:
+        jobs.control_plane.delete_nodes(nodes)
 
 
 def taints(jobs: Jobs, node: str) -> dict[str, str]:
@@ -34,8 +40,7 @@ def gpu_job(name: str, label: str, **spec: Any) -> dict[str, Any]:
 
 
 def test_taint_of_a_health_tool_moves_the_job_and_spends_no_budget(jobs: Jobs, new_operator: NewOperator) -> None:
-    add_gpu_nodes(jobs, 2, "faulty")
-    with running(new_operator()):
+    with gpu_nodes(jobs, 2, "faulty"), running(new_operator()):
         jobs.create(gpu_job("circles", "faulty"))
         jobs.wait_phase("circles", "Running")
         node = jobs.pods()["circles-a1-n0"]["spec"]["nodeName"]
@@ -53,24 +58,24 @@ def test_taint_of_a_health_tool_moves_the_job_and_spends_no_budget(jobs: Jobs, n
 
 def test_node_is_tainted_after_evidence_from_several_jobs(jobs: Jobs, new_operator: NewOperator) -> None:
     """With exactly the role of the chart, the taints of others are kept, and the evidence of one job is not enough."""
-    one, both = add_gpu_nodes(jobs, 2, "tainted")
-    other = {"key": "example.com/other", "effect": "NoSchedule"}
-    jobs.control_plane.api.patch(f"/api/v1/nodes/{both}", {"spec": {"taints": [other]}})
-    for name, nodes in (("first", (one, both)), ("second", (both,))):
-        created = jobs.create(gpu_job(name, "tainted", suspend=True))
-        now = created["metadata"]["creationTimestamp"]
-        end = {
-            "reason": "GpuFault",
-            "countsAs": "Preemption",
-            "gpu": "GPU-1",
-            "xid": 79,
-            "startedAt": now,
-            "endedAt": now,
-        }
-        attempts = [{"attempt": number, "node": node, **end} for number, node in enumerate(nodes, 1)]
-        status = {"attempt": len(attempts), "attempts": attempts, "preemptions": len(attempts)}
-        jobs.control_plane.api.patch(f"{jobs_path(jobs.namespace, name)}/status", {"status": status})
-    with may_taint_nodes(jobs.control_plane), running(new_operator("--taint-after-jobs=2")):
-        wait_for("the node is tainted", lambda: TAINT in taints(jobs, both))
-        assert taints(jobs, both) == {"example.com/other": "NoSchedule", TAINT: "NoSchedule"}
-        assert TAINT not in taints(jobs, one)
+    with gpu_nodes(jobs, 2, "tainted") as (one, both):
+        other = {"key": "example.com/other", "effect": "NoSchedule"}
+        jobs.control_plane.api.patch(f"/api/v1/nodes/{both}", {"spec": {"taints": [other]}})
+        for name, nodes in (("first", (one, both)), ("second", (both,))):
+            created = jobs.create(gpu_job(name, "tainted", suspend=True))
+            now = created["metadata"]["creationTimestamp"]
+            end = {
+                "reason": "GpuFault",
+                "countsAs": "Preemption",
+                "gpu": "GPU-1",
+                "xid": 79,
+                "startedAt": now,
+                "endedAt": now,
+            }
+            attempts = [{"attempt": number, "node": node, **end} for number, node in enumerate(nodes, 1)]
+            status = {"attempt": len(attempts), "attempts": attempts, "preemptions": len(attempts)}
+            jobs.control_plane.api.patch(f"{jobs_path(jobs.namespace, name)}/status", {"status": status})
+        with may_taint_nodes(jobs.control_plane), running(new_operator("--taint-after-jobs=2")):
+            wait_for("the node is tainted", lambda: TAINT in taints(jobs, both))
+            assert taints(jobs, both) == {"example.com/other": "NoSchedule", TAINT: "NoSchedule"}
+            assert TAINT not in taints(jobs, one)
