@@ -22,7 +22,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -230,6 +230,12 @@ class Recovery:
         self.supervisors.lose(job, pod)
 
 
+def _quantile(values: Iterable[float], share: float) -> float:
+    """Return the smallest value that is at least as large as this share of all."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
 class _Replacements:
     """The pods that are created after an attempt; the supervisor of each is started as soon as its pod runs.
 
@@ -258,14 +264,13 @@ class _Replacements:
 
     def seconds_until(self, share: float, started: float) -> float:
         """Return the seconds from the start until a share of all replacements existed."""
-        times = sorted(self._created_at.values())
-        return times[max(0, math.ceil(share * len(times)) - 1)] - started
+        return _quantile(self._created_at.values(), share) - started
 
     def describe_delays(self, deleted_at: dict[str, float]) -> str:
         """Return how long jobs wait for a replacement after their own pod was deleted."""
         created = {pod.rpartition("-a")[0]: at for pod, at in self._created_at.items()}
-        delays = sorted(created[job] - at for job, at in deleted_at.items())
-        half, most, longest = (delays[max(0, math.ceil(share * len(delays)) - 1)] for share in (0.5, 0.95, 1.0))
+        delays = [created[job] - at for job, at in deleted_at.items()]
+        half, most, longest = (_quantile(delays, share) for share in (0.5, 0.95, 1.0))
         return f"p50 {half:.1f} s, p95 {most:.1f} s, max {longest:.1f} s"
 
     async def _watch_created(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ from finetune_contract.heartbeat import (
 from finetune_operator.coordinator.beats import HeartbeatStore, PodIdentity
 from finetune_operator.coordinator.changes import JobChanges
 from finetune_operator.coordinator.http import HttpRequest
-from finetune_operator.coordinator.server import MIN_BEAT_SECONDS, Coordinator
+from finetune_operator.coordinator.server import MIN_BEAT_SECONDS, Answer, Authenticator, Coordinator
 from tests.coordinator.test_beats import IDENTITY, NOON, beat
 
 TOKEN = "right"
@@ -41,7 +41,7 @@ class CoordinatorHarness:
     session: aiohttp.ClientSession = field(init=False)
     answered: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by every answer."""
-    stop: Callable[[], Awaitable[None]] = field(init=False)
+    coordinator: Coordinator = field(init=False)
 
     async def post(self, body: str | bytes, token: str | None = TOKEN) -> tuple[int, str]:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -62,9 +62,11 @@ def answer(newest: Heartbeat) -> Reply:
 
 
 @asynccontextmanager
-async def listening() -> AsyncIterator[CoordinatorHarness]:
-    harness = CoordinatorHarness()
-    coordinator = Coordinator(
+async def listening(
+    authenticate: Authenticator = authenticate, answer: Answer = answer, hold_seconds: float = 60.0
+) -> AsyncIterator[CoordinatorHarness]:
+    harness = CoordinatorHarness(changes=JobChanges(lambda: hold_seconds))
+    harness.coordinator = Coordinator(
         harness.store,
         authenticate,
         answer,
@@ -72,14 +74,14 @@ async def listening() -> AsyncIterator[CoordinatorHarness]:
         lambda: NOON,
         changes=harness.changes,
     )
-    port = await coordinator.start("127.0.0.1", 0)
+    port = await harness.coordinator.start("127.0.0.1", 0)
     harness.url = f"http://127.0.0.1:{port}"
     harness.session = aiohttp.ClientSession()
     try:
         yield harness
     finally:
         await harness.session.close()
-        await coordinator.stop()
+        await harness.coordinator.stop()
 
 
 def test_heartbeat_is_stored_answered_and_wakes_the_job() -> None:
@@ -202,24 +204,19 @@ def test_no_reply_is_held_for_a_connection_that_was_lost_before() -> None:
             await released.wait()
             return await authenticate(token)
 
-        store, changes, woken = HeartbeatStore(), JobChanges(lambda: 60.0), asyncio.Event()
-        coordinator = Coordinator(
-            store, authenticate_late, lambda _: NOTHING, lambda *_: woken.set(), lambda: NOON, changes=changes
-        )
-        harness = CoordinatorHarness(f"http://127.0.0.1:{await coordinator.start('127.0.0.1', 0)}")
-        async with aiohttp.ClientSession() as harness.session:
+        async with listening(authenticate_late, lambda _: NOTHING) as harness:
             request = asyncio.create_task(harness.request(WAITING, WAIT))
             await asked.wait()
             request.cancel()
-            assert coordinator._server is not None
+            server = harness.coordinator._server
+            assert server is not None
             async with asyncio.timeout(30):
-                while coordinator._server.connections:  # noqa: ASYNC110  no event for it
+                while server.connections:  # noqa: ASYNC110  no event for it
                     await asyncio.sleep(0)
-            released.set()
-            await woken.wait()
-            await asyncio.sleep(0)
-            assert (len(changes), len(coordinator._server.tasks)) == (0, 0)
-        await coordinator.stop()
+                released.set()
+                while server.tasks:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+            assert (harness.woken, len(harness.changes)) == ([("default", "circles")], 0)
 
     asyncio.run(check())
 
@@ -262,23 +259,14 @@ def test_a_heartbeat_in_progress_is_answered_when_the_coordinator_stops() -> Non
         stopping: list[asyncio.Task[None]] = []
 
         async def stop_then_authenticate(token: str) -> PodIdentity | None:
-            stopping.append(asyncio.create_task(coordinator.stop()))
+            stopping.append(asyncio.create_task(harness.coordinator.stop()))
             for _ in range(20):
                 await asyncio.sleep(0)
             return await authenticate(token)
 
-        coordinator = Coordinator(
-            HeartbeatStore(),
-            stop_then_authenticate,
-            answer,
-            lambda *_: None,
-            lambda: NOON,
-            changes=JobChanges(lambda: 60.0),
-        )
-        harness = CoordinatorHarness(f"http://127.0.0.1:{await coordinator.start('127.0.0.1', 0)}")
-        async with aiohttp.ClientSession() as harness.session:
+        async with listening(stop_then_authenticate) as harness:
             status, _ = await harness.post(beat().to_json())
-        await stopping[0]
+            await stopping[0]
         assert status == 200
 
     asyncio.run(check())
@@ -303,20 +291,13 @@ WAIT = {"Authorization": f"Bearer {TOKEN}", PREFER: f"wait={WAIT_SECONDS:.0f}"}
 @asynccontextmanager
 async def holding(replies: list[Reply], hold_seconds: float = 60.0) -> AsyncIterator[CoordinatorHarness]:
     """Listen; each answer is the next of `replies`, and the last one is repeated."""
-    harness = CoordinatorHarness(changes=JobChanges(lambda: hold_seconds))
 
     def answer_next(_: Heartbeat) -> Reply:
         harness.answered.set()
         return replies.pop(0) if len(replies) > 1 else replies[0]
 
-    coordinator = Coordinator(
-        harness.store, authenticate, answer_next, lambda *_: None, lambda: NOON, changes=harness.changes
-    )
-    harness.url = f"http://127.0.0.1:{await coordinator.start('127.0.0.1', 0)}"
-    harness.stop = coordinator.stop
-    async with aiohttp.ClientSession() as harness.session:
+    async with listening(answer=answer_next, hold_seconds=hold_seconds) as harness:
         yield harness
-    await coordinator.stop()
 
 
 NOTHING = Reply(attempt=1, beat_seconds=1.0)
@@ -383,7 +364,7 @@ def test_held_replies_are_sent_when_the_coordinator_stops() -> None:
             request = asyncio.create_task(harness.request(WAITING, WAIT))
             await harness.answered.wait()
             harness.answered.clear()
-            await harness.stop()
+            await harness.coordinator.stop()
             # The interval is the regular one: the next coordinator must not be asked by all pods at once.
             assert await request == NOTHING
             assert not harness.answered.is_set()

@@ -110,8 +110,8 @@ def test_environment() -> None:
 @pytest.mark.parametrize(
     ("nodes", "host"),
     [
-        ({}, "localhost"),
-        ({"nodes": 1}, "localhost"),
+        ({}, "127.0.0.1"),
+        ({"nodes": 1}, "127.0.0.1"),
         ({"nodes": 2}, "circles-a2-n0.circles.default.svc"),
         ({"minNodes": 1, "maxNodes": 2}, "circles-a2-n0.circles.default.svc"),
     ],

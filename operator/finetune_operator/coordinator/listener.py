@@ -33,7 +33,7 @@ class ConnectionLimits:
     """Limits of one listening port."""
 
     total: int = 10_000
-    """Open connections. A TLS connection with its heartbeat uses 32 KiB."""
+    """Open connections. A TLS connection with its heartbeat uses 23 KiB."""
     per_source: int = 500
     """Open connections from one address, without those of trusted senders: a node may hide its pods behind its own."""
     first_seconds: float = 10.0

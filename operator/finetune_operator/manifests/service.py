@@ -10,7 +10,7 @@ from finetune_operator.api.names import pod_host, service_name
 from finetune_operator.manifests.metadata import build_metadata, job_labels
 from finetune_operator.settings import Settings
 
-LOCALHOST = "localhost"
+LOOPBACK = "127.0.0.1"
 
 
 def rendezvous_host(job: FineTuneJob, first_pod: tuple[int, int], num_nodes: int) -> str:
@@ -22,7 +22,7 @@ def rendezvous_host(job: FineTuneJob, first_pod: tuple[int, int], num_nodes: int
         num_nodes: number of pods of the gang.
     """
     if num_nodes == 1:
-        return LOCALHOST
+        return LOOPBACK
     return pod_host(job.metadata.name, *first_pod, job.metadata.namespace)
 
 

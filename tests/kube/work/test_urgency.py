@@ -135,8 +135,6 @@ FIRST_CHECKPOINT = (
         checkpoint=CommittedCheckpoint(step=1, time=0.0, size_bytes=1, attempt=1),
     ),
 )
-
-
 ENDS = (RankEnd(rank=0, exit_code=1),)
 
 
@@ -151,7 +149,7 @@ ENDS = (RankEnd(rank=0, exit_code=1),)
         (beat(), beat(ranks=FIRST_CHECKPOINT), Urgency.SOON),
         (beat(), beat(RankState.DONE), Urgency.NOW),
         (beat(), beat(notice=True), Urgency.NOW),
-        (beat(), beat(ends=(RankEnd(rank=0, exit_code=1),)), Urgency.NOW),
+        (beat(), beat(ends=ENDS), Urgency.NOW),
         (beat(notice=True), beat(notice=True, step=2), Urgency.PROGRESS),
         # The next attempt waits for the last pod that is kept.
         (beat(RankState.FAILED, ends=ENDS), beat(RankState.FAILED, ends=ENDS, waiting=True), Urgency.NOW),

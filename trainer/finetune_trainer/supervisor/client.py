@@ -55,7 +55,7 @@ class CoordinatorClient:
         try:
             return self._post_once(beat, wait_seconds)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            # ValueError: the token's file contains what no header may contain, e.g. while the kubelet writes it.
+            # ValueError: the token's file contains what no header may contain.
             self.close()
             if self._interrupted:
                 raise InterruptedPostError("a newer heartbeat is due") from error

@@ -40,7 +40,7 @@ class GangReadiness:
     num_leaving: int
     """Number of pods that are being deleted."""
     ended: bool
-    """Whether the status contains the attempt's end: its remaining pods are being deleted."""
+    """Whether the status contains the attempt's end: its pods are being deleted, or kept for the next attempt."""
 
     @property
     def is_ready(self) -> bool:
@@ -77,10 +77,9 @@ def classify_pod_change(old: KubePod | None, new: KubePod | None, gang: GangRead
     """Return the urgency of a change of a pod in its gang.
 
     A failure is immediate, because the complete gang waits for every second of delay. While pods of an ended attempt
-    are deleted, only an ended pod and the last one are: the next attempt begins then, with the pods that are kept, if
-    there are any. While a gang starts, only the last ready pod is urgent, and
-    the last gated one, because the gang waits for its gates: a reconcile for each earlier step would cost a status
-    write.
+    are deleted, only an ended pod and the last deleted one are: then the next attempt begins, with the pods that are
+    kept, if there are any. While a gang starts, only the last ready pod is urgent, and the last gated one, because the
+    gang waits for its gates: a reconcile for each earlier step would cost a status write.
     """
     if new is None:
         return Urgency.PROGRESS if gang.ended and gang.num_leaving else Urgency.NOW
