@@ -2,7 +2,7 @@
 
 They create the pods of all jobs, and then replace one pod of every job. With a queue, each job is first requested from
 Kueue, and its pods are created when it is admitted. Without one, a further loop creates the objects of the operator:
-it writes the status that begins the first attempt, and creates a ConfigMap, a service and the pods of each job.
+it writes the status that begins the first attempt, and creates a ConfigMap and the pods of each job.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from finetune_operator.api.names import pod_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import AttemptStatus, FineTuneJobStatus
 from finetune_operator.cluster.kube.client.client import ApiError, Json, delete_if_present
-from finetune_operator.cluster.kube.client.objects import CONFIGS, JOBS, PODS, SERVICES, status_body
+from finetune_operator.cluster.kube.client.objects import CONFIGS, JOBS, PODS, status_body
 from finetune_operator.cluster.kube.queue.workloads import WORKLOADS
-from finetune_operator.manifests import build_config, build_pod, build_service
+from finetune_operator.manifests import build_config, build_pod
 from finetune_operator.manifests.workload import build_workload, workload_name
 from finetune_operator.plan import plan
 from finetune_operator.plan.model import ledger
@@ -103,7 +103,7 @@ async def same_objects(bench: OperatorBench) -> float:
     bench.add_row("CPU time per job of that, all processes", describe_cpu(cpu_ms))
     await all_pods_run(bench)
     for namespace in bench.namespaces_of(SAME_OBJECTS):
-        for resource in (PODS, SERVICES, CONFIGS, JOBS):
+        for resource in (PODS, CONFIGS, JOBS):
             await delete_all(bench, resource.path(namespace))
         await clear(bench, PODS.path(namespace))
     return rate
@@ -114,8 +114,6 @@ async def create_objects(bench: OperatorBench, job: FineTuneJob) -> None:
     name, namespace = job.metadata.name, job.metadata.namespace
     await bench.api.replace(JOBS.path(namespace, name, "status"), status_body(job, job.status))
     await bench.api.create(CONFIGS.path(namespace), unowned(build_config(job)))
-    if bench.num_pods > 1:
-        await bench.api.create(SERVICES.path(namespace), unowned(build_service(job, SETTINGS)))
     for rank in range(bench.num_pods):
         await create_pod(bench, job, rank)
 

@@ -26,6 +26,8 @@ class SupervisorPool:
         """Start the supervisors of pods."""
         for supervisor in await create_supervisors(self._bench, pods, self._counts):
             supervisor.joined = self._joined
+            # The manifest of rank 0 contains its own address.
+            supervisor.is_joining = supervisor.node_rank > 0
             self._jobs.setdefault(supervisor.job, []).append(supervisor)
             run = supervisor.run(self._port, self._context, spread_seconds)
             self._tasks[supervisor.pod] = asyncio.create_task(run)

@@ -56,6 +56,7 @@ class BenchSupervisor:
         meta, own = pod["metadata"], pod["metadata"]["labels"]
         self.job: str = own[labels.JOB]
         self.pod: str = meta["name"]
+        self.node_rank = int(own[labels.NODE_RANK])
         self.attempt = int(own[labels.ATTEMPT])
         self.sequence = 0
         self._identity = {
@@ -64,7 +65,7 @@ class BenchSupervisor:
             "job_uid": meta["ownerReferences"][0]["uid"],
             "pod": meta["name"],
             "pod_uid": meta["uid"],
-            "node_rank": int(own[labels.NODE_RANK]),
+            "node_rank": self.node_rank,
         }
         self._counts = counts
         self._steady = steady
@@ -76,6 +77,8 @@ class BenchSupervisor:
             "Content-Type: application/json\r\nContent-Length: "
         )
         self._last_reply = b""
+        self.is_joining = False
+        """Whether it must ask where rank 0 is before its ranks start."""
         self.joined: Callable[[BenchSupervisor], None] = BenchSupervisor.train
         """Called when its ranks have joined an attempt; they train from `train` on."""
         self.beat_seconds = Settings().beat_seconds
@@ -84,7 +87,8 @@ class BenchSupervisor:
         """Send heartbeats until cancelled; the first within `spread_seconds` (default: the heartbeat interval)."""
         spread = self.beat_seconds if spread_seconds is None else spread_seconds
         await asyncio.sleep(random.uniform(0, spread))
-        self._join()
+        if not self.is_joining:
+            self._join()
         while True:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await self._exchange_heartbeats(port, context)
@@ -134,7 +138,8 @@ class BenchSupervisor:
 
     def _apply_reply(self, reply: Reply) -> None:
         self.beat_seconds = reply.beat_seconds or self.beat_seconds
-        if reply.world is not None and reply.world.attempt > self.attempt:
+        if reply.world is not None and reply.world.attempt > self.attempt - self.is_joining:
+            self.is_joining = False
             self.attempt = reply.world.attempt
             self._identity["node_rank"] = reply.world.node_rank
             self._changed.set()
@@ -142,7 +147,8 @@ class BenchSupervisor:
 
     async def _post(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, bytes]:
         body = self._build_heartbeat().to_json().encode()
-        prefer = f"\r\n{PREFER}: wait={WAIT_SECONDS:.0f}" if self._state is RankState.FAILED else ""
+        waits = self.is_joining or self._state is RankState.FAILED
+        prefer = f"\r\n{PREFER}: wait={WAIT_SECONDS:.0f}" if waits else ""
         writer.write(f"{self._head}{len(body)}{prefer}\r\n\r\n".encode() + body)
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
@@ -153,7 +159,7 @@ class BenchSupervisor:
         rank = self._identity["node_rank"]
         lost = self._state is RankState.FAILED
         reached = self._step if self._steady else self.sequence
-        step = None if self._state is RankState.RESTORING else reached
+        step = None if self._state in (RankState.STARTING, RankState.RESTORING) else reached
         report = RankReport(
             rank=rank, state=self._state, step=step, total_steps=TOTAL_STEPS, loss=0.1, images_per_second=9.5
         )
@@ -165,4 +171,5 @@ class BenchSupervisor:
             ranks=(report,),
             ends=(end,) if lost else (),
             waiting=lost,
+            joining=self.is_joining,
         )

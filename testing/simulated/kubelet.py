@@ -107,7 +107,7 @@ class Kubelets:
         pod.running = True
         # Drop the pods that have ended.
         node.started = [*(other for other in node.started if other.running), pod]
-        self._server.change(pod, phase=PodPhase.RUNNING, ready=True, waiting=None)
+        self._server.change(pod, phase=PodPhase.RUNNING, ready=True, waiting=None, address=node.name)
         self._start(pod)
 
     def fail_start(self, pod: SimulatedPod) -> None:

@@ -31,6 +31,8 @@ class SimulatedPod:
     """Whether it accepts spot nodes only."""
     is_standby: bool = False
     """Whether its manifest gives it no rank yet."""
+    must_join: bool = False
+    """Whether its manifest does not contain the address of rank 0."""
     export_result: ExportResult | None = None
     """Termination message of an export pod."""
     group: str = ""

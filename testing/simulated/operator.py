@@ -125,7 +125,10 @@ class SimulatedOperator:
                 known is None or (known.beat.ends, known.beat.notice) != (beat.ends, beat.notice)
             )
             self.wake(beat.job, 0.0 if urgent else PROGRESS_SECONDS)
-        return reply_to(self.watch.jobs.get(beat.job), beat, self._settings)
+        pods = {pod.name: pod for pod in self.watch.pods.get(beat.job, {}).values()}
+        return reply_to(
+            self.watch.jobs.get(beat.job), beat, self._settings, lambda name: pods[name].address if name in pods else ""
+        )
 
     # -- its queue ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +197,6 @@ class SimulatedOperator:
             pods=pods,
             exports=exports,
             beats=self._heartbeats.of_job("default", name, oldest_attempt=oldest_attempt(job.status)),
-            services=frozenset(child for kind, child in children if kind == "Service"),
             configs=frozenset(child for kind, child in children if kind == "ConfigMap"),
             nodes={name: nodes[name] for name in used if name in nodes} if nodes else {},
             refusal=self._refusals.get(JobKey("default", name), job),

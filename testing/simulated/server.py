@@ -250,6 +250,7 @@ class SimulatedApiServer:
             avoid=_avoided_nodes(affinity),
             spot_only="requiredDuringSchedulingIgnoredDuringExecution" in affinity,
             is_standby=env.get(environment.STANDBY) == "1",
+            must_join=environment.MASTER_ADDR not in env,
             group=spec.get("schedulingGroup", {}).get("podGroupName", ""),
         )
         self.pods[observed.name] = pod

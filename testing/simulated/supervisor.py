@@ -59,6 +59,8 @@ class SimulatedSupervisor:
         self._ends: tuple[RankEnd, ...] = ()
         self._gpu_faults: tuple[GpuFault, ...] = ()
         self._waiting = pod.is_standby
+        self._joining = pod.must_join and not pod.is_standby
+        """Whether its rank starts when the coordinator names the address of rank 0."""
         self._alive = True
         self._epoch = 0
         self._sequence = 0
@@ -72,7 +74,7 @@ class SimulatedSupervisor:
         if pod.is_standby:
             # It waits as long as any supervisor that waits for a new world.
             self.last_reply_at = self._engine.time
-        else:
+        elif not self._joining:
             self._start_ranks()
         self._send_and_repeat()
 
@@ -84,7 +86,7 @@ class SimulatedSupervisor:
             return
         self._has_notice = True
         self.send_soon()
-        if self._waiting:
+        if self._waiting or self._joining:
             self._give_up()
         else:
             self._stop_ranks()
@@ -106,7 +108,9 @@ class SimulatedSupervisor:
         """Let its rank fail by itself, or because of a fault of its GPU."""
         if gpu_fault is not None:
             self._gpu_faults = (gpu_fault,)
-        if self._alive and not self._ends:
+        if self._joining:
+            self.send_soon()
+        elif self._alive and not self._ends:
             self._leave_gang(silent=False)
             self.rank_ended(code, output)
 
@@ -159,7 +163,7 @@ class SimulatedSupervisor:
     def _start_ranks(self) -> None:
         self._epoch += 1
         self._ends = ()
-        self._waiting = False
+        self._waiting = self._joining = False
         work = self._storage.workload
         seconds = work.load_seconds if self._is_cold or work.warm_load_seconds is None else work.warm_load_seconds
         self._is_cold = False
@@ -230,7 +234,7 @@ class SimulatedSupervisor:
 
     def _obey(self, reply: Reply) -> None:
         world = reply.world
-        if world is not None and world.attempt > self.attempt:
+        if world is not None and world.attempt > self.attempt - self._joining:
             if self._has_notice:
                 return
             self._leave_gang(silent=False)
@@ -238,9 +242,13 @@ class SimulatedSupervisor:
             self._start_ranks()
         elif reply.attempt is not None and reply.attempt > self.attempt and not self._has_notice:
             self._has_notice = True
+            self._joining = False
             self._leave_gang(silent=False)
             self._ends = self._ends or (RankEnd.model_construct(rank=self.node_rank, exit_code=77, last_words=""),)
             self._later(1.0, partial(self._end, ExitCode.SUPERSEDED))
+        elif self._joining and not self._has_notice and (reply.peer_lost or reply.order is Order.SAVE_AND_STOP):
+            self._joining, self._waiting = False, True
+            self.send_soon()
         elif reply.order is Order.SAVE_AND_STOP and not self._ends and not self._waiting:
             self._stop_ranks()
 
@@ -270,6 +278,7 @@ class SimulatedSupervisor:
                 "ends": self._ends,
                 "notice": self._has_notice,
                 "waiting": self._waiting,
+                "joining": self._joining,
                 "gpu_faults": self._gpu_faults,
             }
         )
@@ -277,6 +286,8 @@ class SimulatedSupervisor:
     def _state(self) -> RankState:
         if self._ends:
             return END_STATES.get(self._ends[0].exit_code, RankState.FAILED)
+        if self._joining:
+            return RankState.STARTING
         return self.gang.state if self.gang is not None else RankState.LOADING
 
     def _checkpoint(self) -> CommittedCheckpoint | None:

@@ -22,4 +22,5 @@ def make_config(node_rank: int = 0, num_nodes: int = 1) -> Config:
         coordinator_ca=None,
         beat_seconds=1.0,
         termination_log=None,
+        master_addr="127.0.0.1",
     )

@@ -32,7 +32,7 @@ def build(**container: Any) -> Container:
     value = {"name": "trainer", "command": ["true"], **container}
     pod = {
         "metadata": {"name": "circles-a1-n0", "namespace": "default", "uid": "uid-1", "labels": {"a/b": "c"}},
-        "spec": {"subdomain": "circles", "containers": [value]},
+        "spec": {"containers": [value]},
     }
     return build_container(pod, RESOURCES, MACHINE, lambda command: (f"/venv/bin/{command}",))
 
@@ -95,23 +95,6 @@ def test_a_mounted_tmp_is_rewritten_but_not_files_below_it() -> None:
     assert (env["HOME"], env["FILE"], env["TMPDIR"]) == ("/disk/data", "/tmp/mine.py", "/disk/data")
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("circles-a1-n0.circles", "127.0.0.1"),
-        ("circles-a1-n0.circles.default", "127.0.0.1"),
-        ("circles-a1-n0.circles.default.svc", "127.0.0.1"),
-        ("circles-a1-n0.circles.default.svc.cluster.local", "127.0.0.1"),
-        ("tcp://circles-a1-n1.circles.default.svc:29500", "tcp://127.0.0.1:29500"),
-        ("circles", "circles"),
-        ("a.circles.example.org", "a.circles.example.org"),
-        ("x.b.circles", "x.b.circles"),
-    ],
-)
-def test_host_names_of_the_gang_become_the_loopback_address(text: str, expected: str) -> None:
-    assert variables({"name": "HOST", "value": text})["HOST"] == expected
-
-
 def test_the_rendezvous_port_is_replaced_by_a_free_port() -> None:
     assert variables({"name": "MASTER_PORT", "value": "29500"})["MASTER_PORT"] == "15001"
     assert "MASTER_PORT" not in variables()
@@ -162,7 +145,7 @@ def test_translation_of_a_pod_that_the_operator_builds() -> None:
         "topology": {"accelerator": "cpu", "nodes": 2},
     }
     job = FineTuneJob.model_validate({"metadata": {"name": "circles", "uid": "1f0c3a2b-x"}, "spec": spec})
-    pod = build_pod(job, 3, 1, LOCAL)
+    pod = build_pod(job, 3, 0, LOCAL)
     pod["metadata"]["uid"] = "uid-2"
     folders = {volume["name"]: Path("/state") / volume["name"] for volume in pod["spec"]["volumes"]}
     resources = LocalResources(folders, Path("/state/termination"), Path("/tmp/x"), "local-1", 15_002)

@@ -10,7 +10,7 @@ import pytest
 from finetune_contract import environment
 from finetune_operator.api import labels
 from finetune_operator.api.job import FineTuneJob
-from finetune_operator.manifests import build_pod, hash_template
+from finetune_operator.manifests import PodOptions, build_pod, hash_template
 from finetune_operator.manifests.merge import MergeError
 from finetune_operator.settings import Settings
 from tests.plan.fake_cluster import make_job
@@ -46,7 +46,6 @@ def test_identity() -> None:
     assert (pod["apiVersion"], pod["kind"]) == ("v1", "Pod")
     assert pod["metadata"]["name"] == pod["spec"]["hostname"] == "circles-a2-n1"
     assert pod["metadata"]["namespace"] == "default"
-    assert pod["spec"]["subdomain"] == "circles"
     assert pod["spec"]["restartPolicy"] == "Never"
     assert pod["metadata"]["labels"].pop(labels.TEMPLATE) == hash_template(make_job().spec)
     assert pod["metadata"]["labels"] == {
@@ -88,7 +87,7 @@ def test_every_variable_of_the_contract_is_set() -> None:
         environment.SCRIPT,
         environment.EXAMPLES,
     }
-    assert names <= env_of(pod_of()).keys()
+    assert names <= env_of(pod_of(node_rank=0)).keys()
 
 
 def test_environment() -> None:
@@ -97,7 +96,7 @@ def test_environment() -> None:
     assert env[environment.ATTEMPT] == "2"
     assert env[environment.NODE_RANK] == "1"
     assert (env[environment.NUM_NODES], env[environment.PROCESSES_PER_NODE]) == ("3", "2")
-    assert env[environment.MASTER_ADDR] == "circles-a2-n0.circles.default.svc"
+    assert environment.MASTER_ADDR not in env
     assert env[environment.MASTER_PORT] == "29500"
     assert env[environment.BACKEND] == "auto"
     assert env[environment.GRACE_SECONDS] == "45"
@@ -108,17 +107,23 @@ def test_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "host"),
-    [
-        ({}, "127.0.0.1"),
-        ({"nodes": 1}, "127.0.0.1"),
-        ({"nodes": 2}, "circles-a2-n0.circles.default.svc"),
-        ({"minNodes": 1, "maxNodes": 2}, "circles-a2-n0.circles.default.svc"),
-    ],
+    ("node_rank", "first_pod", "is_first"),
+    [(0, (2, 0), True), (1, (2, 0), False), (0, (1, 3), False), (2, (2, 2), True)],
 )
-def test_the_ranks_of_a_single_pod_meet_without_a_service(nodes: dict[str, int], host: str) -> None:
-    pod = build_pod(make_job(topology={"accelerator": "cpu", **nodes}), 2, 0, SETTINGS)
-    assert env_of(pod)[environment.MASTER_ADDR] == host
+def test_only_the_pod_of_rank_0_knows_its_address(node_rank: int, first_pod: tuple[int, int], is_first: bool) -> None:
+    job = make_job(topology={"accelerator": "cpu", "nodes": 3})
+    env = env_of(build_pod(job, 2, node_rank, SETTINGS, PodOptions(num_nodes=3, first_pod=first_pod)))
+    own = {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert env.get(environment.MASTER_ADDR) == (own if is_first else None)
+
+
+@pytest.mark.parametrize("node_rank", [0, 1])
+def test_pods_of_a_job_with_a_service_have_names(node_rank: int) -> None:
+    """A job that version 0.1 began may pin its trainer image, which needs the name of rank 0."""
+    pod = build_pod(make_job(), 2, node_rank, SETTINGS, PodOptions(first_pod=(1, 0), has_service=True))
+    assert env_of(pod)[environment.MASTER_ADDR] == "circles-a1-n0.circles.default.svc"
+    assert pod["spec"]["subdomain"] == "circles"
+    assert "subdomain" not in build_pod(make_job(), 2, node_rank, SETTINGS)["spec"]
 
 
 def test_every_path_in_the_environment_is_mounted() -> None:

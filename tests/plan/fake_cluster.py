@@ -12,7 +12,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from finetune_contract.exit_codes import ExitCode
-from finetune_contract.heartbeat import CommittedCheckpoint, Heartbeat, RankEnd, RankReport, RankState, Termination
+from finetune_contract.heartbeat import (
+    CommittedCheckpoint,
+    Heartbeat,
+    RankEnd,
+    RankReport,
+    RankState,
+    Reply,
+    Termination,
+)
 from finetune_contract.outputs.request import ExportResult
 from finetune_operator.api import labels
 from finetune_operator.api.gangs import GATE, POD_GROUP
@@ -45,6 +53,7 @@ from finetune_operator.plan.model.types import (
     ResizePod,
     split_exports,
 )
+from finetune_operator.plan.replies import reply_to
 from finetune_operator.settings import Settings
 from testing.simulated.workloads import WorkloadStore, observe
 
@@ -231,7 +240,7 @@ class FakeCluster:
             child = ObservedChild(manifest["apiVersion"], manifest["kind"], name, f"uid-{name}", number)
             self.children[f"{manifest['kind']} {name}"] = child
         else:
-            (self.services if manifest["kind"] == "Service" else self.configs).add(name)
+            self.configs.add(name)
 
     def delete(self, name: str, uid: str, grace_seconds: int | None) -> None:
         pod = self.pods.get(name)
@@ -300,6 +309,14 @@ class FakeCluster:
         pod = replace(self.pod(node_rank), **changes)
         self.pods[pod.name] = pod
 
+    def reply(self, beat: Heartbeat, job: FineTuneJob | None = None) -> Reply:
+        """Return the reply to a heartbeat."""
+        return reply_to(job or self.job, beat, self.settings, self.address_of)
+
+    def address_of(self, name: str) -> str:
+        """Return the address of a pod; empty if it has none."""
+        return self.pods[name].address if name in self.pods else ""
+
     def vanish(self, name: str) -> None:
         pod = self.pods.pop(name)
         self.beats.pop(pod.uid, None)
@@ -308,7 +325,8 @@ class FakeCluster:
         """Schedule and start all pods of the newest attempt."""
         for pod in list(self.pods.values()):
             if pod.attempt == self.job.status.attempt and pod.phase is PodPhase.PENDING:
-                self.pods[pod.name] = replace(pod, phase=PodPhase.RUNNING, node=f"node-{pod.node_rank}", ready=True)
+                placed = replace(pod, node=f"node-{pod.node_rank}", address=f"10.0.{pod.attempt}.{pod.node_rank + 1}")
+                self.pods[pod.name] = replace(placed, phase=PodPhase.RUNNING, ready=True)
 
     def exit(self, node_rank: int, code: int, **changes: Any) -> None:
         """End the container of a pod."""
@@ -326,7 +344,8 @@ class FakeCluster:
 
     def beat(self, node_rank: int, state: RankState = RankState.TRAINING, **report: Any) -> None:
         """Send the heartbeat of a supervisor with one rank."""
-        fields = {key: report.pop(key) for key in ("notice", "ends", "waiting", "gpu_faults") if key in report}
+        names = ("notice", "ends", "waiting", "joining", "gpu_faults")
+        fields = {key: report.pop(key) for key in names if key in report}
         pod = self.pod(node_rank)
         self._say(pod, pod.attempt, node_rank, (RankReport(rank=node_rank, state=state, **report),), fields)
 

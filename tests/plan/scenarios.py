@@ -21,7 +21,8 @@ LOST_PEER = RankEnd(rank=0, exit_code=ExitCode.FABRIC, last_words="lost a peer")
 def place(cluster: FakeCluster, *numbers: int) -> None:
     """Give pods of the newest attempt a node, and start them."""
     for number in numbers:
-        cluster.change(number, phase=PodPhase.RUNNING, node=f"node-{number}", ready=True)
+        address = f"10.0.{cluster.job.status.attempt}.{number + 1}"
+        cluster.change(number, phase=PodPhase.RUNNING, node=f"node-{number}", ready=True, address=address)
 
 
 def send_heartbeats(cluster: FakeCluster, **report: Any) -> None:

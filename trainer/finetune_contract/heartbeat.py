@@ -281,6 +281,9 @@ class Heartbeat(Wire):
     waiting: bool = Field(
         default=False, description="its ranks ended because they lost a peer; it waits for a new gang"
     )
+    joining: bool = Field(
+        default=False, description="its ranks have not started: it asks where rank 0 of its attempt is"
+    )
     gpu_faults: tuple[GpuFault, ...] = Field(
         default=(), max_length=MAX_GPU_FAULTS, description="faults of the pod's GPUs, the first one first"
     )
@@ -294,12 +297,12 @@ class Order(StrEnum):
 
 
 class NewWorld(Wire):
-    """Position of a kept pod in the next attempt; its ranks are restarted there."""
+    """Position of a pod in an attempt: of a kept pod in the next one, or of a pod that asks where rank 0 is."""
 
     attempt: Attempt
     node_rank: Rank
     num_nodes: int = Field(ge=1, le=MAX_INT32)
-    master_addr: Name = Field(description="host of rank 0")
+    master_addr: Name = Field(description="address of rank 0's pod")
     master_port: int = Field(ge=1, le=65535)
     mtbf_seconds: float | None = Field(
         default=None, gt=0, le=MAX_SECONDS, description="observed mean time between interruptions"

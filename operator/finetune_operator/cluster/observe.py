@@ -54,6 +54,7 @@ def observe_pod(pod: Json) -> ObservedPod | None:
         created_at=created,
         node=pod["spec"].get("nodeName"),
         scheduled_at=_scheduled_at(status),
+        address=status.get("podIP") or "",
         gated=any(gate["name"] == GATE for gate in pod["spec"].get("schedulingGates") or ()),
         deleted_at=deletion - grace if deletion else None,
         grace=grace,

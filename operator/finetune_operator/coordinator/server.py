@@ -3,8 +3,8 @@
 The cluster starts it and injects how to authenticate tokens, what to reply and which jobs to wake. It makes no decision
 about a job.
 
-A supervisor whose ranks have ended can ask to wait for news (`Prefer: wait=20`, RFC 7240): then the reply is sent as
-soon as it contains something to do. So a pod enters its new world at once, and asks much less often until then.
+A supervisor without ranks can ask to wait for news (`Prefer: wait=20`, RFC 7240): then the reply is sent as soon as it
+contains something to do. So a pod enters its world at once, and asks much less often until then.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Coordinator:
         if self._store.record(beat, self._clock()):
             self._wake(beat.namespace, beat.job)
         reply = self._answer(beat)
-        wanted = read_wait_seconds(request.headers.get(PREFER.lower(), "")) if beat.waiting else 0.0
+        wanted = read_wait_seconds(request.headers.get(PREFER.lower(), "")) if beat.waiting or beat.joining else 0.0
         if not wanted or request.is_lost:
             return reply
         # The heartbeat is stored. A supervisor that closes the connection sends another one.
@@ -180,7 +180,7 @@ class Coordinator:
 def _has_news(beat: Heartbeat, reply: Reply) -> bool:
     """Return whether a supervisor without ranks has something to do."""
     is_older = reply.attempt is not None and reply.attempt > beat.attempt
-    return is_older or reply.world is not None or reply.order is not Order.CONTINUE
+    return is_older or reply.world is not None or reply.peer_lost or reply.order is not Order.CONTINUE
 
 
 async def _read_beat(request: HttpRequest) -> Heartbeat:

@@ -9,11 +9,11 @@ from finetune_contract import environment, paths
 from finetune_contract.outputs.request import ExportRequest
 from finetune_contract.run_spec import SpeedSettings
 from finetune_operator.api.job import FineTuneJob
+from finetune_operator.api.names import pod_host
 from finetune_operator.api.storage import StorageSpec
 from finetune_operator.manifests import layout
 from finetune_operator.manifests.fabric import backend, fabric_env
 from finetune_operator.manifests.run_spec import build_target
-from finetune_operator.manifests.service import rendezvous_host
 from finetune_operator.manifests.volumes import cache_dir, output_secrets
 from finetune_operator.settings import Settings
 
@@ -27,13 +27,15 @@ class PodSlot:
     num_nodes: int
     """Number of pods in the gang."""
     first_pod: tuple[int, int]
-    """Attempt and node rank in the name of node rank 0's pod, which runs the rendezvous."""
+    """Attempt and node rank in the name of node rank 0's pod, where the ranks meet."""
     is_standby: bool = False
     """Whether the pod is a standby pod, which waits to be assigned to a gang."""
     mtbf_seconds: float | None = None
     """Observed mean time between the job's interruptions; None: unknown."""
     checks_devices: bool = False
     """Whether its ranks check their devices before they train."""
+    has_service: bool = False
+    """Whether the job has a service, which gives the pods names."""
 
 
 def build_env(job: FineTuneJob, slot: PodSlot, settings: Settings) -> list[dict[str, Any]]:
@@ -54,6 +56,11 @@ def build_env(job: FineTuneJob, slot: PodSlot, settings: Settings) -> list[dict[
         **fabric_env(job.spec.topology),
     }
     fields = {environment.POD_NAME: "metadata.name", environment.POD_UID: "metadata.uid"}
+    if slot.has_service:
+        # The job was begun by version 0.1, and may pin its trainer image, which cannot ask for the address of rank 0.
+        values[environment.MASTER_ADDR] = pod_host(job.metadata.name, *slot.first_pod, job.metadata.namespace)
+    elif slot.first_pod == (slot.attempt, slot.node_rank):
+        fields[environment.MASTER_ADDR] = "status.podIP"
     return [{"name": name, "value": value} for name, value in values.items()] + [
         {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()
     ]
@@ -78,7 +85,6 @@ def _gang(job: FineTuneJob, slot: PodSlot, settings: Settings) -> dict[str, str]
         environment.NODE_RANK: str(slot.node_rank),
         environment.NUM_NODES: str(num_nodes),
         environment.PROCESSES_PER_NODE: str(topology.processes_per_node),
-        environment.MASTER_ADDR: rendezvous_host(job, slot.first_pod, num_nodes),
         environment.MASTER_PORT: str(settings.rendezvous_port),
         environment.BACKEND: backend(topology),
         **({environment.MTBF_SECONDS: f"{slot.mtbf_seconds:g}"} if slot.mtbf_seconds else {}),

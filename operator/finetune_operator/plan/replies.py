@@ -1,32 +1,37 @@
 """The reply to a supervisor's heartbeat. Pure; the coordinator of every kind of cluster uses it.
 
-It depends on the status only, so an operator that has just restarted gives the same replies as the one before it.
+It depends only on the status and on the addresses of the pods, so an operator that has just restarted gives the same
+replies as the one before it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from finetune_contract.heartbeat import Heartbeat, NewWorld, Order, Reply
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_name
 from finetune_operator.api.reasons import CountsAs, Reason
-from finetune_operator.manifests import build_target, rendezvous_host
+from finetune_operator.manifests import build_target
 from finetune_operator.plan.model.grace import SAVED_FOR, WITH_OWN_GRACE, is_sudden
 from finetune_operator.plan.model.ledger import current, follows_gpu_fault
 from finetune_operator.plan.model.view import members_of
 from finetune_operator.settings import Settings
 
+AddressOf = Callable[[str], str]
+"""Returns the address of a pod of the job by its name; empty if it has none, or does not exist."""
 WAITING_BEATS = 5
 """Factor by which the heartbeat interval is shorter for a supervisor whose new world may be ready at any moment."""
 
 
-def reply_to(job: FineTuneJob | None, beat: Heartbeat, settings: Settings) -> Reply:
+def reply_to(job: FineTuneJob | None, beat: Heartbeat, settings: Settings, address_of: AddressOf) -> Reply:
     """Return the reply to a heartbeat. A job that is unknown (not observed yet, or deleted) has no orders."""
     if job is None or beat.job_uid != job.metadata.uid:
         return Reply()
     # Its pod may belong to the newest attempt, even if the supervisor does not know it yet.
-    rank = _rank_of(job, beat) if beat.attempt < job.status.attempt else None
-    world = _new_world(job, rank, settings) if rank is not None else None
-    hurried = beat.waiting and (_is_between_attempts(job) or rank is not None)
+    rank = _rank_of(job, beat) if beat.joining or beat.attempt < job.status.attempt else None
+    world = _new_world(job, rank, beat, settings, address_of) if rank is not None else None
+    hurried = beat.joining or (beat.waiting and (_is_between_attempts(job) or rank is not None))
     return Reply(
         order=Order.SAVE_AND_STOP if _should_save(job, beat) else Order.CONTINUE,
         # A kept pod receives the newest attempt together with its world: it would stop if it had no world.
@@ -73,21 +78,28 @@ def _rank_of(job: FineTuneJob, beat: Heartbeat) -> int | None:
     return names.index(beat.pod) if beat.pod in names else None
 
 
-def _new_world(job: FineTuneJob, rank: int, settings: Settings) -> NewWorld | None:
-    """Return the world that a kept pod of an older attempt must join; None: not yet.
+def _new_world(
+    job: FineTuneJob, rank: int, beat: Heartbeat, settings: Settings, address_of: AddressOf
+) -> NewWorld | None:
+    """Return the world that a pod must join; None: not yet.
 
-    A pod receives it only when the containers of all pods run. Ranks that wait too long for a peer time out, and the
-    wait for a node and its image has no known limit.
+    A kept pod of an older attempt receives it only when the containers of all pods run. Ranks that wait too long for a
+    peer time out, and the wait for a node and its image has no known limit.
     """
     entry = current(job.status)
-    if entry is None or entry.ended_at is not None or entry.seconds.pulling is None:
+    if entry is None or entry.ended_at is not None or beat.attempt > entry.attempt:
+        return None
+    if beat.attempt < entry.attempt and entry.seconds.pulling is None:
         return None
     members = members_of(job.status, job.spec)
+    address = address_of(pod_name(job.metadata.name, *members[0]))
+    if not address:
+        return None
     return NewWorld(
         attempt=entry.attempt,
         node_rank=rank,
         num_nodes=len(members),
-        master_addr=rendezvous_host(job, members[0], len(members)),
+        master_addr=address,
         master_port=settings.rendezvous_port,
         mtbf_seconds=entry.mtbf_seconds,
         target=build_target(job.spec).to_json(),

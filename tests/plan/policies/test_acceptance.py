@@ -42,7 +42,7 @@ def test_refused_spec_gets_message_and_no_pods(spec: dict[str, Any], reason: Rea
     assert ";" in condition.message, "the message must contain what to write instead"
     status = cluster.job.status
     assert (status.phase, status.reason, status.message) == (Phase.PENDING, reason, condition.message)
-    assert (status.attempt, cluster.pods, cluster.services, cluster.configs) == (0, {}, set(), set())
+    assert (status.attempt, cluster.pods, cluster.configs) == (0, {}, set())
 
 
 def test_missing_storage_is_refused() -> None:

@@ -22,8 +22,8 @@ def test_reconcile_that_begins_an_attempt_creates_nothing() -> None:
     assert decided.status.start_time == cluster.now
     second = cluster.step()
     created = [action.manifest for action in second.actions if isinstance(action, Create)]
-    assert [manifest["kind"] for manifest in created] == ["ConfigMap", "Service", "Pod", "Pod"]
-    assert [manifest["metadata"]["name"] for manifest in created[2:]] == ["circles-a1-n0", "circles-a1-n1"]
+    assert [manifest["kind"] for manifest in created] == ["ConfigMap", "Pod", "Pod"]
+    assert [manifest["metadata"]["name"] for manifest in created[1:]] == ["circles-a1-n0", "circles-a1-n1"]
 
 
 def test_lost_status_write_has_no_effect() -> None:

@@ -14,7 +14,6 @@ from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import Capacity
 from finetune_operator.manifests import global_batch
 from finetune_operator.plan.model.types import PodPhase
-from finetune_operator.plan.replies import reply_to
 from tests.plan.fake_cluster import SETTINGS, START, FakeCluster, seconds
 from tests.plan.scenarios import FALLBACK, HOLDING, elastic_cluster, place, send_heartbeats, shrunk, spot_cluster
 
@@ -54,7 +53,7 @@ def test_supervisors_receive_the_smaller_world() -> None:
     cluster.settle()
     cluster.settle()
     last = cluster.pods["circles-a1-n3"]
-    new_world = reply_to(cluster.job, cluster.beats[last.uid].beat, HOLDING).world
+    new_world = cluster.reply(cluster.beats[last.uid].beat).world
     assert new_world is not None
     assert (new_world.attempt, new_world.node_rank, new_world.num_nodes) == (2, 2, 3)
 
@@ -104,7 +103,7 @@ def test_all_ranks_save_before_the_job_grows() -> None:
     entry = cluster.job.status.attempts[-1]
     assert (entry.attempt, entry.reason, entry.next_nodes) == (2, Reason.GROWN, 4)
     first = cluster.pods["circles-a1-n0"]
-    assert reply_to(cluster.job, cluster.beats[first.uid].beat, HOLDING).order is Order.SAVE_AND_STOP
+    assert cluster.reply(cluster.beats[first.uid].beat).order is Order.SAVE_AND_STOP
     send_heartbeats(cluster, step=101, waiting=True)
     cluster.settle()
     entry = cluster.job.status.attempts[-1]
@@ -112,7 +111,7 @@ def test_all_ranks_save_before_the_job_grows() -> None:
     assert (entry.pod_attempts, entry.pod_ranks) == ((1, 1, 1, 2), (0, 1, 3, 3))
     send_heartbeats(cluster, step=101, waiting=True)
     cluster.settle()
-    worlds = [reply_to(cluster.job, beat.beat, HOLDING).world for beat in cluster.beats.values()]
+    worlds = [cluster.reply(beat.beat).world for beat in cluster.beats.values()]
     assert sorted(new_world.node_rank for new_world in worlds if new_world is not None) == [0, 1, 2, 3]
     assert {new_world.num_nodes for new_world in worlds if new_world is not None} == {4}
     assert cluster.job.status.preemptions == 0

@@ -14,7 +14,6 @@ from finetune_operator.api.job import SchedulingMode
 from finetune_operator.api.reasons import Reason
 from finetune_operator.cluster.kube.optional.evictions import decode_eviction
 from finetune_operator.plan.model.types import ObservedEviction
-from finetune_operator.plan.replies import reply_to
 from tests.plan.fake_cluster import FakeCluster, make_job
 from tests.plan.scenarios import HOLDING
 
@@ -35,7 +34,7 @@ def test_request_is_a_preemption_with_notice() -> None:
     assert (entry.reason, entry.counts_as, entry.rank) == (Reason.PREEMPTED, "Preemption", 1)
     assert "EvictionRequest" in (entry.message or "")
     for received in cluster.beats.values():
-        assert reply_to(cluster.job, received.beat, cluster.settings).order is Order.SAVE_AND_STOP
+        assert cluster.reply(received.beat).order is Order.SAVE_AND_STOP
     assert [pod.deleted_at for pod in cluster.pods.values()] == [None, None], (
         "the ranks save before the pod is released"
     )

@@ -42,15 +42,15 @@ def test_complete_gang_gets_no_new_pods() -> None:
     assert names(cluster) == []
 
 
-@pytest.mark.parametrize(("nodes", "services"), [(1, set()), (2, {"circles"})])
-def test_only_a_gang_of_several_pods_has_a_service(nodes: int, services: set[str]) -> None:
-    cluster = FakeCluster(make_job(topology={"accelerator": "cpu", "nodes": nodes})).running()
-    assert (len(cluster.pods), cluster.services, cluster.configs) == (nodes, services, {"circles-run"})
-    assert names(cluster) == []
+def test_pods_of_a_job_that_version_0_1_began_use_its_service() -> None:
+    cluster = FakeCluster()
+    cluster.services = {"circles"}
+    cluster.settle()
+    assert cluster.manifests["circles-a1-n1"]["spec"]["subdomain"] == "circles"
+    assert cluster.services == {"circles"}
 
 
-@pytest.mark.parametrize("kind", ["services", "configs"])
-def test_deleted_service_and_config_are_created_again(kind: str) -> None:
+def test_deleted_config_is_created_again() -> None:
     cluster = FakeCluster().running()
-    getattr(cluster, kind).clear()
-    assert names(cluster) == ["circles" if kind == "services" else "circles-run"]
+    cluster.configs.clear()
+    assert names(cluster) == ["circles-run"]

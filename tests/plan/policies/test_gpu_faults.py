@@ -12,7 +12,6 @@ from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import GpuFault, Heartbeat, Order, RankEnd, RankState, Termination
 from finetune_operator.plan.model.backoff import next_attempt_at
 from finetune_operator.plan.model.types import ObservedNode, PodPhase
-from finetune_operator.plan.replies import reply_to
 from finetune_trainer.supervisor.xid import FAULTS, describe_fault
 from tests.plan.fake_cluster import SETTINGS, FakeCluster, make_job
 from tests.plan.scenarios import HOLDING, wait_for_peers
@@ -102,7 +101,7 @@ def test_kept_pods_check_their_devices_and_the_faulty_pod_is_replaced() -> None:
     assert status.attempts[1].pod_attempts == (1, 2)
     cluster.change(1, phase=PodPhase.RUNNING, node="node-2", ready=True)
     cluster.settle()
-    world = reply_to(cluster.job, kept_beat(cluster), HOLDING).world
+    world = cluster.reply(kept_beat(cluster)).world
     assert world is not None
     assert world.check_devices
 
@@ -142,7 +141,7 @@ def test_node_that_a_health_tool_reports_is_left_with_a_save() -> None:
     )
     assert entry.message is not None
     assert entry.message.startswith("nvidia.com/gpu-xid-error, reported by NVSentinel")
-    assert reply_to(cluster.job, kept_beat(cluster), HOLDING).order is Order.SAVE_AND_STOP
+    assert cluster.reply(kept_beat(cluster)).order is Order.SAVE_AND_STOP
 
 
 def test_condition_alone_explains_a_failure_and_moves_no_pod() -> None:

@@ -21,7 +21,7 @@ def names(cluster: FakeCluster) -> list[str]:
 
 
 def reply(cluster: FakeCluster, pod: ObservedPod) -> Reply:
-    return reply_to(cluster.job, cluster.beats[pod.uid].beat, cluster.settings)
+    return cluster.reply(cluster.beats[pod.uid].beat)
 
 
 def test_only_the_lost_pod_is_replaced() -> None:
@@ -40,18 +40,77 @@ def test_only_the_lost_pod_is_replaced() -> None:
     answer = reply(cluster, first).world
     assert answer is not None
     assert (answer.attempt, answer.node_rank, answer.num_nodes) == (2, 0, 3)
-    assert answer.master_addr == "circles-a1-n0.circles.default.svc"
+    assert answer.master_addr == first.address
 
 
-def test_new_pod_gets_the_address_of_rank_0() -> None:
+def join(cluster: FakeCluster, pod: ObservedPod) -> Reply:
+    """Ask where rank 0 of the newest attempt is, as a pod whose ranks have not started."""
+    cluster.say(pod, pod.node_rank)
+    return cluster.reply(cluster.beats[pod.uid].beat.model_copy(update={"joining": True}))
+
+
+def test_new_pod_gets_the_address_of_a_kept_rank_0() -> None:
     cluster = fixed_cluster()
+    first = cluster.pod(0)
     cluster.vanish(cluster.pod(1).name)
     wait_for_peers(cluster, 0, 2)
     cluster.step()
     [created] = [action.manifest for action in cluster.decide().actions if isinstance(action, Create)]
     env = {item["name"]: item.get("value") for item in created["spec"]["containers"][0]["env"]}
-    assert env["MASTER_ADDR"] == "circles-a1-n0.circles.default.svc"
     assert (env["FINETUNE_ATTEMPT"], env["FINETUNE_NODE_RANK"]) == ("2", "1")
+    assert "MASTER_ADDR" not in env
+    cluster.settle()
+    world = join(cluster, cluster.pod(1)).world
+    assert world is not None
+    assert (world.attempt, world.node_rank, world.num_nodes) == (2, 1, 3)
+    assert world.master_addr == first.address
+
+
+def waiting_cluster() -> FakeCluster:
+    """Return a job whose three pods exist and have no address."""
+    cluster = FakeCluster(make_job(topology={"accelerator": "cpu", "nodes": 3}), settings=HOLDING)
+    cluster.settle()
+    return cluster
+
+
+def test_pods_of_the_first_attempt_start_when_rank_0_has_an_address() -> None:
+    cluster = waiting_cluster()
+    assert join(cluster, cluster.pod(2)) == Reply(beat_seconds=1.0)
+    # It need not be ready, and the others need not run: the ranks wait for each other.
+    cluster.change(0, address="10.0.0.7")
+    world = join(cluster, cluster.pod(2)).world
+    assert world is not None
+    assert (world.attempt, world.node_rank, world.num_nodes, world.master_addr) == (1, 2, 3, "10.0.0.7")
+
+
+def test_a_pod_whose_ranks_have_not_started_is_kept_when_rank_0_is_lost() -> None:
+    cluster = waiting_cluster()
+    cluster.run_all()
+    cluster.settle()
+    pod = cluster.pod(2)
+    cluster.beat(1, RankState.STARTING)
+    cluster.beat(2, RankState.STARTING, joining=True)
+    cluster.vanish(cluster.pod(0).name)
+    cluster.settle()
+    answer = reply(cluster, pod)
+    assert answer.peer_lost
+    assert answer.world is None
+    cluster.say(pod, None)
+    cluster.beats[cluster.pods["circles-a1-n1"].uid] = replace(cluster.beats[pod.uid])
+    cluster.settle()
+    assert "circles-a1-n2" in names(cluster)
+    assert cluster.job.status.attempts[-1].pod_attempts == (2, 1, 1)
+
+
+def test_a_pod_asks_in_vain_after_its_attempt_was_superseded() -> None:
+    cluster = fixed_cluster()
+    old = cluster.pod(1)
+    beat = cluster.beats[old.uid].beat.model_copy(update={"joining": True})
+    cluster.vanish(old.name)
+    wait_for_peers(cluster, 0, 2)
+    cluster.settle()
+    answer = cluster.reply(beat)
+    assert (answer.attempt, answer.world) == (2, None)
 
 
 def test_the_status_counts_the_kept_pods_from_the_begin_of_the_attempt() -> None:
@@ -227,7 +286,7 @@ def test_heartbeat_of_another_job_uid_gets_no_orders() -> None:
     cluster = fixed_cluster()
     beat = cluster.beats[cluster.pod(0).uid].beat
     other = cluster.job.model_copy(update={"metadata": cluster.job.metadata.model_copy(update={"uid": "another"})})
-    assert reply_to(other, beat, HOLDING) == reply_to(None, beat, HOLDING) == Reply()
+    assert cluster.reply(beat, other) == reply_to(None, beat, HOLDING, cluster.address_of) == Reply()
 
 
 GAVE_UP = RankEnd(rank=0, exit_code=ExitCode.FABRIC, last_words="rank 0 of 3 rendezvous timed out")

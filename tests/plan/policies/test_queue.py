@@ -16,7 +16,6 @@ from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.reasons import CountsAs, Reason
 from finetune_operator.cluster.observe_workload import Flavor
 from finetune_operator.plan.model.conditions import find
-from finetune_operator.plan.replies import reply_to
 from testing.simulated.workloads import is_reserved, is_true
 from tests.plan.fake_cluster import SETTINGS, FakeCluster, make_job, seconds
 from tests.plan.scenarios import ELASTIC, HOLDING, place, send_heartbeats, wait_for_peers
@@ -114,7 +113,7 @@ def test_an_evicted_job_saves_before_it_yields() -> None:
     assert (cluster.job.status.preemptions, cluster.job.status.failures) == (1, 0)
     assert {pod.grace for pod in cluster.pods.values()} == {seconds(120)}, "the ranks have time to save"
     for received in cluster.beats.values():
-        assert reply_to(cluster.job, received.beat, cluster.settings).order is Order.SAVE_AND_STOP
+        assert cluster.reply(received.beat).order is Order.SAVE_AND_STOP
     cluster.settle()
     assert is_reserved(cluster.queue.stored[NAME]), "pods still use the quota"
     for rank in (0, 1):
@@ -393,7 +392,7 @@ def test_multikueue_gets_a_request_and_nothing_else() -> None:
     cluster = FakeCluster(make_job(queueName="gpus", managedBy=kueue.MULTIKUEUE), settings=QUEUED)
     before = cluster.job.status
     cluster.settle()
-    assert (list(cluster.queue.stored), cluster.pods, cluster.services) == ([NAME], {}, set())
+    assert (list(cluster.queue.stored), cluster.pods, cluster.configs) == ([NAME], {}, set())
     assert cluster.job.status == before, "Kueue copies the status of the other cluster"
     cluster.queue.admit(NAME, cluster.now)
     cluster.settle()

@@ -13,9 +13,8 @@ from finetune_contract.phase import Phase
 from finetune_operator.api.reasons import Reason
 from finetune_operator.manifests import build_target
 from finetune_operator.plan.model.types import PodPhase
-from finetune_operator.plan.replies import reply_to
 from tests.plan.fake_cluster import FakeCluster
-from tests.plan.scenarios import HOLDING, fixed_cluster
+from tests.plan.scenarios import fixed_cluster
 
 LONGER: dict[str, Any] = {"training": {"method": "LoRA", "steps": 200}}
 ELSEWHERE: dict[str, Any] = {"outputs": [{"format": "kohya", "to": "lora"}]}
@@ -37,12 +36,12 @@ def test_ranks_save_and_continue_with_the_edit_in_the_same_pods(edit: dict[str, 
     entry = cluster.job.status.attempts[0]
     assert (entry.reason, entry.counts_as) == (Reason.TARGET_EDITED, None)
     beats = [received.beat for received in cluster.beats.values()]
-    assert {reply_to(cluster.job, beat, HOLDING).order for beat in beats} == {Order.SAVE_AND_STOP}
+    assert {cluster.reply(beat).order for beat in beats} == {Order.SAVE_AND_STOP}
     for node_rank in range(2):
         cluster.beat(node_rank, step=10, waiting=True)
     cluster.settle()
     assert (cluster.job.status.attempt, set(cluster.pods)) == (2, pods)
-    worlds = [reply_to(cluster.job, received.beat, HOLDING).world for received in cluster.beats.values()]
+    worlds = [cluster.reply(received.beat).world for received in cluster.beats.values()]
     target = build_target(cluster.job.spec).to_json()
     assert [world and world.target for world in worlds] == [target] * 2
     assert (cluster.job.status.failures, cluster.job.status.preemptions) == (0, 0)

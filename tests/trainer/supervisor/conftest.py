@@ -61,6 +61,8 @@ def start(tmp_path: Path, coordinator: FakeCoordinator) -> Iterator[StartSupervi
             "FINETUNE_POD_UID": "uid-1",
             "FINETUNE_NODE_RANK": "1",
             "FINETUNE_NUM_NODES": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
             "FINETUNE_PROCESSES_PER_NODE": str(ranks),
             "FINETUNE_COORDINATOR_URL": coordinator.url,
             "FINETUNE_COORDINATOR_TOKEN": str(tmp_path / "token"),

@@ -25,6 +25,7 @@ REPLIES = {Input.SAVE_REQUEST, Input.PEER_LOSS, Input.NEW_WORLD, Input.NEWER_ATT
 IGNORED: dict[State, set[Input]] = {
     # The coordinator repeats these two with every heartbeat until all ranks run and can receive a signal.
     State.STARTING: {Input.SAVE_REQUEST, Input.PEER_LOSS},
+    State.JOINING: set(),
     # No rank runs that could save or end.
     State.STANDBY: {Input.SAVE_REQUEST, Input.PEER_LOSS},
     State.WAITING: {Input.SAVE_REQUEST, Input.PEER_LOSS},
@@ -50,6 +51,8 @@ IMPOSSIBLE: dict[State, set[Input]] = {
     **{state: {Input.HOLD_EXPIRED} for state in State if state is not State.WAITING},
     # A standby pod has no ranks: none are started, and none can fail.
     State.STANDBY: {Input.HOLD_EXPIRED, Input.RANKS_STARTED, Input.ENDED_FINALLY},
+    # Its ranks are started in another state. A fault of a GPU ends the pod.
+    State.JOINING: {Input.HOLD_EXPIRED, Input.RANKS_STARTED, Input.ENDED_HOLDABLE},
     # Ends are read after all ranks have been started.
     State.STARTING: {Input.HOLD_EXPIRED, *ENDS},
     State.RUNNING: {Input.HOLD_EXPIRED, Input.RANKS_STARTED},
@@ -70,9 +73,9 @@ def test_every_pair_is_a_transition_or_listed_as_none(state: State, event: Input
 
 
 def test_every_state_can_be_reached_and_leads_to_the_end() -> None:
-    for begin in (State.STANDBY, State.STARTING):
+    for begin in (State.STANDBY, State.JOINING, State.STARTING):
         reached = reachable(begin)
-        assert reached == set(State) - {State.STANDBY} | {begin}
+        assert reached == set(State) - {State.STANDBY, State.JOINING} | {begin}
     assert all(reachable(state) & FINAL for state in State)
 
 

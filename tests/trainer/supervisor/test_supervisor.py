@@ -372,22 +372,28 @@ def test_a_signal_to_an_ended_process_keeps_its_exit_code() -> None:
     assert ended.returncode == ExitCode.FABRIC
 
 
+def fake_gpus(folder: Path) -> tuple[dict[str, str], Path]:
+    """Return the environment of a supervisor with a stand-in for NVML, and the file from which it reads events.
+
+    The stand-in is a module pynvml: this machine has no GPU.
+    """
+    modules, events = folder / "modules", folder / "events"
+    modules.mkdir()
+    (modules / "pynvml.py").write_text("from testing.trainer.nvml_stand_in import *\n")
+    return {"PYTHONPATH": os.pathsep.join([str(modules), *sys.path]), "FAKE_NVML_EVENTS": str(events)}, events
+
+
 def test_fault_of_a_gpu_ends_the_ranks_and_is_reported(
     start: StartSupervisor, coordinator: FakeCoordinator, tmp_path: Path
 ) -> None:
-    """With a stand-in for NVML: a module pynvml that reads events from a file. This machine has no GPU."""
-    modules, events = tmp_path / "modules", tmp_path / "events"
-    modules.mkdir()
-    (modules / "pynvml.py").write_text("from testing.trainer.nvml_stand_in import *\n")
-    path = os.pathsep.join([str(modules), *sys.path])
+    variables, events = fake_gpus(tmp_path)
     process = start(
         """
         signal.signal(signal.SIGTERM, lambda *_: os._exit(70))
         report(state='Training', step=5)
         while True: signal.pause()
         """,
-        PYTHONPATH=path,
-        FAKE_NVML_EVENTS=str(events),
+        **variables,
     )
     coordinator.wait(lambda beat: all(rank["state"] == "Training" for rank in beat["ranks"]))
     events.write_text("[0, 31]\n[1, 79]\n")

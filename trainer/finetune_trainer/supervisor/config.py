@@ -46,9 +46,16 @@ class Config:
     model_base: str = ""
     """Location of the base model, from the run specification."""
     rendezvous: tuple[tuple[str, str], ...] = ()
-    """Environment variables of a world that is newer than the pod's manifest."""
+    """Environment variables of a world that the coordinator has named."""
     cpu: CpuSpec = field(default_factory=CpuSpec)
     """Settings of CPU training, from the run specification."""
+    master_addr: str = ""
+    """Address of rank 0's pod; empty: not known yet."""
+
+    @property
+    def must_join(self) -> bool:
+        """Return whether the coordinator must name the address of rank 0 before the ranks can start."""
+        return not self.master_addr and not self.is_standby
 
     @property
     def world_size(self) -> int:
@@ -56,7 +63,7 @@ class Config:
         return self.num_nodes * self.processes_per_node
 
     def for_world(self, world: NewWorld) -> Config:
-        """Return the configuration of the same pod in a later attempt."""
+        """Return the configuration of the same pod in the world that the coordinator has named."""
         variables = {
             environment.MASTER_ADDR: world.master_addr,
             environment.MASTER_PORT: str(world.master_port),
@@ -74,6 +81,7 @@ class Config:
             node_rank=world.node_rank,
             num_nodes=world.num_nodes,
             rendezvous=tuple(variables.items()),
+            master_addr=world.master_addr,
         )
 
     def rank(self, local_rank: int) -> int:
@@ -92,6 +100,13 @@ def read_config(env: Mapping[str, str]) -> Config:
         spec = RunSpec.read(spec_path)
     except (OSError, ValueError) as error:
         raise BadEnvironmentError(f"{environment.RUN_SPEC}: cannot read {spec_path}: {error}") from error
+    coordinator_url, master_addr = env.get(environment.COORDINATOR_URL, ""), env.get(environment.MASTER_ADDR, "")
+    is_standby = env.get(environment.STANDBY) == "1"
+    if not master_addr and not coordinator_url and not is_standby:
+        raise BadEnvironmentError(
+            f"neither {environment.MASTER_ADDR} nor {environment.COORDINATOR_URL} is set: nobody can name rank 0; "
+            "the operator's pod manifest sets one of them"
+        )
     return Config(
         namespace=spec.namespace,
         job=spec.job,
@@ -102,7 +117,7 @@ def read_config(env: Mapping[str, str]) -> Config:
         node_rank=_count(env, environment.NODE_RANK, minimum=0),
         num_nodes=_count(env, environment.NUM_NODES),
         processes_per_node=_count(env, environment.PROCESSES_PER_NODE),
-        coordinator_url=env.get(environment.COORDINATOR_URL, ""),
+        coordinator_url=coordinator_url,
         coordinator_token=_path(env, environment.COORDINATOR_TOKEN),
         coordinator_ca=_path(env, environment.COORDINATOR_CA),
         beat_seconds=_seconds(env, environment.BEAT_SECONDS, default=5.0),
@@ -112,7 +127,8 @@ def read_config(env: Mapping[str, str]) -> Config:
         script=spec.training.script,
         model_base=spec.model.base,
         cpu=spec.cpu,
-        is_standby=env.get(environment.STANDBY) == "1",
+        is_standby=is_standby,
+        master_addr=master_addr,
     )
 
 

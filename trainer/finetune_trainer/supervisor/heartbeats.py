@@ -81,8 +81,12 @@ class HeartbeatSender:
         loop = asyncio.get_running_loop()
         self._sequence += 1
         beat = fit(self._build(self._sequence))
-        # A pod that has heard nothing for `hold_seconds` ends.
-        wait_seconds = min(WAIT_SECONDS, self._config.hold_seconds // 2) if beat.waiting else 0.0
+        wait_seconds = 0.0
+        if beat.joining:
+            wait_seconds = WAIT_SECONDS
+        elif beat.waiting:
+            # A pod that has heard nothing for `hold_seconds` ends.
+            wait_seconds = min(WAIT_SECONDS, self._config.hold_seconds // 2)
         post = loop.run_in_executor(self._thread, client.post, beat, wait_seconds)
         try:
             reply = await (self._interruptible(client, post) if wait_seconds else post)
@@ -90,7 +94,8 @@ class HeartbeatSender:
             return
         except CoordinatorError as error:
             if not self._is_unreachable:
-                log(f"cannot reach the coordinator ({error}); training continues")
+                so = "the address of rank 0 is not known yet" if beat.joining else "training continues"
+                log(f"cannot reach the coordinator ({error}); {so}")
             self._is_unreachable = True
             # The last reply may have requested the next heartbeat at once.
             self._seconds = max(self._seconds, min(RETRY_SECONDS, self._config.beat_seconds))

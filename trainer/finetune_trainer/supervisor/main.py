@@ -60,7 +60,7 @@ class Supervisor:
         self._setups = SetupReader(config, os.environ)
         self._ranks: list[RankProcess] = []
         self._ends: list[RankEnd] = []
-        self._state = State.STANDBY if config.is_standby else State.STARTING
+        self._state = _first_state(config)
         self._entered = asyncio.Event()
         """Set by every transition."""
         self._world: NewWorld | None = None
@@ -87,7 +87,7 @@ class Supervisor:
         if self._config.is_standby:
             self._heartbeats.last_reply_at = loop.time()
             read_ahead(self._config.model_base)
-        else:
+        elif self._state is State.STARTING:
             await self._start_ranks()
         heartbeats = asyncio.create_task(self._heartbeats.run())
         while self._state not in FINAL:
@@ -102,6 +102,10 @@ class Supervisor:
         """Do the work of the current state, which feeds the input that ends it."""
         if self._state is State.STARTING:
             await self._start_ranks()
+        elif self._state is State.JOINING:
+            # A coordinator that does not answer is waited for: there is no work to lose yet.
+            await self._entered.wait()
+            self._entered.clear()
         elif self._state is State.WAITING:
             await self._wait_for_world()
         else:
@@ -114,7 +118,8 @@ class Supervisor:
         try:
             setup = self._setups.for_world(self._config)
         except BadEnvironmentError as error:
-            self._end_without_ranks(str(error))
+            self._end_without_ranks(str(error), ExitCode.CONFIG)
+            self._feed(Input.RANKS_STARTED)
             return
         for local_rank, place in enumerate(setup.placement.ranks):
             variables = setup.rank_variables(local_rank, os.environ)
@@ -124,15 +129,15 @@ class Supervisor:
             # An input arrived during the start, when not all ranks could receive its signal.
             self._signal_all(signal.SIGTERM)
 
-    def _end_without_ranks(self, message: str) -> None:
-        """Report a machine that can no longer run the ranks, e.g. with fewer cores than before, like a failed rank."""
+    def _end_without_ranks(self, message: str, code: ExitCode) -> None:
+        """Report a machine that cannot run the ranks, e.g. with fewer cores than before, like a failed rank."""
         log(message)
-        self._ends.append(RankEnd(rank=self._config.rank(0), exit_code=int(ExitCode.CONFIG), last_words=message))
+        self._ends.append(RankEnd(rank=self._config.rank(0), exit_code=int(code), last_words=message))
         self._write_termination_message()
-        self._feed(Input.RANKS_STARTED)
 
     def _enter_world(self, world: NewWorld) -> None:
-        log(f"attempt {world.attempt}: restarting the ranks as node {world.node_rank} of {world.num_nodes}")
+        verb = "restarting" if world.attempt > self._config.attempt else "starting"
+        log(f"attempt {world.attempt}: {verb} the ranks as node {world.node_rank} of {world.num_nodes}")
         self._config = self._config.for_world(world)
         self._world = None
         self._stacks = None
@@ -215,7 +220,8 @@ class Supervisor:
         """Act on a reply of the coordinator."""
         if reply.stacks and self._stacks is None:
             self._stacks = asyncio.create_task(self._keep_stacks())
-        for event in inputs_of(reply, self._config.attempt, can_be_held=self._config.hold_seconds > 0):
+        can_be_held, joining = self._config.hold_seconds > 0, self._state is State.JOINING
+        for event in inputs_of(reply, self._config.attempt, can_be_held=can_be_held, joining=joining):
             is_order = event is Input.PREEMPTION_NOTICE
             if self._feed(event, "order of the coordinator" if is_order else f"attempt {reply.attempt}"):
                 if event is Input.NEW_WORLD:
@@ -267,19 +273,28 @@ class Supervisor:
             attempt=config.attempt,
             node_rank=config.node_rank,
             sequence=sequence,
-            ranks=tuple(_with_end(rank) for rank in self._ranks),
+            ranks=tuple(_with_end(rank) for rank in self._ranks) if self._ranks else self._starting_ranks(),
             ends=cause_first(self._ends),
             notice=self._state in WITH_NOTICE,
             waiting=self._state is State.WAITING,
+            joining=self._state is State.JOINING,
             gpu_faults=self._gpus.faults,
         )
+
+    def _starting_ranks(self) -> tuple[RankReport, ...]:
+        """Return the reports of ranks that start when the address of rank 0 is known."""
+        num_ranks = self._config.processes_per_node if self._state is State.JOINING else 0
+        return tuple(RankReport(rank=self._config.rank(i), state=RankState.STARTING) for i in range(num_ranks))
 
     def _on_gpu_fault(self) -> None:
         """Report a fault, and end the ranks, in the watching thread's call: they may wait for the GPU forever."""
 
         def act() -> None:
             self._heartbeats.due.set()
-            if self._state not in FINAL:
+            if self._state is State.JOINING:
+                self._end_without_ranks(self._gpus.faults[0].message, ExitCode.DEVICE)
+                self._feed(Input.ENDED_FINALLY)
+            elif self._state not in FINAL:
                 self._end_soon()
 
         self._loop.call_soon_threadsafe(act)
@@ -311,6 +326,12 @@ class Supervisor:
             ours.add(self._starter.server.pid)
         while (info := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and info.si_pid not in ours:
             os.waitpid(info.si_pid, 0)
+
+
+def _first_state(config: Config) -> State:
+    if config.is_standby:
+        return State.STANDBY
+    return State.JOINING if config.must_join else State.STARTING
 
 
 def _with_end(rank: RankProcess) -> RankReport:

@@ -71,7 +71,7 @@ class SetupReader:
         Raises:
             BadEnvironmentError: the image or the machine lacks what the job requests.
         """
-        self._env, self._read, self._logged = env, read, ""
+        self._read, self._logged = read, ""
         requested = env.get(environment.BACKEND, "")
         self._is_gpu = requested == NCCL
         if not self._is_gpu:
@@ -99,7 +99,7 @@ class SetupReader:
             placement = place_ranks(machine, request)
         except PlacementError as error:
             raise BadEnvironmentError(str(error)) from error
-        master = dict(config.rendezvous).get(environment.MASTER_ADDR) or self._env.get(environment.MASTER_ADDR, "")
+        master = config.master_addr
         is_local = config.num_nodes == 1 or master == "localhost" or master.startswith("127.")
         unbound = why_not_bindable() if any(place.memory for place in placement.ranks) else ""
         setup = NodeSetup(
@@ -109,7 +109,8 @@ class SetupReader:
             self._preload,
         )
         lines = self._describe(machine, setup, config, unbound)
-        if (text := "\n".join(lines)) != self._logged:
+        # The network depends on the address of rank 0.
+        if not config.must_join and (text := "\n".join(lines)) != self._logged:
             self._logged = text
             for line in lines:
                 log(line)

@@ -19,6 +19,8 @@ class State(StrEnum):
 
     STANDBY = "Standby"
     """A standby pod without ranks. The coordinator has not answered its first heartbeat yet."""
+    JOINING = "Joining"
+    """The ranks of this attempt start when the coordinator names the address of rank 0."""
     STARTING = "Starting"
     """The ranks of this attempt are being started."""
     RUNNING = "Running"
@@ -61,7 +63,7 @@ class Input(StrEnum):
     PEER_LOSS = "PeerLoss"
     """The coordinator reports that a peer is lost."""
     NEW_WORLD = "NewWorld"
-    """The coordinator names the place of this pod in a newer attempt."""
+    """The coordinator names the place of this pod in a newer attempt, or the address of rank 0 in this one."""
     NEWER_ATTEMPT = "NewerAttempt"
     """The coordinator reports a newer attempt that does not include this pod."""
     ENDED_HOLDABLE = "EndedHoldable"
@@ -78,6 +80,13 @@ TRANSITIONS: dict[tuple[State, Input], State] = {
     (State.STANDBY, Input.NEW_WORLD): State.RESTARTING,
     (State.STANDBY, Input.NEWER_ATTEMPT): State.SUPERSEDED,
     (State.STANDBY, Input.ENDED_HOLDABLE): State.WAITING,
+    (State.JOINING, Input.PREEMPTION_NOTICE): State.STOPPING,
+    # It is kept, as after the end of its ranks.
+    (State.JOINING, Input.SAVE_REQUEST): State.SAVING,
+    (State.JOINING, Input.PEER_LOSS): State.PEER_LOST,
+    (State.JOINING, Input.NEW_WORLD): State.RESTARTING,
+    (State.JOINING, Input.NEWER_ATTEMPT): State.SUPERSEDED,
+    (State.JOINING, Input.ENDED_FINALLY): State.ENDED,
     (State.STARTING, Input.RANKS_STARTED): State.RUNNING,
     (State.STARTING, Input.PREEMPTION_NOTICE): State.STOPPING,
     (State.STARTING, Input.NEW_WORLD): State.RESTARTING,
@@ -155,7 +164,7 @@ FINAL_SUPERSEDED = frozenset({State.ENDED_SUPERSEDED, State.ENDED_SUPERSEDED_AFT
 """States in which the pod ends with exit code SUPERSEDED."""
 
 
-def inputs_of(reply: Reply, attempt: int, *, can_be_held: bool) -> tuple[Input, ...]:
+def inputs_of(reply: Reply, attempt: int, *, can_be_held: bool, joining: bool = False) -> tuple[Input, ...]:
     """Return the inputs that a reply of the coordinator holds, the most important first.
 
     The supervisor takes the first one that the table lists for its state.
@@ -164,9 +173,10 @@ def inputs_of(reply: Reply, attempt: int, *, can_be_held: bool) -> tuple[Input, 
         reply: the answer to a heartbeat.
         attempt: the supervisor's attempt.
         can_be_held: whether the pod can wait for a new world after its ranks have ended.
+        joining: whether it waits for the address of rank 0 in its own attempt.
     """
     inputs = []
-    if reply.world is not None and reply.world.attempt > attempt:
+    if reply.world is not None and reply.world.attempt > attempt - joining:
         inputs.append(Input.NEW_WORLD)
     elif reply.attempt is not None and reply.attempt > attempt:
         inputs.append(Input.NEWER_ATTEMPT)

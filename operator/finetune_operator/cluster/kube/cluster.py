@@ -10,6 +10,7 @@ import logging
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from finetune_contract.heartbeat import Heartbeat, Order, Reply
@@ -49,7 +50,7 @@ from finetune_operator.cluster.kube.client.objects import (
 from finetune_operator.cluster.kube.client.refusals import CreationError, Refusals, classify_refusal, write_refusal
 from finetune_operator.cluster.kube.optional.children import (
     PLURALS,
-    KubeOptional,
+    Child,
     OptionalChildren,
     decoder,
     resource_of,
@@ -98,7 +99,6 @@ from finetune_operator.plan.replies import reply_to
 from finetune_operator.settings import Settings
 
 log = logging.getLogger(__name__)
-
 SETTLE_SECONDS = 0.3
 """Delay used to batch non-urgent changes of a job."""
 MAX_SETTLE_SECONDS = 5.0
@@ -122,7 +122,7 @@ class ClusterDependencies:
 
 
 class KubeCluster:
-    """Jobs, pods, services and ConfigMaps of the namespaces that the operator watches."""
+    """Jobs, pods and ConfigMaps of the namespaces that the operator watches."""
 
     def __init__(self, dependencies: ClusterDependencies, settings: Settings, limits: UpdateLimits) -> None:
         self._api = dependencies.api
@@ -138,9 +138,9 @@ class KubeCluster:
         self.pods: Cache[KubePod] = Cache(lambda pod: pod.job, self._pod_changed)
         self.services: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
-        self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
+        self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "ConfigMap": self.configs}
         self.workloads = Workloads(dependencies.api, self._workload_changed, self._wake_queued)
-        self.optional = OptionalChildren(dependencies.api, self._optional_changed, self._wake_all)
+        self.optional = OptionalChildren(dependencies.api, self._child_changed, self._wake_all)
         self.evictions = Evictions(dependencies.api, self._eviction_changed)
         self._nodes = dependencies.nodes
         self._refusals = Refusals()
@@ -255,14 +255,20 @@ class KubeCluster:
         found = self.jobs.get(ObjectKey(beat.namespace, beat.job))
         pod = self.pods.get(ObjectKey(beat.namespace, beat.pod))
         leaving = pod is not None and bool(self._nodes.get(pod.observed.node).leaving)
-        reply = reply_to(found.job if found is not None else None, beat, self._settings)
+        job = found.job if found is not None else None
+        reply = reply_to(job, beat, self._settings, partial(self._address_of, beat))
         order = Order.SAVE_AND_STOP if leaving else reply.order
         now = asyncio.get_running_loop().time()
         seconds = self._beat_interval.choose_seconds(len(self.pods), now, busy=self._is_busy)
-        if beat.waiting and reply.beat_seconds is not None:
+        if (beat.waiting or beat.joining) and reply.beat_seconds is not None:
             waiting_seconds = self._beat_interval.choose_waiting_seconds(reply.beat_seconds, self.beats.num_waiting)
             seconds = min(seconds, waiting_seconds)
         return reply.model_copy(update={"order": order, "beat_seconds": seconds})
+
+    def _address_of(self, beat: Heartbeat, name: str) -> str:
+        """Return the address of a pod of the heartbeat's job; empty if it has none."""
+        pod = self.pods.get(ObjectKey(beat.namespace, name))
+        return pod.observed.address if pod is not None and pod.owner_uid == beat.job_uid else ""
 
     async def distribute_authority(self) -> None:
         """Write the certificate authority into all existing ConfigMaps; new ones contain it from the start."""
@@ -302,6 +308,9 @@ class KubeCluster:
         assert pod is not None
         if new is None:
             self._requests.forget(pod.observed.uid)
+        elif old is None or old.observed.address != new.observed.address:
+            # Pods that wait for the address of rank 0 receive it at once.
+            self.changes.notify(pod.job)
         gang = self._gang_readiness(pod)
         self.wake(pod.job, classify_pod_change(old, new, gang) if gang is not None else Urgency.NOW)
 
@@ -312,11 +321,7 @@ class KubeCluster:
             return None
         return measure_gang(found.job, pod.observed, [other.observed for other in self.pods.group(pod.job)])
 
-    def _child_changed(self, key: ObjectKey, old: KubeChild | None, new: KubeChild | None) -> None:
-        if new is None and old is not None:
-            self.wake(old.job, Urgency.SOON)
-
-    def _optional_changed(self, key: ObjectKey, old: KubeOptional | None, new: KubeOptional | None) -> None:
+    def _child_changed(self, key: ObjectKey, old: Child | None, new: Child | None) -> None:
         if new is None and old is not None:
             self.wake(old.job, Urgency.SOON)
 
@@ -408,9 +413,8 @@ class KubeCluster:
         elif kind in PLURALS and owner_uid(found) == job.metadata.uid:
             self._cache_optional(manifest, found)
         elif owner_uid(found) == job.metadata.uid:
-            self._cache_written(
-                self._children[kind], decode_pod(found) if kind == "Pod" else decode_child(found), found
-            )
+            value = decode_pod(found) if kind == "Pod" else decode_child(found)
+            self._cache_written(self._children[kind], value, found)
         elif not owner_uid(found):
             message = (
                 f"{kind} {meta['name']} already exists and does not belong to this job: delete it, or rename the job"

@@ -50,7 +50,7 @@ HOLD_SECONDS = 2 * LOCAL.beat_seconds
 
 
 class LocalCluster:
-    """One job with its pods, ConfigMaps, Services, events and heartbeats."""
+    """One job with its pods, ConfigMaps, events and heartbeats."""
 
     def __init__(self, home: Home, job: FineTuneJob, now: Clock, tasks: TaskScope, warn: Warn) -> None:
         self._key = key_of(job)
@@ -67,7 +67,7 @@ class LocalCluster:
         self.changes = JobChanges(lambda: HOLD_SECONDS)
         """Wakes the pods without ranks that wait for a change of their job."""
         self.ports = JobPorts(self._folder.endpoint, warn)
-        self._objects = {kind: _read_objects(self._folder.objects(kind), warn) for kind in ("ConfigMap", "Service")}
+        self._configs = _read_objects(self._folder.configs, warn)
         self._events = read_or_recover(self._folder.events, _events, warn) or []
         self._identities: dict[str, PodIdentity] = {}
         context = KubeletContext(
@@ -102,8 +102,7 @@ class LocalCluster:
             pods=of_attempts,
             exports=exports,
             beats=self.heartbeats.of_job(meta.namespace, meta.name, oldest_attempt=oldest_attempt(job.status)),
-            services=frozenset(self._objects["Service"]),
-            configs=frozenset(self._objects["ConfigMap"]),
+            configs=frozenset(self._configs),
             listening_since=self._listening_since,
         )
 
@@ -166,22 +165,22 @@ class LocalCluster:
 
     def answer(self, beat: Heartbeat) -> Reply:
         """Return the reply to a heartbeat. Each attempt has its own rendezvous port on this machine."""
-        reply = reply_to(self._job, beat, LOCAL)
+        reply = reply_to(self._job, beat, LOCAL, lambda _: LOOPBACK)
         if reply.world is None:
             return reply
         port = self.ports.master_port(reply.world.attempt)
-        local_world = reply.world.model_copy(update={"master_addr": LOOPBACK, "master_port": port})
+        local_world = reply.world.model_copy(update={"master_port": port})
         return reply.model_copy(update={"world": local_world})
 
     # -- objects ------------------------------------------------------------------------------------------------------
 
     async def _create(self, manifest: Manifest) -> None:
-        kind, name = manifest["kind"], manifest["metadata"]["name"]
-        if kind == "Pod":
+        name = manifest["metadata"]["name"]
+        if manifest["kind"] == "Pod":
             await self.kubelet.create(manifest)
-        elif name not in self._objects[kind]:
-            self._objects[kind][name] = manifest
-            await asyncio.to_thread(write_json, self._folder.objects(kind) / f"{name}.json", manifest)
+        elif name not in self._configs:
+            self._configs[name] = manifest
+            await asyncio.to_thread(write_json, self._folder.configs / f"{name}.json", manifest)
             self.kubelet.recheck_waiting_pods()
             self.wake.set()
 
@@ -194,7 +193,7 @@ class LocalCluster:
         self.wake.set()
 
     def _config_data(self, name: str) -> Mapping[str, str] | None:
-        config = self._objects["ConfigMap"].get(name)
+        config = self._configs.get(name)
         return None if config is None else config.get("data") or {}
 
     def _read_identities(self) -> dict[str, PodIdentity]:

@@ -50,9 +50,10 @@ class JobFolder:
         """Folder with one log file per pod. Logs remain after the deletion of their pods."""
         return self.path / "logs"
 
-    def objects(self, kind: str) -> Path:
-        """Return the folder of the ConfigMaps or Services."""
-        return self.path / f"{kind.lower()}s"
+    @property
+    def configs(self) -> Path:
+        """Folder with one file per ConfigMap."""
+        return self.path / "configmaps"
 
 
 @dataclass(frozen=True)

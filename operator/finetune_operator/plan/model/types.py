@@ -56,6 +56,8 @@ class ObservedPod:
     """Node to which it is scheduled; None: not scheduled yet."""
     scheduled_at: datetime | None = None
     """Time at which it received its node, if known."""
+    address: str = ""
+    """Its address, once it has one."""
     gated: bool = False
     """Whether it has the operator's scheduling gate: it waits until its gang is complete."""
     deleted_at: datetime | None = None
@@ -213,7 +215,7 @@ class Observed:
     beats: Mapping[str, ReceivedHeartbeat] = field(default_factory=dict)
     """Newest heartbeats, by pod UID."""
     services: frozenset[str] = frozenset()
-    """Names of the job's Services that exist."""
+    """Names of the job's Services. Only version 0.1 created one."""
     configs: frozenset[str] = frozenset()
     """Names of the job's ConfigMaps that exist."""
     nodes: Mapping[str, ObservedNode] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from finetune_operator.api.job import SchedulingMode
 from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
-from finetune_operator.manifests import PodOptions, build_config, build_pod, build_service
+from finetune_operator.manifests import PodOptions, build_config, build_pod
 from finetune_operator.manifests.gang import GangMembership, GroupOptions, build_group
 from finetune_operator.manifests.placement import pack_label
 from finetune_operator.plan.model import admission, gangs
@@ -83,8 +83,6 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     missing = []
     if config_name(name) not in view.observed.configs:
         missing.append(Create(build_config(view.job)))
-    if view.num_nodes > 1 and service_name(name) not in view.observed.services:
-        missing.append(Create(build_service(view.job, view.settings)))
     workload = admission.active(view) if admission.uses_queue(view) else None
     membership = gangs.membership(view, entry)
     grouped = membership is not None and membership.mode is SchedulingMode.POD_GROUP
@@ -97,6 +95,7 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
         checks_devices=follows_gpu_fault(status),
         admission=workload.update if workload is not None else None,
         gang=membership,
+        has_service=service_name(name) in view.observed.services,
         names_responder=POD_FIELD in view.observed.optional_apis and not grouped,
     )
     if not entry.gang_complete:

@@ -34,7 +34,7 @@ class JobHeartbeats(HeartbeatStore):
             return False
         self.num_received += 1
         pods[beat.pod_uid] = ReceivedHeartbeat(compact(beat), received_at)
-        (self._waiting.add if beat.waiting else self._waiting.discard)(beat.pod_uid)
+        (self._waiting.add if beat.waiting or beat.joining else self._waiting.discard)(beat.pod_uid)
         urgency = classify_heartbeat(known.beat if known else None, beat)
         if urgency is not Urgency.NEVER:
             self._wake(key, urgency)

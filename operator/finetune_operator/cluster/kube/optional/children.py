@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from finetune_operator.api import gangs, labels
 from finetune_operator.api.job import SchedulingMode
 from finetune_operator.cluster.kube.client.client import CONFLICT, NOT_FOUND, ApiError, Json, KubeApi
-from finetune_operator.cluster.kube.client.objects import Resource, decode_child
+from finetune_operator.cluster.kube.client.objects import KubeChild, Resource, decode_child
 from finetune_operator.cluster.kube.watch.cache import Cache, ChangeListener
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.manifests import disruption_budget
@@ -44,6 +44,9 @@ class KubeOptional:
     job: JobKey
     owner_uid: str
     observed: ObservedChild
+
+
+Child = KubeChild | KubeOptional
 
 
 class OptionalChildren:

@@ -79,14 +79,9 @@ def build_container(pod: Manifest, resources: LocalResources, base: Mapping[str,
     """
     container = main_container(pod)
     paths = _MountedPaths.of(container, resources)
-    names = _gang_names(pod)
-
-    def localize(text: str) -> str:
-        return names.sub(LOOPBACK, paths.rewrite(text))
-
     declared = _declared_environment(pod, container, resources)
     env = {name: base[name] for name in INHERITED_VARIABLES if name in base}
-    env |= {name: localize(value) for name, value in declared.items()}
+    env |= {name: paths.rewrite(value) for name, value in declared.items()}
     env |= _network_environment(declared, resources)
     env["TMPDIR"] = str(paths.folder("/tmp") or resources.temporary)  # noqa: S108  the container's, not ours
     if resources.gpus:
@@ -94,7 +89,7 @@ def build_container(pod: Manifest, resources: LocalResources, base: Mapping[str,
     command = [*(container.get("command") or ()), *(container.get("args") or ())]
     if not command:
         raise UnsupportedError("the pod has no command, and a local run has no image with a default command")
-    argv = [localize(expand_references(word, declared)) for word in command]
+    argv = [paths.rewrite(expand_references(word, declared)) for word in command]
     folder = container.get("workingDir")
     return Container((*resolve(argv[0]), *argv[1:]), env, Path(paths.rewrite(folder)) if folder else None)
 
@@ -140,16 +135,6 @@ class _MountedPaths:
             if value == mounted or (value.startswith(mounted + "/") and mounted not in MACHINE_FOLDERS):
                 return f"{option}{equals}{folder}{value[len(mounted) :]}"
         return text
-
-
-def _gang_names(pod: Manifest) -> re.Pattern[str]:
-    """Return a pattern for the host names of the gang: <hostname>.<subdomain>, short or fully qualified."""
-    subdomain = pod["spec"].get("subdomain")
-    if not subdomain:
-        return re.compile(r"(?!)")
-    namespace = pod["metadata"].get("namespace", "default")
-    full = rf"(?:\.{re.escape(namespace)}(?:\.svc(?:\.[a-z0-9.-]*[a-z0-9])?)?)?"
-    return re.compile(rf"(?<![\w.-])[a-z0-9-]+\.{re.escape(subdomain)}{full}(?![\w.-])")
 
 
 def _network_environment(declared: Mapping[str, str], resources: LocalResources) -> dict[str, str]:
