@@ -125,10 +125,8 @@ class SimulatedOperator:
                 known is None or (known.beat.ends, known.beat.notice) != (beat.ends, beat.notice)
             )
             self.wake(beat.job, 0.0 if urgent else PROGRESS_SECONDS)
-        pods = {pod.name: pod for pod in self.watch.pods.get(beat.job, {}).values()}
-        return reply_to(
-            self.watch.jobs.get(beat.job), beat, self._settings, lambda name: pods[name].address if name in pods else ""
-        )
+        addresses = {pod.name: pod.reachable_at for pod in self.watch.pods.get(beat.job, {}).values()}
+        return reply_to(self.watch.jobs.get(beat.job), beat, self._settings, lambda name: addresses.get(name, ""))
 
     # -- its queue ----------------------------------------------------------------------------------------------------
 
@@ -197,6 +195,7 @@ class SimulatedOperator:
             pods=pods,
             exports=exports,
             beats=self._heartbeats.of_job("default", name, oldest_attempt=oldest_attempt(job.status)),
+            services=frozenset(child for kind, child in children if kind == "Service"),
             configs=frozenset(child for kind, child in children if kind == "ConfigMap"),
             nodes={name: nodes[name] for name in used if name in nodes} if nodes else {},
             refusal=self._refusals.get(JobKey("default", name), job),

@@ -109,7 +109,10 @@ class SimulatedSupervisor:
         if gpu_fault is not None:
             self._gpu_faults = (gpu_fault,)
         if self._joining:
-            self.send_soon()
+            # It has no rank that could fail, but a fault of a GPU ends it.
+            if gpu_fault is not None:
+                self._ends = (RankEnd.model_construct(rank=self.node_rank, exit_code=71, last_words=output),)
+                self._end(ExitCode.DEVICE)
         elif self._alive and not self._ends:
             self._leave_gang(silent=False)
             self.rank_ended(code, output)

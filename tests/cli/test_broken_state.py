@@ -24,7 +24,7 @@ GARBAGE = {
 @pytest.fixture
 def stopped(harness: CliHarness) -> CliHarness:
     """Return a harness whose job was interrupted and has a checkpoint."""
-    harness.set_rank_arguments("--step-seconds", "0.02")
+    harness.set_rank_arguments("--step-seconds", "0.05")
     process = harness.start()
     harness.wait_for_step(12)
     process.send_signal(signal.SIGINT)
@@ -66,7 +66,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "events": truncate("events.json"),
     "endpoint": truncate("endpoint.json"),
     "config": truncate("configmaps/circles-run.json"),
-    "service": truncate("services/circles.json"),
     "lock": truncate("lock"),
     "both copies of the job": truncate_both_copies,
     "the job is a folder": replace_job_by_folder,

@@ -128,7 +128,7 @@ def test_a_configuration_error_ends_the_job_at_once(harness: CliHarness) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_saves_and_the_same_command_resumes(harness: CliHarness, number: signal.Signals) -> None:
-    harness.set_rank_arguments("--step-seconds", "0.02", "--save-every", "1000")
+    harness.set_rank_arguments("--step-seconds", "0.05", "--save-every", "1000")
     process = harness.start()
     harness.wait_for_step(3)
     process.send_signal(number)
@@ -159,7 +159,7 @@ def test_a_second_interrupt_kills_the_pods(harness: CliHarness) -> None:
 
 
 def test_one_request_that_arrives_as_two_signals_still_saves(harness: CliHarness) -> None:
-    harness.set_rank_arguments("--step-seconds", "0.02", "--save-every", "1000")
+    harness.set_rank_arguments("--step-seconds", "0.05", "--save-every", "1000")
     process = harness.start()
     harness.wait_for_step(3)
     # Two kinds, because two pending signals of one kind are delivered only once.
@@ -212,7 +212,7 @@ def test_the_next_run_reads_an_end_that_happened_without_a_runner(harness: CliHa
 
 
 def test_a_kill_of_all_processes_counts_as_preemption(harness: CliHarness) -> None:
-    harness.set_rank_arguments("--step-seconds", "0.02")
+    harness.set_rank_arguments("--step-seconds", "0.05")
     process = harness.start()
     harness.wait_for_step(12)
     process.kill()
@@ -277,7 +277,7 @@ def test_a_forbidden_edit_is_refused(harness: CliHarness) -> None:
 
 
 def test_an_interrupted_job_accepts_a_new_failure_budget(harness: CliHarness) -> None:
-    harness.set_rank_arguments("--step-seconds", "0.02")
+    harness.set_rank_arguments("--step-seconds", "0.05")
     process = harness.start()
     harness.wait_for_step(2)
     process.send_signal(signal.SIGINT)

@@ -192,6 +192,8 @@ def test_a_held_reply_is_abandoned_when_its_supervisor_closes_the_connection() -
                     await asyncio.sleep(0)
             assert harness.store.of_job("default", "circles")["uid-1"].beat == WAITING
 
+    # Those of other tests in this process.
+    gc.collect()
     asyncio.run(check())
 
 

@@ -1,4 +1,4 @@
-"""The ConfigMap and the run specification; manifests contain only fields that Kubernetes has."""
+"""The service, the ConfigMap and the run specification; manifests contain only fields that Kubernetes has."""
 
 from __future__ import annotations
 
@@ -9,11 +9,32 @@ import pytest
 from kubernetes import client
 
 from finetune_contract.run_spec import RunSpec
-from finetune_operator.manifests import build_config, build_pod, build_run_spec, global_batch, num_nodes
+from finetune_operator.api.labels import JOB
+from finetune_operator.manifests import build_config, build_pod, build_run_spec, build_service, global_batch, num_nodes
 from finetune_operator.settings import Settings
 from tests.plan.fake_cluster import make_job
 
 SETTINGS = Settings(coordinator_url="https://coordinator:8443", coordinator_ca_config="ca", cache_claim="cache")
+
+
+def test_service_is_headless_and_publishes_addresses_that_are_not_ready() -> None:
+    service = build_service(make_job(), SETTINGS)
+    assert service["metadata"]["name"] == "circles"
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    pod = build_pod(make_job(), 3, 0, SETTINGS)
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    # The endpoint controllers compare the labels of all pods in the namespace, the first one by name first.
+    assert min(service["spec"]["selector"]) == JOB
+    assert service["metadata"]["ownerReferences"] == pod["metadata"]["ownerReferences"]
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [({"nodes": 3}, [0]), ({"minNodes": 2, "maxNodes": 3}, [0, 1, 2])])
+def test_service_selects_the_pods_that_may_run_the_rendezvous(nodes: dict[str, Any], ranks: list[int]) -> None:
+    job = make_job(topology={"accelerator": "cpu"} | nodes)
+    selector = build_service(job, SETTINGS)["spec"]["selector"].items()
+    pods = [build_pod(job, 1, rank, SETTINGS)["metadata"]["labels"] for rank in range(num_nodes(job.spec))]
+    assert [rank for rank, labels in enumerate(pods) if selector <= labels.items()] == ranks
 
 
 @pytest.mark.parametrize(
@@ -58,7 +79,7 @@ def test_global_batch(topology: dict[str, Any], training: dict[str, Any], nodes:
     assert global_batch(spec) == batch
 
 
-KINDS = {"Pod": "V1Pod", "ConfigMap": "V1ConfigMap"}
+KINDS = {"Pod": "V1Pod", "Service": "V1Service", "ConfigMap": "V1ConfigMap"}
 
 
 def unknown_fields(value: Any, kind: str, path: str) -> list[str]:
@@ -86,5 +107,5 @@ def test_manifests_have_no_unknown_fields(accelerator: str) -> None:
         secrets=[{"name": "hub"}],
         priorityClassName="high",
     )
-    for manifest in (build_pod(job, 1, 0, SETTINGS), build_config(job)):
+    for manifest in (build_pod(job, 1, 0, SETTINGS), build_service(job, SETTINGS), build_config(job)):
         assert unknown_fields(manifest, KINDS[manifest["kind"]], manifest["kind"]) == []

@@ -47,6 +47,7 @@ def test_identity() -> None:
     assert pod["metadata"]["name"] == pod["spec"]["hostname"] == "circles-a2-n1"
     assert pod["metadata"]["namespace"] == "default"
     assert pod["spec"]["restartPolicy"] == "Never"
+    assert pod["spec"]["subdomain"] == "circles"
     assert pod["metadata"]["labels"].pop(labels.TEMPLATE) == hash_template(make_job().spec)
     assert pod["metadata"]["labels"] == {
         "app.kubernetes.io/managed-by": "finetune-operator",
@@ -66,6 +67,7 @@ def test_every_variable_of_the_contract_is_set() -> None:
         environment.STANDBY,
         environment.MTBF_SECONDS,
         environment.CHECK_DEVICES,
+        environment.MASTER_NAME,
         environment.FORK_SERVER,
         environment.COMMUNICATION_CPUS,
         environment.HELPER_CPUS,
@@ -115,15 +117,16 @@ def test_only_the_pod_of_rank_0_knows_its_address(node_rank: int, first_pod: tup
     env = env_of(build_pod(job, 2, node_rank, SETTINGS, PodOptions(num_nodes=3, first_pod=first_pod)))
     own = {"fieldRef": {"fieldPath": "status.podIP"}}
     assert env.get(environment.MASTER_ADDR) == (own if is_first else None)
+    # For a pod that cannot reach the coordinator.
+    name = "circles-a{}-n{}.circles.default.svc".format(*first_pod)
+    assert env.get(environment.MASTER_NAME) == (None if is_first else name)
 
 
 @pytest.mark.parametrize("node_rank", [0, 1])
-def test_pods_of_a_job_with_a_service_have_names(node_rank: int) -> None:
-    """A job that version 0.1 began may pin its trainer image, which needs the name of rank 0."""
-    pod = build_pod(make_job(), 2, node_rank, SETTINGS, PodOptions(first_pod=(1, 0), has_service=True))
+def test_pods_of_a_job_with_a_service_know_the_name_of_rank_0(node_rank: int) -> None:
+    pod = build_pod(make_job(), 2, node_rank, SETTINGS, PodOptions(first_pod=(1, 0), has_names=True))
     assert env_of(pod)[environment.MASTER_ADDR] == "circles-a1-n0.circles.default.svc"
-    assert pod["spec"]["subdomain"] == "circles"
-    assert "subdomain" not in build_pod(make_job(), 2, node_rank, SETTINGS)["spec"]
+    assert environment.MASTER_NAME not in env_of(pod)
 
 
 def test_every_path_in_the_environment_is_mounted() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from finetune_operator.api.job import FineTuneJob
 from finetune_operator.api.names import pod_name
-from finetune_operator.manifests import build_config, build_pod, num_nodes
+from finetune_operator.manifests import build_config, build_pod, build_service, num_nodes
 from finetune_operator.manifests.placement import SPOT_LABELS
 from finetune_operator.settings import Settings
 from testing.controlplane.api import Api, ControlPlaneApiError
@@ -110,7 +110,7 @@ def job_in(namespace: str, **spec: Any) -> FineTuneJob:
 
 def dry_run(api: Api, manifest: dict[str, Any]) -> Any:
     """Submit an object for admission and validation; nothing is stored."""
-    plural = {"Pod": "pods", "ConfigMap": "configmaps"}[manifest["kind"]]
+    plural = {"Pod": "pods", "Service": "services", "ConfigMap": "configmaps"}[manifest["kind"]]
     path = f"/api/v1/namespaces/{manifest['metadata']['namespace']}/{plural}?dryRun=All&fieldValidation=Strict"
     return api.create(path, manifest)
 
@@ -118,12 +118,13 @@ def dry_run(api: Api, manifest: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_object_of_a_job_is_accepted(control_plane: ControlPlane, restricted: str, spec: dict[str, Any]) -> None:
     job = job_in(restricted, **spec)
-    dry_run(control_plane.api, build_config(job))
+    for manifest in (build_service(job, SETTINGS), build_config(job)):
+        dry_run(control_plane.api, manifest)
     for node_rank in range(num_nodes(job.spec)):
         pod = build_pod(job, 1, node_rank, SETTINGS)
         stored = dry_run(control_plane.api, pod)
         # The API server stores our values; no admission plugin replaces them.
-        kept = ("hostname", "affinity", "topologySpreadConstraints", "securityContext")
+        kept = ("hostname", "subdomain", "affinity", "topologySpreadConstraints", "securityContext")
         for field in (*kept, "resourceClaims", "hostUsers"):
             assert stored["spec"].get(field) == pod["spec"].get(field)
         claims = [each["spec"]["containers"][0]["resources"].get("claims") for each in (stored, pod)]

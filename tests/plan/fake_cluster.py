@@ -240,7 +240,7 @@ class FakeCluster:
             child = ObservedChild(manifest["apiVersion"], manifest["kind"], name, f"uid-{name}", number)
             self.children[f"{manifest['kind']} {name}"] = child
         else:
-            self.configs.add(name)
+            (self.services if manifest["kind"] == "Service" else self.configs).add(name)
 
     def delete(self, name: str, uid: str, grace_seconds: int | None) -> None:
         pod = self.pods.get(name)
@@ -314,8 +314,8 @@ class FakeCluster:
         return reply_to(job or self.job, beat, self.settings, self.address_of)
 
     def address_of(self, name: str) -> str:
-        """Return the address of a pod; empty if it has none."""
-        return self.pods[name].address if name in self.pods else ""
+        """Return the address of a running pod; otherwise an empty text."""
+        return self.pods[name].reachable_at if name in self.pods else ""
 
     def vanish(self, name: str) -> None:
         pod = self.pods.pop(name)

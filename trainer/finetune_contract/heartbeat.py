@@ -284,6 +284,7 @@ class Heartbeat(Wire):
     joining: bool = Field(
         default=False, description="its ranks have not started: it asks where rank 0 of its attempt is"
     )
+    master_addr: Name | None = Field(default=None, description="address of rank 0 that the coordinator has named")
     gpu_faults: tuple[GpuFault, ...] = Field(
         default=(), max_length=MAX_GPU_FAULTS, description="faults of the pod's GPUs, the first one first"
     )

@@ -25,7 +25,7 @@ def export_pod_name(job: str) -> str:
 
 
 def service_name(job: str) -> str:
-    """Return the name of the headless service that a job of version 0.1 has, also the subdomain of its pods."""
+    """Return the name of the headless service that a job may have, which is also the subdomain of its pods."""
     return job
 
 
@@ -35,7 +35,7 @@ def config_name(job: str) -> str:
 
 
 def pod_host(job: str, attempt: int, node_rank: int, namespace: str) -> str:
-    """Return the DNS name of a pod of a job with a service, relative to the cluster's domain."""
+    """Return the DNS name that a pod has if its job has a service, relative to the cluster's domain."""
     return f"{pod_name(job, attempt, node_rank)}.{service_name(job)}.{namespace}.svc"
 
 

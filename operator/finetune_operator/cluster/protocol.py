@@ -34,7 +34,7 @@ class Cluster(Protocol):
         ...
 
     async def observe(self, job: FineTuneJob) -> Observed:
-        """Return the last observed pods, heartbeats and ConfigMaps of a job. May lag behind the cluster."""
+        """Return the last observed pods, heartbeats, services and ConfigMaps of a job. May lag behind the cluster."""
         ...
 
     async def write_status(self, job: FineTuneJob, status: FineTuneJobStatus) -> None:

@@ -3,6 +3,7 @@
 from finetune_operator.manifests.config import build_config
 from finetune_operator.manifests.pods import PodOptions, build_pod
 from finetune_operator.manifests.run_spec import build_run_spec, build_target, global_batch, hash_target, num_nodes
+from finetune_operator.manifests.service import build_service
 from finetune_operator.manifests.template import hash_template
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "build_config",
     "build_pod",
     "build_run_spec",
+    "build_service",
     "build_target",
     "global_batch",
     "hash_target",

@@ -34,8 +34,8 @@ class PodSlot:
     """Observed mean time between the job's interruptions; None: unknown."""
     checks_devices: bool = False
     """Whether its ranks check their devices before they train."""
-    has_service: bool = False
-    """Whether the job has a service, which gives the pods names."""
+    has_names: bool = False
+    """Whether the ranks meet by the name of rank 0's pod, which the job's service gives it."""
 
 
 def build_env(job: FineTuneJob, slot: PodSlot, settings: Settings) -> list[dict[str, Any]]:
@@ -56,11 +56,13 @@ def build_env(job: FineTuneJob, slot: PodSlot, settings: Settings) -> list[dict[
         **fabric_env(job.spec.topology),
     }
     fields = {environment.POD_NAME: "metadata.name", environment.POD_UID: "metadata.uid"}
-    if slot.has_service:
-        # The job was begun by version 0.1, and may pin its trainer image, which cannot ask for the address of rank 0.
-        values[environment.MASTER_ADDR] = pod_host(job.metadata.name, *slot.first_pod, job.metadata.namespace)
+    name = pod_host(job.metadata.name, *slot.first_pod, job.metadata.namespace)
+    if slot.has_names:
+        values[environment.MASTER_ADDR] = name
     elif slot.first_pod == (slot.attempt, slot.node_rank):
         fields[environment.MASTER_ADDR] = "status.podIP"
+    elif not slot.is_standby:
+        values[environment.MASTER_NAME] = name
     return [{"name": name, "value": value} for name, value in values.items()] + [
         {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()
     ]

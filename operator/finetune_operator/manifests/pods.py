@@ -51,8 +51,8 @@ class PodOptions:
     """What the queue adds to its pods; None: nothing, or the job has no queue."""
     names_responder: bool = False
     """Whether it names the operator as a responder of its eviction requests. Pods of a PodGroup cannot."""
-    has_service: bool = False
-    """Whether the job has a service: it was begun by version 0.1, whose trainer needs names of pods."""
+    has_names: bool = False
+    """Whether the ranks meet by the name of rank 0's pod: the job has a service."""
     gang: GangMembership | None = None
     """How it receives its node together with other pods; None: by itself."""
 
@@ -69,8 +69,6 @@ def build_pod(
         MergeError: the template cannot be merged, or removes the trainer.
     """
     identity = _identity(job, attempt, node_rank)
-    if options.has_service:
-        identity["spec"]["subdomain"] = service_name(job.metadata.name)
     if options.capacity is not None:
         identity["metadata"]["labels"][CAPACITY] = options.capacity.value
     size = options.num_nodes or num_nodes(job.spec)
@@ -82,7 +80,7 @@ def build_pod(
         is_standby=options.is_standby,
         mtbf_seconds=options.mtbf_seconds,
         checks_devices=options.checks_devices,
-        has_service=options.has_service,
+        has_names=options.has_names,
     )
     spec = _pod_spec(job, build_env(job, slot, settings), settings, options.capacity)
     add_volumes(spec, build_volumes(job, settings, node_rank))
@@ -138,6 +136,8 @@ def _identity(job: FineTuneJob, attempt: int, node_rank: int) -> dict[str, Any]:
         "metadata": build_metadata(job, name, labels),
         "spec": {
             "hostname": name,
+            # It has no effect until the job needs a service.
+            "subdomain": service_name(job.metadata.name),
             # The end of a pod ends its attempt; the next attempt has new pods.
             "restartPolicy": "Never",
         },

@@ -29,7 +29,7 @@ def reply_to(job: FineTuneJob | None, beat: Heartbeat, settings: Settings, addre
     if job is None or beat.job_uid != job.metadata.uid:
         return Reply()
     # Its pod may belong to the newest attempt, even if the supervisor does not know it yet.
-    rank = _rank_of(job, beat) if beat.joining or beat.attempt < job.status.attempt else None
+    rank = _rank_of(job, beat) if beat.attempt < job.status.attempt or _may_ask(beat) else None
     world = _new_world(job, rank, beat, settings, address_of) if rank is not None else None
     hurried = beat.joining or (beat.waiting and (_is_between_attempts(job) or rank is not None))
     return Reply(
@@ -41,6 +41,17 @@ def reply_to(job: FineTuneJob | None, beat: Heartbeat, settings: Settings, addre
         stacks=_has_hung(job, beat.attempt),
         beat_seconds=settings.beat_seconds / WAITING_BEATS if hurried else settings.beat_seconds,
     )
+
+
+def _may_ask(beat: Heartbeat) -> bool:
+    """Return whether a pod asks for the address of rank 0, or may have an old one: its ranks have not met yet.
+
+    A pod that is lost before the gang was complete is created again in the same attempt.
+    """
+    if beat.joining:
+        return True
+    is_meeting = not beat.ends and all(report.step is None for report in beat.ranks)
+    return beat.master_addr is not None and is_meeting
 
 
 def _has_lost_peer(job: FineTuneJob, beat: Heartbeat) -> bool:
@@ -89,11 +100,12 @@ def _new_world(
     entry = current(job.status)
     if entry is None or entry.ended_at is not None or beat.attempt > entry.attempt:
         return None
-    if beat.attempt < entry.attempt and entry.seconds.pulling is None:
+    is_kept = beat.attempt < entry.attempt
+    if is_kept and entry.seconds.pulling is None:
         return None
     members = members_of(job.status, job.spec)
     address = address_of(pod_name(job.metadata.name, *members[0]))
-    if not address:
+    if not address or (not is_kept and address == beat.master_addr):
         return None
     return NewWorld(
         attempt=entry.attempt,

@@ -76,11 +76,31 @@ def waiting_cluster() -> FakeCluster:
 def test_pods_of_the_first_attempt_start_when_rank_0_has_an_address() -> None:
     cluster = waiting_cluster()
     assert join(cluster, cluster.pod(2)) == Reply(beat_seconds=1.0)
+    # Before it runs, its address may change.
+    cluster.change(0, address="10.0.0.6")
+    assert join(cluster, cluster.pod(2)).world is None
     # It need not be ready, and the others need not run: the ranks wait for each other.
-    cluster.change(0, address="10.0.0.7")
+    cluster.change(0, address="10.0.0.7", phase=PodPhase.RUNNING)
     world = join(cluster, cluster.pod(2)).world
     assert world is not None
     assert (world.attempt, world.node_rank, world.num_nodes, world.master_addr) == (1, 2, 3, "10.0.0.7")
+
+
+@pytest.mark.parametrize(
+    ("master_addr", "step", "is_told"),
+    [("10.0.0.6", None, True), ("10.0.0.7", None, False), ("10.0.0.6", 1, False), (None, None, False)],
+)
+def test_ranks_that_have_not_met_hear_that_rank_0_has_moved(
+    master_addr: str | None, step: int | None, is_told: bool
+) -> None:
+    """Its pod was lost before the gang was complete, so it was created again in the same attempt."""
+    cluster = waiting_cluster()
+    cluster.change(0, address="10.0.0.7", phase=PodPhase.RUNNING)
+    cluster.beat(1, RankState.STARTING, step=step)
+    beat = cluster.beats[cluster.pod(1).uid].beat.model_copy(update={"master_addr": master_addr})
+    world = cluster.reply(beat).world
+    assert (world is not None) == is_told
+    assert world is None or (world.attempt, world.node_rank, world.master_addr) == (1, 1, "10.0.0.7")
 
 
 def test_a_pod_whose_ranks_have_not_started_is_kept_when_rank_0_is_lost() -> None:

@@ -18,6 +18,11 @@ REPORT_WORLD = """
 names = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FINETUNE_ATTEMPT"]
 report(state='Training', detail=' '.join(os.environ[name] for name in names))
 """
+WAIT_HERE = """
+if os.environ["MASTER_ADDR"] == "here":
+    report(state='Starting', detail='waits')
+    signal.pause()
+"""
 
 
 def test_the_ranks_start_when_the_coordinator_names_rank_0(
@@ -37,6 +42,7 @@ def test_the_ranks_start_when_the_coordinator_names_rank_0(
     assert (last["attempt"], last["nodeRank"], last["joining"]) == (3, 1, False)
     assert {rank["detail"] for rank in last["ranks"]} == {"2 4 here 7 3", "3 4 here 7 3"}
     _, err = process.communicate()
+    assert "asking the coordinator for the address of rank 0" in err
     assert "attempt 3: starting the ranks as node 1 of 2" in err
 
 
@@ -51,6 +57,29 @@ def test_it_asks_until_the_coordinator_answers(start: StartSupervisor, coordinat
     assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
     _, err = process.communicate()
     assert "the address of rank 0 is not known yet" in err
+
+
+def test_ranks_start_again_if_rank_0_has_moved(start: StartSupervisor, coordinator: FakeCoordinator) -> None:
+    coordinator.reply = Reply.model_validate({"attempt": 3, "world": WORLD_3})
+    process = start(WAIT_HERE + REPORT_WORLD, **JOIN)
+    meeting = coordinator.wait(lambda beat: any(rank.get("detail") == "waits" for rank in beat["ranks"]))
+    assert (meeting["masterAddr"], meeting["joining"]) == ("here", False)
+    coordinator.reply = Reply.model_validate({"attempt": 3, "world": WORLD_3 | {"masterAddr": "there"}})
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
+    assert {rank["detail"] for rank in coordinator.beats[-1]["ranks"]} == {"2 4 there 7 3", "3 4 there 7 3"}
+
+
+def test_a_name_that_dns_knows_replaces_a_coordinator_that_does_not_answer(
+    start: StartSupervisor, coordinator: FakeCoordinator
+) -> None:
+    coordinator.status = 503
+    process = start(REPORT_WORLD, **JOIN | {"FINETUNE_MASTER_NAME": "localhost"})
+    assert process.wait(DEADLINE_SECONDS) == ExitCode.DONE
+    last = coordinator.beats[-1]
+    assert (last["attempt"], last.get("masterAddr")) == (3, None)
+    assert {rank["detail"] for rank in last["ranks"]} == {"2 4 localhost 29500 3", "3 4 localhost 29500 3"}
+    _, err = process.communicate()
+    assert "the coordinator does not answer; DNS knows localhost" in err
 
 
 def test_it_waits_for_the_next_attempt_when_a_peer_is_lost(

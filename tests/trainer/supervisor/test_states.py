@@ -116,6 +116,8 @@ HELD: list[tuple[dict[str, Any], tuple[Input, ...], tuple[Input, ...]]] = [
     ({"attempt": 4}, (Input.NEWER_ATTEMPT,), (Input.NEWER_ATTEMPT,)),
     ({"attempt": 4, "world": WORLD}, (Input.NEW_WORLD,), (Input.NEW_WORLD,)),
     ({"attempt": 3, "world": {**WORLD, "attempt": 3}}, (), ()),
+    ({"attempt": 3, "world": {**WORLD, "attempt": 3, "masterAddr": "moved"}}, (Input.NEW_WORLD,), (Input.NEW_WORLD,)),
+    ({"attempt": 3, "world": {**WORLD, "attempt": 2, "masterAddr": "moved"}}, (), ()),
     ({"order": "SaveAndStop"}, (Input.SAVE_REQUEST,), (Input.PREEMPTION_NOTICE,)),
     ({"peerLost": True}, (Input.PEER_LOSS,), ()),
     ({"order": "SaveAndStop", "peerLost": True}, (Input.SAVE_REQUEST,), (Input.PREEMPTION_NOTICE,)),
@@ -126,5 +128,5 @@ HELD: list[tuple[dict[str, Any], tuple[Input, ...], tuple[Input, ...]]] = [
 @pytest.mark.parametrize(("reply", "held", "not_held"), HELD)
 def test_inputs_of_a_reply(reply: dict[str, Any], held: tuple[Input, ...], not_held: tuple[Input, ...]) -> None:
     parsed = Reply.model_validate(reply)
-    assert inputs_of(parsed, 3, can_be_held=True) == held
-    assert inputs_of(parsed, 3, can_be_held=False) == not_held
+    assert inputs_of(parsed, 3, "here", can_be_held=True) == held
+    assert inputs_of(parsed, 3, "here", can_be_held=False) == not_held

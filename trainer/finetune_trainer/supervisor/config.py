@@ -51,6 +51,10 @@ class Config:
     """Settings of CPU training, from the run specification."""
     master_addr: str = ""
     """Address of rank 0's pod; empty: not known yet."""
+    named_addr: str = ""
+    """The same, if the coordinator has named it."""
+    master_name: str = ""
+    """DNS name of rank 0's pod, if the manifest contains no address."""
 
     @property
     def must_join(self) -> bool:
@@ -82,7 +86,12 @@ class Config:
             num_nodes=world.num_nodes,
             rendezvous=tuple(variables.items()),
             master_addr=world.master_addr,
+            named_addr=world.master_addr,
         )
+
+    def with_master(self, name: str) -> Config:
+        """Return the configuration of the same pod in its attempt, with a name of rank 0 that DNS knows."""
+        return replace(self, rendezvous=((environment.MASTER_ADDR, name),), master_addr=name)
 
     def rank(self, local_rank: int) -> int:
         """Return the global rank of a local rank."""
@@ -129,6 +138,7 @@ def read_config(env: Mapping[str, str]) -> Config:
         cpu=spec.cpu,
         is_standby=is_standby,
         master_addr=master_addr,
+        master_name=env.get(environment.MASTER_NAME, ""),
     )
 
 

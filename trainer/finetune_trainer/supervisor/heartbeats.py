@@ -98,7 +98,8 @@ class HeartbeatSender:
                 log(f"cannot reach the coordinator ({error}); {so}")
             self._is_unreachable = True
             # The last reply may have requested the next heartbeat at once.
-            self._seconds = max(self._seconds, min(RETRY_SECONDS, self._config.beat_seconds))
+            retry = min(RETRY_SECONDS, self._config.beat_seconds)
+            self._seconds = retry if beat.joining else max(self._seconds, retry)
             return
         if self._is_unreachable:
             log("the coordinator answers again")

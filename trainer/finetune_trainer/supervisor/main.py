@@ -45,6 +45,11 @@ STACK_SECONDS = 0.05
 """Interval between checks whether the stacks of ranks that must end are stored."""
 EMERGENCY_SAVE_SECONDS = 60.0
 """Maximum duration of an emergency save after the loss of a peer."""
+UNREACHABLE_BEATS = 12
+"""Heartbeat intervals without a reply after which the name of rank 0 is used, if it exists.
+
+About then the operator, which hears nothing of the pod, creates it.
+"""
 LAST_HEARTBEAT_SECONDS = 2.0
 """Maximum time that the supervisor waits before its exit for the reply to the last heartbeat."""
 ENDED_BY_US = frozenset({128 + signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGUSR2})
@@ -103,13 +108,30 @@ class Supervisor:
         if self._state is State.STARTING:
             await self._start_ranks()
         elif self._state is State.JOINING:
-            # A coordinator that does not answer is waited for: there is no work to lose yet.
-            await self._entered.wait()
-            self._entered.clear()
+            await self._join()
         elif self._state is State.WAITING:
             await self._wait_for_world()
         else:
             await self._wait_for_ranks()
+
+    async def _join(self) -> None:
+        """Wait for the address of rank 0. A coordinator that does not answer is waited for: no work can be lost yet.
+
+        For a pod that cannot reach it, the operator creates a service, which gives rank 0 a name.
+        """
+        log("asking the coordinator for the address of rank 0")
+        loop, name = asyncio.get_running_loop(), self._config.master_name
+        since = loop.time()
+        while self._state is State.JOINING:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._entered.wait(), self._config.beat_seconds)
+            silence = loop.time() - max(since, self._heartbeats.last_reply_at)
+            silent = silence >= UNREACHABLE_BEATS * self._config.beat_seconds
+            if self._state is State.JOINING and silent and name and await _has_address(name):
+                log(f"the coordinator does not answer; DNS knows {name}")
+                self._config = self._config.with_master(name)
+                self._feed(Input.NEW_WORLD)
+        self._entered.clear()
 
     async def _start_ranks(self) -> None:
         self._ranks, self._ends = [], []
@@ -220,8 +242,8 @@ class Supervisor:
         """Act on a reply of the coordinator."""
         if reply.stacks and self._stacks is None:
             self._stacks = asyncio.create_task(self._keep_stacks())
-        can_be_held, joining = self._config.hold_seconds > 0, self._state is State.JOINING
-        for event in inputs_of(reply, self._config.attempt, can_be_held=can_be_held, joining=joining):
+        config = self._config
+        for event in inputs_of(reply, config.attempt, config.master_addr, can_be_held=config.hold_seconds > 0):
             is_order = event is Input.PREEMPTION_NOTICE
             if self._feed(event, "order of the coordinator" if is_order else f"attempt {reply.attempt}"):
                 if event is Input.NEW_WORLD:
@@ -278,6 +300,7 @@ class Supervisor:
             notice=self._state in WITH_NOTICE,
             waiting=self._state is State.WAITING,
             joining=self._state is State.JOINING,
+            master_addr=config.named_addr or None,
             gpu_faults=self._gpus.faults,
         )
 
@@ -326,6 +349,15 @@ class Supervisor:
             ours.add(self._starter.server.pid)
         while (info := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and info.si_pid not in ours:
             os.waitpid(info.si_pid, 0)
+
+
+async def _has_address(name: str) -> bool:
+    """Return whether DNS knows a name."""
+    try:
+        await asyncio.get_running_loop().getaddrinfo(name, None)
+    except OSError:
+        return False
+    return True
 
 
 def _first_state(config: Config) -> State:

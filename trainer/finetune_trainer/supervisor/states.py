@@ -164,7 +164,7 @@ FINAL_SUPERSEDED = frozenset({State.ENDED_SUPERSEDED, State.ENDED_SUPERSEDED_AFT
 """States in which the pod ends with exit code SUPERSEDED."""
 
 
-def inputs_of(reply: Reply, attempt: int, *, can_be_held: bool, joining: bool = False) -> tuple[Input, ...]:
+def inputs_of(reply: Reply, attempt: int, master_addr: str, *, can_be_held: bool) -> tuple[Input, ...]:
     """Return the inputs that a reply of the coordinator holds, the most important first.
 
     The supervisor takes the first one that the table lists for its state.
@@ -172,11 +172,13 @@ def inputs_of(reply: Reply, attempt: int, *, can_be_held: bool, joining: bool = 
     Args:
         reply: the answer to a heartbeat.
         attempt: the supervisor's attempt.
+        master_addr: address of rank 0 that it uses; empty: it knows none.
         can_be_held: whether the pod can wait for a new world after its ranks have ended.
-        joining: whether it waits for the address of rank 0 in its own attempt.
     """
     inputs = []
-    if reply.world is not None and reply.world.attempt > attempt - joining:
+    world = reply.world
+    has_moved = world is not None and world.attempt == attempt and world.master_addr != master_addr
+    if world is not None and (world.attempt > attempt or has_moved):
         inputs.append(Input.NEW_WORLD)
     elif reply.attempt is not None and reply.attempt > attempt:
         inputs.append(Input.NEWER_ATTEMPT)

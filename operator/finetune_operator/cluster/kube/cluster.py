@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -29,10 +28,8 @@ from finetune_operator.cluster.kube.client.client import (
     NOT_FOUND,
     ApiError,
     Json,
-    KubeApi,
     delete_if_present,
 )
-from finetune_operator.cluster.kube.client.events import EventSender
 from finetune_operator.cluster.kube.client.objects import (
     BY_KIND,
     JOBS,
@@ -48,6 +45,7 @@ from finetune_operator.cluster.kube.client.objects import (
     with_status,
 )
 from finetune_operator.cluster.kube.client.refusals import CreationError, Refusals, classify_refusal, write_refusal
+from finetune_operator.cluster.kube.dependencies import ClusterDependencies
 from finetune_operator.cluster.kube.optional.children import (
     PLURALS,
     Child,
@@ -59,11 +57,9 @@ from finetune_operator.cluster.kube.optional.evictions import Evictions, KubeEvi
 from finetune_operator.cluster.kube.options import UpdateLimits
 from finetune_operator.cluster.kube.queue.workloads import WORKLOADS, KubeWorkload, Workloads, must_wake_now
 from finetune_operator.cluster.kube.watch.cache import Cache, Entry, ObjectKey
-from finetune_operator.cluster.kube.watch.nodes import NodeStates
 from finetune_operator.cluster.kube.watch.reflector import object_key
 from finetune_operator.cluster.kube.work import authority
 from finetune_operator.cluster.kube.work.pods import PodRequests
-from finetune_operator.cluster.kube.work.queue import WorkQueue
 from finetune_operator.cluster.kube.work.throttle import ProgressThrottle
 from finetune_operator.cluster.kube.work.urgency import (
     GangReadiness,
@@ -72,8 +68,9 @@ from finetune_operator.cluster.kube.work.urgency import (
     classify_pod_change,
     is_progress,
     measure_gang,
+    moves_the_meeting,
 )
-from finetune_operator.cluster.protocol import Clock, ConflictError, JobKey
+from finetune_operator.cluster.protocol import ConflictError, JobKey
 from finetune_operator.coordinator.beats import PodIdentity
 from finetune_operator.coordinator.changes import JobChanges
 from finetune_operator.manifests import layout
@@ -110,19 +107,8 @@ BUSY_JOBS = 8
 These jobs may wait for the API server, which the rest would slow down further."""
 
 
-@dataclass(frozen=True)
-class ClusterDependencies:
-    """Objects that the cluster works with."""
-
-    api: KubeApi
-    queue: WorkQueue[JobKey]
-    events: EventSender
-    clock: Clock
-    nodes: NodeStates
-
-
 class KubeCluster:
-    """Jobs, pods and ConfigMaps of the namespaces that the operator watches."""
+    """Jobs, pods, services and ConfigMaps of the namespaces that the operator watches."""
 
     def __init__(self, dependencies: ClusterDependencies, settings: Settings, limits: UpdateLimits) -> None:
         self._api = dependencies.api
@@ -138,7 +124,7 @@ class KubeCluster:
         self.pods: Cache[KubePod] = Cache(lambda pod: pod.job, self._pod_changed)
         self.services: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
         self.configs: Cache[KubeChild] = Cache(lambda child: child.job, self._child_changed)
-        self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "ConfigMap": self.configs}
+        self._children: dict[str, Cache[Any]] = {"Pod": self.pods, "Service": self.services, "ConfigMap": self.configs}
         self.workloads = Workloads(dependencies.api, self._workload_changed, self._wake_queued)
         self.optional = OptionalChildren(dependencies.api, self._child_changed, self._wake_all)
         self.evictions = Evictions(dependencies.api, self._eviction_changed)
@@ -268,7 +254,7 @@ class KubeCluster:
     def _address_of(self, beat: Heartbeat, name: str) -> str:
         """Return the address of a pod of the heartbeat's job; empty if it has none."""
         pod = self.pods.get(ObjectKey(beat.namespace, name))
-        return pod.observed.address if pod is not None and pod.owner_uid == beat.job_uid else ""
+        return pod.observed.reachable_at if pod is not None and pod.owner_uid == beat.job_uid else ""
 
     async def distribute_authority(self) -> None:
         """Write the certificate authority into all existing ConfigMaps; new ones contain it from the start."""
@@ -308,8 +294,8 @@ class KubeCluster:
         assert pod is not None
         if new is None:
             self._requests.forget(pod.observed.uid)
-        elif old is None or old.observed.address != new.observed.address:
-            # Pods that wait for the address of rank 0 receive it at once.
+        found = self.jobs.get(ObjectKey(*pod.job))
+        if found is not None and found.job is not None and moves_the_meeting(found.job, old, new):
             self.changes.notify(pod.job)
         gang = self._gang_readiness(pod)
         self.wake(pod.job, classify_pod_change(old, new, gang) if gang is not None else Urgency.NOW)

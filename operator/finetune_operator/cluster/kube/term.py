@@ -20,7 +20,8 @@ from finetune_operator.cluster.kube.client import objects
 from finetune_operator.cluster.kube.client.client import PARTIAL, PARTIAL_LIST, ApiError, KubeApi, SetupError
 from finetune_operator.cluster.kube.client.clock import ServerClock
 from finetune_operator.cluster.kube.client.events import EventSender
-from finetune_operator.cluster.kube.cluster import ClusterDependencies, KubeCluster
+from finetune_operator.cluster.kube.cluster import KubeCluster
+from finetune_operator.cluster.kube.dependencies import ClusterDependencies
 from finetune_operator.cluster.kube.leader.endpoint_slice import EndpointPublisher, LeaderEndpoint
 from finetune_operator.cluster.kube.optional.children import KINDS, api_version, decoder, optional_resources
 from finetune_operator.cluster.kube.optional.discovery import try_find_served, wait_until_served

@@ -30,6 +30,16 @@ def describe_silence(view: View, status: FineTuneJobStatus) -> str | None:
     return None
 
 
+def has_unheard_pod(view: View, status: FineTuneJobStatus) -> bool:
+    """Return whether a running pod is silent that has never sent a heartbeat to this operator.
+
+    Pods without an address are those of one machine, which share the network of the operator.
+    """
+    timeout = _timeout(view)
+    silent = (sign.pod for sign in _last_signs(view, status) if extend(sign.at, timeout, view.observed) <= view.now)
+    return any(pod.address and view.heartbeat_of(pod) is None for pod in silent)
+
+
 def silent_at(view: View, status: FineTuneJobStatus) -> datetime | None:
     """Return when the next running pod counts as silent; None if all pods that can become silent are."""
     timeout = _timeout(view)

@@ -93,6 +93,11 @@ class ObservedPod:
     export: ObservedExport | None = None
     """Set for an export pod, which belongs to no attempt: its attempt is 0."""
 
+    @property
+    def reachable_at(self) -> str:
+        """Return its address while its trainer runs, otherwise an empty text: before that the address may change."""
+        return self.address if self.phase is PodPhase.RUNNING else ""
+
 
 @dataclass(frozen=True, slots=True)
 class ReceivedHeartbeat:
@@ -215,7 +220,7 @@ class Observed:
     beats: Mapping[str, ReceivedHeartbeat] = field(default_factory=dict)
     """Newest heartbeats, by pod UID."""
     services: frozenset[str] = frozenset()
-    """Names of the job's Services. Only version 0.1 created one."""
+    """Names of the job's Services that exist."""
     configs: frozenset[str] = frozenset()
     """Names of the job's ConfigMaps that exist."""
     nodes: Mapping[str, ObservedNode] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from finetune_operator.api.job import SchedulingMode
 from finetune_operator.api.names import config_name, service_name
 from finetune_operator.api.reasons import Reason
 from finetune_operator.api.status import FineTuneJobStatus
-from finetune_operator.manifests import PodOptions, build_config, build_pod
+from finetune_operator.manifests import PodOptions, build_config, build_pod, build_service
 from finetune_operator.manifests.gang import GangMembership, GroupOptions, build_group
 from finetune_operator.manifests.placement import pack_label
 from finetune_operator.plan.model import admission, gangs
@@ -20,6 +20,7 @@ from finetune_operator.plan.model.conditions import find
 from finetune_operator.plan.model.ledger import follows_gpu_fault, open_attempt, open_entry, replace_current
 from finetune_operator.plan.model.policy import Policy
 from finetune_operator.plan.model.revise import revise
+from finetune_operator.plan.model.silence import has_unheard_pod
 from finetune_operator.plan.model.types import Create
 from finetune_operator.plan.model.view import View, is_finished
 from finetune_operator.plan.policies.capacity import standby
@@ -83,6 +84,9 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
     missing = []
     if config_name(name) not in view.observed.configs:
         missing.append(Create(build_config(view.job)))
+    has_service = service_name(name) in view.observed.services
+    if not has_service and _needs_service(view, status):
+        missing.append(Create(build_service(view.job, view.settings)))
     workload = admission.active(view) if admission.uses_queue(view) else None
     membership = gangs.membership(view, entry)
     grouped = membership is not None and membership.mode is SchedulingMode.POD_GROUP
@@ -95,7 +99,7 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
         checks_devices=follows_gpu_fault(status),
         admission=workload.update if workload is not None else None,
         gang=membership,
-        has_service=service_name(name) in view.observed.services,
+        has_names=(has_service or not view.settings.coordinator_url) and _has_name(view),
         names_responder=POD_FIELD in view.observed.optional_apis and not grouped,
     )
     if not entry.gang_complete:
@@ -107,6 +111,18 @@ def find_missing(view: View, status: FineTuneJobStatus) -> tuple[Create, ...]:
             standby_options = replace(options, capacity=capacity, is_standby=True, gang=None)
             missing.append(Create(build_pod(view.job, view.attempt, number, view.settings, standby_options)))
     return tuple(missing)
+
+
+def _needs_service(view: View, status: FineTuneJobStatus) -> bool:
+    """Return whether a pod of the gang cannot ask where rank 0 is: there is no coordinator, or it cannot reach it."""
+    if view.num_nodes == 1:
+        return False
+    return not view.settings.coordinator_url or has_unheard_pod(view, status)
+
+
+def _has_name(view: View) -> bool:
+    """Return whether the job's service gives the pod of rank 0 a name: it may select only pods created as rank 0."""
+    return view.num_nodes > 1 and (view.members[0].number == 0 or view.spec.topology.max_nodes is not None)
 
 
 def _missing_group(view: View, membership: GangMembership | None) -> tuple[Create, ...]:

@@ -46,7 +46,7 @@ EVENTS = Resource("/api/v1", "events")
 LEASES = Resource("/apis/coordination.k8s.io/v1", "leases")
 ENDPOINT_SLICES = Resource("/apis/discovery.k8s.io/v1", "endpointslices")
 TOKEN_REVIEWS = Resource("/apis/authentication.k8s.io/v1", "tokenreviews")
-BY_KIND = {"Pod": PODS, "ConfigMap": CONFIGS}
+BY_KIND = {"Pod": PODS, "Service": SERVICES, "ConfigMap": CONFIGS}
 """Resource types of the objects that the plan creates."""
 
 
@@ -75,7 +75,7 @@ class KubePod:
 
 @dataclass(frozen=True, slots=True)
 class KubeChild:
-    """A ConfigMap of a job, or a service of a job of version 0.1."""
+    """A service or a ConfigMap of a job."""
 
     job: JobKey
     owner_uid: str
@@ -114,7 +114,7 @@ def decode_created(kind: str, meta: Json, gates: Sequence[Json] | None = None) -
     """Read an object from the metadata in the response to its creation; it has no status yet.
 
     Args:
-        kind: Pod or ConfigMap.
+        kind: Pod, Service or ConfigMap.
         meta: the metadata.
         gates: scheduling gates of the pod.
     """

@@ -96,6 +96,15 @@ def classify_pod_change(old: KubePod | None, new: KubePod | None, gang: GangRead
     return Urgency.SOON if gang.is_ready else Urgency.PROGRESS
 
 
+def moves_the_meeting(job: FineTuneJob, old: KubePod | None, new: KubePod | None) -> bool:
+    """Return whether the ranks of a job meet in this pod, and it can be reached from now on, or at another address."""
+    if new is None or not new.observed.reachable_at:
+        return False
+    if old is not None and old.observed.reachable_at == new.observed.reachable_at:
+        return False
+    return members_of(job.status, job.spec)[0] == (new.observed.attempt, new.observed.node_rank)
+
+
 def _pod_end_signals(pod: ObservedPod) -> tuple[object, ...]:
     """Return all signs that a pod ends; empty if there are none."""
     signs = (pod.deleted_at, pod.disruption, pod.exit_code, pod.reason, pod.phase if pod.phase in ENDED else None)

@@ -140,6 +140,8 @@ class _MountedPaths:
 def _network_environment(declared: Mapping[str, str], resources: LocalResources) -> dict[str, str]:
     """Return variables that keep the gang on the loopback interface, with a rendezvous port that is free."""
     env = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE}
+    # No DNS server of this machine's network knows the name of a pod.
+    env[environment.MASTER_NAME] = ""
     if environment.MASTER_PORT in declared:
         env[environment.MASTER_PORT] = str(resources.master_port)
     return env
