@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,41 @@ GARBAGE = {
 }
 
 
+pytestmark = pytest.mark.xdist_group("broken-state")
+"""One worker interrupts the job once."""
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[CliHarness, Path]]:
+    """Yield a harness whose job was interrupted and has a checkpoint, and a copy of its folder."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two ranks need two cores")
+    harness = CliHarness(tmp_path_factory.mktemp("job"))
+    try:
+        harness.set_rank_arguments("--step-seconds", "0.05")
+        process = harness.start()
+        harness.wait_for_step(12)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 130
+        harness.set_rank_arguments()
+        copy = tmp_path_factory.mktemp("copy") / "job"
+        shutil.copytree(harness.folder, copy)
+        yield harness, copy
+    finally:
+        harness.close()
+
+
 @pytest.fixture
-def stopped(harness: CliHarness) -> CliHarness:
-    """Return a harness whose job was interrupted and has a checkpoint."""
-    harness.set_rank_arguments("--step-seconds", "0.05")
-    process = harness.start()
-    harness.wait_for_step(12)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 130
-    return harness
+def stopped(interrupted: tuple[CliHarness, Path]) -> Iterator[CliHarness]:
+    """Yield the harness with its folder as it was after the interruption. Assert that the test left no process."""
+    harness, copy = interrupted
+    shutil.rmtree(harness.folder)
+    shutil.copytree(copy, harness.folder)
+    yield harness
+    remaining = harness.processes()
+    harness.close()
+    assert remaining == []
 
 
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
