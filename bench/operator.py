@@ -27,7 +27,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from bench.bare_loops import NUM_NODES, Limits, all_pods_run, bare_loops, delete_pod
+from bench.bare_loops import NUM_NODES, Limits, all_pods_run, bare_loops, delete_all, delete_pod
 from bench.process_meter import CpuTimes, ProcessMeter, describe_cpu
 from bench.scale import (
     LIMIT_SECONDS,
@@ -41,7 +41,7 @@ from bench.scale import (
 from bench.supervisor_pool import SupervisorPool
 from finetune_operator.api import labels
 from finetune_operator.cluster.kube.client.client import PARTIAL, Json
-from finetune_operator.cluster.kube.client.objects import JOBS, PODS
+from finetune_operator.cluster.kube.client.objects import JOBS, PODS, SERVICES
 from testing.controlplane.server import COMPONENTS
 from testing.operator.harness import OperatorProcess, running
 from testing.operator.heartbeats import tls_context
@@ -104,6 +104,9 @@ async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds:
         cpu_ms = meter.cpu_ms_since(before, bench.num_jobs)
         bench.add_row("CPU time per job", f"{cpu_ms['operator']:.1f} ms; memory {meter.rss_mib:.0f} MiB")
         bench.add_row("CPU time per job, all processes", describe_cpu(cpu_ms))
+        # Pods that the bench left without a supervisor for a minute got one, because they could not ask for an address.
+        for namespace in bench.namespaces_of(JOBS_NAMESPACE):
+            await delete_all(bench, SERVICES.path(namespace))
         await bench.wait("events are sent", lambda: quiet(operator))
         idle = await idle_writes(operator, idle_seconds)
         bench.add_row("writes while idle", f"{idle:.0f} per minute, with heartbeats of all pods")
