@@ -104,7 +104,7 @@ async def measure(bench: OperatorBench, operator: OperatorProcess, idle_seconds:
         cpu_ms = meter.cpu_ms_since(before, bench.num_jobs)
         bench.add_row("CPU time per job", f"{cpu_ms['operator']:.1f} ms; memory {meter.rss_mib:.0f} MiB")
         bench.add_row("CPU time per job, all processes", describe_cpu(cpu_ms))
-        # Pods that the bench left without a supervisor for a minute got one, because they could not ask for an address.
+        # The operator creates services for pods that the bench has left without a supervisor for a minute.
         for namespace in bench.namespaces_of(JOBS_NAMESPACE):
             await delete_all(bench, SERVICES.path(namespace))
         await bench.wait("events are sent", lambda: quiet(operator))

@@ -61,6 +61,7 @@ def test_children_of_the_longest_job_name_are_dns_labels() -> None:
 
 def test_names() -> None:
     assert names.pod_name("circles", 2, 0) == "circles-a2-n0"
+    assert names.pod_host("circles", 2, 0, "default") == "circles-a2-n0.circles.default.svc"
     assert names.config_name("circles") == "circles-run"
 
 

@@ -287,6 +287,7 @@ def test_port_in_use_is_an_os_error() -> None:
 
 
 WAITING = beat().model_copy(update={"waiting": True})
+JOINING = beat().model_copy(update={"joining": True})
 WAIT = {"Authorization": f"Bearer {TOKEN}", PREFER: f"wait={WAIT_SECONDS:.0f}"}
 
 
@@ -311,14 +312,16 @@ NEWS = [
         attempt=2,
         beat_seconds=1.0,
     ),
+    Reply(peer_lost=True, beat_seconds=1.0),
 ]
 
 
-@pytest.mark.parametrize("news", NEWS, ids=["superseded", "order", "world"])
-def test_a_pod_without_ranks_receives_news_as_soon_as_its_job_changes(news: Reply) -> None:
+@pytest.mark.parametrize("sent", [WAITING, JOINING], ids=["waiting", "joining"])
+@pytest.mark.parametrize("news", NEWS, ids=["superseded", "order", "world", "peer-lost"])
+def test_a_pod_without_ranks_receives_news_as_soon_as_its_job_changes(sent: Heartbeat, news: Reply) -> None:
     async def check() -> None:
         async with holding([NOTHING, NOTHING, news]) as harness:
-            request = asyncio.create_task(harness.request(WAITING, WAIT))
+            request = asyncio.create_task(harness.request(sent, WAIT))
             await harness.answered.wait()
             harness.changes.notify(("default", "other"))
             # This change brings no news, so the reply is held until the next one.

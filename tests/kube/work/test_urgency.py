@@ -19,6 +19,7 @@ from finetune_operator.cluster.kube.work.urgency import (
     classify_pod_change,
     is_progress,
     measure_gang,
+    moves_the_meeting,
 )
 from finetune_operator.cluster.protocol import JobKey
 from finetune_operator.plan.model.types import ObservedPod, PodPhase
@@ -191,3 +192,30 @@ def test_attempt_has_ended_with_its_cause_or_with_the_next_attempt() -> None:
     assert attempt_has_ended(STATUS, 0)
     entry = ENTRY.model_copy(update={"reason": "PodLost"})
     assert attempt_has_ended(STATUS.model_copy(update={"attempts": (entry,)}), 1)
+
+
+ADDRESSED = replace(POD, address="10.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "moves"),
+    [
+        (None, ADDRESSED, True),
+        (replace(ADDRESSED, phase=PodPhase.PENDING), ADDRESSED, True),
+        (ADDRESSED, replace(ADDRESSED, address="10.0.0.2"), True),
+        (ADDRESSED, replace(ADDRESSED, ready=False), False),
+        # Its address may change until it runs.
+        (PENDING, replace(ADDRESSED, phase=PodPhase.PENDING), False),
+        (None, POD, False),
+        (ADDRESSED, None, False),
+        # The ranks meet in the pod of rank 0.
+        (None, replace(ADDRESSED, node_rank=1), False),
+        (None, replace(ADDRESSED, attempt=2), False),
+    ],
+)
+def test_only_the_pod_of_rank_0_wakes_the_pods_that_ask_for_its_address(
+    old: ObservedPod | None, new: ObservedPod | None, moves: bool
+) -> None:
+    job = make_job()
+    job = job.model_copy(update={"status": job.status.model_copy(update={"attempt": 1})})
+    assert moves_the_meeting(job, cached_pod(old), cached_pod(new)) is moves

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from finetune_contract.exit_codes import ExitCode
 from finetune_contract.heartbeat import WAIT_SECONDS, Reply
+from finetune_trainer.supervisor import main
+from finetune_trainer.supervisor.states import Input, State
+from testing.trainer.supervisor_config import make_config
 from tests.trainer.supervisor.fake_coordinator import DEADLINE_SECONDS, FakeCoordinator, StartSupervisor
 from tests.trainer.supervisor.test_supervisor import HOLD, WORLD_4, fake_gpus, termination
 
@@ -80,6 +85,20 @@ def test_a_name_that_dns_knows_replaces_a_coordinator_that_does_not_answer(
     assert {rank["detail"] for rank in last["ranks"]} == {"2 4 localhost 29500 3", "3 4 localhost 29500 3"}
     _, err = process.communicate()
     assert "the coordinator does not answer; DNS knows localhost" in err
+
+
+def test_a_name_that_dns_knows_too_late_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(make_config(1, 2), master_addr="", master_name="circles-a1-n0", beat_seconds=0.001)
+    supervisor = main.Supervisor(config)
+
+    async def lose_peer(_: str) -> bool:
+        supervisor._feed(Input.PEER_LOSS)
+        return True
+
+    monkeypatch.setattr(main, "_has_address", lose_peer)
+    asyncio.run(supervisor._join())
+    assert supervisor._state is State.PEER_LOST
+    assert supervisor._config.master_addr == ""
 
 
 def test_it_waits_for_the_next_attempt_when_a_peer_is_lost(

@@ -94,8 +94,8 @@ class HeartbeatSender:
             return
         except CoordinatorError as error:
             if not self._is_unreachable:
-                so = "the address of rank 0 is not known yet" if beat.joining else "training continues"
-                log(f"cannot reach the coordinator ({error}); {so}")
+                effect = "the address of rank 0 is not known yet" if beat.joining else "training continues"
+                log(f"cannot reach the coordinator ({error}); {effect}")
             self._is_unreachable = True
             # The last reply may have requested the next heartbeat at once.
             retry = min(RETRY_SECONDS, self._config.beat_seconds)

@@ -127,7 +127,9 @@ class Supervisor:
                 await asyncio.wait_for(self._entered.wait(), self._config.beat_seconds)
             silence = loop.time() - max(since, self._heartbeats.last_reply_at)
             silent = silence >= UNREACHABLE_BEATS * self._config.beat_seconds
-            if self._state is State.JOINING and silent and name and await _has_address(name):
+            found = silent and bool(name) and await _has_address(name)
+            # A signal or a reply may have arrived meanwhile.
+            if found and self._state is State.JOINING:
                 log(f"the coordinator does not answer; DNS knows {name}")
                 self._config = self._config.with_master(name)
                 self._feed(Input.NEW_WORLD)
